@@ -1,0 +1,124 @@
+"""Integer grids: pure quantize and dequantize, symmetric full-range and asymmetric, 2 to 8 bits.
+
+A weight ``w_OI`` (out x in) is cut along ``in`` into groups of ``group_size``; each group has one scale and one
+zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``, and means ``scale * (q - zero)``.
+Shape suffixes: O out, I in, G groups a row, g columns a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5  # smallest magnitude of a scale; still representable in float16
+SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Codes(NamedTuple):
+    """A quantized weight: the integers that go to disk, and what they mean."""
+
+    q_OI: Tensor  # uint8
+    scale_OG: Tensor  # float; may be negative
+    zero_OG: Tensor  # uint8; symmetric: 2**(bits-1) everywhere
+    bits: int
+    group_size: int  # the real one: per channel means in_features
+    sym: bool
+
+
+class Grid(NamedTuple):
+    """The family of integer grids that a weight may use; ``min_zero`` is the smallest zero point the file can hold."""
+
+    bits: int
+    sym: bool
+    scale_dtype: torch.dtype = torch.float16
+    min_zero: int = 0
+
+    @property
+    def top(self) -> int:
+        """Largest stored code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """Zero point of the symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+
+def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``scale * (q - zero)`` in float32, then cast to ``dtype``; shape (out, in)."""
+    q_OI = codes.q_OI.float()
+    columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
+    return ((q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]).to(dtype)
+
+
+def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
+    """Cut rows into groups, (out, G, group_size); a short last group is filled with zeros, which change no range."""
+    rows, columns = w_OI.shape
+    short = -columns % group_size
+    if short:
+        w_OI = torch.nn.functional.pad(w_OI, (0, short))
+    return w_OI.reshape(rows, -1, group_size)
+
+
+def from_groups(w_OGg: Tensor, columns: int) -> Tensor:
+    """Inverse of `to_groups` for a weight of ``columns`` input features."""
+    return w_OGg.flatten(1)[:, :columns]
+
+
+def ranges(w_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Smallest (at most 0) and largest (at least 0) value of each group, float32 (out, G).
+
+    Where the file cannot hold a zero point below ``min_zero`` the range is stretched downwards just as far as needed.
+    """
+    low_OG = w_OGg.amin(-1).float().clamp(max=0)
+    high_OG = w_OGg.amax(-1).float().clamp(min=0)
+    if not grid.sym and grid.min_zero:
+        low_OG = torch.minimum(low_OG, -high_OG * grid.min_zero / (grid.top - grid.min_zero))
+    return low_OG, high_OG
+
+
+def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for a range, both float32 but with the values that the file will hold.
+
+    Symmetric, full range: the side of larger magnitude lands on the code 0, so the scale takes the sign that puts it
+    there (SignRound's "full range", the idea of GGUF's Q4_0). Asymmetric: the range maps onto all codes.
+    """
+    if grid.sym:
+        magnitude_OG = torch.where(-low_OG > high_OG, -low_OG, -high_OG)
+        scale_OG = _storable(magnitude_OG / grid.middle, grid)
+        return scale_OG, torch.full_like(scale_OG, grid.middle)
+    scale_OG = _storable((high_OG - low_OG) / grid.top, grid)
+    return scale_OG, (-low_OG / scale_OG).round().clamp(grid.min_zero, grid.top)
+
+
+def _storable(scale_OG: Tensor, grid: Grid) -> Tensor:
+    """Round to the dtype of the file and keep away from zero, with its sign; back in float32."""
+    scale_OG = scale_OG.to(grid.scale_dtype).float()
+    return torch.where(scale_OG < 0, scale_OG.clamp(max=-EPS), scale_OG.clamp(min=EPS)).to(grid.scale_dtype).float()
+
+
+def quantize(w_OGg: Tensor, offset_OGg: Tensor | float, scale_OG1: Tensor, zero_OG1: Tensor, top: int) -> Tensor:
+    """Codes ``clamp(round(w / scale + offset) + zero, 0, top)`` as floats, shape of ``w``; half rounds to even."""
+    return ((w_OGg / scale_OG1 + offset_OGg).round() + zero_OG1).clamp(0, top)
+
+
+def round_to_nearest(w_OI: Tensor, group_size: int, grid: Grid) -> Codes:
+    """Codes of a weight without any tuning; ``group_size`` -1 is one group a row."""
+    columns = w_OI.shape[1]
+    group_size = columns if group_size == -1 else group_size
+    w_OGg = to_groups(w_OI.float(), group_size)
+    scale_OG, zero_OG = scale_and_zero(*ranges(w_OGg, grid), grid)
+    q_OGg = quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid.top)
+    return make_codes(q_OGg, scale_OG, zero_OG, columns, grid)
+
+
+def make_codes(q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int, grid: Grid) -> Codes:
+    """Pack float codes, scales and zeros of `quantize` into `Codes`."""
+    return Codes(
+        q_OI=from_groups(q_OGg, columns).to(torch.uint8).contiguous(),
+        scale_OG=scale_OG.to(grid.scale_dtype),
+        zero_OG=zero_OG.to(torch.uint8),
+        bits=grid.bits,
+        group_size=min(q_OGg.shape[-1], columns),
+        sym=grid.sym,
+    )

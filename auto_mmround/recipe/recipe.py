@@ -1,0 +1,197 @@
+"""The one typed configuration. Flags, keyword arguments, TOML and YAML are four ways to write it."""
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from auto_mmround.errors import UserError
+from auto_mmround.recipe.schemes import Scheme
+
+ALGORITHMS = ("sign_round", "rtn")
+SCALE_DTYPES = ("fp16", "bf16", "fp32")
+
+# Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never swallowed.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "adam": (False, "only sign descent is implemented; the original reports Adam slightly worse"),
+    "enable_norm_bias_tuning": (False, "the original rounds biases to 4 bits here, which costs accuracy"),
+    "low_cpu_mem_mode": (0, "streaming from disk is not built yet"),
+    "low_cpu_mem_usage": (False, "streaming from disk is not built yet"),
+    "low_cpu_mem_tmp_dir": (None, "streaming from disk is not built yet"),
+    "data_type": ("int", "only integer grids are built yet"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to quantize, how, on which samples, and where the result goes. Defaults are those of the original."""
+
+    model: str = "Qwen/Qwen2-VL-2B-Instruct"
+    # scheme
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    data_type: str = "int"
+    scale_dtype: str = "fp16"
+    act_bits: int = 32
+    layer_config: dict[str, dict[str, Any]] | None = None
+    fp_layers: str = ""
+    quant_nontext_module: bool = False
+    quant_lm_head: bool = False
+    to_quant_block_names: str | None = None
+    # tuning
+    algorithm: str = "sign_round"
+    iters: int = 200
+    lr: float | None = None
+    minmax_lr: float | None = None
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    nblocks: int = 1
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    not_use_best_mse: bool = False
+    dynamic_max_gap: int = -1
+    adam: bool = False
+    enable_norm_bias_tuning: bool = False
+    # calibration
+    dataset: str | None = None
+    extra_data_dir: str | None = None
+    template: str | None = None
+    processor: str | None = None
+    nsamples: int = 128
+    seqlen: int | None = None
+    truncation: bool | None = None
+    seed: int = 42
+    on_bad_sample: str = "error"
+    allow_url: bool = False
+    # machine
+    device: str = "0"
+    amp: bool = True
+    model_dtype: str | None = None
+    trust_remote_code: bool = False
+    enable_torch_compile: bool = False
+    low_gpu_mem_usage: bool = False
+    low_cpu_mem_usage: bool = False
+    low_cpu_mem_mode: int = 0
+    low_cpu_mem_tmp_dir: str | None = None
+    # result
+    format: str = "auto_round"
+    output_dir: str = "./tmp_autoround"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), HINTS[field.name]))
+        _require(2 <= self.bits <= 8, f"bits = {self.bits}: 2 to 8 are possible")
+        _require(self.group_size == -1 or self.group_size >= 1, f"group_size = {self.group_size}: -1 or at least 1")
+        _require(self.scale_dtype in SCALE_DTYPES, f"scale_dtype = {self.scale_dtype!r}: one of {SCALE_DTYPES}")
+        _require(self.algorithm in ALGORITHMS, f"algorithm = {self.algorithm!r}: one of {', '.join(ALGORITHMS)}")
+        _require(self.act_bits >= 16, f"act_bits = {self.act_bits}: only weights are quantized yet, leave it at 32")
+        _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
+        _require(self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
+        for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks"):
+            _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
+        for name, (allowed, why) in REFUSED.items():
+            _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the export formats, in the order given, without repeats."""
+        return list(dict.fromkeys(part.strip() for part in self.format.split(",") if part.strip()))
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of every weight without an override in ``layer_config``."""
+        return Scheme(self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype, min(self.act_bits, 16))
+
+    @property
+    def tunes(self) -> bool:
+        """False when the weights are only rounded to nearest."""
+        return self.algorithm != "rtn" and self.iters > 0
+
+
+HINTS = typing.get_type_hints(Recipe)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"recipe: {message}")
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against the field's type; an int is welcome where a float is expected, nothing else bends."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(option) or option for option in options)
+    if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
+        return float(value)
+    if (isinstance(value, bool) and bool not in plain) or not isinstance(value, plain):
+        expected = " or ".join("nothing" if p is type(None) else p.__name__ for p in plain)
+        raise UserError(f"recipe: {name} = {value!r} is a {type(value).__name__}, expected {expected}")
+    return value
+
+
+def from_mapping(values: dict[str, Any], where: str = "recipe", base: Recipe | None = None) -> Recipe:
+    """A recipe from plain values. Unknown keys raise UserError with the nearest known name."""
+    for key in values:
+        if key not in HINTS:
+            near = difflib.get_close_matches(key, HINTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(HINTS)}"
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+    return dataclasses.replace(base or Recipe(), **values)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The keys of a TOML, YAML or JSON recipe file; sections only group keys, and `layer_config` is a table."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"recipe file {path} does not exist")
+    try:
+        if path.suffix == ".toml":
+            tree = tomllib.loads(path.read_text())
+        elif path.suffix in (".yaml", ".yml", ".json"):
+            tree = yaml.safe_load(path.read_text())
+        else:
+            raise UserError(f"recipe file {path}: the name must end in .toml, .yaml, .yml or .json")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe file {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe file {path}: expected keys and values")
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= value if isinstance(value, dict) and key != "layer_config" else {key: value}
+    return flat
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe, every key, as TOML that `read` takes back unchanged (unset keys are left out)."""
+    values = dataclasses.asdict(recipe)
+    layers = values.pop("layer_config") or {}
+    lines = [f"{key} = {_literal(value)}" for key, value in values.items() if value is not None]
+    for name, options in layers.items():
+        lines += ["", f"[layer_config.{json.dumps(name)}]"]
+        lines += [f"{key} = {_literal(value)}" for key, value in options.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    # A JSON string is a TOML basic string; repr gives shortest floats, which TOML reads except for "1e-05"-like ones
+    # without a point, and those it reads too.
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """`re:` patterns match anywhere from the start, others must be the name, its end after a dot, or its class.
+
+    The original matched any substring; whole dotted parts keep `--fp_layers q_proj` working without surprises.
+    """
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return f".{pattern}." in f".{name}."

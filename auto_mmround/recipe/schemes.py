@@ -1,0 +1,21 @@
+"""Quantization schemes as data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is stored.
+
+    bits: 2..8. group_size: columns that share a scale, -1 for one per output channel. sym: full-range symmetric
+    (zero point 2**(bits-1)) or asymmetric. scale_dtype: "fp16", "bf16" or "fp32". min_zero: smallest zero point the
+    file format can hold (1 for layouts that store zero - 1).
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    data_type: str = "int"
+    scale_dtype: str = "fp16"
+    act_bits: int = 16
+    min_zero: int = 0

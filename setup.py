@@ -1,0 +1,51 @@
+"""Packaging: metadata, the two shelves mapped into the package, console scripts, entry points, extras."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "auto_mmround" / "__init__.py").read_text())[1]
+
+setup(
+    name="auto_mmround",
+    version=VERSION,
+    description="Quantize multimodal large models to 2-8 bits, export to every engine, prove it right",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # templates/ and processors/ stand at the top level, where users look for them, and travel inside the package.
+    packages=[*find_packages(include=["auto_mmround*"]), "auto_mmround.templates", "auto_mmround.processors"],
+    package_dir={"auto_mmround.templates": "templates", "auto_mmround.processors": "processors"},
+    package_data={
+        "auto_mmround.templates": ["*.json"],
+        "auto_mmround": ["demo/*.md", "demo/model/*", "demo/*/*.json", "demo/*/*.jsonl", "demo/*/images/*"],
+    },
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "transformers>=5.20",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "pillow>=11",
+        "jinja2>=3.1",
+        "rich>=14",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "auto-round": ["auto-round>=0.16"],
+        "audio": ["soundfile>=0.13"],
+        "video": ["av>=14"],
+        "gaudi": ["habana-frameworks"],
+        "dev": ["pytest>=9", "hypothesis>=6.100", "ruff>=0.15", "mypy>=2", "build>=1.2", "pre-commit>=4"],
+    },
+    entry_points={
+        "console_scripts": ["auto-round-mllm=auto_mmround.cli:main", "auto_round_mllm=auto_mmround.cli:main"],
+        # Other packages add model families here; ours are found on the shelf.
+        "auto_mmround.processors": [],
+    },
+)

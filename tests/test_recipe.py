@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+
+from auto_mmround.errors import UserError
+from auto_mmround.recipe.recipe import Recipe, from_mapping, matches, read, to_toml
+
+
+def test_toml_round_trip(tmp_path):
+    recipe = Recipe(
+        model="a b\"c", bits=3, lr=1e-05, dataset="x.json:num=3,ü", layer_config={"model.layers.0": {"bits": 8}}
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe))
+    assert from_mapping(read(path)) == recipe
+
+
+def test_yaml_and_sections(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("scheme:\n  bits: 2\n  group_size: 64\ndataset: demo\n")
+    assert from_mapping(read(path)) == Recipe(bits=2, group_size=64, dataset="demo")
+
+
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"bit": 4}, "did you mean bits?"),
+        ({"bits": 9}, "2 to 8"),
+        ({"bits": "4"}, "expected int"),
+        ({"sym": 1}, "expected bool"),
+        ({"bits": True}, "expected int"),
+        ({"algorithm": "magic"}, "sign_round"),
+        ({"adam": True}, "refused"),
+        ({"group_size": 0}, "group_size"),
+        ({"scale_dtype": "int8"}, "scale_dtype"),
+        ({"act_bits": 8}, "act_bits"),
+        ({"iters": -1}, "iters"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_wrong_values_are_one_line(values, word):
+    with pytest.raises(UserError) as caught:
+        from_mapping(values)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, text", [("r.toml", "bits = "), ("r.yaml", "a: [1"), ("r.txt", ""), ("r.yaml", "5")])
+def test_unreadable_files(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError):
+        read(tmp_path / name)
+    with pytest.raises(UserError, match="does not exist"):
+        read(tmp_path / "missing.toml")
+
+
+def test_frozen_and_ints_for_floats():
+    recipe = Recipe(lr=1)
+    assert recipe.lr == 1.0 and isinstance(recipe.lr, float)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.bits = 2
+
+
+def test_pattern_matches_whole_parts():
+    name = "model.layers.10.self_attn.q_proj"
+    assert matches("q_proj", name) and matches("layers.10", name) and matches("re:.*attn", name)
+    assert not matches("layers.1", name) and not matches("proj", name)

@@ -1,0 +1,95 @@
+"""The analytic step against autograd, and the invariants of the published method."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from auto_mmround.numerics import grids
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.rounding import Rounding
+
+GRIDS = [Grid(bits, sym, min_zero=low) for bits in (2, 3, 4, 8) for sym, low in ((True, 0), (False, 0), (False, 1))]
+
+
+def straight_through(x):
+    return x.detach().round() + (x - x.detach())  # exactly an integer, so the clamp sees no rounding noise
+
+
+def inclusive_clamp(x, low, high):
+    """The published clamp lets gradients pass at its bounds; torch.clamp no longer does (seen with 2.14)."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
+def reference(rounding, offset, low_factor, high_factor):
+    """W~ by the published formulas with a straight-through round, for autograd (float32, scale dtype float32)."""
+    grid, low, high = rounding.grid, rounding.low_OG * low_factor, rounding.high_OG * high_factor
+    if grid.sym:
+        scale = torch.where(-low > high, -low, -high) / grid.middle
+        zero = torch.full_like(scale, grid.middle)
+    else:
+        scale = (high - low) / grid.top
+        zero = inclusive_clamp(straight_through(-low / scale), grid.min_zero, grid.top)
+    scale, zero = scale[..., None], zero[..., None]
+    code = inclusive_clamp(straight_through(rounding.w_OGg / scale + offset) + zero, 0, grid.top)
+    return grids.from_groups((code - zero) * scale, rounding.columns)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(GRIDS), st.sampled_from([(8, 16), (5, 12), (7, 7)]))
+def test_analytic_step_is_the_autograd_step(seed, grid, shape):
+    g, columns = shape
+    torch.manual_seed(seed)
+    w = torch.randn(3, columns) + 0.3 * torch.randn(1)
+    rounding = Rounding(w, g, grid._replace(scale_dtype=torch.float32))
+    rounding.offset_OGg.uniform_(-0.6, 0.6)
+    rounding.low_factor_OG.uniform_(0.5, 1)
+    rounding.high_factor_OG.uniform_(0.5, 1)
+    leaves = [t.clone().requires_grad_() for t in rounding.snapshot()]
+    weight = reference(rounding, *leaves)
+    torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(weight)
+    expected = torch.autograd.grad(weight, leaves, grad)
+    before = rounding.snapshot()
+    rounding.step(grad, 1e-3, 1e-3)
+    for old, new, slope in zip(before, rounding.snapshot(), expected):
+        moved = old - new
+        clear = (slope.abs() > 1e-4) & (new > 0) & (new < 1) if slope.ndim == 2 else slope.abs() > 1e-6
+        assert torch.equal(moved[clear].sign(), slope[clear].sign())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("columns, g", [(64, 16), (50, 16), (33, -1)])
+def test_start_is_round_to_nearest(grid, columns, g):
+    w = torch.randn(6, columns)
+    rounding, codes = Rounding(w, g, grid), grids.round_to_nearest(w, g, grid)
+    assert torch.equal(rounding.codes().q_OI, codes.q_OI)
+    assert torch.equal(rounding.weight(), grids.dequantize(codes))
+    error = (grids.dequantize(codes) - w).abs()
+    scale = codes.scale_OG.abs().float().repeat_interleave(codes.group_size, 1)[:, :columns]
+    # Half a step, plus what the half-precision scale, the rounded zero point and a full-range top code cost.
+    assert (error <= 1.02 * scale + 1e-6).all() and codes.zero_OG.min() >= grid.min_zero
+
+
+def test_full_range_puts_the_largest_on_the_first_code():
+    w = torch.randn(64, 32)
+    codes = grids.round_to_nearest(w, 32, Grid(4, True))
+    largest = w.abs().argmax(1)
+    assert (codes.q_OI[torch.arange(64), largest] == 0).all()
+    assert (codes.scale_OG < 0).any() and (codes.scale_OG > 0).any()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("value", [0.0, 1e-9, 1.0, -1.0])
+def test_constant_groups(grid, value):
+    codes = grids.round_to_nearest(torch.full((2, 16), value), 8, grid)
+    w = grids.dequantize(codes)
+    assert w.isfinite().all() and (w - value).abs().max() <= max(1e-5, abs(value) * 0.34)
+    assert codes.zero_OG.min() >= grid.min_zero
+
+
+def test_reach_of_the_published_schedule():
+    rounding = Rounding(torch.randn(4, 8), 8, Grid(4, True, torch.float32))
+    for step in range(200):
+        rounding.step(torch.ones(4, 8), (1 - step / 200) / 200, 0.0)
+    assert rounding.offset_OGg.abs().max() == pytest.approx(0.5025, abs=1e-4)
