@@ -1,0 +1,170 @@
+"""Tune the weights of one block so that its output stays near the teacher's.
+
+The block is an ordinary module whose tuned parameters hold W~. Each iteration draws samples, compares the block's
+output with the teacher's, and lets every `Rounding` take one sign step (p <- p - lr * sign(dL/dp), lr falling linearly
+to 0) in a hook that runs the moment its gradient is complete, so gradients of a block never pile up.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from auto_mmround.numerics.rounding import Rounding
+
+# One forward over some samples: (output, target, weight of every token), several when lengths differ.
+# Shapes (B, T, D), (B, T, D), (B, T); a weight of 0 takes a token out of the loss.
+Forward = Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Steps and rates. ``lr`` 0 or None means 1/iters, ``factor_lr`` None means lr and 0 means fixed ranges."""
+
+    iters: int = 200
+    lr: float | None = None
+    factor_lr: float | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    keep_best: bool = True  # False: keep the last parameters, as `not_use_best_mse` asks
+    patience: int = -1  # stop after so many iterations without a better held-out loss; -1: never
+    checks: int = 10  # how often the held-out loss is looked at
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Mean squared error per element on the held-out samples, before, after, and the iteration it belongs to."""
+
+    start: float
+    end: float
+    best_iter: int
+    held_out: int
+
+
+@dataclass
+class TunedWeight:
+    """A module parameter that holds W~, its rounding state, and how to see it as (out, in) rows."""
+
+    parameter: torch.nn.Parameter
+    rounding: Rounding
+    transposed: bool = False  # transformers' Conv1D keeps (in, out)
+
+    def refresh(self) -> None:
+        """Write W~ into the parameter, in place."""
+        w_OI = self.rounding.weight()
+        self.parameter.data.copy_(w_OI.t() if self.transposed else w_OI)
+
+
+def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
+    """Indices to train on and a fixed few, evenly spread, to choose the best by; with under 16 samples all are both."""
+    if count < 16:
+        return list(range(count)), list(range(count))
+    few = min(wanted, count // 8)
+    held = [i * count // few for i in range(few)]
+    return [i for i in range(count) if i not in set(held)], held
+
+
+def mean_error(forward: Forward, indices: Sequence[int], batch_size: int) -> float:
+    """Weighted mean squared error per element over the samples, in float32, without gradients."""
+    total = elements = 0.0
+    with torch.no_grad():
+        for at in range(0, len(indices), batch_size):
+            for output, target, weight_BT in forward(indices[at : at + batch_size]):
+                total += squared_error(output, target, weight_BT).item()
+                elements += weight_BT.sum().item() * output.shape[-1]
+    return total / max(elements, 1.0)
+
+
+def squared_error(output: Tensor, target: Tensor, weight_BT: Tensor) -> Tensor:
+    """Sum of weighted squared differences, float32."""
+    return ((output.float() - target.float()).square().sum(-1) * weight_BT).sum()
+
+
+def tune_block(
+    weights: Sequence[TunedWeight],
+    forward: Forward,
+    sample_count: int,
+    config: TuneConfig,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> TuneResult:
+    """Tune ``weights`` in place; afterwards the parameters hold the W~ that `Rounding.codes` gives.
+
+    The best parameters are chosen on fixed held-out samples, the start and the last step included, so the result is
+    never worse there than the start. With ``iters`` 0 the weights are rounded to nearest and only measured.
+    """
+    for weight in weights:
+        weight.refresh()
+    train, held = held_out_split(sample_count)
+    start = mean_error(forward, held, config.batch_size)
+    if config.iters == 0 or not weights:
+        return TuneResult(start, start, 0, len(held))
+    best = (start, 0, [weight.rounding.snapshot() for weight in weights])
+    draw = _draws(train, config)
+    with _sign_descent(weights, config) as learn:
+        for step in range(1, config.iters + 1):
+            learn(forward, next(draw), 1.0 - (step - 1) / config.iters)
+            on_step(step)
+            if step < config.iters and step % max(1, config.iters // config.checks):
+                continue
+            loss = mean_error(forward, held, config.batch_size)
+            if loss < best[0] or (step == config.iters and not config.keep_best):
+                best = (loss, step, [weight.rounding.snapshot() for weight in weights])
+            if 0 < config.patience <= step - best[1]:
+                break
+    for weight, snapshot in zip(weights, best[2], strict=True):
+        weight.rounding.restore(snapshot)
+        weight.refresh()
+    return TuneResult(start, best[0], best[1], len(held))
+
+
+def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:
+    """Endless draws without replacement, reshuffled each epoch, the same for the same seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    size = min(config.batch_size * config.accumulate, len(train))
+    waiting: list[int] = []
+    while True:
+        if len(waiting) < size:
+            waiting = [train[i] for i in torch.randperm(len(train), generator=generator)]
+        draw, waiting = waiting[:size], waiting[size:]
+        yield draw
+
+
+@contextmanager
+def _sign_descent(weights: Sequence[TunedWeight], config: TuneConfig) -> Iterator[Callable[..., None]]:
+    """Give a function ``learn(forward, draw, fraction)`` that takes one step at ``fraction`` of the learning rates."""
+    rate = config.lr or 1.0 / config.iters
+    factor_rate = rate if config.factor_lr is None else config.factor_lr
+    fraction: float | None = None  # None while micro-batches have still to add their share
+
+    def hook_for(weight: TunedWeight) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if fraction is not None:
+                grad_OI = parameter.grad.t() if weight.transposed else parameter.grad
+                weight.rounding.step(grad_OI, rate * fraction, factor_rate * fraction)
+                parameter.grad = None
+                weight.refresh()
+
+        return hook
+
+    def learn(forward: Forward, draw: list[int], step_fraction: float) -> None:
+        nonlocal fraction
+        parts = [draw[i : i + config.batch_size] for i in range(0, len(draw), config.batch_size)]
+        for part in parts:
+            fraction = step_fraction if part is parts[-1] else None
+            # Only the gradient's sign counts, so the sum of squares needs no division.
+            torch.stack([squared_error(*triple) for triple in forward(part)]).sum().backward()
+
+    for weight in weights:
+        weight.parameter.requires_grad_(True)
+    hooks = [weight.parameter.register_post_accumulate_grad_hook(hook_for(weight)) for weight in weights]
+    try:
+        yield learn
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight in weights:
+            weight.parameter.requires_grad_(False)
+            weight.parameter.grad = None

@@ -1,0 +1,90 @@
+import torch
+from torch import nn
+
+from auto_mmround.numerics.grids import Grid, dequantize
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, mean_error, tune_block
+
+
+def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
+    torch.manual_seed(seed)
+    block = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)).requires_grad_(False)
+    mix = torch.randn(32, 32) / 6
+    inputs = [torch.randn(1, n, 32) @ mix for n in lengths]
+    targets = [block(x) for x in inputs]
+    weights = [torch.ones(1, n) for n in lengths]
+    if pads:
+        inputs = [torch.cat([x, 9 * torch.randn(1, pads, 32)], 1) for x in inputs]
+        targets = [torch.cat([y, torch.zeros(1, pads, 32)], 1) for y in targets]
+        weights = [torch.cat([w, torch.zeros(1, pads)], 1) for w in weights]
+    tuned = [TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(bits, True))) for m in (block[0], block[2])]
+
+    def forward(indices):
+        for i in indices:
+            yield block(inputs[i]), targets[i], weights[i]
+
+    return tuned, forward, len(lengths)
+
+
+def test_tuning_lowers_the_held_out_error_and_codes_equal_the_weights():
+    tuned, forward, count = problem()
+    result = tune_block(tuned, forward, count, TuneConfig(iters=60, batch_size=4))
+    assert result.end < 0.6 * result.start and result.held_out == 4
+    for weight in tuned:
+        assert torch.equal(weight.parameter, dequantize(weight.rounding.codes()))
+        assert weight.parameter.grad is None and not weight.parameter.requires_grad
+    assert mean_error(forward, held_out_split(count)[1], 4) == result.end
+
+
+def test_zero_iterations_round_to_nearest():
+    tuned, forward, count = problem()
+    result = tune_block(tuned, forward, count, TuneConfig(iters=0))
+    assert result.start == result.end > 0
+    assert all((w.rounding.offset_OGg == 0).all() for w in tuned)
+
+
+def test_never_worse_than_the_start():
+    tuned, forward, count = problem()
+    result = tune_block(tuned, forward, count, TuneConfig(iters=4, lr=50.0))
+    assert result.end == result.start and result.best_iter == 0
+
+
+def test_keep_last_when_asked():
+    tuned, forward, count = problem()
+    result = tune_block(tuned, forward, count, TuneConfig(iters=4, lr=50.0, keep_best=False))
+    assert result.best_iter == 4 and result.end > result.start
+
+
+def test_same_seed_same_bits_and_accumulation_is_one_batch():
+    def offsets(**options):
+        tuned, forward, count = problem()
+        tune_block(tuned, forward, count, TuneConfig(iters=8, **options))
+        return [w.rounding.offset_OGg for w in tuned]
+
+    once, again = offsets(batch_size=4), offsets(batch_size=4)
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+    split = offsets(batch_size=1, accumulate=4)
+    agreement = [(a.sub(b).abs() < 1e-6).float().mean() for a, b in zip(once, split)]
+    assert min(agreement) > 0.98  # up to the order of float sums
+
+
+def test_masked_tokens_weigh_nothing():
+    plain = problem()
+    padded = problem(pads=3)
+    a = tune_block(*plain, TuneConfig(iters=6, batch_size=4))
+    b = tune_block(*padded, TuneConfig(iters=6, batch_size=4))
+    assert abs(a.start - b.start) < 1e-6 * a.start + 1e-9 and abs(a.end - b.end) < 1e-3 * a.end
+
+
+def test_patience_stops_early():
+    tuned, forward, count = problem()
+    steps = []
+    config = TuneConfig(iters=100, lr=50.0, patience=20, checks=100)
+    tune_block(tuned, forward, count, config, on_step=steps.append)
+    assert len(steps) == 20
+
+
+def test_few_samples_are_used_for_both():
+    assert held_out_split(3) == ([0, 1, 2], [0, 1, 2])
+    train, held = held_out_split(128)
+    assert len(held) == 8 and len(train) == 120 and not set(train) & set(held)
