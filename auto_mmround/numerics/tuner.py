@@ -141,8 +141,9 @@ def _sign_descent(weights: Sequence[TunedWeight], config: TuneConfig) -> Iterato
 
     def hook_for(weight: TunedWeight) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if fraction is not None:
-                grad_OI = parameter.grad.t() if weight.transposed else parameter.grad
+            grad = parameter.grad
+            if fraction is not None and grad is not None:
+                grad_OI = grad.t() if weight.transposed else grad
                 weight.rounding.step(grad_OI, rate * fraction, factor_rate * fraction)
                 parameter.grad = None
                 weight.refresh()

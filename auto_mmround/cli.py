@@ -1,0 +1,250 @@
+"""The command line: `auto-round-mllm`, also `auto_round_mllm` and `python -m auto_mmround`.
+
+Heavy imports wait until a command needs them, so that `-h` and mistakes answer at once.
+"""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from auto_mmround import __version__
+from auto_mmround.errors import UserError
+from auto_mmround.recipe.recipe import ALGORITHMS, HINTS, SCALE_DTYPES, Recipe, from_mapping, read
+
+EPILOG = """\
+commands:
+  auto-round-mllm [options]            quantize and export
+  auto-round-mllm recipe.toml          the same from a file (.toml, .yaml); options given as well win
+  auto-round-mllm plan [options]       show what every layer would become, and why some stay
+  auto-round-mllm eval ...             perplexity, KL by modality, answer accuracy
+  auto-round-mllm formats | families   what can be written, what can be read
+
+examples:
+  auto-round-mllm --model demo --dataset demo --bits 4                       offline, about a minute
+  auto-round-mllm --model ./Qwen2-VL-2B-Instruct --format "auto_round,auto_gptq" --output_dir ./tmp_autoround
+  auto-round-mllm --model ./model --dataset "pairs.json:num=64,text.jsonl:num=64" --extra_data_dir ./images
+"""
+
+# (field of the recipe, other names of the flag, help). Flags may be written with - or _.
+FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
+    "model and result": [
+        ("model", ["model_name", "model_name_or_path"], "folder, hub name, or `demo` for the model that ships with us"),
+        ("format", [], "comma list of formats, see `auto-round-mllm formats`"),
+        ("output_dir", [], "parent folder; each format gets <model>-w4g128-<format> below it"),
+        ("overwrite", [], "replace checkpoints that exist there"),
+        ("device", ["devices"], "0: the first accelerator, else the processor; cpu, hpu, cuda:1, auto"),
+        ("model_dtype", [], "load the weights as bfloat16, float16 or float32 instead of as stored"),
+        ("trust_remote_code", [], "run Python code that comes with the model"),
+    ],
+    "scheme": [
+        ("bits", [], "2 to 8"),
+        ("group_size", [], "columns that share a scale; -1: one per output channel"),
+        ("asym", [], "asymmetric: a zero point for each group"),
+        ("scale_dtype", [], f"one of {', '.join(SCALE_DTYPES)}"),
+        ("fp_layers", [], "comma list of layers that stay in 16 bits: dotted parts of names, or re:REGEX"),
+        ("quant_nontext_module", [], "quantize the vision and audio towers too"),
+        ("quant_lm_head", [], "quantize the output head too, rounded to nearest, if it has a weight of its own"),
+        ("to_quant_block_names", [], "comma list of regular expressions for the block lists to quantize"),
+        ("data_type", ["dtype"], "int"),
+        ("act_bits", [], "32: activations are not quantized"),
+    ],
+    "tuning": [
+        ("algorithm", [], f"one of {', '.join(ALGORITHMS)}"),
+        ("iters", ["iter"], "sign steps a block; 0 rounds to nearest"),
+        ("lr", [], "first learning rate of the rounding offsets; default 1/iters"),
+        ("minmax_lr", [], "first learning rate of the ranges; default lr"),
+        ("batch_size", ["train_bs", "bs"], "samples run together"),
+        ("gradient_accumulate_steps", [], "batches a step"),
+        ("nblocks", [], "consecutive blocks tuned on one loss"),
+        ("disable_minmax_tuning", [], "leave the ranges at smallest and largest value"),
+        ("disable_quanted_input", [], "tune each block on inputs from the unquantized model"),
+        ("not_use_best_mse", [], "keep the last step's parameters, not the best"),
+        ("disable_amp", [], "compute in the model's own dtype, not in bfloat16"),
+        ("seed", [], "of sampling and shuffling"),
+    ],
+    "calibration": [
+        ("dataset", [], "names, files or folders with options, e.g. NeelNanda/pile-10k, demo, a.json:num=64,b.txt"),
+        ("nsamples", [], "how many samples"),
+        ("seqlen", ["seq_len"], "tokens a text sample; default 2048, with media 512"),
+        ("truncation", [], "cut conversations to seqlen (plain text always is)"),
+        ("extra_data_dir", [], "where images, audio, video lie: a folder, several, or image=DIR,video=DIR,audio=DIR"),
+        ("template", [], "chat template: a JSON file or a name on the shelf; default by model type"),
+        ("processor", [], "processor: a registered name or a Python file that registers one"),
+        ("on_bad_sample", [], "error: stop at a missing or damaged file; skip: leave it out and count it"),
+        ("allow_url", [], "read media from http(s) addresses in the dataset"),
+    ],
+    "accepted as in the original": [
+        ("low_gpu_mem_usage", [], "keep calibration states in host memory"),
+        ("enable_torch_compile", [], "no effect yet"),
+        ("disable_trust_remote_code", [], "the default here"),
+        ("eval_bs", [], "no effect: evaluation runs sample by sample"),
+        ("adam", [], "refused"),
+        ("enable_norm_bias_tuning", [], "refused"),
+        ("low_cpu_mem_mode", [], "0 only"),
+        ("low_cpu_mem_tmp_dir", [], "refused"),
+    ],
+}
+NEGATED = {
+    "asym": "sym",
+    "disable_minmax_tuning": "enable_minmax_tuning",
+    "disable_quanted_input": "enable_quanted_input",
+    "disable_amp": "amp",
+    "disable_trust_remote_code": "trust_remote_code",
+}
+IGNORED = {"eval_bs": int}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, with the nearest flag, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            message = f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} -h")
+        raise UserError(message)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Every field of the recipe as a flag; only flags that are given appear in the result."""
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, others, text in rows:
+            flags = [f"--{flag}" for flag in (name, *others)]
+            options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+            hint = IGNORED.get(name) or HINTS.get(name, bool)
+            if name in NEGATED or hint is bool or name == "truncation":
+                group.add_argument(*flags, action="store_true", **options)
+                continue
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            default = getattr(Recipe(), name, None)
+            options["help"] += f" (default: {default})" if default not in (None, "") else ""
+            group.add_argument(*flags, type=kinds[0], metavar=name.upper(), **options)
+
+
+def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:
+    """Flags laid over a recipe."""
+    values = {NEGATED.get(key, key): (not value if key in NEGATED else value) for key, value in given.items()}
+    return from_mapping({key: value for key, value in values.items() if key not in IGNORED}, "command line", base)
+
+
+def normalise(arguments: Sequence[str]) -> list[str]:
+    """`--group-size` as `--group_size`; typographic dashes, as pasted from web pages, are named."""
+    result = []
+    for word in arguments:
+        if word[:1] in "\u2013\u2014" and len(word) > 1:
+            raise UserError(f"argument {word} starts with a long dash: write --{word.lstrip(chr(0x2013) + chr(0x2014))}")
+        head, equals, tail = word.partition("=")
+        result.append(head.replace("-", "_").replace("__", "--", 1) + equals + tail if word.startswith("--") else word)
+    return result
+
+
+def quantize_command(arguments: Sequence[str]) -> int:
+    """Quantize and export."""
+    recipe, _ = parse_recipe(arguments, "auto-round-mllm")
+    from auto_mmround.console import quantize_with_progress
+
+    return quantize_with_progress(recipe)
+
+
+def plan_command(arguments: Sequence[str]) -> int:
+    """Print the plan and stop."""
+    recipe, _ = parse_recipe(arguments, "auto-round-mllm plan")
+    from auto_mmround.console import show_plan
+
+    return show_plan(recipe)
+
+
+def parse_recipe(arguments: Sequence[str], prog: str) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe of a command line: a file, if one is given first, under the flags."""
+    parser = Parser(
+        prog=prog,
+        description="Quantize a multimodal model to 2-8 bits and export it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe_file", nargs="?", metavar="recipe.toml", help="a recipe file (.toml, .yaml)")
+    parser.add_argument("--version", action="version", version=f"auto_mmround {__version__}")
+    for mode, package in (("eval", "VLMEvalKit"), ("lmms", "lmms-eval")):
+        parser.add_argument(f"--{mode}", action="store_true", help=f"{package}: not built yet, see `eval`")
+    add_recipe_flags(parser)
+    found = parser.parse_args(normalise(arguments))
+    given = {key: value for key, value in vars(found).items() if key not in ("recipe_file", "eval", "lmms")}
+    if found.eval or found.lmms:
+        raise UserError("--eval and --lmms (outside harnesses) are not built yet; use `auto-round-mllm eval`")
+    file = found.recipe_file
+    if file and not Path(file).suffix:
+        near = difflib.get_close_matches(file, COMMANDS, n=1)
+        raise UserError(f"unknown command {file!r}; {f'did you mean {near[0]}?' if near else f'see {prog} -h'}")
+    base = from_mapping(read(file), f"recipe file {file}") if file else Recipe()
+    return to_recipe(given, base), found
+
+
+def eval_command(arguments: Sequence[str]) -> int:
+    """Measure a model, alone or against a reference."""
+    parser = Parser(prog="auto-round-mllm eval", description=eval_command.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder of a model or of a checkpoint of ours, or demo")
+    parser.add_argument("--reference", help="the model before quantization: adds KL and agreement")
+    parser.add_argument("--dataset", default="demo-heldout", help="text rows or conversations (default: demo-heldout)")
+    parser.add_argument("--extra_data_dir", help="where the media lie")
+    parser.add_argument("--template", help="chat template, as for quantizing")
+    parser.add_argument("--limit", type=int, default=None, help="at most so many samples")
+    parser.add_argument("--device", default="0")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    found = parser.parse_args(normalise(arguments))
+    from auto_mmround.console import evaluate_and_show
+
+    return evaluate_and_show(found)
+
+
+def formats_command(arguments: Sequence[str]) -> int:
+    """List the export formats."""
+    Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(arguments)
+    from auto_mmround.console import show_formats
+
+    return show_formats()
+
+
+def families_command(arguments: Sequence[str]) -> int:
+    """List the model families."""
+    Parser(prog="auto-round-mllm families", description=families_command.__doc__).parse_args(arguments)
+    from auto_mmround.console import show_families
+
+    return show_families()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "plan": plan_command,
+    "eval": eval_command,
+    "formats": formats_command,
+    "families": families_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 our fault, 2 the user's input is wrong (one line on standard error)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("auto_mmround").setLevel(logging.INFO)
+    try:
+        command = COMMANDS.get(words[0]) if words else None
+        return command(words[1:]) if command else quantize_command(words)
+    except UserError as error:
+        print(f"auto-round-mllm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("auto-round-mllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.close(sys.stdout.fileno())
+        return 0

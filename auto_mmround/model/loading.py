@@ -1,0 +1,144 @@
+"""Load a model with what belongs to it, and map module names to the names in its files."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from auto_mmround.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+          "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made in memory)."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    processor: Any
+    source: Path | None
+
+
+def find_folder(name: str, offline: bool = False) -> Path:
+    """The local folder of a model: `demo`, a folder, or a hub name (downloaded, or taken from the hub's cache).
+
+    offline: look in the cache only.
+    Raises UserError if there is none, or if it holds no configuration or no safetensors weights.
+    """
+    folder = DEMO if name == "demo" else Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(f"model {name}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct")
+        folder = _from_hub(name, offline)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {name}: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model {name}: the folder has no .safetensors weights; other weight files are not read")
+    return folder
+
+
+def _from_hub(name: str, offline: bool) -> Path:
+    unread = ["*.bin", "*.pt", "*.pth", "*.onnx*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=unread, local_files_only=offline))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, ConnectionError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(
+            f"model {name}: not in the local cache and the hub can't be read ({reason}); "
+            "give a local folder, or --model demo for the model that ships with the project"
+        ) from None
+
+
+def load(
+    name: str, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
+) -> Loaded:
+    """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None keeps the files' dtype.
+
+    Raises UserError for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
+    model that is quantized already and for weights that don't fit the model's class.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"model_dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    folder = find_folder(name)
+    config = read_config(folder, remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model {name} is quantized already; give the original weights")
+    cls = model_class(config)
+    try:
+        model, info = cls.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype] if dtype else "auto",
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"model {name} can't be loaded: {' '.join(str(error).split())[:400]}") from None
+    absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
+    if absent:
+        raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
+    model = model.to(device).eval().requires_grad_(False)
+    processor = load_processor(folder, remote_code)
+    tokenizer = getattr(processor, "tokenizer", None) or AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=remote_code
+    )
+    return Loaded(model, tokenizer, processor, folder)
+
+
+def read_config(folder: Path, remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint folder; UserError if it needs code that is not allowed to run."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+def model_class(config: Any) -> Any:
+    """The class that the configuration names, or the auto class that its remote code registers."""
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
+    remote = getattr(config, "auto_map", None) or {}
+    for name in AUTO_CLASSES:
+        if name in remote:
+            return getattr(transformers, name)
+    raise UserError(f"architecture {config.architectures}: unknown to transformers {transformers.__version__}")
+
+
+def load_processor(folder: Path, remote_code: bool = False) -> Any:
+    """The processor of a multimodal folder, None where there is none."""
+    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote_code)
+    return processor if hasattr(processor, "tokenizer") else None
+
+
+def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of the parameter in the model -> key in the checkpoint, for keys that hold exactly one parameter.
+
+    Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same tables are applied
+    here. Keys that are fused or split on the way are left out.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    own = dict.fromkeys(model.state_dict())
+    meta = dict.fromkeys(own, True)
+    names = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if converted is None and name in own:
+            names[name] = key
+    return names

@@ -1,0 +1,143 @@
+"""One checkpoint folder of a run: packed blocks as they come, then everything else, `config.json` last."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files
+from auto_mmround.export.formats import Format, Layout
+from auto_mmround.model.loading import parameter_names
+from auto_mmround.numerics.grids import Codes
+from auto_mmround.recipe.recipe import Recipe, to_toml
+from auto_mmround.run.plan import Plan
+
+
+class Names:
+    """Parameter names of a model and keys of its checkpoint. Without a source folder: as Transformers would save."""
+
+    def __init__(self, model: PreTrainedModel, source: Path | None):
+        self.model = model
+        self.files: dict[str, Path] = {}
+        if source is not None:
+            for path in sorted(source.glob("*.safetensors")):
+                with safe_open(path, "pt") as file:
+                    self.files |= dict.fromkeys(file.keys(), path)
+        self.keys = parameter_names(model, self.files)
+        self.parameters = {key: name for name, key in self.keys.items()}
+
+    def key(self, parameter: str) -> str:
+        """The checkpoint's key of a parameter."""
+        if parameter not in self.keys:
+            placeholder = {parameter: torch.empty(0)}
+            self.keys[parameter] = next(iter(revert_weight_conversion(self.model, placeholder)))
+        return self.keys[parameter]
+
+    def module(self, name: str) -> str:
+        """The checkpoint's name of a module that has a weight."""
+        return self.key(f"{name}.weight").removesuffix(".weight")
+
+    def unchanged(self, without: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) of everything but the parameters ``without``.
+
+        From the source as stored, bit for bit, unless the model in memory holds something else by now.
+        """
+        state = self.model.state_dict()
+        for path in sorted(set(self.files.values())):
+            with safe_open(path, "pt") as file:
+                for key in sorted(file.keys()):
+                    parameter = self.parameters.get(key)
+                    if parameter in without:
+                        continue
+                    stored = file.get_tensor(key)
+                    yield key, stored if parameter is None else _newest(stored, state[parameter])
+        if not self.files:
+            yield from self._from_memory(without, state)
+
+    def _from_memory(self, without: set[str], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()  # tied weights are stored once
+        kept = {}
+        for name, tensor in state.items():
+            if name not in without and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                kept[name] = tensor.cpu().contiguous()
+        yield from revert_weight_conversion(self.model, kept).items()
+
+
+def _newest(stored: Tensor, current: Tensor) -> Tensor:
+    current = current.cpu()
+    same = stored.shape == current.shape and torch.equal(stored.to(current.dtype), current)
+    return stored if same or stored.shape != current.shape else current.to(stored.dtype)
+
+
+def folder_name(model: str, recipe: Recipe, format_name: str) -> str:
+    """`<model>-w4g128-<format>`; a colon, which some file systems refuse, becomes a dash."""
+    stem = Path(model.rstrip("/")).name or "model"
+    return f"{stem}-w{recipe.bits}g{recipe.group_size}-{format_name.replace(':', '-')}"
+
+
+class Output:
+    """Writes one checkpoint; nothing is visible under its final name before `finish`."""
+
+    def __init__(self, fmt: Format, out: Path, names: Names, plan: Plan, overwrite: bool = False):
+        self.fmt, self.out, self.names, self.plan = fmt, out, names, plan
+        self.made = [folder for folder in out.parents if not folder.exists()]
+        self.partial = begin(out, overwrite)
+        self.writer = ShardWriter(self.partial)
+
+    def discard(self) -> None:
+        """Remove what was written so far, and the folders above it that were made for it."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for folder in self.made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def add(self, codes: Mapping[str, Codes]) -> None:
+        """Pack the weights of a finished block."""
+        for name, weight in codes.items():
+            self.writer.add(self.fmt.pack(self.names.module(name), weight))
+
+    def finish(
+        self,
+        recipe: Recipe,
+        source: Path | None,
+        journal: Mapping[str, Any],
+        *,
+        tokenizer: Any = None,
+        processor: Any = None,
+    ) -> Path:
+        """Unchanged tensors, side files, recipe, journal and configuration; then the folder gets its name."""
+        model = self.names.model
+        for key, tensor in self.names.unchanged({f"{name}.weight" for name in self.plan.quantized}):
+            self.writer.add({key: tensor})
+        self.writer.finish()
+        write_side_files(
+            source, self.partial, tokenizer=tokenizer, processor=processor, generation_config=model.generation_config
+        )
+        (self.partial / "recipe.toml").write_text(to_toml(recipe))
+        (self.partial / "run.json").write_text(json.dumps(journal, indent=1, ensure_ascii=False) + "\n")
+        layout = Layout(
+            quantized=self.plan.quantized,
+            kept=list(self.plan.kept),
+            blocks=[stage.path for stage in self.plan.stages],
+            checkpoint_name=self.names.module,
+            default=recipe.scheme,
+            details={"iters": recipe.iters if recipe.tunes else 0, "algorithm": recipe.algorithm},
+        )
+        write_config(self.partial, _config(model, source), self.fmt.config(layout))
+        commit(self.partial, self.out)
+        return self.out
+
+
+def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
+    if source is not None:
+        return json.loads((source / "config.json").read_text())
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return config | {"architectures": [type(model).__name__]}

@@ -1,0 +1,176 @@
+"""Every linear weight of the model: how it will be stored, or why it stays as it is."""
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.export.formats import Format
+from auto_mmround.model.structure import Stage, find_stages, linears, select_stages
+from auto_mmround.recipe.recipe import Recipe, matches
+from auto_mmround.recipe.schemes import Scheme
+
+# Weights that engines load as one matrix; their members must share a scheme.
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+OVERRIDES = ("bits", "group_size", "sym")
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One linear weight. Exactly one of ``scheme`` and ``reason`` is set; ``block`` is None outside the blocks."""
+
+    name: str
+    out_features: int
+    in_features: int
+    block: str | None
+    scheme: Scheme | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """stages: those to quantize, in forward order. formats: what will be written."""
+
+    stages: tuple[Stage, ...]
+    weights: tuple[WeightPlan, ...]
+    formats: tuple[Format, ...]
+
+    @property
+    def quantized(self) -> dict[str, Scheme]:
+        """Module name -> scheme of the weights that will be quantized."""
+        return {w.name: w.scheme for w in self.weights if w.scheme}
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Module name -> reason of the linear weights that stay."""
+        return {w.name: w.reason for w in self.weights if w.reason}
+
+    def of_block(self, block: str) -> list[WeightPlan]:
+        """The weights of a block that will be quantized."""
+        return [w for w in self.weights if w.block == block and w.scheme]
+
+    def bits_per_weight(self) -> float:
+        """Average over the quantized weights, scales (16 bits) and zero points included."""
+        bits = count = 0.0
+        for weight in self.weights:
+            if weight.scheme:
+                scheme = weight.scheme
+                group = weight.in_features if scheme.group_size == -1 else scheme.group_size
+                size = weight.out_features * weight.in_features
+                count += size
+                bits += size * (scheme.bits + (16 + scheme.bits) / group)
+        return bits / max(count, 1)
+
+
+def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
+    """Decide for every linear layer. Raises UserError for patterns that match nothing, for overrides that contradict
+    each other or the formats, and when no weight is left to quantize."""
+    stages = find_stages(model)
+    chosen = select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
+    layers = dict(linears(model))
+    keep = [part.strip() for part in recipe.fp_layers.split(",") if part.strip()]
+    overrides = recipe.layer_config or {}
+    for pattern in [*keep, *overrides]:
+        if not any(matches(pattern, name) for name in layers):
+            raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, layers)}")
+    blocks = [block for stage in chosen for block in stage.blocks]
+    wanted = [formats.get(name) for name in recipe.formats]
+    if not wanted:
+        raise UserError("format is empty: name at least one export format")
+    # First without formats, to know the schemes by which `auto_round` chooses its packing.
+    weights = [_decide(model, name, layer, blocks, keep, overrides, recipe) for name, layer in layers.items()]
+    schemes = {w.scheme for w in weights if w.scheme}
+    targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
+    weights = [_hold(weight, targets) for weight in weights]
+    if not any(w.scheme for w in weights):
+        reasons = Counter(w.reason for w in weights if w.block and w.reason)
+        reason = reasons.most_common(1)[0][0] if reasons else "no linear layer in the chosen blocks"
+        raise UserError(f"nothing to quantize: {reason}")
+    _check_fused(weights)
+    return Plan(tuple(chosen), tuple(weights), tuple(targets))
+
+
+def _decide(
+    model: PreTrainedModel,
+    name: str,
+    layer: Any,
+    blocks: Sequence[str],
+    keep: Sequence[str],
+    overrides: dict[str, dict[str, Any]],
+    recipe: Recipe,
+) -> WeightPlan:
+    shape = tuple(layer.weight.shape)
+    out_features, in_features = reversed(shape) if isinstance(layer, Conv1D) else shape
+    block = next((b for b in blocks if name.startswith(b + ".")), None)
+    scheme: Scheme | None = recipe.scheme
+    reason = next((f"kept by the pattern {pattern!r}" for pattern in keep if matches(pattern, name)), None)
+    if reason is None and block is None:
+        reason = _outside(model, layer, recipe)
+    for pattern, options in overrides.items():
+        if reason is None and matches(pattern, name):
+            scheme = override(scheme or recipe.scheme, options, pattern)
+            reason = f"kept by layer_config {pattern!r}" if scheme is None else None
+    if scheme is not None and not scheme.sym:
+        scheme = replace(scheme, min_zero=formats.min_zero(recipe.formats, scheme))
+    return WeightPlan(name, out_features, in_features, block, None if reason else scheme, reason)
+
+
+def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
+    if layer is not model.get_output_embeddings():
+        return "outside the quantized blocks"
+    if model.get_input_embeddings().weight is layer.weight:
+        if recipe.quant_lm_head:
+            raise UserError("quant_lm_head: the output head shares its weight with the input embedding; leave it off")
+        return "tied to the input embedding"
+    return None if recipe.quant_lm_head else "output head"
+
+
+def override(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:
+    """The scheme with a layer_config entry's bits, group_size and sym; None for 16 bits or more, which means keep."""
+    for key in options:
+        if key not in (*OVERRIDES, "data_type"):
+            near = difflib.get_close_matches(key, OVERRIDES, n=1)
+            raise UserError(f"layer_config {where!r}: unknown key {key!r}; known: {', '.join(near or OVERRIDES)}")
+    bits = options.get("bits", scheme.bits)
+    if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
+        raise UserError(f"layer_config {where!r}: bits = {bits!r}, possible are 2 to 8, or 16 to keep the layer")
+    if bits >= 16:
+        return None
+    return replace(scheme, **{key: value for key, value in options.items() if key in OVERRIDES})
+
+
+def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
+    if weight.scheme is None:
+        return weight
+    for target in targets:
+        problem = target.check(weight.scheme, weight.out_features, weight.in_features)
+        if problem:
+            return replace(weight, scheme=None, reason=f"{target.name} {problem}")
+    return weight
+
+
+def _check_fused(weights: Sequence[WeightPlan]) -> None:
+    members: dict[tuple[str, int], dict[str, Scheme | None]] = {}
+    for weight in weights:
+        parent, _, leaf = weight.name.rpartition(".")
+        for i, group in enumerate(FUSED):
+            if weight.block and leaf in group:
+                members.setdefault((parent, i), {})[leaf] = weight.scheme
+    for (parent, _), found in members.items():
+        if len(set(found.values())) > 1:
+            raise UserError(
+                f"{parent}: engines load {', '.join(sorted(found))} as one matrix, so they must share a scheme; "
+                "name all of them in fp_layers or layer_config"
+            )
+
+
+def _nearest(pattern: str, names: Any) -> str:
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()} | set(names))
+    near = difflib.get_close_matches(pattern.removeprefix("re:"), parts, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(near)}" if near else f"names look like {next(iter(names), '')}"
