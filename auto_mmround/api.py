@@ -61,7 +61,7 @@ class AutoRoundMLLM:
         model = self.loaded.model
         model.eval().requires_grad_(False)
         if self.recipe.device != "0":
-            model.to(devices.resolve(self.recipe.device))
+            model.to(devices.resolve(self.recipe.device))  # type: ignore[arg-type]
         job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
         codes: dict[str, Codes] = {}
         blocks = quantize(model, job.recipe, job.plan, job.inputs, lambda block, found: codes.update(found), watcher)

@@ -99,6 +99,7 @@ NEGATED = {
     "disable_trust_remote_code": "trust_remote_code",
 }
 IGNORED = {"eval_bs": int}
+LONG_DASHES = ("\u2013", "\u2014")
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,8 +141,8 @@ def normalise(arguments: Sequence[str]) -> list[str]:
     """`--group-size` as `--group_size`; typographic dashes, as pasted from web pages, are named."""
     result = []
     for word in arguments:
-        if word[:1] in "\u2013\u2014" and len(word) > 1:
-            raise UserError(f"argument {word} starts with a long dash: write --{word.lstrip(chr(0x2013) + chr(0x2014))}")
+        if word.startswith(LONG_DASHES):
+            raise UserError(f"argument {word} starts with a long dash: write --{word.lstrip(''.join(LONG_DASHES))}")
         head, equals, tail = word.partition("=")
         result.append(head.replace("-", "_").replace("__", "--", 1) + equals + tail if word.startswith("--") else word)
     return result
@@ -194,7 +195,9 @@ def eval_command(arguments: Sequence[str]) -> int:
     parser = Parser(prog="auto-round-mllm eval", description=eval_command.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder of a model or of a checkpoint of ours, or demo")
     parser.add_argument("--reference", help="the model before quantization: adds KL and agreement")
-    parser.add_argument("--dataset", default="demo-heldout", help="text rows or conversations (default: demo-heldout)")
+    parser.add_argument(
+        "--dataset", default="demo", help="rows to measure on; demo: the held-out set of the demo model"
+    )
     parser.add_argument("--extra_data_dir", help="where the media lie")
     parser.add_argument("--template", help="chat template, as for quantizing")
     parser.add_argument("--limit", type=int, default=None, help="at most so many samples")
@@ -234,7 +237,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 our fault, 2 the user's input is wrong (one line on standard error)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("auto_mmround").setLevel(logging.INFO)
     try:
         command = COMMANDS.get(words[0]) if words else None

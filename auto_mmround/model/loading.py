@@ -91,10 +91,7 @@ def load(
         raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
     model = model.to(device).eval().requires_grad_(False)
     processor = load_processor(folder, remote_code)
-    tokenizer = getattr(processor, "tokenizer", None) or AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=remote_code
-    )
-    return Loaded(model, tokenizer, processor, folder)
+    return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder)
 
 
 def read_config(folder: Path, remote_code: bool = False) -> Any:
@@ -123,6 +120,12 @@ def load_processor(folder: Path, remote_code: bool = False) -> Any:
         return None
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote_code)
     return processor if hasattr(processor, "tokenizer") else None
+
+
+def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> Any:
+    """The processor's tokenizer, or the folder's own."""
+    found = getattr(processor, "tokenizer", None)
+    return found or AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,44 @@
+"""Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized weights."""
+
+from pathlib import Path
+
+import torch
+
+from auto_mmround.errors import UserError
+from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint
+from auto_mmround.model.loading import DTYPES, Loaded, load, load_processor, load_tokenizer, model_class, read_config
+
+
+def from_quantized(
+    folder: str | Path, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
+) -> Loaded:
+    """Load a quantized checkpoint without any engine: packed weights are decoded, the rest is as stored.
+
+    dtype: of all weights; None is the configuration's. Raises UserError for a folder that can't be read, or whose
+    tensors don't fit the model exactly.
+    """
+    folder = Path(folder)
+    config = read_config(folder, remote_code)
+    config.quantization_config = None
+    del config.quantization_config
+    wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
+    state = dict(dequantized_state_dict(folder, wanted))
+    model, info = model_class(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=remote_code
+    )
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
+    processor = load_processor(folder, remote_code)
+    tokenizer = load_tokenizer(folder, processor, remote_code)
+    return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
+
+
+def load_any(
+    name: str, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
+) -> Loaded:
+    """A plain model, or a quantized checkpoint decoded by `from_quantized`."""
+    folder = Path(name)
+    if folder.is_dir() and read_checkpoint(folder).quantization_config is not None:
+        return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code)
+    return load(name, dtype=dtype, device=device, remote_code=remote_code)

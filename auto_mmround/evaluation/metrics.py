@@ -1,0 +1,132 @@
+"""How much of a model is left: perplexity, KL to the reference by modality, agreement, answer accuracy.
+
+Everything comes from one teacher-forced forward pass a sample. An answer counts as right when every token of it, the
+closing one included, is the most likely one; greedy decoding gives exactly the same verdict, since it agrees with
+teacher forcing up to the first wrong token.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput
+
+
+@dataclass
+class Metrics:
+    """Sums over samples; the properties are the figures. kl is in nats a token, by modality of the position."""
+
+    tokens: int = 0
+    log_loss: float = 0.0
+    answers: int = 0
+    right: int = 0
+    positions: dict[str, int] = field(default_factory=dict)
+    kl_sum: dict[str, float] = field(default_factory=dict)
+    agreed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean log loss over plain text (over answers, where there is no plain text)."""
+        return float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp()) if self.tokens else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of answers that greedy decoding gives exactly."""
+        return self.right / self.answers if self.answers else None
+
+    @property
+    def kl(self) -> dict[str, float]:
+        """Mean KL(reference || model) by modality."""
+        return {name: total / self.positions[name] for name, total in self.kl_sum.items()}
+
+    @property
+    def agreement(self) -> dict[str, float]:
+        """Share of positions at which both find the same token most likely, by modality."""
+        return {name: count / self.positions[name] for name, count in self.agreed.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain figures for JSON."""
+        figures = {"perplexity": self.perplexity, "accuracy": self.accuracy, "answers": self.answers}
+        return figures | {"kl": self.kl, "agreement": self.agreement, "positions": self.positions}
+
+
+Precision = Callable[[], AbstractContextManager]
+
+
+def logits_of(model: Any, kwargs: Mapping[str, Any], precision: Precision = nullcontext) -> Tensor:
+    """Float32 logits (T, vocabulary) of one sample."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    moved = {
+        key: value.to(model.device, dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in kwargs.items()
+    }
+    with torch.inference_mode(), precision():
+        return model(**moved, use_cache=False).logits[0].float()
+
+
+def measure(
+    models: Sequence[Any],
+    inputs: Iterable[ModelInput],
+    *,
+    reference: Any = None,
+    precision: Precision = nullcontext,
+    on_sample: Callable[[int], None] = lambda i: None,
+) -> list[Metrics]:
+    """Figures of several models over the same samples, with KL where a ``reference`` model is given.
+
+    The reference runs once a sample for all of them.
+    """
+    inputs = list(inputs)
+    plain_text = any(bool(sample.answer_T.all()) for sample in inputs)
+    found = [Metrics() for _ in models]
+    for i, sample in enumerate(inputs):
+        teacher = None if reference is None else logits_of(reference, sample.kwargs, precision).log_softmax(-1)
+        for model, metrics in zip(models, found, strict=True):
+            scores = logits_of(model, sample.kwargs, precision).log_softmax(-1)
+            _add_sample(metrics, scores, teacher, sample, plain_text)
+        on_sample(i)
+    return found
+
+
+def _add_sample(metrics: Metrics, scores_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput, text: bool) -> None:
+    ids_T = sample.kwargs["input_ids"][0].to(scores_TV.device)
+    answer_T = sample.answer_T.to(scores_TV.device)
+    is_text = bool(answer_T.all())
+    best_T = scores_TV.argmax(-1)
+    wanted = answer_T[1:]
+    if is_text == text:
+        losses = -scores_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
+        metrics.log_loss += losses[wanted].double().sum().item()
+        metrics.tokens += int(wanted.sum())
+    if not is_text:
+        hits = best_T[:-1] == ids_T[1:]
+        for start, end in _runs(wanted.tolist()):
+            metrics.answers += 1
+            metrics.right += bool(hits[start:end].all())
+    if teacher_TV is not None:
+        kl_T = (teacher_TV.exp() * (teacher_TV - scores_TV)).sum(-1)
+        same_T = best_T == teacher_TV.argmax(-1)
+        for code in sample.modality_T.unique().tolist():
+            if code == PAD:
+                continue
+            here, name = sample.modality_T.to(kl_T.device) == code, MODALITIES[code]
+            metrics.positions[name] = metrics.positions.get(name, 0) + int(here.sum())
+            metrics.kl_sum[name] = metrics.kl_sum.get(name, 0.0) + kl_T[here].double().sum().item()
+            metrics.agreed[name] = metrics.agreed.get(name, 0) + int(same_T[here].sum())
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """(start, end) of every run of True."""
+    start = None
+    for i, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            yield start, i
+            start = None

@@ -1,0 +1,43 @@
+"""Samples to measure on: whole conversations and texts, untouched by calibration's choices."""
+
+from pathlib import Path
+from typing import Any
+
+from auto_mmround.calibration import batches
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.model.loading import DEMO, Loaded
+from auto_mmround.run.job import template_for
+
+HELD_OUT = DEMO.parent / "heldout"
+MANY = 10**9
+
+
+def held_out(
+    loaded: Loaded,
+    dataset: str,
+    *,
+    template: str | None = None,
+    extra_data_dir: str | None = None,
+    limit: int | None = None,
+    seqlen: int = 4096,
+) -> list[ModelInput]:
+    """Model inputs for a dataset argument; `demo` is the held-out set of the demo model, not its calibration set.
+
+    limit: at most so many samples of each file. Raises UserError as calibration does.
+    """
+    parts: list[Any] = [HELD_OUT / "text.jsonl", HELD_OUT / "vqa.json"] if dataset == "demo" else [dataset]
+    inputs: list[ModelInput] = []
+    for part in parts:
+        made, _ = batches.build(
+            part,
+            tokenizer=loaded.tokenizer,
+            processor=loaded.processor,
+            template=template_for(loaded.model, template),
+            config=loaded.model.config,
+            nsamples=limit or MANY,
+            seqlen=seqlen,
+            truncation=False,
+            extra_data_dir=extra_data_dir or (str(part.parent) if isinstance(part, Path) else None),
+        )
+        inputs += made
+    return inputs
