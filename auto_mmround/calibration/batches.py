@@ -1,0 +1,205 @@
+"""Samples to model inputs for a run: which samples of which set, and an honest count of what became of them."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from auto_mmround.calibration import media
+from auto_mmround.calibration.datasets import Rows, load_rows
+from auto_mmround.calibration.inputs import MODALITIES, Encoder, ModelInput
+from auto_mmround.calibration.processor import chat_owner, get_processor
+from auto_mmround.calibration.rows import BadSample, Sample
+from auto_mmround.calibration.template import Template
+from auto_mmround.errors import UserError
+
+log = logging.getLogger("auto_mmround")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the samples. skipped: reason -> ids. tokens: modality -> number, over the used samples."""
+
+    asked: int
+    used: int
+    short: int
+    skipped: Mapping[str, tuple[str, ...]]
+    tokens: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """One paragraph for the log."""
+        tokens = ", ".join(f"{count:,} {name}" for name, count in self.tokens.items())
+        parts = [f"calibration: {self.used} of {self.asked} samples asked for, tokens: {tokens or 'none'}"]
+        if self.short:
+            parts.append(f"{self.short} of them shorter than seqlen, taken since there were too few full ones")
+        for reason, ids in self.skipped.items():
+            named = ", ".join(ids[:3]) + (", .." if len(ids) > 3 else "")
+            parts.append(f"skipped as {reason}: {len(ids)} ({named})")
+        return "; ".join([*parts, *self.notes])
+
+
+# Not the user's mistake, so never a reason to stop: such samples are left out and counted.
+GENTLE = ("too short", "repetitive", "plain text with a media placeholder", "media longer than seqlen")
+
+
+class Tally:
+    """Counts skipped samples by reason; raises instead where the user asked to stop at bad ones."""
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self.skipped: dict[str, list[str]] = {}
+
+    def attempt(self, label: str, make: Callable[[Any], T], argument: Any) -> T | None:
+        """make(argument), or None for a bad sample, which is counted."""
+        try:
+            return make(argument)
+        except BadSample as error:
+            gentle = error.reason in GENTLE
+            if self.stop and not gentle:
+                raise UserError(f"{error} (on_bad_sample=skip leaves such samples out)") from error
+            log.log(logging.DEBUG if gentle else logging.WARNING, "skipped: %s", error)
+            self.skipped.setdefault(error.reason, []).append(label)
+            return None
+
+
+def shares(nsamples: int, sets: Sequence[Rows]) -> tuple[list[int], tuple[str, ...]]:
+    """How many samples each set gives: its `num`, the rest of nsamples evenly over the others, smallest set first."""
+    fixed = sum(rows.source.num or 0 for rows in sets)
+    given = [rows.source.num or 0 for rows in sets]
+    notes: tuple[str, ...] = ()
+    if fixed > nsamples:
+        ends = [sum(given[: i + 1]) * nsamples // fixed for i in range(len(given))]
+        given = [end - start for start, end in zip([0, *ends], ends)]
+        notes = (f"num= adds up to {fixed}, more than nsamples {nsamples}: scaled down",)
+    left = nsamples - fixed
+    free = sorted((i for i, rows in enumerate(sets) if rows.source.num is None), key=lambda i: len(sets[i]))
+    for done, i in enumerate(free):
+        share = max(0, -(-left // (len(free) - done)))
+        given[i] = share if sets[i].source.concat else min(share, len(sets[i]))
+        left -= given[i]
+    return given, notes
+
+
+def packed(rows: Rows, tokenizer: Any, seqlen: int, wanted: int, order: Iterator[int]) -> Rows:
+    """The `concat` option: texts one after the other, EOS between them, cut into samples of exactly seqlen tokens."""
+    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    opening = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    stream: list[int] = []
+    for index in order:
+        text = rows.sample(index).text
+        if text is None:
+            raise UserError(f"dataset {rows.source.name!r}: concat is for plain text rows")
+        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + ([] if eos is None else [eos])
+        if len(stream) >= wanted * (seqlen - len(opening)):
+            break
+    body = seqlen - len(opening)
+    samples = [
+        Sample(f"{rows.name}#concat{i}", input_ids=torch.tensor(opening + stream[i * body : (i + 1) * body]))
+        for i in range(min(wanted, len(stream) // body))
+    ]
+    return Rows(rows.source, samples, name=rows.name)
+
+
+def pick(rows: Rows, wanted: int, encode: Encoder, tally: Tally, seed: int) -> tuple[list[ModelInput], int]:
+    """At most `wanted` inputs of one set, in its order, and how many of them (the last ones) are shorter than seqlen.
+
+    A set with more rows than wanted is sampled by seed. Plain text must fill seqlen; shorter ones (at least MIN_TOKENS)
+    follow only if too few do. Conversations are taken as long as they are.
+    """
+    order: list[int] = list(range(len(rows)))
+    if len(rows) > wanted:
+        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    if rows.source.concat:
+        rows = packed(rows, encode.tokenizer, encode.seqlen, wanted, iter(order))
+        order = list(range(len(rows)))
+    full: dict[int, ModelInput] = {}
+    short: dict[int, ModelInput] = {}
+    later: list[tuple[int, Sample]] = []
+    for index in order:
+        if len(full) == wanted:
+            break
+        sample = tally.attempt(f"{rows.name}#{index}", rows.sample, index)
+        # A text can't have more tokens than bytes, bar a few special ones: no need to tokenise it yet.
+        if sample is not None and sample.text is not None and len(sample.text.encode()) + 8 < encode.seqlen:
+            later.append((index, sample))
+        elif sample is not None:
+            made = tally.attempt(sample.id, encode, sample)
+            if (
+                made is not None
+                and not sample.messages
+                and len(made.modality_T) < encode.seqlen
+                and sample.inputs is None
+            ):
+                later.append((index, sample))
+            elif made is not None:
+                full[index] = made
+    for index, sample in later:
+        if len(full) + len(short) == wanted:
+            break
+        made = tally.attempt(sample.id, encode.long_enough, sample)
+        if made is not None:
+            short[index] = made
+    return [full[i] for i in sorted(full)] + [short[i] for i in sorted(short)], len(short)
+
+
+def build(
+    dataset: Any,
+    *,
+    tokenizer: Any,
+    processor: Any = None,
+    template: Template,
+    config: Any = None,
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    truncation: bool = True,
+    seed: int = 42,
+    image_processor: Any = None,
+    extra_data_dir: Any = None,
+    allow_url: bool = False,
+    processor_name: str | None = None,
+    prompt: bool = False,
+    on_bad_sample: str = "error",
+) -> tuple[list[ModelInput], Report]:
+    """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what became of the rows.
+
+    truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the opening of the last
+    answer. on_bad_sample: "error" raises at the first damaged, missing or malformed one, "skip" counts them.
+    Raises UserError for wrong arguments or when no sample can be used.
+    """
+    if on_bad_sample not in ("error", "skip"):
+        raise UserError(f"on_bad_sample must be error or skip, not {on_bad_sample!r}")
+    if nsamples < 1 or seqlen < 1:
+        raise UserError(f"nsamples ({nsamples}) and seqlen ({seqlen}) must be at least 1")
+    family = get_processor(processor_name, template)(tokenizer, processor, image_processor, config)
+    roots = media.parse_roots(extra_data_dir, allow_url)
+    encode = Encoder(tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt)
+    sets = load_rows(dataset)
+    given, notes = shares(nsamples, sets)
+    tally = Tally(on_bad_sample == "error")
+    inputs: list[ModelInput] = []
+    short = 0
+    for rows, wanted in zip(sets, given, strict=True):
+        made, few = pick(rows, wanted, encode, tally, seed)
+        inputs, short = inputs + made, short + few
+    asked = nsamples if any(rows.source.num is None for rows in sets) else sum(given)
+    skipped = {reason: tuple(ids) for reason, ids in tally.skipped.items()}
+    chats = any(not bool(made.answer_T.all()) for made in inputs)
+    if chats and not template.extra_encode and chat_owner(tokenizer, processor) is None:
+        notes += ("no chat template: the contents of a conversation are joined as they are",)
+    counts = Counter(MODALITIES[kind] for made in inputs for kind in made.modality_T.tolist())
+    report = Report(asked, len(inputs), short, skipped, dict(counts), notes)
+    if not inputs:
+        raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")
+    log.log(logging.WARNING if report.used < report.asked else logging.INFO, "%s", report.text())
+    return inputs, report
+
+
+def _name(dataset: Any) -> str:
+    return repr(dataset) if isinstance(dataset, str) else "given"

@@ -1,0 +1,369 @@
+"""From a dataset's name to samples: the grammar, the named sets, local files and folders, rows of any accepted form.
+
+spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | concat | apply_template | ..
+"""
+
+import json
+import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
+from auto_mmround.calibration.template import did_you_mean
+from auto_mmround.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
+PROBE_SECONDS = 3.0
+STREAM_ROWS = 20_000  # read at most from an iterable that doesn't know its length
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of a mixture with its options."""
+
+    name: str
+    num: int | None = None
+    split: str | None = None
+    concat: bool = False
+    apply_template: bool = False
+    system_prompt: str | None = None
+
+    @property
+    def as_chat(self) -> bool:
+        return self.apply_template or self.system_prompt is not None
+
+    def spec(self) -> str:
+        """The text that `parse_source` reads back to this source."""
+        given = {key: value for key, value in vars(self).items() if key != "name" and value not in (None, False)}
+        return ":".join([self.name, *(f"{key}={value}" for key, value in given.items())])
+
+
+@dataclass(frozen=True)
+class Named:
+    """A set known by name. file: its JSON file in the repository; columns: joined to the text of a row."""
+
+    repo: str
+    file: str | None = None
+    columns: tuple[str, ...] = ()
+    remote: str = ""
+
+    @property
+    def multimodal(self) -> bool:
+        return self.file is not None
+
+
+COCO = "http://images.cocodataset.org/train2017/"
+LLAVA = "liuhaotian/LLaVA-Instruct-150K"
+NAMED = {
+    "NeelNanda/pile-10k": Named("NeelNanda/pile-10k"),
+    "madao33/new-title-chinese": Named("madao33/new-title-chinese", columns=("content",)),
+    "mbpp": Named("google-research-datasets/mbpp", columns=("text", "code")),
+    "liuhaotian/llava": Named(LLAVA, "conversation_58k.json", remote=COCO),
+    "liuhaotian/llava_conv_58k": Named(LLAVA, "conversation_58k.json", remote=COCO),
+    "liuhaotian/llava_instruct_80k": Named(LLAVA, "llava_instruct_80k.json", remote=COCO),
+    "liuhaotian/llava_instruct_150k": Named(LLAVA, "llava_instruct_150k.json", remote=COCO),
+}
+DEMO = {"demo-text": "text.jsonl", "demo-llava": "llava.json"}
+SHORT = {name.rpartition("/")[2]: name for name in NAMED}
+KNOWN = [*NAMED, *(short for short in SHORT if short not in NAMED), "demo", *DEMO]
+
+
+def _count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise UserError(f"dataset option num={value!r} must be a whole number of at least 1")
+    return int(value)
+
+
+def _flag(value: str) -> bool:
+    if value.lower() not in ("", "true", "false"):
+        raise UserError(f"dataset option value {value!r} must be true or false")
+    return value.lower() != "false"
+
+
+OPTIONS: Mapping[str, tuple[str, Any]] = {
+    "num": ("num", _count),
+    "split": ("split", str),
+    "concat": ("concat", _flag),
+    "apply_template": ("apply_template", _flag),
+    "apply_chat_template": ("apply_template", _flag),
+    "system_prompt": ("system_prompt", str),
+}
+
+
+def parse_source(text: str) -> Source:
+    """One `name:option:option`. A colon that no known option follows belongs to the name (URLs, drive letters)."""
+    name, values, last = "", {}, ""
+    for i, piece in enumerate(text.split(":")):
+        key, mark, value = piece.partition("=")
+        if i == 0:
+            name = piece.strip()
+        elif key.strip() in OPTIONS:
+            last = key.strip()
+            values[last] = value.strip()
+        elif (mark or did_you_mean(key.strip(), OPTIONS)) and re.fullmatch(r"\s*\w+\s*", key):
+            raise UserError(f"dataset {name!r}: unknown option {key.strip()!r}{did_you_mean(key.strip(), OPTIONS)}")
+        elif last:
+            values[last] += f":{piece}"
+        else:
+            name += f":{piece}"
+    if not name:
+        raise UserError(f"dataset {text!r} has no name")
+    return Source(name, **{OPTIONS[key][0]: OPTIONS[key][1](value) for key, value in values.items()})
+
+
+def parse_spec(spec: str) -> list[Source]:
+    """The sets of a dataset argument; an existing path is one set whatever signs it holds. `demo` becomes two."""
+    if not spec.strip():
+        raise UserError("the dataset is empty: name one, such as demo or a local .json file")
+    if spec not in KNOWN and Path(spec).exists():
+        return [Source(spec)]
+    sources = [parse_source(text) for text in spec.split(",") if text.strip()]
+    found = []
+    for source in sources:
+        halves = list(DEMO) if source.name == "demo" else [source.name]
+        shares = _shares(source.num, len(halves))
+        found += [Source(**{**vars(source), "name": name, "num": num}) for name, num in zip(halves, shares) if num != 0]
+    return found
+
+
+def _shares(num: int | None, parts: int) -> list[int | None]:
+    return [None] * parts if num is None else [num // parts + (i < num % parts) for i in range(parts)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one set; a Sample is made when it is asked for. Sequence of raw rows, and how to read them."""
+
+    source: Source
+    rows: Sequence[Any]
+    base: Path | None = None
+    remote: str = ""
+    columns: tuple[str, ...] = ()
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int) -> Sample:
+        """Raises BadSample when the row has no form that is known."""
+        row = self.rows[index]
+        if isinstance(row, Sample):
+            return row
+        label = f"{self.name}#{row.get('id') or index}" if isinstance(row, Mapping) else f"{self.name}#{index}"
+        if self.columns and isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in self.columns):
+            row = "\n".join(row[key] for key in self.columns)
+        try:
+            chat, system = self.source.as_chat, self.source.system_prompt
+            return parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+        except BadSample:
+            raise
+        except UserError as error:
+            raise BadSample("form", f"sample {label}: {error}") from error
+
+    def multimodal(self) -> bool:
+        """Whether any of the first rows carries media; rows of no known form are left to whoever uses them."""
+        for index in range(min(16, len(self))):
+            with suppress(BadSample):
+                if self.sample(index).has_media:
+                    return True
+        return False
+
+
+def _read_json(path: Path) -> list[Any]:
+    def parse(text: str, where: str) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"dataset {where} is not valid JSON: {error}") from error
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"dataset {path} can't be read: {error}") from error
+    if path.suffix == ".txt":
+        return [line for line in text.splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        return [parse(ln, f"{path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
+    data = parse(text, str(path))
+    if isinstance(data, Mapping):
+        if {"text", "input_ids", "conversations", "messages"} & set(data):
+            return [data]
+        values = list(data.values())
+        return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    if not isinstance(data, list):
+        raise UserError(f"dataset {path} must hold a list of rows")
+    return data
+
+
+class RawRows(Sequence[Any]):
+    """Rows of a table with its media as stored: our own readers decode them, with their bounds."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.table[index].to_pylist()[0]
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether a feature of `datasets`, or one inside it, would decode media by itself."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return any(map(_decodes, feature.values()))
+    return isinstance(feature, datasets.Image | datasets.Audio | datasets.Video) or (
+        hasattr(feature, "feature") and _decodes(feature.feature)
+    )
+
+
+def _load_dataset(path: str, *args: Any, **kwargs: Any) -> Sequence[Any]:
+    """datasets.load_dataset with its errors told in one line."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        table = datasets.load_dataset(path, *args, **kwargs)
+        return RawRows(table) if _decodes(table.features) else table
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError, OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"dataset {kwargs.get('data_files') or path} can't be loaded: {reason}") from error
+
+
+def _local(path: Path, source: Source) -> Rows:
+    """A file, or a folder: the files of our own forms in it, or a copy in the hub's layout (parquet, data/)."""
+    name = path.name
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"dataset {path}: expected a file ending in {', '.join(SUFFIXES)}")
+        if source.split:
+            raise UserError(f"dataset {path}: a single file has no splits, leave split={source.split} out")
+        if path.suffix == ".parquet":
+            rows = _load_dataset("parquet", data_files=str(path), split="train")
+        else:
+            rows = _read_json(path)
+        return Rows(source, rows, path.resolve().parent, name=name)
+    plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
+    layout = any(path.glob("*.parquet")) or (path / "data").is_dir() or any(path.glob("*/*.parquet"))
+    if source.split or layout:
+        rows = _load_dataset(str(path), split=source.split or "train")
+    elif plain:
+        rows = [row for file in plain for row in _read_json(file)]
+    else:
+        raise UserError(f"dataset folder {path} holds no {', '.join(SUFFIXES)} files")
+    return Rows(source, rows, path.resolve(), name=name)
+
+
+def hub_answers() -> bool:
+    """Whether the hub (or the proxy to it) takes a connection within PROBE_SECONDS; False in offline mode."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(host.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(host.hostname or ""):
+        host = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            socket.create_connection((host.hostname, host.port or 443), timeout=PROBE_SECONDS).close()
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    # A thread, since looking up a name has no time-out of its own.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return any(answers)
+
+
+def _hub(named: Named, source: Source) -> Rows:
+    """A set of the hub, or the copy in the hub's cache when there is no connection."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    online = hub_answers()
+    more: dict[str, Any] = {"remote": named.remote, "columns": named.columns, "name": source.name.rpartition("/")[2]}
+    try:
+        if named.file:
+            path = Path(hf_hub_download(named.repo, named.file, repo_type="dataset", local_files_only=not online))
+            return Rows(source, _read_json(path), path.parent, **more)
+        if online:
+            return Rows(source, _load_dataset(named.repo, split=source.split or "train"), **more)
+        folder = Path(snapshot_download(named.repo, repo_type="dataset", local_files_only=True))
+        return Rows(source, _local(folder, source).rows, folder, **more)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise UserError(
+            f"dataset {source.name!r}: the hub can't be reached and no copy is in its cache; "
+            "use --dataset demo or a local .json, .jsonl, .txt or .parquet file or folder"
+        ) from error
+    except HFValidationError as error:
+        raise UserError(f"dataset {source.name!r} is no file here and no valid name on the hub") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"dataset {source.name!r} can't be fetched: {str(error).splitlines()[0]}") from error
+
+
+def _rows(source: Source) -> Rows:
+    path = Path(source.name)
+    if source.name in DEMO:
+        folder = Path(str(resources.files("auto_mmround"))) / "demo" / "calibration"
+        return Rows(source, _read_json(folder / DEMO[source.name]), folder, name=source.name)
+    name = SHORT.get(source.name, source.name)
+    if name in NAMED and not path.exists():
+        return _hub(NAMED[name], source)
+    if path.exists():
+        return _local(path, source)
+    if path.suffix in SUFFIXES or path.is_absolute() or source.name.startswith((".", "~")):
+        raise UserError(f"dataset {source.name!r}: there is no such file or folder")
+    if source.name.count("/") != 1:
+        hint = did_you_mean(source.name, KNOWN)
+        names = ", ".join([*NAMED, "demo", *DEMO])
+        raise UserError(f"unknown dataset {source.name!r}{hint} (known: {names}, or a local file or folder)")
+    try:
+        return _hub(Named(source.name), source)
+    except UserError as error:
+        raise UserError(f"{error}{did_you_mean(source.name, KNOWN)}") from error
+
+
+def load_rows(dataset: Any) -> list[Rows]:
+    """The sets of a dataset argument: a spec, or a list, DataLoader or other iterable of rows.
+
+    Raises UserError for a name, file, option or form that isn't known, or a set without rows.
+    """
+    if isinstance(dataset, str | Path):
+        found = [_rows(source) for source in parse_spec(str(dataset))]
+    elif isinstance(dataset, Iterable):
+        items = islice(dataset, len(dataset) if isinstance(dataset, Sized) else STREAM_ROWS)
+        rows = [row for item in items for row in split_batch(item)]
+        found = [Rows(Source("given rows"), rows, Path.cwd(), name="row")]
+    else:
+        raise UserError(f"dataset must be a name, a path or a list of rows, not {type(dataset).__name__}")
+    for each in found:
+        if not len(each):
+            raise UserError(f"dataset {each.source.name!r} is empty")
+    return found
+
+
+def load_samples(dataset: Any, limit: int | None = None) -> list[Sample]:
+    """The first `limit` samples of a dataset argument (all without one), in its order; media not read yet.
+
+    Raises UserError (BadSample for a row whose form isn't known).
+    """
+    sets = load_rows(dataset)
+    every = (each.sample(i) for each in sets for i in range(min(len(each), each.source.num or len(each))))
+    return list(islice(every, limit))

@@ -1,0 +1,236 @@
+"""One sample to model inputs: read its media, encode, cut, and name the modality and the answers among its tokens."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+
+from auto_mmround.calibration import media
+from auto_mmround.calibration.processor import Processor, render
+from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
+from auto_mmround.calibration.template import Encoded, Template
+
+log = logging.getLogger("auto_mmround")
+
+TEXT, IMAGE, VIDEO, AUDIO, PAD = 0, 1, 2, 3, 4
+MODALITIES = ("text", "image", "video", "audio", "pad")
+# Where configurations (or their sub-configurations) keep the id of each kind's placeholder token.
+TOKEN_IDS = {
+    "image_token_id": IMAGE,
+    "image_token_index": IMAGE,
+    "img_token_id": IMAGE,
+    "media_placeholder_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "video_token_index": VIDEO,
+    "audio_token_id": AUDIO,
+    "audio_token_index": AUDIO,
+}
+# Outputs of a processor with one entry a token along dimension 1: they are cut together.
+PER_TOKEN = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "position_ids",
+    "cross_attention_mask",
+)
+MIN_TOKENS = 32
+CAUSES = (TemplateError, ValueError, IndexError)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """One sample as `model(**kwargs)` takes it: batch dimension 1, no padding.
+
+    modality_T: int8, TEXT .. PAD for each token. answer_T: bool, the token belongs to an assistant's answer (its
+    closing token too); all True for plain text and for conversations without an answer. T = tokens of the text model.
+    """
+
+    id: str
+    kwargs: dict[str, Any]
+    modality_T: Tensor
+    answer_T: Tensor
+
+
+def placeholder_ids(config: Any) -> dict[int, int]:
+    """Token id -> modality from a configuration and its sub-configurations."""
+    found: dict[int, int] = {}
+    for key, value in vars(config).items() if hasattr(config, "__dict__") else ():
+        if key in TOKEN_IDS and isinstance(value, int):
+            found[value] = TOKEN_IDS[key]
+        elif key.endswith("_config") and hasattr(value, "to_dict"):
+            found = {**placeholder_ids(value), **found}
+    return found
+
+
+def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
+    """int8 (T,): the processor's own `mm_token_type_ids` if it gives them, else by the placeholder ids in config.
+
+    Negative ids stand for image features (Phi-3-vision); masked tokens are PAD.
+    """
+    ids_T = kwargs["input_ids"][0]
+    given = kwargs.get("mm_token_type_ids")
+    if given is not None:
+        kinds_T = given[0].to(torch.int8)
+    else:
+        kinds_T = torch.where(ids_T < 0, IMAGE, TEXT).to(torch.int8)
+        for token, kind in placeholder_ids(config).items():
+            kinds_T = torch.where(ids_T == token, kind, kinds_T).to(torch.int8)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape == kwargs["input_ids"].shape:
+        kinds_T = torch.where(mask[0].bool(), kinds_T, PAD).to(torch.int8)
+    return kinds_T
+
+
+def answer_mask(encoded: Encoded, input_ids: Tensor, tokenizer: Any) -> Tensor | None:
+    """bool (T,): tokens of the answers, or None when one of them can't be found in the ids.
+
+    The text before expansion is tokenised; each answer's tokens, with a few before them, are looked for in the ids in
+    order. So it does not matter what the processor has put in place of a placeholder.
+    """
+    ids = input_ids.tolist()
+    options = {"add_special_tokens": False}
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(encoded.text, return_offsets_mapping=True, **options)
+        tokens, offsets = found["input_ids"], found["offset_mapping"]
+        spans = [[i for i, (a, b) in enumerate(offsets) if a < end and start < b] for start, end in encoded.answers]
+        places = [(span[0], span[-1] + 1) for span in spans if span]
+    else:
+        tokens = tokenizer(encoded.text, **options)["input_ids"]
+        places = [
+            (
+                len(tokenizer(encoded.text[:start], **options)["input_ids"]),
+                len(tokenizer(encoded.text[:end], **options)["input_ids"]),
+            )
+            for start, end in encoded.answers
+        ]
+    mask = torch.zeros(len(ids), dtype=torch.bool)
+    after = 0
+    for first, last in places:
+        for context in (min(4, first), min(1, first), 0):
+            needle = tokens[first - context : last]
+            start = next(
+                (j for j in range(after, len(ids) - len(needle) + 1) if ids[j : j + len(needle)] == needle), -1
+            )
+            if start >= 0:
+                break
+        else:
+            return None
+        after = start + len(needle)
+        mask[start + context : after] = True
+    return mask
+
+
+def cut(kwargs: Mapping[str, Any], length: int, limit: int) -> dict[str, Any]:
+    """The first `limit` of `length` tokens: every output with one entry a token is cut along dimension 1."""
+    return {
+        key: value[:, :limit] if key in PER_TOKEN and value.ndim > 1 and value.shape[1] == length else value
+        for key, value in kwargs.items()
+    }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Everything needed to turn one sample into a ModelInput."""
+
+    tokenizer: Any
+    processor: Any
+    family: Processor
+    template: Template
+    config: Any
+    roots: media.Roots
+    seqlen: int
+    truncation: bool
+    prompt: bool
+
+    def __call__(self, sample: Sample) -> ModelInput:
+        """Raises BadSample with the reason when the sample can't be used."""
+        if sample.inputs is not None:
+            kwargs = {key: torch.as_tensor(value) for key, value in sample.inputs.items() if value is not None}
+            ids = kwargs["input_ids"]
+            return ModelInput(
+                sample.id, kwargs, modality(kwargs, self.config), torch.ones(ids.shape[1], dtype=torch.bool)
+            )
+        if sample.text is not None or sample.input_ids is not None:
+            return self._plain(sample)
+        try:
+            return self._chat(self._read(sample))
+        except BadSample:
+            raise
+        except media.MediaError as error:
+            raise BadSample("missing or damaged media", f"sample {sample.id}: {error}") from error
+        except CAUSES as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadSample("refused by the processor", f"sample {sample.id}: {reason}") from error
+
+    def long_enough(self, sample: Sample) -> ModelInput:
+        """As calling it; a sample of fewer than MIN_TOKENS tokens is a bad one."""
+        made = self(sample)
+        if len(made.modality_T) < min(MIN_TOKENS, self.seqlen):
+            raise BadSample("too short", f"sample {made.id} has fewer than {MIN_TOKENS} tokens")
+        return made
+
+    def _plain(self, sample: Sample) -> ModelInput:
+        ids = sample.input_ids
+        if ids is None:
+            ids = torch.tensor(self.tokenizer(sample.text, verbose=False)["input_ids"], dtype=torch.long)
+        ids = ids[None, : self.seqlen]
+        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        kinds_T = modality(kwargs, self.config)
+        if not ids.numel():
+            raise BadSample("too short", f"sample {sample.id} is empty")
+        if bool((kinds_T != TEXT).any()):
+            raise BadSample(
+                "plain text with a media placeholder", f"sample {sample.id}: a media placeholder in its text"
+            )
+        if ids.shape[1] >= MIN_TOKENS and int((ids == ids[0, -1]).sum()) > ids.shape[1] // 2:
+            raise BadSample("repetitive", f"sample {sample.id} repeats one token")
+        return ModelInput(sample.id, kwargs, kinds_T, torch.ones_like(kinds_T, dtype=torch.bool))
+
+    def _read(self, sample: Sample) -> Sample:
+        rate = getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000)
+        read: dict[str, Any] = {
+            field: tuple(
+                media.load(item, kind, self.roots, base=sample.base, remote=sample.remote, rate=rate)
+                for item in getattr(sample, field)
+            )
+            for kind, field in PLURAL.items()
+        }
+        return replace(sample, **read)
+
+    def _chat(self, sample: Sample) -> ModelInput:
+        kwargs = self.family.encode(sample, self.template, prompt=self.prompt)
+        ids = kwargs["input_ids"]
+        own = getattr(self.family, "modality", None)
+        kinds_T = own(kwargs) if own else modality(kwargs, self.config)
+        known = {*placeholder_ids(self.config).values(), *((IMAGE, VIDEO) if "mm_token_type_ids" in kwargs else ())}
+        for kind, items in ((IMAGE, sample.images), (VIDEO, sample.videos), (AUDIO, sample.audios)):
+            places = bool((kinds_T == kind).any())
+            if places != bool(items) and (places or kind in known):
+                found = "a place" if places else "no place"
+                message = f"sample {sample.id}: {len(items)} {MODALITIES[kind]} given, but {found} for it in the text"
+                raise BadSample("markers", message)
+        write = getattr(self.family, "render", None)
+        if write is None:
+            encoded = render(sample.messages, self.template, self.tokenizer, self.processor, prompt=self.prompt)
+        else:
+            encoded = write(sample, self.template, prompt=self.prompt)
+        answer_T = answer_mask(encoded, ids[0], self.tokenizer)
+        if answer_T is None:
+            log.warning("sample %s: its answers could not be found among its tokens", sample.id)
+            answer_T = torch.zeros(ids.shape[1], dtype=torch.bool)
+        elif not encoded.answers:
+            answer_T = ~answer_T
+        length = ids.shape[1]
+        if self.truncation and length > self.seqlen:
+            # Text behind the last placeholder may go; the features of an image may not.
+            behind = int(torch.nonzero(kinds_T != TEXT).max()) + 1 if bool((kinds_T != TEXT).any()) else 0
+            if behind > self.seqlen:
+                raise BadSample("media longer than seqlen", f"sample {sample.id}: its media need {behind} tokens")
+            kwargs = cut(kwargs, length, self.seqlen)
+            kinds_T, answer_T = kinds_T[: self.seqlen], answer_T[: self.seqlen]
+        return ModelInput(sample.id, kwargs, kinds_T, answer_T)

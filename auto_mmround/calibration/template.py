@@ -1,0 +1,232 @@
+"""Chat templates as data: one JSON file a model family, immutable once read.
+
+`{{content}}` in a `format_*` wrapper marks where the text of the turn goes (first occurrence only). `replace_tokens`
+turns the neutral markers `<image>`, `<video>`, `<audio>` of a turn into what the family's processor expects.
+"""
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from auto_mmround.errors import UserError
+
+log = logging.getLogger("auto_mmround")
+
+MARKERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+MARKER = re.compile("|".join(map(re.escape, MARKERS.values())))
+ROLES = {"human": "user", "gpt": "assistant", "tool": "observation"} | {
+    role: role for role in ("user", "assistant", "system", "function", "observation")
+}
+CONTENT = "{{content}}"
+
+
+class Message(NamedTuple):
+    """One turn. role: user, assistant, system, function or observation. content: text; media stand as `<image>`, .."""
+
+    role: str
+    content: str
+
+
+def part_kind(part: Mapping[str, Any]) -> str:
+    """text, image, video or audio for one typed part of a content list: {"type": "image"}, {"type": "image_url"}, .."""
+    kind = str(part.get("type") or ("text" if "text" in part else "")).removeprefix("input_").removesuffix("_url")
+    if kind != "text" and kind not in MARKERS:
+        raise UserError(f"a content part has the type {part.get('type')!r}: expected text, image, video or audio")
+    return kind
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    if not isinstance(content, Iterable) or isinstance(content, Mapping):
+        raise UserError(f"the content of a message must be text or a list of parts, not {type(content).__name__}")
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise UserError('the parts of a message must look like {"type": "text", "text": ".."} or {"type": "image"}')
+    return "".join(MARKERS.get(kind) or str(part.get("text") or "") for part in parts for kind in [part_kind(part)])
+
+
+def parse_messages(messages: Any) -> tuple[Message, ...]:
+    """Any accepted form to Messages: a string (one user turn), or turns with role/from and content/value.
+
+    Raises UserError for an unknown role or a turn that isn't a mapping.
+    """
+    if isinstance(messages, str):
+        return (Message("user", messages),)
+    turns = []
+    for turn in messages:
+        if isinstance(turn, Message):
+            turns.append(turn)
+            continue
+        if not isinstance(turn, Mapping):
+            raise UserError(f'a message must look like {{"role": "user", "content": ".."}}, not {turn!r}')
+        name = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+        if not isinstance(name, str) or name not in ROLES:
+            raise UserError(f"unknown role {name!r} in a message: known are {', '.join(ROLES)}")
+        content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+        turns.append(Message(ROLES[name], _content_text(content)))
+    return tuple(turns)
+
+
+class Encoded(NamedTuple):
+    """text, and the (start, end) character spans of its assistant answers (closing token in, trailing blanks out)."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How one family writes a conversation. The fields are the keys of the JSON file, with the same defaults."""
+
+    model_type: str = "user_define"
+    format_user: str = CONTENT
+    format_assistant: str = CONTENT
+    format_system: str = CONTENT
+    format_function: str = ""
+    format_observation: str = ""
+    format_separator: str = "\n"
+    default_system: str = ""
+    replace_tokens: tuple[tuple[str, str], ...] = ()
+    extra_encode: bool = False
+    default_dataset: str = "NeelNanda/pile-10k"
+    processor: str = "basic"
+
+    def encode(self, messages: Any) -> str:
+        """The whole conversation as one string; `messages` in any form that `parse_messages` takes."""
+        return self.spans(messages).text
+
+    def prompt(self, messages: Any) -> str:
+        """The conversation up to and including the opening of the next answer; a last assistant turn is left out."""
+        text = self.spans(without_last_answer(parse_messages(messages))).text
+        opening = self.format_assistant.split(CONTENT)[0]
+        return text if opening and text.endswith(opening) else text + opening
+
+    def replaced(self, content: str) -> str:
+        """The text of a turn with `replace_tokens` applied, in order, all occurrences."""
+        for old, new in self.replace_tokens:
+            content = content.replace(old, new)
+        return content
+
+    def spans(self, messages: Any) -> Encoded:
+        """As `encode`, with the places of the answers. A system turn in the data stands instead of default_system."""
+        turns = parse_messages(messages)
+        text, answers = "", []
+        if self.extra_encode and not any(turn.role == "system" for turn in turns):
+            text = self.format_system.replace(CONTENT, self.default_system, 1)
+        for turn in turns:
+            opening, mark, closing = getattr(self, f"format_{turn.role}").partition(CONTENT)
+            content = self.replaced(turn.content) if mark else ""
+            if turn.role == "assistant":
+                if opening and text.endswith(opening):  # format_observation has opened the answer already
+                    opening = ""
+                start = len(text) + len(opening)
+                answers.append((start, start + len(content + closing.rstrip())))
+            text += opening + content + closing
+        return Encoded(text, tuple(answers))
+
+
+def without_last_answer(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns before a final assistant turn, or all of them if the last one is another's."""
+    return tuple(turns[:-1] if turns and turns[-1].role == "assistant" else turns)
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise UserError(f'{where}: extra_encode must be true or false (or the string "True"/"False"), not {value!r}')
+
+
+def _pairs(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{where}: replace_tokens must be a list of old and new texts, not {value!r}")
+    if all(isinstance(item, str) for item in value):
+        if len(value) % 2:
+            raise UserError(f"{where}: replace_tokens has {len(value)} entries, but it must hold pairs [old, new, ..]")
+        value = list(zip(value[::2], value[1::2], strict=True))
+    good = all(isinstance(p, Sequence) and len(p) == 2 and all(isinstance(t, str) for t in p) and p[0] for p in value)
+    if not good:
+        raise UserError(f"{where}: replace_tokens must hold pairs [old, new] of texts with a non-empty old one")
+    return tuple((old, new) for old, new in value)
+
+
+def parse_template(data: Any, where: str = "template") -> Template:
+    """A Template from the mapping in a JSON file; null = default. Raises UserError for unknown keys, wrong values."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: a template must be a JSON object with keys such as format_user")
+    known = [field.name for field in fields(Template)]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
+        if value is None:
+            continue
+        if key == "extra_encode":
+            values[key] = _boolean(value, where)
+        elif key == "replace_tokens":
+            values[key] = _pairs(value, where)
+        elif isinstance(value, str):
+            values[key] = value
+        else:
+            raise UserError(f"{where}: {key} must be a text, not {value!r}")
+    return Template(**values)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or ''. Compares without regard to case."""
+    table = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(name.lower(), table, n=1)
+    return f"; did you mean {table[close[0]]!r}?" if close else ""
+
+
+def read_template(path: Path) -> Template:
+    """A template file of the user's. Raises UserError when it can't be read or is no valid template."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"template {path} can't be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"template {path} is not valid JSON: {error}") from error
+    return parse_template(data, f"template {path}")
+
+
+def shipped() -> dict[str, Template]:
+    """The templates on the shelf, by model_type."""
+    found = {}
+    for entry in sorted(resources.files("auto_mmround.templates").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".json"):
+            template = parse_template(json.loads(entry.read_text(encoding="utf-8")), f"template {entry.name}")
+            found[template.model_type] = template
+    return found
+
+
+def load_template(name: str | Path | None, model_type: str | None = None) -> Template:
+    """The user's template (a file, else a name on the shelf) or, without one, that of config.model_type.
+
+    A model type without a template of its own gets "default", which leaves the writing to the model's chat template.
+    Raises UserError for an unknown name or an unreadable file.
+    """
+    shelf = shipped()
+    if name is None:
+        if model_type not in shelf:
+            log.info("no template for model type %r: its own chat template is used", model_type)
+        return shelf.get(model_type or "default", shelf["default"])
+    if Path(name).is_file():
+        return read_template(Path(name))
+    if str(name) in shelf:
+        return shelf[str(name)]
+    if str(name).endswith(".json"):
+        raise UserError(f"template file {name} doesn't exist")
+    raise UserError(f"unknown template {str(name)!r}{did_you_mean(str(name), shelf)} (known: {', '.join(shelf)})")
