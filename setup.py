@@ -41,7 +41,15 @@ setup(
         "audio": ["soundfile>=0.13"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
-        "dev": ["pytest>=9", "hypothesis>=6.100", "ruff>=0.15", "mypy>=2", "build>=1.2", "pre-commit>=4"],
+        "dev": [
+            "pytest>=9",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.15",
+            "mypy>=1.19",
+            "build>=1.2",
+            "pre-commit>=4",
+        ],
     },
     entry_points={
         "console_scripts": ["auto-round-mllm=auto_mmround.cli:main", "auto_round_mllm=auto_mmround.cli:main"],

@@ -1,0 +1,103 @@
+"""Loads one checkpoint through Transformers' own path and answers with logits; run by an engine's own interpreter.
+
+    python engine_transformers.py request.json
+
+Standalone on purpose (standard library, torch, safetensors, transformers): it must run where this package is not
+installed. request: {"model": folder, "inputs": safetensors with tensors "<i>.<kwarg>", "output": safetensors to write
+with "<i>.logits" float32, "dtype": "float32", "class": "AutoModelForImageTextToText", "quantization": {overrides}}.
+The last line of standard output is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}.
+"""
+
+import json
+import sys
+import traceback
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import transformers
+from safetensors.torch import load_file, save_file
+
+# The portable kernels: others are compiled on first use (minutes) or exist for a GPU only.
+PORTABLE_BACKEND = {"gptq": "torch", "awq": "torch_awq"}
+# auto-round's kernels force float32 models to float16 after loading, rotary tables too; loaded so, those stay exact.
+LOAD_DTYPE = {"auto-round": "float16"}
+PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",), "auto-round": ("auto-round",)}
+
+
+def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
+    """(model, loading info, quantization method) by `from_pretrained`, with the portable kernels asked for."""
+    config = transformers.AutoConfig.from_pretrained(request["model"])
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization["quant_method"] if quantization else "none"
+    if quantization:
+        backend = {"backend": PORTABLE_BACKEND[method]} if method in PORTABLE_BACKEND else {}
+        config.quantization_config = {**quantization, **backend, **request.get("quantization", {})}
+    dtype = getattr(torch, LOAD_DTYPE.get(method, request["dtype"]))
+    model, info = getattr(transformers, request["class"]).from_pretrained(
+        request["model"], config=config, dtype=dtype, device_map="cpu", output_loading_info=True
+    )
+    return model.eval(), info, method
+
+
+def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
+    """(class name -> count of Linear-like modules, number of quantized ones)."""
+    quantized = [type(m).__name__ for m in model.modules() if hasattr(m, "qweight")]
+    plain = [type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    return dict(sorted(Counter(quantized + plain).items())), len(quantized)
+
+
+def run_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits in float32 as `<i>.logits` for the inputs `<i>.<kwarg>`."""
+    samples: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in inputs.items():
+        index, _, kwarg = key.partition(".")
+        samples.setdefault(index, {})[kwarg] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+    with torch.inference_mode():
+        return {f"{index}.logits": model(**kwargs).logits.float().contiguous() for index, kwargs in samples.items()}
+
+
+def versions(method: str) -> str:
+    names = ("transformers", *PACKAGES.get(method, ()))
+    return " + ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    model, info, method = load(request)
+    loaded = str(model.dtype).removeprefix("torch.")
+    if loaded != request["dtype"]:  # the comparison is about weights, so compute as asked
+        model = model.to(getattr(torch, request["dtype"]))
+    classes, quantized = linear_classes(model)
+    missing = sorted([*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))])
+    unexpected = sorted(info["unexpected_keys"])
+    logits = run_inputs(model, load_file(request["inputs"]))
+    save_file(logits, request["output"])
+    broken = [name for name, tensor in logits.items() if not bool(torch.isfinite(tensor).all())]
+    problems = [f"parameters were made up: {missing[:3]}"] * bool(missing)
+    problems += [f"tensors were not used: {unexpected[:3]}"] * bool(unexpected)
+    problems += [f"logits are not finite: {broken[:3]}"] * bool(broken)
+    facts = {"engine": versions(method), "classes": classes, "quantized": quantized, "dtype": loaded}
+    verdict = {"ok": not problems, "missing": missing, "unexpected": unexpected}
+    return facts | verdict | ({"error": "; ".join(problems)} if problems else {})
+
+
+def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Whatever an engine raises is its answer."""
+    traceback.print_exception(kind, error, trace)
+    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
+
+
+def main(path: str) -> int:
+    sys.excepthook = report_crash
+    transformers.utils.logging.disable_progress_bar()
+    torch._dynamo.config.disable = True  # gptqmodel compiles its decoder: seconds lost for one question
+    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
+    print(json.dumps(result), flush=True)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,127 @@
+"""The GPTQ layout: codes along the inputs, one bit stream an output column; zero points stored minus one."""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_mmround.export.layout import Format, Layout, check_int, differences, kept_groups, tower_patterns
+from auto_mmround.export.packing import pack_bits, unpack_bits
+from auto_mmround.numerics.grids import Codes
+from auto_mmround.recipe.schemes import Scheme
+
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel's kernels take
+
+
+def pack_gptq(name: str, codes: Codes, *, zero_offset: int, g_idx: bool) -> dict[str, Tensor]:
+    """qweight int32 (in*b/32, out), qzeros int32 (G, out*b/32) holding zero - zero_offset, scales fp16 (G, out).
+
+    Raises ValueError for a zero point below the offset, and for scales that are not float16: a cast would change them.
+    """
+    if codes.scale_OG.dtype != torch.float16:
+        raise ValueError(f"{name}: scales are {codes.scale_OG.dtype}, the layout stores float16")
+    if zero_offset and int(codes.zero_OG.min()) < zero_offset:
+        raise ValueError(f"{name}: a zero point below {zero_offset} cannot be stored in this layout")
+    tensors = {
+        f"{name}.qweight": pack_bits(codes.q_OI, codes.bits).T.contiguous(),
+        f"{name}.qzeros": pack_bits((codes.zero_OG - zero_offset).T.contiguous(), codes.bits),
+        f"{name}.scales": codes.scale_OG.T.contiguous(),
+    }
+    if g_idx:
+        columns_I = torch.arange(codes.q_OI.shape[1], dtype=torch.int32, device=codes.q_OI.device)
+        tensors[f"{name}.g_idx"] = columns_I // codes.group_size
+    return tensors
+
+
+def unpack_gptq(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, *, zero_offset: int) -> Codes:
+    """The inverse of :func:`pack_gptq`. Raises ValueError where shapes or g_idx contradict the scheme."""
+    qweight, qzeros, scale_GO = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    in_features, out_features = qweight.shape[0] * 32 // scheme.bits, qweight.shape[1]
+    group = in_features if scheme.group_size == -1 else scheme.group_size
+    if scale_GO.shape != (-(-in_features // group), out_features):
+        raise ValueError(f"{name}.scales {tuple(scale_GO.shape)} contradicts {scheme.bits} bits, group size {group}")
+    g_idx = tensors.get(f"{name}.g_idx")
+    if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(in_features, device=g_idx.device) // group):
+        raise ValueError(f"{name}.g_idx reorders the inputs, which is not supported")
+    zero_GO = unpack_bits(qzeros, scheme.bits, out_features) + zero_offset
+    q_OI = unpack_bits(qweight.T, scheme.bits, in_features)
+    return Codes(q_OI, scale_GO.T.contiguous(), zero_GO.T.contiguous(), scheme.bits, group, scheme.sym)
+
+
+def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why GPTQ readers could not hold this weight, or None."""
+    if scheme.group_size not in GROUP_SIZES:
+        return f"GPTQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not {scheme.group_size}"
+    return check_int(scheme, out_features, in_features, FORMAT.bits, (32, 32))
+
+
+def config(layout: Layout) -> dict[str, Any]:
+    """``quantization_config`` for optimum + GPTQModel, vLLM and AutoGPTQ's heirs."""
+    groups, singles = kept_groups(layout)
+    excludes = [p for group in groups for p in tower_patterns(layout, group)] + [_tail(layout, s) for s in singles]
+    overrides = {name: differences(scheme, layout.default) for name, scheme in layout.quantized.items()}
+    dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
+    dynamic |= {f"+:{_tail(layout, name)}": keys for name, keys in overrides.items() if keys}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": layout.default.bits,
+        "group_size": layout.default.group_size,
+        "sym": layout.default.sym,
+        "desc_act": False,
+        "static_groups": False,
+        "true_sequential": False,
+        "damp_percent": layout.details.get("damp_percent", 0.01),
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layout.quantized),
+        "block_name_to_quantize": _common_prefix([*layout.blocks, *_outside_blocks(layout)]),
+        **_only_modules(layout),
+        "dynamic": dynamic,
+        "provider": "auto_mmround",
+        "auto_mmround": dict(layout.details),
+    }
+
+
+def _only_modules(layout: Layout) -> dict[str, Any]:
+    """``modules_in_block_to_quantize``, only where the block prefix alone does not say it.
+
+    Without the key vLLM looks at the tensors and Transformers takes every Linear below the prefix, which is right
+    for most models. vLLM matches the entries by substring in towers too, hence full names once a suffix is unsafe.
+    """
+    prefix = _common_prefix([*layout.blocks, *_outside_blocks(layout)])
+    if not any(name.startswith(prefix) for name in layout.kept):
+        return {}
+    suffixes = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in layout.quantized})
+    unsafe = any(suffix in name for suffix in suffixes for name in layout.kept)
+    return {"modules_in_block_to_quantize": [list(layout.quantized) if unsafe else suffixes]}
+
+
+def _outside_blocks(layout: Layout) -> list[str]:
+    return [name for name in layout.quantized if not any(name.startswith(block + ".") for block in layout.blocks)]
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The longest dotted prefix; optimum takes one string and compares it with ``startswith``."""
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".") for name in names)))
+    return ".".join(parts[0] for parts in same)
+
+
+def _tail(layout: Layout, name: str) -> str:
+    """A regex for one module in any spelling: from its block list's own name on ("layers.3.mlp.down_proj")."""
+    block = next((b for b in layout.blocks if name.startswith(b + ".")), "")
+    return rf".*{re.escape(name[block.rfind('.') + 1 :])}$"
+
+
+FORMAT = Format(
+    name="auto_gptq",
+    summary="GPTQ checkpoint: Transformers (gptqmodel), vLLM, SGLang; no zero point 0",
+    bits=(2, 3, 4, 8),
+    check=check,
+    pack=partial(pack_gptq, zero_offset=1, g_idx=True),
+    unpack=partial(unpack_gptq, zero_offset=1),
+    config=config,
+    min_zero=1,
+)

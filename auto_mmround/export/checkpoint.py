@@ -1,0 +1,275 @@
+"""Checkpoint folders: atomic writing (shards, side files, configuration last) and lazy reading of what was written."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.numerics.grids import dequantize
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
+    ".index.json", ".partial",
+)  # fmt: skip
+_OWN_FILES = ("config.json", "quantization_config.json", "quantize_config.json")
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def begin(out: Path, overwrite: bool = False) -> Path:
+    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way.
+
+    overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something else never is.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not overwrite:
+            raise UserError(f"the output folder {out} is not empty: choose another or allow overwriting")
+        if not (out / "config.json").is_file():
+            raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, out: Path) -> None:
+    """Puts the finished folder in its place; what was there before goes away only after that."""
+    old = out.with_name(out.name + ".old.partial")
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    _sync_folder(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+class ShardWriter:
+    """Collects tensors and writes them as safetensors shards as soon as one is full; memory does not grow."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+        self._folder = folder
+        self._limit = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._names: set[str] = set()
+        self._bytes = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over the tensors; the caller must not change them afterwards. ValueError for a name seen before."""
+        for name, tensor in tensors.items():
+            if name in self._names:
+                raise ValueError(f"tensor {name} was written twice")
+            self._names.add(name)
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > self._limit:
+                self.flush()
+            self._pending[name] = tensor
+            self._pending_bytes += size
+            self._bytes += size
+
+    def flush(self) -> None:
+        """Writes what is pending as a shard of its own, under a temporary name."""
+        if not self._pending:
+            return
+        path = self._folder / f"shard-{len(self._shards) + 1:05d}.safetensors.partial"
+        path.touch()
+        mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner can read
+        save_file(_separate(self._pending), path, metadata={"format": "pt"})
+        path.chmod(mode)
+        _sync(path)
+        self._shards.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> list[Path]:
+        """Writes the last shard, gives all their final names, writes the index; returns the weight files."""
+        self.flush()
+        count = len(self._shards)
+        final: list[Path] = []
+        weight_map: dict[str, str] = {}
+        for i, (path, names) in enumerate(self._shards, start=1):
+            name = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+            final.append(path.rename(self._folder / name))
+            weight_map |= dict.fromkeys(names, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(self._folder / "model.safetensors.index.json", index)
+        _sync_folder(self._folder)
+        return final
+
+
+def write_side_files(
+    source: Path | None, out: Path, *, tokenizer: Any = None, processor: Any = None, generation_config: Any = None
+) -> list[str]:
+    """Everything of a checkpoint but weights and configuration; returns the names written, relative to ``out``.
+
+    With a source folder its files are copied byte for byte (hidden files, weights, README and config.json are not).
+    Without one the objects save themselves, the tokenizer with neither truncation nor padding left in it.
+    """
+    if source is not None:
+        chosen = [path for path in sorted(source.rglob("*")) if _is_side_file(path, source)]
+        for path in chosen:
+            target = out / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            _sync(target)
+        return [str(path.relative_to(source)) for path in chosen]
+    before = set(out.rglob("*"))
+    for thing in (processor, tokenizer):
+        if thing is not None:
+            _untruncated(thing).save_pretrained(out)
+    if generation_config is not None:
+        generation_config.save_pretrained(out)
+    return sorted(str(path.relative_to(out)) for path in set(out.rglob("*")) - before if path.is_file())
+
+
+def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None) -> None:
+    """config.json, the file that makes the folder a checkpoint; None writes an unquantized one."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if quantization_config is None:
+        _write_json(out / "config.json", plain)
+        return
+    if quantization_config["quant_method"] == "auto-round":
+        _write_json(out / "quantization_config.json", quantization_config)
+    _write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    quantization_config: Mapping[str, Any] | None
+    files: Mapping[str, str] = field(repr=False)
+
+    def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of these or all tensors, in that order. Raises UserError for a damaged or missing shard."""
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for name in self.files if names is None else names:
+                shard = self.files[name]
+                if shard not in opened:
+                    opened[shard] = stack.enter_context(_open(self.folder / shard))
+                yield name, opened[shard].get_tensor(name)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Configuration and tensor names of a checkpoint folder. Raises UserError if it is none."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    config = _read_json(folder / "config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _read_json(index).get("weight_map", {})
+        strays = [shard for shard in set(files.values()) if Path(shard).name != shard or not (folder / shard).is_file()]
+        if strays:
+            raise UserError(f"{index} names {sorted(strays)[0]}, which is not in the folder: copy the folder again")
+    else:
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
+        with _open(folder / "model.safetensors") as handle:
+            files = dict.fromkeys(handle.keys(), "model.safetensors")
+    return Checkpoint(folder, config, config.get("quantization_config"), dict(sorted(files.items())))
+
+
+def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint tensor name, tensor), every packed weight as a plain ``X.weight`` (out, in); the order is by name.
+
+    dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to float32. Raises UserError
+    for a folder or quantization method that cannot be read, or tensors that contradict the configuration.
+    """
+    checkpoint = read_checkpoint(folder)
+    quantization = checkpoint.quantization_config
+    fmt = formats.from_config(quantization) if quantization is not None else None
+    packed = {n.removesuffix(".qweight") for n in checkpoint.files if n.endswith(".qweight")} if fmt else set()
+    for name in checkpoint.files:
+        module, _, part = name.rpartition(".")
+        if fmt is None or quantization is None or module not in packed or part not in _PARTS:
+            tensor = next(checkpoint.tensors([name]))[1]
+            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        elif part == "qweight":
+            parts = dict(checkpoint.tensors([n for p in _PARTS if (n := f"{module}.{p}") in checkpoint.files]))
+            try:
+                codes = fmt.unpack(module, parts, formats.scheme_of(quantization, module))
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
+            yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error
+
+
+def _is_side_file(path: Path, source: Path) -> bool:
+    parts = path.relative_to(source).parts
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))
+    return path.is_file() and not hidden and not own and not path.name.endswith(_WEIGHTS)
+
+
+def _untruncated(thing: Any) -> Any:
+    """A copy of a tokenizer or processor whose fast tokenizer neither truncates nor pads: both are saved otherwise."""
+    thing = copy.deepcopy(thing)
+    backend = getattr(getattr(thing, "tokenizer", thing), "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return thing
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors with a storage each: safetensors refuses shared memory (views, tied weights)."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        separate[name] = tensor
+    return separate
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

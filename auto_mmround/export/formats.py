@@ -1,0 +1,74 @@
+"""The registry of export formats: by name, by a run's schemes, and by what a checkpoint says of itself."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import auto_awq, auto_gptq, auto_round
+from auto_mmround.export.layout import Format, Layout
+from auto_mmround.recipe.schemes import Scheme
+
+__all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scheme_of"]
+
+FORMATS: dict[str, Format] = {
+    fmt.name: fmt for fmt in (auto_round.PLAIN, auto_round.GPTQ, auto_round.AWQ, auto_gptq.FORMAT, auto_awq.FORMAT)
+}
+
+
+def get(name: str) -> Format:
+    """The format of that exact name. Raises UserError with the nearest names."""
+    if name in FORMATS:
+        return FORMATS[name]
+    near = difflib.get_close_matches(name, FORMATS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FORMATS)}"
+    raise UserError(f"unknown export format {name!r}: {hint}")
+
+
+def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
+    """The format to write for these schemes: plain ``auto_round`` chooses its packing, others stand for themselves.
+
+    All symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as they are.
+    """
+    fmt, used = get(name), set(schemes)
+    if fmt is not auto_round.PLAIN or not used:
+        return fmt
+    if all(scheme.sym for scheme in used):
+        return auto_round.GPTQ
+    awq_holds = all(s.bits == 4 and not s.sym and s.group_size in auto_awq.GROUP_SIZES for s in used)
+    return auto_round.AWQ if awq_holds else auto_round.PLAIN
+
+
+def min_zero(names: Iterable[str], scheme: Scheme) -> int:
+    """The smallest zero point that every one of these formats can hold, for the tuner's grid."""
+    return max((resolve(name, [scheme]).min_zero for name in names), default=0)
+
+
+_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq"}
+
+
+def from_config(quantization_config: Mapping[str, Any]) -> Format:
+    """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we cannot read."""
+    method = quantization_config.get("quant_method")
+    packing = quantization_config.get("packing_format", "auto_round:auto_gptq")
+    name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
+    if name not in FORMATS or quantization_config.get("checkpoint_format", "gptq") != "gptq":
+        raise UserError(f"cannot read quantization method {method!r}, packing {packing!r}; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
+    """The scheme of one quantized module: the configuration's default with the first override that fits its name."""
+    base = {
+        "bits": quantization_config["bits"],
+        "group_size": quantization_config["group_size"],
+        "sym": quantization_config.get("sym", not quantization_config.get("zero_point", False)),
+    }
+    extra = quantization_config.get("extra_config") or {}
+    dynamic = quantization_config.get("dynamic") or {}
+    rules = [extra[name]] if name in extra else []
+    rules += [keys for pattern, keys in extra.items() if "*" in pattern and re.search(pattern, name)]
+    rules += [keys for rule, keys in dynamic.items() if rule[:2] == "+:" and re.match(rule[2:], name)]
+    found = rules[0] if rules else {}
+    return Scheme(**{key: found.get(key, value) for key, value in base.items()})

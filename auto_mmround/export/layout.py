@@ -1,0 +1,121 @@
+"""What an export format is (`Format`), what it is told about the whole model (`Layout`), and how names are listed.
+
+A configuration has to be understood by Transformers (its module names), by vLLM (its own module names, matched by
+substring, prefix or regex) and by readers that only know the checkpoint. So every name is written in both spellings,
+Transformers' and the checkpoint's, and a tower is named by a pattern without an anchored prefix.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from auto_mmround.numerics.grids import Codes
+from auto_mmround.recipe.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was done to which module of the model; all names are Transformers module names.
+
+    quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits. blocks: prefixes of
+    the quantized block lists ("model.language_model.layers"). checkpoint_name: Transformers module name -> name in the
+    checkpoint files. default: the recipe's scheme. details: facts recorded for information (iters, algorithm ..).
+    """
+
+    quantized: Mapping[str, Scheme]
+    kept: Sequence[str]
+    blocks: Sequence[str]
+    checkpoint_name: Callable[[str], str]
+    default: Scheme
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format; four pure functions and what the tuner must know beforehand.
+
+    check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
+    unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
+    config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
+    """
+
+    name: str
+    summary: str
+    bits: tuple[int, ...]
+    check: Callable[[Scheme, int, int], str | None]
+    pack: Callable[[str, Codes], dict[str, Tensor]]
+    unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
+    config: Callable[[Layout], dict[str, Any]]
+    min_zero: int = 0
+
+
+def check_int(
+    scheme: Scheme, out_features: int, in_features: int, bits: Iterable[int], multiples: tuple[int, int]
+) -> str | None:
+    """The rules all integer layouts share. multiples: what out and in features must be multiples of."""
+    group = in_features if scheme.group_size == -1 else scheme.group_size
+    held = sorted(bits)
+    rules = (
+        (scheme.data_type != "int", f"holds integers, not {scheme.data_type}"),
+        (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
+        (scheme.scale_dtype != "fp16", f"stores scales as fp16, not {scheme.scale_dtype}"),
+        (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
+        (group < 1 or in_features % group != 0, f"{in_features} inputs are no multiple of the group size {group}"),
+        (in_features % multiples[1] != 0, f"{in_features} inputs are no multiple of {multiples[1]}"),
+        (out_features % multiples[0] != 0, f"{out_features} outputs are no multiple of {multiples[0]}"),
+    )
+    return next((reason for broken, reason in rules if broken), None)
+
+
+def both_spellings(layout: Layout, name: str) -> list[str]:
+    """A module name or a prefix of one, as Transformers says it and, where it differs, as the checkpoint says it."""
+    member = next((m for m in (*layout.quantized, *layout.kept) if m == name or m.startswith(name + ".")), None)
+    if member is None:
+        return [name]
+    rest = member[len(name) :]
+    stored = layout.checkpoint_name(member)
+    return [name, stored.removesuffix(rest)] if stored.endswith(rest) and stored != member else [name]
+
+
+def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
+    """The kept modules as (prefixes that hold no quantized module, single modules that share their parent with one)."""
+    busy = {ancestor for name in layout.quantized for ancestor in _ancestors(name)}
+    groups: dict[str, None] = {}
+    singles: dict[str, None] = {}
+    for name in layout.kept:
+        free = next((a for a in _ancestors(name) if a not in busy), None)
+        (singles if free is None else groups)[free or name] = None
+    return list(groups), list(singles)
+
+
+def tower_patterns(layout: Layout, group: str) -> list[str]:
+    """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group, in any engine's spelling."""
+    word = rf".*{re.escape(group.rpartition('.')[2])}\..*"
+    if not group[-1].isdigit() and not _hits(layout, lambda name: re.match(word, name) is not None):
+        return [word]
+    return [rf".*{re.escape(spelling)}\..*" for spelling in both_spellings(layout, group)]
+
+
+def tower_substrings(layout: Layout, group: str) -> list[str]:
+    """The same for readers that look for substrings: prefixes with a closing dot (`encoder.` spares `encoder_attn`)."""
+    word = group.rpartition(".")[2] + "."
+    short = [] if group[-1].isdigit() or _hits(layout, lambda name: word in name) else [word]
+    return list(dict.fromkeys([s + "." for s in both_spellings(layout, group)] + short))
+
+
+def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:
+    """The configuration keys in which a module's scheme differs from the default."""
+    keys = ("bits", "group_size", "sym")
+    return {key: getattr(scheme, key) for key in keys if getattr(scheme, key) != getattr(base, key)}
+
+
+def _hits(layout: Layout, test: Callable[[str], bool]) -> list[str]:
+    return [name for name in layout.quantized if test(name) or test(layout.checkpoint_name(name))]
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""The whole journey on the bundled model: quantize to 4 and 3 bits, export, measure what is left, prove the exports.
+
+Run by `make demo`. The last table and the lines below it are the result; everything is also written to
+`.demo/result.json`, and with `--keep DIR` as a dated Markdown file into DIR.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries, rows_as_markdown
+from auto_mmround.evaluation.metrics import Metrics, measure
+from auto_mmround.evaluation.samples import held_out
+from auto_mmround.evaluation.verify import same_weights, verify_transformers
+from auto_mmround.model import devices
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+from auto_mmround.run.journal import machine
+
+FORMATS = "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
+ITERS = 100
+
+
+def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
+    """Run a recipe on a fresh copy of the model; the job's model holds the quantized weights afterwards."""
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    bar = BlockProgress(job.plan, job.recipe)
+    with bar.progress:
+        return job, jobs.run(job, bar.watcher())
+
+
+def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> list[str]:
+    """A line an export; raises SystemExit if one is not what was tuned."""
+    state = job.loaded.model.state_dict()
+    tuned = {f"{name}.weight": state[f"{name}.weight"] for name in job.plan.quantized}
+    lines, failed = [], False
+    for folder in folders:
+        wrong = same_weights(folder, tuned)
+        verdict = verify_transformers(folder, inputs, planned=len(tuned))
+        line = f"{folder.name}: {len(wrong)} weights differ from the tuned ones" if wrong else verdict.line()
+        failed |= bool(wrong or verdict.error)
+        console.print(line, highlight=False, soft_wrap=True)
+        lines.append(line)
+    if failed:
+        raise SystemExit("demo: an export is not what was tuned")
+    return lines
+
+
+def as_markdown(results: dict[str, Metrics], lines: list[str], seconds: float, peak: float) -> str:
+    """The result as a dated page."""
+    rows = [
+        [name, percent(m.accuracy), f"{m.perplexity:.3f}", *(f"{m.kl.get(k, 0):.5f}" for k in ("text", "image"))]
+        for name, m in results.items()
+    ]
+    facts = machine()
+    versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    table = rows_as_markdown(["weights", "accuracy", "perplexity", "KL text", "KL image"], rows)
+    return (
+        f"# `make demo`, {datetime.date.today()}\n\n{table}\n\n"
+        + "".join(f"- {line}\n" for line in lines)
+        + f"\n{seconds:.0f} s, peak memory {peak:.1f} GB; {facts['system']}, {facts['threads']} threads; "
+        + f"Python {facts['python']}, {versions}. Command: `make bench`.\n"
+    )
+
+
+def main() -> None:
+    """Everything, in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file of the result")
+    keep = parser.parse_args().keep
+    quiet_libraries()
+    started = time.perf_counter()
+    base = Recipe(model="demo", dataset="demo", iters=ITERS, output_dir=".demo", overwrite=True)
+    full = jobs.load_model(base)
+    inputs = held_out(full, "demo")
+    names, models = ["full precision"], [full.model]
+    for bits in (4, 3):
+        recipe = replace(base, bits=bits, format=FORMATS if bits == 4 else "auto_round")
+        plain, _ = quantized(replace(recipe, iters=0, format="auto_round", output_dir=".demo/rtn"))
+        job, folders = quantized(recipe)
+        names += [f"W{bits} round to nearest", f"W{bits} tuned"]
+        models += [plain.loaded.model, job.loaded.model]
+        if bits == 4:
+            exported = (job, folders)
+    console.print(f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False)
+    results = dict(zip(names, measure(models, inputs, reference=full.model), strict=True))
+    text, image = inputs[0], next(sample for sample in inputs if "pixel_values" in sample.kwargs)
+    console.print("loading the four W4 exports in Transformers", highlight=False)
+    lines = prove(*exported, [text.kwargs, image.kwargs])
+    console.print(metrics_table(results, title="the demo model on held-out text and questions on images"))
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    seconds, peak = time.perf_counter() - started, max(devices.peak_memory(full.model.device).values())
+    console.print(f"{seconds:.0f} s, peak memory {peak:.1f} GB", highlight=False)
+    record = {name: metrics.as_dict() for name, metrics in results.items()}
+    Path(".demo/result.json").write_text(
+        json.dumps({"results": record, "exports": lines, "seconds": seconds, "peak_gb": peak}, indent=1) + "\n"
+    )
+    if keep:
+        path = keep / f"demo-{datetime.date.today()}.md"
+        path.write_text(as_markdown(results, lines, seconds, peak))
+        console.print(f"kept in {path}", highlight=False)
+    for bits in (4, 3):
+        tuned, nearest = results[f"W{bits} tuned"], results[f"W{bits} round to nearest"]
+        worse = [name for name in nearest.kl if tuned.kl[name] >= nearest.kl[name]]
+        if worse:
+            sys.exit(f"demo: at {bits} bits tuning did not lower the KL of {', '.join(worse)}")
+
+
+if __name__ == "__main__":
+    main()

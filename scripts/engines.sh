@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the environment of one engine below .engines/NAME:  scripts/engines.sh NAME
+# Each engine is one function in the table below; a thin overlay shares torch and transformers with the main environment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+MAIN_PYTHON="${PYTHON:-.venv/bin/python}"
+
+overlay() {  # NAME PACKAGE...: a venv that sees the main environment's packages, plus these, without their dependencies
+    local name="$1" folder=".engines/$1" site
+    shift
+    rm -rf "$folder"
+    "$MAIN_PYTHON" -m venv "$folder"
+    site="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    "$MAIN_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/zz_main_environment.pth"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@"
+    echo "engine $name: $folder"
+}
+
+install_gptqmodel() {  # --no-deps: gptqmodel's own requirements would bring a second torch
+    overlay gptqmodel gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 \
+        pypcre==0.6.4 threadpoolctl==3.8.0 tokenicer==0.0.14
+    .engines/gptqmodel/bin/python -c 'import gptqmodel.utils.importer, optimum.gptq' > /dev/null
+}
+
+not_available() { echo "engine $1: not available yet" >&2; exit 2; }
+
+case "${1:-}" in
+    gptqmodel) install_gptqmodel ;;
+    vllm | llamacpp | mlx | openvino) not_available "$1" ;;
+    *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
+esac
