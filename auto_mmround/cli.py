@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0]
+            word = next(iter(message.removeprefix("unrecognized arguments: ").split()), "''")
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             message = f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} -h")

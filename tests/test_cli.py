@@ -44,7 +44,9 @@ def test_eval_prints_json(tmp_path, capsys):
     assert 0 <= figures["accuracy"] <= 1 and figures["perplexity"] > 1
 
 
-@pytest.mark.parametrize("command", [["plan", "--model", "demo"], ["formats"], ["families"], ["eval", "--help"], ["-h"]])
+@pytest.mark.parametrize(
+    "command", [["plan", "--model", "demo"], ["formats"], ["families"], ["eval", "--help"], ["-h"]]
+)
 def test_commands_that_only_tell(command, capsys):
     try:
         assert cli.main(command) == 0

@@ -8,7 +8,7 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping, matches, read, to_t
 
 def test_toml_round_trip(tmp_path):
     recipe = Recipe(
-        model="a b\"c", bits=3, lr=1e-05, dataset="x.json:num=3,ü", layer_config={"model.layers.0": {"bits": 8}}
+        model='a b"c', bits=3, lr=1e-05, dataset="x.json:num=3,ü", layer_config={"model.layers.0": {"bits": 8}}
     )
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(recipe))

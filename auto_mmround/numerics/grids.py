@@ -85,13 +85,13 @@ def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
     """
     if grid.sym:
         magnitude_OG = torch.where(-low_OG > high_OG, -low_OG, -high_OG)
-        scale_OG = _storable(magnitude_OG / grid.middle, grid)
+        scale_OG = storable(magnitude_OG / grid.middle, grid)
         return scale_OG, torch.full_like(scale_OG, grid.middle)
-    scale_OG = _storable((high_OG - low_OG) / grid.top, grid)
+    scale_OG = storable((high_OG - low_OG) / grid.top, grid)
     return scale_OG, (-low_OG / scale_OG).round().clamp(grid.min_zero, grid.top)
 
 
-def _storable(scale_OG: Tensor, grid: Grid) -> Tensor:
+def storable(scale_OG: Tensor, grid: Grid) -> Tensor:
     """Round to the dtype of the file and keep away from zero, with its sign; back in float32."""
     scale_OG = scale_OG.to(grid.scale_dtype).float()
     return torch.where(scale_OG < 0, scale_OG.clamp(max=-EPS), scale_OG.clamp(min=EPS)).to(grid.scale_dtype).float()

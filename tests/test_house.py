@@ -1,0 +1,50 @@
+"""Arrows point down: what each room may import of the package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND = {"numerics", "recipe", "calibration", "model"}
+MAY_USE = {
+    **{room: {room, "errors"} for room in GROUND},
+    "export": {"export", "errors", "recipe", "numerics"},
+    "run": {"run", "export", "errors", *GROUND},
+    "evaluation": {"evaluation", "run", "export", "errors", "calibration", "model", "numerics", "recipe"},
+}
+HEAVY = {"torch", "transformers", "datasets", "rich"}
+
+
+def imports(path: Path, top_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("room", sorted(MAY_USE))
+def test_rooms_know_only_what_lies_below(room):
+    for path in (ROOT / "auto_mmround" / room).glob("*.py"):
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("auto_mmround.")}
+        assert used - {"__version__"} <= MAY_USE[room], path
+
+
+def test_numerics_knows_torch_alone():
+    for path in (ROOT / "auto_mmround" / "numerics").glob("*.py"):
+        assert not any(name.startswith(("transformers", "safetensors")) for name in imports(path)), path
+
+
+def test_nothing_imports_the_shelves_by_name():
+    for path in (ROOT / "auto_mmround").rglob("*.py"):
+        assert not any(name.startswith(("auto_mmround.templates", "auto_mmround.processors")) for name in imports(path))
+
+
+def test_mistakes_are_answered_before_heavy_imports():
+    for path in ("cli.py", "__init__.py", "errors.py", "recipe/recipe.py", "recipe/schemes.py"):
+        roots = {name.split(".")[0] for name in imports(ROOT / "auto_mmround" / path, top_only=True)}
+        assert not roots & HEAVY, path
