@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from auto_mmround import __version__
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import ALGORITHMS, HINTS, SCALE_DTYPES, Recipe, from_mapping, read
+from auto_mmround.recipe.recipe import ALGORITHMS, HINTS, ORDERS, SCALE_DTYPES, Recipe, from_mapping, read
 
 EPILOG = """\
 commands:
@@ -56,13 +56,16 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("act_bits", [], "32: activations are not quantized"),
     ],
     "tuning": [
-        ("algorithm", [], f"one of {', '.join(ALGORITHMS)}"),
-        ("iters", ["iter"], "sign steps a block; 0 rounds to nearest"),
-        ("lr", [], "first learning rate of the rounding offsets; default 1/iters"),
+        ("algorithm", [], f"one of {', '.join(ALGORITHMS)}; auto: closed form, then few sign steps"),
+        ("iters", ["iter"], "sign steps a block, default 20 with auto, 200 with sign_round; 0 rounds to nearest"),
+        ("lr", [], "first learning rate of the rounding offsets; default 0.01 with auto, 1/iters with sign_round"),
         ("minmax_lr", [], "first learning rate of the ranges; default lr"),
         ("batch_size", ["train_bs", "bs"], "samples run together"),
         ("gradient_accumulate_steps", [], "batches a step"),
         ("nblocks", [], "consecutive blocks tuned on one loss"),
+        ("dampening", ["damp_percent", "dampening_frac"], "closed form: share of the mean diagonal added to it"),
+        ("actorder", [], f"closed form: order of the columns, {' or '.join(ORDERS)} (falling second moment)"),
+        ("disable_fisher", [], "auto: weigh all channels and modalities of a block's error alike"),
         ("disable_minmax_tuning", [], "leave the ranges at smallest and largest value"),
         ("disable_quanted_input", [], "tune each block on inputs from the unquantized model"),
         ("not_use_best_mse", [], "keep the last step's parameters, not the best"),
@@ -96,6 +99,7 @@ NEGATED = {
     "disable_minmax_tuning": "enable_minmax_tuning",
     "disable_quanted_input": "enable_quanted_input",
     "disable_amp": "amp",
+    "disable_fisher": "fisher",
     "disable_trust_remote_code": "trust_remote_code",
 }
 IGNORED = {"eval_bs": int}

@@ -43,7 +43,7 @@ class BlockProgress:
 
     def __init__(self, plan: Plan, recipe: Recipe):
         self.total = sum(stage.depth for stage in plan.stages)
-        self.steps = recipe.iters if recipe.tunes else 1
+        self.steps = max(recipe.steps, 1)
         self.started = time.perf_counter()
         self.done = 0
         self.progress = Progress(
@@ -74,8 +74,8 @@ class BlockProgress:
         self.done += 1
         self.progress.update(self.task, completed=self.done * self.steps)
         change = "rounded to nearest"
-        if report.start is not None and report.end is not None:
-            change = f"loss {report.start:.3e} -> {report.end:.3e}"
+        if report.nearest is not None and report.end is not None:
+            change = f"loss {report.nearest:.3e} -> {report.end:.3e}"
         self.progress.console.print(
             f"{report.name}: {report.weights} weights, {change}, {report.seconds:.1f} s, {report.peak_gb:.1f} GB",
             highlight=False,

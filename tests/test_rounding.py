@@ -23,7 +23,7 @@ def inclusive_clamp(x, low, high):
 
 def reference(rounding, offset, low_factor, high_factor):
     """W~ by the published formulas with a straight-through round, for autograd (float32, scale dtype float32)."""
-    grid, low, high = rounding.grid, rounding.low_OG * low_factor, rounding.high_OG * high_factor
+    grid, low, high = rounding.grid, rounding.ranges.low_OG * low_factor, rounding.ranges.high_OG * high_factor
     if grid.sym:
         scale = torch.where(-low > high, -low, -high) / grid.middle
         zero = torch.full_like(scale, grid.middle)
@@ -43,10 +43,9 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
     w = torch.randn(3, columns) + 0.3 * torch.randn(1)
     rounding = Rounding(w, g, grid._replace(scale_dtype=torch.float32))
     rounding.offset_OGg.uniform_(-0.6, 0.6)
-    rounding.low_factor_OG.uniform_(0.5, 1)
-    rounding.high_factor_OG.uniform_(0.5, 1)
+    rounding.ranges.factors_2OG.uniform_(0.5, 1)
     leaves = [t.clone().requires_grad_() for t in rounding.snapshot()]
-    weight = reference(rounding, *leaves)
+    weight = reference(rounding, leaves[0], *leaves[1])
     torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(weight)
     expected = torch.autograd.grad(weight, leaves, grad)
@@ -54,7 +53,8 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
     rounding.step(grad, 1e-3, 1e-3)
     for old, new, slope in zip(before, rounding.snapshot(), expected):
         moved = old - new
-        clear = (slope.abs() > 1e-4) & (new > 0) & (new < 1) if slope.ndim == 2 else slope.abs() > 1e-6
+        # Factors in the stack of two are held in [0, 1].
+        clear = (slope.abs() > 1e-4) & (new > 0) & (new < 1) if len(slope) == 2 else slope.abs() > 1e-6
         assert torch.equal(moved[clear].sign(), slope[clear].sign())
 
 
@@ -93,3 +93,25 @@ def test_reach_of_the_published_schedule():
     for step in range(200):
         rounding.step(torch.ones(4, 8), (1 - step / 200) / 200, 0.0)
     assert rounding.offset_OGg.abs().max() == pytest.approx(0.5025, abs=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(GRIDS))
+def test_scale_factor_step_is_the_autograd_step(seed, grid):
+    torch.manual_seed(seed)
+    grid = grid._replace(scale_dtype=torch.float32)
+    rounding = Rounding(torch.randn(3, 16), 8, grid)
+    scale, zero = rounding.scale_and_zero()
+    rounding.start_at(scale * 0.9, zero, torch.empty(3, 2, 8).uniform_(-0.6, 0.6))
+    offset, factor = (t.clone().requires_grad_() for t in rounding.snapshot())
+    s, z = (scale * 0.9 * factor[0])[..., None], zero[..., None]
+    code = inclusive_clamp(straight_through(rounding.w_OGg / s + offset) + z, 0, grid.top)
+    weight = grids.from_groups((code - z) * s, 16)
+    torch.testing.assert_close(weight, rounding.weight())
+    grad = torch.randn_like(weight)
+    expected = torch.autograd.grad(weight, (offset, factor), grad)
+    before = rounding.snapshot()
+    rounding.step(grad, 1e-3, 1e-3)
+    for old, new, slope in zip(before, rounding.snapshot(), expected):
+        clear = slope.abs() > 1e-4
+        assert torch.equal((old - new)[clear].sign(), slope[clear].sign())

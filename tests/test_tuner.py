@@ -12,11 +12,11 @@ def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
     mix = torch.randn(32, 32) / 6
     inputs = [torch.randn(1, n, 32) @ mix for n in lengths]
     targets = [block(x) for x in inputs]
-    weights = [torch.ones(1, n) for n in lengths]
+    weights = [torch.ones(1, n, 1) for n in lengths]
     if pads:
         inputs = [torch.cat([x, 9 * torch.randn(1, pads, 32)], 1) for x in inputs]
         targets = [torch.cat([y, torch.zeros(1, pads, 32)], 1) for y in targets]
-        weights = [torch.cat([w, torch.zeros(1, pads)], 1) for w in weights]
+        weights = [torch.cat([w, torch.zeros(1, pads, 1)], 1) for w in weights]
     tuned = [TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(bits, True))) for m in (block[0], block[2])]
 
     def forward(indices):

@@ -62,9 +62,7 @@ def verify_transformers(
     if result.logits:
         worst = max((got[0] - want).abs().max().item() for got, want in zip(result.logits, wanted, strict=True))
         gap = worst / torch.cat([want.flatten() for want in wanted]).std().item()
-    return Verdict(
-        folder, name, result.engine, result.quantized, planned, worst, gap, _problem(result, planned, gap)
-    )
+    return Verdict(folder, name, result.engine, result.quantized, planned, worst, gap, _problem(result, planned, gap))
 
 
 def _problem(result: EngineResult, planned: int, gap: float) -> str | None:

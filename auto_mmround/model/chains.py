@@ -67,16 +67,21 @@ class Chain:
         self, blocks: Sequence[nn.Module], first: int, indices: Iterable[int]
     ) -> Iterable[tuple[list[int], Tensor]]:
         """Run samples through ``blocks``; yields (indices, output (B, T, D)), one item for each shape."""
-        device = next(blocks[0].parameters()).device
-        for group in self._groups(indices, first):
-            hidden = torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
-            hidden = hidden.to(device)
-            for offset, block in enumerate(blocks):
-                call = merge([self.calls[i][first + offset] for i in group])
-                hidden = to_device(call, device).run(block, hidden)
-            yield group, hidden
+        for group in self.groups(indices, first):
+            yield group, self.run_group(blocks, first, group)
 
-    def _groups(self, indices: Iterable[int], first: int) -> list[list[int]]:
+    def run_group(self, blocks: Sequence[nn.Module], first: int, group: Sequence[int]) -> Tensor:
+        """Run samples of one shape through ``blocks`` together; (B, T, D)."""
+        device = next(blocks[0].parameters()).device
+        hidden = torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
+        hidden = hidden.to(device)
+        for offset, block in enumerate(blocks):
+            call = merge([self.calls[i][first + offset] for i in group])
+            hidden = to_device(call, device).run(block, hidden)
+        return hidden
+
+    def groups(self, indices: Iterable[int], first: int) -> list[list[int]]:
+        """Samples cut into those that can run together."""
         if not self.batched:
             return [[i] for i in indices]
         groups: dict[Any, list[int]] = {}

@@ -6,7 +6,8 @@ dL/dW~ on it, and `Rounding.step` turns that into signs for the offsets V and th
     W~ = s * (clamp(round(W/s + V) + z, 0, top) - z),   round() passes gradients straight through
     dW~/dV = s * inside        dW~/ds = (q - z) - inside * W/s        dW~/dz = -s * (1 - inside)
 
-with ``inside`` = 1 where the clamp does nothing. The chain from (s, z) to the factors is in `_factor_gradients`.
+with ``inside`` = 1 where the clamp does nothing, its bounds included. From (s, z) the chain goes on to what is tuned:
+`RangeFactors` as published, or `ScaleFactor` after a start found in closed form.
 """
 
 import torch
@@ -30,30 +31,82 @@ def range_gradients(
     return passed_OGg * scale_OG1, grad_scale_OG, grad_zero_OG
 
 
-class Rounding:
-    """Offsets V (float32, start 0) and factors of the smallest and largest value (start 1) of one weight.
+class RangeFactors:
+    """The published parametrization: factors in [0, 1], start 1, of each group's smallest and largest value.
 
-    With V = 0 and factors 1 the weight is rounded to nearest. Factors stay in [0, 1]; V is never clamped.
+    Symmetric: s = -(side of larger magnitude) / M. Asymmetric: s = (high*fh - low*fl) / top, z = round(-low*fl / s).
+    """
+
+    def __init__(self, low_OG: Tensor, high_OG: Tensor, grid: Grid):
+        self.low_OG, self.high_OG, self.grid = low_OG, high_OG, grid
+        self.factors_2OG = torch.ones(2, *low_OG.shape, device=low_OG.device)
+
+    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
+        low_factor_OG, high_factor_OG = self.factors_2OG
+        return grids.scale_and_zero(self.low_OG * low_factor_OG, self.high_OG * high_factor_OG, self.grid)
+
+    def step(self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float) -> None:
+        """One sign step of the factors from the gradients of scale and zero point (chain rule)."""
+        low_factor_OG, high_factor_OG = self.factors_2OG
+        if self.grid.sym:
+            low_rules_OG = -self.low_OG * low_factor_OG > self.high_OG * high_factor_OG
+            none_OG = torch.zeros_like(grad_scale_OG)
+            grad_low_OG = torch.where(low_rules_OG, -self.low_OG * grad_scale_OG, none_OG)
+            grad_high_OG = torch.where(low_rules_OG, none_OG, -self.high_OG * grad_scale_OG)
+        else:
+            # A zero point held by its bounds does not move.
+            ideal_OG = -self.low_OG * low_factor_OG / scale_OG
+            free_OG = (ideal_OG.round() >= self.grid.min_zero) & (ideal_OG.round() <= self.grid.top)
+            grad_zero_OG = grad_zero_OG * free_OG
+            total_OG = (grad_scale_OG - grad_zero_OG * ideal_OG / scale_OG) / self.grid.top
+            grad_low_OG = -self.low_OG * (total_OG + grad_zero_OG / scale_OG)
+            grad_high_OG = self.high_OG * total_OG
+        self.factors_2OG.sub_(torch.stack([grad_low_OG, grad_high_OG]).sign_(), alpha=lr).clamp_(0, 1)
+
+
+class ScaleFactor:
+    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point stays."""
+
+    def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid):
+        self.scale_OG, self.zero_OG, self.grid = scale_OG, zero_OG, grid
+        self.factors_2OG = torch.ones(1, *scale_OG.shape, device=scale_OG.device)
+
+    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
+        return grids.storable(self.scale_OG * self.factors_2OG[0], self.grid), self.zero_OG
+
+    def step(self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float) -> None:
+        """One sign step: dL/df = s0 * dL/ds."""
+        self.factors_2OG[0].sub_((grad_scale_OG * self.scale_OG).sign_(), alpha=lr).clamp_(0.5, 1.5)
+
+
+class Rounding:
+    """Offsets V (float32) of one weight, and what gives its scales and zero points.
+
+    By default V = 0 and the ranges are those of the weight: rounded to nearest. `start_at` sets a better start.
     """
 
     def __init__(self, w_OI: Tensor, group_size: int, grid: Grid):
         self.grid = grid
         self.columns = w_OI.shape[1]
         self.w_OGg = grids.to_groups(w_OI, self.columns if group_size == -1 else group_size)
-        self.low_OG, self.high_OG = grids.ranges(self.w_OGg, grid)
+        self.ranges: RangeFactors | ScaleFactor = RangeFactors(*grids.ranges(self.w_OGg, grid), grid)
         self.offset_OGg = torch.zeros_like(self.w_OGg, dtype=torch.float32)
-        self.low_factor_OG = torch.ones_like(self.low_OG)
-        self.high_factor_OG = torch.ones_like(self.high_OG)
+
+    def start_at(self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor) -> None:
+        """Begin from scales, zero points and offsets found in closed form; a factor of the scale is tuned then."""
+        self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid)
+        self.offset_OGg = offset_OGg.float()
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32."""
-        return grids.scale_and_zero(self.low_OG * self.low_factor_OG, self.high_OG * self.high_factor_OG, self.grid)
+        return self.ranges.scale_and_zero()
 
     def codes(self) -> Codes:
         """The integers, scales and zero points as they go to disk."""
         scale_OG, zero_OG = self.scale_and_zero()
-        q_OGg = self._quantize(scale_OG, zero_OG)
-        return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid)
+        return grids.make_codes(self._quantize(scale_OG, zero_OG), scale_OG, zero_OG, self.columns, self.grid)
 
     def weight(self) -> Tensor:
         """W~ (out, in), float32."""
@@ -62,7 +115,7 @@ class Rounding:
         return grids.from_groups(w_OGg, self.columns)
 
     def step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
-        """One sign step from dL/dW~ (out, in); ``factor_lr`` 0 leaves the ranges alone."""
+        """One sign step from dL/dW~ (out, in); ``factor_lr`` 0 leaves the scales alone."""
         scale_OG, zero_OG = self.scale_and_zero()
         grad_OGg = grids.to_groups(grad_OI.float(), self.w_OGg.shape[-1])
         grad_offset_OGg, grad_scale_OG, grad_zero_OG = range_gradients(
@@ -70,40 +123,17 @@ class Rounding:
         )
         self.offset_OGg.sub_(grad_offset_OGg.sign_(), alpha=lr)
         if factor_lr:
-            grad_low_OG, grad_high_OG = self._factor_gradients(scale_OG, zero_OG, grad_scale_OG, grad_zero_OG)
-            self.low_factor_OG.sub_(grad_low_OG.sign_(), alpha=factor_lr).clamp_(0, 1)
-            self.high_factor_OG.sub_(grad_high_OG.sign_(), alpha=factor_lr).clamp_(0, 1)
+            self.ranges.step(scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
 
-    def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
+    def snapshot(self) -> tuple[Tensor, Tensor]:
         """A copy of everything that steps change."""
-        return self.offset_OGg.clone(), self.low_factor_OG.clone(), self.high_factor_OG.clone()
+        return self.offset_OGg.clone(), self.ranges.factors_2OG.clone()
 
-    def restore(self, snapshot: tuple[Tensor, Tensor, Tensor]) -> None:
+    def restore(self, snapshot: tuple[Tensor, Tensor]) -> None:
         """Go back to a `snapshot`."""
-        self.offset_OGg, self.low_factor_OG, self.high_factor_OG = (t.clone() for t in snapshot)
+        self.offset_OGg, self.ranges.factors_2OG = (t.clone() for t in snapshot)
 
     def _quantize(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         return grids.quantize(
             self.w_OGg.float(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid.top
         )
-
-    def _factor_gradients(
-        self, scale_OG: Tensor, zero_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Chain rule from (scale, zero) to the factors of the smallest and the largest value.
-
-        Symmetric: s = -(side of larger magnitude) / M, so only that side's factor has a gradient.
-        Asymmetric: s = (high*fh - low*fl) / top and z = round(-low*fl / s), straight through.
-        """
-        if self.grid.sym:
-            low_rules_OG = -self.low_OG * self.low_factor_OG > self.high_OG * self.high_factor_OG
-            zero = torch.zeros_like(grad_scale_OG)
-            grad_low_OG = torch.where(low_rules_OG, -self.low_OG / self.grid.middle * grad_scale_OG, zero)
-            return grad_low_OG, torch.where(low_rules_OG, zero, -self.high_OG / self.grid.middle * grad_scale_OG)
-        # A zero point held by its bounds does not move.
-        ideal_OG = -self.low_OG * self.low_factor_OG / scale_OG
-        free_OG = (ideal_OG.round() >= self.grid.min_zero) & (ideal_OG.round() <= self.grid.top)
-        grad_zero_OG = grad_zero_OG * free_OG
-        total_OG = grad_scale_OG - grad_zero_OG * ideal_OG / scale_OG
-        grad_low_OG = -self.low_OG / self.grid.top * total_OG - grad_zero_OG * self.low_OG / scale_OG
-        return grad_low_OG, self.high_OG / self.grid.top * total_OG

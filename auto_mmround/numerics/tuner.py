@@ -14,8 +14,8 @@ from torch import Tensor
 
 from auto_mmround.numerics.rounding import Rounding
 
-# One forward over some samples: (output, target, weight of every token), several when lengths differ.
-# Shapes (B, T, D), (B, T, D), (B, T); a weight of 0 takes a token out of the loss.
+# One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B, T, D), (B, T, D) and
+# (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
 Forward = Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 
@@ -72,15 +72,15 @@ def mean_error(forward: Forward, indices: Sequence[int], batch_size: int) -> flo
     total = elements = 0.0
     with torch.no_grad():
         for at in range(0, len(indices), batch_size):
-            for output, target, weight_BT in forward(indices[at : at + batch_size]):
-                total += squared_error(output, target, weight_BT).item()
-                elements += weight_BT.sum().item() * output.shape[-1]
+            for output, target, weight in forward(indices[at : at + batch_size]):
+                total += squared_error(output, target, weight).item()
+                elements += weight.sum().item() * output.shape[-1] / weight.shape[-1]
     return total / max(elements, 1.0)
 
 
-def squared_error(output: Tensor, target: Tensor, weight_BT: Tensor) -> Tensor:
+def squared_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Sum of weighted squared differences, float32."""
-    return ((output.float() - target.float()).square().sum(-1) * weight_BT).sum()
+    return ((output.float() - target.float()).square() * weight).sum()
 
 
 def tune_block(

@@ -16,7 +16,10 @@ import yaml
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.schemes import Scheme
 
-ALGORITHMS = ("sign_round", "rtn")
+ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
+ORDERS = ("none", "weight")
+# Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
+STEPS = {"auto": (20, 0.01), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 
 # Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never swallowed.
@@ -48,13 +51,16 @@ class Recipe:
     quant_lm_head: bool = False
     to_quant_block_names: str | None = None
     # tuning
-    algorithm: str = "sign_round"
-    iters: int = 200
+    algorithm: str = "auto"
+    iters: int | None = None
     lr: float | None = None
     minmax_lr: float | None = None
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
     nblocks: int = 1
+    dampening: float = 0.01
+    actorder: str = "none"
+    fisher: bool = True
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
     not_use_best_mse: bool = False
@@ -96,7 +102,9 @@ class Recipe:
         _require(self.algorithm in ALGORITHMS, f"algorithm = {self.algorithm!r}: one of {', '.join(ALGORITHMS)}")
         _require(self.act_bits >= 16, f"act_bits = {self.act_bits}: only weights are quantized yet, leave it at 32")
         _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
-        _require(self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
+        _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
+        _require(self.actorder in ORDERS, f"actorder = {self.actorder!r}: one of {', '.join(ORDERS)}")
+        _require(self.dampening > 0, f"dampening = {self.dampening}: above 0")
         for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
@@ -113,9 +121,24 @@ class Recipe:
         return Scheme(self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype, min(self.act_bits, 16))
 
     @property
-    def tunes(self) -> bool:
-        """False when the weights are only rounded to nearest."""
-        return self.algorithm != "rtn" and self.iters > 0
+    def steps(self) -> int:
+        """Sign steps a block."""
+        return STEPS[self.algorithm][0] if self.iters is None or self.algorithm == "gptq" else self.iters
+
+    @property
+    def learning_rate(self) -> float | None:
+        """First learning rate; None is 1/steps."""
+        return self.lr or STEPS[self.algorithm][1]
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether weights start from a GPTQ solution."""
+        return self.algorithm == "gptq" or (self.algorithm == "auto" and self.steps > 0)
+
+    @property
+    def calibrates(self) -> bool:
+        """False when the weights are only rounded to nearest: `rtn`, or as in the original 0 iterations."""
+        return self.closed_form or (self.algorithm == "sign_round" and self.steps > 0)
 
 
 HINTS = typing.get_type_hints(Recipe)

@@ -129,7 +129,7 @@ class Output:
             blocks=[stage.path for stage in self.plan.stages],
             checkpoint_name=self.names.module,
             default=recipe.scheme,
-            details={"iters": recipe.iters if recipe.tunes else 0, "algorithm": recipe.algorithm},
+            details={"iters": recipe.steps, "algorithm": recipe.algorithm},
         )
         write_config(self.partial, _config(model, source), self.fmt.config(layout))
         commit(self.partial, self.out)

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,13 +12,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain, capture
+from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
+from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, Grid
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, tune_block
+from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+from auto_mmround.numerics.tuner import (
+    TuneConfig,
+    TunedWeight,
+    TuneResult,
+    held_out_split,
+    mean_error,
+    tune_block,
+)
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan, WeightPlan
@@ -27,11 +39,13 @@ log = logging.getLogger("auto_mmround")
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to a block. start, end: held-out squared error per element, rounded to nearest and tuned."""
+    """What happened to a block. nearest, start, end: held-out error per element, rounded to nearest, at the start of
+    the sign steps (the closed form, if there is one) and at their end; in units of the loss, see `fisher`."""
 
     name: str
     stage: str
     weights: int
+    nearest: float | None
     start: float | None
     end: float | None
     best_iter: int
@@ -59,7 +73,7 @@ def quantize(
     model: PreTrainedModel,
     recipe: Recipe,
     plan: Plan,
-    inputs: Sequence[Any],
+    inputs: Sequence[ModelInput],
     sink: Sink,
     watcher: Watcher | None = None,
 ) -> list[BlockReport]:
@@ -76,7 +90,7 @@ def quantize(
         reports.append(report)
         watcher.block(report)
 
-    if recipe.tunes:
+    if recipe.calibrates:
         _tune_stages(model, recipe, plan, inputs, finish, watcher)
     else:
         for stage in plan.stages:
@@ -96,7 +110,7 @@ def _tune_stages(
     model: PreTrainedModel,
     recipe: Recipe,
     plan: Plan,
-    inputs: Sequence[Any],
+    inputs: Sequence[ModelInput],
     finish: Callable[[BlockReport, dict[str, Codes]], None],
     watcher: Watcher,
 ) -> None:
@@ -104,7 +118,7 @@ def _tune_stages(
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     batches = [_cast(sample.kwargs, dtype) for sample in inputs]
 
-    def precision() -> Any:
+    def precision() -> AbstractContextManager:
         return devices.autocast(device, dtype, recipe.amp)
 
     def record(stages: Sequence[Stage]) -> dict[str, Chain]:
@@ -116,16 +130,18 @@ def _tune_stages(
 
     teachers = record(plan.stages)
     students = dict(teachers)
+    fisher = {}
+    if recipe.fisher and recipe.algorithm == "auto":
+        kinds = [sample.modality_T for sample in inputs]
+        fisher = channel_fisher(model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision)
+    journey = _Journey(model, recipe, plan, inputs, fisher, precision, finish, watcher)
     for position, stage in enumerate(plan.stages):
         if stage.path not in teachers:
             raise UserError(
                 f"{stage.path}: no calibration sample reaches this {stage.name} stage; calibrate with samples that "
                 f"have {stage.name} input, e.g. --dataset liuhaotian/llava_conv_58k"
             )
-        student = students[stage.path]
-        weights = [_token_weights(student, i, inputs) for i in range(len(student))]
-        journey = _Journey(model, recipe, plan, precision, finish, watcher)
-        journey.tune_stage(teachers[stage.path], student, weights)
+        journey.tune_stage(teachers[stage.path], students[stage.path])
         later = plan.stages[position + 1 :]
         if later and recipe.enable_quanted_input:
             # What the quantized stage gets wrong must reach the stages that it feeds.
@@ -139,11 +155,13 @@ class _Journey:
     model: PreTrainedModel
     recipe: Recipe
     plan: Plan
-    precision: Callable[[], Any]
+    inputs: Sequence[ModelInput]
+    fisher: Mapping[str, Tensor]
+    precision: Callable[[], AbstractContextManager]
     finish: Callable[[BlockReport, dict[str, Codes]], None]
     watcher: Watcher
 
-    def tune_stage(self, teacher: Chain, student: Chain, token_weights: Sequence[Tensor]) -> None:
+    def tune_stage(self, teacher: Chain, student: Chain) -> None:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         names = teacher.stage.blocks
         recipe = self.recipe
@@ -153,38 +171,106 @@ class _Journey:
             started = time.perf_counter()
             with self.precision():
                 target = teacher.advanced(blocks, first, recipe.batch_size)
+                loss_weights = self._loss_weights(student, window[-1])
+                moments = self._moments(student, blocks, window, first) if recipe.closed_form else {}
                 tuned = {name: _leaves(self.model, self.plan.of_block(name)) for name in window}
+                leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
+                forward = _forward(student, blocks, first, target, loss_weights)
+                nearest = self._start(leaves, moments, forward, len(student)) if moments else None
                 result = tune_block(
-                    [weight for leaves in tuned.values() for weight in leaves.values()],
-                    _forward(student, blocks, first, target, token_weights),
+                    list(leaves.values()),
+                    forward,
                     len(student),
                     _tune_config(recipe, first),
-                    on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.iters),  # type: ignore
+                    on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.steps),  # type: ignore
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
             teacher = target
             for name in window:
-                report = _report(self.model, name, teacher.stage, tuned[name], result, started)
+                report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
                 self.finish(report, _codes(tuned[name]))
+
+    def _moments(
+        self, student: Chain, blocks: Sequence[nn.Module], window: Sequence[str], first: int
+    ) -> dict[str, Moments]:
+        """Second moments of the inputs of every planned weight, from the student's inputs through untouched blocks."""
+        planned = [weight for name in window for weight in self.plan.of_block(name)]
+        layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
+        masks = [self._token_mask(student, i) for i in range(len(student))]
+        current: list[Tensor] = []
+        with torch.no_grad(), collecting(layers, lambda: current[0]) as collected:
+            for at in range(0, len(student), self.recipe.batch_size):
+                for group in student.groups(range(at, min(at + self.recipe.batch_size, len(student))), first):
+                    current[:] = [_cat([masks[i] for i in group])]
+                    collected.next_pass()
+                    student.run_group(blocks, first, group)
+            return collected.moments()
+
+    def _start(
+        self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments], forward: Any, count: int
+    ) -> float:
+        """Put every weight at its closed-form start; returns the held-out error of rounding to nearest."""
+        held = held_out_split(count)[1]
+        for leaf in leaves.values():
+            leaf.refresh()
+        nearest = mean_error(forward, held, self.recipe.batch_size)
+        config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
+        stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
+        for name, leaf in leaves.items():
+            if name in moments:  # a weight that no token reached stays rounded to nearest
+                key = (id(moments[name]), leaf.rounding.grid, leaf.rounding.w_OGg.shape[-1])
+                stacks.setdefault(key, []).append(leaf.rounding)
+        by_id = {id(found): found for found in moments.values()}
+        for (identity, _, _), roundings in stacks.items():
+            closed_form(roundings, by_id[identity], config)
+        return nearest
+
+    def _loss_weights(self, chain: Chain, block: str) -> list[Tensor]:
+        """Weights of the block's error for every sample: 0 on padding, else 1, or the Fisher information of the
+        channel for the token's modality, scaled to a mean of 1 over the modalities' channels."""
+        masks = [self._token_mask(chain, i) for i in range(len(chain))]
+        if block not in self.fisher:
+            return masks
+        table_KD = self.fisher[block].cpu()
+        present_K = table_KD.sum(1) > 0
+        table_KD = table_KD / table_KD[present_K].mean().clamp(min=1e-30)
+        found = []
+        for i, mask in enumerate(masks):
+            kinds = self.inputs[chain.sample[i]].modality_T
+            if kinds.numel() != mask.numel():
+                kinds = torch.zeros(mask.numel(), dtype=torch.long)
+            found.append(table_KD[kinds.long()].reshape(*mask.shape[:-1], -1) * mask)
+        return found
+
+    def _token_mask(self, chain: Chain, i: int) -> Tensor:
+        """1 for every token, 0 for padding; the hidden state's shape with one channel."""
+        shape = (*chain.hidden[i].shape[:-1], 1)
+        modality_T = self.inputs[chain.sample[i]].modality_T
+        if modality_T is not None and modality_T.numel() == chain.hidden[i].shape[:-1].numel():
+            return (modality_T != PAD).float().reshape(shape)
+        return torch.ones(shape)
 
 
 def _forward(
-    student: Chain, blocks: Sequence[nn.Module], first: int, target: Chain, token_weights: Sequence[Tensor]
+    student: Chain, blocks: Sequence[nn.Module], first: int, target: Chain, loss_weights: Sequence[Tensor]
 ) -> Callable[[Sequence[int]], Any]:
     def forward(indices: Sequence[int]) -> Any:
         for group, output in student.forward(blocks, first, indices):
-            wanted = torch.cat([target.hidden[i] for i in group]) if len(group) > 1 else target.hidden[group[0]]
-            weights = torch.cat([token_weights[i] for i in group]) if len(group) > 1 else token_weights[group[0]]
+            wanted, weights = _cat([target.hidden[i] for i in group]), _cat([loss_weights[i] for i in group])
             yield output, wanted.to(output.device), weights.to(output.device)
 
     return forward
 
 
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
 def _tune_config(recipe: Recipe, first: int) -> TuneConfig:
     factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
     return TuneConfig(
-        iters=recipe.iters,
-        lr=recipe.lr,
+        iters=recipe.steps,
+        lr=recipe.learning_rate,
         factor_lr=factor_lr,
         batch_size=recipe.batch_size,
         accumulate=recipe.gradient_accumulate_steps,
@@ -230,22 +316,20 @@ def _cast(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _token_weights(chain: Chain, i: int, inputs: Sequence[Any]) -> Tensor:
-    """1 for every token, 0 for padding; shape of the hidden state without its channels."""
-    shape = chain.hidden[i].shape[:-1]
-    modality_T = inputs[chain.sample[i]].modality_T
-    if modality_T is not None and modality_T.numel() == shape.numel():
-        return (modality_T != 4).float().reshape(shape)
-    return torch.ones(shape)
-
-
 def _report(
-    model: PreTrainedModel, name: str, stage: Stage | None, tuned: dict[str, TunedWeight], result: Any, started: float
+    model: PreTrainedModel,
+    name: str,
+    stage: Stage | None,
+    tuned: dict[str, TunedWeight],
+    result: TuneResult | None,
+    started: float,
+    nearest: float | None = None,
 ) -> BlockReport:
     return BlockReport(
         name=name,
         stage=stage.name if stage else "text",
         weights=len(tuned),
+        nearest=nearest if nearest is not None or not result else result.start,
         start=result.start if result else None,
         end=result.end if result else None,
         best_iter=result.best_iter if result else 0,

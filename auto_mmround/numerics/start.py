@@ -1,0 +1,102 @@
+"""The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, offsets that say it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics.rounding import Rounding
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """dampening: share of the mean of diag(H) added to it. order: of the columns, "none" or "weight" (falling diag(H)).
+
+    refit: fit the scales to the solved integers at the end. margin: how far the start
+    stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it.
+    """
+
+    dampening: float = 0.01
+    order: gram.Order = "none"
+    refit: bool = True
+    margin: float = 0.1
+
+
+class Collector:
+    """Second moments of the inputs of some layers, added up while hooks see forward passes.
+
+    Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass` before each pass.
+    """
+
+    def __init__(self, weights: Callable[[], Tensor]):
+        self._weights = weights
+        self._moments: dict[str, gram.Moments] = {}
+        self._owner: dict[str, str] = {}
+        self._seen: dict[int, tuple[Tensor, str]] = {}  # this pass's inputs, kept alive so that no id comes twice
+
+    def next_pass(self) -> None:
+        """Forget the tensors of the last pass."""
+        self._seen.clear()
+
+    def moments(self) -> dict[str, gram.Moments]:
+        """Layer name -> moments, for every layer that was run."""
+        return {name: self._moments[owner] for name, owner in self._owner.items()}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Add the input (..., in) of a layer, with the tokens' weights where it sees every token of the block."""
+        if name not in self._owner:
+            self._owner[name] = self._seen.setdefault(id(x), (x, name))[1]
+        if self._owner[name] == name:
+            weight = self._weights()
+            whole = weight.numel() == x.numel() // x.shape[-1]
+            moments = self._moments.setdefault(name, gram.Moments(x.shape[-1], device=x.device))
+            moments.add(x.detach(), weight.to(x.device) if whole else None)
+
+
+@contextmanager
+def collecting(layers: Mapping[str, nn.Module], weights: Callable[[], Tensor]) -> Iterator[Collector]:
+    """A `Collector` that watches the layers while open. weights: of the current pass's tokens, (B, T, 1), pads 0."""
+    collector = Collector(weights)
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda layer, args: collector.see(name, args[0])
+
+    handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+    try:
+        yield collector
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
+    """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
+
+    They are stacked along their outputs, which are independent, so one factorization serves all. Returns the summed
+    error tr((W - W~) H (W - W~)^T).
+    """
+    hessian_II, grid = moments.hessian(), roundings[0].grid
+    w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
+    group_size, columns = w_OGg.shape[-1], roundings[0].columns
+    w_OI = grids.from_groups(w_OGg, columns).float()
+    importance_Gg = grids.to_groups(hessian_II.diagonal()[None], group_size)[0]
+    scale_OG, zero_OG = gram.search_scale(w_OGg.float(), importance_Gg, grid)
+    solve = partial(gram.solve, dampening=config.dampening, order=config.order)
+    best = solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
+    error = best.error
+    if config.refit:
+        scale_OG = gram.refit_scale(w_OI, best.q_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
+        columns_I = torch.arange(columns, device=w_OI.device) // group_size
+        error = gram.error(w_OI, (best.q_OI - zero_OG[:, columns_I]) * scale_OG[:, columns_I], hessian_II)
+    q_OGg = grids.to_groups(best.q_OI, group_size)
+    offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
+    rows = [len(rounding.w_OGg) for rounding in roundings]
+    for rounding, *parts in zip(
+        roundings, *(part.split(rows) for part in (scale_OG, zero_OG, offset_OGg)), strict=True
+    ):
+        rounding.start_at(*(part.clone() for part in parts))
+    return error

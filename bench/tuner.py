@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Our tuner against auto-round: same model, samples, token budget and machine, one run after the other.
+
+    bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt [--schemes W3g128 W2g64a ...] [--keep DIR]
+
+Each method runs in a process of its own, which reports its seconds (quantizing only) and peak memory, then the
+perplexity of the quantized model on held-out text and its KL divergence from full precision. A scheme ending in `a` is
+asymmetric. Results go to standard output as Markdown and, with --keep, to a dated file.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"algorithm": "rtn"},
+    "gptq": {"algorithm": "gptq"},
+    "sign_round": {"algorithm": "sign_round"},
+    "auto, no Fisher": {"fisher": False},
+    "auto": {},
+}
+PEERS: dict[str, dict[str, Any]] = {"auto-round": {}, "auto-round alg_ext": {"enable_alg_ext": True}}
+
+
+def tokens(tokenizer: Any, path: Path, count: int, length: int) -> Any:
+    """The first ``count`` rows of ``length`` tokens of a text, each opened by the tokenizer's BOS if it has one."""
+    import torch
+
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    body = length - len(bos)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    if len(ids) < count * body:
+        sys.exit(f"{path}: {len(ids)} tokens, {count * body} needed")
+    return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in range(count)])
+
+
+def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
+    """Run one method on the model in memory; returns the model with dequantized weights."""
+    bits, group, sym = job["bits"], job["group_size"], job["sym"]
+    if job["method"] in PEERS:
+        from auto_round import AutoRound
+
+        options = PEERS[job["method"]] | job["options"]
+        peer = AutoRound(
+            model, tokenizer, bits=bits, group_size=group, sym=sym, dataset=[row[None] for row in rows],
+            nsamples=len(rows), seqlen=rows.shape[1], batch_size=8, device_map="cpu", **options,
+        )  # fmt: skip
+        return peer.quantize()[0]
+    from auto_mmround import AutoRoundMLLM
+
+    ours = AutoRoundMLLM(
+        model, tokenizer, bits=bits, group_size=group, sym=sym, dataset=[{"input_ids": row.tolist()} for row in rows],
+        nsamples=len(rows), seqlen=rows.shape[1], device="cpu", **METHODS[job["method"]] | job["options"],
+    )  # fmt: skip
+    return ours.quantize()[0]
+
+
+def damage(model: Any, reference: Any, rows: Any) -> dict[str, float]:
+    """Perplexity, and KL from the reference in nats a token, over held-out rows."""
+    import torch
+
+    loss = kl = 0.0
+    with torch.inference_mode():
+        for row in rows:
+            ids = row[None]
+            got = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            want = reference(input_ids=ids).logits[0].float().log_softmax(-1)
+            loss -= got[:-1].gather(1, ids[0, 1:, None]).mean().item()
+            kl += (want.exp() * (want - got)).sum(-1).mean().item()
+    return {"perplexity": float(torch.tensor(loss / len(rows)).exp()), "kl": kl / len(rows)}
+
+
+def worker(job: dict[str, Any]) -> None:
+    """One method in this process; the last line of standard output is its result as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    load = {"dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
+    rows = tokens(tokenizer, Path(job["calibration"]), job["samples"], job["length"])
+    held = tokens(tokenizer, Path(job["held_out"]), job["held_rows"], job["length"])
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result: dict[str, Any] = {"seconds": 0.0, "peak_gb": before / 1e6}
+    if job["method"] != "full precision":
+        model = quantize(job, model, tokenizer, rows)
+        result["seconds"] = time.perf_counter() - started
+        result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    reference = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
+    print(json.dumps(result | damage(model, reference, held)))
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """The worker's result, or its last line of complaint."""
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(lines[-1])
+
+
+def main() -> None:
+    """Every scheme by every method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--model")
+    parser.add_argument("--calibration")
+    parser.add_argument("--held_out")
+    parser.add_argument("--schemes", nargs="+", default=["W4g128", "W3g128", "W2g64", "W4g128a", "W3g128a", "W2g64a"])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *PEERS])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--held_rows", type=int, default=16)
+    parser.add_argument("--options", type=json.loads, default={}, help="more options of every method, JSON")
+    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
+    found = parser.parse_args()
+    if found.worker:
+        worker(json.loads(found.worker))
+        return
+    base = {key: value for key, value in vars(found).items() if key not in ("worker", "schemes", "methods", "keep")}
+    lines = ["| scheme | method | seconds | peak GB | perplexity | KL |", "|---|---|---|---|---|---|"]
+    print("\n".join(lines))
+    for scheme in ["-", *found.schemes]:
+        parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
+        values = {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]} if parts else {}
+        for method in found.methods if parts else ["full precision"]:
+            result = run(base | values | {"method": method})
+            cells = [result["error"]] if "error" in result else [
+                f"{result['seconds']:.1f}", f"{result['peak_gb']:.2f}", f"{result['perplexity']:.3f}", f"{result['kl']:.4f}"
+            ]  # fmt: skip
+            lines.append(f"| {scheme} | {method} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    if found.keep:
+        from auto_mmround.run.journal import machine
+
+        facts = json.dumps(machine())
+        text = f"# Tuner, {datetime.date.today()}\n\n{chr(10).join(lines)}\n\n{facts}\n\nCommand: `{' '.join(sys.argv)}`\n"
+        (found.keep / f"tuner-{datetime.date.today()}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Moments, scale search, GPTQ solve and start: against slow references and the properties that callers rely on."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics.grids import Grid
+
+GRIDS = [Grid(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def weight(rows: int, columns: int, seed: int = 0, heavy: bool = False) -> Tensor:
+    w_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return 0.02 * (w_OI.sign() * w_OI.abs() ** 2.5 if heavy else w_OI)
+
+
+def inputs(tokens: int, features: int, seed: int = 0, uneven: float = 0.5) -> Tensor:
+    """Correlated Gaussian tokens: spectrum 1/i, channels of different size."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    basis_II = torch.linalg.qr(torch.randn(features, features, generator=generator))[0]
+    x_TI = torch.randn(tokens, features, generator=generator) / torch.arange(1, features + 1).sqrt() @ basis_II
+    return x_TI * torch.exp(uneven * torch.randn(features, generator=generator))
+
+
+def moments(x_TI: Tensor) -> Tensor:
+    running = gram.Moments(x_TI.shape[1])
+    running.add(x_TI)
+    return running.hessian()
+
+
+def plain(w_OI: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    return grids.scale_and_zero(*grids.ranges(grids.to_groups(w_OI, group_size), grid), grid)
+
+
+def values(q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_size: int) -> Tensor:
+    return (q_OI - zero_OG.repeat_interleave(group_size, 1)) * scale_OG.repeat_interleave(group_size, 1)
+
+
+def slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, dampening, order_I) -> Tensor:
+    """The published algorithm, column by column with the Cholesky factor of the inverse, float64."""
+    hessian_II = hessian_II.double().clone()
+    dead_I = hessian_II.diagonal() == 0
+    mean = hessian_II.diagonal()[~dead_I].mean()
+    hessian_II += torch.diag(torch.where(dead_I, 1.0, dampening) * mean)
+    upper_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II[order_I][:, order_I]), upper=True)
+    left_OI = w_OI.double()[:, order_I].clone()
+    q_OI = torch.empty_like(left_OI)
+    for k, column in enumerate(order_I.tolist()):
+        scale_O, zero_O = scale_OG[:, column // group_size].double(), zero_OG[:, column // group_size].double()
+        q_OI[:, column] = ((left_OI[:, k] / scale_O).round() + zero_O).clamp(0, grid.top)
+        error_O = (left_OI[:, k] - scale_O * (q_OI[:, column] - zero_O)) / upper_II[k, k]
+        left_OI[:, k:] -= error_O[:, None] * upper_II[k, k:]
+    return q_OI
+
+
+# ------------------------------------------------------------------------------------------------------- moments
+
+
+@pytest.mark.parametrize("features", [24, gram.PANEL + 40])
+def test_moments_are_the_weighted_mean_of_outer_products(features):
+    x_BTI, weight_BT = torch.randn(3, 50, features), torch.rand(3, 50)
+    weight_BT[:, -7:] = 0  # pads
+    running = gram.Moments(features)
+    running.add(x_BTI[:2], weight_BT[:2])
+    running.add(x_BTI[2:], weight_BT[2:])
+    expected_II = torch.einsum("bt,bti,btj->ij", weight_BT, x_BTI, x_BTI) / weight_BT.sum()
+    torch.testing.assert_close(running.hessian(), expected_II, atol=1e-5, rtol=1e-4)
+    assert torch.equal(running.hessian(), running.hessian().t())
+
+
+def test_bf16_inputs_are_added_up_in_float32_and_the_precision_setting_survives():
+    before = torch.get_float32_matmul_precision()
+    x_TI = torch.randn(4096, 32).bfloat16()
+    exact_II = (x_TI.double().t() @ x_TI.double() / len(x_TI)).float()
+    torch.testing.assert_close(moments(x_TI), exact_II, atol=2e-6, rtol=2e-6)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_moments_do_not_keep_a_graph_and_are_zero_at_first():
+    running = gram.Moments(4)
+    assert not running.hessian().any()
+    running.add(torch.randn(3, 4, requires_grad=True))
+    assert not running.hessian().requires_grad
+
+
+def test_teacher_inputs_go_with_cross_moments_only():
+    with pytest.raises(ValueError, match="cross"):
+        gram.Moments(4).add(torch.ones(1, 4), teacher=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="cross"):
+        gram.Moments(4).cross()
+
+
+def test_retarget_brings_the_student_nearer_to_the_teachers_output():
+    teacher_TI, w_OI = inputs(400, 16), weight(8, 16)
+    student_TI = teacher_TI @ (torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))
+    running = gram.Moments(16, cross=True)
+    running.add(student_TI, teacher=teacher_TI)
+    target_TO = teacher_TI @ w_OI.t()
+
+    def distance(candidate_OI):
+        return (student_TI @ candidate_OI.t() - target_TO).square().sum()
+
+    exact_OI = gram.retarget(w_OI, running.hessian(), running.cross(), dampening=1e-6)
+    assert distance(exact_OI) < 1e-4 * distance(w_OI)
+    assert distance(gram.retarget(w_OI, running.hessian(), running.cross())) < distance(w_OI)
+    same = gram.Moments(16, cross=True)
+    same.add(teacher_TI, teacher=teacher_TI)
+    torch.testing.assert_close(gram.retarget(w_OI, same.hessian(), same.cross()), w_OI)
+
+
+# -------------------------------------------------------------------------------------------------- scale search
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("heavy", [False, True])
+def test_search_is_never_worse_than_the_plain_scale(grid, heavy):
+    w_OGg = grids.to_groups(weight(24, 128, heavy=heavy), 32)
+    importance_Gg = torch.rand(4, 32) ** 3
+    found, before = gram.search_scale(w_OGg, importance_Gg, grid), plain(w_OGg.flatten(1), 32, grid)
+    better_OG = gram.weighted_error(w_OGg, importance_Gg, *found, grid)
+    worse_OG = gram.weighted_error(w_OGg, importance_Gg, *before, grid)
+    assert (better_OG <= worse_OG).all()
+    assert better_OG.sum() < (0.9 if grid.bits < 8 else 1.0) * worse_OG.sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_search_matches_the_fine_grid_of_two_hundred_scales(bits, heavy):
+    grid = Grid(bits, True)
+    w_OGg, importance_Gg = grids.to_groups(weight(64, 512, heavy=heavy), 128), torch.rand(4, 128) + 0.1
+    low_OG, high_OG = w_OGg.amin(-1), w_OGg.amax(-1)
+    largest_OG = torch.where(-low_OG > high_OG, low_OG, high_OG)
+    step, span = (0.01, 90) if bits == 2 else (0.0075 * grid.middle, 100)
+    zero_OG = torch.full_like(low_OG, grid.middle)
+    full_OG = torch.stack(
+        [
+            gram.weighted_error(
+                w_OGg, importance_Gg, grids.storable(-largest_OG / (grid.middle - step * i), grid), zero_OG, grid
+            )
+            for i in range(-span, span + 1)
+        ]
+    ).amin(0)
+    found_OG = gram.weighted_error(w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid)
+    assert found_OG.sum() <= 1.001 * full_OG.sum()
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_asymmetric_search_matches_a_grid_of_ranges(heavy):
+    grid = Grid(3, False)
+    w_OGg, importance_Gg = grids.to_groups(weight(48, 256, heavy=heavy), 64), torch.rand(4, 64) + 0.1
+    low_OG, high_OG = grids.ranges(w_OGg, grid)
+    full_OG = torch.stack(
+        [
+            gram.weighted_error(
+                w_OGg, importance_Gg, *grids.scale_and_zero(low_OG * a / 20, high_OG * b / 20, grid), grid
+            )
+            for a in range(6, 21)
+            for b in range(6, 21)
+        ]
+    ).amin(0)
+    found_OG = gram.weighted_error(w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid)
+    assert found_OG.sum() <= 1.003 * full_OG.sum()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_asymmetric_search_keeps_to_the_smallest_zero_point_and_positive_scales(bits):
+    grid = Grid(bits, False, min_zero=1)
+    w_OGg = grids.to_groups(weight(16, 64).abs(), 32)  # all positive: the free zero point would be 0
+    scale_OG, zero_OG = gram.search_scale(w_OGg, torch.ones(2, 32), grid)
+    assert (zero_OG >= 1).all() and (zero_OG <= grid.top).all() and torch.equal(zero_OG, zero_OG.round())
+    assert (scale_OG > 0).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_searched_scales_are_what_the_file_holds(grid):
+    w_OGg = grids.to_groups(weight(8, 64), 32)
+    w_OGg[0, 0] = 0  # a group of zeros
+    scale_OG, _ = gram.search_scale(w_OGg, torch.rand(2, 32), grid)
+    assert torch.equal(scale_OG, scale_OG.half().float())
+    assert (scale_OG.abs() >= 0.99 * grids.EPS).all()
+
+
+def test_search_is_the_same_in_chunks_for_each_row_and_without_importance(monkeypatch):
+    grid, w_OGg, importance_Gg = Grid(3, True), grids.to_groups(weight(20, 64), 32), torch.rand(2, 32)
+    whole = gram.search_scale(w_OGg, importance_Gg, grid)
+    monkeypatch.setattr(gram, "CHUNK", 200)
+    chunked = gram.search_scale(w_OGg, importance_Gg.expand(20, 2, 32), grid)
+    assert all(torch.equal(a, b) for a, b in zip(whole, chunked, strict=True))
+    blank = gram.search_scale(w_OGg, torch.zeros(2, 32), grid)
+    assert torch.equal(blank[0], gram.search_scale(w_OGg, torch.ones(2, 32), grid)[0])
+
+
+def test_search_uses_both_signs():
+    scale_OG, _ = gram.search_scale(grids.to_groups(weight(32, 128), 32), torch.ones(4, 32), Grid(2, True))
+    assert (scale_OG < 0).any() and (scale_OG > 0).any()
+
+
+# --------------------------------------------------------------------------------------------------------- solve
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("order", ["none", "weight"])
+@pytest.mark.parametrize("block", [7, 16, 64])
+def test_solve_equals_the_published_algorithm(grid, order, block):
+    w_OI, hessian_II = weight(12, 64, seed=grid.bits), moments(inputs(300, 64))
+    scale_OG, zero_OG = plain(w_OI, 16, grid)
+    order_I = hessian_II.diagonal().argsort(descending=True) if order == "weight" else torch.arange(64)
+    expected_OI = slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, 0.01, order_I)
+    solution = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, order=order, block=block)
+    assert torch.equal(solution.q_OI.double(), expected_OI)
+    reached = gram.error(w_OI, values(solution.q_OI, scale_OG, zero_OG, 16), hessian_II)
+    assert solution.error == pytest.approx(reached, rel=1e-3)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_uncorrelated_inputs_are_rounded_to_nearest(grid):
+    w_OI = weight(12, 64)
+    codes = grids.round_to_nearest(w_OI, 16, grid)
+    solution = gram.solve(w_OI, torch.diag(torch.rand(64) + 0.1), *plain(w_OI, 16, grid), 16, grid)
+    assert torch.equal(solution.q_OI.to(torch.uint8), codes.q_OI)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_solve_halves_the_error_on_correlated_inputs(grid):
+    w_OI, hessian_II = weight(32, 128), moments(inputs(1000, 128))
+    scale_OG, zero_OG = plain(w_OI, 32, grid)
+    nearest = gram.error(w_OI, grids.dequantize(grids.round_to_nearest(w_OI, 32, grid)), hessian_II)
+    assert gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid).error < 0.6 * nearest
+
+
+def test_order_by_weight_helps_on_uneven_channels():
+    grid, total = Grid(3, True), {"none": 0.0, "weight": 0.0}
+    for seed in range(4):
+        w_OI, hessian_II = weight(32, 128, seed), moments(inputs(1000, 128, seed, uneven=1.0))
+        for order in total:
+            total[order] += gram.solve(w_OI, hessian_II, *plain(w_OI, 32, grid), 32, grid, order=order).error
+    assert total["weight"] < 0.9 * total["none"]
+
+
+def test_search_then_solve_then_refit_each_lower_the_error():
+    grid, w_OI, hessian_II = Grid(3, True), weight(32, 128), moments(inputs(1000, 128))
+    alone = gram.solve(w_OI, hessian_II, *plain(w_OI, 32, grid), 32, grid)
+    importance_Gg = hessian_II.diagonal().reshape(-1, 32)
+    scale_OG, zero_OG = gram.search_scale(grids.to_groups(w_OI, 32), importance_Gg, grid)
+    both = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid)
+    refit_OG = gram.refit_scale(w_OI, both.q_OI, hessian_II, scale_OG, zero_OG, 32, grid)
+    after = gram.error(w_OI, values(both.q_OI, refit_OG, zero_OG, 32), hessian_II)
+    assert after < both.error < alone.error
+    assert torch.equal(refit_OG, refit_OG.half().float())
+
+
+def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():
+    grid, x_TI, w_OI = Grid(4, True), inputs(300, 32), weight(8, 32)
+    x_TI[:, [3, 20]] = 0
+    hessian_II, ranges = moments(x_TI), plain(w_OI, 16, grid)
+    changed_OI = w_OI.clone()
+    changed_OI[:, 3] *= -0.5
+    one, other = (gram.solve(w, hessian_II, *ranges, 16, grid).q_OI for w in (w_OI, changed_OI))
+    live_I = torch.arange(32) != 3
+    assert torch.equal(one[:, live_I], other[:, live_I])
+    nearest_OI = grids.round_to_nearest(w_OI, 16, grid).q_OI
+    assert torch.equal(one[:, [3, 20]].to(torch.uint8), nearest_OI[:, [3, 20]])
+    unseen = gram.solve(w_OI, torch.zeros(32, 32), *ranges, 16, grid)
+    assert torch.equal(unseen.q_OI.to(torch.uint8), nearest_OI) and unseen.error == pytest.approx(0, abs=1e-6)
+
+
+def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
+    grid, w_OI = Grid(4, True), weight(8, 32)
+    ranges, nearest_OI = plain(w_OI, 16, grid), grids.round_to_nearest(w_OI, 16, grid).q_OI
+    with caplog.at_level(logging.WARNING, "auto_mmround"):
+        gram.solve(w_OI, moments(inputs(300, 32)) - 0.02 * torch.eye(32), *ranges, 16, grid, dampening=0)
+        assert "dampening" in caplog.text and "nearest" not in caplog.text
+        broken = gram.solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
+    assert "rounded to nearest" in caplog.text
+    assert torch.equal(broken.q_OI.to(torch.uint8), nearest_OI)
+
+
+def test_solve_is_deterministic_and_leaves_its_arguments_alone():
+    grid, w_OI, hessian_II = Grid(2, False), weight(16, 64), moments(inputs(300, 64))
+    scale_OG, zero_OG = plain(w_OI, 16, grid)
+    arguments = (w_OI, hessian_II, scale_OG, zero_OG)
+    copies = [t.clone() for t in arguments]
+    results = [gram.solve(*arguments, 16, grid, order="weight") for _ in range(2)]
+    assert torch.equal(results[0].q_OI, results[1].q_OI) and results[0].error == results[1].error
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- start
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    sym=st.booleans(),
+    margin=st.floats(0.01, 0.5),
+    spread=st.floats(0.01, 300),
+    scale=st.floats(1e-4, 1.0),
+    seed=st.integers(0, 2**31),
+)
+def test_start_gives_back_the_integers_with_the_smallest_offsets(bits, sym, margin, spread, scale, seed):
+    generator, grid = torch.Generator().manual_seed(seed), Grid(bits, sym)
+    scale_OG = torch.full((3, 2), scale) * torch.randint(0, 2, (3, 2), generator=generator).mul(2).sub(1)
+    zero_OG = torch.full((3, 2), float(grid.middle))
+    if not sym:
+        zero_OG = torch.randint(0, grid.top + 1, (3, 2), generator=generator).float()
+    w_OGg = torch.randn(3, 2, 8, generator=generator) * spread * scale
+    q_OGg = torch.randint(0, grid.top + 1, (3, 2, 8), generator=generator).float()
+    offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
+    scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
+    assert torch.equal(grids.quantize(w_OGg, offset_OGg, scale_OG1, zero_OG1, grid.top), q_OGg)
+
+    ratio_OGg, centre_OGg = w_OGg / scale_OG1, q_OGg - zero_OG1
+    shifted_OGg = ratio_OGg + offset_OGg
+    slack = 1e-3  # float32 at |W/s| up to some thousands
+    inner_OGg = (q_OGg > 0) & (q_OGg < grid.top)
+    assert ((shifted_OGg - centre_OGg).abs()[inner_OGg] <= 0.5 - margin + slack).all()
+    moved_OGg = offset_OGg.abs() > slack  # what moved, moved just to the margin's edge
+    assert ((shifted_OGg - centre_OGg).abs()[moved_OGg] >= 0.5 - margin - slack).all()
+    beyond_OGg = ((q_OGg == 0) & (ratio_OGg < centre_OGg)) | ((q_OGg == grid.top) & (ratio_OGg > centre_OGg))
+    assert not offset_OGg[beyond_OGg].any()

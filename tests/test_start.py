@@ -1,0 +1,113 @@
+"""The closed-form start and the Fisher weights: that they say what their formulas say."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from auto_mmround.model.fisher import channel_fisher
+from auto_mmround.model.structure import find_stages
+from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+
+
+class Attention(nn.Module):
+    """q and k read one tensor, o another."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.o(self.q(x) * self.k(x).tanh())
+
+
+def test_moments_are_those_of_the_inputs_and_shared_where_inputs_are():
+    torch.manual_seed(0)
+    block = Attention()
+    xs = [torch.randn(1, n, 16) for n in (3, 5)]
+    masks = [torch.tensor([[[1.0], [1.0], [0.0]]]), torch.ones(1, 5, 1)]
+    current = [masks[0]]
+    with torch.no_grad(), collecting(dict(block.named_children()), lambda: current[0]) as collected:
+        for x, current[0] in zip(xs, masks):
+            collected.next_pass()
+            block(x)
+    moments = collected.moments()
+    rows = torch.cat([xs[0][0, :2], xs[1][0]])
+    torch.testing.assert_close(moments["q"].hessian(), rows.t() @ rows / 7)
+    assert moments["q"] is moments["k"] and moments["o"] is not moments["q"]
+    inner = (rows @ block.q.weight.t()) * (rows @ block.k.weight.t()).tanh()
+    torch.testing.assert_close(moments["o"].hessian(), inner.t() @ inner / 7)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(3, True), Grid(3, False, min_zero=1), Grid(4, False)])
+@pytest.mark.parametrize("order", ["none", "weight"])
+def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
+    torch.manual_seed(1)
+    mix = torch.randn(64, 64) * torch.linspace(2, 0.1, 64)
+    x = torch.randn(500, 64) @ mix
+    w = torch.randn(24, 64)
+    moments = gram.Moments(64)
+    moments.add(x)
+    nearest = gram.error(w, grids.dequantize(grids.round_to_nearest(w, 32, grid)), moments.hessian())
+    rounding = Rounding(w, 32, grid)
+    error = closed_form([rounding], moments, StartConfig(order=order))
+    assert gram.error(w, rounding.weight(), moments.hessian()) == pytest.approx(error, rel=1e-3)
+    assert error < 0.5 * nearest and rounding.codes().zero_OG.min() >= grid.min_zero
+    assert torch.equal(rounding.weight(), grids.dequantize(rounding.codes()))
+
+
+def test_stacked_weights_are_solved_as_alone():
+    torch.manual_seed(2)
+    moments = gram.Moments(32)
+    moments.add(torch.randn(200, 32) @ torch.randn(32, 32))
+    weights = [torch.randn(rows, 32) for rows in (6, 3)]
+    stacked, alone = ([Rounding(w, 16, Grid(3, True)) for w in weights] for _ in range(2))
+    total = closed_form(stacked, moments, StartConfig())
+    assert total == pytest.approx(sum(closed_form([each], moments, StartConfig()) for each in alone), rel=1e-4)
+    assert all(torch.equal(a.codes().q_OI, b.codes().q_OI) for a, b in zip(stacked, alone))
+
+
+def tiny_text_model():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=50, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+
+
+def test_fisher_is_the_curvature_of_kl():
+    """For a small change d of one block output, KL is about the sum over tokens and channels of F d^2 / 2."""
+    model = tiny_text_model()
+    inputs = [{"input_ids": torch.randint(0, 50, (1, 24))} for _ in range(200)]
+    kinds = [torch.zeros(24, dtype=torch.int8)] * len(inputs)
+    fisher = channel_fisher(model, find_stages(model), inputs, kinds)
+    assert set(fisher) == {"model.layers.0", "model.layers.1"}
+    table = fisher["model.layers.1"]
+    assert table.shape == (5, 32) and (table[0] > 0).all() and (table[1:] == 0).all()
+    before = [model(**kwargs).logits[0].log_softmax(-1) for kwargs in inputs]
+    for channel in (3, 17):
+
+        def shift(module, args, output, channel=channel):
+            output = output.clone() if isinstance(output, torch.Tensor) else output
+            output[..., channel] += 0.05 * torch.randn(output.shape[:-1])
+            return output
+
+        handle = model.model.layers[1].register_forward_hook(shift)
+        after = [model(**kwargs).logits[0].log_softmax(-1) for kwargs in inputs]
+        handle.remove()
+        kl = sum((p.exp() * (p - q)).sum(-1).mean() for p, q in zip(before, after)) / len(inputs)
+        assert kl.item() == pytest.approx(0.5 * table[0, channel].item() * 0.05**2, rel=0.25)
+
+
+def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
+    model = tiny_text_model()
+    kinds = torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8)
+    fisher = channel_fisher(model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds])
+    table = fisher["model.layers.0"]
+    assert (table[:2].sum(1) > 0).all() and (table[2:] == 0).all() and not torch.equal(table[0], table[1])
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
