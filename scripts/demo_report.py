@@ -67,7 +67,7 @@ def answer_all(model, processor, rows: list[dict], batch: int = 36) -> tuple[lis
             return_tensors="pt",
         )
         out = model.generate(
-            **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         fresh = out.sequences[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(fresh, skip_special_tokens=True)

@@ -381,7 +381,7 @@ def main() -> None:
     model = build_model(processor)
     namer = Namer(processor, model.get_input_embeddings())
     train_tower(model, processor, namer, args.seed, int(1000 * args.scale))
-    train_model(model, processor, namer, documents, args.seed, int(2000 * args.scale))
+    train_model(model, processor, namer, documents, args.seed, int(2400 * args.scale))
     seconds = time.time() - began
     model.to(torch.bfloat16).save_pretrained(args.out / "model")
     processor.save_pretrained(args.out / "model")

@@ -7,7 +7,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Whisper
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.chains import capture, difference
-from auto_mmround.model.devices import resolve
+from auto_mmround.model.devices import autocast, resolve
 from auto_mmround.model.loading import find_folder, load, parameter_names
 from auto_mmround.model.structure import Stage, find_stages, select_stages
 
@@ -166,3 +166,12 @@ def test_devices_that_are_not_there(name):
 
 def test_default_device_works_everywhere():
     assert resolve("0").type in ("cpu", "cuda", "hpu") and resolve("cpu").type == "cpu"
+
+
+def test_autocast_sees_weights_that_change_in_place():
+    layer, x = nn.Linear(4, 4, bias=False), torch.randn(1, 4)
+    with autocast(torch.device("cpu"), torch.float32, amp=True):
+        first = layer(x)
+        assert first.dtype == torch.bfloat16
+        layer.weight.data.mul_(2)
+        assert torch.equal(layer(x), 2 * first)

@@ -166,11 +166,13 @@ def build(
     processor_name: str | None = None,
     prompt: bool = False,
     on_bad_sample: str = "error",
+    quiet: bool = False,
 ) -> tuple[list[ModelInput], Report]:
     """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what became of the rows.
 
     truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the opening of the last
-    answer. on_bad_sample: "error" raises at the first damaged, missing or malformed one, "skip" counts them.
+    answer. on_bad_sample: "error" raises at the first damaged, missing or malformed one, "skip" counts them. quiet: the
+    report is only returned, not logged.
     Raises UserError for wrong arguments or when no sample can be used.
     """
     if on_bad_sample not in ("error", "skip"):
@@ -197,7 +199,8 @@ def build(
     report = Report(asked, len(inputs), short, skipped, dict(counts), notes)
     if not inputs:
         raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")
-    log.log(logging.WARNING if report.used < report.asked else logging.INFO, "%s", report.text())
+    level = logging.WARNING if report.used < report.asked else logging.INFO
+    log.log(logging.DEBUG if quiet else level, "%s", report.text())
     return inputs, report
 
 

@@ -38,6 +38,7 @@ def held_out(
             seqlen=seqlen,
             truncation=False,
             extra_data_dir=extra_data_dir or (str(part.parent) if isinstance(part, Path) else None),
+            quiet=True,
         )
         inputs += made
     return inputs

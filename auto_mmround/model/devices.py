@@ -39,9 +39,12 @@ def _has_gaudi() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> contextlib.AbstractContextManager:
-    """Compute in bfloat16 where the model is stored wider; a bfloat16 model needs no help."""
+    """Compute in bfloat16 where the model is stored wider; a bfloat16 model needs no help.
+
+    Without the cache of cast weights: tuning changes weights in place, and the cache would go on serving old ones.
+    """
     if amp and dtype != torch.bfloat16:
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 
