@@ -17,18 +17,20 @@ from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Grid
 
 
-def range_gradients(
+def leaf_gradients(
     w_OGg: Tensor, offset_OGg: Tensor, scale_OG1: Tensor, zero_OG1: Tensor, grad_OGg: Tensor, top: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the loss for (offset, scale, zero), given dL/dW~; shapes (O,G,g), (O,G), (O,G)."""
+    """What a step needs from dL/dW~: dL/dV up to the positive factor |s| (O,G,g), dL/ds (O,G), dL/dz (O,G).
+
+    Few passes over the weight: only signs are used of the first, so it is left in the gradient's dtype.
+    """
     ratio_OGg = w_OGg / scale_OG1
-    code_OGg = (ratio_OGg + offset_OGg).round() + zero_OG1
-    inside_OGg = (code_OGg >= 0) & (code_OGg <= top)
-    value_OGg = code_OGg.clamp(0, top) - zero_OG1
-    passed_OGg = grad_OGg * inside_OGg
-    grad_scale_OG = (grad_OGg * value_OGg - passed_OGg * ratio_OGg).sum(-1)
-    grad_zero_OG = ((passed_OGg - grad_OGg) * scale_OG1).sum(-1)
-    return passed_OGg * scale_OG1, grad_scale_OG, grad_zero_OG
+    code_OGg = (ratio_OGg + offset_OGg).round_().add_(zero_OG1)
+    value_OGg = code_OGg.clamp(0, top)
+    passed_OGg = grad_OGg * (code_OGg == value_OGg)  # inside, the bounds included
+    grad_scale_OG = (value_OGg.sub_(zero_OG1).mul_(grad_OGg) - ratio_OGg.mul_(passed_OGg)).sum(-1)
+    grad_zero_OG = ((passed_OGg.float() - grad_OGg) * scale_OG1).sum(-1)
+    return passed_OGg.mul_(scale_OG1.sign()), grad_scale_OG, grad_zero_OG
 
 
 class RangeFactors:
@@ -117,9 +119,13 @@ class Rounding:
     def step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
         """One sign step from dL/dW~ (out, in); ``factor_lr`` 0 leaves the scales alone."""
         scale_OG, zero_OG = self.scale_and_zero()
-        grad_OGg = grids.to_groups(grad_OI.float(), self.w_OGg.shape[-1])
-        grad_offset_OGg, grad_scale_OG, grad_zero_OG = range_gradients(
-            self.w_OGg.float(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], grad_OGg, self.grid.top
+        grad_offset_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
+            self.w_OGg.float(),
+            self.offset_OGg,
+            scale_OG[..., None],
+            zero_OG[..., None],
+            grids.to_groups(grad_OI, self.w_OGg.shape[-1]),
+            self.grid.top,
         )
         self.offset_OGg.sub_(grad_offset_OGg.sign_(), alpha=lr)
         if factor_lr:
