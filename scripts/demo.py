@@ -24,7 +24,6 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine
 
 FORMATS = "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
-ITERS = 100
 
 
 def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
@@ -76,7 +75,7 @@ def main() -> None:
     keep = parser.parse_args().keep
     quiet_libraries()
     started = time.perf_counter()
-    base = Recipe(model="demo", dataset="demo", iters=ITERS, output_dir=".demo", overwrite=True)
+    base = Recipe(model="demo", dataset="demo", output_dir=".demo", overwrite=True)
     full = jobs.load_model(base)
     inputs = held_out(full, "demo")
     names, models = ["full precision"], [full.model]
