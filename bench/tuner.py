@@ -133,17 +133,18 @@ def main() -> None:
         values = {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]} if parts else {}
         for method in found.methods if parts else ["full precision"]:
             result = run(base | values | {"method": method})
-            cells = [result["error"]] if "error" in result else [
-                f"{result['seconds']:.1f}", f"{result['peak_gb']:.2f}", f"{result['perplexity']:.3f}", f"{result['kl']:.4f}"
-            ]  # fmt: skip
+            figures = {"seconds": ".1f", "peak_gb": ".2f", "perplexity": ".3f", "kl": ".4f"}
+            cells = (
+                [result["error"]] if "error" in result else [f"{result[key]:{form}}" for key, form in figures.items()]
+            )
             lines.append(f"| {scheme} | {method} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if found.keep:
         from auto_mmround.run.journal import machine
 
-        facts = json.dumps(machine())
-        text = f"# Tuner, {datetime.date.today()}\n\n{chr(10).join(lines)}\n\n{facts}\n\nCommand: `{' '.join(sys.argv)}`\n"
-        (found.keep / f"tuner-{datetime.date.today()}.md").write_text(text)
+        today, table, command = datetime.date.today(), "\n".join(lines), " ".join(sys.argv)
+        text = f"# Tuner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
+        (found.keep / f"tuner-{today}.md").write_text(text)
 
 
 if __name__ == "__main__":
