@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from auto_mmround.model.fisher import channel_fisher
+from auto_mmround.model.fisher import _draw, channel_fisher
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
@@ -111,3 +111,10 @@ def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
     assert (table[:2].sum(1) > 0).all() and (table[2:] == 0).all() and not torch.equal(table[0], table[1])
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_labels_are_drawn_as_predicted():
+    shares = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2])
+    drawn = _draw(shares.log().expand(20000, -1), torch.Generator().manual_seed(0))
+    assert (drawn.flatten().bincount(minlength=5) / 20000 - shares).abs().max() < 0.02
+    assert set(drawn.flatten().tolist()) == {1, 2, 4}
