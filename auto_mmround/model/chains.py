@@ -142,7 +142,7 @@ def capture(
         with ExitStack() as stack, torch.no_grad(), precision():
             for recorder in recorders:
                 stack.callback(recorder.remove)
-            model(**{key: _to(value, device) for key, value in kwargs.items()}, use_cache=False)
+            model(**{key: moved(value, device) for key, value in kwargs.items()}, use_cache=False)
         for recorder in (r for r in recorders if r.calls):
             fresh = recorder.stage.path not in chains
             chain = chains.setdefault(recorder.stage.path, Chain(recorder.stage))
@@ -256,13 +256,14 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """The value with its tensors on ``device``, however nested."""
     return map_tensors(value, lambda tensor: tensor.to(device))
 
 
 def to_device(call: Call, device: torch.device) -> Call:
     """The call with its tensors on ``device``."""
-    return Call(_to(call.args, device), _to(call.kwargs, device), call.slot)
+    return Call(moved(call.args, device), moved(call.kwargs, device), call.slot)
 
 
 def signature(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_mmround.model.chains import first_tensor, map_tensors
+from auto_mmround.model.chains import first_tensor, map_tensors, moved
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
@@ -55,8 +55,7 @@ def channel_fisher(
                 first = model.get_submodule(stage.blocks[0])
                 stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
             with precision():
-                moved = {key: map_tensors(value, lambda t: t.to(device)) for key, value in kwargs.items()}
-                logits_TV = model(**moved, use_cache=False).logits[0]
+                logits_TV = model(**moved(dict(kwargs), device), use_cache=False).logits[0]
             scores_TV = logits_TV.float().log_softmax(-1)
             scores_TV.gather(1, _draw(scores_TV.detach(), generator)).sum().backward()
     return {name: squares[name] / counts[name].clamp(min=1) for name in squares}

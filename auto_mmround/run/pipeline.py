@@ -210,10 +210,7 @@ class _Journey:
         self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments], forward: Any, count: int
     ) -> float:
         """Put every weight at its closed-form start; returns the held-out error of rounding to nearest."""
-        held = held_out_split(count)[1]
-        for leaf in leaves.values():
-            leaf.refresh()
-        nearest = mean_error(forward, held, self.recipe.batch_size)
+        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size)
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
         stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
         for name, leaf in leaves.items():
