@@ -8,6 +8,7 @@ Transformers' and the checkpoint's, and a tower is named by a pattern without an
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +35,28 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A quantized model as formats see it that write files of their own kind instead of a Transformers checkpoint.
+
+    codes: quantized weights by the checkpoint's module name. rest: (checkpoint key, tensor) of everything else, to be
+    walked through once. config: the source's `config.json`. source: its folder, None for a model made in memory.
+    """
+
+    codes: Mapping[str, Codes]
+    rest: Iterable[tuple[str, Tensor]]
+    config: Mapping[str, Any]
+    layout: Layout
+    source: Path | None
+
+
+@dataclass(frozen=True)
 class Format:
     """One export format; four pure functions and what the tuner must know beforehand.
 
     check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
     config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
+    write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
     """
 
     name: str
@@ -50,6 +67,7 @@ class Format:
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
     config: Callable[[Layout], dict[str, Any]]
     min_zero: int = 0
+    write: Callable[[Path, Whole], None] | None = None
 
 
 def check_int(

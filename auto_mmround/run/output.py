@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files
 from auto_mmround.export.formats import Format, Layout
+from auto_mmround.export.layout import Whole
 from auto_mmround.model.loading import parameter_names
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, to_toml
@@ -91,6 +92,7 @@ class Output:
         self.made = [folder for folder in out.parents if not folder.exists()]
         self.partial = begin(out, overwrite)
         self.writer = ShardWriter(self.partial)
+        self.codes: dict[str, Codes] = {}  # kept for formats that write the whole model at once
 
     def discard(self) -> None:
         """Remove what was written so far, and the folders above it that were made for it."""
@@ -101,6 +103,9 @@ class Output:
 
     def add(self, codes: Mapping[str, Codes]) -> None:
         """Pack the weights of a finished block."""
+        if self.fmt.write:
+            self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
+            return
         for name, weight in codes.items():
             self.writer.add(self.fmt.pack(self.names.module(name), weight))
 
@@ -115,14 +120,7 @@ class Output:
     ) -> Path:
         """Unchanged tensors, side files, recipe, journal and configuration; then the folder gets its name."""
         model = self.names.model
-        for key, tensor in self.names.unchanged({f"{name}.weight" for name in self.plan.quantized}):
-            self.writer.add({key: tensor})
-        self.writer.finish()
-        write_side_files(
-            source, self.partial, tokenizer=tokenizer, processor=processor, generation_config=model.generation_config
-        )
-        (self.partial / "recipe.toml").write_text(to_toml(recipe))
-        (self.partial / "run.json").write_text(json.dumps(journal, indent=1, ensure_ascii=False) + "\n")
+        rest = self.names.unchanged({f"{name}.weight" for name in self.plan.quantized})
         layout = Layout(
             quantized=self.plan.quantized,
             kept=list(self.plan.kept),
@@ -131,7 +129,20 @@ class Output:
             default=recipe.scheme,
             details={"iters": recipe.steps, "algorithm": recipe.algorithm},
         )
-        write_config(self.partial, _config(model, source), self.fmt.config(layout))
+        config = _config(model, source)
+        if not self.fmt.write:
+            for key, tensor in rest:
+                self.writer.add({key: tensor})
+            self.writer.finish()
+        write_side_files(
+            source, self.partial, tokenizer=tokenizer, processor=processor, generation_config=model.generation_config
+        )
+        (self.partial / "recipe.toml").write_text(to_toml(recipe))
+        (self.partial / "run.json").write_text(json.dumps(journal, indent=1, ensure_ascii=False) + "\n")
+        if self.fmt.write:
+            self.fmt.write(self.partial, Whole(self.codes, rest, config, layout, source))
+        else:
+            write_config(self.partial, config, self.fmt.config(layout))
         commit(self.partial, self.out)
         return self.out
 
