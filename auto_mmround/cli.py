@@ -57,8 +57,13 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
     ],
     "tuning": [
         ("algorithm", [], f"one of {', '.join(ALGORITHMS)}; auto: closed form, then few sign steps"),
+        (
+            "preset",
+            [],
+            "auto: light 8, default 20, best 60 sign steps a block, with rates to match; iters and lr override",
+        ),
         ("iters", ["iter"], "sign steps a block, default 20 with auto, 200 with sign_round; 0 rounds to nearest"),
-        ("lr", [], "first learning rate of the rounding offsets; default 0.01 with auto, 1/iters with sign_round"),
+        ("lr", [], "first learning rate of the rounding offsets; default 0.02 with auto, 1/iters with sign_round"),
         ("minmax_lr", [], "first learning rate of the ranges; default lr"),
         ("batch_size", ["train_bs", "bs"], "samples run together"),
         ("gradient_accumulate_steps", [], "batches a step"),

@@ -50,7 +50,7 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
     grad = torch.randn_like(weight)
     expected = torch.autograd.grad(weight, leaves, grad)
     before = rounding.snapshot()
-    rounding.step(grad, 1e-3, 1e-3)
+    rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
     for old, new, slope in zip(before, rounding.snapshot(), expected):
         moved = old - new
         # Factors in the stack of two are held in [0, 1].
@@ -91,7 +91,7 @@ def test_constant_groups(grid, value):
 def test_reach_of_the_published_schedule():
     rounding = Rounding(torch.randn(4, 8), 8, Grid(4, True, torch.float32))
     for step in range(200):
-        rounding.step(torch.ones(4, 8), (1 - step / 200) / 200, 0.0)
+        rounding.step(torch.ones(4, 8), (1 - step / 200) / 200, 0.0, torch.empty(4, 8))
     assert rounding.offset_OGg.abs().max() == pytest.approx(0.5025, abs=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_scale_factor_step_is_the_autograd_step(seed, grid):
     grad = torch.randn_like(weight)
     expected = torch.autograd.grad(weight, (offset, factor), grad)
     before = rounding.snapshot()
-    rounding.step(grad, 1e-3, 1e-3)
+    rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
     for old, new, slope in zip(before, rounding.snapshot(), expected):
         clear = slope.abs() > 1e-4
         assert torch.equal((old - new)[clear].sign(), slope[clear].sign())

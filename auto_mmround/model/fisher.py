@@ -5,32 +5,37 @@ squared gradient at a block's output is the diagonal of the Fisher information t
 KL(model || changed model) for a small change of that channel, for tokens of that modality.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from auto_mmround.model.chains import first_tensor, map_tensors, moved
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
+ENOUGH = 2048  # tokens; means of squares over more change the result within noise
+LOGITS = 2**23  # logits in memory at a time
 
 
 def channel_fisher(
-    model: nn.Module,
+    model: PreTrainedModel,
     stages: Sequence[Stage],
     inputs: Sequence[Mapping[str, Any]],
     modalities: Sequence[Tensor],
     *,
     seed: int = 42,
     precision: Callable[[], AbstractContextManager] = nullcontext,
+    enough: int = ENOUGH,
 ) -> dict[str, Tensor]:
     """Block name -> mean squared gradient (KINDS, channels) at its output, a row for each modality of token.
 
     A tower's tokens all count as its samples' first row; modalities without tokens are zero. One forward and backward
-    pass a sample, one sample in memory at a time; no gradient of a weight is ever made.
+    pass a sample, one sample in memory at a time, logits a few positions at a time; no gradient of a weight is ever
+    made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     device = next(model.parameters()).device
@@ -46,19 +51,35 @@ def channel_fisher(
         squares.setdefault(name, fresh).add_(one_hot_TK.t() @ grad_TD.square())
         counts.setdefault(name, torch.zeros(KINDS, 1, device=grad_TD.device)).add_(one_hot_TK.sum(0)[:, None])
 
-    for kwargs, kind_T in zip(inputs, modalities, strict=True):
-        with ExitStack() as stack, torch.enable_grad():
-            for stage in stages:
-                for name in stage.blocks:
-                    handle = model.get_submodule(name).register_forward_hook(_watch(name, kind_T, add))
-                    stack.callback(handle.remove)
-                first = model.get_submodule(stage.blocks[0])
-                stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
-            with precision():
-                logits_TV = model(**moved(dict(kwargs), device), use_cache=False).logits[0]
-            scores_TV = logits_TV.float().log_softmax(-1)
-            scores_TV.gather(1, _draw(scores_TV.detach(), generator)).sum().backward()
+    run: Callable[..., tuple[Tensor, nn.Module]] | None = None
+    for i in spread(modalities, enough):
+        kwargs = moved(dict(inputs[i]), device)
+        with precision():
+            run = run or (_until_head if _head_is_last(model, kwargs) else _whole)
+            with torch.enable_grad(), _watching(model, stages, modalities[i], add):
+                hidden_TD, head = run(model, kwargs)
+                hidden_TD.backward(_sampled_gradient(hidden_TD.detach(), head, generator))
     return {name: squares[name] / counts[name].clamp(min=1) for name in squares}
+
+
+def spread(modalities: Sequence[Tensor], enough: int) -> list[int]:
+    """Indices of samples, evenly spread, that hold about ``enough`` tokens together (all, if there are fewer)."""
+    lengths = [len(kind_T) for kind_T in modalities]
+    wanted = min(len(lengths), max(1, round(len(lengths) * enough / max(sum(lengths), 1))))
+    return [i * len(lengths) // wanted for i in range(wanted)]
+
+
+def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
+    """d log p(label) / d hidden (T, D) for labels drawn from p = softmax(head(hidden)), a few positions at a time."""
+    grad_TD = torch.empty_like(hidden_TD)
+    width = getattr(head, "out_features", hidden_TD.shape[-1])
+    rows = max(1, LOGITS // width)
+    for at in range(0, len(hidden_TD), rows):
+        leaf_TD = hidden_TD[at : at + rows].clone().requires_grad_()
+        scores_TV = head(leaf_TD).float().log_softmax(-1)
+        chosen_T1 = scores_TV.gather(1, _draw(scores_TV.detach(), generator))
+        grad_TD[at : at + rows] = torch.autograd.grad(chosen_T1.sum(), leaf_TD)[0]
+    return grad_TD
 
 
 def _draw(scores_TV: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,9 +87,73 @@ def _draw(scores_TV: Tensor, generator: torch.Generator) -> Tensor:
 
     Cumulative sums are six times as fast as multinomial at 262 k words.
     """
-    cumulative_TV = scores_TV.exp().cumsum(-1)
+    cumulative_TV = scores_TV.exp().cumsum_(-1)
     at_T1 = torch.rand(len(scores_TV), 1, generator=generator).to(scores_TV) * cumulative_TV[:, -1:]
     return torch.searchsorted(cumulative_TV, at_T1).clamp_(max=scores_TV.shape[1] - 1)
+
+
+class HeadReached(Exception):
+    """Carries what enters the output head out of a forward pass that need not go on."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+@contextmanager
+def _at_head(model: PreTrainedModel, hook: Callable[..., None]) -> Iterator[None]:
+    handle = model.get_output_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the logits are what the output head gives: no soft cap or scale comes after it."""
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        return False
+    made: list[Tensor] = []
+    with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
+        logits = model(**kwargs, use_cache=False).logits
+    return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0].dtype))
+
+
+def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
+    """The last hidden states (T, D), and the head that turns them into logits."""
+
+    def stop(head: nn.Module, args: tuple[Any, ...]) -> None:
+        raise HeadReached(args[0])
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        model(**kwargs, use_cache=False)
+    except HeadReached as reached:
+        return reached.hidden[0], head
+    finally:
+        handle.remove()
+    raise AssertionError("the output head was not reached")
+
+
+def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
+    """For models that change the head's output: the logits themselves."""
+    return model(**kwargs, use_cache=False).logits[0], nn.Identity()
+
+
+@contextmanager
+def _watching(
+    model: PreTrainedModel, stages: Sequence[Stage], kind_T: Tensor, add: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Gradients at every block's output go to ``add``; the graph begins at the first block."""
+    with ExitStack() as stack:
+        for stage in stages:
+            for name in stage.blocks:
+                handle = model.get_submodule(name).register_forward_hook(_watch(name, kind_T, add))
+                stack.callback(handle.remove)
+            first = model.get_submodule(stage.blocks[0])
+            stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
+        yield
 
 
 def _watch(name: str, kind_T: Tensor, add: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:

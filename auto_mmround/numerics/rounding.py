@@ -10,11 +10,15 @@ with ``inside`` = 1 where the clamp does nothing, its bounds included. From (s, 
 `RangeFactors` as published, or `ScaleFactor` after a start found in closed form.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Grid
+
+CHUNK = 2**18  # elements of a weight worked on at a time
 
 
 def leaf_gradients(
@@ -42,6 +46,12 @@ class RangeFactors:
     def __init__(self, low_OG: Tensor, high_OG: Tensor, grid: Grid):
         self.low_OG, self.high_OG, self.grid = low_OG, high_OG, grid
         self.factors_2OG = torch.ones(2, *low_OG.shape, device=low_OG.device)
+
+    def rows(self, part: slice) -> "RangeFactors":
+        """Those of some rows, in the same memory."""
+        view = copy.copy(self)
+        view.low_OG, view.high_OG, view.factors_2OG = self.low_OG[part], self.high_OG[part], self.factors_2OG[:, part]
+        return view
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
@@ -73,6 +83,13 @@ class ScaleFactor:
     def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid):
         self.scale_OG, self.zero_OG, self.grid = scale_OG, zero_OG, grid
         self.factors_2OG = torch.ones(1, *scale_OG.shape, device=scale_OG.device)
+
+    def rows(self, part: slice) -> "ScaleFactor":
+        """Those of some rows, in the same memory."""
+        view = copy.copy(self)
+        view.scale_OG, view.zero_OG = self.scale_OG[part], self.zero_OG[part]
+        view.factors_2OG = self.factors_2OG[:, part]
+        return view
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
@@ -116,15 +133,33 @@ class Rounding:
         w_OGg = (self._quantize(scale_OG, zero_OG) - zero_OG[..., None]) * scale_OG[..., None]
         return grids.from_groups(w_OGg, self.columns)
 
-    def step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
-        """One sign step from dL/dW~ (out, in); ``factor_lr`` 0 leaves the scales alone."""
+    def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
+        """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own dtype.
+
+        ``factor_lr`` 0 leaves the scales alone. A few rows at a time on a processor: every intermediate stays in its
+        cache, and no page of memory is asked for and given back.
+        """
+        rows = max(1, CHUNK // self.columns) if grad_OI.is_cpu else len(grad_OI)
+        for at in range(0, len(grad_OI), rows):
+            part = slice(at, at + rows)
+            view = self._rows(part)
+            view._step(grad_OI[part], lr, factor_lr)
+            into_OI[part].copy_(view.weight())
+
+    def _rows(self, part: slice) -> "Rounding":
+        """The state of some rows, in the same memory."""
+        view = copy.copy(self)
+        view.w_OGg, view.offset_OGg, view.ranges = self.w_OGg[part], self.offset_OGg[part], self.ranges.rows(part)
+        return view
+
+    def _step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
         scale_OG, zero_OG = self.scale_and_zero()
         grad_offset_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
             self.w_OGg.float(),
             self.offset_OGg,
             scale_OG[..., None],
             zero_OG[..., None],
-            grids.to_groups(grad_OI, self.w_OGg.shape[-1]),
+            grids.to_groups(grad_OI.float(), self.w_OGg.shape[-1]),
             self.grid.top,
         )
         self.offset_OGg.sub_(grad_offset_OGg.sign_(), alpha=lr)

@@ -20,8 +20,8 @@ class StartConfig:
     stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it.
     """
 
-    dampening: float = 0.01
-    order: gram.Order = "none"
+    dampening: float = 0.05
+    order: gram.Order = "weight"
     refit: bool = True
     margin: float = 0.1
 

@@ -30,7 +30,7 @@ class TuneConfig:
     accumulate: int = 1
     keep_best: bool = True  # False: keep the last parameters, as `not_use_best_mse` asks
     patience: int = -1  # stop after so many iterations without a better held-out loss; -1: never
-    checks: int = 10  # how often the held-out loss is looked at
+    checks: int = 5  # how often the held-out loss is looked at
     seed: int = 42
 
 
@@ -52,10 +52,13 @@ class TunedWeight:
     rounding: Rounding
     transposed: bool = False  # transformers' Conv1D keeps (in, out)
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The parameter, or its gradient, as (out, in), in the same memory."""
+        return tensor.t() if self.transposed else tensor.view(-1, self.rounding.columns)
+
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
-        w_OI = self.rounding.weight()
-        self.parameter.data.copy_(w_OI.t() if self.transposed else w_OI)
+        self.rows(self.parameter.data).copy_(self.rounding.weight())
 
 
 def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
@@ -143,10 +146,10 @@ def _sign_descent(weights: Sequence[TunedWeight], config: TuneConfig) -> Iterato
         def hook(parameter: Tensor) -> None:
             grad = parameter.grad
             if fraction is not None and grad is not None:
-                grad_OI = grad.t() if weight.transposed else grad
-                weight.rounding.step(grad_OI, rate * fraction, factor_rate * fraction)
+                weight.rounding.step(
+                    weight.rows(grad), rate * fraction, factor_rate * fraction, weight.rows(parameter.data)
+                )
                 parameter.grad = None
-                weight.refresh()
 
         return hook
 

@@ -19,7 +19,9 @@ from auto_mmround.recipe.schemes import Scheme
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
 ORDERS = ("none", "weight")
 # Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
-STEPS = {"auto": (20, 0.01), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
+STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
+# The same of `auto` by preset; docs/tuner.md has the table of time and damage.
+PRESETS = {"light": (8, 0.03), "default": STEPS["auto"], "best": (60, 0.01)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 
 # Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never swallowed.
@@ -52,14 +54,15 @@ class Recipe:
     to_quant_block_names: str | None = None
     # tuning
     algorithm: str = "auto"
+    preset: str = "default"
     iters: int | None = None
     lr: float | None = None
     minmax_lr: float | None = None
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
     nblocks: int = 1
-    dampening: float = 0.01
-    actorder: str = "none"
+    dampening: float = 0.05
+    actorder: str = "weight"
     fisher: bool = True
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
@@ -100,6 +103,7 @@ class Recipe:
         _require(self.group_size == -1 or self.group_size >= 1, f"group_size = {self.group_size}: -1 or at least 1")
         _require(self.scale_dtype in SCALE_DTYPES, f"scale_dtype = {self.scale_dtype!r}: one of {SCALE_DTYPES}")
         _require(self.algorithm in ALGORITHMS, f"algorithm = {self.algorithm!r}: one of {', '.join(ALGORITHMS)}")
+        _require(self.preset in PRESETS, f"preset = {self.preset!r}: one of {', '.join(PRESETS)}")
         _require(self.act_bits >= 16, f"act_bits = {self.act_bits}: only weights are quantized yet, leave it at 32")
         _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
         _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
@@ -123,12 +127,16 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Sign steps a block."""
-        return STEPS[self.algorithm][0] if self.iters is None or self.algorithm == "gptq" else self.iters
+        return self._usual[0] if self.iters is None or self.algorithm == "gptq" else self.iters
 
     @property
     def learning_rate(self) -> float | None:
         """First learning rate; None is 1/steps."""
-        return self.lr or STEPS[self.algorithm][1]
+        return self.lr or self._usual[1]
+
+    @property
+    def _usual(self) -> tuple[int, float | None]:
+        return PRESETS[self.preset] if self.algorithm == "auto" else STEPS[self.algorithm]
 
     @property
     def closed_form(self) -> bool:
