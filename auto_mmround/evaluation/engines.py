@@ -119,7 +119,9 @@ def ask(
             tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
             return EngineResult(False, f"the engine died (exit {done.returncode}): {tail}")
         stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
-    made = {what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE}
+    made: dict[str, Any] = {
+        what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE
+    }
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
     return EngineResult(**known, **made)
 

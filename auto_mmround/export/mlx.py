@@ -1,4 +1,4 @@
-"""MLX's affine layout, read by mlx-vlm and mlx-lm: ``weight = scales * code + biases``, with ``biases = -scales * zero``.
+"""MLX's affine layout, read by mlx-vlm and mlx-lm: ``scales * code + biases``, with ``biases = -scales * zero``.
 
 Tensors keep the checkpoint's names and shapes: both readers rename and transpose on every load, whoever wrote the file
 (seen in mlx-vlm 0.7.10 and mlx-lm 0.32.2). Only ``config.json`` has to speak their language.
