@@ -27,11 +27,17 @@ install_mlx() {  # MLX's own backend for the CPU; --no-deps: mlx-vlm asks for se
     .engines/mlx/bin/python -c 'import mlx_lm.utils, mlx_vlm.utils' > /dev/null
 }
 
+install_openvino() {  # converts and runs; torch and transformers are the main environment's
+    overlay openvino openvino==2026.4.1 openvino-telemetry==2025.2.0
+    .engines/openvino/bin/python -c 'import openvino' > /dev/null
+}
+
 not_available() { echo "engine $1: not available yet" >&2; exit 2; }
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
     mlx) install_mlx ;;
-    vllm | llamacpp | openvino) not_available "$1" ;;
+    openvino) install_openvino ;;
+    vllm | llamacpp) not_available "$1" ;;
     *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
 esac

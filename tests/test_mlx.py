@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import interpreter, run_mlx
+from auto_mmround.evaluation.engines import interpreter, run_native
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.samples import held_out
@@ -208,7 +208,7 @@ def answers(folder: Path, **options: Any) -> tuple[Any, float, list[Tensor]]:
     loaded = from_quantized(folder, dtype="float32")
     image = next(dict(s.kwargs) for s in held_out(loaded, "demo", limit=1) if "pixel_values" in s.kwargs)
     inputs = [{"input_ids": image["input_ids"].flip(1).clamp(max=2000)}, image]
-    result = run_mlx(folder, inputs, python=PYTHON, **options)
+    result = run_native("mlx", folder, inputs, python=PYTHON, **options)
     assert result.ok, result.error
     wanted = [logits_of(loaded.model, kwargs) for kwargs in inputs]
     gaps = [((got[0] - want).abs().max() / want.std()).item() for got, want in zip(result.logits, wanted, strict=True)]
@@ -274,7 +274,7 @@ def test_mlx_lm_reads_a_text_model(tmp_path: Path) -> None:
     embedding = model.model.embed_tokens
     embedding.embed_scale = embedding.embed_scale.bfloat16().float()  # as mlx-lm rounds it, in any dtype
     inputs = {"input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))}
-    result, wanted = run_mlx(folder, [inputs], python=PYTHON), logits_of(model, inputs)
+    result, wanted = run_native("mlx", folder, [inputs], python=PYTHON), logits_of(model, inputs)
     assert result.ok and result.engine.startswith("mlx-lm ") and result.quantized == 21
     assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()
 
@@ -290,11 +290,11 @@ def test_a_missing_tensor_is_the_engines_answer(exported: tuple[dict[str, Tensor
     tensors = load_file(exported[1] / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.biases"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    result = run_mlx(tmp_path, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], python=PYTHON)
+    result = run_native("mlx", tmp_path, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], python=PYTHON)
     assert not result.ok and "up_proj" in str(result.error)
 
 
 def test_a_missing_engine_names_its_command(tmp_path: Path) -> None:
-    result = run_mlx(tmp_path, [], python=interpreter("mlx", tmp_path))
+    result = run_native("mlx", tmp_path, [], python=interpreter("mlx", tmp_path))
     assert not result.ok and "scripts/engines.sh mlx" in str(result.error)
     assert FORMATS["mlx"] is mlx.FORMAT

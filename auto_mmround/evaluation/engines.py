@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WORKERS = {name: Path(__file__).with_name(f"engine_{name}.py") for name in ("transformers", "mlx")}
+WORKERS = {name: Path(__file__).with_name(f"engine_{name}.py") for name in ("transformers", "mlx", "openvino")}
 MADE = ("logits", "tokens")  # what a worker may write for each input
 ENGINES = Path(".engines")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -26,6 +26,7 @@ ENVIRONMENTS: dict[str, str | None] = {
     "auto_gptq": "gptqmodel",
     "auto_awq": "gptqmodel",
     "mlx": "mlx",
+    "openvino": "openvino",
 }
 
 
@@ -69,7 +70,8 @@ def run_transformers(
     return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
 
 
-def run_mlx(
+def run_native(
+    engine: str,
     checkpoint_dir: Path,
     inputs: Sequence[Mapping[str, Tensor]],
     *,
@@ -78,9 +80,9 @@ def run_mlx(
     dtype: str = "float32",
     new_tokens: int = 0,
 ) -> EngineResult:
-    """Logits, and so many greedy tokens, by mlx-vlm or mlx-lm; inputs as for :func:`run_transformers`."""
+    """Logits, and so many greedy tokens, by an engine with models of its own: "mlx" or "openvino" (text only)."""
     asked = {"dtype": dtype, "new_tokens": new_tokens}
-    return ask("mlx", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+    return ask(engine, checkpoint_dir, inputs, asked, python=python, timeout=timeout)
 
 
 def ask(

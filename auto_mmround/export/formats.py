@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round, mlx
+from auto_mmround.export import auto_awq, auto_gptq, auto_round, mlx, openvino
 from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
 
@@ -14,7 +14,15 @@ __all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "res
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
-    for fmt in (auto_round.PLAIN, auto_round.GPTQ, auto_round.AWQ, auto_gptq.FORMAT, auto_awq.FORMAT, mlx.FORMAT)
+    for fmt in (
+        auto_round.PLAIN,
+        auto_round.GPTQ,
+        auto_round.AWQ,
+        auto_gptq.FORMAT,
+        auto_awq.FORMAT,
+        mlx.FORMAT,
+        openvino.FORMAT,
+    )
 }
 
 

@@ -57,6 +57,7 @@ class Format:
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
     config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
+    ready(): raises UserError if a program that writing needs is not installed; asked before anything is tuned.
     parts: endings of the tensors that make one weight; no unquantized Linear has the first. model_config(source's
     config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
     """
@@ -70,6 +71,7 @@ class Format:
     config: Callable[[Layout], dict[str, Any]]
     min_zero: int = 0
     write: Callable[[Path, Whole], None] | None = None
+    ready: Callable[[], object] | None = None
     parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
 
