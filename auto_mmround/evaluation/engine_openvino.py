@@ -76,7 +76,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for key, array in load_file(request["inputs"]).items():
         index, _, kwarg = key.partition(".")
         samples.setdefault(index, {})[kwarg] = array
-    output = {}
+    output: dict[str, np.ndarray] = {}
     for index, kwargs in samples.items():
         made = run_input(compiled, kwargs, request.get("new_tokens", 0))
         output |= {f"{index}.{what}": array for what, array in made.items()}

@@ -43,7 +43,7 @@ class TextPath(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        layers = []
+        layers: list[Any] = []
         for keys, values in zip(past[::2], past[1::2], strict=True):
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
@@ -113,8 +113,8 @@ def place(graph: ov.Model, codes: dict[str, torch.Tensor], schemes: list[dict[st
             continue
         users, index = node.output(0).get_target_inputs(), wanted.get(key_of(node.data))
         if index is not None:
-            parts = (codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros"))
-            new = compressed(*parts, kind=TYPES[schemes[index]["bits"], schemes[index]["sym"]])
+            q_OI, scale_OG, zero_OG = (codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros"))
+            new = compressed(q_OI, scale_OG, zero_OG, TYPES[schemes[index]["bits"], schemes[index]["sym"]])
             found.add(index)
         else:
             new = shortened(node)
