@@ -41,7 +41,7 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
 
 def write(folder: Path, whole: Whole) -> None:
     """openvino_model.xml and .bin, then config.json. Raises UserError if the converter fails or its graph is wrong."""
-    with tempfile.TemporaryDirectory(prefix="openvino-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         plain = Path(scratch)
         save_file(
             {key: tensor.contiguous().clone() for key, tensor in _floats(whole)},
