@@ -22,10 +22,22 @@ install_gptqmodel() {  # --no-deps: gptqmodel's own requirements would bring a s
     .engines/gptqmodel/bin/python -c 'import gptqmodel.utils.importer, optimum.gptq' > /dev/null
 }
 
+install_mlx() {  # MLX's own backend for the CPU; --no-deps: mlx-vlm asks for servers and audio that loading needs none of
+    overlay mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
+    .engines/mlx/bin/python -c 'import mlx_lm.utils, mlx_vlm.utils' > /dev/null
+}
+
+install_openvino() {  # converts and runs; torch and transformers are the main environment's
+    overlay openvino openvino==2026.4.1 openvino-telemetry==2025.2.0
+    .engines/openvino/bin/python -c 'import openvino' > /dev/null
+}
+
 not_available() { echo "engine $1: not available yet" >&2; exit 2; }
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
-    vllm | llamacpp | mlx | openvino) not_available "$1" ;;
+    mlx) install_mlx ;;
+    openvino) install_openvino ;;
+    vllm | llamacpp) not_available "$1" ;;
     *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
 esac

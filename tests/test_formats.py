@@ -98,7 +98,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", READERS)
 def test_names_resolve_in_transformers_and_vllm(name: str, case: str) -> None:
     plan = LAYOUTS[case]
     config = FORMATS[name].config(plan)

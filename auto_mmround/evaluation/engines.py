@@ -13,23 +13,29 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("engine_transformers.py")
+WORKERS = {name: Path(__file__).with_name(f"engine_{name}.py") for name in ("transformers", "mlx", "openvino")}
+MADE = ("logits", "tokens")  # what a worker may write for each input
 ENGINES = Path(".engines")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
-# Which environment reads which format through Transformers; None is the one this program runs in.
+# Which environment reads which format; None is the one this program runs in.
 ENVIRONMENTS: dict[str, str | None] = {
     "auto_round": None,
     "auto_round:auto_gptq": None,
     "auto_round:auto_awq": "gptqmodel",
     "auto_gptq": "gptqmodel",
     "auto_awq": "gptqmodel",
+    "mlx": "mlx",
+    "openvino": "openvino",
 }
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one engine made of one checkpoint. logits: one (1, T, vocabulary) float32 tensor an input."""
+    """What one engine made of one checkpoint.
+
+    logits: one (1, T, vocabulary) float32 tensor an input. tokens: (1, n) greedy tokens an input, where asked for.
+    """
 
     ok: bool
     error: str | None = None
@@ -40,6 +46,7 @@ class EngineResult:
     unexpected: Sequence[str] = ()
     dtype: str = ""
     logits: Sequence[Tensor] = field(default=(), repr=False)
+    tokens: Sequence[Tensor] = field(default=(), repr=False)
 
 
 def interpreter(format_name: str, root: Path = Path()) -> Path:
@@ -58,7 +65,36 @@ def run_transformers(
     dtype: str = "float32",
     quantization: Mapping[str, Any] | None = None,
 ) -> EngineResult:
-    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter.
+    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter."""
+    asked = {"dtype": dtype, "class": model_class, "quantization": dict(quantization or {})}
+    return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+
+
+def run_native(
+    engine: str,
+    checkpoint_dir: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    *,
+    python: Path,
+    timeout: float = 600,
+    dtype: str = "float32",
+    new_tokens: int = 0,
+) -> EngineResult:
+    """Logits, and so many greedy tokens, by an engine with models of its own: "mlx" or "openvino" (text only)."""
+    asked = {"dtype": dtype, "new_tokens": new_tokens}
+    return ask(engine, checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+
+
+def ask(
+    worker: str,
+    checkpoint_dir: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    asked: Mapping[str, Any],
+    *,
+    python: Path,
+    timeout: float,
+) -> EngineResult:
+    """One question to a worker in another interpreter.
 
     Never raises for what the engine does: a crash, a time-out or a missing environment is a result with an error.
     """
@@ -69,11 +105,11 @@ def run_transformers(
         paths = {key: str(Path(folder) / f"{key}.safetensors") for key in ("inputs", "output")}
         flat = {f"{i}.{key}": t.contiguous().clone() for i, kwargs in enumerate(inputs) for key, t in kwargs.items()}
         save_file(flat, paths["inputs"])
-        request = {"model": str(checkpoint_dir.resolve()), "dtype": dtype, "class": model_class, **paths}
+        request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
         request_file = Path(folder) / "request.json"
-        request_file.write_text(json.dumps(request | {"quantization": dict(quantization or {})}), encoding="utf-8")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
-        command = [str(python.absolute()), str(WORKER), str(request_file)]
+        command = [str(python.absolute()), str(WORKERS[worker]), str(request_file)]
         try:
             done = subprocess.run(
                 command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
@@ -84,12 +120,12 @@ def run_transformers(
         if answer is None:
             tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
             return EngineResult(False, f"the engine died (exit {done.returncode}): {tail}")
-        logits = []
-        if Path(paths["output"]).is_file():
-            stored = load_file(paths["output"])
-            logits = [stored[f"{i}.logits"] for i in range(len(inputs))]
+        stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
+    made: dict[str, Any] = {
+        what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE
+    }
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
-    return EngineResult(**known, logits=logits)
+    return EngineResult(**known, **made)
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

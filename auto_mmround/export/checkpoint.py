@@ -24,7 +24,6 @@ _WEIGHTS = (
     ".index.json", ".partial",
 )  # fmt: skip
 _OWN_FILES = ("config.json", "quantization_config.json", "quantize_config.json")
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
@@ -141,7 +140,7 @@ def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapp
     if quantization_config is None:
         _write_json(out / "config.json", plain)
         return
-    if quantization_config["quant_method"] == "auto-round":
+    if quantization_config.get("quant_method") == "auto-round":
         _write_json(out / "quantization_config.json", quantization_config)
     _write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
 
@@ -194,14 +193,15 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config
     fmt = formats.from_config(quantization) if quantization is not None else None
-    packed = {n.removesuffix(".qweight") for n in checkpoint.files if n.endswith(".qweight")} if fmt else set()
+    first = f".{fmt.parts[0]}" if fmt else ""
+    packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
     for name in checkpoint.files:
         module, _, part = name.rpartition(".")
-        if fmt is None or quantization is None or module not in packed or part not in _PARTS:
+        if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
             tensor = next(checkpoint.tensors([name]))[1]
             yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        elif part == "qweight":
-            parts = dict(checkpoint.tensors([n for p in _PARTS if (n := f"{module}.{p}") in checkpoint.files]))
+        elif part == fmt.parts[0]:
+            parts = dict(checkpoint.tensors([n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]))
             try:
                 codes = fmt.unpack(module, parts, formats.scheme_of(quantization, module))
             except (ValueError, KeyError) as error:

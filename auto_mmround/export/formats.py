@@ -6,14 +6,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round
+from auto_mmround.export import auto_awq, auto_gptq, auto_round, mlx, openvino
 from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
 
 __all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scheme_of"]
 
 FORMATS: dict[str, Format] = {
-    fmt.name: fmt for fmt in (auto_round.PLAIN, auto_round.GPTQ, auto_round.AWQ, auto_gptq.FORMAT, auto_awq.FORMAT)
+    fmt.name: fmt
+    for fmt in (
+        auto_round.PLAIN,
+        auto_round.GPTQ,
+        auto_round.AWQ,
+        auto_gptq.FORMAT,
+        auto_awq.FORMAT,
+        mlx.FORMAT,
+        openvino.FORMAT,
+    )
 }
 
 
@@ -45,12 +54,12 @@ def min_zero(names: Iterable[str], scheme: Scheme) -> int:
     return max((resolve(name, [scheme]).min_zero for name in names), default=0)
 
 
-_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq"}
+_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq", "affine": "mlx"}
 
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
     """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we cannot read."""
-    method = quantization_config.get("quant_method")
+    method = quantization_config.get("quant_method", quantization_config.get("mode"))  # MLX names a mode only
     packing = quantization_config.get("packing_format", "auto_round:auto_gptq")
     name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
     if name not in FORMATS or quantization_config.get("checkpoint_format", "gptq") != "gptq":
@@ -67,7 +76,7 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     }
     extra = quantization_config.get("extra_config") or {}
     dynamic = quantization_config.get("dynamic") or {}
-    rules = [extra[name]] if name in extra else []
+    rules = [keys[name] for keys in (extra, quantization_config) if name in keys]
     rules += [keys for pattern, keys in extra.items() if "*" in pattern and re.search(pattern, name)]
     rules += [keys for rule, keys in dynamic.items() if rule[:2] == "+:" and re.match(rule[2:], name)]
     found = rules[0] if rules else {}

@@ -57,6 +57,9 @@ class Format:
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
     config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
+    ready(): raises UserError if a program that writing needs is not installed; asked before anything is tuned.
+    parts: endings of the tensors that make one weight; no unquantized Linear has the first. model_config(source's
+    config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
     """
 
     name: str
@@ -68,18 +71,26 @@ class Format:
     config: Callable[[Layout], dict[str, Any]]
     min_zero: int = 0
     write: Callable[[Path, Whole], None] | None = None
+    ready: Callable[[], object] | None = None
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+    model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
 
 
 def check_int(
-    scheme: Scheme, out_features: int, in_features: int, bits: Iterable[int], multiples: tuple[int, int]
+    scheme: Scheme,
+    out_features: int,
+    in_features: int,
+    bits: Iterable[int],
+    multiples: tuple[int, int],
+    scale_dtypes: Iterable[str] = ("fp16",),
 ) -> str | None:
     """The rules all integer layouts share. multiples: what out and in features must be multiples of."""
     group = in_features if scheme.group_size == -1 else scheme.group_size
-    held = sorted(bits)
+    held, scales = sorted(bits), tuple(scale_dtypes)
     rules = (
         (scheme.data_type != "int", f"holds integers, not {scheme.data_type}"),
         (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
-        (scheme.scale_dtype != "fp16", f"stores scales as fp16, not {scheme.scale_dtype}"),
+        (scheme.scale_dtype not in scales, f"stores scales as {' or '.join(scales)}, not {scheme.scale_dtype}"),
         (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
         (group < 1 or in_features % group != 0, f"{in_features} inputs are no multiple of the group size {group}"),
         (in_features % multiples[1] != 0, f"{in_features} inputs are no multiple of {multiples[1]}"),

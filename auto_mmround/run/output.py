@@ -130,6 +130,7 @@ class Output:
             details={"iters": recipe.steps, "algorithm": recipe.algorithm},
         )
         config = _config(model, source)
+        config = self.fmt.model_config(config, layout) if self.fmt.model_config else config
         if not self.fmt.write:
             for key, tensor in rest:
                 self.writer.add({key: tensor})

@@ -83,6 +83,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     wanted = [formats.get(name) for name in recipe.formats]
     if not wanted:
         raise UserError("format is empty: name at least one export format")
+    for fmt in wanted:
+        if fmt.ready:
+            fmt.ready()
     # First without formats, to know the schemes by which `auto_round` chooses its packing.
     weights = [_decide(model, name, layer, blocks, keep, overrides, recipe) for name, layer in layers.items()]
     schemes = {w.scheme for w in weights if w.scheme}
