@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
 
 from auto_mmround.errors import UserError
 
@@ -115,6 +115,14 @@ def model_class(config: Any) -> Any:
     raise UserError(f"architecture {config.architectures}: unknown to transformers {transformers.__version__}")
 
 
+def skeleton(config: Any, remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration without any memory for its weights."""
+    cls = model_class(config)
+    options = {"trust_remote_code": remote_code} if hasattr(cls, "from_config") else {}
+    with torch.device("meta"):
+        return cls.from_config(config, **options) if options else cls(config)
+
+
 def load_processor(folder: Path, remote_code: bool = False) -> Any:
     """The processor of a multimodal folder, None where there is none."""
     if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
@@ -146,3 +154,12 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
         if converted is None and name in own:
             names[name] = key
     return names
+
+
+def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Those of the parameters that Transformers splits, fuses or permutes on the way from the checkpoint's tensors."""
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:
+        transforms = get_model_conversion_mapping(model, add_legacy=False)
+    back = [back for t in transforms if isinstance(back := t.reverse_transform(), WeightConverter)]
+    return {name for name in names if apply_converters(name, back)[1] is not None}

@@ -42,7 +42,9 @@ class Names:
         return self.keys[parameter]
 
     def module(self, name: str) -> str:
-        """The checkpoint's name of a module that has a weight."""
+        """The checkpoint's name of a module that has a weight; fused experts, which are parameters, keep theirs."""
+        if f"{name}.weight" not in self.keys and name in self.model.state_dict():
+            return self.keys.get(name, name)
         return self.key(f"{name}.weight").removesuffix(".weight")
 
     def unchanged(self, without: set[str]) -> Iterator[tuple[str, Tensor]]:

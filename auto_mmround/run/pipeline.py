@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.chains import Chain, capture
+from auto_mmround.model.capture import capture, recapture
+from auto_mmround.model.chains import Chain
 from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
@@ -165,6 +166,8 @@ class _Journey:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         names = teacher.stage.blocks
         recipe = self.recipe
+        if teacher.live and recipe.nblocks > 1:
+            raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
         for first in range(0, len(names), recipe.nblocks):
             window = names[first : first + recipe.nblocks]
             blocks = [self.model.get_submodule(name) for name in window]
@@ -185,6 +188,9 @@ class _Journey:
                     on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.steps),  # type: ignore
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
+            if student.live and recipe.enable_quanted_input and first + 1 < len(names):
+                batches = [_cast(sample.kwargs, self.model.dtype) for sample in self.inputs]
+                student = recapture(self.model, student, first + 1, batches, precision=self.precision)
             teacher = target
             for name in window:
                 report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
