@@ -35,8 +35,8 @@ def from_quantized(
     config.quantization_config = None
     del config.quantization_config
     wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
-    state = _as_the_model_keeps_them(folder, config, dict(dequantized_state_dict(folder, wanted)), remote_code)
-    model, info = model_class(config).from_pretrained(
+    state = _as_the_model_keeps_them(folder, config, dict(dequantized_state_dict(folder, wanted)))
+    model, info = model_class(config, folder).from_pretrained(
         None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=remote_code
     )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -47,9 +47,9 @@ def from_quantized(
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
 
 
-def _as_the_model_keeps_them(folder: Path, config: Any, state: dict[str, Tensor], remote: bool) -> dict[str, Tensor]:
+def _as_the_model_keeps_them(folder: Path, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Packed weights are (out, in); GPT-2's Conv1D keeps them the other way round."""
-    model = skeleton(config, remote)
+    model = skeleton(config, folder)
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     if turned:
         stored = read_checkpoint(folder).files

@@ -199,7 +199,7 @@ def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
             "run all blocks, calibrate with those alone"
         )
     raise UserError(
-        f"{stage.path}: the forward pass does not run each block once and in order (saw {sum(orders, [])[:6]}...); "
+        f"{stage.path}: the forward pass does not run each block once and in order (saw {orders[0][:6]}...); "
         "name the other stages with to_quant_block_names to leave this one in 16 bits"
     )
 

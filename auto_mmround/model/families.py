@@ -1,6 +1,7 @@
 """What structure alone cannot tell about a model family, as data. A family that is missing here has no quirk."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -9,13 +10,15 @@ class Family:
 
     title: as people write it. text_only: the model runs on plain text, so a text set can calibrate it.
     template: name on the template shelf, where it is not the model type. connectors: names of module lists that look
-    like blocks and are none, because no hidden state runs from one to the next.
+    like blocks and are none, because no hidden state runs from one to the next. towers: part of a module name -> stage
+    name, where the code does not declare what a tower reads.
     """
 
     title: str
     text_only: bool = True
     template: str | None = None
     connectors: tuple[str, ...] = ()
+    towers: Mapping[str, str] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -26,7 +29,7 @@ FAMILIES: dict[str, Family] = {
     "mllama": Family("Llama-3.2-Vision", text_only=False),
     "phi3_v": Family("Phi-3.5-vision-instruct"),
     "llava": Family("LLaVA-1.5"),
-    "cogvlm2": Family("CogVLM2"),
+    "cogvlm2": Family("CogVLM2", towers={"vision": "vision"}),
 }
 
 

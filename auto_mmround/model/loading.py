@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 
@@ -76,7 +77,7 @@ def load(
     config = read_config(folder, remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name} is quantized already; give the original weights")
-    cls = model_class(config)
+    cls = model_class(config, folder)
     try:
         model, info = cls.from_pretrained(
             folder,
@@ -103,24 +104,25 @@ def read_config(folder: Path, remote_code: bool = False) -> Any:
         raise UserError(f"model {folder}: {' '.join(str(error).split())[:300]}") from None
 
 
-def model_class(config: Any) -> Any:
-    """The class that the configuration names, or the auto class that its remote code registers."""
+def model_class(config: Any, folder: Path) -> Any:
+    """The class that the configuration names: of Transformers, else of the Python code in the model's folder.
+
+    To be called with a configuration of `read_config`, which has refused code that is not allowed to run.
+    """
     for architecture in config.architectures or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)
     remote = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
         if name in remote:
-            return getattr(transformers, name)
+            return get_class_from_dynamic_module(remote[name], folder)
     raise UserError(f"architecture {config.architectures}: unknown to transformers {transformers.__version__}")
 
 
-def skeleton(config: Any, remote_code: bool = False) -> PreTrainedModel:
+def skeleton(config: Any, folder: Path) -> PreTrainedModel:
     """The model of a configuration without any memory for its weights."""
-    cls = model_class(config)
-    options = {"trust_remote_code": remote_code} if hasattr(cls, "from_config") else {}
     with torch.device("meta"):
-        return cls.from_config(config, **options) if options else cls(config)
+        return model_class(config, folder)(config)
 
 
 def load_processor(folder: Path, remote_code: bool = False) -> Any:

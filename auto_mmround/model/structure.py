@@ -131,6 +131,9 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 def _tower_name(model: PreTrainedModel, path: str) -> str:
+    for part, name in family_of(model.config.model_type).towers.items():
+        if part in path.split("."):
+            return name
     for modality, name in (("image", "vision"), ("audio", "audio")):
         tower = model.get_encoder(modality=modality)
         if tower is not model and _is_inside(path, _prefix_of(model, tower)):
@@ -148,7 +151,8 @@ def _declared(model: PreTrainedModel, path: str) -> str:
         if isinstance(parent, PreTrainedModel):
             kinds = parent.input_modalities
             kind = kinds if isinstance(kinds, str) else kinds[0]
-            return {"image": "vision", "audio": "audio"}.get(kind if kind in model.input_modalities else "", "nontext")
+            known = kind in model.input_modalities or model.input_modalities == "text"  # the latter says nothing
+            return {"image": "vision", "audio": "audio"}.get(kind if known else "", "nontext")
     return "nontext"
 
 
