@@ -2,20 +2,29 @@
 
 import json
 import os
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, Tiny
+import transformers
+from tiny_models import FAMILIES, Tiny, conversation
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
 
+from auto_mmround import cli
+from auto_mmround.calibration.inputs import with_decoder_ids
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
+from auto_mmround.model.families import FAMILIES as KNOWN
 from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run.plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +48,14 @@ def journey(family: Tiny, tokenizer, folder: Path) -> tuple[jobs.Job, list[Path]
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=family.samples())
     return job, jobs.run(job)
+
+
+def test_the_table_says_what_is_tested():
+    assert list(KNOWN) == [name for name in KNOWN if name in FAMILIES] and len(KNOWN) == len(FAMILIES) >= 24
+    for name, family in FAMILIES.items():
+        row = KNOWN[name]
+        assert dict.fromkeys(row.stages) == dict.fromkeys(family.stages), name
+        assert row.calibrates == (*["text"] * family.plain, *family.media), name
 
 
 def logits(model, job) -> list[torch.Tensor]:
@@ -84,3 +101,108 @@ def test_the_student_sees_what_the_changed_model_sees(name):
         blocks = [model.get_submodule(path) for path in stage.blocks]
         for i, hidden in enumerate(chain.hidden):
             assert difference(hidden, fresh.run_group(blocks, 0, [i])) < 1e-5
+
+
+def plan_of(name: str) -> dict[str, str]:
+    return make_plan(FAMILIES[name].build(), Recipe(group_size=32, quant_nontext_module=True)).kept
+
+
+def test_experts_and_routers_are_in_the_plan_with_a_reason():
+    for name, layer, router in (
+        ("qwen3_moe", "model.layers.0.mlp", "gate"),
+        ("qwen3_vl_moe", "model.language_model.layers.1.mlp", "gate"),
+        ("llama4", "language_model.model.layers.1.feed_forward", "router"),
+        ("kimi_k25", "model.language_model.layers.1.mlp", "gate"),
+    ):
+        kept = plan_of(name)
+        assert kept[f"{layer}.{router}"] == "router", name
+        for part in ("gate_up_proj", "down_proj"):
+            assert kept[f"{layer}.experts.{part}"] == "fused experts: not quantized yet", name
+    assert plan_of("kimi_k25")["model.vision_tower.layers.0.attn.q_proj"] == "the checkpoint stores it in another form"
+    assert not {"router", "fused experts: not quantized yet"} & set(plan_of("cogvlm2").values())
+
+
+def test_text_alone_leaves_experts_without_a_token(tokenizer, tmp_path):
+    """CogVLM2's vision experts see no text token: they keep a finite, rounded weight and the run goes on."""
+    family = FAMILIES["cogvlm2"]
+    family.save(tmp_path / "model", tokenizer)
+    rows = [{"text": " ".join(f"w{3 + (7 * i + seed) % 100}" for i in range(40))} for seed in range(4)]
+    recipe = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=2, nsamples=4, seqlen=32,
+        amp=False, device="cpu", trust_remote_code=True,
+    )  # fmt: skip
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
+    jobs.run(job)
+    for name in job.plan.quantized:
+        assert torch.isfinite(job.loaded.model.get_submodule(name).weight).all(), name
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "whisper", "gpt2"])
+def test_transformers_reads_it_with_auto_round(name, tokenizer, tmp_path):
+    """The engine's own reader, kernels in float16: near our decoded weights, towers included."""
+    family = FAMILIES[name]
+    job, folders = journey(family, tokenizer, tmp_path)
+    model, info = getattr(transformers, family.architecture).from_pretrained(
+        folders[0], dtype=torch.float16, device_map="cpu", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(hasattr(module, "qweight") for module in model.modules()) == len(job.plan.quantized)
+    for ours, theirs in zip(logits(job.loaded.model, job), logits(model.float().eval(), job), strict=True):
+        assert difference(theirs, ours) < 5e-3
+
+
+def test_whisper_hears_rows_of_sound_and_text(tokenizer, tmp_path):
+    family = replace(FAMILIES["whisper"], config=FAMILIES["whisper"].config | dict(max_source_positions=50))
+    family.save(tmp_path / "model", tokenizer)
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    WhisperProcessor(extractor, tokenizer).save_pretrained(tmp_path / "model")
+    recipe = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=1, nsamples=2, amp=False,
+        device="cpu", quant_nontext_module=True,
+    )  # fmt: skip
+    sound = np.random.default_rng(0).normal(size=8000).astype(np.float32)
+    rows = [{"audio": {"array": sound, "sampling_rate": 16000}, "text": "w5 w6 w7 " * n} for n in (4, 5)]
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
+    first = job.inputs[0]
+    assert first.kwargs["decoder_input_ids"][0, :3].tolist() == [3, 5, 6] and len(first.modality_T) == 13
+    assert first.answer_T.tolist() == [False] + [True] * 12
+    assert from_quantized(jobs.run(job)[0]).model.config.model_type == "whisper"
+
+
+def test_labels_become_decoder_inputs():
+    config = FAMILIES["whisper"].build().config
+    labels = torch.tensor([[7, 8, 9, -100]])
+    inputs = with_decoder_ids({"input_features": torch.zeros(1, 8, 32), "labels": labels}, config)
+    assert set(inputs) == {"input_features", "decoder_input_ids"}
+    assert inputs["decoder_input_ids"].tolist() == [[3, 7, 8, 9]]
+
+
+def test_a_family_that_nobody_knows(tokenizer, tmp_path, monkeypatch):
+    """docs/new-model.md as written: template, processor, and a stage whose glue is found out."""
+    (template,) = blocks("docs/new-model.md", "json")
+    (processor,) = blocks("docs/new-model.md", "python")
+    (tmp_path / "my_family.json").write_text(template)
+    (tmp_path / "my_family.py").write_text(processor)
+    (tmp_path / "images").mkdir()
+    rows = [conversation(seed) for seed in range(4)]
+    for i, row in enumerate(rows):
+        row["image"].save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "pairs.json").write_text(json.dumps([row | {"image": f"{i}.png"} for i, row in enumerate(rows)]))
+    Tiny("my_family", "MyModel", {}, standin="standins.my_family").save(tmp_path / "my-model", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    command = next(line for line in page("docs/new-model.md").split("\n\n") if "--processor my_family.py" in line)
+    program, *words = shlex.split(command.replace("\\\n", " "))
+    assert program == "auto-round-mllm"
+    options = "--iters 1 --nsamples 4 --group_size 32 --output_dir out --device cpu --disable_amp"
+    assert cli.main([*words, *options.split()]) == 0
+    folder = tmp_path / "out" / "my-model-w4g32-auto_round"
+    assert from_quantized(folder, remote_code=True).model.config.model_type == "my_family"
+    assert len(json.loads((folder / "run.json").read_text())["blocks"]) == 3
+
+
+def page(name: str) -> str:
+    return (Path(__file__).parents[1] / name).read_text()
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page(name), re.DOTALL)
