@@ -20,10 +20,13 @@ from auto_mmround.calibration.inputs import with_decoder_ids
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
+from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.families import FAMILIES as KNOWN
 from auto_mmround.model.structure import find_stages, linears
+from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run.pipeline import grid_of
 from auto_mmround.run.plan import make_plan
 
 
@@ -103,23 +106,65 @@ def test_the_student_sees_what_the_changed_model_sees(name):
             assert difference(hidden, fresh.run_group(blocks, 0, [i])) < 1e-5
 
 
-def plan_of(name: str) -> dict[str, str]:
-    return make_plan(FAMILIES[name].build(), Recipe(group_size=32, quant_nontext_module=True)).kept
+STACKED = "fused experts: not quantized yet"
 
 
-def test_experts_and_routers_are_in_the_plan_with_a_reason():
-    for name, layer, router in (
-        ("qwen3_moe", "model.layers.0.mlp", "gate"),
-        ("qwen3_vl_moe", "model.language_model.layers.1.mlp", "gate"),
-        ("llama4", "language_model.model.layers.1.feed_forward", "router"),
-        ("kimi_k25", "model.language_model.layers.1.mlp", "gate"),
-    ):
-        kept = plan_of(name)
-        assert kept[f"{layer}.{router}"] == "router", name
-        for part in ("gate_up_proj", "down_proj"):
-            assert kept[f"{layer}.experts.{part}"] == "fused experts: not quantized yet", name
-    assert plan_of("kimi_k25")["model.vision_tower.layers.0.attn.q_proj"] == "the checkpoint stores it in another form"
-    assert not {"router", "fused experts: not quantized yet"} & set(plan_of("cogvlm2").values())
+@pytest.mark.parametrize(
+    "name, layer, router, alone",
+    [
+        ("qwen3_moe", "model.layers.0.mlp", "gate", True),
+        ("kimi_k25", "model.language_model.layers.1.mlp", "gate", True),
+        ("qwen3_vl_moe", "model.language_model.layers.1.mlp", "gate", False),
+        ("llama4", "language_model.model.layers.1.feed_forward", "router", False),
+    ],
+)
+def test_experts_and_routers_are_in_the_plan(name, layer, router, alone):
+    plan = make_plan(FAMILIES[name].build(), Recipe(group_size=32, quant_nontext_module=True))
+    assert plan.kept[f"{layer}.{router}"] == "router"
+    single = {f"{layer}.experts.{i}.{part}_proj" for i in range(4) for part in ("gate", "up", "down")}
+    assert single <= set(plan.quantized) if alone else not single & set(plan.quantized)
+    assert {plan.kept.get(f"{layer}.experts.{part}") for part in ("gate_up_proj", "down_proj")} == {
+        None if alone else STACKED
+    }
+    stored = plan.kept.get("model.vision_tower.layers.0.attn.q_proj")
+    assert stored == ("the checkpoint stores it in another form" if name == "kimi_k25" else None)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "kimi_k25"])
+def test_experts_one_by_one_are_the_same_model(name):
+    family = FAMILIES[name]
+    model, inputs = family.build(), family.samples()[0]
+    before, state = model(**inputs).logits, set(model.state_dict())
+    with separated(model):
+        torch.testing.assert_close(model(**inputs).logits, before)
+        for path in separable(model) or [n for n, _ in linears(model) if ".experts." in n]:
+            model.get_submodule(path).weight.data *= 1.5  # a view: the stacked parameter changes
+    assert set(model.state_dict()) == state
+    assert difference(model(**inputs).logits, before) > 0.01
+
+
+def test_experts_without_a_token_get_the_searched_scale(tokenizer, tmp_path):
+    wide = replace(FAMILIES["qwen3_moe"], config=FAMILIES["qwen3_moe"].config | dict(num_experts=32))
+    met: dict[str, set[int]] = {}
+    model = wide.build()
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            met[name] = set()
+            module.register_forward_hook(
+                lambda m, a, output, seen=met[name]: seen.update(output[-1].flatten().tolist())
+            )
+    for sample in wide.samples():
+        model(**sample)
+    job, folders = journey(wide, tokenizer, tmp_path)
+    reports = json.loads((folders[0] / "run.json").read_text())["blocks"]
+    gate = "model.layers.0.mlp.gate"  # the inputs of the second layer are the student's
+    assert 0 < len(met[gate]) < 32 and reports[0]["unreached"] == 3 * (32 - len(met[gate]))
+    missed = next(i for i in range(32) if i not in met[gate])
+    name = f"model.layers.0.mlp.experts.{missed}.down_proj"
+    w_OI = model.model.layers[0].mlp.experts.down_proj[missed]
+    nearest = Rounding(w_OI, 32, grid_of(job.plan.quantized[name])).weight()
+    ours = job.loaded.model.model.layers[0].mlp.experts.down_proj[missed]
+    assert 0 < (ours - w_OI).norm() < (nearest - w_OI).norm()
 
 
 def test_text_alone_leaves_experts_without_a_token(tokenizer, tmp_path):

@@ -33,7 +33,7 @@ class Family:
 
 
 TEXT, HEARING = ("text",), ("text", "audio")
-MOE = "experts stay in 16 bits"
+STACKED = "experts stay in 16 bits: the checkpoint stacks them"
 SHARED = "keys and values shared between layers"
 
 FAMILIES: dict[str, Family] = {
@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family("Qwen2.5-VL", template="qwen2_vl"),
     "qwen3_vl": Family("Qwen3-VL", connectors=("deepstack_merger_list",), note="deep-stacked vision features"),
     "qwen3_vl_moe": Family(
-        "Qwen3-VL-MoE", connectors=("deepstack_merger_list",), note=f"deep-stacked vision features; {MOE}"
+        "Qwen3-VL-MoE", connectors=("deepstack_merger_list",), note=f"deep-stacked vision features; {STACKED}"
     ),
     "mllama": Family("Llama-3.2-Vision", ("image",), note="cross attention; every sample needs an image"),
     "phi3_v": Family("Phi-3.5-vision", note="its own code; tested on a stand-in"),
@@ -56,10 +56,10 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral 3 (Pixtral)"),
     "internvl": Family("InternVL"),
     "glm4v": Family("GLM-4V"),
-    "llama4": Family("Llama 4", note=MOE),
+    "llama4": Family("Llama 4", note=STACKED),
     "lfm2_vl": Family("LFM2-VL"),
     "deepseek_vl": Family("DeepSeek-VL"),
-    "kimi_k25": Family("Kimi K2.5", note=f"{MOE}; so does attention in the tower, stored in another form"),
+    "kimi_k25": Family("Kimi K2.5", note="experts; attention in the tower stays in 16 bits: stored in another form"),
     "whisper": Family("Whisper", ("audio",), ("encoder", "text")),
     "qwen2_audio": Family("Qwen2-Audio", HEARING, ("audio", "text")),
     "voxtral": Family("Voxtral", HEARING, ("audio", "text")),
@@ -71,7 +71,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", TEXT, TEXT),
     "qwen2": Family("Qwen2", TEXT, TEXT),
     "qwen3": Family("Qwen3", TEXT, TEXT),
-    "qwen3_moe": Family("Qwen3-MoE", TEXT, TEXT, note=MOE),
+    "qwen3_moe": Family("Qwen3-MoE", TEXT, TEXT, note="experts"),
     "phi3": Family("Phi-3", TEXT, TEXT),
     "gemma3_text": Family("Gemma 3 text", TEXT, TEXT),
     "gemma3n_text": Family("Gemma 3n text", TEXT, TEXT, note=f"parallel streams; {SHARED}"),

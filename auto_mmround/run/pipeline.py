@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import Chain
+from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
@@ -52,6 +53,7 @@ class BlockReport:
     best_iter: int
     seconds: float
     peak_gb: float
+    unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the journal."""
@@ -91,19 +93,20 @@ def quantize(
         reports.append(report)
         watcher.block(report)
 
-    if recipe.calibrates:
-        _tune_stages(model, recipe, plan, inputs, finish, watcher)
-    else:
-        for stage in plan.stages:
-            for block in stage.blocks:
-                started = time.perf_counter()
-                tuned = _leaves(model, plan.of_block(block))
-                finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
-    outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
-    if outside:  # no block to measure: rounded to nearest
-        started = time.perf_counter()
-        tuned = _leaves(model, outside)
-        finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
+    with separated(model):
+        if recipe.calibrates:
+            _tune_stages(model, recipe, plan, inputs, finish, watcher)
+        else:
+            for stage in plan.stages:
+                for block in stage.blocks:
+                    started = time.perf_counter()
+                    tuned = _leaves(model, plan.of_block(block))
+                    finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
+        outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
+        if outside:  # no block to measure: rounded to nearest
+            started = time.perf_counter()
+            tuned = _leaves(model, outside)
+            finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
     return reports
 
 
@@ -180,6 +183,7 @@ class _Journey:
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
                 forward = _forward(student, blocks, first, target, loss_weights)
                 nearest = self._start(leaves, moments, forward, len(student)) if moments else None
+                unreached = set(leaves) - set(moments) if moments else set()
                 result = tune_block(
                     list(leaves.values()),
                     forward,
@@ -194,6 +198,10 @@ class _Journey:
             teacher = target
             for name in window:
                 report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
+                report = replace(report, unreached=len(unreached & set(tuned[name])))
+                if report.unreached:
+                    log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name,
+                                report.unreached)  # fmt: skip
                 self.finish(report, _codes(tuned[name]))
 
     def _moments(
@@ -220,7 +228,11 @@ class _Journey:
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
         stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
         for name, leaf in leaves.items():
-            if name in moments:  # a weight that no token reached stays rounded to nearest
+            if name not in moments:  # no token reached it: all its inputs count alike
+                alike = Moments(leaf.rounding.columns, device=leaf.parameter.device)
+                alike.add(torch.eye(leaf.rounding.columns, device=leaf.parameter.device))
+                closed_form([leaf.rounding], alike, config)
+            else:
                 key = (id(moments[name]), leaf.rounding.grid, leaf.rounding.w_OGg.shape[-1])
                 stacks.setdefault(key, []).append(leaf.rounding)
         by_id = {id(found): found for found in moments.values()}
