@@ -1,6 +1,6 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,17 +145,24 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
     Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same tables are applied
     here. Keys that are fused or split on the way are left out.
     """
+    own = dict.fromkeys(model.state_dict())
+    return {name: key for key, name, converted in _renamed(model, keys) if not converted and name in own}
+
+
+def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Key in the checkpoint -> parameter that it becomes a part of, for the keys that `parameter_names` leaves out."""
+    return {key: name for key, name, converted in _renamed(model, keys) if converted}
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(key, parameter, whether it is more than renamed)."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    own = dict.fromkeys(model.state_dict())
-    meta = dict.fromkeys(own, True)
-    names = {}
+    meta = dict.fromkeys(model.state_dict(), True)
     for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        if converted is None and name in own:
-            names[name] = key
-    return names
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        yield key, name, pattern is not None
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

@@ -17,7 +17,7 @@ from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_con
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
 from auto_mmround.model.experts import separable
-from auto_mmround.model.loading import parameter_names
+from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, to_toml
 from auto_mmround.run.plan import Plan
@@ -34,7 +34,10 @@ class Names:
                 with safe_open(path, "pt") as file:
                     self.files |= dict.fromkeys(file.keys(), path)
         self.keys = parameter_names(model, self.files)
-        self.keys |= {f"{name}.weight": expert.key for name, expert in separable(model).items()}
+        # The tables of Transformers go one way: what they make of a file's key is sure, what they would save is not.
+        stored = {(name, _tail(key)): key for key, name in converted_keys(model, self.files).items()}
+        for name, expert in separable(model).items():
+            self.keys[f"{name}.weight"] = stored.get((expert.parameter, _tail(expert.key)), expert.key)
         self.parameters = {key: name for name, key in self.keys.items()}
 
     def key(self, parameter: str) -> str:
@@ -76,6 +79,11 @@ class Names:
                 seen.add(tensor.data_ptr())
                 kept[name] = tensor.cpu().contiguous()
         yield from revert_weight_conversion(self.model, kept).items()
+
+
+def _tail(key: str) -> str:
+    """`3.gate_proj.weight` of an expert's key."""
+    return ".".join(key.split(".")[-3:])
 
 
 def _newest(stored: Tensor, current: Tensor) -> Tensor:
