@@ -6,7 +6,8 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.chains import capture, difference
+from auto_mmround.model.capture import capture, recapture
+from auto_mmround.model.chains import difference
 from auto_mmround.model.devices import autocast, resolve
 from auto_mmround.model.loading import find_folder, load, parameter_names
 from auto_mmround.model.structure import Stage, find_stages, select_stages
@@ -88,20 +89,94 @@ def test_equal_shapes_run_together_and_give_the_same(model):
     torch.testing.assert_close(together[0][1], alone)
 
 
-def test_glue_between_blocks_is_refused(model):
-    class Glued(nn.Module):
-        def __init__(self, layers):
-            super().__init__()
-            self.layers = layers
+class Glued(nn.Module):
+    """Three layers, and something between them."""
 
+    def __init__(self, glue):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.glue = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), glue
+
+    def forward(self, x, use_cache=False):
+        for i, layer in enumerate(self.layers):
+            x = layer(x if i == 0 else self.glue(x))
+        return x
+
+
+STAGE = [Stage("text", "layers", 3)]
+
+
+def add_in_place(x):
+    x += torch.arange(4)[:, None] // 2  # two of four tokens change, as deep-stacked features do
+    return x
+
+
+@pytest.mark.parametrize(
+    "glue, live",
+    [(lambda x: x, False), (add_in_place, False), (lambda x: x * x.mean(), True), (lambda x: x[:, ::2], True)],
+)
+def test_glue_between_blocks_is_replayed(glue, live):
+    model = Glued(glue)
+    inputs = [{"x": torch.randn(1, 4, 8)}, {"x": torch.randn(1, 4, 8)}]
+    chain = capture(model, STAGE, inputs)["layers"]
+    assert chain.live is live
+    with torch.no_grad():
+        for (i,), output in chain.forward(list(model.layers), 0, [0]):
+            torch.testing.assert_close(output, model(**inputs[i]))
+        model.layers[0].weight.mul_(1.5)  # as quantizing does: the next inputs are not the captured ones
+        after = chain.advanced([model.layers[0]], 0, 2)
+        if live:
+            after = recapture(model, after, 1, inputs)
+        for (i,), output in after.forward(list(model.layers)[1:2], 1, [1]):
+            torch.testing.assert_close(output, model.layers[1](glue(model.layers[0](inputs[i]["x"]))))
+
+
+def test_glue_of_several_samples_at_once():
+    inputs = [{"x": torch.randn(1, 4, 8)} for _ in range(3)]
+    model = Glued(lambda x: torch.cat([x[:, :1], x[:, 1:] + 1], 1))
+    chain = capture(model, STAGE, inputs)["layers"]
+    assert chain.batched and not chain.live
+    (group, together), *others = chain.forward(list(model.layers), 0, range(3))
+    chain.batched = False
+    alone = torch.cat([output for _, output in chain.forward(list(model.layers), 0, range(3))])
+    assert group == [0, 1, 2] and not others
+    torch.testing.assert_close(together, alone)
+
+
+def test_blocks_that_use_what_they_are_not_given_are_refused():
+    noise = iter(torch.randn(20, 8))
+    model = Glued(lambda x: x)
+    model.layers[1].register_forward_hook(lambda layer, args, output: output + next(noise))
+    with pytest.raises(UserError, match="misses the model's own output"):
+        capture(model, STAGE, [{"x": torch.randn(1, 4, 8)}])
+
+
+def test_a_stage_that_runs_twice_gives_two_entries():
+    class TwoImages(Glued):
         def forward(self, x, use_cache=False):
-            for layer in self.layers:
-                x = layer(x) + 0.5
-            return x
+            return super().forward(x) + super().forward(-x)
 
-    glued = Glued(nn.ModuleList(nn.Linear(8, 8) for _ in range(3)))
-    with pytest.raises(UserError, match="between its blocks"):
-        capture(glued, [Stage("text", "layers", 3)], [{"x": torch.randn(1, 4, 8)}])
+    chain = capture(TwoImages(lambda x: x), STAGE, [{"x": torch.randn(1, 4, 8)}])["layers"]
+    assert chain.sample == [0, 0] and torch.equal(chain.hidden[0], -chain.hidden[1])
+
+
+def test_samples_with_several_images_stay_alone():
+    model = Glued(lambda x: x)
+    inputs = [{"x": torch.randn(n, 4, 8)} for n in (1, 1, 2, 2)]
+    chain = capture(model, STAGE, inputs)["layers"]
+    assert chain.batched
+    after = chain.advanced(list(model.layers), 0, 4)
+    for sample, hidden in zip(inputs, after.hidden, strict=True):
+        torch.testing.assert_close(hidden, model(**sample))
+
+
+def test_a_sample_that_skips_a_block_is_named():
+    class Sometimes(Glued):
+        def forward(self, x, use_cache=False):
+            return self.layers[2](self.layers[0](x))
+
+    with pytest.raises(UserError, match="sample 0 does not run block 1"):
+        capture(Sometimes(lambda x: x), STAGE, [{"x": torch.randn(1, 4, 8)}])
 
 
 def test_blocks_out_of_order_are_refused():

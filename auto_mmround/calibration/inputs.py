@@ -37,6 +37,8 @@ PER_TOKEN = (
     "mm_token_type_ids",
     "position_ids",
     "cross_attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
 )
 MIN_TOKENS = 32
 CAUSES = (TemplateError, ValueError, IndexError)
@@ -56,6 +58,25 @@ class ModelInput:
     answer_T: Tensor
 
 
+def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
+    """int64 (1, T): the ids that the text model reads; an encoder-decoder's are the decoder's."""
+    ids: Tensor = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"]
+    return ids
+
+
+def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first token."""
+    found = dict(kwargs)
+    labels = found.pop("labels", None)
+    if labels is None or "decoder_input_ids" in found or not getattr(config, "is_encoder_decoder", False):
+        return found
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    found["decoder_input_ids"] = torch.cat(
+        [start, labels[:, :-1].masked_fill(labels[:, :-1] < 0, config.pad_token_id)], 1
+    )
+    return found
+
+
 def placeholder_ids(config: Any) -> dict[int, int]:
     """Token id -> modality from a configuration and its sub-configurations."""
     found: dict[int, int] = {}
@@ -72,7 +93,7 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
 
     Negative ids stand for image features (Phi-3-vision); masked tokens are PAD.
     """
-    ids_T = kwargs["input_ids"][0]
+    ids_T = token_ids(kwargs)[0]
     given = kwargs.get("mm_token_type_ids")
     if given is not None:
         kinds_T = given[0].to(torch.int8)
@@ -80,8 +101,8 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
         kinds_T = torch.where(ids_T < 0, IMAGE, TEXT).to(torch.int8)
         for token, kind in placeholder_ids(config).items():
             kinds_T = torch.where(ids_T == token, kind, kinds_T).to(torch.int8)
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.shape == kwargs["input_ids"].shape:
+    mask = kwargs.get("decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask")
+    if mask is not None and mask.shape == token_ids(kwargs).shape:
         kinds_T = torch.where(mask[0].bool(), kinds_T, PAD).to(torch.int8)
     return kinds_T
 
@@ -151,7 +172,8 @@ class Encoder:
         """Raises BadSample with the reason when the sample can't be used."""
         if sample.inputs is not None:
             kwargs = {key: torch.as_tensor(value) for key, value in sample.inputs.items() if value is not None}
-            ids = kwargs["input_ids"]
+            kwargs = with_decoder_ids(kwargs, self.config)
+            ids = token_ids(kwargs)
             return ModelInput(
                 sample.id, kwargs, modality(kwargs, self.config), torch.ones(ids.shape[1], dtype=torch.bool)
             )
@@ -204,7 +226,7 @@ class Encoder:
 
     def _chat(self, sample: Sample) -> ModelInput:
         kwargs = self.family.encode(sample, self.template, prompt=self.prompt)
-        ids = kwargs["input_ids"]
+        ids = token_ids(kwargs)
         own = getattr(self.family, "modality", None)
         kinds_T = own(kwargs) if own else modality(kwargs, self.config)
         known = {*placeholder_ids(self.config).values(), *((IMAGE, VIDEO) if "mm_token_type_ids" in kwargs else ())}

@@ -14,6 +14,9 @@ from auto_mmround.errors import UserError
 
 # A row with nothing but these is plain text, already tokenised.
 TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "labels"}
+# A row with one of each is ready inputs of an encoder-decoder.
+DECODER_KEYS = {"decoder_input_ids", "labels"}
+ENCODER_KEYS = {"input_features", "input_values", "pixel_values"}
 PLURAL = {"image": "images", "video": "videos", "audio": "audios"}
 
 
@@ -103,6 +106,8 @@ def parse_row(
         raise BadSample("form", f"sample {label}: a row must be text or a mapping, not {type(row).__name__}")
     if row.get("input_ids") is not None:
         return _tokens(row, label)
+    if DECODER_KEYS & set(row) and ENCODER_KEYS & set(row):
+        return Sample(label, inputs={**row})
     turns = next((row[key] for key in ("conversations", "messages", "text") if row.get(key) is not None), None)
     if turns is None:
         texts = [value for key, value in row.items() if isinstance(value, str) and key != "id"]

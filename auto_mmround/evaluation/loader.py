@@ -1,12 +1,25 @@
 """Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint
-from auto_mmround.model.loading import DTYPES, Loaded, load, load_processor, load_tokenizer, model_class, read_config
+from auto_mmround.model.loading import (
+    DTYPES,
+    Loaded,
+    load,
+    load_processor,
+    load_tokenizer,
+    model_class,
+    parameter_names,
+    read_config,
+    skeleton,
+)
 
 
 def from_quantized(
@@ -22,8 +35,8 @@ def from_quantized(
     config.quantization_config = None
     del config.quantization_config
     wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
-    state = dict(dequantized_state_dict(folder, wanted))
-    model, info = model_class(config).from_pretrained(
+    state = _as_the_model_keeps_them(folder, config, dict(dequantized_state_dict(folder, wanted)))
+    model, info = model_class(config, folder).from_pretrained(
         None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=remote_code
     )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -32,6 +45,18 @@ def from_quantized(
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
+
+
+def _as_the_model_keeps_them(folder: Path, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Packed weights are (out, in); GPT-2's Conv1D keeps them the other way round."""
+    model = skeleton(config, folder)
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    if turned:
+        stored = read_checkpoint(folder).files
+        for name, key in parameter_names(model, state).items():
+            if name in turned and key not in stored:
+                state[key] = state[key].t().contiguous()
+    return state
 
 
 def load_any(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput
+from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
 
 
 @dataclass
@@ -95,7 +95,7 @@ def measure(
 
 
 def _add_sample(metrics: Metrics, scores_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput, text: bool) -> None:
-    ids_T = sample.kwargs["input_ids"][0].to(scores_TV.device)
+    ids_T = token_ids(sample.kwargs)[0].to(scores_TV.device)
     answer_T = sample.answer_T.to(scores_TV.device)
     is_text = bool(answer_T.all())
     best_T = scores_TV.argmax(-1)

@@ -1,13 +1,12 @@
-"""Capture what enters each stage, and push it block by block as the model itself does.
+"""Chains: the hidden states before a stage's current block, and how the model itself called every block.
 
 Every sample keeps its own length; nothing is padded. A `Chain` holds one hidden state a sample, plus how the model
 called each block for that sample (positions, masks, cross-attention states). Samples of equal shape run together
 where a test on the first pair shows that the block treats them alike.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +16,40 @@ from torch import Tensor, nn
 from auto_mmround.errors import UserError
 from auto_mmround.model.structure import Stage
 
-log = logging.getLogger("auto_mmround")
-
 # Largest relative difference between replay and model that may be rounding of the compute dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Glue:
+    """What the model does to the hidden state between two blocks, as seen for one sample.
+
+    rows: int64 (N,), the tokens that it changes; values: float32 (N, D), what is added there (deep-stacked vision
+    features). rows None: values is the whole new hidden state, where its shape changes. tokens: T of the sample.
+    """
+
+    rows: Tensor | None
+    values: Tensor
+    tokens: int
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The hidden state that the next block reads."""
+        if self.rows is None:
+            return self.values.to(hidden)
+        flat_TD = hidden.reshape(-1, hidden.shape[-1])
+        rows, values = self.rows.to(hidden.device), self.values.to(hidden.device)
+        return flat_TD.index_copy(0, rows, (flat_TD[rows].float() + values).to(hidden.dtype)).view_as(hidden)
+
+    @classmethod
+    def between(cls, output: Tensor, hidden: Tensor) -> "Glue | None":
+        """The glue that makes ``hidden`` of a block's ``output``; None where they are the same."""
+        if output.shape != hidden.shape:
+            return cls(None, hidden, 0)
+        if torch.equal(output, hidden):
+            return None
+        delta_TD = hidden.reshape(-1, hidden.shape[-1]).float() - output.reshape(-1, hidden.shape[-1]).float()
+        rows = delta_TD.abs().amax(-1).nonzero()[:, 0]
+        return cls(rows, delta_TD[rows], len(delta_TD))
 
 
 @dataclass(frozen=True)
@@ -30,9 +59,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     slot: int | str  # position, or keyword, of the hidden state
+    glue: Glue | None = None  # applied to the hidden state before
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden state."""
+        hidden = hidden if self.glue is None else self.glue(hidden)
         if isinstance(self.slot, int):
             args = (*self.args[: self.slot], hidden, *self.args[self.slot :])
             return first_tensor(block(*args, **self.kwargs))
@@ -41,13 +72,20 @@ class Call:
 
 @dataclass
 class Chain:
-    """The inputs of one stage's current block: ``hidden[i]`` and ``calls[i][block]`` for sample i."""
+    """The inputs of one stage's current block: ``hidden[i]`` and ``calls[i][block]`` for entry i.
+
+    sample: index into the captured inputs; not every input reaches a tower, and one may pass it twice. shared: mappings
+    that blocks fill for later blocks (shared keys and values), as they stand before the current block. live: what a
+    block is given depends on earlier blocks in a way that only the model knows, see `capture.recapture`.
+    """
 
     stage: Stage
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
-    sample: list[int] = field(default_factory=list)  # index into the captured inputs: not every one reaches a tower
+    shared: list[dict[str, Any]] = field(default_factory=list)
+    sample: list[int] = field(default_factory=list)
     batched: bool = False
+    live: bool = False
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -55,13 +93,16 @@ class Chain:
     def advanced(self, blocks: Sequence[nn.Module], first: int, batch_size: int) -> "Chain":
         """The chain after ``blocks``, the first of which has index ``first`` in the stage."""
         out: list[Tensor] = [torch.empty(0)] * len(self)
+        shared = list(self.shared)
         with torch.no_grad():
             for at in range(0, len(self), batch_size):
-                for group, hidden in self.forward(blocks, first, range(at, min(at + batch_size, len(self)))):
+                for group in self.groups(range(at, min(at + batch_size, len(self))), first):
+                    hidden, state = self._run(blocks, first, group)
                     for row, i in enumerate(group):
                         part = hidden[row : row + 1] if len(group) > 1 else hidden
                         out[i] = part.detach().to(self.hidden[i].device)
-        return replace(self, hidden=out)
+                        shared[i] = moved(state, self.hidden[i].device)
+        return replace(self, hidden=out, shared=shared)
 
     def forward(
         self, blocks: Sequence[nn.Module], first: int, indices: Iterable[int]
@@ -72,13 +113,17 @@ class Chain:
 
     def run_group(self, blocks: Sequence[nn.Module], first: int, group: Sequence[int]) -> Tensor:
         """Run samples of one shape through ``blocks`` together; (B, T, D)."""
+        return self._run(blocks, first, group)[0]
+
+    def _run(self, blocks: Sequence[nn.Module], first: int, group: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
         device = next(blocks[0].parameters()).device
         hidden = torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
         hidden = hidden.to(device)
+        state = moved(self.shared[group[0]], device)  # a copy for these blocks to fill
         for offset, block in enumerate(blocks):
-            call = merge([self.calls[i][first + offset] for i in group])
-            hidden = to_device(call, device).run(block, hidden)
-        return hidden
+            call = to_device(merge([self.calls[i][first + offset] for i in group]), device)
+            hidden = replace(call, kwargs=call.kwargs | state).run(block, hidden)
+        return hidden, state
 
     def groups(self, indices: Iterable[int], first: int) -> list[list[int]]:
         """Samples cut into those that can run together."""
@@ -90,141 +135,29 @@ class Chain:
         return list(groups.values())
 
     def _shape_of(self, i: int, first: int) -> Any:
+        if self.hidden[i].shape[0] != 1:
+            return i  # several images in one sample: a batch already
         call = self.calls[i][first]
         return (tuple(self.hidden[i].shape), signature(call.args), signature(call.kwargs))
 
     def check_batching(self, block: nn.Module) -> None:
         """Allow batches if the first pair of equal shape gives together what each gives alone."""
+        self.batched = True
+        pair = next((group for group in self.groups(range(len(self)), 0) if len(group) > 1), [])[:2]
         self.batched = False
-        pair = next((g for g in self._equal_shapes() if len(g) > 1), [])[:2]
-        if not pair or self.hidden[pair[0]].shape[0] != 1:
+        if not pair or any(self.shared):
             return
         with torch.no_grad():
-            alone = torch.cat([next(iter(self.forward([block], 0, [i])))[1] for i in pair])
+            alone = torch.cat([self.run_group([block], 0, [i]) for i in pair])
             try:
-                merged = merge([self.calls[i][0] for i in pair])
-            except UnmergeableError:
+                together = self.run_group([block], 0, pair)
+            except (UnmergeableError, RuntimeError):  # a wrong guess of the batch dimension is a wrong shape somewhere
                 return
-            device = next(block.parameters()).device
-            together = to_device(merged, device).run(block, torch.cat([self.hidden[i] for i in pair]).to(device))
         self.batched = alone.shape == together.shape and difference(together, alone) <= TOLERANCE[alone.dtype]
-
-    def _equal_shapes(self) -> list[list[int]]:
-        groups: dict[Any, list[int]] = {}
-        for i in range(len(self)):
-            groups.setdefault(self._shape_of(i, 0), []).append(i)
-        return list(groups.values())
 
 
 class UnmergeableError(ValueError):
     """Calls of two samples have no common batch dimension."""
-
-
-def capture(
-    model: nn.Module,
-    stages: Sequence[Stage],
-    inputs: Sequence[Mapping[str, Any]],
-    *,
-    precision: Callable[[], AbstractContextManager] = nullcontext,
-    store: torch.device | str = "cpu",
-    on_sample: Callable[[int], None] = lambda i: None,
-) -> dict[str, Chain]:
-    """Run the model over all inputs and record each stage's first hidden state and every block's call.
-
-    inputs: keyword arguments of the model, batch dimension 1. Returns a chain for each stage that a sample reached, in
-    the order given. The first sample of each stage is replayed and must reproduce the model's own output.
-    Raises UserError for a stage that is not a plain chain of blocks.
-    """
-    device = next(model.parameters()).device
-    chains: dict[str, Chain] = {}
-    for i, kwargs in enumerate(inputs):
-        recorders = [_Recorder(model, stage, store) for stage in stages]
-        with ExitStack() as stack, torch.no_grad(), precision():
-            for recorder in recorders:
-                stack.callback(recorder.remove)
-            model(**{key: moved(value, device) for key, value in kwargs.items()}, use_cache=False)
-        for recorder in (r for r in recorders if r.calls):
-            fresh = recorder.stage.path not in chains
-            chain = chains.setdefault(recorder.stage.path, Chain(recorder.stage))
-            recorder.check_order()
-            chain.hidden.append(recorder.first)
-            chain.calls.append(recorder.calls)
-            chain.sample.append(i)
-            if fresh:
-                with precision():
-                    _check_replay(model, chain, recorder.last)
-        on_sample(i)
-    for chain in chains.values():
-        with precision():
-            chain.check_batching(model.get_submodule(chain.stage.blocks[0]))
-    return {stage.path: chains[stage.path] for stage in stages if stage.path in chains}
-
-
-class _Recorder:
-    """Hooks on the blocks of one stage for one forward pass."""
-
-    def __init__(self, model: nn.Module, stage: Stage, store: torch.device | str):
-        self.stage, self.store = stage, store
-        self.calls: list[Call] = []
-        self.order: list[int] = []
-        self.first = self.last = torch.empty(0)
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor given to every block is kept once
-        self.handles = []
-        blocks = [model.get_submodule(name) for name in stage.blocks]
-        for index, block in enumerate(blocks):
-            hook = self._before(index)
-            self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        self.handles.append(blocks[-1].register_forward_hook(self._after))
-
-    def _before(self, index: int) -> Callable[..., None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, slot = _hidden_of(args, kwargs)
-            if not self.calls:
-                self.first = hidden.detach().to(self.store, copy=True)
-            self.order.append(index)
-            if isinstance(slot, int):
-                args = args[:slot] + args[slot + 1 :]
-            else:
-                kwargs = {key: value for key, value in kwargs.items() if key != slot}
-            self.calls.append(Call(self._keep(args), self._keep(kwargs), slot))
-
-        return hook
-
-    def _after(self, block: nn.Module, args: Any, output: Any) -> None:
-        self.last = first_tensor(output).detach().to(self.store)
-
-    def _keep(self, value: Any) -> Any:
-        def keep(tensor: Tensor) -> Tensor:
-            if id(tensor) not in self.seen:
-                self.seen[id(tensor)] = (tensor, tensor.detach().to(self.store))
-            return self.seen[id(tensor)][1]
-
-        return map_tensors(value, keep)
-
-    def check_order(self) -> None:
-        """Each block exactly once, in order; everything else needs code of its own."""
-        if self.order != list(range(self.stage.depth)):
-            raise UserError(
-                f"{self.stage.path}: the forward pass does not run each block once and in order "
-                f"(saw {self.order[:6]}...); this family is not supported yet"
-            )
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _check_replay(model: nn.Module, chain: Chain, expected: Tensor) -> None:
-    blocks = [model.get_submodule(name) for name in chain.stage.blocks]
-    with torch.no_grad():
-        replayed = next(iter(chain.forward(blocks, 0, [len(chain) - 1])))[1].to(expected.device)
-    gap = difference(replayed, expected)
-    if not gap <= TOLERANCE[expected.dtype]:
-        raise UserError(
-            f"{chain.stage.path}: replaying the blocks misses the model's own output by {gap:.1%}; the model does "
-            "something between its blocks that is not handled, so this family is refused"
-        )
-    log.info("%s: replay of %d blocks equals the model (relative difference %.1e)", chain.stage.path, len(blocks), gap)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -237,7 +170,8 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, int | str]:
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, int | str]:
+    """The hidden state that a block is called with, and where: the first floating tensor. Raises UserError."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for slot, value in named:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -245,14 +179,27 @@ def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
     raise UserError("a block was called without a hidden state; this family is not supported yet")
 
 
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str, hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with another hidden state."""
+    if isinstance(slot, int):
+        return (*args[:slot], hidden, *args[slot + 1 :]), kwargs
+    return args, kwargs | {slot: hidden}
+
+
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Apply ``change`` to every tensor in nested tuples, lists and dicts."""
+    """Apply ``change`` to every tensor in nested tuples, lists and mappings; those are copied."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, MutableMapping):
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = map_tensors(item, change)
+        return copied
     return value
 
 
@@ -263,7 +210,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def to_device(call: Call, device: torch.device) -> Call:
     """The call with its tensors on ``device``."""
-    return Call(moved(call.args, device), moved(call.kwargs, device), call.slot)
+    return replace(call, args=moved(call.args, device), kwargs=moved(call.kwargs, device))
 
 
 def signature(value: Any) -> Any:
@@ -272,7 +219,7 @@ def signature(value: Any) -> Any:
         return tuple(value.shape)
     if isinstance(value, (tuple, list)):
         return tuple(signature(item) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple((key, signature(item)) for key, item in value.items())
     return value if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
 
@@ -284,7 +231,19 @@ def merge(calls: Sequence[Call]) -> Call:
     """
     if len(calls) == 1:
         return calls[0]
-    return Call(_merge([c.args for c in calls]), _merge([c.kwargs for c in calls]), calls[0].slot)
+    glue = _merge_glue([call.glue for call in calls])
+    return Call(_merge([c.args for c in calls]), _merge([c.kwargs for c in calls]), calls[0].slot, glue)
+
+
+def _merge_glue(glues: Sequence[Glue | None]) -> Glue | None:
+    some = next((glue for glue in glues if glue is not None), None)
+    if some is None:
+        return None
+    if any(glue is not None and glue.rows is None for glue in glues):
+        raise UnmergeableError("hidden states that change their shape between blocks")
+    shifted = [(glue.rows + i * some.tokens, glue.values) for i, glue in enumerate(glues) if glue is not None]  # type: ignore[operator]
+    rows, values = zip(*shifted)
+    return Glue(torch.cat(rows), torch.cat(values), some.tokens * len(glues))
 
 
 def _merge(values: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.model.chains import first_tensor, map_tensors, moved
+from auto_mmround.model.chains import first_tensor, hidden_of, moved, with_hidden
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
@@ -165,14 +165,9 @@ def _watch(name: str, kind_T: Tensor, add: Callable[[str, Tensor, Tensor], None]
     return hook
 
 
-def _open_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _open_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """The first hidden state asks for gradients, unless an earlier stage made it do so."""
-
-    def ask(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.requires_grad or asked:
-            return tensor
-        asked.append(True)
-        return tensor.detach().requires_grad_()
-
-    asked: list[bool] = []
-    return map_tensors(args, ask), map_tensors(kwargs, ask)
+    hidden, slot = hidden_of(args, kwargs)
+    if hidden.requires_grad:
+        return None
+    return with_hidden(args, kwargs, slot, hidden.detach().requires_grad_())

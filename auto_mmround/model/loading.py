@@ -1,6 +1,6 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 
@@ -76,7 +77,7 @@ def load(
     config = read_config(folder, remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name} is quantized already; give the original weights")
-    cls = model_class(config)
+    cls = model_class(config, folder)
     try:
         model, info = cls.from_pretrained(
             folder,
@@ -103,16 +104,25 @@ def read_config(folder: Path, remote_code: bool = False) -> Any:
         raise UserError(f"model {folder}: {' '.join(str(error).split())[:300]}") from None
 
 
-def model_class(config: Any) -> Any:
-    """The class that the configuration names, or the auto class that its remote code registers."""
+def model_class(config: Any, folder: Path) -> Any:
+    """The class that the configuration names: of Transformers, else of the Python code in the model's folder.
+
+    To be called with a configuration of `read_config`, which has refused code that is not allowed to run.
+    """
     for architecture in config.architectures or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)
     remote = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
         if name in remote:
-            return getattr(transformers, name)
+            return get_class_from_dynamic_module(remote[name], folder)
     raise UserError(f"architecture {config.architectures}: unknown to transformers {transformers.__version__}")
+
+
+def skeleton(config: Any, folder: Path) -> PreTrainedModel:
+    """The model of a configuration without any memory for its weights."""
+    with torch.device("meta"):
+        return model_class(config, folder)(config)
 
 
 def load_processor(folder: Path, remote_code: bool = False) -> Any:
@@ -135,14 +145,30 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
     Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same tables are applied
     here. Keys that are fused or split on the way are left out.
     """
+    own = dict.fromkeys(model.state_dict())
+    return {name: key for key, name, converted in _renamed(model, keys) if not converted and name in own}
+
+
+def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Key in the checkpoint -> parameter that it becomes a part of, for the keys that `parameter_names` leaves out."""
+    return {key: name for key, name, converted in _renamed(model, keys) if converted}
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(key, parameter, whether it is more than renamed)."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    own = dict.fromkeys(model.state_dict())
-    meta = dict.fromkeys(own, True)
-    names = {}
+    meta = dict.fromkeys(model.state_dict(), True)
     for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        if converted is None and name in own:
-            names[name] = key
-    return names
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        yield key, name, pattern is not None
+
+
+def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Those of the parameters that Transformers splits, fuses or permutes on the way from the checkpoint's tensors."""
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:
+        transforms = get_model_conversion_mapping(model, add_legacy=False)
+    back = [back for t in transforms if isinstance(back := t.reverse_transform(), WeightConverter)]
+    return {name for name in names if apply_converters(name, back)[1] is not None}

@@ -1,8 +1,8 @@
 """Stages and blocks, found from the module tree.
 
 A stage is a list of blocks that one hidden state runs through: the layers of a vision tower, of an audio encoder, of
-the text model. Candidates are ModuleLists of equal modules that hold linear weights and stand in no other such list;
-whether a forward pass really runs through them one after the other is seen when inputs are captured (`chains`).
+the text model. Candidates are ModuleLists of modules that hold linear weights and stand in no other such list; whether
+a forward pass really runs through them one after the other is seen when inputs are captured (`capture`).
 """
 
 import re
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.families import family_of
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -39,13 +40,62 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield name, child
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Expert weights of a mixture: parameter name -> (experts, rows, columns), and the routers that choose them.
+
+    Transformers stores all experts of a layer as one parameter of three dimensions.
+    """
+
+    fused: dict[str, tuple[int, int, int]]
+    routers: dict[str, tuple[int, int]]
+
+
+def find_experts(model: nn.Module) -> Experts:
+    """Fused expert weights, known by their size and their module's ``num_experts``; routers, by one output an expert
+    beside them."""
+    found = Experts({}, {})
+    for path, module in model.named_modules():
+        counts = {name: count for name, child in module.named_children() if (count := _expert_count(child))}
+        for name, count in counts.items():
+            child = module.get_submodule(name)
+            prefix = f"{path}.{name}".lstrip(".")
+            for key, weight in child.named_parameters(recurse=False):
+                if weight.ndim == 3:
+                    found.fused[f"{prefix}.{key}"] = tuple(weight.shape)  # type: ignore[assignment]
+            found.routers.update(_routers(module, path, set(counts), count))
+    return found
+
+
+def _expert_count(module: nn.Module) -> int:
+    """How many experts a module holds, fused or as a list; 0 if none."""
+    if isinstance(module, nn.ModuleList):
+        blocks = len({type(block) for block in module}) == 1 and any(True for _ in linears(module[0]))
+        return len(module) if blocks else 0
+    count = getattr(module, "num_experts", 0)
+    fused = any(p.ndim == 3 and len(p) == count for p in module.parameters(recurse=False))
+    return count if isinstance(count, int) and fused else 0
+
+
+def _routers(module: nn.Module, path: str, experts: set[str], count: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Weights with one output an expert beside the experts: a layer, or a module with nothing but one."""
+    for name, child in module.named_children():
+        if name in experts:
+            continue
+        weights = [(key, p) for key, p in child.named_parameters() if p.ndim == 2]
+        if len(weights) == 1 and len(weights[0][1]) == count:
+            full = f"{path}.{name}.{weights[0][0]}".lstrip(".")
+            yield full.removesuffix(".weight"), tuple(weights[0][1].shape)  # type: ignore[misc]
+
+
 def find_stages(model: PreTrainedModel) -> list[Stage]:
     """All stages, text last. Raises UserError when the model has no text blocks."""
-    lists = dict(_block_lists(model))
+    connectors = family_of(model.config.model_type).connectors
+    lists = {path: found for path, found in _block_lists(model) if path.rpartition(".")[2] not in connectors}
     decoder = _prefix_of(model, model.get_decoder())
     inside = [path for path in lists if _is_inside(path, decoder)]
     if not inside:
-        raise UserError(f"{type(model).__name__}: found no list of text blocks; add the family to model/families.py")
+        raise UserError(f"{type(model).__name__}: found no list of text blocks; see docs/new-model.md")
     # A tower may hang below the decoder (Phi-3-vision); the decoder's own layers are the list nearest to it.
     text = min(inside, key=lambda path: (path.count("."), -len(lists[path])))
     towers = [Stage(_tower_name(model, path), path, len(lists[path])) for path in lists if path != text]
@@ -74,22 +124,35 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module) or any(_is_inside(path, t) for t in taken):
             continue
-        block = module[0]
-        if isinstance(block, LINEAR) or not all(type(other) is type(block) for other in module):
-            continue
-        if any(True for _ in linears(block)):
+        # Classes may differ (mllama mixes self and cross attention), but each is a block with weights of its own.
+        if all(not isinstance(block, LINEAR) and any(True for _ in linears(block)) for block in module):
             taken.append(path)
             yield path, module
 
 
 def _tower_name(model: PreTrainedModel, path: str) -> str:
+    for part, name in family_of(model.config.model_type).towers.items():
+        if part in path.split("."):
+            return name
     for modality, name in (("image", "vision"), ("audio", "audio")):
         tower = model.get_encoder(modality=modality)
         if tower is not model and _is_inside(path, _prefix_of(model, tower)):
             return name
     encoder = model.get_encoder()
-    if encoder is not model and _is_inside(path, _prefix_of(model, encoder)):
+    if model.config.is_encoder_decoder and encoder is not model and _is_inside(path, _prefix_of(model, encoder)):
         return "encoder"
+    return _declared(model, path)
+
+
+def _declared(model: PreTrainedModel, path: str) -> str:
+    """By the input modality that the nearest model around the list declares, if the whole model has it too."""
+    parents = [".".join(path.split(".")[:depth]) for depth in range(path.count("."), 0, -1)]
+    for parent in map(model.get_submodule, parents):
+        if isinstance(parent, PreTrainedModel):
+            kinds = parent.input_modalities
+            kind = kinds if isinstance(kinds, str) else kinds[0]
+            known = kind in model.input_modalities or model.input_modalities == "text"  # the latter says nothing
+            return {"image": "vision", "audio": "audio"}.get(kind if known else "", "nontext")
     return "nontext"
 
 

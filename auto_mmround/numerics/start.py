@@ -48,6 +48,8 @@ class Collector:
 
     def see(self, name: str, x: Tensor) -> None:
         """Add the input (..., in) of a layer, with the tokens' weights where it sees every token of the block."""
+        if not x.numel():  # an expert that none of these tokens chose
+            return
         if name not in self._owner:
             self._owner[name] = self._seen.setdefault(id(x), (x, name))[1]
         if self._owner[name] == name:

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
-from auto_mmround.model.loading import parameter_names
+from auto_mmround.model.experts import separable
+from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, to_toml
 from auto_mmround.run.plan import Plan
@@ -32,6 +34,10 @@ class Names:
                 with safe_open(path, "pt") as file:
                     self.files |= dict.fromkeys(file.keys(), path)
         self.keys = parameter_names(model, self.files)
+        # The tables of Transformers go one way: what they make of a file's key is sure, what they would save is not.
+        stored = {(name, _tail(key)): key for key, name in converted_keys(model, self.files).items()}
+        for name, expert in separable(model).items():
+            self.keys[f"{name}.weight"] = stored.get((expert.parameter, _tail(expert.key)), expert.key)
         self.parameters = {key: name for name, key in self.keys.items()}
 
     def key(self, parameter: str) -> str:
@@ -42,7 +48,9 @@ class Names:
         return self.keys[parameter]
 
     def module(self, name: str) -> str:
-        """The checkpoint's name of a module that has a weight."""
+        """The checkpoint's name of a module that has a weight; fused experts, which are parameters, keep theirs."""
+        if f"{name}.weight" not in self.keys and name in self.model.state_dict():
+            return self.keys.get(name, name)
         return self.key(f"{name}.weight").removesuffix(".weight")
 
     def unchanged(self, without: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -51,16 +59,17 @@ class Names:
         From the source as stored, bit for bit, unless the model in memory holds something else by now.
         """
         state = self.model.state_dict()
+        skip = {self.key(name) for name in without}
         for path in sorted(set(self.files.values())):
             with safe_open(path, "pt") as file:
                 for key in sorted(file.keys()):
                     parameter = self.parameters.get(key)
-                    if parameter in without:
+                    if key in skip:
                         continue
                     stored = file.get_tensor(key)
                     yield key, stored if parameter is None else _newest(stored, state[parameter])
         if not self.files:
-            yield from self._from_memory(without, state)
+            yield from ((key, tensor) for key, tensor in self._from_memory(without, state) if key not in skip)
 
     def _from_memory(self, without: set[str], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()  # tied weights are stored once
@@ -70,6 +79,11 @@ class Names:
                 seen.add(tensor.data_ptr())
                 kept[name] = tensor.cpu().contiguous()
         yield from revert_weight_conversion(self.model, kept).items()
+
+
+def _tail(key: str) -> str:
+    """`3.gate_proj.weight` of an expert's key."""
+    return ".".join(key.split(".")[-3:])
 
 
 def _newest(stored: Tensor, current: Tensor) -> Tensor:
@@ -92,6 +106,10 @@ class Output:
         self.made = [folder for folder in out.parents if not folder.exists()]
         self.partial = begin(out, overwrite)
         self.writer = ShardWriter(self.partial)
+        absent = [name for name in plan.quantized if names.files and names.key(f"{name}.weight") not in names.files]
+        if absent:
+            self.discard()
+            raise UserError(f"{absent[0]}: the checkpoint has no tensor {names.key(absent[0] + '.weight')} to replace")
         self.codes: dict[str, Codes] = {}  # kept for formats that write the whole model at once
 
     def discard(self) -> None:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.chains import Chain, capture
+from auto_mmround.model.capture import capture, recapture
+from auto_mmround.model.chains import Chain
+from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
@@ -51,6 +53,7 @@ class BlockReport:
     best_iter: int
     seconds: float
     peak_gb: float
+    unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the journal."""
@@ -90,19 +93,20 @@ def quantize(
         reports.append(report)
         watcher.block(report)
 
-    if recipe.calibrates:
-        _tune_stages(model, recipe, plan, inputs, finish, watcher)
-    else:
-        for stage in plan.stages:
-            for block in stage.blocks:
-                started = time.perf_counter()
-                tuned = _leaves(model, plan.of_block(block))
-                finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
-    outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
-    if outside:  # no block to measure: rounded to nearest
-        started = time.perf_counter()
-        tuned = _leaves(model, outside)
-        finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
+    with separated(model):
+        if recipe.calibrates:
+            _tune_stages(model, recipe, plan, inputs, finish, watcher)
+        else:
+            for stage in plan.stages:
+                for block in stage.blocks:
+                    started = time.perf_counter()
+                    tuned = _leaves(model, plan.of_block(block))
+                    finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
+        outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
+        if outside:  # no block to measure: rounded to nearest
+            started = time.perf_counter()
+            tuned = _leaves(model, outside)
+            finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
     return reports
 
 
@@ -165,6 +169,8 @@ class _Journey:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         names = teacher.stage.blocks
         recipe = self.recipe
+        if teacher.live and recipe.nblocks > 1:
+            raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
         for first in range(0, len(names), recipe.nblocks):
             window = names[first : first + recipe.nblocks]
             blocks = [self.model.get_submodule(name) for name in window]
@@ -177,6 +183,7 @@ class _Journey:
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
                 forward = _forward(student, blocks, first, target, loss_weights)
                 nearest = self._start(leaves, moments, forward, len(student)) if moments else None
+                unreached = set(leaves) - set(moments) if moments else set()
                 result = tune_block(
                     list(leaves.values()),
                     forward,
@@ -185,9 +192,16 @@ class _Journey:
                     on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.steps),  # type: ignore
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
+            if student.live and recipe.enable_quanted_input and first + 1 < len(names):
+                batches = [_cast(sample.kwargs, self.model.dtype) for sample in self.inputs]
+                student = recapture(self.model, student, first + 1, batches, precision=self.precision)
             teacher = target
             for name in window:
                 report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
+                report = replace(report, unreached=len(unreached & set(tuned[name])))
+                if report.unreached:
+                    log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name,
+                                report.unreached)  # fmt: skip
                 self.finish(report, _codes(tuned[name]))
 
     def _moments(
@@ -214,7 +228,11 @@ class _Journey:
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
         stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
         for name, leaf in leaves.items():
-            if name in moments:  # a weight that no token reached stays rounded to nearest
+            if name not in moments:  # no token reached it: all its inputs count alike
+                alike = Moments(leaf.rounding.columns, device=leaf.parameter.device)
+                alike.add(torch.eye(leaf.rounding.columns, device=leaf.parameter.device))
+                closed_form([leaf.rounding], alike, config)
+            else:
                 key = (id(moments[name]), leaf.rounding.grid, leaf.rounding.w_OGg.shape[-1])
                 stacks.setdefault(key, []).append(leaf.rounding)
         by_id = {id(found): found for found in moments.values()}

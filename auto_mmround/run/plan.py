@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
-from auto_mmround.model.structure import Stage, find_stages, linears, select_stages
+from auto_mmround.model.experts import separable, separated
+from auto_mmround.model.loading import converted_parameters
+from auto_mmround.model.structure import Stage, find_experts, find_stages, linears, select_stages
 from auto_mmround.recipe.recipe import Recipe, matches
 from auto_mmround.recipe.schemes import Scheme
 
@@ -73,12 +75,16 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     each other or the formats, and when no weight is left to quantize."""
     stages = find_stages(model)
     chosen = select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
-    layers = dict(linears(model))
+    experts = find_experts(model)
+    stacked = {expert.parameter for expert in separable(model).values()}
+    with separated(model):
+        layers = {name: layer for name, layer in linears(model) if name not in experts.routers}
+    names = [*layers, *(name for name in experts.fused if name not in stacked), *experts.routers]
     keep = [part.strip() for part in recipe.fp_layers.split(",") if part.strip()]
     overrides = recipe.layer_config or {}
     for pattern in [*keep, *overrides]:
-        if not any(matches(pattern, name) for name in layers):
-            raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, layers)}")
+        if not any(matches(pattern, name) for name in names):
+            raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, names)}")
     blocks = [block for stage in chosen for block in stage.blocks]
     wanted = [formats.get(name) for name in recipe.formats]
     if not wanted:
@@ -90,7 +96,14 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     weights = [_decide(model, name, layer, blocks, keep, overrides, recipe) for name, layer in layers.items()]
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
+    converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
+    other_form = "the checkpoint stores it in another form"
+    weights = [replace(w, scheme=None, reason=other_form) if f"{w.name}.weight" in converted else w for w in weights]
     weights = [_hold(weight, targets) for weight in weights]
+    for name, (count, rows, columns) in experts.fused.items():
+        if name not in stacked:
+            weights.append(WeightPlan(name, count * rows, columns, None, None, "fused experts: not quantized yet"))
+    weights += [WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()]
     if not any(w.scheme for w in weights):
         reasons = Counter(w.reason for w in weights if w.block and w.reason)
         reason = reasons.most_common(1)[0][0] if reasons else "no linear layer in the chosen blocks"

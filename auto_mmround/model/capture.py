@@ -1,0 +1,247 @@
+"""Run the model over the inputs, record how it calls the blocks of its stages, and prove that a replay is the model.
+
+The proof has two parts, made on the first sample of each kind of input: the captured calls reproduce the model's own
+output; and they still do when the first hidden state is disturbed, as it will be once blocks are quantized. Where the
+second fails, something that is captured depends on earlier blocks (a gate between blocks, a second stream): such a
+stage is `live`, and its inputs are captured anew after each tuned block.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_mmround.errors import UserError
+from auto_mmround.model.chains import (
+    TOLERANCE,
+    Call,
+    Chain,
+    Glue,
+    difference,
+    first_tensor,
+    hidden_of,
+    map_tensors,
+    moved,
+    with_hidden,
+)
+from auto_mmround.model.structure import Stage
+
+log = logging.getLogger("auto_mmround")
+
+Precision = Callable[[], AbstractContextManager]
+Inputs = Mapping[str, Any]
+DISTURBANCE = 0.1  # of the hidden state's own size
+
+
+def capture(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    inputs: Sequence[Inputs],
+    *,
+    precision: Precision = nullcontext,
+    store: torch.device | str = "cpu",
+    on_sample: Callable[[int], None] = lambda i: None,
+) -> dict[str, Chain]:
+    """Run the model over all inputs and record each stage's first hidden state and every block's call.
+
+    inputs: keyword arguments of the model, batch dimension 1. Returns a chain for each stage that a sample reached, in
+    the order given. Raises UserError for a stage whose replay is not the model.
+    """
+    chains: dict[str, Chain] = {}
+    proven: set[tuple[str, frozenset[str]]] = set()
+    for i, kwargs in enumerate(inputs):
+        recorders = [_Recorder(model, stage, store) for stage in stages]
+        _run(model, kwargs, recorders, precision)
+        for stage, recorder in zip(stages, recorders, strict=True):
+            chain = chains.setdefault(stage.path, Chain(stage))
+            _check_order(stage, recorder.passes, i)
+            for found in recorder.passes:
+                chain.hidden.append(found.first)
+                chain.calls.append(found.calls)
+                chain.shared.append(found.shared())
+                chain.sample.append(i)
+            kind = (stage.path, frozenset(kwargs))
+            if recorder.passes and kind not in proven:
+                proven.add(kind)
+                _prove(model, chain, recorder.passes, kwargs, precision)
+        on_sample(i)
+    for chain in chains.values():
+        with precision():
+            chain.check_batching(model.get_submodule(chain.stage.blocks[0]))
+    return {path: chain for path, chain in chains.items() if len(chain)}
+
+
+def recapture(
+    model: nn.Module, chain: Chain, block: int, inputs: Sequence[Inputs], *, precision: Precision = nullcontext
+) -> Chain:
+    """A live chain's inputs of the block with index ``block``, from the model as it is now."""
+    store = chain.hidden[0].device
+    stage = replace(chain.stage, depth=block + 1)
+    hidden, calls = [], []
+    once = len(set(chain.sample)) == len(chain.sample)
+    for i in dict.fromkeys(chain.sample):
+        recorder = _Recorder(model, stage, store, stop=once)
+        _run(model, inputs[i], [recorder], precision)
+        hidden += [found.before_last for found in recorder.passes]
+        calls += [found.calls for found in recorder.passes]
+    return replace(chain, hidden=hidden, calls=calls, shared=[{}] * len(hidden))
+
+
+@dataclass
+class _Pass:
+    """One run through a stage's blocks. last: the output of the last block."""
+
+    first: Tensor
+    calls: list[Call] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    last: Tensor = field(default_factory=lambda: torch.empty(0))
+    before_last: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def shared(self) -> dict[str, Any]:
+        """Mappings that the blocks fill on the way, as the first block found them."""
+        first, last = self.calls[0].kwargs, self.calls[-1].kwargs
+        return {
+            name: value
+            for name, value in first.items()
+            if isinstance(value, Mapping) and set(value) != set(last.get(name, value))
+        }
+
+
+class _ReachedError(Exception):
+    """All that was wanted of a forward pass has been seen."""
+
+
+class _Recorder:
+    """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first hidden state."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        store: torch.device | str,
+        *,
+        disturb: bool = False,
+        stop: bool = False,
+    ):
+        self.store, self.disturb, self.depth, self.stop = store, disturb, stage.depth, stop
+        self.passes: list[_Pass] = []
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor given to every block is kept once
+        self.output: Tensor | None = None  # of the block before
+        self.handles = []
+        for index, name in enumerate(stage.blocks):
+            block = model.get_submodule(name)
+            self.handles.append(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
+            self.handles.append(block.register_forward_hook(self._after))
+
+    def _before(self, index: int) -> Callable[..., Any]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, slot = hidden_of(args, kwargs)
+            if not self.passes or index <= self.passes[-1].order[-1]:
+                if self.disturb:
+                    hidden = _disturbed(hidden)
+                self.passes.append(_Pass(hidden.detach().to(self.store, copy=True)))
+                self.output = None
+            found = self.passes[-1]
+            found.order.append(index)
+            glue = None if self.output is None else Glue.between(self.output, hidden.detach())
+            if glue is not None:
+                rows = None if glue.rows is None else glue.rows.to(self.store)
+                glue = Glue(rows, glue.values.to(self.store, copy=True), glue.tokens)
+            others, named = _without(args, kwargs, slot)
+            found.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
+            if index == self.depth - 1:
+                found.before_last = found.first if self.output is None else self.output.to(self.store)
+                if self.stop:
+                    raise _ReachedError
+            return with_hidden(args, kwargs, slot, hidden) if self.disturb and index == 0 else None
+
+        return hook
+
+    def _after(self, block: nn.Module, args: Any, output: Any) -> None:
+        # A copy: some models change it in place before the next block.
+        self.output = self.passes[-1].last = first_tensor(output).detach().clone()
+
+    def _keep(self, value: Any) -> Any:
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in self.seen:
+                self.seen[id(tensor)] = (tensor, tensor.detach().to(self.store))
+            return self.seen[id(tensor)][1]
+
+        return map_tensors(value, keep)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _run(model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision) -> None:
+    device = next(model.parameters()).device
+    with ExitStack() as stack, torch.no_grad(), precision():
+        for recorder in recorders:
+            stack.callback(recorder.remove)
+        with suppress(_ReachedError):
+            model(**moved(dict(kwargs), device), use_cache=False)
+
+
+def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
+    """In each pass each block exactly once, in order; everything else needs code of its own."""
+    orders = [found.order for found in passes]
+    if all(order == list(range(stage.depth)) for order in orders):
+        return
+    if len(orders) == 1:
+        missing = min(set(range(stage.depth)) - set(orders[0]))
+        raise UserError(
+            f"{stage.path}: sample {sample} does not run block {missing}; if only samples with an image or sound "
+            "run all blocks, calibrate with those alone"
+        )
+    raise UserError(
+        f"{stage.path}: the forward pass does not run each block once and in order (saw {orders[0][:6]}...); "
+        "name the other stages with to_quant_block_names to leave this one in 16 bits"
+    )
+
+
+def _prove(model: nn.Module, chain: Chain, found: Sequence[_Pass], kwargs: Inputs, precision: Precision) -> None:
+    """Replay the chain's newest entries; UserError if that is not the model, ``live`` if it is only undisturbed."""
+    stage, count = chain.stage, len(found)
+    blocks = [model.get_submodule(name) for name in stage.blocks]
+    clean = replace(
+        chain, hidden=chain.hidden[-count:], calls=chain.calls[-count:], shared=chain.shared[-count:], batched=False
+    )
+
+    def gap(hidden: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+        with precision(), torch.no_grad():
+            replayed = [replace(clean, hidden=list(hidden)).run_group(blocks, 0, [i]) for i in range(count)]
+        return max(difference(ours.to(own.device), own) for ours, own in zip(replayed, expected, strict=True))
+
+    tolerance = TOLERANCE[found[0].last.dtype]
+    exact = gap(clean.hidden, [one.last for one in found])
+    if not exact <= tolerance:
+        raise UserError(
+            f"{stage.path}: replaying the blocks misses the model's own output by {exact:.1%}: they use something that "
+            "is not handed to them; name the other stages with to_quant_block_names to leave this one in 16 bits"
+        )
+    recorder = _Recorder(model, stage, chain.hidden[-1].device, disturb=True)
+    _run(model, kwargs, [recorder], precision)
+    disturbed = gap([one.first for one in recorder.passes], [one.last for one in recorder.passes])
+    if not disturbed <= tolerance:
+        chain.live = True
+        log.info("%s: what blocks are given depends on earlier blocks: captured anew after each", stage.path)
+    else:
+        log.info("%s: replay of %d blocks equals the model (%.1e, disturbed %.1e)", stage.path, len(blocks), exact,
+                 disturbed)  # fmt: skip
+
+
+def _disturbed(hidden: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(hidden.shape, generator=generator).to(hidden)
+    return hidden + DISTURBANCE * hidden.detach().float().std().to(hidden.dtype) * noise
+
+
+def _without(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(slot, int):
+        return args[:slot] + args[slot + 1 :], kwargs
+    return args, {key: value for key, value in kwargs.items() if key != slot}
