@@ -25,7 +25,7 @@ from auto_mmround.export.layout import Format, Layout, Whole, check_int
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}  # gguf.LlamaFileType: for display only
+FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}  # gguf.LlamaFileType: for display only
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FLOAT32 = ("v.position_embd.weight", "mm.input_projection.weight", "v.class_embd")
 
@@ -68,17 +68,16 @@ def write(kind: BlockType | None, folder: Path, whole: Whole) -> None:
     names = {"text": architecture(text).name, "tower": "clip"}
     writers = {part: gguf.GGUFWriter(paths[part], names[part], use_temp_file=True) for part in parts}
     rows = 0
-    for key, tensor in [(f"{name}.weight", codes) for name, codes in whole.codes.items()]:
-        for part, target, piece in _pieces(parts, key, tensor):
+    for module, codes in whole.codes.items():
+        for part, target, piece in _pieces(parts, f"{module}.weight", codes):
             type_ = kind or exact_type(piece.bits, piece.sym)
             assert type_ is not None  # `check` has seen to it
             blocks = pack(piece, type_).cpu().numpy()
             writers[part].add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[type_.name])
-            rows = len(blocks) if target == "token_embd.weight" else rows
     for key, tensor in whole.rest:
-        for part, target, piece in _pieces(parts, key, tensor):
-            _add_plain(writers[part], target, piece)
-            rows = len(piece) if target == "token_embd.weight" else rows
+        for part, target, plain in _pieces(parts, key, tensor):
+            _add_plain(writers[part], target, plain)
+            rows = len(plain) if target == "token_embd.weight" else rows
     for name, tensor in extra_tensors(text).items():
         _add_plain(writers["text"], name, tensor)
     facts = {"text": _text_facts(config, folder, rows, label)}
@@ -129,7 +128,7 @@ def _decode(stored: Any) -> Tensor:
 
 def _config(config: Mapping[str, Any]) -> Any:
     """The configuration with all defaults filled in; UserError for a model type transformers does not know."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"GGUF export: no table for {model_type}")
     return CONFIG_MAPPING[model_type].from_dict({k: v for k, v in config.items() if k != "quantization_config"})
@@ -206,7 +205,7 @@ def _common_type(codes: Iterable[Codes]) -> str:
         kind = exact_type(weight.bits, weight.sym)
         if kind is not None:
             sizes[kind.name] = sizes.get(kind.name, 0) + weight.q_OI.numel()
-    return max(sizes, key=lambda name: sizes[name])
+    return max(sizes, key=lambda name: sizes[name], default="F32")
 
 
 def _quantization_config(layout: Layout, label: str, files: Sequence[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 SAME = Step(lambda t: [t], lambda parts: parts[0])
 # Gemma's norms multiply by 1 + w; llama.cpp expects the sum.
 PLUS_ONE = Step(lambda t: [t.float() + 1], lambda parts: parts[0] - 1)
-THIRDS = Step(lambda t: t.chunk(3), torch.cat)
+THIRDS = Step(lambda t: t.chunk(3), lambda parts: torch.cat(list(parts)))
 # A convolution over two frames becomes one over each.
 FRAMES = Step(lambda t: [t[:, :, 0], t[:, :, 1]], lambda parts: torch.stack(list(parts), 2))
 

@@ -128,14 +128,14 @@ def _special(folder: Path, tokenizer: Mapping[str, Any], ids: Mapping[str, int])
     for name in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{name}_token")
         content = token.get("content") if isinstance(token, dict) else token
-        if content in ids:
+        if isinstance(content, str) and content in ids:
             long = {"unk": "unknown", "pad": "padding"}.get(name, name)
             facts[f"ggml.{long}_token_id"] = ids[content]
     single = _template(tokenizer.get("post_processor") or {})
     first = single[0].get("SpecialToken", {}).get("id") if single else None
     last = single[-1].get("SpecialToken", {}).get("id") if single else None
-    facts["ggml.add_bos_token"] = first is not None and ids.get(first) == facts.get("ggml.bos_token_id")
-    facts["ggml.add_eos_token"] = last is not None and ids.get(last) == facts.get("ggml.eos_token_id")
+    facts["ggml.add_bos_token"] = first is not None and ids.get(str(first)) == facts.get("ggml.bos_token_id")
+    facts["ggml.add_eos_token"] = last is not None and ids.get(str(last)) == facts.get("ggml.eos_token_id")
     for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"):
         if name in ids:
             facts["ggml.eot_token_id"] = ids[name]
