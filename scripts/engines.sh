@@ -22,10 +22,19 @@ install_gptqmodel() {  # --no-deps: gptqmodel's own requirements would bring a s
     .engines/gptqmodel/bin/python -c 'import gptqmodel.utils.importer, optimum.gptq' > /dev/null
 }
 
+install_llamacpp() {  # nothing but the engine: its worker needs no torch
+    rm -rf .engines/llamacpp
+    "$MAIN_PYTHON" -m venv .engines/llamacpp
+    .engines/llamacpp/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
+    .engines/llamacpp/bin/python -c 'import xllamacpp'
+    echo "engine llamacpp: .engines/llamacpp"
+}
+
 not_available() { echo "engine $1: not available yet" >&2; exit 2; }
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
-    vllm | llamacpp | mlx | openvino) not_available "$1" ;;
-    *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
+    llamacpp) install_llamacpp ;;
+    vllm | mlx | openvino) not_available "$1" ;;
+    *) echo "usage: scripts/engines.sh gptqmodel|llamacpp|vllm|mlx|openvino" >&2; exit 2 ;;
 esac

@@ -3,7 +3,7 @@
     python engine_llamacpp.py request.json
 
 Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
-request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids], "top": how many next tokens to
+request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
 report, "questions": [{"text": .., "image": file or null, "max_tokens": ..}], "context": tokens}.
 The last line of standard output is one JSON object, {"ok": true, "engine": .., "logprobs": [a prompt's next tokens,
 {id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of the first token}]} or {"ok": false,
@@ -46,8 +46,15 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def next_tokens(server: Any, ids: list[int], top: int) -> dict[str, float]:
-    asked = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+def next_tokens(server: Any, prompt: list[int] | str, top: int) -> dict[str, float]:
+    asked = {
+        "prompt": prompt,
+        "n_predict": 1,
+        "n_probs": top,
+        "temperature": 0,
+        "cache_prompt": False,
+        "ignore_eos": True,
+    }
     return first_token(checked(server.handle_completions(asked))["choices"][0])
 
 
@@ -78,7 +85,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     logprobs, answers = [], []
     if prompts:  # with an mmproj file the server takes no token ids
         server = load(request)
-        logprobs = [next_tokens(server, ids, top) for ids in prompts]
+        logprobs = [next_tokens(server, prompt, top) for prompt in prompts]
     if questions:
         server = load(request, request.get("mmproj"))
         answers = [ask(server, question, top) for question in questions]
