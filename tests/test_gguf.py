@@ -61,7 +61,7 @@ CONFIGS = {
                           "fullatt_block_indexes": [0, 1, 2]},
     },
     "qwen3_vl": {
-        "text_config": {**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        "text_config": {**TEXT, "num_hidden_layers": 4, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         "vision_config": {**QWEN_VISION, "patch_size": 16, "hidden_size": 64, "intermediate_size": 96,
                           "out_hidden_size": 128, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
     },

@@ -4,7 +4,8 @@
 
 Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
 request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
-report, "questions": [{"text": .., "image": file or null, "max_tokens": ..}], "context": tokens}.
+report, "filler": id of a token of plain text, "questions": [{"text": .., "image": file or null, "max_tokens": ..}],
+"context": tokens}.
 The last line of standard output is one JSON object, {"ok": true, "engine": .., "logprobs": [a prompt's next tokens,
 {id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of the first token}]} or {"ok": false,
 "error": ".."}. llama.cpp writes its own log to standard error.
@@ -46,14 +47,16 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def next_tokens(server: Any, prompt: list[int] | str, top: int) -> dict[str, float]:
+def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int) -> dict[str, float]:
+    """Log probabilities after a prompt. The token that is generated is forced to be ``filler``, one of plain text:
+    the server reports none for tokens without text, and it reports the model's own values, before the force."""
     asked = {
         "prompt": prompt,
         "n_predict": 1,
         "n_probs": top,
         "temperature": 0,
         "cache_prompt": False,
-        "ignore_eos": True,
+        "logit_bias": [[filler, 1e4]],
     }
     return first_token(checked(server.handle_completions(asked))["choices"][0])
 
@@ -85,7 +88,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     logprobs, answers = [], []
     if prompts:  # with an mmproj file the server takes no token ids
         server = load(request)
-        logprobs = [next_tokens(server, prompt, top) for prompt in prompts]
+        logprobs = [next_tokens(server, prompt, top, request["filler"]) for prompt in prompts]
     if questions:
         server = load(request, request.get("mmproj"))
         answers = [ask(server, question, top) for question in questions]

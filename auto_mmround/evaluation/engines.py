@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 WORKER = Path(__file__).with_name("engine_transformers.py")
 ENGINES = Path(".engines")
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no debugger on a crash of llama.cpp
 
 # Which environment reads which format through Transformers; None is the one this program runs in.
 ENVIRONMENTS: dict[str, str | None] = {
@@ -113,6 +114,9 @@ def run_llamacpp(
         "questions": asked,
         "top": top,
     }
+    tokenizer = checkpoint_dir / "tokenizer.json"
+    if prompts and tokenizer.is_file():
+        request["filler"] = Tokenizer.from_file(str(tokenizer)).encode("a", add_special_tokens=False).ids[-1]
     request["mmproj"] = str(towers[0].resolve()) if towers else None
     with tempfile.TemporaryDirectory() as folder:
         answer = _ask(WORKER.with_name("engine_llamacpp.py"), request, python, Path(folder), timeout)
