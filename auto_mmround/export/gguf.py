@@ -1,11 +1,13 @@
 """GGUF for llama.cpp: the text model as one file, a vision tower as an `mmproj` file beside it.
 
-Quantized weights go into block types that hold our codes exactly; everything else keeps its dtype, except what
-llama.cpp wants in float32 (vectors, convolutions, position embeddings). The package `gguf` writes and reads the files.
+Quantized weights go into block types that hold our codes exactly, or (K types) are fitted to the nearest super-blocks;
+everything else keeps its dtype, except what llama.cpp wants in float32 (vectors, convolutions, position embeddings).
+The package `gguf` writes and reads the files.
 """
 
 import importlib.util
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,19 +20,26 @@ from transformers import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import gguf_tokens
+from auto_mmround.export.gguf_k import SUPER_TYPES, SuperType, decode, fit
+from auto_mmround.export.gguf_k import pack as pack_super
 from auto_mmround.export.gguf_models import Part, architecture, extra_tensors, text_metadata, text_part
 from auto_mmround.export.gguf_towers import tower_metadata, tower_part
 from auto_mmround.export.gguf_types import BLOCK, TYPES, BlockType, exact_type, pack
 from auto_mmround.export.layout import Format, Layout, Whole, check_int
-from auto_mmround.numerics.grids import Codes
+from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 
-FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}  # gguf.LlamaFileType: for display only
+log = logging.getLogger("auto_mmround")
+Kind = BlockType | SuperType
+FILE_TYPES = {  # gguf.LlamaFileType, for display only
+    "F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
+    "Q6_K": 18,
+}  # fmt: skip
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FLOAT32 = ("v.position_embd.weight", "mm.input_projection.weight", "v.class_embd")
 
 
-def check(kind: BlockType | None, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def check(kind: Kind | None, scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why the block type (None: the smallest that is exact) could not hold this weight exactly, or None."""
     if importlib.util.find_spec("gguf") is None:
         return 'needs the package gguf: pip install "auto_mmround[gguf]"'
@@ -40,9 +49,9 @@ def check(kind: BlockType | None, scheme: Scheme, out_features: int, in_features
         return f"holds one scheme, which is --bits {kind.bits} --group_size {kind.group}{symmetry}"
     if kind is None and exact_type(scheme.bits, scheme.sym) is None:
         return f"has no block type for asymmetric {scheme.bits} bits: use 2 to 5 bits, or symmetric ones"
-    if group % BLOCK:
+    if kind is None and group % BLOCK:
         return f"stores scales for {BLOCK} columns: group size {group} is no multiple"
-    return check_int(scheme, out_features, in_features, range(2, 9), (1, BLOCK))
+    return check_int(scheme, out_features, in_features, range(2, 9), (1, kind.columns if kind else BLOCK))
 
 
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
@@ -54,7 +63,7 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
         gguf_tokens.read_tokenizer(source)
 
 
-def write(kind: BlockType | None, folder: Path, whole: Whole) -> None:
+def write(kind: Kind | None, folder: Path, whole: Whole) -> None:
     """The files of a model and, last, config.json. The folder holds the tokenizer's files already."""
     import gguf
 
@@ -67,13 +76,15 @@ def write(kind: BlockType | None, folder: Path, whole: Whole) -> None:
     paths = {"text": folder / f"model-{label}.gguf", "tower": folder / "mmproj-model.gguf"}
     names = {"text": architecture(text).name, "tower": "clip"}
     writers = {part: gguf.GGUFWriter(paths[part], names[part], use_temp_file=True) for part in parts}
-    rows = 0
+    rows, moved = 0, []
     for module, codes in whole.codes.items():
         for part, target, piece in _pieces(parts, f"{module}.weight", codes):
-            type_ = kind or exact_type(piece.bits, piece.sym)
-            assert type_ is not None  # `check` has seen to it
-            blocks = pack(piece, type_).cpu().numpy()
-            writers[part].add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType[type_.name])
+            name, blocks, distance = _blocks(piece, kind)
+            writers[part].add_tensor(target, blocks.cpu().numpy(), raw_dtype=gguf.GGMLQuantizationType[name])
+            moved.append(distance)
+    if isinstance(kind, SuperType) and moved:
+        share = sum(moved) / len(moved)
+        log.warning(f"gguf:{kind.name.lower()}: fitted to super-blocks, weights moved by {share:.1%} of a step (rms)")
     for key, tensor in whole.rest:
         for part, target, plain in _pieces(parts, key, tensor):
             _add_plain(writers[part], target, plain)
@@ -165,6 +176,20 @@ def _pieces(parts: Mapping[str, Part], key: str, whole: Any) -> Iterator[tuple[s
         yield name, target, piece
 
 
+def _blocks(codes: Codes, kind: Kind | None) -> tuple[str, Tensor, float]:
+    """(type, blocks, how far the weights moved, rms in steps of the grid: 0 unless they were fitted)."""
+    if not isinstance(kind, SuperType):
+        chosen = kind or exact_type(codes.bits, codes.sym)
+        assert chosen is not None  # `check` has seen to it
+        return chosen.name, pack(codes, chosen), 0.0
+    tuned_OI, scale_OG = dequantize(codes), codes.scale_OG.float()
+    min_OG = torch.zeros_like(scale_OG) if codes.sym else scale_OG * codes.zero_OG
+    fitted = fit(tuned_OI, kind, scale_OG, min_OG)
+    step_OI = scale_OG.abs().repeat_interleave(codes.group_size, 1)
+    moved = ((decode(fitted, kind) - tuned_OI) / step_OI).square().mean().sqrt()
+    return kind.name, pack_super(fitted, kind), float(moved)
+
+
 def _add_plain(writer: Any, name: str, tensor: Tensor) -> None:
     import gguf
 
@@ -225,9 +250,9 @@ def _no_pack(*_: Any) -> Any:
     raise ValueError("GGUF files are written and read whole")
 
 
-def _format(kind: BlockType | None) -> Format:
-    form = "scales as stored" if kind is None or kind.sym else "scale * zero as one float16"
-    chosen = "chooses the block type by the scheme" if kind is None else f"{kind.name} blocks, {form}"
+def _format(kind: Kind | None) -> Format:
+    chosen = "the smallest blocks that hold the weights exactly" if kind is None else f"{kind.name} blocks"
+    chosen += ", fitted to super-blocks after tuning" if isinstance(kind, SuperType) else ""
     return Format(
         name="gguf" if kind is None else f"gguf:{kind.name.lower()}",
         summary=f"llama.cpp: {chosen}; a vision tower as mmproj",
@@ -236,11 +261,11 @@ def _format(kind: BlockType | None) -> Format:
         pack=_no_pack,
         unpack=_no_pack,
         config=lambda layout: _quantization_config(layout, "", ()),
-        fused_zero=kind is None or not kind.sym,
+        fused_zero=kind is None or (isinstance(kind, BlockType) and not kind.sym),
         write=partial(write, kind),
         read=read,
         check_model=check_model,
     )
 
 
-FORMATS = tuple(_format(kind) for kind in (None, *TYPES.values()))
+FORMATS = tuple(_format(kind) for kind in (None, *TYPES.values(), *SUPER_TYPES.values()))
