@@ -26,7 +26,7 @@ bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 $(ENV): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[auto-round,audio,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[auto-round,audio,gguf,dev]"
 	touch $@
 
 $(GPTQMODEL): scripts/engines.sh $(ENV)

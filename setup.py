@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "auto-round": ["auto-round>=0.16"],
+        "gguf": ["gguf>=0.17"],
         "audio": ["soundfile>=0.13"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],

@@ -32,12 +32,21 @@ install_openvino() {  # converts and runs; torch and transformers are the main e
     .engines/openvino/bin/python -c 'import openvino' > /dev/null
 }
 
+install_llamacpp() {  # nothing but the engine: its worker needs no torch
+    rm -rf .engines/llamacpp
+    "$MAIN_PYTHON" -m venv .engines/llamacpp
+    .engines/llamacpp/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
+    .engines/llamacpp/bin/python -c 'import xllamacpp'
+    echo "engine llamacpp: .engines/llamacpp"
+}
+
 not_available() { echo "engine $1: not available yet" >&2; exit 2; }
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
     mlx) install_mlx ;;
     openvino) install_openvino ;;
-    vllm | llamacpp) not_available "$1" ;;
+    llamacpp) install_llamacpp ;;
+    vllm) not_available "$1" ;;
     *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
 esac

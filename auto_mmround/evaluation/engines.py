@@ -11,22 +11,45 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
-WORKERS = {name: Path(__file__).with_name(f"engine_{name}.py") for name in ("transformers", "mlx", "openvino")}
 MADE = ("logits", "tokens")  # what a worker may write for each input
-ENGINES = Path(".engines")
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+FOLDER = Path(".engines")
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no debugger on a crash of llama.cpp
 
-# Which environment reads which format; None is the one this program runs in.
-ENVIRONMENTS: dict[str, str | None] = {
-    "auto_round": None,
-    "auto_round:auto_gptq": None,
-    "auto_round:auto_awq": "gptqmodel",
-    "auto_gptq": "gptqmodel",
-    "auto_awq": "gptqmodel",
-    "mlx": "mlx",
-    "openvino": "openvino",
+
+@dataclass(frozen=True)
+class Engine:
+    """formats: those it reads, each with the environment below `.engines` that can; None is the one this program runs
+    in. dtype: what it is asked to compute in. kinds: of inputs it takes. own_media: it processes media itself, and gets
+    token ids and images as they are. The worker is engine_<name>.py in this folder."""
+
+    formats: Mapping[str, str | None]
+    dtype: str = "float32"
+    kinds: tuple[str, ...] = ("text", "image", "audio")
+    own_media: bool = False
+
+
+_COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tensors:float")
+_GPTQ = ("auto_round:auto_awq", "auto_gptq", "auto_awq")
+ENGINES: dict[str, Engine] = {
+    "transformers": Engine(
+        {
+            **dict.fromkeys(("auto_round", "auto_round:auto_gptq", "fake", *_COMPRESSED), None),
+            **dict.fromkeys(_GPTQ, "gptqmodel"),
+        }
+    ),
+    # In float16 vLLM keeps the scales as they are stored.
+    "vllm": Engine(
+        dict.fromkeys(("auto_round:auto_gptq", *_GPTQ, *_COMPRESSED), "vllm"),
+        dtype="float16",
+        kinds=("text", "image"),
+        own_media=True,
+    ),
+    "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text",)),
+    "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
+    "openvino": Engine({"openvino": "openvino"}, kinds=("text",)),
 }
 
 
@@ -34,25 +57,64 @@ ENVIRONMENTS: dict[str, str | None] = {
 class EngineResult:
     """What one engine made of one checkpoint.
 
-    logits: one (1, T, vocabulary) float32 tensor an input. tokens: (1, n) greedy tokens an input, where asked for.
+    quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32 tensor an input, for
+    its last t positions. tokens: (1, n) greedy tokens an input, where asked for. logprobs: {token id: log probability}
+    of the likeliest next tokens an input, from engines that give no logits.
     """
 
     ok: bool
     error: str | None = None
     engine: str = ""
     classes: Mapping[str, int] = field(default_factory=dict)
-    quantized: int = 0
+    quantized: int | None = None
     missing: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     dtype: str = ""
     logits: Sequence[Tensor] = field(default=(), repr=False)
     tokens: Sequence[Tensor] = field(default=(), repr=False)
+    logprobs: Sequence[Mapping[str, float]] = field(default=(), repr=False)
 
 
-def interpreter(format_name: str, root: Path = Path()) -> Path:
-    """The Python that reads the format; it may not exist yet (`run_transformers` then says what installs it)."""
-    environment = ENVIRONMENTS[format_name]
-    return Path(sys.executable) if environment is None else root / ENGINES / environment / "bin" / "python"
+@dataclass(frozen=True)
+class LlamaCppResult:
+    """What llama.cpp made of one GGUF folder. logprobs: the next token's {id: log probability} a prompt. answers:
+    {"text", "prompt_tokens", "logprobs" of its first token} a question."""
+
+    ok: bool
+    error: str | None = None
+    engine: str = ""
+    logprobs: Sequence[Mapping[int, float]] = field(default=(), repr=False)
+    answers: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+
+
+def root() -> Path:
+    """Where `.engines` lies: here, or in the checkout that this package belongs to."""
+    return Path() if FOLDER.is_dir() else Path(__file__).parents[2]
+
+
+def worker(engine: str) -> Path:
+    """The program that an engine's interpreter runs."""
+    return Path(__file__).with_name(f"engine_{engine}.py")
+
+
+def interpreter(format_name: str, root: Path = Path(), engine: str | None = None) -> Path:
+    """The Python in which ``engine``, or the first that can, reads the format; it may not exist yet."""
+    readers = [ENGINES[engine]] if engine else [each for each in ENGINES.values() if format_name in each.formats]
+    environment = readers[0].formats[format_name]
+    return Path(sys.executable) if environment is None else python_of(environment, root)
+
+
+def python_of(environment: str, root: Path = Path()) -> Path:
+    """The Python of an environment that `scripts/engines.sh` builds; it may not exist yet."""
+    return root / FOLDER / environment / "bin" / "python"
+
+
+def not_installed(python: Path) -> str | None:
+    """What to do about an interpreter that isn't there; None for one that is."""
+    if python.is_file():
+        return None
+    name = python.parent.parent.name
+    return f"the engine {name} is not installed: bash scripts/engines.sh {name}"
 
 
 def run_transformers(
@@ -64,10 +126,32 @@ def run_transformers(
     model_class: str = "AutoModelForImageTextToText",
     dtype: str = "float32",
     quantization: Mapping[str, Any] | None = None,
+    activations: bool = False,
 ) -> EngineResult:
-    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter."""
-    asked = {"dtype": dtype, "class": model_class, "quantization": dict(quantization or {})}
+    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter.
+
+    activations: quantize the inputs of layers where the checkpoint says so; off, exact weights give exact logits.
+    """
+    asked = {"dtype": dtype, "class": model_class, "quantization": dict(quantization or {}), "activations": activations}
     return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+
+
+def run_vllm(
+    checkpoint_dir: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    *,
+    python: Path,
+    timeout: float = 600,
+    dtype: str = "float16",
+    new_tokens: int = 0,
+) -> EngineResult:
+    """Logits, and so many greedy tokens, by vLLM on the processor; in float16 the scales stay as stored.
+
+    inputs: `input_ids` (1, T) as the model takes them, and the images in order as `image0`, `image1` .., uint8
+    (height, width, 3). Other keyword arguments are not used: vLLM makes its own.
+    """
+    asked = {"dtype": dtype, "new_tokens": new_tokens}
+    return ask("vllm", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
 
 
 def run_native(
@@ -86,46 +170,85 @@ def run_native(
 
 
 def ask(
-    worker: str,
+    engine: str,
     checkpoint_dir: Path,
     inputs: Sequence[Mapping[str, Tensor]],
     asked: Mapping[str, Any],
     *,
     python: Path,
-    timeout: float,
+    timeout: float = 600,
 ) -> EngineResult:
-    """One question to a worker in another interpreter.
+    """One question to an engine's worker in its own interpreter.
 
     Never raises for what the engine does: a crash, a time-out or a missing environment is a result with an error.
     """
-    if not python.is_file():
-        name = python.parent.parent.name
-        return EngineResult(False, f"the engine {name} is not installed: scripts/engines.sh {name}")
+    if problem := not_installed(python):
+        return EngineResult(False, problem)
     with tempfile.TemporaryDirectory() as folder:
         paths = {key: str(Path(folder) / f"{key}.safetensors") for key in ("inputs", "output")}
         flat = {f"{i}.{key}": t.contiguous().clone() for i, kwargs in enumerate(inputs) for key, t in kwargs.items()}
         save_file(flat, paths["inputs"])
         request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
-        request_file = Path(folder) / "request.json"
-        request_file.write_text(json.dumps(request), encoding="utf-8")
-        # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
-        command = [str(python.absolute()), str(WORKERS[worker]), str(request_file)]
-        try:
-            done = subprocess.run(
-                command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return EngineResult(False, f"no answer after {timeout:.0f} s")
-        answer = _last_json(done.stdout)
-        if answer is None:
-            tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            return EngineResult(False, f"the engine died (exit {done.returncode}): {tail}")
+        answer = _answer(worker(engine), request, python, Path(folder), timeout)
         stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
-    made: dict[str, Any] = {
-        what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE
-    }
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
-    return EngineResult(**known, **made)
+    for what in MADE:
+        known[what] = [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored]
+    return EngineResult(**known)
+
+
+def run_llamacpp(
+    checkpoint_dir: Path,
+    *,
+    prompts: Sequence[Sequence[int] | str] = (),
+    questions: Sequence[Mapping[str, Any]] = (),
+    python: Path,
+    top: int = 20,
+    timeout: float = 600,
+) -> LlamaCppResult:
+    """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in another interpreter.
+
+    prompts: token ids, or text that llama.cpp tokenizes. questions: {"text", "image": file or None, "max_tokens"}.
+    top: as many most likely tokens. Never raises for what the engine does.
+    """
+    if problem := not_installed(python):
+        return LlamaCppResult(False, problem)
+    models = sorted(checkpoint_dir.glob("model-*.gguf"))
+    towers = sorted(checkpoint_dir.glob("mmproj-*.gguf"))
+    if not models:
+        return LlamaCppResult(False, f"{checkpoint_dir} holds no model-*.gguf")
+    asked = [dict(question) | {"image": question.get("image") and str(question["image"])} for question in questions]
+    request: dict[str, Any] = {
+        "model": str(models[0].resolve()),
+        "prompts": list(prompts),
+        "questions": asked,
+        "top": top,
+    }
+    tokenizer = checkpoint_dir / "tokenizer.json"
+    if prompts and tokenizer.is_file():
+        request["filler"] = Tokenizer.from_file(str(tokenizer)).encode("a", add_special_tokens=False).ids[-1]
+    request["mmproj"] = str(towers[0].resolve()) if towers else None
+    with tempfile.TemporaryDirectory() as folder:
+        answer = _answer(worker("llamacpp"), request, python, Path(folder), timeout)
+    known = {key: answer[key] for key in LlamaCppResult.__dataclass_fields__ if key in answer}
+    known["logprobs"] = [{int(key): value for key, value in found.items()} for found in answer.get("logprobs", ())]
+    return LlamaCppResult(**known)
+
+
+def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float) -> dict[str, Any]:
+    """The worker's answer; {"ok": False, "error": ..} where there is none."""
+    request_file = folder / "request.json"
+    request_file.write_text(json.dumps(request), encoding="utf-8")
+    # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
+    command = [str(python.absolute()), str(program), str(request_file)]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
+    tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

@@ -147,7 +147,8 @@ def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapp
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name."""
+    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name; empty for a format
+    that reads files of its own kind."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -170,6 +171,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     config = _read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is not None and _reader(quantization) is not None:
+        return Checkpoint(folder, config, quantization, {})
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = _read_json(index).get("weight_map", {})
@@ -181,7 +185,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
         with _open(folder / "model.safetensors") as handle:
             files = dict.fromkeys(handle.keys(), "model.safetensors")
-    return Checkpoint(folder, config, config.get("quantization_config"), dict(sorted(files.items())))
+    return Checkpoint(folder, config, quantization, dict(sorted(files.items())))
+
+
+def _reader(quantization: Mapping[str, Any]) -> Any:
+    """How a format reads files of its own kind, None for safetensors."""
+    own = {fmt.name: fmt.read for fmt in formats.FORMATS.values() if fmt.read}
+    return own.get(str(quantization.get("quant_method")))
 
 
 def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -192,6 +202,10 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     """
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config
+    own = _reader(quantization) if quantization is not None else None
+    if own is not None:
+        yield from own(folder, dtype)
+        return
     fmt = formats.from_config(quantization) if quantization is not None else None
     first = f".{fmt.parts[0]}" if fmt else ""
     packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round, mlx, openvino
+from auto_mmround.export import auto_awq, auto_gptq, auto_round, gguf, mlx, openvino
 from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
 
-__all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scheme_of"]
+__all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scale_bits", "scheme_of"]
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
@@ -22,6 +22,7 @@ FORMATS: dict[str, Format] = {
         auto_awq.FORMAT,
         mlx.FORMAT,
         openvino.FORMAT,
+        *gguf.FORMATS,
     )
 }
 
@@ -54,7 +55,16 @@ def min_zero(names: Iterable[str], scheme: Scheme) -> int:
     return max((resolve(name, [scheme]).min_zero for name in names), default=0)
 
 
-_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq", "affine": "mlx"}
+def scale_bits(names: Iterable[str], scheme: Scheme) -> int | None:
+    """How many significant bits a scale may have so that every one of these formats stores it exactly; None: all.
+
+    A float16 has 11: scale * zero keeps them if the scale leaves room for the bits of the zero point.
+    """
+    fused = not scheme.sym and any(resolve(name, [scheme]).fused_zero for name in names)
+    return 11 - scheme.bits if fused else None
+
+
+_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq", "affine": "mlx", "gguf": "gguf"}
 
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:

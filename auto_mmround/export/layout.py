@@ -6,11 +6,12 @@ Transformers' and the checkpoint's, and a tower is named by a pattern without an
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from auto_mmround.numerics.grids import Codes
@@ -56,10 +57,13 @@ class Format:
     check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
     config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
+    fused_zero: stores scale * zero as one float16, which is exact only for scales of 11 - bits significant bits.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
     ready(): raises UserError if a program that writing needs is not installed; asked before anything is tuned.
     parts: endings of the tensors that make one weight; no unquantized Linear has the first. model_config(source's
     config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
+    read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write` made. check_model(config, checkpoint
+    keys, source folder): UserError for a model it cannot write, asked before tuning.
     """
 
     name: str
@@ -70,10 +74,13 @@ class Format:
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
     config: Callable[[Layout], dict[str, Any]]
     min_zero: int = 0
+    fused_zero: bool = False
     write: Callable[[Path, Whole], None] | None = None
     ready: Callable[[], object] | None = None
     parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
+    read: Callable[[Path, torch.dtype | None], Iterator[tuple[str, Tensor]]] | None = None
+    check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
 
 
 def check_int(

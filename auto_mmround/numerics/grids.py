@@ -26,12 +26,16 @@ class Codes(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The family of integer grids that a weight may use; ``min_zero`` is the smallest zero point the file can hold."""
+    """The family of integer grids that a weight may use.
+
+    min_zero: smallest zero point that the file can hold. scale_bits: significant bits of a scale, None: the dtype's.
+    """
 
     bits: int
     sym: bool
     scale_dtype: torch.dtype = torch.float16
     min_zero: int = 0
+    scale_bits: int | None = None
 
     @property
     def top(self) -> int:
@@ -92,7 +96,11 @@ def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 def storable(scale_OG: Tensor, grid: Grid) -> Tensor:
-    """Round to the dtype of the file and keep away from zero, with its sign; back in float32."""
+    """Round to what the file can hold and keep away from zero, with its sign; back in float32."""
+    if grid.scale_bits is not None:
+        mantissa_OG, exponent_OG = torch.frexp(scale_OG.float())
+        steps = 2.0**grid.scale_bits
+        scale_OG = torch.ldexp((mantissa_OG * steps).round() / steps, exponent_OG)
     scale_OG = scale_OG.to(grid.scale_dtype).float()
     return torch.where(scale_OG < 0, scale_OG.clamp(max=-EPS), scale_OG.clamp(min=EPS)).to(grid.scale_dtype).float()
 

@@ -9,7 +9,7 @@ class Scheme:
 
     bits: 2..8. group_size: columns that share a scale, -1 for one per output channel. sym: full-range symmetric
     (zero point 2**(bits-1)) or asymmetric. scale_dtype: "fp16", "bf16" or "fp32". min_zero: smallest zero point the
-    file format can hold (1 for layouts that store zero - 1).
+    file format can hold (1 for layouts that store zero - 1). scale_bits: significant bits of a scale or None.
     """
 
     bits: int = 4
@@ -19,3 +19,4 @@ class Scheme:
     scale_dtype: str = "fp16"
     act_bits: int = 16
     min_zero: int = 0
+    scale_bits: int | None = None

@@ -20,7 +20,7 @@ from auto_mmround.model.loading import Loaded, load
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.journal import journal
-from auto_mmround.run.output import Names, Output, folder_name
+from auto_mmround.run.output import Names, Output, check_formats, folder_name
 from auto_mmround.run.pipeline import BlockReport, Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
 
@@ -58,6 +58,7 @@ def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor
     """
     template = template_for(loaded.model, recipe.template)
     plan = make_plan(loaded.model, recipe)
+    check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
     if not recipe.calibrates:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
     towers = any(stage.name != "text" for stage in plan.stages)
@@ -144,6 +145,8 @@ def save(job: Job, codes: dict[str, Codes], blocks: Sequence[BlockReport], out: 
             problem = fmt.check(weight.scheme, weight.out_features, weight.in_features)
             if not weight.scheme.sym and weight.scheme.min_zero < fmt.min_zero:
                 problem = f"stores no zero point below {fmt.min_zero}"
+            if weight.scheme.scale_bits is None and formats.scale_bits([fmt.name], weight.scheme):
+                problem = "stores scale * zero as one number"
             if problem:
                 raise UserError(f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before tuning")
     source = job.loaded.source

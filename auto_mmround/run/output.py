@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,14 @@ def _newest(stored: Tensor, current: Tensor) -> Tensor:
     current = current.cpu()
     same = stored.shape == current.shape and torch.equal(stored.to(current.dtype), current)
     return stored if same or stored.shape != current.shape else current.to(stored.dtype)
+
+
+def check_formats(formats: Sequence[Format], names: Names, source: Path | None) -> None:
+    """Ask the formats that write a model as a whole whether they can; UserError with the reason."""
+    for fmt in formats:
+        if fmt.check_model:
+            keys = names.files or [names.key(name) for name in names.model.state_dict()]
+            fmt.check_model(_config(names.model, source), keys, source)
 
 
 def folder_name(model: str, recipe: Recipe, format_name: str) -> str:

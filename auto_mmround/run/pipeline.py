@@ -297,7 +297,7 @@ def _tune_config(recipe: Recipe, first: int) -> TuneConfig:
 
 def grid_of(scheme: Scheme) -> Grid:
     """The grid that a scheme describes."""
-    return Grid(scheme.bits, scheme.sym, SCALE_DTYPES[scheme.scale_dtype], scheme.min_zero)
+    return Grid(scheme.bits, scheme.sym, SCALE_DTYPES[scheme.scale_dtype], scheme.min_zero, scheme.scale_bits)
 
 
 def _leaves(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:

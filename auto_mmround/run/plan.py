@@ -133,7 +133,8 @@ def _decide(
             scheme = override(scheme or recipe.scheme, options, pattern)
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
     if scheme is not None and not scheme.sym:
-        scheme = replace(scheme, min_zero=formats.min_zero(recipe.formats, scheme))
+        limits = (formats.min_zero(recipe.formats, scheme), formats.scale_bits(recipe.formats, scheme))
+        scheme = replace(scheme, min_zero=limits[0], scale_bits=limits[1])
     return WeightPlan(name, out_features, in_features, block, None if reason else scheme, reason)
 
 

@@ -1,0 +1,114 @@
+"""Loads one GGUF model in llama.cpp and answers with log probabilities and texts; run by the engine's interpreter.
+
+    python engine_llamacpp.py request.json
+
+Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
+request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
+report, "filler": id of a token of plain text, "questions": [{"text": .., "image": file or null, "max_tokens": ..}],
+"context": tokens}.
+The last line of standard output is one JSON object, {"ok": true, "engine": .., "logprobs": [a prompt's next tokens,
+{id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of the first token}]} or {"ok": false,
+"error": ".."}. llama.cpp writes its own log to standard error.
+"""
+
+import base64
+import json
+import math
+import sys
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+
+def load(request: dict[str, Any], mmproj: str | None = None) -> Any:
+    """A server object in this process (it also listens on a free loopback port). RuntimeError if it cannot load."""
+    params = xllamacpp.CommonParams()
+    params.model.path = request["model"]
+    if mmproj:
+        params.mmproj.path = mmproj
+    params.n_ctx = request.get("context", 1024)
+    params.n_parallel = 1
+    params.warmup = False
+    params.use_jinja = True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request.get("threads", 1)
+    return xllamacpp.Server(params)
+
+
+def first_token(choice: dict[str, Any]) -> dict[str, float]:
+    return {str(t["id"]): t["logprob"] for t in choice["logprobs"]["content"][0]["top_logprobs"]}
+
+
+def checked(answer: dict[str, Any]) -> dict[str, Any]:
+    if "choices" not in answer:
+        raise RuntimeError(json.dumps(answer))
+    return answer
+
+
+def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int) -> dict[str, float]:
+    """Log probabilities after a prompt. The token that is generated is forced to be ``filler``, one of plain text:
+    the server reports none for tokens without text, and it reports the model's own values, before the force."""
+    asked = {
+        "prompt": prompt,
+        "n_predict": 1,
+        "n_probs": top,
+        "temperature": 0,
+        "cache_prompt": False,
+        "logit_bias": [[filler, 1e4]],
+    }
+    return first_token(checked(server.handle_completions(asked))["choices"][0])
+
+
+def ask(server: Any, question: dict[str, Any], top: int) -> dict[str, Any]:
+    """Greedy answer to one question with the model's own chat template."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": question["text"]}]
+    if question.get("image"):
+        path = Path(question["image"])
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        url = f"data:image/{path.suffix[1:]};base64,{encoded}"
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    asked = {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": question.get("max_tokens", 16),
+        "temperature": 0,
+        "cache_prompt": False,
+        "logprobs": True,
+        "top_logprobs": top,
+    }
+    answer = checked(server.handle_chat_completions(asked))
+    choice = answer["choices"][0]
+    count = answer["usage"]["prompt_tokens"]
+    return {"text": choice["message"]["content"], "prompt_tokens": count, "logprobs": first_token(choice)}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    top, prompts, questions = request.get("top", 20), request.get("prompts", ()), request.get("questions", ())
+    logprobs, answers = [], []
+    if prompts:  # with an mmproj file the server takes no token ids
+        server = load(request)
+        logprobs = [next_tokens(server, prompt, top, request["filler"]) for prompt in prompts]
+    if questions:
+        server = load(request, request.get("mmproj"))
+        answers = [ask(server, question, top) for question in questions]
+    broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
+    facts = {"engine": f"xllamacpp {metadata.version('xllamacpp')}", "logprobs": logprobs, "answers": answers}
+    return {"ok": not broken, **facts} | ({"error": "log probabilities are not finite"} if broken else {})
+
+
+def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Whatever the engine raises is its answer."""
+    traceback.print_exception(kind, error, trace)
+    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
+
+
+def main(path: str) -> int:
+    sys.excepthook = report_crash
+    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
+    print(json.dumps(result), flush=True)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

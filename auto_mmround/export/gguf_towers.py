@@ -1,0 +1,194 @@
+"""Vision towers as llama.cpp's `mmproj` files see them: tensor names, steps and metadata, a table entry a family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from auto_mmround.errors import UserError
+from auto_mmround.export.gguf_models import FRAMES, PLUS_ONE, THIRDS, Part, Step, rules
+
+_QWEN = {
+    "patch_embed.proj.weight": "v.patch_embd.weight v.patch_embd.weight.1",
+    "blocks.{}.norm1": "v.blk.{}.ln1",
+    "blocks.{}.norm2": "v.blk.{}.ln2",
+    "blocks.{}.attn.proj": "v.blk.{}.attn_out",
+    "merger.ln_q": "v.post_ln",
+    "merger.mlp.0": "mm.0",
+    "merger.mlp.2": "mm.2",
+}
+_QWEN_SPLIT = {"blocks.{}.attn.qkv": "v.blk.{}.attn_q v.blk.{}.attn_k v.blk.{}.attn_v"}
+_QWEN_STEPS = {"patch_embed.proj.weight": FRAMES, "blocks.{}.attn.qkv": THIRDS}
+_SIGLIP = {
+    "vision.embeddings.patch_embedding": "v.patch_embd",
+    "vision.embeddings.position_embedding": "v.position_embd",
+    "vision.encoder.layers.{}.layer_norm1": "v.blk.{}.ln1",
+    "vision.encoder.layers.{}.layer_norm2": "v.blk.{}.ln2",
+    "vision.encoder.layers.{}.self_attn.q_proj": "v.blk.{}.attn_q",
+    "vision.encoder.layers.{}.self_attn.k_proj": "v.blk.{}.attn_k",
+    "vision.encoder.layers.{}.self_attn.v_proj": "v.blk.{}.attn_v",
+    "vision.encoder.layers.{}.self_attn.out_proj": "v.blk.{}.attn_out",
+    "vision.encoder.layers.{}.mlp.fc1": "v.blk.{}.ffn_up",
+    "vision.encoder.layers.{}.mlp.fc2": "v.blk.{}.ffn_down",
+    "vision.post_layernorm": "v.post_ln",
+}
+_VISUAL = {"model.visual.": "", "visual.": ""}
+_VISION_TOWER = {
+    f"{outer}{inner}": begin
+    for outer in ("model.", "")
+    for inner, begin in {
+        "vision_tower.vision_model.": "vision.",
+        "vision_tower.": "vision.",
+        "multi_modal_projector.": "projector.",
+    }.items()
+}
+
+
+def _qwen(config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    return {
+        "embedding_length": getattr(vision, "embed_dim", None) or vision.hidden_size,
+        "feed_forward_length": getattr(vision, "intermediate_size", None) or vision.embed_dim * vision.mlp_ratio,
+        "block_count": vision.depth,
+        "attention.head_count": vision.num_heads,
+        "attention.layer_norm_epsilon": 1e-6,  # fixed in the model's code
+        "patch_size": vision.patch_size,
+        "spatial_merge_size": vision.spatial_merge_size,
+        "projection_dim": config.get_text_config().hidden_size,
+        "image_size": 560,  # only the size of a warm-up
+    }
+
+
+def _qwen2_5(config: Any) -> dict[str, Any]:
+    whole = config.vision_config.fullatt_block_indexes
+    period = whole[0] + 1
+    if list(whole) != list(range(period - 1, config.vision_config.depth, period)):
+        raise UserError(f"GGUF export: llama.cpp takes a period of full attention blocks, not {list(whole)}")
+    return _qwen(config) | {"n_wa_pattern": period}
+
+
+def _qwen3(config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    deep = [i in vision.deepstack_visual_indexes for i in range(vision.depth)]
+    side = int(vision.num_position_embeddings**0.5)
+    return _qwen(config) | {"image_size": side * vision.patch_size, "is_deepstack_layers": deep}
+
+
+def _siglip(config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    return {
+        "embedding_length": vision.hidden_size,
+        "feed_forward_length": vision.intermediate_size,
+        "block_count": vision.num_hidden_layers,
+        "attention.head_count": vision.num_attention_heads,
+        "attention.layer_norm_epsilon": float(getattr(vision, "layer_norm_eps", 1e-5)),
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "projection_dim": config.get_text_config().hidden_size,
+    }
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return _siglip(config) | {"projector.scale_factor": side // int(config.mm_tokens_per_image**0.5)}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One family's tower. activation: of its MLP: what llama.cpp is told, or None for its default (quick GELU)."""
+
+    projector: str
+    prefixes: Mapping[str, str]
+    names: Mapping[str, str]
+    facts: Callable[[Any], dict[str, Any]]
+    steps: Mapping[str, Step] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+
+# By the model's model_type. "gelu" is what llama.cpp calls the tanh approximation.
+_ACTIVATIONS: Mapping[str, str | None] = {
+    "quick_gelu": None,
+    "silu": "clip.use_silu",
+    "gelu_pytorch_tanh": "clip.use_gelu",
+}
+TOWERS: Mapping[str, Tower] = {
+    "qwen2_vl": Tower(
+        "qwen2vl_merger",
+        _VISUAL,
+        {**_QWEN, **_QWEN_SPLIT, "blocks.{}.mlp.fc1": "v.blk.{}.ffn_up", "blocks.{}.mlp.fc2": "v.blk.{}.ffn_down"},
+        _qwen,
+        _QWEN_STEPS,
+    ),
+    "qwen2_5_vl": Tower(
+        "qwen2.5vl_merger",
+        _VISUAL,
+        {
+            **_QWEN,
+            **_QWEN_SPLIT,
+            **{f"blocks.{{}}.mlp.{n}_proj": f"v.blk.{{}}.ffn_{n}" for n in ("gate", "up", "down")},
+        },
+        _qwen2_5,
+        _QWEN_STEPS,
+    ),
+    "qwen3_vl": Tower(
+        "qwen3vl_merger",
+        {"visual.": "", "model.visual.": ""},
+        {
+            **{key: value for key, value in _QWEN.items() if not key.startswith("merger.")},
+            "patch_embed.proj.bias": "v.patch_embd.bias",
+            "pos_embed": "v.position_embd",
+            "blocks.{}.attn.qkv": "v.blk.{}.attn_qkv",
+            "blocks.{}.mlp.linear_fc1": "v.blk.{}.ffn_up",
+            "blocks.{}.mlp.linear_fc2": "v.blk.{}.ffn_down",
+            "merger.norm": "v.post_ln",
+            "merger.linear_fc1": "mm.0",
+            "merger.linear_fc2": "mm.2",
+        },
+        _qwen3,
+        {"patch_embed.proj.weight": FRAMES},
+    ),
+    "gemma3": Tower(
+        "gemma3",
+        _VISION_TOWER,
+        {
+            **_SIGLIP,
+            "projector.mm_input_projection_weight": "mm.input_projection.weight",
+            "projector.mm_soft_emb_norm": "mm.soft_emb_norm",
+        },
+        _gemma3,
+        {"projector.mm_soft_emb_norm": PLUS_ONE},
+        dropped=("vision.head.",),
+    ),
+}
+
+
+def tower_part(model_type: str, config: Any) -> Part | None:
+    """Names and steps of the tower's tensors; None for a model without one. UserError for an unknown tower."""
+    if getattr(config, "vision_config", None) is None and getattr(config, "audio_config", None) is None:
+        return None
+    tower = TOWERS.get(model_type)
+    if tower is None:
+        raise UserError(f"GGUF export: no table for the tower of {model_type}; there are {', '.join(TOWERS)}")
+    table = rules(tower.names, tower.steps)
+    if model_type == "qwen3_vl":  # stored by the layer they read from, counted in the checkpoint
+        for i, layer in enumerate(config.vision_config.deepstack_visual_indexes):
+            pairs = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
+            table |= rules({f"deepstack_merger_list.{i}.{k}": f"v.deepstack.{layer}.{v}" for k, v in pairs.items()})
+    return Part(tower.prefixes, table, tower.dropped)
+
+
+def tower_metadata(model_type: str, config: Any, preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of the tower, with full keys. preprocessor: the image processor's configuration."""
+    tower = TOWERS[model_type]
+    facts = {f"clip.vision.{key}": value for key, value in tower.facts(config).items()}
+    act = config.vision_config.hidden_act
+    if act not in _ACTIVATIONS:
+        raise UserError(f"GGUF export: llama.cpp's towers compute {', '.join(_ACTIVATIONS)}, not {act}")
+    flag = _ACTIVATIONS[act]
+    return {
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": tower.projector,
+        **facts,
+        **({flag: True} if flag else {}),
+        "clip.vision.image_mean": [float(x) for x in preprocessor.get("image_mean", (0.5, 0.5, 0.5))],
+        "clip.vision.image_std": [float(x) for x in preprocessor.get("image_std", (0.5, 0.5, 0.5))],
+    }
