@@ -24,6 +24,9 @@ ENVIRONMENTS: dict[str, str | None] = {
     "auto_round:auto_awq": "gptqmodel",
     "auto_gptq": "gptqmodel",
     "auto_awq": "gptqmodel",
+    "compressed_tensors": None,
+    "compressed_tensors:int8": None,
+    "fake": None,
 }
 
 
@@ -57,8 +60,11 @@ def run_transformers(
     model_class: str = "AutoModelForImageTextToText",
     dtype: str = "float32",
     quantization: Mapping[str, Any] | None = None,
+    activations: bool = False,
 ) -> EngineResult:
     """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter.
+
+    activations: quantize the inputs of layers where the checkpoint says so; off, exact weights give exact logits.
 
     Never raises for what the engine does: a crash, a time-out or a missing environment is a result with an error.
     """
@@ -70,8 +76,9 @@ def run_transformers(
         flat = {f"{i}.{key}": t.contiguous().clone() for i, kwargs in enumerate(inputs) for key, t in kwargs.items()}
         save_file(flat, paths["inputs"])
         request = {"model": str(checkpoint_dir.resolve()), "dtype": dtype, "class": model_class, **paths}
+        request |= {"quantization": dict(quantization or {}), "activations": activations}  # type: ignore[dict-item]
         request_file = Path(folder) / "request.json"
-        request_file.write_text(json.dumps(request | {"quantization": dict(quantization or {})}), encoding="utf-8")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
         command = [str(python.absolute()), str(WORKER), str(request_file)]
         try:

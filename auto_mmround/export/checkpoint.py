@@ -24,7 +24,6 @@ _WEIGHTS = (
     ".index.json", ".partial",
 )  # fmt: skip
 _OWN_FILES = ("config.json", "quantization_config.json", "quantize_config.json")
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
@@ -194,16 +193,17 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config
     fmt = formats.from_config(quantization) if quantization is not None else None
-    packed = {n.removesuffix(".qweight") for n in checkpoint.files if n.endswith(".qweight")} if fmt else set()
+    parts = fmt.parts if fmt else ()
+    packed = {n.rpartition(".")[0] for n in checkpoint.files if parts and n.endswith(f".{parts[0]}")}
     for name in checkpoint.files:
         module, _, part = name.rpartition(".")
-        if fmt is None or quantization is None or module not in packed or part not in _PARTS:
+        if fmt is None or quantization is None or module not in packed or part not in parts:
             tensor = next(checkpoint.tensors([name]))[1]
             yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        elif part == "qweight":
-            parts = dict(checkpoint.tensors([n for p in _PARTS if (n := f"{module}.{p}") in checkpoint.files]))
+        elif part == parts[0]:
+            tensors = dict(checkpoint.tensors([n for p in parts if (n := f"{module}.{p}") in checkpoint.files]))
             try:
-                codes = fmt.unpack(module, parts, formats.scheme_of(quantization, module))
+                codes = fmt.unpack(module, tensors, formats.scheme_of(quantization, module))
             except (ValueError, KeyError) as error:
                 raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
             yield f"{module}.weight", dequantize(codes, dtype or torch.float32)

@@ -6,14 +6,24 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round
+from auto_mmround.export import auto_awq, auto_gptq, auto_round, compressed_tensors, fake
 from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
 
 __all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scheme_of"]
 
 FORMATS: dict[str, Format] = {
-    fmt.name: fmt for fmt in (auto_round.PLAIN, auto_round.GPTQ, auto_round.AWQ, auto_gptq.FORMAT, auto_awq.FORMAT)
+    fmt.name: fmt
+    for fmt in (
+        auto_round.PLAIN,
+        auto_round.GPTQ,
+        auto_round.AWQ,
+        auto_gptq.FORMAT,
+        auto_awq.FORMAT,
+        compressed_tensors.WORDS,
+        compressed_tensors.INT8,
+        fake.FORMAT,
+    )
 }
 
 
@@ -27,11 +37,14 @@ def get(name: str) -> Format:
 
 
 def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
-    """The format to write for these schemes: plain ``auto_round`` chooses its packing, others stand for themselves.
+    """The format to write for these schemes: ``auto_round`` and ``compressed_tensors`` choose their packing.
 
-    All symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as they are.
+    ``auto_round``, all symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as
+    they are. ``compressed_tensors``: packed words, or int8 beside 8-bit activations.
     """
     fmt, used = get(name), set(schemes)
+    if fmt is compressed_tensors.WORDS and any(scheme.act_bits < 16 for scheme in used):
+        return compressed_tensors.INT8
     if fmt is not auto_round.PLAIN or not used:
         return fmt
     if all(scheme.sym for scheme in used):
@@ -45,7 +58,7 @@ def min_zero(names: Iterable[str], scheme: Scheme) -> int:
     return max((resolve(name, [scheme]).min_zero for name in names), default=0)
 
 
-_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq"}
+_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq", "compressed-tensors": "compressed_tensors"}
 
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
@@ -60,6 +73,8 @@ def from_config(quantization_config: Mapping[str, Any]) -> Format:
 
 def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     """The scheme of one quantized module: the configuration's default with the first override that fits its name."""
+    if "config_groups" in quantization_config:
+        return compressed_tensors.scheme_of(quantization_config, name)
     base = {
         "bits": quantization_config["bits"],
         "group_size": quantization_config["group_size"],

@@ -55,7 +55,9 @@ class Format:
 
     check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
-    config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
+    config(layout): the ``quantization_config``, None for a plain checkpoint. min_zero: smallest zero point an
+    asymmetric weight may have. parts: last parts of the names of packed tensors, the first in every packed module and
+    in no other; empty: nothing is packed, the weights are written as the model in memory holds them.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
     """
 
@@ -65,13 +67,19 @@ class Format:
     check: Callable[[Scheme, int, int], str | None]
     pack: Callable[[str, Codes], dict[str, Tensor]]
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
-    config: Callable[[Layout], dict[str, Any]]
+    config: Callable[[Layout], dict[str, Any] | None]
     min_zero: int = 0
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     write: Callable[[Path, Whole], None] | None = None
 
 
 def check_int(
-    scheme: Scheme, out_features: int, in_features: int, bits: Iterable[int], multiples: tuple[int, int]
+    scheme: Scheme,
+    out_features: int,
+    in_features: int,
+    bits: Iterable[int],
+    multiples: tuple[int, int],
+    scale_dtypes: tuple[str, ...] = ("fp16",),
 ) -> str | None:
     """The rules all integer layouts share. multiples: what out and in features must be multiples of."""
     group = in_features if scheme.group_size == -1 else scheme.group_size
@@ -79,7 +87,10 @@ def check_int(
     rules = (
         (scheme.data_type != "int", f"holds integers, not {scheme.data_type}"),
         (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
-        (scheme.scale_dtype != "fp16", f"stores scales as fp16, not {scheme.scale_dtype}"),
+        (
+            scheme.scale_dtype not in scale_dtypes,
+            f"stores scales as {' or '.join(scale_dtypes)}, not {scheme.scale_dtype}",
+        ),
         (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
         (group < 1 or in_features % group != 0, f"{in_features} inputs are no multiple of the group size {group}"),
         (in_features % multiples[1] != 0, f"{in_features} inputs are no multiple of {multiples[1]}"),

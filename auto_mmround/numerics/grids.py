@@ -122,3 +122,10 @@ def make_codes(q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int, g
         group_size=min(q_OGg.shape[-1], columns),
         sym=grid.sym,
     )
+
+
+def quantize_tokens(x_TI: Tensor, bits: int = 8) -> Tensor:
+    """What engines make of a layer's inputs (.., in) as they run: symmetric, one scale, max|x| / top, a token."""
+    top = 2 ** (bits - 1) - 1
+    scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((x_TI.float() / scale_T1).round().clamp(-top - 1, top) * scale_T1).to(x_TI.dtype)

@@ -100,7 +100,9 @@ class Recipe:
         _require(self.group_size == -1 or self.group_size >= 1, f"group_size = {self.group_size}: -1 or at least 1")
         _require(self.scale_dtype in SCALE_DTYPES, f"scale_dtype = {self.scale_dtype!r}: one of {SCALE_DTYPES}")
         _require(self.algorithm in ALGORITHMS, f"algorithm = {self.algorithm!r}: one of {', '.join(ALGORITHMS)}")
-        _require(self.act_bits >= 16, f"act_bits = {self.act_bits}: only weights are quantized yet, leave it at 32")
+        _require(self.act_bits in (8, 16, 32), f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32")
+        if (self.act_bits, self.bits, self.group_size) == (8, 8, 128):  # no W8A8 kernel takes groups, the default
+            object.__setattr__(self, "group_size", -1)
         _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
         _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
         _require(self.actorder in ORDERS, f"actorder = {self.actorder!r}: one of {', '.join(ORDERS)}")

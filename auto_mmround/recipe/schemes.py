@@ -9,7 +9,8 @@ class Scheme:
 
     bits: 2..8. group_size: columns that share a scale, -1 for one per output channel. sym: full-range symmetric
     (zero point 2**(bits-1)) or asymmetric. scale_dtype: "fp16", "bf16" or "fp32". min_zero: smallest zero point the
-    file format can hold (1 for layouts that store zero - 1).
+    file format can hold (1 for layouts that store zero - 1). act_bits: 8 where the engine is to quantize the inputs,
+    symmetric with a scale a token computed as it runs; 16 for none.
     """
 
     bits: int = 4
