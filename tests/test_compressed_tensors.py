@@ -1,4 +1,4 @@
-"""compressed-tensors and fake checkpoints against that package's own packing, names and reader, and llm-compressor's."""
+"""compressed-tensors and fake checkpoints against that package's own packing, names and reader."""
 
 import json
 from dataclasses import replace
@@ -251,11 +251,13 @@ def assert_reader_agrees(job: jobs.Job, folder: Path) -> None:
     assert result.quantized == len(job.plan.quantized) and result.classes == {"Linear": len(job.plan.weights)}
     assert "compressed-tensors" in result.engine
     for got, kwargs in zip(result.logits, inputs(), strict=True):
-        assert torch.equal(got[0], logits_of(model, kwargs))
+        wanted = logits_of(model, kwargs)
+        # Asymmetric weights come through another way there, which multiplies in the scales' float16.
+        assert torch.equal(got[0], wanted) if job.recipe.sym else (got[0] - wanted).abs().max() < 0.01 * wanted.std()
 
 
 def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
-    job, (packed, fake) = run(tmp_path, format="compressed_tensors,fake", bits=3, sym=False, scale_dtype="bf16")
+    job, (packed, fake) = run(tmp_path, format="compressed_tensors,fake", bits=3, scale_dtype="bf16")
     tuned = job.loaded.model.state_dict()
     assert_holds(packed, tuned)
     assert_reader_agrees(job, packed)
@@ -274,8 +276,9 @@ def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
     [
         *({"bits": bits, "group_size": 32} for bits in (2, 4, 5, 8)),
         {"group_size": -1, "sym": False},
+        {"bits": 5, "sym": False},
         {"quant_nontext_module": True, "layer_config": {"visual": {"bits": 8, "group_size": -1}}},
-        {"layer_config": {"down_proj": {"bits": 8, "sym": False}, "layers.2": {"bits": 6}}, "fp_layers": "o_proj"},
+        {"layer_config": {"down_proj": {"bits": 8, "group_size": 64}, "layers.2": {"bits": 6}}, "fp_layers": "o_proj"},
         {"bits": 8, "act_bits": 8},
         {"bits": 4, "group_size": 32, "act_bits": 8},
     ],

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 # The portable kernels: others are compiled on first use (minutes) or exist for a GPU only.
@@ -57,6 +58,18 @@ def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
     return dict(sorted(Counter(type(m).__name__ for m in linears.values()).items())), len(quantized)
 
 
+def decoded_weights(folder: Path) -> int:
+    """How many packed weights were decoded while loading, where the configuration asks for it: all that are stored."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not config["quantization_config"].get("dequantize", False):
+        return 0
+    keys = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            keys += list(file.keys())
+    return sum(key.endswith(".weight_scale") for key in keys)
+
+
 def run_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Logits in float32 as `<i>.logits` for the inputs `<i>.<kwarg>`."""
     samples: dict[str, dict[str, torch.Tensor]] = {}
@@ -78,6 +91,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if loaded != request["dtype"]:  # the comparison is about weights, so compute as asked
         model = model.to(getattr(torch, request["dtype"]))
     classes, quantized = linear_classes(model)
+    if method != "none" and not quantized:
+        quantized = decoded_weights(Path(request["model"]))
     missing = sorted([*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))])
     unexpected = sorted(info["unexpected_keys"])
     if not request.get("activations", True):

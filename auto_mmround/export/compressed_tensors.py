@@ -105,6 +105,9 @@ def config(layout: Layout) -> dict[str, Any]:
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
     kind = "int-quantized" if layout.default.act_bits < 16 else "pack-quantized"
+    # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for Transformers, which then
+    # refuses ours; asked to dequantize at once Transformers reads them, but with one scheme for all layers.
+    dequantize = {"dequantize": True} if len(by_scheme) == 1 and not largest.sym else {}
     return {
         "quant_method": "compressed-tensors",
         "format": kind,
@@ -116,6 +119,7 @@ def config(layout: Layout) -> dict[str, Any]:
             f"group_{i}": _group(scheme, _targets(layout, by_scheme[scheme], scheme == largest), kind)
             for i, scheme in enumerate(sorted(by_scheme, key=lambda scheme: scheme != largest))
         },
+        **dequantize,
         "provider": "auto_mmround",
         "auto_mmround": dict(layout.details),
     }
