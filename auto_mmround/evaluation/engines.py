@@ -13,7 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("engine_transformers.py")
+WORKERS = {name: Path(__file__).with_name(f"engine_{name}.py") for name in ("transformers", "vllm")}
+MADE = ("logits", "tokens")  # what a worker may write for each input
 ENGINES = Path(".engines")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
@@ -32,7 +33,10 @@ ENVIRONMENTS: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one engine made of one checkpoint. logits: one (1, T, vocabulary) float32 tensor an input."""
+    """What one engine made of one checkpoint.
+
+    logits: one (1, T, vocabulary) float32 tensor an input. tokens: (1, n) greedy tokens an input, where asked for.
+    """
 
     ok: bool
     error: str | None = None
@@ -43,6 +47,7 @@ class EngineResult:
     unexpected: Sequence[str] = ()
     dtype: str = ""
     logits: Sequence[Tensor] = field(default=(), repr=False)
+    tokens: Sequence[Tensor] = field(default=(), repr=False)
 
 
 def interpreter(format_name: str, root: Path = Path()) -> Path:
@@ -65,6 +70,39 @@ def run_transformers(
     """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter.
 
     activations: quantize the inputs of layers where the checkpoint says so; off, exact weights give exact logits.
+    """
+    asked = {"dtype": dtype, "class": model_class, "quantization": dict(quantization or {}), "activations": activations}
+    return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+
+
+def run_vllm(
+    checkpoint_dir: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    *,
+    python: Path,
+    timeout: float = 600,
+    dtype: str = "bfloat16",
+    new_tokens: int = 0,
+) -> EngineResult:
+    """Logits, and so many greedy tokens, by vLLM on the processor.
+
+    inputs: `input_ids` (1, T) as the model takes them, and the images in order as `image0`, `image1` .., uint8
+    (height, width, 3). Other keyword arguments are not used: vLLM makes its own.
+    """
+    asked = {"dtype": dtype, "new_tokens": new_tokens}
+    return ask("vllm", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+
+
+def ask(
+    worker: str,
+    checkpoint_dir: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    asked: Mapping[str, Any],
+    *,
+    python: Path,
+    timeout: float,
+) -> EngineResult:
+    """One question to a worker in another interpreter.
 
     Never raises for what the engine does: a crash, a time-out or a missing environment is a result with an error.
     """
@@ -75,12 +113,11 @@ def run_transformers(
         paths = {key: str(Path(folder) / f"{key}.safetensors") for key in ("inputs", "output")}
         flat = {f"{i}.{key}": t.contiguous().clone() for i, kwargs in enumerate(inputs) for key, t in kwargs.items()}
         save_file(flat, paths["inputs"])
-        request = {"model": str(checkpoint_dir.resolve()), "dtype": dtype, "class": model_class, **paths}
-        request |= {"quantization": dict(quantization or {}), "activations": activations}  # type: ignore[dict-item]
+        request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
         request_file = Path(folder) / "request.json"
         request_file.write_text(json.dumps(request), encoding="utf-8")
         # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
-        command = [str(python.absolute()), str(WORKER), str(request_file)]
+        command = [str(python.absolute()), str(WORKERS[worker]), str(request_file)]
         try:
             done = subprocess.run(
                 command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
@@ -91,12 +128,12 @@ def run_transformers(
         if answer is None:
             tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
             return EngineResult(False, f"the engine died (exit {done.returncode}): {tail}")
-        logits = []
-        if Path(paths["output"]).is_file():
-            stored = load_file(paths["output"])
-            logits = [stored[f"{i}.logits"] for i in range(len(inputs))]
+        stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
+    made: dict[str, Any] = {
+        what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE
+    }
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
-    return EngineResult(**known, logits=logits)
+    return EngineResult(**known, **made)
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

@@ -193,17 +193,17 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config
     fmt = formats.from_config(quantization) if quantization is not None else None
-    parts = fmt.parts if fmt else ()
-    packed = {n.rpartition(".")[0] for n in checkpoint.files if parts and n.endswith(f".{parts[0]}")}
+    first = f".{fmt.parts[0]}" if fmt else ""
+    packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
     for name in checkpoint.files:
         module, _, part = name.rpartition(".")
-        if fmt is None or quantization is None or module not in packed or part not in parts:
+        if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
             tensor = next(checkpoint.tensors([name]))[1]
             yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        elif part == parts[0]:
-            tensors = dict(checkpoint.tensors([n for p in parts if (n := f"{module}.{p}") in checkpoint.files]))
+        elif part == fmt.parts[0]:
+            parts = dict(checkpoint.tensors([n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]))
             try:
-                codes = fmt.unpack(module, tensors, formats.scheme_of(quantization, module))
+                codes = fmt.unpack(module, parts, formats.scheme_of(quantization, module))
             except (ValueError, KeyError) as error:
                 raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
             yield f"{module}.weight", dequantize(codes, dtype or torch.float32)

@@ -55,10 +55,11 @@ class Format:
 
     check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
-    config(layout): the ``quantization_config``, None for a plain checkpoint. min_zero: smallest zero point an
-    asymmetric weight may have. parts: last parts of the names of packed tensors, the first in every packed module and
-    in no other; empty: nothing is packed, the weights are written as the model in memory holds them.
+    config(layout): the ``quantization_config``, None for none. min_zero: smallest zero point an asymmetric weight may
+    have.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
+    parts: endings of the tensors that make one weight; no unquantized Linear has the first. Empty: nothing is packed,
+    weights are written as the model in memory holds them.
     """
 
     name: str
@@ -69,8 +70,8 @@ class Format:
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
     config: Callable[[Layout], dict[str, Any] | None]
     min_zero: int = 0
-    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     write: Callable[[Path, Whole], None] | None = None
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def check_int(
