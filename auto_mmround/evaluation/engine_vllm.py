@@ -70,14 +70,17 @@ def load(vllm: Any, request: dict[str, Any], longest: int) -> tuple[Any, Any]:
 
 def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
     """("class, method" -> count of linear modules, number of quantized matrices of the checkpoint)."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
     names, quantized = [], 0
     fused = getattr(model, "packed_modules_mapping", {})
     for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if method is None or type(method).__name__ == "UnquantizedEmbeddingMethod":
+        if not isinstance(module, (LinearBase, ParallelLMHead)):
             continue
+        method = module.quant_method
         names.append(f"{type(module).__name__}, {type(getattr(module, 'scheme', None) or method).__name__}")
-        if "Unquantized" not in type(method).__name__:
+        if not isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
             quantized += len(fused.get(name.rpartition(".")[2], [name]))
     return dict(sorted(Counter(names).items())), quantized
 

@@ -81,10 +81,10 @@ def run_vllm(
     *,
     python: Path,
     timeout: float = 600,
-    dtype: str = "bfloat16",
+    dtype: str = "float16",
     new_tokens: int = 0,
 ) -> EngineResult:
-    """Logits, and so many greedy tokens, by vLLM on the processor.
+    """Logits, and so many greedy tokens, by vLLM on the processor; in float16 the scales stay as stored.
 
     inputs: `input_ids` (1, T) as the model takes them, and the images in order as `image0`, `image1` .., uint8
     (height, width, 3). Other keyword arguments are not used: vLLM makes its own.
