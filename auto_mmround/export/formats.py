@@ -22,6 +22,7 @@ FORMATS: dict[str, Format] = {
         auto_awq.FORMAT,
         compressed_tensors.WORDS,
         compressed_tensors.INT8,
+        compressed_tensors.FLOAT,
         fake.FORMAT,
     )
 }
@@ -40,9 +41,11 @@ def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
     """The format to write for these schemes: ``auto_round`` and ``compressed_tensors`` choose their packing.
 
     ``auto_round``, all symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as
-    they are. ``compressed_tensors``: packed words, or int8 beside 8-bit activations.
+    they are. ``compressed_tensors``: packed words, int8 beside 8-bit activations, or floats.
     """
     fmt, used = get(name), set(schemes)
+    if fmt is compressed_tensors.WORDS and any(scheme.data_type != "int" for scheme in used):
+        return compressed_tensors.FLOAT
     if fmt is compressed_tensors.WORDS and any(scheme.act_bits < 16 for scheme in used):
         return compressed_tensors.INT8
     if fmt is not auto_round.PLAIN or not used:
