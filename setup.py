@@ -39,10 +39,12 @@ setup(
     extras_require={
         "auto-round": ["auto-round>=0.16"],
         "gguf": ["gguf>=0.17"],
+        "compressed-tensors": ["compressed-tensors>=0.15"],
         "audio": ["soundfile>=0.13"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
         "dev": [
+            "compressed-tensors>=0.20",
             "pytest>=9",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -52,8 +52,8 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("quant_nontext_module", [], "quantize the vision and audio towers too"),
         ("quant_lm_head", [], "quantize the output head too, rounded to nearest, if it has a weight of its own"),
         ("to_quant_block_names", [], "comma list of regular expressions for the block lists to quantize"),
-        ("data_type", ["dtype"], "int"),
-        ("act_bits", [], "32: activations are not quantized"),
+        ("data_type", ["dtype"], "int, or rounded to nearest: fp8, nvfp4, mxfp4 (compressed_tensors)"),
+        ("act_bits", [], "8: the engine quantizes activations, a scale a token (compressed_tensors); 32: it does not"),
     ],
     "tuning": [
         ("algorithm", [], f"one of {', '.join(ALGORITHMS)}; auto: closed form, then few sign steps"),

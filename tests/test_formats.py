@@ -82,12 +82,24 @@ def awq_vllm(config: dict[str, Any], name: str) -> bool:
     return not any(in_vllm(key) in name for key in config["modules_to_not_convert"])
 
 
+def compressed_tensors(config: dict[str, Any], name: str, leave: str = "") -> bool:
+    """Both readers: whatever `ignore` takes stays, else a name, a pattern or the class decides (compressed-tensors'
+    own matching is in test_compressed_tensors)."""
+    listed = [in_vllm(key) if leave and not key.startswith("re:") else key for key in config["ignore"]]
+    return not any(re.match(key[3:], name) if key.startswith("re:") else key == name for key in listed)
+
+
+def compressed_tensors_vllm(config: dict[str, Any], name: str) -> bool:
+    return compressed_tensors(config, name, "vllm")
+
+
 READERS = {
     "auto_round": (auto_round_transformers, auto_round_vllm),
     "auto_round:auto_gptq": (auto_round_transformers, auto_round_vllm),
     "auto_round:auto_awq": (auto_round_transformers, auto_round_vllm),
     "auto_gptq": (gptq_transformers, gptq_vllm),
     "auto_awq": (awq_transformers, awq_vllm),
+    "compressed_tensors": (compressed_tensors, compressed_tensors_vllm),
 }
 LAYOUTS = {
     "text": layout(),
@@ -156,6 +168,8 @@ def test_resolve_and_min_zero() -> None:
     assert formats.resolve("auto_round", [Scheme(3, 128, False)]).name == "auto_round"
     assert formats.resolve("auto_round", [SYM, ASYM]).name == "auto_round"
     assert formats.resolve("auto_gptq", [ASYM]).name == "auto_gptq"
+    assert formats.resolve("compressed_tensors", [SYM, ASYM]).name == "compressed_tensors"
+    assert formats.resolve("compressed_tensors", [Scheme(8, -1, act_bits=8)]).name == "compressed_tensors:int8"
     assert formats.min_zero(["auto_round", "auto_awq"], ASYM) == 0
     assert formats.min_zero(["auto_round", "auto_gptq"], ASYM) == 1
 
@@ -176,6 +190,11 @@ def test_resolve_and_min_zero() -> None:
         ("auto_round", Scheme(4, data_type="mx_fp"), (128, 128), "integers"),
         ("auto_round", Scheme(8, act_bits=8), (128, 128), "activations"),
         ("auto_round", Scheme(4, 0), (128, 128), "group size 0"),
+        ("compressed_tensors", Scheme(4, 128), (128, 164), "group size 128"),
+        ("compressed_tensors:int8", Scheme(8, 128, act_bits=8), (128, 128), "group size -1"),
+        ("compressed_tensors:int8", Scheme(8, -1, False, act_bits=8), (128, 128), "symmetric"),
+        ("compressed_tensors:int8", Scheme(6, -1, act_bits=8), (128, 128), "bits"),
+        ("fake", Scheme(8, -1, act_bits=8), (128, 128), "activations"),
     ],
 )
 def test_check_refuses(name: str, scheme: Scheme, shape: tuple[int, int], reason: str) -> None:
@@ -188,6 +207,9 @@ def test_check_accepts() -> None:
     )
     assert all(FORMATS["auto_gptq"].check(Scheme(b, -1), 32, 96) is None for b in (2, 3, 4, 8))
     assert FORMATS["auto_awq"].check(ASYM, 8, 128) is None
+    odd = [Scheme(b, g, s, scale_dtype=d) for b in range(2, 9) for g, s, d in ((-1, True, "bf16"), (33, False, "fp32"))]
+    assert all(FORMATS["compressed_tensors"].check(scheme, 7, 99) is None for scheme in odd)
+    assert FORMATS["compressed_tensors:int8"].check(Scheme(8, -1, act_bits=8), 7, 99) is None
 
 
 def test_unknown_names_are_one_line_with_a_hint() -> None:

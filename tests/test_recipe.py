@@ -33,7 +33,7 @@ def test_yaml_and_sections(tmp_path):
         ({"adam": True}, "refused"),
         ({"group_size": 0}, "group_size"),
         ({"scale_dtype": "int8"}, "scale_dtype"),
-        ({"act_bits": 8}, "act_bits"),
+        ({"act_bits": 4}, "act_bits"),
         ({"iters": -1}, "iters"),
         ({"batch_size": 0}, "batch_size"),
     ],

@@ -4,7 +4,8 @@
 
 Standalone on purpose (standard library, torch, safetensors, transformers): it must run where this package is not
 installed. request: {"model": folder, "inputs": safetensors with tensors "<i>.<kwarg>", "output": safetensors to write
-with "<i>.logits" float32, "dtype": "float32", "class": "AutoModelForImageTextToText", "quantization": {overrides}}.
+with "<i>.logits" float32, "dtype": "float32", "class": "AutoModelForImageTextToText", "quantization": {overrides},
+"activations": false}; activations: whether layers quantize their inputs where the checkpoint says so.
 The last line of standard output is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}.
 """
 
@@ -19,13 +20,19 @@ from typing import Any
 import torch
 import torch._dynamo
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 # The portable kernels: others are compiled on first use (minutes) or exist for a GPU only.
 PORTABLE_BACKEND = {"gptq": "torch", "awq": "torch_awq"}
 # auto-round's kernels force float32 models to float16 after loading, rotary tables too; loaded so, those stay exact.
 LOAD_DTYPE = {"auto-round": "float16"}
-PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",), "auto-round": ("auto-round",)}
+PACKAGES = {
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "auto-round": ("auto-round",),
+    "compressed-tensors": ("compressed-tensors",),
+}
 
 
 def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
@@ -45,9 +52,22 @@ def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
 
 def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
     """(class name -> count of Linear-like modules, number of quantized ones)."""
-    quantized = [type(m).__name__ for m in model.modules() if hasattr(m, "qweight")]
-    plain = [type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    return dict(sorted(Counter(quantized + plain).items())), len(quantized)
+    # compressed-tensors keeps torch's Linear, gives it a scheme, and unpacks it in the first forward pass.
+    quantized = [m for m in model.modules() if hasattr(m, "qweight") or hasattr(m, "quantization_scheme")]
+    linears = {id(m): m for m in (*quantized, *(m for m in model.modules() if isinstance(m, torch.nn.Linear)))}
+    return dict(sorted(Counter(type(m).__name__ for m in linears.values()).items())), len(quantized)
+
+
+def decoded_weights(folder: Path) -> int:
+    """How many packed weights were decoded while loading, where the configuration asks for it: all that are stored."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not config["quantization_config"].get("dequantize", False):
+        return 0
+    keys = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            keys += list(file.keys())
+    return sum(key.endswith(".weight_scale") for key in keys)
 
 
 def run_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,8 +91,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if loaded != request["dtype"]:  # the comparison is about weights, so compute as asked
         model = model.to(getattr(torch, request["dtype"]))
     classes, quantized = linear_classes(model)
+    if method != "none" and not quantized:
+        quantized = decoded_weights(Path(request["model"]))
     missing = sorted([*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))])
     unexpected = sorted(info["unexpected_keys"])
+    if not request.get("activations", True):
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):
+                module.quantization_enabled = False  # compressed-tensors' own switch
     logits = run_inputs(model, load_file(request["inputs"]))
     save_file(logits, request["output"])
     broken = [name for name, tensor in logits.items() if not bool(torch.isfinite(tensor).all())]

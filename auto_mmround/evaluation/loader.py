@@ -1,14 +1,17 @@
 """Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint
+from auto_mmround.export import formats
+from auto_mmround.export.checkpoint import Checkpoint, dequantized_state_dict, read_checkpoint
 from auto_mmround.model.loading import (
     DTYPES,
     Loaded,
@@ -20,15 +23,24 @@ from auto_mmround.model.loading import (
     read_config,
     skeleton,
 )
+from auto_mmround.numerics.float_grids import quantize_tokens_e4m3
+from auto_mmround.numerics.grids import quantize_tokens
+from auto_mmround.recipe.schemes import Scheme
 
 
 def from_quantized(
-    folder: str | Path, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device = "cpu",
+    remote_code: bool = False,
+    activations: bool = False,
 ) -> Loaded:
     """Load a quantized checkpoint without any engine: packed weights are decoded, the rest is as stored.
 
-    dtype: of all weights; None is the configuration's. Raises UserError for a folder that can't be read, or whose
-    tensors don't fit the model exactly.
+    dtype: of all weights; None is the configuration's. activations: where the configuration asks engines to quantize a
+    layer's inputs, do so in a hook; without it only the weights are as an engine has them. Raises UserError for a
+    folder that can't be read, or whose tensors don't fit the model exactly.
     """
     folder = Path(folder)
     config = read_config(folder, remote_code)
@@ -42,6 +54,8 @@ def from_quantized(
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
+    if activations:
+        _quantize_inputs(model, read_checkpoint(folder), state)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
@@ -59,11 +73,32 @@ def _as_the_model_keeps_them(folder: Path, config: Any, state: dict[str, Tensor]
     return state
 
 
+def _quantize_inputs(model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+    """Hooks for the layers whose scheme has 8-bit activations. keys: those of the decoded checkpoint."""
+    quantization = checkpoint.quantization_config
+    if quantization is None:
+        return
+    for parameter, key in parameter_names(model, keys).items():
+        stored = key.removesuffix(".weight")
+        if not any(f"{stored}.{part}" in checkpoint.files for part in formats.from_config(quantization).parts[:1]):
+            continue
+        scheme = formats.scheme_of(quantization, stored)
+        if scheme.act_bits < 16:
+            layer = model.get_submodule(parameter.removesuffix(".weight"))
+            layer.register_forward_pre_hook(lambda _, given, scheme=scheme: (_rounded(given[0], scheme), *given[1:]))
+
+
+def _rounded(x_TI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    if scheme.data_type == "fp8":
+        return quantize_tokens_e4m3(x_TI, scheme.group_size)
+    return quantize_tokens(x_TI, scheme.act_bits)
+
+
 def load_any(
     name: str, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
 ) -> Loaded:
-    """A plain model, or a quantized checkpoint decoded by `from_quantized`."""
+    """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an engine quantizes them."""
     folder = Path(name)
     if folder.is_dir() and read_checkpoint(folder).quantization_config is not None:
-        return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code)
+        return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code, activations=True)
     return load(name, dtype=dtype, device=device, remote_code=remote_code)

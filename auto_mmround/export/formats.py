@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round, gguf, mlx, openvino
+from auto_mmround.export import auto_awq, auto_gptq, auto_round, compressed_tensors, fake, gguf, mlx, openvino
 from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
 
@@ -20,6 +20,10 @@ FORMATS: dict[str, Format] = {
         auto_round.AWQ,
         auto_gptq.FORMAT,
         auto_awq.FORMAT,
+        compressed_tensors.WORDS,
+        compressed_tensors.INT8,
+        compressed_tensors.FLOAT,
+        fake.FORMAT,
         mlx.FORMAT,
         openvino.FORMAT,
         *gguf.FORMATS,
@@ -37,11 +41,16 @@ def get(name: str) -> Format:
 
 
 def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
-    """The format to write for these schemes: plain ``auto_round`` chooses its packing, others stand for themselves.
+    """The format to write for these schemes: ``auto_round`` and ``compressed_tensors`` choose their packing.
 
-    All symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as they are.
+    ``auto_round``, all symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as
+    they are. ``compressed_tensors``: packed words, int8 beside 8-bit activations, or floats.
     """
     fmt, used = get(name), set(schemes)
+    if fmt is compressed_tensors.WORDS and any(scheme.data_type != "int" for scheme in used):
+        return compressed_tensors.FLOAT
+    if fmt is compressed_tensors.WORDS and any(scheme.act_bits < 16 for scheme in used):
+        return compressed_tensors.INT8
     if fmt is not auto_round.PLAIN or not used:
         return fmt
     if all(scheme.sym for scheme in used):
@@ -64,7 +73,13 @@ def scale_bits(names: Iterable[str], scheme: Scheme) -> int | None:
     return 11 - scheme.bits if fused else None
 
 
-_BY_METHOD = {"gptq": "auto_gptq", "awq": "auto_awq", "affine": "mlx", "gguf": "gguf"}
+_BY_METHOD = {
+    "gptq": "auto_gptq",
+    "awq": "auto_awq",
+    "affine": "mlx",
+    "gguf": "gguf",
+    "compressed-tensors": "compressed_tensors",
+}
 
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
@@ -79,6 +94,8 @@ def from_config(quantization_config: Mapping[str, Any]) -> Format:
 
 def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     """The scheme of one quantized module: the configuration's default with the first override that fits its name."""
+    if "config_groups" in quantization_config:
+        return compressed_tensors.scheme_of(quantization_config, name)
     base = {
         "bits": quantization_config["bits"],
         "group_size": quantization_config["group_size"],

@@ -6,7 +6,7 @@ Transformers' and the checkpoint's, and a tower is named by a pattern without an
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,13 @@ class Format:
 
     check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
-    config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
+    config(layout): the ``quantization_config``, None for none. min_zero: smallest zero point an asymmetric weight may
+    have.
     fused_zero: stores scale * zero as one float16, which is exact only for scales of 11 - bits significant bits.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
     ready(): raises UserError if a program that writing needs is not installed; asked before anything is tuned.
-    parts: endings of the tensors that make one weight; no unquantized Linear has the first. model_config(source's
+    parts: endings of the tensors that make one weight; no unquantized Linear has the first. Empty: nothing is
+    packed, weights are written as the model in memory holds them. model_config(source's
     config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
     read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write` made. check_model(config, checkpoint
     keys, source folder): UserError for a model it cannot write, asked before tuning.
@@ -72,7 +74,7 @@ class Format:
     check: Callable[[Scheme, int, int], str | None]
     pack: Callable[[str, Codes], dict[str, Tensor]]
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
-    config: Callable[[Layout], dict[str, Any]]
+    config: Callable[[Layout], dict[str, Any] | None]
     min_zero: int = 0
     fused_zero: bool = False
     write: Callable[[Path, Whole], None] | None = None
@@ -89,15 +91,18 @@ def check_int(
     in_features: int,
     bits: Iterable[int],
     multiples: tuple[int, int],
-    scale_dtypes: Iterable[str] = ("fp16",),
+    scale_dtypes: Collection[str] = ("fp16",),
 ) -> str | None:
     """The rules all integer layouts share. multiples: what out and in features must be multiples of."""
     group = in_features if scheme.group_size == -1 else scheme.group_size
-    held, scales = sorted(bits), tuple(scale_dtypes)
+    held = sorted(bits)
     rules = (
         (scheme.data_type != "int", f"holds integers, not {scheme.data_type}"),
         (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
-        (scheme.scale_dtype not in scales, f"stores scales as {' or '.join(scales)}, not {scheme.scale_dtype}"),
+        (
+            scheme.scale_dtype not in scale_dtypes,
+            f"stores scales as {' or '.join(scale_dtypes)}, not {scheme.scale_dtype}",
+        ),
         (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
         (group < 1 or in_features % group != 0, f"{in_features} inputs are no multiple of the group size {group}"),
         (in_features % multiples[1] != 0, f"{in_features} inputs are no multiple of {multiples[1]}"),

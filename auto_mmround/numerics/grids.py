@@ -23,6 +23,8 @@ class Codes(NamedTuple):
     bits: int
     group_size: int  # the real one: per channel means in_features
     sym: bool
+    data_type: str = "int"  # "fp8", "nvfp4", "mxfp4": q is the number's own bits, see `levels`
+    global_scale: Tensor | None = None  # NVFP4: float32 (1,), what scales are divided by
 
 
 class Grid(NamedTuple):
@@ -48,10 +50,22 @@ class Grid(NamedTuple):
         return 2 ** (self.bits - 1)
 
 
+def levels(kind: str) -> Tensor:
+    """The float32 value of every code of "e4m3" (256) or "e2m1" (16)."""
+    if kind == "e4m3":
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return torch.cat([magnitudes, -magnitudes])
+
+
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * (q - zero)`` in float32, then cast to ``dtype``; shape (out, in)."""
+    """``scale * (q - zero)``, for floats ``scale * level``, in float32, then cast to ``dtype``; shape (out, in)."""
     q_OI = codes.q_OI.float()
     columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
+    if codes.data_type != "int":
+        scale_OG = codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
+        values = levels("e4m3" if codes.data_type == "fp8" else "e2m1").to(q_OI.device)
+        return (values[codes.q_OI.long()] * scale_OG[:, columns_I]).to(dtype)
     return ((q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]).to(dtype)
 
 
@@ -130,3 +144,10 @@ def make_codes(q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int, g
         group_size=min(q_OGg.shape[-1], columns),
         sym=grid.sym,
     )
+
+
+def quantize_tokens(x_TI: Tensor, bits: int = 8) -> Tensor:
+    """What engines make of a layer's inputs (.., in) as they run: symmetric, one scale, max|x| / top, a token."""
+    top = 2 ** (bits - 1) - 1
+    scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((x_TI.float() / scale_T1).round().clamp(-top - 1, top) * scale_T1).to(x_TI.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
 ORDERS = ("none", "weight")
@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "low_cpu_mem_mode": (0, "streaming from disk is not built yet"),
     "low_cpu_mem_usage": (False, "streaming from disk is not built yet"),
     "low_cpu_mem_tmp_dir": (None, "streaming from disk is not built yet"),
-    "data_type": ("int", "only integer grids are built yet"),
 }
 
 
@@ -104,7 +103,9 @@ class Recipe:
         _require(self.scale_dtype in SCALE_DTYPES, f"scale_dtype = {self.scale_dtype!r}: one of {SCALE_DTYPES}")
         _require(self.algorithm in ALGORITHMS, f"algorithm = {self.algorithm!r}: one of {', '.join(ALGORITHMS)}")
         _require(self.preset in PRESETS, f"preset = {self.preset!r}: one of {', '.join(PRESETS)}")
-        _require(self.act_bits >= 16, f"act_bits = {self.act_bits}: only weights are quantized yet, leave it at 32")
+        _require(self.act_bits in (8, 16, 32), f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32")
+        if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
+            object.__setattr__(self, "group_size", -1)  # the default, which no W8A8 kernel takes
         _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
         _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
         _require(self.actorder in ORDERS, f"actorder = {self.actorder!r}: one of {', '.join(ORDERS)}")
@@ -113,6 +114,20 @@ class Recipe:
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
+
+        if self.data_type != "int":
+            self._check_float()
+
+    def _check_float(self) -> None:
+        kinds = ", ".join(["int", *FLOATS])
+        _require(self.data_type in FLOATS, f"data_type = {self.data_type!r}: one of {kinds}")
+        bits, groups = FLOATS[self.data_type]
+        fits = self.bits == bits and self.group_size in groups and self.sym
+        sizes = " or ".join(map(str, groups))
+        _require(fits, f"data_type {self.data_type} is symmetric with bits = {bits} and group_size = {sizes}")
+        _require(
+            not self.calibrates, f"data_type {self.data_type} is rounded to nearest only: algorithm rtn or iters 0"
+        )
 
     @property
     def formats(self) -> list[str]:

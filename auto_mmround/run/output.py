@@ -129,6 +129,8 @@ class Output:
 
     def add(self, codes: Mapping[str, Codes]) -> None:
         """Pack the weights of a finished block."""
+        if not self.fmt.parts:
+            return
         if self.fmt.write:
             self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
             return
@@ -146,7 +148,8 @@ class Output:
     ) -> Path:
         """Unchanged tensors, side files, recipe, journal and configuration; then the folder gets its name."""
         model = self.names.model
-        rest = self.names.unchanged({f"{name}.weight" for name in self.plan.quantized})
+        packed = self.plan.quantized if self.fmt.parts else ()
+        rest = self.names.unchanged({f"{name}.weight" for name in packed})
         layout = Layout(
             quantized=self.plan.quantized,
             kept=list(self.plan.kept),

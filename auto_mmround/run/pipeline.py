@@ -20,6 +20,7 @@ from auto_mmround.model.chains import Chain
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
+from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, Grid
 from auto_mmround.numerics.rounding import Rounding
@@ -34,7 +35,7 @@ from auto_mmround.numerics.tuner import (
 )
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.run.plan import Plan, WeightPlan
+from auto_mmround.run.plan import FUSED, Plan, WeightPlan
 
 log = logging.getLogger("auto_mmround")
 
@@ -303,16 +304,35 @@ def grid_of(scheme: Scheme) -> Grid:
 def _leaves(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
     """Rounding states for the weights; the parameters hold round-to-nearest values from here on."""
     leaves = {}
+    peaks = _shared_peaks(model, planned)
     for weight in planned:
         layer = model.get_submodule(weight.name)
         transposed = isinstance(layer, Conv1D)
         parameter: nn.Parameter = layer.weight  # type: ignore[assignment]
         w_OI = (parameter.data.t() if transposed else parameter.data).clone()
         assert weight.scheme is not None
-        rounding = Rounding(w_OI, weight.scheme.group_size, grid_of(weight.scheme))
+        scheme = weight.scheme
+        if scheme.data_type == "int":
+            rounding: Any = Rounding(w_OI, scheme.group_size, grid_of(scheme))
+        else:
+            rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, peaks.get(weight.name))
         leaves[weight.name] = TunedWeight(parameter, rounding, transposed)
         leaves[weight.name].refresh()
     return leaves
+
+
+def _shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
+    """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one scale for them."""
+    sets: dict[tuple[str, int], list[str]] = {}
+    for weight in planned:
+        parent, _, leaf = weight.name.rpartition(".")
+        for i, members in enumerate(FUSED):
+            if leaf in members and weight.scheme and weight.scheme.data_type == "nvfp4":
+                sets.setdefault((parent, i), []).append(weight.name)
+    peaks = {
+        name: model.get_parameter(f"{name}.weight").detach().abs().max() for names in sets.values() for name in names
+    }
+    return {name: max(peaks[other] for other in names) for names in sets.values() for name in names}
 
 
 def _codes(tuned: dict[str, TunedWeight]) -> dict[str, Codes]:

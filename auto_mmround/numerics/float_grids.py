@@ -1,0 +1,90 @@
+"""Float grids, rounded to nearest: FP8 (e4m3), NVFP4 and MXFP4 (both e2m1). No tuning: there is no zero point to place
+and no offset to learn here.
+
+Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MXFP4: a power of two for 32 columns, the one that
+puts the largest magnitude into e2m1's last binade (OCP MX v1.0), moved up where it would round beyond it. NVFP4: e4m3
+for 16 columns, divided by one float32 for the whole weight, ``448 * 6 / max|w|``. Suffixes as in `grids`.
+"""
+
+import torch
+from torch import Tensor
+
+from auto_mmround.numerics.grids import Codes, dequantize, from_groups, levels, to_groups
+
+E4M3_TOP, E2M1_TOP = 448.0, 6.0
+BLOCK = 128  # rows and columns of an FP8 block
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest e4m3 numbers as their bytes, uint8; half rounds to even, beyond 448 stays at 448."""
+    return x.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def to_e2m1(x: Tensor) -> Tensor:
+    """The nearest e2m1 numbers as 4-bit codes, uint8, sign in bit 3; half rounds to even, beyond 6 stays at 6."""
+    grid = levels("e2m1")[:8].to(x.device)
+    middles = (grid[1:] + grid[:-1]) / 2
+    index = torch.bucketize(x.abs(), middles)
+    tie = (index % 2 == 1) & (x.abs() == middles[index.clamp(max=6)])
+    return (index + tie + 8 * (x < 0)).to(torch.uint8)
+
+
+def mx_scale(peak_OG: Tensor) -> Tensor:
+    """Powers of two, float32, for groups with these largest magnitudes."""
+    mantissa_OG, exponent_OG = torch.frexp(peak_OG.float())  # mantissa in [0.5, 1)
+    exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - 2  # from 1.75 on it would round to 8 quarters
+    return torch.ldexp(torch.ones_like(mantissa_OG), torch.where(peak_OG > 0, exponent_OG, -127).clamp(-127, 127))
+
+
+class Nearest:
+    """A weight on its nearest points; the same face as `rounding.Rounding` has where nothing is tuned.
+
+    peak: largest magnitude that NVFP4's scale for the whole weight is for; engines that fuse weights want one for all.
+    """
+
+    def __init__(self, w_OI: Tensor, data_type: str, group_size: int, peak: Tensor | None = None):
+        columns = w_OI.shape[1]
+        group = columns if group_size == -1 else group_size
+        w_OGg = to_groups(w_OI.float(), group)
+        peak_OG, global_scale = w_OGg.abs().amax(-1), None
+        if data_type == "mxfp4":
+            scale_OG = mx_scale(peak_OG)
+        elif data_type == "nvfp4":
+            whole = (peak_OG.max() if peak is None else peak).float().clamp(min=torch.finfo(torch.float32).tiny)
+            global_scale = (E4M3_TOP * E2M1_TOP / whole).nan_to_num(posinf=1.0).reshape(1)
+            scale_OG = levels("e4m3").to(w_OI.device)[to_e4m3(peak_OG / E2M1_TOP * global_scale).long()]
+            scale_OG = torch.where(scale_OG == 0, torch.finfo(torch.float8_e4m3fn).eps, scale_OG)
+        else:
+            if group_size == BLOCK:
+                peak_OG = _rows_of_blocks(peak_OG)
+            scale_OG = torch.where(peak_OG > 0, peak_OG / E4M3_TOP, torch.finfo(torch.float32).eps)
+        step_OG = scale_OG if global_scale is None else scale_OG / global_scale
+        encode = to_e4m3 if data_type == "fp8" else to_e2m1
+        q_OI = from_groups(encode(w_OGg / step_OG[..., None]), columns).contiguous()
+        zero_OG = torch.zeros_like(scale_OG, dtype=torch.uint8)
+        self._codes = Codes(
+            q_OI, scale_OG, zero_OG, 8 if data_type == "fp8" else 4, group, True, data_type, global_scale
+        )
+
+    def codes(self) -> Codes:
+        """What goes to disk."""
+        return self._codes
+
+    def weight(self) -> Tensor:
+        """W~, float32 (out, in)."""
+        return dequantize(self._codes)
+
+
+def quantize_tokens_e4m3(x_TI: Tensor, group_size: int = -1) -> Tensor:
+    """What engines make of an FP8 layer's inputs (.., in): a scale, max|x| / 448, a token or a token and group."""
+    columns = x_TI.shape[-1]
+    x_TGg = to_groups(x_TI.float().flatten(0, -2), columns if group_size == -1 else group_size)
+    scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).float() * scale_TG1
+    return from_groups(rounded_TGg, columns).reshape(x_TI.shape).to(x_TI.dtype)
+
+
+def _rows_of_blocks(peak_OG: Tensor, rows: int = BLOCK) -> Tensor:
+    """The largest magnitude of each block of rows, repeated for its rows."""
+    blocks = torch.nn.functional.pad(peak_OG, (0, 0, 0, -peak_OG.shape[0] % rows)).unflatten(0, (-1, rows)).amax(1)
+    return blocks.repeat_interleave(rows, 0)[: peak_OG.shape[0]]
