@@ -24,7 +24,6 @@ _WEIGHTS = (
     ".index.json", ".partial",
 )  # fmt: skip
 _OWN_FILES = ("config.json", "quantization_config.json", "quantize_config.json")
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
@@ -119,7 +118,7 @@ def write_side_files(
     Without one the objects save themselves, the tokenizer with neither truncation nor padding left in it.
     """
     if source is not None:
-        chosen = [path for path in sorted(source.rglob("*")) if _is_side_file(path, source)]
+        chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
         for path in chosen:
             target = out / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -194,14 +193,15 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config
     fmt = formats.from_config(quantization) if quantization is not None else None
-    packed = {n.removesuffix(".qweight") for n in checkpoint.files if n.endswith(".qweight")} if fmt else set()
+    first = f".{fmt.parts[0]}" if fmt else ""
+    packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
     for name in checkpoint.files:
         module, _, part = name.rpartition(".")
-        if fmt is None or quantization is None or module not in packed or part not in _PARTS:
+        if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
             tensor = next(checkpoint.tensors([name]))[1]
             yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        elif part == "qweight":
-            parts = dict(checkpoint.tensors([n for p in _PARTS if (n := f"{module}.{p}") in checkpoint.files]))
+        elif part == fmt.parts[0]:
+            parts = dict(checkpoint.tensors([n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]))
             try:
                 codes = fmt.unpack(module, parts, formats.scheme_of(quantization, module))
             except (ValueError, KeyError) as error:
@@ -216,7 +216,8 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error
 
 
-def _is_side_file(path: Path, source: Path) -> bool:
+def is_side_file(path: Path, source: Path) -> bool:
+    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged."""
     parts = path.relative_to(source).parts
     hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
     own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))

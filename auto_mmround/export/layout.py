@@ -57,6 +57,7 @@ class Format:
     unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
     config(layout): the ``quantization_config``. min_zero: smallest zero point an asymmetric weight may have.
     write(folder, whole): for files of another kind (GGUF, OpenVINO): writes everything itself; pack is not called then.
+    parts: endings of the tensors that make one weight; no unquantized Linear has the first.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Format:
     config: Callable[[Layout], dict[str, Any]]
     min_zero: int = 0
     write: Callable[[Path, Whole], None] | None = None
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def check_int(

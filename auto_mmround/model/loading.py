@@ -132,17 +132,24 @@ def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> A
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Name of the parameter in the model -> key in the checkpoint, for keys that hold exactly one parameter.
 
+    Keys that are fused or split on the way are left out.
+    """
+    return {name: key for key, (name, whole) in loaded_names(model, keys).items() if whole and name is not None}
+
+
+def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
+    """Key in the checkpoint -> (name of the parameter it ends up in, or None; whether it is the whole of it).
+
     Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same tables are applied
-    here. Keys that are fused or split on the way are left out.
+    here.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     own = dict.fromkeys(model.state_dict())
     meta = dict.fromkeys(own, True)
-    names = {}
+    names: dict[str, tuple[str | None, bool]] = {}
     for key in keys:
         name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        if converted is None and name in own:
-            names[name] = key
+        names[key] = (name if name in own else None, converted is None)
     return names

@@ -18,6 +18,7 @@ from auto_mmround.export.layout import Whole
 from auto_mmround.model.loading import parameter_names
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, to_toml
+from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.plan import Plan
 
 
@@ -93,6 +94,7 @@ class Output:
         self.partial = begin(out, overwrite)
         self.writer = ShardWriter(self.partial)
         self.codes: dict[str, Codes] = {}  # kept for formats that write the whole model at once
+        self.records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
 
     def discard(self) -> None:
         """Remove what was written so far, and the folders above it that were made for it."""
@@ -103,6 +105,7 @@ class Output:
 
     def add(self, codes: Mapping[str, Codes]) -> None:
         """Pack the weights of a finished block."""
+        self.records["codes"] |= {self.names.module(name): codes_record(weight) for name, weight in codes.items()}
         if self.fmt.write:
             self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
             return
@@ -120,7 +123,7 @@ class Output:
     ) -> Path:
         """Unchanged tensors, side files, recipe, journal and configuration; then the folder gets its name."""
         model = self.names.model
-        rest = self.names.unchanged({f"{name}.weight" for name in self.plan.quantized})
+        rest = self._recorded(self.names.unchanged({f"{name}.weight" for name in self.plan.quantized}))
         layout = Layout(
             quantized=self.plan.quantized,
             kept=list(self.plan.kept),
@@ -134,17 +137,23 @@ class Output:
             for key, tensor in rest:
                 self.writer.add({key: tensor})
             self.writer.finish()
-        write_side_files(
+        files = write_side_files(
             source, self.partial, tokenizer=tokenizer, processor=processor, generation_config=model.generation_config
         )
         (self.partial / "recipe.toml").write_text(to_toml(recipe))
-        (self.partial / "run.json").write_text(json.dumps(journal, indent=1, ensure_ascii=False) + "\n")
         if self.fmt.write:
             self.fmt.write(self.partial, Whole(self.codes, rest, config, layout, source))
         else:
             write_config(self.partial, config, self.fmt.config(layout))
+        record = {**journal, "files": sorted(files), **self.records}
+        (self.partial / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         commit(self.partial, self.out)
         return self.out
+
+    def _recorded(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in tensors:
+            self.records["tensors"][key] = checksum(tensor)
+            yield key, tensor
 
 
 def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
