@@ -13,23 +13,47 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("engine_transformers.py")
-ENGINES = Path(".engines")
+MADE = ("logits", "tokens")  # what a worker may write for each input
+FOLDER = Path(".engines")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
-# Which environment reads which format through Transformers; None is the one this program runs in.
-ENVIRONMENTS: dict[str, str | None] = {
-    "auto_round": None,
-    "auto_round:auto_gptq": None,
-    "auto_round:auto_awq": "gptqmodel",
-    "auto_gptq": "gptqmodel",
-    "auto_awq": "gptqmodel",
+# Engine -> the formats it reads, each with the environment below .engines that can; None is the one this program runs
+# in. The worker of an engine is engine_<name>.py in this folder.
+ENGINES: dict[str, dict[str, str | None]] = {
+    "transformers": {
+        "auto_round": None,
+        "auto_round:auto_gptq": None,
+        "auto_round:auto_awq": "gptqmodel",
+        "auto_gptq": "gptqmodel",
+        "auto_awq": "gptqmodel",
+        "compressed_tensors": None,
+        "compressed_tensors:int8": None,
+        "fake": None,
+    },
+    "vllm": dict.fromkeys(
+        (
+            "auto_round:auto_gptq",
+            "auto_round:auto_awq",
+            "auto_gptq",
+            "auto_awq",
+            "compressed_tensors",
+            "compressed_tensors:int8",
+        ),
+        "vllm",
+    ),
+    "llamacpp": {"gguf": "llamacpp"},
+    "mlx": {"mlx": "mlx"},
+    "openvino": {"openvino": "openvino"},
 }
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one engine made of one checkpoint. logits: one (1, T, vocabulary) float32 tensor an input."""
+    """What one engine made of one checkpoint.
+
+    logits: one (1, t, vocabulary) float32 tensor an input, for its last t positions. tokens: (1, n) greedy tokens an
+    input, where asked for.
+    """
 
     ok: bool
     error: str | None = None
@@ -40,12 +64,31 @@ class EngineResult:
     unexpected: Sequence[str] = ()
     dtype: str = ""
     logits: Sequence[Tensor] = field(default=(), repr=False)
+    tokens: Sequence[Tensor] = field(default=(), repr=False)
 
 
-def interpreter(format_name: str, root: Path = Path()) -> Path:
-    """The Python that reads the format; it may not exist yet (`run_transformers` then says what installs it)."""
-    environment = ENVIRONMENTS[format_name]
-    return Path(sys.executable) if environment is None else root / ENGINES / environment / "bin" / "python"
+def root() -> Path:
+    """Where `.engines` lies: here, or in the checkout that this package belongs to."""
+    return Path() if FOLDER.is_dir() else Path(__file__).parents[2]
+
+
+def worker(engine: str) -> Path:
+    """The program that an engine's interpreter runs."""
+    return Path(__file__).with_name(f"engine_{engine}.py")
+
+
+def interpreter(format_name: str, root: Path = Path(), engine: str = "transformers") -> Path:
+    """The Python that reads the format; it may not exist yet (`ask` then says what installs it)."""
+    environment = ENGINES[engine][format_name]
+    return Path(sys.executable) if environment is None else root / FOLDER / environment / "bin" / "python"
+
+
+def not_installed(python: Path) -> str | None:
+    """What to do about an interpreter that isn't there; None for one that is."""
+    if python.is_file():
+        return None
+    name = python.parent.parent.name
+    return f"the engine {name} is not installed: bash scripts/engines.sh {name}"
 
 
 def run_transformers(
@@ -58,22 +101,35 @@ def run_transformers(
     dtype: str = "float32",
     quantization: Mapping[str, Any] | None = None,
 ) -> EngineResult:
-    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter.
+    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter."""
+    asked = {"dtype": dtype, "class": model_class, "quantization": dict(quantization or {})}
+    return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
+
+
+def ask(
+    engine: str,
+    checkpoint_dir: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    asked: Mapping[str, Any],
+    *,
+    python: Path,
+    timeout: float = 600,
+) -> EngineResult:
+    """One question to an engine's worker in its own interpreter.
 
     Never raises for what the engine does: a crash, a time-out or a missing environment is a result with an error.
     """
-    if not python.is_file():
-        name = python.parent.parent.name
-        return EngineResult(False, f"the engine {name} is not installed: scripts/engines.sh {name}")
+    if problem := not_installed(python):
+        return EngineResult(False, problem)
     with tempfile.TemporaryDirectory() as folder:
         paths = {key: str(Path(folder) / f"{key}.safetensors") for key in ("inputs", "output")}
         flat = {f"{i}.{key}": t.contiguous().clone() for i, kwargs in enumerate(inputs) for key, t in kwargs.items()}
         save_file(flat, paths["inputs"])
-        request = {"model": str(checkpoint_dir.resolve()), "dtype": dtype, "class": model_class, **paths}
+        request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
         request_file = Path(folder) / "request.json"
-        request_file.write_text(json.dumps(request | {"quantization": dict(quantization or {})}), encoding="utf-8")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
-        command = [str(python.absolute()), str(WORKER), str(request_file)]
+        command = [str(python.absolute()), str(worker(engine)), str(request_file)]
         try:
             done = subprocess.run(
                 command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
@@ -84,12 +140,11 @@ def run_transformers(
         if answer is None:
             tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
             return EngineResult(False, f"the engine died (exit {done.returncode}): {tail}")
-        logits = []
-        if Path(paths["output"]).is_file():
-            stored = load_file(paths["output"])
-            logits = [stored[f"{i}.logits"] for i in range(len(inputs))]
+        stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
-    return EngineResult(**known, logits=logits)
+    for what in MADE:
+        known[what] = [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored]
+    return EngineResult(**known)
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

@@ -259,12 +259,16 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 )
 
 
+def run_checks(subject: Subject) -> list[Finding]:
+    """What reading the folder ran into, and what each check of the table found."""
+    found = [*subject.findings, *(finding for run in CHECKS for finding in run(subject))]
+    return list(dict.fromkeys(found))
+
+
 def check(folder: Path, source: Path | None = None, remote_code: bool = False) -> list[Finding]:
-    """All findings on a checkpoint folder, in the order of the table.
+    """All findings on a checkpoint folder.
 
     source: the folder of the model before quantization, compared with if given. remote_code: the model's own code may
     run to tell its layers. Raises UserError for a folder that isn't there.
     """
-    subject = read_subject(folder, source, remote_code)
-    found = [*subject.findings, *(finding for run in CHECKS for finding in run(subject))]
-    return list(dict.fromkeys(found))
+    return run_checks(read_subject(folder, source, remote_code))

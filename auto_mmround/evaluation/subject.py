@@ -6,6 +6,7 @@ Reading never raises for what is wrong with the folder: it notes a finding and g
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,11 @@ class Subject:
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""
-        for name in names:
-            with safe_open(self.folder / self.tensors[name].file, "pt") as file:
-                yield name, file.get_tensor(name)
+        with ExitStack() as stack:
+            files = {self.tensors[name].file for name in names}
+            opened = {file: stack.enter_context(safe_open(self.folder / file, "pt")) for file in files}
+            for name in names:
+                yield name, opened[self.tensors[name].file].get_tensor(name)
 
 
 def read_subject(folder: Path, source: Path | None = None, remote_code: bool = False) -> Subject:
