@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
 from auto_mmround.errors import UserError
+from auto_mmround.model.families import family_of
 from auto_mmround.model.loading import Loaded
 from auto_mmround.run.job import template_for
 
@@ -38,11 +40,15 @@ class Probe:
 def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     """(probes, notes on kinds that could not be made); media files are written to ``folder`` and stay there.
 
-    Raises UserError when not even text can be encoded.
+    Raises UserError when none can be made.
     """
-    known = set(placeholder_ids(loaded.model.config).values())
+    config = loaded.model.config
+    if config.is_encoder_decoder and loaded.model.main_input_name == "input_features":
+        return [_heard(loaded, sing(folder))], []
+    known = set(placeholder_ids(config).values())
     kinds = [kind for kind, place in (("image", IMAGE), ("audio", AUDIO)) if place in known]
-    probes = [Probe("text", _encode(loaded, {"text": TEXT}, folder), {"text": TEXT})]
+    plain = family_of(config.model_type).text_only
+    probes = [Probe("text", _encode(loaded, {"text": TEXT}, folder), {"text": TEXT})] if plain else []
     notes = []
     for kind in kinds:
         path = MAKERS[kind](folder)
@@ -56,7 +62,20 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
             notes.append(f"no {kind} input could be made: {error}")
         else:
             probes.append(Probe(kind, kwargs, {"question": QUESTIONS[kind], kind: str(path)}))
+    if not probes:
+        raise UserError("; ".join(notes) or "the model takes neither text nor an image nor sound that could be made")
     return probes, notes
+
+
+def _heard(loaded: Loaded, path: Path) -> Probe:
+    """A sound for a speech recogniser, with the beginning of any text."""
+    with wave.open(str(path), "rb") as file:
+        samples = struct.unpack(f"<{RATE}h", file.readframes(RATE))
+    extract = loaded.processor.feature_extractor
+    made = extract([s / 2**15 for s in samples], sampling_rate=RATE, return_tensors="pt")
+    words = loaded.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:8]
+    ids = torch.tensor([[loaded.model.config.decoder_start_token_id, *words]])
+    return Probe("audio", {"input_features": made["input_features"], "decoder_input_ids": ids}, {"audio": str(path)})
 
 
 def _encode(loaded: Loaded, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
