@@ -260,6 +260,7 @@ MUTATIONS = [
     Mutation("custom code missing", edit("config.json", put(auto_map={"AutoConfig": "my_code.C"})), "my_code.py"),
     # configuration
     Mutation("configuration dropped", drop("config.json"), "config.json"),
+    Mutation("quantization dropped", edit("config.json", pop("quantization_config")), "qweight"),
     Mutation("bits missing", config(pop("bits")), "quantization_config.bits", ALL),
     Mutation("packing format missing", config(pop("packing_format")), "packing_format"),
     Mutation("wrong bits", config(put(bits=8)), DOWN, ("auto_round", "auto_gptq")),

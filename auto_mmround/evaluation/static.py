@@ -13,7 +13,7 @@ import torch
 
 from auto_mmround.evaluation import names
 from auto_mmround.evaluation.subject import Finding, Stored, Subject, read_json, read_subject
-from auto_mmround.evaluation.values import check_codes, check_plain_values, scheme, source_files
+from auto_mmround.evaluation.values import check_codes, check_decoded, check_plain_values, scheme, source_files
 from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -45,7 +45,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
         for name, shape in s.skeleton.shapes.items():
             if name in s.tensors and s.tensors[name].shape != shape:
                 yield Finding("error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}")
-    if s.journal.get("tensors"):
+    if s.journal.get("tensors") and not s.whole:
         plain, written = set(s.plain()), set(s.journal["tensors"])
         for text, some in (("is gone", sorted(written - plain)), ("was not written", sorted(plain - written))):
             if some:
@@ -58,6 +58,8 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
 
 def check_packed_modules(s: Subject) -> Iterator[Finding]:
     """The packed weights are those that the run wrote."""
+    if s.fmt is None or s.whole:  # a plain checkpoint holds the tuned values as ordinary weights
+        return
     written = set(s.journal.get("codes") or s.packed)
     for text, some in (("its packed weight is gone", written - s.packed), ("was not packed", s.packed - written)):
         if some:
@@ -256,6 +258,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     check_tokenizer,
     check_plain_values,
     check_codes,
+    check_decoded,
 )
 
 

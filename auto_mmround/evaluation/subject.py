@@ -95,6 +95,11 @@ class Subject:
     findings: list[Finding] = field(default_factory=list)
 
     @property
+    def whole(self) -> bool:
+        """Whether the weights lie in files of another kind, which only the format itself can read."""
+        return self.fmt is not None and self.fmt.write is not None
+
+    @property
     def hygiene(self) -> str:
         """Severity of what is surely wrong in our own files, but may be a habit of another tool."""
         return "error" if self.journal else "warning"
@@ -126,15 +131,16 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     config = read_json(folder / "config.json", findings) or {}
     index = read_json(folder / INDEX, findings) if (folder / INDEX).is_file() else None
     weight_map = index.get("weight_map", {}) if index is not None else None
-    tensors = _headers(folder, weight_map, findings)
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
+    whole = fmt is not None and fmt.write is not None
+    tensors = {} if whole else _headers(folder, weight_map, findings)
     mark = f".{fmt.parts[0]}" if fmt else None
     packed = frozenset(name.removesuffix(mark) for name in tensors if mark and name.endswith(mark))
     journal = read_json(folder / "run.json", findings) if (folder / "run.json").is_file() else None
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
-    skeleton = _skeleton(folder, keys, findings, remote_code) if config else None
+    skeleton = _skeleton(folder, keys, findings, remote_code) if config and not whole else None
     return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal or {}, source, findings)
 
 

@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from auto_mmround.errors import UserError
 from auto_mmround.evaluation.subject import Finding, Subject
+from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.export.formats import scheme_of
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
@@ -75,6 +77,24 @@ def check_codes(s: Subject) -> Iterator[Finding]:
         name = f"{module}.weight"
         if not broken and name in source:
             yield from _against_source(name, dequantize(codes), _one(source[name], name).float())
+
+
+def check_decoded(s: Subject) -> Iterator[Finding]:
+    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run tuned."""
+    if not s.whole:
+        return
+    written: dict[str, str] = {n: each["weight"] for n, each in (s.journal.get("codes") or {}).items()}
+    try:
+        for name, tensor in dequantized_state_dict(s.folder, torch.float32):
+            if not bool(torch.isfinite(tensor).all()):
+                yield Finding("error", name, "holds NaN or infinite values")
+            elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
+                yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
+    except (UserError, OSError, ValueError) as error:
+        yield Finding("error", s.folder.name, f"can't be decoded: {' '.join(str(error).split())}")
+        return
+    if written:
+        yield Finding("error", min(written), "its weight is gone according to run.json")
 
 
 def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround import __version__
-from auto_mmround.numerics.grids import Codes
+from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.run.pipeline import BlockReport
 from auto_mmround.run.plan import Plan
 
@@ -24,12 +24,15 @@ def checksum(tensor: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def codes_record(codes: Codes) -> dict[str, Any]:
+def codes_record(codes: Codes, decoded: bool = False) -> dict[str, Any]:
     """What a decoded checkpoint must give back for one weight: its scheme, and checksums that no packing changes.
 
-    q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups).
+    q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups). decoded: the float32
+    weight (out, in) too, for formats whose files hold no such codes.
     """
     values = {"q": codes.q_OI.to(torch.uint8), "scale": codes.scale_OG.float(), "zero": codes.zero_OG.to(torch.uint8)}
+    if decoded:
+        values["weight"] = dequantize(codes)
     scheme = {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.sym}
     return scheme | {name: checksum(tensor) for name, tensor in values.items()}
 

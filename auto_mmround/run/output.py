@@ -105,7 +105,8 @@ class Output:
 
     def add(self, codes: Mapping[str, Codes]) -> None:
         """Pack the weights of a finished block."""
-        self.records["codes"] |= {self.names.module(name): codes_record(weight) for name, weight in codes.items()}
+        decoded = self.fmt.write is not None
+        self.records["codes"] |= {self.names.module(n): codes_record(weight, decoded) for n, weight in codes.items()}
         if self.fmt.write:
             self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
             return
