@@ -142,10 +142,20 @@ def test_judgement(demo):
         assert "token 0" in judge(answer(reference, 0, tokens=[torch.tensor([wrong])]), reference, 35)["reason"]
 
 
+def test_engines_that_give_next_log_probabilities_only(demo):
+    reference = make_reference(DEMO, demo.model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
+    top = reference.logits[0][-1].log_softmax(-1).topk(20)
+    given = {str(i): v for i, v in zip(top.indices.tolist(), top.values.tolist())}
+    assert judge(EngineResult(True, logprobs=[given]), reference, 35)["status"] == "right"
+    shifted = {i: value - reference.spread for i, value in given.items()}
+    assert judge(EngineResult(True, logprobs=[shifted]), reference, 35)["status"] == "wrong"
+    assert judge(EngineResult(True, logprobs=[{}]), reference, 35)["status"] == "wrong"
+
+
 def test_probes_need_nothing_but_the_folder(demo, tmp_path):
     probes, notes = make_probes(demo, tmp_path)
     assert [probe.kind for probe in probes] == ["text", "image"] and notes == []
-    assert "pixel_values" in probes[1].kwargs and (tmp_path / "probe.png").is_file()
+    assert "pixel_values" in probes[1].kwargs and probes[1].media["image0"].dtype == torch.uint8
 
 
 def test_a_probe_for_speech_recognition(demo, tmp_path):

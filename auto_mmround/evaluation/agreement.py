@@ -97,10 +97,12 @@ def agreed(tokens: Sequence[int], margins: Sequence[float], found: Sequence[int]
 def judge(result: EngineResult, reference: Reference, planned: int) -> dict[str, Any]:
     """The figures of a verdict, with its status "right" or "wrong" and the reason."""
     worst = largest_difference(result.logits, reference.logits)
+    if result.logprobs:
+        worst = _next_difference(result.logprobs, reference.logits)
     gap = worst / reference.spread
     facts: dict[str, Any] = {"layers": result.quantized, "max_difference": worst, "gap": gap}
     problem = _problem(result, planned)
-    if problem is None and (result.logits or not result.tokens) and not gap <= TOLERANCE:
+    if problem is None and not gap <= TOLERANCE:
         allowed = min(WIDEST, NOISE * reference.noise(result.dtype) / reference.spread)
         problem = None if gap <= allowed else f"logits differ by {gap:.1%} of their spread"
     if problem is None and result.tokens:
@@ -114,7 +116,17 @@ def _problem(result: EngineResult, planned: int) -> str | None:
     if result.missing or result.unexpected:
         names = [*result.missing, *result.unexpected]
         return f"{len(names)} tensors missing or unknown, first {names[0]}"
-    return None if result.quantized == planned else f"{result.quantized} quantized layers, {planned} planned"
+    if result.quantized is not None and result.quantized != planned:
+        return f"{result.quantized} quantized layers, {planned} planned"
+    return None
+
+
+def _next_difference(found: Sequence[Mapping[str, float]], wanted: Sequence[Tensor]) -> float:
+    """Largest difference of the given log probabilities of next tokens; NaN where there is nothing to compare."""
+    if len(found) != len(wanted) or not all(found):
+        return float("nan")
+    scores = [want[-1].log_softmax(-1) for want in wanted]
+    return max(abs(value - float(score[int(i)])) for given, score in zip(found, scores) for i, value in given.items())
 
 
 def _judge_tokens(result: EngineResult, reference: Reference, worst: float) -> tuple[tuple[int, int], str | None]:

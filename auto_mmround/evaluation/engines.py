@@ -17,33 +17,38 @@ MADE = ("logits", "tokens")  # what a worker may write for each input
 FOLDER = Path(".engines")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
-# Engine -> the formats it reads, each with the environment below .engines that can; None is the one this program runs
-# in. The worker of an engine is engine_<name>.py in this folder.
-ENGINES: dict[str, dict[str, str | None]] = {
-    "transformers": {
-        "auto_round": None,
-        "auto_round:auto_gptq": None,
-        "auto_round:auto_awq": "gptqmodel",
-        "auto_gptq": "gptqmodel",
-        "auto_awq": "gptqmodel",
-        "compressed_tensors": None,
-        "compressed_tensors:int8": None,
-        "fake": None,
-    },
-    "vllm": dict.fromkeys(
-        (
-            "auto_round:auto_gptq",
-            "auto_round:auto_awq",
-            "auto_gptq",
-            "auto_awq",
-            "compressed_tensors",
-            "compressed_tensors:int8",
-        ),
-        "vllm",
+
+@dataclass(frozen=True)
+class Engine:
+    """formats: those it reads, each with the environment below `.engines` that can; None is the one this program runs
+    in. dtype: what it is asked to compute in. kinds: of inputs it takes. own_media: it processes media itself, and gets
+    token ids and images as they are. The worker is engine_<name>.py in this folder."""
+
+    formats: Mapping[str, str | None]
+    dtype: str = "float32"
+    kinds: tuple[str, ...] = ("text", "image", "audio")
+    own_media: bool = False
+
+
+_COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tensors:float")
+_GPTQ = ("auto_round:auto_awq", "auto_gptq", "auto_awq")
+ENGINES: dict[str, Engine] = {
+    "transformers": Engine(
+        {
+            **dict.fromkeys(("auto_round", "auto_round:auto_gptq", "fake", *_COMPRESSED), None),
+            **dict.fromkeys(_GPTQ, "gptqmodel"),
+        }
     ),
-    "llamacpp": {"gguf": "llamacpp"},
-    "mlx": {"mlx": "mlx"},
-    "openvino": {"openvino": "openvino"},
+    # In float16 vLLM keeps the scales as they are stored.
+    "vllm": Engine(
+        dict.fromkeys(("auto_round:auto_gptq", *_GPTQ, *_COMPRESSED), "vllm"),
+        dtype="float16",
+        kinds=("text", "image"),
+        own_media=True,
+    ),
+    "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text",)),
+    "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
+    "openvino": Engine({"openvino": "openvino"}, kinds=("text",)),
 }
 
 
@@ -51,20 +56,22 @@ ENGINES: dict[str, dict[str, str | None]] = {
 class EngineResult:
     """What one engine made of one checkpoint.
 
-    logits: one (1, t, vocabulary) float32 tensor an input, for its last t positions. tokens: (1, n) greedy tokens an
-    input, where asked for.
+    quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32 tensor an input, for
+    its last t positions. tokens: (1, n) greedy tokens an input, where asked for. logprobs: {token id: log probability}
+    of the likeliest next tokens an input, from engines that give no logits.
     """
 
     ok: bool
     error: str | None = None
     engine: str = ""
     classes: Mapping[str, int] = field(default_factory=dict)
-    quantized: int = 0
+    quantized: int | None = None
     missing: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     dtype: str = ""
     logits: Sequence[Tensor] = field(default=(), repr=False)
     tokens: Sequence[Tensor] = field(default=(), repr=False)
+    logprobs: Sequence[Mapping[str, float]] = field(default=(), repr=False)
 
 
 def root() -> Path:
@@ -79,7 +86,7 @@ def worker(engine: str) -> Path:
 
 def interpreter(format_name: str, root: Path = Path(), engine: str = "transformers") -> Path:
     """The Python that reads the format; it may not exist yet (`ask` then says what installs it)."""
-    environment = ENGINES[engine][format_name]
+    environment = ENGINES[engine].formats[format_name]
     return Path(sys.executable) if environment is None else root / FOLDER / environment / "bin" / "python"
 
 

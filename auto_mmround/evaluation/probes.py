@@ -8,12 +8,14 @@ import math
 import struct
 import wave
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
@@ -29,12 +31,12 @@ RATE = 16000
 
 @dataclass(frozen=True)
 class Probe:
-    """One input. kwargs: as `model(**kwargs)` takes it, up to where an answer would begin. row: the same for engines
-    that process media themselves, {"text": ..} or {"question": .., "image" or "audio": path}."""
+    """One input. kind: "text", "image" or "audio". kwargs: as `model(**kwargs)` takes it, up to where an answer would
+    begin. media: for engines that process it themselves, `image0` as uint8 (height, width, 3)."""
 
     kind: str
     kwargs: Mapping[str, Any]
-    row: Mapping[str, str]
+    media: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
@@ -48,7 +50,7 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     known = set(placeholder_ids(config).values())
     kinds = [kind for kind, place in (("image", IMAGE), ("audio", AUDIO)) if place in known]
     plain = family_of(config.model_type).text_only
-    probes = [Probe("text", _encode(loaded, {"text": TEXT}, folder), {"text": TEXT})] if plain else []
+    probes = [Probe("text", _encode(loaded, {"text": TEXT}, folder))] if plain else []
     notes = []
     for kind in kinds:
         path = MAKERS[kind](folder)
@@ -61,7 +63,8 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
         except UserError as error:
             notes.append(f"no {kind} input could be made: {error}")
         else:
-            probes.append(Probe(kind, kwargs, {"question": QUESTIONS[kind], kind: str(path)}))
+            image = {"image0": torch.from_numpy(np.array(Image.open(path)))} if kind == "image" else {}
+            probes.append(Probe(kind, kwargs, image))
     if not probes:
         raise UserError("; ".join(notes) or "the model takes neither text nor an image nor sound that could be made")
     return probes, notes
@@ -75,7 +78,7 @@ def _heard(loaded: Loaded, path: Path) -> Probe:
     made = extract([s / 2**15 for s in samples], sampling_rate=RATE, return_tensors="pt")
     words = loaded.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:8]
     ids = torch.tensor([[loaded.model.config.decoder_start_token_id, *words]])
-    return Probe("audio", {"input_features": made["input_features"], "decoder_input_ids": ids}, {"audio": str(path)})
+    return Probe("audio", {"input_features": made["input_features"], "decoder_input_ids": ids})
 
 
 def _encode(loaded: Loaded, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class Verdict:
     """What one engine makes of one folder.
 
     status: "right", "wrong" or "not run". reason: why it is wrong or did not run. version: of the engine's packages.
-    layers: quantized layers the engine made; planned: as many as should be. gap: largest logit difference to the
-    decoded weights, relative to the logits' standard deviation. tokens: (greedy tokens that agree up to a near tie, of
-    how many), from engines that generate.
+    layers: quantized layers the engine made, None if it does not tell; planned: as many as should be. gap: largest
+    logit difference to the decoded weights, relative to the logits' standard deviation. tokens: (greedy tokens that
+    agree up to a near tie, of how many), from engines that generate.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Verdict:
     status: str
     reason: str | None = None
     version: str = ""
-    layers: int = 0
+    layers: int | None = None
     planned: int = 0
     max_difference: float = float("nan")
     gap: float = float("nan")
@@ -55,9 +55,10 @@ class Verdict:
         if self.status != "right":
             mark = "WRONG" if self.status == "wrong" else self.status
             return f"{mark} {self.folder.name}: {who}: {self.reason}"
+        layers = "" if self.layers is None else f"{self.layers} of {self.planned} quantized layers, "
         tokens = f", {self.tokens[0]} of {self.tokens[1]} tokens equal up to near ties" if self.tokens else ""
         return (
-            f"right {self.folder.name}: {who}, {self.layers} of {self.planned} quantized layers, "
+            f"right {self.folder.name}: {who}, {layers}"
             f"largest logit difference {self.max_difference:.2g} ({self.gap:.2g} of their spread){tokens}"
         )
 
@@ -108,7 +109,7 @@ def verify(
         _require(engine, name, root)
     findings = run_checks(subject)
     verification = Verification(folder, name, tuple(findings))
-    wanted = [engine for engine in ENGINES if name in ENGINES[engine]] if chosen is None else list(chosen)
+    wanted = [engine for engine in ENGINES if name in ENGINES[engine].formats] if chosen is None else list(chosen)
     if chosen is None and not verification.right:
         return Verification(folder, name, tuple(findings), (), ("no engine is asked about files that are wrong",))
     reasons = {engine: _reason_not_to_ask(engine, subject, root) for engine in wanted}
@@ -117,13 +118,19 @@ def verify(
     notes: list[str] = []
     if asked:
         loaded = from_quantized(folder, dtype="float32", remote_code=remote_code)
-        with tempfile.TemporaryDirectory() as media:
-            probes, notes = make_probes(loaded, Path(media))
-            reference = make_reference(folder, loaded.model, [probe.kwargs for probe in probes])
-            rows = [dict(probe.row) for probe in probes]
-            planned = len(subject.packed or subject.journal.get("codes") or ())
-            for engine in asked:
-                verdicts[engine] = _verdict(engine, name, reference, planned, root, timeout, rows)
+        with tempfile.TemporaryDirectory() as made:
+            probes, notes = make_probes(loaded, Path(made))
+        planned = len(subject.packed or subject.journal.get("codes") or ())
+        reference = make_reference(folder, loaded.model, [probe.kwargs for probe in probes])
+        for engine in asked:
+            taken = [i for i, probe in enumerate(probes) if probe.kind in ENGINES[engine].kinds]
+            part = replace(
+                reference,
+                inputs=[reference.inputs[i] for i in taken],
+                logits=[reference.logits[i] for i in taken],
+            )
+            media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
+            verdicts[engine] = _verdict(engine, name, part, planned, root, timeout, media)
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
@@ -150,23 +157,36 @@ def _verdict(
     planned: int,
     root: Path,
     timeout: float,
-    rows: Sequence[Mapping[str, str]] = (),
+    media: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Verdict:
-    """rows: the inputs once more for engines that have processors of their own."""
+    """media: of each input, for an engine that processes it itself and gets no other keyword arguments but the ids."""
     kind = type(reference.model).__name__
     cls = kind if hasattr(transformers, kind) else "AutoModelForImageTextToText"
-    asked = {"dtype": "float32", "class": cls, "rows": list(rows), "new_tokens": NEW_TOKENS}
+    asked = {"dtype": ENGINES[engine].dtype, "class": cls, "new_tokens": NEW_TOKENS}
+    inputs = reference.inputs
+    if media is not None:
+        inputs = [{"input_ids": kwargs["input_ids"], **own} for kwargs, own in zip(inputs, media)]
+    if engine == "llamacpp":
+        asked |= _gguf_request(reference)
     python = interpreter(name, root, engine)
-    result = ask(engine, reference.folder, reference.inputs, asked, python=python, timeout=timeout)
+    result = ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
     facts = judge(result, reference, planned)
     return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
+
+
+def _gguf_request(reference: Reference) -> dict[str, Any]:
+    """llama.cpp reads a file, not a folder, and gives the log probabilities of the next token after token ids. The
+    token it is made to generate must be one of text: the last of the first input."""
+    files = sorted(str(path.resolve()) for path in reference.folder.glob("model-*.gguf"))
+    prompts = [kwargs["input_ids"].flatten().tolist() for kwargs in reference.inputs]
+    return {"model": files[0] if files else "", "prompts": prompts, "top": 20, "filler": prompts[0][-1]}
 
 
 def _require(engine: str, name: str, root: Path) -> None:
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
-    if name not in ENGINES[engine]:
-        raise UserError(f"{engine} does not read the format {name}; it reads {', '.join(ENGINES[engine])}")
+    if name not in ENGINES[engine].formats:
+        raise UserError(f"{engine} does not read the format {name}; it reads {', '.join(ENGINES[engine].formats)}")
     if problem := engines.not_installed(interpreter(name, root, engine)):
         raise UserError(problem)
 
