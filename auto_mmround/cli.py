@@ -24,6 +24,7 @@ commands:
   auto-round-mllm recipe.toml          the same from a file (.toml, .yaml); options given as well win
   auto-round-mllm plan [options]       show what every layer would become, and why some stay
   auto-round-mllm eval ...             perplexity, KL by modality, answer accuracy
+  auto-round-mllm verify DIR ...       are the files right, and do real engines agree?
   auto-round-mllm formats | families   what can be written, what can be read
 
 examples:
@@ -219,6 +220,48 @@ def eval_command(arguments: Sequence[str]) -> int:
     return evaluate_and_show(found)
 
 
+VERIFY_EPILOG = """\
+Two questions about a checkpoint folder, of ours or of another tool:
+
+static   are the files right? Tensors, shards and index, shapes, ranges, names as Transformers and vLLM will resolve
+         them, side files, tokenizer; for our own files the decoded numbers, bit for bit, against those that were tuned
+engines  does each engine that reads the format load it, with as many quantized layers, and compute what the decoded
+         weights compute, for text, an image and a sound where the model takes them?
+
+An engine that is not installed is named with the command that installs it. Exit status: 0 right, 1 wrong, 2 the command
+can't be carried out.
+
+examples:
+  auto-round-mllm verify ./tmp_autoround/demo-w4g128-auto_round
+  auto-round-mllm verify ./some-awq-model --source ./original-model --engine none
+  auto-round-mllm verify ./demo-w4g128-auto_gptq --engine transformers,vllm --json
+"""
+
+
+def verify_command(arguments: Sequence[str]) -> int:
+    """Check a checkpoint: its files, then real engines against the decoded weights."""
+    parser = Parser(
+        prog="auto-round-mllm verify",
+        description=verify_command.__doc__,
+        epilog=VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the checkpoint")
+    parser.add_argument(
+        "--engine", help="comma list of transformers, vllm, llamacpp, mlx, openvino; none: the files only; "
+        "default: all that read the format and are installed",
+    )  # fmt: skip
+    parser.add_argument("--source", type=Path, help="folder of the model before quantization, to compare with")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds an engine may take (default: 600)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    found = parser.parse_args(normalise(arguments))
+    from auto_mmround.console import verify_and_show
+
+    return verify_and_show(found)
+
+
 def formats_command(arguments: Sequence[str]) -> int:
     """List the export formats."""
     Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(arguments)
@@ -238,6 +281,7 @@ def families_command(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan_command,
     "eval": eval_command,
+    "verify": verify_command,
     "formats": formats_command,
     "families": families_command,
 }

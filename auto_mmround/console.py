@@ -18,6 +18,7 @@ from auto_mmround.calibration.template import shipped
 from auto_mmround.evaluation.loader import load_any
 from auto_mmround.evaluation.metrics import Metrics, measure
 from auto_mmround.evaluation.samples import held_out
+from auto_mmround.evaluation.verify import verify
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES
@@ -157,6 +158,29 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
     names = [found.model] if reference is None else [found.reference, found.model]
     console.print(metrics_table(dict(zip(names, results))))
     return 0
+
+
+def verify_and_show(found: argparse.Namespace) -> int:
+    """The findings on a folder and a line an engine, or JSON; 1 if something is wrong."""
+    quiet_libraries()
+    engines = None if found.engine is None else [name.strip() for name in found.engine.split(",") if name.strip()]
+    result = verify(
+        found.folder,
+        [] if engines == ["none"] else engines,
+        source=found.source,
+        remote_code=found.trust_remote_code,
+        timeout=found.timeout,
+    )
+    if found.json:
+        print(json.dumps(result.as_dict(), indent=1))
+        return 0 if result.right else 1
+    errors = sum(finding.severity == "error" for finding in result.findings)
+    lines = [finding.line() for finding in result.findings]
+    mark = "WRONG" if errors else "right"
+    lines.append(f"{mark} {found.folder.name}: files, format {result.format}, {errors} errors")
+    for line in [*lines, *(verdict.line() for verdict in result.verdicts), *result.notes]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0 if result.right else 1
 
 
 def metrics_table(results: Mapping[str, Metrics], title: str | None = None) -> Table:

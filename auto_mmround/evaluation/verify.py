@@ -1,45 +1,147 @@
-"""Is an exported checkpoint what was tuned, and does a real engine agree? A verdict a checkpoint."""
+"""Is an exported checkpoint what was tuned, and do real engines agree? Findings, and a verdict an engine."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
-from auto_mmround.evaluation.engines import EngineResult, interpreter, run_transformers
+from auto_mmround.errors import UserError
+from auto_mmround.evaluation import engines, names
+from auto_mmround.evaluation.agreement import Reference, judge, make_reference
+from auto_mmround.evaluation.engines import ENGINES, ask, interpreter
 from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.export.checkpoint import read_checkpoint
-from auto_mmround.export.formats import from_config
+from auto_mmround.evaluation.probes import make_probes
+from auto_mmround.evaluation.static import run_checks
+from auto_mmround.evaluation.subject import Finding, Subject, read_subject
 
-# Readers compute in half precision where they offer nothing else; a wrong packing misses by orders of magnitude more.
-TOLERANCE = 0.05
+NEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """folder, format; layers: quantized layers the engine made; planned: as many as should be; gap: largest logit
-    difference to the decoded weights, relative to the logits' standard deviation; error: why it is not right."""
+    """What one engine makes of one folder.
+
+    status: "right", "wrong" or "not run". reason: why it is wrong or did not run. version: of the engine's packages.
+    layers: quantized layers the engine made, None if it does not tell; planned: as many as should be. gap: largest
+    logit difference to the decoded weights, relative to the logits' standard deviation. tokens: (greedy tokens that
+    agree up to a near tie, of how many), from engines that generate.
+    """
 
     folder: Path
     format: str
     engine: str
-    layers: int
-    planned: int
-    max_difference: float
-    gap: float
-    error: str | None
+    status: str
+    reason: str | None = None
+    version: str = ""
+    layers: int | None = None
+    planned: int = 0
+    max_difference: float = float("nan")
+    gap: float = float("nan")
+    tokens: tuple[int, int] | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Why the engine did not prove the checkpoint; None where it did."""
+        return None if self.status == "right" else self.reason
 
     def line(self) -> str:
         """One line for people."""
-        if self.error:
-            return f"WRONG {self.folder.name}: {self.error}"
+        who = self.version or self.engine
+        if self.status != "right":
+            mark = "WRONG" if self.status == "wrong" else self.status
+            return f"{mark} {self.folder.name}: {who}: {self.reason}"
+        layers = "" if self.layers is None else f"{self.layers} of {self.planned} quantized layers, "
+        tokens = f", {self.tokens[0]} of {self.tokens[1]} tokens equal up to near ties" if self.tokens else ""
         return (
-            f"right {self.folder.name}: {self.engine}, {self.layers} of {self.planned} quantized layers, "
-            f"largest logit difference {self.max_difference:.2g} ({self.gap:.2g} of their spread)"
+            f"right {self.folder.name}: {who}, {layers}"
+            f"largest logit difference {self.max_difference:.2g} ({self.gap:.2g} of their spread){tokens}"
         )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All that was found about one folder. notes: what could not be asked, and why."""
+
+    folder: Path
+    format: str
+    findings: tuple[Finding, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """No error in the files, and no engine that disagrees."""
+        errors = any(finding.severity == "error" for finding in self.findings)
+        return not errors and all(verdict.status != "wrong" for verdict in self.verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; figures that there are none of are left out."""
+        verdicts = [{k: v for k, v in asdict(each).items() if k != "folder" and v == v} for each in self.verdicts]
+        facts = {"folder": str(self.folder), "format": self.format, "right": self.right}
+        return facts | {"static": [asdict(f) for f in self.findings], "engines": verdicts, "notes": list(self.notes)}
+
+
+def verify(
+    folder: Path,
+    chosen: Sequence[str] | None = None,
+    *,
+    source: Path | None = None,
+    remote_code: bool = False,
+    root: Path | None = None,
+    timeout: float = 600,
+) -> Verification:
+    """The static check, then every engine that reads the format, or the ``chosen`` ones (an empty list: none).
+
+    source: the folder of the model before quantization. root: where `.engines` lies. Files that the static check found
+    wrong are shown to engines only where these were chosen.
+    Raises UserError for a folder that isn't there, and for a chosen engine that is unknown, not installed, or does not
+    read the format.
+    """
+    root = engines.root() if root is None else root
+    subject = read_subject(folder, source, remote_code)
+    name = subject.fmt.name if subject.fmt else "fake" if subject.quantization is None else "unknown"
+    for engine in chosen or ():
+        _require(engine, name, root)
+    findings = run_checks(subject)
+    verification = Verification(folder, name, tuple(findings))
+    wanted = [engine for engine in ENGINES if name in ENGINES[engine].formats] if chosen is None else list(chosen)
+    if chosen is None and not verification.right:
+        return Verification(folder, name, tuple(findings), (), ("no engine is asked about files that are wrong",))
+    reasons = {engine: _reason_not_to_ask(engine, subject, root) for engine in wanted}
+    verdicts = {engine: Verdict(folder, name, engine, "not run", reason) for engine, reason in reasons.items()}
+    asked = [engine for engine, reason in reasons.items() if reason is None]
+    notes: list[str] = []
+    if asked:
+        loaded = from_quantized(folder, dtype="float32", remote_code=remote_code)
+        with tempfile.TemporaryDirectory() as made:
+            probes, notes = make_probes(loaded, Path(made))
+        planned = len(subject.packed or subject.journal.get("codes") or ())
+        reference = make_reference(folder, loaded.model, [probe.kwargs for probe in probes])
+        for engine in asked:
+            taken = [i for i, probe in enumerate(probes) if probe.kind in ENGINES[engine].kinds]
+            part = replace(
+                reference,
+                inputs=[reference.inputs[i] for i in taken],
+                logits=[reference.logits[i] for i in taken],
+            )
+            media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
+            verdicts[engine] = _verdict(engine, name, part, planned, root, timeout, media)
+    return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
+
+
+def verify_transformers(
+    folder: Path, inputs: Sequence[Mapping[str, Any]], planned: int, *, root: Path = Path(), timeout: float = 600
+) -> Verdict:
+    """Load the checkpoint in the real Transformers path of its format and compare logits with the decoded weights."""
+    subject = read_subject(folder)
+    assert subject.fmt is not None
+    reference = make_reference(folder, from_quantized(folder, dtype="float32").model, inputs)
+    return _verdict("transformers", subject.fmt.name, reference, planned, root, timeout)
 
 
 def same_weights(folder: Path, tuned: Mapping[str, Tensor]) -> list[str]:
@@ -48,29 +150,54 @@ def same_weights(folder: Path, tuned: Mapping[str, Tensor]) -> list[str]:
     return [name for name, wanted in tuned.items() if not torch.equal(state[name].to(wanted.dtype), wanted)]
 
 
-def verify_transformers(
-    folder: Path, inputs: Sequence[Mapping[str, Any]], planned: int, *, root: Path = Path(), timeout: float = 600
+def _verdict(
+    engine: str,
+    name: str,
+    reference: Reference,
+    planned: int,
+    root: Path,
+    timeout: float,
+    media: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Verdict:
-    """Load the checkpoint in the real Transformers path of its format and compare logits with the decoded weights."""
-    checkpoint = read_checkpoint(folder)
-    assert checkpoint.quantization_config is not None
-    name = from_config(checkpoint.quantization_config).name
-    reference = from_quantized(folder, dtype="float32").model
-    wanted = [logits_of(reference, kwargs) for kwargs in inputs]
-    result = run_transformers(folder, inputs, python=interpreter(name, root), timeout=timeout)
-    worst = gap = float("nan")
-    if result.logits:
-        worst = max((got[0] - want).abs().max().item() for got, want in zip(result.logits, wanted, strict=True))
-        gap = worst / torch.cat([want.flatten() for want in wanted]).std().item()
-    return Verdict(folder, name, result.engine, result.quantized, planned, worst, gap, _problem(result, planned, gap))
+    """media: of each input, for an engine that processes it itself and gets no other keyword arguments but the ids."""
+    kind = type(reference.model).__name__
+    cls = kind if hasattr(transformers, kind) else "AutoModelForImageTextToText"
+    asked = {"dtype": ENGINES[engine].dtype, "class": cls, "new_tokens": NEW_TOKENS}
+    inputs = reference.inputs
+    if media is not None:
+        inputs = [{"input_ids": kwargs["input_ids"], **own} for kwargs, own in zip(inputs, media)]
+    if engine == "llamacpp":
+        asked |= _gguf_request(reference)
+    python = interpreter(name, root, engine)
+    result = ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
+    facts = judge(result, reference, planned)
+    return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
 
 
-def _problem(result: EngineResult, planned: int, gap: float) -> str | None:
-    if not result.ok:
-        return result.error or "the engine failed"
-    if result.missing or result.unexpected:
-        names = [*result.missing, *result.unexpected]
-        return f"{len(names)} tensors missing or unknown, first {names[0]}"
-    if result.quantized != planned:
-        return f"{result.quantized} quantized layers, {planned} planned"
-    return None if gap <= TOLERANCE else f"logits differ by {gap:.1%} of their spread"
+def _gguf_request(reference: Reference) -> dict[str, Any]:
+    """llama.cpp reads a file, not a folder, and gives the log probabilities of the next token after token ids. The
+    token it is made to generate must be one of text: the last of the first input."""
+    files = sorted(str(path.resolve()) for path in reference.folder.glob("model-*.gguf"))
+    prompts = [kwargs["input_ids"].flatten().tolist() for kwargs in reference.inputs]
+    return {"model": files[0] if files else "", "prompts": prompts, "top": 20, "filler": prompts[0][-1]}
+
+
+def _require(engine: str, name: str, root: Path) -> None:
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
+    if name not in ENGINES[engine].formats:
+        raise UserError(f"{engine} does not read the format {name}; it reads {', '.join(ENGINES[engine].formats)}")
+    if problem := engines.not_installed(interpreter(name, root, engine)):
+        raise UserError(problem)
+
+
+def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
+    """Why an engine can't be asked about a folder that is right for others; None if it can."""
+    config = subject.quantization or {}
+    if engine == "vllm" and not names.vllm_reads(config):
+        return f"vLLM does not take {config.get('bits')} bits, sym {config.get('sym')} in this layout"
+    if engine == "vllm" and config.get("bits", 4) != 4:
+        return f"vLLM's build for CPUs has no kernel for {config['bits']} bits"
+    name = subject.fmt.name if subject.fmt else "fake"
+    problem = engines.not_installed(interpreter(name, root, engine))
+    return problem or (None if engines.worker(engine).is_file() else f"{engine} can't be asked yet")

@@ -118,7 +118,7 @@ def write_side_files(
     Without one the objects save themselves, the tokenizer with neither truncation nor padding left in it.
     """
     if source is not None:
-        chosen = [path for path in sorted(source.rglob("*")) if _is_side_file(path, source)]
+        chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
         for path in chosen:
             target = out / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,8 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error
 
 
-def _is_side_file(path: Path, source: Path) -> bool:
+def is_side_file(path: Path, source: Path) -> bool:
+    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged."""
     parts = path.relative_to(source).parts
     hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
     own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))

@@ -41,8 +41,9 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
         plain = getattr(module, "is_concatenated", False) and getattr(module, "has_gate", False)
         if not plain or module.is_transposed or module.has_bias or module.has_post_expert_norm:
             continue
+        count = int(module.num_experts)  # type: ignore[arg-type]
         parts = {leaf: _taken_apart(model, f"{path}.{leaf}", fused) for leaf in ("gate_up_proj", "down_proj")}
-        if [len(part) for part in parts.values()] == [2 * module.num_experts, module.num_experts]:
+        if [len(part) for part in parts.values()] == [2 * count, count]:
             for part in parts.values():
                 found |= {f"{path}.{expert.index}.{_leaf(expert)}": expert for expert in part}
     return found

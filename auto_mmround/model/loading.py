@@ -142,11 +142,19 @@ def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> A
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Name of the parameter in the model -> key in the checkpoint, for keys that hold exactly one parameter.
 
+    Keys that are fused or split on the way are left out.
+    """
+    return {name: key for key, (name, whole) in loaded_names(model, keys).items() if whole and name is not None}
+
+
+def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
+    """Key in the checkpoint -> (name of the parameter it ends up in, or None; whether it is the whole of it).
+
     Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same tables are applied
-    here. Keys that are fused or split on the way are left out.
+    here.
     """
     own = dict.fromkeys(model.state_dict())
-    return {name: key for key, name, converted in _renamed(model, keys) if not converted and name in own}
+    return {key: (name if name in own else None, not converted) for key, name, converted in _renamed(model, keys)}
 
 
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from auto_mmround.model.experts import separable
 from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, to_toml
+from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.plan import Plan
 
 
@@ -119,6 +120,7 @@ class Output:
             self.discard()
             raise UserError(f"{absent[0]}: the checkpoint has no tensor {names.key(absent[0] + '.weight')} to replace")
         self.codes: dict[str, Codes] = {}  # kept for formats that write the whole model at once
+        self.records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
 
     def discard(self) -> None:
         """Remove what was written so far, and the folders above it that were made for it."""
@@ -131,6 +133,8 @@ class Output:
         """Pack the weights of a finished block."""
         if not self.fmt.parts:
             return
+        decoded = self.fmt.write is not None
+        self.records["codes"] |= {self.names.module(n): codes_record(weight, decoded) for n, weight in codes.items()}
         if self.fmt.write:
             self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
             return
@@ -149,7 +153,7 @@ class Output:
         """Unchanged tensors, side files, recipe, journal and configuration; then the folder gets its name."""
         model = self.names.model
         packed = self.plan.quantized if self.fmt.parts else ()
-        rest = self.names.unchanged({f"{name}.weight" for name in packed})
+        rest = self._recorded(self.names.unchanged({f"{name}.weight" for name in packed}))
         layout = Layout(
             quantized=self.plan.quantized,
             kept=list(self.plan.kept),
@@ -164,17 +168,23 @@ class Output:
             for key, tensor in rest:
                 self.writer.add({key: tensor})
             self.writer.finish()
-        write_side_files(
+        files = write_side_files(
             source, self.partial, tokenizer=tokenizer, processor=processor, generation_config=model.generation_config
         )
         (self.partial / "recipe.toml").write_text(to_toml(recipe))
-        (self.partial / "run.json").write_text(json.dumps(journal, indent=1, ensure_ascii=False) + "\n")
         if self.fmt.write:
             self.fmt.write(self.partial, Whole(self.codes, rest, config, layout, source))
         else:
             write_config(self.partial, config, self.fmt.config(layout))
+        record = {**journal, "files": sorted(files), **self.records}
+        (self.partial / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         commit(self.partial, self.out)
         return self.out
+
+    def _recorded(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in tensors:
+            self.records["tensors"][key] = checksum(tensor)
+            yield key, tensor
 
 
 def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Inputs to ask engines with, made from a checkpoint folder alone: its own tokenizer, processor and chat template.
+
+A line of text, and where the model takes them a drawn image and a synthetic sound. What they show does not matter: an
+engine must only make of them what the decoded weights do.
+"""
+
+import math
+import struct
+import wave
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from auto_mmround.calibration import batches
+from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
+from auto_mmround.errors import UserError
+from auto_mmround.model.families import family_of
+from auto_mmround.model.loading import Loaded
+from auto_mmround.run.job import template_for
+
+TEXT = "In the beginning was the word, and many other words came after it; some of them were numbers: 1, 2, 3, 17."
+QUESTIONS = {"image": "What do you see?", "audio": "What do you hear?"}
+RATE = 16000
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input. kind: "text", "image" or "audio". kwargs: as `model(**kwargs)` takes it, up to where an answer would
+    begin. media: for engines that process it themselves, `image0` as uint8 (height, width, 3)."""
+
+    kind: str
+    kwargs: Mapping[str, Any]
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
+    """(probes, notes on kinds that could not be made); media files are written to ``folder`` and stay there.
+
+    Raises UserError when none can be made.
+    """
+    config = loaded.model.config
+    if config.is_encoder_decoder and loaded.model.main_input_name == "input_features":
+        return [_heard(loaded, sing(folder))], []
+    known = set(placeholder_ids(config).values())
+    kinds = [kind for kind, place in (("image", IMAGE), ("audio", AUDIO)) if place in known]
+    plain = family_of(config.model_type).text_only
+    probes = [Probe("text", _encode(loaded, {"text": TEXT}, folder))] if plain else []
+    notes = []
+    for kind in kinds:
+        path = MAKERS[kind](folder)
+        turns = [
+            {"from": "human", "value": f"<{kind}>\n{QUESTIONS[kind]}"},
+            {"from": "gpt", "value": "Something."},
+        ]
+        try:
+            kwargs = _encode(loaded, {kind: path.name, "conversations": turns}, folder)
+        except UserError as error:
+            notes.append(f"no {kind} input could be made: {error}")
+        else:
+            image = {"image0": torch.from_numpy(np.array(Image.open(path)))} if kind == "image" else {}
+            probes.append(Probe(kind, kwargs, image))
+    if not probes:
+        raise UserError("; ".join(notes) or "the model takes neither text nor an image nor sound that could be made")
+    return probes, notes
+
+
+def _heard(loaded: Loaded, path: Path) -> Probe:
+    """A sound for a speech recogniser, with the beginning of any text."""
+    with wave.open(str(path), "rb") as file:
+        samples = struct.unpack(f"<{RATE}h", file.readframes(RATE))
+    extract = loaded.processor.feature_extractor
+    made = extract([s / 2**15 for s in samples], sampling_rate=RATE, return_tensors="pt")
+    words = loaded.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:8]
+    ids = torch.tensor([[loaded.model.config.decoder_start_token_id, *words]])
+    return Probe("audio", {"input_features": made["input_features"], "decoder_input_ids": ids})
+
+
+def _encode(loaded: Loaded, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    made, _ = batches.build(
+        [dict(row)],
+        tokenizer=loaded.tokenizer,
+        processor=loaded.processor,
+        template=template_for(loaded.model),
+        config=loaded.model.config,
+        nsamples=1,
+        truncation=False,
+        extra_data_dir=str(folder),
+        prompt=True,
+        quiet=True,
+    )
+    return made[0].kwargs
+
+
+def draw(folder: Path) -> Path:
+    """A picture with a circle and a square on a plain ground."""
+    image = Image.new("RGB", (112, 84), (245, 240, 225))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((10, 12, 60, 62), fill=(200, 40, 40))
+    pen.rectangle((66, 30, 104, 74), fill=(30, 60, 180))
+    path = folder / "probe.png"
+    image.save(path)
+    return path
+
+
+def sing(folder: Path) -> Path:
+    """A second of a rising tone, 16 bit mono."""
+    path = folder / "probe.wav"
+    samples = (int(12000 * math.sin(2 * math.pi * (220 + 220 * t / RATE) * t / RATE)) for t in range(RATE))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(b"".join(struct.pack("<h", sample) for sample in samples))
+    return path
+
+
+MAKERS = {"image": draw, "audio": sing}

@@ -1,0 +1,254 @@
+"""A checkpoint folder as the static check sees it: headers, configuration, and the model it claims to hold.
+
+Reading never raises for what is wrong with the folder: it notes a finding and goes on with what is left.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.export.formats import Format
+from auto_mmround.model.loading import loaded_names, read_config, skeleton
+from auto_mmround.model.structure import linears
+
+INDEX = "model.safetensors.index.json"
+# Keys without which readers guess, and guess differently.
+REQUIRED = {
+    "auto-round": ("bits", "group_size", "sym", "packing_format"),
+    "gptq": ("bits", "group_size", "sym", "desc_act"),
+    "awq": ("bits", "group_size", "zero_point"),
+    "compressed-tensors": ("format", "config_groups"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """severity: "error" or "warning". where: a tensor, module, file or configuration key. message: what is wrong."""
+
+    severity: str
+    where: str
+    message: str
+
+    def line(self) -> str:
+        """One line for people."""
+        return f"{self.severity}: {self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as its file's header has it: file name, safetensors dtype (`F16`), shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the model: Transformers' name and its features; tied: its weight is another module's."""
+
+    name: str
+    out_features: int
+    in_features: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What the configured model needs, by checkpoint names. missing: parameters that no tensor fills. unknown: tensors
+    that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    linears: Mapping[str, Linear]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    head: str | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """tensors: by name; a name that lies in several files counts for the first. packed: modules with a packed weight,
+    by checkpoint name. fmt: None for a plain or unreadable format. journal: `run.json`, empty for other tools' files.
+    source: the folder of the model before quantization. findings: what reading itself ran into."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None
+    fmt: Format | None
+    tensors: Mapping[str, Stored]
+    packed: frozenset[str]
+    skeleton: Skeleton | None
+    journal: Mapping[str, Any]
+    source: Path | None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights lie in files of another kind, which only the format itself can read."""
+        return self.fmt is not None and self.fmt.write is not None
+
+    @property
+    def hygiene(self) -> str:
+        """Severity of what is surely wrong in our own files, but may be a habit of another tool."""
+        return "error" if self.journal else "warning"
+
+    def parts(self, module: str) -> dict[str, Stored]:
+        """The tensors of a packed module."""
+        names = [f"{module}.{part}" for part in self.fmt.parts] if self.fmt else []
+        return {name: self.tensors[name] for name in names if name in self.tensors}
+
+    def plain(self) -> list[str]:
+        """Names of the tensors that belong to no packed module."""
+        taken = {name for module in self.packed for name in self.parts(module)}
+        return [name for name in self.tensors if name not in taken]
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor), one in memory at a time."""
+        with ExitStack() as stack:
+            files = {self.tensors[name].file for name in names}
+            opened = {file: stack.enter_context(safe_open(self.folder / file, "pt")) for file in files}
+            for name in names:
+                yield name, opened[self.tensors[name].file].get_tensor(name)
+
+
+def read_subject(folder: Path, source: Path | None = None, remote_code: bool = False) -> Subject:
+    """Everything but the values. Raises UserError only for a folder that isn't there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    findings: list[Finding] = []
+    config = read_json(folder / "config.json", findings) or {}
+    index = read_json(folder / INDEX, findings) if (folder / INDEX).is_file() else None
+    weight_map = index.get("weight_map", {}) if index is not None else None
+    quantization = config.get("quantization_config")
+    fmt = _format(quantization, findings)
+    whole = fmt is not None and fmt.write is not None
+    tensors = {} if whole else _headers(folder, weight_map, findings)
+    mark = f".{fmt.parts[0]}" if fmt else None
+    packed = frozenset(name.removesuffix(mark) for name in tensors if mark and name.endswith(mark))
+    journal = read_json(folder / "run.json", findings) if (folder / "run.json").is_file() else None
+    parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
+    keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
+    skeleton = _skeleton(folder, keys, findings, remote_code) if config and not whole else None
+    return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal or {}, source, findings)
+
+
+def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
+    """A JSON object, or None and a finding."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        findings.append(Finding("error", path.name, "is missing"))
+        return None
+    except (OSError, ValueError) as error:
+        findings.append(Finding("error", path.name, f"is not valid JSON ({error})"))
+        return None
+    if not isinstance(value, dict):
+        findings.append(Finding("error", path.name, "holds no JSON object"))
+        return None
+    return value
+
+
+def _headers(folder: Path, weight_map: Mapping[str, str] | None, findings: list[Finding]) -> dict[str, Stored]:
+    """Every tensor of every weight file, with what is wrong between files and index."""
+    tensors: dict[str, Stored] = {}
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    wanted = sorted(set(weight_map.values())) if weight_map is not None else ["model.safetensors"]
+    for file in [*wanted, *files]:
+        if file in wanted and file not in files:
+            where = INDEX if weight_map is not None else file
+            findings.append(Finding("error", where, f"names {file}, which is not in the folder"))
+            files.append(file)
+    for file in files:
+        if file not in wanted:
+            findings.append(Finding("error", file, f"holds weights that {INDEX} does not name"))
+        if (folder / file).is_file():
+            _add_file(folder / file, tensors, findings)
+    for name, file in (weight_map or {}).items():
+        if (folder / file).is_file() and (name not in tensors or tensors[name].file != file):
+            findings.append(Finding("error", name, f"{INDEX} says it lies in {file}, where it is not"))
+    unnamed = [name for name in tensors if weight_map is not None and name not in weight_map]
+    findings += [Finding("error", n, f"lies in {tensors[n].file}, but {INDEX} does not name it") for n in unnamed]
+    return tensors
+
+
+def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -> None:
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                header = file.get_slice(name)
+                if name in tensors:
+                    findings.append(Finding("error", name, f"lies in {tensors[name].file} and in {path.name}"))
+                else:
+                    tensors[name] = Stored(path.name, header.get_dtype(), tuple(header.get_shape()))
+    except (SafetensorError, OSError) as error:
+        findings.append(Finding("error", path.name, f"is damaged or cut off ({error})"))
+
+
+def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> Format | None:
+    if quantization is None:
+        return None
+    missing = [key for key in REQUIRED.get(str(quantization.get("quant_method")), ()) if key not in quantization]
+    findings += [Finding("error", f"quantization_config.{key}", "is missing") for key in missing]
+    try:
+        return None if missing else formats.from_config(quantization)
+    except UserError as error:
+        findings.append(Finding("error", "quantization_config", str(error)))
+        return None
+
+
+def _skeleton(folder: Path, keys: set[str], findings: list[Finding], remote_code: bool) -> Skeleton | None:
+    """The model of the configuration without its weights (on the meta device), and how the keys fill it."""
+    try:
+        config = read_config(folder, remote_code)
+        model = skeleton(config, folder)
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        text = f"the model can't be built, so names and shapes are not checked ({' '.join(str(error).split())[:200]})"
+        findings.append(Finding("error" if isinstance(error, KeyError) else "warning", "config.json", text))
+        return None
+    names = loaded_names(model, sorted(keys))
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    filled = {name for name, _ in names.values() if name is not None}
+    tied = model.all_tied_weights_keys
+    partners = {**tied, **{origin: name for name, origin in tied.items()}}
+    missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
+    unknown = [key for key, (name, whole) in names.items() if name is None and whole]
+    spelled = {name: key for key, (name, _) in names.items() if name is not None}
+    layers, head = _linears(model, spelled, set(tied))
+    return Skeleton(
+        shapes={key: own[name] for key, (name, whole) in names.items() if name is not None and whole},
+        linears=layers,
+        missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
+        unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
+        head=head,
+    )
+
+
+def _linears(
+    model: PreTrainedModel, spelled: Mapping[str, str], tied: set[str]
+) -> tuple[dict[str, Linear], str | None]:
+    """Layers by checkpoint name; a tied head has no tensor of its own and keeps Transformers' name."""
+    found, head = {}, None
+    for name, module in linears(model):
+        weight = module.get_parameter("weight")
+        out_features, in_features = weight.T.shape if isinstance(module, Conv1D) else weight.shape
+        stored = spelled.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        is_tied = f"{name}.weight" in tied and f"{name}.weight" not in spelled
+        found[stored] = Linear(name, out_features, in_features, is_tied)
+        if module is model.get_output_embeddings():
+            head = stored
+    return found, head
+
+
+def _not_ignored(names: list[str], patterns: Any) -> tuple[str, ...]:
+    return tuple(name for name in names if not any(re.search(pattern, name) for pattern in patterns or ()))

@@ -1,0 +1,147 @@
+"""Are the numbers in a checkpoint right? Plain tensors and packed ones, each read once.
+
+What is compared with is as much as there is: ranges always; the checksums that a run of ours left in `run.json`; the
+model before quantization, if its folder is given.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from auto_mmround.errors import UserError
+from auto_mmround.evaluation.subject import Finding, Subject
+from auto_mmround.export.checkpoint import dequantized_state_dict
+from auto_mmround.export.formats import scheme_of
+from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.run.journal import checksum, codes_record
+
+# Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
+LEAST_CORRELATION = 0.5
+
+
+def scheme(s: Subject, module: str) -> Scheme | None:
+    """The scheme of a packed module as the configuration has it; None where that can't be read."""
+    return scheme_of(s.quantization, module) if s.quantization is not None and s.fmt is not None else None
+
+
+def source_files(source: Path) -> dict[str, Path]:
+    """Tensor name -> file of a model folder."""
+    found: dict[str, Path] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _one(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+def check_plain_values(s: Subject) -> Iterator[Finding]:
+    """Plain tensors are finite, and those that the run wrote, or the source has."""
+    written = s.journal.get("tensors") or {}
+    source = source_files(s.source) if s.source is not None else {}
+    for name, tensor in s.read(s.plain()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            yield Finding("error", name, "holds NaN or infinite values")
+        elif name in written and checksum(tensor) != written[name]:
+            yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
+        elif name in source and not _same(tensor, _one(source[name], name)):
+            yield Finding(s.hygiene, name, "differs from the source")
+
+
+def check_codes(s: Subject) -> Iterator[Finding]:
+    """Packed weights decode to sound scales and zero points, to just what the run tuned, to the source's likeness."""
+    source = source_files(s.source) if s.source is not None else {}
+    for module in sorted(s.packed):
+        wanted = scheme(s, module)
+        if wanted is None or s.fmt is None:
+            continue
+        tensors = dict(s.read(list(s.parts(module))))
+        try:
+            codes = s.fmt.unpack(module, tensors, wanted)
+        except (ValueError, KeyError, RuntimeError) as error:
+            ordered = bool(s.quantization and s.quantization.get("desc_act")) and not s.journal
+            severity = "warning" if ordered else "error"  # activation order is right, but not for our reader
+            yield Finding(severity, module, f"can't be decoded: {' '.join(str(error).split())}")
+            continue
+        broken = list(_ranges(s, module, codes, tensors))
+        yield from broken or _against_journal(s, module, codes)
+        name = f"{module}.weight"
+        if not broken and name in source:
+            yield from _against_source(name, dequantize(codes), _one(source[name], name).float())
+
+
+def check_decoded(s: Subject) -> Iterator[Finding]:
+    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run tuned."""
+    if not s.whole:
+        return
+    written: dict[str, str] = {n: each["weight"] for n, each in (s.journal.get("codes") or {}).items()}
+    try:
+        for name, tensor in dequantized_state_dict(s.folder, torch.float32):
+            if not bool(torch.isfinite(tensor).all()):
+                yield Finding("error", name, "holds NaN or infinite values")
+            elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
+                yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
+    except (UserError, OSError, ValueError) as error:
+        yield Finding("error", s.folder.name, f"can't be decoded: {' '.join(str(error).split())}")
+        return
+    if written:
+        yield Finding("error", min(written), "its weight is gone according to run.json")
+
+
+def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield Finding("error", name, "holds NaN or infinite values")
+    if bool((codes.scale_OG == 0).any()):
+        yield Finding(s.hygiene, _part(tensors, "scale", module), "holds scales of zero")
+    middle, top, where = 2 ** (codes.bits - 1), 2**codes.bits - 1, _part(tensors, "zero", module)
+    if int(codes.zero_OG.max()) > top:
+        yield Finding("error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}")
+    elif codes.sym and bool((codes.zero_OG != middle).any()):
+        other = int(codes.zero_OG[codes.zero_OG != middle][0])
+        yield Finding(
+            "error", where, f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}"
+        )
+    elif not codes.sym and bool((codes.zero_OG == middle).all()) and not s.journal:
+        yield Finding("warning", where, "every zero point is the middle, but the configuration says asymmetric")
+
+
+def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
+    written = (s.journal.get("codes") or {}).get(module)
+    if written is None:
+        return
+    now = codes_record(codes)
+    for key in ("bits", "group_size", "sym"):
+        if now[key] != written[key]:
+            text = f"the configuration gives it {key} = {now[key]}, the run tuned it with {written[key]}"
+            yield Finding("error", f"{module}: quantization_config", text)
+    marks = {"q": s.fmt.parts[0] if s.fmt else "", "scale": "scale", "zero": "zero"}
+    for key, mark in marks.items():
+        if now[key] != written[key]:
+            where = _part(s.parts(module), mark, module)
+            yield Finding("error", where, "does not decode to what was tuned (its checksum in run.json differs)")
+
+
+def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Finding]:
+    if decoded.shape != wanted.shape:
+        wanted = wanted.T
+    pair = torch.stack([decoded.flatten(), wanted.flatten()])
+    correlation = float(torch.corrcoef(pair)[0, 1]) if pair.shape[1] > 1 else 1.0
+    if not correlation >= LEAST_CORRELATION:
+        yield Finding("error", name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight")
+
+
+def _part(tensors: Iterable[str], mark: str, module: str) -> str:
+    """The tensor of a module whose last part says ``mark``."""
+    return next((name for name in tensors if mark in name.rpartition(".")[2]), module)

@@ -1,0 +1,357 @@
+"""Ways to break a checkpoint: the static check must find every one and name the tensor, key or file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from auto_mmround.evaluation.static import check
+from auto_mmround.export import auto_awq, auto_gptq
+from auto_mmround.model.loading import DEMO
+from auto_mmround.numerics.grids import Grid, round_to_nearest
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+
+FORMATS = {"auto_round": "auto_round", "auto_gptq": "auto_gptq", "auto_awq": "auto_awq"}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+ATTENTION = "model.layers.1.self_attn"
+DOWN = "model.layers.2.mlp.down_proj"
+NORM = "model.layers.0.input_layernorm.weight"
+TOWER = "visual.blocks.0.attn.qkv"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    out = tmp_path_factory.mktemp("base")
+    recipe = Recipe(model="demo", iters=0, device="cpu", format=",".join(FORMATS), output_dir=str(out))
+    folders = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    return dict(zip(FORMATS, folders))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """A mutation of the weight file."""
+
+    def apply(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file({k: t.clone().contiguous() for k, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def one(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """A mutation of one tensor."""
+    return tensors(lambda found: found.update({name: change(found[name])}))
+
+
+def poke(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One element set to a value."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[5] = value
+        return tensor
+
+    return change
+
+
+def config(change: Callable[[dict[str, Any]], Any], both: bool = True) -> Callable[[Path], None]:
+    """A mutation of the quantization configuration, in both files that hold it."""
+
+    def apply(folder: Path) -> None:
+        path, copy = folder / "config.json", folder / "quantization_config.json"
+        whole = json.loads(path.read_text())
+        change(whole["quantization_config"])
+        path.write_text(json.dumps(whole))
+        if both and copy.is_file():
+            copy.write_text(json.dumps(whole["quantization_config"]))
+
+    return apply
+
+
+def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A mutation of any JSON file."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    """A file that is gone."""
+    return lambda folder: (folder / name).unlink()
+
+
+def sharded(change: Callable[[Path], Any] = lambda folder: None) -> Callable[[Path], None]:
+    """The weights in two shards with an index, which is what big models have; then a mutation of those."""
+
+    def apply(folder: Path) -> None:
+        whole = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(whole)
+        halves = dict(zip(SHARDS, (names[: len(names) // 2], names[len(names) // 2 :])))
+        for shard, half in halves.items():
+            save_file({name: whole[name] for name in half}, folder / shard, {"format": "pt"})
+        weight_map = {name: shard for shard, half in halves.items() for name in half}
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        change(folder)
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    with (folder / SHARDS[1]).open("r+b") as file:
+        file.truncate((folder / SHARDS[1]).stat().st_size - 1000)
+
+
+def copy_tensor(folder: Path) -> None:
+    """A tensor of the first shard in the second one too."""
+    first, second = (load_file(folder / shard) for shard in SHARDS)
+    save_file(second | {NORM: first[NORM]}, folder / SHARDS[1], {"format": "pt"})
+
+
+def index_says(shard: str) -> Callable[[Path], None]:
+    return edit(INDEX, lambda index: index["weight_map"].update({NORM: shard}))
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(found: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in found if name.startswith(old)]:
+            found[new + name.removeprefix(old)] = found.pop(name)
+
+    return change
+
+
+def swap(one: str, other: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(found: dict[str, torch.Tensor]) -> None:
+        found[one], found[other] = found[other], found[one]
+
+    return change
+
+
+def quantize(module: str, awq: bool = False) -> Callable[[dict[str, torch.Tensor]], None]:
+    """A weight packed that the configuration does not name."""
+
+    def change(found: dict[str, torch.Tensor]) -> None:
+        codes = round_to_nearest(found.pop(f"{module}.weight"), 128, Grid(4, True))
+        found |= auto_awq.pack(module, codes) if awq else auto_gptq.FORMAT.pack(module, codes)
+        if not awq:
+            found.pop(f"{module}.g_idx")
+
+    return change
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """High and low half of every byte exchanged."""
+    as_bytes = words.contiguous().view(torch.uint8)
+    return ((as_bytes << 4) | (as_bytes >> 4)).view(torch.int32)
+
+
+def pop(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda content: content.pop(key)
+
+
+def put(**values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda content: content.update(values)
+
+
+def missing_pattern(key: str, old: str, new: str) -> Callable[[dict[str, Any]], None]:
+    """A pattern that fits nothing any more, in a list or as a key."""
+
+    def change(content: dict[str, Any]) -> None:
+        text = json.dumps(content[key])
+        assert old in text
+        content[key] = json.loads(text.replace(old, new))
+
+    return change
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """name; break it; what a finding must name in `where`; the formats it is tried on."""
+
+    name: str
+    apply: Callable[[Path], Any]
+    named: str
+    formats: tuple[str, ...] = ("auto_round",)
+
+
+ALL = tuple(FORMATS)
+QZEROS, SCALES, QWEIGHT = f"{DOWN}.qzeros", f"{DOWN}.scales", f"{DOWN}.qweight"
+GPTQ, AWQ = ("auto_gptq",), ("auto_awq",)
+
+MUTATIONS = [
+    # codes, scales, zero points
+    Mutation("nibble order swapped", one(QWEIGHT, nibbles), QWEIGHT, ALL),
+    Mutation("one code bit flipped", one(QWEIGHT, lambda t: t ^ torch.eye(*t.shape, dtype=torch.int32)), QWEIGHT, ALL),
+    Mutation("zero points off by one", one(QZEROS, lambda t: t + 0x11111111), QZEROS, ALL),
+    Mutation("scale missing", tensors(pop(SCALES)), SCALES, ALL),
+    Mutation("zero points missing", tensors(pop(QZEROS)), QZEROS),
+    Mutation("codes missing", tensors(pop(QWEIGHT)), DOWN, ALL),
+    Mutation("scale is NaN", one(SCALES, poke(float("nan"))), SCALES, ALL),
+    Mutation("scale is infinite", one(SCALES, poke(float("inf"))), SCALES),
+    Mutation("scale is zero", one(SCALES, poke(0.0)), SCALES, ALL),
+    Mutation("scale of the wrong sign", one(SCALES, lambda t: -t), SCALES),
+    Mutation("scales as float32", one(SCALES, lambda t: t.float()), SCALES),
+    Mutation("scales off by the last bit", one(SCALES, lambda t: (t.view(torch.int16) ^ 1).view(torch.half)), SCALES),
+    Mutation("scales in the wrong order", one(SCALES, lambda t: t.flip(0)), SCALES, ALL),
+    Mutation("scales transposed", one(SCALES, lambda t: t.T), SCALES),
+    Mutation("codes transposed", one(QWEIGHT, lambda t: t.T), QWEIGHT, ALL),
+    Mutation("codes as int64", one(QWEIGHT, lambda t: t.long()), QWEIGHT),
+    Mutation(
+        "scales of two layers' q exchanged",
+        tensors(swap("model.layers.0.self_attn.q_proj.scales", "model.layers.1.self_attn.q_proj.scales")),
+        "model.layers.0.self_attn.q_proj.scales",
+        ALL,
+    ),
+    Mutation(
+        "scales of q and k exchanged",
+        tensors(swap(f"{ATTENTION}.q_proj.scales", f"{ATTENTION}.k_proj.scales")),
+        f"{ATTENTION}.q_proj.scales",
+    ),
+    Mutation("g_idx permuted", one(f"{DOWN}.g_idx", lambda t: t.flip(0)), DOWN, GPTQ),
+    Mutation("g_idx missing", tensors(pop(f"{DOWN}.g_idx")), f"{DOWN}.g_idx", GPTQ),
+    # plain tensors
+    Mutation("infinity in a norm", one(NORM, poke(float("inf"))), NORM, ALL),
+    Mutation("NaN in a bias", one(f"{ATTENTION}.q_proj.bias", poke(float("nan"))), f"{ATTENTION}.q_proj.bias"),
+    Mutation("square weight transposed", one("visual.blocks.1.attn.proj.weight", lambda t: t.T), "visual.blocks.1"),
+    Mutation("one weight changed", one("model.embed_tokens.weight", poke(1.0)), "model.embed_tokens.weight"),
+    Mutation("plain weight in another dtype", one(NORM, lambda t: t.float()), NORM),
+    Mutation("norm cut short", one(NORM, lambda t: t[:-1]), NORM),
+    # which tensors there are
+    Mutation("module renamed", tensors(rename(DOWN, DOWN.replace("down_proj", "down"))), DOWN, ALL),
+    Mutation("block renumbered", tensors(rename("model.layers.4.", "model.layers.5.")), "layers.4"),
+    Mutation("kept layer missing", tensors(pop("visual.merger.mlp.0.weight")), "visual.merger.mlp.0.weight", ALL),
+    Mutation("bias missing", tensors(pop(f"{ATTENTION}.k_proj.bias")), f"{ATTENTION}.k_proj.bias"),
+    Mutation("unknown tensor", tensors(lambda t: t.update(extra=torch.ones(3))), "extra", ALL),
+    Mutation(
+        "tied embedding stored twice",
+        tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]})),
+        "lm_head.weight",
+    ),
+    Mutation("tower packed, not configured", tensors(quantize(TOWER)), TOWER),
+    Mutation("tower packed in AWQ, not configured", tensors(quantize(TOWER, awq=True)), TOWER, AWQ),
+    # files
+    Mutation("weight file missing", drop("model.safetensors"), "model.safetensors", ALL),
+    Mutation("shard missing", sharded(drop(SHARDS[0])), INDEX),
+    Mutation("shard truncated", sharded(truncate), SHARDS[1]),
+    Mutation("tensor in two shards", sharded(copy_tensor), NORM),
+    Mutation("index names a missing file", sharded(index_says("no.safetensors")), INDEX),
+    Mutation("index names the wrong shard", sharded(index_says(SHARDS[1])), NORM),
+    Mutation("index forgets a tensor", sharded(edit(INDEX, lambda i: i["weight_map"].pop(NORM))), NORM),
+    Mutation("a second weight file", lambda f: shutil.copy(f / "model.safetensors", f / "x.safetensors"), "x.safe"),
+    Mutation("processor file dropped", drop("preprocessor_config.json"), "preprocessor_config.json", ALL),
+    Mutation("processor configuration dropped", drop("processor_config.json"), "processor_config.json"),
+    Mutation("chat template dropped", drop("chat_template.jinja"), "chat_template.jinja", ALL),
+    Mutation("generation config dropped", drop("generation_config.json"), "generation_config.json"),
+    Mutation("tokenizer dropped", drop("tokenizer.json"), "tokenizer.json"),
+    Mutation("truncation left in", edit("tokenizer.json", put(truncation={"max_length": 512})), "tokenizer.json", ALL),
+    Mutation("padding left in", edit("tokenizer.json", put(padding={"pad_id": 0})), "tokenizer.json"),
+    Mutation("tokenizer config cut off", lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config"),
+    Mutation("custom code missing", edit("config.json", put(auto_map={"AutoConfig": "my_code.C"})), "my_code.py"),
+    # configuration
+    Mutation("configuration dropped", drop("config.json"), "config.json"),
+    Mutation("quantization dropped", edit("config.json", pop("quantization_config")), "qweight"),
+    Mutation("bits missing", config(pop("bits")), "quantization_config.bits", ALL),
+    Mutation("packing format missing", config(pop("packing_format")), "packing_format"),
+    Mutation("wrong bits", config(put(bits=8)), DOWN, ("auto_round", "auto_gptq")),
+    Mutation("bits that the layout can't hold", config(put(bits=8)), DOWN, AWQ),
+    Mutation("wrong group size", config(put(group_size=64)), DOWN, ALL),
+    Mutation("sym flipped", config(put(sym=False)), DOWN, ("auto_round", "auto_gptq")),
+    Mutation("zero_point flipped", config(put(zero_point=True)), DOWN, AWQ),
+    Mutation("wrong quant_method", config(put(quant_method="awq", zero_point=False)), DOWN, GPTQ),
+    Mutation("unknown quant_method", config(put(quant_method="gguf")), "quantization_config", ALL),
+    Mutation("plain packing named", config(put(packing_format="auto_round")), QZEROS),
+    Mutation("AWQ packing named", config(put(packing_format="auto_round:auto_awq")), DOWN),
+    Mutation("block name wrong", config(put(block_name_to_quantize="model.layers")), "q_proj"),
+    Mutation("block name misspelt", config(put(block_name_to_quantize="model.language_model.blocks")), "q_proj", GPTQ),
+    Mutation("block prefix too short", config(put(block_name_to_quantize="model")), "visual.", GPTQ),
+    Mutation("ignore pattern misses", config(missing_pattern("extra_config", "visual", "vision")), "vision"),
+    Mutation("dynamic pattern misses", config(missing_pattern("dynamic", "visual", "vision")), "vision", GPTQ),
+    Mutation("exclusion misses", config(missing_pattern("modules_to_not_convert", "visual", "vision")), "vision", AWQ),
+    Mutation("exclusion too wide", config(put(modules_to_not_convert=["model.visual", "proj"])), "q_proj", AWQ),
+    Mutation("exclusions dropped", config(pop("modules_to_not_convert")), "visual.", AWQ),
+    Mutation("a packed layer excluded", config(put(dynamic={"-:.*k_proj": {}})), "k_proj", GPTQ),
+    Mutation("override names a packed layer", config(put(extra_config={".*v_proj": {"bits": 16}})), "v_proj"),
+    Mutation("the two configurations differ", config(put(iters=5), both=False), "quantization_config.json"),
+]  # fmt: skip
+
+CASES = [(mutation, name) for mutation in MUTATIONS for name in mutation.formats]
+
+
+@pytest.mark.parametrize("mutation, name", CASES, ids=[f"{m.name}: {name}" for m, name in CASES])
+def test_every_way_to_break_a_checkpoint_is_found_and_named(mutation, name, checkpoints, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoints[name], folder)
+    mutation.apply(folder)
+    errors = [finding for finding in check(folder) if finding.severity == "error"]
+    assert any(mutation.named in finding.where for finding in errors), [finding.line() for finding in errors]
+
+
+def test_enough_ways():
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 30
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_unbroken_checkpoints_are_right(name, checkpoints, tmp_path):
+    assert check(checkpoints[name]) == [] == check(checkpoints[name], source=DEMO)
+    shutil.copytree(checkpoints[name], tmp_path / "sharded")
+    sharded()(tmp_path / "sharded")
+    assert check(tmp_path / "sharded") == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_nontext_module": True},
+        {"sym": False, "format": "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"},
+        {"bits": 3, "group_size": 64, "format": "auto_round,auto_gptq"},
+        {"bits": 2, "group_size": -1, "sym": False, "format": "auto_round,auto_gptq"},
+        {"layer_config": {"re:.*mlp": {"bits": 8}, "o_proj": {"bits": 16}}, "format": "auto_round"},
+    ],
+    ids=str,
+)
+def test_other_schemes_are_right_too(changes, tmp_path):
+    recipe = replace(Recipe(model="demo", iters=0, device="cpu", output_dir=str(tmp_path)), **changes)
+    for folder in jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))):
+        assert [finding.line() for finding in check(folder, source=DEMO)] == []
+
+
+def without_journal(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    (target / "run.json").unlink()
+    return target
+
+
+def test_other_tools_files_are_checked_as_far_as_they_can_be(checkpoints, tmp_path):
+    folder = without_journal(checkpoints["auto_gptq"], tmp_path / "foreign")
+    assert check(folder) == []
+    one(QWEIGHT, nibbles)(folder)
+    assert check(folder) == []  # nothing in the folder tells
+    assert [finding.where for finding in check(folder, source=DEMO)] == [f"{DOWN}.weight"]
+
+
+def test_what_the_model_itself_tells_needs_no_journal(checkpoints, tmp_path):
+    """The same on files without `run.json`: what contradicts the model or the configuration is found all the same."""
+    journal_only = {
+        "nibble order swapped", "one code bit flipped", "scale is zero", "scale of the wrong sign", "sym flipped",
+        "scales off by the last bit", "scales in the wrong order", "scales of two layers' q exchanged", "g_idx missing",
+        "square weight transposed", "one weight changed", "plain weight in another dtype", "processor file dropped",
+        "tied embedding stored twice", "processor configuration dropped", "chat template dropped", "zero_point flipped",
+        "generation config dropped", "ignore pattern misses", "dynamic pattern misses", "the two configurations differ",
+    }  # fmt: skip
+    assert journal_only <= {mutation.name for mutation in MUTATIONS}
+    for i, mutation in enumerate(m for m in MUTATIONS if m.name not in journal_only):
+        folder = without_journal(checkpoints[mutation.formats[0]], tmp_path / str(i))
+        mutation.apply(folder)
+        assert any(finding.severity == "error" for finding in check(folder)), mutation.name
+        shutil.rmtree(folder)

@@ -1,0 +1,240 @@
+"""`verify`: how engines resolve names, what counts as agreement, and the command on right and wrong folders."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from auto_mmround import cli
+from auto_mmround.errors import UserError
+from auto_mmround.evaluation import names
+from auto_mmround.evaluation.agreement import Reference, agreed, greedy, judge, largest_difference, make_reference
+from auto_mmround.evaluation.engines import ENGINES, EngineResult, interpreter, worker
+from auto_mmround.evaluation.probes import make_probes
+from auto_mmround.evaluation.static import check
+from auto_mmround.evaluation.verify import verify
+from auto_mmround.model.loading import DEMO, load
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+
+TEXT = "model.language_model.layers.0.mlp.up_proj"
+TOWER = "model.visual.blocks.0.mlp.fc1"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    recipe = Recipe(model="demo", iters=0, device="cpu", output_dir=str(tmp_path_factory.mktemp("out")))
+    return jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))[0]
+
+
+@pytest.fixture
+def mismatched(folder, tmp_path):
+    """The name mismatch of released exports: blocks by the checkpoint's spelling alone."""
+    broken = tmp_path / "mismatched"
+    shutil.copytree(folder, broken)
+    for name in ("config.json", "quantization_config.json"):
+        content = json.loads((broken / name).read_text())
+        content.get("quantization_config", content)["block_name_to_quantize"] = "model.layers"
+        (broken / name).write_text(json.dumps(content))
+    return broken
+
+
+@pytest.mark.parametrize(
+    "model_type, name, spelled",
+    [
+        ("qwen2_vl", "model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
+        ("qwen2_vl", TEXT, "language_model.model.layers.0.mlp.up_proj"),
+        ("qwen2_vl", TOWER, "visual.blocks.0.mlp.fc1"),
+        ("qwen2_vl", "visual.blocks.0.mlp.fc1", "visual.blocks.0.mlp.fc1"),
+        ("qwen2_vl", "lm_head", "language_model.lm_head"),
+        ("llava", "model.vision_tower.x", "vision_tower.x"),
+        ("llava", "language_model.model.layers.0", "language_model.model.layers.0"),
+        ("whisper", "model.encoder.layers.0.fc1", "model.encoder.layers.0.mlp.fc1"),
+        ("llama", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+    ],
+)
+def test_module_names_in_vllm(model_type, name, spelled):
+    assert names.vllm_module(model_type, name) == spelled
+
+
+@pytest.mark.parametrize(
+    "engine, method, config, quantized",
+    [
+        ("Transformers", "auto-round", {"block_name_to_quantize": "model.language_model.layers"}, {TEXT}),
+        ("Transformers", "auto-round", {"block_name_to_quantize": ["model.layers"]}, set()),
+        ("Transformers", "auto-round", {}, {TEXT, TOWER}),
+        ("Transformers", "auto-round", {"extra_config": {".*visual.*": {"bits": 16}}}, {TEXT}),
+        (
+            "Transformers",
+            "auto-round",
+            {"block_name_to_quantize": "model.visual", "extra_config": {TEXT: {"bits": 8}}},
+            {TEXT, TOWER},
+        ),
+        ("Transformers", "gptq", {"block_name_to_quantize": "model.visual"}, {TOWER}),
+        ("Transformers", "gptq", {"dynamic": {"-:.*": {}}}, {TEXT}),  # optimum finds the blocks, and reads no dynamic
+        (
+            "Transformers",
+            "gptq",
+            {"block_name_to_quantize": "model", "modules_in_block_to_quantize": ["fc1"]},
+            {TOWER},
+        ),
+        ("Transformers", "awq", {}, {TEXT, TOWER}),
+        ("Transformers", "awq", {"modules_to_not_convert": ["visual"]}, {TEXT, TOWER}),  # not from the start
+        ("Transformers", "awq", {"modules_to_not_convert": ["model.visual"]}, {TEXT}),
+        ("vLLM", "awq", {"modules_to_not_convert": ["visual"]}, {TEXT}),
+        ("vLLM", "gptq", {"dynamic": {"-:.*visual": {}}}, {TEXT}),
+        ("vLLM", "auto-round", {"block_name_to_quantize": "model.visual"}, {TOWER}),
+        ("vLLM", "auto-round", {"extra_config": {"fc1": {"bits": 16}}}, {TEXT}),  # by ending
+        (
+            "vLLM",
+            "compressed-tensors",
+            {"config_groups": {"g": {"targets": ["Linear"]}}, "ignore": ["re:.*visual.*", "lm_head"]},
+            {TEXT},
+        ),
+    ],
+)
+def test_readers(engine, method, config, quantized):
+    question = names.Question(config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
+    assert set(names.READERS[engine, method](question)) == quantized
+
+
+def test_tokens_agree_up_to_a_near_tie():
+    assert agreed([1, 2, 3], [9, 9, 9], [1, 2, 3], 0.15) == (3, True)
+    assert agreed([1, 2, 3], [9, 0.1, 9], [1, 7, 7], 0.15) == (1, True)
+    assert agreed([1, 2, 3], [9, 9, 0.1], [1, 7, 3], 0.15) == (1, False)
+
+
+def test_logits_are_compared_over_the_last_positions_and_the_own_vocabulary():
+    want = torch.arange(12.0).reshape(4, 3)
+    padded = torch.nn.functional.pad(want[None, 2:], (0, 5), value=99.0)
+    assert largest_difference([padded], [want]) == 0
+    assert largest_difference([padded + 0.5], [want]) == 0.5
+    assert not largest_difference([], [want]) <= 1  # NaN: nothing to compare is never agreement
+
+
+def answer(reference: Reference, offset: float, **changes) -> EngineResult:
+    logits = [each[None] + offset * torch.linspace(-1, 1, each.shape[-1]) for each in reference.logits]
+    return EngineResult(**{"ok": True, "quantized": 35, "dtype": "float32", "logits": logits, **changes})
+
+
+def test_judgement(demo):
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    reference = make_reference(DEMO, demo.model, [{"input_ids": ids}])
+    tokens, margins = greedy(demo.model, {"input_ids": ids}, 4)
+    made = demo.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[0, 6:].tolist()
+    assert tokens[:2] == made[:2] and len(margins) == 4 and min(margins) >= 0
+    assert judge(answer(reference, 0), reference, 35)["status"] == "right"
+    assert judge(answer(reference, 0), reference, 36)["reason"] == "35 quantized layers, 36 planned"
+    assert "logits differ" in judge(answer(reference, reference.spread), reference, 35)["reason"]
+    assert "logits differ" in judge(answer(reference, 0, logits=[]), reference, 35)["reason"]
+    assert judge(answer(reference, float("nan")), reference, 35)["status"] == "wrong"
+    wrong = [(token + 1) % 2048 for token in tokens]
+    right = judge(answer(reference, 0, tokens=[torch.tensor([tokens])]), reference, 35)
+    assert right["status"] == "right" and right["tokens"] == (4, 4)
+    if margins[0] > 0.2:
+        assert "token 0" in judge(answer(reference, 0, tokens=[torch.tensor([wrong])]), reference, 35)["reason"]
+
+
+def test_engines_that_give_next_log_probabilities_only(demo):
+    reference = make_reference(DEMO, demo.model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
+    top = reference.logits[0][-1].log_softmax(-1).topk(20)
+    given = {str(i): v for i, v in zip(top.indices.tolist(), top.values.tolist())}
+    assert judge(EngineResult(True, logprobs=[given]), reference, 35)["status"] == "right"
+    shifted = {i: value - reference.spread for i, value in given.items()}
+    assert judge(EngineResult(True, logprobs=[shifted]), reference, 35)["status"] == "wrong"
+    assert judge(EngineResult(True, logprobs=[{}]), reference, 35)["status"] == "wrong"
+
+
+def test_probes_need_nothing_but_the_folder(demo, tmp_path):
+    probes, notes = make_probes(demo, tmp_path)
+    assert [probe.kind for probe in probes] == ["text", "image"] and notes == []
+    assert "pixel_values" in probes[1].kwargs and probes[1].media["image0"].dtype == torch.uint8
+
+
+def test_a_probe_for_speech_recognition(demo, tmp_path):
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    size = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=2048, **size)
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = config.decoder_start_token_id = 3
+    model = WhisperForConditionalGeneration(config).eval()
+    processor = SimpleNamespace(feature_extractor=WhisperFeatureExtractor())
+    loaded = SimpleNamespace(model=model, processor=processor, tokenizer=demo.tokenizer)
+    (probe,), _ = make_probes(loaded, tmp_path)
+    reference = make_reference(tmp_path, model, [probe.kwargs])
+    assert probe.kind == "audio" and reference.logits[0].shape == (9, 2048)
+    assert len(greedy(model, probe.kwargs, 3)[0]) == 3
+
+
+def test_the_command_on_a_right_folder(folder, capsys):
+    assert cli.main(["verify", str(folder), "--engine", "transformers", "--source", str(DEMO), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["right"] and found["static"] == [] and found["format"] == "auto_round:auto_gptq"
+    (engine,) = found["engines"]
+    assert engine["status"] == "right" and engine["layers"] == engine["planned"] == 35 and engine["gap"] < 1e-3
+
+
+def test_the_command_on_a_wrong_folder(mismatched, capsys):
+    assert cli.main(["verify", str(mismatched)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("error: model.layers.0.self_attn.q_proj") and "Transformers" in lines[0]
+    assert lines[1].startswith("WRONG mismatched: files") and "no engine is asked" in lines[2]
+
+
+@pytest.mark.slow
+def test_the_engine_confirms_what_the_names_say(mismatched):
+    (verdict,) = verify(mismatched, ["transformers"]).verdicts
+    assert verdict.status == "wrong" and "made up" in str(verdict.reason)
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_command(folder, tmp_path):
+    (verdict,) = [v for v in verify(folder, root=tmp_path).verdicts if v.engine == "vllm"]
+    assert verdict.status == "not run" and "bash scripts/engines.sh vllm" in verdict.line()
+    with pytest.raises(UserError, match=r"bash scripts/engines\.sh vllm"):
+        verify(folder, ["vllm"], root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--engine", "vlm"], "there are transformers"),
+        (["--engine", "mlx"], "does not read"),
+        (["--engin", "x"], "did you mean --engine"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, folder, capsys):
+    assert cli.main(["verify", str(folder), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert cli.main(["verify", str(folder / "no")]) == 2
+
+
+def test_every_engine_is_a_row():
+    assert set(ENGINES) == {"transformers", "vllm", "llamacpp", "mlx", "openvino"}
+    assert worker("transformers").is_file()
+    assert interpreter("auto_gptq", folder_root := DEMO, "vllm") == folder_root / ".engines" / "vllm" / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_auto_round_is_flagged_for_its_names(tmp_path):
+    """auto-round 0.16.1 without tuning names the blocks as the checkpoint does: Transformers makes plain layers."""
+    import subprocess
+    import sys
+
+    program = tmp_path / "export.py"  # a file with a main guard: auto-round starts processes
+    program.write_text(
+        "from auto_round import AutoRound\n"
+        "if __name__ == '__main__':\n"
+        f"    tool = AutoRound({str(DEMO)!r}, scheme='W4A16', iters=0, device_map='cpu', disable_opt_rtn=True)\n"
+        f"    tool.quantize_and_save({str(tmp_path / 'out')!r}, format='auto_round')\n"
+    )
+    subprocess.run([sys.executable, str(program)], check=True, capture_output=True, timeout=600)
+    (config,) = (tmp_path / "out").rglob("config.json")
+    errors = [finding for finding in check(config.parent) if finding.severity == "error"]
+    assert len(errors) == 1 and "Transformers" in errors[0].message and "model.layers.0" in errors[0].where
