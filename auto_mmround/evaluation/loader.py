@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint
@@ -29,6 +30,8 @@ def from_quantized(
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
