@@ -21,6 +21,7 @@ setup(
     package_dir={"auto_mmround.templates": "templates", "auto_mmround.processors": "processors"},
     package_data={
         "auto_mmround.templates": ["*.json"],
+        "auto_mmround.evaluation": ["pages/*"],
         "auto_mmround": ["demo/*.md", "demo/model/*", "demo/*/*.json", "demo/*/*.jsonl", "demo/*/images/*"],
     },
     install_requires=[
@@ -39,9 +40,12 @@ setup(
     extras_require={
         "auto-round": ["auto-round>=0.16"],
         "audio": ["soundfile>=0.13"],
+        "eval": ["jiwer>=4", "soundfile>=0.13"],
+        "lm-eval": ["lm-eval>=0.4.9"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
         "dev": [
+            "jiwer>=4",
             "pytest>=9",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 HEIGHT, TOP, BOTTOM = 190, 10, 22  # pixels: of a chart, and of the margins inside it
+COLORS = 6
 LEFT = 46  # pixels for the labels of the vertical axis
 
 
@@ -55,7 +56,7 @@ def figure(value: float | None, digits: int = 3) -> str:
     """A number in few significant digits, as people read it; a dash for none."""
     if value is None:
         return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
         places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
         return f"{value:,.{min(places, 6)}f}"
     return f"{value:.{digits - 1}e}"
@@ -68,16 +69,12 @@ def chart(title: str, summary: str, body: Iterable[str], axis: Scale, labels: Se
         y = axis.y(tick)
         grid.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
     ticks = "".join(
-        f'<text class="tick" x="{LEFT - 8}" y="{axis.y(t) + 4}" text-anchor="end">{figure(t, 2)}</text>'
-        for t in axis.ticks()
+        f'<text class="tick" x="{LEFT - 8}" y="{axis.y(t) + 4}" text-anchor="end">{t:g}</text>' for t in axis.ticks()
     )
     below = []
     for i in _some(len(labels)):
-        anchor = "start" if i == 0 and len(labels) > 1 else "end" if i == len(labels) - 1 and i else "middle"
-        place = {"start": 0, "end": 100, "middle": center(i, len(labels))}[anchor]
-        below.append(
-            f'<text class="tick" x="{place:.2f}%" y="{HEIGHT - 5}" text-anchor="{anchor}">{escape(labels[i])}</text>'
-        )
+        x = f"{center(i, len(labels)):.2f}%"
+        below.append(f'<text class="tick" x="{x}" y="{HEIGHT - 5}" text-anchor="middle">{escape(labels[i])}</text>')
     return Markup(
         f'<div class="plot"><svg class="axis" width="{LEFT}" height="{HEIGHT}" aria-hidden="true">{ticks}</svg>'
         f'<svg class="marks" height="{HEIGHT}" role="img"><title>{escape(title)}</title>'
@@ -95,7 +92,9 @@ def _some(count: int) -> list[int]:
     return sorted({round(i * (count - 1) / 4) for i in range(5)}) if count > 5 else list(range(count))
 
 
-def drops(title: str, labels: Sequence[str], nearest: Sequence[float], start: Sequence[float], end: Sequence[float]) -> Markup:
+def drops(
+    title: str, labels: Sequence[str], nearest: Sequence[float], start: Sequence[float], end: Sequence[float]
+) -> Markup:
     """A column a block: a ring where rounding to nearest is, a dash at the start, a dot at the end."""
     axis = scale([*nearest, *start, *end])
     marks = []
@@ -105,7 +104,8 @@ def drops(title: str, labels: Sequence[str], nearest: Sequence[float], start: Se
         marks.append(
             f'<g><title>{tip}</title><line class="drop" x1="{x}" x2="{x}" y1="{ys[0]}" y2="{ys[2]}"/>'
             f'<circle class="nearest" cx="{x}" cy="{ys[0]}" r="3.5"/>'
-            f'<circle class="start" cx="{x}" cy="{ys[1]}" r="2"/><circle class="end" cx="{x}" cy="{ys[2]}" r="3.5"/></g>'
+            f'<circle class="start" cx="{x}" cy="{ys[1]}" r="2"/>'
+            f'<circle class="end" cx="{x}" cy="{ys[2]}" r="3.5"/></g>'
         )
     falls = sum(low < high for high, low in zip(nearest, end, strict=True))
     summary = (
@@ -124,7 +124,8 @@ def columns(title: str, labels: Sequence[str], values: Sequence[float], unit: st
         y = axis.y(value)
         bars.append(
             f'<rect class="bar" x="{i * width + width * 0.15:.2f}%" width="{width * 0.7:.2f}%" y="{y}" '
-            f'height="{max(HEIGHT - BOTTOM - y, 0.5):.1f}"><title>{escape(labels[i])}: {figure(value)} {unit}</title></rect>'
+            f'height="{max(HEIGHT - BOTTOM - y, 0.5):.1f}">'
+            f"<title>{escape(labels[i])}: {figure(value)} {unit}</title></rect>"
         )
     summary = f"{len(values)} blocks, from {figure(min(values))} to {figure(max(values))} {unit}."
     return chart(title, summary, bars, axis, labels)
@@ -133,26 +134,29 @@ def columns(title: str, labels: Sequence[str], values: Sequence[float], unit: st
 def line(
     title: str,
     labels: Sequence[str],
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, tuple[int, Sequence[float]]],
     unit: str = "",
     from_zero: bool = False,
 ) -> Markup:
-    """A line a series, with a dot a block; `s0`, `s1`, .. are their classes."""
-    values = [value for found in series.values() for value in found]
+    """A line a series, with a dot a block. series: name -> (number of its colour, values)."""
+    values = [value for _, found in series.values() for value in found]
     axis = Scale(0.0, max(values) * 1.05 or 1.0, False) if from_zero else scale(values)
     marks = []
-    for k, (name, found) in enumerate(series.items()):
-        for i in range(1, len(found)):
-            marks.append(
-                f'<line class="s{k}" x1="{center(i - 1, len(labels)):.2f}%" x2="{center(i, len(labels)):.2f}%" '
-                f'y1="{axis.y(found[i - 1])}" y2="{axis.y(found[i])}"/>'
-            )
+    for name, (color, found) in series.items():
+        k = color % COLORS
+        marks += [
+            f'<line class="s{k}" x1="{center(i - 1, len(labels)):.2f}%" x2="{center(i, len(labels)):.2f}%" '
+            f'y1="{axis.y(found[i - 1])}" y2="{axis.y(found[i])}"/>'
+            for i in range(1, len(found))
+        ]
         marks += [
             f'<circle class="s{k}" cx="{center(i, len(labels)):.2f}%" cy="{axis.y(value)}" r="3">'
             f"<title>{escape(name)}, {escape(labels[i])}: {figure(value)} {unit}</title></circle>"
             for i, value in enumerate(found)
         ]
-    sums = "; ".join(f"{name}: {figure(found[0])} to {figure(found[-1])}" for name, found in series.items() if found)
+    sums = "; ".join(
+        f"{name}: {figure(found[0])} to {figure(found[-1])}" for name, (_, found) in series.items() if found
+    )
     return chart(title, f"{sums} {unit}".strip(), marks, axis, labels)
 
 

@@ -38,9 +38,7 @@ def lm_eval(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str,
         manager = TaskManager()
     if task not in manager.all_tasks:
         raise UserError(f"lm_eval has no task {task!r}: list its names with `lm_eval ls tasks`, or give a .yaml file")
-    model = HFLM(
-        pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", device=str(loaded.model.device)
-    )
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", device=str(loaded.model.device))
     found = simple_evaluate(model=model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0)
     yield from _rows(found)
 
@@ -65,12 +63,12 @@ def run(prefix: str, task: str, models: Mapping[str, Loaded], limit: int | None)
     harness = HARNESSES[prefix]
     if importlib.util.find_spec(harness.package) is None:
         raise UserError(f"task {prefix}:{task} needs the package {harness.package}: {harness.install}")
-    figures: dict[tuple[str, str, str, int, bool], dict[str, float]] = {}
+    figures: dict[tuple[str, str, str, int, bool], dict[str, Any]] = {}
     for role, loaded in models.items():
         for name, split, metric, value, count, lower in harness.run(loaded, task, limit):
             figures.setdefault((name, split, metric, count, lower), {})[role] = value
     return [
         Score(name, split, metric, count=count, lower_is_better=lower, **values)
         for (name, split, metric, count, lower), values in figures.items()
-        if "value" in values
+        if "quantized" in values
     ]

@@ -71,7 +71,7 @@ def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
     old = _json(path)["evaluations"] if path.is_file() else []
     key = ("reference", "baseline", "dataset", "limit", "language", "tasks")
     kept = [each for each in old if any(each.get(name) != record.get(name) for name in key)]
-    _write(path, _dumped({"evaluations": [*kept, record]}))
+    put(path, _dumped({"evaluations": [*kept, record]}))
 
 
 def evaluation(folder: Path) -> dict[str, Any] | None:
@@ -92,66 +92,61 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
 def write(folder: Path) -> Path:
     """`report.json` and `report.html` of a run, into its folder; returns the page."""
     report = collect(folder)
-    _write(folder / "report.json", _dumped(report))
+    put(folder / "report.json", _dumped(report))
     page = folder / "report.html"
-    _write(page, _environment().get_template("report.html").render(_view(report), charts=charts))
+    put(page, environment().get_template("report.html").render(view(report), charts=charts))
     return page
 
 
 def compare(folders: Sequence[Path], page: Path) -> Path:
-    """One page on several runs side by side; returns its path."""
+    """One page on several runs side by side, as A, B, ..; returns its path."""
     reports = [collect(folder) for folder in folders]
-    names = [report["name"] for report in reports]
-    for i, folder in enumerate(folders):
-        if names.count(names[i]) > 1:
-            reports[i]["name"] = "/".join(folder.resolve().parts[-2:])
-    template = _environment().get_template("compare.html")
+    names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(folders))]
+    template = environment().get_template("compare.html")
     page.parent.mkdir(parents=True, exist_ok=True)
-    _write(page, template.render(reports=reports, rows=_compared(reports), stages=_lines(reports), charts=charts))
+    runs = list(zip(letters, names, reports))
+    text = template.render(
+        runs=runs, letters=letters, rows=_compared(reports), stages=_lines(letters, reports), charts=charts
+    )
+    put(page, text)
     return page
 
 
-def card(folder: Path, engines: Mapping[str, str]) -> str:
-    """A README for the hub. engines: name -> code, for those in which the checkpoint was verified."""
-    report = collect(folder)
-    return _environment().get_template("card.md").render(_view(report), engines=engines)
-
-
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of this room, with their filters."""
+    made = Environment(
         loader=PackageLoader("auto_mmround.evaluation", "pages"),
-        autoescape=lambda name: bool(name) and name.endswith(".html"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)}
-    return environment
+    made.filters |= {fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)} | {"zip": zip}
+    return made
 
 
-def _view(report: dict[str, Any]) -> dict[str, Any]:
+def view(report: dict[str, Any]) -> dict[str, Any]:
     """What the templates need beside the report itself."""
-    stages: dict[str, list[dict[str, Any]]] = {}
-    for block in report["blocks"]:
-        if block.get("end") is not None:
-            stages.setdefault(block["stage"], []).append(block)
     evaluated = report["evaluation"] or {}
     return {
         "report": report,
-        "stages": stages,
+        "stages": _tuned(report["blocks"]),
         "figures": evaluated.get("figures", {}),
         "scores": evaluated.get("scores", []),
         "samples": evaluated.get("samples", []),
-        "roles": [role for role in ("reference", "baseline", "value") if role in _roles(evaluated)],
+        "roles": [role for role in ("reference", "baseline", "quantized") if role in _roles(evaluated)],
         "width": evaluated.get("reference_dtype") or "reference",
     }
 
 
 def _roles(evaluated: Mapping[str, Any]) -> set[str]:
-    scored = {role for score in evaluated.get("scores", []) for role in ("reference", "baseline") if score[role] is not None}
+    scored = {
+        role for score in evaluated.get("scores", []) for role in ("reference", "baseline") if score[role] is not None
+    }
     answered = {role for sample in evaluated.get("samples", []) for role in sample["answers"]}
-    return {"value", *scored, *answered, *evaluated.get("figures", {})}
+    return {"quantized", *scored, *answered, *evaluated.get("figures", {})}
 
 
 def short_name(block: str) -> str:
@@ -211,41 +206,53 @@ def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]
     """(title, a value a run, kind) of every line of the comparison; lines that no run has are left out."""
     rows: list[tuple[str, list[Any], str]] = [
         ("model", [report["model"] for report in reports], "text"),
-        ("scheme", [f"{report['scheme']} g{report['recipe'].get('group_size')}" for report in reports], "text"),
-        ("algorithm", [report["recipe"].get("algorithm") for report in reports], "text"),
-        ("bits per quantized weight", [report["plan"]["bits_per_weight"] for report in reports], "figure"),
+        ("scheme", [report["scheme"] for report in reports], "text"),
+        ("group size", [report["recipe"].get("group_size") for report in reports], "text"),
+        ("algorithm", [_algorithm(report["recipe"]) for report in reports], "text"),
+        ("bits a weight", [report["plan"]["bits_per_weight"] for report in reports], "figure"),
         ("size of the weights", [report["sizes"]["weights"] for report in reports], "size"),
         ("time", [report["seconds"] for report in reports], "duration"),
         ("peak memory, GB", [report["peak_gb"] for report in reports], "figure"),
     ]
-    figures = [((report["evaluation"] or {}).get("figures") or {}).get("value", {}) for report in reports]
-    for modality in dict.fromkeys(name for each in figures for name in each.get("kl", {})):
-        rows.append((f"KL, {modality}", [each.get("kl", {}).get(modality) for each in figures], "figure"))
+    figures = [((report["evaluation"] or {}).get("figures") or {}).get("quantized", {}) for report in reports]
+    rows += [
+        (f"KL, {modality}", [each.get("kl", {}).get(modality) for each in figures], "figure")
+        for modality in dict.fromkeys(name for each in figures for name in each.get("kl", {}))
+    ]
     found = [{_label(s): s for s in (report["evaluation"] or {}).get("scores", [])} for report in reports]
     for label in dict.fromkeys(label for each in found for label in each):
-        rows.append((label, [each.get(label, {}).get("value") for each in found], "figure"))
-        if any(each.get(label, {}).get("recovery") is not None for each in found):
-            rows.append((f"{label}: recovery, %", [each.get(label, {}).get("recovery") for each in found], "figure"))
+        rows.append((label, [each.get(label, {}).get("quantized") for each in found], "figure"))
+        left = [each.get(label, {}).get("recovery") for each in found]
+        rows.append(("recovery, %", left, "recovery"))
     return [row for row in rows if any(value is not None for value in row[1])]
+
+
+def _algorithm(recipe: Mapping[str, Any]) -> str:
+    return "rtn" if recipe.get("iters") == 0 else str(recipe.get("algorithm"))
 
 
 def _label(score: Mapping[str, Any]) -> str:
     return f"{score['benchmark']} {score['split']} ({score['metric']})".replace("  ", " ")
 
 
-def _lines(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _lines(letters: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Stage -> the end error of each of its blocks in every run that tuned it with equally many blocks."""
     found: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        stages: dict[str, list[dict[str, Any]]] = {}
-        for block in report["blocks"]:
-            if block.get("end") is not None:
-                stages.setdefault(block["stage"], []).append(block)
-        for stage, blocks in stages.items():
+    for i, report in enumerate(reports):
+        for stage, blocks in _tuned(report["blocks"]).items():
             names = [short_name(block["name"]) for block in blocks]
             entry = found.setdefault(stage, {"labels": names, "series": {}})
             if len(entry["labels"]) == len(names):
-                entry["series"][report["name"]] = [block["end"] for block in blocks]
+                entry["series"][letters[i]] = (i, [block["end"] for block in blocks])
+    return found
+
+
+def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Stage -> its blocks that have an error."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for block in blocks:
+        if block.get("end") is not None:
+            found.setdefault(block["stage"], []).append(block)
     return found
 
 
@@ -283,7 +290,7 @@ def _dumped(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def put(path: Path, text: str) -> None:
     """At once or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ class Score:
     benchmark: str
     split: str
     metric: str
-    value: float
+    quantized: float
     count: int
     reference: float | None = None
     baseline: float | None = None
@@ -33,22 +33,22 @@ class Score:
     @property
     def recovery(self) -> float | None:
         """In percent, see `recovery`."""
-        return recovery(self.reference, self.value, self.lower_is_better)
+        return recovery(self.reference, self.quantized, self.lower_is_better)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain figures for JSON, the recovery among them."""
         return asdict(self) | {"recovery": self.recovery}
 
 
-def recovery(reference: float | None, value: float, lower_is_better: bool = False) -> float | None:
+def recovery(reference: float | None, quantized: float, lower_is_better: bool = False) -> float | None:
     """Percent of the reference that is left: 100 x quantized / reference for scores, 100 x reference / quantized for
     errors and perplexities, so that 100 is even and less is worse. None without a reference, or where it means nothing.
     """
     if reference is None:
         return None
-    if reference == value:
+    if reference == quantized:
         return 100.0
-    above, below = (reference, value) if lower_is_better else (value, reference)
+    above, below = (reference, quantized) if lower_is_better else (quantized, reference)
     return 100 * above / below if below > 0 else None
 
 
@@ -83,8 +83,8 @@ def share(answers: Sequence[str], expected: Sequence[str], match: Callable[[str,
 
 
 def normaliser(language: str | None, tokenizer: Any = None) -> Callable[[str], str]:
-    """Whisper's normaliser: the English one for English, with the tokenizer's table of spellings if it has one, else the
-    basic one. language: a code or a name; None is English."""
+    """Whisper's normaliser: for English the English one, with the tokenizer's table of spellings if it has one; for
+    other languages the basic one. language: a code or a name; None is English."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if language in (None, "en", "english"):

@@ -18,14 +18,13 @@ from auto_mmround.evaluation.samples import held_out
 from auto_mmround.evaluation.scoring import Score, error_rates, exact_match, normaliser, relaxed_match, share
 from auto_mmround.model.loading import Loaded
 
-ROLES = ("value", "reference", "baseline")  # fields of a Score that a model's figures go to
 SAMPLES = 6  # answers shown side by side
 PICTURE = 320  # pixels, the longer side of a picture kept with an answer
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on what. models: by role; `value` is the checkpoint, `reference` what it was made from,
+    """What is measured on what. models: by role; `quantized` is the checkpoint, `reference` what it was made from,
     `baseline` another checkpoint to compare with."""
 
     models: Mapping[str, Loaded]
@@ -35,7 +34,7 @@ class Setting:
     @property
     def loaded(self) -> Loaded:
         """The checkpoint, whose tokenizer and processor prepare the inputs of all models."""
-        return self.models["value"]
+        return self.models["quantized"]
 
 
 @dataclass
@@ -73,13 +72,13 @@ def teacher_forced(setting: Setting) -> Findings:
 
 def _forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
     kinds = (
-        ("perplexity", "perplexity", "", True, lambda m: m.perplexity, lambda m: m.tokens),
-        ("answers", "accuracy", "%", False, lambda m: m.accuracy and 100 * m.accuracy, lambda m: m.answers),
+        ("perplexity", "", True, lambda m: m.perplexity, lambda m: m.tokens),
+        ("accuracy, teacher-forced", "%", False, lambda m: m.accuracy and 100 * m.accuracy, lambda m: m.answers),
     )
-    for split, metric, unit, lower, figure, count in kinds:
+    for metric, unit, lower, figure, count in kinds:
         values = {role: figure(metrics) for role, metrics in found.items()}
-        if values["value"] is not None:
-            yield Score(title, split, metric, count=count(found["value"]), unit=unit, lower_is_better=lower, **values)
+        if values["quantized"] is not None:
+            yield Score(title, "", metric, count=count(found["quantized"]), unit=unit, lower_is_better=lower, **values)
 
 
 def question_answering(setting: Setting) -> Findings:
