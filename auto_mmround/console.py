@@ -170,9 +170,8 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
     page = keep(folder, record)
     card_file = card.write(folder) if found.model_card else None
     if found.json:
-        print(
-            json.dumps({**findings.figures["quantized"].as_dict(), **record} if findings.figures else record, indent=1)
-        )
+        flat = findings.figures["quantized"].as_dict() if findings.figures else {}
+        print(json.dumps(flat | record, indent=1))
         return 0
     show_findings(findings, record)
     for path in filter(None, (page, card_file)):
@@ -184,9 +183,11 @@ def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
     """Tables of what was measured: figures by modality, scores with recovery, answers side by side."""
     roles = [role for role in ("reference", "baseline") if record[role]] + ["quantized"]
     if findings.figures:
-        console.print(metrics_table({role: findings.figures[role] for role in roles}))
+        names = roles if len(roles) > 1 else [str(record["model"])]
+        console.print(metrics_table({name: findings.figures[role] for name, role in zip(names, roles)}))
     if findings.scores:
-        table = Table("benchmark", "split", *(Column(role, justify="right") for role in roles), "recovery (%)")
+        titles = roles if len(roles) > 1 else ["score"]
+        table = Table("benchmark", "split", *(Column(title, justify="right") for title in titles), "recovery (%)")
         for score in findings.scores:
             values = [getattr(score, role) for role in roles]
             cells = ["-" if value is None else f"{value:.4f}" for value in values]

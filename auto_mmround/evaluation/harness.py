@@ -58,11 +58,16 @@ def _rows(found: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, int,
 HARNESSES = {"lm_eval": Harness("lm_eval", 'pip install "auto_mmround[lm-eval]"', lm_eval)}
 
 
-def run(prefix: str, task: str, models: Mapping[str, Loaded], limit: int | None) -> list[Score]:
-    """The scores of one outside task for all models. Raises UserError when its package is missing."""
+def require(prefix: str) -> None:
+    """Raises UserError when the package of a harness is missing."""
     harness = HARNESSES[prefix]
     if importlib.util.find_spec(harness.package) is None:
-        raise UserError(f"task {prefix}:{task} needs the package {harness.package}: {harness.install}")
+        raise UserError(f"tasks {prefix}:NAME need the package {harness.package}: {harness.install}")
+
+
+def run(prefix: str, task: str, models: Mapping[str, Loaded], limit: int | None) -> list[Score]:
+    """The scores of one outside task for all models."""
+    harness = HARNESSES[prefix]
     figures: dict[tuple[str, str, str, int, bool], dict[str, Any]] = {}
     for role, loaded in models.items():
         for name, split, metric, value, count, lower in harness.run(loaded, task, limit):

@@ -1,6 +1,6 @@
 """Prompts from local sets, and a model's greedy answers to them: questions on images, speech, openings of texts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -145,15 +145,6 @@ def answer(loaded: Loaded, prompt: Prompt) -> str:
         made = loaded.model.generate(**kwargs, do_sample=False, **prompt.options)  # type: ignore[operator]
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
     return str(loaded.tokenizer.decode(made[0][given:], skip_special_tokens=True)).strip()
-
-
-def answers(loaded: Loaded, prompts: Sequence[Prompt], on_answer: Callable[[], Any] = lambda: None) -> list[str]:
-    """One answer a prompt, in order."""
-    found = []
-    for prompt in prompts:
-        found.append(answer(loaded, prompt))
-        on_answer()
-    return found
 
 
 def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict[str, Any]]:

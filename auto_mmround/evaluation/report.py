@@ -65,6 +65,11 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
     return f"W{recipe.get('bits', 4)}A{min(int(recipe.get('act_bits', 16)), 16)}"
 
 
+def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Store what `verify` found: engine, layers, planned, gap (None where nothing was compared), error or None."""
+    put(folder / VERDICTS, _dumped({"verdicts": list(verdicts)}))
+
+
 def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
     """Add an evaluation to the folder's own record; it takes the place of an older one of the same question."""
     path = folder / EVALUATION
@@ -199,7 +204,8 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    return list(found["verdicts"] if isinstance(found, dict) else found)
+    rows = found["verdicts"] if isinstance(found, dict) else found
+    return [{key: row.get(key) for key in ("engine", "layers", "planned", "gap", "error")} for row in rows]
 
 
 def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:

@@ -95,12 +95,10 @@ def normaliser(language: str | None, tokenizer: Any = None) -> Callable[[str], s
 def error_rates(said: Sequence[str], heard: Sequence[str], normalise: Callable[[str], str]) -> tuple[float, float]:
     """(word, character) error rate in percent over all samples: edits / length of what was said, after normalising.
 
-    Raises UserError without the package jiwer, or when nothing was said.
+    Needs the package jiwer. Raises UserError when nothing was said.
     """
-    try:
-        import jiwer
-    except ImportError as error:
-        raise UserError('word error rates need the package jiwer: pip install "auto_mmround[eval]"') from error
+    import jiwer
+
     pairs = [(normalise(a).strip(), normalise(b).strip()) for a, b in zip(said, heard, strict=True)]
     pairs = [pair for pair in pairs if pair[0]]
     if not pairs:

@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import importlib.util
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from PIL import Image
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import harness
 from auto_mmround.evaluation.metrics import Metrics, measure
-from auto_mmround.evaluation.prompts import Data, Prompt, answers, clips, openings, questions
+from auto_mmround.evaluation.prompts import Data, Prompt, answer, clips, openings, questions
 from auto_mmround.evaluation.samples import held_out
 from auto_mmround.evaluation.scoring import Score, error_rates, exact_match, normaliser, relaxed_match, share
 from auto_mmround.model.loading import Loaded
@@ -30,6 +31,7 @@ class Setting:
     models: Mapping[str, Loaded]
     data: Data
     progress: Callable[[str, int, int], None] = lambda title, done, total: None
+    given: dict[tuple[str, str, str, str], str] = field(default_factory=dict)  # answers so far, asked only once
 
     @property
     def loaded(self) -> Loaded:
@@ -67,10 +69,11 @@ def teacher_forced(setting: Setting) -> Findings:
         on_sample=lambda i: setting.progress("measuring", i + 1, len(inputs)),
     )
     found = dict(zip(setting.models, results, strict=True))
-    return Findings(list(_forced_scores(found, data.title)), found)
+    return Findings(list(forced_scores(found, data.title)), found)
 
 
-def _forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
+def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
+    """Lines of the recovery table from teacher-forced figures by role."""
     kinds = (
         ("perplexity", "", True, lambda m: m.perplexity, lambda m: m.tokens),
         ("accuracy, teacher-forced", "%", False, lambda m: m.accuracy and 100 * m.accuracy, lambda m: m.answers),
@@ -96,7 +99,6 @@ def question_answering(setting: Setting) -> Findings:
 
 def speech(setting: Setting) -> Findings:
     """Word and character error rate of transcripts, after Whisper's normaliser."""
-    error_rates(["a"], ["a"], str)  # a missing package is told now, not after the transcripts
     prompts = clips(setting.loaded, setting.data)
     given = _ask(setting, prompts, "transcribing")
     normalise = normaliser(setting.data.language, setting.loaded.tokenizer)
@@ -140,27 +142,31 @@ def side_by_side(setting: Setting) -> Findings:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table. against: it needs a reference model."""
+    """One row of the table. against: it needs a reference model. package: what it needs from the extra `eval`."""
 
     summary: str
     run: Callable[[Setting], Findings]
     against: bool = False
+    package: str | None = None
 
 
 TASKS = {
     "ppl": Task("perplexity of text, teacher-forced accuracy of answers", teacher_forced),
     "kl": Task("KL divergence to the reference and top-1 agreement, by modality", teacher_forced, against=True),
     "vqa": Task("answers on LLaVA-style rows: exact and relaxed match", question_answering),
-    "wer": Task("word and character error rate on rows with audio and text", speech),
+    "wer": Task("word and character error rate on rows with audio and text", speech, package="jiwer"),
     "samples": Task("answers side by side", side_by_side),
 }
 
 
 def parse(names: str, has_reference: bool) -> list[str]:
-    """Task names from a comma list. Raises UserError for unknown ones, and for those that lack their reference."""
+    """Task names from a comma list. Raises UserError for unknown ones, and for those that lack their reference or
+    package."""
     found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in found:
-        if name.partition(":")[0] in harness.HARNESSES and ":" in name:
+        prefix, colon, _ = name.partition(":")
+        if colon and prefix in harness.HARNESSES:
+            harness.require(prefix)
             continue
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
@@ -168,6 +174,9 @@ def parse(names: str, has_reference: bool) -> list[str]:
             raise UserError(f"unknown task {name!r}; {f'did you mean {near[0]}?' if near else f'known: {known}'}")
         if TASKS[name].against and not has_reference:
             raise UserError(f"task {name} compares with the model before quantization: give --reference")
+        package = TASKS[name].package
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f'task {name} needs the package {package}: pip install "auto_mmround[eval]"')
     if not found:
         raise UserError(f"tasks is empty: name some of {', '.join(TASKS)}")
     return found
@@ -202,14 +211,17 @@ def picture(image: Image.Image) -> str:
 
 def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, list[str]]:
     """role -> answers."""
-    total, done = len(prompts) * len(setting.models), 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        setting.progress(title, done, total)
-
-    return {role: answers(loaded, prompts, count) for role, loaded in setting.models.items()}
+    total, done, found = len(prompts) * len(setting.models), 0, {}
+    for role, loaded in setting.models.items():
+        found[role] = []
+        for prompt in prompts:
+            key = (role, prompt.benchmark, prompt.split, prompt.id)
+            if key not in setting.given:
+                setting.given[key] = answer(loaded, prompt)
+            found[role].append(setting.given[key])
+            done += 1
+            setting.progress(title, done, total)
+    return found
 
 
 def _parts(prompts: Sequence[Prompt]) -> list[list[int]]:
