@@ -16,7 +16,6 @@ from typing import Any
 
 from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries, rows_as_markdown
 from auto_mmround.evaluation import evaluate, report, tasks
-from auto_mmround.evaluation.evaluate import record
 from auto_mmround.evaluation.metrics import Metrics, measure
 from auto_mmround.evaluation.prompts import Data
 from auto_mmround.evaluation.samples import held_out
@@ -63,7 +62,7 @@ def keep(folders: list[Path], models: dict[str, Loaded], figures: dict[str, Metr
     found = tasks.side_by_side(tasks.Setting(models, data))
     found.scores, found.figures = list(tasks.forced_scores(figures, data.title)), figures
     names = {"reference": "demo", "baseline": "round to nearest", "quantized": folders[0].name}
-    made = record(found, names, models, data, ["ppl", "kl", "samples"], time.perf_counter() - started)
+    made = evaluate.record(found, names, models, data, ["ppl", "kl", "samples"], time.perf_counter() - started)
     for folder in folders:
         evaluate.keep(folder, made | {"command": "make demo"})
 

@@ -211,7 +211,8 @@ def picture(image: Image.Image) -> str:
 
 def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, list[str]]:
     """role -> answers."""
-    total, done, found = len(prompts) * len(setting.models), 0, {}
+    total, done = len(prompts) * len(setting.models), 0
+    found: dict[str, list[str]] = {}
     for role, loaded in setting.models.items():
         found[role] = []
         for prompt in prompts:
