@@ -1,5 +1,6 @@
 """Prompts from local sets, and a model's greedy answers to them: questions on images, speech, openings of texts."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from auto_mmround.evaluation.metrics import moved
 from auto_mmround.evaluation.samples import MANY, parts
 from auto_mmround.model.loading import Loaded
 from auto_mmround.run.job import template_for
+
+log = logging.getLogger("auto_mmround")
 
 TRANSCRIPTS = ("text", "transcription", "transcript", "sentence")
 ASK_FOR_WORDS = "Transcribe the speech."
@@ -175,6 +178,8 @@ def _whisper(loaded: Loaded, data: Data, sound_T: Any, rate: int) -> tuple[dict[
     options: dict[str, Any] = {"return_timestamps": True} if long else {}
     if getattr(model.generation_config, "is_multilingual", False):
         options |= {"language": data.language or "en", "task": "transcribe"}
+    elif data.language not in (None, "en", "english"):
+        log.warning("generation_config.json names no languages: the model hears the language by itself")
     # Room for the tokens that Whisper puts first: start, language, task, no time stamps.
     return dict(features), options | {"max_new_tokens": model.config.max_target_positions - 4}
 
