@@ -11,7 +11,7 @@ from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.model.loading import load
 
 TEXTS = ("And God said, Let there be", "The LORD is my", "In the beginning God created the", "And he went up into the")
-CHOICES = (" light", " stone")
+CHOICES = ("light", "stone")
 TASK = """\
 task: local_words
 dataset_path: json
@@ -31,7 +31,7 @@ def preferred(loaded, text):
     scores = []
     for choice in CHOICES:
         before = loaded.tokenizer(text, return_tensors="pt")["input_ids"].shape[1]
-        ids = loaded.tokenizer(text + choice, return_tensors="pt")["input_ids"]
+        ids = loaded.tokenizer(f"{text} {choice}", return_tensors="pt")["input_ids"]
         logs = logits_of(loaded.model, {"input_ids": ids}).log_softmax(-1)
         scores.append(logs[before - 1 : -1].gather(1, ids[0, before:, None]).sum().item())
     return scores.index(max(scores))
