@@ -138,6 +138,7 @@ def view(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "report": report,
         "stages": _tuned(report["blocks"]),
+        "labels": [_axis_label(block, len(report["plan"]["stages"])) for block in report["blocks"]],
         "figures": evaluated.get("figures", {}),
         "scores": evaluated.get("scores", []),
         "samples": evaluated.get("samples", []),
@@ -152,6 +153,11 @@ def _roles(evaluated: Mapping[str, Any]) -> set[str]:
     }
     answered = {role for sample in evaluated.get("samples", []) for role in sample["answers"]}
     return {"quantized", *scored, *answered, *evaluated.get("figures", {})}
+
+
+def _axis_label(block: Mapping[str, Any], stages: int) -> str:
+    number = short_name(block["name"])
+    return f"{block['stage']} {number}" if stages > 1 else number
 
 
 def short_name(block: str) -> str:
