@@ -56,7 +56,7 @@ def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> l
     return lines
 
 
-def keep(folders: list[Path], models: dict[str, Loaded], figures: dict[str, Metrics]) -> None:
+def fill_reports(folders: list[Path], models: dict[str, Loaded], figures: dict[str, Metrics]) -> None:
     """The figures and a few answers of a checkpoint and the models it is compared with, into its report."""
     started, data = time.perf_counter(), Data()
     found = tasks.side_by_side(tasks.Setting(models, data))
@@ -111,7 +111,7 @@ def main() -> None:
     lines = prove(*exported, [text.kwargs, image.kwargs])
     for bits, (folders, three) in loaded.items():
         wanted = ("full precision", f"W{bits} round to nearest", f"W{bits} tuned")
-        keep(folders, three, dict(zip(three, (results[name] for name in wanted), strict=True)))
+        fill_reports(folders, three, dict(zip(three, (results[name] for name in wanted), strict=True)))
     console.print(metrics_table(results, title="the demo model on held-out text and questions on images"))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
