@@ -21,6 +21,7 @@ setup(
     package_dir={"auto_mmround.templates": "templates", "auto_mmround.processors": "processors"},
     package_data={
         "auto_mmround.templates": ["*.json"],
+        "auto_mmround.evaluation": ["pages/*"],
         "auto_mmround": ["demo/*.md", "demo/model/*", "demo/*/*.json", "demo/*/*.jsonl", "demo/*/images/*"],
     },
     install_requires=[
@@ -41,10 +42,13 @@ setup(
         "gguf": ["gguf>=0.17"],
         "compressed-tensors": ["compressed-tensors>=0.15"],
         "audio": ["soundfile>=0.13"],
+        "eval": ["jiwer>=4", "soundfile>=0.13"],
+        "lm-eval": ["lm-eval>=0.4.9"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
         "dev": [
             "compressed-tensors>=0.20",
+            "jiwer>=4",
             "pytest>=9",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
+from auto_mmround.evaluation import report
 from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded, find_folder
@@ -98,7 +99,10 @@ class AutoRoundMLLM:
         names = [formats.get(part.strip()).name for part in format.split(",")]
         label = jobs.model_label(self.recipe)
         folders = [root] if len(names) == 1 else [root / folder_name(label, self.recipe, name) for name in names]
-        return [jobs.save(job, codes, blocks, out, name) for out, name in zip(folders, names)]
+        saved = [jobs.save(job, codes, blocks, out, name) for out, name in zip(folders, names)]
+        for folder in saved:
+            report.write(folder)
+        return saved
 
 
 def _strings(options: dict[str, Any]) -> dict[str, Any]:

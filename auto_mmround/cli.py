@@ -23,8 +23,9 @@ commands:
   auto-round-mllm [options]            quantize and export
   auto-round-mllm recipe.toml          the same from a file (.toml, .yaml); options given as well win
   auto-round-mllm plan [options]       show what every layer would become, and why some stay
-  auto-round-mllm eval ...             perplexity, KL by modality, answer accuracy
+  auto-round-mllm eval ...             perplexity, KL by modality, answers, word error rate; model card
   auto-round-mllm verify DIR ...       are the files right, and do real engines agree?
+  auto-round-mllm report RUN [RUN ..]  a page on a run, or on several side by side
   auto-round-mllm formats | families   what can be written, what can be read
 
 examples:
@@ -204,17 +205,24 @@ def eval_command(arguments: Sequence[str]) -> int:
     """Measure a model, alone or against a reference."""
     parser = Parser(prog="auto-round-mllm eval", description=eval_command.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder of a model or of a checkpoint of ours, or demo")
-    parser.add_argument("--reference", help="the model before quantization: adds KL and agreement")
+    parser.add_argument("--reference", help="the model before quantization: adds KL, agreement and recovery")
+    parser.add_argument("--baseline", help="another checkpoint to compare with, such as one rounded to nearest")
+    parser.add_argument("--tasks", help="comma list of ppl, kl, vqa, wer, samples, lm_eval:NAME (default: kl,ppl)")
     parser.add_argument(
         "--dataset", default="demo", help="rows to measure on; demo: the held-out set of the demo model"
     )
     parser.add_argument("--extra_data_dir", help="where the media lie")
     parser.add_argument("--template", help="chat template, as for quantizing")
-    parser.add_argument("--limit", type=int, default=None, help="at most so many samples")
+    parser.add_argument("--limit", type=int, default=None, help="at most so many samples of each set")
+    parser.add_argument("--language", help="of the speech, a code such as en: for transcripts and their normaliser")
     parser.add_argument("--device", default="0")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--model_card", action="store_true", help="write README.md into the checkpoint")
     found = parser.parse_args(normalise(arguments))
+    if found.limit is not None and found.limit < 1:
+        raise UserError(f"limit = {found.limit}: at least 1")
+    found.words = list(arguments)
     from auto_mmround.console import evaluate_and_show
 
     return evaluate_and_show(found)
@@ -262,6 +270,17 @@ def verify_command(arguments: Sequence[str]) -> int:
     return verify_and_show(found)
 
 
+def report_command(arguments: Sequence[str]) -> int:
+    """Write the report of a run again, or one page that compares several runs."""
+    parser = Parser(prog="auto-round-mllm report", description=report_command.__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="checkpoint folders of ours")
+    parser.add_argument("--output", help="the page to write (default: report.html in the run, or here for several)")
+    found = parser.parse_args(normalise(arguments))
+    from auto_mmround.console import show_report
+
+    return show_report(found.folders, found.output)
+
+
 def formats_command(arguments: Sequence[str]) -> int:
     """List the export formats."""
     Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(arguments)
@@ -282,6 +301,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan_command,
     "eval": eval_command,
     "verify": verify_command,
+    "report": report_command,
     "formats": formats_command,
     "families": families_command,
 }

@@ -3,9 +3,11 @@
 import argparse
 import json
 import logging
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +17,12 @@ from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from auto_mmround.calibration.template import shipped
-from auto_mmround.evaluation.loader import load_any
-from auto_mmround.evaluation.metrics import Metrics, measure
-from auto_mmround.evaluation.samples import held_out
+from auto_mmround.errors import UserError
+from auto_mmround.evaluation import card, report
+from auto_mmround.evaluation.evaluate import evaluate, keep
+from auto_mmround.evaluation.metrics import Metrics
+from auto_mmround.evaluation.prompts import Data
+from auto_mmround.evaluation.tasks import Findings
 from auto_mmround.evaluation.verify import verify
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model import devices
@@ -96,7 +101,9 @@ def quantize_with_progress(recipe: Recipe) -> int:
     memory = max(devices.peak_memory(loaded.model.device).values())
     for folder in folders:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        report.write(folder)
         console.print(f"{folder}  {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+    console.print(f"what happened: {folders[0] / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB", highlight=False)
     return 0
 
@@ -136,27 +143,74 @@ def show_plan(recipe: Recipe) -> int:
 
 
 def evaluate_and_show(found: argparse.Namespace) -> int:
-    """Measure and print a table or JSON."""
+    """Measure, keep the record beside a checkpoint of ours, and print tables or JSON."""
     quiet_libraries()
-    device = devices.resolve(found.device)
-    loaded = load_any(found.model, device=device, remote_code=found.trust_remote_code)
-    reference = None
-    if found.reference:
-        reference = load_any(found.reference, device=device, remote_code=found.trust_remote_code)
-    inputs = held_out(
-        loaded, found.dataset, template=found.template, extra_data_dir=found.extra_data_dir, limit=found.limit
-    )
-    models = [loaded.model] if reference is None else [reference.model, loaded.model]
+    folder = Path(found.model)
+    if found.model_card and not (folder / "run.json").is_file():
+        raise UserError(f"model_card: {folder} is not the result of one of our runs")
+    data = Data(found.dataset, found.template, found.extra_data_dir, found.limit, found.language)
     with Progress(console=notices, transient=True) as bar:
-        task = bar.add_task("measuring", total=len(inputs))
-        results = measure(
-            models, inputs, reference=reference and reference.model, on_sample=lambda i: bar.advance(task)
+        bars: dict[str, Any] = {}
+
+        def progress(title: str, done: int, total: int) -> None:
+            if title not in bars:
+                bars[title] = bar.add_task(title, total=total)
+            bar.update(bars[title], completed=done)
+
+        findings, record = evaluate(
+            found.model,
+            data,
+            reference=found.reference,
+            baseline=found.baseline,
+            names=found.tasks,
+            device=found.device,
+            remote_code=found.trust_remote_code,
+            progress=progress,
         )
+    record["command"] = shlex.join(["auto-round-mllm", "eval", *found.words])
+    page = keep(folder, record)
+    card_file = card.write(folder) if found.model_card else None
     if found.json:
-        print(json.dumps({"model": found.model, "reference": found.reference, **results[-1].as_dict()}, indent=1))
+        flat = findings.figures["quantized"].as_dict() if findings.figures else {}
+        print(json.dumps(flat | record, indent=1))
         return 0
-    names = [found.model] if reference is None else [found.reference, found.model]
-    console.print(metrics_table(dict(zip(names, results))))
+    show_findings(findings, record)
+    for path in filter(None, (page, card_file)):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    return 0
+
+
+def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
+    """Tables of what was measured: figures by modality, scores with recovery, answers side by side."""
+    roles = [role for role in ("reference", "baseline") if record[role]] + ["quantized"]
+    if findings.figures:
+        names = roles if len(roles) > 1 else [str(record["model"])]
+        console.print(metrics_table({name: findings.figures[role] for name, role in zip(names, roles)}))
+    if findings.scores:
+        titles = roles if len(roles) > 1 else ["score"]
+        table = Table("benchmark", "split", *(Column(title, justify="right") for title in titles), "recovery (%)")
+        for score in findings.scores:
+            values = [getattr(score, role) for role in roles]
+            cells = ["-" if value is None else f"{value:.4f}" for value in values]
+            left = "-" if score.recovery is None else f"{score.recovery:.2f}"
+            table.add_row(f"{score.benchmark} ({score.metric})", score.split, *cells, left)
+        console.print(table)
+    for sample in findings.samples:
+        console.print(f"\n{sample['question']}", highlight=False, markup=False)
+        lines = {"expected": sample["expected"], **{role: sample["answers"][role] for role in roles}}
+        for title, text in lines.items():
+            if text is not None:
+                console.print(f"  {title:<10} {text}", highlight=False, markup=False)
+
+
+def show_report(folders: Sequence[str], output: str | None) -> int:
+    """Write a run's report again, or the comparison of several runs, and name the page."""
+    quiet_libraries()
+    if len(folders) == 1 and output is None:
+        page = report.write(Path(folders[0]))
+    else:
+        page = report.compare([Path(folder) for folder in folders], Path(output or "report.html"))
+    console.print(str(page), highlight=False, soft_wrap=True)
     return 0
 
 

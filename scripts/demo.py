@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries, rows_as_markdown
+from auto_mmround.evaluation import evaluate, report, tasks
 from auto_mmround.evaluation.metrics import Metrics, measure
+from auto_mmround.evaluation.prompts import Data
 from auto_mmround.evaluation.samples import held_out
 from auto_mmround.evaluation.verify import same_weights, verify_transformers
 from auto_mmround.model import devices
+from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine
@@ -35,7 +38,7 @@ def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
 
 
 def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> list[str]:
-    """A line an export; raises SystemExit if one is not what was tuned."""
+    """A line an export, which keeps its verdict; raises SystemExit if one is not what was tuned."""
     state = job.loaded.model.state_dict()
     tuned = {f"{name}.weight": state[f"{name}.weight"] for name in job.plan.quantized}
     lines, failed = [], False
@@ -44,11 +47,24 @@ def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> l
         verdict = verify_transformers(folder, inputs, planned=len(tuned))
         line = f"{folder.name}: {len(wrong)} weights differ from the tuned ones" if wrong else verdict.line()
         failed |= bool(wrong or verdict.error)
+        facts = {key: getattr(verdict, key) for key in ("engine", "layers", "planned", "error")}
+        report.keep_verdicts(folder, [facts | {"gap": None if verdict.error else verdict.gap}])
         console.print(line, highlight=False, soft_wrap=True)
         lines.append(line)
     if failed:
         raise SystemExit("demo: an export is not what was tuned")
     return lines
+
+
+def fill_reports(folders: list[Path], models: dict[str, Loaded], figures: dict[str, Metrics]) -> None:
+    """The figures and a few answers of a checkpoint and the models it is compared with, into its report."""
+    started, data = time.perf_counter(), Data()
+    found = tasks.side_by_side(tasks.Setting(models, data))
+    found.scores, found.figures = list(tasks.forced_scores(figures, data.title)), figures
+    names = {"reference": "demo", "baseline": "round to nearest", "quantized": folders[0].name}
+    made = evaluate.record(found, names, models, data, ["ppl", "kl", "samples"], time.perf_counter() - started)
+    for folder in folders:
+        evaluate.keep(folder, made | {"command": "make demo"})
 
 
 def as_markdown(results: dict[str, Metrics], lines: list[str], seconds: float, peak: float) -> str:
@@ -78,13 +94,14 @@ def main() -> None:
     base = Recipe(model="demo", dataset="demo", output_dir=".demo", overwrite=True)
     full = jobs.load_model(base)
     inputs = held_out(full, "demo")
-    names, models = ["full precision"], [full.model]
+    names, models, loaded = ["full precision"], [full.model], {}
     for bits in (4, 3):
         recipe = replace(base, bits=bits, format=FORMATS if bits == 4 else "auto_round")
         plain, _ = quantized(replace(recipe, iters=0, format="auto_round", output_dir=".demo/rtn"))
         job, folders = quantized(recipe)
         names += [f"W{bits} round to nearest", f"W{bits} tuned"]
         models += [plain.loaded.model, job.loaded.model]
+        loaded[bits] = (folders, {"reference": full, "baseline": plain.loaded, "quantized": job.loaded})
         if bits == 4:
             exported = (job, folders)
     console.print(f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False)
@@ -92,6 +109,9 @@ def main() -> None:
     text, image = inputs[0], next(sample for sample in inputs if "pixel_values" in sample.kwargs)
     console.print("loading the four W4 exports in Transformers", highlight=False)
     lines = prove(*exported, [text.kwargs, image.kwargs])
+    for bits, (folders, three) in loaded.items():
+        wanted = ("full precision", f"W{bits} round to nearest", f"W{bits} tuned")
+        fill_reports(folders, three, dict(zip(three, (results[name] for name in wanted), strict=True)))
     console.print(metrics_table(results, title="the demo model on held-out text and questions on images"))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -105,6 +125,7 @@ def main() -> None:
         path = keep / f"demo-{datetime.date.today()}.md"
         path.write_text(as_markdown(results, lines, seconds, peak))
         console.print(f"kept in {path}", highlight=False)
+    console.print(f"to look at: {exported[1][0] / 'report.html'}", highlight=False, soft_wrap=True)
     for bits in (4, 3):
         tuned, nearest = results[f"W{bits} tuned"], results[f"W{bits} round to nearest"]
         worse = [name for name in nearest.kl if tuned.kl[name] >= nearest.kl[name]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
@@ -56,6 +56,8 @@ def from_quantized(
         raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
     if activations:
         _quantize_inputs(model, read_checkpoint(folder), state)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)

@@ -57,17 +57,21 @@ class Metrics:
 Precision = Callable[[], AbstractContextManager]
 
 
-def logits_of(model: Any, kwargs: Mapping[str, Any], precision: Precision = nullcontext) -> Tensor:
-    """Float32 logits (T, vocabulary) of one sample."""
+def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs on the model's device, floating ones in its dtype."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    moved = {
+    return {
         key: value.to(model.device, dtype if value.is_floating_point() else None)
         if isinstance(value, Tensor)
         else value
         for key, value in kwargs.items()
     }
+
+
+def logits_of(model: Any, kwargs: Mapping[str, Any], precision: Precision = nullcontext) -> Tensor:
+    """Float32 logits (T, vocabulary) of one sample."""
     with torch.inference_mode(), precision():
-        return model(**moved, use_cache=False).logits[0].float()
+        return model(**moved(model, kwargs), use_cache=False).logits[0].float()
 
 
 def measure(

@@ -1,7 +1,6 @@
 """Samples to measure on: whole conversations and texts, untouched by calibration's choices."""
 
 from pathlib import Path
-from typing import Any
 
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.inputs import ModelInput
@@ -10,6 +9,11 @@ from auto_mmround.run.job import template_for
 
 HELD_OUT = DEMO.parent / "heldout"
 MANY = 10**9
+
+
+def parts(dataset: str) -> list[str | Path]:
+    """The sets of a dataset argument that is measured on; `demo` is the held-out one of the demo model."""
+    return [HELD_OUT / "text.jsonl", HELD_OUT / "vqa.json"] if dataset == "demo" else [dataset]
 
 
 def held_out(
@@ -25,9 +29,8 @@ def held_out(
 
     limit: at most so many samples of each file. Raises UserError as calibration does.
     """
-    parts: list[Any] = [HELD_OUT / "text.jsonl", HELD_OUT / "vqa.json"] if dataset == "demo" else [dataset]
     inputs: list[ModelInput] = []
-    for part in parts:
+    for part in parts(dataset):
         made, _ = batches.build(
             part,
             tokenizer=loaded.tokenizer,

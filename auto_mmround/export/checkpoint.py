@@ -23,7 +23,11 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
     ".index.json", ".partial",
 )  # fmt: skip
-_OWN_FILES = ("config.json", "quantization_config.json", "quantize_config.json")
+# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights.
+_OWN_FILES = (
+    "config.json", "quantization_config.json", "quantize_config.json",
+    "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
+)  # fmt: skip
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:

@@ -1,0 +1,169 @@
+"""Charts as inline SVG: horizontal places in percent, so that a chart fits any width while its text keeps its size."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+HEIGHT, TOP, BOTTOM = 190, 10, 22  # pixels: of a chart, and of the margins inside it
+COLORS = 6
+LEFT = 46  # pixels for the labels of the vertical axis
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A vertical axis from low to high; logarithmic or from 0."""
+
+    low: float
+    high: float
+    log: bool
+
+    def y(self, value: float, height: int = HEIGHT) -> float:
+        """Pixels from the top."""
+        if self.log:
+            part = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+        else:
+            part = (value - self.low) / (self.high - self.low)
+        return round(height - BOTTOM - min(part, 1.0) * (height - TOP - BOTTOM), 1)
+
+    def ticks(self) -> list[float]:
+        """Round values to label: powers of ten (with 2 and 5 between few of them), or three to six even steps."""
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = (1, 2, 5) if len(powers) <= 3 else (1,)
+            values = [step * 10.0**power for power in powers for step in steps]
+            return [value for value in values if self.low <= value <= self.high * 1.0001]
+        step = _round_step((self.high - self.low) / 4)
+        return [i * step for i in range(int(self.high / step + 1e-9) + 1)]
+
+
+def scale(values: Iterable[float]) -> Scale:
+    """Logarithmic when positive values lie more than a factor of 20 apart."""
+    found = [value for value in values if math.isfinite(value)]
+    top, small = max(found, default=1.0), min((value for value in found if value > 0), default=1.0)
+    if top > 20 * small:
+        return Scale(small / 1.5, top * 1.5, True)
+    return Scale(0.0, top * 1.05 or 1.0, False)
+
+
+def _round_step(step: float) -> float:
+    base = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
+    return next(base * k for k in (1, 2, 5, 10) if base * k >= step)
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number in few significant digits, as people read it; a dash for none."""
+    if value is None:
+        return "–"
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:,.{min(places, 6)}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def chart(title: str, summary: str, body: Iterable[str], axis: Scale, labels: Sequence[str]) -> Markup:
+    """A plot with its axis and a few of the labels below; title and summary are read out by screen readers."""
+    grid = []
+    for tick in axis.ticks():
+        y = axis.y(tick)
+        grid.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
+    ticks = "".join(
+        f'<text class="tick" x="{LEFT - 8}" y="{axis.y(t) + 4}" text-anchor="end">{t:g}</text>' for t in axis.ticks()
+    )
+    below = []
+    for i in _some(len(labels)):
+        x = f"{center(i, len(labels)):.2f}%"
+        below.append(f'<text class="tick" x="{x}" y="{HEIGHT - 5}" text-anchor="middle">{escape(labels[i])}</text>')
+    return Markup(
+        f'<div class="plot"><svg class="axis" width="{LEFT}" height="{HEIGHT}" aria-hidden="true">{ticks}</svg>'
+        f'<svg class="marks" height="{HEIGHT}" role="img"><title>{escape(title)}</title>'
+        f"<desc>{escape(summary)}</desc>{''.join(grid)}{''.join(body)}{''.join(below)}</svg></div>"
+    )
+
+
+def center(i: int, count: int) -> float:
+    """The middle of column i of count, in percent."""
+    return 100 * (i + 0.5) / count
+
+
+def _some(count: int) -> list[int]:
+    """At most five places, first and last among them."""
+    return sorted({round(i * (count - 1) / 4) for i in range(5)}) if count > 5 else list(range(count))
+
+
+def drops(
+    title: str, labels: Sequence[str], nearest: Sequence[float], start: Sequence[float], end: Sequence[float]
+) -> Markup:
+    """A column a block: a ring where rounding to nearest is, a dash at the start, a dot at the end."""
+    axis = scale([*nearest, *start, *end])
+    marks = []
+    for i, (high, middle, low) in enumerate(zip(nearest, start, end, strict=True)):
+        x, ys = f"{center(i, len(labels)):.2f}%", [axis.y(value) for value in (high, middle, low)]
+        tip = escape(f"{labels[i]}: {figure(high)} → {figure(middle)} → {figure(low)}")
+        marks.append(
+            f'<g><title>{tip}</title><line class="drop" x1="{x}" x2="{x}" y1="{ys[0]}" y2="{ys[2]}"/>'
+            f'<circle class="nearest" cx="{x}" cy="{ys[0]}" r="3.5"/>'
+            f'<circle class="start" cx="{x}" cy="{ys[1]}" r="2"/>'
+            f'<circle class="end" cx="{x}" cy="{ys[2]}" r="3.5"/></g>'
+        )
+    falls = sum(low < high for high, low in zip(nearest, end, strict=True))
+    summary = (
+        f"Error of {len(labels)} blocks, {'logarithmic' if axis.log else 'linear'} scale. It fell in {falls} of them; "
+        f"sum {figure(sum(nearest))} rounded to nearest, {figure(sum(end))} at the end."
+    )
+    return chart(title, summary, marks, axis, labels)
+
+
+def columns(title: str, labels: Sequence[str], values: Sequence[float], unit: str) -> Markup:
+    """A bar a block."""
+    axis = scale([0.0, *values]) if not values else Scale(0.0, max(values) * 1.05 or 1.0, False)
+    width = 100 / max(len(values), 1)
+    bars = []
+    for i, value in enumerate(values):
+        y = axis.y(value)
+        bars.append(
+            f'<rect class="bar" x="{i * width + width * 0.15:.2f}%" width="{width * 0.7:.2f}%" y="{y}" '
+            f'height="{max(HEIGHT - BOTTOM - y, 0.5):.1f}">'
+            f"<title>{escape(labels[i])}: {figure(value)} {unit}</title></rect>"
+        )
+    summary = f"{len(values)} blocks, from {figure(min(values))} to {figure(max(values))} {unit}."
+    return chart(title, summary, bars, axis, labels)
+
+
+def line(
+    title: str,
+    labels: Sequence[str],
+    series: Mapping[str, tuple[int, Sequence[float]]],
+    unit: str = "",
+    from_zero: bool = False,
+) -> Markup:
+    """A line a series, with a dot a block. series: name -> (number of its colour, values)."""
+    values = [value for _, found in series.values() for value in found]
+    axis = Scale(0.0, max(values) * 1.05 or 1.0, False) if from_zero else scale(values)
+    marks = []
+    for name, (color, found) in series.items():
+        k = color % COLORS
+        marks += [
+            f'<line class="s{k}" x1="{center(i - 1, len(labels)):.2f}%" x2="{center(i, len(labels)):.2f}%" '
+            f'y1="{axis.y(found[i - 1])}" y2="{axis.y(found[i])}"/>'
+            for i in range(1, len(found))
+        ]
+        marks += [
+            f'<circle class="s{k}" cx="{center(i, len(labels)):.2f}%" cy="{axis.y(value)}" r="3">'
+            f"<title>{escape(name)}, {escape(labels[i])}: {figure(value)} {unit}</title></circle>"
+            for i, value in enumerate(found)
+        ]
+    sums = "; ".join(
+        f"{name}: {figure(found[0])} to {figure(found[-1])}" for name, (_, found) in series.items() if found
+    )
+    return chart(title, f"{sums} {unit}".strip(), marks, axis, labels)
+
+
+def bar(value: float, largest: float, kind: str = "end") -> Markup:
+    """One bar inside a table row, whose figure stands beside it."""
+    width = 100 * value / largest if largest > 0 else 0.0
+    return Markup(
+        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1" height="10" '
+        f'width="{max(width, 0.4):.2f}%" rx="1"/></svg>'
+    )
