@@ -261,6 +261,11 @@ def moved(value: Any, device: torch.device) -> Any:
     return map_tensors(value, lambda tensor: tensor.to(device))
 
 
+def as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """The value with its floating-point tensors in ``dtype``, however nested."""
+    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
 def to_device(call: Call, device: torch.device) -> Call:
     """The call with its tensors on ``device``."""
     return Call(moved(call.args, device), moved(call.kwargs, device), call.slot)
