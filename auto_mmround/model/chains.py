@@ -228,8 +228,9 @@ def _check_replay(model: nn.Module, chain: Chain, expected: Tensor) -> None:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Relative difference |a - b| / |b|, in float32."""
-    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item()
+    """Relative difference |a - b| / |b|, at least in float32."""
+    b = b.to(torch.promote_types(b.dtype, torch.float32))
+    return ((a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
 def first_tensor(output: Any) -> Tensor:

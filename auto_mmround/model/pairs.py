@@ -7,7 +7,8 @@ passes through it is tried: one side is divided, the other multiplied, and the b
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.model.chains import Call, as_dtype, difference, first_tensor, map_tensors, to_device
 from auto_mmround.model.structure import LINEAR, linears
 
+log = logging.getLogger("auto_mmround")
+
 NEAR = 3  # linear layers before a reader that may be its source: query, key and value, or gate and up
-CANCELS = 1e-2  # share of the change by one side alone that may be left when both sides are scaled (rounding)
+CANCELS = 1e-5  # share of the change by one side alone that may be left when both sides are scaled
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,13 @@ class Found:
 
 
 @torch.no_grad()
-def find_pairs(block: nn.Module, call: Call, hidden: Tensor, between_linears: bool = True) -> Found:
-    """Pairs of ``block``, which the model calls by ``call`` on ``hidden`` (1, T, D).
-
-    between_linears: also look for pairs of linear layers. Their scale is one a channel, so grouped-query attention
-    (fewer values than the output projection has inputs) has none.
-    """
-    call = to_device(call, next(block.parameters()).device)
+def norm_pairs(block: nn.Module, call: Call, hidden: Tensor) -> Found:
+    """The pairs of ``block`` whose source is a norm; the model calls the block by ``call`` on ``hidden`` (1, T, D)."""
+    device = next(block.parameters()).device
     layers = dict(linears(block))
     watch = _Watch(block)
     with watch:
-        output = call.run(block, hidden.to(next(block.parameters()).device))
+        output = to_device(call, device).run(block, hidden.to(device))
     pairs, refused = [], {}
     for name, seen in watch.norms.items():
         readers = tuple(dict.fromkeys(reader for reader in seen.readers if reader in layers))
@@ -66,10 +65,67 @@ def find_pairs(block: nn.Module, call: Call, hidden: Tensor, between_linears: bo
             refused[name] = reason or "its gain is neither its weight nor 1 + its weight"
         else:
             pairs.append(Pair(name, readers, offset))
-    if between_linears:
-        behind_norms = {reader for seen in watch.norms.values() for reader in seen.readers}
-        pairs += _linear_pairs(block, call, hidden, [name for name in watch.order if name in layers], behind_norms)
     return Found(tuple(pairs), refused)
+
+
+@torch.no_grad()
+def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ...]:
+    """The pairs of ``block`` between linear layers, tried in float64 on a copy of the block.
+
+    In float64 a scale that passes leaves 1e-10 of the change that one side alone makes, and one that only nearly does
+    (small values through an activation) a thousandth. The scale is one a channel, so grouped-query attention, with
+    fewer values than the output projection has inputs, has no pair.
+    """
+    own = next(block.parameters()).device
+    device = own if own.type in ("cpu", "cuda") else torch.device("cpu")
+    twin = copy.deepcopy(block).to(device, torch.float64)
+    layers = dict(linears(twin))
+    call = to_device(Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot), device)
+    hidden = hidden.to(device, torch.float64)
+    order: list[str] = []
+    handles = [layer.register_forward_pre_hook(_append(order, name)) for name, layer in layers.items()]
+    try:
+        before = call.run(twin, hidden)
+    except RuntimeError as error:  # kernels without float64, such as grouped experts
+        reason = str(error).split("\n", 1)[0]
+        log.warning("%s: no pairs of linear layers are looked for: %s", type(block).__name__, reason)
+        return ()
+    for handle in handles:
+        handle.remove()
+    found = []
+    for at, reader in enumerate(order):
+        for source in reversed(order[max(0, at - NEAR) : at]):
+            pair = Pair(source, (reader,), None)
+            fits = _out_features(layers[source]) == _in_features(layers[reader])
+            once = order.count(source) == order.count(reader) == 1
+            if fits and once and _passes(twin, call, hidden, before, pair):
+                found.append(pair)
+                break
+    return tuple(found)
+
+
+def shape_signature(block: nn.Module) -> tuple[Any, ...]:
+    """Class, and names and shapes of the linear layers: equal for blocks that run the same code."""
+    return (type(block), *((name, *layer.weight.shape) for name, layer in linears(block)))  # type: ignore[misc]
+
+
+def _passes(twin: nn.Module, call: Call, hidden: Tensor, before: Tensor, pair: Pair) -> bool:
+    """Whether dividing the source and multiplying the reader leaves the output, though one alone changes it."""
+    changed = [twin.get_submodule(name) for name in (pair.source, *pair.readers)]
+    kept = [{key: tensor.clone() for key, tensor in layer.state_dict().items()} for layer in changed]
+    channels = _out_features(changed[0])
+    scale_C = 2 ** (2 * torch.rand(channels, generator=torch.Generator().manual_seed(channels)) - 1)
+    changes = []
+    for tried in (pair, Pair(pair.source, (), None)):
+        rescale(twin, tried, scale_C)
+        changes.append(difference(call.run(twin, hidden), before))
+        for layer, state in zip(changed, kept):
+            layer.load_state_dict(state)
+    return changes[0] < CANCELS * changes[1]
+
+
+def _append(order: list[str], name: str) -> Any:
+    return lambda layer, args: order.append(name)
 
 
 @torch.no_grad()
@@ -80,14 +136,14 @@ def rescale(block: nn.Module, pair: Pair, scale_C: Tensor) -> None:
     stays. A channel that would vanish is left as it is.
     """
     source: Any = block.get_submodule(pair.source)
-    scale_C = scale_C.to(source.weight.device, torch.float32)
+    scale_C = scale_C.to(source.weight.device, torch.promote_types(source.weight.dtype, torch.float32))
     if pair.offset is None:
         along = 1 if isinstance(source, Conv1D) else 0
         _multiply(source.weight, 1 / scale_C, along)
     else:
-        gain_C = source.weight.float() + pair.offset
+        gain_C = source.weight.to(scale_C.dtype) + pair.offset
         stored_C = (gain_C / scale_C - pair.offset).to(source.weight.dtype)
-        left_C = stored_C.float() + pair.offset
+        left_C = stored_C.to(scale_C.dtype) + pair.offset
         kept_C = (left_C != 0) & left_C.isfinite() & (gain_C != 0)
         scale_C = torch.where(kept_C, gain_C / left_C, 1.0)
         source.weight.copy_(torch.where(kept_C, stored_C, source.weight))
@@ -100,7 +156,7 @@ def rescale(block: nn.Module, pair: Pair, scale_C: Tensor) -> None:
 
 def _multiply(parameter: Tensor, factor_C: Tensor, along: int) -> None:
     shape = [-1 if dim == along else 1 for dim in range(parameter.ndim)]
-    parameter.copy_(parameter.float() * factor_C.reshape(shape))
+    parameter.copy_(parameter.to(factor_C.dtype) * factor_C.reshape(shape))
 
 
 @torch.no_grad()
@@ -210,45 +266,6 @@ def _why_not(seen: _Norm, watch: _Watch, layers: Mapping[str, nn.Module], output
         return "a reader takes other channels"
     repeated = [reader for reader in seen.readers if watch.order.count(reader) > 1]
     return "it runs more than once" if seen.calls > 1 or repeated else None
-
-
-def _linear_pairs(
-    block: nn.Module, call: Call, hidden: Tensor, order: Sequence[str], behind_norms: set[str]
-) -> Iterator[Pair]:
-    """Linear layers between which a scale passes, tried in float32 on a copy of the block."""
-    once = {name: block.get_submodule(name) for name in order if order.count(name) == 1}
-    candidates = [
-        (source, reader)
-        for at, reader in enumerate(order)
-        for source in order[max(0, at - NEAR) : at]
-        if {source, reader} <= once.keys()
-        and reader not in behind_norms
-        and _out_features(once[source]) == _in_features(once[reader])
-    ]
-    if not candidates:
-        return
-    twin = copy.deepcopy(block).float()
-    call = Call(as_dtype(call.args, torch.float32), as_dtype(call.kwargs, torch.float32), call.slot)
-    hidden = hidden.to(next(twin.parameters()).device).float()
-    before = call.run(twin, hidden)
-    taken: set[str] = set()
-    for source, reader in candidates:
-        if reader in taken:
-            continue
-        pair, alone = Pair(source, (reader,), None), Pair(source, (), None)
-        channels = _out_features(once[source])
-        scale_C = 2 ** (2 * torch.rand(channels, generator=torch.Generator().manual_seed(channels)) - 1)
-        changes = []
-        for tried in (pair, alone):
-            changed = [twin.get_submodule(name) for name in (tried.source, *tried.readers)]
-            kept = [{key: tensor.clone() for key, tensor in layer.state_dict().items()} for layer in changed]
-            rescale(twin, tried, scale_C)
-            changes.append(difference(call.run(twin, hidden), before))
-            for layer, state in zip(changed, kept):
-                layer.load_state_dict(state)
-        if changes[0] < CANCELS * changes[1]:
-            taken.add(reader)
-            yield pair
 
 
 def _in_features(layer: Any) -> int:

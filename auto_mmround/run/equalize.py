@@ -19,7 +19,7 @@ from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.chains import TOLERANCE, Chain, as_dtype, capture, difference
-from auto_mmround.model.pairs import Found, Pair, find_pairs, rescale
+from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics.gram import Moments
@@ -64,12 +64,17 @@ def equalize(
         on_sample=lambda i: captured(i + 1, len(batches)),
     )  # fmt: skip
     shared = _shared_parameters(model)
+    links: dict[Any, tuple[Pair, ...]] = {}  # found once for blocks of one kind
     for chain in chains.values():
         for index, name in enumerate(chain.stage.blocks):
             block = model.get_submodule(name)
             pairs: list[Pair] = []
             if plan.of_block(name):
-                found = find_pairs(block, chain.calls[0][index], chain.hidden[0], recipe.equalize == "awq")
+                first = block, chain.calls[0][index], chain.hidden[0]
+                found, kind = norm_pairs(*first), shape_signature(block)
+                if recipe.equalize == "awq" and kind not in links:
+                    links[kind] = linear_pairs(*first)
+                found = replace(found, pairs=found.pairs + links.get(kind, ()))
                 pairs = _chosen(found, recipe, name, block)
                 pairs = [p for p in pairs if _free(p, block, shared) and _planned(p, name, plan)]
             statistics = {pair.source: _Statistics(recipe.equalize == "awq") for pair in pairs}
