@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What equalization brings on the bundled model: KL from full precision on held-out data, by modality.
+"""What equalization brings: KL from full precision on held-out data, by modality; on the bundled model by default.
 
     bench/equalize.py [--schemes W4g128 W3g128 ...] [--algorithms rtn gptq] [--limit 48] [--keep bench/results]
+                      [--model FOLDER --dataset TEXT.jsonl --held_out TEXT.jsonl]
 
-Every row is one run over the demo calibration set (text and images); nothing is written but the table.
+Every row is one run over the calibration set (demo: text and images); nothing is written but the table.
 """
 
 import argparse
@@ -37,6 +38,10 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Every scheme and algorithm by every method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dataset", default="demo")
+    parser.add_argument("--held_out", default="demo")
+    parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--schemes", nargs="+", default=["W4g128", "W4g-1", "W3g128", "W3g-1"])
     parser.add_argument("--algorithms", nargs="+", default=["rtn"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -45,8 +50,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     logging.disable(logging.WARNING)
-    reference = load("demo")
-    inputs = held_out(reference, "demo", limit=found.limit)
+    reference = load(found.model)
+    inputs = held_out(reference, found.held_out, limit=found.limit)
     lines = [
         "| scheme | algorithm | equalize | KL text | KL image | perplexity | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -56,7 +61,8 @@ def main() -> None:
         bits, group_size, asym = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme).groups()  # type: ignore[union-attr]
         for algorithm in found.algorithms:
             for method in found.methods:
-                values = {"model": "demo", "dataset": "demo", "device": "cpu", "nsamples": found.samples, "seqlen": 128}
+                values = {"model": found.model, "dataset": found.dataset, "device": "cpu", "nsamples": found.samples}
+                values |= {"seqlen": found.seqlen}
                 values |= {"bits": int(bits), "group_size": int(group_size), "sym": not asym, "algorithm": algorithm}
                 recipe = from_mapping(values | METHODS[method])
                 job = jobs.prepare(recipe, jobs.load_model(recipe))
@@ -64,7 +70,8 @@ def main() -> None:
                 quantize(job.loaded.model, job.recipe, job.plan, job.inputs, lambda block, codes: None)
                 seconds = time.perf_counter() - started
                 (figures,) = measure([job.loaded.model], inputs, reference=reference.model)
-                cells = [f"{figures.kl['text']:.5f}", f"{figures.kl['image']:.5f}", f"{figures.perplexity:.3f}"]
+                cells = [f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-" for kind in ("text", "image")]
+                cells.append(f"{figures.perplexity:.3f}")
                 lines.append(f"| {scheme} | {algorithm} | {method} | {' | '.join(cells)} | {seconds:.1f} |")
                 print(lines[-1], flush=True)
     if found.keep:

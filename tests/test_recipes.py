@@ -278,7 +278,7 @@ default_stage:
         ("GPTQModifier: {schem: W4A16}", "did you mean scheme"),
         ("GPTQModifier: {ignore: [lm_head]}", "names no scheme"),
         ("GTPQModifier: {scheme: W4A16}", "did you mean GPTQModifier"),
-        ("quant_stage: {quant_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}", "unknown modifier 'SparseGPTModifier'"),
+        ("quant_stage: {quant_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}", "modifier 'SparseGPTModifier'"),
         ("GPTQModifier: {scheme: W4A16, kv_cache_scheme: {num_bits: 8}}", "can't be translated"),
         ("SmoothQuantModifier: {}\nAWQModifier: {scheme: W4A16}", "both set equalize"),
         ("GPTQModifier: {config_groups: {a: {weights: {num_bits: 8, type: float}}}}", "'float' can't be translated"),
