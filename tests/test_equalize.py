@@ -274,8 +274,11 @@ def test_changed_norms_and_kept_layers_reach_the_checkpoint(method, tmp_path):
     assert all(value < 0.01 for value in kept.kl.values())
 
 
-def test_the_function_stays_in_float32():
-    recipe = replace(FAST, model_dtype="float32", bits=8, amp=False, equalize="awq", group_size=32)
+@pytest.mark.parametrize(
+    "amp, changes", [(False, {}), (True, {"quant_nontext_module": True, "dataset": "demo-llava", "nsamples": 3})]
+)
+def test_the_function_stays_in_float32(amp, changes):
+    recipe = replace(FAST, model_dtype="float32", bits=8, amp=amp, equalize="awq", group_size=32, **changes)
     loaded, reference = jobs.load_model(recipe), load("demo", dtype="float32")
     job = jobs.prepare(recipe, loaded)
     from auto_mmround.run.equalize import equalize

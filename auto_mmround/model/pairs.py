@@ -49,11 +49,10 @@ class Found:
 @torch.no_grad()
 def norm_pairs(block: nn.Module, call: Call, hidden: Tensor) -> Found:
     """The pairs of ``block`` whose source is a norm; the model calls the block by ``call`` on ``hidden`` (1, T, D)."""
-    device = next(block.parameters()).device
     layers = dict(linears(block))
     watch = _Watch(block)
     with watch:
-        output = to_device(call, device).run(block, hidden.to(device))
+        output = call.run(block, hidden)
     pairs, refused = [], {}
     for name, seen in watch.norms.items():
         readers = tuple(dict.fromkeys(reader for reader in seen.readers if reader in layers))

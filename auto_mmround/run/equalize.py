@@ -5,6 +5,7 @@ checkpoint gets.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.chains import TOLERANCE, Chain, as_dtype, capture, difference
+from auto_mmround.model.chains import TOLERANCE, Call, Chain, as_dtype, capture, difference, to_device
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
@@ -70,7 +71,7 @@ def equalize(
             block = model.get_submodule(name)
             pairs: list[Pair] = []
             if plan.of_block(name):
-                first = block, chain.calls[0][index], chain.hidden[0]
+                first = block, *_first_call(chain, index, block)
                 found, kind = norm_pairs(*first), shape_signature(block)
                 if recipe.equalize == "awq" and kind not in links:
                     links[kind] = linear_pairs(*first)
@@ -82,15 +83,24 @@ def equalize(
                 after = _watched_pass(chain, index, block, recipe.batch_size, pairs, statistics, inputs)
             if pairs:
                 with torch.no_grad():
-                    expected = chain.run_group([block], index, [0])
+                    call, hidden = _first_call(chain, index, block)
+                    expected = call.run(block, hidden)
                     fresh = [_apply(block, name, pair, statistics[pair.source], plan, recipe) for pair in pairs]
-                    _check_unchanged(name, chain.run_group([block], index, [0]), expected)
+                    _check_unchanged(name, call.run(block, hidden), expected)
                 done += [change for change in fresh if change]
                 log.info("%s: %s rescales %d of %d pairs", name, recipe.equalize, sum(map(bool, fresh)), len(pairs))
             chain = after
     if not done:
         log.warning("equalize = %s found no pair to rescale", recipe.equalize)
     return done
+
+
+def _first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
+    """How the block is called on the first sample, in the dtype of its weights: comparing goes without autocast."""
+    parameter = next(block.parameters())
+    call, hidden = chain.calls[0][index], chain.hidden[0].to(parameter.device, parameter.dtype)
+    call = Call(as_dtype(call.args, parameter.dtype), as_dtype(call.kwargs, parameter.dtype), call.slot)
+    return to_device(call, parameter.device), hidden
 
 
 @dataclass
@@ -216,9 +226,8 @@ def _planned(pair: Pair, name: str, plan: Plan) -> bool:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    seen: set[int] = set()
-    names = model.named_parameters(remove_duplicate=False)
-    return {id(p) for _, p in names if id(p) in seen or seen.add(id(p))}  # type: ignore[func-returns-value]
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in counts.items() if count > 1}
 
 
 def _free(pair: Pair, block: nn.Module, shared: set[int]) -> bool:
