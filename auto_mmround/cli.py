@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from auto_mmround import __version__
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import ALGORITHMS, HINTS, ORDERS, SCALE_DTYPES, Recipe, from_mapping, read
+from auto_mmround.recipe.recipe import ALGORITHMS, EQUALIZERS, HINTS, ORDERS, SCALE_DTYPES, Recipe, from_mapping, read
+from auto_mmround.recipe.schemes import PRESETS
 
 EPILOG = """\
 commands:
@@ -41,21 +42,31 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("format", [], "comma list of formats, see `auto-round-mllm formats`"),
         ("output_dir", [], "parent folder; each format gets <model>-w4g128-<format> below it"),
         ("overwrite", [], "replace checkpoints that exist there"),
+        ("sample_generation", [], "print what the quantized model answers to the first sample"),
         ("device", ["devices"], "0: the first accelerator, else the processor; cpu, hpu, cuda:1, auto"),
         ("model_dtype", [], "load the weights as bfloat16, float16 or float32 instead of as stored"),
         ("trust_remote_code", [], "run Python code that comes with the model"),
     ],
     "scheme": [
+        ("scheme", [], f"bits, group_size and sym by a known name: {', '.join(PRESETS)}"),
         ("bits", [], "2 to 8"),
         ("group_size", [], "columns that share a scale; -1: one per output channel"),
         ("asym", [], "asymmetric: a zero point for each group"),
         ("scale_dtype", [], f"one of {', '.join(SCALE_DTYPES)}"),
         ("fp_layers", [], "comma list of layers that stay in 16 bits: dotted parts of names, or re:REGEX"),
+        ("ignore", [], "layers that stay, one word each: names, re:REGEX or classes"),
+        ("targets", [], "quantize these layers only: names, re:REGEX or classes, e.g. Linear"),
+        ("sequential_targets", [], "quantize the blocks of these classes, e.g. WhisperDecoderLayer"),
         ("quant_nontext_module", [], "quantize the vision and audio towers too"),
         ("quant_lm_head", [], "quantize the output head too, rounded to nearest, if it has a weight of its own"),
         ("to_quant_block_names", [], "comma list of regular expressions for the block lists to quantize"),
         ("data_type", ["dtype"], "int, or rounded to nearest: fp8, nvfp4, mxfp4 (compressed_tensors)"),
         ("act_bits", [], "8: the engine quantizes activations, a scale a token (compressed_tensors); 32: it does not"),
+    ],
+    "equalization": [
+        ("equalize", [], f"first move magnitude between inputs and weights: {', '.join(EQUALIZERS)}"),
+        ("smoothing_strength", [], "smoothquant: share of the activations' range that goes into the weights, 0 to 1"),
+        ("disable_duo_scaling", [], "awq: scales from the activations alone"),
     ],
     "tuning": [
         ("algorithm", [], f"one of {', '.join(ALGORITHMS)}; auto: closed form, then few sign steps"),
@@ -106,10 +117,12 @@ NEGATED = {
     "disable_minmax_tuning": "enable_minmax_tuning",
     "disable_quanted_input": "enable_quanted_input",
     "disable_amp": "amp",
+    "disable_duo_scaling": "duo_scaling",
     "disable_fisher": "fisher",
     "disable_trust_remote_code": "trust_remote_code",
 }
 IGNORED = {"eval_bs": int}
+TEXT = ("scheme",)  # flags with a word that are no field of their own
 LONG_DASHES = ("\u2013", "\u2014")
 
 
@@ -132,14 +145,16 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         for name, others, text in rows:
             flags = [f"--{flag}" for flag in (name, *others)]
             options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-            hint = IGNORED.get(name) or HINTS.get(name, bool)
+            hint = str if name in TEXT else IGNORED.get(name) or HINTS.get(name, bool)
             if name in NEGATED or hint is bool or name == "truncation":
                 group.add_argument(*flags, action="store_true", **options)
                 continue
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            default = getattr(Recipe(), name, None)
+            default = None if name in TEXT else getattr(Recipe(), name, None)
             options["help"] += f" (default: {default})" if default not in (None, "") else ""
-            group.add_argument(*flags, type=kinds[0], metavar=name.upper(), **options)
+            several = typing.get_origin(kinds[0]) is list
+            kind, nargs = (str, "+") if several else (kinds[0], None)
+            group.add_argument(*flags, type=kind, nargs=nargs, metavar=name.upper(), **options)
 
 
 def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:

@@ -14,14 +14,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from auto_mmround.calibration.template import shipped
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import card, report
 from auto_mmround.evaluation.evaluate import evaluate, keep
+from auto_mmround.evaluation.generation import generate_sample
 from auto_mmround.evaluation.metrics import Metrics
 from auto_mmround.evaluation.prompts import Data
+from auto_mmround.evaluation.samples import held_out
 from auto_mmround.evaluation.tasks import Findings
 from auto_mmround.evaluation.verify import verify
 from auto_mmround.export.formats import FORMATS
@@ -98,6 +101,8 @@ def quantize_with_progress(recipe: Recipe) -> int:
     bar = BlockProgress(job.plan, job.recipe)
     with bar.progress:
         folders = jobs.run(job, bar.watcher())
+    if recipe.sample_generation:
+        show_sample(job)
     memory = max(devices.peak_memory(loaded.model.device).values())
     for folder in folders:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -106,6 +111,19 @@ def quantize_with_progress(recipe: Recipe) -> int:
     console.print(f"what happened: {folders[0] / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB", highlight=False)
     return 0
+
+
+def show_sample(job: jobs.Job) -> None:
+    """What the quantized model, still in memory, answers to a sample of the recipe's data."""
+    dataset = job.recipe.dataset
+    inputs = job.inputs or (dataset and held_out(job.loaded, dataset, limit=1, template=job.recipe.template))
+    if not inputs:
+        console.print("no sample generation: the recipe names no dataset", highlight=False)
+        return
+    prompt, text = generate_sample(job.loaded, inputs)
+    console.rule("sample generation")
+    console.print(Text.assemble(prompt, (text, "bold")), soft_wrap=True)
+    console.rule()
 
 
 def summary(plan: Plan) -> str:

@@ -161,8 +161,9 @@ class UnmergeableError(ValueError):
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Relative difference |a - b| / |b|, in float32."""
-    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item()
+    """Relative difference |a - b| / |b|, at least in float32."""
+    b = b.to(torch.promote_types(b.dtype, torch.float32))
+    return ((a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -206,6 +207,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 def moved(value: Any, device: torch.device) -> Any:
     """The value with its tensors on ``device``, however nested."""
     return map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """The value with its floating-point tensors in ``dtype``, however nested."""
+    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def to_device(call: Call, device: torch.device) -> Call:

@@ -1,7 +1,6 @@
 """The one typed configuration. Flags, keyword arguments, TOML and YAML are four ways to write it."""
 
 import dataclasses
-import difflib
 import json
 import re
 import tomllib
@@ -14,10 +13,12 @@ from typing import Any
 import yaml
 
 from auto_mmround.errors import UserError
+from auto_mmround.recipe import aliases, llm_compressor
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
 ORDERS = ("none", "weight")
+EQUALIZERS = ("none", "smoothquant", "awq")
 # Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
 STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
 # The same of `auto` by preset; docs/tuner.md has the table of time and damage.
@@ -48,9 +49,17 @@ class Recipe:
     act_bits: int = 32
     layer_config: dict[str, dict[str, Any]] | None = None
     fp_layers: str = ""
+    ignore: list[str] | None = None
+    targets: list[str] | None = None
+    sequential_targets: list[str] | None = None
     quant_nontext_module: bool = False
     quant_lm_head: bool = False
     to_quant_block_names: str | None = None
+    # equalization
+    equalize: str = "none"
+    smoothing_strength: float = 0.8
+    duo_scaling: bool = True
+    mappings: list[list[Any]] | None = None
     # tuning
     algorithm: str = "auto"
     preset: str = "default"
@@ -94,6 +103,7 @@ class Recipe:
     format: str = "auto_round"
     output_dir: str = "./tmp_autoround"
     overwrite: bool = False
+    sample_generation: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -110,6 +120,12 @@ class Recipe:
         _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
         _require(self.actorder in ORDERS, f"actorder = {self.actorder!r}: one of {', '.join(ORDERS)}")
         _require(self.dampening > 0, f"dampening = {self.dampening}: above 0")
+        _require(self.equalize in EQUALIZERS, f"equalize = {self.equalize!r}: one of {', '.join(EQUALIZERS)}")
+        _require(0 <= self.smoothing_strength <= 1, f"smoothing_strength = {self.smoothing_strength}: from 0 to 1")
+        for name in ("ignore", "targets", "sequential_targets"):
+            _require(_all_strings(getattr(self, name) or []), f"{name}: a list of names or re: patterns")
+        shaped = all(len(pair) == 2 and _all_strings([*pair[0], pair[1]]) for pair in _mapping_pairs(self.mappings))
+        _require(shaped, 'mappings: each is [["re:.*q_proj", ..], "re:.*input_layernorm"], readers before their source')
         for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
@@ -154,6 +170,16 @@ class Recipe:
         return PRESETS[self.preset] if self.algorithm == "auto" else STEPS[self.algorithm]
 
     @property
+    def kept_patterns(self) -> list[str]:
+        """Patterns of the layers that stay in 16 bits: `fp_layers` and `ignore`."""
+        return [part.strip() for part in self.fp_layers.split(",") if part.strip()] + (self.ignore or [])
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether calibration samples are read: to tune, or to see which channels are large."""
+        return self.calibrates or self.equalize != "none"
+
+    @property
     def closed_form(self) -> bool:
         """Whether weights start from a GPTQ solution."""
         return self.algorithm == "gptq" or (self.algorithm == "auto" and self.steps > 0)
@@ -172,6 +198,15 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(f"recipe: {message}")
 
 
+def _all_strings(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _mapping_pairs(mappings: Any) -> list[Any]:
+    """Entries that have the outer form of a mapping; others as an empty one, which has the wrong length."""
+    return [m if isinstance(m, list) and m and isinstance(m[0], list) and m[0] else [] for m in mappings or []]
+
+
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """Check ``value`` against the field's type; an int is welcome where a float is expected, nothing else bends."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -185,17 +220,16 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def from_mapping(values: dict[str, Any], where: str = "recipe", base: Recipe | None = None) -> Recipe:
-    """A recipe from plain values. Unknown keys raise UserError with the nearest known name."""
-    for key in values:
-        if key not in HINTS:
-            near = difflib.get_close_matches(key, HINTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(HINTS)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-    return dataclasses.replace(base or Recipe(), **values)
+    """A recipe from plain values; names of other tools are welcome (`aliases`). Unknown keys raise UserError with the
+    nearest known name."""
+    return dataclasses.replace(base or Recipe(), **aliases.resolve(values, where, HINTS))
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The keys of a TOML, YAML or JSON recipe file; sections only group keys, and `layer_config` is a table."""
+    """The keys of a TOML, YAML or JSON recipe file; sections only group keys, and `layer_config` is a table.
+
+    A recipe of llm-compressor is translated.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"recipe file {path} does not exist")
@@ -210,6 +244,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"recipe file {path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe file {path}: expected keys and values")
+    if llm_compressor.is_recipe(tree):
+        return llm_compressor.translate(tree, f"recipe file {path}")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= value if isinstance(value, dict) and key != "layer_config" else {key: value}

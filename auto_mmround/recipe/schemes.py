@@ -1,6 +1,7 @@
 """Quantization schemes as data."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # Float grids: bits, and the group sizes they exist for. -1: a scale an output channel; FP8's 128: blocks of 128 x 128.
 FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {"fp8": (8, (-1, 128)), "nvfp4": (4, (16,)), "mxfp4": (4, (32,))}
@@ -25,3 +26,24 @@ class Scheme:
     act_bits: int = 16
     min_zero: int = 0
     scale_bits: int | None = None
+
+
+def _weights(
+    bits: int, group_size: int = 128, sym: bool = True, act_bits: int = 32, data_type: str = "int"
+) -> dict[str, Any]:
+    return {"bits": bits, "group_size": group_size, "sym": sym, "act_bits": act_bits, "data_type": data_type}
+
+
+# Names as llm-compressor, vLLM and AutoRound use them -> keys of a recipe. Any of these keys beside `scheme` wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    "W2A16": _weights(2),
+    "W3A16": _weights(3),
+    "W4A16": _weights(4),
+    "W4A16_ASYM": _weights(4, sym=False),
+    "W8A16": _weights(8, -1),
+    "W8A8": _weights(8, -1, act_bits=8),
+    "W4A8": _weights(4, act_bits=8),
+    "FP8": _weights(8, -1, act_bits=8, data_type="fp8"),
+    "MXFP4": _weights(4, 32, data_type="mxfp4"),
+    "NVFP4": _weights(4, 16, data_type="nvfp4"),
+}

@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor
     template = template_for(loaded.model, recipe.template)
     plan = make_plan(loaded.model, recipe)
     check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
-    if not recipe.calibrates:
+    if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
     towers = any(stage.name != "text" for stage in plan.stages)
     settings, notes = choose(

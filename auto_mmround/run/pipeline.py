@@ -22,7 +22,7 @@ from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
-from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, Grid
+from auto_mmround.numerics.grids import Codes, Grid
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, collecting
 from auto_mmround.numerics.tuner import (
@@ -34,8 +34,8 @@ from auto_mmround.numerics.tuner import (
     tune_block,
 )
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.run.plan import FUSED, Plan, WeightPlan
+from auto_mmround.run.equalize import equalize
+from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
 
 log = logging.getLogger("auto_mmround")
 
@@ -84,7 +84,7 @@ def quantize(
     """Quantize the planned weights of ``model`` in place and hand the codes of each block to ``sink``.
 
     inputs: calibration samples with ``kwargs`` (what the model takes) and ``modality_T``; not needed for rounding to
-    nearest. The model's parameters hold the dequantized weights afterwards.
+    nearest without equalization. The model's parameters hold the dequantized weights afterwards.
     """
     watcher = watcher or Watcher()
     reports: list[BlockReport] = []
@@ -95,6 +95,8 @@ def quantize(
         watcher.block(report)
 
     with separated(model):
+        if recipe.equalize != "none":
+            equalize(model, recipe, plan, inputs, watcher.captured)
         if recipe.calibrates:
             _tune_stages(model, recipe, plan, inputs, finish, watcher)
         else:
@@ -294,11 +296,6 @@ def _tune_config(recipe: Recipe, first: int) -> TuneConfig:
         patience=recipe.dynamic_max_gap,
         seed=recipe.seed + first,
     )
-
-
-def grid_of(scheme: Scheme) -> Grid:
-    """The grid that a scheme describes."""
-    return Grid(scheme.bits, scheme.sym, SCALE_DTYPES[scheme.scale_dtype], scheme.min_zero, scheme.scale_bits)
 
 
 def _leaves(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:

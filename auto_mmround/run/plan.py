@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import converted_parameters
-from auto_mmround.model.structure import Stage, find_experts, find_stages, linears, select_stages
+from auto_mmround.model.structure import LINEAR, Stage, find_experts, find_stages, linears, select_stages
+from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
 from auto_mmround.recipe.recipe import Recipe, matches
 from auto_mmround.recipe.schemes import Scheme
 
@@ -73,19 +74,16 @@ class Plan:
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     """Decide for every linear layer. Raises UserError for patterns that match nothing, for overrides that contradict
     each other or the formats, and when no weight is left to quantize."""
-    stages = find_stages(model)
-    chosen = select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
+    chosen = _stages(model, recipe)
     experts = find_experts(model)
     stacked = {expert.parameter for expert in separable(model).values()}
     with separated(model):
         layers = {name: layer for name, layer in linears(model) if name not in experts.routers}
-    names = [*layers, *(name for name in experts.fused if name not in stacked), *experts.routers]
-    keep = [part.strip() for part in recipe.fp_layers.split(",") if part.strip()]
-    overrides = recipe.layer_config or {}
-    for pattern in [*keep, *overrides]:
-        if not any(matches(pattern, name) for name in names):
-            raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, names)}")
+        classes = {name: _classes(model, name) for name in layers}
+    classes |= dict.fromkeys([*(name for name in experts.fused if name not in stacked), *experts.routers], ())
     blocks = [block for stage in chosen for block in stage.blocks]
+    _check_patterns(recipe, classes)
+    _check_mappings(model, recipe, blocks)
     wanted = [formats.get(name) for name in recipe.formats]
     if not wanted:
         raise UserError("format is empty: name at least one export format")
@@ -93,7 +91,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         if fmt.ready:
             fmt.ready()
     # First without formats, to know the schemes by which `auto_round` chooses its packing.
-    weights = [_decide(model, name, layer, blocks, keep, overrides, recipe) for name, layer in layers.items()]
+    weights = [_decide(model, name, layer, blocks, classes[name], recipe) for name, layer in layers.items()]
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
@@ -109,7 +107,50 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         reason = reasons.most_common(1)[0][0] if reasons else "no linear layer in the chosen blocks"
         raise UserError(f"nothing to quantize: {reason}")
     _check_fused(weights)
-    return Plan(tuple(chosen), tuple(weights), tuple(targets))
+    used = {weight.block for weight in weights if weight.scheme}
+    return Plan(tuple(s for s in chosen if used & {*s.blocks}), tuple(weights), tuple(targets))
+
+
+def _stages(model: PreTrainedModel, recipe: Recipe) -> list[Stage]:
+    """The stages to quantize: by `sequential_targets`, the classes of their blocks, if there are any."""
+    stages = find_stages(model)
+    if recipe.sequential_targets is None:
+        return select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
+    found = {type(model.get_submodule(stage.blocks[0])).__name__: stage for stage in stages}
+    for name in recipe.sequential_targets:
+        if name not in found:
+            raise UserError(f"sequential_targets: no list of {name}; this model has blocks of {', '.join(found)}")
+    return [stage for name, stage in found.items() if name in recipe.sequential_targets]
+
+
+def _classes(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """Class names of a module and of those that it lies in."""
+    parts = name.split(".")
+    return tuple(type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts)))
+
+
+def _names(pattern: str, name: str, classes: Sequence[str]) -> bool:
+    """Whether a pattern names a layer: by its name, its class, or the class of a module that it lies in."""
+    return matches(pattern, name) or pattern in classes
+
+
+def _check_patterns(recipe: Recipe, classes: Mapping[str, Sequence[str]]) -> None:
+    for pattern in [*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})]:
+        if not any(_names(pattern, name, found) for name, found in classes.items()):
+            raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, classes)}")
+
+
+def _check_mappings(model: PreTrainedModel, recipe: Recipe, blocks: Sequence[str]) -> None:
+    if recipe.mappings and recipe.equalize == "none":
+        raise UserError("mappings: nothing uses them; set equalize to smoothquant or awq")
+    inside = [
+        (name, module) for block in blocks for name, module in model.get_submodule(block).named_modules(prefix=block)
+    ]
+    layers = [name for name, module in inside if isinstance(module, LINEAR)]
+    for patterns, source in recipe.mappings or []:
+        for pattern, names in [(source, [name for name, _ in inside]), *((pattern, layers) for pattern in patterns)]:
+            if not any(matches(pattern, name) for name in names):
+                raise UserError(f"mappings: {pattern!r} matches nothing in the blocks; {_nearest(pattern, names)}")
 
 
 def _decide(
@@ -117,19 +158,21 @@ def _decide(
     name: str,
     layer: Any,
     blocks: Sequence[str],
-    keep: Sequence[str],
-    overrides: dict[str, dict[str, Any]],
+    classes: Sequence[str],
     recipe: Recipe,
 ) -> WeightPlan:
     shape = tuple(layer.weight.shape)
     out_features, in_features = reversed(shape) if isinstance(layer, Conv1D) else shape
     block = next((b for b in blocks if name.startswith(b + ".")), None)
     scheme: Scheme | None = recipe.scheme
-    reason = next((f"kept by the pattern {pattern!r}" for pattern in keep if matches(pattern, name)), None)
+    kept = (pattern for pattern in recipe.kept_patterns if _names(pattern, name, classes))
+    reason = next((f"kept by the pattern {pattern!r}" for pattern in kept), None)
+    if reason is None and recipe.targets and not any(_names(pattern, name, classes) for pattern in recipe.targets):
+        reason = "not among the targets"
     if reason is None and block is None:
         reason = _outside(model, layer, recipe)
-    for pattern, options in overrides.items():
-        if reason is None and matches(pattern, name):
+    for pattern, options in (recipe.layer_config or {}).items():
+        if reason is None and _names(pattern, name, classes):
             scheme = override(scheme or recipe.scheme, options, pattern)
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
     if scheme is not None and not scheme.sym:
@@ -170,6 +213,11 @@ def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
         if problem:
             return replace(weight, scheme=None, reason=f"{target.name} {problem}")
     return weight
+
+
+def grid_of(scheme: Scheme) -> Grid:
+    """The grid that a scheme describes."""
+    return Grid(scheme.bits, scheme.sym, SCALE_DTYPES[scheme.scale_dtype], scheme.min_zero, scheme.scale_bits)
 
 
 def _check_fused(weights: Sequence[WeightPlan]) -> None:

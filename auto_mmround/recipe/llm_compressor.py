@@ -1,0 +1,227 @@
+"""Recipes of llm-compressor (YAML) in the terms of ours: GPTQ, SmoothQuant, AWQ and plain quantization modifiers.
+
+Such a recipe names neither model nor data: give them as flags. Its targets are the linear layers of the whole model,
+towers included, less what it ignores; with `sequential_targets` only the blocks of these classes are quantized.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from auto_mmround.errors import UserError
+from auto_mmround.recipe.aliases import preset
+
+log = logging.getLogger("auto_mmround")
+
+Values = dict[str, Any]
+Take = Callable[[Any, str], Values]  # (value, where) -> keys of our recipe
+
+NO_EFFECT = {
+    "block_size": "it changes no result",
+    "update_size": "it changes no result",
+    "offload_hessians": "second moments live for one block",
+    "offload_device": "second moments live for one block",
+    "observer": "scales are searched by the weights' share in the output error",
+    "observer_kwargs": "scales are searched by the weights' share in the output error",
+    "num_calibration_steps": "all samples are used",
+    "run_type": "there is one way to run",
+}
+
+
+def is_recipe(tree: dict[str, Any]) -> bool:
+    """Whether a file's content has llm-compressor's form: stages, groups of modifiers, or modifiers."""
+    return any(str(key).endswith(("_stage", "_modifiers", "Modifier")) for key in tree)
+
+
+def translate(tree: dict[str, Any], where: str) -> Values:
+    """Keys of our recipe. Raises UserError for modifiers, keys and values that have no counterpart."""
+    values: Values = {}
+    seen: list[str] = []
+    for name, options in _modifiers(tree, where):
+        start, takes = _known(name, MODIFIERS, where, "modifier")
+        clash = {"equalize", "algorithm"} & values.keys() & start.keys()
+        if clash:
+            raise UserError(f"{where}: {seen[-1]} and {name} both set {clash.pop()}; one of them can run")
+        seen.append(name)
+        _merge(values, start)
+        for key, value in _mapping(options, f"{where}: {name}").items():
+            if key in NO_EFFECT:
+                log.warning("%s: %s: %s has no effect here: %s", where, name, key, NO_EFFECT[key])
+            else:
+                _merge(values, _known(key, takes, f"{where}: {name}", "key")(value, f"{where}: {name}"))
+    values.setdefault("algorithm", "rtn")
+    if "bits" not in values:
+        raise UserError(f"{where}: {' and '.join(seen) or 'no modifier'} names no scheme: nothing would be quantized")
+    if "sequential_targets" not in values:
+        values["quant_nontext_module"] = True
+    return {"format": "compressed_tensors", **values}
+
+
+def _modifiers(tree: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if str(key).endswith(("_stage", "_modifiers")):
+            yield from _modifiers(_mapping(value, f"{where}: {key}"), where)
+        elif key not in NO_EFFECT:
+            yield str(key), value
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where}: expected keys and values, found {value!r}")
+    return value or {}
+
+
+def _known(key: str, table: dict[str, Any], where: str, what: str) -> Any:
+    if key not in table:
+        near = difflib.get_close_matches(key, table, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(table)}"
+        raise UserError(f"{where}: unknown {what} {key!r}; {hint}")
+    return table[key]
+
+
+def _merge(values: Values, more: Values) -> None:
+    """Lay keys over those there are; patterns of layers to keep, and overrides of layers, add up."""
+    for key, value in more.items():
+        if key == "ignore":
+            value = list(dict.fromkeys([*values.get(key, []), *value]))
+        elif key == "layer_config":
+            value = {**values.get(key, {}), **value}
+        values[key] = value
+
+
+# ------------------------------------------------------------------------------------- one function a kind of value
+
+
+def _as(name: str) -> Take:
+    return lambda value, where: {name: value}
+
+
+def _patterns(name: str) -> Take:
+    return lambda value, where: {} if value is None else {name: [value] if isinstance(value, str) else value}
+
+
+def _only(*allowed: Any) -> Take:
+    def take(value: Any, where: str) -> Values:
+        if value not in allowed:
+            raise UserError(f"{where}: {value!r} can't be translated, only {' or '.join(map(repr, allowed))}")
+        return {}
+
+    return take
+
+
+def _targets(value: Any, where: str) -> Values:
+    """All linear layers are what we quantize anyway."""
+    return {} if value in (None, "Linear", ["Linear"]) else _patterns("targets")(value, where)
+
+
+def _scheme(value: Any, where: str) -> Values:
+    """A preset's name, or {name: targets}."""
+    if not isinstance(value, dict):
+        return preset(value, where)
+    if len(value) != 1:
+        raise UserError(f"{where}: scheme names {len(value)} presets; use config_groups for layers that differ")
+    ((name, targets),) = value.items()
+    return preset(name, where) | _targets(targets, where)
+
+
+def _mappings(value: Any, where: str) -> Values:
+    """Pairs [readers, source], or tables with smooth_layer and balance_layers."""
+    pairs = []
+    for item in value or []:
+        pair = [item.get("balance_layers"), item.get("smooth_layer")] if isinstance(item, dict) else list(item)
+        pairs.append([[pair[0]] if isinstance(pair[0], str) else pair[0], *pair[1:]])
+    return {"mappings": pairs} if pairs else {}
+
+
+def _config_groups(value: Any, where: str) -> Values:
+    """The group of all linear layers, or the only one, sets the scheme; others override it for their targets."""
+    groups = []
+    for name, options in _mapping(value, where).items():
+        inside = f"{where}: config_groups: {name}"
+        options = _mapping(options, inside)
+        _check_keys(options, ("targets", "weights", "input_activations", "output_activations", "format"), inside)
+        _only(None)(options.get("output_activations"), f"{inside}: output_activations")
+        scheme = _weights(options.get("weights"), f"{inside}: weights")
+        scheme |= _activations(options.get("input_activations"), f"{inside}: input_activations")
+        groups.append((_targets(options.get("targets"), inside).get("targets"), scheme))
+    main = next((group for group in groups if group[0] is None), groups[0] if len(groups) == 1 else None)
+    if main is None:
+        raise UserError(f"{where}: config_groups: none has the target Linear, which the others would override")
+    layers = {
+        pattern: {key: scheme[key] for key in ("bits", "group_size", "sym")}
+        for targets, scheme in groups
+        if (targets, scheme) != main
+        for pattern in targets or []
+    }
+    return main[1] | ({"targets": main[0]} if main[0] else {}) | ({"layer_config": layers} if layers else {})
+
+
+def _weights(value: Any, where: str) -> Values:
+    options = _mapping(value, where)
+    known = ("num_bits", "type", "symmetric", "strategy", "group_size", "actorder", "dynamic", "block_structure")
+    _check_keys(options, known, where)
+    _only("int")(options.get("type", "int"), f"{where}: type")
+    _only(False, None)(options.get("dynamic"), f"{where}: dynamic")
+    _only(None)(options.get("block_structure"), f"{where}: block_structure")
+    group_size = options.get("group_size")
+    strategy = options.get("strategy") or ("group" if group_size else "channel")
+    _only("group", "channel")(strategy, f"{where}: strategy")
+    if strategy == "group" and not group_size:
+        raise UserError(f"{where}: strategy group needs group_size")
+    found = {
+        "bits": options.get("num_bits", 8),
+        "group_size": group_size if strategy == "group" else -1,
+        "sym": options.get("symmetric", True),
+        "act_bits": 32,
+    }
+    return found | ({"actorder": options["actorder"]} if "actorder" in options else {})
+
+
+def _activations(value: Any, where: str) -> Values:
+    if value is None:
+        return {}
+    options = _mapping(value, where)
+    _check_keys(options, ("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "actorder"), where)
+    _only("int")(options.get("type", "int"), f"{where}: type")
+    _only("token")(options.get("strategy", "token"), f"{where}: strategy")
+    _only(True)(options.get("dynamic", False), f"{where}: dynamic")
+    return {"act_bits": options.get("num_bits", 8)}
+
+
+def _check_keys(options: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in options:
+        if key not in NO_EFFECT:
+            _known(key, dict.fromkeys(known), where, "key")
+
+
+QUANTIZING: dict[str, Take] = {
+    "targets": _targets,
+    "ignore": _patterns("ignore"),
+    "scheme": _scheme,
+    "config_groups": _config_groups,
+    "kv_cache_scheme": _only(None),
+    "sequential_targets": _patterns("sequential_targets"),
+}
+SMOOTHING: dict[str, Take] = {"mappings": _mappings}
+# Modifier -> (what it means by itself, how its keys are taken).
+MODIFIERS: dict[str, tuple[Values, dict[str, Take]]] = {
+    "GPTQModifier": (
+        {"algorithm": "gptq"},
+        QUANTIZING
+        | {
+            "dampening_frac": _as("dampening"),
+            "actorder": _as("actorder"),
+            "sequential_update": _as("enable_quanted_input"),
+        },
+    ),
+    "QuantizationModifier": ({"algorithm": "rtn"}, QUANTIZING),
+    "SmoothQuantModifier": (
+        {"equalize": "smoothquant", "smoothing_strength": 0.5},
+        SMOOTHING | {"smoothing_strength": _as("smoothing_strength"), "ignore": _only(None, [])},
+    ),
+    "AWQModifier": (
+        {"equalize": "awq"},
+        QUANTIZING | SMOOTHING | {"duo_scaling": _as("duo_scaling"), "n_grid": _only(20)},
+    ),
+}
