@@ -37,7 +37,7 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
     found: dict[str, Expert] = {}
     fused = find_experts(model).fused
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         plain = getattr(module, "is_concatenated", False) and getattr(module, "has_gate", False)
         if not plain or module.is_transposed or module.has_bias or module.has_post_expert_norm:
             continue
