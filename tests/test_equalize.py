@@ -16,7 +16,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import measure
 from auto_mmround.evaluation.samples import held_out
-from auto_mmround.model.chains import Call, capture, difference
+from auto_mmround.model.capture import capture
+from auto_mmround.model.chains import Call, difference
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.model.pairs import gain_offset, linear_pairs, norm_pairs, rescale
 from auto_mmround.model.structure import Stage

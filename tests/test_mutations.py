@@ -269,7 +269,7 @@ MUTATIONS = [
     Mutation("sym flipped", config(put(sym=False)), DOWN, ("auto_round", "auto_gptq")),
     Mutation("zero_point flipped", config(put(zero_point=True)), DOWN, AWQ),
     Mutation("wrong quant_method", config(put(quant_method="awq", zero_point=False)), DOWN, GPTQ),
-    Mutation("unknown quant_method", config(put(quant_method="gguf")), "quantization_config", ALL),
+    Mutation("unknown quant_method", config(put(quant_method="quip")), "quantization_config", ALL),
     Mutation("plain packing named", config(put(packing_format="auto_round")), QZEROS),
     Mutation("AWQ packing named", config(put(packing_format="auto_round:auto_awq")), DOWN),
     Mutation("block name wrong", config(put(block_name_to_quantize="model.layers")), "q_proj"),

@@ -85,7 +85,9 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
     """Files of another kind, decoded by their format, hold finite values, and the very weights that the run tuned."""
     if not s.whole:
         return
-    written: dict[str, str] = {n: each["weight"] for n, each in (s.journal.get("codes") or {}).items()}
+    written: dict[str, str] = {
+        n: each["weight"] for n, each in (s.journal.get("codes") or {}).items() if "weight" in each
+    }
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
             if not bool(torch.isfinite(tensor).all()):

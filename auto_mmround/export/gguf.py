@@ -104,6 +104,12 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> None:
     write_config(folder, whole.config, _quantization_config(whole.layout, label, [paths[part].name for part in parts]))
 
 
+def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
+    if "files" not in raw["quantization_config"]:
+        raise UserError(f"{folder}: quantization_config names no GGUF files")
+    return raw["quantization_config"]["files"]
+
+
 def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint key, tensor) of all files of a folder, decoded; names as `tower_part` and `text_part` spell them.
 
@@ -114,7 +120,7 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = _config(raw)
     parts, extra = _parts(config), extra_tensors(config.get_text_config())
-    for file in raw["quantization_config"]["files"]:
+    for file in _files(raw, folder):
         if not (folder / file).is_file():
             raise UserError(f"{folder} lacks {file}, which its config.json names: copy the folder again")
         reader = gguf.GGUFReader(folder / file)
