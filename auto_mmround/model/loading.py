@@ -146,16 +146,16 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
     here. Keys that are fused or split on the way are left out.
     """
     own = dict.fromkeys(model.state_dict())
-    return {name: key for key, name, converted in _renamed(model, keys) if not converted and name in own}
+    return {name: key for key, name, converted in renamed_keys(model, keys) if not converted and name in own}
 
 
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Key in the checkpoint -> parameter that it becomes a part of, for the keys that `parameter_names` leaves out."""
-    return {key: name for key, name, converted in _renamed(model, keys) if converted}
+    return {key: name for key, name, converted in renamed_keys(model, keys) if converted}
 
 
-def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(key, parameter, whether it is more than renamed)."""
+def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(key in the checkpoint, parameter in the model, whether it is more than renamed on the way)."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
