@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, Tiny, conversation
+from tiny_models import FAMILIES, TEXT, Tiny, conversation
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
 
 from auto_mmround import cli
 from auto_mmround.calibration.inputs import with_decoder_ids
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.export.checkpoint import read_checkpoint
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
-from auto_mmround.model.experts import separable, separated
+from auto_mmround.model.experts import separated
 from auto_mmround.model.families import FAMILIES as KNOWN
 from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.numerics.rounding import Rounding
@@ -107,41 +108,62 @@ def test_the_student_sees_what_the_changed_model_sees(name):
             assert difference(hidden, fresh.run_group(blocks, 0, [i])) < 1e-5
 
 
-STACKED = "fused experts: not quantized yet"
+MIXTURES = {
+    "qwen3_moe": ("model.layers.0.mlp", "gate"),
+    "kimi_k25": ("model.language_model.layers.1.mlp", "gate"),
+    "qwen3_vl_moe": ("model.language_model.layers.1.mlp", "gate"),
+    "llama4": ("language_model.model.layers.1.feed_forward", "router"),
+}
 
 
-@pytest.mark.parametrize(
-    "name, layer, router, alone",
-    [
-        ("qwen3_moe", "model.layers.0.mlp", "gate", True),
-        ("kimi_k25", "model.language_model.layers.1.mlp", "gate", True),
-        ("qwen3_vl_moe", "model.language_model.layers.1.mlp", "gate", False),
-        ("llama4", "language_model.model.layers.1.feed_forward", "router", False),
-    ],
-)
-def test_experts_and_routers_are_in_the_plan(name, layer, router, alone):
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_and_routers_are_in_the_plan(name):
+    layer, router = MIXTURES[name]
     plan = make_plan(FAMILIES[name].build(), Recipe(group_size=32, quant_nontext_module=True))
     assert plan.kept[f"{layer}.{router}"] == "router"
-    single = {f"{layer}.experts.{i}.{part}_proj" for i in range(4) for part in ("gate", "up", "down")}
-    assert single <= set(plan.quantized) if alone else not single & set(plan.quantized)
-    assert {plan.kept.get(f"{layer}.experts.{part}") for part in ("gate_up_proj", "down_proj")} == {
-        None if alone else STACKED
-    }
+    assert {f"{layer}.experts.{i}.{part}_proj" for i in range(4) for part in ("gate", "up", "down")} <= set(
+        plan.quantized
+    )
     stored = plan.kept.get("model.vision_tower.layers.0.attn.q_proj")
     assert stored == ("the checkpoint stores it in another form" if name == "kimi_k25" else None)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "kimi_k25"])
+def test_experts_that_are_not_understood_stay_with_a_reason():
+    config = TEXT | dict(num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2)
+    model = Tiny("gpt_oss", "GptOssForCausalLM", config).build()  # interleaved, with biases
+    plan = make_plan(model, Recipe(group_size=32))
+    assert plan.kept["model.layers.0.mlp.experts.gate_up_proj"] == "fused experts: not quantized yet"
+    assert plan.kept["model.layers.0.mlp.router"] == "router"
+
+
+@pytest.mark.parametrize("name", MIXTURES)
 def test_experts_one_by_one_are_the_same_model(name):
     family = FAMILIES[name]
     model, inputs = family.build(), family.samples()[0]
     before, state = model(**inputs).logits, set(model.state_dict())
     with separated(model):
         torch.testing.assert_close(model(**inputs).logits, before)
-        for path in separable(model) or [n for n, _ in linears(model) if ".experts." in n]:
-            model.get_submodule(path).weight.data *= 1.5  # a view: the stacked parameter changes
+        for path, layer in linears(model):
+            if ".experts." in path:
+                layer.weight.data *= 1.5  # a view: the stacked parameter changes
     assert set(model.state_dict()) == state
     assert difference(model(**inputs).logits, before) > 0.01
+
+
+def test_a_kept_expert_of_a_stack_is_written_alone(tokenizer, tmp_path):
+    layer, _ = MIXTURES["llama4"]
+    FAMILIES["llama4"].save(tmp_path / "model", tokenizer)
+    recipe = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path), group_size=32, algorithm="rtn", device="cpu",
+        fp_layers=f"{layer}.experts.2",
+    )  # fmt: skip
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    (folder,) = jobs.run(job)
+    names = read_checkpoint(folder).files
+    assert f"{layer}.experts.2.up_proj.weight" in names and f"{layer}.experts.1.up_proj.qweight" in names
+    assert not any("gate_up_proj" in name for name in names)
+    decoded, tuned = from_quantized(folder).model.state_dict(), job.loaded.model.state_dict()
+    assert all(torch.equal(decoded[name], tuned[name]) for name in tuned)
 
 
 def test_experts_without_a_token_get_the_searched_scale(tokenizer, tmp_path):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.checkpoint import Checkpoint, dequantized_state_dict, read_checkpoint
+from auto_mmround.model.experts import restacked
 from auto_mmround.model.loading import (
     DTYPES,
     Loaded,
@@ -64,8 +65,9 @@ def from_quantized(
 
 
 def _as_the_model_keeps_them(folder: Path, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Packed weights are (out, in); GPT-2's Conv1D keeps them the other way round."""
+    """Packed weights are (out, in), GPT-2's Conv1D keeps them the other way round; some families stack experts."""
     model = skeleton(config, folder)
+    state = restacked(model, state)
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     if turned:
         stored = read_checkpoint(folder).files

@@ -33,7 +33,6 @@ class Family:
 
 
 TEXT, HEARING = ("text",), ("text", "audio")
-STACKED = "experts stay in 16 bits: the checkpoint stacks them"
 SHARED = "keys and values shared between layers"
 
 FAMILIES: dict[str, Family] = {
@@ -41,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family("Qwen2.5-VL", template="qwen2_vl"),
     "qwen3_vl": Family("Qwen3-VL", connectors=("deepstack_merger_list",), note="deep-stacked vision features"),
     "qwen3_vl_moe": Family(
-        "Qwen3-VL-MoE", connectors=("deepstack_merger_list",), note=f"deep-stacked vision features; {STACKED}"
+        "Qwen3-VL-MoE", connectors=("deepstack_merger_list",), note="deep-stacked vision features; experts"
     ),
     "mllama": Family("Llama-3.2-Vision", ("image",), note="cross attention; every sample needs an image"),
     "phi3_v": Family("Phi-3.5-vision", note="its own code; tested on a stand-in"),
@@ -56,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral 3 (Pixtral)"),
     "internvl": Family("InternVL"),
     "glm4v": Family("GLM-4V"),
-    "llama4": Family("Llama 4", note=STACKED),
+    "llama4": Family("Llama 4", note="experts"),
     "lfm2_vl": Family("LFM2-VL"),
     "deepseek_vl": Family("DeepSeek-VL"),
     "kimi_k25": Family("Kimi K2.5", note="experts; attention in the tower stays in 16 bits: stored in another form"),

@@ -154,16 +154,16 @@ def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple
     here.
     """
     own = dict.fromkeys(model.state_dict())
-    return {key: (name if name in own else None, not converted) for key, name, converted in _renamed(model, keys)}
+    return {key: (name if name in own else None, not converted) for key, name, converted in renamed_keys(model, keys)}
 
 
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Key in the checkpoint -> parameter that it becomes a part of, for the keys that `parameter_names` leaves out."""
-    return {key: name for key, name, converted in _renamed(model, keys) if converted}
+    return {key: name for key, name, converted in renamed_keys(model, keys) if converted}
 
 
-def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(key, parameter, whether it is more than renamed)."""
+def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(key in the checkpoint, parameter in the model, whether it is more than renamed on the way)."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

@@ -16,7 +16,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
-from auto_mmround.model.experts import separable
+from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, to_toml
@@ -35,11 +35,25 @@ class Names:
                 with safe_open(path, "pt") as file:
                     self.files |= dict.fromkeys(file.keys(), path)
         self.keys = parameter_names(model, self.files)
+        self.experts = separable(model)
         # The tables of Transformers go one way: what they make of a file's key is sure, what they would save is not.
-        stored = {(name, _tail(key)): key for key, name in converted_keys(model, self.files).items()}
-        for name, expert in separable(model).items():
-            self.keys[f"{name}.weight"] = stored.get((expert.parameter, _tail(expert.key)), expert.key)
+        converted = converted_keys(model, self.files)
+        stored = {(name, _tail(key)): key for key, name in converted.items()}
+        self.stacks = {name: key for key, name in converted.items()} | self.keys
+        for name, expert in self.experts.items():
+            prefix = self._prefix(expert)
+            self.keys[f"{name}.weight"] = stored.get((expert.parameter, _tail(expert.tail)), f"{prefix}.{expert.tail}")
         self.parameters = {key: name for name, key in self.keys.items()}
+
+    def _prefix(self, expert: Expert) -> str:
+        """The checkpoint's name of the module that holds an expert."""
+        if expert.parameter not in self.stacks:
+            placeholder = {
+                expert.parameter: torch.empty(self.model.get_parameter(expert.parameter).shape, device="meta")
+            }
+            key = next(iter(revert_weight_conversion(self.model, placeholder)))
+            self.stacks[expert.parameter] = key if expert.stacked else ".".join(key.split(".")[:-2])
+        return self.stacks[expert.parameter].rpartition(".")[0]
 
     def key(self, parameter: str) -> str:
         """The checkpoint's key of a parameter."""
@@ -47,6 +61,11 @@ class Names:
             placeholder = {parameter: torch.empty(0)}
             self.keys[parameter] = next(iter(revert_weight_conversion(self.model, placeholder)))
         return self.keys[parameter]
+
+    def has(self, module: str) -> bool:
+        """Whether the checkpoint has a tensor for the module's weight alone, or stacks it."""
+        expert = self.experts.get(module)
+        return not self.files or self.key(f"{module}.weight") in self.files or bool(expert and expert.stacked)
 
     def module(self, name: str) -> str:
         """The checkpoint's name of a module that has a weight; fused experts, which are parameters, keep theirs."""
@@ -61,6 +80,11 @@ class Names:
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without}
+        for name, expert in self.experts.items():  # a stack is written expert by expert, as engines read it
+            if expert.stacked:
+                skip.add(self.stacks[expert.parameter])
+                if f"{name}.weight" not in without:
+                    yield self.key(f"{name}.weight"), expert.of(state[expert.parameter]).cpu().contiguous()
         for path in sorted(set(self.files.values())):
             with safe_open(path, "pt") as file:
                 for key in sorted(file.keys()):
@@ -115,7 +139,7 @@ class Output:
         self.made = [folder for folder in out.parents if not folder.exists()]
         self.partial = begin(out, overwrite)
         self.writer = ShardWriter(self.partial)
-        absent = [name for name in plan.quantized if names.files and names.key(f"{name}.weight") not in names.files]
+        absent = [name for name in plan.quantized if not names.has(name)]
         if absent:
             self.discard()
             raise UserError(f"{absent[0]}: the checkpoint has no tensor {names.key(absent[0] + '.weight')} to replace")

@@ -62,10 +62,10 @@ class VisionExpertAttention(nn.Module):
     def forward(self, hidden_states, token_type_ids, position_ids, attention_mask):
         batch, length, width = hidden_states.shape
         vision = token_type_ids == VISION
-        qkv = hidden_states.new_empty(batch, length, self.language_expert_query_key_value.out_features)
+        size = self.shared * width // self.heads
+        qkv = hidden_states.new_empty(batch, length, width + 2 * size)
         qkv[vision] = self.vision_expert_query_key_value(hidden_states[vision])
         qkv[~vision] = self.language_expert_query_key_value(hidden_states[~vision])
-        size = self.shared * width // self.heads
         query, key, value = (
             part.view(batch, length, -1, width // self.heads).transpose(1, 2)
             for part in qkv.split([width, size, size], -1)
