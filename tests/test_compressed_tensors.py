@@ -323,8 +323,9 @@ def assert_reader_agrees(job: jobs.Job, folder: Path) -> None:
     assert "compressed-tensors" in result.engine
     for got, kwargs in zip(result.logits, inputs(), strict=True):
         wanted = logits_of(model, kwargs)
-        # Asymmetric weights come through another way there, which multiplies in the scales' float16.
-        assert torch.equal(got[0], wanted) if job.recipe.sym else (got[0] - wanted).abs().max() < 0.01 * wanted.std()
+        # Asymmetric weights come through another way there, which multiplies in the scales' float16; FP4 in bfloat16.
+        exact = job.recipe.sym and job.recipe.data_type in ("int", "fp8")
+        assert torch.equal(got[0], wanted) if exact else (got[0] - wanted).abs().max() < 0.03 * wanted.std()
 
 
 def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:

@@ -95,6 +95,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         quantized = decoded_weights(Path(request["model"]))
     missing = sorted([*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))])
     unexpected = sorted(info["unexpected_keys"])
+    if hasattr(model, "ct_decompress_hook"):  # else at the first pass, FP4 in bfloat16 whatever the model computes in
+        model.hf_quantizer.compressor.decompress_model(model)
+        model = model.to(getattr(torch, request["dtype"]))
     if not request.get("activations", True):
         for module in model.modules():
             if hasattr(module, "quantization_scheme"):
