@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -35,8 +36,11 @@ TEXT = {
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 512,
     "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
-QWEN_VISION = {"depth": 3, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "initializer_range": 0.1}
+QWEN_VISION = {"depth": 4, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "initializer_range": 0.1}
+PLACES = {"vision_start_token_id": 262, "vision_end_token_id": 263, "image_token_id": 264, "video_token_id": 265}
 MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [4, 6, 6]}
+# Sections like the real [24, 20, 20]: for dimensions that no section reaches llama.cpp takes no position at all.
+INTERLEAVED = {**MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -52,24 +56,27 @@ CONFIGS = {
     "qwen3": TEXT,
     "gemma3_text": GEMMA,
     "qwen2_vl": {
+        **PLACES,
         "text_config": {**TEXT, "rope_parameters": MROPE},
         "vision_config": {**QWEN_VISION, "embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2},
     },
     "qwen2_5_vl": {
+        **PLACES,
         "text_config": {**TEXT, "rope_parameters": MROPE},
         "vision_config": {**QWEN_VISION, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128,
-                          "fullatt_block_indexes": [0, 1, 2]},
+                          "fullatt_block_indexes": [1, 3]},
     },
     "qwen3_vl": {
-        "text_config": {**TEXT, "num_hidden_layers": 4, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        **PLACES,
+        "text_config": {**TEXT, "num_hidden_layers": 4, "rope_parameters": INTERLEAVED},
         "vision_config": {**QWEN_VISION, "patch_size": 16, "hidden_size": 64, "intermediate_size": 96,
                           "out_hidden_size": 128, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
     },
     "gemma3": {
-        "text_config": GEMMA, "mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6,
-        "eoi_token_index": 7,
+        "text_config": GEMMA, "mm_tokens_per_image": 4, "boi_token_index": 269, "eoi_token_index": 270,
+        "image_token_index": 271,
         "vision_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-                          "image_size": 56, "patch_size": 14},
+                          "image_size": 56, "patch_size": 14, "vision_use_head": False},
     },
 }  # fmt: skip
 
@@ -98,7 +105,7 @@ def sentencepiece_like_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>", "<start_of_image>", "<end_of_image>", "<image>"])
     return tokenizer
 
 
@@ -118,12 +125,17 @@ def tiny(case: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer = sentencepiece_like_tokenizer() if "gemma" in case else byte_level_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
     special = {
+        "chat_template": template,
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+    if case == "gemma3":
+        extra = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image>"}
+        special["extra_special_tokens"] = extra
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     if "vision_config" in CONFIGS[case]:
         means = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
@@ -217,8 +229,7 @@ def test_every_tensor_has_one_place_and_comes_back(case, tmp_path):
     wanted = source_tensors(source)
     out = export(source, tmp_path / "out", quantize=False)
     found = list(dequantized_state_dict(out))
-    kept = {key for key in wanted if ".head." not in key}  # SigLIP's pooling head, which Gemma 3 does not use
-    assert sorted(key for key, _ in found) == sorted(kept)
+    assert sorted(key for key, _ in found) == sorted(wanted)
     for key, tensor in found:
         assert torch.allclose(tensor, wanted[key], rtol=0, atol=1e-6 if "norm" in key else 0), key
     check = formats.FORMATS["gguf"].check_model
@@ -378,6 +389,51 @@ def test_llamacpp_agrees_on_every_architecture(case, tmp_path):
         assert gap < bound * spread, (quantize, gap, spread)
 
 
+IMAGE_TOKENS = {"qwen2_vl": (168, 36), "qwen2_5_vl": (168, 36), "qwen3_vl": (192, 36), "gemma3": (56, 4)}
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize("case", IMAGE_TOKENS)
+def test_llamacpp_agrees_on_every_tower(case, tmp_path):
+    """A random image of a size that neither side changes, between the words that llama.cpp puts around it."""
+    side, count = IMAGE_TOKENS[case]
+    source = tiny(case, tmp_path / "source")
+    out = export(source, tmp_path / "out", quantize=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    image = tmp_path / "image.png"
+    Image.fromarray(pixels).save(image)
+    question = {"text": "the cat", "image": image, "max_tokens": 1}
+    result = run_llamacpp(out, questions=[question], python=PYTHON, top=VOCABULARY)
+    assert result.ok, result.error
+    loaded = from_quantized(out, dtype="float32")
+    around = ("<start_of_image>", "<end_of_image>") if case == "gemma3" else ("<|vision_start|>", "<|vision_end|>")
+    if case == "gemma3":
+        around = (f"\n\n{around[0]}", f"{around[1]}\n\n")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    before, after = (tokenizer.encode(text).ids for text in (around[0], f"{around[1]}the cat"))
+    ids = torch.tensor([[*before, *[loaded.model.config.image_token_id] * count, *after]])
+    means = json.loads((source / "preprocessor_config.json").read_text())
+    if case == "gemma3":
+        x = (pixels / 255 - np.array(means["image_mean"])) / np.array(means["image_std"])
+        kwargs = {"pixel_values": torch.tensor(x).permute(2, 0, 1)[None].float()}
+    else:
+        processor = transformers.Qwen2VLImageProcessor(
+            **means, do_resize=False, patch_size=loaded.model.config.vision_config.patch_size
+        )
+        kwargs = dict(processor(Image.fromarray(pixels), return_tensors="pt"))
+    kwargs["mm_token_type_ids" if case != "gemma3" else "token_type_ids"] = (
+        ids == loaded.model.config.image_token_id
+    ).int()
+    with torch.inference_mode():
+        wanted_V = loaded.model(input_ids=ids, **kwargs).logits[0, -1].log_softmax(-1)
+    answer = result.answers[0]
+    found = {int(key): value for key, value in answer["logprobs"].items()}
+    gap = max(abs(float(wanted_V[key]) - value) for key, value in found.items())
+    assert answer["prompt_tokens"] == ids.shape[1]
+    assert len(found) == VOCABULARY and gap < 0.02 * float(wanted_V.std()), gap
+
+
 @pytest.mark.slow
 @needs_engine
 @pytest.mark.parametrize("case", ["qwen2", "gemma3_text"])
@@ -396,8 +452,6 @@ def test_llamacpp_tokenizes_as_the_tokenizer_does(case, tmp_path):
 @needs_engine
 def test_llamacpp_answers_about_images(tmp_path):
     """The demo model with its tower: the same prompt length, distribution and answer as Transformers."""
-    from PIL import Image
-
     recipe = Recipe(
         model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu"
     )
