@@ -1,25 +1,24 @@
 """GGUF: blocks, names of every architecture on tiny random models, our own reader; llama.cpp itself where installed."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_gguf import CONFIGS, VOCABULARY, byte_level_tokenizer, export, source_tensors, tiny
+from tokenizers import pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import run_llamacpp
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.verify import same_weights
-from auto_mmround.export import formats, gguf_models, gguf_tokens, gguf_towers
-from auto_mmround.export.checkpoint import dequantized_state_dict, write_side_files
+from auto_mmround.export import formats, gguf_k, gguf_models, gguf_tokens, gguf_towers
+from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.export.gguf_types import TYPES, exact_type, pack, unpack
-from auto_mmround.export.layout import Layout, Whole
-from auto_mmround.model.loading import DEMO, load
+from auto_mmround.model.loading import load
 from auto_mmround.numerics.grids import Codes, Grid, dequantize, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -29,127 +28,6 @@ gguf = pytest.importorskip("gguf")
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".engines" / "llamacpp" / "bin" / "python"
-VOCABULARY = 320
-TEXT = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 512,
-    "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
-QWEN_VISION = {"depth": 3, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "initializer_range": 0.1}
-MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [4, 6, 6]}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-GEMMA = {**TEXT, "num_hidden_layers": 7, "sliding_window": 16, "query_pre_attn_scalar": 32,
-         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}  # fmt: skip
-CONFIGS = {
-    "llama": {**TEXT, "tie_word_embeddings": False},
-    "llama, llama3 rope, biases": {**TEXT, "rope_parameters": LLAMA3, "attention_bias": True},
-    "mistral": {**TEXT, "sliding_window": None},
-    "qwen2": TEXT,
-    "qwen3": TEXT,
-    "gemma3_text": GEMMA,
-    "qwen2_vl": {
-        "text_config": {**TEXT, "rope_parameters": MROPE},
-        "vision_config": {**QWEN_VISION, "embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2},
-    },
-    "qwen2_5_vl": {
-        "text_config": {**TEXT, "rope_parameters": MROPE},
-        "vision_config": {**QWEN_VISION, "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128,
-                          "fullatt_block_indexes": [0, 1, 2]},
-    },
-    "qwen3_vl": {
-        "text_config": {**TEXT, "num_hidden_layers": 4, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
-        "vision_config": {**QWEN_VISION, "patch_size": 16, "hidden_size": 64, "intermediate_size": 96,
-                          "out_hidden_size": 128, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
-    },
-    "gemma3": {
-        "text_config": GEMMA, "mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6,
-        "eoi_token_index": 7,
-        "vision_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-                          "image_size": 56, "patch_size": 14},
-    },
-}  # fmt: skip
-
-
-def byte_level_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer that splits like Qwen2's."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *letters, "th", "the", "Ġthe"])}
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    expression = next(key[0] for key, name in gguf_tokens.PRE_TOKENIZERS.items() if name == "qwen2")
-    from tokenizers import Regex
-
-    split = pre_tokenizers.Split(Regex(expression), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
-    return tokenizer
-
-
-def sentencepiece_like_tokenizer() -> Tokenizer:
-    """BPE with byte fallback and ▁ for spaces, like Gemma's."""
-    pieces = ["<s>", "</s>", "<pad>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁theca", "th", "the", "▁the"]
-    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
-    return tokenizer
-
-
-def tiny(case: str, folder: Path) -> Path:
-    """A folder with a random model of that kind, its tokenizer and an image processor's configuration."""
-    torch.manual_seed(0)
-    model_type = case.partition(",")[0]
-    config = CONFIG_MAPPING[model_type].from_dict(CONFIGS[case])
-    classes = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
-    model = classes["vision_config" not in CONFIGS[case]].from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases are all ones or zeros otherwise
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "embed" in name and "patch" not in name:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer = sentencepiece_like_tokenizer() if "gemma" in case else byte_level_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    if "vision_config" in CONFIGS[case]:
-        means = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
-        (folder / "preprocessor_config.json").write_text(json.dumps(means))
-    return folder
-
-
-def source_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def export(source: Path, out: Path, quantize: bool, fmt: str = "gguf:q4_0") -> Path:
-    """The model in GGUF: with its text blocks' weights rounded to 4 bits, or all as they are."""
-    tensors = source_tensors(source)
-    codes = {}
-    if quantize:
-        chosen = [key for key in tensors if "layers." in key and key.endswith("_proj.weight") and "vision" not in key]
-        codes = {k.removesuffix(".weight"): round_to_nearest(tensors.pop(k), 32, Grid(4, True)) for k in chosen}
-    out.mkdir()
-    write_side_files(source, out)
-    config = json.loads((source / "config.json").read_text())
-    write = formats.FORMATS[fmt].write
-    assert write is not None
-    write(out, Whole(codes, tensors.items(), config, Layout({}, [], [], str, Scheme(4, 32)), source))
-    return out
 
 
 @pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
@@ -195,6 +73,57 @@ def test_the_smallest_exact_type_is_chosen():
     assert [names[bits, False] for bits in range(2, 9)] == ["Q4_1"] * 3 + ["Q5_1"] + [None] * 3
 
 
+K_TYPES = gguf_k.SUPER_TYPES
+
+
+@pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
+def test_super_blocks_decode_to_what_was_fitted(kind):
+    """Rows of very different size, one of zeros, one without negative values; every integer is in its range."""
+    w_OI = torch.randn(6, 512, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 1, 6)[:, None]
+    w_OI[1], w_OI[2] = 0, w_OI[2].abs()
+    fitted = gguf_k.fit(w_OI, kind, *gguf_k.search(w_OI, kind))
+    assert kind.low <= int(fitted.scale_OSG.min()) and int(fitted.scale_OSG.max()) <= kind.high
+    assert int(fitted.min_OSG.min()) >= 0 and int(fitted.min_OSG.max()) <= kind.high
+    blocks = gguf_k.pack(fitted, kind).numpy()
+    decoded = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
+    np.testing.assert_array_equal(decoded, gguf_k.decode(fitted, kind).numpy())
+
+
+@pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
+def test_every_code_and_scale_finds_its_bits(kind):
+    generator = torch.Generator().manual_seed(3)
+    groups = gguf_k.SUPER // kind.group
+    n = torch.randint(0, 2**kind.bits, (3, 2, groups, kind.group), generator=generator).to(torch.uint8)
+    scale, minimum = (
+        torch.randint(low, kind.high + 1, (3, 2, groups), generator=generator).to(torch.int16) for low in (kind.low, 0)
+    )
+    d = torch.full((3, 2), 0.5, dtype=torch.float16)
+    drawn = gguf_k.Super(n, d, d / 2 if not kind.sym else d * 0, scale, minimum * (not kind.sym))
+    decoded = gguf.quants.dequantize(gguf_k.pack(drawn, kind).numpy(), gguf.GGMLQuantizationType[kind.name])
+    np.testing.assert_array_equal(decoded, gguf_k.decode(drawn, kind).numpy())
+
+
+@pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
+def test_a_weight_on_the_super_grid_stays_and_others_come_close(kind):
+    generator = torch.Generator().manual_seed(4)
+    w_OI = torch.randn(8, 512, generator=generator)
+    fitted = gguf_k.fit(w_OI, kind, *gguf_k.search(w_OI, kind))
+    value_OI = gguf_k.decode(fitted, kind)
+    plain_OI = dequantize(round_to_nearest(w_OI, kind.group, Grid(kind.bits, kind.sym)))
+    error, plain = ((w - w_OI).square().mean() for w in (value_OI, plain_OI))
+    assert error < plain  # even though its scales are coarser than float16 ones
+    scale_OG, min_OG = (
+        (x.float()[..., None] * k).flatten(1)
+        for x, k in ((fitted.d_OS, fitted.scale_OSG), (fitted.dmin_OS, fitted.min_OSG))
+    )
+    again = gguf_k.decode(gguf_k.fit(value_OI, kind, scale_OG, min_OG), kind)
+    assert (again - value_OI).square().mean() < 1e-3 * error
+    importance_I = torch.rand(512, generator=generator).exp() ** 4
+    weighted = gguf_k.fit(w_OI, kind, *gguf_k.search(w_OI, kind, importance_I), importance_I)
+    weigh = [((gguf_k.decode(f, kind) - w_OI).square() * importance_I).sum() for f in (weighted, fitted)]
+    assert weigh[0] < weigh[1]
+
+
 def test_check_names_the_flags_that_help():
     named, plain = formats.FORMATS["gguf:q4_1"].check, formats.FORMATS["gguf"].check
     assert named(Scheme(4, 32, False), 64, 64) is None
@@ -217,8 +146,7 @@ def test_every_tensor_has_one_place_and_comes_back(case, tmp_path):
     wanted = source_tensors(source)
     out = export(source, tmp_path / "out", quantize=False)
     found = list(dequantized_state_dict(out))
-    kept = {key for key in wanted if ".head." not in key}  # SigLIP's pooling head, which Gemma 3 does not use
-    assert sorted(key for key, _ in found) == sorted(kept)
+    assert sorted(key for key, _ in found) == sorted(wanted)
     for key, tensor in found:
         assert torch.allclose(tensor, wanted[key], rtol=0, atol=1e-6 if "norm" in key else 0), key
     check = formats.FORMATS["gguf"].check_model
@@ -331,6 +259,18 @@ def test_journey_of_the_demo_model(tmp_path, fmt, bits, sym):
             assert torch.equal(kept[name], tensor), name
 
 
+def test_k_types_say_how_far_the_weights_moved(tmp_path, caplog):
+    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k", device="cpu",
+                    output_dir=str(tmp_path))  # fmt: skip
+    loaded = load("demo")
+    folder = jobs.run(jobs.prepare(recipe, loaded))[0]
+    share = float(re.search(r"moved by ([\d.]+)%", caplog.text)[1])
+    assert 0 < share < 20
+    name = "model.language_model.layers.0.mlp.down_proj.weight"
+    found, tuned = from_quantized(folder).model.state_dict()[name], loaded.model.state_dict()[name]
+    assert 0 < (found - tuned).float().norm() < 0.05 * tuned.float().norm()
+
+
 def test_a_wrong_scheme_is_one_line_with_the_flags(tmp_path):
     recipe = Recipe(model="demo", iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu")
     with pytest.raises(UserError, match=r"--bits 4 --group_size 32$"):
@@ -342,94 +282,3 @@ def test_damaged_folders_are_named(tmp_path):
     (out / "mmproj-model.gguf").unlink()
     with pytest.raises(UserError, match="lacks mmproj-model"):
         list(dequantized_state_dict(out))
-
-
-def worst(result, prompts, model) -> tuple[float, float]:
-    """(largest difference of log probabilities, their spread) of llama.cpp and Transformers."""
-    gap = spread = 0.0
-    for ids, found in zip(prompts, result.logprobs, strict=True):
-        with torch.inference_mode():
-            wanted_V = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        at = torch.tensor(list(found))
-        gap = max(gap, float((wanted_V[at] - torch.tensor(list(found.values()))).abs().max()))
-        spread = max(spread, float(wanted_V.std()))
-    return gap, spread
-
-
-needs_engine = pytest.mark.skipif(not PYTHON.is_file(), reason="scripts/engines.sh llamacpp")
-
-
-@pytest.mark.slow
-@needs_engine
-@pytest.mark.parametrize("case", CONFIGS)
-def test_llamacpp_agrees_on_every_architecture(case, tmp_path):
-    """Names, permutations, rope and norms by a float32 file; the blocks by the quantized one. llama.cpp rounds the
-    inputs of quantized layers to 8 bits, hence the wider bound there."""
-    source = tiny(case, tmp_path / "source")
-    ids = torch.randint(10, 250, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    prompts = [ids[:n] for n in (1, 3, 17, 40)]
-    for quantize, bound in ((False, 0.01), (True, 0.2)):
-        out = export(source, tmp_path / f"out{quantize}", quantize)
-        result = run_llamacpp(out, prompts=prompts, python=PYTHON, top=VOCABULARY)
-        assert result.ok, result.error
-        model = from_quantized(out, dtype="float32").model
-        gap, spread = worst(result, prompts, model)
-        assert all(len(found) == VOCABULARY for found in result.logprobs)
-        assert gap < bound * spread, (quantize, gap, spread)
-
-
-@pytest.mark.slow
-@needs_engine
-@pytest.mark.parametrize("case", ["qwen2", "gemma3_text"])
-def test_llamacpp_tokenizes_as_the_tokenizer_does(case, tmp_path):
-    source = tiny(case, tmp_path / "source")
-    out = export(source, tmp_path / "out", quantize=False)
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    texts = ["the theft of the cat", "  two  spaces\n\nand lines", "naïve — 12345 it's", "the</s>the"]
-    ids = [tokenizer.encode(text).ids for text in texts]
-    by_text = run_llamacpp(out, prompts=texts, python=PYTHON, top=VOCABULARY)
-    by_ids = run_llamacpp(out, prompts=ids, python=PYTHON, top=VOCABULARY)
-    assert by_text.ok and by_text.logprobs == by_ids.logprobs
-
-
-@pytest.mark.slow
-@needs_engine
-def test_llamacpp_answers_about_images(tmp_path):
-    """The demo model with its tower: the same prompt length, distribution and answer as Transformers."""
-    from PIL import Image
-
-    recipe = Recipe(
-        model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu"
-    )
-    folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
-    loaded = from_quantized(folder, dtype="float32")
-    rows = json.loads((DEMO.parent / "heldout" / "vqa.json").read_text())[:4]
-    questions = [
-        {
-            "text": row["conversations"][0]["value"].replace("<image>\n", ""),
-            "image": DEMO.parent / "heldout" / "images" / row["image"],
-        }
-        for row in rows
-    ]
-    result = run_llamacpp(folder, questions=questions, python=PYTHON, top=2048)
-    assert result.ok, result.error
-    for question, answer in zip(questions, result.answers, strict=True):
-        content = [{"type": "image"}, {"type": "text", "text": question["text"]}]
-        messages = [{"role": "user", "content": content}]
-        prompt = loaded.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = loaded.processor(text=[prompt], images=[Image.open(question["image"])], return_tensors="pt")
-        with torch.inference_mode():
-            wanted_V = loaded.model(**inputs).logits[0, -1].log_softmax(-1)
-        ids = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        found = {int(key): value for key, value in answer["logprobs"].items()}
-        gap = max(abs(float(wanted_V[key]) - value) for key, value in found.items())
-        assert answer["prompt_tokens"] == inputs.input_ids.shape[1]
-        assert len(found) == len(wanted_V) and gap < 0.1 * float(wanted_V.std())
-        assert answer["text"] == loaded.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def test_a_missing_engine_is_an_answer(tmp_path):
-    assert "model-*.gguf" in str(run_llamacpp(tmp_path, python=PYTHON).error)
-    (tmp_path / "model-Q4_0.gguf").touch()
-    result = run_llamacpp(tmp_path, python=tmp_path / "llamacpp" / "bin" / "python")
-    assert result.error == "the engine llamacpp is not installed: bash scripts/engines.sh llamacpp"

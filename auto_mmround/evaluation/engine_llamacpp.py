@@ -47,22 +47,27 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int) -> dict[str, float]:
-    """Log probabilities after a prompt. The token that is generated is forced to be ``filler``, one of plain text:
-    the server reports none for tokens without text, and it reports the model's own values, before the force."""
+def forced(filler: int | None) -> dict[str, Any]:
+    """Makes the server generate ``filler``, a token of plain text: it reports no values for tokens without text, and
+    those it reports are the model's own, before the force."""
+    return {} if filler is None else {"logit_bias": [[filler, 1e4]]}
+
+
+def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int | None) -> dict[str, float]:
+    """Log probabilities after a prompt."""
     asked = {
         "prompt": prompt,
         "n_predict": 1,
         "n_probs": top,
         "temperature": 0,
         "cache_prompt": False,
-        "logit_bias": [[filler, 1e4]],
+        **forced(filler),
     }
     return first_token(checked(server.handle_completions(asked))["choices"][0])
 
 
-def ask(server: Any, question: dict[str, Any], top: int) -> dict[str, Any]:
-    """Greedy answer to one question with the model's own chat template."""
+def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> dict[str, Any]:
+    """Greedy answer to one question with the model's own chat template; one token is only asked for its values."""
     content: list[dict[str, Any]] = [{"type": "text", "text": question["text"]}]
     if question.get("image"):
         path = Path(question["image"])
@@ -76,6 +81,7 @@ def ask(server: Any, question: dict[str, Any], top: int) -> dict[str, Any]:
         "cache_prompt": False,
         "logprobs": True,
         "top_logprobs": top,
+        **(forced(filler) if question.get("max_tokens") == 1 else {}),
     }
     answer = checked(server.handle_chat_completions(asked))
     choice = answer["choices"][0]
@@ -84,14 +90,15 @@ def ask(server: Any, question: dict[str, Any], top: int) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    top, prompts, questions = request.get("top", 20), request.get("prompts", ()), request.get("questions", ())
+    prompts, questions = request.get("prompts", ()), request.get("questions", ())
+    top, filler = request.get("top", 20), request.get("filler")
     logprobs, answers = [], []
     if prompts:  # with an mmproj file the server takes no token ids
         server = load(request)
-        logprobs = [next_tokens(server, prompt, top, request["filler"]) for prompt in prompts]
+        logprobs = [next_tokens(server, prompt, top, filler) for prompt in prompts]
     if questions:
         server = load(request, request.get("mmproj"))
-        answers = [ask(server, question, top) for question in questions]
+        answers = [ask(server, question, top, filler) for question in questions]
     broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
     facts = {"engine": f"xllamacpp {metadata.version('xllamacpp')}", "logprobs": logprobs, "answers": answers}
     return {"ok": not broken, **facts} | ({"error": "log probabilities are not finite"} if broken else {})

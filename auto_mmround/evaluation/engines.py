@@ -225,7 +225,7 @@ def run_llamacpp(
         "top": top,
     }
     tokenizer = checkpoint_dir / "tokenizer.json"
-    if prompts and tokenizer.is_file():
+    if tokenizer.is_file():
         request["filler"] = Tokenizer.from_file(str(tokenizer)).encode("a", add_special_tokens=False).ids[-1]
     request["mmproj"] = str(towers[0].resolve()) if towers else None
     with tempfile.TemporaryDirectory() as folder:

@@ -190,6 +190,7 @@ def architecture(text: Any) -> Architecture:
         (rope["rope_type"] not in ("default", "linear", "llama3"), f"rope type {rope['rope_type']} is not exported"),
         (rope["rope_type"] == "llama3" and found.name != "llama", "has llama3 rope for llama only"),
         (kinds != wanted, "uses another pattern of sliding windows"),
+        (found.name.endswith("vl") and "mrope_section" not in rope, "needs mrope_section in the rope parameters"),
         (scalar not in (None, head_dim(text)) and not wide, f"scales queries by the head size, not {scalar}"),
         (getattr(text, "attn_logit_softcapping", None) is not None, "has no attn_logit_softcapping here"),
         (getattr(text, "use_bidirectional_attention", False) is True, "attends causally only"),

@@ -101,7 +101,6 @@ class Tower:
     names: Mapping[str, str]
     facts: Callable[[Any], dict[str, Any]]
     steps: Mapping[str, Step] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
 
 
 # By the model's model_type. "gelu" is what llama.cpp calls the tanh approximation.
@@ -156,7 +155,6 @@ TOWERS: Mapping[str, Tower] = {
         },
         _gemma3,
         {"projector.mm_soft_emb_norm": PLUS_ONE},
-        dropped=("vision.head.",),
     ),
 }
 
@@ -173,7 +171,7 @@ def tower_part(model_type: str, config: Any) -> Part | None:
         for i, layer in enumerate(config.vision_config.deepstack_visual_indexes):
             pairs = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
             table |= rules({f"deepstack_merger_list.{i}.{k}": f"v.deepstack.{layer}.{v}" for k, v in pairs.items()})
-    return Part(tower.prefixes, table, tower.dropped)
+    return Part(tower.prefixes, table)
 
 
 def tower_metadata(model_type: str, config: Any, preprocessor: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""GGUF files in llama.cpp itself: every architecture, every tower, tokenizers, the demo model (all need the engine)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_gguf import CONFIGS, VOCABULARY, export, tiny
+from tokenizers import Tokenizer
+
+from auto_mmround.evaluation.engines import run_llamacpp
+from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.model.loading import DEMO, load
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+
+pytest.importorskip("gguf")
+
+PYTHON = Path(__file__).parents[1] / ".engines" / "llamacpp" / "bin" / "python"
+
+
+def worst(result, prompts, model) -> tuple[float, float]:
+    """(largest difference of log probabilities, their spread) of llama.cpp and Transformers."""
+    gap = spread = 0.0
+    for ids, found in zip(prompts, result.logprobs, strict=True):
+        with torch.inference_mode():
+            wanted_V = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        at = torch.tensor(list(found))
+        gap = max(gap, float((wanted_V[at] - torch.tensor(list(found.values()))).abs().max()))
+        spread = max(spread, float(wanted_V.std()))
+    return gap, spread
+
+
+needs_engine = pytest.mark.skipif(not PYTHON.is_file(), reason="scripts/engines.sh llamacpp")
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize("case", CONFIGS)
+def test_llamacpp_agrees_on_every_architecture(case, tmp_path):
+    """Names, permutations, rope and norms by a float32 file; the blocks by the quantized one. llama.cpp rounds the
+    inputs of quantized layers to 8 bits, hence the wider bound there."""
+    source = tiny(case, tmp_path / "source")
+    ids = torch.randint(10, 250, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [ids[:n] for n in (1, 3, 17, 40)]
+    for quantize, bound in ((False, 0.01), (True, 0.2)):
+        out = export(source, tmp_path / f"out{quantize}", quantize)
+        result = run_llamacpp(out, prompts=prompts, python=PYTHON, top=VOCABULARY)
+        assert result.ok, result.error
+        model = from_quantized(out, dtype="float32").model
+        gap, spread = worst(result, prompts, model)
+        assert all(len(found) == VOCABULARY for found in result.logprobs)
+        assert gap < bound * spread, (quantize, gap, spread)
+
+
+IMAGE_TOKENS = {"qwen2_vl": (168, 36), "qwen2_5_vl": (168, 36), "qwen3_vl": (192, 36), "gemma3": (56, 4)}
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize("case", IMAGE_TOKENS)
+def test_llamacpp_agrees_on_every_tower(case, tmp_path):
+    """A random image of a size that neither side changes, between the words that llama.cpp puts around it."""
+    side, count = IMAGE_TOKENS[case]
+    source = tiny(case, tmp_path / "source")
+    out = export(source, tmp_path / "out", quantize=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    image = tmp_path / "image.png"
+    Image.fromarray(pixels).save(image)
+    question = {"text": "the cat", "image": image, "max_tokens": 1}
+    result = run_llamacpp(out, questions=[question], python=PYTHON, top=VOCABULARY)
+    assert result.ok, result.error
+    loaded = from_quantized(out, dtype="float32")
+    around = ("<start_of_image>", "<end_of_image>") if case == "gemma3" else ("<|vision_start|>", "<|vision_end|>")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    before, after = (tokenizer.encode(text).ids for text in (around[0], f"{around[1]}the cat"))
+    ids = torch.tensor([[*before, *[loaded.model.config.image_token_id] * count, *after]])
+    means = json.loads((source / "preprocessor_config.json").read_text())
+    if case == "gemma3":
+        x = (pixels / 255 - np.array(means["image_mean"])) / np.array(means["image_std"])
+        kwargs = {"pixel_values": torch.tensor(x).permute(2, 0, 1)[None].float()}
+    else:
+        processor = transformers.Qwen2VLImageProcessor(
+            **means, do_resize=False, patch_size=loaded.model.config.vision_config.patch_size
+        )
+        kwargs = dict(processor(Image.fromarray(pixels), return_tensors="pt"))
+    kwargs["mm_token_type_ids" if case != "gemma3" else "token_type_ids"] = (
+        ids == loaded.model.config.image_token_id
+    ).int()
+    with torch.inference_mode():
+        wanted_V = loaded.model(input_ids=ids, **kwargs).logits[0, -1].log_softmax(-1)
+    answer = result.answers[0]
+    found = {int(key): value for key, value in answer["logprobs"].items()}
+    gap = max(abs(float(wanted_V[key]) - value) for key, value in found.items())
+    assert answer["prompt_tokens"] == ids.shape[1]
+    assert len(found) == VOCABULARY and gap < 0.02 * float(wanted_V.std()), gap
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize(
+    ("fmt", "bits", "group", "sym"),
+    [
+        ("gguf:q4_1", 4, 32, False), ("gguf:q5_0", 5, 32, True), ("gguf:q5_1", 5, 32, False),
+        ("gguf:q8_0", 8, 32, True), ("gguf", 3, 128, True), ("gguf:q2_k", 2, 16, False), ("gguf:q3_k", 3, 16, True),
+        ("gguf:q4_k", 4, 32, False), ("gguf:q5_k", 5, 32, False), ("gguf:q6_k", 6, 16, True),
+    ],
+)  # fmt: skip
+def test_llamacpp_computes_with_every_block_type(fmt, bits, group, sym, tmp_path):
+    recipe = Recipe(model="demo", bits=bits, group_size=group, sym=sym, iters=0, format=fmt, device="cpu",
+                    output_dir=str(tmp_path))  # fmt: skip
+    folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
+    loaded = from_quantized(folder, dtype="float32")
+    ids = loaded.tokenizer("In the beginning God created the heaven and the earth.").input_ids
+    prompts = [ids[:n] for n in (2, 7, len(ids))]
+    result = run_llamacpp(folder, prompts=prompts, python=PYTHON, top=2048)
+    assert result.ok, result.error
+    gap, spread = worst(result, prompts, loaded.model)
+    assert gap < 0.1 * spread
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize("case", ["qwen2", "gemma3_text"])
+def test_llamacpp_tokenizes_as_the_tokenizer_does(case, tmp_path):
+    source = tiny(case, tmp_path / "source")
+    out = export(source, tmp_path / "out", quantize=False)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    texts = ["the theft of the cat", "  two  spaces\n\nand lines", "naïve — 12345 it's", "the</s>the"]
+    ids = [tokenizer.encode(text).ids for text in texts]
+    by_text = run_llamacpp(out, prompts=texts, python=PYTHON, top=VOCABULARY)
+    by_ids = run_llamacpp(out, prompts=ids, python=PYTHON, top=VOCABULARY)
+    assert by_text.ok and by_text.logprobs == by_ids.logprobs
+
+
+@pytest.mark.slow
+@needs_engine
+def test_llamacpp_answers_about_images(tmp_path):
+    """The demo model with its tower: the same prompt length, distribution and answer as Transformers."""
+    recipe = Recipe(
+        model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu"
+    )
+    folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
+    loaded = from_quantized(folder, dtype="float32")
+    rows = json.loads((DEMO.parent / "heldout" / "vqa.json").read_text())[:4]
+    questions = [
+        {
+            "text": row["conversations"][0]["value"].replace("<image>\n", ""),
+            "image": DEMO.parent / "heldout" / "images" / row["image"],
+        }
+        for row in rows
+    ]
+    result = run_llamacpp(folder, questions=questions, python=PYTHON, top=2048)
+    assert result.ok, result.error
+    for question, answer in zip(questions, result.answers, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": question["text"]}]
+        messages = [{"role": "user", "content": content}]
+        prompt = loaded.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = loaded.processor(text=[prompt], images=[Image.open(question["image"])], return_tensors="pt")
+        with torch.inference_mode():
+            wanted_V = loaded.model(**inputs).logits[0, -1].log_softmax(-1)
+        ids = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        found = {int(key): value for key, value in answer["logprobs"].items()}
+        gap = max(abs(float(wanted_V[key]) - value) for key, value in found.items())
+        assert answer["prompt_tokens"] == inputs.input_ids.shape[1]
+        assert len(found) == len(wanted_V) and gap < 0.1 * float(wanted_V.std())
+        assert answer["text"] == loaded.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_missing_engine_is_an_answer(tmp_path):
+    assert "model-*.gguf" in str(run_llamacpp(tmp_path, python=PYTHON).error)
+    (tmp_path / "model-Q4_0.gguf").touch()
+    result = run_llamacpp(tmp_path, python=tmp_path / "llamacpp" / "bin" / "python")
+    assert result.error == "the engine llamacpp is not installed: scripts/engines.sh llamacpp"
