@@ -194,9 +194,13 @@ def test_the_engine_confirms_what_the_names_say(mismatched):
     assert verdict.status == "wrong" and "made up" in str(verdict.reason)
 
 
-def test_an_engine_that_is_not_installed_is_named_with_its_command(folder, tmp_path):
-    (verdict,) = [v for v in verify(folder, root=tmp_path).verdicts if v.engine == "vllm"]
-    assert verdict.status == "not run" and "bash scripts/engines.sh vllm" in verdict.line()
+def test_an_engine_that_is_not_installed_is_named_with_its_command(tmp_path):
+    recipe = Recipe(model="demo", iters=0, device="cpu", format="auto_gptq", output_dir=str(tmp_path))
+    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    found = verify(folder, root=tmp_path)
+    assert found.right and [verdict.status for verdict in found.verdicts] == ["not run", "not run"]
+    for name, verdict in zip(("gptqmodel", "vllm"), found.verdicts):
+        assert f"bash scripts/engines.sh {name}" in verdict.line()
     with pytest.raises(UserError, match=r"bash scripts/engines\.sh vllm"):
         verify(folder, ["vllm"], root=tmp_path)
 
