@@ -174,4 +174,4 @@ def test_a_missing_engine_is_an_answer(tmp_path):
     assert "model-*.gguf" in str(run_llamacpp(tmp_path, python=PYTHON).error)
     (tmp_path / "model-Q4_0.gguf").touch()
     result = run_llamacpp(tmp_path, python=tmp_path / "llamacpp" / "bin" / "python")
-    assert result.error == "the engine llamacpp is not installed: scripts/engines.sh llamacpp"
+    assert result.error == "the engine llamacpp is not installed: bash scripts/engines.sh llamacpp"

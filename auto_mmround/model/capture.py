@@ -183,8 +183,15 @@ def _run(model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], preci
     with ExitStack() as stack, torch.no_grad(), precision():
         for recorder in recorders:
             stack.callback(recorder.remove)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if isinstance(head, nn.Module):  # no block comes after it, and its logits are the largest tensor of all
+            stack.callback(head.register_forward_pre_hook(_stop).remove)
         with suppress(_ReachedError):
             model(**moved(dict(kwargs), device), use_cache=False)
+
+
+def _stop(head: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _ReachedError
 
 
 def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
