@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sign_round": {"algorithm": "sign_round"},
     "auto, no Fisher": {"fisher": False},
     "auto": {},
+    "auto light": {"preset": "light"},
+    "auto best": {"preset": "best"},
 }
 PEERS: dict[str, dict[str, Any]] = {"auto-round": {}, "auto-round alg_ext": {"enable_alg_ext": True}}
 
