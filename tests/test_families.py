@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, Whisp
 
 from auto_mmround import cli
 from auto_mmround.calibration.inputs import with_decoder_ids
+from auto_mmround.evaluation.engines import interpreter, run_transformers
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.export.checkpoint import read_checkpoint
 from auto_mmround.model.capture import capture, recapture
@@ -204,7 +205,24 @@ def test_text_alone_leaves_experts_without_a_token(tokenizer, tmp_path):
         assert torch.isfinite(job.loaded.model.get_submodule(name).weight).all(), name
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "whisper", "gpt2"])
+READABLE = ["qwen2_vl", "qwen3_vl", "mllama", "gemma3n_text", "granite_speech", "whisper", "gpt2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])
+def test_transformers_reads_experts_with_auto_round(name, tokenizer, tmp_path):
+    """In a process of its own: auto-round changes the tables of Transformers for these."""
+    job, folders = journey(FAMILIES[name], tokenizer, tmp_path)
+    kind = "AutoModelForImageTextToText" if FAMILIES[name].media else "AutoModelForCausalLM"
+    inputs = [sample.kwargs for sample in job.inputs]
+    python = interpreter("auto_round", Path(__file__).parents[1])
+    result = run_transformers(folders[0], inputs, python=python, model_class=kind)
+    assert result.ok and result.quantized == len(job.plan.quantized), result.error
+    for ours, theirs in zip(logits(job.loaded.model, job), result.logits, strict=True):
+        assert difference(theirs, ours) < 5e-3
+
+
+@pytest.mark.parametrize("name", READABLE)
 def test_transformers_reads_it_with_auto_round(name, tokenizer, tmp_path):
     """The engine's own reader, kernels in float16: near our decoded weights, towers included."""
     family = FAMILIES[name]

@@ -55,10 +55,14 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral 3 (Pixtral)"),
     "internvl": Family("InternVL"),
     "glm4v": Family("GLM-4V"),
-    "llama4": Family("Llama 4", note="experts"),
+    "llama4": Family(
+        "Llama 4", note="experts; auto-round 0.16.1 in Transformers weighs their outputs, not their inputs"
+    ),
     "lfm2_vl": Family("LFM2-VL"),
     "deepseek_vl": Family("DeepSeek-VL"),
-    "kimi_k25": Family("Kimi K2.5", note="experts; attention in the tower stays in 16 bits: stored in another form"),
+    "kimi_k25": Family(
+        "Kimi K2.5", note="experts; the tower's attention stays in 16 bits, and Transformers with auto-round misses it"
+    ),
     "whisper": Family("Whisper", ("audio",), ("encoder", "text")),
     "qwen2_audio": Family("Qwen2-Audio", HEARING, ("audio", "text")),
     "voxtral": Family("Voxtral", HEARING, ("audio", "text")),
