@@ -1,6 +1,7 @@
 """GGUF files in llama.cpp itself: every architecture, every tower, tokenizers, the demo model (all need the engine)."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from auto_mmround.evaluation.engines import run_llamacpp
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.model.loading import DEMO, load
+from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 
@@ -138,6 +140,25 @@ def test_llamacpp_tokenizes_as_the_tokenizer_does(case, tmp_path):
 
 @pytest.mark.slow
 @needs_engine
+def test_llamacpp_takes_the_code_minus_128_and_negative_scales(tmp_path):
+    """Its own quantizer writes neither in Q8_0; here every weight is the lowest or the highest code."""
+
+    def extremes(w_OI: torch.Tensor) -> Codes:
+        sign_OG = torch.where(w_OI[:, ::32] > 0, 1.0, -1.0)
+        scale_OG = (sign_OG * w_OI.std() / 128).half()
+        zero_OG = torch.full(scale_OG.shape, 128, dtype=torch.uint8)
+        return Codes((w_OI > 0).to(torch.uint8) * 255, scale_OG, zero_OG, 8, 32, True)
+
+    out = export(tiny("qwen2", tmp_path / "source"), tmp_path / "out", True, "gguf:q8_0", extremes)
+    prompts = [[20, 30, 40], list(range(50, 80))]
+    result = run_llamacpp(out, prompts=prompts, python=PYTHON, top=VOCABULARY)
+    assert result.ok, result.error
+    gap, spread = worst(result, prompts, from_quantized(out, dtype="float32").model)
+    assert gap < 0.1 * spread
+
+
+@pytest.mark.slow
+@needs_engine
 def test_llamacpp_answers_about_images(tmp_path):
     """The demo model with its tower: the same prompt length, distribution and answer as Transformers."""
     recipe = Recipe(
@@ -171,7 +192,7 @@ def test_llamacpp_answers_about_images(tmp_path):
 
 
 def test_a_missing_engine_is_an_answer(tmp_path):
-    assert "model-*.gguf" in str(run_llamacpp(tmp_path, python=PYTHON).error)
+    assert "model-*.gguf" in str(run_llamacpp(tmp_path, python=Path(sys.executable)).error)
     (tmp_path / "model-Q4_0.gguf").touch()
     result = run_llamacpp(tmp_path, python=tmp_path / "llamacpp" / "bin" / "python")
     assert result.error == "the engine llamacpp is not installed: bash scripts/engines.sh llamacpp"

@@ -131,13 +131,14 @@ def source_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def export(source: Path, out: Path, quantize: bool, fmt: str = "gguf:q4_0") -> Path:
-    """The model in GGUF: with its text blocks' weights rounded to 4 bits, or all as they are."""
+def export(source: Path, out: Path, quantize: bool, fmt: str = "gguf:q4_0", codes_of=None) -> Path:
+    """The model in GGUF: with its text blocks' weights rounded to 4 bits (or as ``codes_of`` does), or all as is."""
     tensors = source_tensors(source)
     codes = {}
+    codes_of = codes_of or (lambda w_OI: round_to_nearest(w_OI, 32, Grid(4, True)))
     if quantize:
         chosen = [key for key in tensors if "layers." in key and key.endswith("_proj.weight") and "vision" not in key]
-        codes = {k.removesuffix(".weight"): round_to_nearest(tensors.pop(k), 32, Grid(4, True)) for k in chosen}
+        codes = {key.removesuffix(".weight"): codes_of(tensors.pop(key)) for key in chosen}
     out.mkdir()
     write_side_files(source, out)
     config = json.loads((source / "config.json").read_text())
