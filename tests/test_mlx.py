@@ -16,6 +16,7 @@ from auto_mmround.evaluation.engines import interpreter, run_native
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.samples import held_out
+from auto_mmround.evaluation.verify import verify
 from auto_mmround.export import mlx
 from auto_mmround.export.checkpoint import dequantized_state_dict, write_config
 from auto_mmround.export.formats import FORMATS, Layout
@@ -191,6 +192,18 @@ def test_reads_back_to_the_bit(exported: tuple[dict[str, Tensor], Path, int]) ->
     assert state.keys() == tuned.keys() and all(torch.equal(state[name], tuned[name]) for name in tuned)
     plain = load("demo").model.config.text_config  # the flat keys do not change how Transformers reads the model
     assert config.hidden_size == plain.hidden_size and config.rope_parameters.items() >= plain.rope_parameters.items()
+
+
+def test_verify_finds_the_files_right(exported: tuple[dict[str, Tensor], Path, int]) -> None:
+    """Float32 biases, and a packed tensor called `weight`, are no errors."""
+    assert [f.line() for f in verify(exported[1], []).findings if f.severity == "error"] == []
+
+
+@engine
+@pytest.mark.slow
+def test_verify_asks_mlx(exported: tuple[dict[str, Tensor], Path, int]) -> None:
+    (verdict,) = verify(exported[1], ["mlx"], root=ROOT).verdicts
+    assert verdict.status == "right" and verdict.layers == verdict.planned == exported[2], verdict.line()
 
 
 def test_an_override_that_is_lost_is_named(exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path) -> None:

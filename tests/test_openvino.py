@@ -10,6 +10,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluation.engines import interpreter, run_native
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
+from auto_mmround.evaluation.verify import verify
 from auto_mmround.export import openvino
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -34,6 +35,12 @@ RECIPE = Recipe(model="demo", iters=0, device="cpu", format="openvino", group_si
 def test_check(scheme: Scheme, shape: tuple[int, int], reason: str | None) -> None:
     found = openvino.check(scheme, *shape)
     assert found is None if reason is None else reason in str(found)
+
+
+def test_verify_says_that_it_cannot_decode_a_graph(tmp_path: Path) -> None:
+    (tmp_path / openvino.GRAPH).touch()
+    with pytest.raises(UserError, match="can't decode OpenVINO's graph"):
+        verify(tmp_path)
 
 
 def test_without_the_converter_nothing_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

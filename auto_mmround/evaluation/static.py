@@ -42,8 +42,9 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
         ):
             if group:
                 yield Finding("error", group[0], text + several(group))
+        packed = {name for module in s.packed for name in s.parts(module)}  # a packed tensor may be called `weight`
         for name, shape in s.skeleton.shapes.items():
-            if name in s.tensors and s.tensors[name].shape != shape:
+            if name in s.tensors and name not in packed and s.tensors[name].shape != shape:
                 yield Finding("error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}")
     if s.journal.get("tensors") and not s.whole:
         plain, written = set(s.plain()), set(s.journal["tensors"])
@@ -99,6 +100,11 @@ def _expected_parts(s: Subject, wanted: Scheme, out_features: int, in_features: 
     return {name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in s.fmt.pack("", codes).items()}
 
 
+def _alike(s: Subject) -> set[str]:
+    """The dtypes that pass for each other: MLX takes any float; other tools' scales may be either half."""
+    return {"F16", "BF16", "F32"} if s.fmt and s.fmt.any_float else set() if s.journal else {"F16", "BF16"}
+
+
 def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> Iterator[Finding]:
     for part, wanted in expected.items():
         name = module + part
@@ -108,7 +114,7 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> I
                 yield Finding("error", name, "is missing")
         elif found.shape != wanted.shape:
             yield Finding("error", name, f"has shape {found.shape}; bits and group size ask for {wanted.shape}")
-        elif found.dtype != wanted.dtype and not (not s.journal and {found.dtype, wanted.dtype} <= {"F16", "BF16"}):
+        elif found.dtype != wanted.dtype and not {found.dtype, wanted.dtype} <= _alike(s):
             yield Finding("error", name, f"is stored as {found.dtype}, the layout asks for {wanted.dtype}")
 
 

@@ -18,6 +18,7 @@ from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.probes import make_probes
 from auto_mmround.evaluation.static import run_checks
 from auto_mmround.evaluation.subject import Finding, Subject, read_subject
+from auto_mmround.export import openvino
 
 NEW_TOKENS = 8
 
@@ -100,8 +101,12 @@ def verify(
     source: the folder of the model before quantization. root: where `.engines` lies. Files that the static check found
     wrong are shown to engines only where these were chosen.
     Raises UserError for a folder that isn't there, and for a chosen engine that is unknown, not installed, or does not
-    read the format.
+    read the format, or for a folder of OpenVINO's.
     """
+    if (folder / openvino.GRAPH).is_file():
+        raise UserError(
+            f"{folder}: verify can't decode OpenVINO's graph; it was compared with the weights when written"
+        )
     root = engines.root() if root is None else root
     subject = read_subject(folder, source, remote_code)
     name = subject.fmt.name if subject.fmt else "fake" if subject.quantization is None else "unknown"

@@ -126,4 +126,5 @@ FORMAT = Format(
     config=config,
     parts=("scales", "weight", "biases"),
     model_config=model_config,
+    any_float=True,
 )

@@ -20,6 +20,7 @@ from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 
 CONVERTER = Path(__file__).with_name("openvino_convert.py")
+GRAPH = "openvino_model.xml"
 ENVIRONMENT = Path(".engines/openvino/bin/python")
 
 
@@ -58,7 +59,7 @@ def write(folder: Path, whole: Whole) -> None:
             "class": whole.config["architectures"][0],
             "codes": str(plain / "codes"),
             "schemes": [{"bits": codes.bits, "sym": codes.sym} for codes in whole.codes.values()],
-            "out": str((folder / "openvino_model.xml").absolute()),
+            "out": str((folder / GRAPH).absolute()),
         }
         (plain / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # -P: the script's folder must not be searched for modules, this file would pass for the package.
