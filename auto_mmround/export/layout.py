@@ -65,7 +65,8 @@ class Format:
     packed, weights are written as the model in memory holds them. model_config(source's
     config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
     read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write` made. check_model(config, checkpoint
-    keys, source folder): UserError for a model it cannot write, asked before tuning.
+    keys, source folder): UserError for a model it cannot write, asked before tuning. exact: what is read back is what
+    was tuned, to the bit; not so for grids that no tuner works on, for which weights are fitted once more.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Format:
     model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
     read: Callable[[Path, torch.dtype | None], Iterator[tuple[str, Tensor]]] | None = None
     check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
+    exact: bool = True
 
 
 def check_int(
