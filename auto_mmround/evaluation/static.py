@@ -15,6 +15,7 @@ from auto_mmround.evaluation import names
 from auto_mmround.evaluation.subject import Finding, Stored, Subject, read_json, read_subject
 from auto_mmround.evaluation.values import check_codes, check_decoded, check_plain_values, scheme, source_files
 from auto_mmround.export.checkpoint import is_side_file
+from auto_mmround.export.formats import Format, resolve
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
@@ -42,16 +43,16 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
         ):
             if group:
                 yield Finding("error", group[0], text + several(group))
-        packed = {name for module in s.packed for name in s.parts(module)}  # a packed tensor may be called `weight`
+        plain = set(s.plain())
         for name, shape in s.skeleton.shapes.items():
-            if name in s.tensors and name not in packed and s.tensors[name].shape != shape:
+            if name in plain and s.tensors[name].shape != shape:
                 yield Finding("error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}")
     if s.journal.get("tensors") and not s.whole:
         plain, written = set(s.plain()), set(s.journal["tensors"])
         for text, some in (("is gone", sorted(written - plain)), ("was not written", sorted(plain - written))):
             if some:
                 yield Finding("error", some[0], f"{text} according to run.json" + several(some))
-    if s.source is not None:
+    if s.source is not None and not s.whole:
         absent = [name for name in source_files(s.source) if name not in s.tensors and not _is_packed(s, name)]
         if absent:
             yield Finding("error", absent[0], "is in the source, not here" + several(absent))
@@ -77,16 +78,18 @@ def check_layout(s: Subject) -> Iterator[Finding]:
             continue
         key = (wanted, layer.out_features, layer.in_features)
         if key not in expected:
-            problem = s.fmt.check(*key)
-            if problem:
-                yield Finding("error", module, f"{s.fmt.name} {problem}")
-            expected[key] = {} if problem else _expected_parts(s, *key)
+            variants = (s.fmt, resolve(s.fmt.name, {wanted}))  # a name may stand for several layouts
+            fmt = next((each for each in variants if each.check(*key) is None), None)
+            if fmt is None:
+                yield Finding("error", module, f"{s.fmt.name} {s.fmt.check(*key)}")
+            expected[key] = _expected_parts(fmt, *key) if fmt else {}
         yield from _compare_parts(s, module, expected[key])
 
 
-def _expected_parts(s: Subject, wanted: Scheme, out_features: int, in_features: int) -> dict[str, Stored]:
-    """What our own packer makes of a weight of zeros."""
-    assert s.fmt is not None
+def _expected_parts(fmt: Format, wanted: Scheme, out_features: int, in_features: int) -> dict[str, Stored]:
+    """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells enough."""
+    if wanted.data_type != "int":
+        return {}
     group = in_features if wanted.group_size == -1 else wanted.group_size
     groups = (out_features, -(-in_features // group))
     codes = Codes(
@@ -97,7 +100,7 @@ def _expected_parts(s: Subject, wanted: Scheme, out_features: int, in_features: 
         group,
         wanted.sym,
     )
-    return {name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in s.fmt.pack("", codes).items()}
+    return {name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in fmt.pack("", codes).items()}
 
 
 def _alike(s: Subject) -> set[str]:

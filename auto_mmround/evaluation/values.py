@@ -53,8 +53,9 @@ def check_plain_values(s: Subject) -> Iterator[Finding]:
     for name, tensor in s.read(s.plain()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             yield Finding("error", name, "holds NaN or infinite values")
-        elif name in written and checksum(tensor) != written[name]:
-            yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
+        elif name in written:
+            if checksum(tensor) != written[name]:
+                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
         elif name in source and not _same(tensor, _one(source[name], name)):
             yield Finding(s.hygiene, name, "differs from the source")
 
@@ -85,17 +86,19 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
     """Files of another kind, decoded by their format, hold finite values, and the very weights that the run tuned."""
     if not s.whole:
         return
-    written: dict[str, str] = {
-        n: each["weight"] for n, each in (s.journal.get("codes") or {}).items() if "weight" in each
-    }
+    written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
+    source = source_files(s.source) if s.source is not None else {}
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
             if not bool(torch.isfinite(tensor).all()):
                 yield Finding("error", name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
                 yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
-    except (UserError, OSError, ValueError) as error:
-        yield Finding("error", s.folder.name, f"can't be decoded: {' '.join(str(error).split())}")
+            elif name in source and tensor.ndim == 2:
+                yield from _against_source(name, tensor, _one(source[name], name).float())
+    except (UserError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        yield Finding("error", "quantization_config", f"by it the files can't be decoded: {reason}")
         return
     if written:
         yield Finding("error", min(written), "its weight is gone according to run.json")
@@ -103,10 +106,12 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
 
 def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             yield Finding("error", name, "holds NaN or infinite values")
     if bool((codes.scale_OG == 0).any()):
         yield Finding(s.hygiene, _part(tensors, "scale", module), "holds scales of zero")
+    if codes.data_type != "int":
+        return
     middle, top, where = 2 ** (codes.bits - 1), 2**codes.bits - 1, _part(tensors, "zero", module)
     if int(codes.zero_OG.max()) > top:
         yield Finding("error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}")

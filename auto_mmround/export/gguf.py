@@ -271,6 +271,7 @@ def _format(kind: Kind | None) -> Format:
         write=partial(write, kind),
         read=read,
         check_model=check_model,
+        exact=not isinstance(kind, SuperType),
     )
 
 

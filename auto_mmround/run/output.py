@@ -157,7 +157,7 @@ class Output:
         """Pack the weights of a finished block."""
         if not self.fmt.parts:
             return
-        decoded = self.fmt.write is not None
+        decoded = self.fmt.write is not None and self.fmt.exact
         self.records["codes"] |= {self.names.module(n): codes_record(weight, decoded) for n, weight in codes.items()}
         if self.fmt.write:
             self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
