@@ -7,6 +7,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,9 @@ def verify_and_show(found: argparse.Namespace) -> int:
         remote_code=found.trust_remote_code,
         timeout=found.timeout,
     )
+    if result.verdicts and report.ours(found.folder):
+        report.keep_verdicts(found.folder, [asdict(verdict) for verdict in result.verdicts])
+        report.write(found.folder)
     if found.json:
         print(json.dumps(result.as_dict(), indent=1))
         return 0 if result.right else 1

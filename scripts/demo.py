@@ -10,7 +10,7 @@ import datetime
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> l
         verdict = verify_transformers(folder, inputs, planned=len(tuned))
         line = f"{folder.name}: {len(wrong)} weights differ from the tuned ones" if wrong else verdict.line()
         failed |= bool(wrong or verdict.error)
-        facts = {key: getattr(verdict, key) for key in ("engine", "layers", "planned", "error")}
-        report.keep_verdicts(folder, [facts | {"gap": None if verdict.error else verdict.gap}])
+        report.keep_verdicts(folder, [asdict(verdict)])
         console.print(line, highlight=False, soft_wrap=True)
         lines.append(line)
     if failed:

@@ -65,9 +65,9 @@ def full(plain, tmp_path_factory):
     run["calibration"]["notes"] = []
     (folder / "run.json").write_text(json.dumps(run))
     report.keep_evaluation(folder, evaluation())
-    right = {"engine": "transformers 5.23.0", "layers": 35, "planned": 35, "gap": 0.002, "error": None}
-    wrong = {"engine": "vllm 0.30", "layers": 0, "planned": 35, "gap": None, "error": "does not load"}
-    report.keep_verdicts(folder, [right, wrong])
+    right = {"engine": "transformers", "version": "transformers 5.23.0", "status": "right", "layers": 35, "gap": 0.002}
+    wrong = {"engine": "vllm", "status": "wrong", "reason": "does not load", "planned": 35, "gap": float("nan")}
+    report.keep_verdicts(folder, [right | {"planned": 35, "reason": None}, wrong])
     report.write(folder)
     return folder
 
@@ -134,7 +134,8 @@ def test_the_same_figures_as_json(full):
     ]
     assert found["sizes"]["packed"] + found["sizes"]["plain"] <= found["sizes"]["weights"] < found["sizes"]["source"]
     assert found["evaluation"]["scores"][0]["recovery"] == pytest.approx(97.70, abs=0.005)
-    assert found["verify"][1]["error"] == "does not load" and found["calibration"]["used"] == 8
+    assert found["verify"][1]["reason"] == "does not load" and found["verify"][1]["gap"] is None
+    assert found["calibration"]["used"] == 8
     assert found["chosen"]["model"] == "demo" and "seed" not in found["chosen"]
 
 
@@ -314,3 +315,27 @@ def test_nothing_is_wider_than_a_phone(plain, full, tmp_path):
 def test_it_prints(full, tmp_path):
     browse(full / "report.html", tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_a_verdict_that_did_not_run_takes_no_place(tmp_path):
+    def kept(status, reason=None):
+        report.keep_verdicts(tmp_path, [{"engine": "vllm", "status": status, "reason": reason}])
+        (row,) = json.loads((tmp_path / "verify.json").read_text())["verdicts"]
+        return row["status"], row["reason"]
+
+    assert kept("not run", "not installed") == ("not run", "not installed")
+    assert kept("right") == ("right", None)
+    assert kept("not run", "not installed") == ("right", None)
+    assert kept("wrong", "noise") == ("wrong", "noise")
+
+
+@pytest.mark.parametrize(
+    "recipe, scheme, numbers",
+    [
+        ({"bits": 4, "act_bits": 32}, "W4A16", "INT4"),
+        ({"bits": 8, "act_bits": 8, "data_type": "int"}, "W8A8", "INT8"),
+        ({"bits": 8, "act_bits": 8, "data_type": "fp8"}, "FP8", "FP8"),
+    ],
+)
+def test_names_of_schemes(recipe, scheme, numbers):
+    assert (report.scheme_label(recipe), report.number_label(recipe)) == (scheme, numbers)

@@ -179,6 +179,13 @@ def test_word_error_rate_is_that_of_the_models_own_transcripts(whisper, spoken):
 
 
 @needs_sound
+def test_speech_has_samples_too(whisper, spoken):
+    found = tasks.side_by_side(tasks.Setting({"quantized": whisper}, Data(str(spoken))))
+    assert [sample["expected"] for sample in found.samples] == ["one two", "three", "four five"]
+    assert all(sample["question"].endswith("s of speech") for sample in found.samples)
+
+
+@needs_sound
 def test_clips_are_resampled_and_named(whisper, spoken):
     prompts = clips(whisper, Data(str(spoken), limit=None))
     assert [p.id for p in prompts] == ["clip0", "clip1", "clip2"]

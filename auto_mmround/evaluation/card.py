@@ -93,8 +93,8 @@ def _kind(config: Mapping[str, Any]) -> str:
 def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Metadata for the hub; licence and language are the source's own, if its README names them."""
     model = str(found["recipe"]["model"])
-    scheme, bits = found["scheme"].lower(), found["recipe"].get("bits")
-    matter: dict[str, Any] = {"tags": [scheme, f"int{bits}", kind], "library_name": "transformers"}
+    tags = dict.fromkeys((found["scheme"].lower(), found["numbers"].lower(), kind))
+    matter: dict[str, Any] = {"tags": list(tags), "library_name": "transformers"}
     if model.count("/") == 1 and not Path(model).exists() and not model.startswith("."):
         matter |= {"base_model": model, "base_model_relation": "quantized"}
     try:
@@ -110,15 +110,15 @@ def _deployments(found: Mapping[str, Any], config: Mapping[str, Any], kind: str)
     """The engines that verified the checkpoint, each with code if we have some."""
     result = []
     for row in found["verify"]:
-        if row.get("error"):
+        if row["status"] != "right":
             continue
-        name = str(row["engine"]).split()[0].lower()
-        language, code = CODE.get(name, {}).get(kind, ("", ""))
+        language, code = CODE.get(row["engine"], {}).get(kind, ("", ""))
         names = {
             "name": found["name"],
             "cls": (config.get("architectures") or ["AutoModelForImageTextToText"])[0],
             "lm": "vlm" if kind == "image" else "lm",
             "prompt": '"What is shown?" --image picture.png' if kind == "image" else '"The first thing"',
         }
-        result.append({"engine": row["engine"], "row": row, "language": language, "code": code.format(**names)})
+        title = row["version"] or row["engine"]
+        result.append({"engine": title, "row": row, "language": language, "code": code.format(**names)})
     return result

@@ -1,6 +1,5 @@
 """One evaluation: load the models, run the tasks, and keep the record beside the checkpoint."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,7 +69,7 @@ def record(
 
 def keep(folder: Path, made: Mapping[str, Any]) -> Path | None:
     """Store the record in a result of ours and write its report again; None for any other or read-only folder."""
-    if not (folder / "run.json").is_file() or not os.access(folder, os.W_OK):
+    if not report.ours(folder):
         return None
     report.keep_evaluation(folder, made)
     return report.write(folder)

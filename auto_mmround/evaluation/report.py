@@ -4,6 +4,7 @@ Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if ther
 """
 
 import json
+import math
 import os
 import struct
 from collections import Counter
@@ -20,9 +21,15 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.recipe import Recipe, read
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
+VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")
 SCALES = ("scales", "qzeros", "g_idx", "biases", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
 PLAIN = ("F64", "F32", "F16", "BF16")
 WORST = 10
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder is the result of a run of ours that can be written to."""
+    return (folder / "run.json").is_file() and (folder / "recipe.toml").is_file() and os.access(folder, os.W_OK)
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -39,6 +46,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "recipe": recipe,
         "chosen": _chosen(recipe),
         "scheme": scheme_label(recipe),
+        "numbers": number_label(recipe),
         "model": Path(str(recipe["model"]).rstrip("/")).name,
         "notes": run["notes"],
         "plan": {
@@ -61,13 +69,30 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def scheme_label(recipe: Mapping[str, Any]) -> str:
-    """`W4A16`, as model cards name a scheme."""
+    """`W4A16`, or the name of a float grid, as model cards name a scheme."""
+    if recipe.get("data_type", "int") != "int":
+        return str(recipe["data_type"]).upper()
     return f"W{recipe.get('bits', 4)}A{min(int(recipe.get('act_bits', 16)), 16)}"
 
 
+def number_label(recipe: Mapping[str, Any]) -> str:
+    """`INT4`, `FP8`: what a weight is stored as."""
+    return scheme_label(recipe) if recipe.get("data_type", "int") != "int" else f"INT{recipe.get('bits', 4)}"
+
+
 def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Store what `verify` found: engine, layers, planned, gap (None where nothing was compared), error or None."""
-    put(folder / VERDICTS, _dumped({"verdicts": list(verdicts)}))
+    """Store what `verify` found: engine, version, status, reason, layers, planned, gap. The newest verdict of an engine
+    counts; one that did not run takes no other's place."""
+    kept = {row["engine"]: row for row in _verdicts(folder / VERDICTS)}
+    for verdict in verdicts:
+        if verdict["status"] != "not run" or verdict["engine"] not in kept:
+            kept[verdict["engine"]] = {key: _finite(verdict.get(key)) for key in VERDICT}
+    put(folder / VERDICTS, _dumped({"verdicts": list(kept.values())}))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
@@ -209,9 +234,7 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
     """What `verify` found, a row an engine."""
     if not path.is_file():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = found["verdicts"] if isinstance(found, dict) else found
-    return [{key: row.get(key) for key in ("engine", "layers", "planned", "gap", "error")} for row in rows]
+    return [{key: row.get(key) for key in VERDICT} for row in _json(path)["verdicts"]]
 
 
 def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:
