@@ -4,7 +4,9 @@ BIN := .venv/bin
 ENV := .venv/.ready
 GPTQMODEL := .engines/gptqmodel/.ready
 
-.PHONY: demo test test-all check bench clean
+ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py llamacpp.py mlx.py openvino.py vllm.py)
+
+.PHONY: demo test test-all test-engines check bench bench-tuner clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -22,6 +24,13 @@ check: $(ENV)  ## style and types
 
 bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 	$(BIN)/python scripts/demo.py --keep bench/results
+
+bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR CALIBRATION=a.txt HELD_OUT=b.txt
+	$(BIN)/python bench/tuner.py --model $(MODEL) --calibration $(CALIBRATION) --held_out $(HELD_OUT) --keep bench/results
+
+test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one
+	for engine in gptqmodel llamacpp mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done
+	$(BIN)/python -m pytest -m slow $(ENGINE_TESTS)
 
 $(ENV): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

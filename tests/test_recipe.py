@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import Recipe, from_mapping, matches, read, to_toml
+from auto_mmround.recipe.recipe import PRESETS, Recipe, from_mapping, matches, read, to_toml
 
 
 def test_toml_round_trip(tmp_path):
@@ -64,3 +64,16 @@ def test_pattern_matches_whole_parts():
     name = "model.layers.10.self_attn.q_proj"
     assert matches("q_proj", name) and matches("layers.10", name) and matches("re:.*attn", name)
     assert not matches("layers.1", name) and not matches("proj", name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_choose_steps_and_rate_of_auto(preset):
+    recipe = Recipe(preset=preset)
+    assert (recipe.steps, recipe.learning_rate) == PRESETS[preset]
+    assert Recipe(preset=preset, iters=5, lr=0.5).steps == 5 and Recipe(preset=preset, lr=0.5).learning_rate == 0.5
+    assert Recipe(preset=preset, algorithm="sign_round").steps == 200
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(UserError, match="preset = 'bets': one of light, default, best"):
+        Recipe(preset="bets")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_mmround.numerics import grids
+from auto_mmround.numerics import rounding as rounding_module
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 
@@ -115,3 +116,22 @@ def test_scale_factor_step_is_the_autograd_step(seed, grid):
     for old, new, slope in zip(before, rounding.snapshot(), expected):
         clear = slope.abs() > 1e-4
         assert torch.equal((old - new)[clear].sign(), slope[clear].sign())
+
+
+@pytest.mark.parametrize("closed_form", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_step_in_pieces_is_the_step_at_once(grid, closed_form, monkeypatch):
+    torch.manual_seed(0)
+    w_OI, grads = torch.randn(13, 24), torch.randn(5, 13, 24)
+    results = []
+    for chunk in (24, 48, 2**18):  # one row, two rows, all rows at a time
+        monkeypatch.setattr(rounding_module, "CHUNK", chunk)
+        state, into_OI = Rounding(w_OI, 8, grid), torch.empty(13, 24)
+        if closed_form:
+            state.start_at(*state.scale_and_zero(), torch.zeros_like(state.offset_OGg))
+        for grad_OI in grads:
+            state.step(grad_OI, 0.2, 0.05, into_OI)
+        assert torch.equal(into_OI, state.weight())
+        results.append((into_OI, *state.snapshot()))
+    assert not torch.equal(results[0][0], Rounding(w_OI, 8, grid).weight())
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

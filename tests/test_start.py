@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from auto_mmround.model.fisher import _draw, channel_fisher
+from auto_mmround.model.fisher import _draw, channel_fisher, spread
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
@@ -118,3 +118,9 @@ def test_labels_are_drawn_as_predicted():
     drawn = _draw(shares.log().expand(20000, -1), torch.Generator().manual_seed(0))
     assert (drawn.flatten().bincount(minlength=5) / 20000 - shares).abs().max() < 0.02
     assert set(drawn.flatten().tolist()) == {1, 2, 4}
+
+
+def test_fisher_samples_are_spread_evenly():
+    lengths = [torch.zeros(100)] * 40
+    assert spread(lengths, 1000) == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert spread(lengths, 10**6) == list(range(40)) and spread(lengths, 1) == [0]
