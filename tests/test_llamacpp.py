@@ -159,11 +159,11 @@ def test_llamacpp_takes_the_code_minus_128_and_negative_scales(tmp_path):
 
 @pytest.mark.slow
 @needs_engine
-def test_llamacpp_answers_about_images(tmp_path):
+@pytest.mark.parametrize("quantized_tower", [False, True])
+def test_llamacpp_answers_about_images(quantized_tower, tmp_path):
     """The demo model with its tower: the same prompt length, distribution and answer as Transformers."""
-    recipe = Recipe(
-        model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu"
-    )
+    recipe = Recipe(model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path),
+                    device="cpu", quant_nontext_module=quantized_tower)  # fmt: skip
     folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
     loaded = from_quantized(folder, dtype="float32")
     rows = json.loads((DEMO.parent / "heldout" / "vqa.json").read_text())[:4]
