@@ -54,7 +54,7 @@ class TunedWeight:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The parameter, or its gradient, as (out, in), in the same memory."""
-        return tensor.t() if self.transposed else tensor.view(-1, self.rounding.columns)
+        return tensor.t() if self.transposed else tensor.flatten(1)
 
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
