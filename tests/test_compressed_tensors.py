@@ -342,6 +342,18 @@ def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
     assert stored_dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("case", FLOAT_SCHEMES)
+def test_float_runs_hold_what_the_model_was_left_with(tmp_path: Path, case: str) -> None:
+    scheme = FLOAT_SCHEMES[case]
+    settings = {"bits": scheme.bits, "group_size": scheme.group_size, "act_bits": scheme.act_bits}
+    job, (folder,) = run(tmp_path, data_type=scheme.data_type, **settings)
+    assert_holds(folder, job.loaded.model.state_dict())
+    if case == "nvfp4":  # weights that engines fuse share the scale of the whole weight
+        scales = {n: t.item() for n, t in load_file(folder / "model.safetensors").items() if "global_scale" in n}
+        attention = {value for name, value in scales.items() if "layers.0.self_attn" in name and "o_proj" not in name}
+        assert len(attention) == 1 < len(set(scales.values()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",

@@ -43,7 +43,7 @@ class Nearest:
     """
 
     def __init__(self, w_OI: Tensor, data_type: str, group_size: int, peak: Tensor | None = None):
-        columns = w_OI.shape[1]
+        self.columns = columns = w_OI.shape[1]
         group = columns if group_size == -1 else group_size
         w_OGg = to_groups(w_OI.float(), group)
         peak_OG, global_scale = w_OGg.abs().amax(-1), None
