@@ -1,10 +1,13 @@
 """The closed-form start and the Fisher weights: that they say what their formulas say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from auto_mmround.model.chains import token_kinds
 from auto_mmround.model.fisher import _draw, channel_fisher, spread
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
@@ -118,6 +121,18 @@ def test_labels_are_drawn_as_predicted():
     drawn = _draw(shares.log().expand(20000, -1), torch.Generator().manual_seed(0))
     assert (drawn.flatten().bincount(minlength=5) / 20000 - shares).abs().max() < 0.02
     assert set(drawn.flatten().tolist()) == {1, 2, 4}
+
+
+def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
+    model = tiny_text_model()
+    kinds = torch.tensor([0] * 5 + [1] * 7)
+    inputs = [{"input_ids": torch.randint(0, 50, (1, 12))}]
+    (text,) = find_stages(model)
+    tower = replace(text, name="vision")
+    table = channel_fisher(model, [tower], inputs, [kinds])["model.layers.0"]
+    assert table[0].min() > 0 and not table[1:].any()
+    assert token_kinds(text, kinds, 12).tolist() == kinds.tolist()
+    assert not token_kinds(tower, kinds, 12).any() and len(token_kinds(text, kinds, 9)) == 9
 
 
 def test_fisher_samples_are_spread_evenly():

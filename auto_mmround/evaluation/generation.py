@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.calibration.inputs import PER_TOKEN, TEXT, ModelInput
-from auto_mmround.model.chains import as_dtype, moved
+from auto_mmround.evaluation.metrics import moved
 from auto_mmround.model.loading import Loaded
 
 OPENING = 16  # tokens of a plain text that are given as its beginning
@@ -29,10 +29,8 @@ def generate_sample(loaded: Loaded, inputs: Sequence[ModelInput], max_new_tokens
         raise ValueError("no sample to generate from")
     sample = next((s for s in inputs if bool((s.modality_T != TEXT).any()) or _features(s)), inputs[0])
     kwargs, start = prompt_of(sample, bool(loaded.model.config.is_encoder_decoder))
-    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
-    kwargs = moved(as_dtype(kwargs, dtype), loaded.model.device)
     with torch.inference_mode():
-        ids = loaded.model.generate(**kwargs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+        ids = loaded.model.generate(**moved(loaded.model, kwargs), max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     shown = sample.modality_T[:start] == TEXT
     prompt = loaded.tokenizer.decode(sample.kwargs["input_ids"][0, :start][shown]) if start else ""
     return Generated(prompt, loaded.tokenizer.decode(ids[0, start:], skip_special_tokens=True))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
+from auto_mmround.model import chains
+from auto_mmround.model.chains import as_dtype
 
 
 @dataclass
@@ -60,12 +62,7 @@ Precision = Callable[[], AbstractContextManager]
 def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs on the model's device, floating ones in its dtype."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {
-        key: value.to(model.device, dtype if value.is_floating_point() else None)
-        if isinstance(value, Tensor)
-        else value
-        for key, value in kwargs.items()
-    }
+    return chains.moved(as_dtype(dict(kwargs), dtype), model.device)
 
 
 def logits_of(model: Any, kwargs: Mapping[str, Any], precision: Precision = nullcontext) -> Tensor:

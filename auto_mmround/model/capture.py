@@ -7,8 +7,8 @@ stage is `live`, and its inputs are captured anew after each tuned block.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,6 +115,23 @@ class _ReachedError(Exception):
     """All that was wanted of a forward pass has been seen."""
 
 
+@contextmanager
+def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Forward passes of the model around ``module`` end before it; yields a list that gets what it would be given."""
+    reached: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(hidden_of(args, kwargs)[0])
+        raise _ReachedError
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_ReachedError):
+            yield reached
+    finally:
+        handle.remove()
+
+
 class _Recorder:
     """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first hidden state."""
 
@@ -185,13 +202,9 @@ def _run(model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], preci
             stack.callback(recorder.remove)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if isinstance(head, nn.Module):  # no block comes after it, and its logits are the largest tensor of all
-            stack.callback(head.register_forward_pre_hook(_stop).remove)
+            stack.enter_context(stopping_at(head))
         with suppress(_ReachedError):
             model(**moved(dict(kwargs), device), use_cache=False)
-
-
-def _stop(head: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _ReachedError
 
 
 def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:

@@ -214,6 +214,13 @@ def as_dtype(value: Any, dtype: torch.dtype) -> Any:
     return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
+def token_kinds(stage: Stage, kind_T: Tensor, tokens: int) -> Tensor:
+    """Modality (tokens,) of a stage's tokens: the sample's own in the text stage, 0 throughout in a tower, whose
+    number of tokens may be the text's by chance; 0 also where the text stage adds tokens to the sample's."""
+    own = stage.name == "text" and len(kind_T) == tokens
+    return kind_T.long() if own else torch.zeros(tokens, dtype=torch.long)
+
+
 def to_device(call: Call, device: torch.device) -> Call:
     """The call with its tensors on ``device``."""
     return replace(call, args=moved(call.args, device), kwargs=moved(call.kwargs, device))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.model.chains import first_tensor, hidden_of, moved, with_hidden
+from auto_mmround.model.capture import stopping_at
+from auto_mmround.model.chains import first_tensor, hidden_of, moved, token_kinds, with_hidden
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
@@ -41,12 +42,11 @@ def channel_fisher(
     device = next(model.parameters()).device
     squares: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
+    stage_of = {name: stage for stage in stages for name in stage.blocks}
 
     def add(name: str, grad: Tensor, kind_T: Tensor) -> None:
         grad_TD = grad.float().reshape(-1, grad.shape[-1])
-        if len(kind_T) != len(grad_TD):
-            kind_T = torch.zeros(len(grad_TD), dtype=torch.long)
-        one_hot_TK = nn.functional.one_hot(kind_T.long(), KINDS).to(grad_TD)
+        one_hot_TK = nn.functional.one_hot(token_kinds(stage_of[name], kind_T, len(grad_TD)), KINDS).to(grad_TD)
         fresh = torch.zeros(KINDS, grad_TD.shape[1], device=grad_TD.device)
         squares.setdefault(name, fresh).add_(one_hot_TK.t() @ grad_TD.square())
         counts.setdefault(name, torch.zeros(KINDS, 1, device=grad_TD.device)).add_(one_hot_TK.sum(0)[:, None])
@@ -92,14 +92,6 @@ def _draw(scores_TV: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative_TV, at_T1).clamp_(max=scores_TV.shape[1] - 1)
 
 
-class HeadReached(Exception):
-    """Carries what enters the output head out of a forward pass that need not go on."""
-
-    def __init__(self, hidden: Tensor):
-        super().__init__()
-        self.hidden = hidden
-
-
 @contextmanager
 def _at_head(model: PreTrainedModel, hook: Callable[..., None]) -> Iterator[None]:
     handle = model.get_output_embeddings().register_forward_hook(hook)
@@ -121,19 +113,10 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
 
 def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
     """The last hidden states (T, D), and the head that turns them into logits."""
-
-    def stop(head: nn.Module, args: tuple[Any, ...]) -> None:
-        raise HeadReached(args[0])
-
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(stop)
-    try:
+    with stopping_at(head) as reached:
         model(**kwargs, use_cache=False)
-    except HeadReached as reached:
-        return reached.hidden[0], head
-    finally:
-        handle.remove()
-    raise AssertionError("the output head was not reached")
+    return reached[0][0], head
 
 
 def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:

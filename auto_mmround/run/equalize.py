@@ -20,7 +20,7 @@ from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import TOLERANCE, Call, Chain, as_dtype, difference, to_device
+from auto_mmround.model.chains import TOLERANCE, Call, Chain, as_dtype, difference, to_device, token_kinds
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
@@ -157,9 +157,7 @@ def _watched_pass(
 
 
 def _kinds(chain: Chain, i: int, inputs: Sequence[ModelInput]) -> Tensor:
-    tokens = chain.hidden[i].shape[:-1].numel()
-    kind_T = inputs[chain.sample[i]].modality_T
-    return kind_T.long() if kind_T is not None and kind_T.numel() == tokens else torch.zeros(tokens, dtype=torch.long)
+    return token_kinds(chain.stage, inputs[chain.sample[i]].modality_T, chain.hidden[i].shape[:-1].numel())
 
 
 def _apply(

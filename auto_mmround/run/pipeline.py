@@ -16,7 +16,7 @@ from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
-from auto_mmround.model.chains import Chain
+from auto_mmround.model.chains import Chain, as_dtype, token_kinds
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
@@ -123,7 +123,7 @@ def _tune_stages(
 ) -> None:
     device = model.device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    batches = [_cast(sample.kwargs, dtype) for sample in inputs]
+    batches = [as_dtype(sample.kwargs, dtype) for sample in inputs]
 
     def precision() -> AbstractContextManager:
         return devices.autocast(device, dtype, recipe.amp)
@@ -141,7 +141,7 @@ def _tune_stages(
     if recipe.fisher and recipe.algorithm == "auto":
         kinds = [sample.modality_T for sample in inputs]
         fisher = channel_fisher(model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision)
-    journey = _Journey(model, recipe, plan, inputs, fisher, precision, finish, watcher)
+    journey = _Journey(model, recipe, plan, inputs, batches, fisher, precision, finish, watcher)
     for position, stage in enumerate(plan.stages):
         if stage.path not in teachers:
             raise UserError(
@@ -163,6 +163,7 @@ class _Journey:
     recipe: Recipe
     plan: Plan
     inputs: Sequence[ModelInput]
+    batches: Sequence[dict[str, Any]]  # what the model takes of each, in its dtype
     fisher: Mapping[str, Tensor]
     precision: Callable[[], AbstractContextManager]
     finish: Callable[[BlockReport, dict[str, Codes]], None]
@@ -196,8 +197,7 @@ class _Journey:
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
             if student.live and recipe.enable_quanted_input and first + 1 < len(names):
-                batches = [_cast(sample.kwargs, self.model.dtype) for sample in self.inputs]
-                student = recapture(self.model, student, first + 1, batches, precision=self.precision)
+                student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
             teacher = target
             for name in window:
                 report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
@@ -213,7 +213,7 @@ class _Journey:
         """Second moments of the inputs of every planned weight, from the student's inputs through untouched blocks."""
         planned = [weight for name in window for weight in self.plan.of_block(name)]
         layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
-        masks = [self._token_mask(student, i) for i in range(len(student))]
+        masks = [(self._kinds(student, i) != PAD).float()[..., None] for i in range(len(student))]
         current: list[Tensor] = []
         with torch.no_grad(), collecting(layers, lambda: current[0]) as collected:
             for at in range(0, len(student), self.recipe.batch_size):
@@ -246,27 +246,19 @@ class _Journey:
     def _loss_weights(self, chain: Chain, block: str) -> list[Tensor]:
         """Weights of the block's error for every sample: 0 on padding, else 1, or the Fisher information of the
         channel for the token's modality, scaled to a mean of 1 over the modalities' channels."""
-        masks = [self._token_mask(chain, i) for i in range(len(chain))]
+        kinds = [self._kinds(chain, i) for i in range(len(chain))]
         if block not in self.fisher:
-            return masks
+            return [(kind_BT != PAD).float()[..., None] for kind_BT in kinds]
         table_KD = self.fisher[block].cpu()
         present_K = table_KD.sum(1) > 0
         table_KD = table_KD / table_KD[present_K].mean().clamp(min=1e-30)
-        found = []
-        for i, mask in enumerate(masks):
-            kinds = self.inputs[chain.sample[i]].modality_T
-            if kinds.numel() != mask.numel():
-                kinds = torch.zeros(mask.numel(), dtype=torch.long)
-            found.append(table_KD[kinds.long()].reshape(*mask.shape[:-1], -1) * mask)
-        return found
+        table_KD[PAD] = 0
+        return [table_KD[kind_BT] for kind_BT in kinds]
 
-    def _token_mask(self, chain: Chain, i: int) -> Tensor:
-        """1 for every token, 0 for padding; the hidden state's shape with one channel."""
-        shape = (*chain.hidden[i].shape[:-1], 1)
-        modality_T = self.inputs[chain.sample[i]].modality_T
-        if modality_T is not None and modality_T.numel() == chain.hidden[i].shape[:-1].numel():
-            return (modality_T != PAD).float().reshape(shape)
-        return torch.ones(shape)
+    def _kinds(self, chain: Chain, i: int) -> Tensor:
+        """Modality of every token of a hidden state, in its shape but for the channels."""
+        shape = chain.hidden[i].shape[:-1]
+        return token_kinds(chain.stage, self.inputs[chain.sample[i]].modality_T, shape.numel()).reshape(shape)
 
 
 def _forward(
@@ -338,14 +330,6 @@ def _codes(tuned: dict[str, TunedWeight]) -> dict[str, Codes]:
 
 def _to_cpu(codes: Codes) -> list[Any]:
     return [part.cpu() if isinstance(part, Tensor) else part for part in codes]
-
-
-def _cast(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Pixel values and audio features in the model's dtype."""
-    return {
-        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in kwargs.items()
-    }
 
 
 def _report(
