@@ -103,7 +103,7 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
     ],
     "accepted as in the original": [
         ("low_gpu_mem_usage", [], "keep calibration states in host memory"),
-        ("enable_torch_compile", [], "no effect yet"),
+        ("enable_torch_compile", [], "compile the blocks, once a class: pays off on accelerators"),
         ("disable_trust_remote_code", [], "the default here"),
         ("eval_bs", [], "no effect: evaluation runs sample by sample"),
         ("adam", [], "refused"),

@@ -52,6 +52,14 @@ class Glue:
         return cls(rows, delta_TD[rows], len(delta_TD))
 
 
+Runner = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def run_plainly(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the block."""
+    return block(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Call:
     """How the model called one block for one sample, but for the hidden state: it goes in at ``slot``."""
@@ -61,13 +69,13 @@ class Call:
     slot: int | str  # position, or keyword, of the hidden state
     glue: Glue | None = None  # applied to the hidden state before
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: nn.Module, hidden: Tensor, runner: Runner = run_plainly) -> Tensor:
         """The block's output hidden state."""
         hidden = hidden if self.glue is None else self.glue(hidden)
         if isinstance(self.slot, int):
             args = (*self.args[: self.slot], hidden, *self.args[self.slot :])
-            return first_tensor(block(*args, **self.kwargs))
-        return first_tensor(block(*self.args, **self.kwargs, **{self.slot: hidden}))
+            return first_tensor(runner(block, args, self.kwargs))
+        return first_tensor(runner(block, self.args, self.kwargs | {self.slot: hidden}))
 
 
 @dataclass
@@ -76,7 +84,8 @@ class Chain:
 
     sample: index into the captured inputs; not every input reaches a tower, and one may pass it twice. shared: mappings
     that blocks fill for later blocks (shared keys and values), as they stand before the current block. live: what a
-    block is given depends on earlier blocks in a way that only the model knows, see `capture.recapture`.
+    block is given depends on earlier blocks in a way that only the model knows, see `capture.recapture`. runner: how
+    blocks are called, see `compiled.Compiled`.
     """
 
     stage: Stage
@@ -86,6 +95,7 @@ class Chain:
     sample: list[int] = field(default_factory=list)
     batched: bool = False
     live: bool = False
+    runner: Runner = run_plainly
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -122,7 +132,7 @@ class Chain:
         state = moved(self.shared[group[0]], device)  # a copy for these blocks to fill
         for offset, block in enumerate(blocks):
             call = to_device(merge([self.calls[i][first + offset] for i in group]), device)
-            hidden = replace(call, kwargs=call.kwargs | state).run(block, hidden)
+            hidden = replace(call, kwargs=call.kwargs | state).run(block, hidden, self.runner)
         return hidden, state
 
     def groups(self, indices: Iterable[int], first: int) -> list[list[int]]:

@@ -16,7 +16,8 @@ from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
-from auto_mmround.model.chains import Chain, as_dtype, token_kinds
+from auto_mmround.model.chains import Chain, as_dtype, run_plainly, token_kinds
+from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
@@ -130,11 +131,13 @@ def _tune_stages(
 
     def record(stages: Sequence[Stage]) -> dict[str, Chain]:
         store = "cpu" if recipe.low_gpu_mem_usage else device
-        return capture(
+        chains = capture(
             model, stages, batches, precision=precision, store=store,
             on_sample=lambda i: watcher.captured(i + 1, len(batches)),
         )  # fmt: skip
+        return {path: replace(chain, runner=runner) for path, chain in chains.items()}
 
+    runner = Compiled() if recipe.enable_torch_compile else run_plainly
     teachers = record(plan.stages)
     students = dict(teachers)
     fisher = {}
