@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.model.chains import token_kinds
-from auto_mmround.model.fisher import _draw, channel_fisher, spread
+from auto_mmround.model.fisher import _draw, _sampled_gradient, channel_fisher, spread
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
@@ -117,10 +117,21 @@ def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
 
 
 def test_labels_are_drawn_as_predicted():
-    shares = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2])
-    drawn = _draw(shares.log().expand(20000, -1), torch.Generator().manual_seed(0))
-    assert (drawn.flatten().bincount(minlength=5) / 20000 - shares).abs().max() < 0.02
-    assert set(drawn.flatten().tolist()) == {1, 2, 4}
+    for shares in ([0.0, 0.5, 0.3, 0.0, 0.2], [0.1] * 9 + [0.0, 0.1], [0.0] * 20 + [1.0], [0.25, 0.75, 0.0]):
+        weights = 3 * torch.tensor(shares)
+        drawn, total = _draw(weights.expand(20000, -1), torch.Generator().manual_seed(0))
+        assert (drawn.flatten().bincount(minlength=len(weights)) / 20000 - weights / 3).abs().max() < 0.02
+        assert (weights[drawn] > 0).all() and torch.allclose(total, torch.tensor(3.0))
+
+
+def test_gradients_of_drawn_labels_are_those_of_autograd():
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(16, 70), torch.randn(9, 16)
+    got = _sampled_gradient(hidden, head, torch.Generator().manual_seed(3))
+    hidden.requires_grad_(True)
+    scores = head(hidden).log_softmax(-1)
+    label, _ = _draw(scores.exp().detach(), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(got, torch.autograd.grad(scores.gather(1, label).sum(), hidden)[0])
 
 
 def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
