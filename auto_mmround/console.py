@@ -35,6 +35,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.pipeline import BlockReport, Watcher
 from auto_mmround.run.plan import Plan
+from auto_mmround.run.processes import joined, launched
 
 console = Console()
 notices = Console(stderr=True)
@@ -96,12 +97,17 @@ def quantize_with_progress(recipe: Recipe) -> int:
     """Load, plan, calibrate, tune, write; prints the folders."""
     quiet_libraries()
     started = time.perf_counter()
-    loaded = jobs.load_model(recipe)
-    job = jobs.prepare(recipe, loaded)
-    console.print(summary(job.plan), highlight=False)
-    bar = BlockProgress(job.plan, job.recipe)
-    with bar.progress:
-        folders = jobs.run(job, bar.watcher())
+    with joined(devices.resolve(recipe.device, launched().local_rank)) as processes:
+        for one in (console, notices) if not processes.first else ():
+            one.quiet = True
+        loaded = jobs.load_model(recipe, processes)
+        job = jobs.prepare(recipe, loaded)
+        console.print(summary(job.plan), highlight=False)
+        bar = BlockProgress(job.plan, job.recipe)
+        with bar.progress:
+            folders = jobs.run(job, bar.watcher(), processes)
+    if not processes.first:
+        return 0
     if recipe.sample_generation:
         show_sample(job)
     memory = max(devices.peak_memory(loaded.model.device).values())

@@ -34,6 +34,15 @@ class Moments:
         self._cross_II = torch.zeros(features, features, device=device) if cross else None
         self._total = torch.zeros((), device=device)
 
+    @property
+    def features(self) -> int:
+        """Size of an input."""
+        return len(self._sum_II)
+
+    def sums(self) -> list[Tensor]:
+        """What adds up over parts of the tokens, in its own memory."""
+        return [part for part in (self._sum_II, self._cross_II, self._total) if part is not None]
+
     def add(self, x: Tensor, weight: Tensor | None = None, teacher: Tensor | None = None) -> None:
         """Add tokens ``x`` (..., in) with weights (...), default 1, pads 0; ``teacher``: the inputs W was trained on.
 

@@ -37,6 +37,7 @@ from auto_mmround.numerics.tuner import (
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
+from auto_mmround.run.processes import ALONE, Processes
 
 log = logging.getLogger("auto_mmround")
 
@@ -81,6 +82,7 @@ def quantize(
     inputs: Sequence[ModelInput],
     sink: Sink,
     watcher: Watcher | None = None,
+    processes: Processes = ALONE,
 ) -> list[BlockReport]:
     """Quantize the planned weights of ``model`` in place and hand the codes of each block to ``sink``.
 
@@ -91,6 +93,7 @@ def quantize(
     reports: list[BlockReport] = []
 
     def finish(report: BlockReport, codes: dict[str, Codes]) -> None:
+        processes.agree(report.name, codes)
         sink(report.name, codes)
         reports.append(report)
         watcher.block(report)
@@ -99,7 +102,7 @@ def quantize(
         if recipe.equalize != "none":
             equalize(model, recipe, plan, inputs, watcher.captured)
         if recipe.calibrates:
-            _tune_stages(model, recipe, plan, inputs, finish, watcher)
+            _tune_stages(model, recipe, plan, inputs, finish, watcher, processes)
         else:
             for stage in plan.stages:
                 for block in stage.blocks:
@@ -121,6 +124,7 @@ def _tune_stages(
     inputs: Sequence[ModelInput],
     finish: Callable[[BlockReport, dict[str, Codes]], None],
     watcher: Watcher,
+    processes: Processes,
 ) -> None:
     device = model.device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -132,10 +136,10 @@ def _tune_stages(
     def record(stages: Sequence[Stage]) -> dict[str, Chain]:
         store = "cpu" if recipe.low_gpu_mem_usage else device
         chains = capture(
-            model, stages, batches, precision=precision, store=store,
+            model, stages, batches, precision=precision, store=store, only=processes.share(range(len(batches))),
             on_sample=lambda i: watcher.captured(i + 1, len(batches)),
         )  # fmt: skip
-        return {path: replace(chain, runner=runner) for path, chain in chains.items()}
+        return {path: replace(chain, runner=runner) for path, chain in processes.complete(chains, stages).items()}
 
     runner = Compiled() if recipe.enable_torch_compile else run_plainly
     teachers = record(plan.stages)
@@ -143,8 +147,11 @@ def _tune_stages(
     fisher = {}
     if recipe.fisher and recipe.algorithm == "auto":
         kinds = [sample.modality_T for sample in inputs]
-        fisher = channel_fisher(model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision)
-    journey = _Journey(model, recipe, plan, inputs, batches, fisher, precision, finish, watcher)
+        fisher = channel_fisher(
+            model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision, share=processes.share,
+            add_up=lambda sums: processes.add_named(sums, device),
+        )  # fmt: skip
+    journey = _Journey(model, recipe, plan, inputs, batches, fisher, precision, finish, watcher, processes)
     for position, stage in enumerate(plan.stages):
         if stage.path not in teachers:
             raise UserError(
@@ -171,11 +178,13 @@ class _Journey:
     precision: Callable[[], AbstractContextManager]
     finish: Callable[[BlockReport, dict[str, Codes]], None]
     watcher: Watcher
+    processes: Processes
 
     def tune_stage(self, teacher: Chain, student: Chain) -> None:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         names = teacher.stage.blocks
-        recipe = self.recipe
+        recipe, add_up = self.recipe, self.processes.add_up if self.processes.count > 1 else None
+        count, places = self.processes.numbered(student)
         if teacher.live and recipe.nblocks > 1:
             raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
         for first in range(0, len(names), recipe.nblocks):
@@ -188,18 +197,19 @@ class _Journey:
                 moments = self._moments(student, blocks, window, first) if recipe.closed_form else {}
                 tuned = {name: _leaves(self.model, self.plan.of_block(name)) for name in window}
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
-                forward = _forward(student, blocks, first, target, loss_weights)
-                nearest = self._start(leaves, moments, forward, len(student)) if moments else None
+                forward = _forward(student, blocks, first, target, loss_weights, places)
+                nearest = self._start(leaves, moments, forward, count) if moments else None
                 unreached = set(leaves) - set(moments) if moments else set()
                 result = tune_block(
                     list(leaves.values()),
                     forward,
-                    len(student),
+                    count,
                     _tune_config(recipe, first),
                     on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.steps),  # type: ignore
+                    add_up=add_up,
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
-            if student.live and recipe.enable_quanted_input and first + 1 < len(names):
+            if student.live and len(student) and recipe.enable_quanted_input and first + 1 < len(names):
                 student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
             teacher = target
             for name in window:
@@ -224,13 +234,14 @@ class _Journey:
                     current[:] = [_cat([masks[i] for i in group])]
                     collected.next_pass()
                     student.run_group(blocks, first, group)
-            return collected.moments()
+            return self.processes.add_moments(collected.moments(), self.model.device)
 
     def _start(
         self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments], forward: Any, count: int
     ) -> float:
         """Put every weight at its closed-form start; returns the held-out error of rounding to nearest."""
-        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size)
+        add_up = self.processes.add_up
+        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size, add_up)
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
         stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
         for name, leaf in leaves.items():
@@ -265,10 +276,17 @@ class _Journey:
 
 
 def _forward(
-    student: Chain, blocks: Sequence[nn.Module], first: int, target: Chain, loss_weights: Sequence[Tensor]
+    student: Chain,
+    blocks: Sequence[nn.Module],
+    first: int,
+    target: Chain,
+    loss_weights: Sequence[Tensor],
+    places: Mapping[int, int],
 ) -> Callable[[Sequence[int]], Any]:
+    """places: number of a sample in the run -> its place in the chain; those of other processes are missing."""
+
     def forward(indices: Sequence[int]) -> Any:
-        for group, output in student.forward(blocks, first, indices):
+        for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
             wanted, weights = _cat([target.hidden[i] for i in group]), _cat([loss_weights[i] for i in group])
             yield output, wanted.to(output.device), weights.to(output.device)
 
