@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_mmround.numerics import grids
 from auto_mmround.numerics.rounding import Rounding
 
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B, T, D), (B, T, D) and
@@ -56,6 +57,10 @@ class TunedWeight:
     def rows(self, tensor: Tensor) -> Tensor:
         """The parameter, or its gradient, as (out, in), in the same memory."""
         return tensor.t() if self.transposed else tensor.flatten(1)
+
+    def show_original(self) -> None:
+        """Write the weight as it was into the parameter, in place."""
+        self.rows(self.parameter.data).copy_(grids.from_groups(self.rounding.w_OGg, self.rounding.columns))
 
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""

@@ -17,7 +17,8 @@ from auto_mmround.recipe import aliases, llm_compressor
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
-ORDERS = ("none", "weight")
+ORDERS = ("none", "weight", "group")
+LAYER = "Linear"
 EQUALIZERS = ("none", "smoothquant", "awq")
 # Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
 STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
@@ -71,6 +72,7 @@ class Recipe:
     nblocks: int = 1
     dampening: float = 0.05
     actorder: str = "weight"
+    true_sequential: bool = False
     fisher: bool = True
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
@@ -178,6 +180,17 @@ class Recipe:
     def needs_samples(self) -> bool:
         """Whether calibration samples are read: to tune, or to see which channels are large."""
         return self.calibrates or self.equalize != "none"
+
+    @property
+    def block_classes(self) -> list[str]:
+        """Classes of the blocks to quantize, of `sequential_targets`; none: stages are chosen by other keys."""
+        return [name for name in self.sequential_targets or [] if name != LAYER]
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether the closed form takes a block's layers one after another: llm-compressor says it by a layer's class
+        among the `sequential_targets`."""
+        return self.true_sequential or LAYER in (self.sequential_targets or [])
 
     @property
     def closed_form(self) -> bool:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
-from auto_mmround.numerics.grids import Codes, Grid
+from auto_mmround.numerics.grids import Codes
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+from auto_mmround.numerics.start import StartConfig, closed_forms, collecting, in_turn
 from auto_mmround.numerics.tuner import (
     TuneConfig,
     TunedWeight,
@@ -194,11 +195,14 @@ class _Journey:
             with self.precision():
                 target = teacher.advanced(blocks, first, recipe.batch_size)
                 loss_weights = self._loss_weights(student, window[-1])
-                moments = self._moments(student, blocks, window, first) if recipe.closed_form else {}
+                measure = partial(self._moments, student, blocks, first)
+                planned = [weight.name for name in window for weight in self.plan.of_block(name)]
+                moments = measure(planned) if recipe.closed_form else {}
                 tuned = {name: _leaves(self.model, self.plan.of_block(name)) for name in window}
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
                 forward = _forward(student, blocks, first, target, loss_weights, places)
-                nearest = self._start(leaves, moments, forward, count) if moments else None
+                turns = in_turn(moments, window) if recipe.in_turn else []
+                nearest = self._start(leaves, moments, forward, count, turns, measure) if moments else None
                 unreached = set(leaves) - set(moments) if moments else set()
                 result = tune_block(
                     list(leaves.values()),
@@ -221,11 +225,10 @@ class _Journey:
                 self.finish(report, _codes(tuned[name]))
 
     def _moments(
-        self, student: Chain, blocks: Sequence[nn.Module], window: Sequence[str], first: int
+        self, student: Chain, blocks: Sequence[nn.Module], first: int, names: Sequence[str]
     ) -> dict[str, Moments]:
-        """Second moments of the inputs of every planned weight, from the student's inputs through untouched blocks."""
-        planned = [weight for name in window for weight in self.plan.of_block(name)]
-        layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
+        """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
+        layers = {name: self.model.get_submodule(name) for name in names}
         masks = [(self._kinds(student, i) != PAD).float()[..., None] for i in range(len(student))]
         current: list[Tensor] = []
         with torch.no_grad(), collecting(layers, lambda: current[0]) as collected:
@@ -237,24 +240,30 @@ class _Journey:
             return self.processes.add_moments(collected.moments(), self.model.device)
 
     def _start(
-        self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments], forward: Any, count: int
+        self,
+        leaves: Mapping[str, TunedWeight],
+        moments: Mapping[str, Moments],
+        forward: Any,
+        count: int,
+        turns: Sequence[Sequence[str]],
+        measure: Callable[[Sequence[str]], dict[str, Moments]],
     ) -> float:
-        """Put every weight at its closed-form start; returns the held-out error of rounding to nearest."""
-        add_up = self.processes.add_up
-        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size, add_up)
+        """Put every weight at its closed-form start; returns the held-out error of rounding to nearest.
+
+        turns: groups of layers that are solved one after another, each on what those before it, rounded, hand to it.
+        """
+        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size, self.processes.add_up)
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
-        stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
-        for name, leaf in leaves.items():
-            if name not in moments:  # no token reached it: all its inputs count alike
-                alike = Moments(leaf.rounding.columns, device=leaf.parameter.device)
-                alike.add(torch.eye(leaf.rounding.columns, device=leaf.parameter.device))
-                closed_form([leaf.rounding], alike, config)
-            else:
-                key = (id(moments[name]), leaf.rounding.grid, leaf.rounding.w_OGg.shape[-1])
-                stacks.setdefault(key, []).append(leaf.rounding)
-        by_id = {id(found): found for found in moments.values()}
-        for (identity, _, _), roundings in stacks.items():
-            closed_form(roundings, by_id[identity], config)
+        waiting = dict(leaves)
+        for leaf in leaves.values() if turns else ():
+            leaf.show_original()
+        for turn in turns:
+            fresh = moments if turn is turns[0] else {**moments, **measure(turn)}
+            now = {name: waiting.pop(name) for name in turn}
+            closed_forms({name: leaf.rounding for name, leaf in now.items()}, fresh, config)
+            for leaf in now.values():
+                leaf.refresh()
+        closed_forms({name: leaf.rounding for name, leaf in waiting.items()}, moments, config)
         return nearest
 
     def _loss_weights(self, chain: Chain, block: str) -> list[Tensor]:
