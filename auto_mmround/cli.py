@@ -44,6 +44,11 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("overwrite", [], "replace checkpoints that exist there"),
         ("sample_generation", [], "print what the quantized model answers to the first sample"),
         ("device", ["devices"], "0: the first accelerator, else the processor; cpu, hpu, cuda:1, auto"),
+        (
+            "device_map",
+            [],
+            "spread the model over all devices of this machine: auto, balanced, sequential (accelerate)",
+        ),
         ("model_dtype", [], "load the weights as bfloat16, float16 or float32 instead of as stored"),
         ("trust_remote_code", [], "run Python code that comes with the model"),
     ],

@@ -72,7 +72,7 @@ def test_variables_of_launchers(monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_by_torchrun_is_as_good_as_by_one_process(tmp_path):
-    words = "-m auto_mmround --model demo --dataset demo --bits 3 --nsamples 64 --device cpu --format auto_round"
+    words = "-m auto_mmround --model demo --dataset demo --bits 3 --nsamples 32 --iters 6 --device cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     kl = []
     for name, command in (("one", [sys.executable]), ("two", launcher)):

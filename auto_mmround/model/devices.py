@@ -27,8 +27,8 @@ class Traits:
 
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this machine. synchronize:
     waits for all work. mark_step: ends a graph that gathers operations lazily. peak, free: bytes used at most so far,
-    bytes that can be had. padded: shapes are compiled, so lengths are padded to few. compile_mode: of torch.compile
-    for a block, None where it is not used.
+    bytes that can be had. padded: shapes are compiled, so lengths are padded to few. compiler: of torch.compile.
+    prepare: called before the device is used.
     """
 
     backend: str
@@ -38,7 +38,7 @@ class Traits:
     peak: Callable[[torch.device], int] | None = None
     free: Callable[[torch.device], int] = lambda device: psutil.virtual_memory().available
     padded: bool = False
-    compile_mode: str | None = None
+    compiler: str = "inductor"
     prepare: Callable[[], Any] = lambda: None
 
 
@@ -50,7 +50,6 @@ TABLE: dict[str, Traits] = {
         torch.cuda.synchronize,
         peak=torch.cuda.max_memory_allocated,
         free=lambda device: torch.cuda.mem_get_info(device)[0],
-        compile_mode="default",
     ),
     "hpu": Traits(
         "cpu:gloo,hpu:hccl",
@@ -60,14 +59,15 @@ TABLE: dict[str, Traits] = {
         peak=lambda device: _habana("hpu").max_memory_allocated(device),
         free=lambda device: _habana("hpu").mem_get_info(device)[0],
         padded=True,
+        compiler="hpu_backend",
         prepare=lambda: [_habana("core"), _habana("distributed.hccl")],
     ),
 }
 
 
 def traits(device: torch.device) -> Traits:
-    """The device's row of the table."""
-    return TABLE[device.type]
+    """The device's row of the table; of a kind that has none, the processor's."""
+    return TABLE.get(device.type, TABLE["cpu"])
 
 
 def resolve(name: str, local_rank: int | None = None) -> torch.device:

@@ -316,7 +316,7 @@ def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> _Factor | 
     """
     diagonal_I, turned_I = hessian_II.diagonal()[order_I], order_I.flip(0)
     live_I = diagonal_I > 0
-    mean = diagonal_I[live_I].mean().nan_to_num(1.0)
+    mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
     fraction = dampening
     while True:
         damp_I = torch.where(live_I, fraction, 1.0) * mean

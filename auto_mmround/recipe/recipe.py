@@ -19,6 +19,7 @@ from auto_mmround.recipe.schemes import FLOATS, Scheme
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
 ORDERS = ("none", "weight", "group")
 LAYER = "Linear"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
 # Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
 STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
@@ -93,6 +94,7 @@ class Recipe:
     allow_url: bool = False
     # machine
     device: str = "0"
+    device_map: str | None = None
     amp: bool = True
     model_dtype: str | None = None
     trust_remote_code: bool = False
@@ -118,6 +120,7 @@ class Recipe:
         _require(self.act_bits in (8, 16, 32), f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32")
         if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
             object.__setattr__(self, "group_size", -1)  # the default, which no W8A8 kernel takes
+        _require(self.device_map in (None, *DEVICE_MAPS), f"device_map = {self.device_map!r}: {', '.join(DEVICE_MAPS)}")
         _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
         _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
         _require(self.actorder in ORDERS, f"actorder = {self.actorder!r}: one of {', '.join(ORDERS)}")

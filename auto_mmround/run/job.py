@@ -49,7 +49,12 @@ def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
 def load_model(recipe: Recipe, processes: Processes = ALONE) -> Loaded:
     """The recipe's model on the recipe's device, or on this process's one of several."""
     device = devices.resolve(recipe.device, processes.local_rank)
-    return load(recipe.model, dtype=recipe.model_dtype, device=device, remote_code=recipe.trust_remote_code)
+    if recipe.device_map and processes.count > 1:
+        raise UserError("device_map spreads the model over all devices of one process; leave one of the two out")
+    return load(
+        recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
+        remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
 
 
 def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor: Any = None) -> Job:

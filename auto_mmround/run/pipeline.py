@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import PAD, ModelInput
+from auto_mmround.calibration.inputs import PAD, ModelInput, bucket, padded
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
@@ -91,6 +91,8 @@ def quantize(
     nearest without equalization. The model's parameters hold the dequantized weights afterwards.
     """
     watcher = watcher or Watcher()
+    if devices.traits(model.device).padded:
+        inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
     reports: list[BlockReport] = []
 
     def finish(report: BlockReport, codes: dict[str, Codes]) -> None:
@@ -142,7 +144,7 @@ def _tune_stages(
         )  # fmt: skip
         return {path: replace(chain, runner=runner) for path, chain in processes.complete(chains, stages).items()}
 
-    runner = Compiled() if recipe.enable_torch_compile else run_plainly
+    runner = Compiled(devices.traits(device).compiler) if recipe.enable_torch_compile else run_plainly
     teachers = record(plan.stages)
     students = dict(teachers)
     fisher = {}
@@ -209,7 +211,7 @@ class _Journey:
                     forward,
                     count,
                     _tune_config(recipe, first),
-                    on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.steps),  # type: ignore
+                    on_step=partial(self._stepped, window[-1]),
                     add_up=add_up,
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
@@ -223,6 +225,10 @@ class _Journey:
                     log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name,
                                 report.unreached)  # fmt: skip
                 self.finish(report, _codes(tuned[name]))
+
+    def _stepped(self, block: str, step: int) -> None:
+        devices.traits(self.model.device).mark_step()
+        self.watcher.step(block, step, self.recipe.steps)
 
     def _moments(
         self, student: Chain, blocks: Sequence[nn.Module], first: int, names: Sequence[str]
@@ -371,6 +377,7 @@ def _report(
     started: float,
     nearest: float | None = None,
 ) -> BlockReport:
+    devices.traits(model.device).synchronize(model.device)
     return BlockReport(
         name=name,
         stage=stage.name if stage else "text",
