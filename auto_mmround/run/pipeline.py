@@ -110,12 +110,12 @@ def quantize(
             for stage in plan.stages:
                 for block in stage.blocks:
                     started = time.perf_counter()
-                    tuned = _leaves(model, plan.of_block(block))
+                    tuned = leaves_of(model, plan.of_block(block))
                     finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
         outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
         if outside:  # no block to measure: rounded to nearest
             started = time.perf_counter()
-            tuned = _leaves(model, outside)
+            tuned = leaves_of(model, outside)
             finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
     return reports
 
@@ -200,7 +200,7 @@ class _Journey:
                 measure = partial(self._moments, student, blocks, first)
                 planned = [weight.name for name in window for weight in self.plan.of_block(name)]
                 moments = measure(planned) if recipe.closed_form else {}
-                tuned = {name: _leaves(self.model, self.plan.of_block(name)) for name in window}
+                tuned = {name: leaves_of(self.model, self.plan.of_block(name)) for name in window}
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
                 forward = _forward(student, blocks, first, target, loss_weights, places)
                 turns = in_turn(moments, window) if recipe.in_turn else []
@@ -326,7 +326,7 @@ def _tune_config(recipe: Recipe, first: int) -> TuneConfig:
     )
 
 
-def _leaves(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
+def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
     """Rounding states for the weights; the parameters hold round-to-nearest values from here on."""
     leaves = {}
     peaks = _shared_peaks(model, planned)
