@@ -29,6 +29,7 @@ setup(
         "torchvision>=0.24",
         "transformers>=5.20",
         "accelerate>=1.10",
+        "psutil>=5",
         "datasets>=4.0",
         "safetensors>=0.6",
         "tokenizers>=0.22",

@@ -33,8 +33,10 @@ from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run import planner
 from auto_mmround.run.pipeline import BlockReport, Watcher
 from auto_mmround.run.plan import Plan
+from auto_mmround.run.processes import joined, launched
 
 console = Console()
 notices = Console(stderr=True)
@@ -96,12 +98,18 @@ def quantize_with_progress(recipe: Recipe) -> int:
     """Load, plan, calibrate, tune, write; prints the folders."""
     quiet_libraries()
     started = time.perf_counter()
-    loaded = jobs.load_model(recipe)
-    job = jobs.prepare(recipe, loaded)
-    console.print(summary(job.plan), highlight=False)
-    bar = BlockProgress(job.plan, job.recipe)
-    with bar.progress:
-        folders = jobs.run(job, bar.watcher())
+    with joined(devices.resolve(recipe.device, launched().local_rank)) as processes:
+        for one in (console, notices) if not processes.first else ():
+            one.quiet = True
+        loaded = jobs.load_model(recipe, processes)
+        job = jobs.prepare(recipe, loaded)
+        console.print(summary(job.plan), highlight=False)
+        planner.check_disk(job)
+        bar = BlockProgress(job.plan, job.recipe)
+        with bar.progress:
+            folders = jobs.run(job, bar.watcher(), processes)
+    if not processes.first:
+        return 0
     if recipe.sample_generation:
         show_sample(job)
     memory = max(devices.peak_memory(loaded.model.device).values())
@@ -141,7 +149,8 @@ def summary(plan: Plan) -> str:
 def show_plan(recipe: Recipe) -> int:
     """The plan as a table; equal rows of different blocks are shown once, with their count."""
     quiet_libraries()
-    plan = jobs.make_plan(jobs.load_model(recipe).model, recipe)
+    loaded = jobs.load_model(recipe)
+    plan = jobs.make_plan(loaded.model, recipe)
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
     rows: dict[tuple[str, str, str], int] = {}
     for weight in plan.weights:
@@ -158,6 +167,22 @@ def show_plan(recipe: Recipe) -> int:
     console.print(table)
     console.print(summary(plan), highlight=False)
     console.print(f"formats: {', '.join(fmt.name for fmt in plan.formats)}", highlight=False)
+    if recipe.needs_samples and recipe.dataset is None:
+        console.print("name --dataset for an estimate of time and memory", highlight=False)
+        return 0
+    return show_estimate(planner.estimate(jobs.prepare(recipe, loaded)))
+
+
+def show_estimate(found: planner.Estimate) -> int:
+    """Minutes, memory and disk; raises UserError with flags that would help if the run can't fit."""
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in found.seconds.items())
+    console.print(f"time: {sum(found.seconds.values()) / 60:.1f} minutes after loading ({parts})", highlight=False)
+    memory = f"{found.memory / 1e9:.1f} GB at the peak, {found.free_memory / 1e9:.1f} GB can be had"
+    sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in found.sizes.items())
+    console.print(f"memory: {memory}", highlight=False)
+    console.print(f"disk: {sizes}; {found.free_disk / 1e9:,.1f} GB are free", highlight=False)
+    if not found.fits:
+        raise UserError(f"this run does not fit ({memory}); try {'; or '.join(found.advice)}")
     return 0
 
 

@@ -150,7 +150,7 @@ def test_schemes_are_recipes_or_refused_in_one_line(name):
         ({"ignore": [3]}, "a list of names"),
         ({"mappings": [["re:.*q_proj", "re:.*norm"]]}, "readers before their source"),
         ({"mappings": [[["re:.*q_proj"], "re:.*norm", "more"]]}, "readers before their source"),
-        ({"actorder": "group"}, "one of none, weight"),
+        ({"actorder": "groups"}, "one of none, weight, group"),
     ],
 )
 def test_wrong_values_are_one_line(values, word):
@@ -202,6 +202,8 @@ def test_layers_by_class_and_stages_by_block(demo_model):
     assert "not among the targets" in plan.kept.values()
     plan = make_plan(demo_model, Recipe(sequential_targets=["Qwen2VLVisionBlock"]))
     assert [stage.name for stage in plan.stages] == ["vision"]
+    plan = make_plan(demo_model, Recipe(sequential_targets=["Linear"]))  # the grain, not the blocks
+    assert [stage.name for stage in plan.stages] == ["text"]
     # A tower that is ignored as a whole is no stage: nothing of it is captured or tuned.
     plan = make_plan(demo_model, Recipe(quant_nontext_module=True, ignore=["re:.*visual"]))
     assert [stage.name for stage in plan.stages] == ["text"]
@@ -243,7 +245,7 @@ def test_config_groups(tmp_path):
     assert (recipe.algorithm, recipe.dampening, recipe.format) == ("gptq", 0.05, "compressed_tensors")
     assert recipe.layer_config == {"re:.*fc2": {"bits": 8, "group_size": -1, "sym": False}}
     assert recipe.sequential_targets == ["WhisperEncoderLayer", "WhisperDecoderLayer"]
-    assert recipe.ignore == ["re:.*lm_head"] and not recipe.quant_nontext_module
+    assert recipe.ignore == ["re:.*lm_head"] and not recipe.quant_nontext_module and not recipe.in_turn
     path = tmp_path / "ours.toml"
     path.write_text(to_toml(recipe))
     assert from_mapping(read(path)) == recipe
@@ -268,6 +270,8 @@ default_stage:
     assert (recipe.equalize, recipe.algorithm, recipe.sym, recipe.duo_scaling) == ("awq", "rtn", False, False)
     assert recipe.mappings == [[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]]
     assert recipe.quant_nontext_module  # its targets are the whole model's
+    fine = translated("GPTQModifier: {scheme: W4A16, sequential_targets: [Linear], actorder: group}", tmp_path)
+    assert fine.in_turn and fine.quant_nontext_module and not fine.block_classes and fine.actorder == "group"
     plain = translated("QuantizationModifier: {targets: Linear, scheme: {W8A16: [Linear]}}", tmp_path)
     assert (plain.algorithm, plain.bits, plain.group_size, plain.targets) == ("rtn", 8, -1, None)
 

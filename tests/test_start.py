@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.chains import token_kinds
 from auto_mmround.model.fisher import _draw, _sampled_gradient, channel_fisher, spread
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+from auto_mmround.numerics.start import StartConfig, closed_form, collecting, in_turn
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.plan import make_plan
 
 
 class Attention(nn.Module):
@@ -46,7 +50,7 @@ def test_moments_are_those_of_the_inputs_and_shared_where_inputs_are():
 
 
 @pytest.mark.parametrize("grid", [Grid(2, True), Grid(3, True), Grid(3, False, min_zero=1), Grid(4, False)])
-@pytest.mark.parametrize("order", ["none", "weight"])
+@pytest.mark.parametrize("order", ["none", "weight", "group"])
 def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     torch.manual_seed(1)
     mix = torch.randn(64, 64) * torch.linspace(2, 0.1, 64)
@@ -60,6 +64,45 @@ def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     assert gram.error(w, rounding.weight(), moments.hessian()) == pytest.approx(error, rel=1e-3)
     assert error < 0.5 * nearest and rounding.codes().zero_OG.min() >= grid.min_zero
     assert torch.equal(rounding.weight(), grids.dequantize(rounding.codes()))
+
+
+def test_groups_are_taken_whole_those_with_most_input_first():
+    diagonal = torch.tensor([1.0, 2.0, 9.0, 0.5, 4.0, 4.0, 7.0])
+    assert gram._order(diagonal, "group", 3).tolist() == [2, 1, 0, 4, 5, 3, 6]
+    assert gram._order(diagonal, "weight", 3).tolist() == [2, 6, 4, 5, 1, 0, 3]
+
+
+def test_layers_run_in_turns():
+    shared, other, mlp, down = (gram.Moments(4) for _ in range(4))
+    layers = {"q": shared, "k": shared, "o": other, "mlp.experts.0.gate": mlp, "mlp.experts.0.up": mlp}
+    layers |= {"mlp.experts.0.down": down, "mlp.experts.1.gate": gram.Moments(4), "mlp.experts.1.down": gram.Moments(4)}
+    named = {f"{block}.{name}": found for block in ("layers.0",) for name, found in layers.items()}
+    named["layers.1.q"] = gram.Moments(4)
+    turns = in_turn(named, ["layers.0", "layers.1"])
+    assert [[name.removeprefix("layers.") for name in turn] for turn in turns] == [
+        ["0.q", "0.k"], ["0.o"], ["0.mlp.experts.0.gate", "0.mlp.experts.0.up", "0.mlp.experts.1.gate"],
+        ["0.mlp.experts.0.down", "0.mlp.experts.1.down"], ["1.q"],
+    ]  # fmt: skip
+
+
+def test_true_sequential_changes_what_comes_after_the_first_turn():
+    inputs = [
+        ModelInput(
+            str(i), {"input_ids": torch.randint(0, 50, (1, 24))}, torch.zeros(24, dtype=torch.int8), torch.ones(24)
+        )
+        for i in range(8)
+    ]
+    codes = []
+    for changes in ({}, {"true_sequential": True}, {"sequential_targets": ["Linear"]}):
+        model = tiny_text_model()
+        recipe = Recipe(bits=2, group_size=16, algorithm="gptq", amp=False, format="fake", **changes)
+        found = {}
+        quantize(model, recipe, make_plan(model, recipe), inputs, lambda block, part, found=found: found.update(part))
+        codes.append({name: code.q_OI for name, code in found.items()})
+    once, turns, by_name = codes
+    same = {name for name in once if torch.equal(once[name], turns[name])}
+    assert {"q_proj", "k_proj", "v_proj"} == {name.rpartition(".")[2] for name in same if ".0." in name}
+    assert all(torch.equal(turns[name], by_name[name]) for name in turns)
 
 
 def test_stacked_weights_are_solved_as_alone():

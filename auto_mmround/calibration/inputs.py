@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
 
 from auto_mmround.calibration import media
 from auto_mmround.calibration.processor import Processor, render
@@ -152,6 +152,28 @@ def cut(kwargs: Mapping[str, Any], length: int, limit: int) -> dict[str, Any]:
         key: value[:, :limit] if key in PER_TOKEN and value.ndim > 1 and value.shape[1] == length else value
         for key, value in kwargs.items()
     }
+
+
+def bucket(length: int) -> int:
+    """The next of eight lengths an octave, the smallest 16: at most an eighth more."""
+    step = max(16, 2 ** (length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def padded(sample: ModelInput, length: int) -> ModelInput:
+    """The sample with masked tokens at its end, up to ``length``: for devices that compile every shape anew."""
+    kwargs, tokens = dict(sample.kwargs), len(sample.modality_T)
+    decoder = "decoder_" if "decoder_input_ids" in kwargs else ""
+    kwargs.setdefault(f"{decoder}attention_mask", torch.ones_like(token_ids(kwargs)))
+    word = int((sample.modality_T == TEXT).int().argmax())  # never a placeholder
+    for key, value in kwargs.items():
+        if key in PER_TOKEN and value.ndim > 1 and value.shape[1] == tokens:
+            one = value[:, word : word + 1]
+            one = one if key.endswith("input_ids") else torch.zeros_like(one)
+            kwargs[key] = torch.cat([value, one.expand(-1, length - tokens, *value.shape[2:])], 1)
+    more = (0, length - tokens)
+    kind_T = nn.functional.pad(sample.modality_T, more, value=PAD)
+    return ModelInput(sample.id, kwargs, kind_T, nn.functional.pad(sample.answer_T, more, value=False))
 
 
 @dataclass(frozen=True)

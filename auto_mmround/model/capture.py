@@ -44,16 +44,19 @@ def capture(
     *,
     precision: Precision = nullcontext,
     store: torch.device | str = "cpu",
+    only: Sequence[int] | None = None,
     on_sample: Callable[[int], None] = lambda i: None,
 ) -> dict[str, Chain]:
     """Run the model over all inputs and record each stage's first hidden state and every block's call.
 
-    inputs: keyword arguments of the model, batch dimension 1. Returns a chain for each stage that a sample reached, in
-    the order given. Raises UserError for a stage whose replay is not the model.
+    inputs: keyword arguments of the model, batch dimension 1. only: indices of those to run, default all. Returns a
+    chain for each stage that a sample reached, in the order given. Raises UserError for a stage whose replay is not the
+    model.
     """
     chains: dict[str, Chain] = {}
     proven: set[tuple[str, frozenset[str]]] = set()
-    for i, kwargs in enumerate(inputs):
+    for i in range(len(inputs)) if only is None else only:
+        kwargs = inputs[i]
         recorders = [_Recorder(model, stage, store) for stage in stages]
         _run(model, kwargs, recorders, precision)
         for stage, recorder in zip(stages, recorders, strict=True):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.model.structure import Stage
 
 # Largest relative difference between replay and model that may be rounding of the compute dtype.
@@ -126,13 +127,16 @@ class Chain:
         return self._run(blocks, first, group)[0]
 
     def _run(self, blocks: Sequence[nn.Module], first: int, group: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        device = next(blocks[0].parameters()).device
         hidden = torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
-        hidden = hidden.to(device)
-        state = moved(self.shared[group[0]], device)  # a copy for these blocks to fill
+        state, device = self.shared[group[0]], None
         for offset, block in enumerate(blocks):
+            own = next(block.parameters()).device
+            if own != device:
+                device, hidden, state = own, hidden.to(own), moved(state, own)  # a copy for these blocks to fill
             call = to_device(merge([self.calls[i][first + offset] for i in group]), device)
             hidden = replace(call, kwargs=call.kwargs | state).run(block, hidden, self.runner)
+        if device and not torch.is_grad_enabled():
+            devices.traits(device).mark_step()
         return hidden, state
 
     def groups(self, indices: Iterable[int], first: int) -> list[list[int]]:

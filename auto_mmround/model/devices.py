@@ -1,34 +1,97 @@
-"""Where the work runs: `cpu`, `cuda`, `hpu`, and what differs between them."""
+"""Where the work runs: `cpu`, `cuda`, `hpu`, and what differs between them, as one table."""
 
 import contextlib
+import importlib
 import importlib.util
 import re
 import resource
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import psutil
 import torch
 
 from auto_mmround.errors import UserError
 
 
-def resolve(name: str) -> torch.device:
+def _habana(module: str) -> Any:
+    """A module of Intel's package for Gaudi, which is optional; importing `core` registers the device in torch."""
+    return importlib.import_module(f"habana_frameworks.torch.{module}")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What differs between kinds of devices.
+
+    backend: of torch.distributed, for tensors there and in host memory. count: devices on this machine. synchronize:
+    waits for all work. mark_step: ends a graph that gathers operations lazily. peak, free: bytes used at most so far,
+    bytes that can be had. padded: shapes are compiled, so lengths are padded to few. compiler: of torch.compile.
+    prepare: called before the device is used.
+    """
+
+    backend: str
+    count: Callable[[], int]
+    synchronize: Callable[[torch.device], None] = lambda device: None
+    mark_step: Callable[[], None] = lambda: None
+    peak: Callable[[torch.device], int] | None = None
+    free: Callable[[torch.device], int] = lambda device: psutil.virtual_memory().available
+    padded: bool = False
+    compiler: str = "inductor"
+    prepare: Callable[[], Any] = lambda: None
+
+
+TABLE: dict[str, Traits] = {
+    "cpu": Traits("gloo", lambda: 1),
+    "cuda": Traits(
+        "cpu:gloo,cuda:nccl",
+        torch.cuda.device_count,
+        torch.cuda.synchronize,
+        peak=torch.cuda.max_memory_allocated,
+        free=lambda device: torch.cuda.mem_get_info(device)[0],
+    ),
+    "hpu": Traits(
+        "cpu:gloo,hpu:hccl",
+        lambda: _habana("hpu").device_count() if _has_gaudi() else 0,
+        lambda device: _habana("hpu").synchronize(),
+        lambda: _habana("core").mark_step(),
+        peak=lambda device: _habana("hpu").max_memory_allocated(device),
+        free=lambda device: _habana("hpu").mem_get_info(device)[0],
+        padded=True,
+        compiler="hpu_backend",
+        prepare=lambda: [_habana("core"), _habana("distributed.hccl")],
+    ),
+}
+
+
+def traits(device: torch.device) -> Traits:
+    """The device's row of the table; of a kind that has none, the processor's."""
+    return TABLE.get(device.type, TABLE["cpu"])
+
+
+def resolve(name: str, local_rank: int | None = None) -> torch.device:
     """The device for a name as the command line knows them: "0", "cuda", "cuda:1", "cpu", "hpu", "auto".
 
     A bare number, the original's default, means that accelerator if the machine has one and the processor otherwise.
+    local_rank: of several processes on this machine; each takes the accelerator of its number.
     Raises UserError for names it does not know and for devices that are not there.
     """
     if name in ("auto", "0"):
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        return torch.device("hpu" if _has_gaudi() else "cpu")
+        kind = next((kind for kind in ("cuda", "hpu") if TABLE[kind].count()), "cpu")
+        name = "cuda:0" if kind == "cuda" else kind
     if name == "hpu" and not _has_gaudi():
         raise UserError("device hpu: the package habana-frameworks is missing; install it or use --device cpu")
     if name in ("cpu", "hpu"):
-        return torch.device(name)
+        TABLE[name].prepare()
+        return torch.device(name)  # each process has one Gaudi, always of number 0
     numbered = re.fullmatch(r"(?:cuda:?)?(\d*)", name)
     if numbered is None:
         raise UserError(f"device {name!r} is unknown: use auto, cpu, hpu, cuda or the number of a CUDA device")
-    index, count = int(numbered[1] or 0), torch.cuda.device_count()
+    index, count = int(numbered[1] or 0), TABLE["cuda"].count()
+    if local_rank and index:
+        raise UserError(f"device {name}: with several processes each takes its own; leave --device out")
+    index = local_rank or index
     if index >= count:
         raise UserError(f"device {name}: this machine has {count} CUDA devices; use --device cpu")
     return torch.device("cuda", index)
@@ -49,9 +112,10 @@ def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> contextlib.
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory so far in GB: of the process and, on CUDA, of the device."""
+    """Peak memory so far in GB: of the process and, on an accelerator, of the device."""
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, kilobytes on Linux
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9}
-    if device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(device) / 1e9
+    measured = traits(device).peak
+    if measured:
+        peak["device"] = measured(device) / 1e9
     return peak

@@ -32,35 +32,37 @@ def channel_fisher(
     seed: int = 42,
     precision: Callable[[], AbstractContextManager] = nullcontext,
     enough: int = ENOUGH,
+    share: Callable[[list[int]], list[int]] = list,
+    add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
     """Block name -> mean squared gradient (KINDS, channels) at its output, a row for each modality of token.
 
     A tower's tokens all count as its samples' first row; modalities without tokens are zero. One forward and backward
     pass a sample, one sample in memory at a time, logits a few positions at a time; no gradient of a weight is ever
     made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens.
+    Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
     device = next(model.parameters()).device
-    squares: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}  # squares (KINDS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 
     def add(name: str, grad: Tensor, kind_T: Tensor) -> None:
         grad_TD = grad.float().reshape(-1, grad.shape[-1])
         one_hot_TK = nn.functional.one_hot(token_kinds(stage_of[name], kind_T, len(grad_TD)), KINDS).to(grad_TD)
-        fresh = torch.zeros(KINDS, grad_TD.shape[1], device=grad_TD.device)
-        squares.setdefault(name, fresh).add_(one_hot_TK.t() @ grad_TD.square())
-        counts.setdefault(name, torch.zeros(KINDS, 1, device=grad_TD.device)).add_(one_hot_TK.sum(0)[:, None])
+        fresh = torch.zeros(KINDS, grad_TD.shape[1] + 1, device=grad_TD.device)
+        counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
+        sums.setdefault(name, fresh).add_(one_hot_TK.t() @ counted_TD1)
 
     run: Callable[..., tuple[Tensor, nn.Module]] | None = None
-    for i in spread(modalities, enough):
+    for i in share(spread(modalities, enough)):
+        generator = torch.Generator().manual_seed(seed + i)  # a sample's own, whoever runs it
         kwargs = moved(dict(inputs[i]), device)
         with precision():
             run = run or (_until_head if _head_is_last(model, kwargs) else _whole)
             with torch.enable_grad(), _watching(model, stages, modalities[i], add):
                 hidden_TD, head = run(model, kwargs)
                 hidden_TD.backward(_sampled_gradient(hidden_TD.detach(), head, generator))
-    return {name: squares[name] / counts[name].clamp(min=1) for name in squares}
+    return {name: table[:, :-1] / table[:, -1:].clamp(min=1) for name, table in add_up(sums).items()}
 
 
 def spread(modalities: Sequence[Tensor], enough: int) -> list[int]:

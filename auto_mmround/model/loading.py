@@ -64,9 +64,16 @@ def _from_hub(name: str, offline: bool) -> Path:
 
 
 def load(
-    name: str, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device = "cpu",
+    device_map: str | None = None,
+    remote_code: bool = False,
 ) -> Loaded:
     """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None keeps the files' dtype.
+
+    device_map: as accelerate knows them; the model is spread over all devices then, instead of lying on ``device``.
 
     Raises UserError for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized already and for weights that don't fit the model's class.
@@ -82,6 +89,7 @@ def load(
         model, info = cls.from_pretrained(
             folder,
             dtype=DTYPES[dtype] if dtype else "auto",
+            device_map=device_map,
             trust_remote_code=remote_code,
             output_loading_info=True,
             use_safetensors=True,
@@ -91,7 +99,10 @@ def load(
     absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
     if absent:
         raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
-    model = model.to(device).eval().requires_grad_(False)
+    left = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"disk"}
+    if left:
+        raise UserError(f"device_map {device_map}: the model fits in no memory of this machine, it would lie on disk")
+    model = (model if device_map else model.to(device)).eval().requires_grad_(False)
     processor = load_processor(folder, remote_code)
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder)
 

@@ -20,7 +20,7 @@ from auto_mmround.numerics.grids import Grid
 
 log = logging.getLogger("auto_mmround")
 
-Order = Literal["none", "weight"]
+Order = Literal["none", "weight", "group"]
 CHUNK = 2**16  # elements of a weight searched at a time: the temporaries stay in the processor's cache
 PANEL = 512  # columns of H accumulated at a time: only panels on and above the diagonal are multiplied
 MOST_DAMPENING = 1.0
@@ -33,6 +33,15 @@ class Moments:
         self._sum_II = torch.zeros(features, features, device=device)
         self._cross_II = torch.zeros(features, features, device=device) if cross else None
         self._total = torch.zeros((), device=device)
+
+    @property
+    def features(self) -> int:
+        """Size of an input."""
+        return len(self._sum_II)
+
+    def sums(self) -> list[Tensor]:
+        """What adds up over parts of the tokens, in its own memory."""
+        return [part for part in (self._sum_II, self._cross_II, self._total) if part is not None]
 
     def add(self, x: Tensor, weight: Tensor | None = None, teacher: Tensor | None = None) -> None:
         """Add tokens ``x`` (..., in) with weights (...), default 1, pads 0; ``teacher``: the inputs W was trained on.
@@ -221,12 +230,13 @@ def solve(
 ) -> Solution:
     """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for each other's errors.
 
-    Columns are rounded one after another, in ``order`` ("weight": by falling diag(H); groups stay where they are).
+    Columns are rounded one after another, in ``order``: "weight" by falling diag(H), "group" by groups of falling sum
+    of diag(H) and so within each; all groups stay where they are.
     With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) = |E R|^2, and column k of E R is zero for
     w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that to the grid is GPTQ's step (QuIP, arXiv 2307.13304, section
     3.2) without inverting H. Columns without inputs are rounded to nearest.
     """
-    order_I = _order(hessian_II.diagonal(), order)
+    order_I = _order(hessian_II.diagonal(), order, group_size)
     factor = _factor(hessian_II, order_I, dampening)
     if factor is None:
         columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
@@ -279,10 +289,15 @@ def _solve_block(
         torch.addcmul(w_O, scale_O, q_O, value=-1, out=error_O)
 
 
-def _order(diagonal_I: Tensor, order: Order) -> Tensor:
+def _order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
+    if order == "none":
+        return torch.arange(len(diagonal_I), device=diagonal_I.device)
+    falling_I = diagonal_I.argsort(descending=True, stable=True)
     if order == "weight":
-        return diagonal_I.argsort(descending=True, stable=True)
-    return torch.arange(len(diagonal_I), device=diagonal_I.device)
+        return falling_I
+    sum_G = grids.to_groups(diagonal_I[None], group_size)[0].sum(-1)
+    place_G = sum_G.argsort(descending=True, stable=True).argsort()
+    return falling_I[place_G[falling_I // group_size].argsort(stable=True)]
 
 
 class _Factor(NamedTuple):
@@ -301,7 +316,7 @@ def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> _Factor | 
     """
     diagonal_I, turned_I = hessian_II.diagonal()[order_I], order_I.flip(0)
     live_I = diagonal_I > 0
-    mean = diagonal_I[live_I].mean().nan_to_num(1.0)
+    mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
     fraction = dampening
     while True:
         damp_I = torch.where(live_I, fraction, 1.0) * mean

@@ -1,5 +1,6 @@
 """The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, offsets that say it."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from auto_mmround.numerics.rounding import Rounding
 
 @dataclass(frozen=True)
 class StartConfig:
-    """dampening: share of the mean of diag(H) added to it. order: of the columns, "none" or "weight" (falling diag(H)).
+    """dampening: share of the mean of diag(H) added to it. order: of the columns, see `gram.solve`.
 
     refit: fit the scales to the solved integers at the end. margin: how far the start
     stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it.
@@ -75,6 +76,20 @@ def collecting(layers: Mapping[str, nn.Module], weights: Callable[[], Tensor]) -
             handle.remove()
 
 
+def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[list[str]]:
+    """Layers in the order in which they run, those together that share an input (q, k, v; gate, up).
+
+    Experts, which run one by one on different tokens, come as those of one name.
+    """
+    turns: dict[str, list[str]] = {}
+    of_input: dict[int, str] = {}
+    for name, found in moments.items():
+        block = next(block for block in blocks if name.startswith(f"{block}."))
+        title = block + re.sub(r"\.\d+(?=\.)", ".*", name.removeprefix(block))
+        turns.setdefault(of_input.setdefault(id(found), title), []).append(name)
+    return list(turns.values())
+
+
 def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
@@ -102,3 +117,18 @@ def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: St
     ):
         rounding.start_at(*(part.clone() for part in parts))
     return error
+
+
+def closed_forms(roundings: Mapping[str, Rounding], moments: Mapping[str, gram.Moments], config: StartConfig) -> None:
+    """`closed_form` for the layers of a block; one that no token reached has inputs that all count alike."""
+    stacks: dict[tuple[int, grids.Grid, int], list[Rounding]] = {}
+    found: dict[int, gram.Moments] = {}
+    for name, rounding in roundings.items():
+        own = moments.get(name)
+        if own is None:
+            own = gram.Moments(rounding.columns, device=rounding.w_OGg.device)
+            own.add(torch.eye(rounding.columns, device=rounding.w_OGg.device))
+        found[id(own)] = own
+        stacks.setdefault((id(own), rounding.grid, rounding.w_OGg.shape[-1]), []).append(rounding)
+    for (identity, *_), stack in stacks.items():
+        closed_form(stack, found[identity], config)

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_mmround.numerics import grids
 from auto_mmround.numerics.rounding import Rounding
 
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B, T, D), (B, T, D) and
 # (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
 Forward = Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
+AddUp = Callable[[Sequence[Tensor]], None]  # sums over processes, in place; None where there is one process
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class TunedWeight:
         """The parameter, or its gradient, as (out, in), in the same memory."""
         return tensor.t() if self.transposed else tensor.flatten(1)
 
+    def show_original(self) -> None:
+        """Write the weight as it was into the parameter, in place."""
+        self.rows(self.parameter.data).copy_(grids.from_groups(self.rounding.w_OGg, self.rounding.columns))
+
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
         self.rows(self.parameter.data).copy_(self.rounding.weight())
@@ -70,15 +76,17 @@ def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i not in set(held)], held
 
 
-def mean_error(forward: Forward, indices: Sequence[int], batch_size: int) -> float:
+def mean_error(forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None) -> float:
     """Weighted mean squared error per element over the samples, in float32, without gradients."""
-    total = elements = 0.0
+    sums = torch.zeros(2, dtype=torch.float64)  # squares, elements
     with torch.no_grad():
         for at in range(0, len(indices), batch_size):
             for output, target, weight in forward(indices[at : at + batch_size]):
-                total += squared_error(output, target, weight).item()
-                elements += weight.sum().item() * output.shape[-1] / weight.shape[-1]
-    return total / max(elements, 1.0)
+                sums[0] += squared_error(output, target, weight).item()
+                sums[1] += weight.sum().item() * output.shape[-1] / weight.shape[-1]
+    if add_up:
+        add_up([sums])
+    return (sums[0] / sums[1].clamp(min=1.0)).item()
 
 
 def squared_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -92,27 +100,29 @@ def tune_block(
     sample_count: int,
     config: TuneConfig,
     on_step: Callable[[int], None] = lambda step: None,
+    add_up: AddUp | None = None,
 ) -> TuneResult:
     """Tune ``weights`` in place; afterwards the parameters hold the W~ that `Rounding.codes` gives.
 
     The best parameters are chosen on fixed held-out samples, the start and the last step included, so the result is
     never worse there than the start. With ``iters`` 0 the weights are rounded to nearest and only measured.
+    Several processes: ``forward`` runs a process's own of the samples, ``add_up`` sums gradients and errors.
     """
     for weight in weights:
         weight.refresh()
     train, held = held_out_split(sample_count)
-    start = mean_error(forward, held, config.batch_size)
+    start = mean_error(forward, held, config.batch_size, add_up)
     if config.iters == 0 or not weights:
         return TuneResult(start, start, 0, len(held))
     best = (start, 0, [weight.rounding.snapshot() for weight in weights])
     draw = _draws(train, config)
-    with _sign_descent(weights, config) as learn:
+    with _sign_descent(weights, config, add_up) as learn:
         for step in range(1, config.iters + 1):
             learn(forward, next(draw), 1.0 - (step - 1) / config.iters)
             on_step(step)
             if step < config.iters and step % max(1, config.iters // config.checks):
                 continue
-            loss = mean_error(forward, held, config.batch_size)
+            loss = mean_error(forward, held, config.batch_size, add_up)
             if loss < best[0] or (step == config.iters and not config.keep_best):
                 best = (loss, step, [weight.rounding.snapshot() for weight in weights])
             if 0 < config.patience <= step - best[1]:
@@ -136,22 +146,28 @@ def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _sign_descent(weights: Sequence[TunedWeight], config: TuneConfig) -> Iterator[Callable[..., None]]:
-    """Give a function ``learn(forward, draw, fraction)`` that takes one step at ``fraction`` of the learning rates."""
+def _sign_descent(
+    weights: Sequence[TunedWeight], config: TuneConfig, add_up: AddUp | None
+) -> Iterator[Callable[..., None]]:
+    """Give a function ``learn(forward, draw, fraction)`` that takes one step at ``fraction`` of the learning rates.
+
+    With several processes gradients wait for the end of the backward pass: one that has no sample of a batch, or no
+    token for an expert, would leave the others waiting at that weight.
+    """
     rate = config.lr or 1.0 / config.iters
     factor_rate = rate if config.factor_lr is None else config.factor_lr
     fraction: float | None = None  # None while micro-batches have still to add their share
 
-    def hook_for(weight: TunedWeight) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            grad = parameter.grad
-            if fraction is not None and grad is not None:
-                weight.rounding.step(
-                    weight.rows(grad), rate * fraction, factor_rate * fraction, weight.rows(parameter.data)
-                )
-                parameter.grad = None
+    def step(weight: TunedWeight) -> None:
+        grad = weight.parameter.grad
+        if fraction is not None and grad is not None:
+            weight.rounding.step(
+                weight.rows(grad), rate * fraction, factor_rate * fraction, weight.rows(weight.parameter.data)
+            )
+            weight.parameter.grad = None
 
-        return hook
+    def hook_for(weight: TunedWeight) -> Callable[[Tensor], None]:
+        return lambda parameter: step(weight)
 
     def learn(forward: Forward, draw: list[int], step_fraction: float) -> None:
         nonlocal fraction
@@ -159,11 +175,20 @@ def _sign_descent(weights: Sequence[TunedWeight], config: TuneConfig) -> Iterato
         for part in parts:
             fraction = step_fraction if part is parts[-1] else None
             # Only the gradient's sign counts, so the sum of squares needs no division.
-            torch.stack([squared_error(*triple) for triple in forward(part)]).sum().backward()
+            errors = [squared_error(*triple) for triple in forward(part)]
+            if errors:
+                torch.stack(errors).sum().backward()
+        if add_up:
+            for weight in weights:
+                if weight.parameter.grad is None:
+                    weight.parameter.grad = torch.zeros_like(weight.parameter)
+                add_up([weight.parameter.grad])
+                step(weight)
 
     for weight in weights:
         weight.parameter.requires_grad_(True)
-    hooks = [weight.parameter.register_post_accumulate_grad_hook(hook_for(weight)) for weight in weights]
+    own = [] if add_up else weights
+    hooks = [weight.parameter.register_post_accumulate_grad_hook(hook_for(weight)) for weight in own]
     try:
         yield learn
     finally:

@@ -53,7 +53,7 @@ def translate(tree: dict[str, Any], where: str) -> Values:
     values.setdefault("algorithm", "rtn")
     if "bits" not in values:
         raise UserError(f"{where}: {' and '.join(seen) or 'no modifier'} names no scheme: nothing would be quantized")
-    if "sequential_targets" not in values:
+    if values.get("sequential_targets", ["Linear"]) == ["Linear"]:  # the grain alone, not the blocks
         values["quant_nontext_module"] = True
     return {"format": "compressed_tensors", **values}
 

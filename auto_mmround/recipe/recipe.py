@@ -17,7 +17,9 @@ from auto_mmround.recipe import aliases, llm_compressor
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
-ORDERS = ("none", "weight")
+ORDERS = ("none", "weight", "group")
+LAYER = "Linear"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
 # Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
 STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
@@ -71,6 +73,7 @@ class Recipe:
     nblocks: int = 1
     dampening: float = 0.05
     actorder: str = "weight"
+    true_sequential: bool = False
     fisher: bool = True
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
@@ -91,6 +94,7 @@ class Recipe:
     allow_url: bool = False
     # machine
     device: str = "0"
+    device_map: str | None = None
     amp: bool = True
     model_dtype: str | None = None
     trust_remote_code: bool = False
@@ -116,6 +120,7 @@ class Recipe:
         _require(self.act_bits in (8, 16, 32), f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32")
         if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
             object.__setattr__(self, "group_size", -1)  # the default, which no W8A8 kernel takes
+        _require(self.device_map in (None, *DEVICE_MAPS), f"device_map = {self.device_map!r}: {', '.join(DEVICE_MAPS)}")
         _require(self.on_bad_sample in ("error", "skip"), f"on_bad_sample = {self.on_bad_sample!r}: error or skip")
         _require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
         _require(self.actorder in ORDERS, f"actorder = {self.actorder!r}: one of {', '.join(ORDERS)}")
@@ -178,6 +183,17 @@ class Recipe:
     def needs_samples(self) -> bool:
         """Whether calibration samples are read: to tune, or to see which channels are large."""
         return self.calibrates or self.equalize != "none"
+
+    @property
+    def block_classes(self) -> list[str]:
+        """Classes of the blocks to quantize, of `sequential_targets`; none: stages are chosen by other keys."""
+        return [name for name in self.sequential_targets or [] if name != LAYER]
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether the closed form takes a block's layers one after another: llm-compressor says it by a layer's class
+        among the `sequential_targets`."""
+        return self.true_sequential or LAYER in (self.sequential_targets or [])
 
     @property
     def closed_form(self) -> bool:

@@ -23,6 +23,7 @@ from auto_mmround.run.journal import journal
 from auto_mmround.run.output import Names, Output, check_formats, folder_name
 from auto_mmround.run.pipeline import BlockReport, Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
+from auto_mmround.run.processes import ALONE, Processes
 
 log = logging.getLogger("auto_mmround")
 
@@ -45,10 +46,15 @@ def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
     return load_template(name, family_of(model_type).template or model_type)
 
 
-def load_model(recipe: Recipe) -> Loaded:
-    """The recipe's model on the recipe's device."""
-    device = devices.resolve(recipe.device)
-    return load(recipe.model, dtype=recipe.model_dtype, device=device, remote_code=recipe.trust_remote_code)
+def load_model(recipe: Recipe, processes: Processes = ALONE) -> Loaded:
+    """The recipe's model on the recipe's device, or on this process's one of several."""
+    device = devices.resolve(recipe.device, processes.local_rank)
+    if recipe.device_map and processes.count > 1:
+        raise UserError("device_map spreads the model over all devices of one process; leave one of the two out")
+    return load(
+        recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
+        remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
 
 
 def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor: Any = None) -> Job:
@@ -108,11 +114,15 @@ def model_label(recipe: Recipe) -> str:
     return Path(recipe.model.rstrip("/")).name or "model"
 
 
-def run(job: Job, watcher: Watcher | None = None) -> list[Path]:
+def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) -> list[Path]:
     """Quantize and write every format at once, block by block; returns the finished folders.
 
-    Nothing is left under a final name, nor a partial folder, when anything goes wrong before the end.
+    Nothing is left under a final name, nor a partial folder, when anything goes wrong before the end. Of several
+    processes the first one writes.
     """
+    if not processes.first:
+        quantize(job.loaded.model, job.recipe, job.plan, job.inputs, lambda block, codes: None, processes=processes)
+        return []
     names = Names(job.loaded.model, job.loaded.source)
     root, label = Path(job.recipe.output_dir), model_label(job.recipe)
     outputs: list[Output] = []
@@ -125,7 +135,7 @@ def run(job: Job, watcher: Watcher | None = None) -> list[Path]:
             for output in outputs:
                 output.add(codes)
 
-        blocks = quantize(job.loaded.model, job.recipe, job.plan, job.inputs, sink, watcher)
+        blocks = quantize(job.loaded.model, job.recipe, job.plan, job.inputs, sink, watcher, processes)
         record = journal(job.plan, blocks, job.notes, job.calibration)
         return [output.finish(job.recipe, job.loaded.source, record) for output in outputs]
     except BaseException:

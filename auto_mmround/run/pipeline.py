@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import PAD, ModelInput
+from auto_mmround.calibration.inputs import PAD, ModelInput, bucket, padded
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
@@ -23,9 +24,9 @@ from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
-from auto_mmround.numerics.grids import Codes, Grid
+from auto_mmround.numerics.grids import Codes
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+from auto_mmround.numerics.start import StartConfig, closed_forms, collecting, in_turn
 from auto_mmround.numerics.tuner import (
     TuneConfig,
     TunedWeight,
@@ -37,6 +38,7 @@ from auto_mmround.numerics.tuner import (
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
+from auto_mmround.run.processes import ALONE, Processes
 
 log = logging.getLogger("auto_mmround")
 
@@ -81,6 +83,7 @@ def quantize(
     inputs: Sequence[ModelInput],
     sink: Sink,
     watcher: Watcher | None = None,
+    processes: Processes = ALONE,
 ) -> list[BlockReport]:
     """Quantize the planned weights of ``model`` in place and hand the codes of each block to ``sink``.
 
@@ -88,9 +91,12 @@ def quantize(
     nearest without equalization. The model's parameters hold the dequantized weights afterwards.
     """
     watcher = watcher or Watcher()
+    if devices.traits(model.device).padded:
+        inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
     reports: list[BlockReport] = []
 
     def finish(report: BlockReport, codes: dict[str, Codes]) -> None:
+        processes.agree(report.name, codes)
         sink(report.name, codes)
         reports.append(report)
         watcher.block(report)
@@ -99,17 +105,17 @@ def quantize(
         if recipe.equalize != "none":
             equalize(model, recipe, plan, inputs, watcher.captured)
         if recipe.calibrates:
-            _tune_stages(model, recipe, plan, inputs, finish, watcher)
+            _tune_stages(model, recipe, plan, inputs, finish, watcher, processes)
         else:
             for stage in plan.stages:
                 for block in stage.blocks:
                     started = time.perf_counter()
-                    tuned = _leaves(model, plan.of_block(block))
+                    tuned = leaves_of(model, plan.of_block(block))
                     finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
         outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
         if outside:  # no block to measure: rounded to nearest
             started = time.perf_counter()
-            tuned = _leaves(model, outside)
+            tuned = leaves_of(model, outside)
             finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
     return reports
 
@@ -121,6 +127,7 @@ def _tune_stages(
     inputs: Sequence[ModelInput],
     finish: Callable[[BlockReport, dict[str, Codes]], None],
     watcher: Watcher,
+    processes: Processes,
 ) -> None:
     device = model.device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -132,19 +139,22 @@ def _tune_stages(
     def record(stages: Sequence[Stage]) -> dict[str, Chain]:
         store = "cpu" if recipe.low_gpu_mem_usage else device
         chains = capture(
-            model, stages, batches, precision=precision, store=store,
+            model, stages, batches, precision=precision, store=store, only=processes.share(range(len(batches))),
             on_sample=lambda i: watcher.captured(i + 1, len(batches)),
         )  # fmt: skip
-        return {path: replace(chain, runner=runner) for path, chain in chains.items()}
+        return {path: replace(chain, runner=runner) for path, chain in processes.complete(chains, stages).items()}
 
-    runner = Compiled() if recipe.enable_torch_compile else run_plainly
+    runner = Compiled(devices.traits(device).compiler) if recipe.enable_torch_compile else run_plainly
     teachers = record(plan.stages)
     students = dict(teachers)
     fisher = {}
     if recipe.fisher and recipe.algorithm == "auto":
         kinds = [sample.modality_T for sample in inputs]
-        fisher = channel_fisher(model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision)
-    journey = _Journey(model, recipe, plan, inputs, batches, fisher, precision, finish, watcher)
+        fisher = channel_fisher(
+            model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision, share=processes.share,
+            add_up=lambda sums: processes.add_named(sums, device),
+        )  # fmt: skip
+    journey = _Journey(model, recipe, plan, inputs, batches, fisher, precision, finish, watcher, processes)
     for position, stage in enumerate(plan.stages):
         if stage.path not in teachers:
             raise UserError(
@@ -171,11 +181,13 @@ class _Journey:
     precision: Callable[[], AbstractContextManager]
     finish: Callable[[BlockReport, dict[str, Codes]], None]
     watcher: Watcher
+    processes: Processes
 
     def tune_stage(self, teacher: Chain, student: Chain) -> None:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         names = teacher.stage.blocks
-        recipe = self.recipe
+        recipe, add_up = self.recipe, self.processes.add_up if self.processes.count > 1 else None
+        count, places = self.processes.numbered(student)
         if teacher.live and recipe.nblocks > 1:
             raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
         for first in range(0, len(names), recipe.nblocks):
@@ -185,21 +197,25 @@ class _Journey:
             with self.precision():
                 target = teacher.advanced(blocks, first, recipe.batch_size)
                 loss_weights = self._loss_weights(student, window[-1])
-                moments = self._moments(student, blocks, window, first) if recipe.closed_form else {}
-                tuned = {name: _leaves(self.model, self.plan.of_block(name)) for name in window}
+                measure = partial(self._moments, student, blocks, first)
+                planned = [weight.name for name in window for weight in self.plan.of_block(name)]
+                moments = measure(planned) if recipe.closed_form else {}
+                tuned = {name: leaves_of(self.model, self.plan.of_block(name)) for name in window}
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
-                forward = _forward(student, blocks, first, target, loss_weights)
-                nearest = self._start(leaves, moments, forward, len(student)) if moments else None
+                forward = _forward(student, blocks, first, target, loss_weights, places)
+                turns = in_turn(moments, window) if recipe.in_turn else []
+                nearest = self._start(leaves, moments, forward, count, turns, measure) if moments else None
                 unreached = set(leaves) - set(moments) if moments else set()
                 result = tune_block(
                     list(leaves.values()),
                     forward,
-                    len(student),
+                    count,
                     _tune_config(recipe, first),
-                    on_step=lambda step, name=window[-1]: self.watcher.step(name, step, recipe.steps),  # type: ignore
+                    on_step=partial(self._stepped, window[-1]),
+                    add_up=add_up,
                 )
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
-            if student.live and recipe.enable_quanted_input and first + 1 < len(names):
+            if student.live and len(student) and recipe.enable_quanted_input and first + 1 < len(names):
                 student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
             teacher = target
             for name in window:
@@ -210,12 +226,15 @@ class _Journey:
                                 report.unreached)  # fmt: skip
                 self.finish(report, _codes(tuned[name]))
 
+    def _stepped(self, block: str, step: int) -> None:
+        devices.traits(self.model.device).mark_step()
+        self.watcher.step(block, step, self.recipe.steps)
+
     def _moments(
-        self, student: Chain, blocks: Sequence[nn.Module], window: Sequence[str], first: int
+        self, student: Chain, blocks: Sequence[nn.Module], first: int, names: Sequence[str]
     ) -> dict[str, Moments]:
-        """Second moments of the inputs of every planned weight, from the student's inputs through untouched blocks."""
-        planned = [weight for name in window for weight in self.plan.of_block(name)]
-        layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
+        """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
+        layers = {name: self.model.get_submodule(name) for name in names}
         masks = [(self._kinds(student, i) != PAD).float()[..., None] for i in range(len(student))]
         current: list[Tensor] = []
         with torch.no_grad(), collecting(layers, lambda: current[0]) as collected:
@@ -224,26 +243,33 @@ class _Journey:
                     current[:] = [_cat([masks[i] for i in group])]
                     collected.next_pass()
                     student.run_group(blocks, first, group)
-            return collected.moments()
+            return self.processes.add_moments(collected.moments(), self.model.device)
 
     def _start(
-        self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments], forward: Any, count: int
+        self,
+        leaves: Mapping[str, TunedWeight],
+        moments: Mapping[str, Moments],
+        forward: Any,
+        count: int,
+        turns: Sequence[Sequence[str]],
+        measure: Callable[[Sequence[str]], dict[str, Moments]],
     ) -> float:
-        """Put every weight at its closed-form start; returns the held-out error of rounding to nearest."""
-        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size)
+        """Put every weight at its closed-form start; returns the held-out error of rounding to nearest.
+
+        turns: groups of layers that are solved one after another, each on what those before it, rounded, hand to it.
+        """
+        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size, self.processes.add_up)
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
-        stacks: dict[tuple[int, Grid, int], list[Rounding]] = {}
-        for name, leaf in leaves.items():
-            if name not in moments:  # no token reached it: all its inputs count alike
-                alike = Moments(leaf.rounding.columns, device=leaf.parameter.device)
-                alike.add(torch.eye(leaf.rounding.columns, device=leaf.parameter.device))
-                closed_form([leaf.rounding], alike, config)
-            else:
-                key = (id(moments[name]), leaf.rounding.grid, leaf.rounding.w_OGg.shape[-1])
-                stacks.setdefault(key, []).append(leaf.rounding)
-        by_id = {id(found): found for found in moments.values()}
-        for (identity, _, _), roundings in stacks.items():
-            closed_form(roundings, by_id[identity], config)
+        waiting = dict(leaves)
+        for leaf in leaves.values() if turns else ():
+            leaf.show_original()
+        for turn in turns:
+            fresh = moments if turn is turns[0] else {**moments, **measure(turn)}
+            now = {name: waiting.pop(name) for name in turn}
+            closed_forms({name: leaf.rounding for name, leaf in now.items()}, fresh, config)
+            for leaf in now.values():
+                leaf.refresh()
+        closed_forms({name: leaf.rounding for name, leaf in waiting.items()}, moments, config)
         return nearest
 
     def _loss_weights(self, chain: Chain, block: str) -> list[Tensor]:
@@ -265,10 +291,17 @@ class _Journey:
 
 
 def _forward(
-    student: Chain, blocks: Sequence[nn.Module], first: int, target: Chain, loss_weights: Sequence[Tensor]
+    student: Chain,
+    blocks: Sequence[nn.Module],
+    first: int,
+    target: Chain,
+    loss_weights: Sequence[Tensor],
+    places: Mapping[int, int],
 ) -> Callable[[Sequence[int]], Any]:
+    """places: number of a sample in the run -> its place in the chain; those of other processes are missing."""
+
     def forward(indices: Sequence[int]) -> Any:
-        for group, output in student.forward(blocks, first, indices):
+        for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
             wanted, weights = _cat([target.hidden[i] for i in group]), _cat([loss_weights[i] for i in group])
             yield output, wanted.to(output.device), weights.to(output.device)
 
@@ -293,7 +326,7 @@ def _tune_config(recipe: Recipe, first: int) -> TuneConfig:
     )
 
 
-def _leaves(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
+def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
     """Rounding states for the weights; the parameters hold round-to-nearest values from here on."""
     leaves = {}
     peaks = _shared_peaks(model, planned)
@@ -344,6 +377,7 @@ def _report(
     started: float,
     nearest: float | None = None,
 ) -> BlockReport:
+    devices.traits(model.device).synchronize(model.device)
     return BlockReport(
         name=name,
         stage=stage.name if stage else "text",

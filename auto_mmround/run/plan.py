@@ -114,13 +114,13 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
 def _stages(model: PreTrainedModel, recipe: Recipe) -> list[Stage]:
     """The stages to quantize: by `sequential_targets`, the classes of their blocks, if there are any."""
     stages = find_stages(model)
-    if recipe.sequential_targets is None:
+    if not recipe.block_classes:
         return select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
     found = {type(model.get_submodule(stage.blocks[0])).__name__: stage for stage in stages}
-    for name in recipe.sequential_targets:
+    for name in recipe.block_classes:
         if name not in found:
             raise UserError(f"sequential_targets: no list of {name}; this model has blocks of {', '.join(found)}")
-    return [stage for name, stage in found.items() if name in recipe.sequential_targets]
+    return [stage for name, stage in found.items() if name in recipe.block_classes]
 
 
 def _classes(model: PreTrainedModel, name: str) -> tuple[str, ...]:

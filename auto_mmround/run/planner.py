@@ -1,0 +1,360 @@
+"""What a run will take: minutes, memory, disk; from a few seconds of its own work on this machine.
+
+One block of each kind is run, measured, solved and tuned as the run would do it, on few samples; all the rest is
+counting how often. The model is left as it was.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from auto_mmround.errors import UserError
+from auto_mmround.export.checkpoint import is_side_file
+from auto_mmround.model import devices
+from auto_mmround.model.capture import capture
+from auto_mmround.model.chains import Chain, as_dtype, map_tensors
+from auto_mmround.model.experts import separated
+from auto_mmround.model.fisher import ENOUGH, channel_fisher, spread
+from auto_mmround.model.pairs import shape_signature
+from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
+from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, tune_block
+from auto_mmround.run.job import Job
+from auto_mmround.run.journal import checksum, codes_record
+from auto_mmround.run.pipeline import leaves_of
+
+BUDGET = 20.0  # seconds that measuring may take, about
+SHARE = 0.9  # of what is free that a run may plan to use
+SHARD = 5 * 10**9
+TRIAL = 2**25  # bytes written and read to see how fast the disk is
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds by part of the run. memory, free_memory: bytes at the peak, and bytes that this process can have; of the
+    device, where that has memory of its own. sizes: bytes of each folder that will be written, by format."""
+
+    seconds: Mapping[str, float]
+    memory: int
+    free_memory: int
+    sizes: Mapping[str, int]
+    free_disk: int
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory and disk suffice."""
+        return self.memory <= self.free_memory and sum(self.sizes.values()) <= self.free_disk
+
+
+@dataclass
+class BlockCost:
+    """Seconds of one block: a sample through it, the same while moments are added up, a step, what comes once."""
+
+    forward: float = 0.0
+    moments: float = 0.0
+    step: float = 0.0
+    once: float = 0.0
+
+    def seconds(self, passes: int, samples: float, measured: float, steps: int) -> float:
+        """passes: over all samples. measured: samples run to measure held-out errors, all times together."""
+        return (
+            passes * samples * self.forward
+            + samples * self.moments
+            + measured * self.forward
+            + (steps * self.step + self.once)
+        )
+
+
+@dataclass
+class _Probe:
+    """A job, and how its precision and its inputs look to the model."""
+
+    job: Job
+    deadline: float
+    costs: dict[Any, BlockCost] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model, self.recipe = self.job.loaded.model, self.job.recipe
+        self.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        self.batches = [as_dtype(sample.kwargs, self.dtype) for sample in self.job.inputs]
+        self.kinds = [sample.modality_T for sample in self.job.inputs]
+
+    def precision(self) -> AbstractContextManager:
+        return devices.autocast(self.model.device, self.dtype, self.recipe.amp)
+
+    def timed(self, work: Callable[[], Any], least: float = 0.3) -> float:
+        """Seconds of ``work``: the median of as many runs as fit in ``least`` seconds, at least one."""
+        found: list[float] = []
+        device = self.model.device
+        while not found or (sum(found) < least and len(found) < 9):
+            started = time.perf_counter()
+            work()
+            devices.traits(device).synchronize(device)
+            found.append(time.perf_counter() - started)
+        return statistics.median(found)
+
+    def capture(self, only: Sequence[int]) -> tuple[dict[str, Chain], float, float]:
+        """Chains of some samples; seconds a sample, and of what is done once (the proof that a replay is the model)."""
+        marks = [time.perf_counter()]
+        chains = capture(
+            self.model, self.job.plan.stages, self.batches, precision=self.precision, only=only,
+            on_sample=lambda i: marks.append(time.perf_counter()),
+        )  # fmt: skip
+        each = [after - before for before, after in pairwise(marks)]
+        usual = statistics.median(each[1:]) if len(each) > 1 else each[0] / 4
+        return chains, usual, max(0.0, sum(each) - usual * len(each))
+
+    def fisher(self) -> float:
+        """Seconds of the Fisher information, from one sample and then two."""
+        stages, inputs = self.job.plan.stages, self.batches
+        run = partial(channel_fisher, self.model, stages, precision=self.precision)
+        wanted = len(spread(self.kinds, ENOUGH))
+        at = len(inputs) // 2
+        one = self.timed(lambda: run(inputs[at : at + 1], self.kinds[at : at + 1]), 0.0)
+        if wanted == 1 or time.perf_counter() + 2 * one > self.deadline:
+            return one * wanted
+        two = self.timed(lambda: run(inputs[at : at + 1] * 2, self.kinds[at : at + 1] * 2), 0.0)
+        return one + (wanted - 1) * max(two - one, one / 4)
+
+    def block(self, chain: Chain, index: int, name: str) -> BlockCost:
+        """The cost of one block, known from another of its kind or measured now."""
+        block = self.model.get_submodule(name)
+        kind = chain.stage.path, shape_signature(block)
+        if kind not in self.costs:
+            with self.precision():
+                self.costs[kind] = self._measure(chain, index, name, block)
+        return self.costs[kind]
+
+    def _measure(self, chain: Chain, index: int, name: str, block: nn.Module) -> BlockCost:
+        recipe, count = self.recipe, len(chain)
+        planned = self.job.plan.of_block(name)
+        target = chain.advanced([block], index, recipe.batch_size)  # the first time is not the usual one
+        cost = BlockCost(self.timed(lambda: chain.advanced([block], index, recipe.batch_size)) / count)
+        layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
+        moments = {}
+        if recipe.closed_form:
+            with torch.no_grad(), collecting(layers, lambda: torch.ones(0)) as collected:
+                started = time.perf_counter()
+                chain.advanced([block], index, recipe.batch_size)
+                cost.moments = (time.perf_counter() - started) / count
+                moments = collected.moments()
+        started = time.perf_counter()
+        leaves = leaves_of(self.model, planned)
+        try:
+            if recipe.closed_form:
+                config = StartConfig(order=recipe.actorder)  # type: ignore[arg-type]
+                closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, config)
+            cost.once = time.perf_counter() - started
+            if recipe.steps:
+                cost.step = self._step(chain, index, block, leaves, target, cost.forward * count)
+        finally:
+            for leaf in leaves.values():
+                leaf.show_original()
+        return cost
+
+    def _step(
+        self, chain: Chain, index: int, block: nn.Module, leaves: Mapping[str, TunedWeight], target: Chain, all_: float
+    ) -> float:
+        """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that it takes."""
+        recipe = self.recipe
+        config = TuneConfig(2, 0.001, 0.001, recipe.batch_size, recipe.gradient_accumulate_steps, checks=1)
+
+        def forward(indices: Sequence[int]) -> Any:
+            for group, output in chain.forward([block], index, indices):
+                wanted = torch.cat([target.hidden[i] for i in group]).to(output.device)
+                yield output, wanted, torch.ones_like(wanted[..., :1])
+
+        took = self.timed(lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0)
+        drawn = min(recipe.batch_size * recipe.gradient_accumulate_steps, len(chain))
+        wanted = min(recipe.batch_size * recipe.gradient_accumulate_steps, len(self.batches))
+        return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
+
+
+def estimate(job: Job, budget: float = BUDGET) -> Estimate:
+    """Measure for about ``budget`` seconds, then count. Nothing of the model changes."""
+    place = job.loaded.model.device
+    traits = devices.traits(place)
+    sizes, writing = _writing(job)
+    seconds: dict[str, float] = {}
+    states = 0
+    with _high_water(place) as peak:
+        if job.recipe.calibrates:
+            with separated(job.loaded.model):
+                seconds, states = _calibrated(_Probe(job, time.perf_counter() + budget), budget)
+    memory = peak() + states + (min(sum(sizes.values()), SHARD) if place.type == "cpu" else 0)
+    own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
+    found = Estimate(
+        seconds=seconds | {"writing": writing},
+        memory=memory,
+        free_memory=int(SHARE * (traits.free(place) + own)),
+        sizes=sizes,
+        free_disk=int(SHARE * shutil.disk_usage(_standing(Path(job.recipe.output_dir))).free),
+    )
+    return replace(found, advice=tuple(_advice(job, found, states)))
+
+
+def check_disk(job: Job) -> None:
+    """Raises UserError before any work is done if the folders that a run writes can't fit on their disk."""
+    where = _standing(Path(job.recipe.output_dir))
+    wanted, free = sum(_sizes(job).values()), shutil.disk_usage(where).free
+    if wanted > free:
+        raise UserError(
+            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free there; name another folder or fewer formats"
+        )
+
+
+def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
+    """Seconds by part, and bytes of the hidden states that a run keeps."""
+    recipe, stages = probe.recipe, probe.job.plan.stages
+    lengths = [len(kind_T) for kind_T in probe.kinds]
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
+    most = min(len(lengths), 8, recipe.batch_size * recipe.gradient_accumulate_steps)
+    count = max(1, min(most, int(budget / 8 / max(each, 1e-3))))
+    chosen = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
+    chains, each, once = probe.capture(chosen)
+    samples = sum(lengths) / (sum(lengths[i] for i in chosen) / count)  # of the average length of those chosen
+    captures = len(stages) if recipe.enable_quanted_input else 1
+    seconds = {"capture": captures * (each * samples + once)}
+    if recipe.fisher and recipe.algorithm == "auto":
+        with torch.no_grad():
+            seconds["Fisher information"] = probe.fisher()
+    states = 0
+    for stage in stages:
+        if stage.path not in chains:
+            raise UserError(f"{stage.path}: no estimate, none of the samples tried reaches this stage")
+        chain = chains[stage.path]
+        entries = len(chain) / count * samples
+        held = len(held_out_split(round(entries))[1])
+        looks = 1 + recipe.closed_form + sum(_looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
+        passes = 1 + recipe.enable_quanted_input
+        costs = [probe.block(chain, i, name) for i, name in enumerate(stage.blocks)]
+        seconds[f"{stage.name} blocks"] = sum(
+            cost.seconds(passes, entries, looks * held, recipe.steps) for cost in costs
+        )
+        states += round(_bytes_kept(chain, 2 * passes) / count * samples)
+    return seconds, states
+
+
+def _looked_at(step: int, steps: int) -> bool:
+    return step == steps or step % max(1, steps // TuneConfig.checks) == 0
+
+
+def _bytes_kept(chain: Chain, copies: int) -> int:
+    """Hidden states in as many copies as teacher, target and student make, and once what blocks are called with."""
+    hidden = sum(tensor.nbytes for tensor in chain.hidden)
+    seen: dict[int, int] = {}
+    for call in (call for calls in chain.calls for call in calls):
+        map_tensors((call.args, call.kwargs), lambda tensor: seen.update({tensor.data_ptr(): tensor.nbytes}))
+    return (1 + copies) * hidden + sum(seen.values())
+
+
+@contextmanager
+def _high_water(place: torch.device) -> Iterator[Callable[[], int]]:
+    """Gives a function for the most bytes in use since then, of this process or of its device.
+
+    Linux forgets the old peak when it is asked to; elsewhere it stays, so that the figure may be too high.
+    """
+    measured = devices.traits(place).peak
+    if measured:
+        yield partial(measured, place)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield _peak
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return 1000 * kilobytes[0] if kilobytes else int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
+
+
+# ------------------------------------------------------------------------------------------------------------- disk
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    """Bytes of every folder that the run writes."""
+    source, plan = job.loaded.source, job.plan
+    state = {tensor.data_ptr(): tensor for tensor in job.loaded.model.state_dict().values()}
+    whole = sum(tensor.nbytes for tensor in state.values())
+    side = 0
+    if source is not None:
+        whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        side = sum(path.stat().st_size for path in source.rglob("*") if is_side_file(path, source))
+    count = sum(tensor.numel() for tensor in state.values())
+    quantized = sum(w.out_features * w.in_features for w in plan.weights if w.scheme)
+    rest = whole * (1 - quantized / max(count, 1)) + side
+    packed = quantized * plan.bits_per_weight() / 8
+    return {fmt.name: round(rest + packed if fmt.parts else whole + side) for fmt in plan.formats}
+
+
+def _writing(job: Job) -> tuple[dict[str, int], float]:
+    """Sizes, and seconds to pack and write them: by the rates of one weight and of one small file."""
+    sizes = _sizes(job)
+    planned = [weight for weight in job.plan.weights if weight.scheme]
+    weight = min(planned, key=lambda w: w.out_features * w.in_features)
+    with separated(job.loaded.model):
+        before = job.loaded.model.get_submodule(weight.name).weight.clone()  # type: ignore[operator]
+        (leaf,) = leaves_of(job.loaded.model, [weight]).values()
+        codes = leaf.rounding.codes()
+        leaf.parameter.data.copy_(before)
+    started = time.perf_counter()
+    codes_record(codes)
+    for fmt in job.plan.formats:
+        if not fmt.write:
+            fmt.pack(weight.name, codes)
+    each = (time.perf_counter() - started) / codes.q_OI.numel()
+    blob = torch.zeros(TRIAL, dtype=torch.uint8)
+    started = time.perf_counter()
+    checksum(blob)
+    with tempfile.NamedTemporaryFile(dir=_standing(Path(job.recipe.output_dir))) as file:
+        file.write(blob.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    rate = TRIAL / (time.perf_counter() - started)
+    elements = sum(w.out_features * w.in_features for w in planned)
+    return sizes, each * elements + sum(sizes.values()) / rate
+
+
+def _standing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+# ----------------------------------------------------------------------------------------------------------- advice
+
+
+def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
+    """Flags that make the run fit, the most useful first."""
+    disk = sum(found.sizes.values())
+    if disk > found.free_disk:
+        yield f"--output_dir on a disk with {disk / 1e9:.1f} GB free, or fewer formats"
+    over = found.memory - found.free_memory
+    if over <= 0:
+        return
+    recipe = job.recipe
+    if recipe.calibrates and 0.9 * states > over:
+        yield f"--nsamples {max(8, int(recipe.nsamples * (1 - over / (0.9 * states))))}"
+    if job.loaded.model.device.type != "cpu" and not recipe.low_gpu_mem_usage and states > over:
+        yield "--low_gpu_mem_usage"
+    if recipe.calibrates and recipe.batch_size > 1:
+        yield f"--batch_size 1 --gradient_accumulate_steps {recipe.batch_size * recipe.gradient_accumulate_steps}"
+    if recipe.calibrates:
+        yield "--algorithm rtn, which needs no calibration"
