@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from auto_mmround.calibration.processor import register_processor
 from auto_mmround.calibration.rows import BadSample, Sample
@@ -11,14 +12,30 @@ from auto_mmround.calibration.template import MARKERS, Encoded, Template
 
 from .basic import Basic
 
+ENGLISH_ONLY = 51864  # words of the models that know one language; the others have more
+
 
 @register_processor("whisper")
 class Whisper(Basic):
     """The transcript is the last answer, or the only turn's text (rows with `audio` and `text`)."""
 
     def render(self, sample: Sample, template: Template, *, prompt: bool = False) -> Encoded:
+        """A blank and the transcript: Whisper's own begin with one."""
         text = "" if prompt else sample.messages[-1].content.replace(MARKERS["audio"], "").strip()
-        return Encoded(text, ((0, len(text)),) if text else ())
+        return Encoded(f" {text}", ((0, len(text) + 1),)) if text else Encoded("", ())
+
+    def opening(self) -> list[int]:
+        """Start, language, task, no time stamps: what Whisper writes before a transcript.
+
+        Language and task are those of the tokenizer, else English to be transcribed; English models have neither.
+        """
+        language, task = (getattr(self.tokenizer, key, None) for key in ("language", "task"))
+        code = TO_LANGUAGE_CODE.get(language, language) or "en"
+        names = ["<|notimestamps|>"]
+        if self.config.vocab_size != ENGLISH_ONLY:
+            names = [f"<|{code}|>", f"<|{task or 'transcribe'}|>", *names]
+        found = self.tokenizer.convert_tokens_to_ids(names)
+        return [self.config.decoder_start_token_id, *(i for i in found if i not in (None, self.tokenizer.unk_token_id))]
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
         """`input_features` (1, mels, frames) and `decoder_input_ids`. Raises BadSample without exactly one sound."""
@@ -26,11 +43,8 @@ class Whisper(Basic):
             raise BadSample("markers", f"sample {sample.id}: Whisper takes one sound and its transcript")
         extractor = self.processor.feature_extractor
         heard = extractor(sample.audios[0], sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        words = self.tokenizer(self.render(sample, template, prompt=prompt).text)["input_ids"]
-        start = self.config.decoder_start_token_id
-        # Labels shifted right: its tokenizer opens with the start token and closes with the end of text.
-        end = [self.config.eos_token_id] * (words[-1:] == [self.config.eos_token_id])
-        ids = ([] if words[:1] == [start] else [start]) + words[: len(words) - len(end)]
+        text = self.render(sample, template, prompt=prompt).text
+        ids = self.opening() + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return {"input_features": heard["input_features"], "decoder_input_ids": torch.tensor([ids])}
 
     def modality(self, inputs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Whisper, encoder and decoder quantized: word error rate and KL, full precision against RTN, GPTQ and ours.
+
+    bench/whisper.py --model FOLDER [--schemes W4g64 W3g64] [--methods rtn gptq auto] [--keep bench/results]
+
+Calibration is one synthetic voice that reads passages of the bundled corpus; the test is other sentences in several
+voices, see speech.py. Every method runs in a process of its own; what is found stays in --work, so a run that is cut
+off goes on where it stopped, and other schemes and methods are added to the table.
+"""
+
+import argparse
+import datetime
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import speech
+
+VOICES = ["flite-slt", "flite-rms", "espeak-ng"]
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"algorithm": "rtn"},
+    "gptq": {"algorithm": "gptq", "dampening": 0.01, "actorder": "weight"},  # as in the released W4A16 checkpoints
+    "auto": {},
+}
+TOGETHER = 8  # clips decoded at once
+LONGEST = 160  # tokens of a transcript; twice the longest that is said
+
+
+def quantized(job: dict[str, Any]) -> Any:
+    """The model with dequantized weights, in bfloat16: processors multiply it fast, float16 they don't."""
+    from auto_mmround.recipe.recipe import from_mapping
+    from auto_mmround.run import job as jobs
+    from auto_mmround.run.pipeline import quantize
+
+    values = {"model": job["model"], "model_dtype": "bfloat16", "device": "cpu", "dataset": job["calibration"]}
+    values |= {"quant_nontext_module": True, "nsamples": job["samples"], "seqlen": 448, "batch_size": job["batch_size"]}
+    recipe = from_mapping(values)
+    loaded = jobs.load_model(recipe)
+    if job["method"] == "full precision":
+        return loaded
+    recipe = from_mapping({"bits": job["bits"], "group_size": job["group_size"], **METHODS[job["method"]]}, base=recipe)
+    ready = jobs.prepare(recipe, loaded)
+    quantize(loaded.model, ready.recipe, ready.plan, ready.inputs, lambda block, codes: None)
+    return loaded
+
+
+def listen(loaded: Any, clips: Sequence[Any], forced: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """(the decoder's last hidden states (T, D) on the given transcripts, greedy transcripts); each clip heard once."""
+    import torch
+    from transformers.modeling_outputs import BaseModelOutput
+
+    model = loaded.model
+    hidden, heard = [], []
+    with torch.inference_mode():
+        for at in range(0, len(clips), TOGETHER):
+            sound = []
+            for clip, sample in zip(clips[at : at + TOGETHER], forced[at : at + TOGETHER], strict=True):
+                sound.append(model.get_encoder()(clip.kwargs["input_features"].to(model.dtype)).last_hidden_state)
+                ids = sample.kwargs["decoder_input_ids"]
+                hidden.append(model.model(encoder_outputs=(sound[-1],), decoder_input_ids=ids).last_hidden_state[0])
+            outputs = BaseModelOutput(last_hidden_state=torch.cat(sound))
+            made = model.generate(encoder_outputs=outputs, do_sample=False, max_new_tokens=LONGEST)
+            heard += loaded.tokenizer.batch_decode(made, skip_special_tokens=True)
+    return hidden, heard
+
+
+def divergence(loaded: Any, reference: Sequence[Any], hidden: Sequence[Any]) -> list[float]:
+    """KL(full precision || quantized) in nats a token, the mean of each clip. The output head is the same for both."""
+    head_VD = loaded.model.proj_out.weight.float()
+    pairs = [[(h.float() @ head_VD.t()).log_softmax(-1) for h in pair] for pair in zip(reference, hidden, strict=True)]
+    return [(wanted.exp() * (wanted - got)).sum(-1).mean().item() for wanted, got in pairs]
+
+
+def worker(job: dict[str, Any]) -> None:
+    """One method in this process; the result goes to a file."""
+    import jiwer
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from auto_mmround.evaluation import prompts, samples
+    from auto_mmround.evaluation.scoring import normaliser
+
+    transformers.logging.set_verbosity_error()
+    started = time.perf_counter()
+    loaded = quantized(job)
+    result: dict[str, Any] = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time()}
+    result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "voices": {}}
+    normalise = normaliser(None, loaded.tokenizer)
+    for voice, table in job["test"].items():
+        clips = prompts.clips(loaded, prompts.Data(table))
+        hidden, heard = listen(loaded, clips, samples.held_out(loaded, table))
+        stored = Path(job["work"]) / f"reference-{voice}.safetensors"
+        if job["method"] == "full precision":
+            save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, stored)
+        reference = load_file(stored)
+        kl = divergence(loaded, [reference[str(i)] for i in range(len(hidden))], hidden)
+        said = [normalise(clip.expected or "") for clip in clips]
+        found = [jiwer.process_words(a, normalise(b)) for a, b in zip(said, heard, strict=True)]
+        errors = [each.substitutions + each.deletions + each.insertions for each in found]
+        result["voices"][voice] = {"kl": kl, "errors": errors, "words": [len(a.split()) for a in said], "heard": heard}
+    Path(job["result"]).write_text(json.dumps(result, indent=1))
+
+
+def rate(voices: Sequence[dict[str, Any]]) -> float:
+    """Word error rate in percent over some voices."""
+    return 100 * sum(sum(v["errors"]) for v in voices) / sum(sum(v["words"]) for v in voices)
+
+
+def interval(a: dict[str, Any], b: dict[str, Any], count: int = 10_000) -> tuple[float, float]:
+    """95 % interval of WER(b) - WER(a) in points, from a bootstrap over clips (the same ones for both)."""
+    import numpy as np
+
+    def column(result: dict[str, Any], key: str) -> Any:
+        return np.array([value for voice in result["voices"].values() for value in voice[key]])
+
+    more, words = column(b, "errors") - column(a, "errors"), column(a, "words")
+    drawn = np.random.default_rng(0).integers(len(more), size=(count, len(more)))
+    low, high = np.percentile(100 * more[drawn].sum(1) / words[drawn].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def row(title: str, result: dict[str, Any], full: dict[str, Any], peer: dict[str, Any] | None) -> str:
+    """One line of the table; ``peer`` is the same scheme's GPTQ."""
+    voices = list(result["voices"].values())
+    kl = [value for voice in voices for value in voice["kl"]]
+    cells = [title, *(f"{rate([voice]):.2f}" for voice in voices), f"{rate(voices):.2f}"]
+    for other in (full, peer):
+        low, high = interval(other, result) if other and other is not result else (0.0, 0.0)
+        cells.append("" if low == high == 0 else f"{low:+.2f} to {high:+.2f}")
+    cells += [f"{sum(kl) / len(kl):.4f}", f"{result['seconds']:.0f}", f"{result['peak_gb']:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """The Markdown table of all results."""
+    full = found["-", "full precision"]
+    voices = "".join(f" WER {voice} |" for voice in full["voices"])
+    columns = 7 + len(full["voices"])
+    lines = [
+        f"| weights | method |{voices} WER, all | against full precision | against gptq | KL | seconds | peak GB |",
+        "|" + "---|" * (columns + 1),
+    ]
+    for (scheme, method), result in found.items():
+        peer = found.get((scheme, "gptq"))
+        lines.append(row(f"{scheme} | {method}", result, full, None if result is peer else peer))
+    return lines
+
+
+def main() -> None:
+    """Every scheme by every method, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--model")
+    parser.add_argument("--work", type=Path, default=Path(".bench/whisper"))
+    parser.add_argument("--schemes", nargs="+", default=["W4g64", "W3g64", "W2g64"])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "auto"])
+    parser.add_argument("--voices", nargs="+", default=VOICES)
+    parser.add_argument("--text", type=Path, default=speech.HERE / "sentences.txt", help="test sentences, one a line")
+    parser.add_argument("--per_clip", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=32, help="calibration clips")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
+    asked = parser.parse_args()
+    if asked.worker:
+        return worker(json.loads(asked.worker))
+    texts = speech.sentences(asked.text, asked.per_clip)
+    test = {voice: str(speech.speak(asked.work / "test", voice, texts)) for voice in asked.voices}
+    calibration = speech.speak(asked.work / "calibration", asked.voices[0], speech.passages(asked.samples))
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for scheme, method in [("-", "full precision"), *((s, m) for s in asked.schemes for m in asked.methods)]:
+        bits, group_size = (int(n) for n in scheme[1:].split("g")) if method in METHODS else (16, 0)
+        path = asked.work / f"{scheme}-{method}.json".replace(" ", "-")
+        job = {"model": asked.model, "method": method, "bits": bits, "group_size": group_size, "work": str(asked.work)}
+        job |= {"calibration": str(calibration), "test": test, "samples": asked.samples, "result": str(path)}
+        job |= {"batch_size": asked.batch_size}
+        if not path.is_file():
+            subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], check=True)
+        found[scheme, method] = json.loads(path.read_text())
+        print(table(found)[-1], flush=True)
+    text = "\n".join(table(found))
+    print(f"\n{text}")
+    if asked.keep:
+        keep(asked, texts, text)
+
+
+def keep(asked: argparse.Namespace, texts: Sequence[str], text: str) -> None:
+    """The dated file of results."""
+    from auto_mmround.run.journal import machine
+
+    today, words = datetime.date.today(), sum(len(t.split()) for t in texts)
+    said = sum(1 for line in asked.text.read_text().splitlines() if line.strip())
+    test = f"{said} sentences ({words} words) in {len(texts)} clips, by each of {', '.join(asked.voices)}"
+    calibration = f"{asked.samples} passages of another text, by {asked.voices[0]}"
+    explained = (
+        "Encoder and decoder quantized, the output head not. WER in percent after Whisper's normaliser; the 95 % "
+        "intervals are of differences in points (bootstrap over clips); KL in nats a token, along the true transcripts."
+    )
+    facts = [f"# Whisper base, {today}", f"Test: {test}. Calibration: {calibration}. {explained}", text]
+    facts += [json.dumps(machine()), f"Command: `{' '.join(sys.argv)}`"]
+    (asked.keep / f"whisper-{today}.md").write_text("\n\n".join(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
