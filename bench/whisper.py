@@ -33,20 +33,16 @@ LONGEST = 160  # tokens of a transcript; twice the longest that is said
 
 def quantized(job: dict[str, Any]) -> Any:
     """The model with dequantized weights, in bfloat16: processors multiply it fast, float16 they don't."""
-    from auto_mmround.recipe.recipe import from_mapping
-    from auto_mmround.run import job as jobs
-    from auto_mmround.run.pipeline import quantize
+    from auto_mmround import AutoRoundMLLM
 
-    values = {"model": job["model"], "model_dtype": "bfloat16", "device": "cpu", "dataset": job["calibration"]}
-    values |= {"quant_nontext_module": True, "nsamples": job["samples"], "seqlen": 448, "batch_size": job["batch_size"]}
-    recipe = from_mapping(values)
-    loaded = jobs.load_model(recipe)
-    if job["method"] == "full precision":
-        return loaded
-    recipe = from_mapping({"bits": job["bits"], "group_size": job["group_size"], **METHODS[job["method"]]}, base=recipe)
-    ready = jobs.prepare(recipe, loaded)
-    quantize(loaded.model, ready.recipe, ready.plan, ready.inputs, lambda block, codes: None)
-    return loaded
+    scheme = {"bits": job["bits"], "group_size": job["group_size"]} | METHODS.get(job["method"], {})
+    ours = AutoRoundMLLM(
+        job["model"], model_dtype="bfloat16", device="cpu", dataset=job["calibration"], nsamples=job["samples"],
+        seqlen=448, quant_nontext_module=True, **scheme,
+    )  # fmt: skip
+    if job["method"] != "full precision":
+        ours.quantize()
+    return ours.loaded
 
 
 def listen(loaded: Any, clips: Sequence[Any], forced: Sequence[Any]) -> tuple[list[Any], list[str]]:
@@ -86,9 +82,10 @@ def worker(job: dict[str, Any]) -> None:
     from auto_mmround.evaluation.scoring import normaliser
 
     transformers.logging.set_verbosity_error()
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     loaded = quantized(job)
-    result: dict[str, Any] = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time()}
+    result: dict[str, Any] = {"seconds": time.perf_counter() - started[0]}
+    result |= {"cpu_seconds": time.process_time() - started[1]}
     result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "voices": {}}
     normalise = normaliser(None, loaded.tokenizer)
     for voice, table in job["test"].items():
@@ -132,19 +129,21 @@ def row(title: str, result: dict[str, Any], full: dict[str, Any], peer: dict[str
     for other in (full, peer):
         low, high = interval(other, result) if other and other is not result else (0.0, 0.0)
         cells.append("" if low == high == 0 else f"{low:+.2f} to {high:+.2f}")
-    cells += [f"{sum(kl) / len(kl):.4f}", f"{result['seconds']:.0f}", f"{result['peak_gb']:.2f}"]
+    cells += [
+        f"{sum(kl) / len(kl):.4f}",
+        f"{result['seconds']:.0f}",
+        f"{result['cpu_seconds']:.0f}",
+        f"{result['peak_gb']:.2f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
 def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     """The Markdown table of all results."""
     full = found["-", "full precision"]
-    voices = "".join(f" WER {voice} |" for voice in full["voices"])
-    columns = 7 + len(full["voices"])
-    lines = [
-        f"| weights | method |{voices} WER, all | against full precision | against gptq | KL | seconds | peak GB |",
-        "|" + "---|" * (columns + 1),
-    ]
+    columns = ["weights", "method", *(f"WER {voice}" for voice in full["voices"]), "WER, all"]
+    columns += ["against full precision", "against gptq", "KL", "seconds", "CPU seconds", "peak GB"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for (scheme, method), result in found.items():
         peer = found.get((scheme, "gptq"))
         lines.append(row(f"{scheme} | {method}", result, full, None if result is peer else peer))
@@ -163,7 +162,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=speech.HERE / "sentences.txt", help="test sentences, one a line")
     parser.add_argument("--per_clip", type=int, default=6)
     parser.add_argument("--samples", type=int, default=32, help="calibration clips")
-    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     asked = parser.parse_args()
     if asked.worker:
@@ -173,11 +171,10 @@ def main() -> None:
     calibration = speech.speak(asked.work / "calibration", asked.voices[0], speech.passages(asked.samples))
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for scheme, method in [("-", "full precision"), *((s, m) for s in asked.schemes for m in asked.methods)]:
-        bits, group_size = (int(n) for n in scheme[1:].split("g")) if method in METHODS else (16, 0)
+        bits, group_size = (int(n) for n in scheme[1:].split("g")) if method in METHODS else (4, 64)
         path = asked.work / f"{scheme}-{method}.json".replace(" ", "-")
         job = {"model": asked.model, "method": method, "bits": bits, "group_size": group_size, "work": str(asked.work)}
         job |= {"calibration": str(calibration), "test": test, "samples": asked.samples, "result": str(path)}
-        job |= {"batch_size": asked.batch_size}
         if not path.is_file():
             subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], check=True)
         found[scheme, method] = json.loads(path.read_text())

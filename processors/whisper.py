@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
+from auto_mmround.calibration.inputs import AUDIO, PAD
 from auto_mmround.calibration.processor import register_processor
 from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import MARKERS, Encoded, Template
@@ -30,7 +31,7 @@ class Whisper(Basic):
         Language and task are those of the tokenizer, else English to be transcribed; English models have neither.
         """
         language, task = (getattr(self.tokenizer, key, None) for key in ("language", "task"))
-        code = TO_LANGUAGE_CODE.get(language, language) or "en"
+        code = TO_LANGUAGE_CODE.get(language or "english", language)
         names = ["<|notimestamps|>"]
         if self.config.vocab_size != ENGLISH_ONLY:
             names = [f"<|{code}|>", f"<|{task or 'transcribe'}|>", *names]
@@ -50,3 +51,9 @@ class Whisper(Basic):
     def modality(self, inputs: dict[str, Any]) -> Tensor:
         """int8 (T,): the decoder reads text alone."""
         return torch.zeros(inputs["decoder_input_ids"].shape[1], dtype=torch.int8)
+
+    def tower_modality(self, inputs: dict[str, Any]) -> Tensor:
+        """int8 (frames,): PAD where the encoder's frame, two columns of features, is pure silence as padding is."""
+        features_MF = inputs["input_features"][0]
+        heard_F = (features_MF > features_MF.amin()).any(0).reshape(-1, 2).any(1)
+        return torch.where(heard_F, AUDIO, PAD).to(torch.int8)

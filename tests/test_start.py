@@ -8,8 +8,8 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
-from auto_mmround.model.chains import token_kinds
-from auto_mmround.model.fisher import _draw, _sampled_gradient, channel_fisher, spread
+from auto_mmround.model.chains import Kinds, token_kinds
+from auto_mmround.model.fisher import _draw, _sampled_gradient, channel_fisher, rows_of, spread
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
@@ -37,7 +37,7 @@ def test_moments_are_those_of_the_inputs_and_shared_where_inputs_are():
     xs = [torch.randn(1, n, 16) for n in (3, 5)]
     masks = [torch.tensor([[[1.0], [1.0], [0.0]]]), torch.ones(1, 5, 1)]
     current = [masks[0]]
-    with torch.no_grad(), collecting(dict(block.named_children()), lambda: current[0]) as collected:
+    with torch.no_grad(), collecting(dict(block.named_children()), lambda: current) as collected:
         for x, current[0] in zip(xs, masks):
             collected.next_pass()
             block(x)
@@ -129,11 +129,11 @@ def test_fisher_is_the_curvature_of_kl():
     """For a small change d of one block output, KL is about the sum over tokens and channels of F d^2 / 2."""
     model = tiny_text_model()
     inputs = [{"input_ids": torch.randint(0, 50, (1, 24))} for _ in range(200)]
-    kinds = [torch.zeros(24, dtype=torch.int8)] * len(inputs)
+    kinds = [Kinds(torch.zeros(24, dtype=torch.int8))] * len(inputs)
     fisher = channel_fisher(model, find_stages(model), inputs, kinds)
     assert set(fisher) == {"model.layers.0", "model.layers.1"}
     table = fisher["model.layers.1"]
-    assert table.shape == (5, 32) and (table[0] > 0).all() and (table[1:] == 0).all()
+    assert table.shape == (9, 32) and (table[[0, 5, 6, 7, 8]] > 0).all() and (table[1:5] == 0).all()
     before = [model(**kwargs).logits[0].log_softmax(-1) for kwargs in inputs]
     for channel in (3, 17):
 
@@ -151,10 +151,12 @@ def test_fisher_is_the_curvature_of_kl():
 
 def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
     model = tiny_text_model()
-    kinds = torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8)
+    kinds = Kinds(torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8))
     fisher = channel_fisher(model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds])
     table = fisher["model.layers.0"]
-    assert (table[:2].sum(1) > 0).all() and (table[2:] == 0).all() and not torch.equal(table[0], table[1])
+    assert (
+        (table[[0, 1, 5, 6, 7, 8]].sum(1) > 0).all() and (table[2:5] == 0).all() and not torch.equal(table[0], table[1])
+    )
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -179,17 +181,41 @@ def test_gradients_of_drawn_labels_are_those_of_autograd():
 
 def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
     model = tiny_text_model()
-    kinds = torch.tensor([0] * 5 + [1] * 7)
+    kinds = Kinds(torch.tensor([0] * 5 + [1] * 7))
     inputs = [{"input_ids": torch.randint(0, 50, (1, 12))}]
     (text,) = find_stages(model)
     tower = replace(text, name="vision")
     table = channel_fisher(model, [tower], inputs, [kinds])["model.layers.0"]
     assert table[0].min() > 0 and not table[1:].any()
-    assert token_kinds(text, kinds, 12).tolist() == kinds.tolist()
+    assert token_kinds(text, kinds, 12).tolist() == kinds.text_T.tolist()
     assert not token_kinds(tower, kinds, 12).any() and len(token_kinds(text, kinds, 9)) == 9
 
 
 def test_fisher_samples_are_spread_evenly():
-    lengths = [torch.zeros(100)] * 40
+    lengths = [Kinds(torch.zeros(100))] * 40
     assert spread(lengths, 1000) == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
     assert spread(lengths, 10**6) == list(range(40)) and spread(lengths, 1) == [0]
+
+
+def test_first_tokens_and_silent_frames_have_rows_of_their_own():
+    """A tower's frames count by their kinds; the first tokens of a text by place, unless they are padding."""
+    model = tiny_text_model()
+    (text,) = find_stages(model)
+    tower = replace(text, name="audio")
+    frames_F = torch.tensor([3] * 8 + [4] * 4)
+    kinds = Kinds(torch.tensor([4, 0, 0, 0, 0, 1, 1]), frames_F)
+    assert rows_of(tower, kinds, 12).tolist() == frames_F.tolist() and not rows_of(tower, kinds, 7).any()
+    assert rows_of(text, kinds, 7).tolist() == [4, 6, 7, 8, 0, 1, 1] and not rows_of(text, kinds, 12).any()
+    table = channel_fisher(model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds])["model.layers.1"]
+    assert (table[3:5].sum(1) > 0).all() and not table[:3].any() and not table[5:].any()
+
+
+def test_a_sink_of_attention_weighs_what_its_gradient_says():
+    """The size of a first token's row is its own mean gradient, its channels are those of all tokens."""
+    model = tiny_text_model()
+    sample = {"input_ids": torch.randint(0, 50, (1, 12))}
+    kinds = Kinds(torch.zeros(12, dtype=torch.int8))
+    table = channel_fisher(model, find_stages(model), [sample] * 40, [kinds] * 40)["model.layers.0"]
+    shares = table / table.mean(1, keepdim=True).clamp(min=1e-30)
+    torch.testing.assert_close(shares[5], shares[8])
+    assert not torch.allclose(table[5], table[8]) and not torch.allclose(shares[5], shares[0])

@@ -50,12 +50,15 @@ class ModelInput:
 
     modality_T: int8, TEXT .. PAD for each token. answer_T: bool, the token belongs to an assistant's answer (its
     closing token too); all True for plain text and for conversations without an answer. T = tokens of the text model.
+    tower_F: int8, the same for the tower's tokens where a family tells them apart, PAD where there is nothing to see
+    or hear.
     """
 
     id: str
     kwargs: dict[str, Any]
     modality_T: Tensor
     answer_T: Tensor
+    tower_F: Tensor | None = None
 
 
 def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
@@ -277,4 +280,5 @@ class Encoder:
                 raise BadSample("media longer than seqlen", f"sample {sample.id}: its media need {behind} tokens")
             kwargs = cut(kwargs, length, self.seqlen)
             kinds_T, answer_T = kinds_T[: self.seqlen], answer_T[: self.seqlen]
-        return ModelInput(sample.id, kwargs, kinds_T, answer_T)
+        tower = getattr(self.family, "tower_modality", None)
+        return ModelInput(sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None)

@@ -8,7 +8,7 @@ where a test on the first pair shows that the block treats them alike.
 import copy
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -228,11 +228,20 @@ def as_dtype(value: Any, dtype: torch.dtype) -> Any:
     return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def token_kinds(stage: Stage, kind_T: Tensor, tokens: int) -> Tensor:
-    """Modality (tokens,) of a stage's tokens: the sample's own in the text stage, 0 throughout in a tower, whose
-    number of tokens may be the text's by chance; 0 also where the text stage adds tokens to the sample's."""
-    own = stage.name == "text" and len(kind_T) == tokens
-    return kind_T.long() if own else torch.zeros(tokens, dtype=torch.long)
+class Kinds(NamedTuple):
+    """Modalities of one sample's tokens: of the text stage (T,), and of the tower (frames,) where that is known."""
+
+    text_T: Tensor
+    tower_F: Tensor | None = None
+
+
+def token_kinds(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
+    """Modality (tokens,) of a stage's tokens: the sample's own for that stage, 0 throughout where it has none.
+
+    A tower's number of tokens may be the text's by chance, and the text stage may add tokens to the sample's.
+    """
+    own = kinds.text_T if stage.name == "text" else kinds.tower_F
+    return own.long() if own is not None and len(own) == tokens else torch.zeros(tokens, dtype=torch.long)
 
 
 def to_device(call: Call, device: torch.device) -> Call:

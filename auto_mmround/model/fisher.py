@@ -2,7 +2,9 @@
 
 For every sample one label a position is drawn from the model's prediction, and the log loss is run backwards. The mean
 squared gradient at a block's output is the diagonal of the Fisher information there: the second-order change of
-KL(model || changed model) for a small change of that channel, for tokens of that modality.
+KL(model || changed model) for a small change of that channel, for tokens of that modality. The first tokens of a text
+are apart: they are much alike in all samples, and where one of them serves as a sink of attention, its hidden state is
+a thousand times as large as the others' and hardly matters to the output.
 """
 
 import math
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auto_mmround.model.capture import stopping_at
-from auto_mmround.model.chains import first_tensor, hidden_of, moved, token_kinds, with_hidden
+from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, token_kinds, with_hidden
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
+FIRST = 4  # tokens at the beginning of a text, each with a row of its own after those of the modalities
+ROWS = KINDS + FIRST
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
 LOGITS = 2**24  # logits in memory at a time
 
@@ -27,7 +31,7 @@ def channel_fisher(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     inputs: Sequence[Mapping[str, Any]],
-    modalities: Sequence[Tensor],
+    modalities: Sequence[Kinds],
     *,
     seed: int = 42,
     precision: Callable[[], AbstractContextManager] = nullcontext,
@@ -35,23 +39,23 @@ def channel_fisher(
     share: Callable[[list[int]], list[int]] = list,
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
-    """Block name -> mean squared gradient (KINDS, channels) at its output, a row for each modality of token.
+    """Block name -> mean squared gradient (ROWS, channels) at its output, see `rows_of`.
 
-    A tower's tokens all count as its samples' first row; modalities without tokens are zero. One forward and backward
-    pass a sample, one sample in memory at a time, logits a few positions at a time; no gradient of a weight is ever
-    made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens.
+    A tower's tokens all count as the first row, unless their kinds are known; modalities without tokens are zero. One
+    forward and backward pass a sample, one sample in memory at a time, logits a few positions at a time; no gradient of
+    a weight is ever made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens of text.
     Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them.
     """
     device = next(model.parameters()).device
-    sums: dict[str, Tensor] = {}  # squares (KINDS, channels), then a column with the number of tokens
+    sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 
-    def add(name: str, grad: Tensor, kind_T: Tensor) -> None:
+    def add(name: str, grad: Tensor, kinds: Kinds) -> None:
         grad_TD = grad.float().reshape(-1, grad.shape[-1])
-        one_hot_TK = nn.functional.one_hot(token_kinds(stage_of[name], kind_T, len(grad_TD)), KINDS).to(grad_TD)
-        fresh = torch.zeros(KINDS, grad_TD.shape[1] + 1, device=grad_TD.device)
+        one_hot_TR = nn.functional.one_hot(rows_of(stage_of[name], kinds, len(grad_TD)), ROWS).to(grad_TD)
+        fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
-        sums.setdefault(name, fresh).add_(one_hot_TK.t() @ counted_TD1)
+        sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
 
     run: Callable[..., tuple[Tensor, nn.Module]] | None = None
     for i in share(spread(modalities, enough)):
@@ -62,12 +66,31 @@ def channel_fisher(
             with torch.enable_grad(), _watching(model, stages, modalities[i], add):
                 hidden_TD, head = run(model, kwargs)
                 hidden_TD.backward(_sampled_gradient(hidden_TD.detach(), head, generator))
-    return {name: table[:, :-1] / table[:, -1:].clamp(min=1) for name, table in add_up(sums).items()}
+    return {name: _means(table[:, :-1], table[:, -1:]) for name, table in add_up(sums).items()}
 
 
-def spread(modalities: Sequence[Tensor], enough: int) -> list[int]:
+def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
+    """Row (tokens,) of the table for each of a stage's tokens: its modality, or its place among the first of a text."""
+    rows_T = token_kinds(stage, kinds, tokens)
+    if stage.name == "text" and len(kinds.text_T) == tokens:
+        first_F = rows_T[:FIRST]
+        rows_T = torch.cat(
+            [torch.where(first_F == KINDS - 1, first_F, KINDS + torch.arange(len(first_F))), rows_T[FIRST:]]
+        )
+    return rows_T
+
+
+def _means(squares_RD: Tensor, counts_R1: Tensor) -> Tensor:
+    """Mean squares by row. The first tokens are few: of each only the size is its own, the channels are all tokens'."""
+    means_RD = squares_RD / counts_R1.clamp(min=1)
+    all_D = squares_RD.sum(0) / counts_R1.sum()
+    means_RD[KINDS:] = means_RD[KINDS:].mean(1, keepdim=True) * all_D / all_D.mean().clamp(min=1e-30)
+    return means_RD
+
+
+def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:
     """Indices of samples, evenly spread, that hold about ``enough`` tokens together (all, if there are fewer)."""
-    lengths = [len(kind_T) for kind_T in modalities]
+    lengths = [len(kinds.text_T) for kinds in modalities]
     wanted = min(len(lengths), max(1, round(len(lengths) * enough / max(sum(lengths), 1))))
     return [i * len(lengths) // wanted for i in range(wanted)]
 
@@ -143,24 +166,24 @@ def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, n
 
 @contextmanager
 def _watching(
-    model: PreTrainedModel, stages: Sequence[Stage], kind_T: Tensor, add: Callable[[str, Tensor, Tensor], None]
+    model: PreTrainedModel, stages: Sequence[Stage], kinds: Kinds, add: Callable[[str, Tensor, Kinds], None]
 ) -> Iterator[None]:
     """Gradients at every block's output go to ``add``; the graph begins at the first block."""
     with ExitStack() as stack:
         for stage in stages:
             for name in stage.blocks:
-                handle = model.get_submodule(name).register_forward_hook(_watch(name, kind_T, add))
+                handle = model.get_submodule(name).register_forward_hook(_watch(name, kinds, add))
                 stack.callback(handle.remove)
             first = model.get_submodule(stage.blocks[0])
             stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
         yield
 
 
-def _watch(name: str, kind_T: Tensor, add: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:
+def _watch(name: str, kinds: Kinds, add: Callable[[str, Tensor, Kinds], None]) -> Callable[..., None]:
     def hook(block: nn.Module, args: Any, output: Any) -> None:
         hidden = first_tensor(output)
         if hidden.requires_grad:
-            hidden.register_hook(lambda grad: add(name, grad, kind_T))
+            hidden.register_hook(lambda grad: add(name, grad, kinds))
 
     return hook
 

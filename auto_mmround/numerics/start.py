@@ -33,7 +33,7 @@ class Collector:
     Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass` before each pass.
     """
 
-    def __init__(self, weights: Callable[[], Tensor]):
+    def __init__(self, weights: Callable[[], Sequence[Tensor]]):
         self._weights = weights
         self._moments: dict[str, gram.Moments] = {}
         self._owner: dict[str, str] = {}
@@ -48,21 +48,22 @@ class Collector:
         return {name: self._moments[owner] for name, owner in self._owner.items()}
 
     def see(self, name: str, x: Tensor) -> None:
-        """Add the input (..., in) of a layer, with the tokens' weights where it sees every token of the block."""
+        """Add the input (..., in) of a layer, with those of the tokens' weights that are as many as its tokens."""
         if not x.numel():  # an expert that none of these tokens chose
             return
         if name not in self._owner:
             self._owner[name] = self._seen.setdefault(id(x), (x, name))[1]
         if self._owner[name] == name:
-            weight = self._weights()
-            whole = weight.numel() == x.numel() // x.shape[-1]
+            tokens = x.shape[:-1].numel()
+            weight = next((weight for weight in self._weights() if weight.numel() == tokens), None)
             moments = self._moments.setdefault(name, gram.Moments(x.shape[-1], device=x.device))
-            moments.add(x.detach(), weight.to(x.device) if whole else None)
+            moments.add(x.detach(), None if weight is None else weight.to(x.device))
 
 
 @contextmanager
-def collecting(layers: Mapping[str, nn.Module], weights: Callable[[], Tensor]) -> Iterator[Collector]:
-    """A `Collector` that watches the layers while open. weights: of the current pass's tokens, (B, T, 1), pads 0."""
+def collecting(layers: Mapping[str, nn.Module], weights: Callable[[], Sequence[Tensor]]) -> Iterator[Collector]:
+    """A `Collector` that watches the layers while open. weights: of the current pass's tokens, (B, T, 1), pads 0; first
+    the block's own, then those of what it attends to."""
     collector = Collector(weights)
 
     def hook_for(name: str) -> Callable[..., None]:

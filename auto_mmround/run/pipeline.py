@@ -17,10 +17,10 @@ from auto_mmround.calibration.inputs import PAD, ModelInput, bucket, padded
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
-from auto_mmround.model.chains import Chain, as_dtype, run_plainly, token_kinds
+from auto_mmround.model.chains import Chain, Kinds, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import separated
-from auto_mmround.model.fisher import channel_fisher
+from auto_mmround.model.fisher import ROWS, channel_fisher, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
@@ -41,6 +41,10 @@ from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
 from auto_mmround.run.processes import ALONE, Processes
 
 log = logging.getLogger("auto_mmround")
+
+# Tokens that a tower's sign step sees, at most: an image or a sound is a thousand or more, and eight of them cost four
+# times as much as two.
+TOWER_STEP = 4096
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def _tune_stages(
     students = dict(teachers)
     fisher = {}
     if recipe.fisher and recipe.algorithm == "auto":
-        kinds = [sample.modality_T for sample in inputs]
+        kinds = [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
         fisher = channel_fisher(
             model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision, share=processes.share,
             add_up=lambda sums: processes.add_named(sums, device),
@@ -188,6 +192,8 @@ class _Journey:
         names = teacher.stage.blocks
         recipe, add_up = self.recipe, self.processes.add_up if self.processes.count > 1 else None
         count, places = self.processes.numbered(student)
+        tokens = sum(self.processes.gather(sum(hidden.shape[:-1].numel() for hidden in student.hidden))) // count
+        tokens = 0 if student.stage.name == "text" else tokens
         if teacher.live and recipe.nblocks > 1:
             raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
         for first in range(0, len(names), recipe.nblocks):
@@ -210,7 +216,7 @@ class _Journey:
                     list(leaves.values()),
                     forward,
                     count,
-                    _tune_config(recipe, first),
+                    _tune_config(recipe, first, tokens),
                     on_step=partial(self._stepped, window[-1]),
                     add_up=add_up,
                 )
@@ -235,12 +241,13 @@ class _Journey:
     ) -> dict[str, Moments]:
         """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
         layers = {name: self.model.get_submodule(name) for name in names}
-        masks = [(self._kinds(student, i) != PAD).float()[..., None] for i in range(len(student))]
+        last = student.stage.blocks[first + len(blocks) - 1]
+        weights = [self._token_weights(student, i, last) for i in range(len(student))]
         current: list[Tensor] = []
-        with torch.no_grad(), collecting(layers, lambda: current[0]) as collected:
+        with torch.no_grad(), collecting(layers, lambda: current) as collected:
             for at in range(0, len(student), self.recipe.batch_size):
                 for group in student.groups(range(at, min(at + self.recipe.batch_size, len(student))), first):
-                    current[:] = [_cat([masks[i] for i in group])]
+                    current[:] = [_cat(parts) for parts in zip(*(weights[i] for i in group), strict=True)]
                     collected.next_pass()
                     student.run_group(blocks, first, group)
             return self.processes.add_moments(collected.moments(), self.model.device)
@@ -275,19 +282,38 @@ class _Journey:
     def _loss_weights(self, chain: Chain, block: str) -> list[Tensor]:
         """Weights of the block's error for every sample: 0 on padding, else 1, or the Fisher information of the
         channel for the token's modality, scaled to a mean of 1 over the modalities' channels."""
-        kinds = [self._kinds(chain, i) for i in range(len(chain))]
-        if block not in self.fisher:
-            return [(kind_BT != PAD).float()[..., None] for kind_BT in kinds]
-        table_KD = self.fisher[block].cpu()
-        present_K = table_KD.sum(1) > 0
-        table_KD = table_KD / table_KD[present_K].mean().clamp(min=1e-30)
-        table_KD[PAD] = 0
-        return [table_KD[kind_BT] for kind_BT in kinds]
+        table_RD = self._importance(chain.stage, block)
+        return [table_RD[self._rows(chain, i)] for i in range(len(chain))]
 
-    def _kinds(self, chain: Chain, i: int) -> Tensor:
-        """Modality of every token of a hidden state, in its shape but for the channels."""
-        shape = chain.hidden[i].shape[:-1]
-        return token_kinds(chain.stage, self.inputs[chain.sample[i]].modality_T, shape.numel()).reshape(shape)
+    def _importance(self, stage: Stage, block: str) -> Tensor:
+        """Weights of a block's errors by row of the Fisher table, (ROWS, channels or 1).
+
+        Padding of text is worth nothing. What a tower makes of padding reaches the text, so its gradients tell.
+        """
+        if block in self.fisher:
+            table_RD = self.fisher[block].cpu()
+            table_RD = table_RD / table_RD[table_RD.sum(1) > 0].mean().clamp(min=1e-30)
+        else:
+            table_RD = torch.ones(ROWS, 1)
+        if stage.name == "text":
+            table_RD[PAD] = 0
+        return table_RD
+
+    def _token_weights(self, chain: Chain, i: int, block: str) -> list[Tensor]:
+        """Weights of the tokens (B, T, 1), the mean over the channels: the block's own, then those of the tower's
+        output, which cross attention reads."""
+        found = [self._importance(chain.stage, block).mean(1, keepdim=True)[self._rows(chain, i)]]
+        tower_F = self.inputs[chain.sample[i]].tower_F
+        towers = [stage for stage in self.plan.stages if stage.name != "text"]
+        if chain.stage.name == "text" and tower_F is not None and towers:
+            heard_R1 = self._importance(towers[-1], towers[-1].blocks[-1]).mean(1, keepdim=True)
+            found.append(heard_R1[tower_F.long()][None])
+        return found
+
+    def _rows(self, chain: Chain, i: int) -> Tensor:
+        """Row of the Fisher table for every token of a hidden state, in its shape but for the channels."""
+        shape, sample = chain.hidden[i].shape[:-1], self.inputs[chain.sample[i]]
+        return rows_of(chain.stage, Kinds(sample.modality_T, sample.tower_F), shape.numel()).reshape(shape)
 
 
 def _forward(
@@ -312,14 +338,18 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-def _tune_config(recipe: Recipe, first: int) -> TuneConfig:
+def _tune_config(recipe: Recipe, first: int, tower_tokens: int) -> TuneConfig:
+    """tower_tokens: of a sample, on average; 0 for text."""
     factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
+    accumulate = recipe.gradient_accumulate_steps
+    if recipe.algorithm == "auto" and tower_tokens:
+        accumulate = max(1, min(accumulate, TOWER_STEP // tower_tokens // recipe.batch_size))
     return TuneConfig(
         iters=recipe.steps,
         lr=recipe.learning_rate,
         factor_lr=factor_lr,
         batch_size=recipe.batch_size,
-        accumulate=recipe.gradient_accumulate_steps,
+        accumulate=accumulate,
         keep_best=not recipe.not_use_best_mse,
         patience=recipe.dynamic_max_gap,
         seed=recipe.seed + first,
