@@ -6,7 +6,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py llamacpp.py mlx.py openvino.py vllm.py)
 
-.PHONY: demo test test-all test-engines check bench bench-tuner clean
+.PHONY: demo test test-all test-engines check bench bench-tuner bench-whisper bench-recapture clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -27,6 +27,12 @@ bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 
 bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR CALIBRATION=a.txt HELD_OUT=b.txt
 	$(BIN)/python bench/tuner.py --model $(MODEL) --calibration $(CALIBRATION) --held_out $(HELD_OUT) --keep bench/results
+
+bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MODEL=DIR (apt-get install flite espeak-ng)
+	$(BIN)/python bench/whisper.py --model $(MODEL) --keep bench/results
+
+bench-recapture: $(ENV)  ## whether text gains from the quantized tower's outputs, on the bundled model
+	$(BIN)/python bench/recapture.py --keep bench/results
 
 test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one
 	for engine in gptqmodel llamacpp mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done

@@ -32,16 +32,20 @@ LONGEST = 160  # tokens of a transcript; twice the longest that is said
 
 
 def quantized(job: dict[str, Any]) -> Any:
-    """The model with dequantized weights, in bfloat16: processors multiply it fast, float16 they don't."""
+    """The model with dequantized weights, in bfloat16: processors multiply it fast, float16 they don't.
+
+    The checkpoint goes to the job's folder, for engines and `auto-round-mllm eval`.
+    """
     from auto_mmround import AutoRoundMLLM
 
     scheme = {"bits": job["bits"], "group_size": job["group_size"]} | METHODS.get(job["method"], {})
     ours = AutoRoundMLLM(
         job["model"], model_dtype="bfloat16", device="cpu", dataset=job["calibration"], nsamples=job["samples"],
-        seqlen=448, quant_nontext_module=True, **scheme,
+        seqlen=448, quant_nontext_module=True, format="compressed_tensors", **scheme,
     )  # fmt: skip
     if job["method"] != "full precision":
         ours.quantize()
+        ours.save_quantized(job["folder"], format="compressed_tensors")
     return ours.loaded
 
 
@@ -175,6 +179,7 @@ def main() -> None:
         path = asked.work / f"{scheme}-{method}.json".replace(" ", "-")
         job = {"model": asked.model, "method": method, "bits": bits, "group_size": group_size, "work": str(asked.work)}
         job |= {"calibration": str(calibration), "test": test, "samples": asked.samples, "result": str(path)}
+        job |= {"folder": str(path.with_suffix(""))}
         if not path.is_file():
             subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], check=True)
         found[scheme, method] = json.loads(path.read_text())
