@@ -21,7 +21,14 @@ from typing import Any
 JOBS: dict[str, dict[str, Any]] = {
     "demo": {"model": "demo", "dataset": "demo", "nsamples": 32, "seqlen": 64, "iters": 8},
     "gemma": {"nsamples": 16, "seqlen": 256, "iters": 4, "bits": 3},
-    "whisper": {"nsamples": 8, "quant_nontext_module": True, "group_size": 64, "iters": 4, "batch_size": 4},
+    "whisper": {
+        "nsamples": 8,
+        "quant_nontext_module": True,
+        "group_size": 64,
+        "iters": 4,
+        "batch_size": 4,
+        "model_dtype": "bfloat16",
+    },
 }
 
 
