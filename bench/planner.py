@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What `plan` predicts against what a run takes, one right after the other, each in a process of its own.
 
-    bench/planner.py [--demo] [--gemma FOLDER --text TEXT.txt] [--whisper FOLDER] [--keep bench/results]
+    bench/planner.py [--demo] [--gemma FOLDER --text TEXT.txt] [--whisper FOLDER] [--processor] [--keep bench/results]
 
 Predicted and real minutes (after loading), peak memory of the process and bytes written. Whisper runs on made-up
 spectrograms: what they say changes no figure here.
@@ -21,7 +21,14 @@ from typing import Any
 JOBS: dict[str, dict[str, Any]] = {
     "demo": {"model": "demo", "dataset": "demo", "nsamples": 32, "seqlen": 64, "iters": 8},
     "gemma": {"nsamples": 16, "seqlen": 256, "iters": 4, "bits": 3},
-    "whisper": {"nsamples": 8, "quant_nontext_module": True, "group_size": 64, "iters": 4, "batch_size": 4},
+    "whisper": {
+        "nsamples": 8,
+        "quant_nontext_module": True,
+        "group_size": 64,
+        "iters": 4,
+        "batch_size": 4,
+        "model_dtype": "bfloat16",
+    },
 }
 
 
@@ -52,18 +59,19 @@ def worker(task: dict[str, Any]) -> None:
     from auto_mmround.run import planner
 
     logging.disable(logging.WARNING)
+    clock = time.process_time if task["processor"] else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(**task["values"], device="cpu", output_dir=folder)
         loaded = jobs.load_model(recipe)
         job = jobs.prepare(recipe, loaded, rows(task["name"], task["values"], task["text"]))
-        started = time.perf_counter()
+        started = clock()
         if task["predict"]:
-            found = planner.estimate(job)
+            found = planner.estimate(job, clock=clock)
             result = {"seconds": sum(found.seconds.values()), "memory": found.memory, "disk": sum(found.sizes.values())}
-            result |= {"parts": dict(found.seconds), "took": time.perf_counter() - started}
+            result |= {"parts": dict(found.seconds), "took": clock() - started}
         else:
             (out,) = jobs.run(job)
-            result = {"seconds": time.perf_counter() - started, "disk": sum(p.stat().st_size for p in out.rglob("*"))}
+            result = {"seconds": clock() - started, "disk": sum(p.stat().st_size for p in out.rglob("*"))}
             result["memory"] = devices.peak_memory(loaded.model.device)["process"] * 1e9
     print(json.dumps(result))
 
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--gemma")
     parser.add_argument("--whisper")
     parser.add_argument("--text")
+    parser.add_argument("--processor", action="store_true", help="processor seconds, for machines that do other work")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     if found.worker:
@@ -95,7 +104,7 @@ def main() -> None:
         if not getattr(found, name):
             continue
         given = values if name == "demo" else values | {"model": getattr(found, name)}
-        task = {"name": name, "values": given, "text": found.text}
+        task = {"name": name, "values": given, "text": found.text, "processor": found.processor}
         guess, real = (run(task | {"predict": predict}) for predict in (True, False))
         print(f"<!-- {name}: measuring took {guess['took']:.1f} s; {guess['parts']} -->", file=sys.stderr)
         for figure, scale, unit in (("seconds", 1, "s"), ("memory", 1e9, "GB"), ("disk", 1e6, "MB")):

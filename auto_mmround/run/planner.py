@@ -84,6 +84,7 @@ class _Probe:
 
     job: Job
     deadline: float
+    clock: Callable[[], float]
     costs: dict[Any, BlockCost] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,18 +101,18 @@ class _Probe:
         found: list[float] = []
         device = self.model.device
         while not found or (sum(found) < least and len(found) < 9):
-            started = time.perf_counter()
+            started = self.clock()
             work()
             devices.traits(device).synchronize(device)
-            found.append(time.perf_counter() - started)
+            found.append(self.clock() - started)
         return statistics.median(found)
 
     def capture(self, only: Sequence[int]) -> tuple[dict[str, Chain], float, float]:
         """Chains of some samples; seconds a sample, and of what is done once (the proof that a replay is the model)."""
-        marks = [time.perf_counter()]
+        marks = [self.clock()]
         chains = capture(
             self.model, self.job.plan.stages, self.batches, precision=self.precision, only=only,
-            on_sample=lambda i: marks.append(time.perf_counter()),
+            on_sample=lambda i: marks.append(self.clock()),
         )  # fmt: skip
         each = [after - before for before, after in pairwise(marks)]
         usual = statistics.median(each[1:]) if len(each) > 1 else each[0] / 4
@@ -124,7 +125,7 @@ class _Probe:
         wanted = len(spread(self.kinds, ENOUGH))
         at = len(inputs) // 2
         one = self.timed(lambda: run(inputs[at : at + 1], self.kinds[at : at + 1]), 0.0)
-        if wanted == 1 or time.perf_counter() + 2 * one > self.deadline:
+        if wanted == 1 or self.clock() + 2 * one > self.deadline:
             return one * wanted
         two = self.timed(lambda: run(inputs[at : at + 1] * 2, self.kinds[at : at + 1] * 2), 0.0)
         return one + (wanted - 1) * max(two - one, one / 4)
@@ -147,17 +148,17 @@ class _Probe:
         moments = {}
         if recipe.closed_form:
             with torch.no_grad(), collecting(layers, lambda: torch.ones(0)) as collected:
-                started = time.perf_counter()
+                started = self.clock()
                 chain.advanced([block], index, recipe.batch_size)
-                cost.moments = (time.perf_counter() - started) / count
+                cost.moments = (self.clock() - started) / count
                 moments = collected.moments()
-        started = time.perf_counter()
+        started = self.clock()
         leaves = leaves_of(self.model, planned)
         try:
             if recipe.closed_form:
                 config = StartConfig(order=recipe.actorder)  # type: ignore[arg-type]
                 closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, config)
-            cost.once = time.perf_counter() - started
+            cost.once = self.clock() - started
             if recipe.steps:
                 cost.step = self._step(chain, index, block, leaves, target, cost.forward * count)
         finally:
@@ -183,17 +184,20 @@ class _Probe:
         return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
 
 
-def estimate(job: Job, budget: float = BUDGET) -> Estimate:
-    """Measure for about ``budget`` seconds, then count. Nothing of the model changes."""
+def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time.perf_counter) -> Estimate:
+    """Measure for about ``budget`` seconds, then count. Nothing of the model changes.
+
+    clock: what seconds are; `time.process_time` leaves out what other work on the machine takes.
+    """
     place = job.loaded.model.device
     traits = devices.traits(place)
-    sizes, writing = _writing(job)
+    sizes, writing = _writing(job, clock)
     seconds: dict[str, float] = {}
     states = 0
     with _high_water(place) as peak:
         if job.recipe.calibrates:
             with separated(job.loaded.model):
-                seconds, states = _calibrated(_Probe(job, time.perf_counter() + budget), budget)
+                seconds, states = _calibrated(_Probe(job, clock() + budget, clock), budget)
     memory = peak() + states + (min(sum(sizes.values()), SHARD) if place.type == "cpu" else 0)
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
     found = Estimate(
@@ -304,7 +308,7 @@ def _sizes(job: Job) -> dict[str, int]:
     return {fmt.name: round(rest + packed if fmt.parts else whole + side) for fmt in plan.formats}
 
 
-def _writing(job: Job) -> tuple[dict[str, int], float]:
+def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], float]:
     """Sizes, and seconds to pack and write them: by the rates of one weight and of one small file."""
     sizes = _sizes(job)
     planned = [weight for weight in job.plan.weights if weight.scheme]
@@ -314,20 +318,20 @@ def _writing(job: Job) -> tuple[dict[str, int], float]:
         (leaf,) = leaves_of(job.loaded.model, [weight]).values()
         codes = leaf.rounding.codes()
         leaf.parameter.data.copy_(before)
-    started = time.perf_counter()
+    started = clock()
     codes_record(codes)
     for fmt in job.plan.formats:
         if not fmt.write:
             fmt.pack(weight.name, codes)
-    each = (time.perf_counter() - started) / codes.q_OI.numel()
+    each = (clock() - started) / codes.q_OI.numel()
     blob = torch.zeros(TRIAL, dtype=torch.uint8)
-    started = time.perf_counter()
+    started = clock()
     checksum(blob)
     with tempfile.NamedTemporaryFile(dir=_standing(Path(job.recipe.output_dir))) as file:
         file.write(blob.numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    rate = TRIAL / (time.perf_counter() - started)
+    rate = TRIAL / (clock() - started)
     elements = sum(w.out_features * w.in_features for w in planned)
     return sizes, each * elements + sum(sizes.values()) / rate
 
