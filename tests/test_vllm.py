@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from auto_mmround.evaluation.engines import EngineResult, python_of, run_vllm
+from auto_mmround.evaluation.engines import EngineResult, python_of, run_engine
 from auto_mmround.evaluation.loader import load_any
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.samples import HELD_OUT, held_out
@@ -23,7 +23,7 @@ RTN = Recipe(model="demo", algorithm="rtn", device="cpu")
 
 
 def test_a_missing_engine_names_its_command(tmp_path: Path) -> None:
-    result = run_vllm(tmp_path, [], python=python_of("vllm", tmp_path))
+    result = run_engine("vllm", tmp_path, [], python=python_of("vllm", tmp_path))
     assert not result.ok and "scripts/engines.sh vllm" in str(result.error)
 
 
@@ -51,7 +51,7 @@ def in_vllm(out: Path, changes: dict[str, Any]) -> tuple[EngineResult, int, list
     job = jobs.prepare(recipe, jobs.load_model(recipe))
     (folder,) = jobs.run(job)
     given, asked = samples()
-    result = run_vllm(folder, asked, python=PYTHON, new_tokens=3)
+    result = run_engine("vllm", folder, asked, python=PYTHON, new_tokens=3)
     model = load_any(str(folder), dtype="float32").model
     wanted = [logits_of(model, kwargs) for kwargs in given]
     errors = [((a[0] - b).std() / b.std()).item() for a, b in zip(result.logits, wanted)]

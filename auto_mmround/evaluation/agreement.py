@@ -121,12 +121,12 @@ def _problem(result: EngineResult, planned: int) -> str | None:
     return None
 
 
-def _next_difference(found: Sequence[Mapping[str, float]], wanted: Sequence[Tensor]) -> float:
+def _next_difference(found: Sequence[Mapping[int, float]], wanted: Sequence[Tensor]) -> float:
     """Largest difference of the given log probabilities of next tokens; NaN where there is nothing to compare."""
     if len(found) != len(wanted) or not all(found):
         return float("nan")
     scores = [want[-1].log_softmax(-1) for want in wanted]
-    return max(abs(value - float(score[int(i)])) for given, score in zip(found, scores) for i, value in given.items())
+    return max(abs(value - float(score[i])) for given, score in zip(found, scores) for i, value in given.items())
 
 
 def _judge_tokens(result: EngineResult, reference: Reference, worst: float) -> tuple[tuple[int, int], str | None]:

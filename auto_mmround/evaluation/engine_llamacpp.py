@@ -1,21 +1,16 @@
 """Loads one GGUF model in llama.cpp and answers with log probabilities and texts; run by the engine's interpreter.
 
-    python engine_llamacpp.py request.json
-
 Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
 request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
 report, "filler": id of a token of plain text, "questions": [{"text": .., "image": file or null, "max_tokens": ..}],
 "context": tokens}.
-The last line of standard output is one JSON object, {"ok": true, "engine": .., "logprobs": [a prompt's next tokens,
-{id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of the first token}]} or {"ok": false,
-"error": ".."}. llama.cpp writes its own log to standard error.
+answer: "logprobs": [a prompt's next tokens, {id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of
+the first token}]. llama.cpp writes its own log to standard error.
 """
 
 import base64
 import json
 import math
-import sys
-import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,20 +97,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
     facts = {"engine": f"xllamacpp {metadata.version('xllamacpp')}", "logprobs": logprobs, "answers": answers}
     return {"ok": not broken, **facts} | ({"error": "log probabilities are not finite"} if broken else {})
-
-
-def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever the engine raises is its answer."""
-    traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
-
-
-def main(path: str) -> int:
-    sys.excepthook = report_crash
-    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
-    print(json.dumps(result), flush=True)
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
