@@ -25,12 +25,14 @@ NEAR_TIE = 0.15
 
 @dataclass(frozen=True)
 class Reference:
-    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an input."""
+    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an input. activations:
+    whether the model quantizes the inputs of layers where the checkpoint says so."""
 
     folder: Path
     model: Any
     inputs: Sequence[Mapping[str, Any]]
     logits: Sequence[Tensor]
+    activations: bool = False
 
     @property
     def spread(self) -> float:
@@ -41,13 +43,21 @@ class Reference:
         """Largest difference to the logits when the same weights are computed with in another dtype; 0 in float32."""
         if DTYPES.get(dtype, torch.float32) == torch.float32:
             return 0.0
-        rounded = from_quantized(self.folder, dtype=dtype).model
+        rounded = from_quantized(self.folder, dtype=dtype, activations=self.activations).model
         return largest_difference([logits_of(rounded, kwargs) for kwargs in self.inputs], self.logits)
 
 
-def make_reference(folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]]) -> Reference:
-    """Run the decoded model on every input."""
-    return Reference(folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs])
+def make_reference(
+    folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]], activations: bool = False
+) -> Reference:
+    """Run the decoded model on every input; ``activations``: it is one that quantizes the inputs of layers."""
+    return Reference(folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs], activations)
+
+
+def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint asks engines to quantize activations."""
+    groups = (quantization or {}).get("config_groups") or {}
+    return any(group.get("input_activations") for group in groups.values())
 
 
 def largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -24,12 +24,14 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no 
 class Engine:
     """formats: those it reads, each with the environment below `.engines` that can; None is the one this program runs
     in. dtype: what it is asked to compute in. kinds: of inputs it takes. own_media: it processes media itself, and gets
-    token ids and images as they are. The worker is engine_<name>.py in this folder."""
+    token ids and images as they are. rounds_inputs: it always quantizes activations where the checkpoint says so. The
+    worker is engine_<name>.py in this folder."""
 
     formats: Mapping[str, str | None]
     dtype: str = "float32"
     kinds: tuple[str, ...] = ("text", "image", "audio")
     own_media: bool = False
+    rounds_inputs: bool = False
 
 
 _COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tensors:float")
@@ -47,6 +49,7 @@ ENGINES: dict[str, Engine] = {
         dtype="float16",
         kinds=("text", "image"),
         own_media=True,
+        rounds_inputs=True,
     ),
     "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text",)),
     "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
