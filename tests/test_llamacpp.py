@@ -72,7 +72,7 @@ def test_llamacpp_agrees_on_every_tower(case, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     image = tmp_path / "image.png"
     Image.fromarray(pixels).save(image)
-    question = {"text": "the cat", "image": image, "max_tokens": 1}
+    question = {"content": [{"image": str(image)}, "the cat"], "max_tokens": 1}
     result = run_llamacpp(out, questions=[question], python=PYTHON, top=VOCABULARY)
     assert result.ok, result.error
     loaded = from_quantized(out, dtype="float32")
@@ -167,20 +167,17 @@ def test_llamacpp_answers_about_images(quantized_tower, tmp_path):
     folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
     loaded = from_quantized(folder, dtype="float32")
     rows = json.loads((DEMO.parent / "heldout" / "vqa.json").read_text())[:4]
-    questions = [
-        {
-            "text": row["conversations"][0]["value"].replace("<image>\n", ""),
-            "image": DEMO.parent / "heldout" / "images" / row["image"],
-        }
-        for row in rows
-    ]
+    images = [DEMO.parent / "heldout" / "images" / row["image"] for row in rows]
+    texts = [row["conversations"][0]["value"].replace("<image>\n", "") for row in rows]
+    questions = [{"content": [{"image": str(image)}, text]} for image, text in zip(images, texts, strict=True)]
     result = run_llamacpp(folder, questions=questions, python=PYTHON, top=2048)
     assert result.ok, result.error
-    for question, answer in zip(questions, result.answers, strict=True):
-        content = [{"type": "image"}, {"type": "text", "text": question["text"]}]
+    assert result.classes["q4_0"] == 35
+    for image, text, answer in zip(images, texts, result.answers, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
         prompt = loaded.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = loaded.processor(text=[prompt], images=[Image.open(question["image"])], return_tensors="pt")
+        inputs = loaded.processor(text=[prompt], images=[Image.open(image)], return_tensors="pt")
         with torch.inference_mode():
             wanted_V = loaded.model(**inputs).logits[0, -1].log_softmax(-1)
         ids = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs.input_ids.shape[1] :]

@@ -2,8 +2,8 @@
 
 Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
 request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
-report, "filler": id of a token of plain text, "questions": [{"text": .., "image": file or null, "max_tokens": ..}],
-"context": tokens}.
+report, "filler": id of a token of plain text, "questions": [{"content": [text or {"image": file}], "max_tokens": ..}],
+"template": of the questions' conversation, null for the model's own, "context": tokens}.
 answer: "logprobs": [a prompt's next tokens, {id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of
 the first token}]. llama.cpp writes its own log to standard error.
 """
@@ -26,7 +26,10 @@ def load(request: dict[str, Any], mmproj: str | None = None) -> Any:
         params.mmproj.path = mmproj
     params.n_ctx = request.get("context", 1024)
     params.n_parallel = 1
+    params.verbosity = 4  # the types of the tensors, among others
     params.warmup = False
+    if request.get("template"):
+        params.chat_template = request["template"]
     params.use_jinja = True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request.get("threads", 1)
     return xllamacpp.Server(params)
@@ -61,14 +64,18 @@ def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int | No
     return first_token(checked(server.handle_completions(asked))["choices"][0])
 
 
+def part(piece: str | dict[str, str]) -> dict[str, Any]:
+    """A piece of a question in the form of the chat interface."""
+    if isinstance(piece, str):
+        return {"type": "text", "text": piece}
+    path = Path(piece["image"])
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/{path.suffix[1:]};base64,{encoded}"}}
+
+
 def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> dict[str, Any]:
-    """Greedy answer to one question with the model's own chat template; one token is only asked for its values."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": question["text"]}]
-    if question.get("image"):
-        path = Path(question["image"])
-        encoded = base64.b64encode(path.read_bytes()).decode()
-        url = f"data:image/{path.suffix[1:]};base64,{encoded}"
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    """Greedy answer to one question; one token is only asked for its values."""
+    content = [part(piece) for piece in question["content"]]
     asked = {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": question.get("max_tokens", 16),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")  # llama.cpp says it in its log only
 MADE = ("logits", "tokens")  # what a worker may write for each input
 FOLDER = Path(".engines")
 RUNNER = Path(__file__).with_name("engine_main.py")
@@ -183,12 +185,14 @@ def run_llamacpp(
     questions: Sequence[Mapping[str, Any]] = (),
     python: Path,
     top: int = 20,
+    template: str | None = None,
     timeout: float = 600,
 ) -> EngineResult:
     """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in another interpreter.
 
-    prompts: token ids, or text that llama.cpp tokenizes. questions: {"text", "image": file or None, "max_tokens"}.
-    top: as many most likely tokens. Never raises for what the engine does.
+    prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image": file}],
+    "max_tokens"}. top: as many most likely tokens. template: of the conversation; None is the file's own. Never raises
+    for what the engine does.
     """
     if problem := not_installed(python):
         return EngineResult(False, problem)
@@ -196,12 +200,12 @@ def run_llamacpp(
     towers = sorted(checkpoint_dir.glob("mmproj-*.gguf"))
     if not models:
         return EngineResult(False, f"{checkpoint_dir} holds no model-*.gguf")
-    asked = [dict(question) | {"image": question.get("image") and str(question["image"])} for question in questions]
     request: dict[str, Any] = {
         "model": str(models[0].resolve()),
         "prompts": list(prompts),
-        "questions": asked,
+        "questions": list(questions),
         "top": top,
+        "template": template,
     }
     tokenizer = checkpoint_dir / "tokenizer.json"
     if tokenizer.is_file():
@@ -231,7 +235,9 @@ def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Pat
     except subprocess.TimeoutExpired:
         return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
     tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
+    answer = _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
+    counts = {kind: int(count) for kind, count in LOADED.findall(done.stderr)}
+    return ({"classes": counts} if counts else {}) | answer
 
 
 def _last_json(text: str) -> dict[str, Any] | None:
