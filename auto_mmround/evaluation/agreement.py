@@ -13,12 +13,14 @@ from auto_mmround.evaluation.engines import EngineResult
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.model.loading import DTYPES
+from auto_mmround.numerics.grids import quantize_tokens
 
 # Readers compute in half precision where they offer nothing else; a wrong packing misses by orders of magnitude more.
 TOLERANCE = 0.05
 # What an engine's own dtype does to the decoded weights is no fault of the file: NOISE times that is allowed, but never
 # more than this share of the logits' spread.
 NOISE, WIDEST = 5, 0.5
+Q8_BLOCK = 32  # columns that share a scale when llama.cpp rounds the inputs of a quantized layer
 # Below this margin between the two best logits, or NOISE times the measured difference, either choice is right.
 NEAR_TIE = 0.15
 
@@ -40,11 +42,25 @@ class Reference:
         return torch.cat([each.flatten() for each in self.logits]).std().item()
 
     def noise(self, dtype: str) -> float:
-        """Largest difference to the logits when the same weights are computed with in another dtype; 0 in float32."""
-        if DTYPES.get(dtype, torch.float32) == torch.float32:
+        """Largest difference to the logits when the same weights are computed with in another dtype; 0 in float32.
+
+        "q8_0": in float32, but the inputs of the text model's layers rounded to 8 bits in blocks, as llama.cpp does.
+        """
+        if DTYPES.get(dtype, torch.float32) == torch.float32 and dtype != "q8_0":
             return 0.0
-        rounded = from_quantized(self.folder, dtype=dtype, activations=self.activations).model
-        return largest_difference([logits_of(rounded, kwargs) for kwargs in self.inputs], self.logits)
+        if dtype == "q8_0":
+            rounded = from_quantized(self.folder, dtype="float32").model
+            for module in rounded.get_decoder().modules():
+                if isinstance(module, torch.nn.Linear) and module.in_features % Q8_BLOCK == 0:
+                    module.register_forward_pre_hook(_round_blocks)
+        else:
+            rounded = from_quantized(self.folder, dtype=dtype, activations=self.activations).model
+        found = [logits_of(rounded, kwargs)[: len(want)] for kwargs, want in zip(self.inputs, self.logits)]
+        return largest_difference(found, self.logits)
+
+
+def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (quantize_tokens(given[0].unflatten(-1, (-1, Q8_BLOCK)), 8).flatten(-2), *given[1:])
 
 
 def make_reference(

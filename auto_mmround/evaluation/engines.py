@@ -66,7 +66,7 @@ class EngineResult:
     quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32 tensor an input, for
     its last t positions. tokens: (1, n) greedy tokens an input, where asked for. llama.cpp gives no logits, but
     logprobs: {token id: log probability} of the likeliest next tokens an input; answers: {"text", "prompt_tokens",
-    "logprobs" of its first token} a question.
+    "logprobs" of its first token} a question; and its dtype is "q8_0" where it rounds the inputs of layers so.
     """
 
     ok: bool
@@ -237,7 +237,9 @@ def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Pat
     tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
     answer = _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
     counts = {kind: int(count) for kind, count in LOADED.findall(done.stderr)}
-    return ({"classes": counts} if counts else {}) | answer
+    if counts:
+        answer |= {"classes": counts, "dtype": "float32" if counts.keys() <= {"f32", "f16", "bf16"} else "q8_0"}
+    return answer
 
 
 def _last_json(text: str) -> dict[str, Any] | None:
