@@ -75,8 +75,7 @@ SEEN = {
     "llava": (56, 56, IMG * 16),
     "llava, Pixtral": (56, 56, ROWS_OF[4]),
     "mistral3": (84, 84, ROWS_OF[3]),
-    "idefics3": (112, 56, TILES),
-    "smolvlm": (112, 56, TILES),
+    "idefics3": (112, 56, TILES),  # SmolVLM is the same but for its processor, which needs another package
 }
 
 
@@ -91,7 +90,7 @@ def seen(case: str, image: Image.Image, config, facts: dict) -> dict[str, torch.
         x = (np.asarray(part) / 255 - np.array(facts["image_mean"])) / np.array(facts["image_std"])
         return torch.tensor(x).permute(2, 0, 1).float()
 
-    if case in ("idefics3", "smolvlm"):  # two tiles and the whole, small
+    if case == "idefics3":  # two tiles and the whole, small
         whole = image.resize((56, 56), Image.Resampling.LANCZOS)
         parts = [image.crop((0, 0, 56, 56)), image.crop((56, 0, 112, 56)), whole]
         return {"pixel_values": torch.stack([scaled(part) for part in parts])[None]}
