@@ -58,40 +58,85 @@ def test_llamacpp_agrees_on_every_architecture(case, tmp_path):
         assert gap < bound * spread, (quantize, gap, spread)
 
 
-IMAGE_TOKENS = {"qwen2_vl": (168, 36), "qwen2_5_vl": (168, 36), "qwen3_vl": (192, 36), "gemma3": (56, 4)}
+IMG = "<IMG>"  # stands for the placeholder of one image embedding
+ROWS_OF = {
+    4: f"{IMG * 4}[IMG_BREAK]" * 3 + IMG * 4 + "[IMG_END]",
+    3: f"{IMG * 3}[IMG_BREAK]" * 2 + IMG * 3 + "[IMG_END]",
+}
+QWEN = f"<|vision_start|>{IMG * 36}<|vision_end|>"
+FAKE = "<fake_token_around_image>"
+TILES = f"{FAKE}<row_1_col_1>{IMG * 4}{FAKE}<row_1_col_2>{IMG * 4}\n\n{FAKE}<global-img>{IMG * 4}{FAKE}"
+# (width, height) of an image that neither side resizes, and what llama.cpp makes of it.
+SEEN = {
+    "qwen2_vl": (168, 168, QWEN),
+    "qwen2_5_vl": (168, 168, QWEN),
+    "qwen3_vl": (192, 192, QWEN),
+    "gemma3": (56, 56, f"<start_of_image>{IMG * 4}<end_of_image>"),
+    "llava": (56, 56, IMG * 16),
+    "llava, Pixtral": (56, 56, ROWS_OF[4]),
+    "mistral3": (84, 84, ROWS_OF[3]),
+    "idefics3": (112, 56, TILES),  # SmolVLM is the same but for its processor, which needs another package
+}
+
+
+def seen(case: str, image: Image.Image, config, facts: dict) -> dict[str, torch.Tensor]:
+    """What the family's processor would make of the image: model inputs beside the ids."""
+    if "qwen" in case:
+        patch = config.vision_config.patch_size
+        processor = transformers.Qwen2VLImageProcessor(**facts, do_resize=False, patch_size=patch)
+        return dict(processor(image, return_tensors="pt"))
+
+    def scaled(part: Image.Image) -> torch.Tensor:
+        x = (np.asarray(part) / 255 - np.array(facts["image_mean"])) / np.array(facts["image_std"])
+        return torch.tensor(x).permute(2, 0, 1).float()
+
+    if case == "idefics3":  # two tiles and the whole, small
+        whole = image.resize((56, 56), Image.Resampling.LANCZOS)
+        parts = [image.crop((0, 0, 56, 56)), image.crop((56, 0, 112, 56)), whole]
+        return {"pixel_values": torch.stack([scaled(part) for part in parts])[None]}
+    sizes = {} if case in ("gemma3", "llava") else {"image_sizes": torch.tensor([image.size[::-1]])}
+    return {"pixel_values": scaled(image)[None], **sizes}
+
+
+def put_class_last(model) -> None:
+    """What llama.cpp computes with CLIP (its issue 25814): the class token behind the patches, positions as before."""
+    embeddings = model.model.vision_tower.embeddings
+
+    def forward(pixel_values, **_):
+        patches_1PC = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        classes_11C = embeddings.class_embedding[None, None]
+        return torch.cat([patches_1PC, classes_11C], 1) + embeddings.position_embedding.weight
+
+    embeddings.forward = forward
 
 
 @pytest.mark.slow
 @needs_engine
-@pytest.mark.parametrize("case", IMAGE_TOKENS)
+@pytest.mark.parametrize("case", SEEN)
 def test_llamacpp_agrees_on_every_tower(case, tmp_path):
-    """A random image of a size that neither side changes, between the words that llama.cpp puts around it."""
-    side, count = IMAGE_TOKENS[case]
+    """An image of a size that neither side changes, between the words that llama.cpp puts around it."""
+    width, height, text = SEEN[case]
     source = tiny(case, tmp_path / "source")
     out = export(source, tmp_path / "out", quantize=False)
-    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    image = tmp_path / "image.png"
-    Image.fromarray(pixels).save(image)
-    question = {"text": "the cat", "image": image, "max_tokens": 1}
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    if text is TILES:  # one that survives being made smaller by two programs
+        picture = picture.resize((5, 4)).resize((width, height), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "image.png")
+    question = {"content": [{"image": str(tmp_path / "image.png")}, "the cat"], "max_tokens": 1}
     result = run_llamacpp(out, questions=[question], python=PYTHON, top=VOCABULARY)
     assert result.ok, result.error
     loaded = from_quantized(out, dtype="float32")
-    around = ("<start_of_image>", "<end_of_image>") if case == "gemma3" else ("<|vision_start|>", "<|vision_end|>")
+    config = loaded.model.config
+    place = getattr(config, "image_token_id", None) or config.image_token_index
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    before, after = (tokenizer.encode(text).ids for text in (around[0], f"{around[1]}the cat"))
-    ids = torch.tensor([[*before, *[loaded.model.config.image_token_id] * count, *after]])
-    means = json.loads((source / "preprocessor_config.json").read_text())
-    if case == "gemma3":
-        x = (pixels / 255 - np.array(means["image_mean"])) / np.array(means["image_std"])
-        kwargs = {"pixel_values": torch.tensor(x).permute(2, 0, 1)[None].float()}
-    else:
-        processor = transformers.Qwen2VLImageProcessor(
-            **means, do_resize=False, patch_size=loaded.model.config.vision_config.patch_size
-        )
-        kwargs = dict(processor(Image.fromarray(pixels), return_tensors="pt"))
-    kwargs["mm_token_type_ids" if case != "gemma3" else "token_type_ids"] = (
-        ids == loaded.model.config.image_token_id
-    ).int()
+    pieces = [tokenizer.encode(piece).ids for piece in f"{text}the cat".split(IMG)]
+    ids = torch.tensor([[*pieces[0], *(i for piece in pieces[1:] for i in (place, *piece))]])
+    kwargs = seen(case, picture, config, json.loads((source / "preprocessor_config.json").read_text()))
+    if "qwen" in case or case == "gemma3":
+        kwargs["mm_token_type_ids" if case != "gemma3" else "token_type_ids"] = (ids == place).int()
+    if case == "llava":
+        put_class_last(loaded.model)
     with torch.inference_mode():
         wanted_V = loaded.model(input_ids=ids, **kwargs).logits[0, -1].log_softmax(-1)
     answer = result.answers[0]
@@ -167,20 +212,17 @@ def test_llamacpp_answers_about_images(quantized_tower, tmp_path):
     folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
     loaded = from_quantized(folder, dtype="float32")
     rows = json.loads((DEMO.parent / "heldout" / "vqa.json").read_text())[:4]
-    questions = [
-        {
-            "text": row["conversations"][0]["value"].replace("<image>\n", ""),
-            "image": DEMO.parent / "heldout" / "images" / row["image"],
-        }
-        for row in rows
-    ]
+    images = [DEMO.parent / "heldout" / "images" / row["image"] for row in rows]
+    texts = [row["conversations"][0]["value"].replace("<image>\n", "") for row in rows]
+    questions = [{"content": [{"image": str(image)}, text]} for image, text in zip(images, texts, strict=True)]
     result = run_llamacpp(folder, questions=questions, python=PYTHON, top=2048)
     assert result.ok, result.error
-    for question, answer in zip(questions, result.answers, strict=True):
-        content = [{"type": "image"}, {"type": "text", "text": question["text"]}]
+    assert result.classes["q4_0"] == 35
+    for image, text, answer in zip(images, texts, result.answers, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
         prompt = loaded.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = loaded.processor(text=[prompt], images=[Image.open(question["image"])], return_tensors="pt")
+        inputs = loaded.processor(text=[prompt], images=[Image.open(image)], return_tensors="pt")
         with torch.inference_mode():
             wanted_V = loaded.model(**inputs).logits[0, -1].log_softmax(-1)
         ids = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs.input_ids.shape[1] :]

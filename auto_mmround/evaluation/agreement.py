@@ -13,24 +13,28 @@ from auto_mmround.evaluation.engines import EngineResult
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.model.loading import DTYPES
+from auto_mmround.numerics.grids import quantize_tokens
 
 # Readers compute in half precision where they offer nothing else; a wrong packing misses by orders of magnitude more.
 TOLERANCE = 0.05
 # What an engine's own dtype does to the decoded weights is no fault of the file: NOISE times that is allowed, but never
 # more than this share of the logits' spread.
 NOISE, WIDEST = 5, 0.5
+Q8_BLOCK = 32  # columns that share a scale when llama.cpp rounds the inputs of a quantized layer
 # Below this margin between the two best logits, or NOISE times the measured difference, either choice is right.
 NEAR_TIE = 0.15
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an input."""
+    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an input. activations:
+    whether the model quantizes the inputs of layers where the checkpoint says so."""
 
     folder: Path
     model: Any
     inputs: Sequence[Mapping[str, Any]]
     logits: Sequence[Tensor]
+    activations: bool = False
 
     @property
     def spread(self) -> float:
@@ -38,16 +42,38 @@ class Reference:
         return torch.cat([each.flatten() for each in self.logits]).std().item()
 
     def noise(self, dtype: str) -> float:
-        """Largest difference to the logits when the same weights are computed with in another dtype; 0 in float32."""
-        if DTYPES.get(dtype, torch.float32) == torch.float32:
+        """Largest difference to the logits when the same weights are computed with in another dtype; 0 in float32.
+
+        "q8_0": in float32, but the inputs of the text model's layers rounded to 8 bits in blocks, as llama.cpp does.
+        """
+        if DTYPES.get(dtype, torch.float32) == torch.float32 and dtype != "q8_0":
             return 0.0
-        rounded = from_quantized(self.folder, dtype=dtype).model
-        return largest_difference([logits_of(rounded, kwargs) for kwargs in self.inputs], self.logits)
+        if dtype == "q8_0":
+            rounded = from_quantized(self.folder, dtype="float32").model
+            for module in rounded.get_decoder().modules():
+                if isinstance(module, torch.nn.Linear) and module.in_features % Q8_BLOCK == 0:
+                    module.register_forward_pre_hook(_round_blocks)
+        else:
+            rounded = from_quantized(self.folder, dtype=dtype, activations=self.activations).model
+        found = [logits_of(rounded, kwargs)[: len(want)] for kwargs, want in zip(self.inputs, self.logits)]
+        return largest_difference(found, self.logits)
 
 
-def make_reference(folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]]) -> Reference:
-    """Run the decoded model on every input."""
-    return Reference(folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs])
+def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (quantize_tokens(given[0].unflatten(-1, (-1, Q8_BLOCK)), 8).flatten(-2), *given[1:])
+
+
+def make_reference(
+    folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]], activations: bool = False
+) -> Reference:
+    """Run the decoded model on every input; ``activations``: it is one that quantizes the inputs of layers."""
+    return Reference(folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs], activations)
+
+
+def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint asks engines to quantize activations."""
+    groups = (quantization or {}).get("config_groups") or {}
+    return any(group.get("input_activations") for group in groups.values())
 
 
 def largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -121,12 +147,12 @@ def _problem(result: EngineResult, planned: int) -> str | None:
     return None
 
 
-def _next_difference(found: Sequence[Mapping[str, float]], wanted: Sequence[Tensor]) -> float:
+def _next_difference(found: Sequence[Mapping[int, float]], wanted: Sequence[Tensor]) -> float:
     """Largest difference of the given log probabilities of next tokens; NaN where there is nothing to compare."""
     if len(found) != len(wanted) or not all(found):
         return float("nan")
     scores = [want[-1].log_softmax(-1) for want in wanted]
-    return max(abs(value - float(score[int(i)])) for given, score in zip(found, scores) for i, value in given.items())
+    return max(abs(value - float(score[i])) for given, score in zip(found, scores) for i, value in given.items())
 
 
 def _judge_tokens(result: EngineResult, reference: Reference, worst: float) -> tuple[tuple[int, int], str | None]:

@@ -1,21 +1,16 @@
 """Loads one GGUF model in llama.cpp and answers with log probabilities and texts; run by the engine's interpreter.
 
-    python engine_llamacpp.py request.json
-
 Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
 request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
-report, "filler": id of a token of plain text, "questions": [{"text": .., "image": file or null, "max_tokens": ..}],
-"context": tokens}.
-The last line of standard output is one JSON object, {"ok": true, "engine": .., "logprobs": [a prompt's next tokens,
-{id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of the first token}]} or {"ok": false,
-"error": ".."}. llama.cpp writes its own log to standard error.
+report, "filler": id of a token of plain text, "questions": [{"content": [text or {"image": file}], "max_tokens": ..}],
+"template": of the questions' conversation, null for the model's own, "context": tokens}.
+answer: "logprobs": [a prompt's next tokens, {id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of
+the first token}]. llama.cpp writes its own log to standard error.
 """
 
 import base64
 import json
 import math
-import sys
-import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +26,10 @@ def load(request: dict[str, Any], mmproj: str | None = None) -> Any:
         params.mmproj.path = mmproj
     params.n_ctx = request.get("context", 1024)
     params.n_parallel = 1
+    params.verbosity = 4  # the types of the tensors, among others
     params.warmup = False
+    if request.get("template"):
+        params.chat_template = request["template"]
     params.use_jinja = True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request.get("threads", 1)
     return xllamacpp.Server(params)
@@ -66,14 +64,18 @@ def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int | No
     return first_token(checked(server.handle_completions(asked))["choices"][0])
 
 
+def part(piece: str | dict[str, str]) -> dict[str, Any]:
+    """A piece of a question in the form of the chat interface."""
+    if isinstance(piece, str):
+        return {"type": "text", "text": piece}
+    path = Path(piece["image"])
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/{path.suffix[1:]};base64,{encoded}"}}
+
+
 def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> dict[str, Any]:
-    """Greedy answer to one question with the model's own chat template; one token is only asked for its values."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": question["text"]}]
-    if question.get("image"):
-        path = Path(question["image"])
-        encoded = base64.b64encode(path.read_bytes()).decode()
-        url = f"data:image/{path.suffix[1:]};base64,{encoded}"
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    """Greedy answer to one question; one token is only asked for its values."""
+    content = [part(piece) for piece in question["content"]]
     asked = {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": question.get("max_tokens", 16),
@@ -102,20 +104,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
     facts = {"engine": f"xllamacpp {metadata.version('xllamacpp')}", "logprobs": logprobs, "answers": answers}
     return {"ok": not broken, **facts} | ({"error": "log probabilities are not finite"} if broken else {})
-
-
-def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever the engine raises is its answer."""
-    traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
-
-
-def main(path: str) -> int:
-    sys.excepthook = report_crash
-    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
-    print(json.dumps(result), flush=True)
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

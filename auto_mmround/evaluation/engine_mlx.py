@@ -1,7 +1,5 @@
 """Loads one checkpoint through mlx-vlm or mlx-lm and answers with logits; run by the engine's own interpreter.
 
-    python engine_mlx.py request.json
-
 Standalone like `engine_transformers.py`, with the same request and answer; models with a vision or audio configuration
 go through mlx-vlm, others through mlx-lm. "dtype": every stored float is widened to it after loading. "new_tokens": so
 many greedy tokens an input, as "<i>.tokens" in the output file. Both loaders are strict: a tensor too many or too few
@@ -9,8 +7,6 @@ is an error.
 """
 
 import json
-import sys
-import traceback
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -66,6 +62,7 @@ def greedy(model: nn.Module, kwargs: dict[str, mx.array], count: int) -> mx.arra
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    mx.set_default_device(mx.cpu)
     model, package = load(Path(request["model"]))
     model.set_dtype(getattr(mx, request["dtype"]))
     classes, quantized = linear_classes(model)
@@ -81,21 +78,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     versions = " + ".join(f"{name} {metadata.version(name)}" for name in (package, "mlx"))
     facts = {"engine": versions, "classes": classes, "quantized": quantized, "dtype": request["dtype"]}
     return facts | {"ok": not broken} | ({"error": f"logits are not finite: {broken[:3]}"} if broken else {})
-
-
-def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever an engine raises is its answer."""
-    traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
-
-
-def main(path: str) -> int:
-    sys.excepthook = report_crash
-    mx.set_default_device(mx.cpu)
-    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
-    print(json.dumps(result), flush=True)
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

@@ -1,15 +1,10 @@
 """Loads one IR folder in OpenVINO's CPU plugin and answers with logits; run by the engine's own interpreter.
 
-    python engine_openvino.py request.json
-
 Standalone like `engine_transformers.py`, with the same request and answer; text inputs only. "dtype" float32 switches
 off what the plugin rounds by itself: bfloat16 kernels, and the activations of packed weights to 8 bits (2 % of a
 matrix product). "new_tokens": so many greedy tokens an input, with the cache, as "<i>.tokens".
 """
 
-import json
-import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -84,20 +79,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     broken = [name for name, array in output.items() if not np.isfinite(array).all()]
     facts = {"engine": f"openvino {ov.__version__}", "classes": classes, "quantized": quantized}
     return facts | {"ok": not broken} | ({"error": f"logits are not finite: {broken[:3]}"} if broken else {})
-
-
-def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever an engine raises is its answer."""
-    traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
-
-
-def main(path: str) -> int:
-    sys.excepthook = report_crash
-    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
-    print(json.dumps(result), flush=True)
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

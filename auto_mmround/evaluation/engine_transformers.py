@@ -1,17 +1,12 @@
 """Loads one checkpoint through Transformers' own path and answers with logits; run by an engine's own interpreter.
 
-    python engine_transformers.py request.json
-
 Standalone on purpose (standard library, torch, safetensors, transformers): it must run where this package is not
 installed. request: {"model": folder, "inputs": safetensors with tensors "<i>.<kwarg>", "output": safetensors to write
 with "<i>.logits" float32, "dtype": "float32", "class": "AutoModelForImageTextToText", "quantization": {overrides},
 "activations": false}; activations: whether layers quantize their inputs where the checkpoint says so.
-The last line of standard output is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}.
 """
 
 import json
-import sys
-import traceback
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +81,8 @@ def versions(method: str) -> str:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    transformers.utils.logging.disable_progress_bar()
+    torch._dynamo.config.disable = True  # gptqmodel compiles its decoder: seconds lost for one question
     model, info, method = load(request)
     loaded = str(model.dtype).removeprefix("torch.")
     if loaded != request["dtype"]:  # the comparison is about weights, so compute as asked
@@ -111,22 +108,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     facts = {"engine": versions(method), "classes": classes, "quantized": quantized, "dtype": loaded}
     verdict = {"ok": not problems, "missing": missing, "unexpected": unexpected}
     return facts | verdict | ({"error": "; ".join(problems)} if problems else {})
-
-
-def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever an engine raises is its answer."""
-    traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
-
-
-def main(path: str) -> int:
-    sys.excepthook = report_crash
-    transformers.utils.logging.disable_progress_bar()
-    torch._dynamo.config.disable = True  # gptqmodel compiles its decoder: seconds lost for one question
-    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
-    print(json.dumps(result), flush=True)
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

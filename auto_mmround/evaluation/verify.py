@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import engines, names
-from auto_mmround.evaluation.agreement import Reference, judge, make_reference
+from auto_mmround.evaluation.agreement import Reference, judge, make_reference, rounds_inputs
 from auto_mmround.evaluation.engines import ENGINES, ask, interpreter
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.probes import make_probes
@@ -122,12 +122,17 @@ def verify(
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
     if asked:
-        loaded = from_quantized(folder, dtype="float32", remote_code=remote_code)
+        exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
         with tempfile.TemporaryDirectory() as made:
-            probes, notes = make_probes(loaded, Path(made))
+            probes, notes = make_probes(exact, Path(made))
         planned = len(subject.packed or subject.journal.get("codes") or ())
-        reference = make_reference(folder, loaded.model, [probe.kwargs for probe in probes])
+        inputs = [probe.kwargs for probe in probes]
+        references = {False: make_reference(folder, exact.model, inputs)}
+        if rounds_inputs(subject.quantization) and any(ENGINES[engine].rounds_inputs for engine in asked):
+            rounding = from_quantized(folder, dtype="float32", remote_code=remote_code, activations=True)
+            references[True] = make_reference(folder, rounding.model, inputs, activations=True)
         for engine in asked:
+            reference = references.get(ENGINES[engine].rounds_inputs, references[False])
             taken = [i for i, probe in enumerate(probes) if probe.kind in ENGINES[engine].kinds]
             part = replace(
                 reference,
@@ -167,7 +172,7 @@ def _verdict(
     """media: of each input, for an engine that processes it itself and gets no other keyword arguments but the ids."""
     kind = type(reference.model).__name__
     cls = kind if hasattr(transformers, kind) else "AutoModelForImageTextToText"
-    asked = {"dtype": ENGINES[engine].dtype, "class": cls, "new_tokens": NEW_TOKENS}
+    asked = {"dtype": ENGINES[engine].dtype, "class": cls, "new_tokens": NEW_TOKENS, "activations": False}
     inputs = reference.inputs
     if media is not None:
         inputs = [{"input_ids": kwargs["input_ids"], **own} for kwargs, own in zip(inputs, media)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
@@ -23,7 +24,7 @@ from auto_mmround.export import gguf_tokens
 from auto_mmround.export.gguf_k import SUPER_TYPES, SuperType, decode, fit
 from auto_mmround.export.gguf_k import pack as pack_super
 from auto_mmround.export.gguf_models import Part, architecture, extra_tensors, text_metadata, text_part
-from auto_mmround.export.gguf_towers import tower_metadata, tower_part
+from auto_mmround.export.gguf_towers import ROW_END, tower_metadata, tower_of, tower_part
 from auto_mmround.export.gguf_types import BLOCK, TYPES, BlockType, exact_type, pack
 from auto_mmround.export.layout import Format, Layout, Whole, check_int
 from auto_mmround.numerics.grids import Codes, dequantize
@@ -56,7 +57,11 @@ def check(kind: Kind | None, scheme: Scheme, out_features: int, in_features: int
 
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
     """UserError for a model that llama.cpp, or our tables, could not take; before any work is done."""
-    parts = _parts(_config(config))
+    made = _config(config)
+    parts = _parts(made)
+    tower = tower_of(made.model_type, made)
+    if tower is not None and tower.caution:
+        log.warning(f"gguf: {tower.caution}")
     for key in keys:
         _route(parts, key)
     if source is not None:
@@ -76,7 +81,7 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> None:
     paths = {"text": folder / f"model-{label}.gguf", "tower": folder / "mmproj-model.gguf"}
     names = {"text": architecture(text).name, "tower": "clip"}
     writers = {part: gguf.GGUFWriter(paths[part], names[part], use_temp_file=True) for part in parts}
-    rows, moved = 0, []
+    rows, moved, row_end = 0, [], _row_end(config, folder)
     for module, codes in whole.codes.items():
         for part, target, piece in _pieces(parts, f"{module}.weight", codes):
             name, blocks, distance = _blocks(piece, kind)
@@ -88,7 +93,10 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> None:
     for key, tensor in whole.rest:
         for part, target, plain in _pieces(parts, key, tensor):
             _add_plain(writers[part], target, plain)
-            rows = len(plain) if target == "token_embd.weight" else rows
+            if target == "token_embd.weight":
+                rows = len(plain)
+                if row_end is not None:
+                    _add_plain(writers["tower"], ROW_END, plain[row_end])
     for name, tensor in extra_tensors(text).items():
         _add_plain(writers["text"], name, tensor)
     facts = {"text": _text_facts(config, folder, rows, label)}
@@ -127,7 +135,7 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
         field = reader.get_field("general.architecture")
         part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
         stored = {tensor.name: tensor for tensor in reader.tensors}
-        for key, rule in part.sources([name for name in stored if name not in extra]).items():
+        for key, rule in part.sources([name for name in stored if name not in (*extra, ROW_END)]).items():
             absent = [target for target in rule.targets if target not in stored]
             if absent:
                 raise UserError(f"{folder / file} lacks the tensor {absent[0]}: the file is damaged")
@@ -228,6 +236,17 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             return found if key is None else found.get(key, {})
     raise UserError("GGUF export: the model has a tower but no preprocessor_config.json")
+
+
+def _row_end(config: Any, folder: Path) -> int | None:
+    """The id of the token whose embedding the tower needs too; UserError for a tokenizer without it."""
+    tower = tower_of(config.model_type, config)
+    if tower is None or tower.row_end is None:
+        return None
+    found = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(tower.row_end)
+    if found is None:
+        raise UserError(f"GGUF export: the tokenizer has no {tower.row_end}, which the tower puts behind each row")
+    return found
 
 
 def _common_type(codes: Iterable[Codes]) -> str:

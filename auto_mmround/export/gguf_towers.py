@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.gguf_models import FRAMES, PLUS_ONE, THIRDS, Part, Step, rules
+from auto_mmround.export.gguf_models import FRAMES, PLUS_ONE, THIRDS, Part, Step, rotary, rules
 
 _QWEN = {
     "patch_embed.proj.weight": "v.patch_embd.weight v.patch_embd.weight.1",
@@ -30,6 +30,38 @@ _SIGLIP = {
     "vision.encoder.layers.{}.mlp.fc1": "v.blk.{}.ffn_up",
     "vision.encoder.layers.{}.mlp.fc2": "v.blk.{}.ffn_down",
     "vision.post_layernorm": "v.post_ln",
+}
+_CLIP = {
+    **_SIGLIP,
+    "vision.embeddings.class_embedding": "v.class_embd",
+    "vision.pre_layrnorm": "v.pre_ln",
+    # LLaVA never reaches it, but llama.cpp would apply what bears its usual name; under this one it does nothing.
+    "vision.post_layernorm": "v.unused.post_ln",
+    "projector.linear_1": "mm.0",
+    "projector.linear_2": "mm.2",
+}
+_IDEFICS = {**_SIGLIP, "connector.modality_projection.proj": "mm.model.fc"}
+_PIXTRAL = {
+    "vision.patch_conv": "v.patch_embd",
+    "vision.ln_pre": "v.pre_ln",
+    "vision.transformer.layers.{}.attention_norm": "v.blk.{}.ln1",
+    "vision.transformer.layers.{}.ffn_norm": "v.blk.{}.ln2",
+    "vision.transformer.layers.{}.attention.q_proj": "v.blk.{}.attn_q",
+    "vision.transformer.layers.{}.attention.k_proj": "v.blk.{}.attn_k",
+    "vision.transformer.layers.{}.attention.v_proj": "v.blk.{}.attn_v",
+    "vision.transformer.layers.{}.attention.o_proj": "v.blk.{}.attn_out",
+    "vision.transformer.layers.{}.feed_forward.gate_proj": "v.blk.{}.ffn_gate",
+    "vision.transformer.layers.{}.feed_forward.up_proj": "v.blk.{}.ffn_up",
+    "vision.transformer.layers.{}.feed_forward.down_proj": "v.blk.{}.ffn_down",
+    "projector.norm": "mm.input_norm",
+    "projector.patch_merger.merging_layer": "mm.patch_merger",
+    "projector.linear_1": "mm.1",
+    "projector.linear_2": "mm.2",
+}
+_CONNECTED = {
+    f"{outer}{inner}": begin
+    for outer in ("", "model.")
+    for inner, begin in {"vision_model.": "vision.", "connector.": "connector."}.items()
 }
 _VISUAL = {"model.visual.": "", "visual.": ""}
 _VISION_TOWER = {
@@ -92,17 +124,62 @@ def _gemma3(config: Any) -> dict[str, Any]:
     return _siglip(config) | {"projector.scale_factor": side // int(config.mm_tokens_per_image**0.5)}
 
 
+def _refuse(*rules: tuple[bool, str]) -> None:
+    """UserError with the first reason whose condition holds: what llama.cpp's code does not do."""
+    problem = next((reason for broken, reason in rules if broken), None)
+    if problem:
+        raise UserError(f"GGUF export: llama.cpp's tower {problem}")
+
+
+def _llava(config: Any) -> dict[str, Any]:
+    layer, kind = config.vision_feature_layer, config.vision_config.model_type
+    _refuse(
+        (kind != "clip_vision_model", f"is CLIP's or Pixtral's, not {kind}"),
+        (layer not in (-2, config.vision_config.num_hidden_layers - 1), f"ends before the last block, not at {layer}"),
+        (config.vision_feature_select_strategy != "default", "leaves the class token out"),
+    )
+    return _siglip(config)
+
+
+def _idefics(config: Any) -> dict[str, Any]:
+    return _siglip(config) | {"projector.scale_factor": config.scale_factor}
+
+
+def _pixtral(config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    merges = getattr(config, "spatial_merge_size", None)
+    eps = 1e-5  # fixed in the model's code
+    _refuse(
+        (vision.rope_parameters["rope_theta"] != 10000, "turns with base 10000 only"),
+        (vision.head_dim * vision.num_attention_heads != vision.hidden_size, "has heads that share the hidden size"),
+        (config.vision_feature_layer != -1, "gives the last block's output"),
+        (bool(merges) and config.get_text_config().rms_norm_eps != eps, f"normalizes before merging with {eps}"),
+    )
+    facts = _siglip(config) | {"attention.layer_norm_epsilon": eps}
+    return facts | ({"spatial_merge_size": merges} if merges else {})
+
+
 @dataclass(frozen=True)
 class Tower:
-    """One family's tower. activation: of its MLP: what llama.cpp is told, or None for its default (quick GELU)."""
+    """One family's tower. turned: layers whose rows are reordered for rotary positions. longest_edge: llama.cpp cuts
+    images of that size into tiles. row_end: the token of text whose embedding the tower puts behind each row. caution:
+    what llama.cpp gets wrong with a file that is right."""
 
     projector: str
     prefixes: Mapping[str, str]
     names: Mapping[str, str]
     facts: Callable[[Any], dict[str, Any]]
     steps: Mapping[str, Step] = field(default_factory=dict)
+    turned: tuple[str, ...] = ()
+    longest_edge: bool = False
+    row_end: str | None = None
+    caution: str | None = None
 
 
+_CLASS_LAST = (
+    "llama.cpp, up to build 11549 at least, puts CLIP's class token behind the patches (its issue 25814): "
+    "answers about images are wrong until that is mended"
+)
 # By the model's model_type. "gelu" is what llama.cpp calls the tanh approximation.
 _ACTIVATIONS: Mapping[str, str | None] = {
     "quick_gelu": None,
@@ -156,17 +233,42 @@ TOWERS: Mapping[str, Tower] = {
         _gemma3,
         {"projector.mm_soft_emb_norm": PLUS_ONE},
     ),
+    "llava": Tower("mlp", _VISION_TOWER, _CLIP, _llava, caution=_CLASS_LAST),
+    **dict.fromkeys(("idefics3", "smolvlm"), Tower("idefics3", _CONNECTED, _IDEFICS, _idefics, longest_edge=True)),
+    **dict.fromkeys(
+        ("pixtral", "mistral3"),
+        Tower(
+            "pixtral",
+            _VISION_TOWER,
+            _PIXTRAL,
+            _pixtral,
+            turned=tuple(f"vision.transformer.layers.{{}}.attention.{name}_proj" for name in "qk"),
+            row_end="[IMG_BREAK]",
+        ),
+    ),
 }
+ROW_END = "v.token_embd.img_break"
+
+
+def tower_of(model_type: str, config: Any) -> Tower | None:
+    """The tower's table; None for a model without one. UserError for an unknown one."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None and getattr(config, "audio_config", None) is None:
+        return None
+    # Pixtral's checkpoints call themselves LLaVA.
+    name = "pixtral" if model_type == "llava" and getattr(vision, "model_type", "") == "pixtral" else model_type
+    if name not in TOWERS:
+        raise UserError(f"GGUF export: no table for the tower of {name}; there are {', '.join(TOWERS)}")
+    return TOWERS[name]
 
 
 def tower_part(model_type: str, config: Any) -> Part | None:
     """Names and steps of the tower's tensors; None for a model without one. UserError for an unknown tower."""
-    if getattr(config, "vision_config", None) is None and getattr(config, "audio_config", None) is None:
-        return None
-    tower = TOWERS.get(model_type)
+    tower = tower_of(model_type, config)
     if tower is None:
-        raise UserError(f"GGUF export: no table for the tower of {model_type}; there are {', '.join(TOWERS)}")
-    table = rules(tower.names, tower.steps)
+        return None
+    turned = {name: rotary(config.vision_config.num_attention_heads) for name in tower.turned}
+    table = rules(tower.names, {**tower.steps, **turned})
     if model_type == "qwen3_vl":  # stored by the layer they read from, counted in the checkpoint
         for i, layer in enumerate(config.vision_config.deepstack_visual_indexes):
             pairs = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
@@ -176,12 +278,16 @@ def tower_part(model_type: str, config: Any) -> Part | None:
 
 def tower_metadata(model_type: str, config: Any, preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     """The hyperparameters of the tower, with full keys. preprocessor: the image processor's configuration."""
-    tower = TOWERS[model_type]
+    tower = tower_of(model_type, config)
+    assert tower is not None  # it has a part
     facts = {f"clip.vision.{key}": value for key, value in tower.facts(config).items()}
     act = config.vision_config.hidden_act
     if act not in _ACTIVATIONS:
         raise UserError(f"GGUF export: llama.cpp's towers compute {', '.join(_ACTIVATIONS)}, not {act}")
     flag = _ACTIVATIONS[act]
+    if tower.longest_edge:
+        size = preprocessor.get("size", {}).get("longest_edge", config.vision_config.image_size)
+        facts["clip.vision.preproc_image_size"] = size
     return {
         "clip.has_vision_encoder": True,
         "clip.projector_type": tower.projector,

@@ -1,0 +1,37 @@
+"""Runs one engine's worker in that engine's interpreter: python -P engine_main.py WORKER.py request.json
+
+Standard library only. WORKER.py defines `answer(request) -> dict`. The last line of standard output is one JSON object,
+{"ok": true, ..} or {"ok": false, "error": ".."}; whatever a worker raises, an import that fails too, is such an answer.
+"""
+
+import importlib.util
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+LONGEST = 600  # characters of an error
+
+
+def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Whatever an engine raises is its answer."""
+    traceback.print_exception(kind, error, trace)
+    text = f"{kind.__name__}: {' '.join(str(error).split())}"
+    print(json.dumps({"ok": False, "error": text[:LONGEST]}), flush=True)
+
+
+def main(worker: str, request: str) -> int:
+    sys.excepthook = report_crash
+    spec = importlib.util.spec_from_file_location(Path(worker).stem, worker)
+    assert spec is not None and spec.loader is not None  # a path that ends in .py always has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    result = module.answer(json.loads(Path(request).read_text(encoding="utf-8")))
+    print(json.dumps(result), flush=True)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

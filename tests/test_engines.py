@@ -1,0 +1,53 @@
+"""The subprocess protocol: whatever a worker does, the parent gets an answer."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from auto_mmround.evaluation import engines
+from auto_mmround.evaluation.engines import ENGINES, EngineResult, ask
+
+WORKERS = {
+    "import of a missing package": ("import no_such_package\n", "ModuleNotFoundError: No module named"),
+    "error with lines": ("def answer(request):\n    raise ValueError('two\\n  lines')\n", "ValueError: two lines"),
+    "no answer at all": ("import os\nos._exit(3)\n", "the engine died (exit 3): no output"),
+    "death with a word": ("import os\nos.write(2, b'out of memory')\nos._exit(1)\n", "(exit 1): out of memory"),
+    "too slow": ("import time\ntime.sleep(60)\n", "no answer after 1 s"),
+}
+
+
+def asked(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: float) -> EngineResult:
+    worker = folder / "engine_test.py"
+    worker.write_text(code)
+    monkeypatch.setattr(engines, "worker", lambda engine: worker)
+    inputs = [{"input_ids": torch.tensor([[1, 2]])}]
+    return ask("mlx", folder, inputs, {"new_tokens": 2}, python=Path(sys.executable), **options)
+
+
+@pytest.mark.parametrize("case", WORKERS)
+def test_every_failure_is_an_answer(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, message = WORKERS[case]
+    result = asked(code, tmp_path, monkeypatch, timeout=1 if case == "too slow" else 60)
+    assert not result.ok and message in str(result.error)
+
+
+def test_a_worker_gets_the_request_and_finds_none_of_our_modules(tmp_path: Path, monkeypatch) -> None:
+    code = """
+import importlib.util
+from safetensors.torch import load_file, save_file
+
+def answer(request):
+    ids = load_file(request["inputs"])["0.input_ids"]
+    save_file({"0.tokens": ids.repeat(1, request["new_tokens"])}, request["output"])
+    ours = [name for name in ("metrics", "engines", "verify") if importlib.util.find_spec(name)]
+    return {"ok": True, "missing": ours, "logprobs": [{7: -1.5}], "not a field": 1}
+"""
+    result = asked(code, tmp_path, monkeypatch)
+    assert result.ok and result.missing == [] and result.logprobs == [{7: -1.5}]
+    assert result.tokens[0].tolist() == [[1, 2, 1, 2]] and result.logits == []
+
+
+def test_every_engine_has_a_worker() -> None:
+    assert all(engines.worker(name).is_file() for name in ENGINES)
