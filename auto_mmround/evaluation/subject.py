@@ -211,10 +211,10 @@ def _skeleton(folder: Path, keys: set[str], findings: list[Finding], remote_code
     """The model of the configuration without its weights (on the meta device), and how the keys fill it."""
     try:
         config = read_config(folder, remote_code)
-        model = skeleton(config, folder)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        model = skeleton(config, folder, remote_code)
+    except UserError as error:
         text = f"the model can't be built, so names and shapes are not checked ({' '.join(str(error).split())[:200]})"
-        findings.append(Finding("error" if isinstance(error, KeyError) else "warning", "config.json", text))
+        findings.append(Finding("error" if isinstance(error.__cause__, KeyError) else "warning", "config.json", text))
         return None
     names = loaded_names(model, sorted(keys))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
