@@ -3,7 +3,6 @@
 spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | concat | apply_template | ..
 """
 
-import json
 import re
 import socket
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import DATASET_BYTES, parse_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
 PROBE_SECONDS = 3.0
@@ -179,21 +179,12 @@ class Rows:
 
 
 def _read_json(path: Path) -> list[Any]:
-    def parse(text: str, where: str) -> Any:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"dataset {where} is not valid JSON: {error}") from error
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"dataset {path} can't be read: {error}") from error
+    text = read_text(path, f"dataset {path}", DATASET_BYTES)
     if path.suffix == ".txt":
         return [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".jsonl":
-        return [parse(ln, f"{path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
-    data = parse(text, str(path))
+        return [parse_json(ln, f"dataset {path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
+    data = parse_json(text, f"dataset {path}")
     if isinstance(data, Mapping):
         if {"text", "input_ids", "conversations", "messages"} & set(data):
             return [data]

@@ -15,6 +15,7 @@ import yaml
 from auto_mmround.errors import UserError
 from auto_mmround.recipe import aliases, llm_compressor
 from auto_mmround.recipe.schemes import FLOATS, Scheme
+from auto_mmround.untrusted import one_line, read_text
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
 ORDERS = ("none", "weight", "group")
@@ -26,6 +27,11 @@ STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn"
 # The same of `auto` by preset; docs/tuner.md has the table of time and damage.
 PRESETS = {"light": (8, 0.03), "default": STEPS["auto"], "best": (60, 0.01)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
+RECIPE_BYTES = 1 << 20
+RECIPE_VALUES = 100_000
+PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": yaml.safe_load}
+# TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is none.
+MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 # Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never swallowed.
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -249,15 +255,15 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"recipe file {path} does not exist")
+    parse = PARSERS.get(path.suffix)
+    if parse is None:
+        raise UserError(f"recipe file {path}: the name must end in {', '.join(PARSERS)}")
+    text = read_text(path, f"recipe file {path}", RECIPE_BYTES)
     try:
-        if path.suffix == ".toml":
-            tree = tomllib.loads(path.read_text())
-        elif path.suffix in (".yaml", ".yml", ".json"):
-            tree = yaml.safe_load(path.read_text())
-        else:
-            raise UserError(f"recipe file {path}: the name must end in .toml, .yaml, .yml or .json")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe file {path}: {' '.join(str(error).split())}") from None
+        tree = parse(text)
+    except (*MISREAD, RecursionError) as error:
+        raise UserError(f"recipe file {path}: {one_line(str(error))[:400] or 'is nested too deep'}") from None
+    _require(_small(tree), f"{path} holds more than {RECIPE_VALUES:,} values (a YAML alias counts as what it repeats)")
     if not isinstance(tree, dict):
         raise UserError(f"recipe file {path}: expected keys and values")
     if llm_compressor.is_recipe(tree):
@@ -266,6 +272,15 @@ def read(path: str | Path) -> dict[str, Any]:
     for key, value in tree.items():
         flat |= value if isinstance(value, dict) and key != "layer_config" else {key: value}
     return flat
+
+
+def _small(tree: Any) -> bool:
+    """Whether a tree, its repeated parts counted each time, has no more than RECIPE_VALUES values."""
+    left, count = [tree], 0
+    while left and count <= RECIPE_VALUES:
+        value, count = left.pop(), count + 1
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return count <= RECIPE_VALUES
 
 
 def to_toml(recipe: Recipe) -> str:
