@@ -103,13 +103,19 @@ class Watch:
             elif flags & WRITING and not self._ours(path):
                 self.seen.append(f"open for writing {path}")
         elif event in CHANGES:
-            paths = [
-                os.path.realpath(os.fsdecode(arguments[i])) for i in CHANGES[event] if not isinstance(arguments[i], int)
-            ]
-            self.seen += [f"{event} {path}" for path in paths if not self._ours(path)]
+            self.seen += [f"{event} {path}" for path in _paths(event, arguments) if not self._ours(path)]
 
     def _ours(self, path: str) -> bool:
         return path == os.devnull or path == self.work or path.startswith(self.work + os.sep)
+
+
+def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """The paths of an audit event; those that are relative to an open folder begin there."""
+    folder = arguments[-1]
+    relative = event in ("os.remove", "os.rmdir", "os.mkdir") and isinstance(folder, int) and folder >= 0
+    base = os.readlink(f"/proc/self/fd/{folder}") if relative else os.getcwd()
+    names = [os.fsdecode(arguments[i]) for i in CHANGES[event] if not isinstance(arguments[i], int)]
+    return [os.path.realpath(os.path.join(base, name)) for name in names]
 
 
 def attempt(reader: Reader, data: Any, work: Path, watch: Watch, tally: Tally) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 WORDS = [
     *("", " ", "\0", "\ud800", "\x1b[31mred", "\u202e", "x" * 300, "x" * 5000, "../outside/secret", "/etc/hostname"),
-    *("re:(", "re:(a+)+$", "(.*)*(.*)*(.*)*x", "*" * 40, "{0.__class__}", "{{content}}", "%s%n", "<image>", "<video><audio>"),
+    *("re:(", "re:(a+)+$", "(.*)*(.*)*(.*)*x", "*" * 40, "{0.__class__}", "{{content}}", "%s%n", "<image>", "<video>"),
     *("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ ''.__class__.__mro__ }}"),
     *("None", "Infinity", "1e999", "file:///etc/hostname", "http://127.0.0.1:9/x", "data:image/png;base64,AAAA"),
 ]  # fmt: skip
@@ -34,6 +34,19 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, value in items for place in places(value, (*path, key)))]
 
 
+# Functions of their own, so that none is bound to a variable of a loop.
+def _putting(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+def _dropping(key: Any) -> Callable[[Any], Any]:
+    return lambda at: _without(at, key)
+
+
+def _adding(key: Any, value: Any) -> Callable[[Any], Any]:
+    return lambda at: {**at, key: value} if isinstance(at, dict) else [at, value]
+
+
 def _changed(tree: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
     if not path:
         return change(tree)
@@ -50,16 +63,34 @@ def damaged(draw: Any, *seeds: Any) -> Any:
     tree = draw(st.sampled_from(seeds))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(tree)))
-        kind = draw(st.sampled_from(["put", "put", "put", "drop", "add", "wrap"]))
-        value = draw(VALUES)
+        kind = draw(st.sampled_from(["twist", "twist", "twist", "put", "drop", "add", "wrap"]))
+        value = draw(_akin(_at(tree, path)) if kind == "twist" else VALUES)
         if kind == "drop" and path:
-            tree = _changed(tree, path[:-1], lambda at: _without(at, path[-1]))
+            tree = _changed(tree, path[:-1], _dropping(path[-1]))
         elif kind == "add":
-            key = draw(st.sampled_from(WORDS))
-            tree = _changed(tree, path, lambda at: {**at, key: value} if isinstance(at, dict) else [at, value])
+            tree = _changed(tree, path, _adding(draw(st.sampled_from(WORDS)), value))
+        elif kind == "wrap":
+            tree = _changed(tree, path, lambda at: [at, at])
         else:
-            tree = _changed(tree, path, lambda at: [at, at] if kind == "wrap" else value)
+            tree = _changed(tree, path, _putting(value))
     return tree
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _akin(value: Any) -> st.SearchStrategy[Any]:
+    """Other values of the same type, which get further than those of another."""
+    if isinstance(value, bool):
+        return st.just(not value)
+    if isinstance(value, int | float):
+        return st.sampled_from(NUMBERS) | st.integers(-3, 40) | st.floats()
+    if isinstance(value, str):
+        return st.sampled_from(WORDS) | st.text(max_size=12).map(value.__add__) | st.just(value * 2)
+    return VALUES
 
 
 def _without(tree: Any, key: Any) -> Any:

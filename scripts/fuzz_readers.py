@@ -15,6 +15,7 @@ import torch
 from fuzz import Reader
 from fuzz_inputs import VALUES, WORDS, damaged, damaged_bytes, text_files, written
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
 from PIL import Image
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,7 +38,8 @@ CHAT = [
 ]
 ROWS: list[Any] = [
     [{"text": "some words, " * 20}, {"input_ids": [1, 2, 3] * 20}, "plain text " * 20],
-    [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]}],
+    [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+                                                     {"from": "gpt", "value": "It."}]}],
     [{"messages": CHAT, "images": ["a.png"]}, {"messages": CHAT, "image": {"bytes": None, "path": "a.png"}}],
     {"data": [{"messages": CHAT, "audio": {"array": [0.0, 0.5], "sampling_rate": 8000}}]},
 ]  # fmt: skip
@@ -53,7 +55,7 @@ MODIFIERS = {
                 "config_groups": {
                     "group_0": {
                         "targets": ["Linear"],
-                        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+                        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 128},
                         "input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"},
                     }
                 },
@@ -240,16 +242,17 @@ def chat_templates() -> Reader:
     seeds = [
         tokenizer.chat_template or "",
         "{% for m in messages %}{{ m['role'] }}: {{ m.content }}\n{% endfor %}",
-        *("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}"),
-        *("{{ 'a' * 100000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}", "{{ messages[9].x.y }}"),
-        *("{% include '/etc/hostname' %}", "{{ range(10**9) }}", "{{ lipsum(n=1000) }}", "{% set x = namespace() %}{{ x.y.z }}"),
+        *("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ 'a' * 100000 }}"),
+        *("{{ cycler.__init__.__globals__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}"),
+        *("{{ messages[9].x.y }}", "{% include '/etc/hostname' %}", "{{ range(10**9) }}", "{{ lipsum(n=1000) }}"),
     ]  # fmt: skip
 
     def use(_: Path, data: bytes) -> None:
         tokenizer.chat_template = data.decode("utf-8", "replace")
         render(turns, Template(), tokenizer)
 
-    return Reader("chat template", text_files(*seeds) | st.sampled_from(seeds).map(str.encode), use)
+    inputs = text_files(*seeds) | st.sampled_from(seeds).map(str.encode)
+    return Reader("chat template", inputs, use, (UserError, TemplateError))
 
 
 def tiny_checkpoints(work: Path) -> tuple[Path, dict[str, Path]]:

@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -28,7 +28,7 @@ DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "de
 DEEPEST = 1000
 # What Transformers raises for a configuration that makes no sense to it.
 NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError,
-            MemoryError, AssertionError, NotImplementedError)  # fmt: skip
+            MemoryError, AssertionError, StrictDataclassError)  # fmt: skip
 
 
 @dataclass(frozen=True)
