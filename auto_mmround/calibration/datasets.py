@@ -16,12 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import DATASET_BYTES, parse_json, read_text
+from auto_mmround.untrusted import DATASET_BYTES, TooLong, one_line, parse_json, read_text, time_limit
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
+# Tables of `datasets` that are nothing but data; others unpack archives or load what Python pickled.
+BUILDERS = ("parquet", "json", "csv", "text", "arrow")
+CARD_SECONDS = 5.0
 PROBE_SECONDS = 3.0
 STREAM_ROWS = 20_000  # read at most from an iterable that doesn't know its length
 
@@ -232,6 +237,39 @@ def _load_dataset(path: str, *args: Any, **kwargs: Any) -> Sequence[Any]:
         raise UserError(f"dataset {kwargs.get('data_files') or path} can't be loaded: {reason}") from error
 
 
+def _check_layout(folder: Path) -> None:
+    """UserError for a folder whose card sends the reader elsewhere, or whose files are no tables of BUILDERS."""
+    import datasets
+
+    card = folder / "README.md"
+    parts = read_text(card, f"dataset {card}").split("---", 2) if card.is_file() else []
+    try:
+        with time_limit(CARD_SECONDS):
+            head = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError, TooLong) as error:
+        raise UserError(f"dataset {card}: its head can't be read: {one_line(str(error))[:200]}") from None
+    for config in (head.get("configs") or []) if isinstance(head, dict) else []:
+        for place in _texts([config.get("data_files"), config.get("data_dir")] if isinstance(config, dict) else []):
+            if "://" in place or place.startswith(("/", "~")) or ".." in Path(place).parts:
+                raise UserError(f"dataset {card} names {place!r}, which is not in the folder: nothing else is read")
+    try:
+        builder = datasets.load_dataset_builder(str(folder))
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"dataset {folder} can't be loaded: {reason}") from error
+    kind = builder.__module__.rpartition(".")[2]
+    if kind not in BUILDERS:
+        raise UserError(f"dataset {folder} holds files of the kind {kind}; read are {', '.join(BUILDERS)}")
+
+
+def _texts(value: Any, depth: int = 0) -> list[str]:
+    """Every text in a tree that YAML has read; what lies too deep counts as one that is refused."""
+    if depth > 8:
+        return ["/"]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for part in parts for text in _texts(part, depth + 1)]
+
+
 def _local(path: Path, source: Source) -> Rows:
     """A file, or a folder: the files of our own forms in it, or a copy in the hub's layout (parquet, data/)."""
     name = path.name
@@ -248,6 +286,7 @@ def _local(path: Path, source: Source) -> Rows:
     plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
     layout = any(path.glob("*.parquet")) or (path / "data").is_dir() or any(path.glob("*/*.parquet"))
     if source.split or layout:
+        _check_layout(path)
         rows = _load_dataset(str(path), split=source.split or "train")
     elif plain:
         rows = [row for file in plain for row in _read_json(file)]

@@ -42,7 +42,7 @@ def begin(out: Path, overwrite: bool = False) -> Path:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not overwrite:
-            raise UserError(f"the output folder {out} is not empty: choose another or allow overwriting")
+            raise UserError(f"the output folder {out} is not empty: choose another, or --overwrite replaces it")
         if not (out / "config.json").is_file():
             raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
     partial = out.with_name(out.name + ".partial")
