@@ -168,9 +168,16 @@ class Rows:
             row = "\n".join(row[key] for key in self.columns)
         try:
             chat, system = self.source.as_chat, self.source.system_prompt
-            return parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+            made = parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+            for text in (made.text, *(turn.content for turn in made.messages)):
+                (text or "").encode()
+            return made
         except BadSample:
             raise
+        except UnicodeEncodeError:
+            raise BadSample(
+                "form", f"sample {label}: its text holds half a character, which no tokenizer takes"
+            ) from None
         except UserError as error:
             raise BadSample("form", f"sample {label}: {error}") from error
 

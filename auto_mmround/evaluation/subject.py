@@ -138,7 +138,8 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
         weight_map = None
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
-    quantization = quantization if isinstance(quantization, dict) else None
+    if config_check.problem(quantization):
+        quantization = None  # a finding of its own by now; nothing else may lean on it
     whole = fmt is not None and fmt.write is not None
     tensors = {} if whole else _headers(folder, weight_map, findings)
     mark = f".{fmt.parts[0]}" if fmt else None
