@@ -16,17 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
+from auto_mmround.calibration.tables import check_layout, load_table
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import DATASET_BYTES, TooLong, one_line, parse_json, read_text, time_limit
+from auto_mmround.untrusted import DATASET_BYTES, parse_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
-# Tables of `datasets` that are nothing but data; others unpack archives or load what Python pickled.
-BUILDERS = ("parquet", "json", "csv", "text", "arrow")
-CARD_SECONDS = 5.0
 PROBE_SECONDS = 3.0
 STREAM_ROWS = 20_000  # read at most from an iterable that doesn't know its length
 
@@ -207,76 +203,6 @@ def _read_json(path: Path) -> list[Any]:
     return data
 
 
-class RawRows(Sequence[Any]):
-    """Rows of a table with its media as stored: our own readers decode them, with their bounds."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.table[index].to_pylist()[0]
-
-
-def _decodes(feature: Any) -> bool:
-    """Whether a feature of `datasets`, or one inside it, would decode media by itself."""
-    import datasets
-
-    if isinstance(feature, Mapping):
-        return any(map(_decodes, feature.values()))
-    return isinstance(feature, datasets.Image | datasets.Audio | datasets.Video) or (
-        hasattr(feature, "feature") and _decodes(feature.feature)
-    )
-
-
-def _load_dataset(path: str, *args: Any, **kwargs: Any) -> Sequence[Any]:
-    """datasets.load_dataset with its errors told in one line."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        table = datasets.load_dataset(path, *args, **kwargs)
-        return RawRows(table) if _decodes(table.features) else table
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset {kwargs.get('data_files') or path} can't be loaded: {reason}") from error
-
-
-def _check_layout(folder: Path) -> None:
-    """UserError for a folder whose card sends the reader elsewhere, or whose files are no tables of BUILDERS."""
-    import datasets
-
-    card = folder / "README.md"
-    parts = read_text(card, f"dataset {card}").split("---", 2) if card.is_file() else []
-    try:
-        with time_limit(CARD_SECONDS):
-            head = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError, TooLong) as error:
-        raise UserError(f"dataset {card}: its head can't be read: {one_line(str(error))[:200]}") from None
-    for config in (head.get("configs") or []) if isinstance(head, dict) else []:
-        for place in _texts([config.get("data_files"), config.get("data_dir")] if isinstance(config, dict) else []):
-            if "://" in place or place.startswith(("/", "~")) or ".." in Path(place).parts:
-                raise UserError(f"dataset {card} names {place!r}, which is not in the folder: nothing else is read")
-    try:
-        builder = datasets.load_dataset_builder(str(folder))
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset {folder} can't be loaded: {reason}") from error
-    kind = builder.__module__.rpartition(".")[2]
-    if kind not in BUILDERS:
-        raise UserError(f"dataset {folder} holds files of the kind {kind}; read are {', '.join(BUILDERS)}")
-
-
-def _texts(value: Any, depth: int = 0) -> list[str]:
-    """Every text in a tree that YAML has read; what lies too deep counts as one that is refused."""
-    if depth > 8:
-        return ["/"]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if isinstance(value, str) else [text for part in parts for text in _texts(part, depth + 1)]
-
-
 def _local(path: Path, source: Source) -> Rows:
     """A file, or a folder: the files of our own forms in it, or a copy in the hub's layout (parquet, data/)."""
     name = path.name
@@ -286,15 +212,15 @@ def _local(path: Path, source: Source) -> Rows:
         if source.split:
             raise UserError(f"dataset {path}: a single file has no splits, leave split={source.split} out")
         if path.suffix == ".parquet":
-            rows = _load_dataset("parquet", data_files=str(path), split="train")
+            rows = load_table("parquet", data_files=str(path), split="train")
         else:
             rows = _read_json(path)
         return Rows(source, rows, path.resolve().parent, name=name)
     plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
     layout = any(path.glob("*.parquet")) or (path / "data").is_dir() or any(path.glob("*/*.parquet"))
     if source.split or layout:
-        _check_layout(path)
-        rows = _load_dataset(str(path), split=source.split or "train")
+        check_layout(path)
+        rows = load_table(str(path), split=source.split or "train")
     elif plain:
         rows = [row for file in plain for row in _read_json(file)]
     else:
@@ -341,7 +267,7 @@ def _hub(named: Named, source: Source) -> Rows:
             path = Path(hf_hub_download(named.repo, named.file, repo_type="dataset", local_files_only=not online))
             return Rows(source, _read_json(path), path.parent, **more)
         if online:
-            return Rows(source, _load_dataset(named.repo, split=source.split or "train"), **more)
+            return Rows(source, load_table(named.repo, split=source.split or "train"), **more)
         folder = Path(snapshot_download(named.repo, repo_type="dataset", local_files_only=True))
         return Rows(source, _local(folder, source).rows, folder, **more)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
