@@ -6,7 +6,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py llamacpp.py mlx.py openvino.py vllm.py)
 
-.PHONY: demo test test-all test-engines check bench bench-tuner bench-whisper bench-recapture clean
+.PHONY: demo test test-all test-engines check bench bench-tuner bench-whisper bench-recapture fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -21,6 +21,9 @@ check: $(ENV)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(ENV)  ## ten minutes of damaged files for every reader
+	$(BIN)/python scripts/fuzz.py --minutes 10
 
 bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 	$(BIN)/python scripts/demo.py --keep bench/results
@@ -41,7 +44,7 @@ test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests 
 $(ENV): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[auto-round,audio,gguf,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[auto-round,audio,video,gguf,dev]"
 	touch $@
 
 $(GPTQMODEL): scripts/engines.sh $(ENV)

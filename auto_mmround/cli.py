@@ -18,6 +18,7 @@ from auto_mmround import __version__
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.recipe import ALGORITHMS, EQUALIZERS, HINTS, ORDERS, SCALE_DTYPES, Recipe, from_mapping, read
 from auto_mmround.recipe.schemes import PRESETS
+from auto_mmround.untrusted import one_line
 
 EPILOG = """\
 commands:
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(words[0]) if words else None
         return command(words[1:]) if command else quantize_command(words)
     except UserError as error:
-        print(f"auto-round-mllm: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"auto-round-mllm: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("auto-round-mllm: interrupted", file=sys.stderr)

@@ -1,7 +1,46 @@
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 import torch
 
 # The tests' models are tiny: one thread each is faster than two that wait for each other, also under `pytest -n 2`.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def web():
+    """web(pages) starts a site on this machine: its address, and the list of what it was asked for. A page is its
+    content, or a function that writes the whole answer on the connection."""
+    servers = []
+
+    def start(pages):
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                page = pages.get(self.path)
+                if callable(page):
+                    page(self)
+                elif page is None:
+                    self.send_error(404)
+                else:
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(page)
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def pytest_terminal_summary(terminalreporter):

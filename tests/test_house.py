@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"numerics", "recipe", "calibration", "model"}
+COMMON = {"errors", "untrusted"}
 MAY_USE = {
-    **{room: {room, "errors"} for room in GROUND},
-    "export": {"export", "errors", "recipe", "numerics"},
-    "run": {"run", "export", "errors", *GROUND},
-    "evaluation": {"evaluation", "run", "export", "errors", "calibration", "model", "numerics", "recipe"},
+    **{room: {room, *COMMON} for room in GROUND},
+    "export": {"export", "recipe", "numerics", *COMMON},
+    "run": {"run", "export", *COMMON, *GROUND},
+    "evaluation": {"evaluation", "run", "export", *COMMON, "calibration", "model", "numerics", "recipe"},
 }
 HEAVY = {"torch", "transformers", "datasets", "rich"}
 
@@ -45,6 +46,6 @@ def test_nothing_imports_the_shelves_by_name():
 
 
 def test_mistakes_are_answered_before_heavy_imports():
-    for path in ("cli.py", "__init__.py", "errors.py", "recipe/recipe.py", "recipe/schemes.py"):
+    for path in ("cli.py", "__init__.py", "errors.py", "untrusted.py", "recipe/recipe.py", "recipe/schemes.py"):
         roots = {name.split(".")[0] for name in imports(ROOT / "auto_mmround" / path, top_only=True)}
         assert not roots & HEAVY, path

@@ -3,13 +3,16 @@
 import base64
 import io
 import os
+import struct
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from auto_mmround.calibration import media
-from auto_mmround.calibration.media import MediaError, load, parse_roots
+from auto_mmround.calibration.media import MediaError, Roots, load, parse_roots
 from auto_mmround.errors import UserError
 
 
@@ -66,6 +69,14 @@ def test_nothing_outside_the_given_folders(tree):
             load(reference, "image", roots, base=base)
 
 
+def test_names_that_no_file_has(tree):
+    os.symlink(tree / "given" / "circle.png", tree / "given" / "circle.png")
+    os.mkfifo(tree / "given" / "pipe.png")  # reading it would wait for ever
+    for reference in ("circle.png", "pipe.png", "x" * 300, "\ud800.png", "sub", ".", ""):
+        with pytest.raises(MediaError):
+            load(reference, "image", parse_roots(tree / "given"))
+
+
 def test_forms_of_extra_data_dir(tree):
     given, sub, other = tree / "given", tree / "given" / "sub", tree / "next"
     assert parse_roots(None).folders["image"] == ()
@@ -102,24 +113,20 @@ def test_inline_forms():
         load(None, "image", roots)
 
 
-def test_urls_only_when_allowed(tree, monkeypatch):
-    asked = []
-
-    def answer(url, timeout):
-        asked.append(url)
-        return io.BytesIO(png("green"))
-
-    monkeypatch.setattr(media.urllib.request, "urlopen", answer)
-    url = "http://example.org/a.png"
+def test_urls_only_when_allowed(tree, web):
+    site, asked = web({"/a.png": png("green"), "/train/z.png": png("green")})
+    url, roots = f"{site}/a.png", Roots(dict.fromkeys(media.KINDS, ()), allow_url=True, permitted=lambda _: True)
     with pytest.raises(MediaError, match="not fetched unless allowed"):
-        load(url, "image", parse_roots(None))
+        load(url, "image", replace(roots, allow_url=False))
+    with pytest.raises(MediaError, match=r"127\.0\.0\.1, which is not on the public internet"):
+        load(url, "image", parse_roots(None, allow_url=True))
     assert not asked
     assert color(load(url, "image", parse_roots(tree / "given"))) == "red"  # a copy in the folder is preferred
-    assert color(load(url, "image", parse_roots(None, allow_url=True))) == "green"
-    assert color(load("z.png", "image", parse_roots(None, True), remote="http://example.org/train/")) == "green"
-    assert asked == [url, "http://example.org/train/z.png"]
+    assert color(load(url, "image", roots)) == "green"
+    assert color(load("z.png", "image", roots, remote=f"{site}/train/")) == "green"
+    assert asked == ["/a.png", "/train/z.png"]
     with pytest.raises(MediaError, match="not found"):
-        load("file:///etc/hostname", "image", parse_roots(None, allow_url=True))
+        load("file:///etc/hostname", "image", roots)
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "eps", "flipped"])
@@ -151,6 +158,58 @@ def test_bounds(tmp_path, monkeypatch):
         load("wide.png", "image", parse_roots(tmp_path))
     with pytest.raises(MediaError, match="larger than"):
         load(png(), "image", parse_roots(tmp_path))
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "BYTES", {"image": 1000})
+    (tmp_path / "a.png").write_bytes(png() + bytes(2000))
+    with pytest.raises(MediaError, match="larger than"):
+        load("a.png", "image", parse_roots(tmp_path))
+
+
+def test_decompression_bomb_is_refused_before_it_unfolds(tmp_path):
+    """60,000 x 60,000 pixels in the header of a file of a few bytes: 10 GB if it were believed."""
+    data = bytearray(png(size=(1, 1)))
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "bomb.png").write_bytes(data)
+    with pytest.raises(MediaError, match=r"bomb\.png"):
+        load("bomb.png", "image", parse_roots(tmp_path))
+
+
+def test_slim_images_are_refused(tmp_path):
+    """A processor that scales the short side to 224 would make 11 million pixels of each row."""
+    (tmp_path / "slim.png").write_bytes(png(size=(50_000, 1)))
+    with pytest.raises(MediaError, match="its sides differ"):
+        load("slim.png", "image", parse_roots(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"array": [0.0] * 100, "sampling_rate": -1}, "at -1 Hz"),
+        ({"array": [0.0] * 2000, "sampling_rate": 1}, "lasts longer"),
+        ({"array": [[0.0], [0.0, 1.0]], "sampling_rate": 8000}, "holds no numbers"),
+        ({"array": "words", "sampling_rate": 8000}, "holds no numbers"),
+        ({"array": [0.0, float("nan")], "sampling_rate": 8000}, "NaN"),
+        ({"array": [], "sampling_rate": 8000}, "shape"),
+        (5, "no decoded audio"),
+        ([1, 2, 3], "no decoded audio"),
+    ],
+)
+def test_sound_in_a_row_is_judged_too(row, reason):
+    with pytest.raises(MediaError, match=reason):
+        load(row, "audio", parse_roots(None))
+
+
+def test_sound_that_lasts_too_long_or_has_too_many_channels(tmp_path, monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "long.flac", np.zeros(700 * 1000, np.float32), 1000)  # 700 s in some kilobytes
+    soundfile.write(tmp_path / "wide.wav", np.zeros((100, 64), np.float32), 8000)
+    monkeypatch.setattr(media, "SAMPLES", 64 * 99)
+    for name, reason in (("long.flac", "lasts longer than 600"), ("wide.wav", "64 x 100 samples")):
+        with pytest.raises(MediaError, match=reason):
+            load(name, "audio", parse_roots(tmp_path))
 
 
 def test_colours_and_exif(tmp_path):
@@ -193,17 +252,56 @@ def test_audio_file(tmp_path):
 
 
 def test_video_file(tmp_path):
-    av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "v.mp4"), "w") as file:
-        stream = file.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(20):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), i * 12, np.uint8), format="rgb24")
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+    film(tmp_path / "v.mp4")
     frames = load("v.mp4", "video", parse_roots(tmp_path))
     assert frames.shape == (media.FRAMES, 48, 64, 3) and frames.dtype == np.uint8
     assert frames[0].mean() < 10 and frames[-1].mean() > 200
     (tmp_path / "v.mp4").write_bytes(b"nothing")
     with pytest.raises(MediaError, match="damaged"):
         load("v.mp4", "video", parse_roots(tmp_path))
+
+
+def film(path, count=20, size=(64, 48), codec="mpeg4"):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10)
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for i in range(count):
+            pixels = np.full((*size[::-1], 3), i * 12 % 256, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def test_bounds_of_a_video(tmp_path, monkeypatch):
+    film(tmp_path / "v.mp4")
+    roots = parse_roots(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "DECODED_PIXELS", 64 * 48 * 19)
+        with pytest.raises(MediaError, match="pixels in all its frames"):
+            load("v.mp4", "video", roots)
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "PIXELS", 64 * 48 * 8 - 1)
+        with pytest.raises(MediaError, match="in each of 8 frames"):
+            load("v.mp4", "video", roots)
+    whole = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MediaError, match="damaged"):
+        load("v.mp4", "video", roots)
+
+
+@pytest.mark.parametrize("target", ["web", "file"])
+def test_a_playlist_opens_nothing(tmp_path, web, target, monkeypatch):
+    """FFmpeg would read a list, whatever the file is called, and open what it names."""
+    film(tmp_path / "secret.ts", codec="mpeg2video")
+    site, asked = web({"/secret.ts": (tmp_path / "secret.ts").read_bytes()})
+    place = f"{site}/secret.ts" if target == "web" else str(tmp_path / "secret.ts")
+    for name in ("v.mp4", "v.m3u8"):
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{place}\n#EXT-X-ENDLIST\n"
+        (tmp_path / name).write_text(text)
+        with pytest.raises(MediaError, match="damaged or no video"):
+            load(name, "video", parse_roots(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v.mp4").write_text("ffconcat version 1.0\nfile 'secret.ts'\n")
+    with pytest.raises(MediaError, match="damaged or no video"):
+        load("v.mp4", "video", parse_roots(tmp_path))
+    assert not asked

@@ -3,7 +3,6 @@
 spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | concat | apply_template | ..
 """
 
-import json
 import re
 import socket
 import threading
@@ -18,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
+from auto_mmround.calibration.tables import check_layout, load_table
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import DATASET_BYTES, parse_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
 PROBE_SECONDS = 3.0
@@ -163,9 +164,16 @@ class Rows:
             row = "\n".join(row[key] for key in self.columns)
         try:
             chat, system = self.source.as_chat, self.source.system_prompt
-            return parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+            made = parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+            for text in (made.text, *(turn.content for turn in made.messages)):
+                (text or "").encode()
+            return made
         except BadSample:
             raise
+        except UnicodeEncodeError:
+            raise BadSample(
+                "form", f"sample {label}: its text holds half a character, which no tokenizer takes"
+            ) from None
         except UserError as error:
             raise BadSample("form", f"sample {label}: {error}") from error
 
@@ -179,21 +187,12 @@ class Rows:
 
 
 def _read_json(path: Path) -> list[Any]:
-    def parse(text: str, where: str) -> Any:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"dataset {where} is not valid JSON: {error}") from error
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"dataset {path} can't be read: {error}") from error
+    text = read_text(path, f"dataset {path}", DATASET_BYTES)
     if path.suffix == ".txt":
         return [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".jsonl":
-        return [parse(ln, f"{path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
-    data = parse(text, str(path))
+        return [parse_json(ln, f"dataset {path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
+    data = parse_json(text, f"dataset {path}")
     if isinstance(data, Mapping):
         if {"text", "input_ids", "conversations", "messages"} & set(data):
             return [data]
@@ -202,43 +201,6 @@ def _read_json(path: Path) -> list[Any]:
     if not isinstance(data, list):
         raise UserError(f"dataset {path} must hold a list of rows")
     return data
-
-
-class RawRows(Sequence[Any]):
-    """Rows of a table with its media as stored: our own readers decode them, with their bounds."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.table[index].to_pylist()[0]
-
-
-def _decodes(feature: Any) -> bool:
-    """Whether a feature of `datasets`, or one inside it, would decode media by itself."""
-    import datasets
-
-    if isinstance(feature, Mapping):
-        return any(map(_decodes, feature.values()))
-    return isinstance(feature, datasets.Image | datasets.Audio | datasets.Video) or (
-        hasattr(feature, "feature") and _decodes(feature.feature)
-    )
-
-
-def _load_dataset(path: str, *args: Any, **kwargs: Any) -> Sequence[Any]:
-    """datasets.load_dataset with its errors told in one line."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        table = datasets.load_dataset(path, *args, **kwargs)
-        return RawRows(table) if _decodes(table.features) else table
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset {kwargs.get('data_files') or path} can't be loaded: {reason}") from error
 
 
 def _local(path: Path, source: Source) -> Rows:
@@ -250,14 +212,15 @@ def _local(path: Path, source: Source) -> Rows:
         if source.split:
             raise UserError(f"dataset {path}: a single file has no splits, leave split={source.split} out")
         if path.suffix == ".parquet":
-            rows = _load_dataset("parquet", data_files=str(path), split="train")
+            rows = load_table("parquet", data_files=str(path), split="train")
         else:
             rows = _read_json(path)
         return Rows(source, rows, path.resolve().parent, name=name)
     plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
     layout = any(path.glob("*.parquet")) or (path / "data").is_dir() or any(path.glob("*/*.parquet"))
     if source.split or layout:
-        rows = _load_dataset(str(path), split=source.split or "train")
+        check_layout(path)
+        rows = load_table(str(path), split=source.split or "train")
     elif plain:
         rows = [row for file in plain for row in _read_json(file)]
     else:
@@ -304,7 +267,7 @@ def _hub(named: Named, source: Source) -> Rows:
             path = Path(hf_hub_download(named.repo, named.file, repo_type="dataset", local_files_only=not online))
             return Rows(source, _read_json(path), path.parent, **more)
         if online:
-            return Rows(source, _load_dataset(named.repo, split=source.split or "train"), **more)
+            return Rows(source, load_table(named.repo, split=source.split or "train"), **more)
         folder = Path(snapshot_download(named.repo, repo_type="dataset", local_files_only=True))
         return Rows(source, _local(folder, source).rows, folder, **more)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:

@@ -9,9 +9,8 @@ import binascii
 import io
 import re
 import struct
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from auto_mmround.calibration.fetch import FetchError, Permitted, fetch, is_public
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
 
@@ -28,10 +28,17 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.-]+)*;base64,(?P<data>.*)", re.DOTALL)
 BARE_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 BYTES = {"image": 64 << 20, "video": 1 << 30, "audio": 256 << 20}
-PIXELS = 64_000_000
+PIXELS = 64_000_000  # of an image, or of the frames taken from a video
+SLIMNESS = 200  # long side to short side: processors that scale the short side up would make a giant
 FRAMES = 8
+DECODED_PIXELS = 40_000_000_000  # decoded to choose the frames: ten minutes of 1920 x 1080 at 30 a second
 SECONDS = 600
-URL_TIMEOUT = 15
+SAMPLES = 120_000_000  # of a sound, all its channels: ten minutes of 96 kHz stereo
+# Containers that hold their frames themselves: playlists (HLS, DASH, concat) make FFmpeg open other files and URLs.
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,mpegvideo,h264,hevc,m4v,ivf,3gp,mp4"
+# What decoders raise for data that make no sense to them, beside errors of their own.
+NONSENSE = (OSError, SyntaxError, ValueError, struct.error, EOFError, LookupError, TypeError, AttributeError,
+            ArithmeticError, RuntimeError, MemoryError)  # fmt: skip
 
 
 class MediaError(Exception):
@@ -40,10 +47,11 @@ class MediaError(Exception):
 
 @dataclass(frozen=True)
 class Roots:
-    """The folders searched for each kind of media, and whether URLs may be fetched."""
+    """The folders searched for each kind of media, whether URLs may be fetched, and from which addresses."""
 
     folders: Mapping[str, tuple[Path, ...]]
     allow_url: bool = False
+    permitted: Permitted = is_public
 
 
 def parse_roots(extra_data_dir: str | Path | Sequence[str | Path] | None, allow_url: bool = False) -> Roots:
@@ -86,22 +94,33 @@ def find_file(reference: str, folders: Iterable[Path], base: Path | None) -> Pat
     if base is not None:
         places += [(base, base / sub / reference) for sub in ("", "images", "videos", "audios")]
     for limit, place in places:
-        real = place.resolve()
-        if real.is_relative_to(limit.resolve()) and real.is_file():
-            return real
+        # Names too long, links in a circle, letters that no file name has: not found.
+        with suppress(OSError, ValueError, RuntimeError):
+            real = place.resolve()
+            if real.is_relative_to(limit.resolve()) and real.is_file():
+                return real
     return None
 
 
-def _download(url: str, kind: str) -> bytes:
+def _download(url: str, kind: str, roots: Roots) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as answer:
-            data = answer.read(BYTES[kind] + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise MediaError(f"{kind} {url} can't be fetched: {error}") from error
-    return bytes(data)
+        return fetch(url, BYTES[kind], permitted=roots.permitted)
+    except FetchError as error:
+        raise MediaError(f"{kind} {url[:200]} can't be fetched: {error}") from error
+
+
+def _read(path: Path, kind: str) -> bytes:
+    """A file, one byte more than allowed at most: it may grow while it is read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(BYTES[kind] + 1)
+    except OSError as error:
+        raise MediaError(f"{kind} {path} can't be read: {error.strerror}") from error
 
 
 def _base64(text: str, kind: str) -> bytes:
+    if len(text) > BYTES[kind] * 3 // 2:
+        raise MediaError(f"{kind} in base64 is larger than {BYTES[kind] >> 20} MiB")
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -116,15 +135,13 @@ def _bytes(reference: str, kind: str, roots: Roots, base: Path | None, remote: s
     url = reference if re.match(r"https?://", reference) else None
     path = find_file(reference if url is None else url.rpartition("/")[2], folders, base if url is None else None)
     if path is not None:
-        if path.stat().st_size > BYTES[kind]:
-            raise MediaError(f"{kind} {path} is larger than {BYTES[kind] >> 20} MiB")
-        return path.read_bytes(), f"{kind} {path}"
+        return _read(path, kind), f"{kind} {path}"
     if url is None and BARE_BASE64.fullmatch(reference):
         return _base64(reference, kind), f"{kind} in base64"
     if url is None and remote:
         url = remote + Path(reference).name
     if url is not None and roots.allow_url:
-        return _download(url, kind), f"{kind} {url}"
+        return _download(url, kind, roots), f"{kind} {url[:200]}"
     where = ", ".join(str(folder) for folder in (*folders, *((base,) if base else ()))) or "no folder was given"
     hint = " (URLs are not fetched unless allowed)" if url is not None else ""
     raise MediaError(f"{kind} {reference[:200]} was not found in: {where}{hint}; give --extra_data_dir {kind}=DIR")
@@ -134,12 +151,19 @@ def read_image(data: bytes, name: str) -> Image.Image:
     """Decode one image to RGB, upright by its EXIF mark. Raises MediaError when it is damaged or too large."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > PIXELS:
-            raise MediaError(f"{name} has {image.width} x {image.height} pixels, more than {PIXELS:,}")
+        _check_size(*image.size, name)
         return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError) as error:
+    except (*NONSENSE, Image.DecompressionBombError) as error:
         reason = str(error).split("<")[0].strip() or type(error).__name__
         raise MediaError(f"{name} is damaged or no image: {reason}") from error
+
+
+def _check_size(width: int, height: int, name: str, count: int = 1) -> None:
+    if width * height * count > PIXELS:
+        many = f" in each of {count} frames" if count > 1 else ""
+        raise MediaError(f"{name} has {width} x {height} pixels{many}, more than {PIXELS:,}")
+    if max(width, height) > SLIMNESS * min(width, height):
+        raise MediaError(f"{name} has {width} x {height} pixels: its sides differ by more than {SLIMNESS} to 1")
 
 
 def resample(sound_T: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -159,14 +183,46 @@ def read_audio(data: bytes, name: str, rate: int) -> np.ndarray:
         raise UserError("audio samples need the package soundfile: pip install soundfile") from error
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.frames > SECONDS * file.samplerate:
-                raise MediaError(f"{name} lasts longer than {SECONDS} seconds")
+            _check_length(file.frames, file.samplerate, name)
+            if file.frames * file.channels > SAMPLES:
+                raise MediaError(f"{name} has {file.channels} x {file.frames} samples, more than {SAMPLES:,}")
             sound_TC, source = file.read(dtype="float32", always_2d=True), file.samplerate
-    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+    except (*NONSENSE, soundfile.SoundFileError) as error:
         raise MediaError(f"{name} is damaged or no audio: {error}") from error
     if not len(sound_TC):
         raise MediaError(f"{name} is empty")
-    return resample(sound_TC.mean(axis=1), source, rate)
+    return resample(_finite(sound_TC.mean(axis=1), name), source, rate)
+
+
+def _check_length(frames: int, rate: int, name: str) -> None:
+    if frames < 0 or rate < 1:
+        raise MediaError(f"{name} says that it has {frames} samples at {rate} Hz")
+    if frames > SECONDS * rate:
+        raise MediaError(f"{name} lasts longer than {SECONDS} seconds")
+
+
+def _finite(sound_T: np.ndarray, name: str) -> np.ndarray:
+    if not np.isfinite(sound_T).all():
+        raise MediaError(f"{name} holds NaN or infinite values")
+    return sound_T
+
+
+def _frames(data: bytes, name: str) -> Iterator[Any]:
+    """The frames of the first video stream, one after the other, until they are too many or too large."""
+    import av
+
+    # FFmpeg's own refusals come first: containers, protocols, and pictures too large to allocate.
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
+    done = 0
+    with av.open(io.BytesIO(data), options=options) as file:
+        stream = file.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(PIXELS + (1 << 20))}  # it counts its padding
+        for frame in file.decode(stream):
+            _check_size(frame.width, frame.height, name)
+            done += frame.width * frame.height
+            if done > DECODED_PIXELS:
+                raise MediaError(f"{name} has more than {DECODED_PIXELS:,} pixels in all its frames")
+            yield frame
 
 
 def read_video(data: bytes, name: str, rate: int = 0) -> np.ndarray:
@@ -176,18 +232,20 @@ def read_video(data: bytes, name: str, rate: int = 0) -> np.ndarray:
     except ImportError as error:
         raise UserError("video samples need the package av: pip install av") from error
     try:
-        with av.open(io.BytesIO(data)) as file:
-            total = sum(1 for _ in file.decode(video=0))
+        total = sum(1 for _ in _frames(data, name))
         wanted = set(np.linspace(0, total - 1, min(FRAMES, total)).round().astype(int).tolist()) if total else set()
-        with av.open(io.BytesIO(data)) as file:
-            frames = [f.to_ndarray(format="rgb24") for i, f in enumerate(file.decode(video=0)) if i in wanted]
-    except (av.FFmpegError, IndexError, ValueError) as error:
+        taken: list[np.ndarray] = []
+        for i, frame in enumerate(_frames(data, name)):
+            if i in wanted:
+                _check_size(frame.width, frame.height, name, len(wanted))
+                taken.append(frame.to_ndarray(format="rgb24"))
+    except (*NONSENSE, av.FFmpegError) as error:
         raise MediaError(f"{name} is damaged or no video: {error}") from error
-    if not frames:
+    if not taken:
         raise MediaError(f"{name} has no frames")
-    if frames[0].shape[0] * frames[0].shape[1] * len(frames) > PIXELS:
-        raise MediaError(f"{name} has more than {PIXELS:,} pixels in {len(frames)} frames")
-    return np.stack(frames)
+    if any(frame.shape != taken[0].shape for frame in taken):
+        raise MediaError(f"{name} changes its size on the way")
+    return np.stack(taken)
 
 
 READERS: Mapping[str, Callable[..., Any]] = {
@@ -195,6 +253,26 @@ READERS: Mapping[str, Callable[..., Any]] = {
     "video": read_video,
     "audio": read_audio,
 }
+
+
+def _given_sound(array: Any, given: Any, rate: int) -> np.ndarray:
+    """Sound that a row holds as numbers, at the wanted rate."""
+    name = "audio given as an array"
+    try:
+        sound_T, source = np.asarray(array, dtype=np.float32), int(given or rate)
+    except NONSENSE as error:
+        raise MediaError(f"{name} holds no numbers: {str(error)[:200]}") from error
+    if sound_T.ndim != 1 or not sound_T.size or sound_T.size > SAMPLES:
+        raise MediaError(f"{name} has the shape {sound_T.shape}: expected one channel of 1 to {SAMPLES:,} samples")
+    _check_length(len(sound_T), source, name)
+    return resample(_finite(sound_T, name), source, rate)
+
+
+def _decoded(reference: Any) -> bool:
+    """Whether it is an array, a tensor, or a list of frames: what only a program can give, not a file of rows."""
+    if isinstance(reference, list | tuple):
+        return bool(reference) and all(isinstance(item, Image.Image) or _decoded(item) for item in reference)
+    return hasattr(reference, "shape") and hasattr(reference, "dtype")
 
 
 def load(
@@ -207,9 +285,8 @@ def load(
     live under, used with allow_url only. Raises MediaError for a missing or damaged one.
     """
     if isinstance(reference, Mapping):
-        if reference.get("array") is not None:
-            sound = np.asarray(reference["array"], dtype=np.float32)
-            return resample(sound, int(reference.get("sampling_rate") or rate), rate)
+        if kind == "audio" and reference.get("array") is not None:
+            return _given_sound(reference["array"], reference.get("sampling_rate"), rate)
         reference = next((reference[k] for k in ("bytes", "path", "url", "data") if reference.get(k)), None)
     if isinstance(reference, Image.Image):
         return reference.convert("RGB")
@@ -219,8 +296,10 @@ def load(
         data, name = reference, f"{kind} given as bytes"
     elif reference is None:
         raise MediaError(f"an {kind} entry is empty")
+    elif _decoded(reference):
+        return reference
     else:
-        return reference  # decoded already: an array, a tensor or a list of frames
+        raise MediaError(f"an {kind} entry is no path, no URL and no decoded {kind}: {str(reference)[:80]!r}")
     if len(data) > BYTES[kind]:
         raise MediaError(f"{name} is larger than {BYTES[kind] >> 20} MiB")
     return READERS[kind](data, name, rate)

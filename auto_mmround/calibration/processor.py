@@ -29,9 +29,12 @@ from auto_mmround.calibration.template import (
     without_last_answer,
 )
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import TooLong, one_line, time_limit
 
 SHELF = "auto_mmround.processors"
 GROUP = "auto_mmround.processors"
+CHAT_SECONDS = 10.0
+CHAT_LETTERS = 20_000_000
 
 
 class Processor(Protocol):
@@ -129,12 +132,29 @@ def chat_owner(tokenizer: Any, processor: Any) -> Any:
     return next((each for each in (processor, tokenizer) if getattr(each, "chat_template", None)), None)
 
 
+def _written(owner: Any, chat: Sequence[Any], **options: Any) -> str:
+    """A conversation as the model's chat template writes it. Transformers runs it in Jinja's sandbox.
+
+    Raises TemplateError also where the template fails in another way, takes too long, or writes too much.
+    """
+    try:
+        with time_limit(CHAT_SECONDS):
+            text = str(owner.apply_chat_template(chat, tokenize=False, **options))
+    except TooLong:
+        raise TemplateError(f"the chat template takes more than {CHAT_SECONDS:.0f} seconds") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
+        raise TemplateError(f"the chat template fails: {one_line(str(error))[:300]}") from error
+    if len(text) > CHAT_LETTERS:
+        raise TemplateError(f"the chat template writes more than {CHAT_LETTERS:,} letters")
+    return text
+
+
 def _takes_parts(owner: Any) -> bool:
     """Whether the chat template reads content lists: asked by writing one."""
     try:
         chat = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
-        text = owner.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError):
+        text = _written(owner, chat)
+    except TemplateError:
         return False
     return "probe" in text and "'type'" not in text
 
@@ -161,7 +181,7 @@ def render(
     ]
 
     def write(count: int, opening: bool) -> str:
-        return str(owner.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=opening))
+        return _written(owner, chat[:count], add_generation_prompt=opening)
 
     text = write(len(chat), prompt)
     answers: list[tuple[int, int]] = []

@@ -145,16 +145,26 @@ def _placed(messages: list[Message], media: Mapping[str, list[Any]], label: str)
 
 def _tokens(row: Mapping[str, Any], label: str) -> Sample:
     """A row of token ids (padding left out) or, with more in it, ready inputs of the model."""
-    ids = torch.as_tensor(np.asarray(row["input_ids"]), dtype=torch.long)
+    ids = _integers(row["input_ids"], "input_ids", label)
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
         raise BadSample("form", f"sample {label}: input_ids have the shape {tuple(ids.shape)}, not (T,) or (1, T)")
     flat = ids.reshape(-1)
     if set(row) <= TEXT_KEYS:
         mask = row.get("attention_mask")
         if mask is not None:
-            flat = flat[torch.as_tensor(np.asarray(mask)).reshape(-1).bool()]
+            mask_T = _integers(mask, "attention_mask", label).reshape(-1)
+            if len(mask_T) != len(flat):
+                raise BadSample("form", f"sample {label}: {len(flat)} input_ids, {len(mask_T)} in the attention_mask")
+            flat = flat[mask_T.bool()]
         return Sample(label, input_ids=flat)
     return Sample(label, inputs={**row, "input_ids": flat[None]})
+
+
+def _integers(values: Any, key: str, label: str) -> Tensor:
+    try:
+        return torch.as_tensor(np.asarray(values), dtype=torch.long)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise BadSample("form", f"sample {label}: {key} holds no list of integers") from error
 
 
 def split_batch(item: Any) -> Iterator[Any]:

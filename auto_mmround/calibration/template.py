@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import parse_json, read_text
 
 log = logging.getLogger("auto_mmround")
 
@@ -24,6 +25,7 @@ ROLES = {"human": "user", "gpt": "assistant", "tool": "observation"} | {
     role: role for role in ("user", "assistant", "system", "function", "observation")
 }
 CONTENT = "{{content}}"
+TEMPLATE_BYTES = 1 << 20
 
 
 class Message(NamedTuple):
@@ -193,13 +195,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def read_template(path: Path) -> Template:
     """A template file of the user's. Raises UserError when it can't be read or is no valid template."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"template {path} can't be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"template {path} is not valid JSON: {error}") from error
-    return parse_template(data, f"template {path}")
+    where = f"template {path}"
+    return parse_template(parse_json(read_text(path, where, TEMPLATE_BYTES), where), where)
 
 
 def shipped() -> dict[str, Template]:

@@ -40,7 +40,7 @@ def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
         config.quantization_config = {**quantization, **backend, **request.get("quantization", {})}
     dtype = getattr(torch, LOAD_DTYPE.get(method, request["dtype"]))
     model, info = getattr(transformers, request["class"]).from_pretrained(
-        request["model"], config=config, dtype=dtype, device_map="cpu", output_loading_info=True
+        request["model"], config=config, dtype=dtype, device_map="cpu", output_loading_info=True, use_safetensors=True
     )
     return model.eval(), info, method
 

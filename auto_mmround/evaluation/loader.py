@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from auto_mmround.export.checkpoint import Checkpoint, dequantized_state_dict, r
 from auto_mmround.model.experts import restacked
 from auto_mmround.model.loading import (
     DTYPES,
+    NONSENSE,
     Loaded,
     load,
     load_processor,
@@ -27,6 +27,7 @@ from auto_mmround.model.loading import (
 from auto_mmround.numerics.float_grids import quantize_tokens_e4m3
 from auto_mmround.numerics.grids import quantize_tokens
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.untrusted import one_line
 
 
 def from_quantized(
@@ -48,10 +49,14 @@ def from_quantized(
     config.quantization_config = None
     del config.quantization_config
     wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
-    state = _as_the_model_keeps_them(folder, config, dict(dequantized_state_dict(folder, wanted)))
-    model, info = model_class(config, folder).from_pretrained(
-        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=remote_code
-    )
+    decoded = dict(dequantized_state_dict(folder, wanted))
+    try:
+        state = _as_the_model_keeps_them(skeleton(config, folder, remote_code), folder, decoded)
+        model, info = model_class(config, folder, remote_code).from_pretrained(
+            None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=remote_code
+        )
+    except NONSENSE as error:
+        raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
@@ -64,9 +69,8 @@ def from_quantized(
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
 
 
-def _as_the_model_keeps_them(folder: Path, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_the_model_keeps_them(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Packed weights are (out, in), GPT-2's Conv1D keeps them the other way round; some families stack experts."""
-    model = skeleton(config, folder)
     state = restacked(model, state)
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     if turned:

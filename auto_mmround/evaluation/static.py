@@ -5,6 +5,7 @@ be a habit of the tool that wrote the files.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from auto_mmround.evaluation import names
 from auto_mmround.evaluation.subject import Finding, Stored, Subject, read_json, read_subject
 from auto_mmround.evaluation.values import check_codes, check_decoded, check_plain_values, scheme, source_files
 from auto_mmround.export.checkpoint import is_side_file
-from auto_mmround.export.formats import Format, resolve
+from auto_mmround.export.formats import PATTERN_SECONDS, Format, resolve
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
+from auto_mmround.untrusted import TooLong, time_limit
 
 DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64", torch.uint32: "U32",
           torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # fmt: skip
@@ -141,7 +143,14 @@ def check_names(s: Subject) -> Iterator[Finding]:
             frozenset(name for name, stored in spelled.items() if stored in s.packed),
             (lambda name: names.vllm_rename(model_type, name)) if engine == "vLLM" else str,
         )
-        yield from _compare_names(s, engine, spelled, reader(question))
+        try:
+            with time_limit(PATTERN_SECONDS):
+                answer = reader(question)
+        except (TooLong, re.error) as error:
+            text = f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"
+            yield Finding("error", "quantization_config", text)
+            continue
+        yield from _compare_names(s, engine, spelled, answer)
 
 
 def _compare_names(
@@ -174,9 +183,14 @@ def check_entries(s: Subject) -> Iterator[Finding]:
     model_type = str(s.config.get("model_type"))
     known = {n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)}
     known |= {names.vllm_module(model_type, name) for name in known}
-    for entry in names.entries(s.quantization):
-        if not names.names_something(entry, known):
-            yield Finding(s.hygiene, f"quantization_config: {entry}", "fits no layer of the model in any spelling")
+    try:
+        with time_limit(PATTERN_SECONDS):
+            idle = [entry for entry in names.entries(s.quantization) if not names.names_something(entry, known)]
+    except TooLong:
+        yield Finding("error", "quantization_config", "its patterns take too long to match")
+        return
+    for entry in idle:
+        yield Finding(s.hygiene, f"quantization_config: {entry}", "fits no layer of the model in any spelling")
 
 
 def check_copies(s: Subject) -> Iterator[Finding]:
@@ -237,9 +251,10 @@ def _has_template(folder: Path) -> bool:
 
 def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterator[Finding]:
     """Python files named in `auto_map` ("module.Class"; with "repo--" before it the code lies elsewhere)."""
-    for value in (content.get("auto_map") or {}).values():
+    table = content.get("auto_map")
+    for value in table.values() if isinstance(table, dict) else ():
         for reference in value if isinstance(value, list) else [value]:
-            if reference and "--" not in reference and f"{reference.split('.')[0]}.py" not in there:
+            if isinstance(reference, str) and "--" not in reference and f"{reference.split('.')[0]}.py" not in there:
                 yield Finding("error", f"{reference.split('.')[0]}.py", f"is missing: {file} names it in auto_map")
 
 

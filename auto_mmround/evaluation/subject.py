@@ -3,9 +3,8 @@
 Reading never raises for what is wrong with the folder: it notes a finding and goes on with what is left.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import formats
+from auto_mmround.export import config_check, formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.loading import loaded_names, read_config, skeleton
 from auto_mmround.model.structure import linears
+from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
 
-INDEX = "model.safetensors.index.json"
+CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
 # Keys without which readers guess, and guess differently.
 REQUIRED = {
     "auto-round": ("bits", "group_size", "sym", "packing_format"),
@@ -42,7 +43,7 @@ class Finding:
 
     def line(self) -> str:
         """One line for people."""
-        return f"{self.severity}: {self.where}: {self.message}"
+        return one_line(f"{self.severity}: {self.where}: {self.message}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Skeleton:
 class Subject:
     """tensors: by name; a name that lies in several files counts for the first. packed: modules with a packed weight,
     by checkpoint name. fmt: None for a plain or unreadable format. journal: `run.json`, empty for other tools' files.
-    source: the folder of the model before quantization. findings: what reading itself ran into."""
+    source: the folder of the model before quantization. schemes: of the packed modules that the configuration has one
+    for. findings: what reading itself ran into."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -91,6 +93,7 @@ class Subject:
     skeleton: Skeleton | None
     journal: Mapping[str, Any]
     source: Path | None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -130,28 +133,57 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     config = read_json(folder / "config.json", findings) or {}
     index = read_json(folder / INDEX, findings) if (folder / INDEX).is_file() else None
     weight_map = index.get("weight_map", {}) if index is not None else None
+    if weight_map is not None and (wrong := index_problem(weight_map)):
+        findings.append(Finding("error", INDEX, wrong))
+        weight_map = None
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
+    if config_check.problem(quantization):
+        quantization = None  # a finding of its own by now; nothing else may lean on it
     whole = fmt is not None and fmt.write is not None
     tensors = {} if whole else _headers(folder, weight_map, findings)
     mark = f".{fmt.parts[0]}" if fmt else None
     packed = frozenset(name.removesuffix(mark) for name in tensors if mark and name.endswith(mark))
-    journal = read_json(folder / "run.json", findings) if (folder / "run.json").is_file() else None
+    journal = _journal(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
     skeleton = _skeleton(folder, keys, findings, remote_code) if config and not whole else None
-    return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal or {}, source, findings)
+    schemes = _schemes(quantization, packed, findings) if fmt is not None and quantization is not None else {}
+    return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal, source, schemes, findings)
+
+
+def _schemes(quantization: Mapping[str, Any], packed: Iterable[str], findings: list[Finding]) -> dict[str, Scheme]:
+    try:
+        return formats.schemes_of(quantization, packed)
+    except UserError as error:
+        findings.append(Finding("error", "quantization_config", str(error)))
+        return {}
+
+
+def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
+    """`run.json`, if it has the form that a run gives it; empty without one."""
+    found = read_json(path, findings) if path.is_file() else None
+    texts = found is None or all(isinstance(name, str) for name in found.get("files") or ())
+    sums = found is None or all(isinstance(s, str) for s in _values(found.get("tensors")))
+    codes = found is None or all(isinstance(c, dict) and c.keys() >= CODES_RECORD for c in _values(found.get("codes")))
+    if texts and sums and codes:
+        return found or {}
+    findings.append(Finding("error", path.name, "has not the form that a run writes"))
+    return {}
+
+
+def _values(table: Any) -> list[Any]:
+    """Of a table; of anything else one that nothing takes."""
+    return list(table.values()) if isinstance(table, dict) else [None] if table else []
 
 
 def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
     """A JSON object, or None and a finding."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        findings.append(Finding("error", path.name, "is missing"))
-        return None
-    except (OSError, ValueError) as error:
-        findings.append(Finding("error", path.name, f"is not valid JSON ({error})"))
+        value = parse_json(read_text(path, path.name), path.name)
+    except UserError as error:
+        text = "is missing" if not path.is_file() else str(error).removeprefix(f"{path.name} ")
+        findings.append(Finding("error", path.name, text))
         return None
     if not isinstance(value, dict):
         findings.append(Finding("error", path.name, "holds no JSON object"))
@@ -191,12 +223,15 @@ def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -
                     findings.append(Finding("error", name, f"lies in {tensors[name].file} and in {path.name}"))
                 else:
                     tensors[name] = Stored(path.name, header.get_dtype(), tuple(header.get_shape()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         findings.append(Finding("error", path.name, f"is damaged or cut off ({error})"))
 
 
 def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> Format | None:
     if quantization is None:
+        return None
+    if wrong := config_check.problem(quantization):
+        findings.append(Finding("error", "config.json", wrong))
         return None
     missing = [key for key in REQUIRED.get(str(quantization.get("quant_method")), ()) if key not in quantization]
     findings += [Finding("error", f"quantization_config.{key}", "is missing") for key in missing]
@@ -211,10 +246,10 @@ def _skeleton(folder: Path, keys: set[str], findings: list[Finding], remote_code
     """The model of the configuration without its weights (on the meta device), and how the keys fill it."""
     try:
         config = read_config(folder, remote_code)
-        model = skeleton(config, folder)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        model = skeleton(config, folder, remote_code)
+    except UserError as error:
         text = f"the model can't be built, so names and shapes are not checked ({' '.join(str(error).split())[:200]})"
-        findings.append(Finding("error" if isinstance(error, KeyError) else "warning", "config.json", text))
+        findings.append(Finding("error" if isinstance(error.__cause__, KeyError) else "warning", "config.json", text))
         return None
     names = loaded_names(model, sorted(keys))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

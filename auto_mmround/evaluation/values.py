@@ -13,8 +13,7 @@ from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.subject import Finding, Subject
-from auto_mmround.export.checkpoint import dequantized_state_dict
-from auto_mmround.export.formats import scheme_of
+from auto_mmround.export.checkpoint import CONTRADICTIONS, dequantized_state_dict
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.journal import checksum, codes_record
@@ -25,7 +24,7 @@ LEAST_CORRELATION = 0.5
 
 def scheme(s: Subject, module: str) -> Scheme | None:
     """The scheme of a packed module as the configuration has it; None where that can't be read."""
-    return scheme_of(s.quantization, module) if s.quantization is not None and s.fmt is not None else None
+    return s.schemes.get(module)
 
 
 def source_files(source: Path) -> dict[str, Path]:
@@ -70,7 +69,7 @@ def check_codes(s: Subject) -> Iterator[Finding]:
         tensors = dict(s.read(list(s.parts(module))))
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
-        except (ValueError, KeyError, RuntimeError) as error:
+        except CONTRADICTIONS as error:
             ordered = bool(s.quantization and s.quantization.get("desc_act")) and not s.journal
             severity = "warning" if ordered else "error"  # activation order is right, but not for our reader
             yield Finding(severity, module, f"can't be decoded: {' '.join(str(error).split())}")
@@ -96,7 +95,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
                 yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
             elif name in source and tensor.ndim == 2:
                 yield from _against_source(name, tensor, _one(source[name], name).float())
-    except (UserError, OSError, ValueError, KeyError) as error:
+    except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         yield Finding("error", "quantization_config", f"by it the files can't be decoded: {reason}")
         return

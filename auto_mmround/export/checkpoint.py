@@ -16,18 +16,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import formats
+from auto_mmround.export import config_check, formats
 from auto_mmround.numerics.grids import dequantize
+from auto_mmround.untrusted import read_object, weight_map
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
-    ".index.json", ".partial",
+    ".index.json", ".partial", ".pkl", ".pickle", ".joblib",
 )  # fmt: skip
 # Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights.
 _OWN_FILES = (
     "config.json", "quantization_config.json", "quantize_config.json",
     "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
 )  # fmt: skip
+
+
+# What unpacking raises for tensors that aren't what their configuration says.
+CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
@@ -37,7 +42,7 @@ def begin(out: Path, overwrite: bool = False) -> Path:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not overwrite:
-            raise UserError(f"the output folder {out} is not empty: choose another or allow overwriting")
+            raise UserError(f"the output folder {out} is not empty: choose another, or --overwrite replaces it")
         if not (out / "config.json").is_file():
             raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
     partial = out.with_name(out.name + ".partial")
@@ -123,6 +128,9 @@ def write_side_files(
     """
     if source is not None:
         chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
+        strays = [path for path in chosen if not _belongs(path, source)]
+        if strays:
+            raise UserError(f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied")
         for path in chosen:
             target = out / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,24 +175,24 @@ class Checkpoint:
                 shard = self.files[name]
                 if shard not in opened:
                     opened[shard] = stack.enter_context(_open(self.folder / shard))
-                yield name, opened[shard].get_tensor(name)
+                try:
+                    yield name, opened[shard].get_tensor(name)
+                except (SafetensorError, OSError, KeyError) as error:
+                    raise UserError(f"{self.folder / shard}: {name} cannot be read ({error})") from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Configuration and tensor names of a checkpoint folder. Raises UserError if it is none."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
-    config = _read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     quantization = config.get("quantization_config")
+    if quantization is not None and (wrong := config_check.problem(quantization)):
+        raise UserError(f"{folder / 'config.json'}: {wrong}")
     if quantization is not None and _reader(quantization) is not None:
         return Checkpoint(folder, config, quantization, {})
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = _read_json(index).get("weight_map", {})
-        strays = [shard for shard in set(files.values()) if Path(shard).name != shard or not (folder / shard).is_file()]
-        if strays:
-            raise UserError(f"{index} names {sorted(strays)[0]}, which is not in the folder: copy the folder again")
-    else:
+    files = weight_map(folder)
+    if files is None:
         if not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
         with _open(folder / "model.safetensors") as handle:
@@ -213,6 +221,7 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     fmt = formats.from_config(quantization) if quantization is not None else None
     first = f".{fmt.parts[0]}" if fmt else ""
     packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
+    schemes = formats.schemes_of(quantization, packed) if quantization is not None else {}
     for name in checkpoint.files:
         module, _, part = name.rpartition(".")
         if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
@@ -221,8 +230,10 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
         elif part == fmt.parts[0]:
             parts = dict(checkpoint.tensors([n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]))
             try:
-                codes = fmt.unpack(module, parts, formats.scheme_of(quantization, module))
-            except (ValueError, KeyError) as error:
+                if module not in schemes:
+                    formats.scheme_of(quantization, module)  # says why
+                codes = fmt.unpack(module, parts, schemes[module])
+            except CONTRADICTIONS as error:
                 raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
             yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
 
@@ -232,6 +243,13 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error
+
+
+def _belongs(path: Path, source: Path) -> bool:
+    """Whether a file lies in the model's folder; the hub's cache keeps it beside the folder and links to it."""
+    home = source.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    return path.resolve().is_relative_to(home)
 
 
 def is_side_file(path: Path, source: Path) -> bool:
@@ -264,13 +282,6 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         separate[name] = tensor
     return separate
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

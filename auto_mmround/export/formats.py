@@ -3,12 +3,24 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round, compressed_tensors, fake, gguf, mlx, openvino
+from auto_mmround.export import (
+    auto_awq,
+    auto_gptq,
+    auto_round,
+    compressed_tensors,
+    config_check,
+    fake,
+    gguf,
+    mlx,
+    openvino,
+)
 from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.untrusted import TooLong, time_limit
 
 __all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scale_bits", "scheme_of"]
 
@@ -29,6 +41,9 @@ FORMATS: dict[str, Format] = {
         *gguf.FORMATS,
     )
 }
+
+
+PATTERN_SECONDS = 30.0
 
 
 def get(name: str) -> Format:
@@ -84,6 +99,8 @@ _BY_METHOD = {
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
     """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we cannot read."""
+    if wrong := config_check.problem(quantization_config):
+        raise UserError(wrong)
     method = quantization_config.get("quant_method", quantization_config.get("mode"))  # MLX names a mode only
     packing = quantization_config.get("packing_format", "auto_round:auto_gptq")
     name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
@@ -103,8 +120,24 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     }
     extra = quantization_config.get("extra_config") or {}
     dynamic = quantization_config.get("dynamic") or {}
-    rules = [keys[name] for keys in (extra, quantization_config) if name in keys]
+    rules = [keys[name] for keys in (extra, quantization_config) if isinstance(keys.get(name), Mapping)]
     rules += [keys for pattern, keys in extra.items() if "*" in pattern and re.search(pattern, name)]
     rules += [keys for rule, keys in dynamic.items() if rule[:2] == "+:" and re.match(rule[2:], name)]
     found = rules[0] if rules else {}
     return Scheme(**{key: found.get(key, value) for key, value in base.items()})
+
+
+def schemes_of(quantization_config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """`scheme_of` for each name; those that the configuration has none for are left out.
+
+    Raises UserError for patterns that take so long that they must be made for it.
+    """
+    found = {}
+    try:
+        with time_limit(PATTERN_SECONDS):
+            for name in names:
+                with suppress(UserError, KeyError):
+                    found[name] = scheme_of(quantization_config, name)
+    except TooLong:
+        raise UserError("quantization_config: its patterns take too long to match") from None
+    return found

@@ -115,7 +115,10 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> None:
 def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
     if "files" not in raw["quantization_config"]:
         raise UserError(f"{folder}: quantization_config names no GGUF files")
-    return raw["quantization_config"]["files"]
+    files = raw["quantization_config"]["files"]
+    if not isinstance(files, list) or not all(isinstance(f, str) and Path(f).name == f for f in files):
+        raise UserError(f"{folder}: quantization_config names files that are not in the folder: {str(files)[:200]}")
+    return files
 
 
 def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

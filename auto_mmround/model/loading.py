@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,11 +16,19 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import one_line, read_object, weight_map
 
 DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
+# Configuration keys that say how many modules are built one by one, and the most that is believed.
+DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths", "encoder_layers",
+          "decoder_layers", "num_hidden_groups", "vision_depth", "num_nextn_predict_layers"}  # fmt: skip
+DEEPEST = 1000
+# What Transformers raises for a configuration that makes no sense to it.
+NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError,
+            MemoryError, AssertionError, StrictDataclassError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ def find_folder(name: str, offline: bool = False) -> Path:
         raise UserError(f"model {name}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model {name}: the folder has no .safetensors weights; other weight files are not read")
+    weight_map(folder)
     return folder
 
 
@@ -84,18 +93,18 @@ def load(
     config = read_config(folder, remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name} is quantized already; give the original weights")
-    cls = model_class(config, folder)
+    cls = model_class(config, folder, remote_code)
     try:
         model, info = cls.from_pretrained(
             folder,
             dtype=DTYPES[dtype] if dtype else "auto",
             device_map=device_map,
-            trust_remote_code=remote_code,
             output_loading_info=True,
             use_safetensors=True,
+            **_trust(remote_code),
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"model {name} can't be loaded: {' '.join(str(error).split())[:400]}") from None
+    except (*NONSENSE, SafetensorError) as error:
+        raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
     if absent:
         raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
@@ -107,47 +116,85 @@ def load(
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder)
 
 
+def _trust(remote_code: bool) -> dict[str, bool]:
+    """How Transformers reads a folder that is there already: nothing from the network, save code that it may run."""
+    return {"trust_remote_code": remote_code, "local_files_only": not remote_code}
+
+
 def read_config(folder: Path, remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder; UserError if it needs code that is not allowed to run."""
+    """The configuration of a checkpoint folder; UserError if it makes no sense, or needs code that may not run."""
+    path = folder / "config.json"
+    deep = _too_deep(read_object(path))
+    if deep:
+        raise UserError(f"{path}: {deep}, which no model has")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {folder}: {' '.join(str(error).split())[:300]}") from None
+        return AutoConfig.from_pretrained(folder, **_trust(remote_code))
+    except NONSENSE as error:
+        raise UserError(f"model {folder}: {one_line(str(error))[:300]}") from None
 
 
-def model_class(config: Any, folder: Path) -> Any:
-    """The class that the configuration names: of Transformers, else of the Python code in the model's folder.
+def _too_deep(config: Any) -> str | None:
+    """The first key of DEPTHS, at any place, beyond DEEPEST: building such a model would never end."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        numbers = value if isinstance(value, list) else [value]
+        if key in DEPTHS and any(isinstance(n, int | float) and n > DEEPEST for n in numbers):
+            return f"{key} = {str(value)[:80]}"
+        if found := _too_deep(value):
+            return found
+    return None
 
-    To be called with a configuration of `read_config`, which has refused code that is not allowed to run.
+
+def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
+    """The class that the configuration names: of Transformers, else, if it may run, of the code in the model's folder.
+
+    Raises UserError for a name that is no model class, and for code that is not allowed to run.
     """
-    for architecture in config.architectures or ():
-        if hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
+    architectures = [name for name in config.architectures or () if isinstance(name, str)]
+    for architecture in architectures:
+        cls = getattr(transformers, architecture, None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return cls
     remote = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
         if name in remote:
+            # Transformers asks for permission only where the configuration's own class is remote too.
+            if not remote_code:
+                raise UserError(f"model {folder} needs Python code that comes with it: --trust_remote_code runs it")
             return get_class_from_dynamic_module(remote[name], folder)
-    raise UserError(f"architecture {config.architectures}: unknown to transformers {transformers.__version__}")
+    raise UserError(f"architecture {architectures}: unknown to transformers {transformers.__version__}")
 
 
-def skeleton(config: Any, folder: Path) -> PreTrainedModel:
-    """The model of a configuration without any memory for its weights."""
-    with torch.device("meta"):
-        return model_class(config, folder)(config)
+def skeleton(config: Any, folder: Path, remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration without any memory for its weights. Raises UserError where none can be built."""
+    cls = model_class(config, folder, remote_code)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except NONSENSE as error:
+        reason = one_line(str(error))[:300]
+        raise UserError(f"model {folder}: no model can be built from its config.json: {reason}") from error
 
 
 def load_processor(folder: Path, remote_code: bool = False) -> Any:
-    """The processor of a multimodal folder, None where there is none."""
+    """The processor of a multimodal folder, None where there is none. Raises UserError for one that can't be read."""
     if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return None
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **_trust(remote_code))
+    except NONSENSE as error:
+        raise UserError(f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}") from None
     return processor if hasattr(processor, "tokenizer") else None
 
 
 def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> Any:
-    """The processor's tokenizer, or the folder's own."""
+    """The processor's tokenizer, or the folder's own. Raises UserError for one that can't be read."""
     found = getattr(processor, "tokenizer", None)
-    return found or AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    if found:
+        return found
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_trust(remote_code))
+    except NONSENSE as error:
+        raise UserError(f"model {folder}: its tokenizer can't be read: {one_line(str(error))[:300]}") from None
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

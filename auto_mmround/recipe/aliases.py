@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection
+from types import NoneType
 from typing import Any
 
 from auto_mmround.errors import UserError
@@ -33,13 +34,13 @@ def resolve(values: dict[str, Any], where: str, known: Collection[str]) -> dict[
     for key, value in values.items():
         name = ALIASES.get(key, key)
         if name not in known and name != "scheme":
-            near = difflib.get_close_matches(key, [*known, *ALIASES, "scheme"], n=1)
+            near = difflib.get_close_matches(str(key), [*known, *ALIASES, "scheme"], n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
         if name in resolved:
             raise UserError(f"{where}: {key} and {name} are the same key; give one of them")
         meant = VALUES.get(name, {})
-        resolved[name] = meant.get(value, value) if not isinstance(value, (list, dict)) else value
+        resolved[name] = meant.get(value, value) if isinstance(value, (str, NoneType)) else value
     if "scheme" in resolved:
         resolved = {**preset(resolved.pop("scheme"), where), **resolved}
     return resolved

@@ -72,9 +72,9 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value or {}
 
 
-def _known(key: str, table: dict[str, Any], where: str, what: str) -> Any:
+def _known(key: Any, table: dict[str, Any], where: str, what: str) -> Any:
     if key not in table:
-        near = difflib.get_close_matches(key, table, n=1, cutoff=0.7)
+        near = difflib.get_close_matches(str(key), table, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(table)}"
         raise UserError(f"{where}: unknown {what} {key!r}; {hint}")
     return table[key]
@@ -98,7 +98,14 @@ def _as(name: str) -> Take:
 
 
 def _patterns(name: str) -> Take:
-    return lambda value, where: {} if value is None else {name: [value] if isinstance(value, str) else value}
+    return lambda value, where: {} if value is None else {name: _texts(value, f"{where}: {name}")}
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise UserError(f"{where}: expected a name or a list of names, found {str(value)[:80]!r}")
+    return found
 
 
 def _only(*allowed: Any) -> Take:
@@ -128,9 +135,11 @@ def _scheme(value: Any, where: str) -> Values:
 def _mappings(value: Any, where: str) -> Values:
     """Pairs [readers, source], or tables with smooth_layer and balance_layers."""
     pairs = []
-    for item in value or []:
-        pair = [item.get("balance_layers"), item.get("smooth_layer")] if isinstance(item, dict) else list(item)
-        pairs.append([[pair[0]] if isinstance(pair[0], str) else pair[0], *pair[1:]])
+    for item in value if isinstance(value, list) else [value] if value else []:
+        pair = [item.get("balance_layers"), item.get("smooth_layer")] if isinstance(item, dict) else item
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise UserError(f"{where}: mappings: expected pairs of readers and their source, found {str(item)[:80]!r}")
+        pairs.append([_texts(pair[0], f"{where}: mappings"), pair[1]])
     return {"mappings": pairs} if pairs else {}
 
 

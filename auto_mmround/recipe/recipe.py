@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 import types
@@ -15,6 +16,7 @@ import yaml
 from auto_mmround.errors import UserError
 from auto_mmround.recipe import aliases, llm_compressor
 from auto_mmround.recipe.schemes import FLOATS, Scheme
+from auto_mmround.untrusted import TooLong, one_line, read_text, time_limit
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
 ORDERS = ("none", "weight", "group")
@@ -26,6 +28,12 @@ STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn"
 # The same of `auto` by preset; docs/tuner.md has the table of time and damage.
 PRESETS = {"light": (8, 0.03), "default": STEPS["auto"], "best": (60, 0.01)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
+RECIPE_BYTES = 1 << 20
+RECIPE_VALUES = 100_000
+RECIPE_SECONDS = 5.0
+PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": yaml.safe_load}
+# TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is none.
+MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 # Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never swallowed.
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -131,6 +139,14 @@ class Recipe:
             _require(_all_strings(getattr(self, name) or []), f"{name}: a list of names or re: patterns")
         shaped = all(len(pair) == 2 and _all_strings([*pair[0], pair[1]]) for pair in _mapping_pairs(self.mappings))
         _require(shaped, 'mappings: each is [["re:.*q_proj", ..], "re:.*input_layernorm"], readers before their source')
+        patterns = [
+            *self.kept_patterns,
+            *(self.targets or []),
+            *(self.sequential_targets or []),
+            *(self.layer_config or {}),
+        ]
+        for pattern in [*patterns, *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]])]:
+            _require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
         for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
@@ -228,7 +244,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(option) or option for option in options)
     if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
-        return float(value)
+        value = float(value) if abs(value) < 2**53 else math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"recipe: {name} = {value} is no finite number")
     if (isinstance(value, bool) and bool not in plain) or not isinstance(value, plain):
         expected = " or ".join("nothing" if p is type(None) else p.__name__ for p in plain)
         raise UserError(f"recipe: {name} = {value!r} is a {type(value).__name__}, expected {expected}")
@@ -249,15 +267,18 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"recipe file {path} does not exist")
+    parse = PARSERS.get(path.suffix)
+    if parse is None:
+        raise UserError(f"recipe file {path}: the name must end in {', '.join(PARSERS)}")
+    text = read_text(path, f"recipe file {path}", RECIPE_BYTES)
     try:
-        if path.suffix == ".toml":
-            tree = tomllib.loads(path.read_text())
-        elif path.suffix in (".yaml", ".yml", ".json"):
-            tree = yaml.safe_load(path.read_text())
-        else:
-            raise UserError(f"recipe file {path}: the name must end in .toml, .yaml, .yml or .json")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe file {path}: {' '.join(str(error).split())}") from None
+        with time_limit(RECIPE_SECONDS):
+            tree = parse(text)
+    except TooLong:
+        raise UserError(f"recipe file {path}: reading it takes more than {RECIPE_SECONDS:.0f} seconds") from None
+    except (*MISREAD, RecursionError) as error:
+        raise UserError(f"recipe file {path}: {one_line(str(error))[:400] or 'is nested too deep'}") from None
+    _require(_small(tree), f"{path} holds more than {RECIPE_VALUES:,} values (a YAML alias counts as what it repeats)")
     if not isinstance(tree, dict):
         raise UserError(f"recipe file {path}: expected keys and values")
     if llm_compressor.is_recipe(tree):
@@ -266,6 +287,15 @@ def read(path: str | Path) -> dict[str, Any]:
     for key, value in tree.items():
         flat |= value if isinstance(value, dict) and key != "layer_config" else {key: value}
     return flat
+
+
+def _small(tree: Any) -> bool:
+    """Whether a tree, its repeated parts counted each time, has no more than RECIPE_VALUES values."""
+    left, count = [tree], 0
+    while left and count <= RECIPE_VALUES:
+        value, count = left.pop(), count + 1
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return count <= RECIPE_VALUES
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -283,6 +313,14 @@ def _literal(value: Any) -> str:
     # A JSON string is a TOML basic string; repr gives shortest floats, which TOML reads except for "1e-05"-like ones
     # without a point, and those it reads too.
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def is_pattern(pattern: str) -> bool:
+    """Whether `matches` can take it."""
+    try:
+        return not pattern.startswith("re:") or bool(re.compile(pattern[3:]))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -1,0 +1,115 @@
+"""What others wrote, read with bounds: text, JSON, the names of weight files. One line for whatever is wrong."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from auto_mmround.errors import UserError
+
+SETTINGS_BYTES = 64 << 20  # configurations, indexes, templates, recipes; a large tokenizer.json has 35 MB
+DATASET_BYTES = 4 << 30
+LINE = 2000  # characters of a message for the terminal
+INDEX = "model.safetensors.index.json"
+
+
+def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
+    """A UTF-8 file of at most `limit` bytes. Raises UserError, which opens with `what`, for any other."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise UserError(f"{what} is larger than {limit >> 20} MiB")
+        return data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} can't be read: {error}") from None
+
+
+def parse_json(text: str, what: str) -> Any:
+    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python takes."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{what} is not valid JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{what} is not valid JSON for us: it is nested too deep") from None
+
+
+def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError for any other."""
+    what = what or str(path)
+    value = parse_json(read_text(path, what), what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is not valid JSON for us: it holds no object")
+    return value
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file of a sharded checkpoint, None without an index.
+
+    Raises UserError for an index that names anything but safetensors files that lie in the folder.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    found = read_object(path).get("weight_map")
+    problem = index_problem(found)
+    if problem is None:
+        shards = sorted(set(found.values()))  # type: ignore[union-attr]
+        gone = [shard for shard in shards if not (folder / shard).is_file()]
+        problem = f"names {gone[0]!r}, which is not in the folder" if gone else None
+    if problem:
+        raise UserError(f"{path} {problem}: copy the folder again")
+    return found
+
+
+def index_problem(found: Any) -> str | None:
+    """What is wrong with an index's `weight_map` by itself: its form, or a file that can't be one of the folder."""
+    if not isinstance(found, Mapping):
+        return "holds no weight_map"
+    for name, shard in found.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain(shard):
+            return f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of the folder"
+    return None
+
+
+def _plain(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name) < 256 and "\\" not in name
+
+
+def one_line(message: str) -> str:
+    """A message as the terminal may have it: one line, of bounded length, without control characters."""
+    text = " ".join(message[: 4 * LINE].split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= LINE else f"{text[:LINE]} .."
+
+
+class TooLong(Exception):
+    """Work on data of others took longer than it may."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TooLong in the body after so many seconds; in other threads than the main one it does nothing.
+
+    For what can be kept busy by data alone: chat templates, and patterns from a checkpoint's configuration.
+    """
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, before)
