@@ -25,7 +25,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, as_dtype, map_tensors
+from auto_mmround.model.chains import Chain, Kinds, as_dtype, map_tensors
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import ENOUGH, channel_fisher, spread
 from auto_mmround.model.pairs import shape_signature
@@ -91,7 +91,7 @@ class _Probe:
         self.model, self.recipe = self.job.loaded.model, self.job.recipe
         self.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         self.batches = [as_dtype(sample.kwargs, self.dtype) for sample in self.job.inputs]
-        self.kinds = [sample.modality_T for sample in self.job.inputs]
+        self.kinds = [Kinds(sample.modality_T, sample.tower_F) for sample in self.job.inputs]
 
     def precision(self) -> AbstractContextManager:
         return devices.autocast(self.model.device, self.dtype, self.recipe.amp)
@@ -147,7 +147,7 @@ class _Probe:
         layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
         moments = {}
         if recipe.closed_form:
-            with torch.no_grad(), collecting(layers, lambda: torch.ones(0)) as collected:
+            with torch.no_grad(), collecting(layers, lambda: [torch.ones(0)]) as collected:
                 started = self.clock()
                 chain.advanced([block], index, recipe.batch_size)
                 cost.moments = (self.clock() - started) / count
