@@ -1,69 +1,169 @@
-"""The pages' own snippets, run as written with only the names of models and datasets replaced."""
+"""Every block of code in README.md and docs/ runs as written, or says why not; see doc_blocks.py for how it is said.
 
+A page is a session: its blocks run in order, in one folder, in one Python. Commands that cannot run here (models of
+many gigabytes) are at least understood by our own argument parser.
+"""
+
+import ast
 import json
+import os
 import re
-import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
+import torch
+from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outside
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from auto_mmround import cli
+from auto_mmround import cli, console
 from auto_mmround.calibration.template import parse_template
-from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.evaluation.loader import load_any
+from auto_mmround.export import formats
+from auto_mmround.model.families import FAMILIES
 from auto_mmround.model.loading import DEMO
 
-ROOT = Path(__file__).parents[1]
-DATASET = str(DEMO.parent / "calibration" / "text.jsonl")
+CODES = {page: [block for block in blocks(page) if block.language in CODE] for page in PAGES}
+BLOCKS = [block for found in CODES.values() for block in found]
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def runs_here(block: Block, slow: bool) -> bool:
+    return bool(block.mark.run) and not block.mark.by and (slow or not block.mark.slow)
 
 
-def local(text: str) -> str:
-    return text.replace("Qwen/Qwen2-VL-2B-Instruct", str(DEMO)).replace("NeelNanda/pile-10k", DATASET)
+SESSIONS = [
+    pytest.param(page, slow, id=f"{page.relative_to(ROOT)}{'-slow' * slow}", marks=[pytest.mark.slow] * slow)
+    for slow in (False, True)
+    for page, found in CODES.items()
+    if any(runs_here(block, slow) and block.mark.slow == slow for block in found)
+]
 
 
-@pytest.mark.slow
-def test_api_snippet_as_written(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_every_block_says_whether_it_runs(block):
+    assert block.mark.run is not None, f"{block.place}: write `<!-- run -->` or `<!-- not run: why -->` above it"
+    assert block.mark.run or len(block.mark.reason) > 10
+    if block.mark.by:
+        page = block.place.partition(":")[0]
+        assert page in (ROOT / block.mark.by).read_text(), f"{block.mark.by} does not know {page}"
+
+
+def test_no_command_hides_outside_a_block():
+    for page in PAGES:
+        loose = LOOSE.search(outside(page))
+        assert loose is None, f"{page.name}: {loose[0].strip()} .. stands outside a fenced block"
+        for block in blocks(page):
+            named = block.language or not any(f"{name} " in block.code for name in OURS)
+            assert named, f"{block.place}: write ```bash"
+        languages = {block.language for block in blocks(page)}
+        assert not languages & {"sh", "shell", "console", "py"}, f"{page.name}: {languages}: write bash or python"
+
+
+def put(kind: str, path: Path) -> None:
+    """What a mark's `with KIND as PATH` asks for."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "demo":
+        shutil.copytree(DEMO, path)
+    elif kind == "quantized":
+        assert cli.main(["--model", "demo", "--iters", "0", "--output_dir", f"{path}.parent"]) == 0
+        (Path(f"{path}.parent") / "demo-w4g128-auto_round").rename(path)
+    elif kind == "words":
+        path.write_text("".join(json.dumps({"text": f"w{i} w{2 * i} " * 40}) + "\n" for i in range(16)))
+    elif (ROOT / kind).is_file():
+        shutil.copy(ROOT / kind, path)
+    elif kind.startswith("tiny "):
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = dict(bos_token="w1", eos_token="w2", pad_token="w0")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+        tiny_models.FAMILIES[kind.removeprefix("tiny ")].save(path, tokenizer)
+    else:
+        raise ValueError(kind)
+
+
+def command(words: list[str], place: str) -> int:
+    assert words[0] in OURS, f"{place}: {words[0]} cannot run here"
+    return cli.main(words[1:])
+
+
+@pytest.mark.parametrize(("page", "slow"), SESSIONS)
+def test_page(page, slow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks("docs/quickstart.md", "python")
-    exec(compile(local(snippet), "docs/quickstart.md", "exec"), {})
-    assert from_quantized(tmp_path / "tmp_autoround").model.config.model_type == "qwen2_vl"
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in CODES[page]:
+        if not runs_here(block, slow):
+            continue
+        for path, kind in block.mark.places.items():
+            put(kind, tmp_path / path)
+        if block.language == "python":
+            exec(compile(block.text(), block.place, "exec"), names)
+        else:
+            for words in block.commands():
+                assert command(words, block.place) == 0, f"{block.place}: {' '.join(words)}"
 
 
-def test_api_snippet_with_fewer_steps(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks("docs/quickstart.md", "python")
-    fast = local(snippet).replace("dataset=dataset)", "dataset=dataset, iters=1, nsamples=8, seqlen=64)")
-    assert "iters=1" in fast
-    exec(compile(fast, "docs/quickstart.md", "exec"), {})
-    assert from_quantized(tmp_path / "tmp_autoround").model.config.model_type == "qwen2_vl"
+@pytest.mark.parametrize("block", [b for b in BLOCKS if not b.mark.run], ids=lambda block: block.place)
+def test_what_is_not_run_is_understood(block, monkeypatch):
+    """Only the parser: what comes after it is left out."""
+    monkeypatch.chdir(ROOT)
+    if block.language == "python":
+        ast.parse(block.code, block.place)
+        return
+    for name in ("quantize_with_progress", "show_plan", "evaluate_and_show", "verify_and_show", "show_report"):
+        monkeypatch.setattr(console, name, lambda *args: 0)
+    for words in block.commands():
+        if words[0] in OURS:
+            assert command(words, block.place) == 0, f"{block.place}: {' '.join(words)}"
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md", "README.md"])
-def test_command_as_written(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (command,) = blocks(page, "bash")
-    program, *words = shlex.split(local(command).replace("\\\n", " "))
-    assert program == "auto-round-mllm"
-    extra = ["--iters", "1", "--nsamples", "8", "--seqlen", "64", "--dataset", DATASET]
-    assert cli.main([*words, *extra]) == 0
-    assert (tmp_path / "tmp_autoround" / "model-w4g128-auto_round" / "config.json").is_file()
-
-
-def test_template_and_processor_snippets(tmp_path):
-    (template,) = blocks("docs/calibration.md", "json")
-    assert parse_template(json.loads(template)).processor == "qwen2_vl"
-    (processor,) = blocks("docs/calibration.md", "python")
-    (tmp_path / "mine.py").write_text(processor)
-    (tmp_path / "mine.json").write_text(template)
-    command = ["--model", "demo", "--dataset", "demo-llava", "--iters", "1", "--nsamples", "8"]
-    command += ["--processor", str(tmp_path / "mine.py"), "--template", str(tmp_path / "mine.json")]
-    assert cli.main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+def test_template_and_processor_of_the_calibration_page(tmp_path):
+    found = {block.language: block.code for block in blocks(ROOT / "docs/calibration.md")}
+    assert parse_template(json.loads(found["json"])).processor == "qwen2_vl"
+    (tmp_path / "mine.py").write_text(found["python"])
+    (tmp_path / "mine.json").write_text(found["json"])
+    words = ["--model", "demo", "--dataset", "demo-llava", "--iters", "1", "--nsamples", "8"]
+    words += ["--processor", str(tmp_path / "mine.py"), "--template", str(tmp_path / "mine.json")]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
 
 
 def test_pages_link_to_files_that_exist():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", outside(page)):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_readme_counts_families_right():
+    assert f"{len(FAMILIES)} families are tested" in (ROOT / "README.md").read_text()
+
+
+def test_marks_are_understood_or_refused():
+    mark = Mark()
+    mark.read("slow; with tiny llava as a/b; quantize --iters 1; replace x y by z; by x.py")
+    assert mark.slow and mark.places == {"a/b": "tiny llava"} and mark.by == "x.py"
+    assert mark.added == {"quantize": ["--iters", "1"]} and mark.replaced == {"x y": "z"}
+    with pytest.raises(ValueError, match="unknown instruction"):
+        mark.read("fast")
+
+
+def test_the_format_of_the_new_format_page(tmp_path, monkeypatch):
+    """The file of docs/new-format.md, a row in the registry, and a run: what is read back is what `fake` holds."""
+    found = [block.code for block in blocks(ROOT / "docs/new-format.md") if block.language == "python"]
+    names: dict[str, object] = {"__name__": "nibbles"}
+    for code in found:
+        exec(code, names)
+    monkeypatch.setitem(formats.FORMATS, "nibbles", names["FORMAT"])
+    monkeypatch.setitem(formats._BY_METHOD, "nibbles", "nibbles")
+    out = tmp_path / "out"
+    assert cli.main(["--model", "demo", "--iters", "0", "--format", "nibbles,fake", "--output_dir", str(out)]) == 0
+    read, plain = (load_any(str(out / f"demo-w4g128-{name}")).model.state_dict() for name in ("nibbles", "fake"))
+    assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in plain)
