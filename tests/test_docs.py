@@ -78,6 +78,8 @@ def put(kind: str, path: Path) -> None:
         (Path(f"{path}.parent") / "demo-w4g128-auto_round").rename(path)
     elif kind == "words":
         path.write_text("".join(json.dumps({"text": f"w{i} w{2 * i} " * 40}) + "\n" for i in range(16)))
+    elif kind == "image":
+        shutil.copy(DEMO.parent / "heldout" / "images" / "0000.png", path)
     elif (ROOT / kind).is_file():
         shutil.copy(ROOT / kind, path)
     elif kind.startswith("tiny "):
