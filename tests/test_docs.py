@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import transformers
 from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outside
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +28,10 @@ from auto_mmround.model.loading import DEMO
 
 CODES = {page: [block for block in blocks(page) if block.language in CODE] for page in PAGES}
 BLOCKS = [block for found in CODES.values() for block in found]
+MEDIA = {  # what reads the media of tiny models, for its file; the pages calibrate these with text or not at all
+    "llava": "CLIPImageProcessor", "mllama": "MllamaImageProcessor", "whisper": "WhisperFeatureExtractor",
+    "qwen2_audio": "WhisperFeatureExtractor",
+}  # fmt: skip
 
 
 def runs_here(block: Block, slow: bool) -> bool:
@@ -87,7 +92,10 @@ def put(kind: str, path: Path) -> None:
         words.pre_tokenizer = pre_tokenizers.Whitespace()
         special = dict(bos_token="w1", eos_token="w2", pad_token="w0")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-        tiny_models.FAMILIES[kind.removeprefix("tiny ")].save(path, tokenizer)
+        name = kind.removeprefix("tiny ")
+        tiny_models.FAMILIES[name].save(path, tokenizer)
+        if name in MEDIA:
+            getattr(transformers, MEDIA[name])().save_pretrained(path)
     else:
         raise ValueError(kind)
 
