@@ -1,10 +1,11 @@
-"""What the site adds to docs/: the README as its first page, the measured results, and equations as MathML.
+"""What the site adds to docs/: the README as its first page, the notebook, the measured results, equations as MathML.
 
 MathML is made while building, so pages show equations without a script. In the repository, where the same files are
 read as they are, links go between folders; here they are turned into links between pages.
 """
 
 import html
+import json
 import os
 import posixpath
 import re
@@ -19,7 +20,11 @@ RESULTS = "bench/results/index.md"
 OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "bench/LOG.md": "bench/LOG.md"} | {
     f"bench/results/{path.name}": f"bench/results/{path.name}" for path in (ROOT / "bench" / "results").glob("*.md")
 }
-PLACES = {source: page for page, source in OUTSIDE.items()} | {"bench/results": RESULTS}
+NOTEBOOK = "notebook.md"
+PLACES = {source: page for page, source in OUTSIDE.items()} | {
+    "bench/results": RESULTS,
+    "docs/quickstart.ipynb": NOTEBOOK,
+}
 FENCES = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -49,11 +54,34 @@ def listing() -> str:
     return "\n".join(["# Measured", "", *lines, "- [Log of experiments, the failed ones too](../LOG.md)", ""])
 
 
+def notebook() -> str:
+    """The notebook as a page: its text, code, and what it printed and drew."""
+    parts = []
+    for cell in json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            picture = output.get("data", {}).get("image/png")
+            printed = "".join(output.get("text", ()))
+            parts.append(f"![](data:image/png;base64,{picture.strip()})" if picture else f"```text\n{printed}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def on_config(config: dict) -> dict:
+    """Pages that nobody has put into the navigation yet stand at its end."""
+    named = (ROOT / "mkdocs.yml").read_text()
+    pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    if rest := [page for page in pages if page not in named]:
+        config["nav"].append({"More": rest})
+    return config
+
+
 def on_files(files: Files, config: dict) -> Files:
     """Pages from outside docs/."""
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=os.fspath(ROOT / source)))
     files.append(File.generated(config, RESULTS, content=listing()))
+    files.append(File.generated(config, NOTEBOOK, content=notebook()))
     return files
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from auto_mmround import cli, console
 from auto_mmround.calibration.template import parse_template
+from auto_mmround.evaluation.engines import python_of
 from auto_mmround.evaluation.loader import load_any
 from auto_mmround.export import formats
 from auto_mmround.model.families import FAMILIES
@@ -177,3 +178,51 @@ def test_the_format_of_the_new_format_page(tmp_path, monkeypatch):
     assert cli.main(["--model", "demo", "--iters", "0", "--format", "nibbles,fake", "--output_dir", str(out)]) == 0
     read, plain = (load_any(str(out / f"demo-w4g128-{name}")).model.state_dict() for name in ("nibbles", "fake"))
     assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in plain)
+
+
+def test_the_readme_quotes_its_results():
+    readme = (ROOT / "README.md").read_text()
+    (file,) = re.findall(r"\[held-out data\]\((bench/results/\S+)\)", readme)
+    quoted = re.findall(r"^\| \d bits, .*$", readme, re.MULTILINE)
+    stored = {line.split("|")[1].strip(): line for line in (ROOT / file).read_text().splitlines() if "|" in line}
+    assert len(quoted) == 4
+    for line in quoted:
+        bits, how = re.match(r"\| (\d) bits, (.*?) \|", line).groups()
+        row = stored[f"W{bits} {how.replace('rounded', 'round')}"]
+        figures = re.findall(r"0\.\d{5}", line)
+        assert len(figures) == 2 and all(figure in row for figure in figures), line
+
+
+FAMILY_PAGES = {
+    page.stem: page.read_text() for page in (ROOT / "docs" / "families").glob("*.md") if page.stem != "index"
+}
+
+
+def says(page: str, engine: str) -> str:
+    """The last cell of an engine's row in a page's table."""
+    (row,) = [line for line in page.splitlines() if line.startswith("|") and engine in line.split("|")[1]]
+    return row.rstrip(" |").rpartition("|")[2].strip()
+
+
+@pytest.mark.parametrize("name", FAMILY_PAGES)
+def test_llamacpp_takes_what_the_page_says(name, tmp_path, capsys):
+    page = FAMILY_PAGES[name]
+    (kind,) = re.findall(r"<!-- page: with (demo|tiny \w+) as ", page)
+    put(kind, tmp_path / "model")
+    options = "--bits 4 --group_size 32 --iters 0 --format gguf:q4_0 --trust_remote_code --device cpu"
+    status = cli.main(["--model", str(tmp_path / "model"), *options.split(), "--output_dir", str(tmp_path / "out")])
+    assert status == (2 if says(page, "llama.cpp").startswith("no") else 0), capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY_PAGES)
+def test_vllm_lists_what_the_page_says(name):
+    packages = python_of("vllm", ROOT).parents[1] / "lib"
+    found = list(packages.glob("python*/site-packages/vllm/model_executor/models/registry.py"))
+    if not found:
+        pytest.skip("scripts/engines.sh vllm installs the engine")
+    listed, _, gone = found[0].read_text().partition("_PREVIOUSLY_SUPPORTED_MODELS")
+    said = says(FAMILY_PAGES[name], "vLLM")
+    classes = re.findall(r"`(\w+)`", said)
+    assert bool(classes) == said.startswith("listed")
+    assert all(f'"{each}"' in listed and f'"{each}"' not in gone for each in classes)
