@@ -69,9 +69,9 @@ def notebook() -> str:
 
 def on_config(config: dict) -> dict:
     """Pages that nobody has put into the navigation yet stand at its end."""
-    named = (ROOT / "mkdocs.yml").read_text()
-    pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
-    if rest := [page for page in pages if page not in named]:
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    if rest := sorted(pages - named):
         config["nav"].append({"More": rest})
     return config
 
