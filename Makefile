@@ -6,7 +6,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py llamacpp.py mlx.py openvino.py vllm.py)
 
-.PHONY: demo test test-all test-engines check bench bench-tuner bench-whisper bench-recapture fuzz clean
+.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -24,6 +24,10 @@ check: $(ENV)  ## style and types
 
 fuzz: $(ENV)  ## ten minutes of damaged files for every reader
 	$(BIN)/python scripts/fuzz.py --minutes 10
+
+docs: $(ENV)  ## figures, and the site in site/; every warning is an error
+	$(BIN)/python scripts/docs_figures.py
+	$(BIN)/python -m mkdocs build --strict
 
 bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 	$(BIN)/python scripts/demo.py --keep bench/results
@@ -44,7 +48,7 @@ test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests 
 $(ENV): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[auto-round,audio,video,gguf,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[auto-round,audio,video,gguf,dev,docs]"
 	touch $@
 
 $(GPTQMODEL): scripts/engines.sh $(ENV)
@@ -52,4 +56,4 @@ $(GPTQMODEL): scripts/engines.sh $(ENV)
 	touch $@
 
 clean:
-	rm -rf .venv .engines .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .engines .demo build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

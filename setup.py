@@ -47,6 +47,7 @@ setup(
         "lm-eval": ["lm-eval>=0.4.9"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
+        "docs": ["mkdocs-material>=9.7", "latex2mathml>=3.78", "nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.10"],
         "dev": [
             "compressed-tensors>=0.20",
             "jiwer>=4",

@@ -274,7 +274,7 @@ def test_a_family_that_nobody_knows(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "pairs.json").write_text(json.dumps([row | {"image": f"{i}.png"} for i, row in enumerate(rows)]))
     Tiny("my_family", "MyModel", {}, standin="standins.my_family").save(tmp_path / "my-model", tokenizer)
     monkeypatch.chdir(tmp_path)
-    command = next(line for line in page("docs/new-model.md").split("\n\n") if "--processor my_family.py" in line)
+    command = next(code for code in blocks("docs/new-model.md", "bash") if "--processor my_family.py" in code)
     program, *words = shlex.split(command.replace("\\\n", " "))
     assert program == "auto-round-mllm"
     options = "--iters 1 --nsamples 4 --group_size 32 --output_dir out --device cpu --disable_amp"
@@ -284,9 +284,5 @@ def test_a_family_that_nobody_knows(tokenizer, tmp_path, monkeypatch):
     assert len(json.loads((folder / "run.json").read_text())["blocks"]) == 3
 
 
-def page(name: str) -> str:
-    return (Path(__file__).parents[1] / name).read_text()
-
-
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page(name), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", (Path(__file__).parents[1] / name).read_text(), re.DOTALL)

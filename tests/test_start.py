@@ -125,6 +125,19 @@ def tiny_text_model():
     return Qwen2ForCausalLM(config).eval().requires_grad_(False)
 
 
+def test_the_start_is_the_same_under_autocast():
+    """A model stored in float32 or float16 is tuned under autocast; the solve must not notice."""
+    torch.manual_seed(0)
+    w_OI, x_TI = torch.randn(8, 320), torch.randn(400, 320)  # wider than one block of columns
+    moments = gram.Moments(320)
+    moments.add(x_TI)
+    one, two = (Rounding(w_OI, 32, Grid(4, True)) for _ in range(2))
+    error = closed_form([one], moments, StartConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert closed_form([two], moments, StartConfig()) == error
+    assert torch.equal(one.weight(), two.weight())
+
+
 def test_fisher_is_the_curvature_of_kl():
     """For a small change d of one block output, KL is about the sum over tokens and channels of F d^2 / 2."""
     model = tiny_text_model()

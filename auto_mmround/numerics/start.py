@@ -95,8 +95,13 @@ def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: St
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
     They are stacked along their outputs, which are independent, so one factorization serves all. Returns the summed
-    error tr((W - W~) H (W - W~)^T).
+    error tr((W - W~) H (W - W~)^T). In float32, whatever the caller computes blocks in.
     """
+    with torch.autocast(roundings[0].w_OGg.device.type, enabled=False):
+        return _closed_form(roundings, moments, config)
+
+
+def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
     hessian_II, grid = moments.hessian(), roundings[0].grid
     w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
     group_size, columns = w_OGg.shape[-1], roundings[0].columns
