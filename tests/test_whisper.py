@@ -23,7 +23,7 @@ from auto_mmround.numerics.start import collecting
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
 from auto_mmround.run import pipeline
 from auto_mmround.run.plan import make_plan
-from auto_mmround.run.processes import ALONE
+from auto_mmround.run.weights import Weights, accumulated, kinds_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -112,23 +112,19 @@ def test_cross_attention_reads_the_quantized_encoder(monkeypatch):
     torch.testing.assert_close(states[1], after)
 
 
-def journey_of(model, recipe, plan, inputs, fisher):
-    return pipeline._Journey(model, recipe, plan, inputs, [s.kwargs for s in inputs], fisher, None, None, None, ALONE)
-
-
 def test_silence_and_sinks_weigh_what_their_gradients_say():
     """Errors and second moments: frames by kind, the first tokens by place; cross attention by what the tower says."""
-    model, recipe, plan, inputs = tiny()
+    _, _, plan, inputs = tiny()
     encoder, text = plan.stages
     rng = torch.Generator().manual_seed(0)
     fisher = {name: torch.rand(9, 64, generator=rng) for stage in plan.stages for name in stage.blocks}
-    journey = journey_of(model, recipe, plan, inputs, fisher)
+    weights = Weights(plan.stages, kinds_of(inputs), fisher)
     heard = Chain(encoder, hidden=[torch.zeros(1, 16, 64)], sample=[0])
     said = Chain(text, hidden=[torch.zeros(1, len(inputs[0].modality_T), 64)], sample=[0])
     block = encoder.blocks[-1]
-    (weights,) = journey._loss_weights(heard, block)
-    torch.testing.assert_close(weights[0, 0] / weights[0, -1], fisher[block][AUDIO] / fisher[block][PAD])
-    own, cross = journey._token_weights(said, 0, text.blocks[0])
+    (errors,) = weights.of_errors(heard, block)
+    torch.testing.assert_close(errors[0, 0] / errors[0, -1], fisher[block][AUDIO] / fisher[block][PAD])
+    own, cross = weights.of_tokens(said, 0, text.blocks[0])
     assert own.shape == (1, len(inputs[0].modality_T), 1) and cross.shape == (1, 16, 1)
     torch.testing.assert_close(
         own[0, 1, 0] / own[0, 9, 0], fisher[text.blocks[0]][6].mean() / fisher[text.blocks[0]][0].mean()
@@ -138,10 +134,10 @@ def test_silence_and_sinks_weigh_what_their_gradients_say():
 
 
 def test_without_fisher_all_frames_count_alike():
-    model, recipe, plan, inputs = tiny(fisher=False)
-    journey = journey_of(model, recipe, plan, inputs, {})
+    _, _, plan, inputs = tiny(fisher=False)
+    weights = Weights(plan.stages, kinds_of(inputs), {})
     heard = Chain(plan.stages[0], hidden=[torch.zeros(1, 16, 64)], sample=[0])
-    assert journey._token_weights(heard, 0, plan.stages[0].blocks[0])[0].eq(1).all()
+    assert weights.of_tokens(heard, 0, plan.stages[0].blocks[0])[0].eq(1).all()
 
 
 def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
@@ -165,8 +161,7 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
 )
 def test_a_towers_step_sees_no_more_tokens_than_it_needs(tower_tokens, algorithm, samples):
     recipe = Recipe(algorithm=algorithm, batch_size=1, gradient_accumulate_steps=8)
-    config = pipeline._tune_config(recipe, 0, tower_tokens)
-    assert config.batch_size * config.accumulate == samples
+    assert recipe.batch_size * accumulated(recipe, tower_tokens) == samples
 
 
 # ------------------------------------------------------------------------------------------------------------- bench

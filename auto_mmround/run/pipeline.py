@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import PAD, ModelInput, bucket, padded
+from auto_mmround.calibration.inputs import ModelInput, bucket, padded
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
-from auto_mmround.model.chains import Chain, Kinds, as_dtype, run_plainly
+from auto_mmround.model.chains import Chain, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import separated
-from auto_mmround.model.fisher import ROWS, channel_fisher, rows_of
+from auto_mmround.model.fisher import channel_fisher
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
@@ -39,12 +39,9 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
 from auto_mmround.run.processes import ALONE, Processes
+from auto_mmround.run.weights import Weights, accumulated, kinds_of, tower_tokens
 
 log = logging.getLogger("auto_mmround")
-
-# Tokens that a tower's sign step sees, at most: an image or a sound is a thousand or more, and eight of them cost four
-# times as much as two.
-TOWER_STEP = 4096
 
 
 @dataclass(frozen=True)
@@ -153,12 +150,12 @@ def _tune_stages(
     students = dict(teachers)
     fisher = {}
     if recipe.fisher and recipe.algorithm == "auto":
-        kinds = [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
         fisher = channel_fisher(
-            model, plan.stages, batches, kinds, seed=recipe.seed, precision=precision, share=processes.share,
+            model, plan.stages, batches, kinds_of(inputs), seed=recipe.seed, precision=precision, share=processes.share,
             add_up=lambda sums: processes.add_named(sums, device),
         )  # fmt: skip
-    journey = _Journey(model, recipe, plan, inputs, batches, fisher, precision, finish, watcher, processes)
+    weights = Weights(plan.stages, kinds_of(inputs), fisher)
+    journey = _Journey(model, recipe, plan, inputs, batches, weights, precision, finish, watcher, processes)
     for position, stage in enumerate(plan.stages):
         if stage.path not in teachers:
             raise UserError(
@@ -181,7 +178,7 @@ class _Journey:
     plan: Plan
     inputs: Sequence[ModelInput]
     batches: Sequence[dict[str, Any]]  # what the model takes of each, in its dtype
-    fisher: Mapping[str, Tensor]
+    weights: Weights
     precision: Callable[[], AbstractContextManager]
     finish: Callable[[BlockReport, dict[str, Codes]], None]
     watcher: Watcher
@@ -192,8 +189,7 @@ class _Journey:
         names = teacher.stage.blocks
         recipe, add_up = self.recipe, self.processes.add_up if self.processes.count > 1 else None
         count, places = self.processes.numbered(student)
-        tokens = sum(self.processes.gather(sum(hidden.shape[:-1].numel() for hidden in student.hidden))) // count
-        tokens = 0 if student.stage.name == "text" else tokens
+        accumulate = accumulated(recipe, sum(self.processes.gather(tower_tokens(student))) // count)
         if teacher.live and recipe.nblocks > 1:
             raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
         for first in range(0, len(names), recipe.nblocks):
@@ -202,7 +198,7 @@ class _Journey:
             started = time.perf_counter()
             with self.precision():
                 target = teacher.advanced(blocks, first, recipe.batch_size)
-                loss_weights = self._loss_weights(student, window[-1])
+                loss_weights = self.weights.of_errors(student, window[-1])
                 measure = partial(self._moments, student, blocks, first)
                 planned = [weight.name for name in window for weight in self.plan.of_block(name)]
                 moments = measure(planned) if recipe.closed_form else {}
@@ -216,7 +212,7 @@ class _Journey:
                     list(leaves.values()),
                     forward,
                     count,
-                    _tune_config(recipe, first, tokens),
+                    _tune_config(recipe, first, accumulate),
                     on_step=partial(self._stepped, window[-1]),
                     add_up=add_up,
                 )
@@ -242,7 +238,7 @@ class _Journey:
         """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
         layers = {name: self.model.get_submodule(name) for name in names}
         last = student.stage.blocks[first + len(blocks) - 1]
-        weights = [self._token_weights(student, i, last) for i in range(len(student))]
+        weights = [self.weights.of_tokens(student, i, last) for i in range(len(student))]
         current: list[Tensor] = []
         with torch.no_grad(), collecting(layers, lambda: current) as collected:
             for at in range(0, len(student), self.recipe.batch_size):
@@ -279,42 +275,6 @@ class _Journey:
         closed_forms({name: leaf.rounding for name, leaf in waiting.items()}, moments, config)
         return nearest
 
-    def _loss_weights(self, chain: Chain, block: str) -> list[Tensor]:
-        """Weights of the block's error for every sample: 0 on padding, else 1, or the Fisher information of the
-        channel for the token's modality, scaled to a mean of 1 over the modalities' channels."""
-        table_RD = self._importance(chain.stage, block)
-        return [table_RD[self._rows(chain, i)] for i in range(len(chain))]
-
-    def _importance(self, stage: Stage, block: str) -> Tensor:
-        """Weights of a block's errors by row of the Fisher table, (ROWS, channels or 1).
-
-        Padding of text is worth nothing. What a tower makes of padding reaches the text, so its gradients tell.
-        """
-        if block in self.fisher:
-            table_RD = self.fisher[block].cpu()
-            table_RD = table_RD / table_RD[table_RD.sum(1) > 0].mean().clamp(min=1e-30)
-        else:
-            table_RD = torch.ones(ROWS, 1)
-        if stage.name == "text":
-            table_RD[PAD] = 0
-        return table_RD
-
-    def _token_weights(self, chain: Chain, i: int, block: str) -> list[Tensor]:
-        """Weights of the tokens (B, T, 1), the mean over the channels: the block's own, then those of the tower's
-        output, which cross attention reads."""
-        found = [self._importance(chain.stage, block).mean(1, keepdim=True)[self._rows(chain, i)]]
-        tower_F = self.inputs[chain.sample[i]].tower_F
-        towers = [stage for stage in self.plan.stages if stage.name != "text"]
-        if chain.stage.name == "text" and tower_F is not None and towers:
-            heard_R1 = self._importance(towers[-1], towers[-1].blocks[-1]).mean(1, keepdim=True)
-            found.append(heard_R1[tower_F.long()][None])
-        return found
-
-    def _rows(self, chain: Chain, i: int) -> Tensor:
-        """Row of the Fisher table for every token of a hidden state, in its shape but for the channels."""
-        shape, sample = chain.hidden[i].shape[:-1], self.inputs[chain.sample[i]]
-        return rows_of(chain.stage, Kinds(sample.modality_T, sample.tower_F), shape.numel()).reshape(shape)
-
 
 def _forward(
     student: Chain,
@@ -338,12 +298,8 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-def _tune_config(recipe: Recipe, first: int, tower_tokens: int) -> TuneConfig:
-    """tower_tokens: of a sample, on average; 0 for text."""
+def _tune_config(recipe: Recipe, first: int, accumulate: int) -> TuneConfig:
     factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
-    accumulate = recipe.gradient_accumulate_steps
-    if recipe.algorithm == "auto" and tower_tokens:
-        accumulate = max(1, min(accumulate, TOWER_STEP // tower_tokens // recipe.batch_size))
     return TuneConfig(
         iters=recipe.steps,
         lr=recipe.learning_rate,

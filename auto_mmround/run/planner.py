@@ -25,7 +25,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, Kinds, as_dtype, map_tensors
+from auto_mmround.model.chains import Chain, as_dtype, map_tensors
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import ENOUGH, channel_fisher, spread
 from auto_mmround.model.pairs import shape_signature
@@ -34,6 +34,7 @@ from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split,
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.pipeline import leaves_of
+from auto_mmround.run.weights import accumulated, kinds_of, tower_tokens
 
 BUDGET = 20.0  # seconds that measuring may take, about
 SHARE = 0.9  # of what is free that a run may plan to use
@@ -91,7 +92,7 @@ class _Probe:
         self.model, self.recipe = self.job.loaded.model, self.job.recipe
         self.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         self.batches = [as_dtype(sample.kwargs, self.dtype) for sample in self.job.inputs]
-        self.kinds = [Kinds(sample.modality_T, sample.tower_F) for sample in self.job.inputs]
+        self.kinds = kinds_of(self.job.inputs)
 
     def precision(self) -> AbstractContextManager:
         return devices.autocast(self.model.device, self.dtype, self.recipe.amp)
@@ -147,7 +148,7 @@ class _Probe:
         layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
         moments = {}
         if recipe.closed_form:
-            with torch.no_grad(), collecting(layers, lambda: [torch.ones(0)]) as collected:
+            with torch.no_grad(), collecting(layers, lambda: []) as collected:
                 started = self.clock()
                 chain.advanced([block], index, recipe.batch_size)
                 cost.moments = (self.clock() - started) / count
@@ -171,7 +172,8 @@ class _Probe:
     ) -> float:
         """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that it takes."""
         recipe = self.recipe
-        config = TuneConfig(2, 0.001, 0.001, recipe.batch_size, recipe.gradient_accumulate_steps, checks=1)
+        accumulate = accumulated(recipe, tower_tokens(chain) // len(chain))
+        config = TuneConfig(2, 0.001, 0.001, recipe.batch_size, accumulate, checks=1)
 
         def forward(indices: Sequence[int]) -> Any:
             for group, output in chain.forward([block], index, indices):
@@ -179,8 +181,8 @@ class _Probe:
                 yield output, wanted, torch.ones_like(wanted[..., :1])
 
         took = self.timed(lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0)
-        drawn = min(recipe.batch_size * recipe.gradient_accumulate_steps, len(chain))
-        wanted = min(recipe.batch_size * recipe.gradient_accumulate_steps, len(self.batches))
+        drawn = min(recipe.batch_size * accumulate, len(chain))
+        wanted = min(recipe.batch_size * accumulate, len(self.batches))
         return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
 
 
@@ -224,7 +226,7 @@ def check_disk(job: Job) -> None:
 def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     """Seconds by part, and bytes of the hidden states that a run keeps."""
     recipe, stages = probe.recipe, probe.job.plan.stages
-    lengths = [len(kind_T) for kind_T in probe.kinds]
+    lengths = [len(kinds.text_T) for kinds in probe.kinds]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
     most = min(len(lengths), 8, recipe.batch_size * recipe.gradient_accumulate_steps)
