@@ -230,9 +230,10 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
     if not there & set(TOKENIZERS):
         yield Finding("error", "tokenizer.json", "is missing: the folder holds no tokenizer")
     towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get("num_mel_bins")
-    if towers and not there & set(PROCESSORS) and s.source is None:  # a source without one has its own code (CogVLM2)
+    if towers and not there & set(PROCESSORS) and s.source is None:
+        severity = "warning" if s.config.get("auto_map") else "error"  # a model's own code may need none (CogVLM2)
         text = "is missing: the model takes images or audio, the folder holds no processor"
-        yield Finding("error", PROCESSORS[0], text)
+        yield Finding(severity, PROCESSORS[0], text)
     if "vision_config" in s.config and not there & set(TEMPLATES) and not _has_template(s.folder):
         yield Finding("warning", TEMPLATES[0], "the folder holds no chat template")
     for name in sorted(there):
