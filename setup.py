@@ -31,6 +31,7 @@ setup(
         "accelerate>=1.10",
         "psutil>=5",
         "datasets>=4.0",
+        "psutil>=5.9",
         "safetensors>=0.6",
         "tokenizers>=0.22",
         "pillow>=11",

@@ -10,11 +10,11 @@ from auto_mmround.evaluation import report
 from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded, find_folder
-from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.output import folder_name
-from auto_mmround.run.pipeline import BlockReport, Watcher, quantize
+from auto_mmround.run.pipeline import Watcher, quantize
 
 
 class AutoRoundMLLM:
@@ -48,14 +48,14 @@ class AutoRoundMLLM:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         recipe = from_mapping(values | _strings(options) | {"model": name}, "AutoRoundMLLM")
         if isinstance(model, str):
-            self.loaded = jobs.load_model(recipe)
+            self.loaded = jobs.load_model(recipe, stream=False)
         else:
             processor = processor or getattr(tokenizer, "processor", None)
             self.loaded = Loaded(model, tokenizer, processor, _source_of(name))
         self.recipe: Recipe = recipe
         self._rows = dataset if in_memory else None
         self._image_processor = image_processor
-        self._done: tuple[jobs.Job, dict[str, Codes], list[BlockReport]] | None = None
+        self._done: tuple[jobs.Job, Finished] | None = None
 
     def quantize(self, watcher: Watcher | None = None) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
         """Tune; returns the model, whose weights now hold the quantized values, and what was done to every layer."""
@@ -64,9 +64,9 @@ class AutoRoundMLLM:
         if self.recipe.device != "0":
             model.to(devices.resolve(self.recipe.device))  # type: ignore[arg-type]
         job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
-        codes: dict[str, Codes] = {}
-        blocks = quantize(model, job.recipe, job.plan, job.inputs, lambda block, found: codes.update(found), watcher)
-        self._done = (job, codes, blocks)
+        finished = Finished()
+        quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
+        self._done = (job, finished)
         return model, self.layer_config
 
     @property
@@ -94,12 +94,12 @@ class AutoRoundMLLM:
         """
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
-        job, codes, blocks = self._done
+        job, finished = self._done
         root = Path(output_dir or self.recipe.output_dir)
         names = [formats.get(part.strip()).name for part in format.split(",")]
         label = jobs.model_label(self.recipe)
         folders = [root] if len(names) == 1 else [root / folder_name(label, self.recipe, name) for name in names]
-        saved = [jobs.save(job, codes, blocks, out, name) for out, name in zip(folders, names)]
+        saved = [jobs.save(job, finished, out, name) for out, name in zip(folders, names)]
         for folder in saved:
             report.write(folder)
         return saved

@@ -43,6 +43,11 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("format", [], "comma list of formats, see `auto-round-mllm formats`"),
         ("output_dir", [], "parent folder; each format gets <model>-w4g128-<format> below it"),
         ("overwrite", [], "replace checkpoints that exist there"),
+        ("stream", [], "read each block when its turn comes; default where the model takes most of the free memory"),
+        ("no_stream", [], "keep the whole model in memory"),
+        ("offload_states", [], "keep calibration states in files, which the system holds in memory as it can"),
+        ("low_gpu_mem_usage", [], "keep calibration states in host memory"),
+        ("restart", [], "begin anew instead of continuing an unfinished run"),
         ("sample_generation", [], "print what the quantized model answers to the first sample"),
         ("device", ["devices"], "0: the first accelerator, else the processor; cpu, hpu, cuda:1, auto"),
         (
@@ -109,18 +114,18 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("allow_url", [], "read media from http(s) addresses in the dataset"),
     ],
     "accepted as in the original": [
-        ("low_gpu_mem_usage", [], "keep calibration states in host memory"),
         ("enable_torch_compile", [], "compile the blocks, once a class: pays off on accelerators"),
         ("disable_trust_remote_code", [], "the default here"),
         ("eval_bs", [], "no effect: evaluation runs sample by sample"),
         ("adam", [], "refused"),
         ("enable_norm_bias_tuning", [], "refused"),
-        ("low_cpu_mem_mode", [], "0 only"),
-        ("low_cpu_mem_tmp_dir", [], "refused"),
+        ("low_cpu_mem_mode", [], "1, 2: the same as --stream"),
+        ("low_cpu_mem_tmp_dir", [], "no effect: blocks are read from the model's own files"),
     ],
 }
 NEGATED = {
     "asym": "sym",
+    "no_stream": "stream",
     "disable_minmax_tuning": "enable_minmax_tuning",
     "disable_quanted_input": "enable_quanted_input",
     "disable_amp": "amp",
@@ -153,7 +158,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
             flags = [f"--{flag}" for flag in (name, *others)]
             options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
             hint = str if name in TEXT else IGNORED.get(name) or HINTS.get(name, bool)
-            if name in NEGATED or hint is bool or name == "truncation":
+            if name in NEGATED or hint is bool or name in ("truncation", "stream"):
                 group.add_argument(*flags, action="store_true", **options)
                 continue
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

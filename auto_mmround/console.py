@@ -34,7 +34,8 @@ from auto_mmround.model.families import FAMILIES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import planner
-from auto_mmround.run.pipeline import BlockReport, Watcher
+from auto_mmround.run.journal import BlockReport
+from auto_mmround.run.pipeline import Watcher
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
 
@@ -101,7 +102,7 @@ def quantize_with_progress(recipe: Recipe) -> int:
     with joined(devices.resolve(recipe.device, launched().local_rank)) as processes:
         for one in (console, notices) if not processes.first else ():
             one.quiet = True
-        loaded = jobs.load_model(recipe, processes)
+        loaded = jobs.load_model(recipe, processes=processes)
         job = jobs.prepare(recipe, loaded)
         console.print(summary(job.plan), highlight=False)
         planner.check_disk(job)
@@ -126,6 +127,9 @@ def show_sample(job: jobs.Job) -> None:
     """What the quantized model, still in memory, answers to a sample of the recipe's data."""
     dataset = job.recipe.dataset
     inputs = job.inputs or (dataset and held_out(job.loaded, dataset, limit=1, template=job.recipe.template))
+    if job.loaded.streamed:
+        console.print("no sample generation: the model was never in memory as a whole", highlight=False)
+        return
     if not inputs:
         console.print("no sample generation: the recipe names no dataset", highlight=False)
         return

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
 
@@ -41,7 +42,7 @@ def seconds(layers: int, samples: int, steps: int) -> float:
         for _ in range(samples)
     ]
     started = time.process_time()
-    quantize(model, recipe, plan, inputs, lambda block, codes: None)
+    quantize(model, recipe, plan, inputs, Finished())
     return time.process_time() - started
 
 

@@ -23,6 +23,7 @@ from auto_mmround.evaluation.samples import held_out
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import from_mapping
 from auto_mmround.run import job as jobs
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.journal import machine
 from auto_mmround.run.pipeline import quantize
 
@@ -67,7 +68,7 @@ def main() -> None:
                 recipe = from_mapping(values | METHODS[method])
                 job = jobs.prepare(recipe, jobs.load_model(recipe))
                 started = time.perf_counter()
-                quantize(job.loaded.model, job.recipe, job.plan, job.inputs, lambda block, codes: None)
+                quantize(job.loaded.model, job.recipe, job.plan, job.inputs, Finished())
                 seconds = time.perf_counter() - started
                 (figures,) = measure([job.loaded.model], inputs, reference=reference.model)
                 cells = [f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-" for kind in ("text", "image")]

@@ -14,6 +14,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.chains import Call, Chain
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
 
@@ -70,9 +71,9 @@ def test_each_process_takes_its_own_accelerator(monkeypatch):
 def run(model, inputs, **changes):
     recipe = Recipe(bits=3, group_size=32, iters=2, batch_size=4, amp=False, quant_nontext_module=True)
     recipe = replace(recipe, **changes)
-    found = {}
-    quantize(model, recipe, make_plan(model, recipe), inputs, lambda block, codes: found.update(codes))
-    return found
+    finished = Finished()
+    quantize(model, recipe, make_plan(model, recipe), inputs, finished)
+    return finished.codes
 
 
 def test_lengths_are_padded_to_buckets_and_change_nothing(gaudi, monkeypatch):

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, TEXT, Tiny, conversation
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
+from tiny_models import FAMILIES, TEXT, Tiny, conversation, tiny_tokenizer
+from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 from auto_mmround import cli
 from auto_mmround.calibration.inputs import with_decoder_ids
@@ -28,15 +27,12 @@ from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.run.pipeline import grid_of
-from auto_mmround.run.plan import make_plan
+from auto_mmround.run.plan import grid_of, make_plan
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0")
+    return tiny_tokenizer()
 
 
 @pytest.fixture(autouse=True)

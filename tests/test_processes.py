@@ -14,6 +14,7 @@ from two_processes import RECIPE, mixed_inputs, tiny_model
 
 from auto_mmround.evaluation.evaluate import evaluate
 from auto_mmround.evaluation.prompts import Data
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.processes import ALONE, launched
@@ -40,9 +41,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["codes"] == second["codes"] and len(first["codes"]) == 4 and first["state"] == second["state"]
     model = tiny_model()
-    reports = quantize(model, RECIPE, make_plan(model, RECIPE), mixed_inputs(), lambda block, codes: None)
+    finished = Finished()
+    quantize(model, RECIPE, make_plan(model, RECIPE), mixed_inputs(), finished)
     # Equal but for the order of sums; every later block inherits the few codes that fall the other way.
-    for report, other in zip(reports, first["reports"], strict=True):
+    for report, other in zip(finished.reports.values(), first["reports"], strict=True):
         assert other["name"] == report.name and other["nearest"] == pytest.approx(report.nearest, rel=0.02)
         assert other["start"] == pytest.approx(report.start, rel=0.02)
         assert other["end"] == pytest.approx(report.end, rel=0.02) and other["end"] < other["nearest"]

@@ -16,6 +16,7 @@ from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, collecting, in_turn
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
 
@@ -96,9 +97,9 @@ def test_true_sequential_changes_what_comes_after_the_first_turn():
     for changes in ({}, {"true_sequential": True}, {"sequential_targets": ["Linear"]}):
         model = tiny_text_model()
         recipe = Recipe(bits=2, group_size=16, algorithm="gptq", amp=False, format="fake", **changes)
-        found = {}
-        quantize(model, recipe, make_plan(model, recipe), inputs, lambda block, part, found=found: found.update(part))
-        codes.append({name: code.q_OI for name, code in found.items()})
+        finished = Finished()
+        quantize(model, recipe, make_plan(model, recipe), inputs, finished)
+        codes.append({name: code.q_OI for name, code in finished.codes.items()})
     once, turns, by_name = codes
     same = {name for name in once if torch.equal(once[name], turns[name])}
     assert {"q_proj", "k_proj", "v_proj"} == {name.rpartition(".")[2] for name in same if ".0." in name}

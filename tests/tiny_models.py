@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 IMAGE, VIDEO, AUDIO = 120, 121, 122
 WORDS = 110
@@ -57,6 +58,13 @@ def ids(*placeholders: int, before: int = 3, after: int = 9, seed: int = 0) -> I
 def pixels(*shape: int, seed: int = 0) -> Tensor:
     """Features of the given shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, ..."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0")
 
 
 @dataclass(frozen=True)

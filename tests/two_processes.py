@@ -18,6 +18,7 @@ from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.processes import Processes, checksum, joined
@@ -97,16 +98,11 @@ def tune(processes: Processes, dies: bool) -> dict:
         if dies and processes.rank == 1 and block.endswith("blocks.1"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sums: dict[str, str] = {}
-    reports = quantize(
-        model,
-        RECIPE,
-        make_plan(model, RECIPE),
-        mixed_inputs(),
-        lambda block, codes: sums.update({block: checksum(codes)}),
-        Watcher(step=step),
-        processes,
-    )
+    finished = Finished()
+    plan = make_plan(model, RECIPE)
+    quantize(model, RECIPE, plan, mixed_inputs(), finished, Watcher(step=step), processes=processes)
+    reports = finished.reports.values()
+    sums = {name: checksum({w.name: finished.codes[w.name] for w in plan.of_block(name)}) for name in finished.reports}
     state = {name: tensor.tolist() for name, tensor in model.state_dict().items() if name.endswith("proj.weight")}
     return {"codes": sums, "reports": [report.as_dict() for report in reports], "state": state}
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
@@ -33,10 +32,18 @@ _OWN_FILES = (
 
 # What unpacking raises for tensors that aren't what their configuration says.
 CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
+COPIED = 2**24  # bytes copied at a time
+# torch's types as safetensors names them.
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
 
 
-def begin(out: Path, overwrite: bool = False) -> Path:
-    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way.
+def check_free(out: Path, overwrite: bool = False) -> None:
+    """Raises UserError if a checkpoint can't be put at ``out``.
 
     overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something else never is.
     """
@@ -45,6 +52,11 @@ def begin(out: Path, overwrite: bool = False) -> Path:
             raise UserError(f"the output folder {out} is not empty: choose another, or --overwrite replaces it")
         if not (out / "config.json").is_file():
             raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
+
+
+def begin(out: Path, overwrite: bool = False) -> Path:
+    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way, see `check_free`."""
+    check_free(out, overwrite)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -58,25 +70,29 @@ def commit(partial: Path, out: Path) -> None:
     if out.exists():
         out.rename(old)
     partial.rename(out)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
 class ShardWriter:
-    """Collects tensors and writes them as safetensors shards as soon as one is full; memory does not grow."""
+    """Writes tensors to disk as they come, and makes a safetensors shard of them as soon as one is full.
+
+    It holds no tensor: one is appended to a file of bare values, from which its shard is put together, aligned.
+    """
 
     def __init__(self, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
         self._folder = folder
         self._limit = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._values = folder / "values.partial"
+        self._pending: dict[str, _Span] = {}
         self._pending_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
         self._names: set[str] = set()
         self._bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over the tensors; the caller must not change them afterwards. ValueError for a name seen before."""
+        """Appends the tensors. Raises ValueError for a name seen before, OSError where the disk takes no more."""
         for name, tensor in tensors.items():
             if name in self._names:
                 raise ValueError(f"tensor {name} was written twice")
@@ -84,20 +100,28 @@ class ShardWriter:
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > self._limit:
                 self.flush()
-            self._pending[name] = tensor
+            with self._values.open("ab") as file:
+                file.write(_bytes(tensor))
+            self._pending[name] = _Span(tensor.dtype, tuple(tensor.shape), self._pending_bytes, size)
             self._pending_bytes += size
             self._bytes += size
 
     def flush(self) -> None:
-        """Writes what is pending as a shard of its own, under a temporary name."""
+        """Makes a shard of what is pending, under a temporary name."""
         if not self._pending:
             return
         path = self._folder / f"shard-{len(self._shards) + 1:05d}.safetensors.partial"
-        path.touch()
-        mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner can read
-        save_file(_separate(self._pending), path, metadata={"format": "pt"})
-        path.chmod(mode)
+        # Widest numbers first, so that every tensor starts at a multiple of its own.
+        order = sorted(self._pending, key=lambda name: (-self._pending[name].dtype.itemsize, name))
+        with path.open("wb") as shard, self._values.open("rb") as values:
+            shard.write(_header({name: self._pending[name] for name in order}))
+            for name in order:
+                values.seek(self._pending[name].start)
+                left = self._pending[name].size
+                while left:
+                    left -= shard.write(values.read(min(left, COPIED)))
         _sync(path)
+        self._values.unlink()
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 
@@ -114,8 +138,35 @@ class ShardWriter:
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(self._folder / "model.safetensors.index.json", index)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         return final
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a tensor lies in the file of bare values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def _header(spans: Mapping[str, _Span]) -> bytes:
+    """The head of a safetensors file with these tensors in this order; padded to 8 bytes, as its specification says."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, span in spans.items():
+        fields[name] = {"dtype": DTYPES[span.dtype], "shape": span.shape, "data_offsets": (at, at + span.size)}
+        at += span.size
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor, row-major, without another copy of them where they lie so already."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_side_files(
@@ -270,26 +321,17 @@ def _untruncated(thing: Any) -> Any:
     return thing
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors with a storage each: safetensors refuses shared memory (views, tied weights)."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        separate[name] = tensor
-    return separate
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is there as a whole or not at all, whenever the machine stops."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     _sync(temporary)
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -297,7 +339,8 @@ def _sync(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """What was created, renamed and removed in the folder stays so when the machine stops."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -28,6 +28,8 @@ from auto_mmround.model.chains import (
     moved,
     with_hidden,
 )
+from auto_mmround.model.standins import UNFIT, idle, rest_of
+from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 log = logging.getLogger("auto_mmround")
@@ -45,32 +47,39 @@ def capture(
     precision: Precision = nullcontext,
     store: torch.device | str = "cpu",
     only: Sequence[int] | None = None,
+    place: Callable[[Tensor], Tensor] | None = None,
     on_sample: Callable[[int], None] = lambda i: None,
 ) -> dict[str, Chain]:
     """Run the model over all inputs and record each stage's first hidden state and every block's call.
 
-    inputs: keyword arguments of the model, batch dimension 1. only: indices of those to run, default all. Returns a
-    chain for each stage that a sample reached, in the order given. Raises UserError for a stage whose replay is not the
-    model.
+    inputs: keyword arguments of the model, batch dimension 1. store: where what is recorded goes; place: where hidden
+    states go instead, see `Chain`. only: indices of the inputs to run, default all. The text blocks themselves run for
+    the first sample of each kind only, if the calls are shown not to depend on what they do. Returns a chain for each
+    stage that a sample reached, in the order given. Raises UserError for a stage whose replay is not the model.
     """
+    device = device_of(model)
     chains: dict[str, Chain] = {}
     proven: set[tuple[str, frozenset[str]]] = set()
+    quiet: dict[frozenset[str], Rests | None] = {}  # kind of input -> text blocks that need not run for it
     for i in range(len(inputs)) if only is None else only:
         kwargs = inputs[i]
-        recorders = [_Recorder(model, stage, store) for stage in stages]
-        _run(model, kwargs, recorders, precision)
-        for stage, recorder in zip(stages, recorders, strict=True):
-            chain = chains.setdefault(stage.path, Chain(stage))
+        kind = frozenset(kwargs)
+        found = _record(model, stages, kwargs, precision, store, quiet.get(kind))
+        for stage, recorder in zip(stages, found, strict=True):
             _check_order(stage, recorder.passes, i)
-            for found in recorder.passes:
-                chain.hidden.append(found.first)
-                chain.calls.append(found.calls)
-                chain.shared.append(found.shared())
+            chain = chains.setdefault(stage.path, Chain(stage, device=device, place=place))
+            passes = recorder.passes
+            if passes and (stage.path, kind) not in proven:
+                proven.add((stage.path, kind))
+                if stage.name == "text":
+                    passes, quiet[kind] = _without_blocks(model, chain, recorder, kwargs, precision, store)
+                else:
+                    _prove(model, chain, passes, passes, kwargs, precision)
+            for one in passes:
+                chain.hidden.append(place(one.first) if place else one.first)
+                chain.calls.append(one.calls)
+                chain.shared.append(one.shared())
                 chain.sample.append(i)
-            kind = (stage.path, frozenset(kwargs))
-            if recorder.passes and kind not in proven:
-                proven.add(kind)
-                _prove(model, chain, recorder.passes, kwargs, precision)
         on_sample(i)
     for chain in chains.values():
         with precision():
@@ -92,6 +101,53 @@ def recapture(
         hidden += [found.before_last for found in recorder.passes]
         calls += [found.calls for found in recorder.passes]
     return replace(chain, hidden=hidden, calls=calls, shared=[{}] * len(hidden))
+
+
+Rests = Mapping[str, tuple[Any, ...] | None]  # block -> what it returns after the hidden state, see `standins.Idle`
+
+
+def _record(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    kwargs: Inputs,
+    precision: Precision,
+    store: torch.device | str,
+    quiet: Rests | None = None,
+) -> list["_Recorder"]:
+    """One pass of the whole model, with a recorder for each stage. quiet: blocks that do nothing."""
+    with idle(model, quiet or {}):
+        recorders = [_Recorder(model, stage, store) for stage in stages]
+        _run(model, kwargs, recorders, precision)
+    return recorders
+
+
+def _without_blocks(
+    model: nn.Module,
+    chain: Chain,
+    seen: "_Recorder",
+    kwargs: Inputs,
+    precision: Precision,
+    store: torch.device | str,
+) -> tuple[list["_Pass"], Rests | None]:
+    """What the model does around the blocks of the chain's stage: as recorded while they do nothing, and their answers
+    then, if a replay of that is the model; else as it was ``seen``, and None, if that is. UserError if neither is."""
+    stage = chain.stage
+    rests: Rests | None = None
+    try:
+        if any(one.shared() for one in seen.passes):
+            raise ValueError("blocks hand keys and values to later ones")
+        rests = {stage.blocks[i]: rest_of(output, hidden) for i, (hidden, output) in seen.outputs.items()}
+        quiet = _record(model, [stage], kwargs, precision, store, rests)[0].passes
+        _check_order(stage, quiet, 0)
+    except (*UNFIT, UserError) as error:
+        log.info("%s: blocks run for every sample (%s)", stage.path, error)
+        rests = None
+    if rests is not None and len(quiet) == len(seen.passes):
+        if max(_gaps(model, chain, quiet, seen.passes, kwargs, precision), default=1.0) <= 1.0:
+            return quiet, rests
+        log.info("%s: blocks run for every sample: what they are given depends on them", stage.path)
+    _prove(model, chain, seen.passes, seen.passes, kwargs, precision)
+    return seen.passes, None
 
 
 @dataclass
@@ -151,11 +207,12 @@ class _Recorder:
         self.passes: list[_Pass] = []
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor given to every block is kept once
         self.output: Tensor | None = None  # of the block before
+        self.outputs: dict[int, tuple[Tensor, Any]] = {}  # block -> its hidden state and what it returned, shapes alone
         self.handles = []
         for index, name in enumerate(stage.blocks):
             block = model.get_submodule(name)
             self.handles.append(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
-            self.handles.append(block.register_forward_hook(self._after))
+            self.handles.append(block.register_forward_hook(self._after(index), with_kwargs=True))
 
     def _before(self, index: int) -> Callable[..., Any]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,9 +238,13 @@ class _Recorder:
 
         return hook
 
-    def _after(self, block: nn.Module, args: Any, output: Any) -> None:
-        # A copy: some models change it in place before the next block.
-        self.output = self.passes[-1].last = first_tensor(output).detach().clone()
+    def _after(self, index: int) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            # A copy: some models change it in place before the next block.
+            self.output = self.passes[-1].last = first_tensor(output).detach().clone()
+            self.outputs[index] = map_tensors((hidden_of(args, kwargs)[0], output), lambda tensor: tensor.to("meta"))
+
+        return hook
 
     def _keep(self, value: Any) -> Any:
         def keep(tensor: Tensor) -> Tensor:
@@ -199,7 +260,7 @@ class _Recorder:
 
 
 def _run(model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision) -> None:
-    device = next(model.parameters()).device
+    device = device_of(model)
     with ExitStack() as stack, torch.no_grad(), precision():
         for recorder in recorders:
             stack.callback(recorder.remove)
@@ -227,35 +288,56 @@ def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
     )
 
 
-def _prove(model: nn.Module, chain: Chain, found: Sequence[_Pass], kwargs: Inputs, precision: Precision) -> None:
-    """Replay the chain's newest entries; UserError if that is not the model, ``live`` if it is only undisturbed."""
-    stage, count = chain.stage, len(found)
-    blocks = [model.get_submodule(name) for name in stage.blocks]
-    clean = replace(
-        chain, hidden=chain.hidden[-count:], calls=chain.calls[-count:], shared=chain.shared[-count:], batched=False
-    )
-
-    def gap(hidden: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        with precision(), torch.no_grad():
-            replayed = [replace(clean, hidden=list(hidden)).run_group(blocks, 0, [i]) for i in range(count)]
-        return max(difference(ours.to(own.device), own) for ours, own in zip(replayed, expected, strict=True))
-
-    tolerance = TOLERANCE[found[0].last.dtype]
-    exact = gap(clean.hidden, [one.last for one in found])
-    if not exact <= tolerance:
+def _prove(
+    model: nn.Module,
+    chain: Chain,
+    found: Sequence[_Pass],
+    expected: Sequence[_Pass],
+    kwargs: Inputs,
+    precision: Precision,
+) -> None:
+    """Replay one sample's passes; UserError if that is not the model, ``live`` if it is only undisturbed."""
+    exact, disturbed = _gaps(model, chain, found, expected, kwargs, precision)
+    if not exact <= 1.0:
         raise UserError(
-            f"{stage.path}: replaying the blocks misses the model's own output by {exact:.1%}: they use something that "
-            "is not handed to them; name the other stages with to_quant_block_names to leave this one in 16 bits"
+            f"{chain.stage.path}: replaying the blocks misses the model's own output ({exact:.1f} times what rounding "
+            "explains): they use something that is not handed to them; name the other stages with "
+            "to_quant_block_names to leave this one in 16 bits"
         )
-    recorder = _Recorder(model, stage, chain.hidden[-1].device, disturb=True)
-    _run(model, kwargs, [recorder], precision)
-    disturbed = gap([one.first for one in recorder.passes], [one.last for one in recorder.passes])
-    if not disturbed <= tolerance:
+    if not disturbed <= 1.0:
         chain.live = True
-        log.info("%s: what blocks are given depends on earlier blocks: captured anew after each", stage.path)
-    else:
-        log.info("%s: replay of %d blocks equals the model (%.1e, disturbed %.1e)", stage.path, len(blocks), exact,
-                 disturbed)  # fmt: skip
+        log.info("%s: what blocks are given depends on earlier blocks: captured anew after each", chain.stage.path)
+
+
+def _gaps(
+    model: nn.Module,
+    chain: Chain,
+    found: Sequence[_Pass],
+    expected: Sequence[_Pass],
+    kwargs: Inputs,
+    precision: Precision,
+) -> tuple[float, float]:
+    """How far a replay of the calls ``found`` is from the model, as a multiple of `TOLERANCE`: as it ran (``expected``)
+    and with its first hidden state disturbed."""
+    stage = chain.stage
+    blocks = [model.get_submodule(name) for name in stage.blocks]
+    calls, shared = [one.calls for one in found], [one.shared() for one in found]
+
+    def gap(passes: Sequence[_Pass]) -> float:
+        clean = replace(chain, hidden=[one.first for one in passes], calls=calls, shared=shared, batched=False)
+        with precision(), torch.no_grad():
+            replayed = [clean.run_group(blocks, 0, [i]) for i in range(len(passes))]
+        gaps = [difference(ours.to(own.last.device), own.last) for ours, own in zip(replayed, passes, strict=True)]
+        return max(gaps) / TOLERANCE[passes[0].last.dtype]
+
+    exact = gap(expected)
+    recorder = _Recorder(model, stage, expected[0].first.device, disturb=True)
+    _run(model, kwargs, [recorder], precision)
+    disturbed = gap(recorder.passes)
+    if max(exact, disturbed) <= 1.0:
+        log.info("%s: replay of %d blocks equals the model (%.2f of what rounding explains, disturbed %.2f)",
+                 stage.path, len(blocks), exact, disturbed)  # fmt: skip
+    return exact, disturbed
 
 
 def _disturbed(hidden: Tensor) -> Tensor:

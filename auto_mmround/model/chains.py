@@ -86,7 +86,8 @@ class Chain:
     sample: index into the captured inputs; not every input reaches a tower, and one may pass it twice. shared: mappings
     that blocks fill for later blocks (shared keys and values), as they stand before the current block. live: what a
     block is given depends on earlier blocks in a way that only the model knows, see `capture.recapture`. runner: how
-    blocks are called, see `compiled.Compiled`.
+    blocks are called, see `compiled.Compiled`. device: where they run. place: where their outputs are kept, e.g. a
+    `spool.Spool`; None: on the device that the inputs are kept on.
     """
 
     stage: Stage
@@ -97,6 +98,8 @@ class Chain:
     batched: bool = False
     live: bool = False
     runner: Runner = run_plainly
+    device: torch.device | None = None
+    place: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -111,9 +114,15 @@ class Chain:
                     hidden, state = self._run(blocks, first, group)
                     for row, i in enumerate(group):
                         part = hidden[row : row + 1] if len(group) > 1 else hidden
-                        out[i] = part.detach().to(self.hidden[i].device)
+                        out[i] = self.place(part) if self.place else part.detach().to(self.hidden[i].device)
                         shared[i] = moved(state, self.hidden[i].device)
         return replace(self, hidden=out, shared=shared)
+
+    def offload(self, place: Callable[[Tensor], Tensor]) -> None:
+        """Keep hidden states elsewhere from now on."""
+        self.place = place
+        for i, hidden in enumerate(self.hidden):
+            self.hidden[i] = place(hidden)
 
     def forward(
         self, blocks: Sequence[nn.Module], first: int, indices: Iterable[int]
@@ -130,7 +139,7 @@ class Chain:
         hidden = torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
         state, device = self.shared[group[0]], None
         for offset, block in enumerate(blocks):
-            own = next(block.parameters()).device
+            own = next((p.device for p in block.parameters() if not p.is_meta), self.device or hidden.device)
             if own != device:
                 device, hidden, state = own, hidden.to(own), moved(state, own)  # a copy for these blocks to fill
             call = to_device(merge([self.calls[i][first + offset] for i in group]), device)

@@ -111,6 +111,22 @@ def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> contextlib.
     return contextlib.nullcontext()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on an accelerator, in Python, or on the host, where torch has no class for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def release_cache() -> None:
+    """Give memory that torch keeps for later back to the devices."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on the device; on the host with the caches that it would give up."""
+    return traits(device).free(device)
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory so far in GB: of the process and, on an accelerator, of the device."""
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, kilobytes on Linux

@@ -8,7 +8,7 @@ written into the model.
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,22 +118,27 @@ def restacked(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 @contextmanager
-def separated(model: PreTrainedModel) -> Iterator[None]:
+def separated(
+    model: PreTrainedModel, experts: Mapping[str, Expert] | None = None, blocks: Sequence[str] = ("",)
+) -> Iterator[None]:
     """While open, the model's separable experts are linear layers of their own, with views as weights.
 
+    experts: those of `separable`, if it is known. blocks: names of modules, to separate nothing outside of them.
     Raises UserError where the model's own experts compute something else.
     """
     layers: dict[str, dict[int, dict[str, nn.Linear]]] = {}
-    for name, expert in separable(model).items():
+    for name, expert in (separable(model) if experts is None else experts).items():
+        if not any(not block or name.startswith(f"{block}.") for block in blocks):
+            continue
         path, leaf = expert.parameter.rpartition(".")[0], name.rpartition(".")[2]
         weight = expert.of(model.get_parameter(expert.parameter).data)
         layers.setdefault(path, {}).setdefault(expert.index, {})[leaf] = _linear(weight)
     originals: dict[str, nn.Module] = {}
     checked: set[type] = set()
     try:
-        for path, experts in layers.items():
+        for path, matrices in layers.items():
             original = model.get_submodule(path)
-            separate = Separate(original, experts)
+            separate = Separate(original, matrices)
             if type(original) not in checked and not _same(original, separate):
                 raise UserError(f"{path}: its experts are not the usual gate, up and down; see docs/new-model.md")
             checked.add(type(original))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.model.capture import stopping_at
 from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, token_kinds, with_hidden
+from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
@@ -46,7 +47,7 @@ def channel_fisher(
     a weight is ever made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens of text.
     Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 

@@ -1,7 +1,8 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed
 from auto_mmround.untrusted import one_line, read_object, weight_map
+
+log = logging.getLogger("auto_mmround")
 
 DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
@@ -33,12 +37,21 @@ NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attribute
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made in memory)."""
+    """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made in memory).
+
+    holder: who has the weights of blocks at hand.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     processor: Any
     source: Path | None
+    holder: Holder = field(default_factory=InMemory)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks are read from the files when their turn comes."""
+        return not isinstance(self.holder, InMemory)
 
 
 def find_folder(name: str, offline: bool = False) -> Path:
@@ -79,41 +92,49 @@ def load(
     device: str | torch.device = "cpu",
     device_map: str | None = None,
     remote_code: bool = False,
+    stream: bool | None = False,
 ) -> Loaded:
     """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None keeps the files' dtype.
 
     device_map: as accelerate knows them; the model is spread over all devices then, instead of lying on ``device``.
-
+    stream: leave the blocks of all stages in the files, see `streaming`; None: where the model takes most of the free
+    memory.
     Raises UserError for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized already and for weights that don't fit the model's class.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"model_dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    folder = find_folder(name)
+    folder, device = find_folder(name), torch.device(device)
     config = read_config(folder, remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name} is quantized already; give the original weights")
-    cls = model_class(config, folder, remote_code)
+    cls, kind = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
+    holder: Holder = InMemory()
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype] if dtype else "auto",
-            device_map=device_map,
-            output_loading_info=True,
-            use_safetensors=True,
-            **_trust(remote_code),
-        )
+        if stream or (stream is None and not device_map and not fits(folder, device, kind)):
+            log.info("%s: blocks are read when their turn comes", name)
+            model, holder, absent = load_streamed(cls, config, folder, kind, device, renamed_keys)
+        else:
+            model, info = cls.from_pretrained(
+                folder,
+                dtype=kind or "auto",
+                device_map=device_map,
+                output_loading_info=True,
+                use_safetensors=True,
+                **_trust(remote_code),
+            )
+            absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
-    absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
     if absent:
         raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
     left = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"disk"}
     if left:
         raise UserError(f"device_map {device_map}: the model fits in no memory of this machine, it would lie on disk")
-    model = (model if device_map else model.to(device)).eval().requires_grad_(False)
+    if isinstance(holder, InMemory):
+        model = (model if device_map else model.to(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     processor = load_processor(folder, remote_code)
-    return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder)
+    return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
 
 
 def _trust(remote_code: bool) -> dict[str, bool]:

@@ -39,9 +39,6 @@ MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, O
 REFUSED: dict[str, tuple[Any, str]] = {
     "adam": (False, "only sign descent is implemented; the original reports Adam slightly worse"),
     "enable_norm_bias_tuning": (False, "the original rounds biases to 4 bits here, which costs accuracy"),
-    "low_cpu_mem_mode": (0, "streaming from disk is not built yet"),
-    "low_cpu_mem_usage": (False, "streaming from disk is not built yet"),
-    "low_cpu_mem_tmp_dir": (None, "streaming from disk is not built yet"),
 }
 
 
@@ -108,6 +105,8 @@ class Recipe:
     trust_remote_code: bool = False
     enable_torch_compile: bool = False
     low_gpu_mem_usage: bool = False
+    stream: bool | None = None
+    offload_states: bool = False
     low_cpu_mem_usage: bool = False
     low_cpu_mem_mode: int = 0
     low_cpu_mem_tmp_dir: str | None = None
@@ -115,6 +114,7 @@ class Recipe:
     format: str = "auto_round"
     output_dir: str = "./tmp_autoround"
     overwrite: bool = False
+    restart: bool = False
     sample_generation: bool = False
 
     def __post_init__(self) -> None:
@@ -152,6 +152,7 @@ class Recipe:
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
 
+        _require(not self.streams or self.equalize == "none", "equalize needs the whole model in memory: no streaming")
         if self.data_type != "int":
             self._check_float()
 
@@ -194,6 +195,12 @@ class Recipe:
     def kept_patterns(self) -> list[str]:
         """Patterns of the layers that stay in 16 bits: `fp_layers` and `ignore`."""
         return [part.strip() for part in self.fp_layers.split(",") if part.strip()] + (self.ignore or [])
+
+    @property
+    def streams(self) -> bool | None:
+        """Whether blocks are read when their turn comes; None: where the model does not fit."""
+        asked = self.low_cpu_mem_usage or self.low_cpu_mem_mode != 0
+        return True if asked and self.stream is None else self.stream
 
     @property
     def needs_samples(self) -> bool:

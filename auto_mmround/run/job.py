@@ -1,8 +1,10 @@
 """From a recipe to finished checkpoints: what the command line and the API share."""
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,15 @@ from auto_mmround.calibration.settings import choose
 from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.export.checkpoint import check_free
 from auto_mmround.model import devices
 from auto_mmround.model.families import family_of
 from auto_mmround.model.loading import Loaded, load
-from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
-from auto_mmround.run.output import Names, Output, check_formats, folder_name
-from auto_mmround.run.pipeline import BlockReport, Watcher, quantize
+from auto_mmround.run.output import Names, Result, check_formats, check_names, folder_name, write_checkpoint
+from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
 
@@ -46,14 +49,18 @@ def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
     return load_template(name, family_of(model_type).template or model_type)
 
 
-def load_model(recipe: Recipe, processes: Processes = ALONE) -> Loaded:
-    """The recipe's model on the recipe's device, or on this process's one of several."""
+def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes = ALONE) -> Loaded:
+    """The recipe's model on the recipe's device, or on this process's one of several. stream: instead of the recipe's,
+    see `loading.load`."""
     device = devices.resolve(recipe.device, processes.local_rank)
     if recipe.device_map and processes.count > 1:
         raise UserError("device_map spreads the model over all devices of one process; leave one of the two out")
+    stream = recipe.streams if stream is None else stream
+    if recipe.equalize != "none":  # rescales neighbours all over the model
+        stream = False
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
-        remote_code=recipe.trust_remote_code,
+        remote_code=recipe.trust_remote_code, stream=stream,
     )  # fmt: skip
 
 
@@ -115,36 +122,36 @@ def model_label(recipe: Recipe) -> str:
 
 
 def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) -> list[Path]:
-    """Quantize and write every format at once, block by block; returns the finished folders.
+    """Quantize and write every format; returns the finished folders. Of several processes the first one writes.
 
-    Nothing is left under a final name, nor a partial folder, when anything goes wrong before the end. Of several
-    processes the first one writes.
+    Finished blocks are kept on disk until all is written: after a crash the same job continues there, to the same bits.
+    Nothing is left under a final name when anything goes wrong before the end.
     """
+    model, recipe, source = job.loaded.model, job.recipe, job.loaded.source
+    config = (source / "config.json").read_text() if source else model.config.to_json_string()
+    known = identity(recipe, config, source, job.inputs)
+    work = partial(quantize, model, recipe, job.plan, job.inputs, holder=job.loaded.holder, processes=processes)
     if not processes.first:
-        quantize(job.loaded.model, job.recipe, job.plan, job.inputs, lambda block, codes: None, processes=processes)
+        with tempfile.TemporaryDirectory() as scratch, unfinished(Path(scratch) / "blocks", known) as finished:
+            work(finished)
         return []
-    names = Names(job.loaded.model, job.loaded.source)
-    root, label = Path(job.recipe.output_dir), model_label(job.recipe)
-    outputs: list[Output] = []
-    try:
-        for asked, fmt in zip(job.recipe.formats, job.plan.formats, strict=True):
-            out = root / folder_name(label, job.recipe, asked)
-            outputs.append(Output(fmt, out, names, job.plan, job.recipe.overwrite))
-
-        def sink(block: str, codes: dict[str, Codes]) -> None:
-            for output in outputs:
-                output.add(codes)
-
-        blocks = quantize(job.loaded.model, job.recipe, job.plan, job.inputs, sink, watcher, processes)
-        record = journal(job.plan, blocks, job.notes, job.calibration)
-        return [output.finish(job.recipe, job.loaded.source, record) for output in outputs]
-    except BaseException:
-        for output in outputs:
-            output.discard()
-        raise
+    root, label = Path(recipe.output_dir), model_label(recipe)
+    outs = [root / folder_name(label, recipe, asked) for asked in recipe.formats]
+    with unfinished(root / folder_name(label, recipe), known, recipe.restart) as finished:
+        pending = [(fmt, out) for fmt, out in zip(job.plan.formats, outs, strict=True) if not finished.wrote(out)]
+        for _, out in pending:
+            check_free(out, recipe.overwrite)
+        names = Names(model, source)
+        check_names(names, job.plan)
+        work(finished, watcher)
+        record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration)
+        result = Result(names, job.plan, recipe, source, finished.codes, record | {"run": finished.run})
+        for fmt, out in pending:
+            write_checkpoint(fmt, out, result)
+    return outs
 
 
-def save(job: Job, codes: dict[str, Codes], blocks: Sequence[BlockReport], out: Path, format_name: str) -> Path:
+def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
     """Write one checkpoint from codes kept in memory, straight into ``out``.
 
     Raises UserError if the format can't hold what was tuned; name it in the recipe's `format` before tuning.
@@ -160,11 +167,8 @@ def save(job: Job, codes: dict[str, Codes], blocks: Sequence[BlockReport], out: 
             if problem:
                 raise UserError(f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before tuning")
     source = job.loaded.source
-    output = Output(fmt, out, Names(job.loaded.model, source), job.plan, job.recipe.overwrite)
-    try:
-        output.add(codes)
-        record = journal(job.plan, blocks, job.notes, job.calibration)
-        return output.finish(job.recipe, source, record, tokenizer=job.loaded.tokenizer, processor=job.loaded.processor)
-    except BaseException:
-        output.discard()
-        raise
+    names = Names(job.loaded.model, source)
+    check_names(names, job.plan)
+    record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration)
+    saved = (job.loaded.tokenizer, job.loaded.processor)
+    return write_checkpoint(fmt, out, Result(names, job.plan, job.recipe, source, finished.codes, record, *saved))

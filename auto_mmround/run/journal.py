@@ -2,7 +2,9 @@
 
 import hashlib
 import platform
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -10,11 +12,58 @@ import torch
 from torch import Tensor
 
 from auto_mmround import __version__
+from auto_mmround.model import devices
 from auto_mmround.numerics.grids import Codes, dequantize
-from auto_mmround.run.pipeline import BlockReport
+from auto_mmround.numerics.tuner import TunedWeight, TuneResult
 from auto_mmround.run.plan import Plan
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to a block. nearest, start, end: held-out error per element, rounded to nearest, at the start of
+    the sign steps (the closed form, if there is one) and at their end; in units of the loss, see `fisher`."""
+
+    name: str
+    stage: str
+    weights: int
+    nearest: float | None
+    start: float | None
+    end: float | None
+    best_iter: int
+    seconds: float
+    peak_gb: float
+    unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def block_report(
+    device: torch.device,
+    name: str,
+    stage: str,
+    tuned: Mapping[str, TunedWeight],
+    result: TuneResult | None,
+    started: float,
+    nearest: float | None = None,
+) -> BlockReport:
+    """What happened to a block whose work began at ``started`` (`time.perf_counter`) and ends now. result: None for
+    weights that were rounded to nearest."""
+    devices.traits(device).synchronize(device)
+    return BlockReport(
+        name=name,
+        stage=stage,
+        weights=len(tuned),
+        nearest=nearest if nearest is not None or not result else result.start,
+        start=result.start if result else None,
+        end=result.end if result else None,
+        best_iter=result.best_iter if result else 0,
+        seconds=time.perf_counter() - started,
+        peak_gb=max(devices.peak_memory(device).values()),
+    )
 
 
 def checksum(tensor: Tensor) -> str:

@@ -1,8 +1,9 @@
-"""One checkpoint folder of a run: packed blocks as they come, then everything else, `config.json` last."""
+"""One checkpoint folder of a run: packed weights, then everything else, `config.json` last."""
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files
+from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files, write_whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.loading import converted_keys, parameter_names
-from auto_mmround.numerics.grids import Codes
+from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.recipe import Recipe, to_toml
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.plan import Plan
@@ -73,10 +75,11 @@ class Names:
             return self.keys.get(name, name)
         return self.key(f"{name}.weight").removesuffix(".weight")
 
-    def unchanged(self, without: set[str]) -> Iterator[tuple[str, Tensor]]:
+    def unchanged(self, without: set[str], codes: Mapping[str, Codes]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of everything but the parameters ``without``.
 
-        From the source as stored, bit for bit, unless the model in memory holds something else by now.
+        From the source as stored, bit for bit, unless the model in memory holds something else by now, or would if its
+        blocks were not streamed: what ``codes`` say, by module name.
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without}
@@ -84,17 +87,35 @@ class Names:
             if expert.stacked:
                 skip.add(self.stacks[expert.parameter])
                 if f"{name}.weight" not in without:
-                    yield self.key(f"{name}.weight"), expert.of(state[expert.parameter]).cpu().contiguous()
+                    current = self._current(f"{name}.weight", state, codes)
+                    yield self.key(f"{name}.weight"), self._stored(expert) if current is None else current.contiguous()
         for path in sorted(set(self.files.values())):
             with safe_open(path, "pt") as file:
                 for key in sorted(file.keys()):
-                    parameter = self.parameters.get(key)
-                    if key in skip:
-                        continue
-                    stored = file.get_tensor(key)
-                    yield key, stored if parameter is None else _newest(stored, state[parameter])
+                    if key not in skip:
+                        name = self.parameters.get(key, "")
+                        yield key, _newest(file.get_tensor(key), self._current(name, state, codes))
         if not self.files:
             yield from ((key, tensor) for key, tensor in self._from_memory(without, state) if key not in skip)
+
+    def _current(self, parameter: str, state: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Tensor | None:
+        """What the model holds; None if that is what the source has, or if there is no such parameter."""
+        module = parameter.removesuffix(".weight")
+        expert = self.experts.get(module)
+        tensor = state.get(parameter) if expert is None else expert.of(state[expert.parameter])
+        if tensor is None or not tensor.is_meta:
+            return None if tensor is None else tensor.cpu()
+        if module not in codes:
+            return None
+        decoded_OI = dequantize(codes[module], tensor.dtype)
+        transposed = expert is None and isinstance(self.model.get_submodule(module), Conv1D)
+        return decoded_OI.t() if transposed else decoded_OI.view(tensor.shape)
+
+    def _stored(self, expert: Expert) -> Tensor:
+        """An expert out of a stack that was never read as a whole."""
+        key = self.stacks[expert.parameter]
+        with safe_open(self.files[key], "pt") as file:
+            return expert.of(file.get_tensor(key)).contiguous()
 
     def _from_memory(self, without: set[str], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()  # tied weights are stored once
@@ -111,8 +132,9 @@ def _tail(key: str) -> str:
     return ".".join(key.split(".")[-3:])
 
 
-def _newest(stored: Tensor, current: Tensor) -> Tensor:
-    current = current.cpu()
+def _newest(stored: Tensor, current: Tensor | None) -> Tensor:
+    if current is None:
+        return stored
     same = stored.shape == current.shape and torch.equal(stored.to(current.dtype), current)
     return stored if same or stored.shape != current.shape else current.to(stored.dtype)
 
@@ -125,90 +147,115 @@ def check_formats(formats: Sequence[Format], names: Names, source: Path | None) 
             fmt.check_model(_config(names.model, source), keys, source)
 
 
-def folder_name(model: str, recipe: Recipe, format_name: str) -> str:
-    """`<model>-w4g128-<format>`; a colon, which some file systems refuse, becomes a dash."""
+def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> str:
+    """`<model>-w4g128-<format>`; a colon, which some file systems refuse, becomes a dash. Without a format the name of
+    the folder in which the run keeps what is finished."""
     stem = Path(model.rstrip("/")).name or "model"
-    return f"{stem}-w{recipe.bits}g{recipe.group_size}-{format_name.replace(':', '-')}"
+    end = f"-{format_name.replace(':', '-')}" if format_name else ".unfinished"
+    return f"{stem}-w{recipe.bits}g{recipe.group_size}{end}"
 
 
-class Output:
-    """Writes one checkpoint; nothing is visible under its final name before `finish`."""
+def check_names(names: Names, plan: Plan) -> None:
+    """Raises UserError if the checkpoint lacks a weight that is to be replaced."""
+    absent = next((name for name in plan.quantized if not names.has(name)), None)
+    if absent is not None:
+        raise UserError(f"{absent}: the checkpoint has no tensor {names.key(absent + '.weight')} to replace")
 
-    def __init__(self, fmt: Format, out: Path, names: Names, plan: Plan, overwrite: bool = False):
-        self.fmt, self.out, self.names, self.plan = fmt, out, names, plan
-        self.made = [folder for folder in out.parents if not folder.exists()]
-        self.partial = begin(out, overwrite)
-        self.writer = ShardWriter(self.partial)
-        absent = [name for name in plan.quantized if not names.has(name)]
-        if absent:
-            self.discard()
-            raise UserError(f"{absent[0]}: the checkpoint has no tensor {names.key(absent[0] + '.weight')} to replace")
-        self.codes: dict[str, Codes] = {}  # kept for formats that write the whole model at once
-        self.records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
 
-    def discard(self) -> None:
-        """Remove what was written so far, and the folders above it that were made for it."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        for folder in self.made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+@dataclass(frozen=True)
+class Result:
+    """What every checkpoint of a run is made of. codes: by module name, in the order they are written.
 
-    def add(self, codes: Mapping[str, Codes]) -> None:
-        """Pack the weights of a finished block."""
-        if not self.fmt.parts:
-            return
-        decoded = self.fmt.write is not None and self.fmt.exact
-        self.records["codes"] |= {self.names.module(n): codes_record(weight, decoded) for n, weight in codes.items()}
-        if self.fmt.write:
-            self.codes |= {self.names.module(name): weight for name, weight in codes.items()}
-            return
-        for name, weight in codes.items():
-            self.writer.add(self.fmt.pack(self.names.module(name), weight))
+    record: what the run writes down about itself. tokenizer, processor: saved where there is no source folder.
+    """
 
-    def finish(
-        self,
-        recipe: Recipe,
-        source: Path | None,
-        journal: Mapping[str, Any],
-        *,
-        tokenizer: Any = None,
-        processor: Any = None,
-    ) -> Path:
-        """Unchanged tensors, side files, recipe, journal and configuration; then the folder gets its name."""
-        model = self.names.model
-        packed = self.plan.quantized if self.fmt.parts else ()
-        rest = self._recorded(self.names.unchanged({f"{name}.weight" for name in packed}))
-        layout = Layout(
-            quantized=self.plan.quantized,
-            kept=list(self.plan.kept),
-            blocks=[stage.path for stage in self.plan.stages],
-            checkpoint_name=self.names.module,
-            default=recipe.scheme,
-            details={"iters": recipe.steps, "algorithm": recipe.algorithm},
-        )
-        config = _config(model, source)
-        config = self.fmt.model_config(config, layout) if self.fmt.model_config else config
-        if not self.fmt.write:
-            for key, tensor in rest:
-                self.writer.add({key: tensor})
-            self.writer.finish()
-        files = write_side_files(
-            source, self.partial, tokenizer=tokenizer, processor=processor, generation_config=model.generation_config
-        )
-        (self.partial / "recipe.toml").write_text(to_toml(recipe))
-        if self.fmt.write:
-            self.fmt.write(self.partial, Whole(self.codes, rest, config, layout, source))
-        else:
-            write_config(self.partial, config, self.fmt.config(layout))
-        record = {**journal, "files": sorted(files), **self.records}
-        (self.partial / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        commit(self.partial, self.out)
-        return self.out
+    names: Names
+    plan: Plan
+    recipe: Recipe
+    source: Path | None
+    codes: Mapping[str, Codes]
+    record: Mapping[str, Any]
+    tokenizer: Any = None
+    processor: Any = None
 
-    def _recorded(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in tensors:
-            self.records["tensors"][key] = checksum(tensor)
-            yield key, tensor
+
+def write_checkpoint(fmt: Format, out: Path, result: Result) -> Path:
+    """Packed weights, unchanged tensors, side files, recipe, record and configuration; then the folder gets its name.
+
+    Nothing is visible under it before, and nothing is left where writing fails.
+    """
+    partial = begin(out, result.recipe.overwrite)
+    try:
+        _fill(partial, fmt, result)
+        commit(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def _fill(folder: Path, fmt: Format, result: Result) -> None:
+    names, plan, recipe, source = result.names, result.plan, result.recipe, result.source
+    records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
+    packed = plan.quantized if fmt.parts else {}
+    layout = Layout(
+        quantized=plan.quantized,
+        kept=list(plan.kept),
+        blocks=[stage.path for stage in plan.stages],
+        checkpoint_name=names.module,
+        default=recipe.scheme,
+        details={"iters": recipe.steps, "algorithm": recipe.algorithm},
+    )
+    config = _config(names.model, source)
+    config = fmt.model_config(config, layout) if fmt.model_config else config
+    codes = ByKey(result.codes, {names.module(name): name for name in result.codes} if packed else {})
+    rest = _recorded(names.unchanged({f"{name}.weight" for name in packed}, result.codes), records["tensors"])
+    if fmt.write:
+        records["codes"] = {key: codes_record(weight, fmt.exact) for key, weight in codes.items()}
+    else:
+        writer = ShardWriter(folder)
+        for key, weight in codes.items():
+            records["codes"][key] = codes_record(weight)
+            writer.add(fmt.pack(key, weight))
+        for key, tensor in rest:
+            writer.add({key: tensor})
+        writer.finish()
+    files = write_side_files(
+        source,
+        folder,
+        tokenizer=result.tokenizer,
+        processor=result.processor,
+        generation_config=names.model.generation_config,
+    )
+    (folder / "recipe.toml").write_text(to_toml(recipe))
+    if fmt.write:
+        fmt.write(folder, Whole(codes, rest, config, layout, source))
+    else:
+        write_config(folder, config, fmt.config(layout))
+    record = {**result.record, "files": sorted(files), **records}
+    write_whole(folder / "run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+class ByKey(Mapping[str, Codes]):
+    """Codes by the checkpoint's module name; read one by one where they lie on disk."""
+
+    def __init__(self, codes: Mapping[str, Codes], names: Mapping[str, str]):
+        self._codes, self._names = codes, names
+
+    def __getitem__(self, key: str) -> Codes:
+        return self._codes[self._names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _recorded(tensors: Iterator[tuple[str, Tensor]], record: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in tensors:
+        record[key] = checksum(tensor)
+        yield key, tensor
 
 
 def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:

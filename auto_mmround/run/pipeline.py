@@ -4,65 +4,45 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.calibration.inputs import ModelInput, bucket, padded
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
-from auto_mmround.model.chains import Chain, as_dtype, run_plainly
+from auto_mmround.model.chains import Chain, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
-from auto_mmround.model.experts import separated
+from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.fisher import channel_fisher
+from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
-from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Codes
-from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_forms, collecting, in_turn
 from auto_mmround.numerics.tuner import (
     TuneConfig,
     TunedWeight,
-    TuneResult,
     held_out_split,
     mean_error,
     tune_block,
 )
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
-from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
+from auto_mmround.run.finished import Finished
+from auto_mmround.run.journal import BlockReport, block_report
+from auto_mmround.run.leaves import codes_of, leaves_of, write_back
+from auto_mmround.run.memory import BatchSize
+from auto_mmround.run.plan import Plan, WeightPlan
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.weights import Weights, accumulated, kinds_of, tower_tokens
 
 log = logging.getLogger("auto_mmround")
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What happened to a block. nearest, start, end: held-out error per element, rounded to nearest, at the start of
-    the sign steps (the closed form, if there is one) and at their end; in units of the loss, see `fisher`."""
-
-    name: str
-    stage: str
-    weights: int
-    nearest: float | None
-    start: float | None
-    end: float | None
-    best_iter: int
-    seconds: float
-    peak_gb: float
-    unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for the journal."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -74,99 +54,41 @@ class Watcher:
     block: Callable[[BlockReport], None] = lambda report: None
 
 
-Sink = Callable[[str, dict[str, Codes]], None]  # (block, codes by module name); called once a block, in order
-
-
 def quantize(
     model: PreTrainedModel,
     recipe: Recipe,
     plan: Plan,
     inputs: Sequence[ModelInput],
-    sink: Sink,
+    finished: Finished,
     watcher: Watcher | None = None,
+    holder: Holder | None = None,
     processes: Processes = ALONE,
-) -> list[BlockReport]:
-    """Quantize the planned weights of ``model`` in place and hand the codes of each block to ``sink``.
+) -> None:
+    """Quantize the planned weights of ``model`` in place; each block's codes and report go to ``finished`` at once.
 
     inputs: calibration samples with ``kwargs`` (what the model takes) and ``modality_T``; not needed for rounding to
-    nearest without equalization. The model's parameters hold the dequantized weights afterwards.
+    nearest without equalization. What ``finished`` (of several processes: the first one's) holds is not tuned again.
+    The model's parameters hold the dequantized weights afterwards, unless ``holder`` streams its blocks.
     """
-    watcher = watcher or Watcher()
-    if devices.traits(model.device).padded:
+    if devices.traits(device_of(model)).padded:
         inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
-    reports: list[BlockReport] = []
-
-    def finish(report: BlockReport, codes: dict[str, Codes]) -> None:
-        processes.agree(report.name, codes)
-        sink(report.name, codes)
-        reports.append(report)
-        watcher.block(report)
-
-    with separated(model):
-        if recipe.equalize != "none":
-            equalize(model, recipe, plan, inputs, watcher.captured)
-        if recipe.calibrates:
-            _tune_stages(model, recipe, plan, inputs, finish, watcher, processes)
-        else:
-            for stage in plan.stages:
-                for block in stage.blocks:
-                    started = time.perf_counter()
-                    tuned = leaves_of(model, plan.of_block(block))
-                    finish(_report(model, block, stage, tuned, None, started), _codes(tuned))
-        outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
-        if outside:  # no block to measure: rounded to nearest
-            started = time.perf_counter()
-            tuned = leaves_of(model, outside)
-            finish(_report(model, "outside the blocks", None, tuned, None, started), _codes(tuned))
-    return reports
-
-
-def _tune_stages(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    plan: Plan,
-    inputs: Sequence[ModelInput],
-    finish: Callable[[BlockReport, dict[str, Codes]], None],
-    watcher: Watcher,
-    processes: Processes,
-) -> None:
-    device = model.device
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    batches = [as_dtype(sample.kwargs, dtype) for sample in inputs]
-
-    def precision() -> AbstractContextManager:
-        return devices.autocast(device, dtype, recipe.amp)
-
-    def record(stages: Sequence[Stage]) -> dict[str, Chain]:
-        store = "cpu" if recipe.low_gpu_mem_usage else device
-        chains = capture(
-            model, stages, batches, precision=precision, store=store, only=processes.share(range(len(batches))),
-            on_sample=lambda i: watcher.captured(i + 1, len(batches)),
-        )  # fmt: skip
-        return {path: replace(chain, runner=runner) for path, chain in processes.complete(chains, stages).items()}
-
-    runner = Compiled(devices.traits(device).compiler) if recipe.enable_torch_compile else run_plainly
-    teachers = record(plan.stages)
-    students = dict(teachers)
-    fisher = {}
-    if recipe.fisher and recipe.algorithm == "auto":
-        fisher = channel_fisher(
-            model, plan.stages, batches, kinds_of(inputs), seed=recipe.seed, precision=precision, share=processes.share,
-            add_up=lambda sums: processes.add_named(sums, device),
-        )  # fmt: skip
-    weights = Weights(plan.stages, kinds_of(inputs), fisher)
-    journey = _Journey(model, recipe, plan, inputs, batches, weights, precision, finish, watcher, processes)
-    for position, stage in enumerate(plan.stages):
-        if stage.path not in teachers:
-            raise UserError(
-                f"{stage.path}: no calibration sample reaches this {stage.name} stage; calibrate with samples that "
-                f"have {stage.name} input, e.g. --dataset liuhaotian/llava_conv_58k"
-            )
-        journey.tune_stage(teachers[stage.path], students[stage.path])
-        later = plan.stages[position + 1 :]
-        if later and recipe.enable_quanted_input:
-            # What the quantized stage gets wrong must reach the stages that it feeds.
-            students |= record(later)
+    journey = _Journey(
+        model, recipe, plan, inputs, finished, watcher or Watcher(), holder or InMemory(), separable(model),
+        BatchSize(recipe.batch_size), processes,
+    )  # fmt: skip
+    if recipe.equalize != "none":
+        with separated(model):
+            equalize(model, recipe, plan, inputs, journey.watcher.captured)
+    done = all(finished.has(stage.blocks) for stage in plan.stages)
+    if recipe.calibrates and not processes.gather(done)[0]:
+        journey.run()
+    else:
+        for stage in plan.stages:
+            for block in stage.blocks:
+                journey.nearest(block, stage.name, plan.of_block(block))
+    outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
+    if outside:  # no block to measure: rounded to nearest
+        journey.nearest("outside the blocks", "text", outside)
 
 
 @dataclass(frozen=True)
@@ -177,63 +99,204 @@ class _Journey:
     recipe: Recipe
     plan: Plan
     inputs: Sequence[ModelInput]
-    batches: Sequence[dict[str, Any]]  # what the model takes of each, in its dtype
-    weights: Weights
-    precision: Callable[[], AbstractContextManager]
-    finish: Callable[[BlockReport, dict[str, Codes]], None]
+    finished: Finished
     watcher: Watcher
+    holder: Holder
+    experts: Mapping[str, Expert]
+    batch: BatchSize
     processes: Processes
 
-    def tune_stage(self, teacher: Chain, student: Chain) -> None:
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return device_of(self.model)
+
+    @cached_property
+    def batches(self) -> list[dict[str, Any]]:
+        """What the model takes of each sample, in its dtype."""
+        return [as_dtype(sample.kwargs, self.dtype) for sample in self.inputs]
+
+    @cached_property
+    def weights(self) -> Weights:
+        """What errors weigh; to be asked for before anything is quantized."""
+        kinds, fisher = kinds_of(self.inputs), {}
+        if self.recipe.fisher and self.recipe.algorithm == "auto":
+            with self.holder.recomputing():
+                fisher = channel_fisher(
+                    self.model, self.plan.stages, self.batches, kinds, seed=self.recipe.seed, precision=self.precision,
+                    share=self.processes.share, add_up=lambda sums: self.processes.add_named(sums, self.device),
+                )  # fmt: skip
+        return Weights(self.plan.stages, kinds, fisher)
+
+    @cached_property
+    def runner(self) -> Runner:
+        """How blocks are called."""
+        return Compiled(devices.traits(self.device).compiler) if self.recipe.enable_torch_compile else run_plainly
+
+    def precision(self) -> AbstractContextManager:
+        """What blocks compute in."""
+        return devices.autocast(self.device, self.dtype, self.recipe.amp)
+
+    def run(self) -> None:
+        """Tune the stages in order."""
+        stages = self.plan.stages
+        teachers = self._record(stages)
+        students = dict(teachers)
+        _ = self.weights  # of the untouched model
+        for position, stage in enumerate(stages):
+            if stage.path not in teachers:
+                raise UserError(
+                    f"{stage.path}: no calibration sample reaches this {stage.name} stage; calibrate with samples that "
+                    f"have {stage.name} input, e.g. --dataset liuhaotian/llava_conv_58k"
+                )
+            self._tune_stage(teachers.pop(stage.path), students.pop(stage.path))
+            if stages[position + 1 :] and self.recipe.enable_quanted_input:
+                # What the quantized stage gets wrong must reach the stages that it feeds.
+                students = self._record(stages[position + 1 :])
+
+    def _record(self, stages: Sequence[Stage]) -> dict[str, Chain]:
+        chains = capture(
+            self.model,
+            stages,
+            self.batches,
+            precision=self.precision,
+            store="cpu" if self.recipe.low_gpu_mem_usage else self.device,
+            place=self._disk if self.recipe.offload_states else None,
+            only=self.processes.share(range(len(self.batches))),
+            on_sample=lambda i: self.watcher.captured(i + 1, len(self.batches)),
+        )
+        whole = self.processes.complete(chains, stages)
+        return {path: replace(chain, runner=self.runner, device=self.device) for path, chain in whole.items()}
+
+    def nearest(self, name: str, stage: str, planned: Sequence[WeightPlan]) -> None:
+        """Round weights to nearest, or take them as they were finished before."""
+        with self.holder.resident([name]), separated(self.model, self.experts, [name]):
+            if not self._taken([name], planned):
+                started = time.perf_counter()
+                tuned = leaves_of(self.model, planned)
+                self._finish([block_report(self.device, name, stage, tuned, None, started)], codes_of(tuned))
+        self.watcher.block(self.finished.reports[name])
+
+    def _taken(self, names: Sequence[str], planned: Sequence[WeightPlan]) -> bool:
+        """Whether the first process finished these blocks before; their weights hold what it found then."""
+        mine = None
+        if self.finished.has(names) and self.processes.first:
+            reports = [self.finished.reports[name] for name in names]
+            mine = reports, {weight.name: self.finished.codes[weight.name] for weight in planned}
+        found = self.processes.gather(mine)[0]
+        if found is not None:
+            write_back(self.model, planned, found[1])
+            if not self.processes.first:
+                self.finished.add(*found)
+        return found is not None
+
+    def _finish(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
+        """Keep what belongs to blocks that were tuned together, if all processes found the same."""
+        self.processes.agree(reports[0].name, codes)
+        self.finished.add(reports, codes)
+
+    def _tune_stage(self, teacher: Chain, student: Chain) -> None:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         names = teacher.stage.blocks
-        recipe, add_up = self.recipe, self.processes.add_up if self.processes.count > 1 else None
+        if teacher.live and self.recipe.nblocks > 1:
+            raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
+        for first in range(0, len(names), self.recipe.nblocks):
+            window = names[first : first + self.recipe.nblocks]
+            with self.holder.resident(window), separated(self.model, self.experts, window), self.precision():
+                teacher, student = self._pass(teacher, student, window, first)
+            for name in window:
+                planned = self.plan.of_block(name)
+                self.holder.replace(name, partial(self._write_back, name, planned))
+                self.watcher.block(self.finished.reports[name])
+            if student.live and len(student) and self.recipe.enable_quanted_input and first + 1 < len(names):
+                student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
+
+    def _pass(self, teacher: Chain, student: Chain, window: Sequence[str], first: int) -> tuple[Chain, Chain]:
+        """Quantize the blocks of a window, or take them as they were finished before; the chains behind them."""
+        blocks = [self.model.get_submodule(name) for name in window]
+        chains = [teacher, student]
+
+        def relieve() -> bool:
+            """Move hidden states off the device, or from memory to disk."""
+            waiting = [chain for chain in chains if chain.place is None]
+            for chain in waiting:
+                chain.offload(self._disk if self.device.type == "cpu" else Tensor.cpu)
+            return bool(waiting)
+
+        target = self.batch.fitting(window[0], lambda size: teacher.advanced(blocks, first, size), relieve)
+        chains.append(target)
+        if not self._taken(window, [weight for name in window for weight in self.plan.of_block(name)]):
+            tune = partial(self._tune, student, target, blocks, window, first)
+            # Several processes measure together: one alone can't start a block again.
+            self.batch.fitting(window[0], tune, relieve) if self.processes.count == 1 else tune(self.batch.size)
+        if not self.recipe.enable_quanted_input:
+            return target, target
+        return target, self.batch.fitting(window[0], lambda size: student.advanced(blocks, first, size), relieve)
+
+    def _disk(self, tensor: Tensor) -> Tensor:
+        return self.finished.spool(tensor)
+
+    def _write_back(self, block: str, planned: Sequence[WeightPlan]) -> None:
+        with separated(self.model, self.experts, [block]):
+            write_back(self.model, planned, self.finished.codes)
+
+    def _tune(
+        self,
+        student: Chain,
+        target: Chain,
+        blocks: Sequence[nn.Module],
+        window: Sequence[str],
+        first: int,
+        batch_size: int,
+    ) -> None:
+        """Tune blocks that share a loss, and keep their codes and reports. If that fails the weights are as before."""
+        recipe, started = self.recipe, time.perf_counter()
+        loss_weights = self.weights.of_errors(student, window[-1])
         count, places = self.processes.numbered(student)
         accumulate = accumulated(recipe, sum(self.processes.gather(tower_tokens(student))) // count)
-        if teacher.live and recipe.nblocks > 1:
-            raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
-        for first in range(0, len(names), recipe.nblocks):
-            window = names[first : first + recipe.nblocks]
-            blocks = [self.model.get_submodule(name) for name in window]
-            started = time.perf_counter()
-            with self.precision():
-                target = teacher.advanced(blocks, first, recipe.batch_size)
-                loss_weights = self.weights.of_errors(student, window[-1])
-                measure = partial(self._moments, student, blocks, first)
-                planned = [weight.name for name in window for weight in self.plan.of_block(name)]
-                moments = measure(planned) if recipe.closed_form else {}
-                tuned = {name: leaves_of(self.model, self.plan.of_block(name)) for name in window}
-                leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
-                forward = _forward(student, blocks, first, target, loss_weights, places)
-                turns = in_turn(moments, window) if recipe.in_turn else []
-                nearest = self._start(leaves, moments, forward, count, turns, measure) if moments else None
-                unreached = set(leaves) - set(moments) if moments else set()
-                result = tune_block(
-                    list(leaves.values()),
-                    forward,
-                    count,
-                    _tune_config(recipe, first, accumulate),
-                    on_step=partial(self._stepped, window[-1]),
-                    add_up=add_up,
+        measure = partial(self._moments, student, blocks, first, batch_size)
+        planned = [weight.name for name in window for weight in self.plan.of_block(name)]
+        moments = measure(planned) if recipe.closed_form else {}
+        tuned = {name: leaves_of(self.model, self.plan.of_block(name)) for name in window}
+        leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
+        forward = _forward(student, blocks, first, target, loss_weights, places)
+        turns = in_turn(moments, window) if recipe.in_turn else []
+        unreached = set(leaves) - set(moments) if moments else set()
+        try:
+            nearest = self._start(leaves, moments, forward, count, turns, measure, batch_size) if moments else None
+            result = tune_block(
+                list(leaves.values()),
+                forward,
+                count,
+                _tune_config(recipe, first, batch_size, accumulate),
+                on_step=partial(self._stepped, window[-1]),
+                add_up=self.processes.add_up if self.processes.count > 1 else None,
+            )
+        except BaseException:
+            for leaf in leaves.values():
+                leaf.show_original()
+            raise
+        reports = []
+        for name in window:
+            report = block_report(self.device, name, student.stage.name, tuned[name], result, started, nearest)
+            reports.append(replace(report, unreached=len(unreached & set(tuned[name]))))
+            if reports[-1].unreached:
+                log.warning(
+                    "%s: %d weights saw no calibration token: searched scales, not tuned", name, reports[-1].unreached
                 )
-                student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
-            if student.live and len(student) and recipe.enable_quanted_input and first + 1 < len(names):
-                student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
-            teacher = target
-            for name in window:
-                report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
-                report = replace(report, unreached=len(unreached & set(tuned[name])))
-                if report.unreached:
-                    log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name,
-                                report.unreached)  # fmt: skip
-                self.finish(report, _codes(tuned[name]))
+        self._finish(reports, codes_of(leaves))
 
     def _stepped(self, block: str, step: int) -> None:
-        devices.traits(self.model.device).mark_step()
+        devices.traits(self.device).mark_step()
         self.watcher.step(block, step, self.recipe.steps)
 
     def _moments(
-        self, student: Chain, blocks: Sequence[nn.Module], first: int, names: Sequence[str]
+        self, student: Chain, blocks: Sequence[nn.Module], first: int, batch_size: int, names: Sequence[str]
     ) -> dict[str, Moments]:
         """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
         layers = {name: self.model.get_submodule(name) for name in names}
@@ -241,12 +304,12 @@ class _Journey:
         weights = [self.weights.of_tokens(student, i, last) for i in range(len(student))]
         current: list[Tensor] = []
         with torch.no_grad(), collecting(layers, lambda: current) as collected:
-            for at in range(0, len(student), self.recipe.batch_size):
-                for group in student.groups(range(at, min(at + self.recipe.batch_size, len(student))), first):
+            for at in range(0, len(student), batch_size):
+                for group in student.groups(range(at, min(at + batch_size, len(student))), first):
                     current[:] = [_cat(parts) for parts in zip(*(weights[i] for i in group), strict=True)]
                     collected.next_pass()
                     student.run_group(blocks, first, group)
-            return self.processes.add_moments(collected.moments(), self.model.device)
+            return self.processes.add_moments(collected.moments(), self.device)
 
     def _start(
         self,
@@ -256,12 +319,13 @@ class _Journey:
         count: int,
         turns: Sequence[Sequence[str]],
         measure: Callable[[Sequence[str]], dict[str, Moments]],
+        batch_size: int,
     ) -> float:
         """Put every weight at its closed-form start; returns the held-out error of rounding to nearest.
 
         turns: groups of layers that are solved one after another, each on what those before it, rounded, hand to it.
         """
-        nearest = mean_error(forward, held_out_split(count)[1], self.recipe.batch_size, self.processes.add_up)
+        nearest = mean_error(forward, held_out_split(count)[1], batch_size, self.processes.add_up)
         config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
         waiting = dict(leaves)
         for leaf in leaves.values() if turns else ():
@@ -298,80 +362,16 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-def _tune_config(recipe: Recipe, first: int, accumulate: int) -> TuneConfig:
+def _tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:
+    """batch_size: a divisor of the recipe's; steps see the same samples, in more parts."""
     factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
     return TuneConfig(
         iters=recipe.steps,
         lr=recipe.learning_rate,
         factor_lr=factor_lr,
-        batch_size=recipe.batch_size,
-        accumulate=accumulate,
+        batch_size=batch_size,
+        accumulate=accumulate * (recipe.batch_size // batch_size),
         keep_best=not recipe.not_use_best_mse,
         patience=recipe.dynamic_max_gap,
         seed=recipe.seed + first,
-    )
-
-
-def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
-    """Rounding states for the weights; the parameters hold round-to-nearest values from here on."""
-    leaves = {}
-    peaks = _shared_peaks(model, planned)
-    for weight in planned:
-        layer = model.get_submodule(weight.name)
-        transposed = isinstance(layer, Conv1D)
-        parameter: nn.Parameter = layer.weight  # type: ignore[assignment]
-        w_OI = (parameter.data.t() if transposed else parameter.data).clone()
-        assert weight.scheme is not None
-        scheme = weight.scheme
-        if scheme.data_type == "int":
-            rounding: Any = Rounding(w_OI, scheme.group_size, grid_of(scheme))
-        else:
-            rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, peaks.get(weight.name))
-        leaves[weight.name] = TunedWeight(parameter, rounding, transposed)
-        leaves[weight.name].refresh()
-    return leaves
-
-
-def _shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
-    """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one scale for them."""
-    sets: dict[tuple[str, int], list[str]] = {}
-    for weight in planned:
-        parent, _, leaf = weight.name.rpartition(".")
-        for i, members in enumerate(FUSED):
-            if leaf in members and weight.scheme and weight.scheme.data_type == "nvfp4":
-                sets.setdefault((parent, i), []).append(weight.name)
-    peaks = {
-        name: model.get_parameter(f"{name}.weight").detach().abs().max() for names in sets.values() for name in names
-    }
-    return {name: max(peaks[other] for other in names) for names in sets.values() for name in names}
-
-
-def _codes(tuned: dict[str, TunedWeight]) -> dict[str, Codes]:
-    return {name: Codes(*_to_cpu(weight.rounding.codes())) for name, weight in tuned.items()}
-
-
-def _to_cpu(codes: Codes) -> list[Any]:
-    return [part.cpu() if isinstance(part, Tensor) else part for part in codes]
-
-
-def _report(
-    model: PreTrainedModel,
-    name: str,
-    stage: Stage | None,
-    tuned: dict[str, TunedWeight],
-    result: TuneResult | None,
-    started: float,
-    nearest: float | None = None,
-) -> BlockReport:
-    devices.traits(model.device).synchronize(model.device)
-    return BlockReport(
-        name=name,
-        stage=stage.name if stage else "text",
-        weights=len(tuned),
-        nearest=nearest if nearest is not None or not result else result.start,
-        start=result.start if result else None,
-        end=result.end if result else None,
-        best_iter=result.best_iter if result else 0,
-        seconds=time.perf_counter() - started,
-        peak_gb=max(devices.peak_memory(model.device).values()),
     )

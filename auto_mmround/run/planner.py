@@ -26,19 +26,18 @@ from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, as_dtype, map_tensors
-from auto_mmround.model.experts import separated
+from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.fisher import ENOUGH, channel_fisher, spread
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, tune_block
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
-from auto_mmround.run.pipeline import leaves_of
+from auto_mmround.run.leaves import leaves_of
 from auto_mmround.run.weights import accumulated, kinds_of, tower_tokens
 
 BUDGET = 20.0  # seconds that measuring may take, about
 SHARE = 0.9  # of what is free that a run may plan to use
-SHARD = 5 * 10**9
 TRIAL = 2**25  # bytes written and read to see how fast the disk is
 
 
@@ -93,6 +92,7 @@ class _Probe:
         self.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         self.batches = [as_dtype(sample.kwargs, self.dtype) for sample in self.job.inputs]
         self.kinds = kinds_of(self.job.inputs)
+        self.experts = separable(self.model)
 
     def precision(self) -> AbstractContextManager:
         return devices.autocast(self.model.device, self.dtype, self.recipe.amp)
@@ -136,7 +136,8 @@ class _Probe:
         block = self.model.get_submodule(name)
         kind = chain.stage.path, shape_signature(block)
         if kind not in self.costs:
-            with self.precision():
+            holder, model = self.job.loaded.holder, self.model
+            with holder.resident([name]), separated(model, self.experts, [name]), self.precision():
                 self.costs[kind] = self._measure(chain, index, name, block)
         return self.costs[kind]
 
@@ -198,9 +199,8 @@ def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time
     states = 0
     with _high_water(place) as peak:
         if job.recipe.calibrates:
-            with separated(job.loaded.model):
-                seconds, states = _calibrated(_Probe(job, clock() + budget, clock), budget)
-    memory = peak() + states + (min(sum(sizes.values()), SHARD) if place.type == "cpu" else 0)
+            seconds, states = _calibrated(_Probe(job, clock() + budget, clock), budget)
+    memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
     found = Estimate(
         seconds=seconds | {"writing": writing},
@@ -315,7 +315,8 @@ def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], floa
     sizes = _sizes(job)
     planned = [weight for weight in job.plan.weights if weight.scheme]
     weight = min(planned, key=lambda w: w.out_features * w.in_features)
-    with separated(job.loaded.model):
+    block = [weight.block or ""]
+    with job.loaded.holder.resident(block), separated(job.loaded.model, blocks=block):
         before = job.loaded.model.get_submodule(weight.name).weight.clone()  # type: ignore[operator]
         (leaf,) = leaves_of(job.loaded.model, [weight]).values()
         codes = leaf.rounding.codes()

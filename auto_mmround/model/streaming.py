@@ -1,0 +1,229 @@
+"""Models larger than memory: a block is read from the checkpoint's files when its turn comes, and dropped after.
+
+Everything but the blocks of the stages stays in memory. Transformers' own reader does the renaming, stacking and
+casting, for a block as for a whole model, so a streamed model holds the same bits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from auto_mmround.errors import UserError
+from auto_mmround.model import devices
+from auto_mmround.model.standins import recomputed
+from auto_mmround.model.structure import find_stages
+from auto_mmround.untrusted import weight_map
+
+SHARE = 0.6  # of the free memory that a model may take as a whole
+Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, bool]]]
+
+
+class Holder(Protocol):
+    """Who has the weights of blocks at hand."""
+
+    def resident(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
+        """While open, the blocks' original weights are in memory, and changes of them stay."""
+
+    def replace(self, block: str, write: Callable[[], None]) -> None:
+        """From now on the block has other weights: ``write`` puts them into the resident original."""
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """While open, a backward pass through the whole model needs no more memory than the blocks have anyway."""
+
+
+class InMemory:
+    """All weights, always; what was changed is changed."""
+
+    def resident(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def replace(self, block: str, write: Callable[[], None]) -> None:
+        """Nothing to do."""
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+
+class Streamed:
+    """Reads the blocks of a model whose block parameters are on the meta device.
+
+    A block that is run in a forward pass of the whole model is read then, and stays until the next one is. The
+    parameters of `resident` ones are new objects each time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, files: Mapping[str, Path], names: Mapping[str, str], config: LoadStateDictConfig
+    ):
+        """files: where each key of the checkpoint lies. names: the parameter that it becomes, or a part of."""
+        self._model, self._files, self._config = model, files, config
+        self._keys: dict[str, list[str]] = {block: [] for stage in find_stages(model) for block in stage.blocks}
+        owners = {f"{block}.": block for block in self._keys}
+        for key, name in names.items():
+            owner = next((block for prefix, block in owners.items() if name.startswith(prefix)), None)
+            if owner is not None:
+                self._keys[owner].append(key)
+        self._held: set[str] = set()
+        self._passing: str | None = None
+        self._writers: dict[str, Callable[[], None]] = {}
+        self._blocks = {name: model.get_submodule(name) for name in self._keys}  # something may stand in for them
+        for name, block in self._blocks.items():
+            block.register_forward_pre_hook(self._reader(name))
+
+    @contextmanager
+    def resident(self, blocks: Sequence[str]) -> Iterator[None]:
+        """See `Holder.resident`. A block that is not one of a stage's is in memory anyway."""
+        self._release_passing()
+        streamed = [block for block in blocks if block in self._keys]
+        self._held |= set(streamed)
+        try:
+            for block in streamed:
+                self._read(block)
+            yield
+        finally:
+            for block in streamed:
+                self._release(block)
+            self._held -= set(streamed)
+
+    def replace(self, block: str, write: Callable[[], None]) -> None:
+        """See `Holder.replace`."""
+        self._writers[block] = write
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """See `Holder.recomputing`."""
+        return recomputed(self._model, self._keys)
+
+    def _reader(self, block: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if block not in self._held and block != self._passing:
+                self._release_passing()
+                self._passing = block
+                self._read(block)
+                self._writers.get(block, lambda: None)()
+
+        return hook
+
+    def _release_passing(self) -> None:
+        if self._passing is not None:
+            self._release(self._passing)
+            self._passing = None
+
+    def _read(self, block: str) -> None:
+        conversions = getattr(self._model, "_weight_conversions", None)
+        with ExitStack() as stack, _no_progress_bar():
+            opened = {
+                path: stack.enter_context(safe_open(path, "pt"))
+                for path in {self._files[key] for key in self._keys[block]}
+            }
+            tensors = {key: opened[self._files[key]].get_slice(key) for key in self._keys[block]}
+            convert_and_load_state_dict_in_model(self._model, tensors, self._config)
+        self._model._weight_conversions = conversions  # type: ignore[assignment]  # those of the whole model
+        self._blocks[block].requires_grad_(False)
+
+    def _release(self, block: str) -> None:
+        for module in self._blocks[block].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = buffer.to("meta")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those that its index names, or the one file, or all."""
+    index, single = weight_map(folder), folder / "model.safetensors"
+    if index is not None:
+        return [folder / name for name in sorted(set(index.values()))]
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def fits(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free memory."""
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    if dtype is not None:
+        with safe_open(weight_files(folder)[0], "pt") as file:
+            size = size * dtype.itemsize // (_first_dtype(file) or dtype).itemsize
+    return size <= SHARE * devices.free_memory(device)
+
+
+def load_streamed(
+    cls: Any, config: Any, folder: Path, dtype: torch.dtype | None, device: torch.device, rename: Rename
+) -> tuple[PreTrainedModel, Streamed, list[str]]:
+    """A model without its blocks, what reads them, and the names of weights that the files lack or have otherwise.
+
+    rename: (key, parameter, ..) for a model and the keys of its files. Raises UserError for models whose blocks share
+    weights.
+    """
+    files: dict[str, Path] = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+            dtype = dtype or config.dtype or _first_dtype(file)
+    dtype = dtype or torch.get_default_dtype()
+    _set_dtype(config, dtype)
+    with ExitStack() as stack:
+        for context in cls.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model: PreTrainedModel = cls(config)
+    paths = [stage.path for stage in find_stages(model)]
+    shared = [name for name in model.all_tied_weights_keys if any(name.startswith(f"{path}.") for path in paths)]
+    if shared:
+        raise UserError(f"{shared[0]} is shared with other modules: this model can't be streamed, use --no_stream")
+    loading = LoadStateDictConfig(
+        device_map={"": device} | dict.fromkeys(paths, "meta"),
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+    )
+    with ExitStack() as stack, _no_progress_bar():
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+        slices = {key: opened[path].get_slice(key) for key, path in files.items()}
+        info, _ = convert_and_load_state_dict_in_model(model, slices, loading)
+    loading = replace(loading, device_map={"": device})
+    info = model._finalize_model_loading(model, loading, info)
+    model.eval().requires_grad_(False)
+    absent = info.missing_keys | {key for key, *_ in info.mismatched_keys}
+    names = {key: name for key, name, *_ in rename(model, files)}
+    return model, Streamed(model, files, names, loading), sorted(absent)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the weights that are in memory lie."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """As Transformers does: for the whole model and its parts."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            getattr(config, name).dtype = dtype
+
+
+def _first_dtype(file: Any) -> torch.dtype | None:
+    tensors = (file.get_slice(key)[:0] for key in file.keys() if file.get_slice(key).get_shape())  # noqa: SIM118
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

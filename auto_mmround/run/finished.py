@@ -1,0 +1,263 @@
+"""Finished blocks: in memory, or in a folder that outlives the process, from which the same command continues.
+
+The folder `<model>-w4g128.unfinished` lies beside the checkpoints to be. A part file holds the codes of blocks that
+were tuned together; the journal gets a line for it once the file is safe. A line starts with its own checksum and names
+that of its part, so whatever a crash, a full disk or a bad sector left behind is seen, and work goes on from the last
+block that is whole.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from auto_mmround import __version__
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.errors import UserError
+from auto_mmround.export.checkpoint import write_whole
+from auto_mmround.export.packing import pack_bits, unpack_bits
+from auto_mmround.model.spool import Spool
+from auto_mmround.numerics.grids import Codes
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.journal import BlockReport, checksum
+
+log = logging.getLogger("auto_mmround")
+
+JOURNAL = "journal"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Where a run may go on under another value: the result does not depend on it, or the files themselves are compared.
+FREE = {"model", "output_dir", "overwrite", "restart", "sample_generation", "low_gpu_mem_usage", "stream",
+        "offload_states", "low_cpu_mem_mode", "low_cpu_mem_usage", "low_cpu_mem_tmp_dir"}  # fmt: skip
+
+
+class Finished:
+    """Reports and codes of the blocks that are done, in memory. spool: takes what should not stay there."""
+
+    def __init__(self, scratch: Path | None = None) -> None:
+        self.reports: dict[str, BlockReport] = {}
+        self.codes: Mapping[str, Codes] = {}
+        self.spool = Spool(scratch or Path(tempfile.gettempdir()))
+
+    def has(self, blocks: Sequence[str]) -> bool:
+        """Whether these blocks are all done."""
+        return all(block in self.reports for block in blocks)
+
+    def add(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
+        """Keep what belongs to blocks that were tuned together."""
+        self.codes = {**self.codes, **codes}
+        self.reports |= {report.name: report for report in reports}
+
+
+class Unfinished(Finished):
+    """The same in a folder. Open it with `unfinished`."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        super().__init__(folder)
+        self.folder, self.identity = folder, dict(identity)
+        self.codes: Parts = Parts()
+        self.run = _sum(json.dumps(self.identity, sort_keys=True).encode())
+        self._journal = folder / JOURNAL
+        lines = _valid_lines(self._journal)
+        if lines:
+            self._check(lines[0])
+        else:
+            write_whole(self._journal, _line(self.identity))
+        for number, line in enumerate(lines[1:]):
+            path = folder / line["part"]
+            if not path.is_file() or _file_sum(path) != line["sum"]:
+                log.warning("%s: %s is damaged, going on from the block before", folder, path.name)
+                lines = lines[: number + 1]
+                break
+            self._take(path, [BlockReport(**report) for report in line["reports"]])
+        if lines:
+            write_whole(self._journal, b"".join(map(_line, lines)))
+
+    def add(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
+        """Write a part, then its line; both are on the disk on return."""
+        path = self.folder / f"{len(self.codes.files):05d}.safetensors"
+        write_whole(path, _encode(codes))
+        line = {"part": path.name, "sum": _file_sum(path), "reports": [asdict(report) for report in reports]}
+        with self._journal.open("ab") as journal:
+            journal.write(_line(line))
+            journal.flush()
+            os.fsync(journal.fileno())
+        self._take(path, reports)
+
+    def wrote(self, out: Path) -> bool:
+        """Whether the checkpoint at ``out`` is this run's already."""
+        try:
+            return bool(self.reports) and json.loads((out / "run.json").read_text())["run"] == self.run
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _take(self, path: Path, reports: Sequence[BlockReport]) -> None:
+        self.codes.read(path)
+        self.reports |= {report.name: report for report in reports}
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        for key in dict.fromkeys([*self.identity, *before]):
+            old, new = before.get(key), self.identity.get(key)
+            if old != new:
+                raise UserError(
+                    f"{self.folder} holds an unfinished run with another {key} ({old!r}, now {new!r}): "
+                    "give the same command to continue it, or --restart to begin anew"
+                )
+
+
+@contextmanager
+def unfinished(folder: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[Unfinished]:
+    """The folder of a run: made, or found with what an earlier process finished; removed at the end.
+
+    Where the work is cut off it stays, unless nothing was finished. Raises UserError if it belongs to a run that would
+    give something else, if another process works in it, and, naming the folder, if the disk is full.
+    """
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work on this run") from None
+        if restart:
+            _empty(folder)
+        run = Unfinished(folder, identity)
+        if run.reports:
+            log.warning("continuing: %d blocks are finished in %s", len(run.reports), folder)
+        try:
+            yield run
+        except BaseException as error:
+            if not run.reports:
+                _remove(folder, made)
+            if isinstance(error, OSError) and error.errno in FULL:
+                text = f"{folder.parent}: {error.strerror}; make room and give the same command again"
+                raise UserError(text) from None
+            raise
+        _remove(folder, made)
+    finally:
+        os.close(lock)
+
+
+def identity(recipe: Recipe, config: str, source: Path | None, inputs: Sequence[ModelInput]) -> dict[str, Any]:
+    """What a result depends on, as plain values by name: recipe, configuration (JSON), model files, samples."""
+    found: dict[str, Any] = {"auto_mmround": __version__}
+    found |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
+    found["config.json"] = _sum(config.encode())
+    for path in sorted(source.glob("*.safetensors")) if source else ():
+        status = path.stat()
+        found[path.name] = [status.st_size, status.st_mtime_ns]
+    found["calibration samples"] = _sum_of([sample.kwargs | {"kind": sample.modality_T} for sample in inputs])
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+class Parts(Mapping[str, Codes]):
+    """Codes by weight name, read from part files when they are asked for."""
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self._where: dict[str, Path] = {}
+
+    def read(self, path: Path) -> None:
+        """Take up a part file's weights."""
+        with safe_open(path, "pt") as file:
+            self._where |= dict.fromkeys(_facts(file), path)
+        self.files.append(path)
+
+    def __getitem__(self, name: str) -> Codes:
+        with safe_open(self._where[name], "pt") as file:
+            facts = _facts(file)[name]
+            columns = facts.pop("columns")
+            parts = {part: file.get_tensor(f"{name}.{part}").clone() for part in ("q", "scale", "zero")}
+            whole = file.get_tensor(f"{name}.global").clone() if f"{name}.global" in file.keys() else None  # noqa: SIM118
+        q_OI = unpack_bits(parts["q"], facts["bits"], columns)
+        return Codes(q_OI, parts["scale"], parts["zero"], **facts, global_scale=whole)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _encode(codes: Mapping[str, Codes]) -> bytes:
+    """A safetensors file of codes, packed densely."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for name, weight in codes.items():
+        values = weight._asdict()
+        q_OI, whole = values.pop("q_OI"), values.pop("global_scale")
+        tensors[f"{name}.q"] = pack_bits(q_OI, weight.bits)
+        tensors |= {f"{name}.{part}": values.pop(f"{part}_OG").contiguous() for part in ("scale", "zero")}
+        tensors |= {} if whole is None else {f"{name}.global": whole}
+        facts[name] = values | {"columns": q_OI.shape[1]}
+    return save(tensors, metadata={"weights": json.dumps(facts)})
+
+
+def _facts(file: Any) -> dict[str, dict[str, Any]]:
+    """Weight name -> scheme and columns, in the order in which they were written."""
+    found: dict[str, dict[str, Any]] = json.loads(file.metadata()["weights"])
+    return found
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False).encode()
+    return _sum(text).encode() + b" " + text + b"\n"
+
+
+def _valid_lines(path: Path) -> list[dict[str, Any]]:
+    """The journal's lines up to the first that is damaged."""
+    found = []
+    for raw in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        mark, _, text = raw.partition(b" ")
+        if mark != _sum(text).encode():
+            break
+        found.append(json.loads(text))
+    return found
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _file_sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def _sum_of(value: Any) -> str:
+    """A checksum of nested mappings and lists of tensors and plain values."""
+    if isinstance(value, Tensor):
+        return checksum(value)
+    if isinstance(value, Mapping):
+        value = sorted((str(key), _sum_of(item)) for key, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        value = [_sum_of(item) for item in value]
+    return _sum(repr(value).encode())
+
+
+def _empty(folder: Path) -> None:
+    """Remove what runs put into their folder, nothing else."""
+    for pattern in (f"{JOURNAL}*", "[0-9]*.safetensors*", "state-*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _remove(folder: Path, made: Sequence[Path]) -> None:
+    """The folder, and those above that were made for it; any that holds something else stays."""
+    _empty(folder)
+    for path in (folder, *made):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

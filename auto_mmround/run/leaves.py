@@ -1,0 +1,68 @@
+"""Between a model's weights and their codes: rounding states for weights, codes from them, weights from codes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from auto_mmround.numerics.float_grids import Nearest
+from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.tuner import TunedWeight
+from auto_mmround.run.plan import FUSED, WeightPlan, grid_of
+
+
+def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
+    """Rounding states for the weights; the parameters hold round-to-nearest values from here on."""
+    leaves = {}
+    peaks = _shared_peaks(model, planned)
+    for weight in planned:
+        parameter, transposed = _parameter(model, weight.name)
+        w_OI = (parameter.data.t() if transposed else parameter.data).clone()
+        assert weight.scheme is not None
+        scheme = weight.scheme
+        if scheme.data_type == "int":
+            rounding: Any = Rounding(w_OI, scheme.group_size, grid_of(scheme))
+        else:
+            rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, peaks.get(weight.name))
+        leaves[weight.name] = TunedWeight(parameter, rounding, transposed)
+        leaves[weight.name].refresh()
+    return leaves
+
+
+def codes_of(tuned: Mapping[str, TunedWeight]) -> dict[str, Codes]:
+    """What goes to disk, in host memory."""
+    return {name: Codes(*_to_cpu(weight.rounding.codes())) for name, weight in tuned.items()}
+
+
+def write_back(model: nn.Module, planned: Sequence[WeightPlan], codes: Mapping[str, Codes]) -> None:
+    """The parameters hold what their codes say, to the bit what tuning left in them."""
+    for weight in planned:
+        parameter, transposed = _parameter(model, weight.name)
+        rows = parameter.data.t() if transposed else parameter.data
+        rows.copy_(dequantize(codes[weight.name]).view_as(rows))
+
+
+def _parameter(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
+    """A layer's weight, and whether it is (in, out)."""
+    layer = model.get_submodule(name)
+    return layer.get_parameter("weight"), isinstance(layer, Conv1D)
+
+
+def _shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
+    """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one scale for them."""
+    sets: dict[tuple[str, int], list[str]] = {}
+    for weight in planned:
+        parent, _, leaf = weight.name.rpartition(".")
+        for i, members in enumerate(FUSED):
+            if leaf in members and weight.scheme and weight.scheme.data_type == "nvfp4":
+                sets.setdefault((parent, i), []).append(weight.name)
+    peaks = {
+        name: model.get_parameter(f"{name}.weight").detach().abs().max() for names in sets.values() for name in names
+    }
+    return {name: max(peaks[other] for other in names) for names in sets.values() for name in names}
+
+
+def _to_cpu(codes: Codes) -> list[Any]:
+    return [part.cpu() if isinstance(part, Tensor) else part for part in codes]
