@@ -7,6 +7,8 @@ import shutil
 import struct
 import wave
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,24 @@ def checkpoints(work: Path) -> list[Reader]:
     ]
 
 
+def gguf_files(work: Path) -> list[Reader]:
+    """The text file of the demo model; none without the package gguf."""
+    if not find_spec("gguf"):
+        print("gguf: left out, the package gguf is not installed")
+        return []
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", bits=8, group_size=32, format="gguf:q8_0", output_dir=str(work / "gguf")
+    )
+    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    (file,) = folder.glob("model-*.gguf")
+
+    def use(_: Path, data: bytes) -> None:
+        file.write_bytes(data)
+        list(islice(dequantized_state_dict(folder), 10))
+
+    return [Reader("gguf", damaged_bytes(file.read_bytes()), use)]
+
+
 def _file_of(name: str, folder: Path) -> st.SearchStrategy[tuple[str, str, bytes]]:
     """(format, file, its damaged content) for one of the files that are read; settings more often than weights."""
     found = []
@@ -359,5 +379,6 @@ def make_readers(work: Path) -> dict[str, Reader]:
         *all_media(work),
         chat_templates(),
         *checkpoints(work),
+        *gguf_files(work),
     ]
     return {reader.name: reader for reader in made}

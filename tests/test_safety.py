@@ -27,6 +27,7 @@ from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
 from auto_mmround.recipe import recipe as recipes
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.run import job as jobs
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -187,6 +188,24 @@ def test_an_index_of_another_form(model, index):
 def test_gguf_files_are_of_the_folder(model):
     with pytest.raises(UserError, match="not in the folder"):
         gguf._files({"quantization_config": {"files": ["../other.gguf"]}}, model)
+
+
+@pytest.mark.parametrize("damage", ["magic", "version", "count", "cut", "empty"])
+def test_damaged_gguf_files_are_one_line(tmp_path, damage):
+    pytest.importorskip("gguf")
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", format="gguf:q8_0", bits=8, group_size=32, output_dir=str(tmp_path)
+    )
+    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    (file,) = folder.glob("model-*.gguf")
+    data = bytearray(file.read_bytes())
+    spoil = {"magic": (0, 4), "version": (4, 8), "count": (16, 24), "cut": (1000, len(data)), "empty": (0, len(data))}
+    first, last = spoil[damage]
+    data[first:last] = b"" if damage in ("cut", "empty") else b"\xfe" * (last - first)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        list(dequantized_state_dict(folder))
+    assert "\n" not in str(caught.value)
 
 
 def test_links_out_of_a_model_are_not_copied(model, tmp_path):
