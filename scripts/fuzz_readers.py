@@ -29,6 +29,7 @@ from auto_mmround.calibration.template import Template, parse_messages, read_tem
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import static
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.export import gguf
 from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.model.loading import DEMO, load_processor, read_config, skeleton
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
@@ -321,7 +322,7 @@ def checkpoints(work: Path) -> list[Reader]:
 
 
 def gguf_files(work: Path) -> list[Reader]:
-    """The text file of the demo model; none without the package gguf."""
+    """A file of the demo model; none without the package gguf."""
     if not find_spec("gguf"):
         print("gguf: left out, the package gguf is not installed")
         return []
@@ -329,13 +330,14 @@ def gguf_files(work: Path) -> list[Reader]:
         model="demo", iters=0, device="cpu", bits=8, group_size=32, format="gguf:q8_0", output_dir=str(work / "gguf")
     )
     (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
-    (file,) = folder.glob("model-*.gguf")
+    # The file that is read first: a damaged one behind it might never be reached.
+    file = folder / json.loads((folder / "config.json").read_text())["quantization_config"]["files"][0]
 
     def use(_: Path, data: bytes) -> None:
         file.write_bytes(data)
         list(islice(dequantized_state_dict(folder), 10))
 
-    return [Reader("gguf", damaged_bytes(file.read_bytes()), use)]
+    return [Reader("gguf", damaged_bytes(file.read_bytes()), use, patience=1.5 * gguf.HEAD_SECONDS)]
 
 
 def _file_of(name: str, folder: Path) -> st.SearchStrategy[tuple[str, str, bytes]]:

@@ -208,6 +208,18 @@ def test_damaged_gguf_files_are_one_line(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_a_gguf_head_that_never_ends_is_given_up(tmp_path, monkeypatch):
+    """A list of 2**24 bytes in the head: the reader looks at them one by one."""
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(gguf, "HEAD_SECONDS", 0.5)
+    shutil.copy(DEMO / "config.json", tmp_path)
+    edit(tmp_path / "config.json", quantization_config={"quant_method": "gguf", "files": ["x.gguf"]})
+    key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, 2**24)  # a list of uint8
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + bytes(2**24))
+    with pytest.raises(UserError, match="its head alone takes more than"):
+        list(dequantized_state_dict(tmp_path))
+
+
 def test_links_out_of_a_model_are_not_copied(model, tmp_path):
     """Else a model's folder could carry the user's own files into what the user publishes."""
     (tmp_path / "id_rsa").write_text("secret")
@@ -448,7 +460,8 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"\| `(\w+)\.(\w+)` \| ([^|]+) \|", page)
     rooms = {"media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor, "template": template,
-             "recipe": recipes, "loading": loading, "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
+             "recipe": recipes, "loading": loading, "gguf": gguf,
+             "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
     assert len(rows) >= 15
     for room, name, text in rows:
         assert str(getattr(rooms[room], name)) == text.strip(), f"{room}.{name}"

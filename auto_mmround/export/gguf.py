@@ -30,7 +30,9 @@ from auto_mmround.export.gguf_types import BLOCK, TYPES, BlockType, exact_type, 
 from auto_mmround.export.layout import Format, Layout, Whole, check_int
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.untrusted import one_line
+from auto_mmround.untrusted import TooLong, one_line, time_limit
+
+HEAD_SECONDS = 30.0  # a head that claims one long list makes the reader walk through the whole file, byte by byte
 
 log = logging.getLogger("auto_mmround")
 Kind = BlockType | SuperType
@@ -136,7 +138,7 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
     for file in _files(raw, folder):
         if not (folder / file).is_file():
             raise UserError(f"{folder} lacks {file}, which its config.json names: copy the folder again")
-        with _readable(folder / file):
+        with _readable(folder / file), time_limit(HEAD_SECONDS):
             reader = gguf.GGUFReader(folder / file)
             field = reader.get_field("general.architecture")
             part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
@@ -155,6 +157,8 @@ def _readable(path: Path) -> Iterator[None]:
     """What the reader and the decoders raise for a damaged file, as a UserError."""
     try:
         yield
+    except TooLong:
+        raise UserError(f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds") from None
     except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
         raise UserError(f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged") from error
 
