@@ -44,12 +44,14 @@ NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.c
 
 @dataclass(frozen=True)
 class Reader:
-    """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may say no."""
+    """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may say no.
+    patience: seconds for one input."""
 
     name: str
     inputs: SearchStrategy[Any]
     read: Callable[[Path, Any], object]
     accepted: tuple[type[Exception], ...] = (UserError,)
+    patience: float = TOO_SLOW
 
 
 @dataclass
@@ -142,7 +144,7 @@ def attempt(reader: Reader, data: Any, work: Path, watch: Watch, tally: Tally) -
         faulthandler.cancel_dump_traceback_later()
     taken = time.perf_counter() - begun
     tally.inputs, tally.slowest = tally.inputs + 1, max(tally.slowest, taken)
-    if taken > TOO_SLOW:
+    if taken > reader.patience:
         tally.note("slow", f"{taken:.1f} seconds for one input", data)
     for line in dict.fromkeys(watch.seen):
         tally.note(line[:60], line, data)

@@ -7,6 +7,8 @@ import shutil
 import struct
 import wave
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from auto_mmround.calibration.template import Template, parse_messages, read_tem
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import static
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.export import gguf
 from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.model.loading import DEMO, load_processor, read_config, skeleton
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
@@ -318,6 +321,25 @@ def checkpoints(work: Path) -> list[Reader]:
     ]
 
 
+def gguf_files(work: Path) -> list[Reader]:
+    """A file of the demo model; none without the package gguf."""
+    if not find_spec("gguf"):
+        print("gguf: left out, the package gguf is not installed")
+        return []
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", bits=8, group_size=32, format="gguf:q8_0", output_dir=str(work / "gguf")
+    )
+    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    # The file that is read first: a damaged one behind it might never be reached.
+    file = folder / json.loads((folder / "config.json").read_text())["quantization_config"]["files"][0]
+
+    def use(_: Path, data: bytes) -> None:
+        file.write_bytes(data)
+        list(islice(dequantized_state_dict(folder), 10))
+
+    return [Reader("gguf", damaged_bytes(file.read_bytes()), use, patience=1.5 * gguf.HEAD_SECONDS)]
+
+
 def _file_of(name: str, folder: Path) -> st.SearchStrategy[tuple[str, str, bytes]]:
     """(format, file, its damaged content) for one of the files that are read; settings more often than weights."""
     found = []
@@ -359,5 +381,6 @@ def make_readers(work: Path) -> dict[str, Reader]:
         *all_media(work),
         chat_templates(),
         *checkpoints(work),
+        *gguf_files(work),
     ]
     return {reader.name: reader for reader in made}

@@ -27,6 +27,7 @@ from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
 from auto_mmround.recipe import recipe as recipes
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.run import job as jobs
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -187,6 +188,36 @@ def test_an_index_of_another_form(model, index):
 def test_gguf_files_are_of_the_folder(model):
     with pytest.raises(UserError, match="not in the folder"):
         gguf._files({"quantization_config": {"files": ["../other.gguf"]}}, model)
+
+
+@pytest.mark.parametrize("damage", ["magic", "version", "count", "cut", "empty"])
+def test_damaged_gguf_files_are_one_line(tmp_path, damage):
+    pytest.importorskip("gguf")
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", format="gguf:q8_0", bits=8, group_size=32, output_dir=str(tmp_path)
+    )
+    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    (file,) = folder.glob("model-*.gguf")
+    data = bytearray(file.read_bytes())
+    spoil = {"magic": (0, 4), "version": (4, 8), "count": (16, 24), "cut": (1000, len(data)), "empty": (0, len(data))}
+    first, last = spoil[damage]
+    data[first:last] = b"" if damage in ("cut", "empty") else b"\xfe" * (last - first)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        list(dequantized_state_dict(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_head_that_never_ends_is_given_up(tmp_path, monkeypatch):
+    """A list of 2**24 bytes in the head: the reader looks at them one by one."""
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(gguf, "HEAD_SECONDS", 0.5)
+    shutil.copy(DEMO / "config.json", tmp_path)
+    edit(tmp_path / "config.json", quantization_config={"quant_method": "gguf", "files": ["x.gguf"]})
+    key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, 2**24)  # a list of uint8
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + bytes(2**24))
+    with pytest.raises(UserError, match="its head alone takes more than"):
+        list(dequantized_state_dict(tmp_path))
 
 
 def test_links_out_of_a_model_are_not_copied(model, tmp_path):
@@ -429,7 +460,8 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"\| `(\w+)\.(\w+)` \| ([^|]+) \|", page)
     rooms = {"media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor, "template": template,
-             "recipe": recipes, "loading": loading, "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
+             "recipe": recipes, "loading": loading, "gguf": gguf,
+             "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
     assert len(rows) >= 15
     for room, name, text in rows:
         assert str(getattr(rooms[room], name)) == text.strip(), f"{room}.{name}"

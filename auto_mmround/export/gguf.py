@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from auto_mmround.export.gguf_types import BLOCK, TYPES, BlockType, exact_type, 
 from auto_mmround.export.layout import Format, Layout, Whole, check_int
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.untrusted import TooLong, one_line, time_limit
+
+HEAD_SECONDS = 30.0  # a head that claims one long list makes the reader walk through the whole file, byte by byte
 
 log = logging.getLogger("auto_mmround")
 Kind = BlockType | SuperType
@@ -134,16 +138,29 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
     for file in _files(raw, folder):
         if not (folder / file).is_file():
             raise UserError(f"{folder} lacks {file}, which its config.json names: copy the folder again")
-        reader = gguf.GGUFReader(folder / file)
-        field = reader.get_field("general.architecture")
-        part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
-        stored = {tensor.name: tensor for tensor in reader.tensors}
+        with _readable(folder / file), time_limit(HEAD_SECONDS):
+            reader = gguf.GGUFReader(folder / file)
+            field = reader.get_field("general.architecture")
+            part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
+            stored = {tensor.name: tensor for tensor in reader.tensors}
         for key, rule in part.sources([name for name in stored if name not in (*extra, ROW_END)]).items():
             absent = [target for target in rule.targets if target not in stored]
             if absent:
                 raise UserError(f"{folder / file} lacks the tensor {absent[0]}: the file is damaged")
-            tensor = rule.step.inverse([_decode(stored[target]) for target in rule.targets])
+            with _readable(folder / file):
+                tensor = rule.step.inverse([_decode(stored[target]) for target in rule.targets])
             yield key, tensor if dtype is None else tensor.to(dtype)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the reader and the decoders raise for a damaged file, as a UserError."""
+    try:
+        yield
+    except TooLong:
+        raise UserError(f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds") from None
+    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged") from error
 
 
 def _decode(stored: Any) -> Tensor:
