@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.ready
 GPTQMODEL := .engines/gptqmodel/.ready
 
-ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py llamacpp.py mlx.py openvino.py vllm.py)
+ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py llamacpp.py mlx.py openvino.py vllm.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-scale fuzz clean
 

@@ -13,7 +13,9 @@ from tiny_gguf import CONFIGS, VOCABULARY, export, tiny
 from tokenizers import Tokenizer
 
 from auto_mmround.evaluation.engines import run_llamacpp
+from auto_mmround.evaluation.llamacpp import pieces
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.evaluation.verify import verify
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
@@ -231,6 +233,26 @@ def test_llamacpp_answers_about_images(quantized_tower, tmp_path):
         assert answer["prompt_tokens"] == inputs.input_ids.shape[1]
         assert len(found) == len(wanted_V) and gap < 0.1 * float(wanted_V.std())
         assert answer["text"] == loaded.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@needs_engine
+def test_verify_asks_llamacpp_about_text_and_image(tmp_path):
+    recipe = Recipe(model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path),
+                    device="cpu")  # fmt: skip
+    folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
+    (verdict,) = verify(folder, ["llamacpp"], root=PYTHON.parents[3]).verdicts
+    assert verdict.status == "right", verdict.line()
+
+
+def test_prompts_lose_what_llamacpp_adds_by_itself():
+    loaded = load("demo")
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>What?<|im_end|>\n"
+    ids = loaded.tokenizer(text).input_ids
+    wanted = ["<|im_start|>user\n", {"image": "a.png"}, "What?<|im_end|>\n"]
+    assert pieces(ids, loaded.tokenizer, loaded.model.config, [Path("a.png")]) == wanted
+    with pytest.raises(ValueError, match="2 images, but places for 1"):
+        pieces(ids, loaded.tokenizer, loaded.model.config, [Path("a.png"), Path("b.png")])
 
 
 def test_a_missing_engine_is_an_answer(tmp_path):

@@ -53,7 +53,7 @@ ENGINES: dict[str, Engine] = {
         own_media=True,
         rounds_inputs=True,
     ),
-    "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text",)),
+    "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text", "image"), own_media=True),
     "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
     "openvino": Engine({"openvino": "openvino"}, kinds=("text",)),
 }

@@ -14,6 +14,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluation import engines, names
 from auto_mmround.evaluation.agreement import Reference, judge, make_reference, rounds_inputs
 from auto_mmround.evaluation.engines import ENGINES, ask, interpreter
+from auto_mmround.evaluation.llamacpp import ask_llamacpp
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.probes import make_probes
 from auto_mmround.evaluation.static import run_checks
@@ -140,7 +141,7 @@ def verify(
                 logits=[reference.logits[i] for i in taken],
             )
             media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
-            verdicts[engine] = _verdict(engine, name, part, planned, root, timeout, media)
+            verdicts[engine] = _verdict(engine, name, part, planned, root, timeout, media, exact.tokenizer)
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
@@ -168,6 +169,7 @@ def _verdict(
     root: Path,
     timeout: float,
     media: Sequence[Mapping[str, Tensor]] | None = None,
+    tokenizer: Any = None,
 ) -> Verdict:
     """media: of each input, for an engine that processes it itself and gets no other keyword arguments but the ids."""
     kind = type(reference.model).__name__
@@ -176,20 +178,13 @@ def _verdict(
     inputs = reference.inputs
     if media is not None:
         inputs = [{"input_ids": kwargs["input_ids"], **own} for kwargs, own in zip(inputs, media)]
-    if engine == "llamacpp":
-        asked |= _gguf_request(reference)
     python = interpreter(name, root, engine)
-    result = ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
+    if engine == "llamacpp":
+        result = ask_llamacpp(reference, media or (), tokenizer, python=python, timeout=timeout)
+    else:
+        result = ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
     facts = judge(result, reference, planned)
     return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
-
-
-def _gguf_request(reference: Reference) -> dict[str, Any]:
-    """llama.cpp reads a file, not a folder, and gives the log probabilities of the next token after token ids. The
-    token it is made to generate must be one of text: the last of the first input."""
-    files = sorted(str(path.resolve()) for path in reference.folder.glob("model-*.gguf"))
-    prompts = [kwargs["input_ids"].flatten().tolist() for kwargs in reference.inputs]
-    return {"model": files[0] if files else "", "prompts": prompts, "top": 20, "filler": prompts[0][-1]}
 
 
 def _require(engine: str, name: str, root: Path) -> None:

@@ -161,14 +161,19 @@ def _pixtral(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tower:
-    """One family's tower. turned: layers whose rows are reordered for rotary positions. longest_edge: llama.cpp cuts
-    images of that size into tiles. row_end: the token of text whose embedding the tower puts behind each row. caution:
-    what llama.cpp gets wrong with a file that is right."""
+    """One family's tower.
+
+    seen: pattern of what an image is in a prompt, IMAGE for its placeholders; llama.cpp puts the other words there by
+    itself. turned: layers whose rows are reordered for rotary positions. longest_edge: llama.cpp cuts images of that
+    size into tiles. row_end: the token of text whose embedding the tower puts behind each row. caution: what llama.cpp
+    gets wrong with a file that is right.
+    """
 
     projector: str
     prefixes: Mapping[str, str]
     names: Mapping[str, str]
     facts: Callable[[Any], dict[str, Any]]
+    seen: str
     steps: Mapping[str, Step] = field(default_factory=dict)
     turned: tuple[str, ...] = ()
     longest_edge: bool = False
@@ -176,6 +181,9 @@ class Tower:
     caution: str | None = None
 
 
+_QWEN_SEEN = r"<\|vision_start\|>IMAGE<\|vision_end\|>"
+_FAKE = "<fake_token_around_image>"
+_TILES = rf"(?:{_FAKE}<row_\d+_col_\d+>IMAGE\n?)*\n?{_FAKE}<global-img>IMAGE{_FAKE}"
 _CLASS_LAST = (
     "llama.cpp, up to build 11549 at least, puts CLIP's class token behind the patches (its issue 25814): "
     "answers about images are wrong until that is mended"
@@ -192,6 +200,7 @@ TOWERS: Mapping[str, Tower] = {
         _VISUAL,
         {**_QWEN, **_QWEN_SPLIT, "blocks.{}.mlp.fc1": "v.blk.{}.ffn_up", "blocks.{}.mlp.fc2": "v.blk.{}.ffn_down"},
         _qwen,
+        _QWEN_SEEN,
         _QWEN_STEPS,
     ),
     "qwen2_5_vl": Tower(
@@ -203,6 +212,7 @@ TOWERS: Mapping[str, Tower] = {
             **{f"blocks.{{}}.mlp.{n}_proj": f"v.blk.{{}}.ffn_{n}" for n in ("gate", "up", "down")},
         },
         _qwen2_5,
+        _QWEN_SEEN,
         _QWEN_STEPS,
     ),
     "qwen3_vl": Tower(
@@ -220,6 +230,7 @@ TOWERS: Mapping[str, Tower] = {
             "merger.linear_fc2": "mm.2",
         },
         _qwen3,
+        _QWEN_SEEN,
         {"patch_embed.proj.weight": FRAMES},
     ),
     "gemma3": Tower(
@@ -231,10 +242,13 @@ TOWERS: Mapping[str, Tower] = {
             "projector.mm_soft_emb_norm": "mm.soft_emb_norm",
         },
         _gemma3,
+        "<start_of_image>IMAGE<end_of_image>",
         {"projector.mm_soft_emb_norm": PLUS_ONE},
     ),
-    "llava": Tower("mlp", _VISION_TOWER, _CLIP, _llava, caution=_CLASS_LAST),
-    **dict.fromkeys(("idefics3", "smolvlm"), Tower("idefics3", _CONNECTED, _IDEFICS, _idefics, longest_edge=True)),
+    "llava": Tower("mlp", _VISION_TOWER, _CLIP, _llava, "IMAGE", caution=_CLASS_LAST),
+    **dict.fromkeys(
+        ("idefics3", "smolvlm"), Tower("idefics3", _CONNECTED, _IDEFICS, _idefics, _TILES, longest_edge=True)
+    ),
     **dict.fromkeys(
         ("pixtral", "mistral3"),
         Tower(
@@ -242,6 +256,7 @@ TOWERS: Mapping[str, Tower] = {
             _VISION_TOWER,
             _PIXTRAL,
             _pixtral,
+            r"(?:IMAGE(?:\[IMG_BREAK\])?)+\[IMG_END\]",
             turned=tuple(f"vision.transformer.layers.{{}}.attention.{name}_proj" for name in "qk"),
             row_end="[IMG_BREAK]",
         ),
