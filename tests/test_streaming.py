@@ -2,17 +2,20 @@
 
 import gc
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, TEXT, Tiny, tiny_tokenizer
 
+from auto_mmround import cli
 from auto_mmround.cli import parse_recipe
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.loading import load
+from auto_mmround.model.loading import DEMO, load
 from auto_mmround.model.spool import Spool
 from auto_mmround.model.structure import find_stages
 from auto_mmround.recipe.recipe import Recipe
@@ -241,3 +244,21 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 def raises(text: str):
     raise RuntimeError(text)
+
+
+def test_float16_becomes_float32_on_a_processor_and_stays_what_it_is_in_the_checkpoint(tmp_path):
+    source = tmp_path / "half"
+    loaded = load("demo", dtype="bfloat16")
+    loaded.model.half().save_pretrained(source)
+    for path in DEMO.glob("*.json"):
+        if path.name not in ("config.json", "model.safetensors.index.json"):
+            shutil.copy(path, source)
+    assert load(str(source)).model.dtype == load(str(source), stream=True).model.dtype == torch.float32
+    assert load(str(source), dtype="float16").model.dtype == torch.float32
+    out = str(tmp_path / "out")
+    command = f"--model {source} --dataset demo --iters 2 --nsamples 8 --bits 8 --output_dir {out} --device cpu"
+    assert cli.main(command.split()) == 0
+    (folder,) = (path for path in Path(out).iterdir() if (path / "config.json").is_file())
+    before, after = load_file(source / "model.safetensors"), load_file(next(folder.glob("*.safetensors")))
+    same = [name for name in before if name in after]
+    assert len(same) > 20 and all(torch.equal(before[name], after[name]) for name in same)

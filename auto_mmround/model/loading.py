@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed
+from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
 from auto_mmround.untrusted import one_line, read_object, weight_map
 
 log = logging.getLogger("auto_mmround")
@@ -94,7 +94,8 @@ def load(
     remote_code: bool = False,
     stream: bool | None = False,
 ) -> Loaded:
-    """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None keeps the files' dtype.
+    """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None keeps the files' dtype,
+    but for float16 on a processor, which becomes float32.
 
     device_map: as accelerate knows them; the model is spread over all devices then, instead of lying on ``device``.
     stream: leave the blocks of all stages in the files, see `streaming`; None: where the model takes most of the free
@@ -109,6 +110,9 @@ def load(
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name} is quantized already; give the original weights")
     cls, kind = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
+    if device.type == "cpu" and not device_map and (kind or stored_dtype(folder, config)) == torch.float16:
+        kind = torch.float32  # few processors compute in float16, and gradients vanish in it
+        log.info("%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory", name)
     holder: Holder = InMemory()
     try:
         if stream or (stream is None and not device_map and not fits(folder, device, kind)):

@@ -159,6 +159,14 @@ def fits(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -
     return size <= SHARE * devices.free_memory(device)
 
 
+def stored_dtype(folder: Path, config: Any) -> torch.dtype | None:
+    """The dtype that the configuration states, else that of the first floating-point weight."""
+    if config.dtype is not None:
+        return config.dtype
+    with safe_open(weight_files(folder)[0], "pt") as file:
+        return _first_dtype(file)
+
+
 def load_streamed(
     cls: Any, config: Any, folder: Path, dtype: torch.dtype | None, device: torch.device, rename: Rename
 ) -> tuple[PreTrainedModel, Streamed, list[str]]:
@@ -171,8 +179,7 @@ def load_streamed(
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
-            dtype = dtype or config.dtype or _first_dtype(file)
-    dtype = dtype or torch.get_default_dtype()
+    dtype = dtype or stored_dtype(folder, config) or torch.get_default_dtype()
     _set_dtype(config, dtype)
     with ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
