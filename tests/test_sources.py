@@ -148,7 +148,7 @@ def test_a_copy_of_peoples_speech(cache):
     assert spoken(load_samples(f"{folder}:config=clean")) == ["one two", "three four"]
     assert spoken(load_samples(f"{folder}:config=test:num=1")) == ["one two"]  # its only split is taken
     assert spoken(load_samples(f"{folder}:config=test:split=test[1:2]")) == ["three four"]
-    with pytest.raises(UserError, match="nonsense.*Available: .*clean"):
+    with pytest.raises(UserError, match=r"nonsense.*Available: .*clean"):
         load_rows(f"{folder}:config=nonsense")
 
 

@@ -259,3 +259,20 @@ def test_video_without_pyav_is_one_line(tmp_path):
     wanted = recipe(model, str(tmp_path / "rows.json"), tmp_path, on_bad_sample="skip")
     with pytest.raises(UserError, match="pip install av"):
         jobs.prepare(wanted, jobs.load_model(wanted))
+
+
+def test_damaged_and_missing_sounds_are_named_and_counted(tmp_path):
+    model = checkpoint(configured("whisper", max_source_positions=50), tiny_processors.whisper(), tmp_path / "model")
+    folder = sounds(tmp_path / "speech")
+    (folder / "1.wav").write_bytes(b"no sound")
+    rows = [{"audio": f"{name}.wav", "text": "w5 w6"} for name in ("0", "1", "gone")]
+    (tmp_path / "speech" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    wanted = recipe(model, str(folder / "rows.jsonl"), tmp_path)
+    loaded = jobs.load_model(wanted)
+    with pytest.raises(UserError, match=r"sample rows.jsonl#1: audio .*1\.wav is damaged or no audio"):
+        jobs.prepare(wanted, loaded)
+    found = jobs.prepare(replace(wanted, on_bad_sample="skip"), loaded).calibration
+    assert found["used"] == 1 and found["skipped"] == {"missing or damaged media": ("rows.jsonl#1", "rows.jsonl#2")}
+    (folder / "0.wav").unlink()
+    with pytest.raises(UserError, match=r"no usable sample.*missing or damaged media: 3"):
+        jobs.prepare(replace(wanted, on_bad_sample="skip"), loaded)
