@@ -6,7 +6,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py llamacpp.py mlx.py openvino.py vllm.py)
 
-.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-scale fuzz clean
+.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding bench-scale fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -37,6 +37,9 @@ bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR
 
 bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MODEL=DIR (apt-get install flite espeak-ng)
 	$(BIN)/python bench/whisper.py --model $(MODEL) --keep bench/results
+
+bench-padding: $(ENV)  ## what padding would cost on 200 samples of 1 to 1,500 tokens
+	$(BIN)/python bench/padding.py
 
 bench-recapture: $(ENV)  ## whether text gains from the quantized tower's outputs, on the bundled model
 	$(BIN)/python bench/recapture.py --keep bench/results

@@ -103,7 +103,8 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("seed", [], "of sampling and shuffling"),
     ],
     "calibration": [
-        ("dataset", [], "names, files or folders with options, e.g. NeelNanda/pile-10k, demo, a.json:num=64,b.txt"),
+        ("dataset", [], "names, files, folders or module:Class, with options, e.g. demo, a.json:num=64,b.txt"),
+        ("collator", ["data_collator"], "your own way from a row to model inputs, as module:function"),
         ("nsamples", [], "how many samples"),
         ("seqlen", ["seq_len"], "tokens a text sample; default 2048, with media 512"),
         ("truncation", [], "cut conversations to seqlen (plain text always is)"),

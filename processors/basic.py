@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from auto_mmround.calibration.processor import register_processor, render, special_tokens_for
+from auto_mmround.calibration.processor import (
+    check_heard,
+    hearing,
+    register_processor,
+    render,
+    special_tokens_for,
+)
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.template import Encoded, Template
 from auto_mmround.errors import UserError
@@ -30,5 +36,9 @@ class Basic:
                 raise UserError("the samples have media, but the model has no processor: give processor=")
             return dict(self.tokenizer([text], return_tensors="pt", **options))
         media = {"images": sample.images, "videos": sample.videos, "audio": sample.audios}
-        given = {key: list(items) for key, items in media.items() if items}
+        given: dict[str, Any] = {key: list(items) for key, items in media.items() if items}
+        if sample.audios:
+            extractor = hearing(self.processor)
+            check_heard(sample, extractor)
+            given["audio_kwargs"] = {"sampling_rate": extractor.sampling_rate}  # else some warn that they can't check
         return dict(self.processor(text=[text], return_tensors="pt", **given, **options))

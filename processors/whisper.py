@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from auto_mmround.calibration.inputs import AUDIO, PAD
-from auto_mmround.calibration.processor import register_processor
+from auto_mmround.calibration.processor import check_heard, register_processor
 from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import MARKERS, Encoded, Template
 
@@ -43,6 +43,7 @@ class Whisper(Basic):
         if len(sample.audios) != 1 or sample.images or sample.videos:
             raise BadSample("markers", f"sample {sample.id}: Whisper takes one sound and its transcript")
         extractor = self.processor.feature_extractor
+        check_heard(sample, extractor)
         heard = extractor(sample.audios[0], sampling_rate=extractor.sampling_rate, return_tensors="pt")
         text = self.render(sample, template, prompt=prompt).text
         ids = self.opening() + self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -100,6 +100,48 @@ def test_text_part_of_a_mixture_is_left_out_for_a_model_that_needs_images():
     assert pick_settings("demo-text,demo-llava")[0].dataset == "demo-text,demo-llava"
 
 
+HEARS = dict(text_only=False, needs=("audio",), takes=("audio",))
+SPEECH = [{"audio": "a.wav", "text": "one"}]
+CLIP = [{"video": "a.mp4", "text": "What?"}]
+
+
+def test_a_model_that_hears_alone_gets_speech():
+    settings, notes = choose(None, load_template("whisper"), **HEARS)
+    assert settings.dataset == "MLCommons/peoples_speech" and settings.multimodal
+    assert not any("replaced" in note for note in notes)
+    settings, notes = choose("demo-text", load_template("whisper"), **HEARS)
+    assert settings.dataset == "MLCommons/peoples_speech" and "replaced" in notes[0]
+    assert choose(SPEECH, load_template("whisper"), **HEARS)[0].dataset is SPEECH
+
+
+@pytest.mark.parametrize(
+    "dataset, options, words",
+    [
+        (CHAT, HEARS, "the given dataset has image samples, but this model takes audio: use --dataset FOLDER with"),
+        ("demo", HEARS, "the dataset demo has image samples, but this model takes audio"),
+        (CHAT, dict(text_only=True, takes=("text",)), "this model takes text: use a text set, such as demo-text"),
+        (SPEECH, dict(text_only=True, takes=("text", "image")), "has audio samples, but this model takes text and im"),
+        (CHAT, dict(text_only=True, needs=("image", "audio"), quant_nontext_module=True),
+         "no audio samples, and what is to be quantized reads audio: add some, such as MLCommons/peoples_speech"),
+    ],
+)  # fmt: skip
+def test_kinds_of_media_that_do_not_fit_are_one_line(dataset, options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        choose(dataset, load_template("default"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_kinds_of_media_that_fit():
+    both = dict(text_only=True, needs=("image", "audio"), takes=("text", "image", "audio"), quant_nontext_module=True)
+    settings, notes = pick_settings(None, **both)
+    assert settings.dataset == "liuhaotian/llava_conv_58k,MLCommons/peoples_speech"
+    assert pick_settings([*CHAT, *SPEECH], **both)[0].multimodal and pick_settings([*CLIP, *SPEECH], **both)
+    ready = [{"input_ids": [1, 2], "pixel_values": torch.zeros(1)}]  # nobody asks what finished inputs hold
+    assert pick_settings(ready, **both)[0].dataset is ready
+    settings, notes = pick_settings("demo-text:num=3,demo-llava:num=4", takes=("text",))
+    assert settings.dataset == "demo-text:num=3" and "takes no image: the set demo-llava is left out" in notes[0]
+
+
 def test_nsamples_is_a_multiple_of_batch_size_and_towers_take_one_at_a_time():
     settings, notes = pick_settings(None, nsamples=10, batch_size=4)
     assert settings.nsamples == 12 and "12" in notes[0]

@@ -160,3 +160,11 @@ def test_the_installed_command_runs():
         command = Path(sys.executable).with_name(name)
         done = subprocess.run([command, "--version"], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.startswith("auto_mmround ")
+
+
+@pytest.mark.parametrize("flag", ["--ignore", "--targets", "--fp_layers"])
+@pytest.mark.parametrize("pattern, near", [("q_prj", "q_proj"), ("re:.*q_prj$", "q_proj")])
+def test_patterns_that_match_nothing_name_the_nearest(flag, pattern, near, capsys):
+    assert cli.main(["plan", "--model", "demo", "--device", "cpu", flag, pattern]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"layer pattern '{pattern}' matches no linear layer; nearest:" in line and near in line

@@ -1,8 +1,7 @@
 """Samples to model inputs for a run: which samples of which set, and an honest count of what became of them."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 
 from auto_mmround.calibration import media
 from auto_mmround.calibration.datasets import Rows, load_rows
+from auto_mmround.calibration.dotted import Collate
 from auto_mmround.calibration.inputs import MODALITIES, Encoder, ModelInput
 from auto_mmround.calibration.processor import chat_owner, get_processor
 from auto_mmround.calibration.rows import BadSample, Sample
@@ -23,8 +23,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class SetReport:
+    """What one set gave. asked, used: samples; tokens: modality -> number, over the used samples."""
+
+    name: str
+    asked: int
+    used: int
+    tokens: Mapping[str, int]
+
+    def text(self) -> str:
+        """A few words for the log."""
+        return f"{self.name}: {self.used} of {self.asked} ({_counted(self.tokens)})"
+
+
+@dataclass(frozen=True)
 class Report:
-    """What became of the samples. skipped: reason -> ids. tokens: modality -> number, over the used samples."""
+    """What became of the samples. skipped: reason -> ids. tokens: modality -> number, over the used samples. sets: the
+    same for each set of a mixture."""
 
     asked: int
     used: int
@@ -32,11 +47,13 @@ class Report:
     skipped: Mapping[str, tuple[str, ...]]
     tokens: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    sets: tuple[SetReport, ...] = ()
 
     def text(self) -> str:
         """One paragraph for the log."""
-        tokens = ", ".join(f"{count:,} {name}" for name, count in self.tokens.items())
-        parts = [f"calibration: {self.used} of {self.asked} samples asked for, tokens: {tokens or 'none'}"]
+        parts = [f"calibration: {self.used} of {self.asked} samples asked for, tokens: {_counted(self.tokens)}"]
+        if len(self.sets) > 1:
+            parts.append("by set: " + ", ".join(each.text() for each in self.sets))
         if self.short:
             parts.append(f"{self.short} of them shorter than seqlen, taken since there were too few full ones")
         for reason, ids in self.skipped.items():
@@ -45,8 +62,23 @@ class Report:
         return "; ".join([*parts, *self.notes])
 
 
+def _counted(tokens: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in tokens.items()) or "none"
+
+
+def token_counts(inputs: Iterable[ModelInput]) -> dict[str, int]:
+    """Modality -> number of tokens, in the order of MODALITIES."""
+    counts = sum(
+        (torch.bincount(made.modality_T.long(), minlength=len(MODALITIES)) for made in inputs), torch.tensor(0)
+    )
+    return {name: int(count) for name, count in zip(MODALITIES, counts.reshape(-1).tolist()) if count}
+
+
 # Not the user's mistake, so never a reason to stop: such samples are left out and counted.
-GENTLE = ("too short", "repetitive", "plain text with a media placeholder", "media longer than seqlen")
+GENTLE = (
+    "too short", "repetitive", "plain text with a media placeholder", "media longer than seqlen",
+    "sound longer than the model hears",
+)  # fmt: skip
 
 
 class Tally:
@@ -167,12 +199,13 @@ def build(
     prompt: bool = False,
     on_bad_sample: str = "error",
     quiet: bool = False,
+    collate: Collate | None = None,
 ) -> tuple[list[ModelInput], Report]:
     """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what became of the rows.
 
     truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the opening of the last
     answer. on_bad_sample: "error" raises at the first damaged, missing or malformed one, "skip" counts them. quiet: the
-    report is only returned, not logged.
+    report is only returned, not logged. collate: the user's own way from a row to model inputs.
     Raises UserError for wrong arguments or when no sample can be used.
     """
     if on_bad_sample not in ("error", "skip"):
@@ -182,21 +215,22 @@ def build(
     family = get_processor(processor_name, template)(tokenizer, processor, image_processor, config)
     roots = media.parse_roots(extra_data_dir, allow_url)
     encode = Encoder(tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt)
-    sets = load_rows(dataset)
+    sets = load_rows(dataset, collate)
     given, notes = shares(nsamples, sets)
     tally = Tally(on_bad_sample == "error")
     inputs: list[ModelInput] = []
+    of_sets: list[SetReport] = []
     short = 0
     for rows, wanted in zip(sets, given, strict=True):
         made, few = pick(rows, wanted, encode, tally, seed)
         inputs, short = inputs + made, short + few
+        of_sets.append(SetReport(rows.name, wanted, len(made), token_counts(made)))
     asked = nsamples if any(rows.source.num is None for rows in sets) else sum(given)
     skipped = {reason: tuple(ids) for reason, ids in tally.skipped.items()}
     chats = any(not bool(made.answer_T.all()) for made in inputs)
     if chats and not template.extra_encode and chat_owner(tokenizer, processor) is None:
         notes += ("no chat template: the contents of a conversation are joined as they are",)
-    counts = Counter(MODALITIES[kind] for made in inputs for kind in made.modality_T.tolist())
-    report = Report(asked, len(inputs), short, skipped, dict(counts), notes)
+    report = Report(asked, len(inputs), short, skipped, token_counts(inputs), notes, tuple(of_sets))
     if not inputs:
         raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")
     level = logging.WARNING if report.used < report.asked else logging.INFO

@@ -1,6 +1,6 @@
 """From a dataset's name to samples: the grammar, the named sets, local files and folders, rows of any accepted form.
 
-spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | concat | apply_template | ..
+spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | config=C | concat | ..
 """
 
 import re
@@ -10,21 +10,24 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
-from auto_mmround.calibration.tables import check_layout, load_table
+from auto_mmround.calibration import dotted
+from auto_mmround.calibration.layouts import transcribed
+from auto_mmround.calibration.named import DEMO, KNOWN, LOCAL, NAMED, SHORT, Named
+from auto_mmround.calibration.rows import PLURAL, BadSample, Sample, parse_row, split_batch
+from auto_mmround.calibration.tables import STREAMED, load_table, local_copy, read_json, undecoded
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import DATASET_BYTES, parse_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
 PROBE_SECONDS = 3.0
 STREAM_ROWS = 20_000  # read at most from an iterable that doesn't know its length
+READY = "ready"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Source:
     name: str
     num: int | None = None
     split: str | None = None
+    config: str | None = None
     concat: bool = False
     apply_template: bool = False
     system_prompt: str | None = None
@@ -46,36 +50,6 @@ class Source:
         """The text that `parse_source` reads back to this source."""
         given = {key: value for key, value in vars(self).items() if key != "name" and value not in (None, False)}
         return ":".join([self.name, *(f"{key}={value}" for key, value in given.items())])
-
-
-@dataclass(frozen=True)
-class Named:
-    """A set known by name. file: its JSON file in the repository; columns: joined to the text of a row."""
-
-    repo: str
-    file: str | None = None
-    columns: tuple[str, ...] = ()
-    remote: str = ""
-
-    @property
-    def multimodal(self) -> bool:
-        return self.file is not None
-
-
-COCO = "http://images.cocodataset.org/train2017/"
-LLAVA = "liuhaotian/LLaVA-Instruct-150K"
-NAMED = {
-    "NeelNanda/pile-10k": Named("NeelNanda/pile-10k"),
-    "madao33/new-title-chinese": Named("madao33/new-title-chinese", columns=("content",)),
-    "mbpp": Named("google-research-datasets/mbpp", columns=("text", "code")),
-    "liuhaotian/llava": Named(LLAVA, "conversation_58k.json", remote=COCO),
-    "liuhaotian/llava_conv_58k": Named(LLAVA, "conversation_58k.json", remote=COCO),
-    "liuhaotian/llava_instruct_80k": Named(LLAVA, "llava_instruct_80k.json", remote=COCO),
-    "liuhaotian/llava_instruct_150k": Named(LLAVA, "llava_instruct_150k.json", remote=COCO),
-}
-DEMO = {"demo-text": "text.jsonl", "demo-llava": "llava.json"}
-SHORT = {name.rpartition("/")[2]: name for name in NAMED}
-KNOWN = [*NAMED, *(short for short in SHORT if short not in NAMED), "demo", *DEMO]
 
 
 def _count(value: str) -> int:
@@ -93,11 +67,14 @@ def _flag(value: str) -> bool:
 OPTIONS: Mapping[str, tuple[str, Any]] = {
     "num": ("num", _count),
     "split": ("split", str),
+    "config": ("config", str),
     "concat": ("concat", _flag),
     "apply_template": ("apply_template", _flag),
     "apply_chat_template": ("apply_template", _flag),
     "system_prompt": ("system_prompt", str),
 }
+
+FLAGS = [key for key, (_, read) in OPTIONS.items() if read is _flag]  # these need no value
 
 
 def parse_source(text: str) -> Source:
@@ -110,7 +87,7 @@ def parse_source(text: str) -> Source:
         elif key.strip() in OPTIONS:
             last = key.strip()
             values[last] = value.strip()
-        elif (mark or did_you_mean(key.strip(), OPTIONS)) and re.fullmatch(r"\s*\w+\s*", key):
+        elif (mark or did_you_mean(key.strip(), FLAGS)) and re.fullmatch(r"\s*\w+\s*", key):
             raise UserError(f"dataset {name!r}: unknown option {key.strip()!r}{did_you_mean(key.strip(), OPTIONS)}")
         elif last:
             values[last] += f":{piece}"
@@ -150,60 +127,60 @@ class Rows:
     remote: str = ""
     columns: tuple[str, ...] = ()
     name: str = ""
+    collate: dotted.Collate | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadSample when the row has no form that is known."""
-        row = self.rows[index]
-        if isinstance(row, Sample):
-            return row
-        label = f"{self.name}#{row.get('id') or index}" if isinstance(row, Mapping) else f"{self.name}#{index}"
-        if self.columns and isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in self.columns):
-            row = "\n".join(row[key] for key in self.columns)
+        """Raises BadSample when the row has no form that is known, or code of the user's fails on it."""
+        label = f"{self.name}#{index}"
         try:
-            chat, system = self.source.as_chat, self.source.system_prompt
-            made = parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+            row = self.rows[index]
+            if isinstance(row, Sample):
+                return row
+            if isinstance(row, Mapping):
+                label = f"{self.name}#{row.get('id') or index}"
+            made = self._parsed(row, label)
             for text in (made.text, *(turn.content for turn in made.messages)):
                 (text or "").encode()
             return made
         except BadSample:
             raise
         except UnicodeEncodeError:
-            raise BadSample(
-                "form", f"sample {label}: its text holds half a character, which no tokenizer takes"
-            ) from None
+            problem = f"sample {label}: its text holds half a character, which no tokenizer takes"
+            raise BadSample("form", problem) from None
         except UserError as error:
             raise BadSample("form", f"sample {label}: {error}") from error
 
-    def multimodal(self) -> bool:
-        """Whether any of the first rows carries media; rows of no known form are left to whoever uses them."""
+    def _parsed(self, row: Any, label: str) -> Sample:
+        if self.collate is not None:
+            made = parse_row(self.collate([row]), label)
+            if made.inputs is None and made.input_ids is None:
+                raise UserError("the collator must give input_ids, or a decoder's inputs or labels")
+            return made
+        if self.columns and isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in self.columns):
+            row = "\n".join(row[key] for key in self.columns)
+        chat, system = self.source.as_chat, self.source.system_prompt
+        return parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+
+    def kinds(self) -> frozenset[str]:
+        """Kinds of media that the first rows carry, READY for finished model inputs, whose kind nobody asks; rows of no
+        known form are left to whoever uses them."""
+        found: set[str] = set()
         for index in range(min(16, len(self))):
             with suppress(BadSample):
-                if self.sample(index).has_media:
-                    return True
-        return False
+                sample = self.sample(index)
+                found |= {kind for kind, field in PLURAL.items() if getattr(sample, field)}
+                found |= {READY} if sample.inputs is not None else set()
+        return frozenset(found)
+
+    def multimodal(self) -> bool:
+        """Whether any of the first rows carries media."""
+        return bool(self.kinds())
 
 
-def _read_json(path: Path) -> list[Any]:
-    text = read_text(path, f"dataset {path}", DATASET_BYTES)
-    if path.suffix == ".txt":
-        return [line for line in text.splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        return [parse_json(ln, f"dataset {path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
-    data = parse_json(text, f"dataset {path}")
-    if isinstance(data, Mapping):
-        if {"text", "input_ids", "conversations", "messages"} & set(data):
-            return [data]
-        values = list(data.values())
-        return values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    if not isinstance(data, list):
-        raise UserError(f"dataset {path} must hold a list of rows")
-    return data
-
-
-def _local(path: Path, source: Source) -> Rows:
+def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
     """A file, or a folder: the files of our own forms in it, or a copy in the hub's layout (parquet, data/)."""
     name = path.name
     if path.is_file():
@@ -214,18 +191,32 @@ def _local(path: Path, source: Source) -> Rows:
         if path.suffix == ".parquet":
             rows = load_table("parquet", data_files=str(path), split="train")
         else:
-            rows = _read_json(path)
+            rows = read_json(path)
         return Rows(source, rows, path.resolve().parent, name=name)
-    plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
+    folder = path.resolve()
     layout = any(path.glob("*.parquet")) or (path / "data").is_dir() or any(path.glob("*/*.parquet"))
-    if source.split or layout:
-        check_layout(path)
-        rows = load_table(str(path), split=source.split or "train")
+    plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
+    if layout:
+        rows = local_copy(path, source.config, source.split, named)
+    elif source.split and any((path / part).is_dir() for part in source.split.split("+")):
+        parts = [_local(path / part, Source(source.name, config=source.config)) for part in source.split.split("+")]
+        return Rows(source, [_below(row, part) for part in parts for row in part.rows], folder, name=name)
+    elif source.split:
+        rows = local_copy(path, source.config, source.split, named)
+    elif not any(file.suffix in (".json", ".jsonl") for file in plain) and (spoken := transcribed(folder)):
+        rows = spoken
     elif plain:
-        rows = [row for file in plain for row in _read_json(file)]
+        rows = [row for file in plain for row in read_json(file)]
     else:
-        raise UserError(f"dataset folder {path} holds no {', '.join(SUFFIXES)} files")
-    return Rows(source, rows, path.resolve(), name=name)
+        raise UserError(f"dataset folder {path} holds no {', '.join(SUFFIXES)} files and no sounds with transcripts")
+    return Rows(source, rows, folder, name=name)
+
+
+def _below(row: Any, part: Rows) -> Any:
+    """A row of a split's own folder as a row of the folder above it."""
+    if isinstance(row, Mapping) and isinstance(row.get("audio"), str) and part.base is not None:
+        return {**row, "audio": f"{part.base.name}/{row['audio']}"}
+    return row
 
 
 def hub_answers() -> bool:
@@ -265,15 +256,18 @@ def _hub(named: Named, source: Source) -> Rows:
     try:
         if named.file:
             path = Path(hf_hub_download(named.repo, named.file, repo_type="dataset", local_files_only=not online))
-            return Rows(source, _read_json(path), path.parent, **more)
+            return Rows(source, read_json(path), path.parent, **more)
         if online:
-            return Rows(source, load_table(named.repo, split=source.split or "train"), **more)
+            options = {"streaming": True, "limit": source.num or STREAMED} if named.streamed else {}
+            chosen = [config] if (config := source.config or named.config) else []
+            rows = load_table(named.repo, *chosen, split=source.split or named.split, **options)
+            return Rows(source, rows, **more)
         folder = Path(snapshot_download(named.repo, repo_type="dataset", local_files_only=True))
-        return Rows(source, _local(folder, source).rows, folder, **more)
+        return Rows(source, _local(folder, source, named).rows, folder, **more)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise UserError(
             f"dataset {source.name!r}: the hub can't be reached and no copy is in its cache; "
-            "use --dataset demo or a local .json, .jsonl, .txt or .parquet file or folder"
+            f"use {LOCAL['audio' if 'audio' in named.kinds else 'image']}"
         ) from error
     except HFValidationError as error:
         raise UserError(f"dataset {source.name!r} is no file here and no valid name on the hub") from error
@@ -285,10 +279,13 @@ def _rows(source: Source) -> Rows:
     path = Path(source.name)
     if source.name in DEMO:
         folder = Path(str(resources.files("auto_mmround"))) / "demo" / "calibration"
-        return Rows(source, _read_json(folder / DEMO[source.name]), folder, name=source.name)
+        return Rows(source, read_json(folder / DEMO[source.name]), folder, name=source.name)
     name = SHORT.get(source.name, source.name)
     if name in NAMED and not path.exists():
         return _hub(NAMED[name], source)
+    if dotted.is_dotted(source.name) and not path.exists():
+        options = {key: value for key in ("split", "config") if (value := getattr(source, key)) is not None}
+        return Rows(source, undecoded(dotted.rows(source.name, STREAM_ROWS, **options)), Path.cwd(), name=source.name)
     if path.exists():
         return _local(path, source)
     if path.suffix in SUFFIXES or path.is_absolute() or source.name.startswith((".", "~")):
@@ -303,23 +300,26 @@ def _rows(source: Source) -> Rows:
         raise UserError(f"{error}{did_you_mean(source.name, KNOWN)}") from error
 
 
-def load_rows(dataset: Any) -> list[Rows]:
+def load_rows(dataset: Any, collate: dotted.Collate | None = None) -> list[Rows]:
     """The sets of a dataset argument: a spec, or a list, DataLoader or other iterable of rows.
+
+    collate: the user's own way from a row to model inputs, see `dotted.collator`.
 
     Raises UserError for a name, file, option or form that isn't known, or a set without rows.
     """
     if isinstance(dataset, str | Path):
         found = [_rows(source) for source in parse_spec(str(dataset))]
     elif isinstance(dataset, Iterable):
+        dataset = undecoded(dataset)
         items = islice(dataset, len(dataset) if isinstance(dataset, Sized) else STREAM_ROWS)
-        rows = [row for item in items for row in split_batch(item)]
+        rows = list(items) if collate else [row for item in items for row in split_batch(item)]
         found = [Rows(Source("given rows"), rows, Path.cwd(), name="row")]
     else:
         raise UserError(f"dataset must be a name, a path or a list of rows, not {type(dataset).__name__}")
     for each in found:
         if not len(each):
             raise UserError(f"dataset {each.source.name!r} is empty")
-    return found
+    return [replace(each, collate=collate) for each in found] if collate else found
 
 
 def load_samples(dataset: Any, limit: int | None = None) -> list[Sample]:

@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 
 from auto_mmround.calibration import media
-from auto_mmround.calibration.processor import Processor, render
+from auto_mmround.calibration.processor import Processor, hearing, render
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
 
@@ -239,7 +239,7 @@ class Encoder:
         return ModelInput(sample.id, kwargs, kinds_T, torch.ones_like(kinds_T, dtype=torch.bool))
 
     def _read(self, sample: Sample) -> Sample:
-        rate = getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000)
+        rate = getattr(hearing(self.processor), "sampling_rate", 16000)
         read: dict[str, Any] = {
             field: tuple(
                 media.load(item, kind, self.roots, base=sample.base, remote=sample.remote, rate=rate)

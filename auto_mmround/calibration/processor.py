@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from jinja2.exceptions import TemplateError
 
-from auto_mmround.calibration.rows import Sample
+from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import (
     MARKER,
     MARKERS,
@@ -203,6 +203,21 @@ def _answer_span(
         return [(len(before), len(upto))]
     start = text.find(content, after)
     return [(start, start + len(content))] if content and start >= 0 else []
+
+
+def hearing(processor: Any) -> Any:
+    """The part of a processor that reads sound (`feature_extractor`, `audio_processor`); None if it has none."""
+    parts = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
+    return next((part for part in parts if part is not None), None)
+
+
+def check_heard(sample: Sample, extractor: Any) -> None:
+    """Raises BadSample for a sound that an extractor with a fixed window would cut, while its transcript goes on."""
+    limit, rate = getattr(extractor, "n_samples", None), getattr(extractor, "sampling_rate", 16000)
+    for sound_T in sample.audios:
+        if limit and len(sound_T) > limit:
+            message = f"sample {sample.id}: {len(sound_T) / rate:.1f} seconds, the model hears {limit / rate:g}"
+            raise BadSample("sound longer than the model hears", message)
 
 
 def special_tokens_for(tokenizer: Any, text: str) -> dict[str, bool]:

@@ -17,6 +17,13 @@ TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tok
 # A row with one of each is ready inputs of an encoder-decoder.
 DECODER_KEYS = {"decoder_input_ids", "labels"}
 ENCODER_KEYS = {"input_features", "input_values", "pixel_values"}
+# Columns with what is said in a sound or seen in an image, in sets that don't call it `text`.
+ABOUT = ("transcription", "transcript", "sentence", "normalized_text", "caption")
+SUFFIXES = {
+    "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
+    "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
+}
 PLURAL = {"image": "images", "video": "videos", "audio": "audios"}
 
 
@@ -83,6 +90,43 @@ def _media(row: Mapping[str, Any], turns: Sequence[Any]) -> dict[str, list[Any]]
     return {kind: found[kind] + queues[kind] for kind in PLURAL}
 
 
+def _renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a folder with metadata: `file_name` becomes the kind of media that its ending tells."""
+    name = row.get("file_name")
+    for kind, suffixes in SUFFIXES.items():
+        if isinstance(name, str) and name.lower().endswith(suffixes) and row.get(kind) is None:
+            return {kind: name, **{key: value for key, value in row.items() if key != "file_name"}}
+    return row
+
+
+def _turns(row: Mapping[str, Any]) -> Any:
+    """The conversation of a row, or its text; None where there is none. Only rows with media are read by what other
+    sets call these things: question and answer, pairs of user and assistant, a caption or transcript."""
+    turns = next((row[key] for key in ("conversations", "messages", "text") if row.get(key) is not None), None)
+    media = [kind for kind, plural in PLURAL.items() if row.get(kind) is not None or row.get(plural)]
+    if not media:
+        return turns
+    pairs: list[tuple[Any, Any]] = []
+    if turns is None and isinstance(texts := row.get("texts"), list) and all(isinstance(t, Mapping) for t in texts):
+        pairs = [(text.get("user"), text.get("assistant")) for text in texts]
+    elif turns is None and isinstance(row.get("question"), str):
+        pairs = [(row["question"], _first(row.get("answer") or row.get("answers")))]
+    else:
+        about = next((text for key in ABOUT if (text := _first(row.get(key))) is not None), None)
+        if turns is None and about is not None:
+            pairs = [("", about)]
+        elif isinstance(turns, str) and media == ["audio"] and MARKERS["audio"] not in turns:
+            pairs = [("", turns)]  # a transcript is what the model answers
+    said = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    return [Message(role, text) for role, text in said if text is not None] or turns
+
+
+def _first(value: Any) -> str | None:
+    """A text, or the first one of a list."""
+    found = value[0] if isinstance(value, list) and value else value
+    return found if isinstance(found, str) else None
+
+
 def parse_row(
     row: Any,
     label: str,
@@ -108,7 +152,8 @@ def parse_row(
         return _tokens(row, label)
     if DECODER_KEYS & set(row) and ENCODER_KEYS & set(row):
         return Sample(label, inputs={**row})
-    turns = next((row[key] for key in ("conversations", "messages", "text") if row.get(key) is not None), None)
+    row = _renamed(row)
+    turns = _turns(row)
     if turns is None:
         texts = [value for key, value in row.items() if isinstance(value, str) and key != "id"]
         if len(texts) != 1 or len(row) > 2:
@@ -139,7 +184,7 @@ def _placed(messages: list[Message], media: Mapping[str, list[Any]], label: str)
     if missing and first is None:
         raise BadSample("markers", f"sample {label}: media are given, but no user turn to put them in")
     if missing and first is not None:
-        messages[first] = Message("user", f"{missing}\n{messages[first].content}")
+        messages[first] = Message("user", f"{missing}\n{messages[first].content}".rstrip("\n"))
     return messages
 
 

@@ -1,16 +1,20 @@
 """What the data ask of the run: which set, how long, how many at once. The rules of the original, made explicit."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.calibration.datasets import DEMO, NAMED, SHORT, STREAM_ROWS, Rows, load_rows, parse_spec
+from auto_mmround.calibration.datasets import READY, STREAM_ROWS, Rows, load_rows, parse_spec
+from auto_mmround.calibration.named import DEMO, DEMO_KINDS, LOCAL, NAMED, SHORT, STAND_IN
 from auto_mmround.calibration.template import Template
+from auto_mmround.errors import UserError
 
-FALLBACK = "liuhaotian/llava_conv_58k"
 TEXT_SEQLEN, MEDIA_SEQLEN = 2048, 512
+# A model that sees images sees the frames of a video.
+SEEN_AS = {"video": "image"}
+Kinds = frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,19 @@ class Settings:
     gradient_accumulate_steps: int
 
 
-def carries_media(dataset: Any, load: Callable[[Any], list[Rows]] = load_rows) -> list[bool]:
-    """For each set of a dataset argument, whether it has media: known sets by name, all others by their content."""
-    if not isinstance(dataset, str):
-        return [rows.multimodal() for rows in load(dataset)]
+def media_kinds(dataset: Any, load: Callable[[Any], list[Rows]] = load_rows, by_name: bool = True) -> list[Kinds]:
+    """For each set of a dataset argument the kinds of its media: known sets by name, all others by their content."""
+    if not isinstance(dataset, str) or not by_name:
+        return [rows.kinds() for rows in load(dataset)]
     answers = []
     for source in parse_spec(dataset):
         name = SHORT.get(source.name, source.name)
         if source.name in DEMO:
-            answers.append(source.name == "demo-llava")
-        elif name in NAMED:
-            answers.append(NAMED[name].multimodal)
+            answers.append(frozenset(DEMO_KINDS[source.name]))
+        elif name in NAMED and not Path(source.name).exists():
+            answers.append(frozenset(NAMED[name].kinds))
         else:
-            answers += [rows.multimodal() for rows in load(source.spec())]
+            answers += [rows.kinds() for rows in load(source.spec())]
     return answers
 
 
@@ -48,6 +52,9 @@ def choose(
     *,
     text_only: bool,
     quant_nontext_module: bool = False,
+    needs: Sequence[str] = ("image",),
+    takes: Sequence[str] | None = None,
+    by_name: bool = True,
     nsamples: int = 128,
     batch_size: int = 8,
     gradient_accumulate_steps: int = 1,
@@ -58,7 +65,9 @@ def choose(
     """The settings and one note, for the log, on each thing that is not as it was asked.
 
     dataset: as given, or None for the template's own. text_only: the model takes plain text without media.
-    load: reads a set whose kind its name doesn't tell. Raises UserError as `load_rows` does.
+    needs: kinds of media that the towers to quantize, or a model that can't take plain text, must meet. takes: kinds
+    that the model can read at all; None where nobody knows. load: reads a set whose kind its name doesn't tell;
+    by_name: a known name may tell it. Raises UserError as `load_rows` does, and when needs or takes can't be met.
     """
     notes: list[str] = []
     if dataset is None:
@@ -67,20 +76,21 @@ def choose(
         dataset = str(dataset)
     elif not isinstance(dataset, Sized):
         dataset = list(islice(dataset, STREAM_ROWS))  # it can be read only once
-    media = carries_media(dataset, load)
-    if not any(media) and (quant_nontext_module or not text_only):
+    media = media_kinds(dataset, load, by_name)
+    demanded = quant_nontext_module or not text_only
+    if demanded and not any(media):
         why = "non-text modules are quantized" if quant_nontext_module else "this model can't take plain text"
         if isinstance(dataset, str):
             # Only text sets are replaced: the embedded one by its sister, so that it stays offline.
-            wanted = "demo-llava" if all(s.name in DEMO for s in parse_spec(dataset)) else FALLBACK
+            offline = tuple(needs) == ("image",) and all(source.name in DEMO for source in parse_spec(dataset))
+            wanted = "demo-llava" if offline else ",".join(STAND_IN[kind] for kind in needs)
             notes.append(f"{why}: the dataset {dataset} has no media and is replaced by {wanted}")
-            dataset, media = wanted, [True]
+            dataset, media = wanted, [frozenset(needs)]
         else:
             notes.append(f"{why}, but the given samples carry no media")
-    elif not all(media) and not text_only and isinstance(dataset, str) and any(media):
-        notes.append("this model can't take plain text: only the sets with media are used")
-        kept = [source for source, has in zip(parse_spec(dataset), media, strict=True) if has]
-        dataset = ",".join(source.spec() for source in kept)
+    elif isinstance(dataset, str):
+        dataset, media = _usable(dataset, media, text_only, takes, notes)
+    _check_kinds(dataset, media, needs if demanded else (), takes)
     multimodal = any(media)
     if multimodal:
         resolved = MEDIA_SEQLEN if seqlen is None else seqlen
@@ -100,3 +110,46 @@ def choose(
     if rounded != nsamples:
         notes.append(f"nsamples {nsamples} becomes {rounded}, a multiple of batch_size {batch_size}")
     return Settings(dataset, multimodal, rounded, resolved, cut, batch_size, gradient_accumulate_steps), tuple(notes)
+
+
+def _usable(
+    dataset: str, media: list[Kinds], text_only: bool, takes: Sequence[str] | None, notes: list[str]
+) -> tuple[str, list[Kinds]]:
+    """Without the sets of a mixture that the model can't read at all, where others are left."""
+    readable = [(text_only if not kinds else _foreign(kinds, takes) != kinds) for kinds in media]
+    if all(readable) or not any(readable):
+        return dataset, media
+    sets = list(zip(parse_spec(dataset), media, strict=True))
+    if any(not kinds for (_, kinds), fits in zip(sets, readable, strict=True) if not fits):
+        notes.append("this model can't take plain text: only the sets with media are used")
+    for (source, kinds), fits in zip(sets, readable, strict=True):
+        if kinds and not fits:
+            notes.append(f"this model takes no {' or '.join(sorted(kinds))}: the set {source.name} is left out")
+    kept = [each for each, fits in zip(sets, readable, strict=True) if fits]
+    return ",".join(source.spec() for source, _ in kept), [kinds for _, kinds in kept]
+
+
+def _foreign(kinds: Kinds, takes: Sequence[str] | None) -> Kinds:
+    """Those of the kinds that the model can't read."""
+    if takes is None:
+        return frozenset()
+    return frozenset(kind for kind in kinds if kind != READY and SEEN_AS.get(kind, kind) not in takes)
+
+
+def _check_kinds(dataset: Any, media: Sequence[Kinds], needs: Sequence[str], takes: Sequence[str] | None) -> None:
+    """One line for a set with media that the model can't read, or when a tower would see no sample."""
+    found: Kinds = frozenset().union(*media)
+    name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"
+    if foreign := _foreign(found, takes):
+        able = " and ".join(kind for kind in takes or ())
+        wanted = next((LOCAL[kind] for kind in takes or () if kind in LOCAL), "a text set, such as demo-text")
+        raise UserError(
+            f"{name} has {' and '.join(sorted(foreign))} samples, but this model takes {able}: use {wanted}"
+        )
+    seen = {SEEN_AS.get(kind, kind) for kind in found}
+    for kind in needs:
+        if found and READY not in seen and kind not in seen:
+            raise UserError(
+                f"{name} has no {kind} samples, and what is to be quantized reads {kind}: add some, such as "
+                f"{STAND_IN[kind]}, or choose the stages with to_quant_block_names"
+            )

@@ -14,6 +14,7 @@ ALIASES = {
     "max_seq_length": "seqlen",
     "max_seq_len": "seqlen",
     "seq_len": "seqlen",
+    "data_collator": "collator",
     "dampening_frac": "dampening",
     "percdamp": "dampening",
     "damp_percent": "dampening",

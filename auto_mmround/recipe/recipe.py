@@ -88,6 +88,7 @@ class Recipe:
     enable_norm_bias_tuning: bool = False
     # calibration
     dataset: str | None = None
+    collator: str | None = None
     extra_data_dir: str | None = None
     template: str | None = None
     processor: str | None = None

@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.batches import ModelInput
+from auto_mmround.calibration.datasets import load_rows
+from auto_mmround.calibration.dotted import collator
 from auto_mmround.calibration.settings import choose
 from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.checkpoint import check_free
 from auto_mmround.model import devices
-from auto_mmround.model.families import family_of
+from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
@@ -27,6 +29,9 @@ from auto_mmround.run.output import Names, Result, check_formats, check_names, f
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
+
+# What the towers read, by the name of their stage.
+READS = {"vision": "image", "audio": "audio"}
 
 log = logging.getLogger("auto_mmround")
 
@@ -74,12 +79,18 @@ def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor
     check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
     if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
-    towers = any(stage.name != "text" for stage in plan.stages)
+    towers = [stage.name for stage in plan.stages if stage.name != "text"]
+    takes = FAMILIES[kind].calibrates if (kind := loaded.model.config.model_type) in FAMILIES else None
+    collate = collator(recipe.collator) if recipe.collator else None
     settings, notes = choose(
         recipe.dataset if dataset is None else dataset,
         template,
-        text_only=family_of(loaded.model.config.model_type).text_only,
-        quant_nontext_module=towers,
+        text_only=family_of(kind).text_only,
+        quant_nontext_module=bool(towers),
+        needs=_needs(towers, family_of(kind).calibrates),
+        takes=takes,
+        by_name=collate is None,
+        load=partial(load_rows, collate=collate),
         nsamples=recipe.nsamples,
         batch_size=recipe.batch_size,
         gradient_accumulate_steps=recipe.gradient_accumulate_steps,
@@ -112,8 +123,17 @@ def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor
         allow_url=recipe.allow_url,
         processor_name=recipe.processor,
         on_bad_sample=recipe.on_bad_sample,
+        collate=collate,
     )
     return Job(recipe, loaded, plan, inputs, asdict(report), notes)
+
+
+def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
+    """Kinds of media that the stages to quantize must meet, or without towers the model itself."""
+    media = tuple(kind for kind in calibrates if kind != "text")
+    found = tuple(dict.fromkeys(READS[name] for name in towers if name in READS))
+    # An encoder reads what its model is given: sound in all families that are known.
+    return found or media[:1] or ("image",)
 
 
 def model_label(recipe: Recipe) -> str:
