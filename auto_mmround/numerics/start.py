@@ -94,9 +94,14 @@ def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[
 def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
-    They are stacked along their outputs, which are independent, so one factorization serves all. Returns the summed
-    error tr((W - W~) H (W - W~)^T).
+    They are stacked along their outputs, which are independent, so one factorization serves all; in float32, whatever
+    a run computes in. Returns the summed error tr((W - W~) H (W - W~)^T).
     """
+    with torch.autocast(roundings[0].w_OGg.device.type, enabled=False):
+        return _closed_form(roundings, moments, config)
+
+
+def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
     hessian_II, grid = moments.hessian(), roundings[0].grid
     w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
     group_size, columns = w_OGg.shape[-1], roundings[0].columns

@@ -1,7 +1,7 @@
 """From a recipe to finished checkpoints: what the command line and the API share."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from auto_mmround.model.loading import Loaded, load
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.journal import journal
+from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.output import Names, Output, check_formats, folder_name
 from auto_mmround.run.pipeline import BlockReport, Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
@@ -38,6 +39,7 @@ class Job:
     inputs: Sequence[ModelInput]
     calibration: dict[str, Any] | None
     notes: tuple[str, ...]
+    mixed: dict[str, Any] | None = None  # what choosing bits has measured
 
 
 def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
@@ -57,13 +59,21 @@ def load_model(recipe: Recipe, processes: Processes = ALONE) -> Loaded:
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor: Any = None) -> Job:
+def prepare(
+    recipe: Recipe,
+    loaded: Loaded,
+    dataset: Any = None,
+    image_processor: Any = None,
+    on_measured: Callable[[int, int], None] = lambda done, total: None,
+) -> Job:
     """Plan the weights and read the calibration samples. ``dataset``: rows in memory instead of the recipe's name.
 
     Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
     """
     template = template_for(loaded.model, recipe.template)
     plan = make_plan(loaded.model, recipe)
+    if recipe.target_bits is not None:
+        units(loaded.model, recipe, plan)  # complains before any sample is read
     check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
     if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
@@ -106,7 +116,10 @@ def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor
         processor_name=recipe.processor,
         on_bad_sample=recipe.on_bad_sample,
     )
-    return Job(recipe, loaded, plan, inputs, asdict(report), notes)
+    mixed = None
+    if recipe.target_bits is not None:
+        recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
+    return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
 
 
 def model_label(recipe: Recipe) -> str:
@@ -136,7 +149,7 @@ def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) 
                 output.add(codes)
 
         blocks = quantize(job.loaded.model, job.recipe, job.plan, job.inputs, sink, watcher, processes)
-        record = journal(job.plan, blocks, job.notes, job.calibration)
+        record = journal(job.plan, blocks, job.notes, job.calibration, job.mixed)
         return [output.finish(job.recipe, job.loaded.source, record) for output in outputs]
     except BaseException:
         for output in outputs:
@@ -163,7 +176,7 @@ def save(job: Job, codes: dict[str, Codes], blocks: Sequence[BlockReport], out: 
     output = Output(fmt, out, Names(job.loaded.model, source), job.plan, job.recipe.overwrite)
     try:
         output.add(codes)
-        record = journal(job.plan, blocks, job.notes, job.calibration)
+        record = journal(job.plan, blocks, job.notes, job.calibration, job.mixed)
         return output.finish(job.recipe, source, record, tokenizer=job.loaded.tokenizer, processor=job.loaded.processor)
     except BaseException:
         output.discard()

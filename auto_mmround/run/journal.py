@@ -49,7 +49,11 @@ def machine() -> dict[str, Any]:
 
 
 def journal(
-    plan: Plan, blocks: Sequence[BlockReport], notes: Sequence[str], calibration: Mapping[str, Any] | None
+    plan: Plan,
+    blocks: Sequence[BlockReport],
+    notes: Sequence[str],
+    calibration: Mapping[str, Any] | None,
+    mixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs between equal runs."""
     reports = [block.as_dict() for block in blocks]
@@ -61,6 +65,7 @@ def journal(
         "quantized": len(plan.quantized),
         "kept": plan.kept,
         "bits_per_weight": round(plan.bits_per_weight(), 3),
+        "mixed": mixed,
         "blocks": [{key: value for key, value in report.items() if key not in timing} for report in reports],
         "measured": {
             "seconds": sum(report["seconds"] for report in reports),

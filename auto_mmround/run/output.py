@@ -126,9 +126,10 @@ def check_formats(formats: Sequence[Format], names: Names, source: Path | None) 
 
 
 def folder_name(model: str, recipe: Recipe, format_name: str) -> str:
-    """`<model>-w4g128-<format>`; a colon, which some file systems refuse, becomes a dash."""
+    """`<model>-w4g128-<format>`, with mixed bits w3.5g128; a colon, refused by some file systems, becomes a dash."""
     stem = Path(model.rstrip("/")).name or "model"
-    return f"{stem}-w{recipe.bits}g{recipe.group_size}-{format_name.replace(':', '-')}"
+    bits = recipe.bits if recipe.target_bits is None else f"{recipe.target_bits:g}"
+    return f"{stem}-w{bits}g{recipe.group_size}-{format_name.replace(':', '-')}"
 
 
 class Output:
