@@ -6,7 +6,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py llamacpp.py mlx.py openvino.py vllm.py)
 
-.PHONY: demo test test-all test-engines check bench bench-tuner bench-whisper bench-recapture fuzz clean
+.PHONY: demo test test-all test-engines check bench bench-tuner bench-whisper bench-recapture bench-mixed fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -36,6 +36,9 @@ bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MO
 
 bench-recapture: $(ENV)  ## whether text gains from the quantized tower's outputs, on the bundled model
 	$(BIN)/python bench/recapture.py --keep bench/results
+
+bench-mixed: $(ENV)  ## mixed bits against uniform: make bench-mixed [OPTIONS="--model DIR --calibration .. --held_out .."]
+	$(BIN)/python bench/mixed.py $(OPTIONS) --keep bench/results
 
 test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one
 	for engine in gptqmodel llamacpp mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done

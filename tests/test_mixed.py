@@ -157,6 +157,14 @@ def test_bits_are_chosen_once_and_the_recipe_says_them(tmp_path):
     stored = from_mapping(read(folder / "recipe.toml"))
     assert stored.target_bits == 3.8 and stored.layer_config == job.recipe.layer_config
     assert json.loads((folder / "run.json").read_text())["mixed"]["layers"] == record["layers"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["mixed"]["counts"].keys() == {str(scheme.bits) for scheme in schemes.values()}
+    assert report["mixed"]["rows"]["model.layers.*.mlp.down_proj"] == [
+        schemes[f"model.layers.{i}.mlp.down_proj"].bits for i in range(2)
+    ]
+    worst = report["worst_layers"]
+    assert len(worst) == 10 and [layer["end"] for layer in worst] == sorted((w["end"] for w in worst), reverse=True)
+    assert all(0 < layer["start"] < layer["nearest"] < 1 and layer["end"] == layer["start"] for layer in worst)
 
 
 def test_what_the_user_names_stays_and_counts():

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from auto_mmround.numerics.tuner import (
 )
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
+from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.plan import FUSED, Plan, WeightPlan, grid_of
 from auto_mmround.run.processes import ALONE, Processes
 
@@ -61,6 +62,7 @@ class BlockReport:
     best_iter: int
     seconds: float
     peak_gb: float
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # share lost of each output, `LayerErrors`
     unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
 
     def as_dict(self) -> dict[str, Any]:
@@ -210,7 +212,10 @@ class _Journey:
                 leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
                 forward = _forward(student, blocks, first, target, loss_weights, places)
                 turns = in_turn(moments, window) if recipe.in_turn else []
+                errors = LayerErrors(leaves, moments)
+                errors.note("nearest")
                 nearest = self._start(leaves, moments, forward, count, turns, measure) if moments else None
+                errors.note("start")
                 unreached = set(leaves) - set(moments) if moments else set()
                 result = tune_block(
                     list(leaves.values()),
@@ -220,13 +225,14 @@ class _Journey:
                     on_step=partial(self._stepped, window[-1]),
                     add_up=add_up,
                 )
+                errors.note("end")
                 student = student.advanced(blocks, first, recipe.batch_size) if recipe.enable_quanted_input else target
             if student.live and len(student) and recipe.enable_quanted_input and first + 1 < len(names):
                 student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
             teacher = target
             for name in window:
                 report = _report(self.model, name, teacher.stage, tuned[name], result, started, nearest)
-                report = replace(report, unreached=len(unreached & set(tuned[name])))
+                report = replace(report, layers=errors.of(tuned[name]), unreached=len(unreached & set(tuned[name])))
                 if report.unreached:
                     log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name,
                                 report.unreached)  # fmt: skip
