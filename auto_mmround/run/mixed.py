@@ -111,8 +111,8 @@ def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) 
     fixed = sum(stored_bits(weight, scheme) for weight, scheme in weights if weight.name not in chosen)
     count = sum(weight.out_features * weight.in_features for weight, _ in weights)
     sizes = [[unit.size(bits) for bits in unit.options] for unit in free]
-    shares = _shares(free, damage)
-    damages = [[float(unit.damage(damage, bits) @ shares) for bits in unit.options] for unit in free]
+    shares_S = _shares(free, damage)
+    damages = [[(unit.damage(damage, bits) * shares_S).max().item() for bits in unit.options] for unit in free]
     picks = allocate(sizes, damages, target * count - fixed)
     if picks is None:
         least = (fixed + sum(map(min, sizes))) / count
@@ -123,10 +123,10 @@ def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) 
 def _shares(free: Sequence[Unit], damage: Damage) -> Tensor:
     """What a nat of each set of samples weighs: 1 / the whole damage to that set at every unit's middle option.
 
-    So text does not outvote images, whose answers are few tokens: each set's damage counts as a share of its own.
+    So text does not outvote images, whose answers are few tokens; a unit counts by the set that it hurts most.
     """
-    whole_S = sum(unit.damage(damage, unit.options[(len(unit.options) - 1) // 2]) for unit in free)
-    return 1 / torch.as_tensor(whole_S).clamp(min=1e-30)
+    whole_S = torch.stack([unit.damage(damage, unit.options[(len(unit.options) - 1) // 2]) for unit in free]).sum(0)
+    return 1 / whole_S.clamp(min=1e-30)
 
 
 def _record(
