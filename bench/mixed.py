@@ -22,6 +22,7 @@ from typing import Any
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.evaluation.metrics import measure
 from auto_mmround.evaluation.samples import held_out
+from auto_mmround.model.chains import Kinds
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine
@@ -31,7 +32,7 @@ from auto_mmround.run.sensitivity import Sets
 
 def kl_by_set(model: Any, reference: Any, rows: Sequence[ModelInput]) -> dict[str, float]:
     """Set of samples -> mean KL(reference || model) over all their positions, nats."""
-    sets = Sets.by_medium([row.modality_T for row in rows])
+    sets = Sets.by_medium([Kinds(row.modality_T) for row in rows])
     found = {}
     for s, name in enumerate(sets.names):
         members = [row for row, own in zip(rows, sets.of, strict=True) if own == s]

@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT, ModelInput
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, as_dtype, token_kinds
+from auto_mmround.model.chains import Chain, Kinds, as_dtype, token_kinds
 from auto_mmround.model.experts import separated
-from auto_mmround.model.fisher import layer_fisher, spread
+from auto_mmround.model.fisher import FIRST, layer_fisher, spread
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.sensitivity import rounding_damage
 from auto_mmround.numerics.start import StartConfig, collecting
@@ -35,13 +35,13 @@ class Sets:
     of: tuple[int, ...]
 
     @classmethod
-    def by_medium(cls, modalities: Sequence[Tensor]) -> "Sets":
+    def by_medium(cls, modalities: Sequence[Kinds]) -> "Sets":
         """A sample with several media goes to the last of MODALITIES."""
-        kinds = [max((k for k in kind_T.unique().tolist() if k != PAD), default=TEXT) for kind_T in modalities]
-        present = sorted(set(kinds))
-        return cls(tuple(MODALITIES[k] for k in present), tuple(present.index(k) for k in kinds))
+        media = [max((k for k in kinds.text_T.unique().tolist() if k != PAD), default=TEXT) for kinds in modalities]
+        present = sorted(set(media))
+        return cls(tuple(MODALITIES[k] for k in present), tuple(present.index(k) for k in media))
 
-    def choose(self, modalities: Sequence[Tensor], tokens: int) -> list[int]:
+    def choose(self, modalities: Sequence[Kinds], tokens: int) -> list[int]:
         """Samples with about ``tokens`` together, as many from each set, spread evenly over it."""
         chosen: list[int] = []
         for s in range(len(self.names)):
@@ -70,7 +70,7 @@ def measure(
 
     options: weight -> bits to try. Each is rounded in closed form, as the run will begin, and judged to second order,
     see `numerics.sensitivity`. Costs a forward and backward pass over 2,048 tokens, a forward pass over 8,192 and a
-    closed form an option; memory for the second moments of one block, with several sets of samples those of each.
+    closed form an option; memory for the second moments of one block, of all tokens and of each set of samples.
     Weights that no token reaches are left out.
     """
     device = model.device
@@ -79,7 +79,7 @@ def measure(
     def precision() -> AbstractContextManager:
         return devices.autocast(device, dtype, recipe.amp)
 
-    kinds = [sample.modality_T for sample in inputs]
+    kinds = [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
     sets = Sets.by_medium(kinds)
     few, many = (sets.choose(kinds, tokens) for tokens in (GRADIENTS, MOMENTS))
     batches = {i: as_dtype(inputs[i].kwargs, dtype) for i in {*few, *many}}
@@ -105,30 +105,35 @@ def measure(
     return Damage(sets.names, found)
 
 
-def _masks(chain: Chain, kinds: Sequence[Tensor], of: Sequence[int], sets: int) -> list[dict[int, Tensor]]:
-    """For each entry of the chain: set -> 1 for its tokens, 0 for padding and those of other sets."""
+def _masks(chain: Chain, kinds: Sequence[Kinds], of: Sequence[int], sets: int) -> list[dict[int, Tensor]]:
+    """For each entry of the chain: set -> 1 for its tokens, 0 for padding and those of other sets.
+
+    The first tokens of a text belong to no set: their states may be a thousand times as large, and hardly matter.
+    """
     found = []
     for i, hidden in enumerate(chain.hidden):
         sample = chain.sample[i]
         real_T = (token_kinds(chain.stage, kinds[sample], hidden.shape[:-1].numel()) != PAD).float()
-        found.append({ALL: real_T} | {s: real_T * (of[sample] == s) for s in range(sets)})
+        later_T = real_T.clone()
+        if chain.stage.name == "text" and len(later_T) > 2 * FIRST:
+            later_T[:FIRST] = 0
+        found.append({ALL: real_T} | {s: later_T * (of[sample] == s) for s in range(sets)})
     return found
 
 
 def _moments(
     model: PreTrainedModel, chain: Chain, index: int, names: Sequence[str], masks: Sequence[Mapping[int, Tensor]]
 ) -> tuple[Chain, dict[int, dict[str, Moments]]]:
-    """The chain after a block, and set -> layer -> second moments of its inputs. A single set is all there is."""
+    """The chain after a block, and set -> layer -> second moments of its inputs."""
     block = model.get_submodule(chain.stage.blocks[index])
     layers: dict[str, nn.Module] = {name: model.get_submodule(name) for name in names}
-    kept = list(masks[0]) if len(masks[0]) > 2 else [ALL]
     entry = -1
 
     def weights(s: int) -> Tensor:
         return masks[entry][s]
 
     with ExitStack() as stack:
-        collectors = {s: stack.enter_context(collecting(layers, partial(weights, s))) for s in kept}
+        collectors = {s: stack.enter_context(collecting(layers, partial(weights, s))) for s in masks[0]}
 
         def begin(*_: Any) -> None:
             nonlocal entry
@@ -138,8 +143,7 @@ def _moments(
 
         stack.callback(block.register_forward_pre_hook(begin).remove)
         chain = chain.advanced([block], index, batch_size=1)
-    found = {s: collector.moments() for s, collector in collectors.items()}
-    return chain, found if len(kept) > 1 else {ALL: found[ALL], 0: found[ALL]}
+    return chain, {s: collector.moments() for s, collector in collectors.items()}
 
 
 def _alike(
