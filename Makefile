@@ -6,7 +6,8 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py llamacpp.py mlx.py openvino.py vllm.py)
 
-.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding bench-scale fuzz clean
+.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding \
+	bench-scale bench-mixed fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -46,6 +47,9 @@ bench-recapture: $(ENV)  ## whether text gains from the quantized tower's output
 
 bench-scale: $(ENV)  ## peak memory of streamed runs against depth: needs 25 GB of disk, deletes what it made
 	$(BIN)/python bench/scale.py
+
+bench-mixed: $(ENV)  ## mixed bits against uniform: make bench-mixed [OPTIONS="--model DIR --calibration .. --held_out .."]
+	$(BIN)/python bench/mixed.py $(OPTIONS) --keep bench/results
 
 test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one
 	for engine in gptqmodel llamacpp mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done

@@ -46,6 +46,9 @@ setup(
         "audio": ["soundfile>=0.13"],
         "eval": ["jiwer>=4", "soundfile>=0.13"],
         "lm-eval": ["lm-eval>=0.4.9"],
+        "lmms-eval": ["lmms-eval>=0.7"],
+        # VLMEvalKit as ModelScope publishes it; the module is named vlmeval, as in the original.
+        "vlmeval": ["ms-vlmeval>=0.0.20"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
         "docs": ["mkdocs-material>=9.7", "latex2mathml>=3.78", "nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.10"],

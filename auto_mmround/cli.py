@@ -61,6 +61,8 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
     "scheme": [
         ("scheme", [], f"bits, group_size and sym by a known name: {', '.join(PRESETS)}"),
         ("bits", [], "2 to 8"),
+        ("target_bits", [], "mixed bits: the average with scales and zero points, chosen layer by layer by damage"),
+        ("bit_options", [], "what a layer may get with target_bits"),
         ("group_size", [], "columns that share a scale; -1: one per output channel"),
         ("asym", [], "asymmetric: a zero point for each group"),
         ("scale_dtype", [], f"one of {', '.join(SCALE_DTYPES)}"),
@@ -214,13 +216,13 @@ def parse_recipe(arguments: Sequence[str], prog: str) -> tuple[Recipe, argparse.
     )
     parser.add_argument("recipe_file", nargs="?", metavar="recipe.toml", help="a recipe file (.toml, .yaml)")
     parser.add_argument("--version", action="version", version=f"auto_mmround {__version__}")
-    for mode, package in (("eval", "VLMEvalKit"), ("lmms", "lmms-eval")):
-        parser.add_argument(f"--{mode}", action="store_true", help=f"{package}: not built yet, see `eval`")
+    for mode in ("eval", "lmms"):
+        parser.add_argument(f"--{mode}", action="store_true", help="comes after quantizing: auto-round-mllm eval")
     add_recipe_flags(parser)
     found = parser.parse_args(normalise(arguments))
     given = {key: value for key, value in vars(found).items() if key not in ("recipe_file", "eval", "lmms")}
     if found.eval or found.lmms:
-        raise UserError("--eval and --lmms (outside harnesses) are not built yet; use `auto-round-mllm eval`")
+        raise UserError("--eval and --lmms: evaluate the result with `auto-round-mllm eval --model DIR --lmms TASKS`")
     file = found.recipe_file
     if file and not Path(file).suffix:
         near = difflib.get_close_matches(file, COMMANDS, n=1)
@@ -236,6 +238,8 @@ def eval_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--reference", help="the model before quantization: adds KL, agreement and recovery")
     parser.add_argument("--baseline", help="another checkpoint to compare with, such as one rounded to nearest")
     parser.add_argument("--tasks", help="comma list of ppl, kl, vqa, wer, samples, lm_eval:NAME (default: kl,ppl)")
+    parser.add_argument("--lmms", metavar="TASKS", help="comma list of tasks of lmms-eval, by name or .yaml file")
+    parser.add_argument("--vlmeval", metavar="SETS", help="comma list of sets of VLMEvalKit, by name or .tsv file")
     parser.add_argument(
         "--dataset", default="demo", help="rows to measure on; demo: the held-out set of the demo model"
     )
@@ -251,6 +255,8 @@ def eval_command(arguments: Sequence[str]) -> int:
     if found.limit is not None and found.limit < 1:
         raise UserError(f"limit = {found.limit}: at least 1")
     found.words = list(arguments)
+    outside = [f"{p}:{n}" for p in ("lmms", "vlmeval") for n in (getattr(found, p) or "").split(",") if n.strip()]
+    found.tasks = ",".join([*([found.tasks] if found.tasks else []), *outside]) or None
     from auto_mmround.console import evaluate_and_show
 
     return evaluate_and_show(found)

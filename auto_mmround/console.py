@@ -31,6 +31,7 @@ from auto_mmround.evaluation.verify import verify
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES
+from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import planner
@@ -103,8 +104,9 @@ def quantize_with_progress(recipe: Recipe) -> int:
         for one in (console, notices) if not processes.first else ():
             one.quiet = True
         loaded = jobs.load_model(recipe, processes=processes)
-        job = jobs.prepare(recipe, loaded)
-        console.print(summary(job.plan), highlight=False)
+        job = prepare_with_progress(recipe, loaded)
+        for line in (summary(job.plan), *mixed_lines(job.mixed)):
+            console.print(line, highlight=False)
         planner.check_disk(job)
         bar = BlockProgress(job.plan, job.recipe)
         with bar.progress:
@@ -121,6 +123,26 @@ def quantize_with_progress(recipe: Recipe) -> int:
     console.print(f"what happened: {folders[0] / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB", highlight=False)
     return 0
+
+
+def prepare_with_progress(recipe: Recipe, loaded: Loaded) -> jobs.Job:
+    """`jobs.prepare`, with a bar while bits are chosen."""
+    with Progress(console=notices, transient=True) as bar:
+        task = bar.add_task("measuring layers", visible=False)
+        return jobs.prepare(
+            recipe, loaded, on_measured=lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+        )
+
+
+def mixed_lines(mixed: Mapping[str, Any] | None) -> list[str]:
+    """What the choice of bits expects; nothing where nothing was measured."""
+    if mixed is None:
+        return []
+    counts = Counter(layer["bits"] for layer in mixed["layers"].values())
+    chosen = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
+    expected = {"mixed": mixed["expected"]} | {f"all {bits}": each for bits, each in mixed["uniform"].items()}
+    figures = "; ".join(f"{name} " + " / ".join(f"{nats:.2g}" for nats in each) for name, each in expected.items())
+    return [f"mixed bits: {chosen}; expected nats a token before tuning, {' / '.join(mixed['sets'])}: {figures}"]
 
 
 def show_sample(job: jobs.Job) -> None:
@@ -154,7 +176,9 @@ def show_plan(recipe: Recipe) -> int:
     """The plan as a table; equal rows of different blocks are shown once, with their count."""
     quiet_libraries()
     loaded = jobs.load_model(recipe)
-    plan = jobs.make_plan(loaded.model, recipe)
+    # Mixed bits depend on the calibration samples; other plans do not.
+    job = None if recipe.target_bits is None else prepare_with_progress(recipe, loaded)
+    plan = job.plan if job else jobs.make_plan(loaded.model, recipe)
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
     rows: dict[tuple[str, str, str], int] = {}
     for weight in plan.weights:
@@ -169,12 +193,13 @@ def show_plan(recipe: Recipe) -> int:
     for (name, shape, fate), count in rows.items():
         table.add_row(name, str(count), shape, fate)
     console.print(table)
-    console.print(summary(plan), highlight=False)
+    for line in (summary(plan), *mixed_lines(job.mixed if job else None)):
+        console.print(line, highlight=False)
     console.print(f"formats: {', '.join(fmt.name for fmt in plan.formats)}", highlight=False)
-    if recipe.needs_samples and recipe.dataset is None:
+    if job is None and recipe.needs_samples and recipe.dataset is None:
         console.print("name --dataset for an estimate of time and memory", highlight=False)
         return 0
-    return show_estimate(planner.estimate(jobs.prepare(recipe, loaded)))
+    return show_estimate(planner.estimate(job or jobs.prepare(recipe, loaded)))
 
 
 def show_estimate(found: planner.Estimate) -> int:

@@ -40,6 +40,13 @@ install_llamacpp() {  # nothing but the engine: its worker needs no torch
     echo "engine llamacpp: .engines/llamacpp"
 }
 
+install_lmms() {  # a harness, not an engine; --no-deps: it asks for wandb, yt-dlp and a second torch, which tasks rarely need
+    overlay lmms lmms-eval==0.7.3 evaluate==0.4.6 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 \
+        lxml==6.1.3 pytz==2026.6 tenacity==9.2.1 aiohttp==3.14.5 aiohappyeyeballs==2.7.1 aiosignal==1.4.0 attrs==26.1.0 \
+        frozenlist==1.8.0 multidict==7.2.1 propcache==0.5.4 yarl==1.25.1
+    .engines/lmms/bin/python -c 'import lmms_eval.evaluator, lmms_eval.tasks' > /dev/null
+}
+
 install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and transformers; processor only
     local folder=.engines/vllm
     rm -rf "$folder"
@@ -57,5 +64,7 @@ case "${1:-}" in
     openvino) install_openvino ;;
     llamacpp) install_llamacpp ;;
     vllm) install_vllm ;;
-    *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino" >&2; exit 2 ;;
+    lmms) install_lmms ;;
+    vlmeval) install_vlmeval ;;
+    *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino|lmms|vlmeval" >&2; exit 2 ;;
 esac

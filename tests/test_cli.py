@@ -103,7 +103,7 @@ def other_weights(folder: Path) -> str:
         (["--extra_data_dir", "/no/such"], "/no/such"),
         (["--device", "cuda:9"], "cuda:9"),
         (["--adam"], "refused"),
-        (["--eval"], "not built yet"),
+        (["--eval"], "eval --model DIR --lmms TASKS"),
         (["evla"], "did you mean eval"),
         (["no.toml"], "no.toml"),
         (["eval", "--model", "demo", "--dataset", "no.json"], "no.json"),

@@ -11,10 +11,11 @@ import torch
 
 from auto_mmround.calibration import batches, media
 from auto_mmround.calibration.datasets import Rows, load_rows
+from auto_mmround.calibration.inputs import PER_TOKEN
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.template import MARKER, Message
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.metrics import moved
+from auto_mmround.evaluation.metrics import logits_of, moved
 from auto_mmround.evaluation.samples import MANY, parts
 from auto_mmround.model.loading import Loaded
 from auto_mmround.run.job import template_for
@@ -139,6 +140,52 @@ def openings(loaded: Loaded, data: Data) -> list[Prompt]:
                 options = {"max_new_tokens": ANSWER}
                 found.append(Prompt(sample.id, benchmark, split, text, None, kwargs, options=options))
     return found or _none(data, "plain text")
+
+
+def asked(
+    loaded: Loaded,
+    text: str,
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    audios: Sequence[Any] = (),
+    max_new_tokens: int = ANSWER,
+) -> Prompt:
+    """One question from outside, media before it unless the text has a marker for each. Whisper hears the one sound.
+
+    Raises UserError where the model can't take them.
+    """
+    options = {"max_new_tokens": max_new_tokens}
+    if loaded.model.main_input_name == "input_features":
+        if len(audios) != 1 or images or videos:
+            raise UserError(f"{loaded.model.config.model_type} hears one sound a question, and nothing else")
+        rate = loaded.processor.feature_extractor.sampling_rate
+        sound_T = media.load(audios[0], "audio", media.parse_roots(None), rate=rate)
+        kwargs, more = _whisper(loaded, Data(), sound_T, rate)
+        return Prompt("question", "", "", text, None, kwargs, options=more)
+    given = {"image": images, "video": videos, "audio": audios}
+    wanted = [f"<{kind}>" for kind, items in given.items() for _ in items]
+    if sorted(MARKER.findall(text)) != sorted(wanted):
+        text = "\n".join([*wanted, MARKER.sub("", text).strip()])
+    sample = Sample("question", messages=(Message("user", text),), images=tuple(images), videos=tuple(videos),
+                    audios=tuple(audios))  # fmt: skip
+    kwargs = _encoded(loaded, Data(), [sample])[0]
+    return Prompt("question", "", "", MARKER.sub("", text).strip(), None, kwargs, options=options)
+
+
+def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[float, bool]:
+    """Summed log probability of a text after the prompt, and whether greedy decoding would give it."""
+    ids_T = torch.tensor(loaded.tokenizer(continuation, add_special_tokens=False)["input_ids"])
+    filled = {"input_ids": ids_T[None], "attention_mask": torch.ones_like(ids_T)[None]}
+    length = prompt.kwargs["input_ids"].shape[1]
+    kwargs = {
+        key: torch.cat([value, filled.get(key, torch.zeros_like(ids_T)[None]).to(value.dtype)], 1)
+        if key in PER_TOKEN and isinstance(value, torch.Tensor) and value.shape[:2] == (1, length)
+        else value
+        for key, value in prompt.kwargs.items()
+    }
+    logs_TV = logits_of(loaded.model, kwargs).log_softmax(-1)[length - 1 : -1].cpu()
+    chosen_T = logs_TV.gather(1, ids_T[:, None])[:, 0]
+    return chosen_T.sum().item(), bool((logs_TV.argmax(-1) == ids_T).all())
 
 
 def answer(loaded: Loaded, prompt: Prompt) -> str:

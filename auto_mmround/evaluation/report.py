@@ -61,6 +61,8 @@ def collect(folder: Path) -> dict[str, Any]:
         "peak_gb": measured.get("peak_gb"),
         "blocks": blocks,
         "damage": {key: sum(block[key] for block in tuned) for key in ("nearest", "start", "end")} if tuned else None,
+        "worst_layers": _worst_layers(blocks),
+        "mixed": _mixed(run),
         "worst": sorted(tuned, key=lambda block: -block["end"])[:WORST],
         "calibration": run["calibration"],
         "verify": _verdicts(folder / VERDICTS),
@@ -68,16 +70,45 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
+def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The layers that lose most of their own output."""
+    layers = [{"name": name, **found} for block in blocks for name, found in block.get("layers", {}).items()]
+    return sorted(layers, key=lambda layer: -layer["end"])[:WORST]
+
+
+def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where bits differ: how many weights have how many, and for each kind of layer its bits block by block."""
+    bits = {name: layer["bits"] for name, layer in run.get("codes", {}).items() if "bits" in layer}
+    if len(set(bits.values())) < 2:
+        return None
+    rows: dict[str, list[int]] = {}
+    for name in sorted(bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]):
+        rows.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(bits[name])
+    expected = run.get("mixed")
+    measured = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
+    return {
+        "counts": dict(sorted(Counter(bits.values()).items())),
+        "rows": rows,
+        "sets": expected["sets"] if expected else [],
+        "expected": measured,
+    }
+
+
 def scheme_label(recipe: Mapping[str, Any]) -> str:
     """`W4A16`, or the name of a float grid, as model cards name a scheme."""
     if recipe.get("data_type", "int") != "int":
         return str(recipe["data_type"]).upper()
-    return f"W{recipe.get('bits', 4)}A{min(int(recipe.get('act_bits', 16)), 16)}"
+    bits = recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
+    return f"W{bits}A{min(int(recipe.get('act_bits', 16)), 16)}"
 
 
 def number_label(recipe: Mapping[str, Any]) -> str:
     """`INT4`, `FP8`: what a weight is stored as."""
-    return scheme_label(recipe) if recipe.get("data_type", "int") != "int" else f"INT{recipe.get('bits', 4)}"
+    return (
+        scheme_label(recipe)
+        if recipe.get("data_type", "int") != "int"
+        else f"INT{recipe.get('target_bits') or recipe.get('bits', 4)}"
+    )
 
 
 def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:

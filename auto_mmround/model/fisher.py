@@ -8,8 +8,9 @@ a thousand times as large as the others' and hardly matters to the output.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ ROWS = KINDS + FIRST
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
 LOGITS = 2**24  # logits in memory at a time
 
+Precision = Callable[[], AbstractContextManager]
+
 
 def channel_fisher(
     model: PreTrainedModel,
@@ -35,7 +38,7 @@ def channel_fisher(
     modalities: Sequence[Kinds],
     *,
     seed: int = 42,
-    precision: Callable[[], AbstractContextManager] = nullcontext,
+    precision: Precision = nullcontext,
     enough: int = ENOUGH,
     share: Callable[[list[int]], list[int]] = list,
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
@@ -47,27 +50,75 @@ def channel_fisher(
     a weight is ever made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens of text.
     Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them.
     """
-    device = device_of(model)
     sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 
-    def add(name: str, grad: Tensor, kinds: Kinds) -> None:
-        grad_TD = grad.float().reshape(-1, grad.shape[-1])
-        one_hot_TR = nn.functional.one_hot(rows_of(stage_of[name], kinds, len(grad_TD)), ROWS).to(grad_TD)
+    def add(name: str, i: int, grad_TD: Tensor) -> None:
+        one_hot_TR = nn.functional.one_hot(rows_of(stage_of[name], modalities[i], len(grad_TD)), ROWS).to(grad_TD)
         fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
         sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
 
+    chosen = {i: inputs[i] for i in share(spread(modalities, enough))}
+    _backward(model, stages, stage_of, chosen, add, seed, precision)
+    return {name: _means(table[:, :-1], table[:, -1:]) for name, table in add_up(sums).items()}
+
+
+def layer_fisher(
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    layers: Iterable[str],
+    inputs: Sequence[Mapping[str, Any]],
+    parts: Sequence[int],
+    *,
+    seed: int = 42,
+    precision: Precision = nullcontext,
+) -> dict[str, Tensor]:
+    """Layer name -> sum over tokens of squared gradients at its outputs, a position of the model's output: (S, out).
+
+    parts: of each sample, which of the S rows it belongs to. Half of a row times the mean squared error of each output
+    is, to second order, what the layer's error adds to KL(model || changed model) on those samples, in nats a position:
+    the same unit for every layer, however many tokens pass through it. Layers without a token are left out.
+    """
+    positions_S1 = torch.zeros(max(parts) + 1, 1)
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, i: int, grad_TD: Tensor) -> None:
+        fresh = torch.zeros(len(positions_S1), grad_TD.shape[1], device=grad_TD.device)
+        squares.setdefault(name, fresh)[parts[i]] += grad_TD.square().sum(0)
+
+    for i, count in _backward(model, stages, layers, dict(enumerate(inputs)), add, seed, precision).items():
+        positions_S1[parts[i]] += count
+    return {name: squares_SO / positions_S1.to(squares_SO).clamp(min=1) for name, squares_SO in squares.items()}
+
+
+def _backward(
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    watched: Iterable[str],
+    inputs: Mapping[int, Mapping[str, Any]],
+    add: Callable[[str, int, Tensor], None],
+    seed: int,
+    precision: Precision,
+) -> dict[int, int]:
+    """Hand ``add`` the gradient (T, D) at each watched module's output, for every sample; returns their positions."""
+    device = device_of(model)
+    watched, positions = list(watched), {}
     run: Callable[..., tuple[Tensor, nn.Module]] | None = None
-    for i in share(spread(modalities, enough)):
+    for i, sample in inputs.items():
         generator = torch.Generator().manual_seed(seed + i)  # a sample's own, whoever runs it
-        kwargs = moved(dict(inputs[i]), device)
+        kwargs = moved(dict(sample), device)
         with precision():
             run = run or (_until_head if _head_is_last(model, kwargs) else _whole)
-            with torch.enable_grad(), _watching(model, stages, modalities[i], add):
+            with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i)):
                 hidden_TD, head = run(model, kwargs)
+                positions[i] = len(hidden_TD)
                 hidden_TD.backward(_sampled_gradient(hidden_TD.detach(), head, generator))
-    return {name: _means(table[:, :-1], table[:, -1:]) for name, table in add_up(sums).items()}
+    return positions
+
+
+def _flat(add: Callable[[str, int, Tensor], None], i: int, name: str, grad: Tensor) -> None:
+    add(name, i, grad.float().reshape(-1, grad.shape[-1]))
 
 
 def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
@@ -167,24 +218,23 @@ def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, n
 
 @contextmanager
 def _watching(
-    model: PreTrainedModel, stages: Sequence[Stage], kinds: Kinds, add: Callable[[str, Tensor, Kinds], None]
+    model: PreTrainedModel, stages: Sequence[Stage], watched: Iterable[str], add: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Gradients at every block's output go to ``add``; the graph begins at the first block."""
+    """Gradients at the output of every watched module go to ``add``; the graph begins at the first block."""
     with ExitStack() as stack:
+        for name in watched:
+            stack.callback(model.get_submodule(name).register_forward_hook(_watch(name, add)).remove)
         for stage in stages:
-            for name in stage.blocks:
-                handle = model.get_submodule(name).register_forward_hook(_watch(name, kinds, add))
-                stack.callback(handle.remove)
             first = model.get_submodule(stage.blocks[0])
             stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
         yield
 
 
-def _watch(name: str, kinds: Kinds, add: Callable[[str, Tensor, Kinds], None]) -> Callable[..., None]:
+def _watch(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
     def hook(block: nn.Module, args: Any, output: Any) -> None:
         hidden = first_tensor(output)
         if hidden.requires_grad:
-            hidden.register_hook(lambda grad: add(name, grad, kinds))
+            hidden.register_hook(lambda grad: add(name, grad))
 
     return hook
 

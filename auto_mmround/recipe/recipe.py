@@ -54,6 +54,8 @@ class Recipe:
     data_type: str = "int"
     scale_dtype: str = "fp16"
     act_bits: int = 32
+    target_bits: float | None = None
+    bit_options: str | list[int] = "2,3,4,8"
     layer_config: dict[str, dict[str, Any]] | None = None
     fp_layers: str = ""
     ignore: list[str] | None = None
@@ -154,8 +156,21 @@ class Recipe:
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
 
         _require(not self.streams or self.equalize == "none", "equalize needs the whole model in memory: no streaming")
+        self._check_mixed()
         if self.data_type != "int":
             self._check_float()
+
+    def _check_mixed(self) -> None:
+        try:
+            options = self.mixable
+        except ValueError:
+            options = ()
+        valid = options and all(isinstance(bits, int) and 2 <= bits <= 8 for bits in options)
+        _require(bool(valid), f"bit_options = {self.bit_options!r}: a comma list of 2 to 8, such as 2,3,4,8")
+        if self.target_bits is not None:
+            _require(self.data_type == "int", "target_bits mixes integers; data_type must be int")
+            least = f"above {min(options)}, the least of bit_options; scales and zero points count"
+            _require(self.target_bits > min(options), f"target_bits = {self.target_bits:g}: {least}")
 
     def _check_float(self) -> None:
         kinds = ", ".join(["int", *FLOATS])
@@ -204,9 +219,15 @@ class Recipe:
         return True if asked and self.stream is None else self.stream
 
     @property
+    def mixable(self) -> tuple[int, ...]:
+        """`bit_options`, growing."""
+        options = self.bit_options.split(",") if isinstance(self.bit_options, str) else self.bit_options
+        return tuple(sorted({int(option) for option in options}))
+
+    @property
     def needs_samples(self) -> bool:
-        """Whether calibration samples are read: to tune, or to see which channels are large."""
-        return self.calibrates or self.equalize != "none"
+        """Whether calibration samples are read: to tune, to choose bits, or to see which channels are large."""
+        return self.calibrates or self.equalize != "none" or self.target_bits is not None
 
     @property
     def block_classes(self) -> list[str]:

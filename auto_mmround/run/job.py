@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from auto_mmround.model.loading import Loaded, load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
+from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.output import Names, Result, check_formats, check_names, folder_name, write_checkpoint
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
@@ -46,6 +47,7 @@ class Job:
     inputs: Sequence[ModelInput]
     calibration: dict[str, Any] | None
     notes: tuple[str, ...]
+    mixed: dict[str, Any] | None = None  # what choosing bits has measured
 
 
 def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
@@ -69,13 +71,21 @@ def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes 
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor: Any = None) -> Job:
+def prepare(
+    recipe: Recipe,
+    loaded: Loaded,
+    dataset: Any = None,
+    image_processor: Any = None,
+    on_measured: Callable[[int, int], None] = lambda done, total: None,
+) -> Job:
     """Plan the weights and read the calibration samples. ``dataset``: rows in memory instead of the recipe's name.
 
     Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
     """
     template = template_for(loaded.model, recipe.template)
     plan = make_plan(loaded.model, recipe)
+    if recipe.target_bits is not None:
+        units(loaded.model, recipe, plan)  # complains before any sample is read
     check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
     if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
@@ -125,7 +135,10 @@ def prepare(recipe: Recipe, loaded: Loaded, dataset: Any = None, image_processor
         on_bad_sample=recipe.on_bad_sample,
         collate=collate,
     )
-    return Job(recipe, loaded, plan, inputs, asdict(report), notes)
+    mixed = None
+    if recipe.target_bits is not None:
+        recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
+    return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
 
 
 def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
@@ -164,7 +177,7 @@ def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) 
         names = Names(model, source)
         check_names(names, job.plan)
         work(finished, watcher)
-        record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration)
+        record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration, job.mixed)
         result = Result(names, job.plan, recipe, source, finished.codes, record | {"run": finished.run})
         for fmt, out in pending:
             write_checkpoint(fmt, out, result)
@@ -189,6 +202,6 @@ def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
     source = job.loaded.source
     names = Names(job.loaded.model, source)
     check_names(names, job.plan)
-    record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration)
+    record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration, job.mixed)
     saved = (job.loaded.tokenizer, job.loaded.processor)
     return write_checkpoint(fmt, out, Result(names, job.plan, job.recipe, source, finished.codes, record, *saved))

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -34,6 +34,7 @@ class BlockReport:
     best_iter: int
     seconds: float
     peak_gb: float
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # share lost of each output, `LayerErrors`
     unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,7 +99,11 @@ def machine() -> dict[str, Any]:
 
 
 def journal(
-    plan: Plan, blocks: Sequence[BlockReport], notes: Sequence[str], calibration: Mapping[str, Any] | None
+    plan: Plan,
+    blocks: Sequence[BlockReport],
+    notes: Sequence[str],
+    calibration: Mapping[str, Any] | None,
+    mixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs between equal runs."""
     reports = [block.as_dict() for block in blocks]
@@ -110,6 +115,7 @@ def journal(
         "quantized": len(plan.quantized),
         "kept": plan.kept,
         "bits_per_weight": round(plan.bits_per_weight(), 3),
+        "mixed": mixed,
         "blocks": [{key: value for key, value in report.items() if key not in timing} for report in reports],
         "measured": {
             "seconds": sum(report["seconds"] for report in reports),

@@ -148,11 +148,12 @@ def check_formats(formats: Sequence[Format], names: Names, source: Path | None) 
 
 
 def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> str:
-    """`<model>-w4g128-<format>`; a colon, which some file systems refuse, becomes a dash. Without a format the name of
-    the folder in which the run keeps what is finished."""
+    """`<model>-w4g128-<format>`, with mixed bits w3.5g128; a colon, refused by some file systems, becomes a dash.
+    Without a format the name of the folder in which the run keeps what is finished."""
     stem = Path(model.rstrip("/")).name or "model"
     end = f"-{format_name.replace(':', '-')}" if format_name else ".unfinished"
-    return f"{stem}-w{recipe.bits}g{recipe.group_size}{end}"
+    bits = recipe.bits if recipe.target_bits is None else f"{recipe.target_bits:g}"
+    return f"{stem}-w{bits}g{recipe.group_size}{end}"
 
 
 def check_names(names: Names, plan: Plan) -> None:

@@ -36,6 +36,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.journal import BlockReport, block_report
+from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, write_back
 from auto_mmround.run.memory import BatchSize
 from auto_mmround.run.plan import Plan, WeightPlan
@@ -267,8 +268,11 @@ class _Journey:
         forward = _forward(student, blocks, first, target, loss_weights, places)
         turns = in_turn(moments, window) if recipe.in_turn else []
         unreached = set(leaves) - set(moments) if moments else set()
+        errors = LayerErrors(leaves, moments)
+        errors.note("nearest")
         try:
             nearest = self._start(leaves, moments, forward, count, turns, measure, batch_size) if moments else None
+            errors.note("start")
             result = tune_block(
                 list(leaves.values()),
                 forward,
@@ -281,10 +285,11 @@ class _Journey:
             for leaf in leaves.values():
                 leaf.show_original()
             raise
+        errors.note("end")
         reports = []
         for name in window:
             report = block_report(self.device, name, student.stage.name, tuned[name], result, started, nearest)
-            reports.append(replace(report, unreached=len(unreached & set(tuned[name]))))
+            reports.append(replace(report, layers=errors.of(tuned[name]), unreached=len(unreached & set(tuned[name]))))
             if reports[-1].unreached:
                 log.warning(
                     "%s: %d weights saw no calibration token: searched scales, not tuned", name, reports[-1].unreached

@@ -35,6 +35,18 @@ class WeightPlan:
     scheme: Scheme | None
     reason: str | None
 
+    def scheme_at(self, bits: int) -> Scheme:
+        """Its scheme with other bits. Raises ValueError for a weight that stays."""
+        if self.scheme is None:
+            raise ValueError(f"{self.name} is not quantized")
+        return replace(self.scheme, bits=bits)
+
+
+def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:
+    """Size of a weight under a scheme, in bits; a group's scale takes 16, its zero point as many as a code."""
+    group = weight.in_features if scheme.group_size == -1 else scheme.group_size
+    return weight.out_features * weight.in_features * (scheme.bits + (16 + scheme.bits) / group)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,15 +72,9 @@ class Plan:
 
     def bits_per_weight(self) -> float:
         """Average over the quantized weights, scales (16 bits) and zero points included."""
-        bits = count = 0.0
-        for weight in self.weights:
-            if weight.scheme:
-                scheme = weight.scheme
-                group = weight.in_features if scheme.group_size == -1 else scheme.group_size
-                size = weight.out_features * weight.in_features
-                count += size
-                bits += size * (scheme.bits + (16 + scheme.bits) / group)
-        return bits / max(count, 1)
+        chosen = [(weight, weight.scheme) for weight in self.weights if weight.scheme]
+        count = sum(weight.out_features * weight.in_features for weight, _ in chosen)
+        return sum(stored_bits(weight, scheme) for weight, scheme in chosen) / max(count, 1)
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:

@@ -1,0 +1,153 @@
+"""Mixed bits by evidence: from a size to bits for every weight, those that do least damage to the model's output."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.model.experts import separable
+from auto_mmround.recipe.allocation import allocate
+from auto_mmround.recipe.recipe import Recipe, matches
+from auto_mmround.run.plan import FUSED, Plan, WeightPlan, make_plan, stored_bits
+from auto_mmround.run.sensitivity import Damage, measure
+
+log = logging.getLogger("auto_mmround")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that must have the same bits, because engines load them as one. options: the bits they may have."""
+
+    weights: tuple[WeightPlan, ...]
+    options: tuple[int, ...]
+
+    def size(self, bits: int) -> float:
+        """Stored bits, scales and zero points included."""
+        return sum(stored_bits(weight, weight.scheme_at(bits)) for weight in self.weights)
+
+    def damage(self, damage: Damage, bits: int) -> Tensor:
+        """Nats a position, by set of samples (S,)."""
+        return torch.stack([damage.of[weight.name][bits] for weight in self.weights]).sum(0)
+
+
+def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
+    """What there is to choose: all planned weights of the blocks whose bits `layer_config` does not name.
+
+    Raises UserError for bits that a format holds for none of them.
+    """
+    fixed = [pattern for pattern, options in (recipe.layer_config or {}).items() if "bits" in options]
+    experts = {name: expert.parameter.rpartition(".")[0] for name, expert in separable(model).items()}
+    sets: dict[Any, list[WeightPlan]] = {}
+    for weight in plan.weights:
+        if weight.scheme and weight.block:
+            sets.setdefault(experts.get(weight.name) or _fused(weight.name), []).append(weight)
+    free = [each for each in sets.values() if not any(matches(p, weight.name) for p in fixed for weight in each)]
+    schemes = {weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable}
+    targets = [formats.resolve(name, schemes) for name in recipe.formats]
+    found, problems = [], dict.fromkeys(recipe.mixable, "")
+    for each in free:
+        held = []
+        for bits in recipe.mixable:
+            checks = [
+                (fmt, fmt.check(w.scheme_at(bits), w.out_features, w.in_features)) for fmt in targets for w in each
+            ]
+            problem = next((f"format {fmt.name} {why}" for fmt, why in checks if why), None)
+            problems[bits] = problem or problems[bits]
+            held += [] if problem else [bits]
+        found.append(Unit(tuple(each), tuple(held)))
+    for bits, problem in problems.items():
+        if free and not any(bits in unit.options for unit in found):
+            raise UserError(f"bit_options: {problem}; change bit_options, or the format")
+    return found
+
+
+def _fused(name: str) -> tuple[str, Any]:
+    parent, _, leaf = name.rpartition(".")
+    return parent, next((i for i, members in enumerate(FUSED) if leaf in members), leaf)
+
+
+def choose_bits(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    plan: Plan,
+    inputs: Sequence[ModelInput],
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Recipe, Plan, dict[str, Any] | None]:
+    """The recipe with bits for every weight in its `layer_config`, its plan, and what was measured.
+
+    Where `layer_config` names the bits of every weight already, as in the recipe of a finished run, nothing is
+    measured (None). Raises UserError where `target_bits` can't be reached.
+    """
+    free = units(model, recipe, plan)
+    target = recipe.target_bits
+    assert target is not None
+    if not free:
+        if plan.bits_per_weight() > target + 0.005:
+            raise UserError(
+                f"target_bits = {target:g}: layer_config names the bits of every weight, {plan.bits_per_weight():.3f} "
+                "on average; remove its entries to choose again"
+            )
+        return recipe, plan, None
+    options = {weight.name: unit.options for unit in free for weight in unit.weights}
+    damage = measure(model, recipe, plan, inputs, options, on_block)
+    free = [unit for unit in free if all(weight.name in damage.of for weight in unit.weights)]
+    bits = _allocated(free, damage, plan, target)
+    recipe = replace(recipe, layer_config=(recipe.layer_config or {}) | {name: {"bits": b} for name, b in bits.items()})
+    plan = make_plan(model, recipe)
+    return recipe, plan, _record(recipe, plan, free, damage, bits)
+
+
+def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, int]:
+    """Weight -> bits. Raises UserError where no choice is small enough."""
+    weights = [(weight, weight.scheme) for weight in plan.weights if weight.scheme]
+    chosen = {weight.name for unit in free for weight in unit.weights}
+    fixed = sum(stored_bits(weight, scheme) for weight, scheme in weights if weight.name not in chosen)
+    count = sum(weight.out_features * weight.in_features for weight, _ in weights)
+    sizes = [[unit.size(bits) for bits in unit.options] for unit in free]
+    shares_S = _shares(free, damage)
+    damages = [[(unit.damage(damage, bits) * shares_S).max().item() for bits in unit.options] for unit in free]
+    picks = allocate(sizes, damages, target * count - fixed)
+    if picks is None:
+        least = (fixed + sum(map(min, sizes))) / count
+        raise UserError(f"target_bits = {target:g}: the least possible is {least:.3f}, scales and zero points included")
+    return {w.name: unit.options[k] for unit, k in zip(free, picks, strict=True) for w in unit.weights}
+
+
+def _shares(free: Sequence[Unit], damage: Damage) -> Tensor:
+    """What a nat of each set of samples weighs: 1 / the whole damage to that set at every unit's middle option.
+
+    So text does not outvote images, whose answers are few tokens; a unit counts by the set that it hurts most.
+    """
+    whole_S = torch.stack([unit.damage(damage, unit.options[(len(unit.options) - 1) // 2]) for unit in free]).sum(0)
+    return 1 / whole_S.clamp(min=1e-30)
+
+
+def _record(
+    recipe: Recipe, plan: Plan, free: Sequence[Unit], damage: Damage, bits: Mapping[str, int]
+) -> dict[str, Any]:
+    """Plain values for `run.json`: what was expected of every choice, in nats a position by set of samples."""
+    shared = set.intersection(*(set(unit.options) for unit in free))
+    chosen = {unit.weights[0].name: bits[unit.weights[0].name] for unit in free}
+
+    def whole(choice: Callable[[Unit], int]) -> list[float]:
+        return torch.stack([unit.damage(damage, choice(unit)) for unit in free]).sum(0).tolist()
+
+    return {
+        "target_bits": recipe.target_bits,
+        "bits_per_weight": round(plan.bits_per_weight(), 3),
+        "sets": list(damage.sets),
+        "expected": whole(lambda unit: chosen[unit.weights[0].name]),
+        "uniform": {str(b): whole(lambda unit, b=b: b) for b in sorted(shared)},  # type: ignore[misc]
+        "layers": {
+            name: {"bits": bits[name], "damage": {str(b): each[b].tolist() for b in sorted(each)}}
+            for name, each in damage.of.items()
+            if name in bits
+        },
+    }

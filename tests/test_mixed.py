@@ -1,0 +1,215 @@
+"""Mixed bits: the knapsack, what is measured, and the whole way to a recipe that says it all."""
+
+import itertools
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from auto_mmround import AutoRoundMLLM
+from auto_mmround.cli import main
+from auto_mmround.errors import UserError
+from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.model.chains import Kinds
+from auto_mmround.model.fisher import channel_fisher, layer_fisher
+from auto_mmround.model.structure import find_stages
+from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.sensitivity import rounding_damage
+from auto_mmround.numerics.start import StartConfig, closed_form
+from auto_mmround.recipe.allocation import allocate
+from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.run import job as jobs
+from auto_mmround.run.mixed import units
+from auto_mmround.run.plan import make_plan
+from auto_mmround.run.sensitivity import Sets
+
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=60, bos_token_id=1, eos_token_id=2, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+
+
+def texts(count=24, length=32, seed=1):
+    torch.manual_seed(seed)
+    return [{"input_ids": torch.randint(3, 60, (length,)).tolist()} for _ in range(count)]
+
+
+def mixing(model, **options):
+    settings = {"group_size": 32, "nsamples": 24, "seqlen": 32, "algorithm": "gptq", "device": "cpu"} | options
+    return AutoRoundMLLM(model, None, dataset=texts(), **settings)
+
+
+def test_the_knapsack_is_optimal_for_the_size_it_uses():
+    drawn = random.Random(0)
+    for _ in range(40):
+        sizes = [sorted(drawn.sample(range(1, 30), 3)) for _ in range(5)]
+        damages = [sorted((drawn.random() for _ in range(3)), reverse=True) for _ in range(5)]
+        budget = drawn.randint(sum(map(min, sizes)), sum(map(max, sizes)))
+        picks = allocate(sizes, damages, budget)
+        used = sum(size[k] for size, k in zip(sizes, picks, strict=True))
+        got = sum(damage[k] for damage, k in zip(damages, picks, strict=True))
+        every = itertools.product(range(3), repeat=5)
+        table = [(sum(s[k] for s, k in zip(sizes, c)), sum(d[k] for d, k in zip(damages, c))) for c in every]
+        assert used <= budget
+        # Steps that did not fit leave at most one step's gain behind.
+        steps = [d[i] - d[j] for d in damages for i in range(3) for j in range(i + 1, 3)]
+        assert got <= min(damage for size, damage in table if size <= budget) + max(steps)
+        if picks == [2] * 5 or budget == sum(map(max, sizes)):
+            assert got == pytest.approx(min(damage for _, damage in table))
+
+
+def test_the_knapsack_skips_what_makes_nothing_better_and_says_what_cannot_be():
+    assert allocate([[1, 2, 3]], [[1.0, 1.0, 0.9]], 2) == [0]  # 2 is no better than 1
+    assert allocate([[1, 2, 3]], [[1.0, 1.2, 0.9]], 3) == [2]
+    assert allocate([[1, 2], [1, 2]], [[5, 0], [1, 0]], 3) == [1, 0]
+    assert allocate([[2, 3], [2, 3]], [[1, 0], [1, 0]], 3.9) is None
+
+
+def test_layer_fisher_and_block_fisher_see_the_same_gradients():
+    """A block ends in down_proj's output added to the residual: both have the same gradient."""
+    model = tiny()
+    stages, inputs = find_stages(model), [{"input_ids": torch.tensor(row["input_ids"])[None]} for row in texts(6)]
+    kinds = [Kinds(torch.zeros(32, dtype=torch.int8))] * 6
+    blocks = channel_fisher(model, stages, inputs, kinds)
+    layers = layer_fisher(model, stages, ["model.layers.0.mlp.down_proj"], inputs, [0, 0, 1, 1, 1, 1])
+    rows = layers["model.layers.0.mlp.down_proj"]
+    assert rows.shape == (2, 64)  # two sets of samples; a token a position, so sums a position are means a token
+    # The block's table has the first four tokens apart, with sizes of their own.
+    assert torch.corrcoef(torch.stack([(2 * rows[0] + 4 * rows[1]) / 6, blocks["model.layers.0"][0]]))[0, 1] > 0.95
+
+
+def test_damage_is_the_weighted_error_of_the_closed_form():
+    torch.manual_seed(0)
+    w_OI, x_TI, squares_SO = torch.randn(8, 32), torch.randn(100, 32), torch.rand(2, 8)
+    moments = Moments(32)
+    moments.add(x_TI)
+    grid, config = Grid(3, True), StartConfig()
+    rounding = Rounding(w_OI, 16, grid)
+    closed_form([rounding], moments, config)
+    lost_O = (x_TI @ (w_OI - rounding.weight()).T).square().mean(0)
+    found = rounding_damage([w_OI], moments, [moments.hessian()] * 2, [squares_SO], 16, grid, config)
+    torch.testing.assert_close(found, 0.5 * (squares_SO @ lost_O)[None], rtol=1e-3, atol=1e-6)
+
+
+def test_predicted_damage_ranks_layers_as_kl_does():
+    """Each fused set of the tiny model rounded alone: predicted nats against those that the model's output shows."""
+    model = tiny()
+    ours = mixing(model, target_bits=3.5, bit_options=[2, 3, 4])
+    job = jobs.prepare(ours.recipe, ours.loaded, texts())
+    held = torch.tensor([row["input_ids"] for row in texts(16, seed=2)])
+    before = model(input_ids=held).logits.log_softmax(-1)
+    predicted, measured = [], []
+    for unit in units(model, replace(ours.recipe, layer_config=None), make_plan(model, Recipe(group_size=32))):
+        for bits in (2, 3, 4):
+            kept = {w.name: model.get_submodule(w.name).weight.clone() for w in unit.weights}
+            for name, weight in kept.items():
+                rounding = Rounding(weight, 32, Grid(bits, True))
+                moments = Moments(weight.shape[1])
+                moments.add(torch.eye(weight.shape[1]))
+                closed_form([rounding], moments, StartConfig())
+                model.get_submodule(name).weight.copy_(rounding.weight())
+            after = model(input_ids=held).logits.log_softmax(-1)
+            for name, weight in kept.items():
+                model.get_submodule(name).weight.copy_(weight)
+            measured.append((before.exp() * (before - after)).sum(-1).mean().log().item())
+            layers = job.mixed["layers"]
+            predicted.append(math.log(sum(layers[w.name]["damage"][str(bits)][0] for w in unit.weights)))
+    assert len(predicted) == 24
+    assert torch.corrcoef(torch.tensor([predicted, measured]))[0, 1] > 0.9
+
+
+def test_bits_are_chosen_once_and_the_recipe_says_them(tmp_path):
+    model = tiny()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    ours = mixing(model, target_bits=3.8)
+    job = jobs.prepare(ours.recipe, ours.loaded, texts())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert 3.6 < job.plan.bits_per_weight() <= 3.8
+    schemes = job.plan.quantized
+    assert len({scheme.bits for scheme in schemes.values()}) > 1
+    for name, scheme in schemes.items():
+        parent, _, leaf = name.rpartition(".")
+        for members in FUSED:
+            if leaf in members:
+                assert all(schemes[f"{parent}.{other}"] == scheme for other in members)
+    record = job.mixed
+    assert record["sets"] == ["text"] and set(record["layers"]) == set(schemes)
+    assert record["uniform"]["2"][0] > record["uniform"]["3"][0] > record["expected"][0] > record["uniform"]["8"][0]
+    again = jobs.prepare(job.recipe, ours.loaded, texts())
+    assert again.mixed is None and again.plan == job.plan and again.recipe.layer_config == job.recipe.layer_config
+    with pytest.raises(UserError, match=r"layer_config names the bits of every weight, 3\.\d+ on average"):
+        jobs.prepare(replace(job.recipe, target_bits=3.0), ours.loaded, texts())
+
+    ours.quantize()
+    (folder,) = ours.save_quantized(tmp_path / "out", format="auto_round")
+    read_back = from_quantized(folder).model.state_dict()
+    assert all(torch.equal(read_back[name], p) for name, p in model.state_dict().items())
+    stored = from_mapping(read(folder / "recipe.toml"))
+    assert stored.target_bits == 3.8 and stored.layer_config == job.recipe.layer_config
+    assert json.loads((folder / "run.json").read_text())["mixed"]["layers"] == record["layers"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["mixed"]["counts"].keys() == {str(scheme.bits) for scheme in schemes.values()}
+    assert report["mixed"]["rows"]["model.layers.*.mlp.down_proj"] == [
+        schemes[f"model.layers.{i}.mlp.down_proj"].bits for i in range(2)
+    ]
+    worst = report["worst_layers"]
+    assert len(worst) == 10 and [layer["end"] for layer in worst] == sorted((w["end"] for w in worst), reverse=True)
+    assert all(0 < layer["start"] < layer["nearest"] < 1 and layer["end"] == layer["start"] for layer in worst)
+
+
+def test_what_the_user_names_stays_and_counts():
+    model = tiny()
+    pinned = {"down_proj": {"bits": 8}, "o_proj": {"group_size": 16}}
+    job = jobs.prepare(mixing(model, target_bits=4.5, layer_config=pinned).recipe, mixing(model).loaded, texts())
+    schemes = job.plan.quantized
+    assert all(scheme.bits == 8 for name, scheme in schemes.items() if name.endswith("down_proj"))
+    assert all(scheme.group_size == 16 for name, scheme in schemes.items() if name.endswith("o_proj"))
+    assert 4.2 < job.plan.bits_per_weight() <= 4.5
+    assert not any(name.endswith("down_proj") for name in job.mixed["layers"])
+    with pytest.raises(UserError, match=r"target_bits = 2.2: the least possible is \d"):
+        jobs.prepare(mixing(model, target_bits=2.2).recipe, mixing(model).loaded, texts())
+
+
+def test_samples_are_told_apart_by_what_they_show():
+    text, image = torch.zeros(10, dtype=torch.int8), torch.tensor([0, 1, 1, 0, 4], dtype=torch.int8)
+    kinds = [Kinds(each) for each in (text, image, text, image, image)]
+    sets = Sets.by_medium(kinds)
+    assert sets == Sets(("text", "image"), (0, 1, 0, 1, 1))
+    assert sets.choose(kinds, 20) == [0, 1, 3]  # 10 tokens of each
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--target_bits", "3.5", "--format", "auto_awq"], "format auto_awq holds 4 bits, not 2; change bit_options"),
+        (["--target_bits", "3.5", "--format", "auto_round,openvino"], "holds 4, 8 bits, not 2"),
+        (["--target_bits", "1.5"], "above 2, the least of bit_options"),
+        (["--target_bits", "3.5", "--bit_options", "3,9"], "a comma list of 2 to 8"),
+        (["--target_bits", "3.5", "--bit_options", "three"], "a comma list of 2 to 8"),
+        (["--target_bits", "6", "--data_type", "fp8", "--bits", "8", "--iters", "0"], "target_bits mixes integers"),
+    ],
+)
+def test_what_cannot_be_mixed_is_one_line(words, part, capsys):
+    assert main(["plan", "--model", "demo", "--device", "cpu", "--group_size", "32", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert part in line
+
+
+@pytest.mark.slow
+def test_plan_prints_the_chosen_bits(capsys, tmp_path):
+    words = ["--model", "demo", "--dataset", "demo", "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]
+    assert main(["plan", *words, "--group_size", "32", "--target_bits", "4", "--quant_nontext_module"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 bits, group 32" in printed and "mixed bits" in printed
