@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,7 +115,13 @@ def test_buckets():
 
 
 def test_blocks_of_a_window_may_lie_on_several_devices():
-    blocks = [nn.Linear(4, 4), nn.Linear(4, 4).to("meta")]
+    class Elsewhere(nn.Linear):
+        def parameters(
+            self, recurse=True
+        ):  # those of a streamed block are on the meta device too, but not to run there
+            return iter([SimpleNamespace(is_meta=False, device=torch.device("meta"))])
+
+    blocks = [nn.Linear(4, 4), Elsewhere(4, 4, device="meta")]
     calls = [[Call((), {}, 0), Call((), {}, 0)]] * 2
     chain = Chain(Stage("text", "layers", 2), hidden=[torch.ones(1, 3, 4)] * 2, calls=calls, shared=[{}] * 2)
     assert chain.run_group(blocks, 0, [0]).device.type == "meta"

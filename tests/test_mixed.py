@@ -15,7 +15,7 @@ from auto_mmround.cli import main
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import channel_fisher, layer_fisher
+from auto_mmround.model.fisher import layer_fisher, measure_fisher
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid
@@ -82,7 +82,7 @@ def test_layer_fisher_and_block_fisher_see_the_same_gradients():
     model = tiny()
     stages, inputs = find_stages(model), [{"input_ids": torch.tensor(row["input_ids"])[None]} for row in texts(6)]
     kinds = [Kinds(torch.zeros(32, dtype=torch.int8))] * 6
-    blocks = channel_fisher(model, stages, inputs, kinds)
+    blocks = measure_fisher(model, stages, inputs, kinds).channels
     layers = layer_fisher(model, stages, ["model.layers.0.mlp.down_proj"], inputs, [0, 0, 1, 1, 1, 1])
     rows = layers["model.layers.0.mlp.down_proj"]
     assert rows.shape == (2, 64)  # two sets of samples; a token a position, so sums a position are means a token

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.chains import Kinds, token_kinds
-from auto_mmround.model.fisher import _draw, _sampled_gradient, channel_fisher, rows_of, spread
+from auto_mmround.model.fisher import BOUNDS, _draw, _sampled_gradient, measure_fisher, rows_of, spread
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
@@ -36,9 +36,9 @@ def test_moments_are_those_of_the_inputs_and_shared_where_inputs_are():
     torch.manual_seed(0)
     block = Attention()
     xs = [torch.randn(1, n, 16) for n in (3, 5)]
-    masks = [torch.tensor([[[1.0], [1.0], [0.0]]]), torch.ones(1, 5, 1)]
+    masks = [torch.tensor([1.0, 1.0, 0.0]), torch.ones(5)]
     current = [masks[0]]
-    with torch.no_grad(), collecting(dict(block.named_children()), lambda: current) as collected:
+    with torch.no_grad(), collecting(dict(block.named_children()), lambda name: current[0]) as collected:
         for x, current[0] in zip(xs, masks):
             collected.next_pass()
             block(x)
@@ -144,7 +144,7 @@ def test_fisher_is_the_curvature_of_kl():
     model = tiny_text_model()
     inputs = [{"input_ids": torch.randint(0, 50, (1, 24))} for _ in range(200)]
     kinds = [Kinds(torch.zeros(24, dtype=torch.int8))] * len(inputs)
-    fisher = channel_fisher(model, find_stages(model), inputs, kinds)
+    fisher = measure_fisher(model, find_stages(model), inputs, kinds).channels
     assert set(fisher) == {"model.layers.0", "model.layers.1"}
     table = fisher["model.layers.1"]
     assert table.shape == (9, 32) and (table[[0, 5, 6, 7, 8]] > 0).all() and (table[1:5] == 0).all()
@@ -166,13 +166,32 @@ def test_fisher_is_the_curvature_of_kl():
 def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
     model = tiny_text_model()
     kinds = Kinds(torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8))
-    fisher = channel_fisher(model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds])
+    fisher = measure_fisher(model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]).channels
     table = fisher["model.layers.0"]
     assert (
         (table[[0, 1, 5, 6, 7, 8]].sum(1) > 0).all() and (table[2:5] == 0).all() and not torch.equal(table[0], table[1])
     )
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
+    torch.manual_seed(0)
+    model = tiny_text_model()
+    layers = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "self_attn.v_proj",
+              "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")]  # fmt: skip
+    inputs = [{"input_ids": torch.randint(0, 50, (1, n))} for n in (12, 9)]
+    kinds = [Kinds(torch.zeros(n, dtype=torch.int8)) for n in (12, 9)]
+    found = measure_fisher(model, find_stages(model), inputs, kinds, [*layers, "model.layers.0.experts.0"]).tokens
+    assert set(found) == set(layers) and [len(found[layers[0]][i]) for i in (0, 1)] == [12, 9]
+    assert found[layers[0]] is found[layers[1]] and found[layers[3]] is found[layers[4]]
+    assert found[layers[2]] is not found[layers[0]]
+    # The last token's query and value serve nothing but its own prediction; all of them together weigh 1 on average.
+    for name in layers:
+        every = torch.cat(list(found[name].values()))
+        assert every.min() >= BOUNDS[0] and every.mean().item() == pytest.approx(1, abs=0.3) and every.std() > 0.1
+    alone = measure_fisher(model, find_stages(model), inputs, kinds, layers[2:3]).tokens[layers[2]]
+    torch.testing.assert_close(alone[1], found[layers[2]][1])
 
 
 def test_labels_are_drawn_as_predicted():
@@ -199,7 +218,7 @@ def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
     inputs = [{"input_ids": torch.randint(0, 50, (1, 12))}]
     (text,) = find_stages(model)
     tower = replace(text, name="vision")
-    table = channel_fisher(model, [tower], inputs, [kinds])["model.layers.0"]
+    table = measure_fisher(model, [tower], inputs, [kinds]).channels["model.layers.0"]
     assert table[0].min() > 0 and not table[1:].any()
     assert token_kinds(text, kinds, 12).tolist() == kinds.text_T.tolist()
     assert not token_kinds(tower, kinds, 12).any() and len(token_kinds(text, kinds, 9)) == 9
@@ -220,7 +239,9 @@ def test_first_tokens_and_silent_frames_have_rows_of_their_own():
     kinds = Kinds(torch.tensor([4, 0, 0, 0, 0, 1, 1]), frames_F)
     assert rows_of(tower, kinds, 12).tolist() == frames_F.tolist() and not rows_of(tower, kinds, 7).any()
     assert rows_of(text, kinds, 7).tolist() == [4, 6, 7, 8, 0, 1, 1] and not rows_of(text, kinds, 12).any()
-    table = channel_fisher(model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds])["model.layers.1"]
+    table = measure_fisher(model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]).channels[
+        "model.layers.1"
+    ]
     assert (table[3:5].sum(1) > 0).all() and not table[:3].any() and not table[5:].any()
 
 
@@ -229,7 +250,7 @@ def test_a_sink_of_attention_weighs_what_its_gradient_says():
     model = tiny_text_model()
     sample = {"input_ids": torch.randint(0, 50, (1, 12))}
     kinds = Kinds(torch.zeros(12, dtype=torch.int8))
-    table = channel_fisher(model, find_stages(model), [sample] * 40, [kinds] * 40)["model.layers.0"]
+    table = measure_fisher(model, find_stages(model), [sample] * 40, [kinds] * 40).channels["model.layers.0"]
     shares = table / table.mean(1, keepdim=True).clamp(min=1e-30)
     torch.testing.assert_close(shares[5], shares[8])
     assert not torch.allclose(table[5], table[8]) and not torch.allclose(shares[5], shares[0])

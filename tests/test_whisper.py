@@ -18,6 +18,7 @@ from auto_mmround.calibration.processor import get_processor
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.template import Message, load_template
 from auto_mmround.model.chains import Chain
+from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics.start import collecting
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
@@ -114,31 +115,33 @@ def test_cross_attention_reads_the_quantized_encoder(monkeypatch):
 
 
 def test_silence_and_sinks_weigh_what_their_gradients_say():
-    """Errors and second moments: frames by kind, the first tokens by place; cross attention by what the tower says."""
+    """Errors: frames by kind, the first tokens by place."""
     _, _, plan, inputs = tiny()
-    encoder, text = plan.stages
+    encoder, _ = plan.stages
     rng = torch.Generator().manual_seed(0)
-    fisher = {name: torch.rand(9, 64, generator=rng) for stage in plan.stages for name in stage.blocks}
-    weights = Weights(plan.stages, kinds_of(inputs), fisher)
+    table = {name: torch.rand(9, 64, generator=rng) for stage in plan.stages for name in stage.blocks}
+    weights = Weights(kinds_of(inputs), Fisher(table))
     heard = Chain(encoder, hidden=[torch.zeros(1, 16, 64)], sample=[0])
-    said = Chain(text, hidden=[torch.zeros(1, len(inputs[0].modality_T), 64)], sample=[0])
     block = encoder.blocks[-1]
     (errors,) = weights.of_errors(heard, block)
-    torch.testing.assert_close(errors[0, 0] / errors[0, -1], fisher[block][AUDIO] / fisher[block][PAD])
-    own, cross = weights.of_tokens(said, 0, text.blocks[0])
-    assert own.shape == (1, len(inputs[0].modality_T), 1) and cross.shape == (1, 16, 1)
-    torch.testing.assert_close(
-        own[0, 1, 0] / own[0, 9, 0], fisher[text.blocks[0]][6].mean() / fisher[text.blocks[0]][0].mean()
-    )
-    heard_R = fisher[block].mean(1)
-    torch.testing.assert_close(cross[0, 0, 0] / cross[0, -1, 0], heard_R[AUDIO] / heard_R[PAD])
+    torch.testing.assert_close(errors[0, 0] / errors[0, -1], table[block][AUDIO] / table[block][PAD])
 
 
-def test_without_fisher_all_frames_count_alike():
-    _, _, plan, inputs = tiny(fisher=False)
-    weights = Weights(plan.stages, kinds_of(inputs), {})
+def test_second_moments_weigh_a_layers_own_tokens():
+    """In cross attention they are the encoder's frames; padding of text counts nothing; without Fisher all count 1."""
+    _, _, plan, inputs = tiny()
+    _, text = plan.stages
+    length = len(inputs[0].modality_T)
+    said = Chain(text, hidden=[torch.zeros(1, length, 64)], sample=[0])
+    frames_N, words_N = torch.rand(16), torch.rand(length)
+    own, cross = f"{text.blocks[0]}.self_attn.k_proj", f"{text.blocks[0]}.encoder_attn.k_proj"
+    weights = Weights(kinds_of(inputs), Fisher(tokens={own: {0: words_N}, cross: {0: frames_N}}))
+    spoken_N = (inputs[0].modality_T != PAD).float()
+    torch.testing.assert_close(weights.of_tokens(said, own)[0], words_N * spoken_N)
+    torch.testing.assert_close(weights.of_tokens(said, cross)[0], frames_N)
+    torch.testing.assert_close(Weights(kinds_of(inputs), Fisher()).of_tokens(said, own)[0], spoken_N)
     heard = Chain(plan.stages[0], hidden=[torch.zeros(1, 16, 64)], sample=[0])
-    assert weights.of_tokens(heard, 0, plan.stages[0].blocks[0])[0].eq(1).all()
+    assert Weights(kinds_of(inputs), Fisher()).of_tokens(heard, "any")[0].eq(1).all()
 
 
 def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
@@ -146,8 +149,9 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
         {"own": torch.nn.Linear(4, 2), "cross": torch.nn.Linear(4, 2), "pooled": torch.nn.Linear(4, 2)}
     )
     x, y, z = torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 2, 4)
-    weights = [torch.tensor([[[1.0], [0.0], [2.0]]]), torch.tensor([[[1.0], [1.0], [1.0], [0.0], [0.0]]])]
-    with torch.no_grad(), collecting(dict(layer.named_children()), lambda: weights) as collected:
+    weights = {"own": torch.tensor([1.0, 0.0, 2.0]), "cross": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]),
+               "pooled": torch.ones(3)}  # fmt: skip
+    with torch.no_grad(), collecting(dict(layer.named_children()), weights.get) as collected:
         for name, value in (("own", x), ("cross", y), ("pooled", z)):
             layer[name](value)
     found = {name: moments.hessian() for name, moments in collected.moments().items()}

@@ -8,9 +8,12 @@ a thousand times as large as the others' and hardly matters to the output.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,43 +28,114 @@ from auto_mmround.model.structure import Stage
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
 FIRST = 4  # tokens at the beginning of a text, each with a row of its own after those of the modalities
 ROWS = KINDS + FIRST
+# Of a token's weight: one of a heavy tail must not stand for all, nor a sink of attention, huge as it is, for nothing.
+BOUNDS = (0.001, 20.0)
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
 LOGITS = 2**24  # logits in memory at a time
 
 Precision = Callable[[], AbstractContextManager]
 
 
-def channel_fisher(
+@dataclass(frozen=True)
+class Fisher:
+    """What the model's output depends on. channels: block -> mean squared gradient (ROWS, channels) at its output, see
+    `rows_of`. tokens: layer -> sample -> (tokens,) mean squared gradient over the layer's outputs, relative to that of
+    all tokens and within BOUNDS; layers that read the same input have the mean of theirs."""
+
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+
+
+def measure_fisher(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     inputs: Sequence[Mapping[str, Any]],
     modalities: Sequence[Kinds],
+    layers: Iterable[str] = (),
     *,
     seed: int = 42,
     precision: Precision = nullcontext,
     enough: int = ENOUGH,
     share: Callable[[list[int]], list[int]] = list,
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-) -> dict[str, Tensor]:
-    """Block name -> mean squared gradient (ROWS, channels) at its output, see `rows_of`.
+) -> Fisher:
+    """Run the model forward and backward over the samples; one in memory at a time, logits a few positions at a time.
 
-    A tower's tokens all count as the first row, unless their kinds are known; modalities without tokens are zero. One
-    forward and backward pass a sample, one sample in memory at a time, logits a few positions at a time; no gradient of
-    a weight is ever made. Samples are taken evenly from ``inputs`` until they hold ``enough`` tokens of text.
+    A tower's tokens all count as the first row, unless their kinds are known; modalities without tokens are zero. No
+    gradient of a weight is ever made. ``layers``: those whose tokens are weighed; then all samples are run, else as
+    many, evenly spread, as hold ``enough`` tokens of text. A layer that runs more than once a sample (one image after
+    another) gets no weights of tokens, nor does one that only stands in for a part of a weight (fused experts).
     Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them.
     """
     sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 
+    tokens: dict[str, dict[int, Tensor]] = {name: {} for name in layers if _is_there(model, name)}
+    again: set[str] = set()
+
     def add(name: str, i: int, grad_TD: Tensor) -> None:
+        if name in tokens:
+            again.update([name] if i in tokens[name] else [])
+            tokens[name][i] = grad_TD.square().mean(-1).cpu()
+            return
         one_hot_TR = nn.functional.one_hot(rows_of(stage_of[name], modalities[i], len(grad_TD)), ROWS).to(grad_TD)
         fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
         sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
 
-    chosen = {i: inputs[i] for i in share(spread(modalities, enough))}
-    _backward(model, stages, stage_of, chosen, add, seed, precision)
-    return {name: _means(table[:, :-1], table[:, -1:]) for name, table in add_up(sums).items()}
+    chosen = share(list(range(len(inputs))) if tokens else spread(modalities, enough))
+    readers = _Readers()
+    watched = [*stage_of, *tokens]
+    spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
+    _backward(model, stages, watched, {i: inputs[i] for i in chosen}, add, seed, precision, readers.see, spoken)
+    for name, found in tokens.items():
+        counted = [t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in found.items()]  # padding has no gradient
+        sums[name] = torch.tensor([sum(t.sum().item() for t in counted), float(sum(map(len, counted)))])
+    whole = add_up(sums)
+    channels = {name: _means(whole[name][:, :-1], whole[name][:, -1:]) for name in whole if name in stage_of}
+    means = {name: whole[name][0] / whole[name][1].clamp(min=1) for name in tokens if name not in again}
+    return Fisher(channels, _shared(tokens, means, readers.groups))
+
+
+def _is_there(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+class _Readers:
+    """Layers that are given the same tensor, in the order in which they run."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref[Tensor], tuple[str, ...]]] = {}
+        self.groups: dict[str, tuple[str, ...]] = {}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Note that the layer reads ``x``."""
+        known = self._seen.get(id(x))
+        names = known[1] if known and known[0]() is x else ()
+        names = (*names, name) if name not in names else names
+        self._seen[id(x)] = (weakref.ref(x), names)
+        for member in names:  # a block that is computed again may stop halfway
+            self.groups[member] = max(self.groups.get(member, ()), names, key=len)
+
+
+def _shared(
+    tokens: Mapping[str, Mapping[int, Tensor]], means: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
+) -> dict[str, dict[int, Tensor]]:
+    """Relative to the layer's mean, within BOUNDS; then the mean over the layers of a group."""
+    made: dict[tuple[str, ...], dict[int, Tensor]] = {}
+    found: dict[str, dict[int, Tensor]] = {}
+    for name in means:
+        group = tuple(other for other in groups.get(name, (name,)) if other in means)
+        if group not in made:
+            parts = [{i: (t / means[n].cpu()).clamp(*BOUNDS) for i, t in tokens[n].items()} for n in group]
+            samples = [i for i in parts[0] if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)]
+            made[group] = {i: torch.stack([part[i] for part in parts]).mean(0) for i in samples}
+        found[name] = made[group]
+    return found
 
 
 def layer_fisher(
@@ -100,8 +174,12 @@ def _backward(
     add: Callable[[str, int, Tensor], None],
     seed: int,
     precision: Precision,
+    note: Callable[[str, Tensor], None] = lambda name, x: None,
+    spoken: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> dict[int, int]:
-    """Hand ``add`` the gradient (T, D) at each watched module's output, for every sample; returns their positions."""
+    """Hand ``add`` the gradient (T, D) at each watched module's output, for every sample, and ``note`` what it reads;
+    returns the samples' positions. spoken: sample -> bool (T,), the positions that draw a label; all, if none is given.
+    """
     device = device_of(model)
     watched, positions = list(watched), {}
     run: Callable[..., tuple[Tensor, nn.Module]] | None = None
@@ -110,10 +188,14 @@ def _backward(
         kwargs = moved(dict(sample), device)
         with precision():
             run = run or (_until_head if _head_is_last(model, kwargs) else _whole)
-            with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i)):
+            with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i), note):
                 hidden_TD, head = run(model, kwargs)
                 positions[i] = len(hidden_TD)
-                hidden_TD.backward(_sampled_gradient(hidden_TD.detach(), head, generator))
+                rows_T = spoken.get(i, torch.ones(0)).to(device)
+                rows_T = rows_T if len(rows_T) == len(hidden_TD) else torch.ones(len(hidden_TD), device=device).bool()
+                grad_TD = torch.zeros_like(hidden_TD)
+                grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
+                hidden_TD.backward(grad_TD)
     return positions
 
 
@@ -218,23 +300,29 @@ def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, n
 
 @contextmanager
 def _watching(
-    model: PreTrainedModel, stages: Sequence[Stage], watched: Iterable[str], add: Callable[[str, Tensor], None]
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    watched: Iterable[str],
+    add: Callable[[str, Tensor], None],
+    note: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     """Gradients at the output of every watched module go to ``add``; the graph begins at the first block."""
     with ExitStack() as stack:
         for name in watched:
-            stack.callback(model.get_submodule(name).register_forward_hook(_watch(name, add)).remove)
+            stack.callback(model.get_submodule(name).register_forward_hook(_watch(name, add, note)).remove)
         for stage in stages:
             first = model.get_submodule(stage.blocks[0])
             stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
         yield
 
 
-def _watch(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
+def _watch(name: str, add: Callable[[str, Tensor], None], note: Callable[[str, Tensor], None]) -> Callable[..., None]:
     def hook(block: nn.Module, args: Any, output: Any) -> None:
         hidden = first_tensor(output)
         if hidden.requires_grad:
             hidden.register_hook(lambda grad: add(name, grad))
+            if args:
+                note(name, args[0])
 
     return hook
 

@@ -33,7 +33,7 @@ class Collector:
     Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass` before each pass.
     """
 
-    def __init__(self, weights: Callable[[], Sequence[Tensor]]):
+    def __init__(self, weights: Callable[[str], Tensor | None]):
         self._weights = weights
         self._moments: dict[str, gram.Moments] = {}
         self._owner: dict[str, str] = {}
@@ -48,22 +48,22 @@ class Collector:
         return {name: self._moments[owner] for name, owner in self._owner.items()}
 
     def see(self, name: str, x: Tensor) -> None:
-        """Add the input (..., in) of a layer, with those of the tokens' weights that are as many as its tokens."""
+        """Add the input (..., in) of a layer, with the tokens' weights if they are as many as its tokens."""
         if not x.numel():  # an expert that none of these tokens chose
             return
         if name not in self._owner:
             self._owner[name] = self._seen.setdefault(id(x), (x, name))[1]
         if self._owner[name] == name:
-            tokens = x.shape[:-1].numel()
-            weight = next((weight for weight in self._weights() if weight.numel() == tokens), None)
+            weight = self._weights(name)
+            whole = weight is not None and weight.numel() == x.shape[:-1].numel()
             moments = self._moments.setdefault(name, gram.Moments(x.shape[-1], device=x.device))
-            moments.add(x.detach(), None if weight is None else weight.to(x.device))
+            moments.add(x.detach(), weight.to(x.device) if weight is not None and whole else None)
 
 
 @contextmanager
-def collecting(layers: Mapping[str, nn.Module], weights: Callable[[], Sequence[Tensor]]) -> Iterator[Collector]:
-    """A `Collector` that watches the layers while open. weights: of the current pass's tokens, (B, T, 1), pads 0; first
-    the block's own, then those of what it attends to."""
+def collecting(layers: Mapping[str, nn.Module], weights: Callable[[str], Tensor | None]) -> Iterator[Collector]:
+    """A `Collector` that watches the layers while open. weights: of a layer's tokens in the current pass, pads 0; the
+    same for layers that share an input."""
     collector = Collector(weights)
 
     def hook_for(name: str) -> Callable[..., None]:

@@ -19,7 +19,7 @@ from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import Chain, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.fisher import channel_fisher
+from auto_mmround.model.fisher import Fisher, measure_fisher
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
@@ -125,14 +125,15 @@ class _Journey:
     @cached_property
     def weights(self) -> Weights:
         """What errors weigh; to be asked for before anything is quantized."""
-        kinds, fisher = kinds_of(self.inputs), {}
-        if self.recipe.fisher and self.recipe.algorithm == "auto":
+        kinds, fisher = kinds_of(self.inputs), Fisher()
+        if self.recipe.fisher and self.recipe.closed_form:
             with self.holder.recomputing():
-                fisher = channel_fisher(
-                    self.model, self.plan.stages, self.batches, kinds, seed=self.recipe.seed, precision=self.precision,
-                    share=self.processes.share, add_up=lambda sums: self.processes.add_named(sums, self.device),
+                fisher = measure_fisher(
+                    self.model, self.plan.stages, self.batches, kinds, self.plan.quantized, seed=self.recipe.seed,
+                    precision=self.precision, share=self.processes.share,
+                    add_up=lambda sums: self.processes.add_named(sums, self.device),
                 )  # fmt: skip
-        return Weights(self.plan.stages, kinds, fisher)
+        return Weights(kinds, fisher)
 
     @cached_property
     def runner(self) -> Runner:
@@ -235,8 +236,8 @@ class _Journey:
             tune = partial(self._tune, student, target, blocks, window, first)
             # Several processes measure together: one alone can't start a block again.
             self.batch.fitting(window[0], tune, relieve) if self.processes.count == 1 else tune(self.batch.size)
-        if not self.recipe.enable_quanted_input:
-            return target, target
+        if not self.recipe.enable_quanted_input or window[-1] == student.stage.blocks[-1]:
+            return target, target  # nobody reads what the last block gives
         return target, self.batch.fitting(window[0], lambda size: student.advanced(blocks, first, size), relieve)
 
     def _disk(self, tensor: Tensor) -> Tensor:
@@ -305,13 +306,15 @@ class _Journey:
     ) -> dict[str, Moments]:
         """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
         layers = {name: self.model.get_submodule(name) for name in names}
-        last = student.stage.blocks[first + len(blocks) - 1]
-        weights = [self.weights.of_tokens(student, i, last) for i in range(len(student))]
-        current: list[Tensor] = []
-        with torch.no_grad(), collecting(layers, lambda: current) as collected:
+        weights = {name: self.weights.of_tokens(student, name) for name in names}
+        current: list[int] = []
+        with (
+            torch.no_grad(),
+            collecting(layers, lambda name: torch.cat([weights[name][i] for i in current])) as collected,
+        ):
             for at in range(0, len(student), batch_size):
                 for group in student.groups(range(at, min(at + batch_size, len(student))), first):
-                    current[:] = [_cat(parts) for parts in zip(*(weights[i] for i in group), strict=True)]
+                    current[:] = group
                     collected.next_pass()
                     student.run_group(blocks, first, group)
             return self.processes.add_moments(collected.moments(), self.device)

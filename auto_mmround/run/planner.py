@@ -27,7 +27,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, as_dtype, map_tensors
 from auto_mmround.model.experts import separable, separated
-from auto_mmround.model.fisher import ENOUGH, channel_fisher, spread
+from auto_mmround.model.fisher import measure_fisher
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, tune_block
@@ -122,8 +122,8 @@ class _Probe:
     def fisher(self) -> float:
         """Seconds of the Fisher information, from one sample and then two."""
         stages, inputs = self.job.plan.stages, self.batches
-        run = partial(channel_fisher, self.model, stages, precision=self.precision)
-        wanted = len(spread(self.kinds, ENOUGH))
+        run = partial(measure_fisher, self.model, stages, layers=self.job.plan.quantized, precision=self.precision)
+        wanted = len(inputs)
         at = len(inputs) // 2
         one = self.timed(lambda: run(inputs[at : at + 1], self.kinds[at : at + 1]), 0.0)
         if wanted == 1 or self.clock() + 2 * one > self.deadline:
@@ -149,7 +149,7 @@ class _Probe:
         layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
         moments = {}
         if recipe.closed_form:
-            with torch.no_grad(), collecting(layers, lambda: []) as collected:
+            with torch.no_grad(), collecting(layers, lambda name: None) as collected:
                 started = self.clock()
                 chain.advanced([block], index, recipe.batch_size)
                 cost.moments = (self.clock() - started) / count
@@ -236,7 +236,7 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     samples = sum(lengths) / (sum(lengths[i] for i in chosen) / count)  # of the average length of those chosen
     captures = len(stages) if recipe.enable_quanted_input else 1
     seconds = {"capture": captures * (each * samples + once)}
-    if recipe.fisher and recipe.algorithm == "auto":
+    if recipe.fisher and recipe.closed_form:
         with torch.no_grad():
             seconds["Fisher information"] = probe.fisher()
     states = 0

@@ -129,8 +129,8 @@ def _moments(
     layers: dict[str, nn.Module] = {name: model.get_submodule(name) for name in names}
     entry = -1
 
-    def weights(s: int) -> list[Tensor]:
-        return [masks[entry][s]]
+    def weights(s: int, name: str) -> Tensor:
+        return masks[entry][s]
 
     with ExitStack() as stack:
         collectors = {s: stack.enter_context(collecting(layers, partial(weights, s))) for s in masks[0]}

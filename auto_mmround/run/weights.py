@@ -1,14 +1,14 @@
 """What the errors of a block weigh, token by token and channel by channel, and how many tokens a step sees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from auto_mmround.calibration.inputs import PAD, ModelInput
-from auto_mmround.model.chains import Chain, Kinds
-from auto_mmround.model.fisher import ROWS, rows_of
+from auto_mmround.model.chains import Chain, Kinds, token_kinds
+from auto_mmround.model.fisher import ROWS, Fisher, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
@@ -36,11 +36,10 @@ def accumulated(recipe: Recipe, tower_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """stages: those of the run. kinds: by sample. fisher: by block, empty where errors all weigh alike."""
+    """kinds: by sample. fisher: empty where errors all weigh alike."""
 
-    stages: Sequence[Stage]
     kinds: Sequence[Kinds]
-    fisher: Mapping[str, Tensor]
+    fisher: Fisher
 
     def of_errors(self, chain: Chain, block: str) -> list[Tensor]:
         """Of the block's error for every sample, (B, T, 1 or channels): 0 on padding, else 1, or the Fisher information
@@ -48,15 +47,20 @@ class Weights:
         table_RD = self._table(chain.stage, block)
         return [table_RD[self._rows(chain, i)] for i in range(len(chain))]
 
-    def of_tokens(self, chain: Chain, i: int, block: str) -> list[Tensor]:
-        """Of a sample's tokens (B, T, 1), the mean over the channels: the block's own, then those of the tower's
-        output, which cross attention reads."""
-        found = [self._table(chain.stage, block).mean(1, keepdim=True)[self._rows(chain, i)]]
-        tower_F = self.kinds[chain.sample[i]].tower_F
-        towers = [stage for stage in self.stages if stage.name != "text"]
-        if chain.stage.name == "text" and tower_F is not None and towers:
-            heard_R1 = self._table(towers[-1], towers[-1].blocks[-1]).mean(1, keepdim=True)
-            found.append(heard_R1[tower_F.long()][None])
+    def of_tokens(self, chain: Chain, layer: str) -> list[Tensor]:
+        """What a layer's tokens count in its second moments, flat, for every sample: 0 on padding of text, else 1, or
+        how much the model's output depends on the layer's output there."""
+        measured = self.fisher.tokens.get(layer, {})
+        known = all(sample in measured for sample in chain.sample)
+        found = []
+        for i, sample in enumerate(chain.sample):
+            counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
+            if chain.stage.name == "text":
+                counted_N = (token_kinds(chain.stage, self.kinds[sample], len(counted_N)) != PAD).float()
+            if known:  # of as many tokens as the layer reads: another stage's in cross attention
+                same = len(measured[sample]) == len(counted_N)
+                counted_N = measured[sample] * counted_N if same else measured[sample]
+            found.append(counted_N)
         return found
 
     def _table(self, stage: Stage, block: str) -> Tensor:
@@ -64,8 +68,8 @@ class Weights:
 
         Padding of text is worth nothing. What a tower makes of padding reaches the text, so its gradients tell.
         """
-        if block in self.fisher:
-            table_RD = self.fisher[block].cpu()
+        if block in self.fisher.channels:
+            table_RD = self.fisher.channels[block].cpu()
             table_RD = table_RD / table_RD[table_RD.sum(1) > 0].mean().clamp(min=1e-30)
         else:
             table_RD = torch.ones(ROWS, 1)
