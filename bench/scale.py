@@ -110,7 +110,8 @@ def main() -> int:
     lines = [
         "# Peak memory of streamed runs",
         f"{date.today()}, {machine()['system']}, torch {torch.__version__}. Random Llamas of equal blocks, W4 g128, "
-        "rounded to nearest and 5 sign steps on 4 samples of 32 tokens; `make bench-scale`.",
+        "rounded to nearest and 5 sign steps on 4 samples of 32 tokens; "
+        f"`bench/scale.py --gigabytes {' '.join(f'{size:g}' for size in found.gigabytes)}`.",
         rows_as_markdown(
             ["layers", "model (GB)", "block (GB)", "peak resident (GB)", "seconds"],
             [[run["layers"], *(f"{run[key]:.2f}" for key in ("size", "block", "peak")), f"{run['seconds']:.0f}"]
