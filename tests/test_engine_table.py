@@ -5,7 +5,7 @@ Every row that was run (`make test-engines` runs all) is written into the table 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -216,7 +216,7 @@ def in_llamacpp(folder: Path, reference: Reference, asked: list[Asked]) -> tuple
     wanted = part(reference, [*texts, *questions])
     logits = [*(reference.logits[i] for i in texts), *(reference.logits[i][: starts[i]] for i in questions)]
     wanted = Reference(wanted.folder, wanted.model, wanted.inputs, logits)
-    found = EngineResult(result.ok, result.error, result.engine, result.classes, logprobs=[*result.logprobs, *firsts])
+    found = replace(result, logprobs=[*result.logprobs, *firsts])
     assert [answer["prompt_tokens"] for answer in result.answers] == [starts[i] for i in questions]
     right = [exact_match(answer["text"], asked[i].answer) for answer, i in zip(result.answers, questions, strict=True)]
     return found, wanted, sum(right) / len(right)
@@ -247,7 +247,8 @@ def test_row(engine: str, weights: str, name: str, runs: Runs) -> None:
     if engine != "llamacpp":
         accuracy, _ = share(counted, [result.logits[i] for i in questions])
     inputs = "text, images" if counted[0].images else "text"
-    assert abs(accuracy - tuned) <= POINTS / 100, (accuracy, tuned)
+    other = abs(round(count * accuracy) - round(count * tuned))  # in whole answers: floats miss the bound itself
+    assert 100 * other <= POINTS * count, (accuracy, tuned)
     made = Row(engine, weights, name, result, facts, inputs, accuracy, tuned, count)
     DOCS.write_text(with_rows(DOCS.read_text(encoding="utf-8"), made), encoding="utf-8")
 
