@@ -25,6 +25,7 @@ from auto_mmround.evaluation.samples import held_out
 from auto_mmround.model.chains import Kinds
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.journal import machine
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.sensitivity import Sets
@@ -46,7 +47,7 @@ def run(recipe: Recipe, loaded: Any, reference: Any, rows: Sequence[ModelInput])
     started = time.perf_counter()
     job = jobs.prepare(recipe, loaded)
     prepared = time.perf_counter()
-    quantize(loaded.model, job.recipe, job.plan, job.inputs, lambda block, codes: None)
+    quantize(loaded.model, job.recipe, job.plan, job.inputs, Finished())
     seconds = time.perf_counter() - prepared
     result = {
         "bits": job.plan.bits_per_weight(),

@@ -47,6 +47,16 @@ install_lmms() {  # a harness, not an engine; --no-deps: it asks for wandb, yt-d
     .engines/lmms/bin/python -c 'import lmms_eval.evaluator, lmms_eval.tasks' > /dev/null
 }
 
+install_vlmeval() {  # VLMEvalKit as ModelScope publishes it; --no-deps: what its sets need to be imported, and no more
+    overlay vlmeval ms-vlmeval==0.0.20 antlr4-python3-runtime==4.11.1 cloudpickle==3.1.2 decord==0.6.0 imageio==2.38.1 \
+        jieba==0.42.1 joblib==1.6.0 json_repair==0.64.5 latex2sympy2_extended==1.11.0 levenshtein==0.27.5 \
+        math_verify==0.9.0 narwhals==2.29.0 nltk==3.10.4 num2words==0.5.14 openai==3.54.0 openpyxl==3.1.5 et_xmlfile==2.0.0 xlsxwriter==3.3.1 \
+        opencv_python_headless==5.0.0.93 portalocker==4.4.2 pylatexenc==2.11 qwen_vl_utils==0.0.14 rouge==1.0.1 \
+        scikit_learn==1.9.1 scipy==1.17.1 six==1.17.0 sniffio==1.3.1 sty==1.0.6 tabulate==0.10.0 termcolor==3.3.0 \
+        threadpoolctl==3.8.0 timeout_decorator==0.5.0 validators==0.36.0
+    .engines/vlmeval/bin/python -c 'import vlmeval.dataset' > /dev/null
+}
+
 install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and transformers; processor only
     local folder=.engines/vllm
     rm -rf "$folder"

@@ -14,20 +14,21 @@ from auto_mmround import AutoRoundMLLM
 from auto_mmround.cli import main
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import layer_fisher, measure_fisher
+from auto_mmround.model.fisher import block_gradients
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.sensitivity import rounding_damage
+from auto_mmround.numerics.sensitivity import WINDOW, Seen, rounding_damage
 from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.allocation import allocate
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
 from auto_mmround.run import job as jobs
 from auto_mmround.run.mixed import units
 from auto_mmround.run.plan import make_plan
-from auto_mmround.run.sensitivity import Sets
+from auto_mmround.run.sensitivity import Sets, _seen
 
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
@@ -77,30 +78,42 @@ def test_the_knapsack_skips_what_makes_nothing_better_and_says_what_cannot_be():
     assert allocate([[2, 3], [2, 3]], [[1, 0], [1, 0]], 3.9) is None
 
 
-def test_layer_fisher_and_block_fisher_see_the_same_gradients():
-    """A block ends in down_proj's output added to the residual: both have the same gradient."""
+def test_gradients_inside_a_block_are_those_of_the_whole_model():
+    """Run again from the gradient at its output, a block gives the gradients that a pass through the model gives."""
     model = tiny()
-    stages, inputs = find_stages(model), [{"input_ids": torch.tensor(row["input_ids"])[None]} for row in texts(6)]
-    kinds = [Kinds(torch.zeros(32, dtype=torch.int8))] * 6
-    blocks = measure_fisher(model, stages, inputs, kinds).channels
-    layers = layer_fisher(model, stages, ["model.layers.0.mlp.down_proj"], inputs, [0, 0, 1, 1, 1, 1])
-    rows = layers["model.layers.0.mlp.down_proj"]
-    assert rows.shape == (2, 64)  # two sets of samples; a token a position, so sums a position are means a token
-    # The block's table has the first four tokens apart, with sizes of their own.
-    assert torch.corrcoef(torch.stack([(2 * rows[0] + 4 * rows[1]) / 6, blocks["model.layers.0"][0]]))[0, 1] > 0.95
+    stages, inputs = find_stages(model), [{"input_ids": torch.tensor(row["input_ids"])[None]} for row in texts(3)]
+    gradients, positions = block_gradients(model, stages, inputs)
+    assert positions == [32] * 3 and set(gradients) == {(f"model.layers.{b}", i, 0) for b in range(2) for i in range(3)}
+    chain = capture(model, stages, inputs)["model.layers"]
+    chain = chain.advanced([model.model.layers[0]], 0, 1)
+    names = ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
+    seen = _seen(model, chain, 1, names, gradients, [0, 1, 1])
+    for i in range(3):
+        x_TI, g_TO, part = seen[names[0]][i]
+        assert part == (0, 1, 1)[i] and x_TI.shape == (32, 96)
+        # down_proj's output is added to the residual: its gradient is the block's.
+        torch.testing.assert_close(g_TO, gradients["model.layers.1", i, 0])
+    layer = model.get_submodule(names[1])
+    layer.weight.requires_grad_()
+    output = chain.run_group([model.model.layers[1]], 1, [0])
+    output.backward(gradients["model.layers.1", 0, 0].reshape(output.shape))
+    x_TI, g_TO, _ = seen[names[1]][0]
+    torch.testing.assert_close(layer.weight.grad, g_TO.T @ x_TI, rtol=1e-3, atol=1e-6)
 
 
-def test_damage_is_the_weighted_error_of_the_closed_form():
+def test_damage_squares_the_change_of_the_loss_window_by_window():
     torch.manual_seed(0)
-    w_OI, x_TI, squares_SO = torch.randn(8, 32), torch.randn(100, 32), torch.rand(2, 8)
+    w_OI, x_TI, g_TO = torch.randn(8, 32), torch.randn(WINDOW + 6, 32), torch.randn(WINDOW + 6, 8)
     moments = Moments(32)
     moments.add(x_TI)
     grid, config = Grid(3, True), StartConfig()
     rounding = Rounding(w_OI, 16, grid)
     closed_form([rounding], moments, config)
-    lost_O = (x_TI @ (w_OI - rounding.weight()).T).square().mean(0)
-    found = rounding_damage([w_OI], moments, [moments.hessian()] * 2, [squares_SO], 16, grid, config)
-    torch.testing.assert_close(found, 0.5 * (squares_SO @ lost_O)[None], rtol=1e-3, atol=1e-6)
+    change_T = ((x_TI @ (w_OI - rounding.weight()).T) * g_TO).sum(1)
+    expected = 0.5 * (change_T[:WINDOW].sum() ** 2 + change_T[WINDOW:].sum() ** 2)
+    found = rounding_damage([w_OI], moments, [[Seen(x_TI, g_TO, 1)]], [5, 10], 16, grid, config)
+    assert found.shape == (1, 2) and found[0, 0] == 0
+    assert found[0, 1].item() == pytest.approx(expected.item() / 10, rel=1e-3)
 
 
 def test_predicted_damage_ranks_layers_as_kl_does():
@@ -188,6 +201,7 @@ def test_samples_are_told_apart_by_what_they_show():
     sets = Sets.by_medium(kinds)
     assert sets == Sets(("text", "image"), (0, 1, 0, 1, 1))
     assert sets.choose(kinds, 20) == [0, 1, 3]  # 10 tokens of each
+    assert sets.choose(kinds, 20, 1) == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -162,14 +162,22 @@ def asked(
         sound_T = media.load(audios[0], "audio", media.parse_roots(None), rate=rate)
         kwargs, more = _whisper(loaded, Data(), sound_T, rate)
         return Prompt("question", "", "", text, None, kwargs, options=more)
-    given = {"image": images, "video": videos, "audio": audios}
+    given = {
+        kind: tuple(media.load(i, kind, _beside(i)) if isinstance(i, str | Path) else i for i in items)
+        for kind, items in (("image", images), ("video", videos), ("audio", audios))
+    }
     wanted = [f"<{kind}>" for kind, items in given.items() for _ in items]
     if sorted(MARKER.findall(text)) != sorted(wanted):
         text = "\n".join([*wanted, MARKER.sub("", text).strip()])
-    sample = Sample("question", messages=(Message("user", text),), images=tuple(images), videos=tuple(videos),
-                    audios=tuple(audios))  # fmt: skip
+    sample = Sample("question", messages=(Message("user", text),), images=given["image"], videos=given["video"],
+                    audios=given["audio"])  # fmt: skip
     kwargs = _encoded(loaded, Data(), [sample])[0]
     return Prompt("question", "", "", MARKER.sub("", text).strip(), None, kwargs, options=options)
+
+
+def _beside(file: str | Path) -> media.Roots:
+    """A file that an outside harness names may lie where it lies."""
+    return media.parse_roots([Path(file).resolve().parent])
 
 
 def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[float, bool]:

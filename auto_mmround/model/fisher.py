@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -73,7 +74,7 @@ def measure_fisher(
     tokens: dict[str, dict[int, Tensor]] = {name: {} for name in layers if _is_there(model, name)}
     again: set[str] = set()
 
-    def add(name: str, i: int, grad_TD: Tensor) -> None:
+    def add(name: str, i: int, place: int, grad_TD: Tensor) -> None:
         if name in tokens:
             again.update([name] if i in tokens[name] else [])
             tokens[name][i] = grad_TD.square().mean(-1).cpu()
@@ -138,32 +139,28 @@ def _shared(
     return found
 
 
-def layer_fisher(
+def block_gradients(
     model: PreTrainedModel,
     stages: Sequence[Stage],
-    layers: Iterable[str],
     inputs: Sequence[Mapping[str, Any]],
-    parts: Sequence[int],
     *,
     seed: int = 42,
     precision: Precision = nullcontext,
-) -> dict[str, Tensor]:
-    """Layer name -> sum over tokens of squared gradients at its outputs, a position of the model's output: (S, out).
+) -> tuple[dict[tuple[str, int, int], Tensor], list[int]]:
+    """(block, sample, which of the sample's passes through it) -> gradient (T, D) at its output; samples' positions.
 
-    parts: of each sample, which of the S rows it belongs to. Half of a row times the mean squared error of each output
-    is, to second order, what the layer's error adds to KL(model || changed model) on those samples, in nats a position:
-    the same unit for every layer, however many tokens pass through it. Layers without a token are left out.
+    Of the log loss of labels drawn from the model, summed over the sample's positions. In the dtype of the hidden
+    states: T x D x blocks numbers. Blocks that the output does not depend on are missing.
     """
-    positions_S1 = torch.zeros(max(parts) + 1, 1)
-    squares: dict[str, Tensor] = {}
+    found: dict[tuple[str, int, int], Tensor] = {}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
-    def add(name: str, i: int, grad_TD: Tensor) -> None:
-        fresh = torch.zeros(len(positions_S1), grad_TD.shape[1], device=grad_TD.device)
-        squares.setdefault(name, fresh)[parts[i]] += grad_TD.square().sum(0)
+    def add(name: str, i: int, place: int, grad_TD: Tensor) -> None:
+        found[name, i, place] = grad_TD.to(dtype)
 
-    for i, count in _backward(model, stages, layers, dict(enumerate(inputs)), add, seed, precision).items():
-        positions_S1[parts[i]] += count
-    return {name: squares_SO / positions_S1.to(squares_SO).clamp(min=1) for name, squares_SO in squares.items()}
+    blocks = [name for stage in stages for name in stage.blocks]
+    positions = _backward(model, stages, blocks, dict(enumerate(inputs)), add, seed, precision)
+    return found, [positions[i] for i in range(len(inputs))]
 
 
 def _backward(
@@ -171,15 +168,15 @@ def _backward(
     stages: Sequence[Stage],
     watched: Iterable[str],
     inputs: Mapping[int, Mapping[str, Any]],
-    add: Callable[[str, int, Tensor], None],
+    add: Callable[[str, int, int, Tensor], None],
     seed: int,
     precision: Precision,
     note: Callable[[str, Tensor], None] = lambda name, x: None,
     spoken: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> dict[int, int]:
-    """Hand ``add`` the gradient (T, D) at each watched module's output, for every sample, and ``note`` what it reads;
-    returns the samples' positions. spoken: sample -> bool (T,), the positions that draw a label; all, if none is given.
-    """
+    """Hand ``add`` the gradient (T, D) at each watched module's output: (module, sample, pass, gradient); and ``note``
+    what it reads. Returns the number of the model's output positions by sample. spoken: sample -> bool (T,), those that
+    draw a label; all, if none is given."""
     device = device_of(model)
     watched, positions = list(watched), {}
     run: Callable[..., tuple[Tensor, nn.Module]] | None = None
@@ -199,8 +196,8 @@ def _backward(
     return positions
 
 
-def _flat(add: Callable[[str, int, Tensor], None], i: int, name: str, grad: Tensor) -> None:
-    add(name, i, grad.float().reshape(-1, grad.shape[-1]))
+def _flat(add: Callable[[str, int, int, Tensor], None], i: int, name: str, place: int, grad: Tensor) -> None:
+    add(name, i, place, grad.float().reshape(-1, grad.shape[-1]))
 
 
 def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
@@ -303,7 +300,7 @@ def _watching(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     watched: Iterable[str],
-    add: Callable[[str, Tensor], None],
+    add: Callable[[str, int, Tensor], None],
     note: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     """Gradients at the output of every watched module go to ``add``; the graph begins at the first block."""
@@ -316,15 +313,42 @@ def _watching(
         yield
 
 
-def _watch(name: str, add: Callable[[str, Tensor], None], note: Callable[[str, Tensor], None]) -> Callable[..., None]:
+def _watch(
+    name: str, add: Callable[[str, int, Tensor], None], note: Callable[[str, Tensor], None]
+) -> Callable[..., None]:
+    passes = count()
+
     def hook(block: nn.Module, args: Any, output: Any) -> None:
-        hidden = first_tensor(output)
+        hidden, place = first_tensor(output), next(passes)
         if hidden.requires_grad:
-            hidden.register_hook(lambda grad: add(name, grad))
+            hidden.register_hook(lambda grad: add(name, place, grad))
             if args:
                 note(name, args[0])
 
     return hook
+
+
+@contextmanager
+def pairs_of(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Layer -> (inputs, gradients at its outputs), each (T, ..), of every call, filled by a backward pass through the
+    block; the graph begins at its hidden state."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+            if output.requires_grad:
+                output.register_hook(
+                    lambda grad: found.setdefault(name, []).append((x_TI, grad.reshape(len(x_TI), -1)))
+                )
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(block.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(hook_for(name)).remove)
+        yield found
 
 
 def _open_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -1,11 +1,12 @@
-"""What rounding a weight to some grid does to the model's output, from second moments on both of its sides.
+"""What rounding a weight to some grid does to the model's output, from its inputs and the gradients at its outputs.
 
-To second order KL(model || changed model) = 1/2 E[(g . E x)^2] a token, with the weight's error E = W - W~, its inputs
-x, and g the gradient of the log loss of labels drawn from the model. With inputs and gradients independent of each
-other, and gradients of different outputs too, that is 1/2 sum_o E[g_o^2] (E H E^T)_oo, H = E[x x^T].
+To second order KL(model || changed model) of a sample is 1/2 E[(sum_t g_t . E x_t)^2], with the weight's error E = W -
+W~, its inputs x_t, and g_t the gradient of the sample's log loss with labels drawn from the model. One draw a sample is
+a noisy mean for long texts, so sums are squared window by window, which neglects how errors far apart add up.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,26 +16,38 @@ from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form
 
+WINDOW = 64  # tokens
+
+
+class Seen(NamedTuple):
+    """One sample's tokens at one layer: inputs, gradients at the outputs; the set of samples that it belongs to."""
+
+    x_TI: Tensor
+    g_TO: Tensor
+    part: int
+
 
 def rounding_damage(
     weights_OI: Sequence[Tensor],
     moments: gram.Moments,
-    hessians_SII: Sequence[Tensor],
-    squares_SO: Sequence[Tensor],
+    seen: Sequence[Sequence[Seen]],
+    positions: Sequence[int],
     group_size: int,
     grid: Grid,
     config: StartConfig,
 ) -> Tensor:
     """Nats a position (N, S) that rounding each of N weights with the same inputs adds, for S sets of samples.
 
-    moments: of all tokens; by them the closed form rounds. hessians_SII: second moments of each set. squares_SO: for
-    each weight the sums of squared gradients at its outputs on each set, see `model.fisher.layer_fisher`.
+    moments: of the inputs; by them the closed form rounds. seen: for each weight some samples; positions: of the
+    model's output on them, by set.
     """
     roundings = [Rounding(w_OI, group_size, grid) for w_OI in weights_OI]
     closed_form(roundings, moments, config)
-    damage_NS = torch.empty(len(weights_OI), len(hessians_SII))
+    damage_NS = torch.zeros(len(weights_OI), len(positions))
     for n, (w_OI, rounding) in enumerate(zip(weights_OI, roundings, strict=True)):
         error_OI = w_OI.float() - rounding.weight()
-        for s, h_II in enumerate(hessians_SII):
-            damage_NS[n, s] = 0.5 * (((error_OI @ h_II) * error_OI).sum(1) * squares_SO[n][s]).sum()
+        for x_TI, g_TO, part in seen[n]:
+            change_T = ((x_TI.float() @ error_OI.t()) * g_TO.float()).sum(1)
+            sums = torch.stack([window_T.sum() for window_T in change_T.split(WINDOW)])
+            damage_NS[n, part] += 0.5 * sums.square().sum().item() / max(positions[part], 1)
     return damage_NS

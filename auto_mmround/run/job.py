@@ -63,7 +63,7 @@ def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes 
     if recipe.device_map and processes.count > 1:
         raise UserError("device_map spreads the model over all devices of one process; leave one of the two out")
     stream = recipe.streams if stream is None else stream
-    if recipe.equalize != "none":  # rescales neighbours all over the model
+    if recipe.equalize != "none" or recipe.target_bits is not None:  # works all over the model, before any block
         stream = False
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
