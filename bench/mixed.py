@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--group_size", type=int, default=128)
     parser.add_argument("--algorithm", default="gptq")
     parser.add_argument("--preset", default="light")
+    parser.add_argument("--model_dtype", default=None)
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=None)
     parser.add_argument("--limit", type=int, default=16, help="held-out samples of each set")
@@ -111,7 +112,7 @@ def main() -> None:
     recipe = Recipe(
         model=found.model, dataset=found.calibration, group_size=found.group_size, algorithm=found.algorithm,
         preset=found.preset, nsamples=found.nsamples, seqlen=found.seqlen, bit_options=found.bit_options,
-        quant_nontext_module=not found.text_only, device="cpu",
+        quant_nontext_module=not found.text_only, model_dtype=found.model_dtype, device="cpu",
     )  # fmt: skip
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     rows = held_out(loaded, found.held_out, limit=found.limit, seqlen=found.seqlen or 4096)

@@ -17,6 +17,7 @@ from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form
 
 WINDOW = 64  # tokens
+FINE = 6  # bits from which rounding to nearest, an upper bound, is judged instead: both are next to nothing
 
 
 class Seen(NamedTuple):
@@ -42,7 +43,8 @@ def rounding_damage(
     model's output on them, by set.
     """
     roundings = [Rounding(w_OI, group_size, grid) for w_OI in weights_OI]
-    closed_form(roundings, moments, config)
+    if grid.bits < FINE:
+        closed_form(roundings, moments, config)
     damage_NS = torch.zeros(len(weights_OI), len(positions))
     for n, (w_OI, rounding) in enumerate(zip(weights_OI, roundings, strict=True)):
         error_OI = w_OI.float() - rounding.weight()
