@@ -29,11 +29,17 @@ ROOT = Path(__file__).parents[1]
 
 
 def by_transformers(folder: Path) -> Loaded:
-    """The checkpoint as Transformers itself reads it, with the tokenizer and processor of our reader."""
-    from transformers import WhisperForConditionalGeneration
+    """The checkpoint as Transformers itself reads it, with the tokenizer and processor of our reader.
+
+    Unpacked when it is loaded: else Transformers does so in the model's first forward pass, and `generate` calls the
+    encoder alone before.
+    """
+    from transformers import CompressedTensorsConfig, WhisperForConditionalGeneration
 
     loaded = load_any(str(folder), dtype="bfloat16")
-    model, info = WhisperForConditionalGeneration.from_pretrained(folder, dtype="bfloat16", output_loading_info=True)
+    model, info = WhisperForConditionalGeneration.from_pretrained(
+        folder, dtype="bfloat16", output_loading_info=True, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"{folder}: Transformers misses {info['missing_keys']}, and does not know {info['unexpected_keys']}")
     return Loaded(model.eval(), loaded.tokenizer, loaded.processor, folder)

@@ -17,6 +17,7 @@ from auto_mmround.calibration.inputs import AUDIO, PAD, ModelInput
 from auto_mmround.calibration.processor import get_processor
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.template import Message, load_template
+from auto_mmround.evaluation import card
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.structure import find_stages
@@ -220,6 +221,16 @@ def test_the_table_gives_rates_and_intervals_of_differences():
     lines = bench.table({("-", "full precision"): same, ("W4g64", "gptq"): worse, ("W4g64", "auto"): same})
     assert len({line.count("|") for line in lines}) == 1
     assert "+10.00 to +10.00" in lines[3] and "-10.00 to -10.00" in lines[4]
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "auto-round", None])
+def test_the_cards_code_unpacks_compressed_tensors_when_it_loads_them(method):
+    """Transcribing calls the encoder alone first, where Transformers has not unpacked them yet."""
+    config = {"num_mel_bins": 8} | ({"quantization_config": {"quant_method": method}} if method else {})
+    found = {"name": "w", "verify": [{"status": "right", "engine": "transformers", "version": None}]}
+    (made,) = card._deployments(found, config, "audio")
+    compile(made["code"], "card", "exec")
+    assert ("dequantize=True" in made["code"]) == (method == "compressed-tensors") and 'model="w"' in made["code"]
 
 
 # ---------------------------------------------------------------------------------------------------------- real ones

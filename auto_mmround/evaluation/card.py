@@ -29,11 +29,13 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 SPEECH = """\
-from transformers import pipeline
+from transformers import {imports}
 
-listen = pipeline("automatic-speech-recognition", model="{name}")
+listen = pipeline("automatic-speech-recognition", model="{name}"{options})
 print(listen("speech.wav")["text"])
 """
+# Transformers unpacks these weights in the model's first forward pass, but transcribing calls the encoder alone first.
+UNPACKED = ', model_kwargs={"quantization_config": CompressedTensorsConfig(dequantize=True)}'
 TEXT = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,12 +111,15 @@ def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _deployments(found: Mapping[str, Any], config: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
     """The engines that verified the checkpoint, each with code if we have some."""
     result = []
+    packed = (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
     for row in found["verify"]:
         if row["status"] != "right":
             continue
         language, code = CODE.get(row["engine"], {}).get(kind, ("", ""))
         names = {
             "name": found["name"],
+            "imports": "CompressedTensorsConfig, pipeline" if packed else "pipeline",
+            "options": UNPACKED if packed else "",
             "cls": (config.get("architectures") or ["AutoModelForImageTextToText"])[0],
             "lm": "vlm" if kind == "image" else "lm",
             "prompt": '"What is shown?" --image picture.png' if kind == "image" else '"The first thing"',
