@@ -85,7 +85,8 @@ class Data:
 def questions(loaded: Loaded, data: Data) -> list[Prompt]:
     """Conversations that end in an answer, cut before it. Raises UserError when there are none."""
     found = []
-    for rows, benchmark, split in data.sets():
+    asks = loaded.model.main_input_name != "input_features"  # Whisper writes down what it hears, see `clips`
+    for rows, benchmark, split in data.sets() if asks else ():
         samples = [rows.sample(i) for i in data.chosen(rows)]
         samples = [s for s in samples if s.messages and s.messages[-1].role == "assistant"]
         for sample, kwargs in zip(samples, _encoded(loaded, data, samples), strict=True):
