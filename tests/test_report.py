@@ -215,7 +215,8 @@ def test_code_of_the_card_is_python(full):
         compile(code, "card", "exec")
     for kinds in card.CODE.values():
         for language, code in kinds.values():
-            filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"')
+            filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"', imports="pipeline",
+                                 options=card.UNPACKED)  # fmt: skip
             assert language == "bash" or compile(filled, "card", "exec")
 
 
