@@ -214,7 +214,7 @@ def _frames(data: bytes, name: str) -> Iterator[Any]:
     # FFmpeg's own refusals come first: containers, protocols, and pictures too large to allocate.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
     done = 0
-    with av.open(io.BytesIO(data), options=options) as file:
+    with av.open(io.BytesIO(data), mode="r", options=options) as file:
         stream = file.streams.video[0]
         stream.codec_context.options = {"max_pixels": str(PIXELS + (1 << 20))}  # it counts its padding
         for frame in file.decode(stream):
