@@ -208,7 +208,7 @@ def test_samples_are_told_apart_by_what_they_show():
     "words, part",
     [
         (["--target_bits", "3.5", "--format", "auto_awq"], "format auto_awq holds 4 bits, not 2; change bit_options"),
-        (["--target_bits", "3.5", "--format", "auto_round,openvino"], "holds 4, 8 bits, not 2"),
+        (["--target_bits", "3.5", "--format", "auto_round,auto_awq"], "holds 4 bits, not 2"),
         (["--target_bits", "1.5"], "above 2, the least of bit_options"),
         (["--target_bits", "3.5", "--bit_options", "3,9"], "a comma list of 2 to 8"),
         (["--target_bits", "3.5", "--bit_options", "three"], "a comma list of 2 to 8"),

@@ -6,6 +6,8 @@ import re
 import shutil
 import struct
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import datasets as hf
@@ -465,3 +467,19 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
     assert len(rows) >= 15
     for room, name, text in rows:
         assert str(getattr(rooms[room], name)) == text.strip(), f"{room}.{name}"
+
+
+def test_a_limit_is_raised_again_where_python_dropped_it():
+    class Dropping:
+        def __del__(self):
+            deadline = time.monotonic() + 0.5
+            while time.monotonic() < deadline:  # the first alarm comes here, and Python drops what finalizers raise
+                pass
+
+    with warnings.catch_warnings(), pytest.raises(untrusted.TooLong), untrusted.time_limit(0.1):
+        warnings.simplefilter("ignore")
+        held = Dropping()
+        del held
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            pass
