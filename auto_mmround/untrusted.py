@@ -107,7 +107,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
-    # Again every second: the first may be raised where Python drops it, in a finalizer or a hook of the garbage collector.
+    # Again every second: Python drops what a finalizer or a hook of the garbage collector raises.
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
