@@ -7,7 +7,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py llamacpp.py mlx.py openvino.py vllm.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding \
-	bench-scale bench-mixed fuzz clean
+	bench-scale bench-mixed test-harnesses fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -50,6 +50,10 @@ bench-scale: $(ENV)  ## peak memory of streamed runs against depth: needs 25 GB 
 
 bench-mixed: $(ENV)  ## mixed bits against uniform: make bench-mixed [OPTIONS="--model DIR --calibration .. --held_out .."]
 	$(BIN)/python bench/mixed.py $(OPTIONS) --keep bench/results
+
+test-harnesses: $(ENV)  ## build the environments of lmms-eval and VLMEvalKit, then their tests
+	for name in lmms vlmeval; do test -d .engines/$$name || bash scripts/engines.sh $$name; \
+		.engines/$$name/bin/python -m pytest -m "slow or not slow" tests/test_harness.py || exit 1; done
 
 test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one
 	for engine in gptqmodel llamacpp mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done
