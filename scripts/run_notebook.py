@@ -14,7 +14,7 @@ def run(source: Path, folder: Path) -> nbformat.NotebookNode:
     """The notebook with new outputs, run in the folder. Raises CellExecutionError where a cell fails."""
     notebook = nbformat.read(source, as_version=4)
     NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
