@@ -154,8 +154,10 @@ class TimeIsUp(BaseException):
     """Ends hypothesis's loop: it passes on what is no Exception."""
 
 
-def run(reader: Reader, work: Path, watch: Watch, seconds: float, first_seed: int = 0) -> Tally:
-    """Inputs of one reader until the time is up; the same seed gives the same inputs."""
+def run(
+    reader: Reader, work: Path, watch: Watch, seconds: float, first_seed: int = 0, most: int | None = None
+) -> Tally:
+    """Inputs of one reader until the time is up or there were ``most``; the same seed gives the same inputs."""
     tally, end, begun = Tally(), time.monotonic() + seconds, time.monotonic()
     number = first_seed
     with contextlib.suppress(TimeIsUp):
@@ -166,7 +168,7 @@ def run(reader: Reader, work: Path, watch: Watch, seconds: float, first_seed: in
                       phases=(Phase.generate,))  # fmt: skip
             @given(reader.inputs)
             def batch(data: Any) -> None:
-                if time.monotonic() > end:
+                if time.monotonic() > end or tally.inputs == most:
                     raise TimeIsUp
                 attempt(reader, data, work, watch, tally)
 
@@ -204,6 +206,7 @@ def table(tallies: dict[str, Tally]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="in all, shared by the readers (default: 10)")
+    parser.add_argument("--inputs", type=int, help="at most so many a reader: the same ones on every machine")
     parser.add_argument("--readers", help="comma list; all without it")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
     parser.add_argument("--keep", type=Path, help="a folder: the input of every problem is put there")
@@ -217,7 +220,7 @@ def main() -> int:
         names = found.readers.split(",") if found.readers else list(readers)
         tallies = {}
         for name in names:
-            tallies[name] = run(readers[name], work, watch, found.minutes * 60 / len(names), found.seed)
+            tallies[name] = run(readers[name], work, watch, found.minutes * 60 / len(names), found.seed, found.inputs)
             print(f"{name}: {tallies[name].inputs:,} inputs, {len(tallies[name].problems)} problems", flush=True)
             for i, problem in enumerate(tallies[name].problems.values()):
                 print(f"  {problem.count} x {problem.text}\n  input: {str(problem.data)[:300]}", flush=True)

@@ -222,6 +222,12 @@ def test_cogvlm2_from_its_configuration(demo):
         family.encode(Sample("s", messages=CHAT, images=(IMAGE, IMAGE)), load_template("cogvlm2"))
 
 
+def test_a_sound_is_refused_where_nothing_hears(demo):
+    sample = Sample("s", messages=(Message("user", "<audio>\nWhat?"),), audios=(torch.zeros(800),))
+    with pytest.raises(BadSample, match="sample s: the model's processor reads no sound"):
+        find_processor("qwen2_vl")(demo.tokenizer, demo).encode(sample, load_template("qwen2_vl"))
+
+
 def test_template_file_and_processor_file_make_a_family(tmp_path):
     """A user's new family: one JSON, one Python file, from anywhere."""
     (tmp_path / "own.py").write_text(OWN.format(name="own"))

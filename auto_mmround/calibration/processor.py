@@ -212,7 +212,10 @@ def hearing(processor: Any) -> Any:
 
 
 def check_heard(sample: Sample, extractor: Any) -> None:
-    """Raises BadSample for a sound that an extractor with a fixed window would cut, while its transcript goes on."""
+    """Raises BadSample for a sound that the model can't hear, or that an extractor with a fixed window would cut, while
+    its transcript goes on."""
+    if sample.audios and extractor is None:
+        raise BadSample("sound for a model without ears", f"sample {sample.id}: the model's processor reads no sound")
     limit, rate = getattr(extractor, "n_samples", None), getattr(extractor, "sampling_rate", 16000)
     for sound_T in sample.audios:
         if limit and len(sound_T) > limit:
