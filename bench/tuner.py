@@ -88,24 +88,31 @@ def worker(job: dict[str, Any]) -> None:
     load = {"dtype": torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
     rows = tokens(tokenizer, Path(job["calibration"]), job["samples"], job["length"])
-    held = tokens(tokenizer, Path(job["held_out"]), job["held_rows"], job["length"])
+    held = tokens(tokenizer, Path(job["held_out"]), job["held_from"] + job["held_rows"], job["length"])[
+        job["held_from"] :
+    ]
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result: dict[str, Any] = {"seconds": 0.0, "peak_gb": before / 1e6}
+    result: dict[str, Any] = {"seconds": 0.0, "cpu": 0.0, "peak_gb": before / 1e6}
     if job["method"] != "full precision":
+        used = time.process_time()
         model = quantize(job, model, tokenizer, rows)
-        result["seconds"] = time.perf_counter() - started
+        result["seconds"], result["cpu"] = time.perf_counter() - started, time.process_time() - used
         result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     reference = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
     print(json.dumps(result | damage(model, reference, held)))
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The worker's result, or its last line of complaint."""
+def run(job: dict[str, Any], kept: Path) -> dict[str, Any]:
+    """The worker's result, from a file of an earlier run where there is one; else its last line of complaint."""
+    if kept.is_file():
+        return json.loads(kept.read_text())
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(lines[-1])
     return json.loads(lines[-1])
 
 
@@ -121,21 +128,25 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--held_rows", type=int, default=16)
+    parser.add_argument("--held_from", type=int, default=0, help="rows of the held-out text to pass over")
+    parser.add_argument("--work", type=Path, default=Path(".bench/tuner"), help="results of single runs; kept")
     parser.add_argument("--options", type=json.loads, default={}, help="more options of every method, JSON")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     if found.worker:
         worker(json.loads(found.worker))
         return
-    base = {key: value for key, value in vars(found).items() if key not in ("worker", "schemes", "methods", "keep")}
-    lines = ["| scheme | method | seconds | peak GB | perplexity | KL |", "|---|---|---|---|---|---|"]
+    base = {
+        key: value for key, value in vars(found).items() if key not in ("worker", "schemes", "methods", "keep", "work")
+    }
+    lines = ["| scheme | method | seconds | CPU s | peak GB | perplexity | KL |", "|---|---|---|---|---|---|---|"]
     print("\n".join(lines))
     for scheme in ["-", *found.schemes]:
         parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
         values = {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]} if parts else {}
         for method in found.methods if parts else ["full precision"]:
-            result = run(base | values | {"method": method})
-            figures = {"seconds": ".1f", "peak_gb": ".2f", "perplexity": ".3f", "kl": ".4f"}
+            result = run(base | values | {"method": method}, found.work / f"{scheme} {method}.json")
+            figures = {"seconds": ".1f", "cpu": ".0f", "peak_gb": ".2f", "perplexity": ".3f", "kl": ".4f"}
             cells = (
                 [result["error"]] if "error" in result else [f"{result[key]:{form}}" for key, form in figures.items()]
             )

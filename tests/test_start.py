@@ -197,19 +197,26 @@ def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
 def test_labels_are_drawn_as_predicted():
     for shares in ([0.0, 0.5, 0.3, 0.0, 0.2], [0.1] * 9 + [0.0, 0.1], [0.0] * 20 + [1.0], [0.25, 0.75, 0.0]):
         weights = 3 * torch.tensor(shares)
-        drawn, total = _draw(weights.expand(20000, -1), torch.Generator().manual_seed(0))
-        assert (drawn.flatten().bincount(minlength=len(weights)) / 20000 - weights / 3).abs().max() < 0.02
-        assert (weights[drawn] > 0).all() and torch.allclose(total, torch.tensor(3.0))
+        drawn = _draw(weights.expand(20000, -1), torch.Generator().manual_seed(0), 2)
+        assert drawn.shape == (20000, 2) and (weights[drawn] > 0).all()
+        for label in drawn.unbind(1):
+            assert (label.bincount(minlength=len(weights)) / 20000 - weights / 3).abs().max() < 0.02
+        both = (drawn[:, 0] == drawn[:, 1]).float().mean()  # independent of one another
+        assert both.item() == pytest.approx((weights / 3).square().sum().item(), abs=0.02)
 
 
-def test_gradients_of_drawn_labels_are_those_of_autograd():
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradients_of_drawn_labels_have_the_fisher_information(whole):
+    """Mean square of random gradients against the exact sum over all labels; of the hidden state, and of the logits."""
     torch.manual_seed(0)
-    head, hidden = nn.Linear(16, 70), torch.randn(9, 16)
-    got = _sampled_gradient(hidden, head, torch.Generator().manual_seed(3))
-    hidden.requires_grad_(True)
-    scores = head(hidden).log_softmax(-1)
-    label, _ = _draw(scores.exp().detach(), torch.Generator().manual_seed(3))
-    torch.testing.assert_close(got, torch.autograd.grad(scores.gather(1, label).sum(), hidden)[0])
+    head = nn.Identity() if whole else nn.Linear(4, 9)
+    hidden = torch.randn(1, 9 if whole else 4)
+    rows = torch.eye(9) if whole else head.weight.detach()  # d logit / d hidden
+    shares = head(hidden).detach().softmax(-1)[0]
+    centred = rows - shares @ rows
+    exact = centred.t() @ (shares[:, None] * centred)
+    got = _sampled_gradient(hidden.expand(100_000, -1), head, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(got.t() @ got / len(got), exact, atol=0.02 * exact.abs().max().item(), rtol=0)
 
 
 def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():

@@ -1,6 +1,7 @@
 """What the model's own output distribution cares about at each block's output.
 
-For every sample one label a position is drawn from the model's prediction, and the log loss is run backwards. The mean
+For every sample labels are drawn from the model's prediction, two a position, and the difference of their log
+probabilities is run backwards. The mean
 squared gradient at a block's output is the diagonal of the Fisher information there: the second-order change of
 KL(model || changed model) for a small change of that channel, for tokens of that modality. The first tokens of a text
 are apart: they are much alike in all samples, and where one of them serves as a sink of attention, its hidden state is
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.model.capture import stopping_at
 from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, token_kinds, with_hidden
+from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
@@ -32,7 +33,6 @@ ROWS = KINDS + FIRST
 # Of a token's weight: one of a heavy tail must not stand for all, nor a sink of attention, huge as it is, for nothing.
 BOUNDS = (0.001, 20.0)
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
-LOGITS = 2**24  # logits in memory at a time
 
 Precision = Callable[[], AbstractContextManager]
 
@@ -179,12 +179,12 @@ def _backward(
     draw a label; all, if none is given."""
     device = device_of(model)
     watched, positions = list(watched), {}
-    run: Callable[..., tuple[Tensor, nn.Module]] | None = None
+    run: ToHead | None = None
     for i, sample in inputs.items():
         generator = torch.Generator().manual_seed(seed + i)  # a sample's own, whoever runs it
         kwargs = moved(dict(sample), device)
         with precision():
-            run = run or (_until_head if _head_is_last(model, kwargs) else _whole)
+            run = run or to_head(model, kwargs)
             with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i), note):
                 hidden_TD, head = run(model, kwargs)
                 positions[i] = len(hidden_TD)
@@ -227,23 +227,29 @@ def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:
 
 
 def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
-    """d log p(label) / d hidden (T, D) for labels drawn from p = softmax(head(hidden)), a few positions at a time."""
+    """A gradient (T, D) whose second moments are the Fisher information F of p = softmax(head(hidden)).
+
+    The rows of the head of two labels y, y' drawn from p, (W_y - W_y') / sqrt(2): as d log p(y) / d hidden = W_y - E[W]
+    its mean is 0 and its covariance F, without a product of all words for the mean. A few positions at a time.
+    """
     grad_TD = torch.empty_like(hidden_TD)
-    width = getattr(head, "out_features", hidden_TD.shape[-1])
-    rows = max(1, LOGITS // width)
-    for at in range(0, len(hidden_TD), rows):
-        leaf_TD = hidden_TD[at : at + rows].clone().requires_grad_()
-        logits_TV = head(leaf_TD)
-        slope_TV = logits_TV.detach().float()  # becomes d log p(label) / d logits = 1[label] - p, in place
-        slope_TV = slope_TV.sub_(slope_TV.amax(-1, keepdim=True)).exp_()
-        label_T1, total_T1 = _draw(slope_TV, generator)
-        slope_TV.div_(-total_T1).scatter_add_(1, label_T1, torch.ones_like(total_T1))
-        (grad_TD[at : at + rows],) = torch.autograd.grad(logits_TV, leaf_TD, slope_TV.to(logits_TV.dtype))
+    with torch.no_grad():
+        for part_TD, into_TD in zip(parts(hidden_TD, head), parts(grad_TD, head), strict=True):
+            logits_TV = head(part_TD).float()
+            weight_TV = (logits_TV - logits_TV.amax(-1, keepdim=True)).exp_()
+            one_T, other_T = _draw(weight_TV, generator, 2).unbind(1)
+            if isinstance(head, nn.Linear):
+                into_TD.copy_((head.weight[one_T].float() - head.weight[other_T].float()) / math.sqrt(2))
+            else:  # the logits themselves
+                into_TD.zero_()
+                place_T = torch.arange(len(into_TD), device=into_TD.device)
+                into_TD[place_T, one_T] += math.sqrt(0.5)
+                into_TD[place_T, other_T] -= math.sqrt(0.5)
     return grad_TD
 
 
-def _draw(weight_TV: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A label a position (T, 1) with chances in proportion to the weights; and their sums (T, 1).
+def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
+    """Labels of every position (T, count) with chances in proportion to the weights.
 
     First the run of labels, then the label in it: one pass over the words, where multinomial takes many.
     """
@@ -251,48 +257,17 @@ def _draw(weight_TV: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     ends_TR = weight_TV.unfold(1, run, run).sum(-1)
     rest_T1 = weight_TV[:, ends_TR.shape[1] * run :].sum(-1, keepdim=True)
     ends_TR = torch.cat([ends_TR, rest_T1], 1).cumsum_(-1)
-    total_T1 = ends_TR[:, -1:]
-    at_T1 = torch.rand(len(weight_TV), 1, generator=generator).to(weight_TV) * total_T1
-    chosen_T1 = torch.searchsorted(ends_TR, at_T1, right=True).clamp_(max=ends_TR.shape[1] - 1)
-    before_T1 = ends_TR.gather(1, (chosen_T1 - 1).clamp(min=0)).where(chosen_T1 > 0, 0)
-    label_Tr = chosen_T1 * run + torch.arange(run, device=chosen_T1.device)
-    inside_Tr = weight_TV.gather(1, label_Tr.clamp(max=weight_TV.shape[1] - 1)) * (label_Tr < weight_TV.shape[1])
-    ends_Tr = inside_Tr.cumsum_(-1)
+    at_TC = torch.rand(len(weight_TV), count, generator=generator).to(weight_TV) * ends_TR[:, -1:]
+    chosen_TC = torch.searchsorted(ends_TR, at_TC, right=True).clamp_(max=ends_TR.shape[1] - 1)
+    before_TC = ends_TR.gather(1, (chosen_TC - 1).clamp(min=0)).where(chosen_TC > 0, 0)
+    label_TCr = chosen_TC[..., None] * run + torch.arange(run, device=chosen_TC.device)
+    known_TCr = label_TCr.clamp(max=weight_TV.shape[1] - 1)
+    inside_TCr = weight_TV.gather(1, known_TCr.flatten(1)).view_as(known_TCr) * (label_TCr == known_TCr)
+    ends_TCr = inside_TCr.cumsum_(-1)
     # No label without weight: where rounding puts the mark behind the last one, the last that adds something.
-    mark_T1 = torch.minimum(at_T1 - before_T1, ends_Tr[:, -1:] * (1 - 1e-6))
-    return label_Tr.gather(1, torch.searchsorted(ends_Tr, mark_T1, right=True).clamp_(max=run - 1)), total_T1
-
-
-@contextmanager
-def _at_head(model: PreTrainedModel, hook: Callable[..., None]) -> Iterator[None]:
-    handle = model.get_output_embeddings().register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the logits are what the output head gives: no soft cap or scale comes after it."""
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
-        return False
-    made: list[Tensor] = []
-    with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
-        logits = model(**kwargs, use_cache=False).logits
-    return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0].dtype))
-
-
-def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
-    """The last hidden states (T, D), and the head that turns them into logits."""
-    head = model.get_output_embeddings()
-    with stopping_at(head) as reached:
-        model(**kwargs, use_cache=False)
-    return reached[0][0], head
-
-
-def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
-    """For models that change the head's output: the logits themselves."""
-    return model(**kwargs, use_cache=False).logits[0], nn.Identity()
+    mark_TC = torch.minimum(at_TC - before_TC, ends_TCr[..., -1] * (1 - 1e-6))
+    place_TC1 = torch.searchsorted(ends_TCr, mark_TC[..., None], right=True).clamp_(max=run - 1)
+    return label_TCr.gather(2, place_TC1).squeeze(-1)
 
 
 @contextmanager

@@ -210,10 +210,12 @@ class Solution(NamedTuple):
     error: float
 
 
-def error(w_OI: Tensor, wq_OI: Tensor, hessian_II: Tensor) -> float:
-    """tr((W - W~) H (W - W~)^T): the squared output error a token, summed over outputs."""
+def error(w_OI: Tensor, wq_OI: Tensor, hessian_II: Tensor, *, exact: bool = True) -> float:
+    """tr((W - W~) H (W - W~)^T): the squared output error a token, summed over outputs. Not ``exact``: its product in
+    bf16, to about a thousandth."""
     error_OI = w_OI.float() - wq_OI.float()
-    return ((error_OI @ hessian_II) * error_OI).sum().item()
+    with _bf16_products(not exact):
+        return ((error_OI @ hessian_II) * error_OI).sum().item()
 
 
 def solve(

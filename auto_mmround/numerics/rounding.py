@@ -101,9 +101,10 @@ class ScaleFactor:
 
 
 class Rounding:
-    """Offsets V (float32) of one weight, and what gives its scales and zero points.
+    """Offsets V of one weight, and what gives its scales and zero points.
 
-    By default V = 0 and the ranges are those of the weight: rounded to nearest. `start_at` sets a better start.
+    By default V = 0 (float32) and the ranges are those of the weight: rounded to nearest. `start_at` sets a better
+    start, with V in float16: offsets are at most a few steps of the grid, and stay off the rounding edge.
     """
 
     def __init__(self, w_OI: Tensor, group_size: int, grid: Grid):
@@ -116,7 +117,7 @@ class Rounding:
     def start_at(self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor) -> None:
         """Begin from scales, zero points and offsets found in closed form; a factor of the scale is tuned then."""
         self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid)
-        self.offset_OGg = offset_OGg.float()
+        self.offset_OGg = offset_OGg.half()
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32."""

@@ -30,8 +30,8 @@ class LayerErrors:
             w_OI = rounding.w_OGg.flatten(1)[:, : rounding.columns].float()
             with torch.autocast(w_OI.device.type, enabled=False):
                 if name not in self._whole:
-                    self._whole[name] = max(error(w_OI, torch.zeros_like(w_OI), h_II), 1e-30)
-                self._found[name][when] = error(w_OI, rounding.weight(), h_II) / self._whole[name]
+                    self._whole[name] = max(error(w_OI, torch.zeros_like(w_OI), h_II, exact=False), 1e-30)
+                self._found[name][when] = error(w_OI, rounding.weight(), h_II, exact=False) / self._whole[name]
 
     def of(self, names: Mapping[str, TunedWeight]) -> dict[str, dict[str, float]]:
         """Weight -> when -> error, of some weights."""

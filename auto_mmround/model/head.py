@@ -1,0 +1,61 @@
+"""The last hidden states of a model and the head that makes logits of them, a few positions at a time.
+
+A vocabulary of a quarter million words makes the logits of one sample larger than a small model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auto_mmround.model.capture import stopping_at
+
+LOGITS = 2**23  # logits in memory at a time
+# model, what it takes -> hidden states (T, D), and the module that turns them into logits (T, V)
+ToHead = Callable[[PreTrainedModel, Mapping[str, Any]], tuple[Tensor, nn.Module]]
+
+
+def to_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> ToHead:
+    """How to run the model up to its head; tried on ``kwargs``. The logits themselves and an identity, where a soft cap
+    or a scale comes after the head."""
+    return _until_head if _head_is_last(model, kwargs) else _whole
+
+
+def parts(hidden_TD: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
+    """Rows of the hidden states, in the same memory, as many at a time as LOGITS logits come from."""
+    return hidden_TD.split(max(1, LOGITS // getattr(head, "out_features", hidden_TD.shape[-1])))
+
+
+@contextmanager
+def _at_head(model: PreTrainedModel, hook: Callable[..., None]) -> Iterator[None]:
+    handle = model.get_output_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the logits are what the output head gives: no soft cap or scale comes after it."""
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        return False
+    made: list[Tensor] = []
+    with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
+        logits = model(**kwargs, use_cache=False).logits
+    return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0].dtype))
+
+
+def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
+    """The last hidden states (T, D), and the head that turns them into logits."""
+    head = model.get_output_embeddings()
+    with stopping_at(head) as reached:
+        model(**kwargs, use_cache=False)
+    return reached[0][0], head
+
+
+def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
+    """For models that change the head's output: the logits themselves."""
+    return model(**kwargs, use_cache=False).logits[0], nn.Identity()
