@@ -101,6 +101,12 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("disable_minmax_tuning", [], "leave the ranges at smallest and largest value"),
         ("disable_quanted_input", [], "tune each block on inputs from the unquantized model"),
         ("not_use_best_mse", [], "keep the last step's parameters, not the best"),
+        (
+            "trim",
+            [],
+            "share of the largest errors that a block's steps do not see, e.g. 0.001 below 4 bits; default 0",
+        ),
+        ("polish", [], "at the end tune scales and norms on the whole model's output; kept if held-out KL falls"),
         ("disable_amp", [], "compute in the model's own dtype, not in bfloat16"),
         ("seed", [], "of sampling and shuffling"),
     ],

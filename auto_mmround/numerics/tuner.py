@@ -18,6 +18,7 @@ from auto_mmround.numerics.rounding import Rounding
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B, T, D), (B, T, D) and
 # (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
 Forward = Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
+SUBSAMPLE = 2**16  # errors that a quantile is taken of
 AddUp = Callable[[Sequence[Tensor]], None]  # sums over processes, in place; None where there is one process
 
 
@@ -33,6 +34,7 @@ class TuneConfig:
     keep_best: bool = True  # False: keep the last parameters, as `not_use_best_mse` asks
     patience: int = -1  # stop after so many iterations without a better held-out loss; -1: never
     checks: int = 5  # how often the held-out loss is looked at
+    trim: float = 0.0  # share of the largest weighted errors of a batch that steps do not see
     seed: int = 42
 
 
@@ -89,9 +91,13 @@ def mean_error(forward: Forward, indices: Sequence[int], batch_size: int, add_up
     return (sums[0] / sums[1].clamp(min=1.0)).item()
 
 
-def squared_error(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Sum of weighted squared differences, float32."""
-    return ((output.float() - target.float()).square() * weight).sum()
+def squared_error(output: Tensor, target: Tensor, weight: Tensor, trim: float = 0.0) -> Tensor:
+    """Sum of weighted squared differences, float32; without the largest ``trim`` of them, as told by a subsample."""
+    errors = (output.float() - target.float()).square() * weight
+    if trim:
+        few = errors.detach().flatten()[:: max(1, errors.numel() // SUBSAMPLE)]
+        errors = errors * (errors.detach() <= few.quantile(1 - trim))
+    return errors.sum()
 
 
 def tune_block(
@@ -175,7 +181,7 @@ def _sign_descent(
         for part in parts:
             fraction = step_fraction if part is parts[-1] else None
             # Only the gradient's sign counts, so the sum of squares needs no division.
-            errors = [squared_error(*triple) for triple in forward(part)]
+            errors = [squared_error(*triple, trim=config.trim) for triple in forward(part)]
             if errors:
                 torch.stack(errors).sum().backward()
         if add_up:

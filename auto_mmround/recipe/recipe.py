@@ -85,6 +85,8 @@ class Recipe:
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
     not_use_best_mse: bool = False
+    trim: float = 0.0
+    polish: bool = False
     dynamic_max_gap: int = -1
     adam: bool = False
     enable_norm_bias_tuning: bool = False
@@ -155,7 +157,10 @@ class Recipe:
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
 
-        _require(not self.streams or self.equalize == "none", "equalize needs the whole model in memory: no streaming")
+        for name, asked in (("equalize", self.equalize != "none"), ("polish", self.polish)):
+            _require(not (asked and self.streams), f"{name} needs the whole model in memory: no streaming")
+        _require(0 <= self.trim < 0.5, f"trim = {self.trim}: a share of the errors, from 0 to below 0.5")
+        _require(not self.polish or self.data_type == "int", "polish tunes scales of integers; data_type must be int")
         self._check_mixed()
         if self.data_type != "int":
             self._check_float()
@@ -227,7 +232,7 @@ class Recipe:
     @property
     def needs_samples(self) -> bool:
         """Whether calibration samples are read: to tune, to choose bits, or to see which channels are large."""
-        return self.calibrates or self.equalize != "none" or self.target_bits is not None
+        return self.calibrates or self.polish or self.equalize != "none" or self.target_bits is not None
 
     @property
     def block_classes(self) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from auto_mmround.model.spool import Spool
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.journal import BlockReport, checksum
+from auto_mmround.run.polish import Polished
 
 log = logging.getLogger("auto_mmround")
 
@@ -48,11 +50,17 @@ class Finished:
     def __init__(self, scratch: Path | None = None) -> None:
         self.reports: dict[str, BlockReport] = {}
         self.codes: Mapping[str, Codes] = {}
+        self.polished: Polished | None = None  # of the whole model, at the end; never kept, it is found again
         self.spool = Spool(scratch or Path(tempfile.gettempdir()))
 
     def has(self, blocks: Sequence[str]) -> bool:
         """Whether these blocks are all done."""
         return all(block in self.reports for block in blocks)
+
+    @property
+    def result(self) -> Mapping[str, Codes]:
+        """What goes into checkpoints."""
+        return ChainMap(dict(self.polished.codes), self.codes) if self.polished else self.codes  # type: ignore[arg-type]
 
     def add(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
         """Keep what belongs to blocks that were tuned together."""

@@ -62,8 +62,10 @@ def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes 
     device = devices.resolve(recipe.device, processes.local_rank)
     if recipe.device_map and processes.count > 1:
         raise UserError("device_map spreads the model over all devices of one process; leave one of the two out")
+    if recipe.polish and processes.count > 1:
+        raise UserError("polish is for one process; leave one of the two out")
     stream = recipe.streams if stream is None else stream
-    if recipe.equalize != "none" or recipe.target_bits is not None:  # works all over the model, before any block
+    if recipe.equalize != "none" or recipe.polish or recipe.target_bits is not None:  # all over the model
         stream = False
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
@@ -177,11 +179,16 @@ def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) 
         names = Names(model, source)
         check_names(names, job.plan)
         work(finished, watcher)
-        record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration, job.mixed)
-        result = Result(names, job.plan, recipe, source, finished.codes, record | {"run": finished.run})
+        record = _record(job, finished)
+        result = Result(names, job.plan, recipe, source, finished.result, record | {"run": finished.run})
         for fmt, out in pending:
             write_checkpoint(fmt, out, result)
     return outs
+
+
+def _record(job: Job, finished: Finished) -> dict[str, Any]:
+    blocks = list(finished.reports.values())
+    return journal(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
 
 
 def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
@@ -202,6 +209,6 @@ def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
     source = job.loaded.source
     names = Names(job.loaded.model, source)
     check_names(names, job.plan)
-    record = journal(job.plan, list(finished.reports.values()), job.notes, job.calibration, job.mixed)
+    record = _record(job, finished)
     saved = (job.loaded.tokenizer, job.loaded.processor)
-    return write_checkpoint(fmt, out, Result(names, job.plan, job.recipe, source, finished.codes, record, *saved))
+    return write_checkpoint(fmt, out, Result(names, job.plan, job.recipe, source, finished.result, record, *saved))

@@ -16,6 +16,7 @@ from auto_mmround.model import devices
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.tuner import TunedWeight, TuneResult
 from auto_mmround.run.plan import Plan
+from auto_mmround.run.polish import Polished
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "accelerate")
 
@@ -104,6 +105,7 @@ def journal(
     notes: Sequence[str],
     calibration: Mapping[str, Any] | None,
     mixed: Mapping[str, Any] | None = None,
+    polished: Polished | None = None,
 ) -> dict[str, Any]:
     """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs between equal runs."""
     reports = [block.as_dict() for block in blocks]
@@ -116,6 +118,7 @@ def journal(
         "kept": plan.kept,
         "bits_per_weight": round(plan.bits_per_weight(), 3),
         "mixed": mixed,
+        "polish": {"before": polished.before, "after": polished.after} if polished else None,
         "blocks": [{key: value for key, value in report.items() if key not in timing} for report in reports],
         "measured": {
             "seconds": sum(report["seconds"] for report in reports),

@@ -18,7 +18,7 @@ def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tune
     leaves = {}
     peaks = _shared_peaks(model, planned)
     for weight in planned:
-        parameter, transposed = _parameter(model, weight.name)
+        parameter, transposed = parameter_of(model, weight.name)
         w_OI = (parameter.data.t() if transposed else parameter.data).clone()
         assert weight.scheme is not None
         scheme = weight.scheme
@@ -39,12 +39,12 @@ def codes_of(tuned: Mapping[str, TunedWeight]) -> dict[str, Codes]:
 def write_back(model: nn.Module, planned: Sequence[WeightPlan], codes: Mapping[str, Codes]) -> None:
     """The parameters hold what their codes say, to the bit what tuning left in them."""
     for weight in planned:
-        parameter, transposed = _parameter(model, weight.name)
+        parameter, transposed = parameter_of(model, weight.name)
         rows = parameter.data.t() if transposed else parameter.data
         rows.copy_(dequantize(codes[weight.name]).view_as(rows))
 
 
-def _parameter(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
+def parameter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
     """A layer's weight, and whether it is (in, out)."""
     layer = model.get_submodule(name)
     return layer.get_parameter("weight"), isinstance(layer, Conv1D)

@@ -39,7 +39,8 @@ from auto_mmround.run.journal import BlockReport, block_report
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, write_back
 from auto_mmround.run.memory import BatchSize
-from auto_mmround.run.plan import Plan, WeightPlan
+from auto_mmround.run.plan import Plan, WeightPlan, grid_of
+from auto_mmround.run.polish import STEPS, Teacher, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.weights import Weights, accumulated, kinds_of, tower_tokens
 
@@ -80,6 +81,7 @@ def quantize(
     if recipe.equalize != "none":
         with separated(model):
             equalize(model, recipe, plan, inputs, journey.watcher.captured)
+    teacher = listen(model, journey.batches, kinds_of(inputs), journey.precision) if recipe.polish else None
     done = all(finished.has(stage.blocks) for stage in plan.stages)
     if recipe.calibrates and not processes.gather(done)[0]:
         journey.run()
@@ -90,6 +92,8 @@ def quantize(
     outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
     if outside:  # no block to measure: rounded to nearest
         journey.nearest("outside the blocks", "text", outside)
+    if teacher:
+        journey.polish(teacher)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,15 @@ class _Journey:
         )
         whole = self.processes.complete(chains, stages)
         return {path: replace(chain, runner=self.runner, device=self.device) for path, chain in whole.items()}
+
+    def polish(self, teacher: Teacher) -> None:
+        """Tune scales and norms on the whole model's output."""
+        grids = {weight.name: grid_of(weight.scheme) for weight in self.plan.weights if weight.scheme}
+        with separated(self.model, self.experts):
+            self.finished.polished = polish(
+                self.model, self.finished.codes, grids, teacher, batch_size=self.recipe.batch_size,
+                seed=self.recipe.seed, on_step=partial(self._stepped, "polish", STEPS),
+            )  # fmt: skip
 
     def nearest(self, name: str, stage: str, planned: Sequence[WeightPlan]) -> None:
         """Round weights to nearest, or take them as they were finished before."""
@@ -279,7 +292,7 @@ class _Journey:
                 forward,
                 count,
                 _tune_config(recipe, first, batch_size, accumulate),
-                on_step=partial(self._stepped, window[-1]),
+                on_step=partial(self._stepped, window[-1], recipe.steps),
                 add_up=self.processes.add_up if self.processes.count > 1 else None,
             )
         except BaseException:
@@ -297,9 +310,9 @@ class _Journey:
                 )
         self._finish(reports, codes_of(leaves))
 
-    def _stepped(self, block: str, step: int) -> None:
+    def _stepped(self, block: str, total: int, step: int) -> None:
         devices.traits(self.device).mark_step()
-        self.watcher.step(block, step, self.recipe.steps)
+        self.watcher.step(block, step, total)
 
     def _moments(
         self, student: Chain, blocks: Sequence[nn.Module], first: int, batch_size: int, names: Sequence[str]
@@ -380,6 +393,7 @@ def _tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -
         batch_size=batch_size,
         accumulate=accumulate * (recipe.batch_size // batch_size),
         keep_best=not recipe.not_use_best_mse,
+        trim=recipe.trim,
         patience=recipe.dynamic_max_gap,
         seed=recipe.seed + first,
     )

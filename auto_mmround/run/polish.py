@@ -1,0 +1,280 @@
+"""KL polish: after the last block, scales and norms are tuned together on the output of the whole model.
+
+The integers stay. What is learned is one factor a group and one a norm's channel (start 1), by Adam on KL(teacher ||
+student) over the teacher's most likely words and one bin for all others; the teacher's are noted before anything is
+quantized. It is kept only if KL on held-out samples falls. Scales are rounded to what the file can hold at every step.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auto_mmround.calibration.inputs import PAD
+from auto_mmround.model.chains import Kinds, moved
+from auto_mmround.model.head import ToHead, parts, to_head
+from auto_mmround.model.streaming import device_of
+from auto_mmround.numerics import grids
+from auto_mmround.numerics.grids import Codes, Grid
+from auto_mmround.numerics.tuner import held_out_split
+from auto_mmround.run.leaves import parameter_of
+
+log = logging.getLogger("auto_mmround")
+
+WORDS = 64  # of the teacher's distribution that are kept, a position
+STEPS, RATE = 16, 5e-4  # of Adam; the rate falls linearly to 0
+
+Precision = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A sample's most likely words by the teacher. spoken_T: bool, positions that count; of those, word_TK: int32, and
+    log_TK: float32, the log of the probabilities, the last column that of all other words together."""
+
+    spoken_T: Tensor
+    word_TK: Tensor
+    log_TK: Tensor
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How to run the model up to its head, what it takes, and what it said before anything was quantized."""
+
+    run: ToHead
+    inputs: Sequence[Mapping[str, Any]]
+    said: Sequence[Likely]
+    precision: Precision
+
+
+def listen(
+    model: PreTrainedModel, inputs: Sequence[Mapping[str, Any]], kinds: Sequence[Kinds], precision: Precision
+) -> Teacher:
+    """Note what the untouched model says to every sample; padding is left out."""
+    said = []
+    with precision(), torch.no_grad():
+        run = to_head(model, moved(dict(inputs[0]), device_of(model)))
+        for sample, own in zip(inputs, kinds, strict=True):
+            hidden_TD, head = run(model, moved(dict(sample), device_of(model)))
+            counted_T = own.text_T != PAD
+            spoken_T = counted_T if len(counted_T) == len(hidden_TD) else torch.ones(len(hidden_TD), dtype=torch.bool)
+            found = [_likely(head(part_TD)) for part_TD in parts(hidden_TD[spoken_T.to(hidden_TD.device)], head)]
+            word_TK, log_TK = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+            said.append(Likely(spoken_T, word_TK.int(), log_TK))
+    return Teacher(run, inputs, said, precision)
+
+
+def _likely(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    all_TV = logits_TV.float().log_softmax(-1)
+    log_TK, word_TK = all_TV.topk(min(WORDS, all_TV.shape[1] - 1), dim=-1)
+    return word_TK, _with_rest(log_TK)
+
+
+def _with_rest(log_TK: Tensor) -> Tensor:
+    """Another column: the log of what the given probabilities leave."""
+    rest_T1 = (1 - log_TK.exp().sum(-1, keepdim=True)).clamp(min=1e-8).log()
+    return torch.cat([log_TK, rest_T1], -1)
+
+
+def divergence(logits_TV: Tensor, word_TK: Tensor, log_TK: Tensor) -> Tensor:
+    """Sum over positions of KL(teacher || student), nats, in the bins of the teacher's likely words and the rest."""
+    logits_TV = logits_TV.float()
+    own_TK = _with_rest(logits_TV.gather(1, word_TK.long()) - logits_TV.logsumexp(-1, keepdim=True))
+    return (log_TK.exp() * (log_TK - own_TK)).sum()
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Codes with tuned scales, and the mean KL of the held-out samples, nats a position, before and after."""
+
+    codes: Mapping[str, Codes]
+    before: float
+    after: float
+
+
+def polish(
+    model: PreTrainedModel,
+    codes: Mapping[str, Codes],
+    grid_of: Mapping[str, Grid],
+    teacher: Teacher,
+    *,
+    batch_size: int = 8,
+    steps: int = STEPS,
+    rate: float = RATE,
+    seed: int = 42,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Polished:
+    """Tune scales and norms in place; what they were comes back where held-out KL does not fall.
+
+    codes: of the weights that the model holds dequantized; integers only. grid_of: what each scale may be.
+    """
+    train, held = held_out_split(len(teacher.inputs))
+    leaves = {name: _Leaf.of(model, name, codes[name], grid_of[name]) for name in grid_of}
+    norms = [_Norm.of(parameter) for parameter in norm_weights(model)]
+    learners: list[_Leaf | _Norm] = [*leaves.values(), *norms]
+    factors = [learner.factor for learner in learners]
+    before = _held_out(model, teacher, held)
+    best, kept = before, [factor.clone() for factor in factors]
+    adam = torch.optim.Adam(factors, lr=rate)
+    generator = torch.Generator().manual_seed(seed)
+    with _learning(learners):
+        for step in range(1, steps + 1):
+            adam.param_groups[0]["lr"] = rate * (1 - (step - 1) / steps)
+            order = torch.randperm(len(train), generator=generator)[:batch_size].tolist()
+            for i in order:
+                _backward(model, teacher, train[i])
+            adam.step()
+            adam.zero_grad()
+            for learner in learners:
+                learner.refresh()
+            on_step(step)
+            if step % max(1, steps // 4) == 0 or step == steps:
+                found = _held_out(model, teacher, held)
+                if found < best:
+                    best, kept = found, [factor.clone() for factor in factors]
+    for factor, value in zip(factors, kept, strict=True):
+        factor.copy_(value)
+    for learner in learners:
+        learner.refresh()
+    if best == before:
+        log.warning("polish: held-out KL did not fall below %.4g; scales and norms stay", before)
+    return Polished({name: leaf.codes() for name, leaf in leaves.items()}, before, best)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A quantized weight W~ = s * f * u with integers u = q - z that stay."""
+
+    parameter: nn.Parameter
+    transposed: bool
+    found: Codes
+    grid: Grid
+    centred_OGg: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, codes: Codes, grid: Grid) -> "_Leaf":
+        parameter, transposed = parameter_of(model, name)
+        q_OGg = grids.to_groups(codes.q_OI.to(parameter.device).short(), codes.group_size)
+        centred_OGg = q_OGg - codes.zero_OG.to(parameter.device).short()[..., None]
+        ones_OG = torch.ones(centred_OGg.shape[:2], device=parameter.device)
+        return cls(parameter, transposed, codes, grid, centred_OGg, ones_OG)
+
+    def scale(self) -> Tensor:
+        """(out, G) float32; as it was found where the factor is 1."""
+        scale_OG = self.found.scale_OG.float().to(self.factor.device)
+        return torch.where(self.factor == 1, scale_OG, grids.storable(scale_OG * self.factor, self.grid))
+
+    def codes(self) -> Codes:
+        """The same integers under the tuned scales."""
+        return self.found._replace(scale_OG=self.scale().to(self.found.scale_OG.dtype).cpu())
+
+    def learn(self, grad: Tensor) -> None:
+        """dL/df = s * sum over the group of u * dL/dW~, added to the factor's gradient."""
+        grad_OI = grad.t() if self.transposed else grad.flatten(1)
+        grad_OGg = grids.to_groups(grad_OI, self.centred_OGg.shape[-1])
+        along_OG = (grad_OGg * self.centred_OGg).sum(-1, dtype=torch.float32)
+        _add_gradient(self.factor, along_OG * self.found.scale_OG.float().to(grad.device))
+
+    def refresh(self) -> None:
+        """Write W~ into the parameter, in place."""
+        rows = self.parameter.data.t() if self.transposed else self.parameter.data
+        w_OI = grids.from_groups(self.centred_OGg * self.scale()[..., None], self.found.q_OI.shape[1])
+        rows.copy_(w_OI.view_as(rows))
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A norm's weight, times one factor a channel. A weight of zero stays (Gemma's norms multiply by 1 + weight)."""
+
+    parameter: nn.Parameter
+    start: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> "_Norm":
+        start = parameter.data.clone()
+        return cls(parameter, start, torch.ones_like(start, dtype=torch.float32))
+
+    def learn(self, grad: Tensor) -> None:
+        """dL/df = w * dL/dw."""
+        _add_gradient(self.factor, grad.float() * self.start.float())
+
+    def refresh(self) -> None:
+        """Write the weight into the parameter, in place."""
+        self.parameter.data.copy_(self.start.float() * self.factor)
+
+
+def _add_gradient(factor: Tensor, grad: Tensor) -> None:
+    factor.grad = grad if factor.grad is None else factor.grad + grad
+
+
+def norm_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of one dimension, each once: those of norms."""
+    own = (p for module in model.modules() for name, p in module.named_parameters(recurse=False) if name == "weight")
+    return list({id(p): p for p in own if p.ndim == 1}.values())
+
+
+@contextmanager
+def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
+    """Gradients of the parameters go to the factors the moment they are complete, and are gone."""
+
+    def hook_for(learner: _Leaf | _Norm) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            learner.learn(parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    for learner in learners:
+        learner.parameter.requires_grad_(True)
+    handles = [learner.parameter.register_post_accumulate_grad_hook(hook_for(learner)) for learner in learners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for learner in learners:
+            learner.parameter.requires_grad_(False)
+
+
+def _backward(model: PreTrainedModel, teacher: Teacher, i: int) -> None:
+    """Gradients of one sample's mean KL; logits a few positions at a time."""
+    said, device = teacher.said[i], device_of(model)
+    with teacher.precision(), torch.enable_grad():
+        hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device))
+        spoken_T = said.spoken_T.to(device)
+        leaf_TD = hidden_TD.detach()[spoken_T]
+        rows = [torch.empty_like(leaf_TD[:0])]
+        for part_TD, word_TK, log_TK in _aligned(leaf_TD, head, said):
+            part_TD = part_TD.clone().requires_grad_()
+            loss = divergence(head(part_TD), word_TK.to(device), log_TK.to(device)) / len(leaf_TD)
+            rows.append(torch.autograd.grad(loss, part_TD)[0])
+        grad_TD = torch.zeros_like(hidden_TD)
+        grad_TD[spoken_T] = torch.cat(rows)
+        hidden_TD.backward(grad_TD)
+
+
+def _held_out(model: PreTrainedModel, teacher: Teacher, held: Sequence[int]) -> float:
+    """Mean KL a position over the samples."""
+    total, count, device = 0.0, 0, device_of(model)
+    with teacher.precision(), torch.no_grad():
+        for i in held:
+            hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device))
+            hidden_TD = hidden_TD[teacher.said[i].spoken_T.to(device)]
+            for part_TD, word_TK, log_TK in _aligned(hidden_TD, head, teacher.said[i]):
+                total += divergence(head(part_TD), word_TK.to(device), log_TK.to(device)).item()
+            count += len(hidden_TD)
+    return total / max(count, 1)
+
+
+def _aligned(hidden_TD: Tensor, head: nn.Module, said: Likely) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    pieces = parts(hidden_TD, head)
+    sizes = [len(piece) for piece in pieces]
+    return zip(pieces, said.word_TK.split(sizes), said.log_TK.split(sizes), strict=True)
