@@ -97,6 +97,11 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("dampening", ["damp_percent", "dampening_frac"], "closed form: share of the mean diagonal added to it"),
         ("actorder", [], f"closed form: order of the columns, {', '.join(ORDERS)} (by falling second moment)"),
         ("true_sequential", [], "closed form: a block's layers one after another, inputs from those done before"),
+        (
+            "retarget",
+            [],
+            "closed form: solve for the unquantized model's outputs (GPTAQ); hurt where it was measured",
+        ),
         ("disable_fisher", [], "auto, gptq: weigh all tokens, channels and modalities alike"),
         ("disable_minmax_tuning", [], "leave the ranges at smallest and largest value"),
         ("disable_quanted_input", [], "tune each block on inputs from the unquantized model"),

@@ -155,6 +155,14 @@ def test_existing_output_is_kept_unless_asked(exported, tmp_path):
     assert (folder / "precious.txt").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_solving_for_the_teachers_outputs(tmp_path):
+    codes = {}
+    for retarget in (False, True):
+        _, (folder,) = run(tmp_path / str(retarget), algorithm="gptq", retarget=retarget)
+        codes[retarget] = json.loads((folder / "run.json").read_text())["codes"]
+    assert codes[True] != codes[False]
+
+
 def test_plan_overrides_and_fused_groups(demo):
     layers = {"re:.*mlp": {"bits": 8}, "layers.0": {"bits": 16}, "o_proj": {"group_size": 64}}
     plan = make_plan(demo.model, Recipe(layer_config=layers, format="auto_round"))

@@ -194,6 +194,25 @@ def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
     torch.testing.assert_close(alone[1], found[layers[2]][1])
 
 
+def test_moments_pair_the_students_inputs_with_the_teachers():
+    """Layers of one input share their moments; a pass of the teacher comes before each of the student's."""
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"q": nn.Linear(8, 4), "k": nn.Linear(8, 4), "o": nn.Linear(4, 4)})
+    student, teacher = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
+    with torch.no_grad(), collecting(dict(layers), lambda name: None, cross=True) as collected:
+        for mine, other in zip(student, teacher, strict=True):
+            for x, given in ((other, True), (mine, False)):
+                collected.next_pass(teacher=given)
+                layers["o"](layers["q"](x) + layers["k"](x))
+    moments = collected.moments()
+    assert moments["q"] is moments["k"] and moments["q"] is not moments["o"]
+    wanted = torch.einsum("bnti,bntj->ij", student, teacher) / 10
+    torch.testing.assert_close(moments["q"].cross(), wanted, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        moments["q"].hessian(), torch.einsum("bnti,bntj->ij", student, student) / 10, rtol=1e-2, atol=1e-2
+    )
+
+
 def test_labels_are_drawn_as_predicted():
     for shares in ([0.0, 0.5, 0.3, 0.0, 0.2], [0.1] * 9 + [0.0, 0.1], [0.0] * 20 + [1.0], [0.25, 0.75, 0.0]):
         weights = 3 * torch.tensor(shares)

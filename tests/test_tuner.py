@@ -1,9 +1,11 @@
+import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.numerics.grids import Grid, dequantize
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, mean_error, tune_block
+from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, mean_error, squared_error, tune_block
 
 
 def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
@@ -88,3 +90,49 @@ def test_few_samples_are_used_for_both():
     assert held_out_split(3) == ([0, 1, 2], [0, 1, 2])
     train, held = held_out_split(128)
     assert len(held) == 8 and len(train) == 120 and not set(train) & set(held)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Conv2d(3, 24, 4, stride=4), (1, 3, 16, 16)),
+        (lambda: nn.Conv3d(3, 24, (2, 4, 4), stride=(2, 4, 4)), (1, 3, 2, 16, 16)),
+        (lambda: Conv1D(24, 48), (1, 10, 48)),
+    ],
+)
+def test_patch_embeddings_and_transposed_layers_are_tuned_like_linear_ones(layer, shape):
+    """Any parameter whose rows are outputs: the module stays as it is, its own parameter holds W~."""
+    torch.manual_seed(0)
+    block = layer().requires_grad_(False)
+    inputs = [torch.randn(1) + 0.3 * torch.randn(shape) for _ in range(32)]  # alike, or nearest is best
+
+    def run(x):
+        y = block(x)
+        return y if y.ndim == 3 else y.flatten(2).transpose(1, 2)
+
+    targets = [run(x) for x in inputs]
+    transposed = isinstance(block, Conv1D)
+    rows = block.weight.t() if transposed else block.weight.flatten(1)
+    tuned = TunedWeight(block.weight, Rounding(rows.clone(), 16, Grid(2, True)), transposed)
+
+    def forward(indices):
+        for i in indices:
+            yield run(inputs[i]), targets[i], torch.ones(*targets[i].shape[:2], 1)
+
+    result = tune_block([tuned], forward, 32, TuneConfig(iters=40, batch_size=8))
+    assert result.end < 0.9 * result.start
+    decoded = dequantize(tuned.rounding.codes())
+    assert torch.equal(block.weight, decoded.t() if transposed else decoded.view_as(block.weight))
+
+
+def test_trimmed_errors_leave_out_the_largest():
+    torch.manual_seed(0)
+    output, target, weight = torch.randn(2, 50, 40), torch.randn(2, 50, 40), torch.ones(2, 50, 1)
+    output[0, 3, 5] += 1e4
+    errors = (output - target).square().flatten().sort().values
+    trimmed = squared_error(output, target, weight, trim=0.001)
+    torch.testing.assert_close(trimmed, errors[: int(4000 * 0.999)].sum(), rtol=1e-3, atol=0)
+    assert squared_error(output, target, weight) > 1e8
+    leaf = output.clone().requires_grad_()
+    squared_error(leaf, target, weight, trim=0.001).backward()
+    assert leaf.grad[0, 3, 5] == 0 and (leaf.grad != 0).sum() >= 3990

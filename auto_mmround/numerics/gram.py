@@ -39,6 +39,11 @@ class Moments:
         """Size of an input."""
         return len(self._sum_II)
 
+    @property
+    def crossed(self) -> bool:
+        """Whether teacher inputs are seen too."""
+        return self._cross_II is not None
+
     def sums(self) -> list[Tensor]:
         """What adds up over parts of the tokens, in its own memory."""
         return [part for part in (self._sum_II, self._cross_II, self._total) if part is not None]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,30 +18,36 @@ class StartConfig:
     """dampening: share of the mean of diag(H) added to it. order: of the columns, see `gram.solve`.
 
     refit: fit the scales to the solved integers at the end. margin: how far the start
-    stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it.
+    stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it. retarget: solve for the
+    teacher's outputs, see `gram.retarget`; the moments must have been taken with teacher inputs.
     """
 
     dampening: float = 0.05
     order: gram.Order = "weight"
     refit: bool = True
     margin: float = 0.1
+    retarget: bool = False
 
 
 class Collector:
     """Second moments of the inputs of some layers, added up while hooks see forward passes.
 
     Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass` before each pass.
+    cross: each pass comes after one over the same samples with the teacher's inputs (``next_pass(teacher=True)``).
     """
 
-    def __init__(self, weights: Callable[[str], Tensor | None]):
-        self._weights = weights
+    def __init__(self, weights: Callable[[str], Tensor | None], cross: bool = False):
+        self._weights, self._cross = weights, cross
+        self._listening = False
+        self._teacher: dict[str, Tensor] = {}
         self._moments: dict[str, gram.Moments] = {}
         self._owner: dict[str, str] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}  # this pass's inputs, kept alive so that no id comes twice
 
-    def next_pass(self) -> None:
+    def next_pass(self, teacher: bool = False) -> None:
         """Forget the tensors of the last pass."""
         self._seen.clear()
+        self._listening = teacher
 
     def moments(self) -> dict[str, gram.Moments]:
         """Layer name -> moments, for every layer that was run."""
@@ -49,22 +55,30 @@ class Collector:
 
     def see(self, name: str, x: Tensor) -> None:
         """Add the input (..., in) of a layer, with the tokens' weights if they are as many as its tokens."""
+        if self._listening:
+            self._teacher[name] = x.detach()
+            return
+        teacher = self._teacher.pop(name, None)
         if not x.numel():  # an expert that none of these tokens chose
             return
+        if self._cross and (teacher is None or teacher.shape != x.shape):
+            return  # an expert that the teacher chose for other tokens
         if name not in self._owner:
             self._owner[name] = self._seen.setdefault(id(x), (x, name))[1]
         if self._owner[name] == name:
             weight = self._weights(name)
             whole = weight is not None and weight.numel() == x.shape[:-1].numel()
-            moments = self._moments.setdefault(name, gram.Moments(x.shape[-1], device=x.device))
-            moments.add(x.detach(), weight.to(x.device) if weight is not None and whole else None)
+            moments = self._moments.setdefault(name, gram.Moments(x.shape[-1], cross=self._cross, device=x.device))
+            moments.add(x.detach(), weight.to(x.device) if weight is not None and whole else None, teacher)
 
 
 @contextmanager
-def collecting(layers: Mapping[str, nn.Module], weights: Callable[[str], Tensor | None]) -> Iterator[Collector]:
+def collecting(
+    layers: Mapping[str, nn.Module], weights: Callable[[str], Tensor | None], cross: bool = False
+) -> Iterator[Collector]:
     """A `Collector` that watches the layers while open. weights: of a layer's tokens in the current pass, pads 0; the
     same for layers that share an input."""
-    collector = Collector(weights)
+    collector = Collector(weights, cross)
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda layer, args: collector.see(name, args[0])
@@ -106,8 +120,10 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
     w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
     group_size, columns = w_OGg.shape[-1], roundings[0].columns
     w_OI = grids.from_groups(w_OGg, columns).float()
+    if config.retarget:
+        w_OI = gram.retarget(w_OI, hessian_II, moments.cross(), config.dampening)
     importance_Gg = grids.to_groups(hessian_II.diagonal()[None], group_size)[0]
-    scale_OG, zero_OG = gram.search_scale(w_OGg.float(), importance_Gg, grid)
+    scale_OG, zero_OG = gram.search_scale(grids.to_groups(w_OI, group_size), importance_Gg, grid)
     solve = partial(gram.solve, dampening=config.dampening, order=config.order)
     best = solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
     error = best.error
@@ -128,6 +144,7 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
 def closed_forms(roundings: Mapping[str, Rounding], moments: Mapping[str, gram.Moments], config: StartConfig) -> None:
     """`closed_form` for the layers of a block; one that no token reached has inputs that all count alike."""
     stacks: dict[tuple[int, grids.Grid, int], list[Rounding]] = {}
+    plain = replace(config, retarget=False)
     found: dict[int, gram.Moments] = {}
     for name, rounding in roundings.items():
         own = moments.get(name)
@@ -137,4 +154,4 @@ def closed_forms(roundings: Mapping[str, Rounding], moments: Mapping[str, gram.M
         found[id(own)] = own
         stacks.setdefault((id(own), rounding.grid, rounding.w_OGg.shape[-1]), []).append(rounding)
     for (identity, *_), stack in stacks.items():
-        closed_form(stack, found[identity], config)
+        closed_form(stack, found[identity], config if found[identity].crossed else plain)

@@ -81,6 +81,7 @@ class Recipe:
     dampening: float = 0.05
     actorder: str = "weight"
     true_sequential: bool = False
+    retarget: bool = False
     fisher: bool = True
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
@@ -159,6 +160,7 @@ class Recipe:
 
         for name, asked in (("equalize", self.equalize != "none"), ("polish", self.polish)):
             _require(not (asked and self.streams), f"{name} needs the whole model in memory: no streaming")
+        _require(not (self.retarget and self.in_turn), "retarget and true_sequential exclude one another")
         _require(0 <= self.trim < 0.5, f"trim = {self.trim}: a share of the errors, from 0 to below 0.5")
         _require(not self.polish or self.data_type == "int", "polish tunes scales of integers; data_type must be int")
         self._check_mixed()

@@ -24,9 +24,8 @@ from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Codes
-from auto_mmround.numerics.start import StartConfig, closed_forms, collecting, in_turn
+from auto_mmround.numerics.start import closed_forms, collecting, in_turn
 from auto_mmround.numerics.tuner import (
-    TuneConfig,
     TunedWeight,
     held_out_split,
     mean_error,
@@ -39,6 +38,7 @@ from auto_mmround.run.journal import BlockReport, block_report
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, write_back
 from auto_mmround.run.memory import BatchSize
+from auto_mmround.run.objective import forward_of, start_config, tune_config
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import STEPS, Teacher, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
@@ -246,7 +246,7 @@ class _Journey:
         target = self.batch.fitting(window[0], lambda size: teacher.advanced(blocks, first, size), relieve)
         chains.append(target)
         if not self._taken(window, [weight for name in window for weight in self.plan.of_block(name)]):
-            tune = partial(self._tune, student, target, blocks, window, first)
+            tune = partial(self._tune, teacher, student, target, blocks, window, first)
             # Several processes measure together: one alone can't start a block again.
             self.batch.fitting(window[0], tune, relieve) if self.processes.count == 1 else tune(self.batch.size)
         if not self.recipe.enable_quanted_input or window[-1] == student.stage.blocks[-1]:
@@ -262,6 +262,7 @@ class _Journey:
 
     def _tune(
         self,
+        teacher: Chain,
         student: Chain,
         target: Chain,
         blocks: Sequence[nn.Module],
@@ -274,12 +275,12 @@ class _Journey:
         loss_weights = self.weights.of_errors(student, window[-1])
         count, places = self.processes.numbered(student)
         accumulate = accumulated(recipe, sum(self.processes.gather(tower_tokens(student))) // count)
-        measure = partial(self._moments, student, blocks, first, batch_size)
+        measure = partial(self._moments, teacher, student, blocks, first, batch_size)
         planned = [weight.name for name in window for weight in self.plan.of_block(name)]
         moments = measure(planned) if recipe.closed_form else {}
         tuned = {name: leaves_of(self.model, self.plan.of_block(name)) for name in window}
         leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
-        forward = _forward(student, blocks, first, target, loss_weights, places)
+        forward = forward_of(student, blocks, first, target, loss_weights, places)
         turns = in_turn(moments, window) if recipe.in_turn else []
         unreached = set(leaves) - set(moments) if moments else set()
         errors = LayerErrors(leaves, moments)
@@ -291,7 +292,7 @@ class _Journey:
                 list(leaves.values()),
                 forward,
                 count,
-                _tune_config(recipe, first, batch_size, accumulate),
+                tune_config(recipe, first, batch_size, accumulate),
                 on_step=partial(self._stepped, window[-1], recipe.steps),
                 add_up=self.processes.add_up if self.processes.count > 1 else None,
             )
@@ -315,19 +316,31 @@ class _Journey:
         self.watcher.step(block, step, total)
 
     def _moments(
-        self, student: Chain, blocks: Sequence[nn.Module], first: int, batch_size: int, names: Sequence[str]
+        self,
+        teacher: Chain,
+        student: Chain,
+        blocks: Sequence[nn.Module],
+        first: int,
+        batch_size: int,
+        names: Sequence[str],
     ) -> dict[str, Moments]:
-        """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are."""
+        """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are; with
+        `retarget` those of the teacher's inputs with them too."""
         layers = {name: self.model.get_submodule(name) for name in names}
         weights = {name: self.weights.of_tokens(student, name) for name in names}
         current: list[int] = []
         with (
             torch.no_grad(),
-            collecting(layers, lambda name: torch.cat([weights[name][i] for i in current])) as collected,
+            collecting(
+                layers, lambda name: torch.cat([weights[name][i] for i in current]), self.recipe.retarget
+            ) as collected,
         ):
             for at in range(0, len(student), batch_size):
                 for group in student.groups(range(at, min(at + batch_size, len(student))), first):
                     current[:] = group
+                    if self.recipe.retarget:
+                        collected.next_pass(teacher=True)
+                        teacher.run_group(blocks, first, group)
                     collected.next_pass()
                     student.run_group(blocks, first, group)
             return self.processes.add_moments(collected.moments(), self.device)
@@ -347,7 +360,7 @@ class _Journey:
         turns: groups of layers that are solved one after another, each on what those before it, rounded, hand to it.
         """
         nearest = mean_error(forward, held_out_split(count)[1], batch_size, self.processes.add_up)
-        config = StartConfig(dampening=self.recipe.dampening, order=self.recipe.actorder)  # type: ignore[arg-type]
+        config = start_config(self.recipe)
         waiting = dict(leaves)
         for leaf in leaves.values() if turns else ():
             leaf.show_original()
@@ -359,41 +372,3 @@ class _Journey:
                 leaf.refresh()
         closed_forms({name: leaf.rounding for name, leaf in waiting.items()}, moments, config)
         return nearest
-
-
-def _forward(
-    student: Chain,
-    blocks: Sequence[nn.Module],
-    first: int,
-    target: Chain,
-    loss_weights: Sequence[Tensor],
-    places: Mapping[int, int],
-) -> Callable[[Sequence[int]], Any]:
-    """places: number of a sample in the run -> its place in the chain; those of other processes are missing."""
-
-    def forward(indices: Sequence[int]) -> Any:
-        for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
-            wanted, weights = _cat([target.hidden[i] for i in group]), _cat([loss_weights[i] for i in group])
-            yield output, wanted.to(output.device), weights.to(output.device)
-
-    return forward
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-
-
-def _tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:
-    """batch_size: a divisor of the recipe's; steps see the same samples, in more parts."""
-    factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
-    return TuneConfig(
-        iters=recipe.steps,
-        lr=recipe.learning_rate,
-        factor_lr=factor_lr,
-        batch_size=batch_size,
-        accumulate=accumulate * (recipe.batch_size // batch_size),
-        keep_best=not recipe.not_use_best_mse,
-        trim=recipe.trim,
-        patience=recipe.dynamic_max_gap,
-        seed=recipe.seed + first,
-    )

@@ -79,13 +79,13 @@ class Processes:
     def add_moments(self, moments: Mapping[str, Moments], device: torch.device) -> dict[str, Moments]:
         """Second moments over the samples of all processes; layers that share an input go on sharing."""
         owner: dict[int, str] = {}
-        found = {name: (owner.setdefault(id(m), name), m.features) for name, m in moments.items()}
+        found = {name: (owner.setdefault(id(m), name), m.features, m.crossed) for name, m in moments.items()}
         every = _first_wins(self.gather(found))
         whole: dict[str, Moments] = {}
-        for name, features in dict.fromkeys(every.values()):
-            whole[name] = moments[name] if name in moments else Moments(features, device=device)
+        for name, features, cross in dict.fromkeys(every.values()):
+            whole[name] = moments[name] if name in moments else Moments(features, cross=cross, device=device)
             self.add_up(whole[name].sums())
-        return {name: whole[shared] for name, (shared, _) in every.items()}
+        return {name: whole[shared] for name, (shared, *_) in every.items()}
 
     def complete(self, chains: Mapping[str, Chain], stages: Sequence[Stage]) -> dict[str, Chain]:
         """A chain, perhaps without samples, for every stage that any process reached; live where one found it so."""

@@ -1,0 +1,57 @@
+"""What the closed form and the sign steps of a block are given."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_mmround.model.chains import Chain
+from auto_mmround.numerics.start import StartConfig
+from auto_mmround.numerics.tuner import TuneConfig
+from auto_mmround.recipe.recipe import Recipe
+
+
+def start_config(recipe: Recipe) -> StartConfig:
+    """How a block's weights are solved."""
+    return StartConfig(dampening=recipe.dampening, order=recipe.actorder, retarget=recipe.retarget)  # type: ignore[arg-type]
+
+
+def forward_of(
+    student: Chain,
+    blocks: Sequence[nn.Module],
+    first: int,
+    target: Chain,
+    loss_weights: Sequence[Tensor],
+    places: Mapping[int, int],
+) -> Callable[[Sequence[int]], Any]:
+    """The student's outputs behind ``blocks``, the teacher's, and what errors weigh, for the samples asked for.
+
+    places: number of a sample in the run -> its place in the chain; those of other processes are missing."""
+
+    def forward(indices: Sequence[int]) -> Any:
+        for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
+            wanted, weights = _cat([target.hidden[i] for i in group]), _cat([loss_weights[i] for i in group])
+            yield output, wanted.to(output.device), weights.to(output.device)
+
+    return forward
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:
+    """How a block is tuned. batch_size: a divisor of the recipe's; steps see the same samples, in more parts."""
+    factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
+    return TuneConfig(
+        iters=recipe.steps,
+        lr=recipe.learning_rate,
+        factor_lr=factor_lr,
+        batch_size=batch_size,
+        accumulate=accumulate * (recipe.batch_size // batch_size),
+        keep_best=not recipe.not_use_best_mse,
+        trim=recipe.trim,
+        patience=recipe.dynamic_max_gap,
+        seed=recipe.seed + first,
+    )
