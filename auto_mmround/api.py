@@ -13,6 +13,7 @@ from auto_mmround.model.loading import Loaded, find_folder
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.journal import BlockReport
 from auto_mmround.run.output import folder_name
 from auto_mmround.run.pipeline import Watcher, quantize
 
@@ -68,6 +69,13 @@ class AutoRoundMLLM:
         quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
         self._done = (job, finished)
         return model, self.layer_config
+
+    @property
+    def reports(self) -> list[BlockReport]:
+        """What happened to every block: errors, seconds, memory. Raises UserError before `quantize`."""
+        if self._done is None:
+            raise UserError("call quantize() first")
+        return list(self._done[1].reports.values())
 
     @property
     def layer_config(self) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ asymmetric. Results go to standard output as Markdown and, with --keep, to a dat
 import argparse
 import datetime
 import json
+import math
 import re
 import resource
 import subprocess
@@ -27,7 +28,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto": {},
     "auto light": {"preset": "light"},
     "auto best": {"preset": "best"},
+    "auto, polish": {"polish": True},
 }
+# Column -> key of a result, and its form. matmul: see `matmul_share`.
+FIGURES = {"seconds": ("seconds", ".1f"), "CPU s": ("cpu", ".0f"), "peak GB": ("peak_gb", ".2f"),
+           "perplexity": ("perplexity", ".3f"), "KL": ("kl", ".4f"), "matmul": ("share", ".0%")}  # fmt: skip
 PEERS: dict[str, dict[str, Any]] = {"auto-round": {}, "auto-round alg_ext": {"enable_alg_ext": True}}
 
 
@@ -43,8 +48,38 @@ def tokens(tokenizer: Any, path: Path, count: int, length: int) -> Any:
     return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in range(count)])
 
 
+def matmul_rate() -> float:
+    """What the machine makes of bf16 products, in operations a second: the best of five of 2048 x 2048 x 2048."""
+    import torch
+
+    a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds[1:])
+
+
+def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any) -> float:
+    """Products with quantized weights during the sign steps (6 operations a weight and token, 2 where only the held-out
+    error is taken), a second, as a share of what the machine can do; attention and all else count as nothing."""
+    from auto_mmround.numerics.tuner import TuneConfig, held_out_split
+    from auto_mmround.recipe.recipe import from_mapping
+
+    recipe = from_mapping(METHODS[job["method"]] | job["options"])
+    spent = sum(report.steps_seconds for report in reports)
+    if not spent:
+        return float("nan")
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    every = max(1, recipe.steps // TuneConfig().checks)
+    looks = sum(step == recipe.steps or not step % every for step in range(1, recipe.steps + 1))
+    tokens = 6 * recipe.batch_size * recipe.steps + 2 * len(held_out_split(len(rows))[1]) * looks
+    return weights * tokens * rows.shape[1] / spent / matmul_rate()
+
+
 def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
-    """Run one method on the model in memory; returns the model with dequantized weights."""
+    """Run one method on the model in memory; returns the model with dequantized weights, and reports of ours."""
     bits, group, sym = job["bits"], job["group_size"], job["sym"]
     if job["method"] in PEERS:
         from auto_round import AutoRound
@@ -54,14 +89,14 @@ def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
             model, tokenizer, bits=bits, group_size=group, sym=sym, dataset=[row[None] for row in rows],
             nsamples=len(rows), seqlen=rows.shape[1], batch_size=8, device_map="cpu", **options,
         )  # fmt: skip
-        return peer.quantize()[0]
+        return peer.quantize()[0], None
     from auto_mmround import AutoRoundMLLM
 
     ours = AutoRoundMLLM(
         model, tokenizer, bits=bits, group_size=group, sym=sym, dataset=[{"input_ids": row.tolist()} for row in rows],
         nsamples=len(rows), seqlen=rows.shape[1], device="cpu", **METHODS[job["method"]] | job["options"],
     )  # fmt: skip
-    return ours.quantize()[0]
+    return ours.quantize()[0], ours.reports
 
 
 def damage(model: Any, reference: Any, rows: Any) -> dict[str, float]:
@@ -95,11 +130,20 @@ def worker(job: dict[str, Any]) -> None:
     result: dict[str, Any] = {"seconds": 0.0, "cpu": 0.0, "peak_gb": before / 1e6}
     if job["method"] != "full precision":
         used = time.process_time()
-        model = quantize(job, model, tokenizer, rows)
+        model, reports = quantize(job, model, tokenizer, rows)
         result["seconds"], result["cpu"] = time.perf_counter() - started, time.process_time() - used
+        result["share"] = matmul_share(job, model, reports, rows) if reports else float("nan")
         result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     reference = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
     print(json.dumps(result | damage(model, reference, held)))
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A result as text; what was not measured is empty."""
+    if "error" in result:
+        return [result["error"]]
+    values = [(result.get(key, math.nan), form) for key, form in FIGURES.values()]
+    return ["" if math.isnan(value) else f"{value:{form}}" for value, form in values]
 
 
 def run(job: dict[str, Any], kept: Path) -> dict[str, Any]:
@@ -139,18 +183,14 @@ def main() -> None:
     base = {
         key: value for key, value in vars(found).items() if key not in ("worker", "schemes", "methods", "keep", "work")
     }
-    lines = ["| scheme | method | seconds | CPU s | peak GB | perplexity | KL |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| scheme | method | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
     print("\n".join(lines))
     for scheme in ["-", *found.schemes]:
         parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
         values = {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]} if parts else {}
         for method in found.methods if parts else ["full precision"]:
             result = run(base | values | {"method": method}, found.work / f"{scheme} {method}.json")
-            figures = {"seconds": ".1f", "cpu": ".0f", "peak_gb": ".2f", "perplexity": ".3f", "kl": ".4f"}
-            cells = (
-                [result["error"]] if "error" in result else [f"{result[key]:{form}}" for key, form in figures.items()]
-            )
-            lines.append(f"| {scheme} | {method} | {' | '.join(cells)} |")
+            lines.append(f"| {scheme} | {method} | {' | '.join(cells(result))} |")
             print(lines[-1], flush=True)
     if found.keep:
         from auto_mmround.run.journal import machine

@@ -235,7 +235,7 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
     grad_TD = torch.empty_like(hidden_TD)
     with torch.no_grad():
         for part_TD, into_TD in zip(parts(hidden_TD, head), parts(grad_TD, head), strict=True):
-            logits_TV = head(part_TD).float()
+            logits_TV = head(part_TD)
             weight_TV = (logits_TV - logits_TV.amax(-1, keepdim=True)).exp_()
             one_T, other_T = _draw(weight_TV, generator, 2).unbind(1)
             if isinstance(head, nn.Linear):
@@ -251,18 +251,19 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
 def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
     """Labels of every position (T, count) with chances in proportion to the weights.
 
-    First the run of labels, then the label in it: one pass over the words, where multinomial takes many.
+    First the run of labels, then the label in it: one pass over the words, where multinomial takes many. Weights may be
+    16-bit: their rounding is far below what a draw can show, and they are as many as nothing else here.
     """
     run = math.isqrt(weight_TV.shape[1])
-    ends_TR = weight_TV.unfold(1, run, run).sum(-1)
-    rest_T1 = weight_TV[:, ends_TR.shape[1] * run :].sum(-1, keepdim=True)
+    ends_TR = weight_TV.unfold(1, run, run).sum(-1, dtype=torch.float32)
+    rest_T1 = weight_TV[:, ends_TR.shape[1] * run :].sum(-1, keepdim=True, dtype=torch.float32)
     ends_TR = torch.cat([ends_TR, rest_T1], 1).cumsum_(-1)
-    at_TC = torch.rand(len(weight_TV), count, generator=generator).to(weight_TV) * ends_TR[:, -1:]
+    at_TC = torch.rand(len(weight_TV), count, generator=generator).to(ends_TR) * ends_TR[:, -1:]
     chosen_TC = torch.searchsorted(ends_TR, at_TC, right=True).clamp_(max=ends_TR.shape[1] - 1)
     before_TC = ends_TR.gather(1, (chosen_TC - 1).clamp(min=0)).where(chosen_TC > 0, 0)
     label_TCr = chosen_TC[..., None] * run + torch.arange(run, device=chosen_TC.device)
     known_TCr = label_TCr.clamp(max=weight_TV.shape[1] - 1)
-    inside_TCr = weight_TV.gather(1, known_TCr.flatten(1)).view_as(known_TCr) * (label_TCr == known_TCr)
+    inside_TCr = weight_TV.gather(1, known_TCr.flatten(1)).view_as(known_TCr).float() * (label_TCr == known_TCr)
     ends_TCr = inside_TCr.cumsum_(-1)
     # No label without weight: where rounding puts the mark behind the last one, the last that adds something.
     mark_TC = torch.minimum(at_TC - before_TC, ends_TCr[..., -1] * (1 - 1e-6))

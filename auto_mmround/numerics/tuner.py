@@ -5,6 +5,7 @@ output with the teacher's, and lets every `Rounding` take one sign step (p <- p 
 to 0) in a hook that runs the moment its gradient is complete, so gradients of a block never pile up.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class TuneResult:
     end: float
     best_iter: int
     held_out: int
+    seconds: float = 0.0  # of the steps and of the looks at the held-out samples between them
 
 
 @dataclass
@@ -120,6 +122,7 @@ def tune_block(
     start = mean_error(forward, held, config.batch_size, add_up)
     if config.iters == 0 or not weights:
         return TuneResult(start, start, 0, len(held))
+    started = time.perf_counter()
     best = (start, 0, [weight.rounding.snapshot() for weight in weights])
     draw = _draws(train, config)
     with _sign_descent(weights, config, add_up) as learn:
@@ -136,7 +139,7 @@ def tune_block(
     for weight, snapshot in zip(weights, best[2], strict=True):
         weight.rounding.restore(snapshot)
         weight.refresh()
-    return TuneResult(start, best[0], best[1], len(held))
+    return TuneResult(start, best[0], best[1], len(held), time.perf_counter() - started)
 
 
 def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:

@@ -36,6 +36,7 @@ class BlockReport:
     seconds: float
     peak_gb: float
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # share lost of each output, `LayerErrors`
+    steps_seconds: float = 0.0  # of ``seconds``, the sign steps
     unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def block_report(
         end=result.end if result else None,
         best_iter=result.best_iter if result else 0,
         seconds=time.perf_counter() - started,
+        steps_seconds=result.seconds if result else 0.0,
         peak_gb=max(devices.peak_memory(device).values()),
     )
 
@@ -109,7 +111,7 @@ def journal(
 ) -> dict[str, Any]:
     """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs between equal runs."""
     reports = [block.as_dict() for block in blocks]
-    timing = ("seconds", "peak_gb")
+    timing = ("seconds", "steps_seconds", "peak_gb")
     return {
         "auto_mmround": __version__,
         "notes": list(notes),
