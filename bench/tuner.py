@@ -2,6 +2,7 @@
 """Our tuner against auto-round: same model, samples, token budget and machine, one run after the other.
 
     bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt [--schemes W3g128 W2g64a ...] [--keep DIR]
+    bench/tuner.py --model demo --methods rtn gptq sign_round auto
 
 Each method runs in a process of its own, which reports its seconds (quantizing only) and peak memory, then the
 perplexity of the quantized model on held-out text and its KL divergence from full precision. A scheme ending in `a` is
@@ -32,7 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Column -> key of a result, and its form. matmul: see `matmul_share`.
 FIGURES = {"seconds": ("seconds", ".1f"), "CPU s": ("cpu", ".0f"), "peak GB": ("peak_gb", ".2f"),
-           "perplexity": ("perplexity", ".3f"), "KL": ("kl", ".4f"), "matmul": ("share", ".0%")}  # fmt: skip
+           "perplexity": ("perplexity", ".3f"), "KL": ("kl", ".4f"), "KL image": ("kl_image", ".4f"),
+           "accuracy": ("accuracy", ".1%"), "matmul": ("share", ".0%")}  # fmt: skip
 PEERS: dict[str, dict[str, Any]] = {"auto-round": {}, "auto-round alg_ext": {"enable_alg_ext": True}}
 
 
@@ -114,8 +116,38 @@ def damage(model: Any, reference: Any, rows: Any) -> dict[str, float]:
     return {"perplexity": float(torch.tensor(loss / len(rows)).exp()), "kl": kl / len(rows)}
 
 
+def bundled(job: dict[str, Any]) -> dict[str, Any]:
+    """One method on the bundled vision-language model, text and images in its calibration; KL by modality."""
+    from auto_mmround.evaluation.metrics import measure
+    from auto_mmround.evaluation.samples import held_out
+    from auto_mmround.recipe.recipe import Recipe
+    from auto_mmround.run import job as jobs
+    from auto_mmround.run.finished import Finished
+    from auto_mmround.run.pipeline import quantize as run_pipeline
+
+    scheme = {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
+    options = METHODS.get(job["method"], {}) | job["options"]
+    recipe = Recipe(model="demo", dataset="demo", nsamples=job["samples"], device="cpu", **scheme | options)
+    loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
+    prepared = jobs.prepare(recipe, loaded)
+    started, used = time.perf_counter(), time.process_time()
+    if job["method"] != "full precision":
+        run_pipeline(loaded.model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
+    result = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
+    result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    (found,) = measure([loaded.model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference)
+    assert found.perplexity is not None and found.accuracy is not None
+    return result | {
+        "perplexity": found.perplexity, "kl": found.kl["text"], "kl_image": found.kl["image"],
+        "accuracy": found.accuracy,
+    }  # fmt: skip
+
+
 def worker(job: dict[str, Any]) -> None:
     """One method in this process; the last line of standard output is its result as JSON."""
+    if job["model"] == "demo":
+        print(json.dumps(bundled(job)))
+        return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
