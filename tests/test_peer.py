@@ -33,11 +33,16 @@ def test_published_sign_round_does_what_auto_round_does(bits):
     reference = LlamaForCausalLM(config).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     errors = {"nearest": [], "ours": [], "auto-round": []}
-    for seed in range(3):
+    for seed in range(2):
         rows = torch.randint(0, 2000, (16, 64), generator=torch.Generator().manual_seed(seed))
         common = dict(bits=bits, group_size=32, sym=True, iters=200, nsamples=16, seqlen=64, batch_size=8, seed=seed)
         peer = AutoRound(
-            copy.deepcopy(reference), tokenizer, dataset=[row[None] for row in rows], device_map="cpu", **common
+            copy.deepcopy(reference),
+            tokenizer,
+            dataset=[row[None] for row in rows],
+            device_map="cpu",
+            enable_torch_compile=False,
+            **common,
         )
         data = [{"input_ids": row.tolist()} for row in rows]
         for name, options in (("ours", {"algorithm": "sign_round"}), ("nearest", {"algorithm": "rtn"})):
@@ -46,6 +51,6 @@ def test_published_sign_round_does_what_auto_round_does(bits):
             ).quantize()[0]
             errors[name].append(first_block_error(model, reference, rows))
         errors["auto-round"].append(first_block_error(peer.quantize()[0].float(), reference, rows))
-    means = {name: sum(found) / 3 for name, found in errors.items()}
+    means = {name: sum(found) / 2 for name, found in errors.items()}
     print(bits, means)
     assert means["ours"] < 1.05 * means["auto-round"] < 0.8 * means["nearest"]
