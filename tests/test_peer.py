@@ -54,4 +54,4 @@ def test_published_sign_round_does_what_auto_round_does(bits):
         errors["auto-round"].append(first_block_error(peer.quantize()[0].float(), reference, fresh))
     means = {name: sum(found) / 2 for name, found in errors.items()}
     print(bits, means)
-    assert means["ours"] < 1.05 * means["auto-round"] < 0.8 * means["nearest"]
+    assert means["ours"] < 1.05 * means["auto-round"] and means["ours"] < 0.9 * means["nearest"]
