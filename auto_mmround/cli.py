@@ -73,8 +73,9 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("quant_nontext_module", [], "quantize the vision and audio towers too"),
         ("quant_lm_head", [], "quantize the output head too, rounded to nearest, if it has a weight of its own"),
         ("to_quant_block_names", [], "comma list of regular expressions for the block lists to quantize"),
-        ("data_type", ["dtype"], "int, or rounded to nearest: fp8, nvfp4, mxfp4 (compressed_tensors)"),
+        ("data_type", ["dtype"], "int, or rounded to nearest: fp8, nvfp4, mxfp4, mxfp8 (compressed_tensors)"),
         ("act_bits", [], "8: the engine quantizes activations, a scale a token (compressed_tensors); 32: it does not"),
+        ("act_static", [], "fp8: one scale for all inputs of a layer, from calibration"),
     ],
     "equalization": [
         ("equalize", [], f"first move magnitude between inputs and weights: {', '.join(EQUALIZERS)}"),
@@ -139,6 +140,7 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
 }
 NEGATED = {
     "asym": "sym",
+    "act_static": "act_dynamic",
     "no_stream": "stream",
     "disable_minmax_tuning": "enable_minmax_tuning",
     "disable_quanted_input": "enable_quanted_input",

@@ -17,12 +17,14 @@ from auto_mmround.evaluation.engines import interpreter, run_transformers
 from auto_mmround.evaluation.loader import from_quantized, load_any
 from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.samples import held_out
+from auto_mmround.evaluation.static import check as check_files
 from auto_mmround.export import compressed_tensors as ct
 from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.grids import Codes, dequantize, quantize_tokens
+from auto_mmround.recipe.aliases import preset
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
@@ -123,6 +125,9 @@ FLOAT_SCHEMES = {
     "fp8 blocks": Scheme(8, 128, data_type="fp8", act_bits=8),
     "nvfp4": Scheme(4, 16, data_type="nvfp4"),
     "mxfp4": Scheme(4, 32, data_type="mxfp4"),
+    "mxfp8": Scheme(8, 32, data_type="mxfp8"),
+    "mxfp8 dynamic": Scheme(8, 32, data_type="mxfp8", act_bits=8),
+    "fp8 static": Scheme(8, -1, data_type="fp8", act_bits=8, act_dynamic=False),
 }
 
 
@@ -145,12 +150,14 @@ def test_floats_are_what_compressed_tensors_rounds_and_packs(case: str, seed: in
     w_OI = torch.randn(200, 256, generator=gen) * 0.03 * torch.rand(200, 1, generator=gen).exp2()
     w_OI[0, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])  # ties, where the scale is a power of 2
     group = group_of(scheme)
-    codes = Nearest(w_OI, scheme.data_type, scheme.group_size).codes()
+    static = None if scheme.act_dynamic else torch.rand(1, generator=gen)
+    codes = Nearest(w_OI, scheme.data_type, scheme.group_size, input_scale=static).codes()
     tensors = {k.removeprefix("m."): t for k, t in FORMATS["compressed_tensors:float"].pack("m", codes).items()}
     local = {"weight": w_OI, "weight_scale": their_scale(w_OI, group.weights, scheme, codes.global_scale)}
     if codes.global_scale is not None:
         assert torch.equal(codes.global_scale, generate_gparam(w_OI.min(), w_OI.max()))
         local["weight_global_scale"] = codes.global_scale
+    local |= {} if static is None else {"input_scale": static}
     compressor = BaseCompressor.get_value_from_registry(str(group.format))
     theirs = compressor.compress(local, group)
     assert theirs.keys() == tensors.keys()
@@ -175,6 +182,17 @@ def test_float_refusals() -> None:
     for values in wrong:
         with pytest.raises(UserError, match="data_type fp8"):
             replace(RTN, data_type="fp8", **values)
+
+
+def test_one_scale_for_a_whole_weight_is_read() -> None:
+    """llm-compressor's FP8: static, by tensor."""
+    q_OI = torch.randn(6, 48).to(torch.float8_e4m3fn)
+    tensors = {"m.weight": q_OI, "m.weight_scale": torch.tensor([0.25]), "m.input_scale": torch.tensor([0.5])}
+    float8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    config = {"config_groups": {"group_0": {"targets": ["m"], "weights": float8, "input_activations": float8}}}
+    scheme = formats.scheme_of(config, "m")
+    assert (scheme.act_bits, scheme.act_dynamic, scheme.data_type, scheme.group_size) == (8, False, "fp8", -1)
+    assert torch.equal(dequantize(ct.unpack("m", tensors, scheme)), q_OI.float() / 4)
 
 
 def test_a_zero_weight_stays_zero() -> None:
@@ -288,9 +306,9 @@ def test_a_pattern_never_takes_another_tower() -> None:
 
 def test_groups_that_cannot_be_read_are_one_line() -> None:
     fp8: dict[str, Any] = {"targets": ["re:.*fc1"]}
-    fp8["weights"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    fp8["weights"] = {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32}
     config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": fp8}}
-    with pytest.raises(UserError, match="8 bit float"):
+    with pytest.raises(UserError, match="6 bit float"):
         formats.scheme_of(config, "a.fc1")
     with pytest.raises(UserError, match="no config group"):
         formats.scheme_of(config, "a.fc2")
@@ -345,8 +363,8 @@ def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", FLOAT_SCHEMES)
 def test_float_runs_hold_what_the_model_was_left_with(tmp_path: Path, case: str) -> None:
     scheme = FLOAT_SCHEMES[case]
-    settings = {"bits": scheme.bits, "group_size": scheme.group_size, "act_bits": scheme.act_bits}
-    job, (folder,) = run(tmp_path, data_type=scheme.data_type, **settings)
+    settings = {key: getattr(scheme, key) for key in ("bits", "group_size", "act_bits", "act_dynamic")}
+    job, (folder,) = run(tmp_path, data_type=scheme.data_type, dataset="demo", nsamples=8, **settings)
     assert_holds(folder, job.loaded.model.state_dict())
     if case == "nvfp4":  # weights that engines fuse share the scale of the whole weight
         scales = {n: t.item() for n, t in load_file(folder / "model.safetensors").items() if "global_scale" in n}
@@ -369,6 +387,16 @@ def test_float_runs_hold_what_the_model_was_left_with(tmp_path: Path, case: str)
         {"data_type": "fp8", "bits": 8, "group_size": 128},
         {"data_type": "nvfp4", "bits": 4, "group_size": 16},
         {"data_type": "mxfp4", "bits": 4, "group_size": 32},
+        {"data_type": "mxfp8", "bits": 8, "group_size": 32, "act_bits": 8},
+        {
+            "data_type": "fp8",
+            "bits": 8,
+            "group_size": -1,
+            "act_bits": 8,
+            "act_dynamic": False,
+            "dataset": "demo",
+            "nsamples": 8,
+        },
     ],
     ids=str,
 )
@@ -392,6 +420,36 @@ def test_eight_bit_activations(tmp_path: Path) -> None:
     error = ((exact - rounded).std() / exact.std()).item()
     assert 1e-4 < error < 0.1  # inputs are rounded in every planned layer, and finely
     assert sum(bool(m._forward_pre_hooks) for m in engine.modules()) == len(job.plan.quantized)
+
+
+def test_static_inputs_are_what_calibration_shows(tmp_path: Path) -> None:
+    """One scale a layer, the largest input of all samples / 448; engines' rounding with it shifts the logits a little,
+    and `verify` sees a scale that is no longer the run's."""
+    recipe = replace(RTN, output_dir=str(tmp_path), dataset="demo", nsamples=8, **preset("FP8_STATIC", ""))
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    peaks: dict[str, float] = {}
+    model = load("demo").model
+    for name in job.plan.quantized:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, name=name: peaks.update({name: max(peaks.get(name, 0.0), x[0].abs().max().item())})
+        )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for sample in job.inputs:
+            model(**sample.kwargs)
+    (folder,) = jobs.run(job)
+    tensors = load_file(folder / "model.safetensors")
+    found = {name: tensors[f"{stored(name)}.input_scale"] for name in job.plan.quantized}
+    assert all(scale.shape == (1,) and scale.dtype == torch.float32 for scale in found.values())
+    assert {n: s.item() * 448 for n, s in found.items()} == pytest.approx(peaks, rel=1e-6) and len(found) == 35
+    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert (group["input_activations"]["dynamic"], group["input_activations"]["strategy"]) == (False, "tensor")
+    weights, engine = from_quantized(folder, dtype="float32").model, load_any(str(folder), dtype="float32").model
+    exact, rounded = logits_of(weights, inputs()[0]), logits_of(engine, inputs()[0])
+    assert 1e-4 < ((exact - rounded).std() / exact.std()).item() < 0.2
+    assert not [f for f in check_files(folder) if f.severity == "error"]
+    tensors[f"{stored(next(iter(found)))}.input_scale"] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [f.where.rpartition(".")[2] for f in check_files(folder) if f.severity == "error"] == ["input_scale"]
 
 
 def test_other_formats_refuse_eight_bit_activations(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipe files: those of scripts/recipes end to end on the bundled model, names and files of other tools, mistakes."""
 
+import json
 import re
 import tomllib
 from dataclasses import replace
@@ -128,13 +129,38 @@ def test_names_of_other_tools_mean_our_keys():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_schemes_are_recipes_or_refused_in_one_line(name):
-    try:
-        recipe = from_mapping({"scheme": name})
-    except UserError as error:
-        assert "\n" not in str(error) and PRESETS[name]["data_type"] != "int"
-    else:
-        assert (recipe.bits, recipe.sym) == (PRESETS[name]["bits"], PRESETS[name]["sym"])
+def test_a_scheme_is_its_keys(name):
+    recipe = from_mapping({"scheme": name})
+    assert {key: getattr(recipe, key) for key in PRESETS[name]} == PRESETS[name]
+    assert recipe == from_mapping(PRESETS[name]) == from_mapping({"scheme": name.lower()})
+    assert recipe.calibrates == (recipe.data_type == "int")
+
+
+def test_names_of_schemes_mean_what_they_say():
+    wanted = {"W8A8", "W4A16", "W8A16", "W3A16", "W2A16", "W4A8", "FP8", "NVFP4", "MXFP4"}
+    assert wanted <= PRESETS.keys()
+    for name, keys in PRESETS.items():
+        if name[0] == "W":
+            bits, inputs = name[1:].removesuffix("_ASYM").split("A")
+            assert (keys["bits"], min(keys["act_bits"], 16)) == (int(bits), int(inputs))
+        else:
+            assert name.lower().startswith(keys["data_type"]) and keys["bits"] == int(keys["data_type"][-1])
+    with pytest.raises(UserError, match="rounded to nearest only"):
+        from_mapping({"scheme": "FP8", "algorithm": "gptq"})
+    with pytest.raises(UserError, match="act_dynamic = false is for FP8"):
+        from_mapping({"scheme": "W8A8", "act_dynamic": False})
+
+
+@pytest.mark.parametrize("name", ["FP8", "FP8_STATIC", "FP8_BLOCK", "MXFP8", "MXFP4", "NVFP4"])
+def test_a_float_scheme_runs_from_a_recipe_of_three_lines(name, tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(f'model = "demo"\nscheme = "{name}"\nformat = "compressed_tensors"\n')
+    assert cli.main([str(path), "--dataset", "demo", "--nsamples", "8", "--output_dir", str(tmp_path)]) == 0
+    keys = PRESETS[name]
+    (folder,) = tmp_path.glob("demo-*")
+    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert (group["weights"]["type"], group["weights"]["num_bits"]) == ("float", keys["bits"])
+    assert bool(group["input_activations"]) == (keys["act_bits"] == 8)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +298,9 @@ default_stage:
     assert recipe.quant_nontext_module  # its targets are the whole model's
     fine = translated("GPTQModifier: {scheme: W4A16, sequential_targets: [Linear], actorder: group}", tmp_path)
     assert fine.in_turn and fine.quant_nontext_module and not fine.block_classes and fine.actorder == "group"
+    static = translated("QuantizationModifier: {scheme: FP8}", tmp_path)
+    assert (static.data_type, static.act_dynamic, static.algorithm) == ("fp8", False, "rtn")
+    assert translated("QuantizationModifier: {scheme: FP8_DYNAMIC}", tmp_path).act_dynamic
     plain = translated("QuantizationModifier: {targets: Linear, scheme: {W8A16: [Linear]}}", tmp_path)
     assert (plain.algorithm, plain.bits, plain.group_size, plain.targets) == ("rtn", 8, -1, None)
 
@@ -280,6 +309,8 @@ default_stage:
     "text, word",
     [
         ("GPTQModifier: {schem: W4A16}", "did you mean scheme"),
+        ("GPTQModifier: {scheme: FP8}", "rounded to nearest only"),
+        ("QuantizationModifier: {scheme: NVFP4}", "use NVFP4A16"),
         ("GPTQModifier: {ignore: [lm_head]}", "names no scheme"),
         ("GTPQModifier: {scheme: W4A16}", "did you mean GPTQModifier"),
         ("quant_stage: {quant_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}", "modifier 'SparseGPTModifier'"),

@@ -1,6 +1,7 @@
 """Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized weights."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from auto_mmround.model.loading import (
     read_config,
     skeleton,
 )
-from auto_mmround.numerics.float_grids import quantize_tokens_e4m3
+from auto_mmround.numerics.float_grids import quantize_inputs_e4m3, quantize_tokens_as_rows, quantize_tokens_e4m3
 from auto_mmround.numerics.grids import quantize_tokens
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import one_line
@@ -61,7 +62,7 @@ def from_quantized(
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
     if activations:
-        _quantize_inputs(model, read_checkpoint(folder), state)
+        _quantize_inputs(model, read_checkpoint(folder), state, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
@@ -81,8 +82,10 @@ def _as_the_model_keeps_them(model: PreTrainedModel, folder: Path, state: dict[s
     return state
 
 
-def _quantize_inputs(model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-    """Hooks for the layers whose scheme has 8-bit activations. keys: those of the decoded checkpoint."""
+def _quantize_inputs(
+    model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str], device: str | torch.device
+) -> None:
+    """Hooks for the layers whose inputs engines quantize. keys: those of the decoded checkpoint."""
     quantization = checkpoint.quantization_config
     if quantization is None:
         return
@@ -93,13 +96,20 @@ def _quantize_inputs(model: PreTrainedModel, checkpoint: Checkpoint, keys: Itera
         scheme = formats.scheme_of(quantization, stored)
         if scheme.act_bits < 16:
             layer = model.get_submodule(parameter.removesuffix(".weight"))
-            layer.register_forward_pre_hook(lambda _, given, scheme=scheme: (_rounded(given[0], scheme), *given[1:]))
+            measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"
+            wholes = [] if scheme.act_dynamic and scheme.data_type != "nvfp4" else [f"{stored}.{measured}"]
+            rounded = partial(_rounded, scheme, *(tensor.to(device) for _, tensor in checkpoint.tensors(wholes)))
+            layer.register_forward_pre_hook(lambda _, given, rounded=rounded: (rounded(given[0]), *given[1:]))
 
 
-def _rounded(x_TI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    if scheme.data_type == "fp8":
-        return quantize_tokens_e4m3(x_TI, scheme.group_size)
-    return quantize_tokens(x_TI, scheme.act_bits)
+def _rounded(scheme: Scheme, *given: Tensor) -> Tensor:
+    """given: what was measured of all inputs, if there is such a thing, then the inputs."""
+    *wholes, x_TI = given
+    if scheme.data_type == "int":
+        return quantize_tokens(x_TI, scheme.act_bits)
+    if scheme.data_type != "fp8":
+        return quantize_tokens_as_rows(x_TI, scheme.data_type, scheme.group_size, *wholes)
+    return quantize_inputs_e4m3(x_TI, *wholes) if wholes else quantize_tokens_e4m3(x_TI, scheme.group_size)
 
 
 def load_any(

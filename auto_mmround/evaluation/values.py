@@ -132,9 +132,9 @@ def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]
         if now[key] != written[key]:
             text = f"the configuration gives it {key} = {now[key]}, the run tuned it with {written[key]}"
             yield Finding("error", f"{module}: quantization_config", text)
-    marks = {"q": s.fmt.parts[0] if s.fmt else "", "scale": "scale", "zero": "zero"}
+    marks = {"q": s.fmt.parts[0] if s.fmt else "", "scale": "scale", "zero": "zero", "input_scale": "input_scale"}
     for key, mark in marks.items():
-        if now[key] != written[key]:
+        if now.get(key) != written.get(key):
             where = _part(s.parts(module), mark, module)
             yield Finding("error", where, "does not decode to what was tuned (its checksum in run.json differs)")
 

@@ -194,15 +194,15 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     group = next((targets[t] for t in _in_order(targets) if _fits(t, name)), None)
     if group is None:
         raise UserError(f"quantization_config: {name} is quantized, but no config group is for it")
-    weights, act_bits = group["weights"], (group.get("input_activations") or {}).get("num_bits", 16)
-    found = compressed_floats.scheme_of(weights, act_bits) if weights.get("type") == "float" else None
+    weights, inputs = group["weights"], group.get("input_activations") or {}
+    found = compressed_floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
     if found is None and (weights.get("type") == "float" or weights.get("strategy") not in ("group", "channel")):
         kind = f"{weights.get('num_bits')} bit {weights.get('type')} weights with strategy {weights.get('strategy')}"
-        raise UserError(f"cannot read {name}: {kind}; read are integers by group or channel, FP8, NVFP4 and MXFP4")
+        raise UserError(f"cannot read {name}: {kind}; read are integers by group or channel, FP8, NVFP4 and MX")
     if found is not None:
         return found
     size = weights["group_size"] if weights["strategy"] == "group" else -1
-    return Scheme(weights["num_bits"], size, weights.get("symmetric", True), act_bits=act_bits)
+    return Scheme(weights["num_bits"], size, weights.get("symmetric", True), act_bits=inputs.get("num_bits", 16))
 
 
 def _in_order(targets: Iterable[str]) -> list[str]:
@@ -235,7 +235,7 @@ INT8 = Format(
 )
 FLOAT = Format(
     name="compressed_tensors:float",
-    summary="compressed-tensors checkpoint with FP8, NVFP4 or MXFP4 weights (data_type), rounded to nearest",
+    summary="compressed-tensors checkpoint with FP8, NVFP4, MXFP4 or MXFP8 weights (data_type), rounded to nearest",
     bits=(4, 8),
     check=compressed_floats.check,
     pack=compressed_floats.pack,

@@ -101,7 +101,7 @@ def check_int(
     group = in_features if scheme.group_size == -1 else scheme.group_size
     held = sorted(bits)
     rules = (
-        (scheme.data_type != "int", f"holds integers, not {scheme.data_type}"),
+        (scheme.data_type != "int", f"holds integers, not {scheme.data_type}, which compressed_tensors does"),
         (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
         (
             scheme.scale_dtype not in scale_dtypes,

@@ -1,8 +1,8 @@
-"""Float grids, rounded to nearest: FP8 (e4m3), NVFP4 and MXFP4 (both e2m1). No tuning: there is no zero point to place
-and no offset to learn here.
+"""Float grids, rounded to nearest: FP8 and MXFP8 (e4m3), NVFP4 and MXFP4 (e2m1). No tuning: there is no zero point to
+place and no offset to learn here.
 
-Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MXFP4: a power of two for 32 columns, the one that
-puts the largest magnitude into e2m1's last binade (OCP MX v1.0), moved up where it would round beyond it. NVFP4: e4m3
+Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MX: a power of two for 32 columns, the one that
+puts the largest magnitude into the last binade of e2m1 or e4m3 (OCP MX v1.0), moved up from 1.75 of it on. NVFP4: e4m3
 for 16 columns, divided by one float32 for the whole weight, ``448 * 6 / max|w|``. Suffixes as in `grids`.
 """
 
@@ -13,6 +13,7 @@ from auto_mmround.numerics.grids import Codes, dequantize, from_groups, levels, 
 
 E4M3_TOP, E2M1_TOP = 448.0, 6.0
 BLOCK = 128  # rows and columns of an FP8 block
+MX_BINADES = {"mxfp4": 2, "mxfp8": 8}
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -29,10 +30,10 @@ def to_e2m1(x: Tensor) -> Tensor:
     return (index + tie + 8 * (x < 0)).to(torch.uint8)
 
 
-def mx_scale(peak_OG: Tensor) -> Tensor:
-    """Powers of two, float32, for groups with these largest magnitudes."""
+def mx_scale(peak_OG: Tensor, binade: int) -> Tensor:
+    """Powers of two, float32, for groups with these largest magnitudes; binade: exponent of the grid's last one."""
     mantissa_OG, exponent_OG = torch.frexp(peak_OG.float())  # mantissa in [0.5, 1)
-    exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - 2  # from 1.75 on it would round to 8 quarters
+    exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - binade  # from 1.75 on e2m1 would round to 8 quarters
     return torch.ldexp(torch.ones_like(mantissa_OG), torch.where(peak_OG > 0, exponent_OG, -127).clamp(-127, 127))
 
 
@@ -40,15 +41,23 @@ class Nearest:
     """A weight on its nearest points; the same face as `rounding.Rounding` has where nothing is tuned.
 
     peak: largest magnitude that NVFP4's scale for the whole weight is for; engines that fuse weights want one for all.
+    input_scale: (1,), of static activations.
     """
 
-    def __init__(self, w_OI: Tensor, data_type: str, group_size: int, peak: Tensor | None = None):
+    def __init__(
+        self,
+        w_OI: Tensor,
+        data_type: str,
+        group_size: int,
+        peak: Tensor | None = None,
+        input_scale: Tensor | None = None,
+    ):
         self.columns = columns = w_OI.shape[1]
         group = columns if group_size == -1 else group_size
         w_OGg = to_groups(w_OI.float(), group)
         peak_OG, global_scale = w_OGg.abs().amax(-1), None
-        if data_type == "mxfp4":
-            scale_OG = mx_scale(peak_OG)
+        if data_type in MX_BINADES:
+            scale_OG = mx_scale(peak_OG, MX_BINADES[data_type])
         elif data_type == "nvfp4":
             whole = (peak_OG.max() if peak is None else peak).float().clamp(min=torch.finfo(torch.float32).tiny)
             global_scale = (E4M3_TOP * E2M1_TOP / whole).nan_to_num(posinf=1.0).reshape(1)
@@ -59,12 +68,11 @@ class Nearest:
                 peak_OG = _rows_of_blocks(peak_OG)
             scale_OG = torch.where(peak_OG > 0, peak_OG / E4M3_TOP, torch.finfo(torch.float32).eps)
         step_OG = scale_OG if global_scale is None else scale_OG / global_scale
-        encode = to_e4m3 if data_type == "fp8" else to_e2m1
+        bits = 8 if data_type in ("fp8", "mxfp8") else 4
+        encode = to_e4m3 if bits == 8 else to_e2m1
         q_OI = from_groups(encode(w_OGg / step_OG[..., None]), columns).contiguous()
         zero_OG = torch.zeros_like(scale_OG, dtype=torch.uint8)
-        self._codes = Codes(
-            q_OI, scale_OG, zero_OG, 8 if data_type == "fp8" else 4, group, True, data_type, global_scale
-        )
+        self._codes = Codes(q_OI, scale_OG, zero_OG, bits, group, True, data_type, global_scale, input_scale)
 
     def codes(self) -> Codes:
         """What goes to disk."""
@@ -73,6 +81,19 @@ class Nearest:
     def weight(self) -> Tensor:
         """W~, float32 (out, in)."""
         return dequantize(self._codes)
+
+
+def quantize_inputs_e4m3(x_TI: Tensor, input_scale: Tensor) -> Tensor:
+    """What engines make of an FP8 layer's inputs (.., in) under one static scale; beyond 448 scales they stay there."""
+    return (levels("e4m3").to(x_TI.device)[to_e4m3(x_TI.float() / input_scale).long()] * input_scale).to(x_TI.dtype)
+
+
+def quantize_tokens_as_rows(
+    x_TI: Tensor, data_type: str, group_size: int, global_scale: Tensor | None = None
+) -> Tensor:
+    """What engines make of an MX or NVFP4 layer's inputs (.., in): as of a weight's rows. global_scale: NVFP4's."""
+    peak = None if global_scale is None else E4M3_TOP * E2M1_TOP / global_scale
+    return Nearest(x_TI.flatten(0, -2), data_type, group_size, peak).weight().reshape(x_TI.shape).to(x_TI.dtype)
 
 
 def quantize_tokens_e4m3(x_TI: Tensor, group_size: int = -1) -> Tensor:

@@ -23,8 +23,9 @@ class Codes(NamedTuple):
     bits: int
     group_size: int  # the real one: per channel means in_features
     sym: bool
-    data_type: str = "int"  # "fp8", "nvfp4", "mxfp4": q is the number's own bits, see `levels`
+    data_type: str = "int"  # "fp8", "nvfp4", "mxfp4", "mxfp8": q is the number's own bits, see `levels`
     global_scale: Tensor | None = None  # NVFP4: float32 (1,), what scales are divided by
+    input_scale: Tensor | None = None  # static FP8: float32 (1,), of all the layer's inputs
 
 
 class Grid(NamedTuple):
@@ -64,7 +65,7 @@ def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
     columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
     if codes.data_type != "int":
         scale_OG = codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
-        values = levels("e4m3" if codes.data_type == "fp8" else "e2m1").to(q_OI.device)
+        values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OI.device)
         return (values[codes.q_OI.long()] * scale_OG[:, columns_I]).to(dtype)
     return ((q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]).to(dtype)
 

@@ -29,6 +29,11 @@ NO_EFFECT = {
 }
 
 
+# Names that mean something else there, None: that we do not have. Their FP8 has one weight scale, ours one a channel.
+RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP4A16": "NVFP4", "MXFP4": None,
+           "NVFP4": None}  # fmt: skip
+
+
 def is_recipe(tree: dict[str, Any]) -> bool:
     """Whether a file's content has llm-compressor's form: stages, groups of modifiers, or modifiers."""
     return any(str(key).endswith(("_stage", "_modifiers", "Modifier")) for key in tree)
@@ -124,12 +129,14 @@ def _targets(value: Any, where: str) -> Values:
 
 def _scheme(value: Any, where: str) -> Values:
     """A preset's name, or {name: targets}."""
-    if not isinstance(value, dict):
-        return preset(value, where)
-    if len(value) != 1:
+    if isinstance(value, dict) and len(value) != 1:
         raise UserError(f"{where}: scheme names {len(value)} presets; use config_groups for layers that differ")
-    ((name, targets),) = value.items()
-    return preset(name, where) | _targets(targets, where)
+    name, targets = next(iter(value.items())) if isinstance(value, dict) else (value, None)
+    meant = RENAMED.get(str(name).upper(), name)
+    if meant is None:
+        raise UserError(f"{where}: scheme {name} quantizes activations to 4 bits, which is not built; use {name}A16")
+    scheme = {key: value for key, value in preset(meant, where).items() if key != "algorithm"}  # the modifier says it
+    return scheme | _targets(targets, where)
 
 
 def _mappings(value: Any, where: str) -> Values:

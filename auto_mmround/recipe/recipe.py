@@ -54,6 +54,7 @@ class Recipe:
     data_type: str = "int"
     scale_dtype: str = "fp16"
     act_bits: int = 32
+    act_dynamic: bool = True
     target_bits: float | None = None
     bit_options: str | list[int] = "2,3,4,8"
     layer_config: dict[str, dict[str, Any]] | None = None
@@ -158,7 +159,10 @@ class Recipe:
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
 
-        for name, asked in (("equalize", self.equalize != "none"), ("polish", self.polish)):
+        static = "act_dynamic = false is for FP8 by channel with act_bits = 8, as scheme = FP8_STATIC has it"
+        _require(self.act_dynamic or (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1), static)
+        static_inputs = ("act_dynamic = false", not self.act_dynamic)
+        for name, asked in (("equalize", self.equalize != "none"), ("polish", self.polish), static_inputs):
             _require(not (asked and self.streams), f"{name} needs the whole model in memory: no streaming")
         _require(not (self.retarget and self.in_turn), "retarget and true_sequential exclude one another")
         _require(0 <= self.trim < 0.5, f"trim = {self.trim}: a share of the errors, from 0 to below 0.5")
@@ -198,7 +202,10 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """The scheme of every weight without an override in ``layer_config``."""
-        return Scheme(self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype, min(self.act_bits, 16))
+        return Scheme(
+            self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype, min(self.act_bits, 16),
+            act_dynamic=self.act_dynamic,
+        )  # fmt: skip
 
     @property
     def steps(self) -> int:
@@ -233,8 +240,14 @@ class Recipe:
 
     @property
     def needs_samples(self) -> bool:
-        """Whether calibration samples are read: to tune, to choose bits, or to see which channels are large."""
-        return self.calibrates or self.polish or self.equalize != "none" or self.target_bits is not None
+        """Whether calibration samples are read: to tune, to choose bits, or to see which channels, or inputs, are
+        large."""
+        return self.calibrates or self.whole_passes
+
+    @property
+    def whole_passes(self) -> bool:
+        """Whether something works all over the model, before any block is quantized or after all are."""
+        return self.polish or self.equalize != "none" or self.target_bits is not None or not self.act_dynamic
 
     @property
     def block_classes(self) -> list[str]:

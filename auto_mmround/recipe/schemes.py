@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 # Float grids: bits, and the group sizes they exist for. -1: a scale an output channel; FP8's 128: blocks of 128 x 128.
-FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {"fp8": (8, (-1, 128)), "nvfp4": (4, (16,)), "mxfp4": (4, (32,))}
+FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "fp8": (8, (-1, 128)),
+    "nvfp4": (4, (16,)),
+    "mxfp4": (4, (32,)),
+    "mxfp8": (8, (32,)),
+}
 
 
 @dataclass(frozen=True)
@@ -14,8 +19,8 @@ class Scheme:
     bits: 2..8. group_size: columns that share a scale, -1 for one per output channel. sym: full-range symmetric
     (zero point 2**(bits-1)) or asymmetric. scale_dtype: "fp16", "bf16" or "fp32". min_zero: smallest zero point the
     file format can hold (1 for layouts that store zero - 1). scale_bits: significant bits of a scale or None.
-    file format can hold (1 for layouts that store zero - 1). act_bits: 8 where the engine is to quantize the inputs,
-    symmetric with a scale a token computed as it runs; 16 for none. data_type: "int" or one of FLOATS.
+    act_bits: 8 where the engine is to quantize the inputs, symmetric; 16 for none. act_dynamic: with a scale a token,
+    computed as it runs, or with one for all, measured beforehand. data_type: "int" or one of FLOATS.
     """
 
     bits: int = 4
@@ -26,12 +31,18 @@ class Scheme:
     act_bits: int = 16
     min_zero: int = 0
     scale_bits: int | None = None
+    act_dynamic: bool = True
 
 
 def _weights(
     bits: int, group_size: int = 128, sym: bool = True, act_bits: int = 32, data_type: str = "int"
 ) -> dict[str, Any]:
     return {"bits": bits, "group_size": group_size, "sym": sym, "act_bits": act_bits, "data_type": data_type}
+
+
+def _floats(data_type: str, group_size: int, act_bits: int = 32) -> dict[str, Any]:
+    """Of a float grid; rounded to nearest, since no tuner works on one."""
+    return _weights(FLOATS[data_type][0], group_size, True, act_bits, data_type) | {"algorithm": "rtn"}
 
 
 # Names as llm-compressor, vLLM and AutoRound use them -> keys of a recipe. Any of these keys beside `scheme` wins.
@@ -43,7 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "W8A16": _weights(8, -1),
     "W8A8": _weights(8, -1, act_bits=8),
     "W4A8": _weights(4, act_bits=8),
-    "FP8": _weights(8, -1, act_bits=8, data_type="fp8"),
-    "MXFP4": _weights(4, 32, data_type="mxfp4"),
-    "NVFP4": _weights(4, 16, data_type="nvfp4"),
+    "FP8": _floats("fp8", -1, 8),
+    "FP8_STATIC": _floats("fp8", -1, 8) | {"act_dynamic": False},
+    "FP8_BLOCK": _floats("fp8", 128, 8),
+    "MXFP8": _floats("mxfp8", 32, 8),
+    "MXFP4": _floats("mxfp4", 32),
+    "NVFP4": _floats("nvfp4", 16),
 }

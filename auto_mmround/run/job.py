@@ -65,8 +65,7 @@ def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes 
     if recipe.polish and processes.count > 1:
         raise UserError("polish is for one process; leave one of the two out")
     stream = recipe.streams if stream is None else stream
-    if recipe.equalize != "none" or recipe.polish or recipe.target_bits is not None:  # all over the model
-        stream = False
+    stream = False if recipe.whole_passes else stream
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
         remote_code=recipe.trust_remote_code, stream=stream,

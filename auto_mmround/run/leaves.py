@@ -13,8 +13,13 @@ from auto_mmround.numerics.tuner import TunedWeight
 from auto_mmround.run.plan import FUSED, WeightPlan, grid_of
 
 
-def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, TunedWeight]:
-    """Rounding states for the weights; the parameters hold round-to-nearest values from here on."""
+def leaves_of(
+    model: nn.Module, planned: Sequence[WeightPlan], input_scales: Mapping[str, Tensor] | None = None
+) -> dict[str, TunedWeight]:
+    """Rounding states for the weights; the parameters hold round-to-nearest values from here on.
+
+    input_scales: of static activations, see `static_inputs`.
+    """
     leaves = {}
     peaks = _shared_peaks(model, planned)
     for weight in planned:
@@ -25,7 +30,8 @@ def leaves_of(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tune
         if scheme.data_type == "int":
             rounding: Any = Rounding(w_OI, scheme.group_size, grid_of(scheme))
         else:
-            rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, peaks.get(weight.name))
+            wholes = peaks.get(weight.name), (input_scales or {}).get(weight.name)
+            rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, *wholes)
         leaves[weight.name] = TunedWeight(parameter, rounding, transposed)
         leaves[weight.name].refresh()
     return leaves

@@ -42,6 +42,7 @@ from auto_mmround.run.objective import forward_of, start_config, tune_config
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import STEPS, Teacher, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
+from auto_mmround.run.static_inputs import input_scales
 from auto_mmround.run.weights import Weights, accumulated, kinds_of, tower_tokens
 
 log = logging.getLogger("auto_mmround")
@@ -74,13 +75,15 @@ def quantize(
     """
     if devices.traits(device_of(model)).padded:
         inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
-    journey = _Journey(
-        model, recipe, plan, inputs, finished, watcher or Watcher(), holder or InMemory(), separable(model),
-        BatchSize(recipe.batch_size), processes,
-    )  # fmt: skip
+    watcher = watcher or Watcher()
     if recipe.equalize != "none":
         with separated(model):
-            equalize(model, recipe, plan, inputs, journey.watcher.captured)
+            equalize(model, recipe, plan, inputs, watcher.captured)
+    journey = _Journey(
+        model, recipe, plan, inputs, finished, watcher, holder or InMemory(), separable(model),
+        BatchSize(recipe.batch_size), processes,
+        input_scales(model, plan, inputs, amp=recipe.amp, captured=watcher.captured),
+    )  # fmt: skip
     teacher = listen(model, journey.batches, kinds_of(inputs), journey.precision) if recipe.polish else None
     done = all(finished.has(stage.blocks) for stage in plan.stages)
     if recipe.calibrates and not processes.gather(done)[0]:
@@ -110,6 +113,7 @@ class _Journey:
     experts: Mapping[str, Expert]
     batch: BatchSize
     processes: Processes
+    input_scales: Mapping[str, Tensor]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -193,7 +197,7 @@ class _Journey:
         with self.holder.resident([name]), separated(self.model, self.experts, [name]):
             if not self._taken([name], planned):
                 started = time.perf_counter()
-                tuned = leaves_of(self.model, planned)
+                tuned = leaves_of(self.model, planned, self.input_scales)
                 self._finish([block_report(self.device, name, stage, tuned, None, started)], codes_of(tuned))
         self.watcher.block(self.finished.reports[name])
 

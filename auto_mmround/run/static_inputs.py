@@ -1,0 +1,65 @@
+"""Scales of static activations: one for all inputs of a layer, from the largest magnitude that calibration shows."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.model import devices
+from auto_mmround.model.chains import as_dtype, moved
+from auto_mmround.model.experts import separated
+from auto_mmround.model.streaming import device_of
+from auto_mmround.numerics.float_grids import E4M3_TOP
+from auto_mmround.run.plan import Plan
+
+log = logging.getLogger("auto_mmround")
+
+
+def input_scales(
+    model: PreTrainedModel,
+    plan: Plan,
+    inputs: Sequence[ModelInput],
+    *,
+    amp: bool = True,
+    captured: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """``max|x| / 448``, float32 (1,), of every planned layer with static activations, over all samples.
+
+    Layers that read the same tensor (q, k, v), which engines fuse, get the same. One that no token reaches gets 1.
+    """
+    names = [name for name, scheme in plan.quantized.items() if not scheme.act_dynamic]
+    peaks: dict[str, Tensor] = {}
+    if not names:
+        return {}
+    dtype, device = next(p.dtype for p in model.parameters() if p.is_floating_point()), device_of(model)
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].numel():
+                peak = args[0].detach().abs().amax().float().cpu().reshape(1)
+                peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+
+        return hook
+
+    precision: AbstractContextManager = devices.autocast(device, dtype, amp)
+    with separated(model):
+        handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+        try:
+            with torch.no_grad(), precision:
+                for i, sample in enumerate(inputs):
+                    model(**moved(as_dtype(sample.kwargs, dtype), device), use_cache=False)
+                    captured(i + 1, len(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+    unreached = [name for name in names if name not in peaks]
+    if unreached:
+        log.warning(
+            "%d layers saw no calibration token, first %s: their input scale is 1", len(unreached), unreached[0]
+        )
+    zero = torch.zeros(1)
+    return {name: torch.where(p > 0, p / E4M3_TOP, 1.0) for name in names for p in [peaks.get(name, zero)]}
