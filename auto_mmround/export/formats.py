@@ -22,7 +22,18 @@ from auto_mmround.export.layout import Format, Layout
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit
 
-__all__ = ["FORMATS", "Format", "Layout", "from_config", "get", "min_zero", "resolve", "scale_bits", "scheme_of"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Layout",
+    "from_config",
+    "get",
+    "min_zero",
+    "resolve",
+    "scale_bits",
+    "scale_range",
+    "scheme_of",
+]
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
@@ -86,6 +97,15 @@ def scale_bits(names: Iterable[str], scheme: Scheme) -> int | None:
     """
     fused = not scheme.sym and any(resolve(name, [scheme]).fused_zero for name in names)
     return 11 - scheme.bits if fused else None
+
+
+def scale_range(names: Iterable[str]) -> tuple[int, int] | None:
+    """Bounds of the scales' integers in super-blocks, for the tuner's grid; None unless all of these formats have such.
+
+    Formats that pack nothing hold whatever was tuned.
+    """
+    found = {fmt.scale_range for fmt in map(get, names) if fmt.parts}
+    return found.pop() if len(found) == 1 else None
 
 
 _BY_METHOD = {

@@ -1,7 +1,8 @@
 """GGUF for llama.cpp: the text model as one file, a vision tower as an `mmproj` file beside it.
 
-Quantized weights go into block types that hold our codes exactly, or (K types) are fitted to the nearest super-blocks;
-everything else keeps its dtype, except what llama.cpp wants in float32 (vectors, convolutions, position embeddings).
+Quantized weights go into block types that hold our codes exactly; those that were tuned for another format besides are
+fitted to the super-blocks of the K types. Everything else keeps its dtype, except what llama.cpp wants in float32
+(vectors, convolutions, position embeddings).
 The package `gguf` writes and reads the files.
 """
 
@@ -22,13 +23,13 @@ from transformers import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import gguf_tokens
-from auto_mmround.export.gguf_k import SUPER_TYPES, SuperType, decode, fit
+from auto_mmround.export.gguf_k import SUPER_TYPES, SuperType, onto
 from auto_mmround.export.gguf_k import pack as pack_super
 from auto_mmround.export.gguf_models import Part, architecture, extra_tensors, text_metadata, text_part
 from auto_mmround.export.gguf_towers import ROW_END, tower_metadata, tower_of, tower_part
 from auto_mmround.export.gguf_types import BLOCK, TYPES, BlockType, exact_type, pack
 from auto_mmround.export.layout import Format, Layout, Whole, check_int
-from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, one_line, time_limit
 
@@ -36,6 +37,7 @@ HEAD_SECONDS = 30.0  # a head that claims one long list makes the reader walk th
 
 log = logging.getLogger("auto_mmround")
 Kind = BlockType | SuperType
+ROWS = ("q_OI", "scale_OG", "zero_OG", "min_OG", "unit_OS2")  # parts of `Codes` that go by outputs
 FILE_TYPES = {  # gguf.LlamaFileType, for display only
     "F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
     "Q6_K": 18,
@@ -91,7 +93,7 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> None:
             name, blocks, distance = _blocks(piece, kind)
             writers[part].add_tensor(target, blocks.cpu().numpy(), raw_dtype=gguf.GGMLQuantizationType[name])
             moved.append(distance)
-    if isinstance(kind, SuperType) and moved:
+    if kind is not None and any(moved):
         share = sum(moved) / len(moved)
         log.warning(f"gguf:{kind.name.lower()}: fitted to super-blocks, weights moved by {share:.1%} of a step (rms)")
     for key, tensor in whole.rest:
@@ -202,8 +204,9 @@ def _pieces(parts: Mapping[str, Part], key: str, whole: Any) -> Iterator[tuple[s
     if rule is None:
         return
     if isinstance(whole, Codes):
-        split = [rule.step.forward(t) for t in (whole.q_OI, whole.scale_OG, whole.zero_OG)]
-        pieces: Sequence[Any] = [Codes(q, s, z, *whole[3:]) for q, s, z in zip(*split, strict=True)]
+        own = {name: part for name in ROWS if (part := getattr(whole, name)) is not None}
+        split = [rule.step.forward(part) for part in own.values()]
+        pieces: Sequence[Any] = [whole._replace(**dict(zip(own, parts))) for parts in zip(*split, strict=True)]
     else:
         pieces = rule.step.forward(whole)
     for target, piece in zip(rule.targets, pieces, strict=True):
@@ -216,12 +219,8 @@ def _blocks(codes: Codes, kind: Kind | None) -> tuple[str, Tensor, float]:
         chosen = kind or exact_type(codes.bits, codes.sym)
         assert chosen is not None  # `check` has seen to it
         return chosen.name, pack(codes, chosen), 0.0
-    tuned_OI, scale_OG = dequantize(codes), codes.scale_OG.float()
-    min_OG = torch.zeros_like(scale_OG) if codes.sym else scale_OG * codes.zero_OG
-    fitted = fit(tuned_OI, kind, scale_OG, min_OG)
-    step_OI = scale_OG.abs().repeat_interleave(codes.group_size, 1)
-    moved = ((decode(fitted, kind) - tuned_OI) / step_OI).square().mean().sqrt()
-    return kind.name, pack_super(fitted, kind), float(moved)
+    codes, moved = (codes, 0.0) if codes.unit_OS2 is not None else onto(codes, kind)
+    return kind.name, pack_super(codes, kind), moved
 
 
 def _add_plain(writer: Any, name: str, tensor: Tensor) -> None:
@@ -297,7 +296,6 @@ def _no_pack(*_: Any) -> Any:
 
 def _format(kind: Kind | None) -> Format:
     chosen = "the smallest blocks that hold the weights exactly" if kind is None else f"{kind.name} blocks"
-    chosen += ", fitted to super-blocks after tuning" if isinstance(kind, SuperType) else ""
     return Format(
         name="gguf" if kind is None else f"gguf:{kind.name.lower()}",
         summary=f"llama.cpp: {chosen}; a vision tower as mmproj",
@@ -310,7 +308,7 @@ def _format(kind: Kind | None) -> Format:
         write=partial(write, kind),
         read=read,
         check_model=check_model,
-        exact=not isinstance(kind, SuperType),
+        scale_range=kind.grid.scale_range if isinstance(kind, SuperType) else None,
     )
 
 

@@ -1,8 +1,8 @@
-"""GGUF's super-blocks of 256 weights (K types): groups share a float16 scale d, times a small integer each.
+"""GGUF's super-blocks of 256 weights (K types): pure packing of codes on their grids, exact.
 
-W = d * k * (n - M) for the symmetric types, W = d * k * n - dmin * m for the others, with codes n and integers k, m a
-group. Such scales are no free choice of a tuner that works on plain grids, so its weights are fitted here once more:
-the scale integers by rounding, then codes and (d, dmin) in turns, the latter by least squares.
+W = d * k * (n - M) for the symmetric types, W = d * k * n - dmin * m for the others, with codes n, float16 d and dmin
+a super-block, and integers k, m a group. The tuner works on these grids (`numerics/super_grids.py`); `onto` is for
+weights that were tuned on plain ones.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SUPER = 256
+from auto_mmround.numerics import grids, super_grids
+from auto_mmround.numerics.grids import Codes, Grid
 
 
 class SuperType(NamedTuple):
@@ -23,7 +24,12 @@ class SuperType(NamedTuple):
     group: int
     low: int
     high: int
-    columns: int = SUPER
+    columns: int = grids.SUPER
+
+    @property
+    def grid(self) -> Grid:
+        """What a tuner works on."""
+        return Grid(self.bits, self.sym, scale_range=(self.low, self.high))
 
 
 SUPER_TYPES: Mapping[str, SuperType] = {
@@ -38,135 +44,37 @@ SUPER_TYPES: Mapping[str, SuperType] = {
 }
 
 
-class Super(NamedTuple):
-    """A weight on a super-block grid (S super-blocks a row, G groups each, g columns a group). dmin, min: 0 if
-    symmetric."""
-
-    n_OSGg: Tensor  # uint8
-    d_OS: Tensor  # float16; may be negative if symmetric
-    dmin_OS: Tensor  # float16
-    scale_OSG: Tensor  # int16
-    min_OSG: Tensor  # int16
-
-
-def decode(fitted: Super, kind: SuperType) -> Tensor:
-    """W (out, in) float32, in the order of operations of ggml."""
-    middle = 2 ** (kind.bits - 1) if kind.sym else 0
-    scale_OSG = fitted.d_OS.float()[..., None] * fitted.scale_OSG
-    min_OSG = fitted.dmin_OS.float()[..., None] * fitted.min_OSG
-    return (scale_OSG[..., None] * (fitted.n_OSGg.float() - middle) - min_OSG[..., None]).flatten(1)
+def onto(codes: Codes, kind: SuperType) -> tuple[Codes, float]:
+    """The nearest weight on the super-block grid that starts from a plain grid's scales and minima, and how far it is:
+    rms, in steps of the plain grid."""
+    w_OI, grid = grids.dequantize(codes), kind.grid
+    w_OGg, scale_OG = grids.to_groups(w_OI, kind.group), codes.scale_OG.float()
+    min_OG = torch.zeros_like(scale_OG) if codes.sym else scale_OG * codes.zero_OG
+    found = super_grids.fit(w_OGg, torch.ones_like(w_OGg[0]), grid, scale_OG, min_OG)
+    zero_OG, own_OG = super_grids.zeros(found, grid), None if grid.sym else found.min_OG
+    q_OGg = grids.quantize(
+        w_OGg + found.min_OG[..., None], 0.0, found.scale_OG[..., None], zero_OG[..., None], grid.top
+    )
+    fitted = grids.make_codes(q_OGg, found.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, found.unit_OS2)
+    moved_OGg = grids.to_groups(grids.dequantize(fitted) - w_OI, kind.group) / scale_OG[..., None]
+    return fitted, float(moved_OGg.square().mean().sqrt())
 
 
-def search(w_OI: Tensor, kind: SuperType, importance_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scales and minima (out, groups) of each group on its own, the best of a few shrunken ranges by weighted error.
+def pack(codes: Codes, kind: SuperType) -> Tensor:
+    """Blocks as ggml stores them, (out, bytes of a row) uint8.
 
-    importance_I: weights of the columns, such as second moments of the inputs; None weighs all alike.
+    Raises ValueError where the image would not be exact: another scheme, or scales and minima that are not the units
+    times integers within the type's bounds.
     """
-    w_OGg = w_OI.float().unflatten(1, (-1, kind.group))
-    h_Gg = torch.ones_like(w_OI[0]) if importance_I is None else importance_I.float()
-    h_Gg = h_Gg.unflatten(0, (-1, kind.group))
-    low_OG, high_OG = w_OGg.amin(-1).clamp(max=0), w_OGg.amax(-1).clamp(min=0)
-    extreme_OG = torch.where(-low_OG > high_OG, low_OG, high_OG)
-    best_OG = torch.full_like(low_OG, torch.inf)
-    scale_OG, min_OG = torch.zeros_like(low_OG), torch.zeros_like(low_OG)
-    for factor in torch.linspace(0.6, 1.05, 19).tolist():
-        if kind.sym:
-            s_OG, m_OG = -factor * extreme_OG / 2 ** (kind.bits - 1), torch.zeros_like(low_OG)
-        else:
-            s_OG, m_OG = factor * (high_OG - low_OG) / (2**kind.bits - 1), -factor * low_OG
-        value_OGg = _on_grid(w_OGg, s_OG, m_OG, kind)[1]
-        error_OG = ((value_OGg - w_OGg).square() * h_Gg).sum(-1)
-        better_OG = error_OG < best_OG
-        best_OG = torch.where(better_OG, error_OG, best_OG)
-        scale_OG, min_OG = torch.where(better_OG, s_OG, scale_OG), torch.where(better_OG, m_OG, min_OG)
-    return scale_OG, min_OG
-
-
-def fit(
-    w_OI: Tensor, kind: SuperType, scale_OG: Tensor, min_OG: Tensor, importance_I: Tensor | None = None, turns: int = 3
-) -> Super:
-    """The nearest weight on the super-block grid that starts from these scales and minima of the groups.
-
-    Several d a super-block are tried, a little below the one that reaches the largest scale, and the best is kept.
-    ValueError for columns that are no multiple of 256.
-    """
-    if w_OI.shape[1] % SUPER:
-        raise ValueError(f"{kind.name}: {w_OI.shape[1]} columns are no multiple of {SUPER}")
-    split = (-1, SUPER // kind.group)
-    w_OSGg = w_OI.float().unflatten(1, (*split, kind.group))
-    h_SGg = torch.ones_like(w_OSGg[0]) if importance_I is None else importance_I.float().unflatten(0, w_OSGg.shape[1:])
-    target_OSG, floor_OSG = scale_OG.float().unflatten(1, split), min_OG.float().unflatten(1, split)
-    if kind.sym:  # the largest scale lands on the lower bound, which is the wider one
-        at = target_OSG.abs().argmax(-1, keepdim=True)
-        full_OS = target_OSG.gather(-1, at)[..., 0] / kind.low
-    else:
-        full_OS = target_OSG.amax(-1) / kind.high
-    dmin_OS = floor_OSG.amax(-1) / kind.high
-    best: tuple[Tensor, Super] | None = None
-    for factor in (1.0, 1.01, 1.02, 1.04, 0.99, 0.98):
-        d_OS = (full_OS * factor).half()
-        m_OS = dmin_OS.half()
-        scale_OSG = _integers(target_OSG, d_OS, kind.low, kind.high)
-        min_OSG = _integers(floor_OSG, m_OS, 0, kind.high)
-        for turn in range(turns):
-            s_OSG, f_OSG = d_OS.float()[..., None] * scale_OSG, m_OS.float()[..., None] * min_OSG
-            n_OSGg, value_OSGg = _on_grid(w_OSGg, s_OSG, f_OSG, kind)
-            error_OS = ((value_OSGg - w_OSGg).square() * h_SGg).sum((-1, -2))
-            found = Super(n_OSGg.to(torch.uint8), d_OS, m_OS, scale_OSG, min_OSG)
-            best = (error_OS, found) if best is None else _better(best, (error_OS, found))
-            if turn + 1 < turns:
-                d_OS, m_OS = _least_squares(w_OSGg, h_SGg, found, kind)
-    assert best is not None
-    return best[1]
-
-
-def _better(old: tuple[Tensor, Super], new: tuple[Tensor, Super]) -> tuple[Tensor, Super]:
-    take_OS = new[0] < old[0]
-    parts = [torch.where(take_OS.reshape(*take_OS.shape, *[1] * (a.ndim - 2)), b, a) for a, b in zip(old[1], new[1])]
-    return torch.minimum(old[0], new[0]), Super(*parts)
-
-
-def _on_grid(w: Tensor, scale: Tensor, minimum: Tensor, kind: SuperType) -> tuple[Tensor, Tensor]:
-    """(codes, values) of the nearest points; scales and minima lack the last dimension of ``w``."""
-    middle, top = (2 ** (kind.bits - 1) if kind.sym else 0), 2**kind.bits - 1
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)[..., None]
-    n = ((w + minimum[..., None]) / safe + middle).round().clamp(0, top)
-    n = torch.where(scale[..., None] == 0, torch.full_like(n, middle), n)
-    return n, scale[..., None] * (n - middle) - minimum[..., None]
-
-
-def _integers(value_OSG: Tensor, unit_OS: Tensor, low: int, high: int) -> Tensor:
-    unit_OSG = torch.where(unit_OS == 0, torch.ones_like(unit_OS), unit_OS).float()[..., None]
-    return (value_OSG / unit_OSG).round().clamp(low, high).to(torch.int16)
-
-
-def _least_squares(w_OSGg: Tensor, h_SGg: Tensor, found: Super, kind: SuperType) -> tuple[Tensor, Tensor]:
-    """(d, dmin) that minimize the weighted error for these integers: one or two normal equations a super-block."""
-    middle = 2 ** (kind.bits - 1) if kind.sym else 0
-    a_OSGg = found.scale_OSG[..., None] * (found.n_OSGg.float() - middle)
-    b_OSG1 = -found.min_OSG.float()[..., None]
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y * h_SGg).sum((-1, -2))
-
-    aa, aw = total(a_OSGg, a_OSGg), total(a_OSGg, w_OSGg)
-    alone_OS = torch.where(aa > 0, aw / aa.clamp(min=1e-30), found.d_OS.float())
-    if kind.sym:
-        return alone_OS.half(), found.dmin_OS
-    ab, bb, bw = total(a_OSGg, b_OSG1), total(b_OSG1, b_OSG1), total(b_OSG1, w_OSGg)
-    determinant = aa * bb - ab.square()
-    solvable = determinant > 1e-6 * aa * bb
-    safe = torch.where(solvable, determinant, torch.ones_like(determinant))
-    d_OS, dmin_OS = (aw * bb - bw * ab) / safe, (bw * aa - aw * ab) / safe
-    good = solvable & (d_OS > 0) & (dmin_OS >= 0)
-    return torch.where(good, d_OS, found.d_OS.float()).half(), torch.where(good, dmin_OS, found.dmin_OS.float()).half()
-
-
-def pack(fitted: Super, kind: SuperType) -> Tensor:
-    """Blocks as ggml stores them, (out, bytes of a row) uint8."""
-    n = fitted.n_OSGg.flatten(2)
-    d, dmin = (x.contiguous().unsqueeze(-1).view(torch.uint8) for x in (fitted.d_OS, fitted.dmin_OS))
-    k, m = fitted.scale_OSG, fitted.min_OSG
+    scheme = (codes.bits, codes.sym, codes.group_size)
+    if scheme != (kind.bits, kind.sym, kind.group) or codes.unit_OS2 is None:
+        raise ValueError(f"{kind.name} does not hold {codes.bits} bits by {codes.group_size} columns without units")
+    groups = kind.columns // kind.group
+    d, dmin = codes.unit_OS2.unbind(-1)
+    k = _multiples(codes.scale_OG, d, groups, kind.low, kind.high)
+    m = k * 0 if codes.min_OG is None else _multiples(codes.min_OG, dmin, groups, 0, kind.high)
+    n = codes.q_OI.unflatten(1, (-1, kind.columns))
+    d, dmin = (x.contiguous().unsqueeze(-1).view(torch.uint8) for x in (d, dmin))
     pairs = n.unflatten(-1, (4, 2, 32))  # chunks of 64: the first 32 in low nibbles, the others in high ones
     quarters = n.unflatten(-1, (2, 4, 32))  # halves of 128, each of four runs that share their bytes
     if kind.name == "Q2_K":
@@ -182,6 +90,16 @@ def pack(fitted: Super, kind: SuperType) -> Tensor:
         nibbles = (pairs[..., 0, :] & 15 | (pairs[..., 1, :] & 15) << 4).flatten(2)
         fields = [d, dmin, _scales_and_minima(k, m), *high, nibbles]
     return torch.cat(fields, -1).flatten(1).contiguous()
+
+
+def _multiples(value_OG: Tensor, unit_OS: Tensor, groups: int, low: int, high: int) -> Tensor:
+    """(out, S, groups) int16 with value = unit * integer, exactly."""
+    unit_OS1 = unit_OS.float()[..., None]
+    value_OSJ = value_OG.unflatten(1, (-1, groups))
+    whole_OSJ = (value_OSJ / unit_OS1).round()
+    if not torch.equal(whole_OSJ * unit_OS1, value_OSJ) or whole_OSJ.min() < low or whole_OSJ.max() > high:
+        raise ValueError(f"scales or minima are no integers from {low} to {high} times their unit")
+    return whole_OSJ.to(torch.int16)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ class Format:
     config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
     read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write` made. check_model(config, checkpoint
     keys, source folder): UserError for a model it cannot write, asked before tuning. any_float: floating parts may be
-    float16, bfloat16 or float32, whatever the scheme says. exact: what is read back is what
-    was tuned, to the bit; not so for grids that no tuner works on, for which weights are fitted once more.
+    float16, bfloat16 or float32, whatever the scheme says. scale_range: holds super-blocks, with such bounds of the
+    scales' integers (`Grid`); what was tuned on another grid is fitted once more.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Format:
     read: Callable[[Path, torch.dtype | None], Iterator[tuple[str, Tensor]]] | None = None
     check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
     any_float: bool = False
-    exact: bool = True
+    scale_range: tuple[int, int] | None = None
 
 
 def check_int(

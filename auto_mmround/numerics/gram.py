@@ -349,6 +349,7 @@ def refit_scale(
     zero_OG: Tensor,
     group_size: int,
     grid: Grid,
+    unit_OG: Tensor | None = None,
 ) -> Tensor:
     """Scales (out, G) that fit the given integers best under all of H, group after group (Gauss-Seidel, one sweep).
 
@@ -364,7 +365,8 @@ def refit_scale(
         along_O = ((error_OI @ hessian_II[:, part]) * u_Og).sum(-1)
         length_O = ((u_Og @ hessian_II[part, part]) * u_Og).sum(-1)
         step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0)
-        scale_OG[:, group] = grids.storable(scale_OG[:, group] + step_O, grid)
+        unit_O = None if unit_OG is None else unit_OG[:, group]
+        scale_OG[:, group] = grids.storable(scale_OG[:, group] + step_O, grid, unit_O)
         error_OI[:, part] = w_OI[:, part] - u_Og * scale_OG[:, group, None]
     return scale_OG
 

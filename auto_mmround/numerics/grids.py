@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SUPER = 256  # columns of a super-block
 EPS = 1e-5  # smallest magnitude of a scale; still representable in float16
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -26,12 +27,15 @@ class Codes(NamedTuple):
     data_type: str = "int"  # "fp8", "nvfp4", "mxfp4", "mxfp8": q is the number's own bits, see `levels`
     global_scale: Tensor | None = None  # NVFP4: float32 (1,), what scales are divided by
     input_scale: Tensor | None = None  # static FP8: float32 (1,), of all the layer's inputs
+    min_OG: Tensor | None = None  # super-blocks: float32, taken off every value of the group; None: nothing is
+    unit_OS2: Tensor | None = None  # super-blocks: float16, what scales and minima are multiples of, see `super_grids`
 
 
 class Grid(NamedTuple):
     """The family of integer grids that a weight may use.
 
     min_zero: smallest zero point that the file can hold. scale_bits: significant bits of a scale, None: the dtype's.
+    scale_range: bounds of the integers that scales are multiples by, in super-blocks of 256 columns (`super_grids`).
     """
 
     bits: int
@@ -39,6 +43,7 @@ class Grid(NamedTuple):
     scale_dtype: torch.dtype = torch.float16
     min_zero: int = 0
     scale_bits: int | None = None
+    scale_range: tuple[int, int] | None = None
 
     @property
     def top(self) -> int:
@@ -60,14 +65,15 @@ def levels(kind: str) -> Tensor:
 
 
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * (q - zero)``, for floats ``scale * level``, in float32, then cast to ``dtype``; shape (out, in)."""
+    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then cast to ``dtype``; (out, in)."""
     q_OI = codes.q_OI.float()
     columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
     if codes.data_type != "int":
         scale_OG = codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
         values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OI.device)
         return (values[codes.q_OI.long()] * scale_OG[:, columns_I]).to(dtype)
-    return ((q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]).to(dtype)
+    value_OI = (q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]
+    return (value_OI if codes.min_OG is None else value_OI - codes.min_OG[:, columns_I]).to(dtype)
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
@@ -110,8 +116,20 @@ def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
     return scale_OG, (-low_OG / scale_OG).round().clamp(grid.min_zero, grid.top)
 
 
-def storable(scale_OG: Tensor, grid: Grid) -> Tensor:
-    """Round to what the file can hold and keep away from zero, with its sign; back in float32."""
+def integers(ratio_OG: Tensor, grid: Grid) -> Tensor:
+    """Scales of a super-block in its unit -> integers that the file can hold, never 0."""
+    assert grid.scale_range is not None
+    whole_OG = ratio_OG.round().clamp(*grid.scale_range)
+    return torch.where(whole_OG == 0, 1.0, whole_OG)
+
+
+def storable(scale_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None) -> Tensor:
+    """Round to what the file can hold and keep away from zero, with its sign; back in float32.
+
+    unit_OG: of super-blocks, whose scales are integers times it.
+    """
+    if unit_OG is not None:
+        return unit_OG * integers(scale_OG / unit_OG, grid)
     if grid.scale_bits is not None:
         mantissa_OG, exponent_OG = torch.frexp(scale_OG.float())
         steps = 2.0**grid.scale_bits
@@ -135,15 +153,25 @@ def round_to_nearest(w_OI: Tensor, group_size: int, grid: Grid) -> Codes:
     return make_codes(q_OGg, scale_OG, zero_OG, columns, grid)
 
 
-def make_codes(q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int, grid: Grid) -> Codes:
-    """Pack float codes, scales and zeros of `quantize` into `Codes`."""
+def make_codes(
+    q_OGg: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    columns: int,
+    grid: Grid,
+    min_OG: Tensor | None = None,
+    unit_OS2: Tensor | None = None,
+) -> Codes:
+    """Pack float codes, scales and zeros of `quantize` into `Codes`; the others are of super-blocks."""
     return Codes(
         q_OI=from_groups(q_OGg, columns).to(torch.uint8).contiguous(),
-        scale_OG=scale_OG.to(grid.scale_dtype),
+        scale_OG=scale_OG.to(grid.scale_dtype if unit_OS2 is None else torch.float32),
         zero_OG=zero_OG.to(torch.uint8),
         bits=grid.bits,
         group_size=min(q_OGg.shape[-1], columns),
         sym=grid.sym,
+        min_OG=min_OG,
+        unit_OS2=unit_OS2,
     )
 
 

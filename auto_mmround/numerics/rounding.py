@@ -15,8 +15,9 @@ import copy
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import grids
+from auto_mmround.numerics import grids, super_grids
 from auto_mmround.numerics.grids import Codes, Grid
+from auto_mmround.numerics.super_grids import Super
 
 CHUNK = 2**18  # elements of a weight worked on at a time
 
@@ -78,46 +79,63 @@ class RangeFactors:
 
 
 class ScaleFactor:
-    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point stays."""
+    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point and a unit stay."""
 
-    def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid):
-        self.scale_OG, self.zero_OG, self.grid = scale_OG, zero_OG, grid
+    def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None):
+        self.scale_OG, self.zero_OG, self.grid, self.unit_OG = scale_OG, zero_OG, grid, unit_OG
         self.factors_2OG = torch.ones(1, *scale_OG.shape, device=scale_OG.device)
 
     def rows(self, part: slice) -> "ScaleFactor":
         """Those of some rows, in the same memory."""
         view = copy.copy(self)
-        view.scale_OG, view.zero_OG = self.scale_OG[part], self.zero_OG[part]
+        view.scale_OG, view.zero_OG, view.unit_OG = self.scale_OG[part], self.zero_OG[part], _rows(self.unit_OG, part)
         view.factors_2OG = self.factors_2OG[:, part]
         return view
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
-        return grids.storable(self.scale_OG * self.factors_2OG[0], self.grid), self.zero_OG
+        return grids.storable(self.scale_OG * self.factors_2OG[0], self.grid, self.unit_OG), self.zero_OG
 
     def step(self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float) -> None:
         """One sign step: dL/df = s0 * dL/ds."""
         self.factors_2OG[0].sub_((grad_scale_OG * self.scale_OG).sign_(), alpha=lr).clamp_(0.5, 1.5)
 
 
+def _rows(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
+
+
 class Rounding:
     """Offsets V of one weight, and what gives its scales and zero points.
 
     By default V = 0 (float32) and the ranges are those of the weight: rounded to nearest. `start_at` sets a better
-    start, with V in float16: offsets are at most a few steps of the grid, and stay off the rounding edge.
+    start, with V in float16: offsets are at most a few steps of the grid, and stay off the rounding edge. Minima of
+    super-blocks are added to W beforehand and taken off W~, which leaves a grid like the others.
     """
 
     def __init__(self, w_OI: Tensor, group_size: int, grid: Grid):
         self.grid = grid
         self.columns = w_OI.shape[1]
         self.w_OGg = grids.to_groups(w_OI, self.columns if group_size == -1 else group_size)
-        self.ranges: RangeFactors | ScaleFactor = RangeFactors(*grids.ranges(self.w_OGg, grid), grid)
-        self.offset_OGg = torch.zeros_like(self.w_OGg, dtype=torch.float32)
+        self.ranges: RangeFactors | ScaleFactor
+        self.min_OG: Tensor | None = None
+        self.unit_OS2: Tensor | None = None
+        offset_OGg = torch.zeros_like(self.w_OGg, dtype=torch.float32)
+        if grid.scale_range is None:
+            self.ranges, self.offset_OGg = RangeFactors(*grids.ranges(self.w_OGg, grid), grid), offset_OGg
+        else:
+            found = super_grids.search(self.w_OGg, torch.ones_like(offset_OGg[0]), grid)
+            self.start_at(found.scale_OG, super_grids.zeros(found, grid), offset_OGg, found)
 
-    def start_at(self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor) -> None:
-        """Begin from scales, zero points and offsets found in closed form; a factor of the scale is tuned then."""
-        self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid)
+    def start_at(self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None) -> None:
+        """Begin from scales, zero points and offsets found in closed form; a factor of the scale is tuned then.
+
+        blocks: the super-blocks' minima and units, which stay.
+        """
+        self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks.unit_OG if blocks else None)
         self.offset_OGg = offset_OGg.half()
+        if blocks:
+            self.min_OG, self.unit_OS2 = None if self.grid.sym else blocks.min_OG, blocks.unit_OS2
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32."""
@@ -126,13 +144,14 @@ class Rounding:
     def codes(self) -> Codes:
         """The integers, scales and zero points as they go to disk."""
         scale_OG, zero_OG = self.scale_and_zero()
-        return grids.make_codes(self._quantize(scale_OG, zero_OG), scale_OG, zero_OG, self.columns, self.grid)
+        q_OGg = self._quantize(scale_OG, zero_OG)
+        return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, self.min_OG, self.unit_OS2)
 
     def weight(self) -> Tensor:
         """W~ (out, in), float32."""
         scale_OG, zero_OG = self.scale_and_zero()
         w_OGg = (self._quantize(scale_OG, zero_OG) - zero_OG[..., None]) * scale_OG[..., None]
-        return grids.from_groups(w_OGg, self.columns)
+        return grids.from_groups(w_OGg if self.min_OG is None else w_OGg - self.min_OG[..., None], self.columns)
 
     def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
         """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own dtype.
@@ -151,12 +170,13 @@ class Rounding:
         """The state of some rows, in the same memory."""
         view = copy.copy(self)
         view.w_OGg, view.offset_OGg, view.ranges = self.w_OGg[part], self.offset_OGg[part], self.ranges.rows(part)
+        view.min_OG = _rows(self.min_OG, part)
         return view
 
     def _step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
         scale_OG, zero_OG = self.scale_and_zero()
         grad_offset_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
-            self.w_OGg.float(),
+            self._on_grid(),
             self.offset_OGg,
             scale_OG[..., None],
             zero_OG[..., None],
@@ -176,6 +196,8 @@ class Rounding:
         self.offset_OGg, self.ranges.factors_2OG = (t.clone() for t in snapshot)
 
     def _quantize(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        return grids.quantize(
-            self.w_OGg.float(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid.top
-        )
+        return grids.quantize(self._on_grid(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid.top)
+
+    def _on_grid(self) -> Tensor:
+        """The weight, float32, with what super-blocks take off."""
+        return self.w_OGg.float() if self.min_OG is None else self.w_OGg.float() + self.min_OG[..., None]

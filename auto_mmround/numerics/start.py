@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics import gram, grids, super_grids
 from auto_mmround.numerics.rounding import Rounding
 
 
@@ -122,22 +122,31 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
     w_OI = grids.from_groups(w_OGg, columns).float()
     if config.retarget:
         w_OI = gram.retarget(w_OI, hessian_II, moments.cross(), config.dampening)
+    target_OGg = grids.to_groups(w_OI, group_size)
     importance_Gg = grids.to_groups(hessian_II.diagonal()[None], group_size)[0]
-    scale_OG, zero_OG = gram.search_scale(grids.to_groups(w_OI, group_size), importance_Gg, grid)
+    blocks: super_grids.Super | None = None
+    if grid.scale_range is None:
+        scale_OG, zero_OG = gram.search_scale(target_OGg, importance_Gg, grid)
+    else:
+        blocks = super_grids.search(target_OGg, importance_Gg, grid)
+        scale_OG, zero_OG = blocks.scale_OG, super_grids.zeros(blocks, grid)
+        w_OGg, target_OGg = (x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg))
+        w_OI = grids.from_groups(target_OGg, columns)  # on the grid that is left, see `super_grids`
     solve = partial(gram.solve, dampening=config.dampening, order=config.order)
     best = solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
     error = best.error
     if config.refit:
-        scale_OG = gram.refit_scale(w_OI, best.q_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
+        unit_OG = blocks.unit_OG if blocks else None
+        scale_OG = gram.refit_scale(w_OI, best.q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG)
         columns_I = torch.arange(columns, device=w_OI.device) // group_size
         error = gram.error(w_OI, (best.q_OI - zero_OG[:, columns_I]) * scale_OG[:, columns_I], hessian_II)
     q_OGg = grids.to_groups(best.q_OI, group_size)
     offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
     rows = [len(rounding.w_OGg) for rounding in roundings]
-    for rounding, *parts in zip(
-        roundings, *(part.split(rows) for part in (scale_OG, zero_OG, offset_OGg)), strict=True
-    ):
-        rounding.start_at(*(part.clone() for part in parts))
+    found = (scale_OG, zero_OG, offset_OGg, *(blocks or ()))
+    for rounding, *parts in zip(roundings, *(part.split(rows) for part in found), strict=True):
+        scale, zero, offset, *own = (part.clone() for part in parts)
+        rounding.start_at(scale, zero, offset, super_grids.Super(*own) if own else None)
     return error
 
 

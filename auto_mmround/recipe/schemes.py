@@ -20,7 +20,8 @@ class Scheme:
     (zero point 2**(bits-1)) or asymmetric. scale_dtype: "fp16", "bf16" or "fp32". min_zero: smallest zero point the
     file format can hold (1 for layouts that store zero - 1). scale_bits: significant bits of a scale or None.
     act_bits: 8 where the engine is to quantize the inputs, symmetric; 16 for none. act_dynamic: with a scale a token,
-    computed as it runs, or with one for all, measured beforehand. data_type: "int" or one of FLOATS.
+    computed as it runs, or with one for all, measured beforehand. data_type: "int" or one of FLOATS. scale_range: in
+    super-blocks of 256 columns, bounds of the integers that scales are multiples by.
     """
 
     bits: int = 4
@@ -32,6 +33,7 @@ class Scheme:
     min_zero: int = 0
     scale_bits: int | None = None
     act_dynamic: bool = True
+    scale_range: tuple[int, int] | None = None
 
 
 def _weights(

@@ -38,7 +38,7 @@ from auto_mmround.run.polish import Polished
 log = logging.getLogger("auto_mmround")
 
 JOURNAL = "journal"
-WHOLES = ("global_scale", "input_scale")  # of `Codes`, where they are
+EXTRAS = ("global_scale", "input_scale", "min_OG", "unit_OS2")  # tensors of `Codes`, where there are any
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where a run may go on under another value: the result does not depend on it, or the files themselves are compared.
 FREE = {"model", "output_dir", "overwrite", "restart", "sample_generation", "low_gpu_mem_usage", "stream",
@@ -190,8 +190,8 @@ class Parts(Mapping[str, Codes]):
             facts = _facts(file)[name]
             columns = facts.pop("columns")
             parts = {part: file.get_tensor(f"{name}.{part}").clone() for part in ("q", "scale", "zero")}
-            wholes = {part: f"{name}.{part}" for part in WHOLES if f"{name}.{part}" in file.keys()}  # noqa: SIM118
-            facts |= {part: file.get_tensor(key).clone() for part, key in wholes.items()}
+            extras = {part: f"{name}.{part}" for part in EXTRAS if f"{name}.{part}" in file.keys()}  # noqa: SIM118
+            facts |= {part: file.get_tensor(key).clone() for part, key in extras.items()}
         q_OI = unpack_bits(parts["q"], facts["bits"], columns)
         return Codes(q_OI, parts["scale"], parts["zero"], **facts)
 
@@ -208,10 +208,10 @@ def _encode(codes: Mapping[str, Codes]) -> bytes:
     facts: dict[str, Any] = {}
     for name, weight in codes.items():
         values = weight._asdict()
-        q_OI, wholes = values.pop("q_OI"), {part: values.pop(part) for part in WHOLES}
+        q_OI, extras = values.pop("q_OI"), {part: values.pop(part) for part in EXTRAS}
         tensors[f"{name}.q"] = pack_bits(q_OI, weight.bits)
         tensors |= {f"{name}.{part}": values.pop(f"{part}_OG").contiguous() for part in ("scale", "zero")}
-        tensors |= {f"{name}.{part}": whole for part, whole in wholes.items() if whole is not None}
+        tensors |= {f"{name}.{part}": extra for part, extra in extras.items() if extra is not None}
         facts[name] = values | {"columns": q_OI.shape[1]}
     return save(tensors, metadata={"weights": json.dumps(facts)})
 

@@ -203,6 +203,8 @@ def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
                 problem = f"stores no zero point below {fmt.min_zero}"
             if weight.scheme.scale_bits is None and formats.scale_bits([fmt.name], weight.scheme):
                 problem = "stores scale * zero as one number"
+            if weight.scheme.scale_range not in (None, fmt.scale_range) and fmt.parts:
+                problem = "cannot hold what was tuned on the grid of another format"
             if problem:
                 raise UserError(f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before tuning")
     source = job.loaded.source

@@ -212,7 +212,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     codes = ByKey(result.codes, {names.module(name): name for name in result.codes} if packed else {})
     rest = _recorded(names.unchanged({f"{name}.weight" for name in packed}, result.codes), records["tensors"])
     if fmt.write:
-        records["codes"] = {key: codes_record(weight, fmt.exact) for key, weight in codes.items()}
+        records["codes"] = {key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()}
     else:
         writer = ShardWriter(folder)
         for key, weight in codes.items():
@@ -235,6 +235,11 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         write_config(folder, config, fmt.config(layout))
     record = {**result.record, "files": sorted(files), **records}
     write_whole(folder / "run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _exact(fmt: Format, weight: Codes) -> bool:
+    """Whether the file's values are those of the codes; not where they are fitted to super-blocks once more."""
+    return fmt.scale_range is None or weight.unit_OS2 is not None
 
 
 class ByKey(Mapping[str, Codes]):

@@ -181,6 +181,8 @@ def _decide(
         if reason is None and _names(pattern, name, classes):
             scheme = override(scheme or recipe.scheme, options, pattern)
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
+    if scheme is not None:
+        scheme = replace(scheme, scale_range=formats.scale_range(recipe.formats))
     if scheme is not None and not scheme.sym:
         limits = (formats.min_zero(recipe.formats, scheme), formats.scale_bits(recipe.formats, scheme))
         scheme = replace(scheme, min_zero=limits[0], scale_bits=limits[1])
@@ -223,7 +225,8 @@ def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
 
 def grid_of(scheme: Scheme) -> Grid:
     """The grid that a scheme describes."""
-    return Grid(scheme.bits, scheme.sym, SCALE_DTYPES[scheme.scale_dtype], scheme.min_zero, scheme.scale_bits)
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    return Grid(scheme.bits, scheme.sym, dtype, scheme.min_zero, scheme.scale_bits, scheme.scale_range)
 
 
 def _check_fused(weights: Sequence[WeightPlan]) -> None:

@@ -1,0 +1,191 @@
+"""Super-blocks, the grids of GGUF's K types: 256 columns share a float16 unit d, asymmetric ones a second, e.
+
+W~ = d k (n - M) if symmetric, d k n - e m if not, with codes n, and integers k and m a group. So a group's scale and
+minimum are no free choice: they are found here together, for the whole super-block, by weighted squared error. What is
+found then is fixed but for k. A minimum is real, not a multiple of the scale; adding it to the weight (`Super.min_OG`)
+leaves a grid with the zero point 0, on which everything else of this package works as on any other.
+Suffixes as in `grids`; S super-blocks a row, J groups a super-block.
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics.grids import Grid, integers
+
+TINY = 2.0**-24  # smallest float16
+FACTORS = (1.0, 1.01, 1.02, 1.04, 0.99, 0.98)  # of the unit that just reaches the largest scale
+TURNS = 3
+
+
+class Super(NamedTuple):
+    """Scales d k and minima e m (zero if symmetric), float32 (out, G), and the units d, e, float16 (out, S, 2)."""
+
+    scale_OG: Tensor
+    min_OG: Tensor
+    unit_OS2: Tensor
+
+    @property
+    def unit_OG(self) -> Tensor:
+        """d of each group, float32."""
+        return _by_group(self.unit_OS2[..., 0].float(), self.scale_OG.shape[1])
+
+
+def search(w_OGg: Tensor, importance_Gg: Tensor, grid: Grid) -> Super:
+    """Small sum of importance * (w - w~)^2: every group on its own first, then under the units of its super-block."""
+    rows = max(1, (gram.CHUNK if w_OGg.is_cpu else 256 * gram.CHUNK) // w_OGg[0].numel())
+    weight_Gg = torch.where(importance_Gg.sum(-1, keepdim=True) > 0, importance_Gg.float(), 1.0)
+    parts = [fit(part, weight_Gg, grid, *_alone(part, weight_Gg, grid)) for part in w_OGg.float().split(rows)]
+    return Super(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: Tensor) -> Super:
+    """The best super-blocks near these scales and minima of the groups.
+
+    Units and integers take turns: integers by rounding, units by least squares for the codes that follow; several first
+    units are tried. At the end each group looks at its neighbouring integers. ValueError for columns that are no
+    multiple of 256.
+    """
+    groups, columns = w_OGg.shape[1:]
+    if groups * columns % grids.SUPER:
+        raise ValueError(f"{groups * columns} columns are no multiple of {grids.SUPER}")
+    assert grid.scale_range is not None
+    low, high = grid.scale_range
+    scale_OSJ, min_OSJ = (x.unflatten(1, (-1, grids.SUPER // columns)) for x in (scale_OG, min_OG))
+    # The largest scale lands on the bound of larger magnitude.
+    largest_OS = scale_OSJ.gather(-1, scale_OSJ.abs().argmax(-1, keepdim=True))[..., 0]
+    full_OS, e_OS = largest_OS / (low if grid.sym else high), min_OSJ.amax(-1) / high
+    best: tuple[Tensor, Super] | None = None
+    for factor in FACTORS:
+        unit_OS2 = _units(full_OS * factor, e_OS)
+        for _ in range(TURNS):
+            found = _rounded(scale_OG, min_OG, unit_OS2, grid)
+            n_OGg, error_OG = _measure(w_OGg, weight_Gg, found, grid)
+            best = _better(best, _by_super(error_OG, columns), found)
+            unit_OS2 = _least_squares(w_OGg, weight_Gg, n_OGg, found, grid)
+    assert best is not None
+    for _ in range(2):
+        found = _neighbours(w_OGg, weight_Gg, best[1], grid)
+        n_OGg, error_OG = _measure(w_OGg, weight_Gg, found, grid)
+        best = _better(best, _by_super(error_OG, columns), found)
+        again = _rounded(found.scale_OG, found.min_OG, _least_squares(w_OGg, weight_Gg, n_OGg, found, grid), grid)
+        best = _better(best, _by_super(_measure(w_OGg, weight_Gg, again, grid)[1], columns), again)
+    return best[1]
+
+
+def zeros(found: Super, grid: Grid) -> Tensor:
+    """Zero points of the grid on which a weight lies once the minima are added, float32 (out, G)."""
+    return torch.full_like(found.scale_OG, grid.middle if grid.sym else 0)
+
+
+def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and minima of the groups if each were free: those of a plain grid, then minima that are real numbers."""
+    scale_OG, zero_OG = gram.search_scale(w_OGg, weight_Gg, grid)
+    min_OG = torch.zeros_like(scale_OG)
+    if grid.sym:
+        return scale_OG, min_OG
+    best_OG, min_OG = torch.full_like(scale_OG, torch.inf), scale_OG * zero_OG
+    found = scale_OG, min_OG
+    for _ in range(TURNS):
+        n_OGg = _nearest(w_OGg, scale_OG, min_OG, grid)
+        error_OG = ((n_OGg * scale_OG[..., None] - min_OG[..., None] - w_OGg).square() * weight_Gg).sum(-1)
+        wins_OG = error_OG < best_OG
+        found = torch.where(wins_OG, scale_OG, found[0]), torch.where(wins_OG, min_OG, found[1])
+        best_OG = torch.minimum(best_OG, error_OG)
+        # Weighted regression of w on n.
+        total_OG = weight_Gg.sum(-1)
+        n_OG, w_OG = ((x_OGg * weight_Gg).sum(-1) / total_OG for x_OGg in (n_OGg, w_OGg))
+        about_OGg = (n_OGg - n_OG[..., None]) * weight_Gg
+        slope_OG = (about_OGg * w_OGg).sum(-1) / (about_OGg * n_OGg).sum(-1).clamp(min=1e-30)
+        scale_OG = torch.where(slope_OG > 0, slope_OG, scale_OG)
+        min_OG = (scale_OG * n_OG - w_OG).clamp(min=0)
+    return found
+
+
+def _nearest(w_OGg: Tensor, scale_OG: Tensor, min_OG: Tensor, grid: Grid) -> Tensor:
+    """Codes less M, as floats."""
+    middle = grid.middle if grid.sym else 0
+    return ((w_OGg + min_OG[..., None]) / scale_OG[..., None]).round_().clamp_(-middle, grid.top - middle)
+
+
+def _measure(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes less M, and the weighted error of each group."""
+    n_OGg = _nearest(w_OGg, found.scale_OG, found.min_OG, grid)
+    error_OGg = n_OGg * found.scale_OG[..., None] - found.min_OG[..., None] - w_OGg
+    return n_OGg, error_OGg.square_().mul_(weight_Gg).sum(-1)
+
+
+def _rounded(scale_OG: Tensor, min_OG: Tensor, unit_OS2: Tensor, grid: Grid) -> Super:
+    """The nearest scales and minima under these units."""
+    assert grid.scale_range is not None
+    d_OG, e_OG = (_by_group(unit_OS.float(), scale_OG.shape[1]) for unit_OS in unit_OS2.unbind(-1))
+    m_OG = (min_OG / e_OG).round().clamp(0, grid.scale_range[1])
+    return Super(d_OG * integers(scale_OG / d_OG, grid), e_OG * m_OG, unit_OS2)
+
+
+def _units(d_OS: Tensor, e_OS: Tensor) -> Tensor:
+    """As the file holds them; never zero, so that there is something to divide by."""
+    pair_OS2 = torch.stack([d_OS, e_OS], -1)
+    return torch.where(pair_OS2 < 0, pair_OS2.clamp(max=-TINY), pair_OS2.clamp(min=TINY)).half()
+
+
+def _least_squares(w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, found: Super, grid: Grid) -> Tensor:
+    """Units with the least weighted error for these integers: one or two normal equations a super-block."""
+    columns, groups = w_OGg.shape[-1], w_OGg.shape[1]
+    e_OG = _by_group(found.unit_OS2[..., 1].float(), groups)
+    a_OGg = n_OGg * (found.scale_OG / found.unit_OG)[..., None]
+    b_OG1 = -(found.min_OG / e_OG)[..., None]
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return _by_super((x * y * weight_Gg).sum(-1), columns)
+
+    aa, aw = total(a_OGg, a_OGg), total(a_OGg, w_OGg)
+    d_OS, e_OS = (unit.float() for unit in found.unit_OS2.unbind(-1))
+    if grid.sym:
+        return _units(torch.where(aa > 0, aw / aa.clamp(min=1e-30), d_OS), e_OS)
+    ab, bb, bw = total(a_OGg, b_OG1), total(b_OG1, b_OG1), total(b_OG1, w_OGg)
+    determinant = aa * bb - ab.square()
+    solvable = determinant > 1e-6 * aa * bb
+    safe = torch.where(solvable, determinant, 1.0)
+    new_d, new_e = (aw * bb - bw * ab) / safe, (bw * aa - aw * ab) / safe
+    good = solvable & (new_d > 0) & (new_e >= 0)
+    return _units(torch.where(good, new_d, d_OS), torch.where(good, new_e, e_OS))
+
+
+def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> Super:
+    """Each group's best of its integers and those next to them."""
+    assert grid.scale_range is not None
+    d_OG, e_OG = found.unit_OG, _by_group(found.unit_OS2[..., 1].float(), w_OGg.shape[1])
+    best_OG, scale_OG, min_OG = torch.full_like(d_OG, torch.inf), found.scale_OG, found.min_OG
+    for more_k, more_m in product((0, -1, 1), (0,) if grid.sym else (0, -1, 1)):
+        m_OG = (found.min_OG / e_OG + more_m).round().clamp(0, grid.scale_range[1])
+        near = Super(d_OG * integers(found.scale_OG / d_OG + more_k, grid), e_OG * m_OG, found.unit_OS2)
+        error_OG = _measure(w_OGg, weight_Gg, near, grid)[1]
+        wins_OG = error_OG < best_OG
+        scale_OG, min_OG = torch.where(wins_OG, near.scale_OG, scale_OG), torch.where(wins_OG, near.min_OG, min_OG)
+        best_OG = torch.minimum(best_OG, error_OG)
+    return Super(scale_OG, min_OG, found.unit_OS2)
+
+
+def _better(best: tuple[Tensor, Super] | None, error_OS: Tensor, found: Super) -> tuple[Tensor, Super]:
+    """Super-block by super-block the one with the smaller error."""
+    if best is None:
+        return error_OS, found
+    wins_OS = error_OS < best[0]
+    wins_OG = _by_group(wins_OS, found.scale_OG.shape[1])
+    return torch.minimum(error_OS, best[0]), Super(
+        torch.where(wins_OG, found.scale_OG, best[1].scale_OG),
+        torch.where(wins_OG, found.min_OG, best[1].min_OG),
+        torch.where(wins_OS[..., None], found.unit_OS2, best[1].unit_OS2),
+    )
+
+
+def _by_group(x_OS: Tensor, groups: int) -> Tensor:
+    return x_OS.repeat_interleave(groups // x_OS.shape[1], 1)
+
+
+def _by_super(x_OG: Tensor, columns: int) -> Tensor:
+    return x_OG.unflatten(1, (-1, grids.SUPER // columns)).sum(-1)
