@@ -54,6 +54,9 @@ class RangeFactors:
         view.low_OG, view.high_OG, view.factors_2OG = self.low_OG[part], self.high_OG[part], self.factors_2OG[:, part]
         return view
 
+    def super_blocks(self) -> None:
+        """There are none: their scales are searched."""
+
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
         low_factor_OG, high_factor_OG = self.factors_2OG
@@ -79,30 +82,40 @@ class RangeFactors:
 
 
 class ScaleFactor:
-    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point and a unit stay."""
+    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point and units stay.
 
-    def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None):
-        self.scale_OG, self.zero_OG, self.grid, self.unit_OG = scale_OG, zero_OG, grid, unit_OG
+    blocks: super-blocks with that scale; their minima take part in the factor, as zero points do.
+    """
+
+    def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, blocks: Super | None = None):
+        self.scale_OG, self.zero_OG, self.grid = scale_OG, zero_OG, grid
+        self.blocks = blocks._replace(scale_OG=scale_OG) if blocks else None
         self.factors_2OG = torch.ones(1, *scale_OG.shape, device=scale_OG.device)
 
     def rows(self, part: slice) -> "ScaleFactor":
         """Those of some rows, in the same memory."""
         view = copy.copy(self)
-        view.scale_OG, view.zero_OG, view.unit_OG = self.scale_OG[part], self.zero_OG[part], _rows(self.unit_OG, part)
+        view.scale_OG, view.zero_OG = self.scale_OG[part], self.zero_OG[part]
+        view.blocks = self.blocks.rows(part) if self.blocks else None
         view.factors_2OG = self.factors_2OG[:, part]
         return view
 
+    def super_blocks(self) -> Super | None:
+        """Current scales and minima of super-blocks, as the file will hold them."""
+        return self.blocks.times(self.factors_2OG[0], self.grid) if self.blocks else None
+
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
-        return grids.storable(self.scale_OG * self.factors_2OG[0], self.grid, self.unit_OG), self.zero_OG
+        blocks = self.super_blocks()
+        scale_OG = blocks.scale_OG if blocks else grids.storable(self.scale_OG * self.factors_2OG[0], self.grid)
+        return scale_OG, self.zero_OG
 
     def step(self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float) -> None:
-        """One sign step: dL/df = s0 * dL/ds."""
-        self.factors_2OG[0].sub_((grad_scale_OG * self.scale_OG).sign_(), alpha=lr).clamp_(0.5, 1.5)
-
-
-def _rows(tensor: Tensor | None, part: slice) -> Tensor | None:
-    return None if tensor is None else tensor[part]
+        """One sign step: dL/df = s0 * dL/ds, and with a minimum m, which is s times a zero point, m0/s * dL/dz more."""
+        grad_OG = grad_scale_OG * self.scale_OG
+        if self.blocks:
+            grad_OG = grad_OG + grad_zero_OG * self.blocks.min_OG / scale_OG
+        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr).clamp_(0.5, 1.5)
 
 
 class Rounding:
@@ -118,8 +131,6 @@ class Rounding:
         self.columns = w_OI.shape[1]
         self.w_OGg = grids.to_groups(w_OI, self.columns if group_size == -1 else group_size)
         self.ranges: RangeFactors | ScaleFactor
-        self.min_OG: Tensor | None = None
-        self.unit_OS2: Tensor | None = None
         offset_OGg = torch.zeros_like(self.w_OGg, dtype=torch.float32)
         if grid.scale_range is None:
             self.ranges, self.offset_OGg = RangeFactors(*grids.ranges(self.w_OGg, grid), grid), offset_OGg
@@ -130,12 +141,10 @@ class Rounding:
     def start_at(self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None) -> None:
         """Begin from scales, zero points and offsets found in closed form; a factor of the scale is tuned then.
 
-        blocks: the super-blocks' minima and units, which stay.
+        blocks: super-blocks to which the scales belong.
         """
-        self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks.unit_OG if blocks else None)
+        self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks)
         self.offset_OGg = offset_OGg.half()
-        if blocks:
-            self.min_OG, self.unit_OS2 = None if self.grid.sym else blocks.min_OG, blocks.unit_OS2
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32."""
@@ -144,14 +153,16 @@ class Rounding:
     def codes(self) -> Codes:
         """The integers, scales and zero points as they go to disk."""
         scale_OG, zero_OG = self.scale_and_zero()
-        q_OGg = self._quantize(scale_OG, zero_OG)
-        return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, self.min_OG, self.unit_OS2)
+        q_OGg, blocks = self._quantize(scale_OG, zero_OG), self.ranges.super_blocks()
+        own = (None if self.grid.sym else blocks.min_OG, blocks.unit_OS2) if blocks else ()
+        return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, *own)
 
     def weight(self) -> Tensor:
         """W~ (out, in), float32."""
         scale_OG, zero_OG = self.scale_and_zero()
         w_OGg = (self._quantize(scale_OG, zero_OG) - zero_OG[..., None]) * scale_OG[..., None]
-        return grids.from_groups(w_OGg if self.min_OG is None else w_OGg - self.min_OG[..., None], self.columns)
+        blocks = self.ranges.super_blocks()
+        return grids.from_groups(w_OGg - blocks.min_OG[..., None] if blocks else w_OGg, self.columns)
 
     def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
         """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own dtype.
@@ -170,7 +181,6 @@ class Rounding:
         """The state of some rows, in the same memory."""
         view = copy.copy(self)
         view.w_OGg, view.offset_OGg, view.ranges = self.w_OGg[part], self.offset_OGg[part], self.ranges.rows(part)
-        view.min_OG = _rows(self.min_OG, part)
         return view
 
     def _step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
@@ -200,4 +210,5 @@ class Rounding:
 
     def _on_grid(self) -> Tensor:
         """The weight, float32, with what super-blocks take off."""
-        return self.w_OGg.float() if self.min_OG is None else self.w_OGg.float() + self.min_OG[..., None]
+        blocks = self.ranges.super_blocks()
+        return self.w_OGg.float() + blocks.min_OG[..., None] if blocks else self.w_OGg.float()

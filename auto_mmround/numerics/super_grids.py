@@ -1,8 +1,8 @@
 """Super-blocks, the grids of GGUF's K types: 256 columns share a float16 unit d, asymmetric ones a second, e.
 
 W~ = d k (n - M) if symmetric, d k n - e m if not, with codes n, and integers k and m a group. So a group's scale and
-minimum are no free choice: they are found here together, for the whole super-block, by weighted squared error. What is
-found then is fixed but for k. A minimum is real, not a multiple of the scale; adding it to the weight (`Super.min_OG`)
+minimum are no free choice: they are found here together, for the whole super-block, by weighted squared error. The
+units found then are fixed. A minimum is real, not a multiple of the scale; adding it to the weight (`Super.min_OG`)
 leaves a grid with the zero point 0, on which everything else of this package works as on any other.
 Suffixes as in `grids`; S super-blocks a row, J groups a super-block.
 """
@@ -32,6 +32,19 @@ class Super(NamedTuple):
     def unit_OG(self) -> Tensor:
         """d of each group, float32."""
         return _by_group(self.unit_OS2[..., 0].float(), self.scale_OG.shape[1])
+
+    @property
+    def min_unit_OG(self) -> Tensor:
+        """e of each group, float32."""
+        return _by_group(self.unit_OS2[..., 1].float(), self.scale_OG.shape[1])
+
+    def rows(self, part: slice) -> "Super":
+        """Those of some rows."""
+        return Super(*(tensor[part] for tensor in self))
+
+    def times(self, factor_OG: Tensor, grid: Grid) -> "Super":
+        """With scales and minima near these multiples, under the same units."""
+        return _rounded(self.scale_OG * factor_OG, self.min_OG * factor_OG, self.unit_OS2, grid)
 
 
 def search(w_OGg: Tensor, importance_Gg: Tensor, grid: Grid) -> Super:
@@ -134,10 +147,9 @@ def _units(d_OS: Tensor, e_OS: Tensor) -> Tensor:
 
 def _least_squares(w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, found: Super, grid: Grid) -> Tensor:
     """Units with the least weighted error for these integers: one or two normal equations a super-block."""
-    columns, groups = w_OGg.shape[-1], w_OGg.shape[1]
-    e_OG = _by_group(found.unit_OS2[..., 1].float(), groups)
+    columns = w_OGg.shape[-1]
     a_OGg = n_OGg * (found.scale_OG / found.unit_OG)[..., None]
-    b_OG1 = -(found.min_OG / e_OG)[..., None]
+    b_OG1 = -(found.min_OG / found.min_unit_OG)[..., None]
 
     def total(x: Tensor, y: Tensor) -> Tensor:
         return _by_super((x * y * weight_Gg).sum(-1), columns)
@@ -158,7 +170,7 @@ def _least_squares(w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, found: Super
 def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> Super:
     """Each group's best of its integers and those next to them."""
     assert grid.scale_range is not None
-    d_OG, e_OG = found.unit_OG, _by_group(found.unit_OS2[..., 1].float(), w_OGg.shape[1])
+    d_OG, e_OG = found.unit_OG, found.min_unit_OG
     best_OG, scale_OG, min_OG = torch.full_like(d_OG, torch.inf), found.scale_OG, found.min_OG
     for more_k, more_m in product((0, -1, 1), (0,) if grid.sym else (0, -1, 1)):
         m_OG = (found.min_OG / e_OG + more_m).round().clamp(0, grid.scale_range[1])
