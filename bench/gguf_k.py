@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--types", nargs="+", default=["q4_k", "q3_k", "q2_k"])
     parser.add_argument("--algorithms", nargs="+", default=["rtn", "auto"])
+    parser.add_argument("--tuned", nargs="+", choices=["plain", "grid"], default=["plain", "grid"])
+    parser.add_argument("--minmax_lr", type=float, help="another rate of the scales' factors than the default")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--limit", type=int, default=48, help="held-out texts, and as many questions about images")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
@@ -61,11 +63,12 @@ def main() -> None:
 
     for kind in (SUPER_TYPES[name.upper()] for name in found.types):
         for algorithm in found.algorithms:
-            for name, weights in (("fake", "plain"), (f"gguf:{kind.name.lower()}", "on the grid")):
+            for weights in found.tuned:
+                name = "fake" if weights == "plain" else f"gguf:{kind.name.lower()}"
                 values = {"model": found.model, "dataset": found.dataset, "device": "cpu", "nsamples": found.samples}
                 values |= {"seqlen": found.seqlen, "format": name, "algorithm": algorithm}
                 values |= {"bits": kind.bits, "group_size": kind.group, "sym": kind.sym}
-                recipe = from_mapping(values)
+                recipe = from_mapping(values | ({} if found.minmax_lr is None else {"minmax_lr": found.minmax_lr}))
                 job, done = jobs.prepare(recipe, jobs.load_model(recipe)), Finished()
                 started = _processor_seconds()
                 quantize(job.loaded.model, job.recipe, job.plan, job.inputs, done)

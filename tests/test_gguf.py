@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.evaluation.static import check
 from auto_mmround.evaluation.verify import same_weights
 from auto_mmround.export import formats, gguf_k, gguf_models, gguf_tokens, gguf_towers
 from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.export.gguf_types import TYPES, exact_type, pack, unpack
 from auto_mmround.model.loading import load
-from auto_mmround.numerics.grids import Codes, Grid, dequantize, round_to_nearest
+from auto_mmround.numerics import super_grids
+from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.grids import SUPER, Codes, Grid, dequantize, round_to_nearest
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
+from auto_mmround.run.finished import Finished
+from auto_mmround.run.pipeline import quantize
 
 gguf = pytest.importorskip("gguf")
 
@@ -76,52 +84,80 @@ def test_the_smallest_exact_type_is_chosen():
 K_TYPES = gguf_k.SUPER_TYPES
 
 
+def as_llamacpp(codes, kind) -> np.ndarray:
+    """What the package `gguf` decodes, as bits: minus zero and zero differ."""
+    decoded = gguf.quants.dequantize(gguf_k.pack(codes, kind).numpy(), gguf.GGMLQuantizationType[kind.name])
+    return decoded.view(np.uint32)
+
+
 @pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
-def test_super_blocks_decode_to_what_was_fitted(kind):
-    """Rows of very different size, one of zeros, one without negative values; every integer is in its range."""
-    w_OI = torch.randn(6, 512, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 1, 6)[:, None]
+def test_tuned_super_blocks_are_stored_bit_for_bit(kind):
+    """Rows of very different size, one of zeros, one without negative values; from the first rounding, through the
+    closed form, to sign steps that move scales, minima and codes."""
+    generator = torch.Generator().manual_seed(2)
+    w_OI = torch.randn(6, 512, generator=generator) * torch.logspace(-5, 1, 6)[:, None]
     w_OI[1], w_OI[2] = 0, w_OI[2].abs()
-    fitted = gguf_k.fit(w_OI, kind, *gguf_k.search(w_OI, kind))
-    assert kind.low <= int(fitted.scale_OSG.min()) and int(fitted.scale_OSG.max()) <= kind.high
-    assert int(fitted.min_OSG.min()) >= 0 and int(fitted.min_OSG.max()) <= kind.high
-    blocks = gguf_k.pack(fitted, kind).numpy()
-    decoded = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
-    np.testing.assert_array_equal(decoded, gguf_k.decode(fitted, kind).numpy())
+    x_TI = torch.randn(900, 512, generator=generator) * torch.rand(512, generator=generator)
+    moments, rounding, seen = Moments(512), Rounding(w_OI, kind.group, kind.grid), []
+    moments.add(x_TI)
+    for stage in range(3):
+        if stage == 1:
+            closed_form([rounding], moments, StartConfig())
+        for _ in range(5 * (stage == 2)):
+            rounding.step(torch.randn(6, 512, generator=generator), 0.05, 0.05, torch.empty(6, 512))
+        codes = rounding.codes()
+        assert torch.equal(dequantize(codes), rounding.weight())
+        np.testing.assert_array_equal(as_llamacpp(codes, kind), rounding.weight().numpy().view(np.uint32))
+        seen.append(codes)
+    parts = ("q_OI", "scale_OG") if kind.sym else ("q_OI", "scale_OG", "min_OG")
+    for before, after in pairwise(seen):
+        assert not any(torch.equal(getattr(before, part), getattr(after, part)) for part in parts)
+    assert torch.equal(seen[1].unit_OS2, seen[2].unit_OS2)  # units stay while the signs step
 
 
 @pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
 def test_every_code_and_scale_finds_its_bits(kind):
     generator = torch.Generator().manual_seed(3)
-    groups = gguf_k.SUPER // kind.group
-    n = torch.randint(0, 2**kind.bits, (3, 2, groups, kind.group), generator=generator).to(torch.uint8)
+    groups = 2 * SUPER // kind.group
+    q_OI = torch.randint(0, 2**kind.bits, (3, 2 * SUPER), generator=generator).to(torch.uint8)
     scale, minimum = (
-        torch.randint(low, kind.high + 1, (3, 2, groups), generator=generator).to(torch.int16) for low in (kind.low, 0)
+        torch.randint(low, kind.high + 1, (3, groups), generator=generator).float() for low in (kind.low, 0)
     )
-    d = torch.full((3, 2), 0.5, dtype=torch.float16)
-    drawn = gguf_k.Super(n, d, d / 2 if not kind.sym else d * 0, scale, minimum * (not kind.sym))
-    decoded = gguf.quants.dequantize(gguf_k.pack(drawn, kind).numpy(), gguf.GGMLQuantizationType[kind.name])
-    np.testing.assert_array_equal(decoded, gguf_k.decode(drawn, kind).numpy())
+    unit = torch.tensor([0.5, 0.25], dtype=torch.float16).expand(3, 2, 2)
+    zero = torch.full(scale.shape, 2 ** (kind.bits - 1) if kind.sym else 0, dtype=torch.uint8)
+    own = None if kind.sym else minimum / 4
+    drawn = Codes(q_OI, scale / 2, zero, kind.bits, kind.group, kind.sym, min_OG=own, unit_OS2=unit)
+    np.testing.assert_array_equal(as_llamacpp(drawn, kind).view(np.float32), dequantize(drawn).numpy())
+    with pytest.raises(ValueError, match="no integers"):
+        gguf_k.pack(drawn._replace(scale_OG=drawn.scale_OG + 0.25), kind)
+    with pytest.raises(ValueError, match="no integers"):
+        gguf_k.pack(drawn._replace(scale_OG=drawn.scale_OG * 0 + 0.5 * (kind.high + 1)), kind)
+    with pytest.raises(ValueError, match="without units"):
+        gguf_k.pack(drawn._replace(unit_OS2=None), kind)
 
 
 @pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
 def test_a_weight_on_the_super_grid_stays_and_others_come_close(kind):
     generator = torch.Generator().manual_seed(4)
     w_OI = torch.randn(8, 512, generator=generator)
-    fitted = gguf_k.fit(w_OI, kind, *gguf_k.search(w_OI, kind))
-    value_OI = gguf_k.decode(fitted, kind)
-    plain_OI = dequantize(round_to_nearest(w_OI, kind.group, Grid(kind.bits, kind.sym)))
-    error, plain = ((w - w_OI).square().mean() for w in (value_OI, plain_OI))
-    assert error < plain  # even though its scales are coarser than float16 ones
-    scale_OG, min_OG = (
-        (x.float()[..., None] * k).flatten(1)
-        for x, k in ((fitted.d_OS, fitted.scale_OSG), (fitted.dmin_OS, fitted.min_OSG))
-    )
-    again = gguf_k.decode(gguf_k.fit(value_OI, kind, scale_OG, min_OG), kind)
-    assert (again - value_OI).square().mean() < 1e-3 * error
-    importance_I = torch.rand(512, generator=generator).exp() ** 4
-    weighted = gguf_k.fit(w_OI, kind, *gguf_k.search(w_OI, kind, importance_I), importance_I)
-    weigh = [((gguf_k.decode(f, kind) - w_OI).square() * importance_I).sum() for f in (weighted, fitted)]
-    assert weigh[0] < weigh[1]
+    rounded = Rounding(w_OI, kind.group, kind.grid).codes()
+    value_OI = dequantize(rounded)
+    plain = round_to_nearest(w_OI, kind.group, Grid(kind.bits, kind.sym))
+    error = (value_OI - w_OI).square().mean()
+    assert error < (dequantize(plain) - w_OI).square().mean()  # even though its scales are coarser than float16 ones
+    fitted, moved = gguf_k.onto(plain, kind)
+    assert 0 < moved < 0.2 and not torch.equal(dequantize(fitted), dequantize(plain))
+    np.testing.assert_array_equal(as_llamacpp(fitted, kind), dequantize(fitted).numpy().view(np.uint32))
+    w_OGg, value_OGg = (x_OI.unflatten(1, (-1, kind.group)) for x_OI in (w_OI, value_OI))
+    importance_Gg = torch.rand(512, generator=generator).exp().pow(4).unflatten(0, (-1, kind.group))
+    min_OG, ones_Gg = torch.zeros_like(rounded.scale_OG) if kind.sym else rounded.min_OG, torch.ones_like(importance_Gg)
+    again = super_grids.fit(value_OGg, ones_Gg, kind.grid, rounded.scale_OG, min_OG)
+    assert super_grids._measure(value_OGg, ones_Gg, again, kind.grid)[1].sum() < 0.02 * error * w_OI.numel()
+    for weight_Gg in (importance_Gg, ones_Gg):
+        found = super_grids.search(w_OGg, weight_Gg, kind.grid)
+        other = super_grids.search(w_OGg, importance_Gg * (weight_Gg == 1) + (weight_Gg != 1), kind.grid)
+        errors = [super_grids._measure(w_OGg, weight_Gg, each, kind.grid)[1].sum() for each in (found, other)]
+        assert errors[0] < errors[1]  # each is the better one by its own measure
 
 
 def test_check_names_the_flags_that_help():
@@ -138,6 +174,8 @@ def test_the_tuner_knows_how_precise_scales_may_be():
     assert formats.scale_bits(["auto_round", "gguf:q4_1"], Scheme(4, 32, False)) == 7
     assert formats.scale_bits(["auto_round"], Scheme(4, 32, False)) is None
     assert formats.scale_bits(["gguf"], Scheme(4, 32, True)) is None
+    assert formats.scale_range(["gguf:q4_k"]) == formats.scale_range(["fake", "gguf:q4_k"]) == (0, 63)
+    assert formats.scale_range(["gguf:q4_k", "auto_round"]) is None is formats.scale_range(["gguf:q4_0"])
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -149,9 +187,9 @@ def test_every_tensor_has_one_place_and_comes_back(case, tmp_path):
     assert sorted(key for key, _ in found) == sorted(wanted)
     for key, tensor in found:
         assert torch.allclose(tensor, wanted[key], rtol=0, atol=1e-6 if "norm" in key else 0), key
-    check = formats.FORMATS["gguf"].check_model
-    assert check is not None
-    check(json.loads((source / "config.json").read_text()), wanted, source)
+    check_model = formats.FORMATS["gguf"].check_model
+    assert check_model is not None
+    check_model(json.loads((source / "config.json").read_text()), wanted, source)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -259,9 +297,35 @@ def test_journey_of_the_demo_model(tmp_path, fmt, bits, sym):
             assert torch.equal(kept[name], tensor), name
 
 
-def test_k_types_say_how_far_the_weights_moved(tmp_path, caplog):
-    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k", device="cpu",
-                    output_dir=str(tmp_path))  # fmt: skip
+@pytest.mark.parametrize("algorithm", ["auto", "rtn", "sign_round"])
+@pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
+def test_k_types_export_what_was_tuned(tmp_path, caplog, kind, algorithm):
+    """To the bit: decoded by the package `gguf`, by our reader, and by the checksums of float32 values in run.json."""
+    recipe = Recipe(model="demo", dataset="demo", bits=kind.bits, group_size=kind.group, sym=kind.sym, nsamples=4,
+                    iters=1, format=f"gguf:{kind.name.lower()}", output_dir=str(tmp_path), device="cpu", batch_size=4,
+                    fisher=False, algorithm=algorithm)  # fmt: skip
+    job = jobs.prepare(recipe, load("demo"))
+    assert {scheme.scale_range for scheme in job.plan.quantized.values()} == {(kind.low, kind.high)}
+    (folder,) = jobs.run(job)
+    tuned = {f"{name}.weight": job.loaded.model.get_parameter(f"{name}.weight") for name in job.plan.quantized}
+    assert len(tuned) == 35 and same_weights(folder, tuned) == [] and "moved" not in caplog.text
+    written = json.loads((folder / "run.json").read_text())["codes"]
+    assert len(written) == 35 and all("weight" in record for record in written.values())
+    assert [finding for finding in check(folder) if finding.severity == "error"] == []
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(next(folder.glob("model-*.gguf"))).tensors}
+    down = stored["blk.0.ffn_down.weight"]
+    decoded = torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type))
+    assert down.tensor_type.name == kind.name
+    assert torch.equal(decoded.bfloat16(), tuned["model.language_model.layers.0.mlp.down_proj.weight"])
+    changed = bytearray(next(folder.glob("model-*.gguf")).read_bytes())
+    changed[down.data_offset + 20] ^= 1
+    next(folder.glob("model-*.gguf")).write_bytes(changed)
+    assert [f.where for f in check(folder) if f.severity == "error"] == ["model.layers.0.mlp.down_proj.weight"]
+
+
+def test_beside_another_format_k_types_are_fitted_and_say_how_far(tmp_path, caplog):
+    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k,auto_round",
+                    device="cpu", output_dir=str(tmp_path))  # fmt: skip
     loaded = load("demo")
     folder = jobs.run(jobs.prepare(recipe, loaded))[0]
     share = float(re.search(r"moved by ([\d.]+)%", caplog.text)[1])
@@ -269,6 +333,15 @@ def test_k_types_say_how_far_the_weights_moved(tmp_path, caplog):
     name = "model.language_model.layers.0.mlp.down_proj.weight"
     found, tuned = from_quantized(folder).model.state_dict()[name], loaded.model.state_dict()[name]
     assert 0 < (found - tuned).float().norm() < 0.05 * tuned.float().norm()
+
+
+def test_what_was_tuned_on_super_blocks_goes_nowhere_else(tmp_path):
+    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k", device="cpu")
+    job, finished = jobs.prepare(recipe, load("demo")), Finished()
+    quantize(job.loaded.model, job.recipe, job.plan, job.inputs, finished)
+    with pytest.raises(UserError, match="tuned on the grid of another format"):
+        jobs.save(job, finished, tmp_path / "out", "auto_round")
+    assert jobs.save(job, finished, tmp_path / "out", "gguf:q4_k").is_dir()
 
 
 def test_a_wrong_scheme_is_one_line_with_the_flags(tmp_path):

@@ -59,6 +59,35 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
         assert torch.equal(moved[clear].sign(), slope[clear].sign())
 
 
+@pytest.mark.parametrize("bits, g, scale_range", [(2, 16, (0, 15)), (4, 32, (0, 63)), (3, 16, (-32, 31))])
+def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
+    """Scales and minima are multiples of a unit; gradients pass straight through to the factor of both."""
+    torch.manual_seed(1)
+    grid = Grid(bits, sym=scale_range[0] < 0, scale_range=scale_range)
+    rounding = Rounding(torch.randn(3, 512), g, grid)
+    rounding.offset_OGg.uniform_(-0.6, 0.6)
+    rounding.ranges.factors_2OG.uniform_(0.7, 1.3)
+    offset, factors = (t.clone().requires_grad_() for t in rounding.snapshot())
+    first, now = rounding.ranges.blocks, rounding.ranges.super_blocks()
+
+    def held(free, value):
+        return (value + (free - free.detach()))[..., None]
+
+    scale = held(first.scale_OG * factors[0], now.scale_OG)
+    low = held(first.min_OG * factors[0], now.min_OG)
+    zero = grid.middle if grid.sym else 0
+    code = inclusive_clamp(straight_through((rounding.w_OGg + low) / scale + offset) + zero, 0, grid.top)
+    weight = ((code - zero) * scale - low).flatten(1)
+    torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(weight)
+    expected = torch.autograd.grad(weight, (offset, factors), grad)
+    before = rounding.snapshot()
+    rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
+    for old, new, slope in zip(before, rounding.snapshot(), expected):
+        clear = slope.abs() > 1e-3
+        assert clear.float().mean() > 0.5 and torch.equal((old - new)[clear].sign(), slope[clear].sign())
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("columns, g", [(64, 16), (50, 16), (33, -1)])
 def test_start_is_round_to_nearest(grid, columns, g):

@@ -19,6 +19,7 @@ from auto_mmround.numerics import grids, super_grids
 from auto_mmround.numerics.grids import Codes, Grid
 from auto_mmround.numerics.super_grids import Super
 
+COARSE = 0.5  # of the rate of factors where scales are integers times a unit: a step of these is a jump
 CHUNK = 2**18  # elements of a weight worked on at a time
 
 
@@ -115,7 +116,7 @@ class ScaleFactor:
         grad_OG = grad_scale_OG * self.scale_OG
         if self.blocks:
             grad_OG = grad_OG + grad_zero_OG * self.blocks.min_OG / scale_OG
-        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr).clamp_(0.5, 1.5)
+        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr * COARSE if self.blocks else lr).clamp_(0.5, 1.5)
 
 
 class Rounding:

@@ -17,7 +17,7 @@ from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid, integers
 
 TINY = 2.0**-24  # smallest float16
-FACTORS = (1.0, 1.01, 1.02, 1.04, 0.99, 0.98)  # of the unit that just reaches the largest scale
+BELOW = (0, 1, 2, 3, -1)  # the bound: where the largest scale of a super-block may come to lie
 TURNS = 3
 
 
@@ -59,8 +59,8 @@ def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: 
     """The best super-blocks near these scales and minima of the groups.
 
     Units and integers take turns: integers by rounding, units by least squares for the codes that follow; several first
-    units are tried. At the end each group looks at its neighbouring integers. ValueError for columns that are no
-    multiple of 256.
+    units are tried, which bring the largest scale to the bound of larger magnitude or near it. At the end each group
+    looks at its neighbouring integers. ValueError for columns that are no multiple of 256.
     """
     groups, columns = w_OGg.shape[1:]
     if groups * columns % grids.SUPER:
@@ -68,12 +68,13 @@ def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: 
     assert grid.scale_range is not None
     low, high = grid.scale_range
     scale_OSJ, min_OSJ = (x.unflatten(1, (-1, grids.SUPER // columns)) for x in (scale_OG, min_OG))
-    # The largest scale lands on the bound of larger magnitude.
     largest_OS = scale_OSJ.gather(-1, scale_OSJ.abs().argmax(-1, keepdim=True))[..., 0]
-    full_OS, e_OS = largest_OS / (low if grid.sym else high), min_OSJ.amax(-1) / high
+    bound = low if grid.sym else high
     best: tuple[Tensor, Super] | None = None
-    for factor in FACTORS:
-        unit_OS2 = _units(full_OS * factor, e_OS)
+    for below in BELOW:
+        unit_OS2 = _units(
+            largest_OS / (bound + below if grid.sym else bound - below), min_OSJ.amax(-1) / (high - below)
+        )
         for _ in range(TURNS):
             found = _rounded(scale_OG, min_OG, unit_OS2, grid)
             n_OGg, error_OG = _measure(w_OGg, weight_Gg, found, grid)
