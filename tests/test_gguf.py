@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -337,6 +338,8 @@ def test_beside_another_format_k_types_are_fitted_and_say_how_far(tmp_path, capl
 
 def test_what_was_tuned_on_super_blocks_goes_nowhere_else(tmp_path):
     recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k", device="cpu")
+    with pytest.raises(UserError, match="polish tunes scales, which gguf:q4_k"):
+        jobs.prepare(replace(recipe, polish=True), load("demo"))
     job, finished = jobs.prepare(recipe, load("demo")), Finished()
     quantize(job.loaded.model, job.recipe, job.plan, job.inputs, finished)
     with pytest.raises(UserError, match="tuned on the grid of another format"):

@@ -93,6 +93,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     wanted = [formats.get(name) for name in recipe.formats]
     if not wanted:
         raise UserError("format is empty: name at least one export format")
+    if recipe.polish and formats.scale_range(recipe.formats):
+        raise UserError(f"polish tunes scales, which {recipe.format} holds as integers of few bits; leave it out")
     for fmt in wanted:
         if fmt.ready:
             fmt.ready()
