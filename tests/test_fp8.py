@@ -116,6 +116,14 @@ def test_other_quantized_sources_and_lost_scales_are_one_line(tmp_path):
     assert load(str(folder)).model.dtype == torch.bfloat16
     with pytest.raises(UserError, match="not for weights in FP8"):
         load(str(folder), device_map="auto")
+    config = json.loads((folder / "config.json").read_text())
+    for block in ([0, 128], [32], "32", {"a": 1}):
+        config["quantization_config"]["weight_block_size"] = block
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="is no pair of numbers"):
+            load(str(folder))
+    del config["quantization_config"]["weight_block_size"]
+    (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     lost = {key: tensor for key, tensor in tensors.items() if not key.endswith("q_proj.weight_scale_inv")}
     save_file(lost, folder / "model.safetensors", {"format": "pt"})

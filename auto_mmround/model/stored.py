@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import read_object, weight_map
+from auto_mmround.untrusted import one_line, read_object, weight_map
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = ("U8", "I8", "I16", "I32")  # integers of another quantization
@@ -85,15 +85,19 @@ class _Encoded:
 
 
 def stored_tensors(folder: Path) -> Stored:
-    """What lies in a checkpoint folder. Raises UserError where it is quantized in another way than FP8."""
+    """What lies in a checkpoint folder. Raises UserError for files that can't be read, and where
+    it is quantized in another way than FP8."""
     files: dict[str, Path] = {}
     kinds: dict[str, str] = {}
     given = read_object(folder / "config.json").get("quantization_config")
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-            if given is not None:
-                kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    try:
+        for path in weight_files(folder):
+            with safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+                if given is not None:
+                    kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}") from None
     if given is None:
         return Stored(files)
     method = given.get("quant_method") if isinstance(given, dict) else None
@@ -107,9 +111,10 @@ def stored_tensors(folder: Path) -> Stored:
         scales[key] = name, files[name]
     left_out = {name for name, _ in scales.values()} | {key for key in files if key.endswith(LEFT_OUT)}
     block = given.get("weight_block_size")
-    return Stored(
-        {key: path for key, path in files.items() if key not in left_out}, scales, tuple(block) if block else None
-    )
+    if block and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise UserError(f"model {folder}: weight_block_size {str(block)[:80]} is no pair of numbers")
+    kept = {key: path for key, path in files.items() if key not in left_out}
+    return Stored(kept, scales, (block[0], block[1]) if block else None)
 
 
 def decoded(key: str, q: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
