@@ -207,7 +207,7 @@ def table(tallies: dict[str, Tally]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="in all, shared by the readers (default: 10)")
-    parser.add_argument("--inputs", type=int, help="at most so many a reader: the same ones on every machine")
+    parser.add_argument("--inputs", type=int, help="so many a reader, however long: the same on every machine")
     parser.add_argument("--readers", help="comma list; all without it")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
     parser.add_argument("--keep", type=Path, help="a folder: the input of every problem is put there")
@@ -220,8 +220,9 @@ def main() -> int:
         readers = make_readers(work)
         names = found.readers.split(",") if found.readers else list(readers)
         tallies = {}
+        seconds = found.minutes * 60 / len(names) if found.inputs is None else float("inf")
         for name in names:
-            tallies[name] = run(readers[name], work, watch, found.minutes * 60 / len(names), found.seed, found.inputs)
+            tallies[name] = run(readers[name], work, watch, seconds, found.seed, found.inputs)
             print(f"{name}: {tallies[name].inputs:,} inputs, {len(tallies[name].problems)} problems", flush=True)
             for i, problem in enumerate(tallies[name].problems.values()):
                 print(f"  {problem.count} x {problem.text}\n  input: {str(problem.data)[:300]}", flush=True)
