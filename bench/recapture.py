@@ -58,9 +58,11 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["W4g128", "W3g128"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="clean is always among them")
     parser.add_argument("--limit", type=int, default=96, help="held-out texts, and as many questions about images")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
+    ways = [way for way in WAYS if way == WAYS[0] or way in found.ways]
     logging.disable(logging.WARNING)
     reference = load("demo")
     inputs = held_out(reference, "demo", limit=found.limit)
@@ -69,15 +71,15 @@ def main() -> None:
     for scheme in found.schemes:
         bits, group_size = map(int, re.fullmatch(r"W(\d)g(\d+)", scheme).groups())  # type: ignore[union-attr]
         options = {"bits": bits, "group_size": group_size, "nsamples": found.samples}
-        kl: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+        kl: dict[str, list[list[float]]] = {way: [] for way in ways}
         for seed in range(found.seeds):
-            for way in WAYS:
+            for way in ways:
                 (figures,) = measure([model_of(way, options, seed)], inputs, reference=reference.model)
                 kl[way].append([figures.kl["text"], figures.kl["image"]])
                 lines.append(f"| {scheme} | {seed} | {way} | {kl[way][-1][0]:.5f} | {kl[way][-1][1]:.5f} |")
                 print(lines[-1], flush=True)
         clean_SK = torch.tensor(kl["clean"])
-        for way in WAYS:
+        for way in ways:
             ratio_SK = torch.tensor(kl[way]) / clean_SK
             cells = [
                 f"{ratio_SK[:, k].mean():.3f} ({ratio_SK[:, k].min():.3f} to {ratio_SK[:, k].max():.3f})"

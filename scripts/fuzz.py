@@ -1,9 +1,10 @@
 """Feed every reader of files that others wrote with damaged ones: `python scripts/fuzz.py --minutes 10`.
 
 A reader may answer with what it read or with one line (UserError and its kin). A traceback of any other kind, more than
-TOO_SLOW seconds for one input, a file touched outside the working folder, a read of the file that lies just outside
-the given folders, a program started or a connection tried: each is a problem, reported once for the place where it
-happens, with the input kept. Exit status: 0 without problems, else 1.
+TOO_SLOW processor seconds for one input (or STUCK by the clock, which ends the process), a file touched outside the
+working folder, a read of the file that lies just outside the given folders, a program started or a connection tried:
+each is a problem, reported once for the place where it happens, with the input kept. Exit status: 0 without problems,
+else 1.
 """
 
 import argparse
@@ -45,7 +46,7 @@ NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.c
 @dataclass(frozen=True)
 class Reader:
     """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may say no.
-    patience: seconds for one input."""
+    patience: processor seconds for one input."""
 
     name: str
     inputs: SearchStrategy[Any]
@@ -65,7 +66,7 @@ class Problem:
 
 @dataclass
 class Tally:
-    """What became of the inputs of one reader. slowest: seconds."""
+    """What became of the inputs of one reader. slowest: processor seconds."""
 
     inputs: int = 0
     refused: int = 0
@@ -123,7 +124,7 @@ def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
 def attempt(reader: Reader, data: Any, work: Path, watch: Watch, tally: Tally) -> None:
     """One input: what it leads to goes into the tally."""
     watch.seen.clear()
-    begun = time.perf_counter()
+    begun = time.process_time()
     faulthandler.dump_traceback_later(STUCK, exit=True, file=sys.__stderr__)
     watch.active = True
     try:
@@ -142,10 +143,10 @@ def attempt(reader: Reader, data: Any, work: Path, watch: Watch, tally: Tally) -
     finally:
         watch.active = False
         faulthandler.cancel_dump_traceback_later()
-    taken = time.perf_counter() - begun
+    taken = time.process_time() - begun
     tally.inputs, tally.slowest = tally.inputs + 1, max(tally.slowest, taken)
     if taken > reader.patience:
-        tally.note("slow", f"{taken:.1f} seconds for one input", data)
+        tally.note("slow", f"{taken:.1f} processor seconds for one input", data)
     for line in dict.fromkeys(watch.seen):
         tally.note(line[:60], line, data)
 
@@ -192,7 +193,7 @@ def prepare(work: Path) -> Watch:
 
 def table(tallies: dict[str, Tally]) -> str:
     """A Markdown table, a row a reader."""
-    lines = ["| reader | inputs | refused with one line | slowest, s | problems |", "|---|---|---|---|---|"]
+    lines = ["| reader | inputs | refused with one line | slowest, processor s | problems |", "|---|---|---|---|---|"]
     lines += [
         f"| {name} | {t.inputs:,} | {t.refused:,} | {t.slowest:.2f} | {len(t.problems)} |"
         for name, t in tallies.items()
@@ -206,7 +207,7 @@ def table(tallies: dict[str, Tally]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="in all, shared by the readers (default: 10)")
-    parser.add_argument("--inputs", type=int, help="at most so many a reader: the same ones on every machine")
+    parser.add_argument("--inputs", type=int, help="so many a reader, however long: the same on every machine")
     parser.add_argument("--readers", help="comma list; all without it")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
     parser.add_argument("--keep", type=Path, help="a folder: the input of every problem is put there")
@@ -219,8 +220,9 @@ def main() -> int:
         readers = make_readers(work)
         names = found.readers.split(",") if found.readers else list(readers)
         tallies = {}
+        seconds = found.minutes * 60 / len(names) if found.inputs is None else float("inf")
         for name in names:
-            tallies[name] = run(readers[name], work, watch, found.minutes * 60 / len(names), found.seed, found.inputs)
+            tallies[name] = run(readers[name], work, watch, seconds, found.seed, found.inputs)
             print(f"{name}: {tallies[name].inputs:,} inputs, {len(tallies[name].problems)} problems", flush=True)
             for i, problem in enumerate(tallies[name].problems.values()):
                 print(f"  {problem.count} x {problem.text}\n  input: {str(problem.data)[:300]}", flush=True)

@@ -86,7 +86,8 @@ def test_journey(name, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.standin])
 def test_the_student_sees_what_the_changed_model_sees(name):
-    """Blocks change one after the other, as quantizing does; the chain must end where the changed model ends."""
+    """Blocks change one after the other, as quantizing does; the chain must end where the changed model ends, to the
+    bit: samples run alone, since several together are summed in another order."""
     family = FAMILIES[name]
     model, inputs = family.build(), family.samples()
     for stage in find_stages(model):
@@ -95,13 +96,13 @@ def test_the_student_sees_what_the_changed_model_sees(name):
             block = model.get_submodule(path)
             for _, layer in linears(block):
                 layer.weight.data *= 1.1
-            chain = chain.advanced([block], index, 4)
+            chain = chain.advanced([block], index, 1)
             if chain.live and index + 1 < stage.depth:
                 chain = recapture(model, chain, index + 1, inputs)
         fresh = capture(model, [stage], inputs)[stage.path]
         blocks = [model.get_submodule(path) for path in stage.blocks]
         for i, hidden in enumerate(chain.hidden):
-            assert difference(hidden, fresh.run_group(blocks, 0, [i])) < 1e-5
+            assert torch.equal(hidden, fresh.run_group(blocks, 0, [i]))
 
 
 MIXTURES = {

@@ -23,7 +23,7 @@ def test_no_reader_fails_in_another_way_than_by_one_line():
 def test_the_fuzzer_sees_what_it_is_to_see(tmp_path):
     """A reader that does each forbidden thing is reported for each."""
     program = f"""
-import sys, os, socket, subprocess, pathlib, tempfile
+import sys, os, socket, subprocess, pathlib, tempfile, time
 sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
 from fuzz import Reader, prepare, run
 from auto_mmround.errors import UserError
@@ -48,14 +48,17 @@ readers = dict(
     make=lambda work, data: (other.with_name(f"d{{data}}")).mkdir(exist_ok=True),
     read=lambda work, data: (work / "outside" / "secret").read_text(),
     start=lambda work, data: subprocess.run(["true"]),
+    slow=lambda work, data: sum(range(10**6)),
+    waits=lambda work, data: time.sleep(0.01),
 )
 for name, read in readers.items():
-    tally = run(Reader(name, st.integers(0, 3), read), work, watch, 0.4)
+    patience = 0.005 if name in ("slow", "waits") else 10
+    tally = run(Reader(name, st.integers(0, 3), read, patience=patience), work, watch, 0.4)
     print(name, tally.inputs > 0, *tally.problems)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     seen = {words[0]: " ".join(words[1:]) for words in map(str.split, done.stdout.splitlines())}
-    assert seen["refuse"] == seen["ours"] == "True"
+    assert seen["refuse"] == seen["ours"] == seen["waits"] == "True"  # waiting for a busy processor is not slow
     for name, word in (
         ("lines", "several lines"),
         ("crash", "ZeroDivisionError"),
@@ -64,5 +67,6 @@ for name, read in readers.items():
         ("read", "outside the given folders"),
         ("start", "subprocess.Popen"),
         ("connect", "socket.connect"),
+        ("slow", "slow"),
     ):
         assert word in seen[name], name

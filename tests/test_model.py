@@ -7,7 +7,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Whisper
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.capture import capture, recapture
-from auto_mmround.model.chains import difference
+from auto_mmround.model.chains import as_dtype, difference
 from auto_mmround.model.devices import autocast, resolve
 from auto_mmround.model.loading import find_folder, load, parameter_names
 from auto_mmround.model.structure import Stage, find_stages, select_stages
@@ -129,6 +129,14 @@ def test_glue_between_blocks_is_replayed(glue, live):
             after = recapture(model, after, 1, inputs)
         for (i,), output in after.forward(list(model.layers)[1:2], 1, [1]):
             torch.testing.assert_close(output, model.layers[1](glue(model.layers[0](inputs[i]["x"]))))
+
+
+def test_inputs_are_cast_however_nested():
+    """CogVLM2 takes its images as lists of lists."""
+    given = {"images": [[torch.ones(2)], []], "input_ids": torch.ones(1, 2, dtype=torch.long)}
+    made = as_dtype(given, torch.bfloat16)
+    assert made["images"][0][0].dtype == torch.bfloat16 and made["input_ids"].dtype == torch.long
+    assert given["images"][0][0].dtype == torch.float32 and made["images"][1] == []
 
 
 def test_glue_of_several_samples_at_once():

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import two_processes
+from tiny_models import tiny_tokenizer
 from two_processes import RECIPE, mixed_inputs, tiny_model
 
 from auto_mmround.evaluation.evaluate import evaluate
@@ -58,6 +59,25 @@ def test_the_loss_of_a_process_ends_the_other_with_one_line(mode, word, tmp_path
     assert launch(mode, tmp_path) == [2, -signal.SIGKILL if mode == "dies" else 2]
     line = (tmp_path / "0.txt").read_text()
     assert line.startswith("another process has ended or answers no more") and word in line and "\n" not in line
+
+
+def test_after_the_loss_of_a_process_the_same_command_goes_on_to_the_same_bits(tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for folder in (whole, again):
+        tiny_model().save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+    assert launch("job", whole) == [0, 0], [path.read_text() for path in whole.glob("*.txt")]
+    assert launch("job dies", again) == [2, -signal.SIGKILL]
+    assert "another process has ended" in (again / "0.txt").read_text()
+    left = again / "model-w3g32.unfinished"
+    assert [path.name for path in sorted(left.glob("*.safetensors"))] == ["00000.safetensors"]
+    assert not list(again.glob("*auto_round"))  # nothing looks finished
+    assert launch("job", again) == [0, 0] and not left.exists()
+    results = [folder / "model-w3g32-auto_round" for folder in (whole, again)]
+    one, two = (json.loads((folder / "run.json").read_text()) for folder in results)
+    assert one["codes"] == two["codes"] and one["tensors"] == two["tensors"]
+    weights, others = ((folder / "model.safetensors").read_bytes() for folder in results)
+    assert weights == others
 
 
 def test_variables_of_launchers(monkeypatch):

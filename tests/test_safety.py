@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from auto_mmround import cli, untrusted
-from auto_mmround.calibration import datasets, fetch, media, processor, template
+from auto_mmround.calibration import batches, datasets, fetch, media, processor, template
 from auto_mmround.calibration.datasets import load_samples
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages
@@ -402,6 +402,22 @@ def test_rows_of_token_ids_that_are_none(tmp_path, row):
     (tmp_path / "d.json").write_text(json.dumps([row]))
     with pytest.raises(datasets.BadSample, match="input_ids"):
         load_samples(str(tmp_path / "d.json"))
+
+
+@pytest.mark.parametrize("beside", ["x", ["x"], {"a": 1}, [1, [2]], 2**70])
+def test_what_is_no_tensor_beside_token_ids_is_named(tmp_path, beside):
+    (tmp_path / "d.json").write_text(json.dumps([{"input_ids": [1, 2, 3] * 20, "odd": beside}]))
+    with pytest.raises(UserError, match="'odd' beside input_ids is no tensor"):
+        batches.build(str(tmp_path / "d.json"), tokenizer=None, template=Template(), seqlen=8, nsamples=1)
+
+
+@pytest.mark.parametrize("turns", [-1, 0.5, True])
+def test_turns_that_are_no_list_are_one_line(tmp_path, turns):
+    row = {"messages": turns, "audio": {"array": [0.0], "sampling_rate": 8000}}
+    (tmp_path / "d.json").write_text(json.dumps([row]))
+    with pytest.raises(UserError) as caught:
+        load_samples(str(tmp_path / "d.json"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["{outside}", "../outside.json", "http://127.0.0.1:9/x.json", "zip://a::http://b/c"])

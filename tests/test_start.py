@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -248,6 +249,16 @@ def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
     assert table[0].min() > 0 and not table[1:].any()
     assert token_kinds(text, kinds, 12).tolist() == kinds.text_T.tolist()
     assert not token_kinds(tower, kinds, 12).any() and len(token_kinds(text, kinds, 9)) == 9
+
+
+def test_a_sample_that_reaches_no_watched_tower_has_no_say():
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.samples()
+    (tower, _), with_image = find_stages(model), [sample for sample in inputs if "pixel_values" in sample]
+    kinds = [Kinds(torch.zeros(sample["input_ids"].shape[1])) for sample in inputs]
+    found = measure_fisher(model, [tower], inputs, kinds)
+    assert set(found.channels) == set(tower.blocks) and 0 < len(with_image) < len(inputs)
+    assert all(table.sum() > 0 for table in found.channels.values())
 
 
 def test_fisher_samples_are_spread_evenly():

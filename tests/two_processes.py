@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import make_plan
@@ -107,6 +109,22 @@ def tune(processes: Processes, dies: bool) -> dict:
     return {"codes": sums, "reports": [report.as_dict() for report in reports], "state": state}
 
 
+class Dying(Processes):
+    """The second process is lost before the second block counts as finished."""
+
+    def agree(self, block, codes) -> None:
+        if self.rank == 1 and block.endswith("blocks.1"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().agree(block, codes)
+
+
+def job(processes: Processes, folder: Path) -> None:
+    """The whole journey from the model in ``folder`` to checkpoints beside it."""
+    recipe = replace(RECIPE, model=str(folder / "model"), output_dir=str(folder), device="cpu")
+    loaded = jobs.load_model(recipe, processes=processes)
+    jobs.run(jobs.Job(recipe, loaded, make_plan(loaded.model, recipe), mixed_inputs(), None, ()), None, processes)
+
+
 def main(mode: str, rank: int, variables: dict[str, str], folder: Path) -> None:
     """Leaves the result in RANK.json, a UserError in RANK.txt with exit status 2."""
     os.environ.update(variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -115,6 +133,8 @@ def main(mode: str, rank: int, variables: dict[str, str], folder: Path) -> None:
         with joined(CPU, timedelta(seconds=2 if mode == "hangs" else 60)) as processes:
             if mode == "hangs":
                 time.sleep(5 * rank)
+            if mode in ("job", "job dies"):
+                return job(processes if mode == "job" else Dying(rank, processes.count, rank), folder)
             primitives(processes)
             (folder / f"{rank}.json").write_text(json.dumps(tune(processes, mode == "dies")))
     except UserError as error:

@@ -179,6 +179,18 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
     return ModelInput(sample.id, kwargs, kind_T, nn.functional.pad(sample.answer_T, more, value=False))
 
 
+def _tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Ready inputs of the model as tensors; BadSample names what is none."""
+    found = {}
+    for key, value in values.items():
+        try:
+            found |= {} if value is None else {key: torch.as_tensor(value)}
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise BadSample("form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})") from None
+    return found
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Everything needed to turn one sample into a ModelInput."""
@@ -196,8 +208,7 @@ class Encoder:
     def __call__(self, sample: Sample) -> ModelInput:
         """Raises BadSample with the reason when the sample can't be used."""
         if sample.inputs is not None:
-            kwargs = {key: torch.as_tensor(value) for key, value in sample.inputs.items() if value is not None}
-            kwargs = with_decoder_ids(kwargs, self.config)
+            kwargs = with_decoder_ids(_tensors(sample.id, sample.inputs), self.config)
             ids = token_ids(kwargs)
             return ModelInput(
                 sample.id, kwargs, modality(kwargs, self.config), torch.ones(ids.shape[1], dtype=torch.bool)

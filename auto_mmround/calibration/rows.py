@@ -1,6 +1,6 @@
 """Rows of any accepted form to samples: text, token ids, model inputs, LLaVA conversations, chat messages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def parse_row(
             keys = ", ".join(map(str, row)) or "none"
             raise BadSample("form", f"sample {label}: expected text, messages, conversations or input_ids, not {keys}")
         turns = texts[0]
-    media = _media(row, turns if not isinstance(turns, str) else ())
+    media = _media(row, turns if isinstance(turns, Iterable) and not isinstance(turns, str) else ())
     if isinstance(turns, str) and not any(media.values()) and not as_chat:
         return Sample(label, text=turns)
     messages = list(parse_messages(turns))

@@ -59,10 +59,12 @@ def _content_text(content: Any) -> str:
 def parse_messages(messages: Any) -> tuple[Message, ...]:
     """Any accepted form to Messages: a string (one user turn), or turns with role/from and content/value.
 
-    Raises UserError for an unknown role or a turn that isn't a mapping.
+    Raises UserError for what has no turns, an unknown role or a turn that isn't a mapping.
     """
     if isinstance(messages, str):
         return (Message("user", messages),)
+    if not isinstance(messages, Iterable):
+        raise UserError(f"messages must be a list of turns or a text, not {type(messages).__name__}")
     turns = []
     for turn in messages:
         if isinstance(turn, Message):

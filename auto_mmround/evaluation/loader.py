@@ -117,6 +117,7 @@ def load_any(
 ) -> Loaded:
     """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an engine quantizes them."""
     folder = Path(name)
-    if folder.is_dir() and read_checkpoint(folder).quantization_config is not None:
+    quantization = read_checkpoint(folder).quantization_config if folder.is_dir() else None
+    if quantization is not None and quantization.get("quant_method") != "fp8":  # that is how the source is stored
         return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code, activations=True)
     return load(name, dtype=dtype, device=device, remote_code=remote_code)

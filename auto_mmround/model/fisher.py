@@ -188,6 +188,8 @@ def _backward(
             with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i), note):
                 hidden_TD, head = run(model, kwargs)
                 positions[i] = len(hidden_TD)
+                if not hidden_TD.requires_grad:  # none of the watched modules ran, as towers don't for plain text
+                    continue
                 rows_T = spoken.get(i, torch.ones(0)).to(device)
                 rows_T = rows_T if len(rows_T) == len(hidden_TD) else torch.ones(len(hidden_TD), device=device).bool()
                 grad_TD = torch.zeros_like(hidden_TD)

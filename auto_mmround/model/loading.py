@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
 from auto_mmround.untrusted import one_line, read_object, weight_map
 
@@ -99,25 +100,30 @@ def load(
 
     device_map: as accelerate knows them; the model is spread over all devices then, instead of lying on ``device``.
     stream: leave the blocks of all stages in the files, see `streaming`; None: where the model takes most of the free
-    memory.
+    memory. Weights in FP8 are decoded while they are read.
     Raises UserError for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
-    model that is quantized already and for weights that don't fit the model's class.
+    model that is quantized in another way and for weights that don't fit the model's class.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"model_dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     folder, device = find_folder(name), torch.device(device)
     config = read_config(folder, remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"model {name} is quantized already; give the original weights")
+    tensors = stored_tensors(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if tensors.scales and device_map:
+        raise UserError(f"device_map {device_map}: not for weights in FP8; leave it out")
     cls, kind = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
     if device.type == "cpu" and not device_map and (kind or stored_dtype(folder, config)) == torch.float16:
         kind = torch.float32  # few processors compute in float16, and gradients vanish in it
         log.info("%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory", name)
     holder: Holder = InMemory()
     try:
-        if stream or (stream is None and not device_map and not fits(folder, device, kind)):
-            log.info("%s: blocks are read when their turn comes", name)
-            model, holder, absent = load_streamed(cls, config, folder, kind, device, renamed_keys)
+        streams = stream or (stream is None and not device_map and not fits(folder, tensors, device, kind))
+        if streams or tensors.scales:
+            log.info("%s: blocks are read when their turn comes" if streams else "%s: FP8 is decoded", name)
+            dtype_ = kind or stored_dtype(folder, config) or torch.get_default_dtype()
+            model, holder, absent = load_streamed(cls, config, tensors, dtype_, device, renamed_keys, whole=not streams)
         else:
             model, info = cls.from_pretrained(
                 folder,

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.standins import recomputed
+from auto_mmround.model.stored import Reader, Stored, weight_files
 from auto_mmround.model.structure import find_stages
-from auto_mmround.untrusted import weight_map
 
 SHARE = 0.6  # of the free memory that a model may take as a whole
 Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, bool]]]
@@ -64,11 +64,9 @@ class Streamed:
     parameters of `resident` ones are new objects each time.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, files: Mapping[str, Path], names: Mapping[str, str], config: LoadStateDictConfig
-    ):
-        """files: where each key of the checkpoint lies. names: the parameter that it becomes, or a part of."""
-        self._model, self._files, self._config = model, files, config
+    def __init__(self, model: PreTrainedModel, stored: Stored, names: Mapping[str, str], config: LoadStateDictConfig):
+        """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or a part of."""
+        self._model, self._stored, self._config = model, stored, config
         self._keys: dict[str, list[str]] = {block: [] for stage in find_stages(model) for block in stage.blocks}
         owners = {f"{block}.": block for block in self._keys}
         for key, name in names.items():
@@ -122,12 +120,8 @@ class Streamed:
 
     def _read(self, block: str) -> None:
         conversions = getattr(self._model, "_weight_conversions", None)
-        with ExitStack() as stack, _no_progress_bar():
-            opened = {
-                path: stack.enter_context(safe_open(path, "pt"))
-                for path in {self._files[key] for key in self._keys[block]}
-            }
-            tensors = {key: opened[self._files[key]].get_slice(key) for key in self._keys[block]}
+        with Reader(self._stored) as reader, _no_progress_bar():
+            tensors = {key: reader.slice(key) for key in self._keys[block]}
             convert_and_load_state_dict_in_model(self._model, tensors, self._config)
         self._model._weight_conversions = conversions  # type: ignore[assignment]  # those of the whole model
         self._blocks[block].requires_grad_(False)
@@ -142,18 +136,10 @@ class Streamed:
                     module._buffers[name] = buffer.to("meta")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those that its index names, or the one file, or all."""
-    index, single = weight_map(folder), folder / "model.safetensors"
-    if index is not None:
-        return [folder / name for name in sorted(set(index.values()))]
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def fits(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+def fits(folder: Path, stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:
     """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free memory."""
-    size = sum(path.stat().st_size for path in weight_files(folder))
-    if dtype is not None:
+    size = stored.nbytes()
+    if dtype is not None and not stored.scales:
         with safe_open(weight_files(folder)[0], "pt") as file:
             size = size * dtype.itemsize // (_first_dtype(file) or dtype).itemsize
     return size <= SHARE * devices.free_memory(device)
@@ -168,24 +154,25 @@ def stored_dtype(folder: Path, config: Any) -> torch.dtype | None:
 
 
 def load_streamed(
-    cls: Any, config: Any, folder: Path, dtype: torch.dtype | None, device: torch.device, rename: Rename
-) -> tuple[PreTrainedModel, Streamed, list[str]]:
+    cls: Any,
+    config: Any,
+    stored: Stored,
+    dtype: torch.dtype,
+    device: torch.device,
+    rename: Rename,
+    whole: bool = False,
+) -> tuple[PreTrainedModel, Holder, list[str]]:
     """A model without its blocks, what reads them, and the names of weights that the files lack or have otherwise.
 
-    rename: (key, parameter, ..) for a model and the keys of its files. Raises UserError for models whose blocks share
-    weights.
+    rename: (key, parameter, ..) for a model and the keys of its files. whole: the blocks are read at once and stay.
+    Raises UserError for models whose blocks share weights.
     """
-    files: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    dtype = dtype or stored_dtype(folder, config) or torch.get_default_dtype()
     _set_dtype(config, dtype)
     with ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model: PreTrainedModel = cls(config)
-    paths = [stage.path for stage in find_stages(model)]
+    paths = [] if whole else [stage.path for stage in find_stages(model)]
     shared = [name for name in model.all_tied_weights_keys if any(name.startswith(f"{path}.") for path in paths)]
     if shared:
         raise UserError(f"{shared[0]} is shared with other modules: this model can't be streamed, use --no_stream")
@@ -195,16 +182,17 @@ def load_streamed(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
     )
-    with ExitStack() as stack, _no_progress_bar():
-        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
-        slices = {key: opened[path].get_slice(key) for key, path in files.items()}
+    with Reader(stored) as reader, _no_progress_bar():
+        slices = {key: reader.slice(key) for key in stored.files}
         info, _ = convert_and_load_state_dict_in_model(model, slices, loading)
     loading = replace(loading, device_map={"": device})
     info = model._finalize_model_loading(model, loading, info)
     model.eval().requires_grad_(False)
     absent = info.missing_keys | {key for key, *_ in info.mismatched_keys}
-    names = {key: name for key, name, *_ in rename(model, files)}
-    return model, Streamed(model, files, names, loading), sorted(absent)
+    if whole:
+        return model, InMemory(), sorted(absent)
+    names = {key: name for key, name, *_ in rename(model, stored.files)}
+    return model, Streamed(model, stored, names, loading), sorted(absent)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,6 +19,7 @@ from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.loading import converted_keys, parameter_names
+from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.recipe import Recipe, to_toml
 from auto_mmround.run.journal import checksum, codes_record
@@ -31,11 +31,8 @@ class Names:
 
     def __init__(self, model: PreTrainedModel, source: Path | None):
         self.model = model
-        self.files: dict[str, Path] = {}
-        if source is not None:
-            for path in sorted(source.glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path)
+        self.stored = Stored({}) if source is None else stored_tensors(source)
+        self.files = self.stored.files
         self.keys = parameter_names(model, self.files)
         self.experts = separable(model)
         # The tables of Transformers go one way: what they make of a file's key is sure, what they would save is not.
@@ -78,8 +75,8 @@ class Names:
     def unchanged(self, without: set[str], codes: Mapping[str, Codes]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of everything but the parameters ``without``.
 
-        From the source as stored, bit for bit, unless the model in memory holds something else by now, or would if its
-        blocks were not streamed: what ``codes`` say, by module name.
+        From the source as stored, bit for bit (FP8 decoded), unless the model in memory holds something else by now, or
+        would if its blocks were not streamed: what ``codes`` say, by module name.
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without}
@@ -89,12 +86,11 @@ class Names:
                 if f"{name}.weight" not in without:
                     current = self._current(f"{name}.weight", state, codes)
                     yield self.key(f"{name}.weight"), self._stored(expert) if current is None else current.contiguous()
-        for path in sorted(set(self.files.values())):
-            with safe_open(path, "pt") as file:
-                for key in sorted(file.keys()):
-                    if key not in skip:
-                        name = self.parameters.get(key, "")
-                        yield key, _newest(file.get_tensor(key), self._current(name, state, codes))
+        with Reader(self.stored) as reader:
+            for _, key in sorted((path, key) for key, path in self.files.items()):
+                if key not in skip:
+                    current = self._current(self.parameters.get(key, ""), state, codes)
+                    yield key, _newest(reader.tensor(key), current)
         if not self.files:
             yield from ((key, tensor) for key, tensor in self._from_memory(without, state) if key not in skip)
 
@@ -113,9 +109,8 @@ class Names:
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
-        key = self.stacks[expert.parameter]
-        with safe_open(self.files[key], "pt") as file:
-            return expert.of(file.get_tensor(key)).contiguous()
+        with Reader(self.stored) as reader:
+            return expert.of(reader.tensor(self.stacks[expert.parameter])).contiguous()
 
     def _from_memory(self, without: set[str], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()  # tied weights are stored once
@@ -266,6 +261,7 @@ def _recorded(tensors: Iterator[tuple[str, Tensor]], record: dict[str, str]) -> 
 
 def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
     if source is not None:
-        return json.loads((source / "config.json").read_text())
+        found: dict[str, Any] = json.loads((source / "config.json").read_text())
+        return {key: value for key, value in found.items() if key != "quantization_config"}  # FP8, decoded by now
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return config | {"architectures": [type(model).__name__]}

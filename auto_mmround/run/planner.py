@@ -29,6 +29,7 @@ from auto_mmround.model.chains import Chain, as_dtype, map_tensors
 from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.fisher import measure_fisher
 from auto_mmround.model.pairs import shape_signature
+from auto_mmround.model.stored import stored_tensors
 from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, tune_block
 from auto_mmround.run.job import Job
@@ -301,7 +302,7 @@ def _sizes(job: Job) -> dict[str, int]:
     whole = sum(tensor.nbytes for tensor in state.values())
     side = 0
     if source is not None:
-        whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        whole = stored_tensors(source).nbytes()
         side = sum(path.stat().st_size for path in source.rglob("*") if is_side_file(path, source))
     count = sum(tensor.numel() for tensor in state.values())
     quantized = sum(w.out_features * w.in_features for w in plan.weights if w.scheme)
