@@ -181,7 +181,7 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
 
 def _tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Ready inputs of the model as tensors; BadSample names what is none."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for key, value in values.items():
         try:
             found |= {} if value is None else {key: torch.as_tensor(value)}

@@ -1,6 +1,6 @@
 """Rows of any accepted form to samples: text, token ids, model inputs, LLaVA conversations, chat messages."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def _part_reference(part: Mapping[str, Any], kind: str) -> Any:
     return None
 
 
-def _media(row: Mapping[str, Any], turns: Sequence[Any]) -> dict[str, list[Any]]:
+def _media(row: Mapping[str, Any], turns: Iterable[Any]) -> dict[str, list[Any]]:
     """References by kind, in the order of the text: those inside the turns, else the next one of the row's own list."""
     queues = {kind: _list(row.get(kind)) + _list(row.get(plural)) for kind, plural in PLURAL.items()}
     found: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
