@@ -169,7 +169,7 @@ def test_a_probe_for_speech_recognition(demo, tmp_path):
     loaded = SimpleNamespace(model=model, processor=processor, tokenizer=demo.tokenizer)
     (probe,), _ = make_probes(loaded, tmp_path)
     reference = make_reference(tmp_path, model, [probe.kwargs])
-    assert probe.kind == "audio" and reference.logits[0].shape == (9, 2048)
+    assert probe.kind == "speech" and probe.media["audio0"].shape == (16000,) and reference.logits[0].shape == (9, 2048)
     assert len(greedy(model, probe.kwargs, 3)[0]) == 3
 
 

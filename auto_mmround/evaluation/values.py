@@ -82,9 +82,10 @@ def check_codes(s: Subject) -> Iterator[Finding]:
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
-    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run tuned."""
-    if not s.whole:
+    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run wrote."""
+    if not s.whole or s.fmt is None:
         return
+    rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
     written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
     source = source_files(s.source) if s.source is not None else {}
     try:
@@ -93,14 +94,25 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
                 yield Finding("error", name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
                 yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
+            elif name in rest and not _sums_to(tensor, rest.pop(name)):
+                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
             elif name in source and tensor.ndim == 2:
                 yield from _against_source(name, tensor, _one(source[name], name).float())
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
-        yield Finding("error", "quantization_config", f"by it the files can't be decoded: {reason}")
+        files = [path.name for path in s.folder.iterdir() if path.name in reason]
+        where = max(files, key=len, default="quantization_config")
+        yield Finding("error", where, f"the weights can't be decoded: {reason}")
         return
-    if written:
-        yield Finding("error", min(written), "its weight is gone according to run.json")
+    gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
+    if gone:
+        yield Finding("error", min(gone), f"is gone according to run.json, as are {len(gone) - 1} others")
+
+
+def _sums_to(tensor: Tensor, wanted: str) -> bool:
+    """Whether a float32 tensor has that checksum in a dtype that holds it exactly."""
+    casts = [tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    return any(torch.equal(cast.float(), tensor) and checksum(cast) == wanted for cast in casts)
 
 
 def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:

@@ -311,6 +311,7 @@ def _format(kind: Kind | None) -> Format:
         read=read,
         check_model=check_model,
         exact=not isinstance(kind, SuperType),
+        exact_rest=False,  # Gemma's norms are stored plus one
     )
 
 

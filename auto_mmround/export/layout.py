@@ -68,6 +68,7 @@ class Format:
     keys, source folder): UserError for a model it cannot write, asked before tuning. any_float: floating parts may be
     float16, bfloat16 or float32, whatever the scheme says. exact: what is read back is what
     was tuned, to the bit; not so for grids that no tuner works on, for which weights are fitted once more.
+    exact_rest: so is every other tensor, of formats with `read`.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Format:
     check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
     any_float: bool = False
     exact: bool = True
+    exact_rest: bool = True
 
 
 def check_int(
