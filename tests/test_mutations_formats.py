@@ -111,9 +111,9 @@ def cut(file: str) -> Callable[[Path], None]:
 MUTATIONS = [
     # compressed-tensors
     Mutation("nibble order swapped", one(PACKED, nibbles), PACKED, WORDS),
-    Mutation("one code bit flipped", one(PACKED, lambda t: t ^ torch.eye(*t.shape, dtype=torch.int32)), DOWN, WORDS),
-    Mutation("one code is another", one(f"{DOWN}.weight", poke(3)), DOWN, INT8),
-    Mutation("signs of codes swapped", one(f"{DOWN}.weight", lambda t: -t), DOWN, INT8),
+    Mutation("one code bit flipped", one(PACKED, lambda t: t ^ torch.eye(*t.shape, dtype=torch.int32)), PACKED, WORDS),
+    Mutation("one code is another", one(f"{DOWN}.weight", poke(3)), f"{DOWN}.weight", INT8),
+    Mutation("signs of codes swapped", one(f"{DOWN}.weight", lambda t: -t), f"{DOWN}.weight", INT8),
     Mutation("zero points off by one", one(ZEROS, lambda t: t ^ 0x11111111), ZEROS, WORDS),
     Mutation("zero points missing", tensors(pop(ZEROS)), DOWN, WORDS),
     Mutation("scale missing", tensors(pop(CT_SCALE)), DOWN, (*WORDS, *INT8)),
@@ -132,10 +132,10 @@ MUTATIONS = [
     Mutation("groups missing", config(pop("config_groups")), "config_groups", WORDS),
     Mutation("shard truncated", sharded(truncate), SHARD_NAMES[1], (*WORDS, *MLX)),
     # MLX
-    Mutation("nibble order swapped", one(f"{DOWN}.weight", lambda t: nibbles(t.int()).to(t.dtype)), DOWN, MLX),
+    Mutation("nibble order swapped", one(f"{DOWN}.weight", lambda t: nibbles(t).view(t.dtype)), f"{DOWN}.weight", MLX),
     Mutation("scale missing", tensors(pop(f"{DOWN}.scales")), DOWN, MLX),
     Mutation("biases missing", tensors(pop(f"{DOWN}.biases")), DOWN, MLX),
-    Mutation("scale is NaN", one(f"{DOWN}.scales", poke(float("nan"))), DOWN, MLX),
+    Mutation("scale is NaN", one(f"{DOWN}.scales", poke(float("nan"))), f"{DOWN}", MLX),
     Mutation("scale is another", one(f"{DOWN}.scales", poke(1.0)), DOWN, MLX),
     Mutation(
         "zero points off by one",

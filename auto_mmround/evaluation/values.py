@@ -20,6 +20,12 @@ from auto_mmround.run.journal import checksum, codes_record
 
 # Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
 LEAST_CORRELATION = 0.5
+# Codes, scales and zero points -> the tensors that may hold them, in any layout.
+HOLDERS = {
+    "q": ("qweight", "weight_packed", "weight"),
+    "scale": ("scales", "weight_scale"),
+    "zero": ("qzeros", "weight_zero_point", "biases"),
+}
 
 
 def scheme(s: Subject, module: str) -> Scheme | None:
@@ -144,10 +150,9 @@ def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]
         if now[key] != written[key]:
             text = f"the configuration gives it {key} = {now[key]}, the run tuned it with {written[key]}"
             yield Finding("error", f"{module}: quantization_config", text)
-    marks = {"q": s.fmt.parts[0] if s.fmt else "", "scale": "scale", "zero": "zero"}
-    for key, mark in marks.items():
+    for key in HOLDERS:
         if now[key] != written[key]:
-            where = _part(s.parts(module), mark, module)
+            where = _part(s.parts(module), key, module)
             yield Finding("error", where, "does not decode to what was tuned (its checksum in run.json differs)")
 
 
@@ -160,6 +165,6 @@ def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Find
         yield Finding("error", name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight")
 
 
-def _part(tensors: Iterable[str], mark: str, module: str) -> str:
-    """The tensor of a module whose last part says ``mark``."""
-    return next((name for name in tensors if mark in name.rpartition(".")[2]), module)
+def _part(tensors: Iterable[str], key: str, module: str) -> str:
+    """The tensor of a module that holds what a key of `HOLDERS` stands for; the module where there is none."""
+    return next((f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module)

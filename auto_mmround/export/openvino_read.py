@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import one_line
+from auto_mmround.untrusted import one_line, read_text
 
 LANGUAGE = ("openvino_model", "openvino_language_model")
 TOWER = ("openvino_vision_embeddings_model", "openvino_vision_embeddings_merger_model")
@@ -61,7 +61,7 @@ class Constants:
 
     def __init__(self, path: Path) -> None:
         self._found: dict[str, tuple[str, list[int], int, int]] = {}
-        for layer in ElementTree.parse(path).getroot().iter("layer"):
+        for layer in ElementTree.fromstring(read_text(path, path.name)).iter("layer"):
             data, name = layer.find("data"), layer.get("name", "")
             if data is not None and layer.get("type") == "Const" and name.startswith(MARK):
                 shape = [int(n) for n in data.get("shape", "").split(",") if n.strip()]
