@@ -150,7 +150,7 @@ MUTATIONS = [
     Mutation("one code bit flipped", blocks(flip_codes), DOWN, GGUF),
     Mutation("scale is NaN", blocks(scale_to(0, 0x7E)), DOWN, GGUF),
     Mutation("scale is zero", blocks(scale_to(0, 0)), DOWN, GGUF),
-    Mutation("module renamed", rename_in_file(b"blk.2.ffn_down.weight", b"blk.9.ffn_down.weight"), TEXT_FILE, GGUF),
+    Mutation("module renamed", rename_in_file(b"blk.2.ffn_down.weight", b"blk.9.ffn_down.weight"), DOWN, GGUF),
     Mutation("file truncated", cut(TEXT_FILE), TEXT_FILE, GGUF),
     Mutation("tower truncated", cut(TOWER_FILE), TOWER_FILE, GGUF),
     Mutation("file missing", drop(TEXT_FILE), TEXT_FILE, GGUF),

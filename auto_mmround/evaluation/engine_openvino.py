@@ -66,7 +66,7 @@ def patch_places(grid_thw: np.ndarray, vision: Mapping[str, Any]) -> dict[str, n
     frequencies = 10000.0 ** -(np.arange(0, half, 2, dtype=np.float32) / half)
     angles, frames = [], []
     for t, h, w in grid_thw.tolist():
-        places = np.stack(np.mgrid[:h, :w], axis=-1).reshape(h // merge, merge, w // merge, merge, 2)
+        places = np.moveaxis(np.mgrid[:h, :w], 0, -1).reshape(h // merge, merge, w // merge, merge, 2)
         places = np.tile(places.transpose(0, 2, 1, 3, 4).reshape(-1, 2), (t, 1))
         angles.append((places[..., None] * frequencies).reshape(len(places), -1))
         frames += [h * w] * t
@@ -86,7 +86,7 @@ def positions_of(ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge
         left = len(list(run))
         while is_image and left:
             t, h, w = next(grids)
-            rows.append(np.stack(np.mgrid[:t, : h // merge, : w // merge]).reshape(3, -1) + start)
+            rows.append(np.mgrid[:t, : h // merge, : w // merge].reshape(3, -1) + start)
             left, start = left - rows[-1].shape[1], start + max(h, w) // merge
         if left:
             rows.append(np.tile(np.arange(left), (3, 1)) + start)

@@ -4,6 +4,7 @@ What is compared with is as much as there is: ranges always; the checksums that 
 model before quantization, if its folder is given.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from auto_mmround.run.journal import checksum, codes_record
 
 # Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
 LEAST_CORRELATION = 0.5
+WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
 # Codes, scales and zero points -> the tensors that may hold them, in any layout.
 HOLDERS = {
     "q": ("qweight", "weight_packed", "weight"),
@@ -106,13 +108,13 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
                 yield from _against_source(name, tensor, _one(source[name], name).float())
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
-        files = [path.name for path in s.folder.iterdir() if path.name in reason]
-        where = max(files, key=len, default="quantization_config")
-        yield Finding("error", where, f"the weights can't be decoded: {reason}")
+        named = WEIGHT_FILE.search(reason)
+        yield Finding("error", named[0] if named else "quantization_config", f"the weights can't be decoded: {reason}")
         return
     gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
     if gone:
-        yield Finding("error", min(gone), f"is gone according to run.json, as are {len(gone) - 1} others")
+        others = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        yield Finding("error", min(gone), f"is gone according to run.json{others}")
 
 
 def _sums_to(tensor: Tensor, wanted: str) -> bool:

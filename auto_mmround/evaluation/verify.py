@@ -185,7 +185,7 @@ def _verdict(
     inputs = reference.inputs
     if media is not None:
         ids = ("input_ids", "decoder_input_ids")
-        inputs = [{k: kwargs[k] for k in ids if k in kwargs} | own for kwargs, own in zip(inputs, media)]
+        inputs = [{**{k: kwargs[k] for k in ids if k in kwargs}, **own} for kwargs, own in zip(inputs, media)]
     python = interpreter(name, root, engine)
     if engine == "llamacpp":
         result = ask_llamacpp(reference, media or (), tokenizer, python=python, timeout=timeout)
