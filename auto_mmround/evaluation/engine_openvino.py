@@ -31,6 +31,8 @@ class Graphs:
         options = {"INFERENCE_NUM_THREADS": 2} | (EXACT if dtype == "float32" else {})
         paths = sorted(folder.glob("openvino_*model.xml"))
         self.compiled = {path.name: ov.Core().compile_model(path, "CPU", options) for path in paths}
+        rest = load_file(folder / "openvino_rest.safetensors")
+        self.left_out = sum(name.endswith("/codes") for name in rest)
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = [name for name in ("openvino_model.xml", "openvino_language_model.xml") if name in self.compiled]
         self.language = self.compiled[names[0]]
@@ -95,13 +97,16 @@ def positions_of(ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge
 
 
 def linear_classes(graphs: Graphs) -> tuple[dict[str, int], int]:
-    """(weight type -> count of matrix products by a constant in the plugin's own graphs, number with packed weights)"""
+    """(weight type -> count of matrix products by a constant in the plugin's own graphs, number of packed weights).
+
+    Those that the model leaves out of its graphs lie beside them, and count.
+    """
     kinds: Counter[str] = Counter()
     for compiled in graphs.compiled.values():
         for node in compiled.get_runtime_model().get_ordered_ops():
             if node.get_rt_info()["layerType"].astype(str) == "FullyConnected":
                 kinds[node.input(1).get_element_type().get_type_name()] += 1
-    return dict(sorted(kinds.items())), sum(kinds[kind] for kind in PACKED)
+    return dict(sorted(kinds.items())), sum(kinds[kind] for kind in PACKED) + graphs.left_out
 
 
 class Text:

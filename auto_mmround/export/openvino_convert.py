@@ -12,7 +12,7 @@ The last line of standard output is one JSON object, {"ok": true, "weights": n, 
 A model with a tower of `TOWERS` becomes `openvino_language_model`, the same from inputs_embeds,
 `openvino_text_embeddings_model` and the tower's parts; the files' and the inputs' names are those of optimum-intel and
 OpenVINO GenAI. Each weight's constant is found by its exact values, and named as in the checkpoint. What is in no graph
-as it is in the checkpoint goes to `openvino_rest.safetensors`.
+as it is in the checkpoint goes to `openvino_rest.safetensors`, packed weights by codes, scales and zeros.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import json
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,13 @@ class Weights:
             (short or node).set_friendly_name(MARK + name)
         return node.output(0) if short is None else op.convert(short, "f32").output(0)
 
+    def parts(self, index: int) -> dict[str, torch.Tensor]:
+        """A packed weight as it goes to the rest: (out, G, columns), (out, G, 1), (out, G, 1)."""
+        q_OI, scale_OG, zero_OG = (self.codes[f"{index}.{part}"] for part in ("codes", "scales", "zeros"))
+        q_OGg = q_OI.unflatten(1, (scale_OG.shape[1], -1))
+        found = {"codes": q_OGg, "scales": scale_OG[..., None], "zeros": zero_OG[..., None]}
+        return {f"{self.schemes[index]['name']}/{part}": tensor.contiguous() for part, tensor in found.items()}
+
     def compressed(self, index: int) -> ov.Output:
         """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: what the plugins keep packed. Exact in float32."""
         q_OI, scale_OG, zero_OG = (self.codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros"))
@@ -315,6 +322,16 @@ def shortened(values: np.ndarray) -> ov.Node | None:
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     return constant(half, shape, ov.Type.f16) if np.array_equal(half.astype(np.float32), values) else None
+
+
+def used(model: Any, parts: dict[str, Part], keys: Collection[Any]) -> bool:
+    """Whether anything depends on these weights (LLaVA has a last layer in its tower for nothing). They stay NaN."""
+    for parameter in model.parameters():
+        if key_of(parameter.numpy()) in keys:
+            parameter.fill_(float("nan"))
+    made = [part.module(*(example for example, _ in part.inputs.values())) for part in parts.values()]
+    made.append(model(input_ids=torch.arange(5)[None]).logits)
+    return not all(bool(torch.isfinite(each).all()) for each in made)
 
 
 def differences(model: Any, folder: Path, parts: dict[str, Part], given: str, axes: int) -> dict[str, float]:
@@ -377,10 +394,13 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     for name, graph in graphs.items():
         weights.place(graph)
         ov.save_model(graph, out / f"{name}.xml", compress_to_fp16=False)
+    absent = {key: index for key, index in weights.packed.items() if index not in weights.found}
     placed, planned = len(weights.found), len(request["schemes"])
-    if placed != planned:
-        return {"ok": False, "error": f"{placed} of {planned} weights were found in the converted graph"}
+    if placed + len(absent) != planned or (absent and used(model, parts, absent)):
+        return {"ok": False, "error": f"{placed} of {planned} weights were found in the converted graphs"}
     rest = {name: tensor for name, tensor in plain.items() if name not in weights.named}
+    for index in absent.values():
+        rest |= weights.parts(index)
     save_file(rest, out / "openvino_rest.safetensors", {"format": "pt"})
     gaps = differences(model, out, parts, given, axes)
     worst = max(gaps, key=lambda name: gaps[name])

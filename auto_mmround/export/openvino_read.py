@@ -50,10 +50,16 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
             raise UserError(f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged") from error
     try:
         rest = load_file(folder / REST)
+        for key in sorted({name.partition("/")[0] for name in rest}):
+            tensor = rest[key] if key in rest else decoded(*(rest[f"{key}/{part}"] for part in PARTS))
+            yield key, tensor if dtype is None else tensor.to(dtype)
     except DAMAGED as error:
         raise UserError(f"{folder / REST} cannot be read ({one_line(str(error))[:200]})") from error
-    for key, tensor in rest.items():
-        yield key, tensor if dtype is None else tensor.to(dtype)
+
+
+def decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """float32 (out, in) of codes (out, G, columns), scales and zeros (out, G, 1)."""
+    return ((codes.float() - (0 if zeros is None else zeros.float())) * scales.float()).flatten(1)
 
 
 class Constants:
@@ -80,9 +86,8 @@ class Constants:
             values = self._constant(key)
             wide = [n for n in values.shape if n != 1]
             return values.flatten() if len(wide) == 1 else values  # a graph may give a vector more axes
-        codes, scales = (self._constant(f"{key}/{part}").float() for part in ("codes", "scales"))
-        zeros = self._constant(f"{key}/zeros").float() if f"{key}/zeros" in self._found else 0.0
-        return ((codes - zeros) * scales).flatten(1)
+        codes, scales = (self._constant(f"{key}/{part}") for part in PARTS[:2])
+        return decoded(codes, scales, self._constant(f"{key}/zeros") if f"{key}/zeros" in self._found else None)
 
     def _constant(self, name: str) -> Tensor:
         kind, shape, offset, size = self._found[name]
