@@ -329,7 +329,7 @@ def report_command(arguments: Sequence[str]) -> int:
 
 
 def formats_command(arguments: Sequence[str]) -> int:
-    """List the export formats."""
+    """List the export formats, and which engines read them."""
     Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(arguments)
     from auto_mmround.console import show_formats
 

@@ -21,8 +21,10 @@ from transformers.utils import logging as transformers_logging
 from auto_mmround.calibration.template import shipped
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import card, report
+from auto_mmround.evaluation.engines import ENGINES
 from auto_mmround.evaluation.evaluate import evaluate, keep
 from auto_mmround.evaluation.generation import generate_sample
+from auto_mmround.evaluation.limits import LIMITS, support
 from auto_mmround.evaluation.metrics import Metrics
 from auto_mmround.evaluation.prompts import Data
 from auto_mmround.evaluation.samples import held_out
@@ -332,11 +334,14 @@ def percent(share: float | None) -> str:
 
 
 def show_formats() -> int:
-    """The export formats and what they hold."""
-    table = Table("format", "bits", "what it is")
+    """The export formats: what they hold, which engines read them, and what those refuse."""
+    table, matrix = Table("format", "bits", "what it is"), Table("format", *ENGINES)
     for fmt in FORMATS.values():
         table.add_row(fmt.name, ", ".join(map(str, fmt.bits)), fmt.summary)
-    console.print(table)
+        matrix.add_row(fmt.name, *support(fmt.name).values())
+    console.print(table, "Which engines read them (vLLM: on processors):", matrix)
+    for i, limit in enumerate(LIMITS, 1):
+        console.print(f"({i}) {limit.engine} refuses {limit.what}: {limit.message}", highlight=False, markup=False)
     return 0
 
 

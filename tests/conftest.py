@@ -8,6 +8,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--whisper", help="folder of Whisper base, for its rows in the table of engines")
+
+
 @pytest.fixture
 def web():
     """web(pages) starts a site on this machine: its address, and the list of what it was asked for. A page is its

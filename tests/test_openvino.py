@@ -1,18 +1,22 @@
-"""OpenVINO: what it holds, and (slow, in its own environment) the converted graph against the tuned weights."""
+"""OpenVINO: what it holds, and (slow, in its own environment) the converted graphs against the tuned weights."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import sliding_gemma
+from tiny_models import FAMILIES, sliding_gemma, tiny_tokenizer
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.engines import interpreter, run_engine
 from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.evaluation.verify import verify
+from auto_mmround.evaluation.static import check
+from auto_mmround.evaluation.verify import same_weights, verify
 from auto_mmround.export import openvino
+from auto_mmround.export.openvino_read import GRAPHS
+from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
@@ -38,10 +42,25 @@ def test_check(scheme: Scheme, shape: tuple[int, int], reason: str | None) -> No
     assert found is None if reason is None else reason in str(found)
 
 
-def test_verify_says_that_it_cannot_decode_a_graph(tmp_path: Path) -> None:
-    (tmp_path / openvino.GRAPH).touch()
-    with pytest.raises(UserError, match="can't decode OpenVINO's graph"):
-        verify(tmp_path)
+@pytest.mark.parametrize("family", ["whisper", "llava_next"])
+def test_what_is_not_converted_is_said_beforehand(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = FAMILIES[family].build().config.to_dict()
+    if family == "whisper":
+        with pytest.raises(UserError, match=r"decoders of text, .* not whisper"):
+            openvino.check_model(config, (), None)
+    else:
+        openvino.check_model(config, (), None)
+        assert "of llava_next only the language model is converted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"), [(None, "has no openvino_model.xml"), ("<net>", "is damaged"), ("<net/>", "is damaged")]
+)
+def test_damaged_graphs_are_one_line(graph: str | None, said: str, tmp_path: Path) -> None:
+    if graph is not None:
+        (tmp_path / "openvino_model.xml").write_text(graph)
+    with pytest.raises(UserError, match=said):
+        list(openvino.read(tmp_path, None))
 
 
 def test_without_the_converter_nothing_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,26 +76,80 @@ def test_without_the_converter_nothing_is_tuned(tmp_path: Path, monkeypatch: pyt
 @engine
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "sym", "kind"), [(4, True, "i4"), (4, False, "u4"), (8, False, "u8"), (8, True, "i8")]
+    ("bits", "sym", "kind", "scales"), [(4, True, "i4", "fp16"), (4, False, "u4", "fp16"), (8, False, "u8", "bf16")]
 )
-def test_the_plugin_computes_with_the_tuned_codes(
-    bits: int, sym: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_verify_reads_the_graphs_and_asks_the_plugin(
+    bits: int, sym: bool, kind: str, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Text and image; the decoded graphs are what MLX's files hold of the same codes, bit for bit."""
     monkeypatch.chdir(ROOT)
-    recipe = replace(RECIPE, bits=bits, sym=sym, format="openvino,mlx", output_dir=str(tmp_path))
-    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    changes = {"bits": bits, "sym": sym, "scale_dtype": scales, "format": "openvino,mlx", "output_dir": str(tmp_path)}
+    job = jobs.prepare(recipe := replace(RECIPE, **changes), jobs.load_model(recipe))
     folder, reference = jobs.run(job)
-    model = from_quantized(reference, dtype="float32").model  # the same codes, decoded by our own reader
-    ids = torch.randint(0, 2000, (1, 20), generator=torch.Generator().manual_seed(0))
-    result = run_engine("openvino", folder, [{"input_ids": ids}], python=PYTHON, new_tokens=3)
+    assert same_weights(folder, from_quantized(reference).model.state_dict()) == []
+    done = verify(folder, ["openvino"], source=DEMO)
+    (verdict,) = done.verdicts
+    assert done.findings == () and verdict.status == "right", (done.findings, verdict.line())
+    assert verdict.layers == verdict.planned == 35 and verdict.gap < 1e-3
+    assert verdict.tokens is not None and verdict.tokens[1] == 16  # eight each of a text and an image
+    xml = (folder / "openvino_language_model.xml").read_text()
+    assert xml.count(f'element_type="{kind}"') == 35 * (1 if sym else 2)
+
+
+@engine
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_quantized_towers_give_the_same_images(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models: the image reaches the logits, which are those of the decoded weights."""
+    monkeypatch.chdir(ROOT)
+    tiny = FAMILIES[family]
+    tiny.save(tmp_path / "source", tiny_tokenizer())
+    changes = {"model": str(tmp_path / "source"), "quant_nontext_module": True, "group_size": 32}
+    recipe = replace(RECIPE, algorithm="rtn", output_dir=str(tmp_path), **changes)
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    (folder,) = jobs.run(job)
+    inputs = [tiny.media["image"](seed) for seed in range(2)]
+    result = run_engine("openvino", folder, inputs, python=PYTHON, new_tokens=2)
     assert result.ok, result.error
-    assert result.classes == {kind: 35, "f32": 1} and result.quantized == len(job.plan.quantized) == 35
-    wanted = logits_of(model, {"input_ids": ids})
-    assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()
-    assert result.tokens[0][0, 0] == wanted[-1].argmax()
-    image = [{"input_ids": ids, "pixel_values": torch.zeros(4, 1176)}]
-    refused = run_engine("openvino", folder, image, python=PYTHON)
-    assert not refused.ok and "only unpadded text inputs" in str(refused.error)
+    assert result.quantized == len(job.plan.quantized) and any("vis" in name for name in job.plan.quantized)
+    model = from_quantized(folder, dtype="float32").model
+    for kwargs, found, tokens in zip(inputs, result.logits, result.tokens):
+        wanted = logits_of(model, kwargs)
+        assert (found[0] - wanted).abs().max() < 1e-3 * wanted.std()
+        made = model.generate(**kwargs, max_new_tokens=2, do_sample=False, eos_token_id=[-1])
+        assert tokens[0].tolist() == made[0, -2:].tolist()
+
+
+BREAKS = {
+    "a graph is gone": (lambda f: (f / f"{GRAPHS[1]}.xml").unlink(), "can't be decoded"),
+    "a tower is gone": (lambda f: (f / f"{GRAPHS[3]}.xml").unlink(), "according to run.json"),
+    "values are cut off": (lambda f: (f / f"{GRAPHS[1]}.bin").write_bytes(b"\0" * 1000), "can't be decoded"),
+    "one code is another": (lambda f: flip(f / f"{GRAPHS[1]}.bin"), "does not decode to what was tuned"),
+    "one tensor of the tower is another": (lambda f: flip(f / f"{GRAPHS[3]}.bin"), "is not what the run wrote"),
+    "one embedding is another": (lambda f: flip(f / f"{GRAPHS[2]}.bin"), "has other values than in"),
+    "the rest is gone": (lambda f: (f / "openvino_rest.safetensors").unlink(), "can't be decoded"),
+}
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    values = bytearray(path.read_bytes())
+    values[len(values) // 2] ^= 1
+    path.write_bytes(bytes(values))
+
+
+@engine
+@pytest.mark.slow
+def test_every_way_to_break_the_graphs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = replace(RECIPE, algorithm="rtn", output_dir=str(tmp_path))
+    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
+    assert check(folder) == []
+    for name, (change, said) in BREAKS.items():
+        broken = tmp_path / name
+        shutil.copytree(folder, broken)
+        change(broken)
+        assert said in " ".join(finding.line() for finding in check(broken)), name
 
 
 @engine
@@ -92,3 +165,6 @@ def test_sliding_windows_survive_the_conversion(tmp_path: Path, monkeypatch: pyt
     wanted = logits_of(from_quantized(reference, dtype="float32").model, inputs)
     assert result.ok and result.quantized == 21
     assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()
+    image = [inputs | {"pixel_values": torch.zeros(4, 1176)}]
+    refused = run_engine("openvino", folder, image, python=PYTHON)
+    assert not refused.ok and "['pixel_values']" in str(refused.error)

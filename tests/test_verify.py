@@ -12,11 +12,14 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluation import names
 from auto_mmround.evaluation.agreement import Reference, agreed, greedy, judge, largest_difference, make_reference
 from auto_mmround.evaluation.engines import ENGINES, EngineResult, interpreter, worker
+from auto_mmround.evaluation.limits import LIMITS, refusal, support
 from auto_mmround.evaluation.probes import make_probes
 from auto_mmround.evaluation.static import check
 from auto_mmround.evaluation.verify import verify
+from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
 
 TEXT = "model.language_model.layers.0.mlp.up_proj"
@@ -169,7 +172,7 @@ def test_a_probe_for_speech_recognition(demo, tmp_path):
     loaded = SimpleNamespace(model=model, processor=processor, tokenizer=demo.tokenizer)
     (probe,), _ = make_probes(loaded, tmp_path)
     reference = make_reference(tmp_path, model, [probe.kwargs])
-    assert probe.kind == "audio" and reference.logits[0].shape == (9, 2048)
+    assert probe.kind == "speech" and probe.media["audio0"].shape == (16000,) and reference.logits[0].shape == (9, 2048)
     assert len(greedy(model, probe.kwargs, 3)[0]) == 3
 
 
@@ -217,6 +220,22 @@ def test_mistakes_are_one_line(words, said, folder, capsys):
     assert cli.main(["verify", str(folder), *words]) == 2
     assert said in capsys.readouterr().err
     assert cli.main(["verify", str(folder / "no")]) == 2
+
+
+def test_what_engines_are_known_to_refuse():
+    refused = refusal("vllm", "compressed_tensors", {Scheme(bits=3)})
+    assert refused is not None and "Failed to find a kernel" in refused
+    assert refusal("vllm", "compressed_tensors", {Scheme(4), Scheme(4, sym=False)}) is None
+    assert refusal("vllm", "compressed_tensors:int8", {Scheme(8, -1, act_bits=8)}) is None
+    assert "mismatched sizes" in str(refusal("transformers", "auto_gptq", {Scheme(4), Scheme(8)}))
+    assert all(limit.formats and set(limit.formats) <= set(ENGINES[limit.engine].formats) for limit in LIMITS)
+
+
+def test_the_support_matrix_has_a_reader_for_every_format():
+    for name in FORMATS:
+        assert any(answer.startswith("yes") for answer in support(name).values()), name
+    assert support("auto_gptq")["vllm"].startswith("yes (") and support("auto_gptq")["mlx"] == "-"
+    assert [engine for engine, answer in support("gguf:q4_k").items() if answer != "-"] == ["llamacpp"]
 
 
 def test_every_engine_is_a_row():

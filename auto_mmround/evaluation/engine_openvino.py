@@ -1,11 +1,15 @@
 """Loads one IR folder in OpenVINO's CPU plugin and answers with logits; run by the engine's own interpreter.
 
-Standalone like `engine_transformers.py`, with the same request and answer; text inputs only. "dtype" float32 switches
-off what the plugin rounds by itself: bfloat16 kernels, and the activations of packed weights to 8 bits (2 % of a
-matrix product). "new_tokens": so many greedy tokens an input, with the cache, as "<i>.tokens".
+Standalone like `engine_transformers.py`, with the same request and answer; texts, and images where the folder holds a
+tower. "dtype" float32 switches off what the plugin rounds by itself: bfloat16 kernels, and the activations of packed
+weights to 8 bits (2 % of a matrix product). "new_tokens": so many greedy tokens an input, with the cache, as
+"<i>.tokens".
 """
 
+import json
 from collections import Counter
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +19,154 @@ from safetensors.numpy import load_file, save_file
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 PACKED = ("u4", "i4", "u8", "i8")
-DERIVED = ("attention_mask", "mm_token_type_ids")  # of a single unpadded text
+DERIVED = ("attention_mask", "mm_token_type_ids", "position_ids")  # of a single unpadded input
+TOWER = "openvino_vision_embeddings_model.xml"
+MERGER = "openvino_vision_embeddings_merger_model.xml"
 
 
-def load(folder: Path, dtype: str) -> Any:
-    options = {"INFERENCE_NUM_THREADS": 2} | (EXACT if dtype == "float32" else {})
-    return ov.Core().compile_model(folder / "openvino_model.xml", "CPU", options)
+class Graphs:
+    """The compiled graphs of a folder by file name, and its config.json."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        options = {"INFERENCE_NUM_THREADS": 2} | (EXACT if dtype == "float32" else {})
+        paths = sorted(folder.glob("openvino_*model.xml"))
+        self.compiled = {path.name: ov.Core().compile_model(path, "CPU", options) for path in paths}
+        rest = load_file(folder / "openvino_rest.safetensors")
+        self.left_out = sum(name.endswith("/codes") for name in rest)
+        self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = [name for name in ("openvino_model.xml", "openvino_language_model.xml") if name in self.compiled]
+        self.language = self.compiled[names[0]]
+
+    def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The only output of one of the smaller graphs."""
+        return next(iter(self.compiled[name].create_infer_request().infer(dict(inputs)).values())).copy()
+
+    def tokens(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """What the language model takes for (1, T) ids."""
+        text = "openvino_text_embeddings_model.xml"
+        if text not in self.compiled:
+            return {"input_ids": ids.astype(np.int64)}
+        return {"inputs_embeds": self.run(text, {"input": ids.astype(np.int64)})}
+
+    def images(self, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(tokens of all images, hidden size)"""
+        pixels = given["pixel_values"].astype(np.float32)
+        if MERGER not in self.compiled:
+            return np.concatenate([self.run(TOWER, {"pixel_values": one[None]})[0] for one in pixels])
+        merged = {"hidden_states": self.run(TOWER, {"hidden_states": pixels})}
+        merged |= patch_places(given["image_grid_thw"], self.config["vision_config"])
+        return self.run(MERGER, merged)
 
 
-def linear_classes(compiled: Any) -> tuple[dict[str, int], int]:
-    """(weight type -> count of matrix products by a constant in the plugin's own graph, number with packed weights)."""
+def patch_places(grid_thw: np.ndarray, vision: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Qwen2-VL's angles of every patch, and the mask that keeps frames and images apart.
+
+    Patches come in squares of merge x merge. Angles: position / 10000^(2 i / (head width / 2)), rows before columns.
+    """
+    merge = vision["spatial_merge_size"]
+    half = vision["embed_dim"] // vision["num_heads"] // 2
+    frequencies = 10000.0 ** -(np.arange(0, half, 2, dtype=np.float32) / half)
+    angles, frames = [], []
+    for t, h, w in grid_thw.tolist():
+        places = np.moveaxis(np.mgrid[:h, :w], 0, -1).reshape(h // merge, merge, w // merge, merge, 2)
+        places = np.tile(places.transpose(0, 2, 1, 3, 4).reshape(-1, 2), (t, 1))
+        angles.append((places[..., None] * frequencies).reshape(len(places), -1))
+        frames += [h * w] * t
+    frame = np.repeat(np.arange(len(frames)), frames)
+    mask = np.where(frame[:, None] == frame, 0, -np.inf)[None]
+    return {"rotary_pos_emb": np.concatenate(angles).astype(np.float32), "attention_mask": mask.astype(np.float32)}
+
+
+def positions_of(ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge: int) -> np.ndarray:
+    """Qwen2-VL's (3, 1, T): text counts on in all axes; an image has frame, row and column, from where text stopped.
+
+    place: the id that stands for a merged patch.
+    """
+    rows: list[np.ndarray] = []
+    start, grids = 0, iter(grid_thw.tolist() if grid_thw is not None else ())
+    for is_image, run in groupby((ids[0] == place).tolist()):
+        left = len(list(run))
+        while is_image and left:
+            t, h, w = next(grids)
+            rows.append(np.mgrid[:t, : h // merge, : w // merge].reshape(3, -1) + start)
+            left, start = left - rows[-1].shape[1], start + max(h, w) // merge
+        if left:
+            rows.append(np.tile(np.arange(left), (3, 1)) + start)
+            start += left
+    return np.concatenate(rows, axis=1)[:, None]
+
+
+def linear_classes(graphs: Graphs) -> tuple[dict[str, int], int]:
+    """(weight type -> count of matrix products by a constant in the plugin's own graphs, number of packed weights).
+
+    Those that the model leaves out of its graphs lie beside them, and count.
+    """
     kinds: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        if node.get_rt_info()["layerType"].astype(str) == "FullyConnected":
-            kinds[node.input(1).get_element_type().get_type_name()] += 1
-    return dict(sorted(kinds.items())), sum(kinds[kind] for kind in PACKED)
+    for compiled in graphs.compiled.values():
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            if node.get_rt_info()["layerType"].astype(str) == "FullyConnected":
+                kinds[node.input(1).get_element_type().get_type_name()] += 1
+    return dict(sorted(kinds.items())), sum(kinds[kind] for kind in PACKED) + graphs.left_out
 
 
 class Text:
     """One text, fed piece by piece; the cache is the request's state."""
 
-    def __init__(self, compiled: Any) -> None:
-        self.request = compiled.create_infer_request()
-        self.length = 0
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs, self.request = graphs, graphs.language.create_infer_request()
+        self.axes = len(graphs.language.input("position_ids").get_partial_shape())
+        self.length = self.next = 0
 
-    def feed(self, ids: np.ndarray) -> np.ndarray:
-        """(1, T) token ids -> (1, T, vocabulary) float32."""
-        start, self.length = self.length, self.length + ids.shape[1]
+    def feed(self, tokens: Mapping[str, np.ndarray], position_ids: np.ndarray | None = None) -> np.ndarray:
+        """What `Graphs.tokens` gives, T long -> (1, T, vocabulary) float32. position_ids: None counts on."""
+        count = next(iter(tokens.values())).shape[1]
+        if position_ids is None:
+            position_ids = np.arange(self.next, self.next + count)[None]
+            position_ids = position_ids if self.axes == 2 else np.tile(position_ids, (3, 1, 1))
+        self.length, self.next = self.length + count, int(position_ids.max()) + 1
         made = self.request.infer({
-            "input_ids": ids.astype(np.int64),
+            **tokens,
             "attention_mask": np.ones((1, self.length), np.int64),
-            "position_ids": np.arange(start, self.length)[None],
+            "position_ids": position_ids.astype(np.int64),
             "beam_idx": np.zeros(1, np.int32),
         })  # fmt: skip
         return made["logits"].astype(np.float32)
 
 
-def run_input(compiled: Any, kwargs: dict[str, np.ndarray], new_tokens: int) -> dict[str, np.ndarray]:
-    unknown = kwargs.keys() - {"input_ids", *DERIVED}
+def run_input(graphs: Graphs, kwargs: dict[str, np.ndarray], new_tokens: int) -> dict[str, np.ndarray]:
+    """One unpadded input, then so many greedy tokens. Raises ValueError for what the folder's graphs don't take."""
+    media = {"pixel_values", "image_grid_thw"} if TOWER in graphs.compiled else set()
+    unknown = kwargs.keys() - {"input_ids", *DERIVED, *media}
     if unknown or not kwargs.get("attention_mask", np.ones(1)).all():
-        raise ValueError(f"only unpadded text inputs are supported, not {sorted(unknown) or 'padding'}")
-    text = Text(compiled)
-    logits, tokens = text.feed(kwargs["input_ids"]), []
+        raise ValueError(
+            f"only unpadded inputs of the folder's graphs are supported, not {sorted(unknown) or 'padding'}"
+        )
+    text, ids, positions = Text(graphs), kwargs["input_ids"], None
+    tokens = graphs.tokens(ids)
+    if "pixel_values" in kwargs:
+        place = graphs.config.get("image_token_id", graphs.config.get("image_token_index"))
+        tokens["inputs_embeds"][ids == place] = graphs.images(kwargs)
+        if text.axes == 3:
+            merge = graphs.config["vision_config"]["spatial_merge_size"]
+            positions = positions_of(ids, place, kwargs["image_grid_thw"], merge)
+    logits, found = text.feed(tokens, positions), []
     best = logits[:, -1:].argmax(-1)
     for _ in range(new_tokens):
-        tokens.append(best)
-        best = text.feed(best)[:, -1:].argmax(-1)
-    return {"logits": logits} | ({"tokens": np.concatenate(tokens, axis=1)} if tokens else {})
+        found.append(best)
+        best = text.feed(graphs.tokens(best))[:, -1:].argmax(-1)
+    return {"logits": logits} | ({"tokens": np.concatenate(found, axis=1)} if found else {})
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    compiled = load(Path(request["model"]), request["dtype"])
-    classes, quantized = linear_classes(compiled)
+    graphs = Graphs(Path(request["model"]), request["dtype"])
+    classes, quantized = linear_classes(graphs)
     samples: dict[str, dict[str, np.ndarray]] = {}
     for key, array in load_file(request["inputs"]).items():
         index, _, kwarg = key.partition(".")
         samples.setdefault(index, {})[kwarg] = array
     output: dict[str, np.ndarray] = {}
     for index, kwargs in samples.items():
-        made = run_input(compiled, kwargs, request.get("new_tokens", 0))
+        made = run_input(graphs, kwargs, request.get("new_tokens", 0))
         output |= {f"{index}.{what}": array for what, array in made.items()}
     save_file(output, request["output"])
     broken = [name for name, array in output.items() if not np.isfinite(array).all()]

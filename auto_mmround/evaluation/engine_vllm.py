@@ -2,8 +2,9 @@
 
 Standalone like `engine_transformers.py`, with the same request and answer. Of the inputs "<i>.input_ids" is used, and
 "<i>.image<j>", uint8 (height, width, 3): vLLM processes images itself and puts as many placeholders as they need, which
-must give the ids of the request again. "dtype": what vLLM computes in and rounds scales to. "new_tokens": so many
-greedy tokens an input, as "<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
+must give the ids of the request again. A speech recogniser gets "<i>.decoder_input_ids" and "<i>.audio0", float32 (T,)
+at 16 kHz. "dtype": what vLLM computes in and rounds scales to. "new_tokens": so many greedy tokens an input, as
+"<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
 """
 
 import os
@@ -22,6 +23,8 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 os.environ.update(SETTINGS)
+RATE = 16000
+SOUND = 2048  # more than the positions of Whisper's encoder
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -45,14 +48,14 @@ def import_vllm() -> Any:
     return vllm
 
 
-def load(vllm: Any, request: dict[str, Any], longest: int) -> tuple[Any, Any]:
-    """(vLLM's engine, the torch module inside it)."""
+def load(vllm: Any, request: dict[str, Any], longest: int, sound: bool) -> tuple[Any, Any]:
+    """(vLLM's engine, the torch module inside it). sound: the inputs hold some, which an encoder takes as a whole."""
     length = longest + request.get("new_tokens", 0) + 1
     engine = vllm.LLM(
         model=request["model"],
         dtype=request["dtype"],
         max_model_len=length,
-        max_num_batched_tokens=length,  # a prompt is never cut into chunks
+        max_num_batched_tokens=max(length, SOUND) if sound else length,  # a prompt is never cut into chunks
         max_num_seqs=1,
         enforce_eager=True,
         enable_prefix_caching=False,
@@ -80,7 +83,10 @@ def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
 
 
 def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[str, dict[str, Any]]:
-    """vLLM's prompts by input; a run of placeholders stands for one image, which vLLM expands itself."""
+    """vLLM's prompts by input; a run of placeholders stands for one image, which vLLM expands itself.
+
+    A sound goes to the encoder, the ids beside it to the decoder.
+    """
     made: dict[str, dict[str, Any]] = {}
     for key in sorted(inputs):
         index, _, part = key.partition(".")
@@ -88,6 +94,11 @@ def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[st
         if part == "input_ids":
             runs = groupby(inputs[key].flatten().tolist())
             prompt["prompt_token_ids"] = [t for token, run in runs for t in ([token] if token == placeholder else run)]
+        elif part == "decoder_input_ids":
+            prompt["decoder_prompt"] = {"prompt_token_ids": inputs[key].flatten().tolist()}
+        elif part == "audio0":
+            data = {"audio": (inputs[key].numpy(), RATE)}
+            prompt["encoder_prompt"] = {"prompt": "", "multi_modal_data": data}
         elif part.startswith("image"):
             images = prompt.setdefault("multi_modal_data", {}).setdefault("image", [])
             images.append(Image.fromarray(inputs[key].numpy()))
@@ -110,10 +121,9 @@ def run(vllm: Any, engine: Any, model: Any, prompt: dict[str, Any], count: int) 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     vllm = import_vllm()
     inputs = load_file(request["inputs"])
-    wanted = {
-        key.partition(".")[0]: ids.flatten().tolist() for key, ids in inputs.items() if key.endswith(".input_ids")
-    }
-    engine, model = load(vllm, request, max(map(len, wanted.values())))
+    wanted = {key.partition(".")[0]: ids.flatten().tolist() for key, ids in inputs.items() if key.endswith("input_ids")}
+    sound = any(key.endswith("audio0") for key in inputs)
+    engine, model = load(vllm, request, max(map(len, wanted.values())), sound)
     classes, quantized = linear_classes(model)
     config = engine.llm_engine.model_config.hf_config
     output, problems = {}, []

@@ -25,13 +25,15 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no 
 @dataclass(frozen=True)
 class Engine:
     """formats: those it reads, each with the environment below `.engines` that can; None is the one this program runs
-    in. dtype: what it is asked to compute in. kinds: of inputs it takes. own_media: it processes media itself, and gets
-    token ids and images as they are. rounds_inputs: it always quantizes activations where the checkpoint says so. The
+    in. dtype: what it is asked to compute in. kinds: of inputs it takes, see `Probe`; tower: the file without which it
+    takes texts only. own_media: it processes media itself, and gets token ids, images and sounds as they are.
+    rounds_inputs: it always quantizes activations where the checkpoint says so. The
     worker is engine_<name>.py in this folder."""
 
     formats: Mapping[str, str | None]
     dtype: str = "float32"
-    kinds: tuple[str, ...] = ("text", "image", "audio")
+    kinds: tuple[str, ...] = ("text", "image", "audio", "speech")
+    tower: str | None = None
     own_media: bool = False
     rounds_inputs: bool = False
 
@@ -49,13 +51,13 @@ ENGINES: dict[str, Engine] = {
     "vllm": Engine(
         dict.fromkeys(("auto_round:auto_gptq", *_GPTQ, *_COMPRESSED), "vllm"),
         dtype="float16",
-        kinds=("text", "image"),
+        kinds=("text", "image", "speech"),
         own_media=True,
         rounds_inputs=True,
     ),
     "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text", "image"), own_media=True),
     "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
-    "openvino": Engine({"openvino": "openvino"}, kinds=("text",)),
+    "openvino": Engine({"openvino": "openvino"}, kinds=("text", "image"), tower="openvino_vision_embeddings_model.xml"),
 }
 
 

@@ -31,8 +31,9 @@ RATE = 16000
 
 @dataclass(frozen=True)
 class Probe:
-    """One input. kind: "text", "image" or "audio". kwargs: as `model(**kwargs)` takes it, up to where an answer would
-    begin. media: for engines that process it themselves, `image0` as uint8 (height, width, 3)."""
+    """One input. kind: "text", "image", "audio" (a question about a sound) or "speech" (a sound to write down). kwargs:
+    as `model(**kwargs)` takes it, up to where an answer would begin. media: for engines that process it themselves,
+    `image0` as uint8 (height, width, 3), `audio0` as float32 (T,) at 16 kHz."""
 
     kind: str
     kwargs: Mapping[str, Any]
@@ -75,10 +76,12 @@ def _heard(loaded: Loaded, path: Path) -> Probe:
     with wave.open(str(path), "rb") as file:
         samples = struct.unpack(f"<{RATE}h", file.readframes(RATE))
     extract = loaded.processor.feature_extractor
-    made = extract([s / 2**15 for s in samples], sampling_rate=RATE, return_tensors="pt")
+    sound_T = torch.tensor(samples, dtype=torch.float32) / 2**15
+    made = extract(sound_T.numpy(), sampling_rate=RATE, return_tensors="pt")
     words = loaded.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:8]
     ids = torch.tensor([[loaded.model.config.decoder_start_token_id, *words]])
-    return Probe("audio", {"input_features": made["input_features"], "decoder_input_ids": ids})
+    kwargs = {"input_features": made["input_features"], "decoder_input_ids": ids}
+    return Probe("speech", kwargs, {"audio0": sound_T})
 
 
 def _encode(loaded: Loaded, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:

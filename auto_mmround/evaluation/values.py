@@ -4,6 +4,7 @@ What is compared with is as much as there is: ranges always; the checksums that 
 model before quantization, if its folder is given.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from auto_mmround.run.journal import checksum, codes_record
 
 # Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
 LEAST_CORRELATION = 0.5
+WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
+# Codes, scales and zero points -> the tensors that may hold them, in any layout.
+HOLDERS = {
+    "q": ("qweight", "weight_packed", "weight"),
+    "scale": ("scales", "weight_scale"),
+    "zero": ("qzeros", "weight_zero_point", "biases"),
+    "input_scale": ("input_scale",),
+}
 
 
 def scheme(s: Subject, module: str) -> Scheme | None:
@@ -82,9 +91,10 @@ def check_codes(s: Subject) -> Iterator[Finding]:
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
-    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run tuned."""
-    if not s.whole:
+    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run wrote."""
+    if not s.whole or s.fmt is None:
         return
+    rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
     written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
     source = source_files(s.source) if s.source is not None else {}
     try:
@@ -93,14 +103,25 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
                 yield Finding("error", name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
                 yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
+            elif name in rest and not _sums_to(tensor, rest.pop(name)):
+                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
             elif name in source and tensor.ndim == 2:
                 yield from _against_source(name, tensor, _one(source[name], name).float())
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
-        yield Finding("error", "quantization_config", f"by it the files can't be decoded: {reason}")
+        named = WEIGHT_FILE.search(reason)
+        yield Finding("error", named[0] if named else "quantization_config", f"the weights can't be decoded: {reason}")
         return
-    if written:
-        yield Finding("error", min(written), "its weight is gone according to run.json")
+    gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
+    if gone:
+        others = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        yield Finding("error", min(gone), f"is gone according to run.json{others}")
+
+
+def _sums_to(tensor: Tensor, wanted: str) -> bool:
+    """Whether a float32 tensor has that checksum in a dtype that holds it exactly."""
+    casts = [tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    return any(torch.equal(cast.float(), tensor) and checksum(cast) == wanted for cast in casts)
 
 
 def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -132,10 +153,9 @@ def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]
         if now[key] != written[key]:
             text = f"the configuration gives it {key} = {now[key]}, the run tuned it with {written[key]}"
             yield Finding("error", f"{module}: quantization_config", text)
-    marks = {"q": s.fmt.parts[0] if s.fmt else "", "scale": "scale", "zero": "zero", "input_scale": "input_scale"}
-    for key, mark in marks.items():
+    for key in HOLDERS:
         if now.get(key) != written.get(key):
-            where = _part(s.parts(module), mark, module)
+            where = _part(s.parts(module), key, module)
             yield Finding("error", where, "does not decode to what was tuned (its checksum in run.json differs)")
 
 
@@ -148,6 +168,6 @@ def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Find
         yield Finding("error", name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight")
 
 
-def _part(tensors: Iterable[str], mark: str, module: str) -> str:
-    """The tensor of a module whose last part says ``mark``."""
-    return next((name for name in tensors if mark in name.rpartition(".")[2]), module)
+def _part(tensors: Iterable[str], key: str, module: str) -> str:
+    """The tensor of a module that holds what a key of `HOLDERS` stands for; the module where there is none."""
+    return next((f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module)

@@ -11,15 +11,15 @@ import transformers
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import engines, names
+from auto_mmround.evaluation import engines
 from auto_mmround.evaluation.agreement import Reference, judge, make_reference, rounds_inputs
 from auto_mmround.evaluation.engines import ENGINES, ask, interpreter
+from auto_mmround.evaluation.limits import refusal
 from auto_mmround.evaluation.llamacpp import ask_llamacpp
 from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.probes import make_probes
+from auto_mmround.evaluation.probes import Probe, make_probes
 from auto_mmround.evaluation.static import run_checks
 from auto_mmround.evaluation.subject import Finding, Subject, read_subject
-from auto_mmround.export import openvino
 
 NEW_TOKENS = 8
 
@@ -102,12 +102,8 @@ def verify(
     source: the folder of the model before quantization. root: where `.engines` lies. Files that the static check found
     wrong are shown to engines only where these were chosen.
     Raises UserError for a folder that isn't there, and for a chosen engine that is unknown, not installed, or does not
-    read the format, or for a folder of OpenVINO's.
+    read the format.
     """
-    if (folder / openvino.GRAPH).is_file():
-        raise UserError(
-            f"{folder}: verify can't decode OpenVINO's graph; it was compared with the weights when written"
-        )
     root = engines.root() if root is None else root
     subject = read_subject(folder, source, remote_code)
     name = subject.fmt.name if subject.fmt else "fake" if subject.quantization is None else "unknown"
@@ -118,7 +114,7 @@ def verify(
     wanted = [engine for engine in ENGINES if name in ENGINES[engine].formats] if chosen is None else list(chosen)
     if chosen is None and not verification.right:
         return Verification(folder, name, tuple(findings), (), ("no engine is asked about files that are wrong",))
-    reasons = {engine: _reason_not_to_ask(engine, subject, root) for engine in wanted}
+    reasons = {engine: None if chosen else _reason_not_to_ask(engine, subject, root) for engine in wanted}
     verdicts = {engine: Verdict(folder, name, engine, "not run", reason) for engine, reason in reasons.items()}
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
@@ -134,7 +130,11 @@ def verify(
             references[True] = make_reference(folder, rounding.model, inputs, activations=True)
         for engine in asked:
             reference = references.get(ENGINES[engine].rounds_inputs, references[False])
-            taken = [i for i, probe in enumerate(probes) if probe.kind in ENGINES[engine].kinds]
+            taken = _taken(engine, folder, probes)
+            if not taken:
+                kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
+                verdicts[engine] = replace(verdicts[engine], reason=f"{engine} is asked nothing: it takes no {kinds}")
+                continue
             part = replace(
                 reference,
                 inputs=[reference.inputs[i] for i in taken],
@@ -143,6 +143,13 @@ def verify(
             media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
             verdicts[engine] = _verdict(engine, name, part, planned, root, timeout, media, exact.tokenizer)
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
+
+
+def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
+    """Which inputs an engine takes, of this folder."""
+    row = ENGINES[engine]
+    kinds = row.kinds if row.tower is None or (folder / row.tower).is_file() else ("text",)
+    return [i for i, probe in enumerate(probes) if probe.kind in kinds]
 
 
 def verify_transformers(
@@ -177,7 +184,8 @@ def _verdict(
     asked = {"dtype": ENGINES[engine].dtype, "class": cls, "new_tokens": NEW_TOKENS, "activations": False}
     inputs = reference.inputs
     if media is not None:
-        inputs = [{"input_ids": kwargs["input_ids"], **own} for kwargs, own in zip(inputs, media)]
+        ids = ("input_ids", "decoder_input_ids")
+        inputs = [{**{k: kwargs[k] for k in ids if k in kwargs}, **own} for kwargs, own in zip(inputs, media)]
     python = interpreter(name, root, engine)
     if engine == "llamacpp":
         result = ask_llamacpp(reference, media or (), tokenizer, python=python, timeout=timeout)
@@ -198,11 +206,6 @@ def _require(engine: str, name: str, root: Path) -> None:
 
 def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
     """Why an engine can't be asked about a folder that is right for others; None if it can."""
-    config = subject.quantization or {}
-    if engine == "vllm" and not names.vllm_reads(config):
-        return f"vLLM does not take {config.get('bits')} bits, sym {config.get('sym')} in this layout"
-    if engine == "vllm" and config.get("bits", 4) != 4:
-        return f"vLLM's build for CPUs has no kernel for {config['bits']} bits"
     name = subject.fmt.name if subject.fmt else "fake"
-    problem = engines.not_installed(interpreter(name, root, engine))
-    return problem or (None if engines.worker(engine).is_file() else f"{engine} can't be asked yet")
+    schemes = frozenset(subject.schemes.values())
+    return refusal(engine, name, schemes) or engines.not_installed(interpreter(name, root, engine))

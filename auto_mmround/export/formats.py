@@ -113,6 +113,7 @@ _BY_METHOD = {
     "awq": "auto_awq",
     "affine": "mlx",
     "gguf": "gguf",
+    "openvino": "openvino",
     "compressed-tensors": "compressed_tensors",
 }
 

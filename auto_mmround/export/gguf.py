@@ -309,6 +309,7 @@ def _format(kind: Kind | None) -> Format:
         read=read,
         check_model=check_model,
         scale_range=kind.grid.scale_range if isinstance(kind, SuperType) else None,
+        exact_rest=False,  # Gemma's norms are stored plus one
     )
 
 

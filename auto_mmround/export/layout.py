@@ -67,7 +67,8 @@ class Format:
     read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write` made. check_model(config, checkpoint
     keys, source folder): UserError for a model it cannot write, asked before tuning. any_float: floating parts may be
     float16, bfloat16 or float32, whatever the scheme says. scale_range: holds super-blocks, with such bounds of the
-    scales' integers (`Grid`); what was tuned on another grid is fitted once more.
+    scales' integers (`Grid`); what was tuned on another grid is fitted once
+    more. exact_rest: tensors that are not quantized are read back to the bit, of formats with `read`.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Format:
     check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
     any_float: bool = False
     scale_range: tuple[int, int] | None = None
+    exact_rest: bool = True
 
 
 def check_int(

@@ -1,13 +1,16 @@
-"""OpenVINO's IR of the text path, weights as u4, i4, u8 or i8 constants, made by OpenVINO's own converter.
+"""OpenVINO's IR of the language model and some towers, weights as u4, i4, u8 or i8 constants, by its own converter.
 
-The converter needs the openvino package: it runs in an environment of its own, as a subprocess.
+The converter needs the openvino package: it runs in an environment of its own, as a subprocess. Reading the graphs back
+needs none.
 """
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,12 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.layout import Format, Whole, check_int
+from auto_mmround.export.layout import Format, Layout, Whole, check_int
+from auto_mmround.export.openvino_read import read
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 
+log = logging.getLogger(__name__)
 CONVERTER = Path(__file__).with_name("openvino_convert.py")
-GRAPH = "openvino_model.xml"
+TOWERS = ("qwen2_vl", "llava")  # as in openvino_convert.py
 ENVIRONMENT = Path(".engines/openvino/bin/python")
 
 
@@ -40,8 +45,17 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     return check_int(scheme, out_features, in_features, FORMAT.bits, (1, 2), SCALE_DTYPES)
 
 
+def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
+    """Raises UserError for a model that is no decoder of text; says which towers stay behind."""
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder") or "num_mel_bins" in config:
+        raise UserError(f"format openvino holds decoders of text, with or without a tower, not {kind}")
+    if kind not in TOWERS and any(key in config for key in ("vision_config", "audio_config")):
+        log.warning(f"openvino: of {kind} only the language model is converted; towers are for {', '.join(TOWERS)}")
+
+
 def write(folder: Path, whole: Whole) -> None:
-    """openvino_model.xml and .bin, then config.json. Raises UserError if the converter fails or its graph is wrong."""
+    """The graphs, then config.json. Raises UserError if the converter fails or a graph is wrong."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         plain = Path(scratch)
         save_file(
@@ -58,8 +72,8 @@ def write(folder: Path, whole: Whole) -> None:
             "model": str(plain),
             "class": whole.config["architectures"][0],
             "codes": str(plain / "codes"),
-            "schemes": [{"bits": codes.bits, "sym": codes.sym} for codes in whole.codes.values()],
-            "out": str((folder / GRAPH).absolute()),
+            "schemes": [{"name": f"{n}.weight", "bits": c.bits, "sym": c.sym} for n, c in whole.codes.items()],
+            "out": str(folder.absolute()),
         }
         (plain / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # -P: the script's folder must not be searched for modules, this file would pass for the package.
@@ -68,7 +82,8 @@ def write(folder: Path, whole: Whole) -> None:
     answer = _last_json(done.stdout) or {"error": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
     if not answer.get("ok"):
         raise UserError(f"OpenVINO's converter failed on {whole.config['architectures'][0]}: {answer['error']}")
-    (folder / "config.json").write_text(json.dumps(dict(whole.config), indent=2) + "\n", encoding="utf-8")
+    config = {**whole.config, "quantization_config": _config(whole.layout)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _floats(whole: Whole) -> list[tuple[str, Tensor]]:
@@ -76,7 +91,7 @@ def _floats(whole: Whole) -> list[tuple[str, Tensor]]:
 
 
 def _parts(codes: Codes) -> dict[str, Tensor]:
-    return {"codes": codes.q_OI, "scales": codes.scale_OG.contiguous(), "zeros": codes.zero_OG.contiguous()}
+    return {"codes": codes.q_OI, "scales": codes.scale_OG.float().contiguous(), "zeros": codes.zero_OG.contiguous()}
 
 
 def _last_json(text: str) -> dict[str, Any] | None:
@@ -87,18 +102,27 @@ def _last_json(text: str) -> dict[str, Any] | None:
         return None
 
 
+def _config(layout: Layout) -> dict[str, Any]:
+    """What names the format, and the recipe's scheme for people: each weight's own is in the graphs."""
+    default = layout.default
+    facts = {"bits": default.bits, "group_size": default.group_size, "sym": default.sym}
+    return {"quant_method": FORMAT.name, **facts, "provider": "auto_mmround", "auto_mmround": dict(layout.details)}
+
+
 def _not_packed(*_: Any) -> NoReturn:
-    raise UserError("an OpenVINO folder holds a graph, not packed tensors: read it with OpenVINO")
+    raise UserError("an OpenVINO folder holds graphs, not packed tensors")
 
 
 FORMAT = Format(
     name="openvino",
-    summary="OpenVINO IR of the text path, 4 and 8 bits: OpenVINO",
+    summary="OpenVINO IR, 4 and 8 bits, of the language model and the towers of Qwen2-VL and LLaVA: OpenVINO",
     bits=(4, 8),
     check=check,
     pack=_not_packed,
     unpack=_not_packed,
-    config=_not_packed,
+    config=_config,
     write=write,
     ready=converter_python,
+    read=read,
+    check_model=check_model,
 )

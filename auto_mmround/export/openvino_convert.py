@@ -4,17 +4,25 @@
 
 Standalone on purpose (numpy, torch, safetensors, transformers, openvino). request: {"model": folder of a float
 checkpoint, "class": its class in Transformers, "codes": safetensors with "<i>.codes" uint8 (out, in), "<i>.scales"
-(out, G), "<i>.zeros" uint8 (out, G), "schemes": [{"bits", "sym"}, ..], "out": .xml to write}. The last line of standard
-output is one JSON object, {"ok": true, "weights": n, "difference": ..} or {"ok": false, "error": ".."}.
+(out, G) float32, "<i>.zeros" uint8 (out, G), "schemes": [{"name", "bits", "sym"}, ..], "out": folder for the graphs}.
+The last line of standard output is one JSON object, {"ok": true, "weights": n, "differences": {part: ..}} or
+{"ok": false, "error": ".."}.
 
-The IR holds the text path: input_ids, attention_mask, position_ids and beam_idx to logits, its key-value cache a state,
-as OpenVINO GenAI and optimum-intel call it. Each weight's constant is found by its exact values.
+`openvino_model` goes from input_ids, attention_mask, position_ids and beam_idx to logits, its key-value cache a state.
+A model with a tower of `TOWERS` becomes `openvino_language_model`, the same from inputs_embeds,
+`openvino_text_embeddings_model` and the tower's parts; the files' and the inputs' names are those of optimum-intel and
+OpenVINO GenAI. Each weight's constant is found by its exact values, and named as in the checkpoint. What is in no graph
+as it is in the checkpoint goes to `openvino_rest.safetensors`, packed weights by codes, scales and zeros.
 """
 
 import hashlib
 import json
 import sys
 import traceback
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,25 +31,30 @@ import torch
 import transformers
 from openvino import opset13 as op
 from openvino._offline_transformations import apply_make_stateful_transformation
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
+from transformers.vision_utils import get_vision_position_ids
 
 # (bits, sym) -> the element type of the constant; symmetric ones are signed and need no zero point.
 TYPES = {(4, True): ov.Type.i4, (4, False): ov.Type.u4, (8, True): ov.Type.i8, (8, False): ov.Type.u8}
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 TOLERANCE = 1e-3  # of the logits' spread, float32 against float32
-SMALL = 1024  # constants of fewer elements stay as they are
+SMALL = 1024  # float constants of fewer elements stay float32
+STATE, GRAPH, LANGUAGE = "model.safetensors", "openvino_model", "openvino_language_model"
+MARK = "checkpoint/"  # before the names of constants that are tensors of the checkpoint
 
 
 class TextPath(torch.nn.Module):
-    """The model with its cache as plain tensors, in and out: key and value of each layer."""
+    """The model with its cache as plain tensors, in and out: key and value of each layer. given: what it starts from,
+    "input_ids" or "inputs_embeds"."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, given: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.given = model, given
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
+        self, tokens: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         layers: list[Any] = []
         for keys, values in zip(past[::2], past[1::2], strict=True):
@@ -50,7 +63,7 @@ class TextPath(torch.nn.Module):
             layer.keys, layer.values = keys, values  # not by `update`: it would append them to an empty vector
             layers.append(layer)
         made = self.model(
-            input_ids=input_ids,
+            **{self.given: tokens},
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=Cache(layers=layers),
@@ -59,29 +72,133 @@ class TextPath(torch.nn.Module):
         return (made.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
-def trace(model: Any) -> ov.Model:
-    """The converter's own graph, float32 weights, stateful."""
+class MergedPatches(torch.nn.Module):
+    """Qwen2-VL's tower behind its patch embedding: (N, width) of all images' patches to (N / 4, hidden size).
+
+    attention_mask (1, N, N): 0 within an image, minus infinity elsewhere. rotary_pos_emb (N, head width / 2): angles.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, rotary_pos_emb: torch.Tensor
+    ) -> torch.Tensor:
+        angles = torch.cat([rotary_pos_emb, rotary_pos_emb], dim=-1)[:, None]
+        x_ND = hidden_states
+        for block in self.tower.blocks:
+            heads = block.attn.num_heads
+            q, k, v = (part.unflatten(-1, (heads, -1)) for part in block.attn.qkv(block.norm1(x_ND)).chunk(3, dim=-1))
+            q, k = (part * angles.cos() + rotate_half(part) * angles.sin() for part in (q, k))
+            q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[None])
+            x_ND = x_ND + block.attn.proj(mixed[0].transpose(0, 1).flatten(1))
+            x_ND = x_ND + block.mlp(block.norm2(x_ND))
+        return self.tower.merger(x_ND)
+
+
+class Projected(torch.nn.Module):
+    """A tower for images of one size, with its projector: (1, 3, height, width) to (1, tokens, hidden size)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.model.get_image_features(pixel_values=pixel_values).pooler_output[0][None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that becomes a graph. inputs: name -> (example, shape, -1 where it may vary). wanted: by the model
+    itself, of the examples. output: its name."""
+
+    module: torch.nn.Module
+    inputs: dict[str, tuple[torch.Tensor, list[int]]]
+    wanted: torch.Tensor
+    output: str = "last_hidden_state"
+
+
+def embeddings(model: Any) -> dict[str, Part]:
+    """Token ids to what the language model starts from."""
+    ids = torch.arange(5)[None]
+    module = model.get_input_embeddings()
+    return {"openvino_text_embeddings_model": Part(module, {"input": (ids, [-1, -1])}, module(ids), "inputs_embeds")}
+
+
+def patch_tower(model: Any) -> dict[str, Part]:
+    """Two images of other sizes as the example."""
+    tower, config = model.model.visual, model.config.vision_config
+    grid = torch.tensor([[1, 4, 6], [1, 2, 4]])
+    size = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.randn(int(grid.prod(-1).sum()), size, generator=torch.Generator().manual_seed(0))
+    positions = get_vision_position_ids(grid, config.spatial_merge_size, kwargs={})
+    angles = (positions[..., None] * tower.rotary_pos_emb.inv_freq).flatten(1)
+    image = torch.repeat_interleave(torch.arange(2), grid.prod(-1))
+    mask = torch.zeros(1, len(image), len(image)).masked_fill(image[:, None] != image, float("-inf"))
+    patches = tower.patch_embed(pixels)
+    merged = {
+        "hidden_states": (patches, [-1, patches.shape[1]]),
+        "attention_mask": (mask, [1, -1, -1]),
+        "rotary_pos_emb": (angles, [-1, angles.shape[1]]),
+    }
+    wanted = tower(pixels, grid_thw=grid).pooler_output
+    return {
+        "openvino_vision_embeddings_model": Part(tower.patch_embed, {"hidden_states": (pixels, [-1, size])}, patches),
+        "openvino_vision_embeddings_merger_model": Part(MergedPatches(tower), merged, wanted),
+    }
+
+
+def pixel_tower(model: Any) -> dict[str, Part]:
+    """One image at a time."""
+    size, module = model.config.vision_config.image_size, Projected(model)
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return {
+        "openvino_vision_embeddings_model": Part(module, {"pixel_values": (pixels, list(pixels.shape))}, module(pixels))
+    }
+
+
+# model_type -> (parts of its tower, axes of a position). engine_openvino.py puts them together again.
+TOWERS = {"qwen2_vl": (patch_tower, 3), "llava": (pixel_tower, 1)}
+
+
+def convert_part(part: Part) -> ov.Model:
+    """The converter's own graph of one part, float32."""
+    examples = tuple(example for example, _ in part.inputs.values())
+    graph = ov.convert_model(part.module, example_input=examples)
+    for port, (name, (_, shape)) in zip(graph.inputs, part.inputs.items(), strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_partial_shape(ov.PartialShape(shape))
+    graph.outputs[0].get_tensor().set_names({part.output})
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def trace(model: Any, given: str, axes: int) -> ov.Model:
+    """The converter's own graph of the language model, float32 weights, stateful. axes: of a position."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     past = [torch.zeros(1, heads, 3, size) for _ in range(2 * text.num_hidden_layers)]
     ids = torch.arange(5)[None]
-    example = (ids, torch.ones(1, 8, dtype=torch.int64), ids + 3, *past)
-    with torch.no_grad():
-        graph = ov.convert_model(TextPath(model), example_input=example)
-    names = ["input_ids", "attention_mask", "position_ids", *(f"past.{i}" for i in range(len(past)))]
-    shapes = [[-1, -1]] * 3 + [[-1, heads, -1, size]] * len(past)
-    for port, name, shape in zip(graph.inputs, names, shapes, strict=True):
+    tokens = ids if given == "input_ids" else model.get_input_embeddings()(ids)
+    positions = ids + 3 if axes == 1 else (ids + 3).expand(axes, 1, 5)
+    example = (tokens, torch.ones(1, 8, dtype=torch.int64), positions, *past)
+    graph = ov.convert_model(TextPath(model, given), example_input=example)
+    names = [given, "attention_mask", "position_ids", *(f"past.{i}" for i in range(len(past)))]
+    shapes = [[-1, -1, *tokens.shape[2:]], [-1, -1], [axes] * (axes > 1) + [-1, -1]]
+    for port, name, shape in zip(graph.inputs, names, shapes + [[-1, heads, -1, size]] * len(past), strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_partial_shape(ov.PartialShape(shape))
     for port, name in zip(graph.outputs, ["logits", *(f"present.{i}" for i in range(len(past)))], strict=True):
         port.get_tensor().set_names({name})
     graph.validate_nodes_and_infer_types()
-    make_stateful(graph, len(past), heads, size)
+    make_stateful(graph, given, len(past), heads, size)
     return graph
 
 
-def make_stateful(graph: ov.Model, count: int, heads: int, size: int) -> None:
+def make_stateful(graph: ov.Model, given: str, count: int, heads: int, size: int) -> None:
     """The cache becomes a state, empty at first, reordered by ``beam_idx``."""
     beams = op.parameter([-1], ov.Type.i32, name="beam_idx")
     beams.output(0).get_tensor().set_names({"beam_idx"})
@@ -94,8 +211,8 @@ def make_stateful(graph: ov.Model, count: int, heads: int, size: int) -> None:
             user.replace_source_output(gathered.output(0))
     graph.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(graph, {f"past.{i}": f"present.{i}" for i in range(count)})
-    shape_of_ids = op.shape_of(graph.input("input_ids").get_node(), output_type="i64")
-    batch = op.gather(shape_of_ids, op.constant(np.array([0])), op.constant(np.int64(0)))
+    shape = op.shape_of(graph.input(given).get_node(), output_type="i64")
+    batch = op.gather(shape, op.constant(np.array([0])), op.constant(np.int64(0)))
     empty = op.concat([batch, *(op.constant(np.array([n], dtype=np.int64)) for n in (heads, 0, size))], 0)
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "ReadValue":
@@ -104,24 +221,74 @@ def make_stateful(graph: ov.Model, count: int, heads: int, size: int) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def place(graph: ov.Model, codes: dict[str, torch.Tensor], schemes: list[dict[str, Any]]) -> int:
-    """Each float constant that is one of the weights becomes its codes; returns how many weights were found."""
-    wanted = {key_of(decoded(codes, i)): i for i in range(len(schemes))}
-    found = set()
-    for node in list(graph.get_ordered_ops()):
-        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32 or node.data.size < SMALL:
-            continue
-        users, index = node.output(0).get_target_inputs(), wanted.get(key_of(node.data))
-        if index is not None:
-            q_OI, scale_OG, zero_OG = (codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros"))
-            new = compressed(q_OI, scale_OG, zero_OG, TYPES[schemes[index]["bits"], schemes[index]["sym"]])
-            found.add(index)
-        else:
-            new = shortened(node)
-        for user in users:
-            user.replace_source_output(new)
-    graph.validate_nodes_and_infer_types()
-    return len(found)
+class Weights:
+    """What constants are looked up in by their values: packed weights, then the checkpoint's other tensors. found:
+    packed weights that have been placed; named: tensors that a constant is called after, with all their values."""
+
+    def __init__(self, codes: dict[str, torch.Tensor], schemes: list[dict[str, Any]], state: dict[str, torch.Tensor]):
+        self.codes, self.schemes = codes, schemes
+        self.packed = {key_of(decoded(codes, i)): i for i in range(len(schemes))}
+        self.plain: dict[Any, list[str]] = defaultdict(list)
+        for name, tensor in state.items():
+            self.plain[key_of(tensor.float().numpy())].append(name)
+        self.found: set[int] = set()
+        self.named: set[str] = set()
+
+    def place(self, graph: ov.Model) -> None:
+        """Each float constant that is a quantized weight becomes its codes; others are named and shortened."""
+        for node in list(graph.get_ordered_ops()):
+            if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
+                continue
+            users, values = node.output(0).get_target_inputs(), np.ascontiguousarray(node.data)
+            if (index := self.packed.get(key_of(values))) is not None:
+                self.found.add(index)
+                new = self.compressed(index)
+            else:
+                new = self.plainly(node, values)
+            for user in users:
+                user.replace_source_output(new)
+        graph.validate_nodes_and_infer_types()
+
+    def plainly(self, node: ov.Node, values: np.ndarray) -> ov.Output:
+        """Named as the checkpoint does; a second constant with the same values gets the next name that has them."""
+        names = self.plain.get(key_of(values.reshape(shape_in_checkpoint(values.shape))), [])
+        left = [name for name in names if name not in self.named] or names[:1]
+        self.named |= set(left[:1])
+        short = shortened(values)
+        for name in left[:1]:
+            (short or node).set_friendly_name(MARK + name)
+        return node.output(0) if short is None else op.convert(short, "f32").output(0)
+
+    def parts(self, index: int) -> dict[str, torch.Tensor]:
+        """A packed weight as it goes to the rest: (out, G, columns), (out, G, 1), (out, G, 1)."""
+        q_OI, scale_OG, zero_OG = (self.codes[f"{index}.{part}"] for part in ("codes", "scales", "zeros"))
+        q_OGg = q_OI.unflatten(1, (scale_OG.shape[1], -1))
+        found = {"codes": q_OGg, "scales": scale_OG[..., None], "zeros": zero_OG[..., None]}
+        return {f"{self.schemes[index]['name']}/{part}": tensor.contiguous() for part, tensor in found.items()}
+
+    def compressed(self, index: int) -> ov.Output:
+        """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: what the plugins keep packed. Exact in float32."""
+        q_OI, scale_OG, zero_OG = (self.codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros"))
+        scheme = self.schemes[index]
+        kind, (out, groups) = TYPES[scheme["bits"], scheme["sym"]], scale_OG.shape
+        shift = np.uint8(zero_OG.flat[0] if scheme["sym"] else 0)  # symmetric: one zero point, taken off beforehand
+        parts = {"codes": constant(q_OI - shift, [out, groups, q_OI.shape[1] // groups], kind)}
+        weight = op.convert(parts["codes"], "f32")
+        if not scheme["sym"]:
+            parts["zeros"] = constant(zero_OG, [out, groups, 1], kind)
+            weight = op.subtract(weight, op.convert(parts["zeros"], "f32"))
+        scale_OG1 = np.ascontiguousarray(scale_OG[..., None])
+        parts["scales"] = shortened(scale_OG1) or constant(scale_OG1, [out, groups, 1], ov.Type.f32)
+        for part, node in parts.items():
+            node.set_friendly_name(f"{MARK}{scheme['name']}/{part}")
+        weight = op.multiply(weight, op.convert(parts["scales"], "f32"))
+        return op.reshape(weight, op.constant(np.array(q_OI.shape)), False).output(0)
+
+
+def shape_in_checkpoint(shape: Any) -> tuple[int, ...]:
+    """Of a constant that a graph may have given more axes: a vector has one."""
+    wide = [n for n in shape if n != 1]
+    return tuple(wide) if len(wide) == 1 else tuple(shape)
 
 
 def decoded(codes: dict[str, torch.Tensor], index: int) -> np.ndarray:
@@ -135,18 +302,6 @@ def key_of(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     return values.shape, hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest()
 
 
-def compressed(q_OI: np.ndarray, scale_OG: np.ndarray, zero_OG: np.ndarray, kind: ov.Type) -> ov.Output:
-    """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: what the plugins keep packed. Exact in float32."""
-    out, groups = scale_OG.shape
-    signed = kind in (ov.Type.i4, ov.Type.i8)
-    shift = np.uint8(zero_OG.flat[0] if signed else 0)  # symmetric: one zero point, taken off beforehand
-    weight = op.convert(constant(q_OI - shift, [out, groups, q_OI.shape[1] // groups], kind), "f32")
-    if not signed:
-        weight = op.subtract(weight, op.convert(constant(zero_OG, [out, groups, 1], kind), "f32"))
-    scale = op.convert(constant(scale_OG, [out, groups, 1], ov.Type(scale_OG.dtype)), "f32")
-    return op.reshape(op.multiply(weight, scale), op.constant(np.array(q_OI.shape)), False).output(0)
-
-
 def constant(values: np.ndarray, shape: list[int], kind: ov.Type) -> ov.Node:
     """A constant that owns its memory. 4 bits: two values a byte, the first in the low half."""
     flat = values.reshape(-1)
@@ -157,57 +312,101 @@ def constant(values: np.ndarray, shape: list[int], kind: ov.Type) -> ov.Node:
     return ov.op.Constant(tensor)
 
 
-def shortened(node: ov.Node) -> ov.Output:
-    """A float32 constant as bfloat16 or float16 where that loses nothing, else as it is."""
-    values = np.ascontiguousarray(node.data)
-    words = values.view(np.uint32)
+def shortened(values: np.ndarray) -> ov.Node | None:
+    """A float32 array as a bfloat16 or float16 constant where that loses nothing; None where it does, and for few."""
+    words, shape = values.view(np.uint32), list(values.shape)
+    if values.size < SMALL:
+        return None
     if not (words & 0xFFFF).any():
-        short = constant((words >> 16).astype(np.uint16), list(values.shape), ov.Type.bf16)
-    elif np.array_equal(values.astype(np.float16).astype(np.float32), values):
-        short = constant(values.astype(np.float16), list(values.shape), ov.Type.f16)
-    else:
-        return node.output(0)
-    return op.convert(short, "f32").output(0)
+        return constant((words >> 16).astype(np.uint16), shape, ov.Type.bf16)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return constant(half, shape, ov.Type.f16) if np.array_equal(half.astype(np.float32), values) else None
 
 
-def difference(model: Any, path: str) -> float:
-    """Largest logit difference to the float model over the logits' spread: a prompt at once, then three single tokens.
+def used(model: Any, parts: dict[str, Part], keys: Collection[Any]) -> bool:
+    """Whether anything depends on these weights (LLaVA has a last layer in its tower for nothing). They stay NaN."""
+    for parameter in model.parameters():
+        if key_of(parameter.numpy()) in keys:
+            parameter.fill_(float("nan"))
+    made = [part.module(*(example for example, _ in part.inputs.values())) for part in parts.values()]
+    made.append(model(input_ids=torch.arange(5)[None]).logits)
+    return not all(bool(torch.isfinite(each).all()) for each in made)
 
-    The prompt is longer than a sliding window where that is affordable: a trace that forgot the window is caught.
+
+def differences(model: Any, folder: Path, parts: dict[str, Part], given: str, axes: int) -> dict[str, float]:
+    """Largest difference of every graph to the float model, over the standard deviation of what the model gives."""
+    core, options = ov.Core(), EXACT | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+
+    def compiled(name: str) -> Any:
+        return core.compile_model(str(folder / f"{name}.xml"), "CPU", options).create_infer_request()
+
+    found = {}
+    for name, part in parts.items():
+        made = compiled(name).infer({key: example.numpy() for key, (example, _) in part.inputs.items()})[part.output]
+        found[name] = float(np.abs(made - part.wanted.numpy()).max() / part.wanted.std())
+    name = GRAPH if given == "input_ids" else LANGUAGE
+    pieces = list(prompt(model, given, axes))
+    wanted, request = pieces[0].pop("logits"), compiled(name)
+    got = np.concatenate([request.infer(piece)["logits"].copy() for piece in pieces], axis=1)
+    return found | {name: float(np.abs(got - wanted).max() / wanted.std())}
+
+
+def prompt(model: Any, given: str, axes: int) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of a prompt at once and of three single tokens; the first holds the "logits" of all too.
+
+    It is longer than a sliding window where that is affordable: a trace that forgot the window is caught. Axes of a
+    position differ, as behind an image.
     """
     text = model.config.get_text_config()
     length = min((getattr(text, "sliding_window", None) or 24) + 8, 1024)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, text.vocab_size, (1, length), generator=generator)
-    with torch.inference_mode():
-        wanted = model(input_ids=ids, use_cache=False).logits.numpy()
-    options = EXACT | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = ov.Core().compile_model(path, "CPU", options).create_infer_request()
-    got, start = [], 0
+    ids = torch.randint(0, text.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length)[None]
+    if axes > 1:
+        positions = torch.stack([positions + (positions > 4) * axis for axis in range(axes)])
+    tokens = ids if given == "input_ids" else model.get_input_embeddings()(ids)
+    logits = model(**{given: tokens}, position_ids=positions, use_cache=False).logits.numpy()
+    start, more = 0, {"logits": logits}
     for stop in (length - 3, length - 2, length - 1, length):
         inputs = {
-            "input_ids": ids[:, start:stop].numpy(),
+            given: tokens[:, start:stop].numpy(),
             "attention_mask": np.ones((1, stop), np.int64),
-            "position_ids": np.arange(start, stop)[None],
+            "position_ids": positions[..., start:stop].numpy(),
             "beam_idx": np.zeros(1, np.int32),
         }
-        got.append(request.infer(inputs)["logits"].copy())
-        start = stop
-    return float(np.abs(np.concatenate(got, axis=1) - wanted).max() / wanted.std())
+        yield inputs | more
+        start, more = stop, {}
 
 
+@torch.no_grad()
 def convert(request: dict[str, Any]) -> dict[str, Any]:
-    cls = getattr(transformers, request["class"])
+    """The answer to a request; the graphs lie in its folder, wrong ones too."""
+    cls, out = getattr(transformers, request["class"]), Path(request["out"])
     model = cls.from_pretrained(request["model"], dtype=torch.float32).eval()
-    graph = trace(model)
-    placed, planned = place(graph, load_file(request["codes"]), request["schemes"]), len(request["schemes"])
-    if placed != planned:
-        return {"ok": False, "error": f"{placed} of {planned} weights were found in the converted graph"}
-    ov.save_model(graph, request["out"], compress_to_fp16=False)
-    gap = difference(model, request["out"])
-    if not gap <= TOLERANCE:
-        return {"ok": False, "error": f"the converted graph's logits differ by {gap:.2g} of their spread"}
-    return {"ok": True, "weights": placed, "difference": gap}
+    tower, axes = TOWERS.get(model.config.model_type, (None, 1))
+    given = "inputs_embeds" if tower else "input_ids"
+    parts = embeddings(model) | tower(model) if tower else {}
+    state = load_file(Path(request["model"]) / STATE)
+    plain = {name: tensor for name, tensor in state.items() if name not in {s["name"] for s in request["schemes"]}}
+    weights = Weights(load_file(request["codes"]), request["schemes"], plain)
+    graphs = {name: convert_part(part) for name, part in parts.items()}
+    graphs[LANGUAGE if tower else GRAPH] = trace(model, given, axes)
+    for name, graph in graphs.items():
+        weights.place(graph)
+        ov.save_model(graph, out / f"{name}.xml", compress_to_fp16=False)
+    absent = {key: index for key, index in weights.packed.items() if index not in weights.found}
+    placed, planned = len(weights.found), len(request["schemes"])
+    if placed + len(absent) != planned or (absent and used(model, parts, absent)):
+        return {"ok": False, "error": f"{placed} of {planned} weights were found in the converted graphs"}
+    rest = {name: tensor for name, tensor in plain.items() if name not in weights.named}
+    for index in absent.values():
+        rest |= weights.parts(index)
+    save_file(rest, out / "openvino_rest.safetensors", {"format": "pt"})
+    gaps = differences(model, out, parts, given, axes)
+    worst = max(gaps, key=lambda name: gaps[name])
+    if not all(gap <= TOLERANCE for gap in gaps.values()):
+        return {"ok": False, "error": f"{worst} gives results that differ by {gaps[worst]:.2g} of their spread"}
+    return {"ok": True, "weights": placed, "differences": gaps}
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
