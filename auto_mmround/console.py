@@ -143,6 +143,7 @@ def mixed_lines(mixed: Mapping[str, Any] | None) -> list[str]:
     counts = Counter(layer["bits"] for layer in mixed["layers"].values())
     chosen = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
     expected = {"mixed": mixed["expected"]} | {f"all {bits}": each for bits, each in mixed["uniform"].items()}
+    expected |= {f"{name}, measured": mixed["measured"][name] for name in ("mixed", "line") if "measured" in mixed}
     figures = "; ".join(f"{name} " + " / ".join(f"{nats:.2g}" for nats in each) for name, each in expected.items())
     return [f"mixed bits: {chosen}; expected nats a token before tuning, {' / '.join(mixed['sets'])}: {figures}"]
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,21 +15,18 @@ from auto_mmround import AutoRoundMLLM
 from auto_mmround.cli import main
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import block_gradients
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.divergence import Before
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.sensitivity import WINDOW, Seen, rounding_damage
 from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.allocation import allocate
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
 from auto_mmround.run import job as jobs
 from auto_mmround.run.mixed import units
 from auto_mmround.run.plan import make_plan
-from auto_mmround.run.sensitivity import Sets, _seen
+from auto_mmround.run.sensitivity import Sets, trying
 
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
@@ -78,42 +76,53 @@ def test_the_knapsack_skips_what_makes_nothing_better_and_says_what_cannot_be():
     assert allocate([[2, 3], [2, 3]], [[1, 0], [1, 0]], 3.9) is None
 
 
-def test_gradients_inside_a_block_are_those_of_the_whole_model():
-    """Run again from the gradient at its output, a block gives the gradients that a pass through the model gives."""
+def test_divergence_and_its_gradient_are_those_of_the_logits():
     model = tiny()
-    stages, inputs = find_stages(model), [{"input_ids": torch.tensor(row["input_ids"])[None]} for row in texts(3)]
-    gradients, positions = block_gradients(model, stages, inputs)
-    assert positions == [32] * 3 and set(gradients) == {(f"model.layers.{b}", i, 0) for b in range(2) for i in range(3)}
-    chain = capture(model, stages, inputs)["model.layers"]
-    chain = chain.advanced([model.model.layers[0]], 0, 1)
-    names = ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
-    seen = _seen(model, chain, 1, names, gradients, [0, 1, 1])
-    for i in range(3):
-        x_TI, g_TO, part = seen[names[0]][i]
-        assert part == (0, 1, 1)[i] and x_TI.shape == (32, 96)
-        # down_proj's output is added to the residual: its gradient is the block's.
-        torch.testing.assert_close(g_TO, gradients["model.layers.1", i, 0])
-    layer = model.get_submodule(names[1])
-    layer.weight.requires_grad_()
-    output = chain.run_group([model.model.layers[1]], 1, [0])
-    output.backward(gradients["model.layers.1", 0, 0].reshape(output.shape))
-    x_TI, g_TO, _ = seen[names[1]][0]
-    torch.testing.assert_close(layer.weight.grad, g_TO.T @ x_TI, rtol=1e-3, atol=1e-6)
+    inputs = [{"input_ids": torch.tensor(row["input_ids"])[None]} for row in texts(3)]
+    before = Before.of(model, inputs)
+    was = [model(**each).logits.log_softmax(-1) for each in inputs]
+    assert before.divergences(model) == [0, 0, 0]
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.data += 0.1 * torch.randn_like(weight)
+    weight.requires_grad_()
+    found = before.divergences(model, gradients=True)
+    mine, weight.grad = weight.grad, None
+    wanted = [(p.exp() * (p - model(**each).logits.log_softmax(-1))).sum() for p, each in zip(was, inputs, strict=True)]
+    assert found == pytest.approx([each.item() for each in wanted], rel=1e-4) and min(found) > 0.01
+    sum(wanted).backward()
+    torch.testing.assert_close(mine, weight.grad, rtol=1e-3, atol=1e-5)
+    assert before.only([2]).divergences(model) == pytest.approx(found[2:], rel=1e-5)
 
 
-def test_damage_squares_the_change_of_the_loss_window_by_window():
-    torch.manual_seed(0)
-    w_OI, x_TI, g_TO = torch.randn(8, 32), torch.randn(WINDOW + 6, 32), torch.randn(WINDOW + 6, 8)
-    moments = Moments(32)
-    moments.add(x_TI)
-    grid, config = Grid(3, True), StartConfig()
-    rounding = Rounding(w_OI, 16, grid)
-    closed_form([rounding], moments, config)
-    change_T = ((x_TI @ (w_OI - rounding.weight()).T) * g_TO).sum(1)
-    expected = 0.5 * (change_T[:WINDOW].sum() ** 2 + change_T[WINDOW:].sum() ** 2)
-    found = rounding_damage([w_OI], moments, [[Seen(x_TI, g_TO, 1)]], [5, 10], 16, grid, config)
-    assert found.shape == (1, 2) and found[0, 0] == 0
-    assert found[0, 1].item() == pytest.approx(expected.item() / 10, rel=1e-3)
+@contextmanager
+def trial_of(model, options=(2, 3, 4, 8)):
+    ours = mixing(model, target_bits=3.5)
+    job = jobs.prepare(replace(ours.recipe, target_bits=None), ours.loaded, texts())
+    names = dict.fromkeys(job.plan.quantized, options)
+    with trying(model, job.recipe, job.plan, job.inputs, names) as trial:
+        yield trial
+
+
+def test_shares_of_damage_add_up_to_what_all_lose_together():
+    model = tiny()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with trial_of(model) as trial:
+        found = trial.damage()
+        for bits in (3, 4):
+            truth = trial.kl(dict.fromkeys(found.of, bits))
+            shares = sum(each[bits] for each in found.of.values())
+            assert shares.item() == pytest.approx(truth.item(), rel=0.1)
+        assert trial.kl({}).item() == pytest.approx(0, abs=1e-6)
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_weight_without_an_option_stays_at_the_one_above():
+    model, lacks = tiny(), "model.layers.0.mlp.down_proj"
+    with trial_of(model) as trial:
+        options = {name: (4, 8) if name == lacks else each for name, each in trial.options.items()}
+        found = replace(trial, options=options).damage().of
+    assert {*found[lacks]} == {4, 8} and all({*each} == {2, 3, 4, 8} for name, each in found.items() if name != lacks)
 
 
 def test_predicted_damage_ranks_layers_as_kl_does():
@@ -202,6 +211,8 @@ def test_samples_are_told_apart_by_what_they_show():
     assert sets == Sets(("text", "image"), (0, 1, 0, 1, 1))
     assert sets.choose(kinds, 20) == [0, 1, 3]  # 10 tokens of each
     assert sets.choose(kinds, 20, 1) == [0, 1]
+    assert sets.choose(kinds, 20, without=[0, 1, 3]) == [2, 4]
+    assert sets.choose(kinds, 20, without=[0, 1, 2, 3]) == [0, 4]  # no other text
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,13 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in sorted(bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]):
         rows.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(bits[name])
     expected = run.get("mixed")
-    measured = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
+    shares = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
     return {
         "counts": dict(sorted(Counter(bits.values()).items())),
         "rows": rows,
         "sets": expected["sets"] if expected else [],
-        "expected": measured,
+        "expected": shares,
+        "measured": expected.get("measured", {}) if expected else {},
     }
 
 

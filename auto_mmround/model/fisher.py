@@ -139,30 +139,6 @@ def _shared(
     return found
 
 
-def block_gradients(
-    model: PreTrainedModel,
-    stages: Sequence[Stage],
-    inputs: Sequence[Mapping[str, Any]],
-    *,
-    seed: int = 42,
-    precision: Precision = nullcontext,
-) -> tuple[dict[tuple[str, int, int], Tensor], list[int]]:
-    """(block, sample, which of the sample's passes through it) -> gradient (T, D) at its output; samples' positions.
-
-    Of the log loss of labels drawn from the model, summed over the sample's positions. In the dtype of the hidden
-    states: T x D x blocks numbers. Blocks that the output does not depend on are missing.
-    """
-    found: dict[tuple[str, int, int], Tensor] = {}
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-    def add(name: str, i: int, place: int, grad_TD: Tensor) -> None:
-        found[name, i, place] = grad_TD.to(dtype)
-
-    blocks = [name for stage in stages for name in stage.blocks]
-    positions = _backward(model, stages, blocks, dict(enumerate(inputs)), add, seed, precision)
-    return found, [positions[i] for i in range(len(inputs))]
-
-
 def _backward(
     model: PreTrainedModel,
     stages: Sequence[Stage],
@@ -173,12 +149,11 @@ def _backward(
     precision: Precision,
     note: Callable[[str, Tensor], None] = lambda name, x: None,
     spoken: Mapping[int, Tensor] = MappingProxyType({}),
-) -> dict[int, int]:
+) -> None:
     """Hand ``add`` the gradient (T, D) at each watched module's output: (module, sample, pass, gradient); and ``note``
-    what it reads. Returns the number of the model's output positions by sample. spoken: sample -> bool (T,), those that
-    draw a label; all, if none is given."""
+    what it reads. spoken: sample -> bool (T,), those that draw a label; all, if none is given."""
     device = device_of(model)
-    watched, positions = list(watched), {}
+    watched = list(watched)
     run: ToHead | None = None
     for i, sample in inputs.items():
         generator = torch.Generator().manual_seed(seed + i)  # a sample's own, whoever runs it
@@ -187,7 +162,6 @@ def _backward(
             run = run or to_head(model, kwargs)
             with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i), note):
                 hidden_TD, head = run(model, kwargs)
-                positions[i] = len(hidden_TD)
                 if not hidden_TD.requires_grad:  # none of the watched modules ran, as towers don't for plain text
                     continue
                 rows_T = spoken.get(i, torch.ones(0)).to(device)
@@ -195,7 +169,6 @@ def _backward(
                 grad_TD = torch.zeros_like(hidden_TD)
                 grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
                 hidden_TD.backward(grad_TD)
-    return positions
 
 
 def _flat(add: Callable[[str, int, int, Tensor], None], i: int, name: str, place: int, grad: Tensor) -> None:
@@ -304,29 +277,6 @@ def _watch(
                 note(name, args[0])
 
     return hook
-
-
-@contextmanager
-def pairs_of(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Layer -> (inputs, gradients at its outputs), each (T, ..), of every call, filled by a backward pass through the
-    block; the graph begins at its hidden state."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
-            if output.requires_grad:
-                output.register_hook(
-                    lambda grad: found.setdefault(name, []).append((x_TI, grad.reshape(len(x_TI), -1)))
-                )
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.callback(block.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(hook_for(name)).remove)
-        yield found
 
 
 def _open_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

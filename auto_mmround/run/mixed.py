@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from auto_mmround.model.experts import separable
 from auto_mmround.recipe.allocation import allocate
 from auto_mmround.recipe.recipe import Recipe, matches
 from auto_mmround.run.plan import FUSED, Plan, WeightPlan, make_plan, stored_bits
-from auto_mmround.run.sensitivity import Damage, measure
+from auto_mmround.run.sensitivity import Damage, Trial, trying
 
 log = logging.getLogger("auto_mmround")
 
@@ -96,20 +97,71 @@ def choose_bits(
             )
         return recipe, plan, None
     options = {weight.name: unit.options for unit in free for weight in unit.weights}
-    damage = measure(model, recipe, plan, inputs, options, on_block)
-    free = [unit for unit in free if all(weight.name in damage.of for weight in unit.weights)]
-    bits = _allocated(free, damage, plan, target)
+    with trying(model, recipe, plan, inputs, options, on_block) as trial:
+        damage = trial.damage()
+        free = [unit for unit in free if all(weight.name in damage.of for weight in unit.weights)]
+        bits, seen = _tried(trial, _choices(free, damage, plan, target), free, plan, target)
     recipe = replace(recipe, layer_config=(recipe.layer_config or {}) | {name: {"bits": b} for name, b in bits.items()})
     plan = make_plan(model, recipe)
-    return recipe, plan, _record(recipe, plan, free, damage, bits)
+    return recipe, plan, _record(recipe, plan, free, damage, bits) | seen
+
+
+Bits = Mapping[str, int]  # weight -> bits
+
+
+def _choices(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, Bits]:
+    """By all options, and by the two alone between whose sizes the target lies. Raises UserError where no choice is
+    small enough."""
+    found = {"all": _allocated(free, damage, plan, target)}
+    around = _around(free, plan, target)
+    if around and {*found["all"].values()} - {*around}:
+        narrow = [replace(unit, options=tuple(b for b in unit.options if b in around) or unit.options) for unit in free]
+        found["around"] = _allocated(narrow, damage, plan, target)
+    return found
+
+
+def _around(free: Sequence[Unit], plan: Plan, target: float) -> tuple[int, int] | None:
+    """The two neighbouring options for all between whose sizes the target lies, if there are any."""
+    fixed, count = _fixed(free, plan)
+    shared = sorted(set.intersection(*({*unit.options} for unit in free)))
+    sizes = {bits: (fixed + sum(unit.size(bits) for unit in free)) / count for bits in shared}
+    return next((pair for pair in pairwise(shared) if sizes[pair[0]] <= target < sizes[pair[1]]), None)
+
+
+def _tried(
+    trial: Trial, choices: Mapping[str, Bits], free: Sequence[Unit], plan: Plan, target: float
+) -> tuple[Bits, dict[str, Any]]:
+    """The choice that the samples show to be best, and what they show: KL in nats a position by set.
+
+    "line" is what the two uniform choices around the target give at its size, along a straight line between them.
+    """
+    around = _around(free, plan, target)
+    if around is None:
+        return choices["all"], {}
+    found = {name: trial.kl(bits) for name, bits in choices.items()}
+    uniform = {b: trial.kl({weight.name: b for unit in free for weight in unit.weights}) for b in around}
+    fixed, count = _fixed(free, plan)
+    low, high = (sum(unit.size(bits) for unit in free) for bits in around)
+    share = (target * count - fixed - low) / (high - low)
+    line_S = uniform[around[0]] * (1 - share) + uniform[around[1]] * share
+    best = min(found, key=lambda name: (found[name] / line_S).max().item())
+    if (found[best] > line_S).any():
+        log.warning("target_bits: no choice of bits is better than a line between %d and %d bits for all", *around)
+    measured = {"mixed": found[best], "line": line_S} | {str(bits): kl_S for bits, kl_S in uniform.items()}
+    return choices[best], {"options": best, "measured": {name: kl_S.tolist() for name, kl_S in measured.items()}}
+
+
+def _fixed(free: Sequence[Unit], plan: Plan) -> tuple[float, int]:
+    """Stored bits of the weights that there is nothing to choose for; the number of all quantized weights' elements."""
+    weights = [(weight, weight.scheme) for weight in plan.weights if weight.scheme]
+    chosen = {weight.name for unit in free for weight in unit.weights}
+    fixed = sum(stored_bits(weight, scheme) for weight, scheme in weights if weight.name not in chosen)
+    return fixed, sum(weight.out_features * weight.in_features for weight, _ in weights)
 
 
 def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, int]:
     """Weight -> bits. Raises UserError where no choice is small enough."""
-    weights = [(weight, weight.scheme) for weight in plan.weights if weight.scheme]
-    chosen = {weight.name for unit in free for weight in unit.weights}
-    fixed = sum(stored_bits(weight, scheme) for weight, scheme in weights if weight.name not in chosen)
-    count = sum(weight.out_features * weight.in_features for weight, _ in weights)
+    fixed, count = _fixed(free, plan)
     sizes = [[unit.size(bits) for bits in unit.options] for unit in free]
     shares_S = _shares(free, damage)
     damages = [[(unit.damage(damage, bits) * shares_S).max().item() for bits in unit.options] for unit in free]

@@ -1,30 +1,38 @@
-"""What each number of bits would do to the model's output, weight by weight: one pass over some samples a stage."""
+"""What each number of bits does to the model's output, weight by weight, and what a choice of bits does in truth."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT, ModelInput
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, Kinds, as_dtype, token_kinds
+from auto_mmround.model.chains import Chain, Kinds, as_dtype
+from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
-from auto_mmround.model.fisher import block_gradients, pairs_of, spread
+from auto_mmround.model.fisher import Fisher, Precision, measure_fisher, spread
 from auto_mmround.numerics.gram import Moments
-from auto_mmround.numerics.sensitivity import Seen, rounding_damage
-from auto_mmround.numerics.start import StartConfig, collecting
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.start import StartConfig, closed_form, collecting
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
+from auto_mmround.run.weights import Weights, kinds_of
 
-GRADIENTS, MOMENTS = 2048, 8192  # tokens that are run backwards, and whose second moments are taken
-MOST = 24  # samples of a set that are run backwards: a tower may have many tokens for few of text
+GRADIENTS, MOMENTS = 2048, 8192  # tokens on which damage is measured, and those that weights are rounded by
+MOST = 24  # samples of a set on which damage is measured: a tower may have many tokens for few of text
+FINE = 6  # bits from which rounding to nearest stands for the closed form: both do next to nothing
+FULL = 16  # bits: the weight as it was
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,17 @@ class Sets:
         present = sorted(set(media))
         return cls(tuple(MODALITIES[k] for k in present), tuple(present.index(k) for k in media))
 
-    def choose(self, modalities: Sequence[Kinds], tokens: int, most: int = 10**9) -> list[int]:
-        """Samples with about ``tokens`` of text together, as many from each set, at most ``most``, spread evenly."""
+    def choose(
+        self, modalities: Sequence[Kinds], tokens: int, most: int = 10**9, without: Sequence[int] = ()
+    ) -> list[int]:
+        """Samples with about ``tokens`` of text together, as many from each set, at most ``most``, spread evenly.
+
+        without: samples that are not taken, but from a set that has no others.
+        """
         chosen: list[int] = []
         for s in range(len(self.names)):
             members = [i for i, own in enumerate(self.of) if own == s]
+            members = [i for i in members if i not in without] or members
             picked = spread([modalities[i] for i in members], tokens // len(self.names))
             few = min(most, len(picked))
             chosen += [members[picked[k * len(picked) // few]] for k in range(few)]
@@ -54,99 +68,199 @@ class Sets:
 
 @dataclass(frozen=True)
 class Damage:
-    """sets: names of the S sets of samples. of: weight -> bits -> nats a position (S,) that rounding it alone adds."""
+    """sets: names of the S sets of samples. of: weight -> bits -> nats a position (S,) that it adds at these bits."""
 
     sets: tuple[str, ...]
     of: Mapping[str, Mapping[int, Tensor]]
 
 
-def measure(
+@dataclass(frozen=True)
+class Versions:
+    """Weights as they are at each number of bits, in files: one a block. where: weight -> its file."""
+
+    folder: Path
+    where: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, found: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Keep what was found: weight -> bits -> values in the layout of its parameter."""
+        path = self.folder / f"{len(self.where)}.safetensors"
+        save_file({f"{name}:{b}": w.contiguous().cpu() for name, each in found.items() for b, w in each.items()}, path)
+        self.where.update(dict.fromkeys(found, path))
+
+    def of(self, name: str, bits: int) -> Tensor:
+        """Values of one weight."""
+        with safe_open(self.where[name], "pt") as file:
+            return file.get_tensor(f"{name}:{bits}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model whose weights can have any of their options, and some samples that show what that does.
+
+    part: the set of each sample. positions_S: of the model's output, by set. Use it inside `trying` only.
+    """
+
+    model: PreTrainedModel
+    options: Mapping[str, Sequence[int]]
+    versions: Versions
+    before: Before
+    sets: tuple[str, ...]
+    part: Sequence[int]
+
+    @property
+    def positions_S(self) -> Tensor:
+        """Positions of the model's output on the samples of each set."""
+        return self._by_set([float(len(hidden_TD)) for hidden_TD in self.before.hidden_TD])
+
+    def kl(self, bits: Mapping[str, int]) -> Tensor:
+        """Mean KL(the model as it was || with these bits), (S,), nats a position. Others stay as they were."""
+        self._put({name: bits.get(name, FULL) for name in self.versions.where})
+        return self._by_set(self.before.divergences(self.model)) / self.positions_S
+
+    def damage(self) -> Damage:
+        """What every weight owns of the KL when all have as many bits (the nearest option above, where one lacks it).
+
+        The KL grows along the line W + t E, with E the errors of all weights, by the integral of <gradient, E> over t,
+        a sum over weights (their Aumann-Shapley values). It begins flat, so what it does is nearly a t^2 + b t^4, and
+        of that the gradient at t = 1 / sqrt(2) alone gives the integral: <gradient, t E>.
+        """
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in self.versions.where}
+        for bits in sorted({bits for each in self.options.values() for bits in each}):
+            for name, lost_S in self._shares(bits).items():
+                if bits in self.options[name]:
+                    found[name][bits] = lost_S
+        return Damage(self.sets, found)
+
+    def _shares(self, bits: int) -> dict[str, Tensor]:
+        """Weight -> its share (S,) of the KL when all have these bits."""
+        at, found = [0], {name: torch.zeros(len(self.sets)) for name in self.versions.where}
+        with ExitStack() as stack:
+            for name, sums_S in found.items():
+                own = min((option for option in self.options[name] if option >= bits), default=FULL)
+                stack.enter_context(self._adding(sums_S, at, name, own))
+            for at[0] in range(len(self.sets)):
+                members = [i for i, own in enumerate(self.part) if own == at[0]]
+                self.before.only(members).divergences(self.model, gradients=True)
+        return {name: sums_S / self.positions_S for name, sums_S in found.items()}
+
+    @contextmanager
+    def _adding(self, sums_S: Tensor, at: Sequence[int], name: str, bits: int) -> Iterator[None]:
+        """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to ``sums_S[at]``."""
+        weight = self.model.get_submodule(name).get_parameter("weight")
+        full = self.versions.of(name, FULL).to(weight.device)
+        step = (self.versions.of(name, bits).to(weight.device) - full) * 0.5**0.5
+        weight.data.copy_(full + step)
+
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            sums_S[at[0]] += (parameter.grad.float() * step).sum().item()
+            parameter.grad = None
+
+        weight.requires_grad_(True)
+        handle = weight.register_post_accumulate_grad_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+            weight.requires_grad_(False)
+
+    def _put(self, bits: Mapping[str, int]) -> None:
+        """Every weight at as many bits."""
+        for name, own in bits.items():
+            weight = self.model.get_submodule(name).get_parameter("weight")
+            weight.data.copy_(self.versions.of(name, own))
+
+    def _by_set(self, values: Sequence[float]) -> Tensor:
+        return torch.zeros(len(self.sets)).index_add(0, torch.tensor(self.part), torch.tensor(values))
+
+    def restore(self) -> None:
+        """All weights are as they were."""
+        self._put(dict.fromkeys(self.versions.where, FULL))
+
+
+@contextmanager
+def trying(
     model: PreTrainedModel,
     recipe: Recipe,
     plan: Plan,
     inputs: Sequence[ModelInput],
     options: Mapping[str, Sequence[int]],
     on_block: Callable[[int, int], None] = lambda done, total: None,
-) -> Damage:
-    """What rounding each weight alone to each of its options adds to KL(model || quantized model).
+) -> Iterator[Trial]:
+    """A `Trial` of the model, whose weights are as before at the end.
 
-    options: weight -> bits to try. Each is rounded in closed form, as the run will begin, and judged to second order,
-    see `numerics.sensitivity`. Costs two passes forward and backward over 2,048 tokens, one forward over 8,192 and a
-    closed form an option; memory for the hidden states of these tokens at every block, and for one block's second
-    moments, inputs and gradients. Weights that no token reaches are left out.
+    options: weight -> bits to try. Each is rounded in closed form, as the run will begin, on samples that damage is not
+    measured on. Weights that no token reaches are left out. Costs a Fisher pass (if the recipe has one) and a forward
+    one over 8,192 tokens of text, and a closed form an option; each option then a pass forward and backward over 2,048
+    tokens. Disk: two bytes a weight and option.
     """
     device = model.device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-    def precision() -> AbstractContextManager:
-        return devices.autocast(device, dtype, recipe.amp)
-
-    kinds = [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
+    precision: Precision = partial(devices.autocast, device, dtype, recipe.amp)
+    kinds = kinds_of(inputs)
     sets = Sets.by_medium(kinds)
     few = sets.choose(kinds, GRADIENTS, MOST)
-    many = sorted({*few, *sets.choose(kinds, MOMENTS)})
-    batches = {i: as_dtype(inputs[i].kwargs, dtype) for i in many}
-    planned = [weight for weight in plan.weights if weight.name in options and weight.block]
-    found: dict[str, dict[int, Tensor]] = {}
-    with separated(model):
-        by_place, counts = block_gradients(
-            model, plan.stages, [batches[i] for i in few], seed=recipe.seed, precision=precision
-        )
-        gradients = {(block, many.index(few[k]), place): grad for (block, k, place), grad in by_place.items()}
-        positions = [sum(n for i, n in zip(few, counts) if sets.of[i] == s) for s in range(len(sets.names))]
-        chains = capture(model, plan.stages, list(batches.values()), precision=precision, store=device)
-        done, total = 0, sum(chain.stage.depth for chain in chains.values())
-        for chain in chains.values():
-            for index, block in enumerate(chain.stage.blocks):
-                here = {weight.name: weight for weight in planned if weight.block == block}
-                with precision():
-                    seen = _seen(model, chain, index, list(here), gradients, [sets.of[i] for i in many])
-                    chain, moments = _moments(model, chain, index, list(here), [kinds[i] for i in many])
-                for group in _alike(list(here.values()), moments, options):
-                    found |= _damage(model, group, moments, seen, positions, options[group[0].name], recipe)
-                done += 1
-                on_block(done, total)
-    return Damage(sets.names, found)
+    many = sets.choose(kinds, MOMENTS, without=few)
+    with tempfile.TemporaryDirectory() as folder, separated(model):
+        versions = Versions(Path(folder))
+        solving = [as_dtype(inputs[i].kwargs, dtype) for i in many]
+        planned = [weight for weight in plan.weights if weight.name in options and weight.block]
+        _round(model, recipe, plan, planned, options, solving, [kinds[i] for i in many], precision, versions, on_block)
+        before = Before.of(model, [as_dtype(inputs[i].kwargs, dtype) for i in few], precision)
+        trial = Trial(model, options, versions, before, sets.names, [sets.of[i] for i in few])
+        try:
+            yield trial
+        finally:
+            trial.restore()
 
 
-def _seen(
+def _round(
     model: PreTrainedModel,
-    chain: Chain,
-    index: int,
-    names: Sequence[str],
-    gradients: Mapping[tuple[str, int, int], Tensor],
-    parts: Sequence[int],
-) -> dict[str, list[Seen]]:
-    """Layer -> what it saw: the samples whose gradient at the block's output is known, run through the block again."""
-    path = chain.stage.blocks[index]
-    block, layers = model.get_submodule(path), {name: model.get_submodule(name) for name in names}
-    places: Counter[int] = Counter()
-    found: dict[str, list[Seen]] = {name: [] for name in names}
-    for entry, sample in enumerate(chain.sample):
-        gradient = gradients.get((path, sample, places[sample]))
-        places[sample] += 1
-        if gradient is not None:
-            with torch.enable_grad(), pairs_of(block, layers) as pairs:
-                output = chain.run_group([block], index, [entry])
-                output.backward(gradient.reshape(output.shape).to(output))
-            for name, calls in pairs.items():
-                found[name] += [Seen(x_TI, g_TO, parts[sample]) for x_TI, g_TO in calls]
-    return found
+    recipe: Recipe,
+    plan: Plan,
+    planned: Sequence[WeightPlan],
+    options: Mapping[str, Sequence[int]],
+    batches: Sequence[Mapping[str, Any]],
+    kinds: Sequence[Kinds],
+    precision: Precision,
+    versions: Versions,
+    on_block: Callable[[int, int], None],
+) -> None:
+    """Fill ``versions``, block by block, each on what the model as it is hands to it."""
+    fisher = Fisher()
+    if recipe.fisher and recipe.closed_form:
+        names = [weight.name for weight in planned]
+        fisher = measure_fisher(model, plan.stages, batches, kinds, names, seed=recipe.seed, precision=precision)
+    weights = Weights(kinds, fisher)
+    chains = capture(model, plan.stages, list(batches), precision=precision, store=model.device)
+    done, total = 0, sum(chain.stage.depth for chain in chains.values())
+    for chain in chains.values():
+        for index, path in enumerate(chain.stage.blocks):
+            here = [weight for weight in planned if weight.block == path]
+            with precision():
+                chain, moments = _moments(model, chain, index, [weight.name for weight in here], weights)
+            found: dict[str, dict[int, Tensor]] = {}
+            for group in _alike(here, moments, options):
+                found |= _rounded(model, group, moments[group[0].name], options[group[0].name], recipe)
+            if found:
+                versions.add(found)
+            done += 1
+            on_block(done, total)
 
 
 def _moments(
-    model: PreTrainedModel, chain: Chain, index: int, names: Sequence[str], kinds: Sequence[Kinds]
+    model: PreTrainedModel, chain: Chain, index: int, names: Sequence[str], weights: Weights
 ) -> tuple[Chain, dict[str, Moments]]:
-    """The chain after a block, and layer -> second moments of its inputs, padding left out."""
+    """The chain after a block, and layer -> second moments of its inputs, tokens weighed as the run will."""
     block = model.get_submodule(chain.stage.blocks[index])
-    entries = iter(range(len(chain)))
-    current: list[Tensor] = []
-    with collecting({name: model.get_submodule(name) for name in names}, lambda name: current[0]) as collector:
+    weighed = {name: weights.of_tokens(chain, name) for name in names}
+    entries, current = iter(range(len(chain))), [0]
+    with collecting(
+        {name: model.get_submodule(name) for name in names}, lambda name: weighed[name][current[0]]
+    ) as collector:
 
         def begin(*_: Any) -> None:
-            entry = next(entries)
-            tokens = chain.hidden[entry].shape[:-1].numel()
-            current[:] = [(token_kinds(chain.stage, kinds[chain.sample[entry]], tokens) != PAD).float()]
+            current[0] = next(entries)
             collector.next_pass()
 
         handle = block.register_forward_pre_hook(begin)
@@ -168,25 +282,21 @@ def _alike(
     return list(found.values())
 
 
-def _damage(
-    model: PreTrainedModel,
-    group: Sequence[WeightPlan],
-    moments: Mapping[str, Moments],
-    seen: Mapping[str, Sequence[Seen]],
-    positions: Sequence[int],
-    options: Sequence[int],
-    recipe: Recipe,
+def _rounded(
+    model: nn.Module, group: Sequence[WeightPlan], moments: Moments, options: Sequence[int], recipe: Recipe
 ) -> dict[str, dict[int, Tensor]]:
+    """Weight -> bits -> values, in the layout and dtype of its parameter."""
     layers: list[Any] = [model.get_submodule(weight.name) for weight in group]
-    weights_OI = [(layer.weight.t() if isinstance(layer, Conv1D) else layer.weight).detach() for layer in layers]
     config = StartConfig(dampening=recipe.dampening, order=recipe.actorder)  # type: ignore[arg-type]
-    found: dict[str, dict[int, Tensor]] = {weight.name: {} for weight in group}
+    found = {weight.name: {FULL: layer.weight.detach().clone()} for weight, layer in zip(group, layers, strict=True)}
+    turned = [isinstance(layer, Conv1D) for layer in layers]
+    weights_OI = [layer.weight.detach().t() if turn else layer.weight.detach() for layer, turn in zip(layers, turned)]
     for bits in options:
         scheme = group[0].scheme_at(bits)
-        damage_NS = rounding_damage(
-            weights_OI, moments[group[0].name], [seen[weight.name] for weight in group], positions,
-            scheme.group_size, grid_of(scheme), config,
-        )  # fmt: skip
-        for weight, damage_S in zip(group, damage_NS, strict=True):
-            found[weight.name][bits] = damage_S
+        roundings = [Rounding(w_OI, scheme.group_size, grid_of(scheme)) for w_OI in weights_OI]
+        if bits < FINE:
+            closed_form(roundings, moments, config)
+        for weight, layer, rounding, turn in zip(group, layers, roundings, turned, strict=True):
+            w_OI = rounding.weight()
+            found[weight.name][bits] = (w_OI.t() if turn else w_OI).to(layer.weight.dtype)
     return found
