@@ -6,6 +6,7 @@ import math
 import random
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.allocation import allocate
 from auto_mmround.recipe.recipe import Recipe, from_mapping, read
 from auto_mmround.run import job as jobs
-from auto_mmround.run.mixed import units
+from auto_mmround.run.mixed import _tried, units
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.sensitivity import Sets, trying
 
@@ -169,6 +170,8 @@ def test_bits_are_chosen_once_and_the_recipe_says_them(tmp_path):
     record = job.mixed
     assert record["sets"] == ["text"] and set(record["layers"]) == set(schemes)
     assert record["uniform"]["2"][0] > record["uniform"]["3"][0] > record["expected"][0] > record["uniform"]["8"][0]
+    measured = record["measured"]
+    assert measured["3"][0] > measured["line"][0] > measured["4"][0] and measured["mixed"][0] < measured["3"][0]
     again = jobs.prepare(job.recipe, ours.loaded, texts())
     assert again.mixed is None and again.plan == job.plan and again.recipe.layer_config == job.recipe.layer_config
     with pytest.raises(UserError, match=r"layer_config names the bits of every weight, 3\.\d+ on average"):
@@ -182,6 +185,7 @@ def test_bits_are_chosen_once_and_the_recipe_says_them(tmp_path):
     assert stored.target_bits == 3.8 and stored.layer_config == job.recipe.layer_config
     assert json.loads((folder / "run.json").read_text())["mixed"]["layers"] == record["layers"]
     report = json.loads((folder / "report.json").read_text())
+    assert report["mixed"]["measured"] == measured
     assert report["mixed"]["counts"].keys() == {str(scheme.bits) for scheme in schemes.values()}
     assert report["mixed"]["rows"]["model.layers.*.mlp.down_proj"] == [
         schemes[f"model.layers.{i}.mlp.down_proj"].bits for i in range(2)
@@ -204,6 +208,26 @@ def test_what_the_user_names_stays_and_counts():
         jobs.prepare(mixing(model, target_bits=2.2).recipe, mixing(model).loaded, texts())
 
 
+@pytest.mark.parametrize(
+    "kl, best, warned", [((0.3, 0.2), "around", False), ((0.2, 0.3), "all", False), ((2, 3), "all", True)]
+)
+def test_of_several_choices_the_samples_pick_one(kl, best, warned, caplog):
+    model = tiny()
+    recipe = Recipe(group_size=32, algorithm="gptq", target_bits=4.1, bit_options="2,3,4,8")
+    plan = make_plan(model, recipe)
+    free = units(model, recipe, plan)
+    names = [weight.name for unit in free for weight in unit.weights]
+    choices = {"all": dict.fromkeys(names, 2), "around": dict.fromkeys(names, 7)}  # marks for the fake below
+    found = {2: kl[0], 7: kl[1], 3: 1.0, 4: 0.6}
+    trial = SimpleNamespace(kl=lambda bits: torch.tensor([found[next(iter(bits.values()))]]))
+    bits, seen = _tried(trial, choices, free, plan, 4.1)
+    assert bits == choices[best] and seen["options"] == best and bool(caplog.records) == warned
+    size = {b: make_plan(model, replace(recipe, bits=b)).bits_per_weight() for b in (3, 4)}
+    line = 1 - 0.4 * (4.1 - size[3]) / (size[4] - size[3])
+    assert seen["measured"] == {name: [pytest.approx(value)] for name, value in
+                                {"mixed": min(kl), "line": line, "3": 1.0, "4": 0.6}.items()}  # fmt: skip
+
+
 def test_samples_are_told_apart_by_what_they_show():
     text, image = torch.zeros(10, dtype=torch.int8), torch.tensor([0, 1, 1, 0, 4], dtype=torch.int8)
     kinds = [Kinds(each) for each in (text, image, text, image, image)]
@@ -211,6 +235,7 @@ def test_samples_are_told_apart_by_what_they_show():
     assert sets == Sets(("text", "image"), (0, 1, 0, 1, 1))
     assert sets.choose(kinds, 20) == [0, 1, 3]  # 10 tokens of each
     assert sets.choose(kinds, 20, 1) == [0, 1]
+    assert sets.choose(kinds, 20, share=0.4) == [0, 1]
     assert sets.choose(kinds, 20, without=[0, 1, 3]) == [2, 4]
     assert sets.choose(kinds, 20, without=[0, 1, 2, 3]) == [0, 4]  # no other text
 

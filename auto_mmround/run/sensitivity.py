@@ -31,6 +31,7 @@ from auto_mmround.run.weights import Weights, kinds_of
 
 GRADIENTS, MOMENTS = 2048, 8192  # tokens on which damage is measured, and those that weights are rounded by
 MOST = 24  # samples of a set on which damage is measured: a tower may have many tokens for few of text
+SHARE = 1 / 3  # of a set's samples at most; the others are what weights are rounded by
 FINE = 6  # bits from which rounding to nearest stands for the closed form: both do next to nothing
 FULL = 16  # bits: the weight as it was
 
@@ -50,18 +51,24 @@ class Sets:
         return cls(tuple(MODALITIES[k] for k in present), tuple(present.index(k) for k in media))
 
     def choose(
-        self, modalities: Sequence[Kinds], tokens: int, most: int = 10**9, without: Sequence[int] = ()
+        self,
+        modalities: Sequence[Kinds],
+        tokens: int,
+        most: int = 10**9,
+        share: float = 1.0,
+        without: Sequence[int] = (),
     ) -> list[int]:
-        """Samples with about ``tokens`` of text together, as many from each set, at most ``most``, spread evenly.
+        """Samples with about ``tokens`` of text together, as many from each set, spread evenly.
 
-        without: samples that are not taken, but from a set that has no others.
+        most, share: at most so many of a set, and so much of it. without: samples that are not taken, but from a set
+        that has no others.
         """
         chosen: list[int] = []
         for s in range(len(self.names)):
             members = [i for i, own in enumerate(self.of) if own == s]
             members = [i for i in members if i not in without] or members
             picked = spread([modalities[i] for i in members], tokens // len(self.names))
-            few = min(most, len(picked))
+            few = min(most, len(picked), max(1, int(share * len(members))))
             chosen += [members[picked[k * len(picked) // few]] for k in range(few)]
         return sorted(chosen)
 
@@ -199,7 +206,7 @@ def trying(
     precision: Precision = partial(devices.autocast, device, dtype, recipe.amp)
     kinds = kinds_of(inputs)
     sets = Sets.by_medium(kinds)
-    few = sets.choose(kinds, GRADIENTS, MOST)
+    few = sets.choose(kinds, GRADIENTS, MOST, SHARE)
     many = sets.choose(kinds, MOMENTS, without=few)
     with tempfile.TemporaryDirectory() as folder, separated(model):
         versions = Versions(Path(folder))
