@@ -21,6 +21,8 @@ from auto_mmround.run.sensitivity import Damage, Trial, trying
 
 log = logging.getLogger("auto_mmround")
 
+Bits = Mapping[str, int]  # weight -> bits
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -106,13 +108,10 @@ def choose_bits(
     return recipe, plan, _record(recipe, plan, free, damage, bits) | seen
 
 
-Bits = Mapping[str, int]  # weight -> bits
-
-
 def _choices(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, Bits]:
     """By all options, and by the two alone between whose sizes the target lies. Raises UserError where no choice is
     small enough."""
-    found = {"all": _allocated(free, damage, plan, target)}
+    found: dict[str, Bits] = {"all": _allocated(free, damage, plan, target)}
     around = _around(free, plan, target)
     if around and {*found["all"].values()} - {*around}:
         narrow = [replace(unit, options=tuple(b for b in unit.options if b in around) or unit.options) for unit in free]
