@@ -11,7 +11,9 @@ overlay() {  # NAME PACKAGE...: a venv that sees the main environment's packages
     rm -rf "$folder"
     "$MAIN_PYTHON" -m venv "$folder"
     site="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    "$MAIN_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/zz_main_environment.pth"
+    # As a site folder, so that its own .pth files count: the one of an editable install knows our templates.
+    "$MAIN_PYTHON" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+        > "$site/zz_main_environment.pth"
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@"
     echo "engine $name: $folder"
 }
