@@ -269,6 +269,7 @@ def test_config_groups(tmp_path):
     recipe = translated(GROUPS, tmp_path)
     assert (recipe.bits, recipe.group_size, recipe.sym, recipe.actorder) == (4, 64, True, "weight")
     assert (recipe.algorithm, recipe.dampening, recipe.format) == ("gptq", 0.05, "compressed_tensors")
+    assert recipe.block_size == 128
     assert recipe.layer_config == {"re:.*fc2": {"bits": 8, "group_size": -1, "sym": False}}
     assert recipe.sequential_targets == ["WhisperEncoderLayer", "WhisperDecoderLayer"]
     assert recipe.ignore == ["re:.*lm_head"] and not recipe.quant_nontext_module and not recipe.in_turn

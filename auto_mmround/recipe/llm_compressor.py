@@ -18,7 +18,6 @@ Values = dict[str, Any]
 Take = Callable[[Any, str], Values]  # (value, where) -> keys of our recipe
 
 NO_EFFECT = {
-    "block_size": "it changes no result",
     "update_size": "it changes no result",
     "offload_hessians": "second moments live for one block",
     "offload_device": "second moments live for one block",
@@ -228,6 +227,7 @@ MODIFIERS: dict[str, tuple[Values, dict[str, Take]]] = {
         | {
             "dampening_frac": _as("dampening"),
             "actorder": _as("actorder"),
+            "block_size": _as("block_size"),
             "sequential_update": _as("enable_quanted_input"),
         },
     ),

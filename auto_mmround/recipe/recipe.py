@@ -81,6 +81,7 @@ class Recipe:
     nblocks: int = 1
     dampening: float = 0.05
     actorder: str = "weight"
+    block_size: int = 64
     true_sequential: bool = False
     retarget: bool = False
     fisher: bool = True
@@ -154,7 +155,7 @@ class Recipe:
         ]
         for pattern in [*patterns, *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]])]:
             _require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
-        for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks"):
+        for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks", "block_size"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
