@@ -251,7 +251,7 @@ def speech_row(title: str, found: dict[str, Any], full: dict[str, Any], card: di
 def tables(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     """Markdown tables of all results, one a model."""
     text = []
-    for case in dict.fromkeys(case for case, _, _ in found):
+    for case in [case for case, _, method in found if method == FULL]:
         full = found[case, "-", FULL]
         time_columns = ["seconds", "CPU seconds", "peak GB"]
         if case == "whisper":
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="held-out rows of 256 tokens")
     parser.add_argument("--answers", type=int, default=100, help="held-out questions of the bundled model")
     parser.add_argument("--passages", type=int, default=30, help="held-out passages spoken, beside the sentences")
+    parser.add_argument("--no_runs", action="store_true", help="tables of the results that are there")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     asked = parser.parse_args()
     if asked.worker:
@@ -328,6 +329,8 @@ def main() -> None:
     found = {}
     for job in jobs_of(asked):
         path = Path(job["result"])
+        if asked.no_runs and not path.is_file():
+            continue
         if not path.is_file():
             print(f"{job['case']} {job['scheme']} {job['method']}", flush=True)
             variables = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -353,6 +356,9 @@ def keep(asked: argparse.Namespace, found: dict[tuple[str, str, str], dict[str, 
         "full precision's accuracy; intervals of WER are of differences in points, 95 %, bootstrap over clips."
     )
     facts = [f"# Recipes, {today}", explained, text, json.dumps({"ours": machine(), THEIRS: peers})]
+    missing = [f"{c} {s} {m}" for c in asked.cases for s, ms in CASES[c]["runs"].items() for m in ms]
+    missing = [title for title in missing if title not in {" ".join(key) for key in found}]
+    facts += [f"Not run: {', '.join(missing)}."] if missing else []
     facts.append(f"Command: `{' '.join(sys.argv)}`")
     asked.keep.mkdir(exist_ok=True)
     (asked.keep / f"recipes-{today}.md").write_text("\n\n".join(facts) + "\n")
