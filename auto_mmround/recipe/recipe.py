@@ -8,6 +8,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ SCALE_DTYPES = ("fp16", "bf16", "fp32")
 RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
 RECIPE_SECONDS = 5.0
-PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": yaml.safe_load}
+YAML = partial(yaml.load, Loader=llm_compressor.Reader)  # a SafeLoader
+PARSERS = {".toml": tomllib.loads, ".yaml": YAML, ".yml": YAML, ".json": YAML}
 # TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is none.
 MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
