@@ -7,6 +7,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
 RECIPE_SECONDS = 5.0
 YAML = partial(yaml.load, Loader=llm_compressor.Reader)  # a SafeLoader
-PARSERS = {".toml": tomllib.loads, ".yaml": YAML, ".yml": YAML, ".json": YAML}
+PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": YAML, ".yml": YAML, ".json": YAML}
 # TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is none.
 MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
