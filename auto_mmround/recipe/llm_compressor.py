@@ -48,7 +48,8 @@ class Reader(yaml.SafeLoader):
 def _value_of_enumeration(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
     """The first argument of `!!python/object/apply:compressed_tensors...`. Other classes raise ConstructorError."""
     if not name.startswith(("compressed_tensors.", "llmcompressor.")) or not isinstance(node, yaml.SequenceNode):
-        raise yaml.constructor.ConstructorError(None, None, f"could not determine a constructor for {name}", node.start_mark)
+        problem = f"could not determine a constructor for {name}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return next(iter(loader.construct_sequence(node)), None)
 
 
