@@ -7,7 +7,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py verify.py vllm.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding \
-	bench-scale bench-mixed test-harnesses fuzz clean
+	bench-scale bench-mixed bench-recipes test-harnesses fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -38,6 +38,11 @@ bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR
 
 bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MODEL=DIR (apt-get install flite espeak-ng)
 	$(BIN)/python bench/whisper.py --model $(MODEL) --keep bench/results
+
+bench-recipes: $(ENV)  ## against llm-compressor: make bench-recipes GEMMA=DIR WHISPER=DIR CALIBRATION=a.txt HELD_OUT=b.txt
+	test -d .engines/llmcompressor || bash scripts/engines.sh llmcompressor
+	$(BIN)/python bench/recipes.py $(if $(GEMMA),--gemma $(GEMMA) --calibration $(CALIBRATION) --held_out $(HELD_OUT)) \
+		$(if $(WHISPER),--whisper $(WHISPER)) --keep bench/results
 
 bench-padding: $(ENV)  ## what padding would cost on 200 samples of 1 to 1,500 tokens
 	$(BIN)/python bench/padding.py

@@ -95,6 +95,7 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         ("batch_size", ["train_bs", "bs"], "samples run together"),
         ("gradient_accumulate_steps", [], "batches a step"),
         ("nblocks", [], "consecutive blocks tuned on one loss"),
+        ("block_size", [], "closed form: columns solved together; changes the time, not the result"),
         ("dampening", ["damp_percent", "dampening_frac"], "closed form: share of the mean diagonal added to it"),
         ("actorder", [], f"closed form: order of the columns, {', '.join(ORDERS)} (by falling second moment)"),
         ("true_sequential", [], "closed form: a block's layers one after another, inputs from those done before"),

@@ -24,6 +24,12 @@ install_gptqmodel() {  # --no-deps: gptqmodel's own requirements would bring a s
     .engines/gptqmodel/bin/python -c 'import gptqmodel.utils.importer, optimum.gptq' > /dev/null
 }
 
+install_llmcompressor() {  # a peer of bench/recipes.py; --no-deps: it asks for the torch before ours, and its own Transformers
+    overlay llmcompressor llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 auto-round==0.15.1 \
+        nvidia-ml-py==13.615.71 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+    .engines/llmcompressor/bin/python -c 'import llmcompressor.modifiers.gptq' > /dev/null
+}
+
 install_mlx() {  # MLX's own backend for the CPU; --no-deps: mlx-vlm asks for servers and audio that loading needs none of
     overlay mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
     .engines/mlx/bin/python -c 'import mlx_lm.utils, mlx_vlm.utils' > /dev/null
@@ -72,11 +78,12 @@ install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and tran
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
+    llmcompressor) install_llmcompressor ;;
     mlx) install_mlx ;;
     openvino) install_openvino ;;
     llamacpp) install_llamacpp ;;
     vllm) install_vllm ;;
     lmms) install_lmms ;;
     vlmeval) install_vlmeval ;;
-    *) echo "usage: scripts/engines.sh gptqmodel|vllm|llamacpp|mlx|openvino|lmms|vlmeval" >&2; exit 2 ;;
+    *) echo "usage: scripts/engines.sh gptqmodel|llmcompressor|vllm|llamacpp|mlx|openvino|lmms|vlmeval" >&2; exit 2 ;;
 esac

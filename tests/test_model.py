@@ -87,6 +87,9 @@ def test_equal_shapes_run_together_and_give_the_same(model):
     chain.batched = False
     alone = torch.cat([out for _, out in chain.forward(block, 0, range(4))])
     torch.testing.assert_close(together[0][1], alone)
+    part = chain.advanced(block, 0, 8, only=[1, 3]).hidden
+    assert [hidden.numel() for hidden in part] == [0, 6 * 64, 0, 6 * 64]
+    torch.testing.assert_close(torch.cat([part[1], part[3]]), alone[[1, 3]])
 
 
 class Glued(nn.Module):

@@ -269,6 +269,7 @@ def test_config_groups(tmp_path):
     recipe = translated(GROUPS, tmp_path)
     assert (recipe.bits, recipe.group_size, recipe.sym, recipe.actorder) == (4, 64, True, "weight")
     assert (recipe.algorithm, recipe.dampening, recipe.format) == ("gptq", 0.05, "compressed_tensors")
+    assert recipe.block_size == 128
     assert recipe.layer_config == {"re:.*fc2": {"bits": 8, "group_size": -1, "sym": False}}
     assert recipe.sequential_targets == ["WhisperEncoderLayer", "WhisperDecoderLayer"]
     assert recipe.ignore == ["re:.*lm_head"] and not recipe.quant_nontext_module and not recipe.in_turn
@@ -303,6 +304,52 @@ default_stage:
     assert translated("QuantizationModifier: {scheme: FP8_DYNAMIC}", tmp_path).act_dynamic
     plain = translated("QuantizationModifier: {targets: Linear, scheme: {W8A16: [Linear]}}", tmp_path)
     assert (plain.algorithm, plain.bits, plain.group_size, plain.targets) == ("rtn", 8, -1, None)
+
+
+WRITTEN = """
+default_stage:
+  default_modifiers:
+    SmoothQuantModifier: {requires_calibration_data: true, smoothing_strength: 0.8, algorithm: smoothquant}
+    GPTQModifier:
+      config_groups:
+        g:
+          targets: [Linear]
+          weights:
+            num_bits: 4
+            type: !!python/object/apply:compressed_tensors.quantization.quant_args.QuantizationType [
+              int]
+            symmetric: true
+            group_size: 64
+            strategy: group
+            block_structure: null
+            dynamic: false
+            actorder: static
+            scale_dtype: null
+            zp_dtype: null
+            observer: null
+            observer_kwargs: {}
+          input_activations: null
+          output_activations: null
+          format: null
+      targets: [Linear]
+      ignore: ['re:.*lm_head']
+      weight_observer: mse
+      bypass_divisibility_checks: false
+      requires_calibration_data: true
+      block_size: 128
+      dampening_frac: 0.01
+      actorder: static
+"""
+
+
+def test_the_file_that_llm_compressor_writes_beside_a_checkpoint(tmp_path):
+    """As `recipe.yaml` of 0.14.0: defaults spelt out, members of enumerations as Python objects."""
+    recipe = translated(WRITTEN, tmp_path)
+    assert (recipe.equalize, recipe.smoothing_strength, recipe.algorithm) == ("smoothquant", 0.8, "gptq")
+    assert (recipe.bits, recipe.group_size, recipe.actorder, recipe.block_size) == (4, 64, "weight", 128)
+    evil = WRITTEN.replace("compressed_tensors.quantization.quant_args.QuantizationType", "os.system")
+    with pytest.raises(UserError, match=r"could not determine a constructor for os\.system"):
+        translated(evil, tmp_path)
 
 
 @pytest.mark.parametrize(

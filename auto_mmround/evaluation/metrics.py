@@ -24,6 +24,7 @@ class Metrics:
 
     tokens: int = 0
     log_loss: float = 0.0
+    hits: int = 0
     answers: int = 0
     right: int = 0
     positions: dict[str, int] = field(default_factory=dict)
@@ -34,6 +35,11 @@ class Metrics:
     def perplexity(self) -> float | None:
         """exp of the mean log loss over plain text (over answers, where there is no plain text)."""
         return float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp()) if self.tokens else None
+
+    @property
+    def next_token(self) -> float | None:
+        """Share of the tokens that perplexity is over which the model finds most likely."""
+        return self.hits / self.tokens if self.tokens else None
 
     @property
     def accuracy(self) -> float | None:
@@ -100,13 +106,13 @@ def _add_sample(metrics: Metrics, scores_TV: Tensor, teacher_TV: Tensor | None, 
     answer_T = sample.answer_T.to(scores_TV.device)
     is_text = bool(answer_T.all())
     best_T = scores_TV.argmax(-1)
-    wanted = answer_T[1:]
+    wanted, hits = answer_T[1:], best_T[:-1] == ids_T[1:]
     if is_text == text:
         losses = -scores_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
         metrics.log_loss += losses[wanted].double().sum().item()
         metrics.tokens += int(wanted.sum())
+        metrics.hits += int(hits[wanted].sum())
     if not is_text:
-        hits = best_T[:-1] == ids_T[1:]
         for start, end in _runs(wanted.tolist()):
             metrics.answers += 1
             metrics.right += bool(hits[start:end].all())

@@ -104,13 +104,17 @@ class Chain:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def advanced(self, blocks: Sequence[nn.Module], first: int, batch_size: int) -> "Chain":
-        """The chain after ``blocks``, the first of which has index ``first`` in the stage."""
+    def advanced(
+        self, blocks: Sequence[nn.Module], first: int, batch_size: int, only: Sequence[int] | None = None
+    ) -> "Chain":
+        """The chain after ``blocks``, the first of which has index ``first`` in the stage. only: the entries that will
+        be read; others are empty from there on."""
         out: list[Tensor] = [torch.empty(0)] * len(self)
         shared = list(self.shared)
+        entries = range(len(self)) if only is None else only
         with torch.no_grad():
-            for at in range(0, len(self), batch_size):
-                for group in self.groups(range(at, min(at + batch_size, len(self))), first):
+            for at in range(0, len(entries), batch_size):
+                for group in self.groups(entries[at : at + batch_size], first):
                     hidden, state = self._run(blocks, first, group)
                     for row, i in enumerate(group):
                         part = hidden[row : row + 1] if len(group) > 1 else hidden

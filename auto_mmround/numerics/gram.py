@@ -362,7 +362,8 @@ def refit_scale(
     for group in range(scale_OG.shape[1]):
         part = slice(group * group_size, (group + 1) * group_size)
         u_Og = centred_OI[:, part]
-        along_O = ((error_OI @ hessian_II[:, part]) * u_Og).sum(-1)
+        with _bf16_products(True):  # three digits of a small step are enough
+            along_O = ((error_OI @ hessian_II[:, part]) * u_Og).sum(-1)
         length_O = ((u_Og @ hessian_II[part, part]) * u_Og).sum(-1)
         step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0)
         unit_O = None if unit_OG is None else unit_OG[:, group]

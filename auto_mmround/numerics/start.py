@@ -15,7 +15,7 @@ from auto_mmround.numerics.rounding import Rounding
 
 @dataclass(frozen=True)
 class StartConfig:
-    """dampening: share of the mean of diag(H) added to it. order: of the columns, see `gram.solve`.
+    """dampening: share of the mean of diag(H) added to it. order, block: of the columns, see `gram.solve`.
 
     refit: fit the scales to the solved integers at the end. margin: how far the start
     stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it. retarget: solve for the
@@ -24,6 +24,7 @@ class StartConfig:
 
     dampening: float = 0.05
     order: gram.Order = "weight"
+    block: int = 64
     refit: bool = True
     margin: float = 0.1
     retarget: bool = False
@@ -132,7 +133,7 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
         scale_OG, zero_OG = blocks.scale_OG, super_grids.zeros(blocks, grid)
         w_OGg, target_OGg = (x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg))
         w_OI = grids.from_groups(target_OGg, columns)  # on the grid that is left, see `super_grids`
-    solve = partial(gram.solve, dampening=config.dampening, order=config.order)
+    solve = partial(gram.solve, dampening=config.dampening, order=config.order, block=config.block)
     best = solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
     error = best.error
     if config.refit:

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import yaml
+
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.aliases import preset
 
@@ -18,12 +20,17 @@ Values = dict[str, Any]
 Take = Callable[[Any, str], Values]  # (value, where) -> keys of our recipe
 
 NO_EFFECT = {
-    "block_size": "it changes no result",
     "update_size": "it changes no result",
     "offload_hessians": "second moments live for one block",
     "offload_device": "second moments live for one block",
     "observer": "scales are searched by the weights' share in the output error",
     "observer_kwargs": "scales are searched by the weights' share in the output error",
+    "weight_observer": "scales are searched by the weights' share in the output error",
+    "input_observer": "ranges of activations are the engine's, a token at a time",
+    "output_observer": "outputs are not quantized",
+    "batched_quantization": "layers that share an input are solved together",
+    "bypass_divisibility_checks": "layers whose columns a format can't group stay in 16 bits",
+    "requires_calibration_data": "the algorithm says it",
     "num_calibration_steps": "all samples are used",
     "run_type": "there is one way to run",
 }
@@ -32,6 +39,21 @@ NO_EFFECT = {
 # Names that mean something else there, None: that we do not have. Their FP8 has one weight scale, ours one a channel.
 RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP4A16": "NVFP4", "MXFP4": None,
            "NVFP4": None}  # fmt: skip
+
+
+class Reader(yaml.SafeLoader):
+    """YAML, and the members of llm-compressor's enumerations as it writes them: by their value, nothing is called."""
+
+
+def _value_of_enumeration(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
+    """The first argument of `!!python/object/apply:compressed_tensors...`. Other classes raise ConstructorError."""
+    if not name.startswith(("compressed_tensors.", "llmcompressor.")) or not isinstance(node, yaml.SequenceNode):
+        problem = f"could not determine a constructor for {name}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return next(iter(loader.construct_sequence(node)), None)
+
+
+Reader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _value_of_enumeration)
 
 
 def is_recipe(tree: dict[str, Any]) -> bool:
@@ -175,11 +197,11 @@ def _config_groups(value: Any, where: str) -> Values:
 
 def _weights(value: Any, where: str) -> Values:
     options = _mapping(value, where)
-    known = ("num_bits", "type", "symmetric", "strategy", "group_size", "actorder", "dynamic", "block_structure")
-    _check_keys(options, known, where)
+    _check_keys(options, (*ARGUMENTS, "block_structure"), where)
+    for key in ("block_structure", "scale_dtype", "zp_dtype"):
+        _only(None)(options.get(key), f"{where}: {key}")
     _only("int")(options.get("type", "int"), f"{where}: type")
     _only(False, None)(options.get("dynamic"), f"{where}: dynamic")
-    _only(None)(options.get("block_structure"), f"{where}: block_structure")
     group_size = options.get("group_size")
     strategy = options.get("strategy") or ("group" if group_size else "channel")
     _only("group", "channel")(strategy, f"{where}: strategy")
@@ -198,7 +220,7 @@ def _activations(value: Any, where: str) -> Values:
     if value is None:
         return {}
     options = _mapping(value, where)
-    _check_keys(options, ("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size", "actorder"), where)
+    _check_keys(options, (*ARGUMENTS, "block_structure"), where)
     _only("int")(options.get("type", "int"), f"{where}: type")
     _only("token")(options.get("strategy", "token"), f"{where}: strategy")
     _only(True)(options.get("dynamic", False), f"{where}: dynamic")
@@ -211,6 +233,9 @@ def _check_keys(options: dict[str, Any], known: tuple[str, ...], where: str) -> 
             _known(key, dict.fromkeys(known), where, "key")
 
 
+ARGUMENTS = (
+    "num_bits", "type", "symmetric", "strategy", "group_size", "actorder", "dynamic", "scale_dtype", "zp_dtype",
+)  # fmt: skip
 QUANTIZING: dict[str, Take] = {
     "targets": _targets,
     "ignore": _patterns("ignore"),
@@ -228,13 +253,19 @@ MODIFIERS: dict[str, tuple[Values, dict[str, Take]]] = {
         | {
             "dampening_frac": _as("dampening"),
             "actorder": _as("actorder"),
+            "block_size": _as("block_size"),
             "sequential_update": _as("enable_quanted_input"),
         },
     ),
     "QuantizationModifier": ({"algorithm": "rtn"}, QUANTIZING),
     "SmoothQuantModifier": (
         {"equalize": "smoothquant", "smoothing_strength": 0.5},
-        SMOOTHING | {"smoothing_strength": _as("smoothing_strength"), "ignore": _only(None, [])},
+        SMOOTHING
+        | {
+            "smoothing_strength": _as("smoothing_strength"),
+            "algorithm": _only("smoothquant"),
+            "ignore": _only(None, []),
+        },
     ),
     "AWQModifier": (
         {"equalize": "awq"},

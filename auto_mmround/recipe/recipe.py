@@ -7,7 +7,9 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ SCALE_DTYPES = ("fp16", "bf16", "fp32")
 RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
 RECIPE_SECONDS = 5.0
-PARSERS = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": yaml.safe_load}
+YAML = partial(yaml.load, Loader=llm_compressor.Reader)  # a SafeLoader
+PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": YAML, ".yml": YAML, ".json": YAML}
 # TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is none.
 MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -81,6 +84,7 @@ class Recipe:
     nblocks: int = 1
     dampening: float = 0.05
     actorder: str = "weight"
+    block_size: int = 64
     true_sequential: bool = False
     retarget: bool = False
     fisher: bool = True
@@ -154,7 +158,7 @@ class Recipe:
         ]
         for pattern in [*patterns, *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]])]:
             _require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
-        for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks"):
+        for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks", "block_size"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")

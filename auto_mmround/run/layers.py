@@ -21,12 +21,18 @@ class LayerErrors:
         self._whole: dict[str, float] = {}
         self._found: dict[str, dict[str, float]] = {name: {} for name in self._leaves}
 
-    def note(self, when: str) -> None:
-        """Measure all weights as they are now."""
+    def note(self, when: str, same: str = "") -> None:
+        """Measure all weights as they are now; ``same``: nothing has changed since then."""
+        if same:
+            for found in self._found.values():
+                found[when] = found[same]
+            return
         hessians: dict[int, Tensor] = {}
         for name, leaf in self._leaves.items():
             moments, rounding = self._moments[name], leaf.rounding
-            h_II = hessians.setdefault(id(moments), moments.hessian())
+            if id(moments) not in hessians:
+                hessians[id(moments)] = moments.hessian()
+            h_II = hessians[id(moments)]
             w_OI = rounding.w_OGg.flatten(1)[:, : rounding.columns].float()
             with torch.autocast(w_OI.device.type, enabled=False):
                 if name not in self._whole:

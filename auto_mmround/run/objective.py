@@ -14,7 +14,8 @@ from auto_mmround.recipe.recipe import Recipe
 
 def start_config(recipe: Recipe) -> StartConfig:
     """How a block's weights are solved."""
-    return StartConfig(dampening=recipe.dampening, order=recipe.actorder, retarget=recipe.retarget)  # type: ignore[arg-type]
+    order: Any = recipe.actorder
+    return StartConfig(recipe.dampening, order, recipe.block_size, retarget=recipe.retarget)
 
 
 def forward_of(

@@ -247,7 +247,8 @@ class _Journey:
                 chain.offload(self._disk if self.device.type == "cpu" else Tensor.cpu)
             return bool(waiting)
 
-        target = self.batch.fitting(window[0], lambda size: teacher.advanced(blocks, first, size), relieve)
+        read = self._compared(teacher)
+        target = self.batch.fitting(window[0], lambda size: teacher.advanced(blocks, first, size, read), relieve)
         chains.append(target)
         if not self._taken(window, [weight for name in window for weight in self.plan.of_block(name)]):
             tune = partial(self._tune, teacher, student, target, blocks, window, first)
@@ -256,6 +257,14 @@ class _Journey:
         if not self.recipe.enable_quanted_input or window[-1] == student.stage.blocks[-1]:
             return target, target  # nobody reads what the last block gives
         return target, self.batch.fitting(window[0], lambda size: student.advanced(blocks, first, size), relieve)
+
+    def _compared(self, teacher: Chain) -> list[int] | None:
+        """Entries of a chain whose outputs the student's are compared with: without sign steps only the held-out ones.
+        None: all."""
+        if self.recipe.steps or self.recipe.retarget or teacher.live or not self.recipe.enable_quanted_input:
+            return None
+        count, places = self.processes.numbered(teacher)
+        return sorted(places[i] for i in held_out_split(count)[1] if i in places)
 
     def _disk(self, tensor: Tensor) -> Tensor:
         return self.finished.spool(tensor)
@@ -304,7 +313,7 @@ class _Journey:
             for leaf in leaves.values():
                 leaf.show_original()
             raise
-        errors.note("end")
+        errors.note("end", "" if recipe.steps or not moments else "start")
         reports = []
         for name in window:
             report = block_report(self.device, name, student.stage.name, tuned[name], result, started, nearest)
