@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from types import MappingProxyType
 from typing import Any
 
@@ -71,31 +71,34 @@ def measure_fisher(
     sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 
-    tokens: dict[str, dict[int, Tensor]] = {name: {} for name in layers if _is_there(model, name)}
+    present = [name for name in layers if _is_there(model, name)]
+    chosen = share(list(range(len(inputs))) if present else spread(modalities, enough))
+    lengths = {i: len(modalities[i].text_T) for i in chosen}
+    tokens = {name: _Tokens(lengths) for name in present}
     again: set[str] = set()
 
     def add(name: str, i: int, place: int, grad_TD: Tensor) -> None:
         if name in tokens:
-            again.update([name] if i in tokens[name] else [])
-            tokens[name][i] = grad_TD.square().mean(-1).cpu()
+            again.update([name] if i in tokens[name].seen else [])
+            tokens[name].put(i, grad_TD.square().mean(-1))
             return
         one_hot_TR = nn.functional.one_hot(rows_of(stage_of[name], modalities[i], len(grad_TD)), ROWS).to(grad_TD)
         fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
         sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
 
-    chosen = share(list(range(len(inputs))) if tokens else spread(modalities, enough))
     readers = _Readers()
     watched = [*stage_of, *tokens]
     spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
     _backward(model, stages, watched, {i: inputs[i] for i in chosen}, add, seed, precision, readers.see, spoken)
-    for name, found in tokens.items():
+    found_tokens = {name: part.by_sample() for name, part in tokens.items()}
+    for name, found in found_tokens.items():
         counted = [t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in found.items()]  # padding has no gradient
         sums[name] = torch.tensor([sum(t.sum().item() for t in counted), float(sum(map(len, counted)))])
     whole = add_up(sums)
     channels = {name: _means(whole[name][:, :-1], whole[name][:, -1:]) for name in whole if name in stage_of}
     means = {name: whole[name][0] / whole[name][1].clamp(min=1) for name in tokens if name not in again}
-    return Fisher(channels, _shared(tokens, means, readers.groups))
+    return Fisher(channels, _shared(found_tokens, means, readers.groups))
 
 
 def _is_there(model: nn.Module, name: str) -> bool:
@@ -104,6 +107,31 @@ def _is_there(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+class _Tokens:
+    """A number a token and sample, in one piece of memory for samples of the expected ``lengths``: thousands of small
+    tensors, kept between large ones that come and go, would hold the heap at several times its size."""
+
+    def __init__(self, lengths: Mapping[int, int]) -> None:
+        ends = list(accumulate(lengths.values()))
+        self._places = {i: slice(end - lengths[i], end) for i, end in zip(lengths, ends, strict=True)}
+        self._room, self._others = torch.empty(ends[-1] if ends else 0), dict[int, Tensor]()
+        self.seen: set[int] = set()
+
+    def put(self, i: int, value_T: Tensor) -> None:
+        """Those of a sample; the last ones count."""
+        self.seen.add(i)
+        into_T = self._room[self._places[i]]
+        if len(into_T) == len(value_T):
+            into_T.copy_(value_T)
+            self._others.pop(i, None)
+        else:
+            self._others[i] = value_T.cpu()
+
+    def by_sample(self) -> dict[int, Tensor]:
+        """Sample -> (tokens,)."""
+        return {i: self._others[i] if i in self._others else self._room[self._places[i]] for i in sorted(self.seen)}
 
 
 class _Readers:
