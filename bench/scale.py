@@ -96,7 +96,7 @@ def main() -> int:
     """Exit status 1 if memory grows with depth or is above its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", type=Path)
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/bench-scale"), help="a folder on a disk with room")
+    parser.add_argument("--scratch", type=Path, default=Path(".bench/scale"), help="a folder on a disk with room")
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[4.0, 12.0])
     found = parser.parse_args()
     if found.worker:
