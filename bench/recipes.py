@@ -71,7 +71,7 @@ def recipe_of(job: dict[str, Any]) -> Any:
     values = CASES[job["case"]]["recipe"] | SCHEMES[job["scheme"]] | METHODS.get(job["method"], {"algorithm": "gptq"})
     values |= smooth if job["mappings"] else {}
     return from_mapping(values | {"model": job["model"], "device": "cpu", "nsamples": job["samples"],
-                                  "model_dtype": "bfloat16", "format": "compressed_tensors"})  # fmt: skip
+                                  "model_dtype": job["dtype"], "format": "compressed_tensors"})  # fmt: skip
 
 
 def prepared(job: dict[str, Any]) -> Any:
@@ -102,6 +102,7 @@ def by_peer(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
         for name, value in as_dtype(sample.kwargs, model.dtype).items():
             samples[f"{i}.{name}"] = value.contiguous().clone()
     order = {"model": str(prepared_job.loaded.source), "class": case["class"], "ignore": recipe.ignore}
+    order |= {"dtype": job["dtype"]}
     order |= {"scheme": {"sym": True} | SCHEMES[job["scheme"]], "dampening": recipe.dampening, "length": recipe.seqlen}
     order |= {"smoothing": recipe.smoothing_strength if job["mappings"] else None, "mappings": job["mappings"]}
     order |= {"sequential_targets": recipe.sequential_targets, "samples": f"{stem}-samples.safetensors"}
@@ -278,7 +279,7 @@ def tables(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
 def jobs_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """What there is to run, full precision of each model first."""
     base = {"work": str(asked.work), "samples": asked.samples, "rows": asked.rows, "answers": asked.answers}
-    base |= {"calibration": asked.calibration, "held_out": asked.held_out}
+    base |= {"calibration": asked.calibration, "held_out": asked.held_out, "dtype": asked.dtype}
     models = {"demo": "demo", "gemma": asked.gemma, "whisper": asked.whisper}
     jobs = []
     for case in [case for case in asked.cases if models[case]]:
@@ -314,6 +315,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text for Gemma")
     parser.add_argument("--held_out", help=f"text for Gemma, used from row {FIRST_ROW} on")
     parser.add_argument("--work", type=Path, default=Path(".bench/recipes"))
+    parser.add_argument("--dtype", default="bfloat16", help="of all models; float32 where bfloat16 is emulated")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rows", type=int, default=16, help="held-out rows of 256 tokens")
     parser.add_argument("--answers", type=int, default=100, help="held-out questions of the bundled model")
@@ -350,10 +352,11 @@ def keep(asked: argparse.Namespace, found: dict[tuple[str, str, str], dict[str, 
     peers = next((result["versions"] for (_, _, method), result in found.items() if method == THEIRS), {})
     explained = (
         f"{asked.samples} calibration samples (256 tokens; 64-word passages in one voice for Whisper), the same for "
-        f"all. Dampening {SAME['dampening']}, activation order {SAME['actorder']} (llm-compressor: static), bfloat16, "
-        "one thread; `auto` has its own defaults. W8A8: SmoothQuant 0.8 before GPTQ, inputs rounded to 8 bits, a scale "
-        "a token. Seconds are of quantizing alone. KL is from full precision, nats a token; in brackets the share of "
-        "full precision's accuracy; intervals of WER are of differences in points, 95 %, bootstrap over clips."
+        f"all. Dampening {SAME['dampening']}, activation order {SAME['actorder']} (llm-compressor: static), "
+        f"{asked.dtype}, one thread; `auto` has its own defaults. W8A8: SmoothQuant 0.8 before GPTQ, inputs rounded to "
+        "8 bits, a scale a token. Seconds are of quantizing alone. KL is from full precision, nats a token; in "
+        "brackets the share of full precision's accuracy; intervals of WER are of differences in points, 95 %, "
+        "bootstrap over clips."
     )
     facts = [f"# Recipes, {today}", explained, text, json.dumps({"ours": machine(), THEIRS: peers})]
     missing = [f"{c} {s} {m}" for c in asked.cases for s, ms in CASES[c]["runs"].items() for m in ms]

@@ -3,7 +3,7 @@
     recipes_peer.py JOB.json
 
 Job: "model" folder, "class" of Transformers, "samples" (safetensors, "3.input_ids" is what the model is given of sample
-3), "scheme" of llm-compressor (bits, group_size, sym, act_bits), "dampening", "smoothing" or null, "mappings",
+3), "dtype", "scheme" of llm-compressor (bits, group_size, sym, act_bits), "dampening", "smoothing" or null, "mappings",
 "sequential_targets", "ignore"; "weights": where what changed goes, in the model's dtype; "result": figures.
 """
 
@@ -56,9 +56,10 @@ def main():
     """Quantize, write what changed and how long it took."""
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    model = getattr(transformers, job["class"]).from_pretrained(job["model"], dtype=torch.bfloat16).eval()
+    dtype = getattr(torch, job["dtype"])
+    model = getattr(transformers, job["class"]).from_pretrained(job["model"], dtype=dtype).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    data = DataLoader(samples(job["samples"], torch.bfloat16), batch_size=None)
+    data = DataLoader(samples(job["samples"], dtype), batch_size=None)
     recipe = modifiers(job)
     wall, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     oneshot(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
-from auto_mmround.model import chains
+from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
 
 
@@ -73,7 +73,7 @@ def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def logits_of(model: Any, kwargs: Mapping[str, Any], precision: Precision = nullcontext) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
-    with torch.inference_mode(), precision():
+    with torch.inference_mode(), precision(), devices.products(model.device, model.dtype):
         return model(**moved(model, kwargs), use_cache=False).logits[0].float()
 
 

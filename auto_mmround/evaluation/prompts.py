@@ -17,6 +17,7 @@ from auto_mmround.calibration.template import MARKER, Message
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.metrics import logits_of, moved
 from auto_mmround.evaluation.samples import MANY, parts
+from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.run.job import template_for
 
@@ -200,7 +201,7 @@ def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[f
 def answer(loaded: Loaded, prompt: Prompt) -> str:
     """The greedy answer, special tokens left out."""
     kwargs = moved(loaded.model, prompt.kwargs)
-    with torch.inference_mode():
+    with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
         made = loaded.model.generate(**kwargs, do_sample=False, **prompt.options)  # type: ignore[operator]
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
     return str(loaded.tokenizer.decode(made[0][given:], skip_special_tokens=True)).strip()

@@ -1,6 +1,7 @@
 """Where the work runs: `cpu`, `cuda`, `hpu`, and what differs between them, as one table."""
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import re
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.products import Float32Products
 
 
 def _habana(module: str) -> Any:
@@ -65,6 +67,9 @@ TABLE: dict[str, Traits] = {
 }
 
 
+BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM
+
+
 def traits(device: torch.device) -> Traits:
     """The device's row of the table; of a kind that has none, the processor's."""
     return TABLE.get(device.type, TABLE["cpu"])
@@ -102,13 +107,27 @@ def _has_gaudi() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> contextlib.AbstractContextManager:
-    """Compute in bfloat16 where the model is stored wider; a bfloat16 model needs no help.
+    """Compute in bfloat16 where the model is stored wider, if that is faster; a bfloat16 model needs no help, but on
+    a processor that is slow in it.
 
     Without the cache of cast weights: tuning changes weights in place, and the cache would go on serving old ones.
     """
-    if amp and dtype != torch.bfloat16:
+    if amp and dtype != torch.bfloat16 and fast_bf16(device):
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    return contextlib.nullcontext()
+    return products(device, dtype)
+
+
+def products(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """What makes products of this dtype faster without making them other ones: `Float32Products`, or nothing."""
+    slow = dtype == torch.bfloat16 and not fast_bf16(device)
+    return Float32Products() if slow else contextlib.nullcontext()
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are no slower than in float32: a processor without the instructions for them takes
+    four times as long. True where torch can't tell."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
+    return device.type != "cpu" or not known or any(known.get(name) for name in BF16)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -116,8 +135,21 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
+def _heap() -> Callable[[int], int]:
+    """glibc's malloc_trim; elsewhere what does nothing."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, "malloc_trim", lambda kept: 0)
+
+
+_trim = _heap()
+
+
 def release_cache() -> None:
-    """Give memory that torch keeps for later back to the devices."""
+    """Give memory that is kept for later back: to the devices and, where the C library is glibc, to the system.
+
+    Freed pieces of up to 32 MB stay in glibc's heap, and small tensors between them hold it at several times its size.
+    """
+    _trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -1,5 +1,6 @@
 """The one journey: capture, then block by block teach, tune, hand over; towers first, then text."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -228,6 +229,8 @@ class _Journey:
             window = names[first : first + self.recipe.nblocks]
             with self.holder.resident(window), separated(self.model, self.experts, window), self.precision():
                 teacher, student = self._pass(teacher, student, window, first)
+            gc.collect()  # graphs and hooks refer to each other, and some hold weights of the block
+            devices.release_cache()
             for name in window:
                 planned = self.plan.of_block(name)
                 self.holder.replace(name, partial(self._write_back, name, planned))

@@ -1,0 +1,74 @@
+"""bfloat16 products made in float32: what torch gives, forwards and backwards, and only where they are faster."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from auto_mmround.model import devices, products
+from auto_mmround.model.products import Float32Products
+
+
+def run(context, function, *shapes):
+    """The result of a function of bfloat16 tensors, and its gradients."""
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=draw).bfloat16().requires_grad_() for shape in shapes]
+    with context:
+        made = function(*given)
+        made.float().square().sum().backward()
+    return [made.detach(), *(tensor.grad for tensor in given)]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (functional.linear, [(3, 7, 33), (50, 33)]),
+        (functional.linear, [(3, 7, 33), (50, 33), (50,)]),
+        (torch.matmul, [(2, 9, 17), (2, 17, 5)]),
+        (lambda a, b: a @ b, [(9, 17), (17, 5)]),
+        (torch.addmm, [(5,), (9, 17), (17, 5)]),
+        (functional.scaled_dot_product_attention, [(1, 2, 9, 8)] * 3),
+        (functional.conv1d, [(1, 4, 20), (6, 4, 3)]),
+        (functional.conv3d, [(1, 2, 4, 6, 6), (3, 2, 2, 3, 3)]),
+    ],
+)
+def test_the_same_numbers_as_torch(function, shapes, monkeypatch):
+    monkeypatch.setattr(products, "CHUNK", 33 * 16)  # a weight of 50 rows in four parts
+    ours, plain = (run(context, function, *shapes) for context in (Float32Products(), nullcontext()))
+    for got, expected in zip(ours, plain, strict=True):
+        assert got.dtype == torch.bfloat16
+        # Equal but for sums that lie on the edge between two numbers; gradients read a rounded result.
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-6 * expected.abs().max().item())
+
+
+def test_backward_holds_no_wider_copy_of_a_weight():
+    layer, seen = nn.Linear(64, 64).bfloat16(), []
+    with Float32Products(), torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        layer(torch.randn(8, 64).bfloat16().requires_grad_())
+    assert {tensor.dtype for tensor in seen} == {torch.bfloat16}
+
+
+def test_others_are_left_alone():
+    with Float32Products():
+        assert functional.linear(torch.ones(9, 4), torch.ones(3, 4)).dtype == torch.float32
+        assert functional.linear(torch.ones(9, 4).half(), torch.ones(3, 4).half()).dtype == torch.half
+
+
+@pytest.mark.parametrize(
+    ("known", "wide"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, True),
+        ({"avx512_bf16": True}, False),
+        ({"bf16": True}, False),
+        ({}, False),
+    ],
+)
+def test_only_where_the_processor_is_slow(monkeypatch, known, wide):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    cpu = torch.device("cpu")
+    assert isinstance(devices.autocast(cpu, torch.bfloat16, amp=True), Float32Products) == wide
+    assert isinstance(devices.autocast(cpu, torch.bfloat16, amp=False), Float32Products) == wide
+    assert isinstance(devices.autocast(cpu, torch.float32, amp=True), nullcontext) == wide
+    assert not isinstance(devices.autocast(torch.device("cuda"), torch.bfloat16, amp=True), Float32Products)
