@@ -21,6 +21,7 @@ from auto_mmround.evaluation.static import check as check_files
 from auto_mmround.export import compressed_tensors as ct
 from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS, Layout
+from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.grids import Codes, dequantize, quantize_tokens
@@ -433,7 +434,7 @@ def test_static_inputs_are_what_calibration_shows(tmp_path: Path) -> None:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, x, name=name: peaks.update({name: max(peaks.get(name, 0.0), x[0].abs().max().item())})
         )
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(torch.device("cpu"), torch.bfloat16, amp=True):
         for sample in job.inputs:
             model(**sample.kwargs)
     (folder,) = jobs.run(job)

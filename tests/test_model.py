@@ -6,6 +6,7 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import as_dtype, difference
 from auto_mmround.model.devices import autocast, resolve
@@ -254,7 +255,8 @@ def test_default_device_works_everywhere():
     assert resolve("0").type in ("cpu", "cuda", "hpu") and resolve("cpu").type == "cpu"
 
 
-def test_autocast_sees_weights_that_change_in_place():
+def test_autocast_sees_weights_that_change_in_place(monkeypatch):
+    monkeypatch.setattr(devices, "fast_bf16", lambda device: True)
     layer, x = nn.Linear(4, 4, bias=False), torch.randn(1, 4)
     with autocast(torch.device("cpu"), torch.float32, amp=True):
         first = layer(x)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from auto_mmround.model import devices, products
 from auto_mmround.model.products import Float32Products
+from auto_mmround.model.standins import recomputed
 
 
 def run(context, function, *shapes):
@@ -72,3 +73,16 @@ def test_only_where_the_processor_is_slow(monkeypatch, known, wide):
     assert isinstance(devices.autocast(cpu, torch.bfloat16, amp=False), Float32Products) == wide
     assert isinstance(devices.autocast(cpu, torch.float32, amp=True), nullcontext) == wide
     assert not isinstance(devices.autocast(torch.device("cuda"), torch.bfloat16, amp=True), Float32Products)
+
+
+def test_blocks_that_are_computed_again_are_computed_alike(monkeypatch):
+    monkeypatch.setattr(devices, "fast_bf16", lambda device: False)
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).bfloat16(), torch.randn(4, 16).bfloat16()
+
+    def gradient(context):
+        given = x.clone().requires_grad_()
+        with context, Float32Products():
+            model(given).backward(torch.ones_like(x))
+        return given.grad
+
+    assert torch.equal(gradient(recomputed(model, ["0", "1", "2"])), gradient(nullcontext()))

@@ -79,7 +79,10 @@ PRODUCTS: Mapping[Any, Callable[..., Tensor]] = {functional.linear: _linear} | {
 
 
 class Float32Products(TorchFunctionMode):
-    """While open, products of bfloat16 tensors in main memory are made so."""
+    """While open, products of bfloat16 tensors in main memory are made so.
+
+    It is closed while torch runs a backward pass; what computes a block again there opens it anew.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take over the table's functions where they are given bfloat16."""

@@ -8,7 +8,7 @@ replay with calls recorded this way is the model, see `capture`, the blocks need
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from auto_mmround.model import devices
 from auto_mmround.model.chains import hidden_of, map_tensors
 
 # What a model may raise when a block is not the class that it knows; then its blocks have to run.
@@ -59,7 +60,16 @@ class Recomputed(Standin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
         run = self.__dict__["block"]
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        hidden, _ = hidden_of(args, kwargs)
+        again = partial(devices.products, hidden.device, hidden.dtype)
+        return checkpoint(
+            run,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), again()),
+            **kwargs,
+        )
 
 
 def rest_of(output: Any, hidden: Tensor) -> tuple[Any, ...] | None:
