@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from auto_mmround.model import devices
 from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, token_kinds, with_hidden
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
@@ -197,6 +198,8 @@ def _backward(
                 grad_TD = torch.zeros_like(hidden_TD)
                 grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
                 hidden_TD.backward(grad_TD)
+        del hidden_TD, grad_TD
+        devices.release_cache()
 
 
 def _flat(add: Callable[[str, int, int, Tensor], None], i: int, name: str, place: int, grad: Tensor) -> None:

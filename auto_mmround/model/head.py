@@ -5,6 +5,7 @@ A vocabulary of a quarter million words makes the logits of one sample larger th
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         return False
     made: list[Tensor] = []
+    # The last position is enough: logits of a whole sample would be the largest tensor of a run.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
-        logits = model(**kwargs, use_cache=False).logits
+        logits = model(**kwargs, **few, use_cache=False).logits
     return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0].dtype))
 
 

@@ -142,6 +142,7 @@ class _Journey:
                     precision=self.precision, share=self.processes.share,
                     add_up=lambda sums: self.processes.add_named(sums, self.device),
                 )  # fmt: skip
+            devices.release_cache()
         return Weights(kinds, fisher)
 
     @cached_property
