@@ -95,11 +95,14 @@ def test_variables_of_launchers(monkeypatch):
 @pytest.mark.slow
 def test_the_demo_by_torchrun_is_as_good_as_by_one_process(tmp_path):
     words = "-m auto_mmround --model demo --dataset demo --bits 3 --nsamples 32 --iters 6 --device cpu"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     kl = []
     for name, command in (("one", [sys.executable]), ("two", launcher)):
         done = subprocess.run(
-            [*command, *words.split(), "--output_dir", str(tmp_path / name)], capture_output=True, text=True
+            [*command, *words.split(), "--output_dir", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=1500,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done in") == 1 and done.stderr.count("calibration: ") == 1
