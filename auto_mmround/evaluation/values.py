@@ -79,9 +79,11 @@ def check_codes(s: Subject) -> Iterator[Finding]:
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
         except CONTRADICTIONS as error:
-            ordered = bool(s.quantization and s.quantization.get("desc_act")) and not s.journal
-            severity = "warning" if ordered else "error"  # activation order is right, but not for our reader
-            yield Finding(severity, module, f"can't be decoded: {' '.join(str(error).split())}")
+            yield Finding("error", module, f"can't be decoded: {' '.join(str(error).split())}")
+            continue
+        if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get("desc_act"):
+            text = "reorders the inputs, but quantization_config does not say desc_act: vLLM would ignore it"
+            yield Finding("error", f"{module}.g_idx", text)
             continue
         broken = list(_ranges(s, module, codes, tensors))
         yield from broken or _against_journal(s, module, codes)
