@@ -133,7 +133,7 @@ def from_config(quantization_config: Mapping[str, Any]) -> Format:
     name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
     for key, layout in _LAYOUTS.get(str(method), {}).items():
         if (stated := str(quantization_config.get(key) or layout).lower()) != layout:
-            raise UserError(f"cannot read {method} with {key} {stated!r}, only {layout!r}")
+            raise UserError(f"cannot read quant_method {method!r} with {key} {stated!r}, only {layout!r}")
     if name not in FORMATS:
         raise UserError(f"cannot read quantization method {method!r}, packing {packing!r}; known: {', '.join(FORMATS)}")
     return FORMATS[name]
