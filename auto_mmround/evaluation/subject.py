@@ -161,12 +161,21 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal, source, schemes, findings)
 
 
-def _schemes(quantization: Mapping[str, Any], packed: Iterable[str], findings: list[Finding]) -> dict[str, Scheme]:
+def _schemes(quantization: Mapping[str, Any], packed: frozenset[str], findings: list[Finding]) -> dict[str, Scheme]:
+    """Of every packed module that has one which is read here; a warning says which have none, and why the first."""
     try:
-        return formats.schemes_of(quantization, packed)
+        found = formats.schemes_of(quantization, packed)
     except UserError as error:
         findings.append(Finding("error", "quantization_config", str(error)))
         return {}
+    unread = sorted(packed - found.keys())
+    if unread:
+        others = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        try:
+            formats.scheme_of(quantization, unread[0])
+        except (UserError, KeyError) as error:
+            findings.append(Finding("warning", unread[0], f"is not checked{others}: {error}"))
+    return found
 
 
 def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
