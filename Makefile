@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.ready
 GPTQMODEL := .engines/gptqmodel/.ready
 
-ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py verify.py vllm.py)
+ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding \
 	bench-scale bench-mixed bench-recipes test-harnesses fuzz clean
@@ -61,7 +61,7 @@ test-harnesses: $(ENV)  ## build the environments of lmms-eval and VLMEvalKit, t
 		.engines/$$name/bin/python -m pytest -m "slow or not slow" tests/test_harness.py || exit 1; done
 
 test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one: make test-engines [WHISPER=DIR]
-	for engine in gptqmodel llamacpp mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done
+	for engine in autoawq gptqmodel llamacpp llmcompressor mlx openvino vllm; do test -d .engines/$$engine || bash scripts/engines.sh $$engine; done
 	$(BIN)/python -m pytest -m slow $(if $(WHISPER),--whisper $(WHISPER)) $(ENGINE_TESTS)
 
 $(ENV): setup.py constraints.txt

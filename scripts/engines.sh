@@ -30,6 +30,11 @@ install_llmcompressor() {  # a peer of bench/recipes.py; --no-deps: it asks for 
     .engines/llmcompressor/bin/python -c 'import llmcompressor.modifiers.gptq' > /dev/null
 }
 
+install_autoawq() {  # writes checkpoints for tests/test_peers_files.py
+    overlay autoawq autoawq==0.2.9
+    .engines/autoawq/bin/python -c "import awq"  # says that it is no longer maintained
+}
+
 install_mlx() {  # MLX's own backend for the CPU; --no-deps: mlx-vlm asks for servers and audio that loading needs none of
     overlay mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
     .engines/mlx/bin/python -c 'import mlx_lm.utils, mlx_vlm.utils' > /dev/null
@@ -78,6 +83,7 @@ install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and tran
 
 case "${1:-}" in
     gptqmodel) install_gptqmodel ;;
+    autoawq) install_autoawq ;;
     llmcompressor) install_llmcompressor ;;
     mlx) install_mlx ;;
     openvino) install_openvino ;;
@@ -85,5 +91,5 @@ case "${1:-}" in
     vllm) install_vllm ;;
     lmms) install_lmms ;;
     vlmeval) install_vlmeval ;;
-    *) echo "usage: scripts/engines.sh gptqmodel|llmcompressor|vllm|llamacpp|mlx|openvino|lmms|vlmeval" >&2; exit 2 ;;
+    *) echo "usage: scripts/engines.sh gptqmodel|llmcompressor|autoawq|vllm|llamacpp|mlx|openvino|lmms|vlmeval" >&2; exit 2 ;;
 esac

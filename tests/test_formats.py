@@ -219,5 +219,13 @@ def test_unknown_names_are_one_line_with_a_hint() -> None:
         formats.get("zip")
     with pytest.raises(UserError, match="bitsandbytes"):
         formats.from_config({"quant_method": "bitsandbytes"})
-    with pytest.raises(UserError, match="gptq"):
+    with pytest.raises(UserError, match="checkpoint_format 'gptq_v2', only 'gptq'"):
         formats.from_config({"quant_method": "gptq", "checkpoint_format": "gptq_v2"})
+
+
+def test_layouts_that_share_a_method() -> None:
+    """AutoAWQ names its layout by version, GPTQModel by checkpoint_format as well."""
+    for keys in ({}, {"version": "GEMM"}, {"version": "gemm", "checkpoint_format": "gemm"}):
+        assert formats.from_config({"quant_method": "awq", **keys}) is FORMATS["auto_awq"]
+    with pytest.raises(UserError, match="version 'gemv', only 'gemm'"):
+        formats.from_config({"quant_method": "awq", "version": "gemv"})

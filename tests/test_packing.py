@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from auto_mmround.export import auto_awq
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
 from auto_mmround.export.packing import pack_awq, pack_bits, unpack_awq, unpack_bits
-from auto_mmround.numerics.grids import Codes
+from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 
 
@@ -61,6 +61,14 @@ def test_gptq_round_trip(bits: int, sym: bool, out: int, groups: int, group: int
     assert [zero + offset for zero in zeros] == codes.zero_OG[:, 0].tolist()
 
 
+def test_gptq_in_activation_order() -> None:
+    codes = random_codes(32, 3, 32, 4, False, 0, min_zero=1)
+    g_idx = torch.arange(3).repeat_interleave(32)[torch.randperm(96, generator=torch.Generator().manual_seed(1))]
+    tensors = pack_gptq("m", codes, zero_offset=1, g_idx=True) | {"m.g_idx": g_idx.int()}
+    wanted = (codes.q_OI.float() - codes.zero_OG.float()[:, g_idx]) * codes.scale_OG.float()[:, g_idx]
+    assert torch.equal(dequantize(unpack_gptq("m", tensors, Scheme(4, 32, False), zero_offset=1)), wanted)
+
+
 @settings(deadline=None, max_examples=40)
 @given(sym=st.booleans(), eights=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 999))
 def test_awq_round_trip(sym: bool, eights: int, groups: int, seed: int) -> None:
@@ -110,5 +118,5 @@ def test_refusals() -> None:
     tensors = pack_gptq("m", random_codes(32, 2, 32, 4, True, 0), zero_offset=1, g_idx=True)
     with pytest.raises(ValueError, match="contradicts"):
         unpack_gptq("m", tensors, Scheme(4, 64), zero_offset=1)
-    with pytest.raises(ValueError, match="reorders"):
-        unpack_gptq("m", tensors | {"m.g_idx": tensors["m.g_idx"].flip(0)}, Scheme(4, 32), zero_offset=1)
+    with pytest.raises(ValueError, match="every group 32 inputs"):
+        unpack_gptq("m", tensors | {"m.g_idx": torch.zeros_like(tensors["m.g_idx"])}, Scheme(4, 32), zero_offset=1)

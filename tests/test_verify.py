@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from auto_mmround import cli
 from auto_mmround.errors import UserError
@@ -15,6 +16,7 @@ from auto_mmround.evaluation.engines import ENGINES, EngineResult, interpreter, 
 from auto_mmround.evaluation.limits import LIMITS, refusal, support
 from auto_mmround.evaluation.probes import make_probes
 from auto_mmround.evaluation.static import check
+from auto_mmround.evaluation.subject import read_subject
 from auto_mmround.evaluation.verify import verify
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO, load
@@ -236,6 +238,16 @@ def test_the_support_matrix_has_a_reader_for_every_format():
         assert any(answer.startswith("yes") for answer in support(name).values()), name
     assert support("auto_gptq")["vllm"].startswith("yes (") and support("auto_gptq")["mlx"] == "-"
     assert [engine for engine, answer in support("gguf:q4_k").items() if answer != "-"] == ["llamacpp"]
+
+
+def test_a_scheme_that_is_not_read_is_not_passed_over(tmp_path):
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 64, "symmetric": True}
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    quantization["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    save_file({f"{name}.weight_scale": torch.ones(2, 1) for name in ("b", "a")}, tmp_path / "model.safetensors")
+    (found,) = [finding for finding in read_subject(tmp_path).findings if finding.where == "a"]
+    assert found.severity == "warning" and "is not checked (and 1 more): cannot read a: 8 bit float" in found.message
 
 
 def test_every_engine_is_a_row():

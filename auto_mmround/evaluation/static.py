@@ -14,7 +14,7 @@ import torch
 
 from auto_mmround.evaluation import names
 from auto_mmround.evaluation.subject import Finding, Stored, Subject, read_json, read_subject
-from auto_mmround.evaluation.values import check_codes, check_decoded, check_plain_values, scheme, source_files
+from auto_mmround.evaluation.values import check_codes, check_decoded, check_plain_values, scheme
 from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.export.formats import PATTERN_SECONDS, Format, resolve
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
@@ -55,7 +55,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             if some:
                 yield Finding("error", some[0], f"{text} according to run.json" + several(some))
     if s.source is not None and not s.whole:
-        absent = [name for name in source_files(s.source) if name not in s.tensors and not _is_packed(s, name)]
+        absent = [name for name in s.originals() if name not in s.tensors and not _is_packed(s, name)]
         if absent:
             yield Finding("error", absent[0], "is in the source, not here" + several(absent))
 
@@ -222,15 +222,16 @@ def check_fused(s: Subject) -> Iterator[Finding]:
 def check_side_files(s: Subject) -> Iterator[Finding]:
     """Tokenizer, processor, chat template and code are there; every JSON file can be read."""
     there = {str(path.relative_to(s.folder)) for path in s.folder.rglob("*") if path.is_file()}
-    wanted = set(s.journal.get("files") or ())
+    wanted, processors = set(s.journal.get("files") or ()), set(PROCESSORS)
     if s.source is not None:
-        wanted |= {str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)}
-    for name in sorted(wanted - there):
-        yield Finding("error", name, "is missing")
+        beside = {str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)}
+        wanted, processors = wanted | beside, processors & beside
+    for name in sorted(wanted - there):  # Transformers 5 saves the image processor in processor_config.json
+        yield Finding(s.hygiene, name, "is missing")
     if not there & set(TOKENIZERS):
         yield Finding("error", "tokenizer.json", "is missing: the folder holds no tokenizer")
     towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get("num_mel_bins")
-    if towers and not there & set(PROCESSORS) and s.source is None:
+    if towers and processors and not there & set(PROCESSORS):
         severity = "warning" if s.config.get("auto_map") else "error"  # a model's own code may need none (CogVLM2)
         text = "is missing: the model takes images or audio, the folder holds no processor"
         yield Finding(severity, PROCESSORS[0], text)

@@ -68,13 +68,15 @@ class Linear:
 @dataclass(frozen=True)
 class Skeleton:
     """What the configured model needs, by checkpoint names. missing: parameters that no tensor fills. unknown: tensors
-    that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head."""
+    that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head.
+    respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them."""
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
     head: str | None
+    respelled: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ class Subject:
         taken = {name for module in self.packed for name in self.parts(module)}
         return [name for name in self.tensors if name not in taken]
 
+    def originals(self) -> dict[str, tuple[Path, str]]:
+        """Tensor by its name here -> (file, name there) of the source; empty without a source."""
+        found = source_files(self.source) if self.source is not None else {}
+        names = self.skeleton.respelled if self.skeleton is not None else {}
+        return {names.get(key, key): (path, key) for key, path in found.items()}
+
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""
         with ExitStack() as stack:
@@ -147,17 +155,27 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     journal = _journal(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
-    skeleton = _skeleton(folder, keys, findings, remote_code) if config and not whole else None
+    original = source_files(source) if source is not None else ()
+    skeleton = _skeleton(folder, keys, original, findings, remote_code) if config and not whole else None
     schemes = _schemes(quantization, packed, findings) if fmt is not None and quantization is not None else {}
     return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal, source, schemes, findings)
 
 
-def _schemes(quantization: Mapping[str, Any], packed: Iterable[str], findings: list[Finding]) -> dict[str, Scheme]:
+def _schemes(quantization: Mapping[str, Any], packed: frozenset[str], findings: list[Finding]) -> dict[str, Scheme]:
+    """Of every packed module that has one which is read here; a warning says which have none, and why the first."""
     try:
-        return formats.schemes_of(quantization, packed)
+        found = formats.schemes_of(quantization, packed)
     except UserError as error:
         findings.append(Finding("error", "quantization_config", str(error)))
         return {}
+    unread = sorted(packed - found.keys())
+    if unread:
+        others = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        try:
+            formats.scheme_of(quantization, unread[0])
+        except (UserError, KeyError) as error:
+            findings.append(Finding("warning", unread[0], f"is not checked{others}: {error}"))
+    return found
 
 
 def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
@@ -214,6 +232,15 @@ def _headers(folder: Path, weight_map: Mapping[str, str] | None, findings: list[
     return tensors
 
 
+def source_files(source: Path) -> dict[str, Path]:
+    """Tensor name -> file of a model folder."""
+    found: dict[str, Path] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
 def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -> None:
     try:
         with safe_open(path, "pt") as file:
@@ -242,8 +269,13 @@ def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> 
         return None
 
 
-def _skeleton(folder: Path, keys: set[str], findings: list[Finding], remote_code: bool) -> Skeleton | None:
-    """The model of the configuration without its weights (on the meta device), and how the keys fill it."""
+def _skeleton(
+    folder: Path, keys: set[str], original: Iterable[str], findings: list[Finding], remote_code: bool
+) -> Skeleton | None:
+    """The model of the configuration without its weights (on the meta device), and how the keys fill it.
+
+    original: the keys of the source.
+    """
     try:
         config = read_config(folder, remote_code)
         model = skeleton(config, folder, remote_code)
@@ -260,12 +292,15 @@ def _skeleton(folder: Path, keys: set[str], findings: list[Finding], remote_code
     unknown = [key for key, (name, whole) in names.items() if name is None and whole]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
+    keys_here = {name: key for key, (name, whole) in names.items() if whole and name is not None}
+    before = {key: name for key, (name, whole) in loaded_names(model, original).items() if whole and name is not None}
     return Skeleton(
         shapes={key: own[name] for key, (name, whole) in names.items() if name is not None and whole},
         linears=layers,
         missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
+        respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
     )
 
 

@@ -36,15 +36,6 @@ def scheme(s: Subject, module: str) -> Scheme | None:
     return s.schemes.get(module)
 
 
-def source_files(source: Path) -> dict[str, Path]:
-    """Tensor name -> file of a model folder."""
-    found: dict[str, Path] = {}
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
-
-
 def _one(path: Path, name: str) -> Tensor:
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
@@ -57,20 +48,20 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def check_plain_values(s: Subject) -> Iterator[Finding]:
     """Plain tensors are finite, and those that the run wrote, or the source has."""
     written = s.journal.get("tensors") or {}
-    source = source_files(s.source) if s.source is not None else {}
+    source = s.originals()
     for name, tensor in s.read(s.plain()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             yield Finding("error", name, "holds NaN or infinite values")
         elif name in written:
             if checksum(tensor) != written[name]:
                 yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
-        elif name in source and not _same(tensor, _one(source[name], name)):
+        elif name in source and not _same(tensor, _one(*source[name])):
             yield Finding(s.hygiene, name, "differs from the source")
 
 
 def check_codes(s: Subject) -> Iterator[Finding]:
     """Packed weights decode to sound scales and zero points, to just what the run tuned, to the source's likeness."""
-    source = source_files(s.source) if s.source is not None else {}
+    source = s.originals()
     for module in sorted(s.packed):
         wanted = scheme(s, module)
         if wanted is None or s.fmt is None:
@@ -79,15 +70,17 @@ def check_codes(s: Subject) -> Iterator[Finding]:
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
         except CONTRADICTIONS as error:
-            ordered = bool(s.quantization and s.quantization.get("desc_act")) and not s.journal
-            severity = "warning" if ordered else "error"  # activation order is right, but not for our reader
-            yield Finding(severity, module, f"can't be decoded: {' '.join(str(error).split())}")
+            yield Finding("error", module, f"can't be decoded: {' '.join(str(error).split())}")
+            continue
+        if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get("desc_act"):
+            text = "reorders the inputs, but quantization_config does not say desc_act: vLLM would ignore it"
+            yield Finding("error", f"{module}.g_idx", text)
             continue
         broken = list(_ranges(s, module, codes, tensors))
         yield from broken or _against_journal(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
-            yield from _against_source(name, dequantize(codes), _one(source[name], name).float())
+            yield from _against_source(name, dequantize(codes), _one(*source[name]).float())
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
@@ -96,7 +89,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
         return
     rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
     written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
-    source = source_files(s.source) if s.source is not None else {}
+    source = s.originals()
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
             if not bool(torch.isfinite(tensor).all()):
@@ -106,7 +99,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
             elif name in rest and not _sums_to(tensor, rest.pop(name)):
                 yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
             elif name in source and tensor.ndim == 2:
-                yield from _against_source(name, tensor, _one(source[name], name).float())
+                yield from _against_source(name, tensor, _one(*source[name]).float())
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         named = WEIGHT_FILE.search(reason)

@@ -38,17 +38,23 @@ def pack_gptq(name: str, codes: Codes, *, zero_offset: int, g_idx: bool) -> dict
 
 
 def unpack_gptq(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, *, zero_offset: int) -> Codes:
-    """The inverse of :func:`pack_gptq`. Raises ValueError where shapes or g_idx contradict the scheme."""
+    """The inverse of :func:`pack_gptq`. Raises ValueError where shapes or g_idx contradict the scheme.
+
+    Other tools' activation order (desc_act) scatters a group's columns; such codes come with a scale for each column.
+    """
     qweight, qzeros, scale_GO = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
     in_features, out_features = qweight.shape[0] * 32 // scheme.bits, qweight.shape[1]
     group = in_features if scheme.group_size == -1 else scheme.group_size
     if scale_GO.shape != (-(-in_features // group), out_features):
         raise ValueError(f"{name}.scales {tuple(scale_GO.shape)} contradicts {scheme.bits} bits, group size {group}")
-    g_idx = tensors.get(f"{name}.g_idx")
-    if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(in_features, device=g_idx.device) // group):
-        raise ValueError(f"{name}.g_idx reorders the inputs, which is not supported")
     zero_GO = unpack_bits(qzeros, scheme.bits, out_features) + zero_offset
     q_OI = unpack_bits(qweight.T, scheme.bits, in_features)
+    group_I = torch.arange(in_features, device=qweight.device) // group
+    g_idx = tensors.get(f"{name}.g_idx", group_I).long()
+    if not torch.equal(g_idx, group_I):
+        if not torch.equal(g_idx.sort().values, group_I):
+            raise ValueError(f"{name}.g_idx does not give every group {group} inputs")
+        scale_GO, zero_GO, group = scale_GO[g_idx], zero_GO[g_idx], 1
     return Codes(q_OI, scale_GO.T.contiguous(), zero_GO.T.contiguous(), scheme.bits, group, scheme.sym)
 
 

@@ -117,6 +117,12 @@ _BY_METHOD = {
     "compressed-tensors": "compressed_tensors",
 }
 
+# Keys by which a method names its layouts, and the one that is read. AutoAWQ says version, GPTQModel both.
+_LAYOUTS = {
+    "gptq": {"checkpoint_format": "gptq"},
+    "awq": {"checkpoint_format": "gemm", "version": "gemm"},
+}
+
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
     """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we cannot read."""
@@ -125,7 +131,10 @@ def from_config(quantization_config: Mapping[str, Any]) -> Format:
     method = quantization_config.get("quant_method", quantization_config.get("mode"))  # MLX names a mode only
     packing = quantization_config.get("packing_format", "auto_round:auto_gptq")
     name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
-    if name not in FORMATS or quantization_config.get("checkpoint_format", "gptq") != "gptq":
+    for key, layout in _LAYOUTS.get(str(method), {}).items():
+        if (stated := str(quantization_config.get(key) or layout).lower()) != layout:
+            raise UserError(f"cannot read quant_method {method!r} with {key} {stated!r}, only {layout!r}")
+    if name not in FORMATS:
         raise UserError(f"cannot read quantization method {method!r}, packing {packing!r}; known: {', '.join(FORMATS)}")
     return FORMATS[name]
 
