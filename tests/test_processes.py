@@ -94,12 +94,13 @@ def test_variables_of_launchers(monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_by_torchrun_is_as_good_as_by_one_process(tmp_path):
-    words = "-m auto_mmround --model demo --dataset demo --bits 3 --nsamples 32 --iters 6 --device cpu"
+    # In float32: sums that bfloat16 rounds in another order flip signs, and runs part by some percent.
+    words = "-m auto_mmround --model demo --model_dtype float32 --dataset demo --bits 3 --nsamples 32 --iters 6"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     kl = []
     for name, command in (("one", [sys.executable]), ("two", launcher)):
         done = subprocess.run(
-            [*command, *words.split(), "--output_dir", str(tmp_path / name)],
+            [*command, *words.split(), "--device", "cpu", "--output_dir", str(tmp_path / name)],
             capture_output=True,
             text=True,
             timeout=1500,

@@ -106,6 +106,13 @@ def test_only_model_classes_are_called(model, name):
         skeleton(read_config(model), model)
 
 
+@pytest.mark.parametrize("stated", [2, "LlamaForCausalLM", {"LlamaForCausalLM": 1}])
+def test_architectures_that_are_no_list_are_refused(model, stated):
+    edit(model / "config.json", architectures=stated)
+    with pytest.raises(UserError):
+        skeleton(read_config(model), model)
+
+
 def test_depth_of_a_model_is_bounded(model):
     config = json.loads((model / "config.json").read_text())
     config["vision_config"]["depth"] = 10**9

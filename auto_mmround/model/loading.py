@@ -180,7 +180,8 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
 
     Raises UserError for a name that is no model class, and for code that is not allowed to run.
     """
-    architectures = [name for name in config.architectures or () if isinstance(name, str)]
+    stated = config.architectures if isinstance(config.architectures, list) else []
+    architectures = [name for name in stated if isinstance(name, str)]
     for architecture in architectures:
         cls = getattr(transformers, architecture, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
