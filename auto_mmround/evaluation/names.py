@@ -95,6 +95,7 @@ def _gptq_transformers(q: Question) -> Mapping[str, Overrides]:
     prefix = q.config.get("block_name_to_quantize")
     if prefix is None:
         prefix = next((block for block in GPTQ_BLOCKS if any(name.startswith(block) for name in q.names)), "\0")
+    prefix = prefix if isinstance(prefix, str) else "\0"  # optimum takes one name, no list
     endings = tuple(q.listed("modules_in_block_to_quantize")) or ("",)
     return dict.fromkeys((n for n in q.names if n.startswith(prefix) and n.endswith(endings)), DEFAULTS)
 
