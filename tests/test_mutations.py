@@ -281,7 +281,7 @@ MUTATIONS = [
     Mutation("AWQ packing named", config(put(packing_format="auto_round:auto_awq")), DOWN),
     Mutation("block name wrong", config(put(block_name_to_quantize="model.layers")), "q_proj"),
     Mutation("block name misspelt", config(put(block_name_to_quantize="model.language_model.blocks")), "q_proj", GPTQ),
-    Mutation("block names as a list", config(put(block_name_to_quantize=["model.language_model.layers"])), "q_proj", GPTQ),
+    Mutation("block names as a list", config(put(block_name_to_quantize=["model"])), "q_proj", GPTQ),
     Mutation("block prefix too short", config(put(block_name_to_quantize="model")), "visual.", GPTQ),
     Mutation("ignore pattern misses", config(missing_pattern("extra_config", "visual", "vision")), "vision"),
     Mutation("dynamic pattern misses", config(missing_pattern("dynamic", "visual", "vision")), "vision", GPTQ),
