@@ -3,8 +3,9 @@
     recipes_peer.py JOB.json
 
 Job: "model" folder, "class" of Transformers, "samples" (safetensors, "3.input_ids" is what the model is given of sample
-3), "dtype", "pipeline" and "scheme" of llm-compressor (bits, group_size, sym, act_bits), "dampening", "smoothing" or null, "mappings",
-"sequential_targets", "ignore"; "weights": where what changed goes, in the model's dtype; "result": figures.
+3), "dtype", "pipeline" and "scheme" of llm-compressor (bits, group_size, sym, act_bits), "dampening", "smoothing" or
+null, "mappings", "sequential_targets", "ignore"; "weights": where what changed goes, in the model's dtype; "result":
+figures.
 """
 
 import json
@@ -63,8 +64,8 @@ def main():
     recipe = modifiers(job)
     wall, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     oneshot(
-        model=model, dataset=data, recipe=recipe, pipeline=job["pipeline"], sequential_targets=job["sequential_targets"],
-        num_calibration_samples=len(data), max_seq_length=job["length"],
+        model=model, dataset=data, recipe=recipe, pipeline=job["pipeline"], num_calibration_samples=len(data),
+        sequential_targets=job["sequential_targets"], max_seq_length=job["length"],
     )  # fmt: skip
     now = resource.getrusage(resource.RUSAGE_SELF)
     result = {
