@@ -1,10 +1,10 @@
 """Feed every reader of files that others wrote with damaged ones: `python scripts/fuzz.py --minutes 10`.
 
 A reader may answer with what it read or with one line (UserError and its kin). A traceback of any other kind, more than
-TOO_SLOW processor seconds for one input (or STUCK by the clock, which ends the process), a file touched outside the
-working folder, a read of the file that lies just outside the given folders, a program started or a connection tried:
-each is a problem, reported once for the place where it happens, with the input kept. Exit status: 0 without problems,
-else 1.
+`Reader.patience` processor seconds for one input (or STUCK by the clock, which ends the process), a file touched
+outside the working folder, a read of the file that lies just outside the given folders, a program started or a
+connection tried: each is a problem, reported once for the place where it happens, with the input kept. Exit status: 0
+without problems, else 1.
 """
 
 import argparse
@@ -19,19 +19,18 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis.strategies import SearchStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+from fuzz_inputs import Reader
+
 from auto_mmround.errors import UserError
 
-TOO_SLOW = 10.0
 STUCK = 120.0
 BATCH = 200
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -41,18 +40,6 @@ CHANGES = {
     **dict.fromkeys(("os.rename", "os.link", "os.symlink"), (0, 1)),
 }
 NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.getaddrinfo")
-
-
-@dataclass(frozen=True)
-class Reader:
-    """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may say no.
-    patience: processor seconds for one input."""
-
-    name: str
-    inputs: SearchStrategy[Any]
-    read: Callable[[Path, Any], object]
-    accepted: tuple[type[Exception], ...] = (UserError,)
-    patience: float = TOO_SLOW
 
 
 @dataclass

@@ -1,10 +1,16 @@
-"""What the fuzzer feeds: hostile values, damaged trees and damaged bytes, as hypothesis strategies."""
+"""What the fuzzer feeds, as hypothesis strategies: hostile values, damaged trees and damaged bytes; and to whom."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+
+from auto_mmround.errors import UserError
+
+TOO_SLOW = 10.0
 
 WORDS = [
     *("", " ", "\0", "\ud800", "\x1b[31mred", "\u202e", "x" * 300, "x" * 5000, "../outside/secret", "/etc/hostname"),
@@ -16,6 +22,18 @@ NUMBERS = [0, 1, -1, 2, 3, 7, 255, 65536, 2**31, 2**63, -(2**63), 10**30, 0.5, -
 NESTED: Any = []
 for _ in range(200):
     NESTED = [NESTED]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may say no.
+    patience: processor seconds for one input."""
+
+    name: str
+    inputs: st.SearchStrategy[Any]
+    read: Callable[[Path, Any], object]
+    accepted: tuple[type[Exception], ...] = (UserError,)
+    patience: float = TOO_SLOW
 
 
 def _tree(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz import Reader
-from fuzz_inputs import VALUES, WORDS, damaged, damaged_bytes, text_files, written
+from fuzz_inputs import VALUES, WORDS, Reader, damaged, damaged_bytes, text_files, written
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from PIL import Image

@@ -25,7 +25,8 @@ def test_the_fuzzer_sees_what_it_is_to_see(tmp_path):
     program = f"""
 import sys, os, socket, subprocess, pathlib, tempfile, time
 sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
-from fuzz import Reader, prepare, run
+from fuzz import prepare, run
+from fuzz_inputs import Reader
 from auto_mmround.errors import UserError
 from hypothesis import strategies as st
 work = pathlib.Path({str(tmp_path)!r}) / "work"
