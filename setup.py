@@ -29,7 +29,6 @@ setup(
         "torchvision>=0.24",
         "transformers>=5.20",
         "accelerate>=1.10",
-        "psutil>=5",
         "datasets>=4.0",
         "psutil>=5.9",
         "safetensors>=0.6",
@@ -55,6 +54,7 @@ setup(
         "dev": [
             "compressed-tensors>=0.20",
             "jiwer>=4",
+            "num2words>=0.5",  # SmolVLM's processor
             "pytest>=9",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
