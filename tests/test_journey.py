@@ -101,6 +101,10 @@ def test_measuring_against_itself_and_a_coarse_copy(demo, tmp_path):
     assert same.kl == {"text": 0.0, "image": 0.0} and same.agreement == {"text": 1.0, "image": 1.0}
     assert worse.kl["text"] > 0.01 and worse.perplexity > same.perplexity
     assert same.positions == worse.positions and same.answers == 3
+    config = json.loads((folders[0] / "config.json").read_text())
+    (folders[0] / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert load_any(str(folders[0])).model.dtype == torch.float32  # float16 is slow on a processor
+    assert load_any(str(folders[0]), dtype="float16").model.dtype == torch.float16
 
 
 def test_towers_on_request_and_recapture(tmp_path):

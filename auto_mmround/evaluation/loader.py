@@ -115,9 +115,14 @@ def _rounded(scheme: Scheme, *given: Tensor) -> Tensor:
 def load_any(
     name: str, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
 ) -> Loaded:
-    """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an engine quantizes them."""
+    """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an engine quantizes them.
+
+    On a processor float16 becomes float32, as in `load`.
+    """
     folder = Path(name)
     quantization = read_checkpoint(folder).quantization_config if folder.is_dir() else None
     if quantization is not None and quantization.get("quant_method") != "fp8":  # that is how the source is stored
+        half = dtype is None and read_config(folder, remote_code).dtype == torch.float16
+        dtype = "float32" if half and torch.device(device).type == "cpu" else dtype
         return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code, activations=True)
     return load(name, dtype=dtype, device=device, remote_code=remote_code)
