@@ -44,6 +44,7 @@ def test_recovery_of_error_rates_is_that_of_the_released_card(reference, quantiz
         (0.0, 5.0, True, 0.0),
         (5.0, 0.0, True, None),
         (0.0, 5.0, False, None),
+        (0.0, 0.0, False, None),
     ],
 )
 def test_recovery(reference, quantized, lower, wanted):

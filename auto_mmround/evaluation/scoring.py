@@ -42,9 +42,10 @@ class Score:
 
 def recovery(reference: float | None, quantized: float, lower_is_better: bool = False) -> float | None:
     """Percent of the reference that is left: 100 x quantized / reference for scores, 100 x reference / quantized for
-    errors and perplexities, so that 100 is even and less is worse. None without a reference, or where it means nothing.
+    errors and perplexities, so that 100 is even and less is worse. None without a reference, or where it means nothing,
+    as when the reference has nothing right.
     """
-    if reference is None:
+    if reference is None or (reference == 0 and not lower_is_better):
         return None
     if reference == quantized:
         return 100.0
