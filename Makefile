@@ -56,8 +56,8 @@ bench-scale: $(ENV)  ## peak memory of streamed runs against depth: needs 25 GB 
 bench-mixed: $(ENV)  ## mixed bits against uniform: make bench-mixed [OPTIONS="--model DIR --calibration .. --held_out .."]
 	$(BIN)/python bench/mixed.py $(OPTIONS) --keep bench/results
 
-test-harnesses: $(ENV)  ## build the environments of lmms-eval and VLMEvalKit, then their tests
-	for name in lmms vlmeval; do test -d .engines/$$name || bash scripts/engines.sh $$name; \
+test-harnesses: $(ENV)  ## build the environments of lm-eval, lmms-eval and VLMEvalKit, then their tests
+	for name in lm_eval lmms vlmeval; do test -d .engines/$$name || bash scripts/engines.sh $$name; \
 		.engines/$$name/bin/python -m pytest -m "slow or not slow" tests/test_harness.py || exit 1; done
 
 test-engines: $(ENV)  ## build every engine (vLLM takes 3.5 GB), then the tests that need one: make test-engines [WHISPER=DIR]

@@ -53,6 +53,15 @@ install_llamacpp() {  # nothing but the engine: its worker needs no torch
     echo "engine llamacpp: .engines/llamacpp"
 }
 
+install_lm_eval() {  # a harness, not an engine; --no-deps as for the others
+    overlay lm_eval lm-eval==0.4.13 absl-py==2.5.1 colorama==0.4.6 dataproperty==1.1.1 evaluate==0.4.6 joblib==1.6.0 \
+        lxml==6.1.3 mbstrdecoder==1.1.5 more-itertools==11.2.1 narwhals==2.29.0 nltk==3.10.4 pathvalidate==3.3.1 \
+        portalocker==4.4.2 pytablewriter==1.2.1 rouge-score==0.1.2 sacrebleu==2.6.0 scikit-learn==1.9.1 scipy==1.17.1 \
+        sqlitedict==2.1.0 tabledata==1.3.5 tabulate==0.10.0 tcolorpy==0.1.7 threadpoolctl==3.8.0 typepy==2.0.0 \
+        word2number==1.1
+    .engines/lm_eval/bin/python -c 'import lm_eval.evaluator, lm_eval.tasks' > /dev/null
+}
+
 install_lmms() {  # a harness, not an engine; --no-deps: it asks for wandb, yt-dlp and a second torch, which tasks rarely need
     overlay lmms lmms-eval==0.7.3 evaluate==0.4.6 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 \
         lxml==6.1.3 pytz==2026.6 tenacity==9.2.1 aiohttp==3.14.5 aiohappyeyeballs==2.7.1 aiosignal==1.4.0 attrs==26.1.0 \
@@ -89,7 +98,8 @@ case "${1:-}" in
     openvino) install_openvino ;;
     llamacpp) install_llamacpp ;;
     vllm) install_vllm ;;
+    lm_eval) install_lm_eval ;;
     lmms) install_lmms ;;
     vlmeval) install_vlmeval ;;
-    *) echo "usage: scripts/engines.sh gptqmodel|llmcompressor|autoawq|vllm|llamacpp|mlx|openvino|lmms|vlmeval" >&2; exit 2 ;;
+    *) echo "usage: scripts/engines.sh gptqmodel|llmcompressor|autoawq|vllm|llamacpp|mlx|openvino|lm_eval|lmms|vlmeval" >&2; exit 2 ;;
 esac
