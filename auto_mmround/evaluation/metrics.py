@@ -6,7 +6,6 @@ teacher forcing up to the first wrong token.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,18 +61,15 @@ class Metrics:
         return figures | {"kl": self.kl, "agreement": self.agreement, "positions": self.positions}
 
 
-Precision = Callable[[], AbstractContextManager]
-
-
 def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs on the model's device, floating ones in its dtype."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return chains.moved(as_dtype(dict(kwargs), dtype), model.device)
 
 
-def logits_of(model: Any, kwargs: Mapping[str, Any], precision: Precision = nullcontext) -> Tensor:
+def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
-    with torch.inference_mode(), precision(), devices.products(model.device, model.dtype):
+    with torch.inference_mode(), devices.products(model.device, model.dtype):
         return model(**moved(model, kwargs), use_cache=False).logits[0].float()
 
 
@@ -82,7 +78,6 @@ def measure(
     inputs: Iterable[ModelInput],
     *,
     reference: Any = None,
-    precision: Precision = nullcontext,
     on_sample: Callable[[int], None] = lambda i: None,
 ) -> list[Metrics]:
     """Figures of several models over the same samples, with KL where a ``reference`` model is given.
@@ -93,9 +88,9 @@ def measure(
     plain_text = any(bool(sample.answer_T.all()) for sample in inputs)
     found = [Metrics() for _ in models]
     for i, sample in enumerate(inputs):
-        teacher = None if reference is None else logits_of(reference, sample.kwargs, precision).log_softmax(-1)
+        teacher = None if reference is None else logits_of(reference, sample.kwargs).log_softmax(-1)
         for model, metrics in zip(models, found, strict=True):
-            scores = logits_of(model, sample.kwargs, precision).log_softmax(-1)
+            scores = logits_of(model, sample.kwargs).log_softmax(-1)
             _add_sample(metrics, scores, teacher, sample, plain_text)
         on_sample(i)
     return found
