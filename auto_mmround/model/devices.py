@@ -23,6 +23,9 @@ def _habana(module: str) -> Any:
     return importlib.import_module(f"habana_frameworks.torch.{module}")
 
 
+BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM
+
+
 @dataclass(frozen=True)
 class Traits:
     """What differs between kinds of devices.
@@ -65,9 +68,6 @@ TABLE: dict[str, Traits] = {
         prepare=lambda: [_habana("core"), _habana("distributed.hccl")],
     ),
 }
-
-
-BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM
 
 
 def traits(device: torch.device) -> Traits:
@@ -135,21 +135,26 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def _heap() -> Callable[[int], int]:
-    """glibc's malloc_trim; elsewhere what does nothing."""
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc's; elsewhere what does nothing."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return getattr(library, "malloc_trim", lambda kept: 0)
 
 
-_trim = _heap()
+_trim = _malloc_trim()
 
 
-def release_cache() -> None:
-    """Give memory that is kept for later back: to the devices and, where the C library is glibc, to the system.
+def trim_heap() -> None:
+    """Give freed host memory back to the system, where the C library is glibc; a matter of milliseconds.
 
     Freed pieces of up to 32 MB stay in glibc's heap, and small tensors between them hold it at several times its size.
     """
     _trim(0)
+
+
+def release_cache() -> None:
+    """Give memory that is kept for later back: to the devices, and to the system. Slow where it is done often."""
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -199,7 +199,7 @@ def _backward(
                 grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
                 hidden_TD.backward(grad_TD)
         del hidden_TD, grad_TD
-        devices.release_cache()
+        devices.trim_heap()
 
 
 def _flat(add: Callable[[str, int, int, Tensor], None], i: int, name: str, place: int, grad: Tensor) -> None:

@@ -61,15 +61,11 @@ class Recomputed(Standin):
         """The block's output."""
         run = self.__dict__["block"]
         hidden, _ = hidden_of(args, kwargs)
-        again = partial(devices.products, hidden.device, hidden.dtype)
-        return checkpoint(
-            run,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), again()),
-            **kwargs,
-        )
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), devices.products(hidden.device, hidden.dtype)
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
 
 
 def rest_of(output: Any, hidden: Tensor) -> tuple[Any, ...] | None:

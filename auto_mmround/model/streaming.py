@@ -134,7 +134,7 @@ class Streamed:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to("meta")
-        devices.release_cache()
+        devices.trim_heap()
 
 
 def fits(folder: Path, stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:

@@ -142,7 +142,6 @@ class _Journey:
                     precision=self.precision, share=self.processes.share,
                     add_up=lambda sums: self.processes.add_named(sums, self.device),
                 )  # fmt: skip
-            devices.release_cache()
         return Weights(kinds, fisher)
 
     @cached_property
@@ -231,7 +230,7 @@ class _Journey:
             with self.holder.resident(window), separated(self.model, self.experts, window), self.precision():
                 teacher, student = self._pass(teacher, student, window, first)
             gc.collect()  # graphs and hooks refer to each other, and some hold weights of the block
-            devices.release_cache()
+            devices.trim_heap()
             for name in window:
                 planned = self.plan.of_block(name)
                 self.holder.replace(name, partial(self._write_back, name, planned))
