@@ -62,9 +62,11 @@ def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     moments.add(x)
     nearest = gram.error(w, grids.dequantize(grids.round_to_nearest(w, 32, grid)), moments.hessian())
     rounding = Rounding(w, 32, grid)
-    error = closed_form([rounding], moments, StartConfig(order=order))
-    assert gram.error(w, rounding.weight(), moments.hessian()) == pytest.approx(error, rel=1e-3)
-    assert error < 0.5 * nearest and rounding.codes().zero_OG.min() >= grid.min_zero
+    closed_form([rounding], moments, StartConfig(order=order))
+    assert (
+        gram.error(w, rounding.weight(), moments.hessian()) < 0.5 * nearest
+        and rounding.codes().zero_OG.min() >= grid.min_zero
+    )
     assert torch.equal(rounding.weight(), grids.dequantize(rounding.codes()))
 
 
@@ -113,8 +115,9 @@ def test_stacked_weights_are_solved_as_alone():
     moments.add(torch.randn(200, 32) @ torch.randn(32, 32))
     weights = [torch.randn(rows, 32) for rows in (6, 3)]
     stacked, alone = ([Rounding(w, 16, Grid(3, True)) for w in weights] for _ in range(2))
-    total = closed_form(stacked, moments, StartConfig())
-    assert total == pytest.approx(sum(closed_form([each], moments, StartConfig()) for each in alone), rel=1e-4)
+    closed_form(stacked, moments, StartConfig())
+    for each in alone:
+        closed_form([each], moments, StartConfig())
     assert all(torch.equal(a.codes().q_OI, b.codes().q_OI) for a, b in zip(stacked, alone))
 
 
@@ -134,9 +137,9 @@ def test_the_start_is_the_same_under_autocast():
     moments = gram.Moments(320)
     moments.add(x_TI)
     one, two = (Rounding(w_OI, 32, Grid(4, True)) for _ in range(2))
-    error = closed_form([one], moments, StartConfig())
+    closed_form([one], moments, StartConfig())
     with torch.autocast("cpu", torch.bfloat16):
-        assert closed_form([two], moments, StartConfig()) == error
+        closed_form([two], moments, StartConfig())
     assert torch.equal(one.weight(), two.weight())
 
 

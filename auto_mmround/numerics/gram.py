@@ -22,7 +22,7 @@ log = logging.getLogger("auto_mmround")
 
 Order = Literal["none", "weight", "group"]
 CHUNK = 2**16  # elements of a weight searched at a time: the temporaries stay in the processor's cache
-PANEL = 512  # columns of H accumulated at a time: only panels on and above the diagonal are multiplied
+PANEL = 256  # columns of H accumulated at a time: only panels on and above the diagonal are multiplied
 MOST_DAMPENING = 1.0
 
 
@@ -66,8 +66,13 @@ class Moments:
 
     def hessian(self) -> Tensor:
         """H = mean_t w_t x_t x_t^T, (in, in), symmetric; its diagonal is E[x^2]. Zero before the first token."""
-        upper_II = self._sum_II.triu() / self._total.clamp(min=1e-30)
-        return upper_II + upper_II.triu(1).t()
+        h_II = self._sum_II / self._total.clamp(min=1e-30)
+        for i in range(0, len(h_II), PANEL):
+            part, behind = slice(i, i + PANEL), slice(i + PANEL, None)
+            upper = h_II[part, part].triu()
+            h_II[part, part] = upper + upper.triu(1).t()
+            h_II[behind, part] = h_II[part, behind].t()
+        return h_II
 
     def cross(self) -> Tensor:
         """C = mean_t w_t x_student x_teacher^T, (in, in). Raises ValueError if they were not asked for."""
@@ -123,16 +128,16 @@ def spread(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 def search_plan(grid: Grid) -> Search:
-    """What `search_scale` tries: 34 to 55 candidates. A symmetric scale of the other sign wins often up to 4 bits.
+    """What `search_scale` tries: 22 to 46 candidates. A symmetric scale of the other sign wins often up to 4 bits.
 
     Integers move with steps of about 1 / top, so the last round's steps shrink with the bits.
     """
     fine = tuple(1 + i / (2 * grid.top) for i in (-3, -2, -1, 1, 2, 3))
     if not grid.sym:
-        factors = spread(0.25, 1.0, 8)
-        return Search(factors, (-2, -1, 0, 1, 2), (((0.96, 1.0, 1.04), (-1, 0, 1)), (fine, (0,))))
+        factors = spread(0.35, 1.0, 8)
+        return Search(factors, (-1, 0, 1), ((fine, (0,)),))
     if grid.bits <= 4:
-        factors = spread(0.3, 1.5, 14)
+        factors = spread(0.35, 1.3, 8)
         return Search(factors + tuple(-f for f in factors), (0,), ((fine, (0,)),))
     near = tuple(1 + i / 200 for i in (-4, -3, -2, -1, 1, 2, 3, 4))
     return Search(spread(0.45, 1.15, 32), (0,), ((near, (0,)), (fine, (0,))))
@@ -208,13 +213,6 @@ def weighted_error(w_OGg: Tensor, importance: Tensor, scale_OG: Tensor, zero_OG:
 # ------------------------------------------------------------------------------------------------------ GPTQ solve
 
 
-class Solution(NamedTuple):
-    """Codes (out, in) as floats, 0 .. top, and tr((W - W~) H (W - W~)^T)."""
-
-    q_OI: Tensor
-    error: float
-
-
 def error(w_OI: Tensor, wq_OI: Tensor, hessian_II: Tensor, *, exact: bool = True) -> float:
     """tr((W - W~) H (W - W~)^T): the squared output error a token, summed over outputs. Not ``exact``: its product in
     bf16, to about a thousandth."""
@@ -234,38 +232,33 @@ def solve(
     dampening: float = 0.01,
     order: Order = "none",
     block: int = 64,
-) -> Solution:
+) -> Tensor:
     """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for each other's errors.
 
-    Columns are rounded one after another, in ``order``: "weight" by falling diag(H), "group" by groups of falling sum
-    of diag(H) and so within each; all groups stay where they are.
+    Returns codes (out, in) as floats, 0 .. top. Columns are rounded in turn, in ``order``: "weight" by falling diag(H),
+    "group" by groups of falling sum of diag(H) and so within each; all groups stay where they are.
     With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) = |E R|^2, and column k of E R is zero for
     w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that to the grid is GPTQ's step (QuIP, arXiv 2307.13304, section
     3.2) without inverting H. Columns without inputs are rounded to nearest.
     """
     order_I = _order(hessian_II.diagonal(), order, group_size)
-    factor = _factor(hessian_II, order_I, dampening)
-    if factor is None:
+    feedback_II = _factor(hessian_II, order_I, dampening)
+    if feedback_II is None:
         columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
         scale_OI, zero_OI = scale_OG.float()[:, columns_I], zero_OG.float()[:, columns_I]
-        q_OI = grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid.top)
-        return Solution(q_OI, error(w_OI, scale_OI * (q_OI - zero_OI), hessian_II))
+        return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid.top)
     w_IO = w_OI.float().t()[order_I].contiguous()
     error_IO, q_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
     zero_GO = zero_OG.float().t().contiguous()
     groups = _Groups(scale_OG.float().t().contiguous(), -zero_GO, grid.top - zero_GO)
     group_of = (order_I // group_size).tolist()
-    lost_I = torch.empty_like(factor.power_I)
     for i in range(0, len(w_IO), block):
         part = slice(i, i + block)
         w_BO, error_BO = w_IO[part], error_IO[part]
-        target_BO = torch.addmm(w_BO, factor.feedback_II[part, :i], error_IO[:i])
-        _solve_block(target_BO, w_BO, factor.feedback_II[part, part], groups, group_of[part], error_BO, q_IO[part])
-        lost_I[part] = target_BO.sub_(w_BO).add_(error_BO).square_().sum(1)
-    # |E R|^2 under the damped H, less the dampening's share.
-    lost = (lost_I * factor.power_I - error_IO.square().sum(1) * factor.damp_I).sum()
+        target_BO = torch.addmm(w_BO, feedback_II[part, :i], error_IO[:i])
+        _solve_block(target_BO, w_BO, feedback_II[part, part], groups, group_of[part], error_BO, q_IO[part])
     q_IO += zero_GO[group_of]
-    return Solution(q_IO[order_I.argsort()].t().contiguous(), lost.item())
+    return q_IO[order_I.argsort()].t().contiguous()
 
 
 class _Groups(NamedTuple):
@@ -307,16 +300,9 @@ def _order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
     return falling_I[place_G[falling_I // group_size].argsort(stable=True)]
 
 
-class _Factor(NamedTuple):
-    """Damped H = R R^T, R upper triangular: N_kj = R_jk / R_kk (unit lower triangular), R_kk^2, what was added."""
-
-    feedback_II: Tensor
-    power_I: Tensor
-    damp_I: Tensor
-
-
-def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> _Factor | None:
-    """Factor of H in the given order: Cholesky of H with both axes reversed makes R upper triangular. None: no luck.
+def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:
+    """N_kj = R_jk / R_kk, unit lower triangular, of the damped H = R R^T in the given order: Cholesky of H with both
+    axes reversed makes R upper triangular. None: no luck.
 
     ``dampening`` is a fraction of the mean of diag(H) over the columns that have inputs; it grows tenfold where H is
     not positive definite.
@@ -333,7 +319,7 @@ def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> _Factor | 
         feedback_II = upper_II.flip(0, 1)
         root_I = feedback_II.diagonal().clone()
         if not failed and root_I.isfinite().all():
-            return _Factor(feedback_II.div_(root_I[:, None]), root_I.square(), damp_I)
+            return feedback_II.div_(root_I[:, None])
         log.warning("second moments are not positive definite with dampening %g", fraction)
         fraction = max(10 * fraction, 1e-3)
         if fraction > MOST_DAMPENING:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +105,17 @@ def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[
     return list(turns.values())
 
 
-def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
+def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> None:
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
-    They are stacked along their outputs, which are independent, so one factorization serves all. Returns the summed
-    error tr((W - W~) H (W - W~)^T). In float32, whatever the caller computes blocks in.
+    They are stacked along their outputs, which are independent, so one factorization serves all. In float32,
+    whatever the caller computes blocks in.
     """
     with torch.autocast(roundings[0].w_OGg.device.type, enabled=False):
-        return _closed_form(roundings, moments, config)
+        _closed_form(roundings, moments, config)
 
 
-def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> float:
+def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> None:
     hessian_II, grid = moments.hessian(), roundings[0].grid
     w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
     group_size, columns = w_OGg.shape[-1], roundings[0].columns
@@ -133,22 +132,20 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
         scale_OG, zero_OG = blocks.scale_OG, super_grids.zeros(blocks, grid)
         w_OGg, target_OGg = (x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg))
         w_OI = grids.from_groups(target_OGg, columns)  # on the grid that is left, see `super_grids`
-    solve = partial(gram.solve, dampening=config.dampening, order=config.order, block=config.block)
-    best = solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid)
-    error = best.error
+    q_OI = gram.solve(
+        w_OI, hessian_II, scale_OG, zero_OG, group_size, grid,
+        dampening=config.dampening, order=config.order, block=config.block,
+    )  # fmt: skip
     if config.refit:
         unit_OG = blocks.unit_OG if blocks else None
-        scale_OG = gram.refit_scale(w_OI, best.q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG)
-        columns_I = torch.arange(columns, device=w_OI.device) // group_size
-        error = gram.error(w_OI, (best.q_OI - zero_OG[:, columns_I]) * scale_OG[:, columns_I], hessian_II)
-    q_OGg = grids.to_groups(best.q_OI, group_size)
+        scale_OG = gram.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG)
+    q_OGg = grids.to_groups(q_OI, group_size)
     offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
     rows = [len(rounding.w_OGg) for rounding in roundings]
     found = (scale_OG, zero_OG, offset_OGg, *(blocks or ()))
     for rounding, *parts in zip(roundings, *(part.split(rows) for part in found), strict=True):
         scale, zero, offset, *own = (part.clone() for part in parts)
         rounding.start_at(scale, zero, offset, super_grids.Super(*own) if own else None)
-    return error
 
 
 def closed_forms(roundings: Mapping[str, Rounding], moments: Mapping[str, gram.Moments], config: StartConfig) -> None:

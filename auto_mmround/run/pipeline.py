@@ -159,6 +159,14 @@ class _Journey:
         teachers = self._record(stages)
         students = dict(teachers)
         _ = self.weights  # of the untouched model
+        gc.freeze()  # so that the collections between blocks look at what was made since, not at all of Transformers
+        try:
+            self._stages(teachers, students)
+        finally:
+            gc.unfreeze()
+
+    def _stages(self, teachers: dict[str, Chain], students: dict[str, Chain]) -> None:
+        stages = self.plan.stages
         for position, stage in enumerate(stages):
             if stage.path not in teachers:
                 raise UserError(
