@@ -1,6 +1,5 @@
 """The one journey: capture, then block by block teach, tune, hand over; towers first, then text."""
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,14 +158,6 @@ class _Journey:
         teachers = self._record(stages)
         students = dict(teachers)
         _ = self.weights  # of the untouched model
-        gc.freeze()  # so that the collections between blocks look at what was made since, not at all of Transformers
-        try:
-            self._stages(teachers, students)
-        finally:
-            gc.unfreeze()
-
-    def _stages(self, teachers: dict[str, Chain], students: dict[str, Chain]) -> None:
-        stages = self.plan.stages
         for position, stage in enumerate(stages):
             if stage.path not in teachers:
                 raise UserError(
@@ -237,7 +228,6 @@ class _Journey:
             window = names[first : first + self.recipe.nblocks]
             with self.holder.resident(window), separated(self.model, self.experts, window), self.precision():
                 teacher, student = self._pass(teacher, student, window, first)
-            gc.collect()  # graphs and hooks refer to each other, and some hold weights of the block
             devices.trim_heap()
             for name in window:
                 planned = self.plan.of_block(name)
