@@ -126,16 +126,26 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
     from auto_mmround.run.pipeline import quantize as run_pipeline
 
     scheme = {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
-    options = METHODS.get(job["method"], {}) | job["options"]
+    options = METHODS.get(job["method"], {}) | job["options"] if job["method"] not in PEERS else {}
     recipe = Recipe(model="demo", dataset="demo", nsamples=job["samples"], device="cpu", **scheme | options)
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     prepared = jobs.prepare(recipe, loaded)
     started, used = time.perf_counter(), time.process_time()
-    if job["method"] != "full precision":
-        run_pipeline(loaded.model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
+    model: Any = loaded.model
+    if job["method"] in PEERS:
+        from auto_round import AutoRound
+
+        peer = AutoRound(
+            model, loaded.tokenizer, processor=loaded.processor, **scheme, dataset=[s.kwargs for s in prepared.inputs],
+            nsamples=len(prepared.inputs), seqlen=max(len(s.modality_T) for s in prepared.inputs), device_map="cpu",
+            batch_size=1, gradient_accumulate_steps=8, **PEERS[job["method"]] | job["options"],
+        )  # fmt: skip
+        model = peer.quantize()[0]
+    elif job["method"] != "full precision":
+        run_pipeline(model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
     result = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
     result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    (found,) = measure([loaded.model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference)
+    (found,) = measure([model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference)
     assert found.perplexity is not None and found.accuracy is not None
     return result | {
         "perplexity": found.perplexity, "kl": found.kl["text"], "kl_image": found.kl["image"],
