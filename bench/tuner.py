@@ -66,7 +66,7 @@ def matmul_rate() -> float:
 def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any) -> float:
     """Products with quantized weights during the sign steps (6 operations a weight and token, 2 where only the held-out
     error is taken), a second, as a share of what the machine can do; attention and all else count as nothing."""
-    from auto_mmround.numerics.tuner import TuneConfig, held_out_split
+    from auto_mmround.numerics.tuner import held_out_split, looked_at
     from auto_mmround.recipe.recipe import from_mapping
 
     recipe = from_mapping(METHODS[job["method"]] | job["options"])
@@ -74,8 +74,7 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
     if not spent:
         return float("nan")
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
-    every = max(1, recipe.steps // TuneConfig().checks)
-    looks = sum(step == recipe.steps or not step % every for step in range(1, recipe.steps + 1))
+    looks = sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
     tokens = 6 * recipe.batch_size * recipe.steps + 2 * len(held_out_split(len(rows))[1]) * looks
     return weights * tokens * rows.shape[1] / spent / matmul_rate()
 

@@ -5,6 +5,7 @@ output with the teacher's, and lets every `Rounding` take one sign step (p <- p 
 to 0) in a hook that runs the moment its gradient is complete, so gradients of a block never pile up.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class TuneConfig:
     accumulate: int = 1
     keep_best: bool = True  # False: keep the last parameters, as `not_use_best_mse` asks
     patience: int = -1  # stop after so many iterations without a better held-out loss; -1: never
-    checks: int = 5  # how often the held-out loss is looked at
+    checks: int = 5  # how often the held-out loss is looked at, at most
     trim: float = 0.0  # share of the largest weighted errors of a batch that steps do not see
     seed: int = 42
 
@@ -78,6 +79,11 @@ def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
     few = min(wanted, count // 8)
     held = [i * count // few for i in range(few)]
     return [i for i in range(count) if i not in set(held)], held
+
+
+def looked_at(step: int, iters: int, checks: int = TuneConfig.checks) -> bool:
+    """Whether the held-out loss is looked at behind this step (from 1): ``checks`` times at most, the last included."""
+    return step == iters or step % math.ceil(iters / checks) == 0
 
 
 def mean_error(forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None) -> float:
@@ -129,7 +135,7 @@ def tune_block(
         for step in range(1, config.iters + 1):
             learn(forward, next(draw), 1.0 - (step - 1) / config.iters)
             on_step(step)
-            if step < config.iters and step % max(1, config.iters // config.checks):
+            if not looked_at(step, config.iters, config.checks):
                 continue
             loss = mean_error(forward, held, config.batch_size, add_up)
             if loss < best[0] or (step == config.iters and not config.keep_best):

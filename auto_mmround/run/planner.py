@@ -31,7 +31,7 @@ from auto_mmround.model.fisher import measure_fisher
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
-from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, tune_block
+from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.leaves import leaves_of
@@ -247,7 +247,7 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
         chain = chains[stage.path]
         entries = len(chain) / count * samples
         held = len(held_out_split(round(entries))[1])
-        looks = 1 + recipe.closed_form + sum(_looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
+        looks = 1 + recipe.closed_form + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
         passes = 1 + recipe.enable_quanted_input
         costs = [probe.block(chain, i, name) for i, name in enumerate(stage.blocks)]
         seconds[f"{stage.name} blocks"] = sum(
@@ -255,10 +255,6 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
         )
         states += round(_bytes_kept(chain, 2 * passes) / count * samples)
     return seconds, states
-
-
-def _looked_at(step: int, steps: int) -> bool:
-    return step == steps or step % max(1, steps // TuneConfig.checks) == 0
 
 
 def _bytes_kept(chain: Chain, copies: int) -> int:
