@@ -87,12 +87,13 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
         (
             "preset",
             [],
-            "auto: light 8, default 20, best 60 sign steps a block, with rates to match; iters and lr override",
+            "auto: light 16 sign steps a block on 4 samples, default 20 and best 60 on 8; iters, lr "
+            "and batch_size override",
         ),
         ("iters", ["iter"], "sign steps a block, default 20 with auto, 200 with sign_round; 0 rounds to nearest"),
         ("lr", [], "first learning rate of the rounding offsets; default 0.02 with auto, 1/iters with sign_round"),
         ("minmax_lr", [], "first learning rate of the ranges; default lr"),
-        ("batch_size", ["train_bs", "bs"], "samples run together"),
+        ("batch_size", ["train_bs", "bs"], "samples run together; default 8, with preset light 4"),
         ("gradient_accumulate_steps", [], "batches a step"),
         ("nblocks", [], "consecutive blocks tuned on one loss"),
         ("block_size", [], "closed form: columns solved together; changes the time, not the result"),

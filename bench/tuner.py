@@ -75,7 +75,7 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
         return float("nan")
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
     looks = sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
-    tokens = 6 * recipe.batch_size * recipe.steps + 2 * len(held_out_split(len(rows))[1]) * looks
+    tokens = 6 * recipe.batch * recipe.steps + 2 * len(held_out_split(len(rows))[1]) * looks
     return weights * tokens * rows.shape[1] / spent / matmul_rate()
 
 

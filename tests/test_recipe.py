@@ -67,11 +67,14 @@ def test_pattern_matches_whole_parts():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_choose_steps_and_rate_of_auto(preset):
+def test_presets_choose_steps_rate_and_samples_of_auto(preset):
     recipe = Recipe(preset=preset)
-    assert (recipe.steps, recipe.learning_rate) == PRESETS[preset]
-    assert Recipe(preset=preset, iters=5, lr=0.5).steps == 5 and Recipe(preset=preset, lr=0.5).learning_rate == 0.5
-    assert Recipe(preset=preset, algorithm="sign_round").steps == 200
+    assert (recipe.steps, recipe.learning_rate, recipe.batch) == PRESETS[preset]
+    assert dataclasses.replace(Recipe(), preset=preset) == recipe  # flags are laid over a file
+    own = Recipe(preset=preset, iters=5, lr=0.5, batch_size=3)
+    assert (own.steps, own.learning_rate, own.batch) == (5, 0.5, 3)
+    published = Recipe(preset=preset, algorithm="sign_round")
+    assert (published.steps, published.learning_rate, published.batch) == (200, None, 8)
 
 
 def test_an_unknown_preset_is_refused():

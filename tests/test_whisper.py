@@ -167,7 +167,7 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
 )
 def test_a_towers_step_sees_no_more_tokens_than_it_needs(tower_tokens, algorithm, samples):
     recipe = Recipe(algorithm=algorithm, batch_size=1, gradient_accumulate_steps=8)
-    assert recipe.batch_size * accumulated(recipe, tower_tokens) == samples
+    assert recipe.batch * accumulated(recipe, tower_tokens) == samples
 
 
 # ------------------------------------------------------------------------------------------------------------- bench

@@ -25,10 +25,11 @@ ORDERS = ("none", "weight", "group")
 LAYER = "Linear"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
-# Sign steps and first learning rate where the recipe names none: `auto` starts from the closed form, so few do.
-STEPS = {"auto": (20, 0.02), "sign_round": (200, None), "gptq": (0, None), "rtn": (0, None)}
+# Sign steps, first learning rate, samples together and a step, where the recipe names none: `auto` starts from the
+# closed form, so few steps do.
+STEPS = {"auto": (20, 0.02, 8), "sign_round": (200, None, 8), "gptq": (0, None, 8), "rtn": (0, None, 8)}
 # The same of `auto` by preset; docs/tuner.md has the table of time and damage.
-PRESETS = {"light": (8, 0.03), "default": STEPS["auto"], "best": (60, 0.01)}
+PRESETS = {"light": (16, 0.02, 4), "default": STEPS["auto"], "best": (60, 0.01, 8)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
@@ -79,7 +80,7 @@ class Recipe:
     iters: int | None = None
     lr: float | None = None
     minmax_lr: float | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     gradient_accumulate_steps: int = 1
     nblocks: int = 1
     dampening: float = 0.05
@@ -158,7 +159,8 @@ class Recipe:
         ]
         for pattern in [*patterns, *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]])]:
             _require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
-        for name in ("batch_size", "gradient_accumulate_steps", "nsamples", "nblocks", "block_size"):
+        _require(self.batch >= 1, f"batch_size = {self.batch_size}: at least 1")
+        for name in ("gradient_accumulate_steps", "nsamples", "nblocks", "block_size"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: at least 1")
         for name, (allowed, why) in REFUSED.items():
             _require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
@@ -222,7 +224,12 @@ class Recipe:
         return self.lr or self._usual[1]
 
     @property
-    def _usual(self) -> tuple[int, float | None]:
+    def batch(self) -> int:
+        """Samples that run together; times `gradient_accumulate_steps`, those of a sign step."""
+        return self._usual[2] if self.batch_size is None else self.batch_size
+
+    @property
+    def _usual(self) -> tuple[int, float | None, int]:
         return PRESETS[self.preset] if self.algorithm == "auto" else STEPS[self.algorithm]
 
     @property

@@ -81,7 +81,7 @@ def equalize(
                 pairs = [p for p in pairs if _free(p, block, shared) and _planned(p, name, plan)]
             statistics = {pair.source: _Statistics(recipe.equalize == "awq") for pair in pairs}
             with precision():
-                after = _watched_pass(chain, index, block, recipe.batch_size, pairs, statistics, inputs)
+                after = _watched_pass(chain, index, block, recipe.batch, pairs, statistics, inputs)
             if pairs:
                 with torch.no_grad():
                     call, hidden = _first_call(chain, index, block)

@@ -103,7 +103,7 @@ def prepare(
         by_name=collate is None,
         load=partial(load_rows, collate=collate),
         nsamples=recipe.nsamples,
-        batch_size=recipe.batch_size,
+        batch_size=recipe.batch,
         gradient_accumulate_steps=recipe.gradient_accumulate_steps,
         seqlen=recipe.seqlen,
         truncation=recipe.truncation,

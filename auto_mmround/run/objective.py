@@ -50,7 +50,7 @@ def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) ->
         lr=recipe.learning_rate,
         factor_lr=factor_lr,
         batch_size=batch_size,
-        accumulate=accumulate * (recipe.batch_size // batch_size),
+        accumulate=accumulate * (recipe.batch // batch_size),
         keep_best=not recipe.not_use_best_mse,
         trim=recipe.trim,
         patience=recipe.dynamic_max_gap,

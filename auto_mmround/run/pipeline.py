@@ -81,7 +81,7 @@ def quantize(
             equalize(model, recipe, plan, inputs, watcher.captured)
     journey = _Journey(
         model, recipe, plan, inputs, finished, watcher, holder or InMemory(), separable(model),
-        BatchSize(recipe.batch_size), processes,
+        BatchSize(recipe.batch), processes,
         input_scales(model, plan, inputs, amp=recipe.amp, captured=watcher.captured),
     )  # fmt: skip
     teacher = listen(model, journey.batches, kinds_of(inputs), journey.precision) if recipe.polish else None
@@ -188,7 +188,7 @@ class _Journey:
         grids = {weight.name: grid_of(weight.scheme) for weight in self.plan.weights if weight.scheme}
         with separated(self.model, self.experts):
             self.finished.polished = polish(
-                self.model, self.finished.codes, grids, teacher, batch_size=self.recipe.batch_size,
+                self.model, self.finished.codes, grids, teacher, batch_size=self.recipe.batch,
                 seed=self.recipe.seed, on_step=partial(self._stepped, "polish", STEPS),
             )  # fmt: skip
 

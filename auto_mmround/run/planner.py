@@ -145,14 +145,14 @@ class _Probe:
     def _measure(self, chain: Chain, index: int, name: str, block: nn.Module) -> BlockCost:
         recipe, count = self.recipe, len(chain)
         planned = self.job.plan.of_block(name)
-        target = chain.advanced([block], index, recipe.batch_size)  # the first time is not the usual one
-        cost = BlockCost(self.timed(lambda: chain.advanced([block], index, recipe.batch_size)) / count)
+        target = chain.advanced([block], index, recipe.batch)  # the first time is not the usual one
+        cost = BlockCost(self.timed(lambda: chain.advanced([block], index, recipe.batch)) / count)
         layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
         moments = {}
         if recipe.closed_form:
             with torch.no_grad(), collecting(layers, lambda name: None) as collected:
                 started = self.clock()
-                chain.advanced([block], index, recipe.batch_size)
+                chain.advanced([block], index, recipe.batch)
                 cost.moments = (self.clock() - started) / count
                 moments = collected.moments()
         started = self.clock()
@@ -175,7 +175,7 @@ class _Probe:
         """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that it takes."""
         recipe = self.recipe
         accumulate = accumulated(recipe, tower_tokens(chain) // len(chain))
-        config = TuneConfig(2, 0.001, 0.001, recipe.batch_size, accumulate, checks=1)
+        config = TuneConfig(2, 0.001, 0.001, recipe.batch, accumulate, checks=1)
 
         def forward(indices: Sequence[int]) -> Any:
             for group, output in chain.forward([block], index, indices):
@@ -183,8 +183,8 @@ class _Probe:
                 yield output, wanted, torch.ones_like(wanted[..., :1])
 
         took = self.timed(lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0)
-        drawn = min(recipe.batch_size * accumulate, len(chain))
-        wanted = min(recipe.batch_size * accumulate, len(self.batches))
+        drawn = min(recipe.batch * accumulate, len(chain))
+        wanted = min(recipe.batch * accumulate, len(self.batches))
         return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
 
 
@@ -230,7 +230,7 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     lengths = [len(kinds.text_T) for kinds in probe.kinds]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
-    most = min(len(lengths), 8, recipe.batch_size * recipe.gradient_accumulate_steps)
+    most = min(len(lengths), 8, recipe.batch * recipe.gradient_accumulate_steps)
     count = max(1, min(most, int(budget / 8 / max(each, 1e-3))))
     chosen = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     chains, each, once = probe.capture(chosen)
@@ -358,7 +358,7 @@ def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
         yield f"--nsamples {max(8, int(recipe.nsamples * (1 - over / (0.9 * states))))}"
     if job.loaded.model.device.type != "cpu" and not recipe.low_gpu_mem_usage and states > over:
         yield "--low_gpu_mem_usage"
-    if recipe.calibrates and recipe.batch_size > 1:
-        yield f"--batch_size 1 --gradient_accumulate_steps {recipe.batch_size * recipe.gradient_accumulate_steps}"
+    if recipe.calibrates and recipe.batch > 1:
+        yield f"--batch_size 1 --gradient_accumulate_steps {recipe.batch * recipe.gradient_accumulate_steps}"
     if recipe.calibrates:
         yield "--algorithm rtn, which needs no calibration"
