@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -25,11 +25,25 @@ ORDERS = ("none", "weight", "group")
 LAYER = "Linear"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
-# Sign steps, first learning rate, samples together and a step, where the recipe names none: `auto` starts from the
-# closed form, so few steps do.
-STEPS = {"auto": (20, 0.02, 8), "sign_round": (200, None, 8), "gptq": (0, None, 8), "rtn": (0, None, 8)}
-# The same of `auto` by preset; docs/tuner.md has the table of time and damage.
-PRESETS = {"light": (16, 0.02, 4), "default": STEPS["auto"], "best": (60, 0.01, 8)}
+
+
+class Steps(NamedTuple):
+    """Sign steps a block, first learning rate (None: 1/steps), samples that run together and make a step."""
+
+    iters: int
+    lr: float | None
+    batch: int
+
+
+# Where the recipe says nothing: `auto` starts from the closed form, so few steps do.
+STEPS = {
+    "auto": Steps(20, 0.02, 8),
+    "sign_round": Steps(200, None, 8),
+    "gptq": Steps(0, None, 8),
+    "rtn": Steps(0, None, 8),
+}
+# Those of `auto` by preset; docs/tuner.md has the table of time and damage.
+PRESETS = {"light": Steps(16, 0.02, 4), "default": STEPS["auto"], "best": Steps(60, 0.01, 8)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
@@ -216,20 +230,20 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Sign steps a block."""
-        return self._usual[0] if self.iters is None or self.algorithm == "gptq" else self.iters
+        return self._usual.iters if self.iters is None or self.algorithm == "gptq" else self.iters
 
     @property
     def learning_rate(self) -> float | None:
         """First learning rate; None is 1/steps."""
-        return self.lr or self._usual[1]
+        return self.lr or self._usual.lr
 
     @property
     def batch(self) -> int:
         """Samples that run together; times `gradient_accumulate_steps`, those of a sign step."""
-        return self._usual[2] if self.batch_size is None else self.batch_size
+        return self._usual.batch if self.batch_size is None else self.batch_size
 
     @property
-    def _usual(self) -> tuple[int, float | None, int]:
+    def _usual(self) -> Steps:
         return PRESETS[self.preset] if self.algorithm == "auto" else STEPS[self.algorithm]
 
     @property
