@@ -12,9 +12,9 @@ from auto_mmround.model.fisher import ROWS, Fisher, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
-# Tokens that a tower's sign step sees, at most: an image or a sound is a thousand or more, and eight of them cost four
-# times as much as two.
-TOWER_STEP = 4096
+# Tokens that a tower's sign step sees, at most, for each sample of a step: an image or a sound is a thousand or more, and
+# eight of them cost four times as much as two.
+TOWER_SAMPLE = 512
 
 
 def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
@@ -31,7 +31,7 @@ def accumulated(recipe: Recipe, tower_tokens: int) -> int:
     """Micro-batches a sign step. tower_tokens: of a sample, on average; 0 for text."""
     if recipe.algorithm != "auto" or not tower_tokens:
         return recipe.gradient_accumulate_steps
-    return max(1, min(recipe.gradient_accumulate_steps, TOWER_STEP // tower_tokens // recipe.batch))
+    return max(1, min(recipe.gradient_accumulate_steps, TOWER_SAMPLE * recipe.gradient_accumulate_steps // tower_tokens))
 
 
 @dataclass(frozen=True)
