@@ -163,8 +163,14 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
 
 @pytest.mark.parametrize(
     "tower_tokens, algorithm, asked, samples",
-    [(1500, "auto", 8, 2), (1500, "auto", 4, 1), (16, "auto", 8, 8), (9000, "auto", 8, 1), (0, "auto", 8, 8)]
-    + [(1500, "sign_round", 8, 8)],
+    [
+        (1500, "auto", 8, 2),
+        (1500, "auto", 4, 1),
+        (16, "auto", 8, 8),
+        (9000, "auto", 8, 1),
+        (0, "auto", 8, 8),
+        (1500, "sign_round", 8, 8),
+    ],
 )
 def test_a_towers_step_sees_no_more_tokens_than_it_needs(tower_tokens, algorithm, asked, samples):
     recipe = Recipe(algorithm=algorithm, batch_size=1, gradient_accumulate_steps=asked)

@@ -31,7 +31,9 @@ def accumulated(recipe: Recipe, tower_tokens: int) -> int:
     """Micro-batches a sign step. tower_tokens: of a sample, on average; 0 for text."""
     if recipe.algorithm != "auto" or not tower_tokens:
         return recipe.gradient_accumulate_steps
-    return max(1, min(recipe.gradient_accumulate_steps, TOWER_SAMPLE * recipe.gradient_accumulate_steps // tower_tokens))
+    return max(
+        1, min(recipe.gradient_accumulate_steps, TOWER_SAMPLE * recipe.gradient_accumulate_steps // tower_tokens)
+    )
 
 
 @dataclass(frozen=True)
