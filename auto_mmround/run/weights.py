@@ -12,7 +12,7 @@ from auto_mmround.model.fisher import ROWS, Fisher, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
-# Tokens that a tower's sign step sees, at most, for each sample of a step: an image or a sound is a thousand or more, and
+# Tokens that a tower's sign step sees for each sample asked for, at most: an image or a sound is a thousand or more, and
 # eight of them cost four times as much as two.
 TOWER_SAMPLE = 512
 
@@ -29,11 +29,10 @@ def tower_tokens(chain: Chain) -> int:
 
 def accumulated(recipe: Recipe, tower_tokens: int) -> int:
     """Micro-batches a sign step. tower_tokens: of a sample, on average; 0 for text."""
+    asked = recipe.gradient_accumulate_steps
     if recipe.algorithm != "auto" or not tower_tokens:
-        return recipe.gradient_accumulate_steps
-    return max(
-        1, min(recipe.gradient_accumulate_steps, TOWER_SAMPLE * recipe.gradient_accumulate_steps // tower_tokens)
-    )
+        return asked
+    return max(1, min(asked, TOWER_SAMPLE * asked // tower_tokens))
 
 
 @dataclass(frozen=True)
