@@ -12,7 +12,7 @@ from auto_mmround.model.fisher import ROWS, Fisher, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
-# Tokens that a tower's sign step sees for each sample asked for, at most: an image or a sound is a thousand or more, and
+# Tokens that a step of a tower sees for each sample asked for, at most: an image or a sound is a thousand or more, and
 # eight of them cost four times as much as two.
 TOWER_SAMPLE = 512
 
