@@ -79,18 +79,22 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
     return weights * tokens * rows.shape[1] / spent / matmul_rate()
 
 
+def by_peer(job: dict[str, Any], model: Any, tokenizer: Any, samples: list[Any], length: int, **options: Any) -> Any:
+    """The model as auto-round leaves it, with dequantized weights."""
+    from auto_round import AutoRound
+
+    options |= {key: job[key] for key in ("bits", "group_size", "sym")} | PEERS[job["method"]] | job["options"]
+    peer = AutoRound(
+        model, tokenizer, dataset=samples, nsamples=len(samples), seqlen=length, device_map="cpu", **options
+    )
+    return peer.quantize()[0]
+
+
 def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
     """Run one method on the model in memory; returns the model with dequantized weights, and reports of ours."""
     bits, group, sym = job["bits"], job["group_size"], job["sym"]
     if job["method"] in PEERS:
-        from auto_round import AutoRound
-
-        options = PEERS[job["method"]] | job["options"]
-        peer = AutoRound(
-            model, tokenizer, bits=bits, group_size=group, sym=sym, dataset=[row[None] for row in rows],
-            nsamples=len(rows), seqlen=rows.shape[1], batch_size=8, device_map="cpu", **options,
-        )  # fmt: skip
-        return peer.quantize()[0], None
+        return by_peer(job, model, tokenizer, [row[None] for row in rows], rows.shape[1], batch_size=8), None
     from auto_mmround import AutoRoundMLLM
 
     ours = AutoRoundMLLM(
@@ -132,14 +136,9 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
     started, used = time.perf_counter(), time.process_time()
     model: Any = loaded.model
     if job["method"] in PEERS:
-        from auto_round import AutoRound
-
-        peer = AutoRound(
-            model, loaded.tokenizer, processor=loaded.processor, **scheme, dataset=[s.kwargs for s in prepared.inputs],
-            nsamples=len(prepared.inputs), seqlen=max(len(s.modality_T) for s in prepared.inputs), device_map="cpu",
-            batch_size=1, gradient_accumulate_steps=8, **PEERS[job["method"]] | job["options"],
-        )  # fmt: skip
-        model = peer.quantize()[0]
+        samples, longest = [s.kwargs for s in prepared.inputs], max(len(s.modality_T) for s in prepared.inputs)
+        one_by_one = {"processor": loaded.processor, "batch_size": 1, "gradient_accumulate_steps": 8}
+        model = by_peer(job, model, loaded.tokenizer, samples, longest, **one_by_one)
     elif job["method"] != "full precision":
         run_pipeline(model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
     result = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
