@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import PRESETS, Recipe, from_mapping, matches, read, to_toml
+from auto_mmround.recipe.recipe import Recipe, from_mapping, matches, read, to_toml
+from auto_mmround.recipe.steps import PRESETS
 
 
 def test_toml_round_trip(tmp_path):

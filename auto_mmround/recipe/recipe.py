@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from auto_mmround.errors import UserError
 from auto_mmround.recipe import aliases, llm_compressor
 from auto_mmround.recipe.schemes import FLOATS, Scheme
+from auto_mmround.recipe.steps import PRESETS, STEPS, Steps
 from auto_mmround.untrusted import TooLong, one_line, read_text, time_limit
 
 ALGORITHMS = ("auto", "sign_round", "gptq", "rtn")
@@ -25,25 +26,6 @@ ORDERS = ("none", "weight", "group")
 LAYER = "Linear"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
-
-
-class Steps(NamedTuple):
-    """Sign steps a block, first learning rate (None: 1/steps), samples that run together and make a step."""
-
-    iters: int
-    lr: float | None
-    batch: int
-
-
-# Where the recipe says nothing: `auto` starts from the closed form, so few steps do.
-STEPS = {
-    "auto": Steps(20, 0.02, 8),
-    "sign_round": Steps(200, None, 8),
-    "gptq": Steps(0, None, 8),
-    "rtn": Steps(0, None, 8),
-}
-# Those of `auto` by preset; docs/tuner.md has the table of time and damage.
-PRESETS = {"light": Steps(16, 0.02, 4), "default": STEPS["auto"], "best": Steps(60, 0.01, 8)}
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
