@@ -79,11 +79,16 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
     return weights * tokens * rows.shape[1] / spent / matmul_rate()
 
 
+def scheme_of(job: dict[str, Any]) -> dict[str, Any]:
+    """Bits, group size and symmetry; nothing for full precision."""
+    return {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
+
+
 def by_peer(job: dict[str, Any], model: Any, tokenizer: Any, samples: list[Any], length: int, **options: Any) -> Any:
     """The model as auto-round leaves it, with dequantized weights."""
     from auto_round import AutoRound
 
-    options |= {key: job[key] for key in ("bits", "group_size", "sym")} | PEERS[job["method"]] | job["options"]
+    options |= scheme_of(job) | PEERS[job["method"]] | job["options"]
     peer = AutoRound(
         model, tokenizer, dataset=samples, nsamples=len(samples), seqlen=length, device_map="cpu", **options
     )
@@ -92,14 +97,13 @@ def by_peer(job: dict[str, Any], model: Any, tokenizer: Any, samples: list[Any],
 
 def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
     """Run one method on the model in memory; returns the model with dequantized weights, and reports of ours."""
-    bits, group, sym = job["bits"], job["group_size"], job["sym"]
     if job["method"] in PEERS:
         return by_peer(job, model, tokenizer, [row[None] for row in rows], rows.shape[1], batch_size=8), None
     from auto_mmround import AutoRoundMLLM
 
     ours = AutoRoundMLLM(
-        model, tokenizer, bits=bits, group_size=group, sym=sym, dataset=[{"input_ids": row.tolist()} for row in rows],
-        nsamples=len(rows), seqlen=rows.shape[1], device="cpu", **METHODS[job["method"]] | job["options"],
+        model, tokenizer, dataset=[{"input_ids": row.tolist()} for row in rows], nsamples=len(rows),
+        seqlen=rows.shape[1], device="cpu", **scheme_of(job) | METHODS[job["method"]] | job["options"],
     )  # fmt: skip
     return ours.quantize()[0], ours.reports
 
@@ -128,9 +132,8 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
     from auto_mmround.run.finished import Finished
     from auto_mmround.run.pipeline import quantize as run_pipeline
 
-    scheme = {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
-    options = METHODS.get(job["method"], {}) | job["options"] if job["method"] not in PEERS else {}
-    recipe = Recipe(model="demo", dataset="demo", nsamples=job["samples"], device="cpu", **scheme | options)
+    options = scheme_of(job) | (METHODS[job["method"]] | job["options"] if job["method"] in METHODS else {})
+    recipe = Recipe(model="demo", dataset="demo", nsamples=job["samples"], device="cpu", **options)
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     prepared = jobs.prepare(recipe, loaded)
     started, used = time.perf_counter(), time.process_time()
