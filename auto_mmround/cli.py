@@ -91,7 +91,7 @@ FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
             "and batch_size override",
         ),
         ("iters", ["iter"], "sign steps a block, default 20 with auto, 200 with sign_round; 0 rounds to nearest"),
-        ("lr", [], "first learning rate of the offsets; default 0.02 with auto, 0.01 with best, 1/iters with sign_round"),
+        ("lr", [], "first rate of the offsets; default 0.02 with auto, with best 0.01, with sign_round 1/iters"),
         ("minmax_lr", [], "first learning rate of the ranges; default lr"),
         ("batch_size", ["train_bs", "bs"], "samples run together; default 8, with preset light 4"),
         ("gradient_accumulate_steps", [], "batches a step"),
