@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 
 from auto_mmround import __version__
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import ALGORITHMS, EQUALIZERS, HINTS, ORDERS, SCALE_DTYPES, Recipe, from_mapping, read
+from auto_mmround.recipe.fields import Key
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import HINTS, KEYS, Recipe, from_mapping
 from auto_mmround.recipe.schemes import PRESETS
 from auto_mmround.untrusted import one_line
 
@@ -36,123 +38,13 @@ examples:
   auto-round-mllm --model ./model --dataset "pairs.json:num=64,text.jsonl:num=64" --extra_data_dir ./images
 """
 
-# (field of the recipe, other names of the flag, help). Flags may be written with - or _.
-FLAGS: dict[str, list[tuple[str, list[str], str]]] = {
-    "model and result": [
-        ("model", ["model_name", "model_name_or_path"], "folder, hub name, or `demo` for the model that ships with us"),
-        ("format", [], "comma list of formats, see `auto-round-mllm formats`"),
-        ("output_dir", [], "parent folder; each format gets <model>-w4g128-<format> below it"),
-        ("overwrite", [], "replace checkpoints that exist there"),
-        ("stream", [], "read each block when its turn comes; default where the model takes most of the free memory"),
-        ("no_stream", [], "keep the whole model in memory"),
-        ("offload_states", [], "keep calibration states in files, which the system holds in memory as it can"),
-        ("low_gpu_mem_usage", [], "keep calibration states in host memory"),
-        ("restart", [], "begin anew instead of continuing an unfinished run"),
-        ("sample_generation", [], "print what the quantized model answers to the first sample"),
-        ("device", ["devices"], "0: the first accelerator, else the processor; cpu, hpu, cuda:1, auto"),
-        (
-            "device_map",
-            [],
-            "spread the model over all devices of this machine: auto, balanced, sequential (accelerate)",
-        ),
-        ("model_dtype", [], "load the weights as bfloat16, float16 or float32 instead of as stored"),
-        ("trust_remote_code", [], "run Python code that comes with the model"),
-    ],
-    "scheme": [
-        ("scheme", [], f"bits, group_size and sym by a known name: {', '.join(PRESETS)}"),
-        ("bits", [], "2 to 8"),
-        ("target_bits", [], "mixed bits: the average with scales and zero points, chosen layer by layer by damage"),
-        ("bit_options", [], "what a layer may get with target_bits"),
-        ("group_size", [], "columns that share a scale; -1: one per output channel"),
-        ("asym", [], "asymmetric: a zero point for each group"),
-        ("scale_dtype", [], f"one of {', '.join(SCALE_DTYPES)}"),
-        ("fp_layers", [], "comma list of layers that stay in 16 bits: dotted parts of names, or re:REGEX"),
-        ("ignore", [], "layers that stay, one word each: names, re:REGEX or classes"),
-        ("targets", [], "quantize these layers only: names, re:REGEX or classes, e.g. Linear"),
-        ("sequential_targets", [], "quantize the blocks of these classes, e.g. WhisperDecoderLayer"),
-        ("quant_nontext_module", [], "quantize the vision and audio towers too"),
-        ("quant_lm_head", [], "quantize the output head too, rounded to nearest, if it has a weight of its own"),
-        ("to_quant_block_names", [], "comma list of regular expressions for the block lists to quantize"),
-        ("data_type", ["dtype"], "int, or rounded to nearest: fp8, nvfp4, mxfp4, mxfp8 (compressed_tensors)"),
-        ("act_bits", [], "8: the engine quantizes activations, a scale a token (compressed_tensors); 32: it does not"),
-        ("act_static", [], "fp8: one scale for all inputs of a layer, from calibration"),
-    ],
-    "equalization": [
-        ("equalize", [], f"first move magnitude between inputs and weights: {', '.join(EQUALIZERS)}"),
-        ("smoothing_strength", [], "smoothquant: share of the activations' range that goes into the weights, 0 to 1"),
-        ("disable_duo_scaling", [], "awq: scales from the activations alone"),
-    ],
-    "tuning": [
-        ("algorithm", [], f"one of {', '.join(ALGORITHMS)}; auto: closed form, then few sign steps"),
-        (
-            "preset",
-            [],
-            "auto: light 16 sign steps a block on 4 samples, default 20 and best 60 on 8; iters, lr "
-            "and batch_size override",
-        ),
-        ("iters", ["iter"], "sign steps a block, default 20 with auto, 200 with sign_round; 0 rounds to nearest"),
-        ("lr", [], "first rate of the offsets; default 0.02 with auto, with best 0.01, with sign_round 1/iters"),
-        ("minmax_lr", [], "first learning rate of the ranges; default lr"),
-        ("batch_size", ["train_bs", "bs"], "samples run together; default 8, with preset light 4"),
-        ("gradient_accumulate_steps", [], "batches a step"),
-        ("nblocks", [], "consecutive blocks tuned on one loss"),
-        ("block_size", [], "closed form: columns solved together; changes the time, not the result"),
-        ("dampening", ["damp_percent", "dampening_frac"], "closed form: share of the mean diagonal added to it"),
-        ("actorder", [], f"closed form: order of the columns, {', '.join(ORDERS)} (by falling second moment)"),
-        ("true_sequential", [], "closed form: a block's layers one after another, inputs from those done before"),
-        (
-            "retarget",
-            [],
-            "closed form: solve for the unquantized model's outputs (GPTAQ); hurt where it was measured",
-        ),
-        ("disable_fisher", [], "auto, gptq: weigh all tokens, channels and modalities alike"),
-        ("disable_minmax_tuning", [], "leave the ranges at smallest and largest value"),
-        ("disable_quanted_input", [], "tune each block on inputs from the unquantized model"),
-        ("not_use_best_mse", [], "keep the last step's parameters, not the best"),
-        (
-            "trim",
-            [],
-            "share of the largest errors that a block's steps do not see, e.g. 0.001 below 4 bits; default 0",
-        ),
-        ("polish", [], "at the end tune scales and norms on the whole model's output; kept if held-out KL falls"),
-        ("disable_amp", [], "compute in the model's own dtype, not in bfloat16"),
-        ("seed", [], "of sampling and shuffling"),
-    ],
-    "calibration": [
-        ("dataset", [], "names, files, folders or module:Class, with options, e.g. demo, a.json:num=64,b.txt"),
-        ("collator", ["data_collator"], "your own way from a row to model inputs, as module:function"),
-        ("nsamples", [], "how many samples"),
-        ("seqlen", ["seq_len"], "tokens a text sample; default 2048, with media 512"),
-        ("truncation", [], "cut conversations to seqlen (plain text always is)"),
-        ("extra_data_dir", [], "where images, audio, video lie: a folder, several, or image=DIR,video=DIR,audio=DIR"),
-        ("template", [], "chat template: a JSON file or a name on the shelf; default by model type"),
-        ("processor", [], "processor: a registered name or a Python file that registers one"),
-        ("on_bad_sample", [], "error: stop at a missing or damaged file; skip: leave it out and count it"),
-        ("allow_url", [], "read media from http(s) addresses in the dataset"),
-    ],
-    "accepted as in the original": [
-        ("enable_torch_compile", [], "compile the blocks, once a class: pays off on accelerators"),
-        ("disable_trust_remote_code", [], "the default here"),
-        ("eval_bs", [], "no effect: evaluation runs sample by sample"),
-        ("adam", [], "refused"),
-        ("enable_norm_bias_tuning", [], "refused"),
-        ("low_cpu_mem_mode", [], "1, 2: the same as --stream"),
-        ("low_cpu_mem_tmp_dir", [], "no effect: blocks are read from the model's own files"),
-    ],
+# Flags that are no field of the recipe: (name, type, help), by section.
+MORE: dict[str, list[tuple[str, type, str]]] = {
+    "scheme": [("scheme", str, f"bits, group_size and sym by a known name: {', '.join(PRESETS)}")],
+    "result": [("eval_bs", int, "no effect: evaluation runs sample by sample")],
 }
-NEGATED = {
-    "asym": "sym",
-    "act_static": "act_dynamic",
-    "no_stream": "stream",
-    "disable_minmax_tuning": "enable_minmax_tuning",
-    "disable_quanted_input": "enable_quanted_input",
-    "disable_amp": "amp",
-    "disable_duo_scaling": "duo_scaling",
-    "disable_fisher": "fisher",
-    "disable_trust_remote_code": "trust_remote_code",
-}
-IGNORED = {"eval_bs": int}
-TEXT = ("scheme",)  # flags with a word that are no field of their own
+NEGATED = {key.off[0]: name for name, key in KEYS.items() if key.off}
+IGNORED = ("eval_bs",)
 LONG_DASHES = ("\u2013", "\u2014")
 
 
@@ -169,22 +61,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Every field of the recipe as a flag; only flags that are given appear in the result."""
-    for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, others, text in rows:
-            flags = [f"--{flag}" for flag in (name, *others)]
-            options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-            hint = str if name in TEXT else IGNORED.get(name) or HINTS.get(name, bool)
-            if name in NEGATED or hint is bool or name in ("truncation", "stream"):
-                group.add_argument(*flags, action="store_true", **options)
-                continue
-            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            default = None if name in TEXT else getattr(Recipe(), name, None)
-            options["help"] += f" (default: {default})" if default not in (None, "") else ""
-            several = typing.get_origin(kinds[0]) is list
-            kind, nargs = (str, "+") if several else (kinds[0], None)
-            group.add_argument(*flags, type=kind, nargs=nargs, metavar=name.upper(), **options)
+    """Every field of the recipe that has a help text, as a flag; only flags that are given appear in the result."""
+    for section in dict.fromkeys(key.section for key in KEYS.values()):
+        group = parser.add_argument_group(section)
+        for name, kind, text in MORE.get(section, []):
+            group.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=text, default=argparse.SUPPRESS)
+        for name, key in KEYS.items():
+            if key.section == section:
+                _add_flags(group, name, key)
+
+
+def _add_flags(group: Any, name: str, key: Key) -> None:
+    """The flags of one field: by its own name and the others, and the one that means False."""
+    hint, default = HINTS[name], getattr(Recipe(), name)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    shared: dict[str, Any] = {"default": argparse.SUPPRESS}
+    if key.text:
+        flags = [f"--{flag}" for flag in (name, *key.names)]
+        text = key.text.replace("%", "%%") + (f" (default: {default})" if default not in (None, "", False) else "")
+        several = typing.get_origin(kinds[0]) is list
+        value = {"type": str if several else kinds[0], "nargs": "+" if several else None, "metavar": name.upper()}
+        kind = {"action": "store_true"} if bool in kinds else value
+        group.add_argument(*flags, dest=name, help=text, **kind, **shared)
+    if key.off:
+        group.add_argument(f"--{key.off[0]}", help=key.off[1].replace("%", "%%"), action="store_true", **shared)
 
 
 def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:

@@ -31,7 +31,8 @@ from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.export import gguf
 from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.model.loading import DEMO, load_processor, read_config, skeleton
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 
 CHAT = [

@@ -23,7 +23,8 @@ from auto_mmround.model.pairs import gain_offset, linear_pairs, norm_pairs, resc
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics import gram, grids
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.equalize import _Statistics
 

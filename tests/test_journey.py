@@ -13,7 +13,8 @@ from auto_mmround.evaluation.metrics import measure
 from auto_mmround.evaluation.samples import held_out
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO, load
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.plan import make_plan
 

@@ -24,7 +24,8 @@ from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.allocation import allocate
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.mixed import _tried, units
 from auto_mmround.run.plan import make_plan

@@ -3,8 +3,10 @@ import dataclasses
 import pytest
 
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import Recipe, from_mapping, matches, read, to_toml
-from auto_mmround.recipe.steps import PRESETS
+from auto_mmround.recipe.algorithms import ALGORITHMS, PRESETS
+from auto_mmround.recipe.files import read, to_toml
+from auto_mmround.recipe.patterns import matches
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 
 
 def test_toml_round_trip(tmp_path):
@@ -70,7 +72,7 @@ def test_pattern_matches_whole_parts():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_choose_steps_rate_and_samples_of_auto(preset):
     recipe = Recipe(preset=preset)
-    assert (recipe.steps, recipe.learning_rate, recipe.batch) == PRESETS[preset]
+    assert (recipe.steps, recipe.learning_rate, recipe.batch) == ALGORITHMS["auto"].presets[preset]
     assert dataclasses.replace(Recipe(), preset=preset) == recipe  # flags are laid over a file
     own = Recipe(preset=preset, iters=5, lr=0.5, batch_size=3)
     assert (own.steps, own.learning_rate, own.batch) == (5, 0.5, 3)

@@ -15,8 +15,8 @@ from auto_mmround import cli
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO
-from auto_mmround.recipe.aliases import ALIASES
-from auto_mmround.recipe.recipe import HINTS, Recipe, from_mapping, read, to_toml
+from auto_mmround.recipe.files import read, to_toml
+from auto_mmround.recipe.recipe import ALIASES, HINTS, Recipe, from_mapping
 from auto_mmround.recipe.schemes import PRESETS
 from auto_mmround.run.plan import make_plan
 

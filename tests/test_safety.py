@@ -27,7 +27,8 @@ from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoi
 from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
 from auto_mmround.recipe import recipe as recipes
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 
 ROOT = Path(__file__).parents[1]

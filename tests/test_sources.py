@@ -16,7 +16,8 @@ from auto_mmround import cli
 from auto_mmround.calibration import datasets, dotted, media
 from auto_mmround.calibration.datasets import load_rows, load_samples
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read, to_toml
+from auto_mmround.recipe.files import read, to_toml
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 
 soundfile = pytest.importorskip("soundfile")

@@ -24,7 +24,8 @@ from auto_mmround.calibration.template import Template
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import report
 from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 
 soundfile = pytest.importorskip("soundfile")

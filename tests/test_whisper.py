@@ -22,7 +22,8 @@ from auto_mmround.model.chains import Chain
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics.start import collecting
-from auto_mmround.recipe.recipe import Recipe, from_mapping, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import pipeline
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.plan import make_plan

@@ -18,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import charts
 from auto_mmround.model.loading import find_folder
-from auto_mmround.recipe.recipe import Recipe, read
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")

@@ -1,41 +1,27 @@
-"""Keys and values under the names that users of llm-compressor, GPTQModel and AutoRound know."""
+"""Keys, values and schemes under the names that users of llm-compressor, GPTQModel and AutoRound know."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import NoneType
 from typing import Any
 
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.schemes import PRESETS
 
-ALIASES = {
-    "num_calibration_samples": "nsamples",
-    "calib_size": "nsamples",
-    "max_seq_length": "seqlen",
-    "max_seq_len": "seqlen",
-    "seq_len": "seqlen",
-    "data_collator": "collator",
-    "dampening_frac": "dampening",
-    "percdamp": "dampening",
-    "damp_percent": "dampening",
-    "model_id": "model",
-    "model_path": "model",
-    "save_dir": "output_dir",
-    "iter": "iters",
-    "train_bs": "batch_size",
-}
 # Values that mean one of ours; YAML's null is None.
 VALUES: dict[str, dict[Any, Any]] = {"actorder": {"static": "weight", None: "none"}, "equalize": {None: "none"}}
 
 
-def resolve(values: dict[str, Any], where: str, known: Collection[str]) -> dict[str, Any]:
-    """``values`` with our names only, `scheme` spelt out. Raises UserError for a key that is unknown, with the nearest
-    name, or given twice, and for an unknown scheme."""
+def resolve(values: dict[str, Any], where: str, known: Collection[str], others: Mapping[str, str]) -> dict[str, Any]:
+    """``values`` with our names only, `scheme` spelt out. others: other name -> ours.
+
+    Raises UserError for a key that is unknown, with the nearest name, or given twice, and for an unknown scheme.
+    """
     resolved: dict[str, Any] = {}
     for key, value in values.items():
-        name = ALIASES.get(key, key)
+        name = others.get(key, key)
         if name not in known and name != "scheme":
-            near = difflib.get_close_matches(str(key), [*known, *ALIASES, "scheme"], n=1)
+            near = difflib.get_close_matches(str(key), [*known, *others, "scheme"], n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
         if name in resolved:

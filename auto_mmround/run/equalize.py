@@ -25,7 +25,8 @@ from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, resc
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics.gram import Moments
-from auto_mmround.recipe.recipe import Recipe, matches
+from auto_mmround.recipe.patterns import matches
+from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import Plan, grid_of
 
 log = logging.getLogger("auto_mmround")

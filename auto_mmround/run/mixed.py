@@ -15,7 +15,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.experts import separable
 from auto_mmround.recipe.allocation import allocate
-from auto_mmround.recipe.recipe import Recipe, matches
+from auto_mmround.recipe.patterns import matches
+from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import FUSED, Plan, WeightPlan, make_plan, stored_bits
 from auto_mmround.run.sensitivity import Damage, Trial, trying
 

@@ -21,7 +21,8 @@ from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
-from auto_mmround.recipe.recipe import Recipe, to_toml
+from auto_mmround.recipe.files import to_toml
+from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.plan import Plan
 

@@ -16,7 +16,8 @@ from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import converted_parameters
 from auto_mmround.model.structure import LINEAR, Stage, find_experts, find_stages, linears, select_stages
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
-from auto_mmround.recipe.recipe import Recipe, matches
+from auto_mmround.recipe.patterns import matches
+from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 
 # Weights that engines load as one matrix; their members must share a scheme.

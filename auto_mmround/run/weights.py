@@ -30,7 +30,7 @@ def tower_tokens(chain: Chain) -> int:
 def accumulated(recipe: Recipe, tower_tokens: int) -> int:
     """Micro-batches a sign step. tower_tokens: of a sample, on average; 0 for text."""
     asked = recipe.gradient_accumulate_steps
-    if recipe.algorithm != "auto" or not tower_tokens:
+    if not (recipe.how.tower_bound and tower_tokens):
         return asked
     return max(1, min(asked, TOWER_SAMPLE * asked // tower_tokens))
 
