@@ -158,6 +158,10 @@ class Rounding:
         own = (None if self.grid.sym else blocks.min_OG, blocks.unit_OS2) if blocks else ()
         return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, *own)
 
+    def original(self) -> Tensor:
+        """W (out, in), in its own dtype and memory."""
+        return grids.from_groups(self.w_OGg, self.columns)
+
     def weight(self) -> Tensor:
         """W~ (out, in), float32."""
         scale_OG, zero_OG = self.scale_and_zero()
@@ -174,11 +178,11 @@ class Rounding:
         rows = max(1, CHUNK // self.columns) if grad_OI.is_cpu else len(grad_OI)
         for at in range(0, len(grad_OI), rows):
             part = slice(at, at + rows)
-            view = self._rows(part)
+            view = self.rows(part)
             view._step(grad_OI[part], lr, factor_lr)
             into_OI[part].copy_(view.weight())
 
-    def _rows(self, part: slice) -> "Rounding":
+    def rows(self, part: slice) -> "Rounding":
         """The state of some rows, in the same memory."""
         view = copy.copy(self)
         view.w_OGg, view.offset_OGg, view.ranges = self.w_OGg[part], self.offset_OGg[part], self.ranges.rows(part)
