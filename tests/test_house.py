@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"numerics", "recipe", "calibration", "model"}
-COMMON = {"errors", "untrusted"}
+COMMON = {"errors", "strict", "untrusted"}
 MAY_USE = {
     **{room: {room, *COMMON} for room in GROUND},
     "export": {"export", "recipe", "numerics", *COMMON},

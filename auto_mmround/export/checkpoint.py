@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.numerics.grids import dequantize
@@ -322,7 +323,7 @@ def _untruncated(thing: Any) -> Any:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (strict.dumps(strict.tagged(value), indent=2) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:

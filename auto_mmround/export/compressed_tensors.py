@@ -105,7 +105,7 @@ def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config``: a group a scheme, the one of most modules first and by class, others by name."""
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in layout.quantized.items():
-        by_scheme.setdefault(replace(scheme, min_zero=0), []).append(name)
+        by_scheme.setdefault(replace(scheme, min_zero=0, scale_dtype="fp16"), []).append(name)
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from auto_mmround import __version__
+from auto_mmround import __version__, strict
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import write_whole
@@ -223,7 +223,7 @@ def _facts(file: Any) -> dict[str, dict[str, Any]]:
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(value, ensure_ascii=False).encode()
+    text = strict.dumps(value).encode()
     return _sum(text).encode() + b" " + text + b"\n"
 
 

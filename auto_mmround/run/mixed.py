@@ -17,7 +17,7 @@ from auto_mmround.model.experts import separable
 from auto_mmround.recipe.allocation import allocate
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.plan import FUSED, Plan, WeightPlan, make_plan, stored_bits
+from auto_mmround.run.plan import Plan, WeightPlan, fused_set, make_plan, stored_bits
 from auto_mmround.run.sensitivity import Damage, Trial, trying
 
 log = logging.getLogger("auto_mmround")
@@ -51,7 +51,7 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
     sets: dict[Any, list[WeightPlan]] = {}
     for weight in plan.weights:
         if weight.scheme and weight.block:
-            sets.setdefault(experts.get(weight.name) or _fused(weight.name), []).append(weight)
+            sets.setdefault(experts.get(weight.name) or fused_set(weight.name), []).append(weight)
     free = [each for each in sets.values() if not any(matches(p, weight.name) for p in fixed for weight in each)]
     schemes = {weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable}
     targets = [formats.resolve(name, schemes) for name in recipe.formats]
@@ -70,11 +70,6 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
         if free and not any(bits in unit.options for unit in found):
             raise UserError(f"bit_options: {problem}; change bit_options, or the format")
     return found
-
-
-def _fused(name: str) -> tuple[str, Any]:
-    parent, _, leaf = name.rpartition(".")
-    return parent, next((i for i, members in enumerate(FUSED) if leaf in members), leaf)
 
 
 def choose_bits(

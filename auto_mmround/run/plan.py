@@ -4,6 +4,7 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,6 +24,12 @@ from auto_mmround.recipe.schemes import Scheme
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 OVERRIDES = ("bits", "group_size", "sym")
+
+
+def fused_set(name: str) -> tuple[str, Any]:
+    """Equal for weights that engines load as one matrix."""
+    parent, _, leaf = name.rpartition(".")
+    return parent, next((i for i, members in enumerate(FUSED) if leaf in members), leaf)
 
 
 @dataclass(frozen=True)
@@ -57,19 +64,27 @@ class Plan:
     weights: tuple[WeightPlan, ...]
     formats: tuple[Format, ...]
 
-    @property
+    @cached_property
     def quantized(self) -> dict[str, Scheme]:
         """Module name -> scheme of the weights that will be quantized."""
         return {w.name: w.scheme for w in self.weights if w.scheme}
 
-    @property
+    @cached_property
     def kept(self) -> dict[str, str]:
         """Module name -> reason of the linear weights that stay."""
         return {w.name: w.reason for w in self.weights if w.reason}
 
     def of_block(self, block: str) -> list[WeightPlan]:
         """The weights of a block that will be quantized."""
-        return [w for w in self.weights if w.block == block and w.scheme]
+        return self._by_block.get(block, [])
+
+    @cached_property
+    def _by_block(self) -> dict[str, list[WeightPlan]]:
+        found: dict[str, list[WeightPlan]] = {}
+        for weight in self.weights:
+            if weight.block is not None and weight.scheme:
+                found.setdefault(weight.block, []).append(weight)
+        return found
 
     def bits_per_weight(self) -> float:
         """Average over the quantized weights, scales (16 bits) and zero points included."""
@@ -111,13 +126,19 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         if name not in stacked:
             weights.append(WeightPlan(name, count * rows, columns, None, None, "fused experts: not quantized yet"))
     weights += [WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()]
+    return assembled(chosen, weights, targets)
+
+
+def assembled(stages: Sequence[Stage], weights: Sequence[WeightPlan], targets: Sequence[Format]) -> Plan:
+    """The plan with those of the stages that have something to do. Raises UserError if there is nothing to quantize,
+    and where weights that engines fuse have several schemes."""
     if not any(w.scheme for w in weights):
         reasons = Counter(w.reason for w in weights if w.block and w.reason)
         reason = reasons.most_common(1)[0][0] if reasons else "no linear layer in the chosen blocks"
         raise UserError(f"nothing to quantize: {reason}")
     _check_fused(weights)
     used = {weight.block for weight in weights if weight.scheme}
-    return Plan(tuple(s for s in chosen if used & {*s.blocks}), tuple(weights), tuple(targets))
+    return Plan(tuple(s for s in stages if used & {*s.blocks}), tuple(weights), tuple(targets))
 
 
 def _stages(model: PreTrainedModel, recipe: Recipe) -> list[Stage]:
@@ -233,12 +254,10 @@ def grid_of(scheme: Scheme) -> Grid:
 
 
 def _check_fused(weights: Sequence[WeightPlan]) -> None:
-    members: dict[tuple[str, int], dict[str, Scheme | None]] = {}
+    members: dict[tuple[str, Any], dict[str, Scheme | None]] = {}
     for weight in weights:
-        parent, _, leaf = weight.name.rpartition(".")
-        for i, group in enumerate(FUSED):
-            if weight.block and leaf in group:
-                members.setdefault((parent, i), {})[leaf] = weight.scheme
+        if weight.block:
+            members.setdefault(fused_set(weight.name), {})[weight.name.rpartition(".")[2]] = weight.scheme
     for (parent, _), found in members.items():
         if len(set(found.values())) > 1:
             raise UserError(
