@@ -79,9 +79,9 @@ def config(layout: Layout) -> dict[str, Any]:
         "group_size": layout.default.group_size,
         "sym": layout.default.sym,
         "desc_act": False,
-        "static_groups": False,
-        "true_sequential": False,
-        "damp_percent": layout.details.get("damp_percent", 0.01),
+        "static_groups": "dampening" in layout.details,  # a group's scale is there before its columns are solved
+        "true_sequential": layout.details.get("true_sequential", False),
+        **({"damp_percent": damp} if 0 < (damp := layout.details.get("dampening", 0)) < 1 else {}),  # as readers want it
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layout.quantized),
         "block_name_to_quantize": _common_prefix([*layout.blocks, *_outside_blocks(layout)]),
         **_only_modules(layout),

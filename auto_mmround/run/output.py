@@ -202,7 +202,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         blocks=[stage.path for stage in plan.stages],
         checkpoint_name=names.module,
         default=recipe.scheme,
-        details={"iters": recipe.steps, "algorithm": recipe.algorithm},
+        details=recipe.details,
     )
     config = _config(names.model, source)
     config = fmt.model_config(config, layout) if fmt.model_config else config
