@@ -179,7 +179,7 @@ def schemes_of(quantization_config: Mapping[str, Any], names: Iterable[str]) -> 
     """
     found = {}
     try:
-        with time_limit(PATTERN_SECONDS):
+        with time_limit(PATTERN_SECONDS), suppress(UserError, KeyError):
             scheme = reader(quantization_config)
             for name in names:
                 with suppress(UserError, KeyError):
