@@ -72,11 +72,10 @@ def test_padding_keeps_every_field_of_a_sample():
     assert {field.name for field in fields(ModelInput)} == {"id", "kwargs", "modality_T", "answer_T", "tower_F"}
 
 
-@pytest.mark.parametrize("scheme, kind", [("FP8", "fp8"), ("NVFP4", "nvfp4"), ("W4A16", "int")])
-def test_layer_config_names_the_data_type(scheme, kind):
-    run = AutoRoundMLLM(
-        FAMILIES["llama"].build(), tiny_tokenizer(), scheme=scheme, iters=0, format="compressed_tensors"
-    )
+@pytest.mark.parametrize("kind, bits, size", [("fp8", 8, -1), ("nvfp4", 4, 16), ("int", 4, 32)])
+def test_layer_config_names_the_data_type(kind, bits, size):
+    grid = {"data_type": kind, "bits": bits, "group_size": size}
+    run = AutoRoundMLLM(FAMILIES["llama"].build(), tiny_tokenizer(), iters=0, format="compressed_tensors", **grid)
     run.quantize()
     assert {found["data_type"] for found in run.layer_config.values() if found["bits"] < 16} == {kind}
 

@@ -23,7 +23,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 class Patterns:
-    """Which of many patterns name a layer, without trying each. They are as `matches` takes them: dotted parts of a name, or classes, in a table; `re:` ones in turn."""
+    """Which of many patterns name a layer, without trying each: dotted parts of names, and classes, lie in a table;
+    only `re:` ones are tried in turn."""
 
     def __init__(self, patterns: Iterable[str]):
         self.all = list(dict.fromkeys(patterns))
