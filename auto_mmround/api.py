@@ -89,7 +89,12 @@ class AutoRoundMLLM:
             found[weight.name] = (
                 {"bits": 16, "data_type": "float", "reason": weight.reason}
                 if scheme is None
-                else {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym, "data_type": "int"}
+                else {
+                    "bits": scheme.bits,
+                    "group_size": scheme.group_size,
+                    "sym": scheme.sym,
+                    "data_type": scheme.data_type,
+                }
             )
         return found
 

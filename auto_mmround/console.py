@@ -1,7 +1,6 @@
 """What the command line shows: progress, tables, JSON. Everything here only prints; the work is done elsewhere."""
 
 import argparse
-import json
 import logging
 import shlex
 import time
@@ -18,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from auto_mmround import strict
 from auto_mmround.calibration.template import shipped
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import card, report
@@ -181,7 +181,7 @@ def show_plan(recipe: Recipe) -> int:
     loaded = jobs.load_model(recipe)
     # Mixed bits depend on the calibration samples; other plans do not.
     job = None if recipe.target_bits is None else prepare_with_progress(recipe, loaded)
-    plan = job.plan if job else jobs.make_plan(loaded.model, recipe)
+    plan = job.plan if job else jobs.planned(recipe, loaded)
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
     rows: dict[tuple[str, str, str], int] = {}
     for weight in plan.weights:
@@ -248,7 +248,7 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
     card_file = card.write(folder) if found.model_card else None
     if found.json:
         flat = findings.figures["quantized"].as_dict() if findings.figures else {}
-        print(json.dumps(flat | record, indent=1))
+        print(strict.dumps(flat | record, indent=1))
         return 0
     show_findings(findings, record)
     for path in filter(None, (page, card_file)):
@@ -305,7 +305,7 @@ def verify_and_show(found: argparse.Namespace) -> int:
         report.keep_verdicts(found.folder, [asdict(verdict) for verdict in result.verdicts])
         report.write(found.folder)
     if found.json:
-        print(json.dumps(result.as_dict(), indent=1))
+        print(strict.dumps(result.as_dict(), indent=1))
         return 0 if result.right else 1
     errors = sum(finding.severity == "error" for finding in result.findings)
     lines = [finding.line() for finding in result.findings]

@@ -176,7 +176,9 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
             kwargs[key] = torch.cat([value, one.expand(-1, length - tokens, *value.shape[2:])], 1)
     more = (0, length - tokens)
     kind_T = nn.functional.pad(sample.modality_T, more, value=PAD)
-    return ModelInput(sample.id, kwargs, kind_T, nn.functional.pad(sample.answer_T, more, value=False))
+    return replace(
+        sample, kwargs=kwargs, modality_T=kind_T, answer_T=nn.functional.pad(sample.answer_T, more, value=False)
+    )
 
 
 def _tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:

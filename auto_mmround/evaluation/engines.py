@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from auto_mmround import strict
+
 LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")  # llama.cpp says it in its log only
 MADE = ("logits", "tokens")  # what a worker may write for each input
 FOLDER = Path(".engines")
@@ -227,7 +229,7 @@ def _result(answer: Mapping[str, Any]) -> EngineResult:
 def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float) -> dict[str, Any]:
     """The worker's answer; {"ok": False, "error": ..} where there is none."""
     request_file = folder / "request.json"
-    request_file.write_text(json.dumps(request), encoding="utf-8")
+    request_file.write_text(strict.dumps(request), encoding="utf-8")
     # In an empty folder, and -P: the worker must find neither this package's modules nor those of the caller's folder.
     command = [str(python.absolute()), "-P", str(RUNNER), str(program), str(request_file)]
     try:

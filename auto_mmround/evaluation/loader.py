@@ -89,11 +89,12 @@ def _quantize_inputs(
     quantization = checkpoint.quantization_config
     if quantization is None:
         return
+    first, scheme_of = formats.from_config(quantization).parts[:1], formats.reader(quantization)
     for parameter, key in parameter_names(model, keys).items():
         stored = key.removesuffix(".weight")
-        if not any(f"{stored}.{part}" in checkpoint.files for part in formats.from_config(quantization).parts[:1]):
+        if not any(f"{stored}.{part}" in checkpoint.files for part in first):
             continue
-        scheme = formats.scheme_of(quantization, stored)
+        scheme = scheme_of(stored)
         if scheme.act_bits < 16:
             layer = model.get_submodule(parameter.removesuffix(".weight"))
             measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"

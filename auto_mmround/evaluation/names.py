@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from auto_mmround.export.patterns import tails
+
 Config = Mapping[str, Any]
 Overrides = Mapping[str, Any]
 Rename = tuple[str, str]
+SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")  # what makes vLLM take a name for a pattern
 DEFAULTS: Overrides = MappingProxyType({})
 
 _HEAD: Rename = (r"^lm_head\.", "language_model.lm_head.")
@@ -82,7 +85,8 @@ def _auto_round_transformers(q: Question) -> Mapping[str, Overrides]:
     # Without prefixes all numbered blocks count, those of towers too.
     inside = [n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))]
     extra = q.config.get("extra_config") or {}
-    found = {key: options for key, options in extra.items() if key in q.names}
+    names = set(q.names)
+    found = {key: options for key, options in extra.items() if key in names}
     for key, options in extra.items():
         if key not in found:
             matched = [n for n in inside if _search(key, n)] or [n for n in q.names if _search(key, n)]
@@ -124,12 +128,14 @@ def _compressed_tensors(q: Question) -> Mapping[str, Overrides]:
 def _auto_round_vllm(q: Question) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize") or q.listed("to_quant_block_names"))
     extra = {q.rename(key): options for key, options in (q.config.get("extra_config") or {}).items()}
+    places, patterns = {key: i for i, key in enumerate(extra)}, [k for k in extra if SPECIAL.search(k)]
     answer = {}
     for name in q.names:
-        key = name if name in extra else next((k for k in extra if name.endswith(f".{k}")), None)
+        ends = (end for end in list(tails(name))[1:] if end in places)
+        key = name if name in extra else min(ends, key=places.__getitem__, default=None)
         inside = name.startswith(prefixes) if prefixes else name != q.head
         if key is None:
-            key = next((k for k in extra if re.search(r"[*+?^$()\[\]{}|\\]", k) and _search(k, name)), None)
+            key = next((k for k in patterns if _search(k, name)), None)
             options = {"bits": 0 if inside else 16} | (extra[key] if key is not None else {})
         else:
             options = extra[key]

@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import charts
 from auto_mmround.model.loading import find_folder
@@ -22,6 +23,7 @@ from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
+ERRORS = ("nearest", "start", "end")
 VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")
 SCALES = ("scales", "qzeros", "g_idx", "biases", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
 PLAIN = ("F64", "F32", "F16", "BF16")
@@ -40,7 +42,7 @@ def collect(folder: Path) -> dict[str, Any]:
     run, recipe = _json(folder / "run.json"), read(folder / "recipe.toml")
     measured = run.get("measured", {})
     blocks = [block | measured.get("blocks", {}).get(block["name"], {}) for block in run["blocks"]]
-    tuned = [block for block in blocks if block.get("end") is not None]
+    tuned = [block for block in blocks if _measured(block)]
     return {
         "name": folder.resolve().name,
         "version": run["auto_mmround"],
@@ -61,7 +63,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "seconds": measured.get("seconds"),
         "peak_gb": measured.get("peak_gb"),
         "blocks": blocks,
-        "damage": {key: sum(block[key] for block in tuned) for key in ("nearest", "start", "end")} if tuned else None,
+        "damage": {key: sum(block[key] for block in tuned) for key in ERRORS} if tuned else None,
         "worst_layers": _worst_layers(blocks),
         "mixed": _mixed(run),
         "worst": sorted(tuned, key=lambda block: -block["end"])[:WORST],
@@ -71,9 +73,15 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
+def _measured(row: Mapping[str, Any]) -> bool:
+    """Whether a block or a layer has its errors; one that was not finite is null."""
+    return all(row.get(key) is not None for key in ERRORS)
+
+
 def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The layers that lose most of their own output."""
     layers = [{"name": name, **found} for block in blocks for name, found in block.get("layers", {}).items()]
+    layers = [layer for layer in layers if _measured(layer)]
     return sorted(layers, key=lambda layer: -layer["end"])[:WORST]
 
 
@@ -319,7 +327,7 @@ def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     """Stage -> its blocks that have an error."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for block in blocks:
-        if block.get("end") is not None:
+        if _measured(block):
             found.setdefault(block["stage"], []).append(block)
     return found
 
@@ -355,7 +363,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _dumped(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return strict.dumps(value, indent=1) + "\n"
 
 
 def put(path: Path, text: str) -> None:

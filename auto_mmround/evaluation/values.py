@@ -14,7 +14,7 @@ from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.subject import Finding, Subject
-from auto_mmround.export.checkpoint import CONTRADICTIONS, dequantized_state_dict
+from auto_mmround.export.checkpoint import CONTRADICTIONS, Shards, dequantized_state_dict
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.journal import checksum, codes_record
@@ -61,12 +61,17 @@ def check_plain_values(s: Subject) -> Iterator[Finding]:
 
 def check_codes(s: Subject) -> Iterator[Finding]:
     """Packed weights decode to sound scales and zero points, to just what the run tuned, to the source's likeness."""
+    with Shards() as shards:
+        yield from _check_codes(s, shards)
+
+
+def _check_codes(s: Subject, shards: Shards) -> Iterator[Finding]:
     source = s.originals()
     for module in sorted(s.packed):
         wanted = scheme(s, module)
         if wanted is None or s.fmt is None:
             continue
-        tensors = dict(s.read(list(s.parts(module))))
+        tensors = {name: shards.tensor(s.folder / part.file, name) for name, part in s.parts(module).items()}
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
         except CONTRADICTIONS as error:
@@ -80,7 +85,7 @@ def check_codes(s: Subject) -> Iterator[Finding]:
         yield from broken or _against_journal(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
-            yield from _against_source(name, dequantize(codes), _one(*source[name]).float())
+            yield from _against_source(name, dequantize(codes), shards.tensor(*source[name]).float())
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auto_mmround.export.layout import Format, Layout, check_int, differences, kept_groups, tower_patterns
 from auto_mmround.export.packing import pack_bits, unpack_bits
+from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -69,9 +70,13 @@ def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config`` for optimum + GPTQModel, vLLM and AutoGPTQ's heirs."""
     groups, singles = kept_groups(layout)
     excludes = [p for group in groups for p in tower_patterns(layout, group)] + [_tail(layout, s) for s in singles]
-    overrides = {name: differences(scheme, layout.default) for name, scheme in layout.quantized.items()}
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
-    dynamic |= {f"+:{_tail(layout, name)}": keys for name, keys in overrides.items() if keys}
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in layout.quantized.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    for scheme, names in by_scheme.items():
+        if keys := differences(scheme, layout.default):
+            dynamic |= {f"+:{_tail(layout, template)}": keys for template in folded(names, layout.quantized)}
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -79,9 +84,9 @@ def config(layout: Layout) -> dict[str, Any]:
         "group_size": layout.default.group_size,
         "sym": layout.default.sym,
         "desc_act": False,
-        "static_groups": False,
-        "true_sequential": False,
-        "damp_percent": layout.details.get("damp_percent", 0.01),
+        "static_groups": "dampening" in layout.details,  # a group's scale is there before its columns are solved
+        "true_sequential": layout.details.get("true_sequential", False),
+        **({"damp_percent": damp} if 0 < (damp := layout.details.get("dampening", 0)) < 1 else {}),  # readers' bounds
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layout.quantized),
         "block_name_to_quantize": _common_prefix([*layout.blocks, *_outside_blocks(layout)]),
         **_only_modules(layout),
@@ -116,9 +121,10 @@ def _common_prefix(names: list[str]) -> str:
 
 
 def _tail(layout: Layout, name: str) -> str:
-    """A regex for one module in any spelling: from its block list's own name on ("layers.3.mlp.down_proj")."""
+    """A regex for one module in any spelling, or those of a template: from its block list's own name on
+    ("layers.3.mlp.down_proj")."""
     block = next((b for b in layout.blocks if name.startswith(b + ".")), "")
-    return rf".*{re.escape(name[block.rfind('.') + 1 :])}$"
+    return rf".*{as_pattern(name[block.rfind('.') + 1 :])}$"
 
 
 FORMAT = Format(

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.numerics.grids import dequantize
@@ -208,6 +209,24 @@ def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapp
     _write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
 
 
+class Shards(ExitStack):
+    """Weight files, each opened once, and closed with the context. Raises UserError for what can't be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: dict[Path, Any] = {}
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        """A tensor of a file."""
+        if path not in self._opened:
+            self._opened[path] = self.enter_context(_open(path))
+        try:
+            found: Tensor = self._opened[path].get_tensor(name)
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path}: {name} cannot be read ({error})") from error
+        return found
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name; empty for a format
@@ -220,16 +239,9 @@ class Checkpoint:
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of these or all tensors, in that order. Raises UserError for a damaged or missing shard."""
-        with ExitStack() as stack:
-            opened: dict[str, Any] = {}
+        with Shards() as shards:
             for name in self.files if names is None else names:
-                shard = self.files[name]
-                if shard not in opened:
-                    opened[shard] = stack.enter_context(_open(self.folder / shard))
-                try:
-                    yield name, opened[shard].get_tensor(name)
-                except (SafetensorError, OSError, KeyError) as error:
-                    raise UserError(f"{self.folder / shard}: {name} cannot be read ({error})") from error
+                yield name, shards.tensor(self.folder / self.files[name], name)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -273,20 +285,22 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
     first = f".{fmt.parts[0]}" if fmt else ""
     packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
     schemes = formats.schemes_of(quantization, packed) if quantization is not None else {}
-    for name in checkpoint.files:
-        module, _, part = name.rpartition(".")
-        if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
-            tensor = next(checkpoint.tensors([name]))[1]
-            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        elif part == fmt.parts[0]:
-            parts = dict(checkpoint.tensors([n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]))
-            try:
-                if module not in schemes:
-                    formats.scheme_of(quantization, module)  # says why
-                codes = fmt.unpack(module, parts, schemes[module])
-            except CONTRADICTIONS as error:
-                raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
-            yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
+    with Shards() as shards:
+        for name in checkpoint.files:
+            module, _, part = name.rpartition(".")
+            if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
+                tensor = shards.tensor(folder / checkpoint.files[name], name)
+                yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            elif part == fmt.parts[0]:
+                own_names = [n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]
+                parts = {n: shards.tensor(folder / checkpoint.files[n], n) for n in own_names}
+                try:
+                    if module not in schemes:
+                        formats.scheme_of(quantization, module)  # says why
+                    codes = fmt.unpack(module, parts, schemes[module])
+                except CONTRADICTIONS as error:
+                    raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
+                yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
 
 
 def _open(path: Path) -> Any:
@@ -322,7 +336,7 @@ def _untruncated(thing: Any) -> Any:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (strict.dumps(strict.tagged(value), indent=2) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:

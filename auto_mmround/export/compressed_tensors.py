@@ -5,7 +5,8 @@ A row is one dense bit stream (``export/packing.py``); zero points are packed al
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -17,10 +18,12 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import compressed_floats
 from auto_mmround.export.layout import Format, Layout, both_spellings, check_int, kept_groups, tower_patterns
 from auto_mmround.export.packing import pack_bits, unpack_bits
+from auto_mmround.export.patterns import Lookup, as_pattern, folded, tails, templates
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
+Ends = dict[str, set[Scheme]]
 # weight_scale first: the part that every quantized module has and no other.
 PARTS = (
     "weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_global_scale",
@@ -105,12 +108,12 @@ def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config``: a group a scheme, the one of most modules first and by class, others by name."""
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in layout.quantized.items():
-        by_scheme.setdefault(replace(scheme, min_zero=0), []).append(name)
+        by_scheme.setdefault(replace(scheme, min_zero=0, scale_dtype="fp16"), []).append(name)
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
-    kind = _kind(largest)
+    kind, ends = _kind(largest), _ends(layout, by_scheme)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for Transformers, which then
     # refuses ours; asked to dequantize at once Transformers reads them, but with one scheme for all layers.
     dequantize = {"dequantize": True} if len(by_scheme) == 1 and not largest.sym else {}
@@ -122,7 +125,7 @@ def config(layout: Layout) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "ignore": ignore,
         "config_groups": {
-            f"group_{i}": _group(scheme, _targets(layout, by_scheme[scheme], scheme == largest), kind)
+            f"group_{i}": _group(scheme, _targets(layout, by_scheme, scheme, ends, scheme == largest), kind)
             for i, scheme in enumerate(sorted(by_scheme, key=lambda scheme: scheme != largest))
         },
         **dequantize,
@@ -152,48 +155,99 @@ def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
     }
 
 
-def _targets(layout: Layout, names: list[str], everything: bool) -> list[str]:
-    """How readers find these modules: all by their class, a whole block list by a pattern, else one by one.
+def _targets(
+    layout: Layout, by_scheme: Mapping[Scheme, list[str]], scheme: Scheme, ends: Ends, everything: bool
+) -> list[str]:
+    """How readers find these modules: all by their class, a whole block list by a pattern, else one by one, those that
+    differ in numbers only by one pattern.
 
     Both Transformers and vLLM try names before classes, and vLLM tries the members of a matrix that it fuses.
     """
-    outside = [name for name in names if not any(name.startswith(block + ".") for block in layout.blocks)]
+    names, blocks = by_scheme[scheme], {name: _block(layout, name) for name in layout.quantized}
+    outside = [name for name in names if blocks[name] is None]
     if everything:  # vLLM's output head is no Linear: it goes by name
-        return ["Linear", *(target for name in outside for target in _by_name(layout, name, names))]
-    targets: dict[str, None] = {}
-    for name in names:
-        block = next((b for b in layout.blocks if name.startswith(b + ".")), None)
-        whole = block is not None and all(n in names for n in layout.quantized if n.startswith(block + "."))
-        found = tail_pattern(layout, f"{block}.", names) if whole else None
-        targets |= dict.fromkeys([found] if found else _by_name(layout, name, names))
+        return ["Linear", *(target for name in outside for target in _by_name(layout, name, name, scheme, ends))]
+    sizes, mine = Counter(blocks.values()), Counter(blocks[name] for name in names)
+    whole = {
+        block: pattern
+        for block in layout.blocks
+        if mine[block] == sizes[block] > 0 and (pattern := _block_pattern(layout, block, by_scheme, scheme))
+    }
+    targets = dict.fromkeys(whole.values())
+    single = [name for name in names if blocks[name] not in whole]
+    for template, members in folded(single, layout.quantized).items():
+        found = _by_name(layout, template, members[0], scheme, ends)
+        if "#" in template and not found[0].startswith("re:"):
+            found = [target for member in members for target in _by_name(layout, member, member, scheme, ends)]
+        targets |= dict.fromkeys(found)
     return list(targets)
 
 
-def _by_name(layout: Layout, name: str, names: list[str]) -> list[str]:
-    found = tail_pattern(layout, name, names)
-    return [found] if found else both_spellings(layout, name)
+def _block(layout: Layout, name: str) -> str | None:
+    return next((block for block in layout.blocks if name.startswith(block + ".")), None)
 
 
-def tail_pattern(layout: Layout, name: str, names: list[str]) -> str | None:
-    """``re:`` pattern of what all spellings of a name, or of a prefix with its dot, end in; None if it takes others."""
-    end = r"\." if name.endswith(".") else "$"
-    spellings = [reversed(spelling.split(".")) for spelling in both_spellings(layout, name.removesuffix("."))]
+def _ends(layout: Layout, by_scheme: Mapping[Scheme, list[str]]) -> Ends:
+    """What spellings of the modules end in, numbers also as ``#`` -> the schemes of those that do."""
+    found: Ends = {}
+    for scheme, names in by_scheme.items():
+        for name in names:
+            for spelling in both_spellings(layout, name):
+                for form in (spelling, *templates(spelling)):
+                    for tail in tails(form):
+                        found.setdefault(tail, set()).add(scheme)
+    return found
+
+
+def _by_name(layout: Layout, template: str, name: str, scheme: Scheme, ends: Ends) -> list[str]:
+    """A pattern of what all spellings end in, or where it takes modules of other schemes, the spellings of ``name``."""
+    shared = _shared_end(layout, name)
+    end = ".".join(template.split(".")[-len(shared) :]) if shared else ""
+    if not shared or _differs(template, name, shared) or ends[end] != {scheme}:
+        return both_spellings(layout, name)
+    return [rf"re:(.*\.)?{as_pattern(end)}$"]
+
+
+def _differs(template: str, name: str, shared: list[str]) -> bool:
+    """Whether a template has numbers in front of the end that all spellings share: the pattern would be too wide."""
+    front = len(name.split(".")) - len(shared)
+    return "#" in template.split(".")[:front]
+
+
+def _shared_end(layout: Layout, name: str) -> list[str]:
+    spellings = [reversed(spelling.split(".")) for spelling in both_spellings(layout, name)]
     common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*spellings))]
-    pattern = rf"(.*\.)?{re.escape('.'.join(reversed(common)))}{end}"
-    others = [n for n in layout.quantized if n not in names]
-    taken = any(re.match(pattern, spelling) for n in others for spelling in (n, layout.checkpoint_name(n)))
-    return f"re:{pattern}" if common and not taken else None
+    return common[::-1]
 
 
-def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
-    """The scheme of a quantized module by the checkpoint's name, in the readers' order: name, pattern, class.
+def _block_pattern(layout: Layout, block: str, by_scheme: Mapping[Scheme, list[str]], scheme: Scheme) -> str | None:
+    """``re:`` pattern of everything below a block list in all spellings; None if it takes modules of other schemes."""
+    shared = _shared_end(layout, block)
+    pattern = re.compile(rf"(.*\.)?{re.escape('.'.join(shared))}\.")
+    others = (name for other, names in by_scheme.items() if other != scheme for name in names)
+    taken = any(pattern.match(spelling) for name in others for spelling in both_spellings(layout, name))
+    return f"re:{pattern.pattern}" if shared and not taken else None
 
-    Raises UserError if no group is for it, or for weights other than integers with a scale a channel or a group.
-    """
+
+def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
+    """`scheme_of` of one configuration, for many names."""
     targets = {t: group for group in quantization_config["config_groups"].values() for t in group["targets"]}
-    group = next((targets[t] for t in _in_order(targets) if _fits(t, name)), None)
-    if group is None:
-        raise UserError(f"quantization_config: {name} is quantized, but no config group is for it")
+    order = _in_order(targets)
+    names = [t for t in order if t != "Linear" and not t.startswith("re:")]
+    places = Lookup(names, [t[3:] for t in order if t.startswith("re:")])
+
+    def scheme(name: str) -> Scheme:
+        place = places.first(name)
+        target = "Linear" if place is None else order[place]
+        if target not in targets:
+            raise UserError(f"quantization_config: {name} is quantized, but no config group is for it")
+        return _scheme_of_group(targets[target], name)
+
+    return scheme
+
+
+def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
+    """Raises UserError for weights other than integers with a scale a channel or a group, and floats that are read."""
     weights, inputs = group["weights"], group.get("input_activations") or {}
     found = compressed_floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
     if found is None and (weights.get("type") == "float" or weights.get("strategy") not in ("group", "channel")):

@@ -1,8 +1,7 @@
 """The registry of export formats: by name, by a run's schemes, and by what a checkpoint says of itself."""
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +18,7 @@ from auto_mmround.export import (
     openvino,
 )
 from auto_mmround.export.layout import Format, Layout
+from auto_mmround.export.patterns import Lookup
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit
 
@@ -29,6 +29,7 @@ __all__ = [
     "from_config",
     "get",
     "min_zero",
+    "reader",
     "resolve",
     "scale_bits",
     "scale_range",
@@ -140,9 +141,16 @@ def from_config(quantization_config: Mapping[str, Any]) -> Format:
 
 
 def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
-    """The scheme of one quantized module: the configuration's default with the first override that fits its name."""
+    """The scheme of one quantized module by the checkpoint's name; raises UserError if there is none, or for one that
+    is not read."""
+    return reader(quantization_config)(name)
+
+
+def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
+    """`scheme_of` for many names: the configuration's default with the first override that fits; groups in the order of
+    `compressed-tensors`: name, pattern, class."""
     if "config_groups" in quantization_config:
-        return compressed_tensors.scheme_of(quantization_config, name)
+        return compressed_tensors.reader(quantization_config)
     base = {
         "bits": quantization_config["bits"],
         "group_size": quantization_config["group_size"],
@@ -150,11 +158,18 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     }
     extra = quantization_config.get("extra_config") or {}
     dynamic = quantization_config.get("dynamic") or {}
-    rules = [keys[name] for keys in (extra, quantization_config) if isinstance(keys.get(name), Mapping)]
-    rules += [keys for pattern, keys in extra.items() if "*" in pattern and re.search(pattern, name)]
-    rules += [keys for rule, keys in dynamic.items() if rule[:2] == "+:" and re.match(rule[2:], name)]
-    found = rules[0] if rules else {}
-    return Scheme(**{key: found.get(key, value) for key, value in base.items()})
+    named = {**{key: value for key, value in quantization_config.items() if isinstance(value, Mapping)}, **extra}
+    names, patterns = list(named), [key for key in extra if "*" in key]
+    rules = [key for key in dynamic if key[:2] == "+:"]
+    found = [*named.values(), *(extra[key] for key in patterns)]
+    places, later = Lookup(names, patterns, anywhere=True), Lookup([], [key[2:] for key in rules])
+
+    def scheme(name: str) -> Scheme:
+        place, rule = places.first(name), later.first(name)
+        own = found[place] if place is not None else {} if rule is None else dynamic[rules[rule]]
+        return Scheme(**{key: own.get(key, value) for key, value in base.items()})
+
+    return scheme
 
 
 def schemes_of(quantization_config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
@@ -164,10 +179,11 @@ def schemes_of(quantization_config: Mapping[str, Any], names: Iterable[str]) -> 
     """
     found = {}
     try:
-        with time_limit(PATTERN_SECONDS):
+        with time_limit(PATTERN_SECONDS), suppress(UserError, KeyError):
+            scheme = reader(quantization_config)
             for name in names:
                 with suppress(UserError, KeyError):
-                    found[name] = scheme_of(quantization_config, name)
+                    found[name] = scheme(name)
     except TooLong:
         raise UserError("quantization_config: its patterns take too long to match") from None
     return found

@@ -8,6 +8,7 @@ Transformers' and the checkpoint's, and a tower is named by a pattern without an
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ class Layout:
     checkpoint_name: Callable[[str], str]
     default: Scheme
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def members(self) -> dict[str, str]:
+        """A module's name, or a prefix of one, -> the first module that it is the name or a prefix of."""
+        found: dict[str, str] = {}
+        for name in (*self.quantized, *self.kept):
+            for prefix in (*_ancestors(name), name):
+                found.setdefault(prefix, name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def check_int(
 
 def both_spellings(layout: Layout, name: str) -> list[str]:
     """A module name or a prefix of one, as Transformers says it and, where it differs, as the checkpoint says it."""
-    member = next((m for m in (*layout.quantized, *layout.kept) if m == name or m.startswith(name + ".")), None)
+    member = layout.members.get(name)
     if member is None:
         return [name]
     rest = member[len(name) :]

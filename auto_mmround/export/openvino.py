@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from safetensors.torch import save_file
 from torch import Tensor
 
+from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.export.layout import Format, Layout, Whole, check_int
 from auto_mmround.export.openvino_read import read
@@ -63,7 +64,7 @@ def write(folder: Path, whole: Whole) -> None:
             plain / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (plain / "config.json").write_text(json.dumps(dict(whole.config)), encoding="utf-8")
+        (plain / "config.json").write_text(strict.dumps(strict.tagged(whole.config)), encoding="utf-8")
         save_file(
             {f"{i}.{part}": t for i, c in enumerate(whole.codes.values()) for part, t in _parts(c).items()},
             plain / "codes",
@@ -75,7 +76,7 @@ def write(folder: Path, whole: Whole) -> None:
             "schemes": [{"name": f"{n}.weight", "bits": c.bits, "sym": c.sym} for n, c in whole.codes.items()],
             "out": str(folder.absolute()),
         }
-        (plain / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (plain / "request.json").write_text(strict.dumps(request), encoding="utf-8")
         # -P: the script's folder must not be searched for modules, this file would pass for the package.
         command = [str(converter_python()), "-P", str(CONVERTER), str(plain / "request.json")]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
@@ -83,7 +84,7 @@ def write(folder: Path, whole: Whole) -> None:
     if not answer.get("ok"):
         raise UserError(f"OpenVINO's converter failed on {whole.config['architectures'][0]}: {answer['error']}")
     config = {**whole.config, "quantization_config": _config(whole.layout)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(strict.dumps(strict.tagged(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _floats(whole: Whole) -> list[tuple[str, Tensor]]:

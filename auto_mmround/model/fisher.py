@@ -155,13 +155,15 @@ class _Readers:
 def _shared(
     tokens: Mapping[str, Mapping[int, Tensor]], means: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[int, Tensor]]:
-    """Relative to the layer's mean, within BOUNDS; then the mean over the layers of a group."""
+    """Relative to the layer's mean, within BOUNDS, 1 where that is zero; then the mean over the layers of a group."""
     made: dict[tuple[str, ...], dict[int, Tensor]] = {}
     found: dict[str, dict[int, Tensor]] = {}
     for name in means:
         group = tuple(other for other in groups.get(name, (name,)) if other in means)
         if group not in made:
-            parts = [{i: (t / means[n].cpu()).clamp(*BOUNDS) for i, t in tokens[n].items()} for n in group]
+            parts = [
+                {i: (t / means[n].cpu()).nan_to_num(1.0).clamp(*BOUNDS) for i, t in tokens[n].items()} for n in group
+            ]
             samples = [i for i in parts[0] if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)]
             made[group] = {i: torch.stack([part[i] for part in parts]).mean(0) for i in samples}
         found[name] = made[group]

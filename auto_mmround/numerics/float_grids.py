@@ -9,11 +9,13 @@ for 16 columns, divided by one float32 for the whole weight, ``448 * 6 / max|w|`
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics.grids import Codes, dequantize, from_groups, levels, to_groups
+from auto_mmround.numerics.grids import Codes, Fit, dequantize, from_groups, levels, to_groups
 
 E4M3_TOP, E2M1_TOP = 448.0, 6.0
 BLOCK = 128  # rows and columns of an FP8 block
 MX_BINADES = {"mxfp4": 2, "mxfp8": 8}
+TINY = torch.finfo(torch.float32).tiny
+NVFP4_LEAST = 2.0**-9  # smallest e4m3
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -35,6 +37,21 @@ def mx_scale(peak_OG: Tensor, binade: int) -> Tensor:
     mantissa_OG, exponent_OG = torch.frexp(peak_OG.float())  # mantissa in [0.5, 1)
     exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - binade  # from 1.75 on e2m1 would round to 8 quarters
     return torch.ldexp(torch.ones_like(mantissa_OG), torch.where(peak_OG > 0, exponent_OG, -127).clamp(-127, 127))
+
+
+def nvfp4_global(peak: Tensor) -> Tensor:
+    """The float32 that NVFP4's scales are divided by, for this largest magnitude of the weight; 1 for a zero."""
+    most = 2.0**120  # so that it can be divided by
+    return torch.where(peak > 0, (E4M3_TOP * E2M1_TOP / peak.clamp(min=TINY)).clamp(max=most), 1.0)
+
+
+def fit(w_OGg: Tensor, data_type: str, peak: Tensor | None = None) -> Fit:
+    """Whether the scales of a float grid suffice for a weight; peak: see `Nearest`."""
+    peak_OG = w_OGg.abs().amax(-1).float()
+    if data_type != "nvfp4":  # float32, or all its powers of two
+        return Fit.of(peak_OG, TINY, torch.inf)
+    whole = peak_OG.max() if peak is None else peak.float()
+    return Fit.of(peak_OG / E2M1_TOP * nvfp4_global(whole), NVFP4_LEAST, E4M3_TOP)
 
 
 class Nearest:
@@ -60,14 +77,14 @@ class Nearest:
         if data_type in MX_BINADES:
             scale_OG = mx_scale(peak_OG, MX_BINADES[data_type])
         elif data_type == "nvfp4":
-            whole = (peak_OG.max() if peak is None else peak).float().clamp(min=torch.finfo(torch.float32).tiny)
-            global_scale = (E4M3_TOP * E2M1_TOP / whole).nan_to_num(posinf=1.0).reshape(1)
+            whole = (peak_OG.max() if peak is None else peak).float()
+            global_scale = nvfp4_global(whole).reshape(1)
             scale_OG = levels("e4m3").to(w_OI.device)[to_e4m3(peak_OG / E2M1_TOP * global_scale).long()]
             scale_OG = torch.where(scale_OG == 0, torch.finfo(torch.float8_e4m3fn).eps, scale_OG)
         else:
             if group_size == BLOCK:
                 peak_OG = _rows_of_blocks(peak_OG)
-            scale_OG = torch.where(peak_OG > 0, peak_OG / E4M3_TOP, torch.finfo(torch.float32).eps)
+            scale_OG = torch.where(peak_OG > 0, (peak_OG / E4M3_TOP).clamp(min=TINY), torch.finfo(torch.float32).eps)
         step_OG = scale_OG if global_scale is None else scale_OG / global_scale
         bits = 8 if data_type in ("fp8", "mxfp8") else 4
         encode = to_e4m3 if bits == 8 else to_e2m1

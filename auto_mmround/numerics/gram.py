@@ -358,7 +358,7 @@ def refit_scale(
         with _bf16_products(True):  # three digits of a small step are enough
             along_O = ((error_OI @ hessian_II[:, part]) * u_Og).sum(-1)
         length_O = ((u_Og @ hessian_II[part, part]) * u_Og).sum(-1)
-        step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0)
+        step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0).nan_to_num(0.0, 0.0, 0.0)
         unit_O = None if unit_OG is None else unit_OG[:, group]
         scale_OG[:, group] = grids.storable(scale_OG[:, group] + step_O, grid, unit_O)
         error_OI[:, part] = w_OI[:, part] - u_Og * scale_OG[:, group, None]

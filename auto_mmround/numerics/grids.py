@@ -5,13 +5,14 @@ zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``, and means ``s
 Shape suffixes: O out, I in, G groups a row, g columns a group.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SUPER = 256  # columns of a super-block
-EPS = 1e-5  # smallest magnitude of a scale; still representable in float16
+LEAST = {torch.float16: 2.0**-24}  # smallest scale of a dtype, where a number below the normal ones is kept by all
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,6 +55,14 @@ class Grid(NamedTuple):
     def middle(self) -> int:
         """Zero point of the symmetric grid."""
         return 2 ** (self.bits - 1)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest magnitude of a scale that the file can hold, its product with a zero point too where
+        that is stored. In super-blocks of a unit, though a scale may be many."""
+        facts = torch.finfo(self.scale_dtype)
+        low, high = LEAST.get(self.scale_dtype, facts.tiny), facts.max
+        return low, high if self.scale_bits is None else 2.0 ** math.floor(math.log2(high / self.top))
 
 
 def levels(kind: str) -> Tensor:
@@ -116,6 +125,29 @@ def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
     return scale_OG, (-low_OG / scale_OG).round().clamp(grid.min_zero, grid.top)
 
 
+class Fit(NamedTuple):
+    """Counts of a weight's groups: those that hold anything but zeros, and of these those that need a smaller, and
+    those that need a larger scale than there is."""
+
+    groups: int
+    small: int
+    large: int
+
+    @classmethod
+    def of(cls, scale_OG: Tensor, low: float, high: float) -> "Fit":
+        """Of the scales needed, 0 for groups of zeros."""
+        size_OG = scale_OG.abs()
+        few = torch.stack([(size_OG > 0).sum(), ((size_OG > 0) & (size_OG < low)).sum(), (size_OG > high).sum()])
+        return cls(*few.tolist())
+
+
+def fit(w_OGg: Tensor, grid: Grid) -> Fit:
+    """Whether the grid's scales suffice for a weight."""
+    low_OG, high_OG = ranges(w_OGg, grid)
+    need_OG = torch.maximum(-low_OG, high_OG) / grid.middle if grid.sym else (high_OG - low_OG) / grid.top
+    return Fit.of(need_OG, *grid.bounds)
+
+
 def integers(ratio_OG: Tensor, grid: Grid) -> Tensor:
     """Scales of a super-block in its unit -> integers that the file can hold, never 0."""
     assert grid.scale_range is not None
@@ -124,7 +156,7 @@ def integers(ratio_OG: Tensor, grid: Grid) -> Tensor:
 
 
 def storable(scale_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None) -> Tensor:
-    """Round to what the file can hold and keep away from zero, with its sign; back in float32.
+    """Round to what the file can hold, neither zero nor infinite, with its sign; back in float32.
 
     unit_OG: of super-blocks, whose scales are integers times it.
     """
@@ -134,8 +166,9 @@ def storable(scale_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None) -> Ten
         mantissa_OG, exponent_OG = torch.frexp(scale_OG.float())
         steps = 2.0**grid.scale_bits
         scale_OG = torch.ldexp((mantissa_OG * steps).round() / steps, exponent_OG)
-    scale_OG = scale_OG.to(grid.scale_dtype).float()
-    return torch.where(scale_OG < 0, scale_OG.clamp(max=-EPS), scale_OG.clamp(min=EPS)).to(grid.scale_dtype).float()
+    low, high = grid.bounds
+    scale_OG = scale_OG.float().clamp(-high, high).to(grid.scale_dtype).float()
+    return torch.where(scale_OG < 0, scale_OG.clamp(max=-low), scale_OG.clamp(min=low))
 
 
 def quantize(w_OGg: Tensor, offset_OGg: Tensor | float, scale_OG1: Tensor, zero_OG1: Tensor, top: int) -> Tensor:

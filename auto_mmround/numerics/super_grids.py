@@ -16,7 +16,7 @@ from torch import Tensor
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid, integers
 
-TINY = 2.0**-24  # smallest float16
+TINY, HUGE = 2.0**-24, torch.finfo(torch.float16).max  # of float16
 BELOW = (0, 1, 2, 3, -1)  # the bound: where the largest scale of a super-block may come to lie
 TURNS = 3
 
@@ -141,8 +141,8 @@ def _rounded(scale_OG: Tensor, min_OG: Tensor, unit_OS2: Tensor, grid: Grid) -> 
 
 
 def _units(d_OS: Tensor, e_OS: Tensor) -> Tensor:
-    """As the file holds them; never zero, so that there is something to divide by."""
-    pair_OS2 = torch.stack([d_OS, e_OS], -1)
+    """As the file holds them; never zero, so that there is something to divide by, nor infinite."""
+    pair_OS2 = torch.stack([d_OS, e_OS], -1).clamp(-HUGE, HUGE)
     return torch.where(pair_OS2 < 0, pair_OS2.clamp(max=-TINY), pair_OS2.clamp(min=TINY)).half()
 
 

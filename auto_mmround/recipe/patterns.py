@@ -1,6 +1,7 @@
 """How users name layers."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 
 def is_pattern(pattern: str) -> bool:
@@ -19,3 +20,21 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return f".{pattern}." in f".{name}."
+
+
+class Patterns:
+    """Which of many patterns name a layer, without trying each: dotted parts of names, and classes, lie in a table;
+    only `re:` ones are tried in turn."""
+
+    def __init__(self, patterns: Iterable[str]):
+        self.all = list(dict.fromkeys(patterns))
+        self._plain = {pattern: i for i, pattern in enumerate(self.all) if not pattern.startswith("re:")}
+        self._regular = [(re.compile(p[3:]), i) for i, p in enumerate(self.all) if p.startswith("re:")]
+
+    def of(self, name: str, classes: Sequence[str] = ()) -> list[str]:
+        """Those that name a layer, or with ``classes`` one of these, in their order."""
+        parts = name.split(".")
+        runs = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+        found = [self._plain[run] for run in {*runs, *classes} if run in self._plain]
+        found += [i for pattern, i in self._regular if pattern.match(name)]
+        return [self.all[i] for i in sorted(found)]

@@ -170,6 +170,14 @@ class Recipe(Fields):
         return self.how.start == "closed_form" and self.calibrates
 
     @property
+    def details(self) -> dict[str, Any]:
+        """How weights are rounded, for information in configurations; what is not used is left out."""
+        solve = {"dampening": self.dampening, "actorder": self.actorder, "true_sequential": self.in_turn}
+        return {"iters": self.steps if self.calibrates else 0, "algorithm": self.algorithm} | (
+            solve if self.closed_form else {}
+        )
+
+    @property
     def calibrates(self) -> bool:
         """False when the weights are only rounded to nearest: `rtn`, or as in the original 0 iterations."""
         return self.steps > 0 or (self.how.start == "closed_form" and not self.how.steps)

@@ -20,7 +20,7 @@ from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import TOLERANCE, Call, Chain, Kinds, as_dtype, difference, to_device, token_kinds
+from auto_mmround.model.chains import TOLERANCE, Call, Chain, as_dtype, difference, to_device, token_kinds
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
@@ -28,6 +28,7 @@ from auto_mmround.numerics.gram import Moments
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import Plan, grid_of
+from auto_mmround.run.weights import kinds_of
 
 log = logging.getLogger("auto_mmround")
 
@@ -161,7 +162,7 @@ def _watched_pass(
 
 
 def _kinds(chain: Chain, i: int, inputs: Sequence[ModelInput]) -> Tensor:
-    return token_kinds(chain.stage, Kinds(inputs[chain.sample[i]].modality_T), chain.hidden[i].shape[:-1].numel())
+    return token_kinds(chain.stage, kinds_of([inputs[chain.sample[i]]])[0], chain.hidden[i].shape[:-1].numel())
 
 
 def _apply(

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from auto_mmround import __version__
+from auto_mmround import __version__, strict
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import write_whole
@@ -177,21 +177,25 @@ class Parts(Mapping[str, Codes]):
 
     def __init__(self) -> None:
         self.files: list[Path] = []
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, dict[str, Any]]] = {}  # file, scheme and columns
+        self._open: tuple[Path, Any] | None = None  # the file that was asked last
 
     def read(self, path: Path) -> None:
         """Take up a part file's weights."""
         with safe_open(path, "pt") as file:
-            self._where |= dict.fromkeys(_facts(file), path)
+            self._where |= {name: (path, facts) for name, facts in _facts(file).items()}
         self.files.append(path)
 
     def __getitem__(self, name: str) -> Codes:
-        with safe_open(self._where[name], "pt") as file:
-            facts = _facts(file)[name]
-            columns = facts.pop("columns")
-            parts = {part: file.get_tensor(f"{name}.{part}").clone() for part in ("q", "scale", "zero")}
-            extras = {part: f"{name}.{part}" for part in EXTRAS if f"{name}.{part}" in file.keys()}  # noqa: SIM118
-            facts |= {part: file.get_tensor(key).clone() for part, key in extras.items()}
+        path, facts = self._where[name]
+        if self._open is None or self._open[0] != path:
+            file = safe_open(path, "pt")
+            self._open = path, (file, set(file.keys()))
+        file, keys = self._open[1]
+        facts = dict(facts)
+        columns = facts.pop("columns")
+        parts = {part: file.get_tensor(f"{name}.{part}").clone() for part in ("q", "scale", "zero")}
+        facts |= {part: file.get_tensor(key).clone() for part in EXTRAS if (key := f"{name}.{part}") in keys}
         q_OI = unpack_bits(parts["q"], facts["bits"], columns)
         return Codes(q_OI, parts["scale"], parts["zero"], **facts)
 
@@ -223,7 +227,7 @@ def _facts(file: Any) -> dict[str, dict[str, Any]]:
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(value, ensure_ascii=False).encode()
+    text = strict.dumps(value).encode()
     return _sum(text).encode() + b" " + text + b"\n"
 
 

@@ -30,6 +30,7 @@ from auto_mmround.run.output import Names, Result, check_formats, check_names, f
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
+from auto_mmround.run.ranges import within_ranges
 
 # What the towers read, by the name of their stage.
 READS = {"vision": "image", "audio": "audio"}
@@ -72,6 +73,11 @@ def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes 
     )  # fmt: skip
 
 
+def planned(recipe: Recipe, loaded: Loaded) -> Plan:
+    """What becomes of every weight. Raises UserError as `make_plan` and `within_ranges` do."""
+    return within_ranges(loaded, make_plan(loaded.model, recipe))
+
+
 def prepare(
     recipe: Recipe,
     loaded: Loaded,
@@ -84,7 +90,7 @@ def prepare(
     Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
     """
     template = template_for(loaded.model, recipe.template)
-    plan = make_plan(loaded.model, recipe)
+    plan = planned(recipe, loaded)
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
     check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
@@ -139,6 +145,7 @@ def prepare(
     mixed = None
     if recipe.target_bits is not None:
         recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
+        plan = within_ranges(loaded, plan)  # other bits need other scales
     return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
 
 

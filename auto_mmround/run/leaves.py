@@ -11,7 +11,7 @@ from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.tuner import TunedWeight
-from auto_mmround.run.plan import FUSED, WeightPlan, grid_of
+from auto_mmround.run.plan import WeightPlan, fused_set, grid_of
 
 
 def leaves_of(
@@ -22,7 +22,7 @@ def leaves_of(
     input_scales: of static activations, see `static_inputs`.
     """
     leaves = {}
-    peaks = _shared_peaks(model, planned)
+    peaks = shared_peaks(model, planned)
     for weight in planned:
         parameter, transposed = parameter_of(model, weight.name)
         w_OI = (parameter.data.t() if transposed else parameter.data).clone()
@@ -69,14 +69,12 @@ def parameter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
     return layer.get_parameter("weight"), isinstance(layer, Conv1D)
 
 
-def _shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
+def shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
     """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one scale for them."""
-    sets: dict[tuple[str, int], list[str]] = {}
+    sets: dict[Any, list[str]] = {}
     for weight in planned:
-        parent, _, leaf = weight.name.rpartition(".")
-        for i, members in enumerate(FUSED):
-            if leaf in members and weight.scheme and weight.scheme.data_type == "nvfp4":
-                sets.setdefault((parent, i), []).append(weight.name)
+        if weight.scheme and weight.scheme.data_type == "nvfp4":
+            sets.setdefault(fused_set(weight.name), []).append(weight.name)
     peaks = {
         name: model.get_parameter(f"{name}.weight").detach().abs().max() for names in sets.values() for name in names
     }

@@ -15,9 +15,9 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.experts import separable
 from auto_mmround.recipe.allocation import allocate
-from auto_mmround.recipe.patterns import matches
+from auto_mmround.recipe.patterns import Patterns
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.plan import FUSED, Plan, WeightPlan, make_plan, stored_bits
+from auto_mmround.run.plan import Plan, WeightPlan, fused_set, make_plan, stored_bits
 from auto_mmround.run.sensitivity import Damage, Trial, trying
 
 log = logging.getLogger("auto_mmround")
@@ -46,13 +46,13 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
 
     Raises UserError for bits that a format holds for none of them.
     """
-    fixed = [pattern for pattern, options in (recipe.layer_config or {}).items() if "bits" in options]
+    fixed = Patterns(pattern for pattern, options in (recipe.layer_config or {}).items() if "bits" in options)
     experts = {name: expert.parameter.rpartition(".")[0] for name, expert in separable(model).items()}
     sets: dict[Any, list[WeightPlan]] = {}
     for weight in plan.weights:
         if weight.scheme and weight.block:
-            sets.setdefault(experts.get(weight.name) or _fused(weight.name), []).append(weight)
-    free = [each for each in sets.values() if not any(matches(p, weight.name) for p in fixed for weight in each)]
+            sets.setdefault(experts.get(weight.name) or fused_set(weight.name), []).append(weight)
+    free = [each for each in sets.values() if not any(fixed.of(weight.name) for weight in each)]
     schemes = {weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable}
     targets = [formats.resolve(name, schemes) for name in recipe.formats]
     found, problems = [], dict.fromkeys(recipe.mixable, "")
@@ -70,11 +70,6 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
         if free and not any(bits in unit.options for unit in found):
             raise UserError(f"bit_options: {problem}; change bit_options, or the format")
     return found
-
-
-def _fused(name: str) -> tuple[str, Any]:
-    parent, _, leaf = name.rpartition(".")
-    return parent, next((i for i, members in enumerate(FUSED) if leaf in members), leaf)
 
 
 def choose_bits(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files, write_whole
 from auto_mmround.export.formats import Format, Layout
@@ -201,7 +202,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         blocks=[stage.path for stage in plan.stages],
         checkpoint_name=names.module,
         default=recipe.scheme,
-        details={"iters": recipe.steps, "algorithm": recipe.algorithm},
+        details=recipe.details,
     )
     config = _config(names.model, source)
     config = fmt.model_config(config, layout) if fmt.model_config else config
@@ -230,7 +231,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     else:
         write_config(folder, config, fmt.config(layout))
     record = {**result.record, "files": sorted(files), **records}
-    write_whole(folder / "run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / "run.json", (strict.dumps(record, indent=1) + "\n").encode())
 
 
 def _exact(fmt: Format, weight: Codes) -> bool:

@@ -42,6 +42,7 @@ from auto_mmround.run.objective import forward_of, start_config, tune_config
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import STEPS, Teacher, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
+from auto_mmround.run.ranges import check_equalized
 from auto_mmround.run.static_inputs import input_scales
 from auto_mmround.run.weights import Weights, accumulated, kinds_of, tower_tokens
 
@@ -79,6 +80,7 @@ def quantize(
     if recipe.equalize != "none":
         with separated(model):
             equalize(model, recipe, plan, inputs, watcher.captured)
+        check_equalized(model, plan)
     journey = _Journey(
         model, recipe, plan, inputs, finished, watcher, holder or InMemory(), separable(model),
         BatchSize(recipe.batch), processes,
@@ -217,6 +219,9 @@ class _Journey:
 
     def _finish(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
         """Keep what belongs to blocks that were tuned together, if all processes found the same."""
+        broken = next((name for name, weight in codes.items() if not weight.scale_OG.isfinite().all()), None)
+        if broken:
+            raise UserError(f"{broken}: its scales became NaN or infinite; calibrate with other samples, or --iters 0")
         self.processes.agree(reports[0].name, codes)
         self.finished.add(reports, codes)
 

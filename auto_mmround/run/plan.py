@@ -2,9 +2,10 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -16,13 +17,19 @@ from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import converted_parameters
 from auto_mmround.model.structure import LINEAR, Stage, find_experts, find_stages, linears, select_stages
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
-from auto_mmround.recipe.patterns import matches
+from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 OVERRIDES = ("bits", "group_size", "sym")
+
+
+def fused_set(name: str) -> tuple[str, Any]:
+    """Equal for weights that engines load as one matrix."""
+    parent, _, leaf = name.rpartition(".")
+    return parent, next((i for i, members in enumerate(FUSED) if leaf in members), leaf)
 
 
 @dataclass(frozen=True)
@@ -57,19 +64,27 @@ class Plan:
     weights: tuple[WeightPlan, ...]
     formats: tuple[Format, ...]
 
-    @property
+    @cached_property
     def quantized(self) -> dict[str, Scheme]:
         """Module name -> scheme of the weights that will be quantized."""
         return {w.name: w.scheme for w in self.weights if w.scheme}
 
-    @property
+    @cached_property
     def kept(self) -> dict[str, str]:
         """Module name -> reason of the linear weights that stay."""
         return {w.name: w.reason for w in self.weights if w.reason}
 
     def of_block(self, block: str) -> list[WeightPlan]:
         """The weights of a block that will be quantized."""
-        return [w for w in self.weights if w.block == block and w.scheme]
+        return self._by_block.get(block, [])
+
+    @cached_property
+    def _by_block(self) -> dict[str, list[WeightPlan]]:
+        found: dict[str, list[WeightPlan]] = {}
+        for weight in self.weights:
+            if weight.block is not None and weight.scheme:
+                found.setdefault(weight.block, []).append(weight)
+        return found
 
     def bits_per_weight(self) -> float:
         """Average over the quantized weights, scales (16 bits) and zero points included."""
@@ -100,7 +115,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         if fmt.ready:
             fmt.ready()
     # First without formats, to know the schemes by which `auto_round` chooses its packing.
-    weights = [_decide(model, name, layer, blocks, classes[name], recipe) for name, layer in layers.items()]
+    named, owners = _Named.of(recipe), set(blocks)
+    weights = [_decide(model, name, layer, owners, classes[name], named) for name, layer in layers.items()]
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
@@ -111,13 +127,19 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         if name not in stacked:
             weights.append(WeightPlan(name, count * rows, columns, None, None, "fused experts: not quantized yet"))
     weights += [WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()]
+    return assembled(chosen, weights, targets)
+
+
+def assembled(stages: Sequence[Stage], weights: Sequence[WeightPlan], targets: Sequence[Format]) -> Plan:
+    """The plan with those of the stages that have something to do. Raises UserError if there is nothing to quantize,
+    and where weights that engines fuse have several schemes."""
     if not any(w.scheme for w in weights):
         reasons = Counter(w.reason for w in weights if w.block and w.reason)
         reason = reasons.most_common(1)[0][0] if reasons else "no linear layer in the chosen blocks"
         raise UserError(f"nothing to quantize: {reason}")
     _check_fused(weights)
     used = {weight.block for weight in weights if weight.scheme}
-    return Plan(tuple(s for s in chosen if used & {*s.blocks}), tuple(weights), tuple(targets))
+    return Plan(tuple(s for s in stages if used & {*s.blocks}), tuple(weights), tuple(targets))
 
 
 def _stages(model: PreTrainedModel, recipe: Recipe) -> list[Stage]:
@@ -138,14 +160,11 @@ def _classes(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     return tuple(type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts)))
 
 
-def _names(pattern: str, name: str, classes: Sequence[str]) -> bool:
-    """Whether a pattern names a layer: by its name, its class, or the class of a module that it lies in."""
-    return matches(pattern, name) or pattern in classes
-
-
 def _check_patterns(recipe: Recipe, classes: Mapping[str, Sequence[str]]) -> None:
-    for pattern in [*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})]:
-        if not any(_names(pattern, name, found) for name, found in classes.items()):
+    patterns = Patterns([*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})])
+    met = {pattern for name, found in classes.items() for pattern in patterns.of(name, found)}
+    for pattern in patterns.all:
+        if pattern not in met:
             raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, classes)}")
 
 
@@ -162,27 +181,40 @@ def _check_mappings(model: PreTrainedModel, recipe: Recipe, blocks: Sequence[str
                 raise UserError(f"mappings: {pattern!r} matches nothing in the blocks; {_nearest(pattern, names)}")
 
 
+class _Named(NamedTuple):
+    """A recipe, and its patterns ready to be asked."""
+
+    recipe: Recipe
+    kept: Patterns
+    targets: Patterns
+    layers: Patterns
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "_Named":
+        return cls(recipe, *map(Patterns, (recipe.kept_patterns, recipe.targets or [], recipe.layer_config or {})))
+
+
 def _decide(
     model: PreTrainedModel,
     name: str,
     layer: Any,
-    blocks: Sequence[str],
+    blocks: Collection[str],
     classes: Sequence[str],
-    recipe: Recipe,
+    named: _Named,
 ) -> WeightPlan:
     shape = tuple(layer.weight.shape)
     out_features, in_features = reversed(shape) if isinstance(layer, Conv1D) else shape
-    block = next((b for b in blocks if name.startswith(b + ".")), None)
+    recipe, parts = named.recipe, name.split(".")
+    block = next((b for i in range(1, len(parts)) if (b := ".".join(parts[:i])) in blocks), None)
     scheme: Scheme | None = recipe.scheme
-    kept = (pattern for pattern in recipe.kept_patterns if _names(pattern, name, classes))
-    reason = next((f"kept by the pattern {pattern!r}" for pattern in kept), None)
-    if reason is None and recipe.targets and not any(_names(pattern, name, classes) for pattern in recipe.targets):
+    reason = next((f"kept by the pattern {pattern!r}" for pattern in named.kept.of(name, classes)), None)
+    if reason is None and recipe.targets and not named.targets.of(name, classes):
         reason = "not among the targets"
     if reason is None and block is None:
         reason = _outside(model, layer, recipe)
-    for pattern, options in (recipe.layer_config or {}).items():
-        if reason is None and _names(pattern, name, classes):
-            scheme = override(scheme or recipe.scheme, options, pattern)
+    for pattern in named.layers.of(name, classes):
+        if reason is None:
+            scheme = override(scheme or recipe.scheme, (recipe.layer_config or {})[pattern], pattern)
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
     if scheme is not None:
         scheme = replace(scheme, scale_range=formats.scale_range(recipe.formats))
@@ -233,12 +265,10 @@ def grid_of(scheme: Scheme) -> Grid:
 
 
 def _check_fused(weights: Sequence[WeightPlan]) -> None:
-    members: dict[tuple[str, int], dict[str, Scheme | None]] = {}
+    members: dict[tuple[str, Any], dict[str, Scheme | None]] = {}
     for weight in weights:
-        parent, _, leaf = weight.name.rpartition(".")
-        for i, group in enumerate(FUSED):
-            if weight.block and leaf in group:
-                members.setdefault((parent, i), {})[leaf] = weight.scheme
+        if weight.block:
+            members.setdefault(fused_set(weight.name), {})[weight.name.rpartition(".")[2]] = weight.scheme
     for (parent, _), found in members.items():
         if len(set(found.values())) > 1:
             raise UserError(

@@ -90,11 +90,9 @@ class Weights:
 
         Padding of text is worth nothing. What a tower makes of padding reaches the text, so its gradients tell.
         """
-        if block in self.fisher.channels:
-            table_RD = self.fisher.channels[block].cpu()
-            table_RD = table_RD / table_RD[table_RD.sum(1) > 0].mean().clamp(min=1e-30)
-        else:
-            table_RD = torch.ones(ROWS, 1)
+        table_RD = self.fisher.channels.get(block, torch.zeros(ROWS, 1)).cpu().nan_to_num(0.0, 0.0, 0.0)
+        mean = table_RD[table_RD.sum(1) > 0].mean()  # NaN without any: not measured, or nothing depends on the block
+        table_RD = table_RD / mean.clamp(min=1e-30) if mean > 0 else torch.ones(ROWS, 1)
         if stage.name == "text":
             table_RD[PAD] = 0
         return table_RD

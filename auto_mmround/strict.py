@@ -1,0 +1,29 @@
+"""JSON as the standard has it: NaN and infinity, which Python writes as bare words, become null."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """`json.dumps`; what comes out is read by any parser. Characters beyond ASCII stay as they are."""
+    return json.dumps(finite(value), allow_nan=False, ensure_ascii=False, **options)
+
+
+def tagged(value: Any) -> Any:
+    """The same as Transformers writes it into configurations: infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
+    if isinstance(value, Mapping):
+        return {key: tagged(item) for key, item in value.items()}
+    return [tagged(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every float that is not finite, in mappings and lists too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
