@@ -167,11 +167,13 @@ def gain_offset(norm: nn.Module, x: Tensor) -> float | None:
     weight: Tensor = norm.weight  # type: ignore[assignment]
     bias = getattr(norm, "bias", None)
     kept, outputs = weight.clone(), []
-    for value in (0.0, 1.0):
-        weight.fill_(value)
-        output = norm(x).float()
-        outputs.append(output if bias is None else output - bias.float())
-    weight.copy_(kept)
+    try:
+        for value in (0.0, 1.0):
+            weight.fill_(value)
+            output = norm(x).float()
+            outputs.append(output if bias is None else output - bias.float())
+    finally:
+        weight.copy_(kept)
     zero, one = outputs
     if not one.any():
         return None

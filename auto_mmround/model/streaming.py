@@ -108,8 +108,12 @@ class Streamed:
             if block not in self._held and block != self._passing:
                 self._release_passing()
                 self._passing = block
-                self._read(block)
-                self._writers.get(block, lambda: None)()
+                try:
+                    self._read(block)
+                    self._writers.get(block, lambda: None)()
+                except BaseException:  # not to be taken for a block that is there
+                    self._release_passing()
+                    raise
 
         return hook
 

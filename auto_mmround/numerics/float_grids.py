@@ -52,7 +52,8 @@ class Nearest:
         peak: Tensor | None = None,
         input_scale: Tensor | None = None,
     ):
-        self.columns = columns = w_OI.shape[1]
+        self._w_OI, self.columns = w_OI, w_OI.shape[1]
+        columns = self.columns
         group = columns if group_size == -1 else group_size
         w_OGg = to_groups(w_OI.float(), group)
         peak_OG, global_scale = w_OGg.abs().amax(-1), None
@@ -77,6 +78,10 @@ class Nearest:
     def codes(self) -> Codes:
         """What goes to disk."""
         return self._codes
+
+    def original(self) -> Tensor:
+        """W (out, in), as it was given."""
+        return self._w_OI
 
     def weight(self) -> Tensor:
         """W~, float32 (out, in)."""

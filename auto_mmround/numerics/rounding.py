@@ -158,6 +158,10 @@ class Rounding:
         own = (None if self.grid.sym else blocks.min_OG, blocks.unit_OS2) if blocks else ()
         return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, *own)
 
+    def original(self) -> Tensor:
+        """W (out, in), in its own dtype and memory."""
+        return grids.from_groups(self.w_OGg, self.columns)
+
     def weight(self) -> Tensor:
         """W~ (out, in), float32."""
         scale_OG, zero_OG = self.scale_and_zero()

@@ -1,8 +1,9 @@
 """Tune the weights of one block so that its output stays near the teacher's.
 
 The block is an ordinary module whose tuned parameters hold W~. Each iteration draws samples, compares the block's
-output with the teacher's, and lets every `Rounding` take one sign step (p <- p - lr * sign(dL/dp), lr falling linearly
-to 0) in a hook that runs the moment its gradient is complete, so gradients of a block never pile up.
+output with the teacher's, and lets every `Rounding` that has a gradient take one sign step (p <- p - lr * sign(dL/dp),
+lr falling linearly to 0). With one batch a step that is in a hook that runs the moment the gradient is complete, so
+gradients of a block never pile up; with several, at the latest behind the last of them.
 """
 
 import math
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import grids
 from auto_mmround.numerics.rounding import Rounding
 
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B, T, D), (B, T, D) and
@@ -65,7 +65,7 @@ class TunedWeight:
 
     def show_original(self) -> None:
         """Write the weight as it was into the parameter, in place."""
-        self.rows(self.parameter.data).copy_(grids.from_groups(self.rounding.w_OGg, self.rounding.columns))
+        self.rows(self.parameter.data).copy_(self.rounding.original())
 
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
@@ -193,12 +193,12 @@ def _sign_descent(
             errors = [squared_error(*triple, trim=config.trim) for triple in forward(part)]
             if errors:
                 torch.stack(errors).sum().backward()
-        if add_up:
-            for weight in weights:
+        for weight in weights:
+            if add_up:
                 if weight.parameter.grad is None:
                     weight.parameter.grad = torch.zeros_like(weight.parameter)
                 add_up([weight.parameter.grad])
-                step(weight)
+            step(weight)  # also those that the last part did not reach, as experts that its tokens did not choose
 
     for weight in weights:
         weight.parameter.requires_grad_(True)

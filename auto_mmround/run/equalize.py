@@ -84,11 +84,14 @@ def equalize(
             with precision():
                 after = _watched_pass(chain, index, block, recipe.batch, pairs, statistics, inputs)
             if pairs:
-                with torch.no_grad():
+                with torch.no_grad(), ExitStack() as undo:
+                    for parameter in {id(p): p for pair in pairs for p in _parameters(pair, block)}.values():
+                        undo.callback(parameter.copy_, parameter.clone())
                     call, hidden = _first_call(chain, index, block)
                     expected = call.run(block, hidden)
                     fresh = [_apply(block, name, pair, statistics[pair.source], plan, recipe) for pair in pairs]
                     _check_unchanged(name, call.run(block, hidden), expected)
+                    undo.pop_all()
                 done += [change for change in fresh if change]
                 log.info("%s: %s rescales %d of %d pairs", name, recipe.equalize, sum(map(bool, fresh)), len(pairs))
             chain = after

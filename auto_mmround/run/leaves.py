@@ -1,6 +1,7 @@
 """Between a model's weights and their codes: rounding states for weights, codes from them, weights from codes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from auto_mmround.run.plan import FUSED, WeightPlan, grid_of
 def leaves_of(
     model: nn.Module, planned: Sequence[WeightPlan], input_scales: Mapping[str, Tensor] | None = None
 ) -> dict[str, TunedWeight]:
-    """Rounding states for the weights; the parameters hold round-to-nearest values from here on.
+    """Rounding states for the weights, at round to nearest; the parameters are as before until they are `rounded`.
 
     input_scales: of static activations, see `static_inputs`.
     """
@@ -33,8 +34,20 @@ def leaves_of(
             wholes = peaks.get(weight.name), (input_scales or {}).get(weight.name)
             rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, *wholes)
         leaves[weight.name] = TunedWeight(parameter, rounding, transposed)
-        leaves[weight.name].refresh()
     return leaves
+
+
+@contextmanager
+def rounded(leaves: Mapping[str, TunedWeight], *, keep: bool = True) -> Iterator[None]:
+    """The parameters hold W~. Where the work inside fails, or without ``keep``, they hold the weights as they were."""
+    with ExitStack() as undo:
+        for leaf in leaves.values():
+            undo.callback(leaf.show_original)
+        for leaf in leaves.values():
+            leaf.refresh()
+        yield
+        if keep:
+            undo.pop_all()
 
 
 def codes_of(tuned: Mapping[str, TunedWeight]) -> dict[str, Codes]:

@@ -36,7 +36,7 @@ from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.journal import BlockReport, block_report
 from auto_mmround.run.layers import LayerErrors
-from auto_mmround.run.leaves import codes_of, leaves_of, write_back
+from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
 from auto_mmround.run.memory import BatchSize
 from auto_mmround.run.objective import forward_of, start_config, tune_config
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
@@ -198,7 +198,8 @@ class _Journey:
             if not self._taken([name], planned):
                 started = time.perf_counter()
                 tuned = leaves_of(self.model, planned, self.input_scales)
-                self._finish([block_report(self.device, name, stage, tuned, None, started)], codes_of(tuned))
+                with rounded(tuned):
+                    self._finish([block_report(self.device, name, stage, tuned, None, started)], codes_of(tuned))
         self.watcher.block(self.finished.reports[name])
 
     def _taken(self, names: Sequence[str], planned: Sequence[WeightPlan]) -> bool:
@@ -297,9 +298,9 @@ class _Journey:
         forward = forward_of(student, blocks, first, target, loss_weights, places)
         turns = in_turn(moments, window) if recipe.in_turn else []
         unreached = set(leaves) - set(moments) if moments else set()
-        errors = LayerErrors(leaves, moments)
-        errors.note("nearest")
-        try:
+        with rounded(leaves):
+            errors = LayerErrors(leaves, moments)
+            errors.note("nearest")
             nearest = self._start(leaves, moments, forward, count, turns, measure, batch_size) if moments else None
             errors.note("start")
             result = tune_block(
@@ -310,20 +311,15 @@ class _Journey:
                 on_step=partial(self._stepped, window[-1], recipe.steps),
                 add_up=self.processes.add_up if self.processes.count > 1 else None,
             )
-        except BaseException:
-            for leaf in leaves.values():
-                leaf.show_original()
-            raise
-        errors.note("end", "" if recipe.steps or not moments else "start")
-        reports = []
-        for name in window:
-            report = block_report(self.device, name, student.stage.name, tuned[name], result, started, nearest)
-            reports.append(replace(report, layers=errors.of(tuned[name]), unreached=len(unreached & set(tuned[name]))))
-            if reports[-1].unreached:
-                log.warning(
-                    "%s: %d weights saw no calibration token: searched scales, not tuned", name, reports[-1].unreached
-                )
-        self._finish(reports, codes_of(leaves))
+            errors.note("end", "" if recipe.steps or not moments else "start")
+            reports = []
+            for name in window:
+                report = block_report(self.device, name, student.stage.name, tuned[name], result, started, nearest)
+                missed = len(unreached & set(tuned[name]))
+                reports.append(replace(report, layers=errors.of(tuned[name]), unreached=missed))
+                if missed:
+                    log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name, missed)
+            self._finish(reports, codes_of(leaves))
 
     def _stepped(self, block: str, total: int, step: int) -> None:
         devices.traits(self.device).mark_step()

@@ -34,7 +34,7 @@ from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
-from auto_mmround.run.leaves import leaves_of
+from auto_mmround.run.leaves import leaves_of, rounded
 from auto_mmround.run.weights import accumulated, kinds_of, tower_tokens
 
 BUDGET = 20.0  # seconds that measuring may take, about
@@ -157,16 +157,13 @@ class _Probe:
                 moments = collected.moments()
         started = self.clock()
         leaves = leaves_of(self.model, planned)
-        try:
+        with rounded(leaves, keep=False):
             if recipe.closed_form:
                 config = StartConfig(order=recipe.actorder)  # type: ignore[arg-type]
                 closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, config)
             cost.once = self.clock() - started
             if recipe.steps:
                 cost.step = self._step(chain, index, block, leaves, target, cost.forward * count)
-        finally:
-            for leaf in leaves.values():
-                leaf.show_original()
         return cost
 
     def _step(
@@ -314,10 +311,8 @@ def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], floa
     weight = min(planned, key=lambda w: w.out_features * w.in_features)
     block = [weight.block or ""]
     with job.loaded.holder.resident(block), separated(job.loaded.model, blocks=block):
-        before = job.loaded.model.get_submodule(weight.name).weight.clone()  # type: ignore[operator]
         (leaf,) = leaves_of(job.loaded.model, [weight]).values()
         codes = leaf.rounding.codes()
-        leaf.parameter.data.copy_(before)
     started = clock()
     codes_record(codes)
     for fmt in job.plan.formats:

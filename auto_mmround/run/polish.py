@@ -7,7 +7,7 @@ quantized. It is kept only if KL on held-out samples falls. Scales are rounded t
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,13 +137,13 @@ def polish(
                 found = _held_out(model, teacher, held)
                 if found < best:
                     best, kept = found, [factor.clone() for factor in factors]
-    for factor, value in zip(factors, kept, strict=True):
-        factor.copy_(value)
-    for learner in learners:
-        learner.refresh()
-    if best == before:
-        log.warning("polish: held-out KL did not fall below %.4g; scales and norms stay", before)
-    return Polished({name: leaf.codes() for name, leaf in leaves.items()}, before, best)
+        for factor, value in zip(factors, kept, strict=True):
+            factor.copy_(value)
+        for learner in learners:
+            learner.refresh()
+        if best == before:
+            log.warning("polish: held-out KL did not fall below %.4g; scales and norms stay", before)
+        return Polished({name: leaf.codes() for name, leaf in leaves.items()}, before, best)
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,11 @@ class _Leaf:
         w_OI = grids.from_groups(self.centred_OGg * self.scale()[..., None], self.found.q_OI.shape[1])
         rows.copy_(w_OI.view_as(rows))
 
+    def reset(self) -> None:
+        """W~ as it was found."""
+        self.factor.fill_(1)
+        self.refresh()
+
 
 @dataclass(frozen=True)
 class _Norm:
@@ -209,6 +214,10 @@ class _Norm:
         """Write the weight into the parameter, in place."""
         self.parameter.data.copy_(self.start.float() * self.factor)
 
+    def reset(self) -> None:
+        """The weight as it was."""
+        self.parameter.data.copy_(self.start)
+
 
 def _add_gradient(factor: Tensor, grad: Tensor) -> None:
     factor.grad = grad if factor.grad is None else factor.grad + grad
@@ -222,7 +231,8 @@ def norm_weights(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
-    """Gradients of the parameters go to the factors the moment they are complete, and are gone."""
+    """Gradients of the parameters go to the factors the moment they are complete, and are gone. Where the work fails,
+    the parameters hold again what factors of 1 give."""
 
     def hook_for(learner: _Leaf | _Norm) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -235,13 +245,18 @@ def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
     for learner in learners:
         learner.parameter.requires_grad_(True)
     handles = [learner.parameter.register_post_accumulate_grad_hook(hook_for(learner)) for learner in learners]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as undo:
         for learner in learners:
-            learner.parameter.requires_grad_(False)
+            undo.callback(learner.reset)
+        try:
+            yield
+            undo.pop_all()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for learner in learners:
+                learner.parameter.requires_grad_(False)
+                learner.parameter.grad = None
 
 
 def _backward(model: PreTrainedModel, teacher: Teacher, i: int) -> None:

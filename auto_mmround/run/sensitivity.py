@@ -170,6 +170,7 @@ class Trial:
         finally:
             handle.remove()
             weight.requires_grad_(False)
+            weight.grad = None
 
     def _put(self, bits: Mapping[str, int]) -> None:
         """Every weight at as many bits."""
