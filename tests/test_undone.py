@@ -42,15 +42,13 @@ def samples(count=8):
         kwargs = ids(after=6 + seed, seed=seed)
         tokens = kwargs["input_ids"].shape[1]
         found.append(
-            ModelInput(
-                str(seed), kwargs, torch.zeros(tokens, dtype=torch.int8), torch.ones(tokens, dtype=torch.bool)
-            )
+            ModelInput(str(seed), kwargs, torch.zeros(tokens, dtype=torch.int8), torch.ones(tokens, dtype=torch.bool))
         )
     return found
 
 
-def codes_of(model, recipe=RECIPE):
-    finished = Finished()
+def codes_of(model, recipe=RECIPE, finished=None):
+    finished = Finished() if finished is None else finished
     quantize(model, recipe, make_plan(model, recipe), samples(), finished)
     return finished.codes
 
@@ -62,6 +60,10 @@ def state_of(model):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+# What ends a `with` or stands in a `finally`: it allocates nothing.
+LEAVING = ("__exit__", "remove", "requires_grad_", "set_float32_matmul_precision", "pop_all")
 
 
 class Calls:
@@ -89,6 +91,8 @@ class Calls:
         if not self.depth or event not in ("call", "c_call") or not caller.f_code.co_filename.startswith(PACKAGE):
             return
         called = arg.__name__ if event == "c_call" else frame.f_code.co_name
+        if called in LEAVING:
+            return
         place = (caller.f_code.co_filename, caller.f_lineno, called)
         if place not in self.places:
             self.places[place] = None
@@ -121,10 +125,6 @@ def expected():
     return of
 
 
-def tried(places, which, of):
-    return range(which, len(places), of)
-
-
 @pytest.mark.parametrize("part", range(PLACES))
 def test_memory_that_ends_anywhere_in_a_block_gives_what_half_as_many_samples_give(expected, part, caplog):
     wanted, places = expected("llama", tiny_llama)
@@ -138,7 +138,9 @@ def test_memory_that_ends_anywhere_in_a_block_gives_what_half_as_many_samples_gi
 
 def test_it_does_at_the_places_that_write_weights(expected):
     wanted, places = expected("llama", tiny_llama)
-    writing = [i for i, (file, _, called) in enumerate(places) if called in ("refresh", "copy_", "note", "codes", "add")]
+    writing = [
+        i for i, (file, _, called) in enumerate(places) if called in ("refresh", "copy_", "note", "codes", "add")
+    ]
     assert len(writing) > 5
     for at in writing:
         with Calls(TUNE, fails_at=at):
@@ -162,26 +164,29 @@ def test_ctrl_c_in_a_block_leaves_its_weights_as_they_were(expected, part):
     _, places = expected("llama", tiny_llama)
     model = tiny_llama()
     before = state_of(model)
-    with pytest.raises(KeyboardInterrupt), Calls(TUNE, KeyboardInterrupt(), (2 * part + 1) * len(places) // (2 * PLACES)):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Calls(TUNE, KeyboardInterrupt(), (2 * part + 1) * len(places) // (2 * PLACES)),
+    ):
         codes_of(model)
     assert_same(state_of(model), before)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"iters": 0}, {"iters": 0, "data_type": "fp8", "bits": 8, "group_size": -1}, {"iters": 0, "data_type": "nvfp4", "bits": 4}],
-)
-def test_rounding_to_nearest_that_fails_leaves_the_block_as_it_was(changes):
-    recipe = replace(RECIPE, **changes)
+@pytest.mark.parametrize("data_type", ["int", "fp8", "nvfp4"])
+def test_rounding_to_nearest_that_fails_leaves_the_block_as_it_was(data_type):
+    floats = dict(format="compressed_tensors", data_type=data_type, bits=8 if data_type == "fp8" else 4, group_size=-1)
+    floats |= {"group_size": 16} if data_type == "nvfp4" else {}
+    recipe = replace(RECIPE, iters=0, **(floats if data_type != "int" else {}))
     where = pipelines._Journey.nearest
     places = places_in(where, lambda: codes_of(tiny_llama(), recipe))
     for at in range(0, len(places), 5):
-        model = tiny_llama()
+        model, finished = tiny_llama(), Finished()
         before = state_of(model)
         with pytest.raises(torch.OutOfMemoryError), Calls(where, OUT, at):
-            codes_of(model, recipe)
-        assert_same(state_of(model), before)
+            codes_of(model, recipe, finished)
+        if not finished.reports:
+            assert_same(state_of(model), before)
 
 
 def test_polish_that_fails_leaves_the_quantized_weights():

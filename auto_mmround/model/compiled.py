@@ -12,18 +12,23 @@ from auto_mmround.model.chains import run_plainly
 
 log = logging.getLogger("auto_mmround")
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 class Compiled:
     """Call it as (block, args, kwargs). Where compiling fails, it says so once and runs blocks as they are.
 
     The block is an argument of what is compiled, so that its weights are inputs and the next block of its class finds
-    the code made. Lengths become symbols once they are seen to vary.
+    the code made. Lengths become symbols once they are seen to vary. Code does not see hooks that come after it was
+    made, so a block whose modules are watched, as while second moments are gathered, is run as it is.
     """
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor"):
         self._run: Callable[..., Any] = torch.compile(run_plainly, backend=backend)
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _watched(block):
+            return run_plainly(block, args, kwargs)
         try:
             return self._run(block, args, kwargs)
         except TorchDynamoException as error:
@@ -32,3 +37,8 @@ class Compiled:
             log.warning("torch.compile failed, blocks run uncompiled: %s", str(error).strip().split("\n")[0])
             self._run = run_plainly
             return run_plainly(block, args, kwargs)
+
+
+def _watched(block: nn.Module) -> bool:
+    """Whether a module inside the block has hooks. The block's own are there for good, as those of a streamed one."""
+    return any(getattr(module, hooks) for module in block.modules() if module is not block for hooks in HOOKS)

@@ -178,11 +178,11 @@ class Rounding:
         rows = max(1, CHUNK // self.columns) if grad_OI.is_cpu else len(grad_OI)
         for at in range(0, len(grad_OI), rows):
             part = slice(at, at + rows)
-            view = self._rows(part)
+            view = self.rows(part)
             view._step(grad_OI[part], lr, factor_lr)
             into_OI[part].copy_(view.weight())
 
-    def _rows(self, part: slice) -> "Rounding":
+    def rows(self, part: slice) -> "Rounding":
         """The state of some rows, in the same memory."""
         view = copy.copy(self)
         view.w_OGg, view.offset_OGg, view.ranges = self.w_OGg[part], self.offset_OGg[part], self.ranges.rows(part)

@@ -9,7 +9,7 @@ gradients of a block never pile up; with several, at the latest behind the last 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -200,15 +200,23 @@ def _sign_descent(
                 add_up([weight.parameter.grad])
             step(weight)  # also those that the last part did not reach, as experts that its tokens did not choose
 
-    for weight in weights:
-        weight.parameter.requires_grad_(True)
-    own = [] if add_up else weights
-    hooks = [weight.parameter.register_post_accumulate_grad_hook(hook_for(weight)) for weight in own]
-    try:
-        yield learn
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
         for weight in weights:
-            weight.parameter.requires_grad_(False)
-            weight.parameter.grad = None
+            stack.enter_context(asking_for_gradients(weight.parameter, None if add_up else hook_for(weight)))
+        yield learn
+
+
+@contextmanager
+def asking_for_gradients(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+    """While open, the parameter gets gradients, and ``hook`` is called when one is complete; none is left behind."""
+    with ExitStack() as after:
+        after.callback(_without_gradient, parameter)
+        parameter.requires_grad_(True)
+        if hook:
+            after.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        yield
+
+
+def _without_gradient(parameter: torch.nn.Parameter) -> None:
+    parameter.requires_grad_(False)
+    parameter.grad = None

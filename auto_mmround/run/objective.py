@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from auto_mmround.model.chains import Chain
 from auto_mmround.numerics.start import StartConfig
 from auto_mmround.numerics.tuner import TuneConfig
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.weights import ErrorWeights
 
 
 def start_config(recipe: Recipe) -> StartConfig:
@@ -23,7 +24,7 @@ def forward_of(
     blocks: Sequence[nn.Module],
     first: int,
     target: Chain,
-    loss_weights: Sequence[Tensor],
+    loss_weights: ErrorWeights,
     places: Mapping[int, int],
 ) -> Callable[[Sequence[int]], Any]:
     """The student's outputs behind ``blocks``, the teacher's, and what errors weigh, for the samples asked for.
@@ -32,14 +33,12 @@ def forward_of(
 
     def forward(indices: Sequence[int]) -> Any:
         for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
-            wanted, weights = _cat([target.hidden[i] for i in group]), _cat([loss_weights[i] for i in group])
+            hidden = [target.hidden[i] for i in group]
+            wanted = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+            weights = loss_weights.of(group, output.shape[:-1])
             yield output, wanted.to(output.device), weights.to(output.device)
 
     return forward
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:

@@ -337,14 +337,12 @@ class _Journey:
         """Second moments of the inputs of some layers, from the student's inputs through the blocks as they are; with
         `retarget` those of the teacher's inputs with them too."""
         layers = {name: self.model.get_submodule(name) for name in names}
-        weights = {name: self.weights.of_tokens(student, name) for name in names}
         current: list[int] = []
-        with (
-            torch.no_grad(),
-            collecting(
-                layers, lambda name: torch.cat([weights[name][i] for i in current]), self.recipe.retarget
-            ) as collected,
-        ):
+
+        def weights(name: str) -> Tensor:
+            return torch.cat(self.weights.of_tokens(student, name, current))
+
+        with torch.no_grad(), collecting(layers, weights, self.recipe.retarget) as collected:
             for at in range(0, len(student), batch_size):
                 for group in student.groups(range(at, min(at + batch_size, len(student))), first):
                     current[:] = group

@@ -21,7 +21,7 @@ from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Grid
-from auto_mmround.numerics.tuner import held_out_split
+from auto_mmround.numerics.tuner import asking_for_gradients, held_out_split
 from auto_mmround.run.leaves import parameter_of
 
 log = logging.getLogger("auto_mmround")
@@ -242,21 +242,12 @@ def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
 
         return hook
 
-    for learner in learners:
-        learner.parameter.requires_grad_(True)
-    handles = [learner.parameter.register_post_accumulate_grad_hook(hook_for(learner)) for learner in learners]
-    with ExitStack() as undo:
+    with ExitStack() as after, ExitStack() as undo:
         for learner in learners:
             undo.callback(learner.reset)
-        try:
-            yield
-            undo.pop_all()
-        finally:
-            for handle in handles:
-                handle.remove()
-            for learner in learners:
-                learner.parameter.requires_grad_(False)
-                learner.parameter.grad = None
+            after.enter_context(asking_for_gradients(learner.parameter, hook_for(learner)))
+        yield
+        undo.pop_all()
 
 
 def _backward(model: PreTrainedModel, teacher: Teacher, i: int) -> None:

@@ -25,6 +25,7 @@ from auto_mmround.model.fisher import Fisher, Precision, measure_fisher, spread
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+from auto_mmround.numerics.tuner import asking_for_gradients
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.weights import Weights, kinds_of
@@ -163,14 +164,8 @@ class Trial:
             sums_S[at[0]] += (parameter.grad.float() * step).sum().item()
             parameter.grad = None
 
-        weight.requires_grad_(True)
-        handle = weight.register_post_accumulate_grad_hook(add)
-        try:
+        with asking_for_gradients(weight, add):
             yield
-        finally:
-            handle.remove()
-            weight.requires_grad_(False)
-            weight.grad = None
 
     def _put(self, bits: Mapping[str, int]) -> None:
         """Every weight at as many bits."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +37,21 @@ def accumulated(recipe: Recipe, tower_tokens: int) -> int:
     return max(1, min(asked, TOWER_SAMPLE * asked // tower_tokens))
 
 
+class ErrorWeights(NamedTuple):
+    """What the errors of a block's output weigh. table_RD: float32, by row of the Fisher table; one channel where all
+    count alike. row_N: int8, the row of every token of all samples. end_S: where each sample's tokens end."""
+
+    table_RD: Tensor
+    row_N: Tensor
+    end_S: Tensor
+
+    def of(self, samples: Sequence[int], shape: torch.Size) -> Tensor:
+        """Of some samples' tokens together, (*shape, channels); shape: (B, T)."""
+        ends = [0, *self.end_S.tolist()]
+        row_N = torch.cat([self.row_N[ends[i] : ends[i + 1]] for i in samples])
+        return self.table_RD[row_N.long().reshape(shape)]
+
+
 @dataclass(frozen=True)
 class Weights:
     """kinds: by sample. fisher: empty where errors all weigh alike."""
@@ -42,19 +59,23 @@ class Weights:
     kinds: Sequence[Kinds]
     fisher: Fisher
 
-    def of_errors(self, chain: Chain, block: str) -> list[Tensor]:
-        """Of the block's error for every sample, (B, T, 1 or channels): 0 on padding, else 1, or the Fisher information
-        of the channel for that kind of token, scaled to a mean of 1 over the rows of the table."""
-        table_RD = self._table(chain.stage, block)
-        return [table_RD[self._rows(chain, i)] for i in range(len(chain))]
+    def of_errors(self, chain: Chain, block: str) -> ErrorWeights:
+        """Of the block's error for every sample: 0 on padding, else 1, or the Fisher information of the channel for
+        that kind of token, scaled to a mean of 1 over the rows of the table. On the device that the block runs on."""
+        rows = [self._rows(chain, i) for i in range(len(chain))]
+        ends = [0, *accumulate(map(len, rows))]
+        row_N = torch.cat([torch.empty(0, dtype=torch.long), *rows]).to(torch.int8)
+        device = chain.device or torch.device("cpu")
+        return ErrorWeights(self._table(chain.stage, block).to(device), row_N.to(device), torch.tensor(ends[1:]))
 
-    def of_tokens(self, chain: Chain, layer: str) -> list[Tensor]:
-        """What a layer's tokens count in its second moments, flat, for every sample: 0 on padding of text, else 1, or
-        how much the model's output depends on the layer's output there."""
+    def of_tokens(self, chain: Chain, layer: str, entries: Sequence[int] | None = None) -> list[Tensor]:
+        """What a layer's tokens count in its second moments, flat, for every sample or entry of the chain asked for:
+        0 on padding of text, else 1, or how much the model's output depends on the layer's output there."""
         measured = self.fisher.tokens.get(layer, {})
         known = all(sample in measured for sample in chain.sample)
         found = []
-        for i, sample in enumerate(chain.sample):
+        for i in range(len(chain)) if entries is None else entries:
+            sample = chain.sample[i]
             counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
             if chain.stage.name == "text":
                 counted_N = (token_kinds(chain.stage, self.kinds[sample], len(counted_N)) != PAD).float()
@@ -79,6 +100,5 @@ class Weights:
         return table_RD
 
     def _rows(self, chain: Chain, i: int) -> Tensor:
-        """Row of the Fisher table for every token of a hidden state, in its shape but for the channels."""
-        shape = chain.hidden[i].shape[:-1]
-        return rows_of(chain.stage, self.kinds[chain.sample[i]], shape.numel()).reshape(shape)
+        """Row of the Fisher table for every token of a hidden state, flat."""
+        return rows_of(chain.stage, self.kinds[chain.sample[i]], chain.hidden[i].shape[:-1].numel())
