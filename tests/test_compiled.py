@@ -3,12 +3,21 @@
 import logging
 from dataclasses import replace
 
+import pytest
 import torch
+from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from two_processes import mixed_inputs, tiny_model
 
+from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
 from auto_mmround.model.compiled import Compiled
+from auto_mmround.model.loading import load
 from auto_mmround.model.structure import find_stages
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished
+from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.plan import make_plan
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -72,3 +81,71 @@ def test_a_failure_is_said_once_and_costs_nothing_but_speed(caplog):
         got = replace(chain, runner=Compiled(broken)).advanced([model.model.layers[0]], 0, 1).hidden
     torch.testing.assert_close(got, chain.advanced([model.model.layers[0]], 0, 1).hidden, rtol=0, atol=0)
     assert len([r for r in caplog.records if "uncompiled" in r.message]) == 1
+
+
+RECIPE = Recipe(bits=3, group_size=32, iters=2, batch_size=4, amp=False, quant_nontext_module=True)
+
+
+def quantized(**changes):
+    recipe, model, finished = replace(RECIPE, **changes), tiny_model(), Finished()
+    quantize(model, recipe, make_plan(model, recipe), mixed_inputs(), finished)
+    return finished
+
+
+@pytest.mark.parametrize("changes", [{}, {"algorithm": "gptq", "true_sequential": True}, {"retarget": True}])
+def test_a_compiled_run_gives_the_codes_of_a_plain_one(changes, monkeypatch):
+    """Compiled to the same operations, so to the bit: second moments, errors of layers and steps are all there."""
+    made = []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    plain = quantized(**changes)
+    monkeypatch.setitem(devices.TABLE, "cpu", replace(devices.TABLE["cpu"], compiler=counting))
+    compiled = quantized(enable_torch_compile=True, **changes)
+    assert made and all(report.layers for report in compiled.reports.values())
+    for name, codes in plain.codes.items():
+        assert all(torch.equal(a, b) for a, b in zip(codes[:3], compiled.codes[name][:3])), name
+    for name, report in plain.reports.items():
+        assert compiled.reports[name].layers == report.layers and compiled.reports[name].end == report.end
+
+
+def test_watched_layers_are_seen_by_hooks_that_come_after_compiling():
+    model, seen = tiny_llama(), []
+    chain = replace(chain_of(model, [12, 12]), runner=Compiled("eager"))
+    block = model.model.layers[0]
+    chain.advanced([block], 0, 1)
+    handle = block.mlp.down_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape))
+    chain.advanced([block], 0, 1)
+    handle.remove()
+    chain.advanced([block], 0, 1)
+    assert len(seen) == 2
+
+
+def test_streamed_blocks_are_compiled_once_a_class(tmp_path):
+    FAMILIES["llama"].save(tmp_path, tiny_tokenizer())
+    loaded, made = load(str(tmp_path), stream=True), []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    chain = replace(chain_of(loaded.model, [12, 12]), runner=Compiled(counting))
+    for index, name in enumerate(chain.stage.blocks):
+        with loaded.holder.resident([name]):
+            chain.advanced([loaded.model.get_submodule(name)], index, 1)
+    assert len(made) == 1
+
+
+def test_inductor_gives_the_codes_of_a_plain_run():
+    torch.compiler.reset()
+    changes = dict(quant_nontext_module=False, algorithm="gptq")
+    plain, compiled = quantized(**changes), quantized(enable_torch_compile=True, **changes)
+    for name, codes in plain.codes.items():  # its kernels add in another order
+        assert (codes.q_OI == compiled.codes[name].q_OI).float().mean() > 0.995
+    for name, report in plain.reports.items():
+        assert compiled.reports[name].end == pytest.approx(report.end, rel=1e-3)
+        assert compiled.reports[name].layers.keys() == report.layers.keys()

@@ -16,7 +16,7 @@ from auto_mmround.model.chains import Call, Chain
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished
-from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import make_plan
 
 CPU = torch.device("cpu")
@@ -144,4 +144,41 @@ def test_a_model_placed_by_accelerate_gives_the_same():
     placed = dispatch_model(placed, parts, main_device="cpu", force_hooks=True)
     assert hasattr(placed.model.language_model.layers[0], "_hf_hook")
     one, two = (run(model, mixed_inputs()) for model in (plain, placed))
+    assert all(torch.equal(one[name].q_OI, two[name].q_OI) for name in one)
+
+
+def test_sums_have_a_fixed_order_while_a_run_works_where_the_device_must_be_asked_for_it(monkeypatch):
+    def asked(row):
+        monkeypatch.setitem(devices.TABLE, "cpu", row)
+        seen, model, recipe = [], tiny_model(), Recipe(bits=3, group_size=32, iters=1, batch_size=4, amp=False)
+        watcher = Watcher(
+            step=lambda *step: seen.append(torch.get_deterministic_debug_mode()),
+            captured=lambda *done: seen.append(torch.get_deterministic_debug_mode()),
+        )
+        quantize(model, recipe, make_plan(model, recipe), mixed_inputs(), Finished(), watcher)
+        return seen
+
+    row = devices.TABLE["cpu"]
+    assert set(asked(row)) == {0}  # a processor always adds in the same order
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    seen = asked(replace(row, repeatable=devices.TABLE["cuda"].repeatable))
+    assert 1 in seen and seen[-1] == 1
+    assert torch.get_deterministic_debug_mode() == 0 and torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_callers_wish_for_an_error_stays(monkeypatch):
+    repeatable = devices.TABLE["cuda"].repeatable
+    try:
+        torch.set_deterministic_debug_mode("error")
+        with pytest.raises(KeyError), repeatable():
+            assert torch.get_deterministic_debug_mode() == 2
+            raise KeyError
+        assert torch.get_deterministic_debug_mode() == 2
+    finally:
+        torch.set_deterministic_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_two_runs_on_cuda_give_the_same_bits():
+    one, two = (run(tiny_model().cuda(), mixed_inputs()) for _ in range(2))
     assert all(torch.equal(one[name].q_OI, two[name].q_OI) for name in one)

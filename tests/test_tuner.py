@@ -1,11 +1,17 @@
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.numerics.grids import Grid, dequantize
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, mean_error, squared_error, tune_block
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.finished import Finished
+from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.plan import make_plan
 
 
 def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
@@ -68,6 +74,84 @@ def test_same_seed_same_bits_and_accumulation_is_one_batch():
     split = offsets(batch_size=1, accumulate=4)
     agreement = [(a.sub(b).abs() < 1e-6).float().mean() for a, b in zip(once, split)]
     assert min(agreement) > 0.98  # up to the order of float sums
+
+
+PARTS = [(8, 1), (4, 2), (2, 4), (1, 8)]  # samples at a time, parts a step
+
+
+def with_steps_counted(tuned):
+    counts = [0] * len(tuned)
+
+    def counted(i, step):
+        def take(*args):
+            counts[i] += 1
+            step(*args)
+
+        return take
+
+    for i, weight in enumerate(tuned):
+        weight.rounding.step = counted(i, weight.rounding.step)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["dense", "used twice", "experts"])
+def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
+    """In float64, where the order of sums does not turn signs. Each sample reaches one expert of four, or none."""
+
+    def tune(batch_size, accumulate):
+        torch.manual_seed(0)
+        layers = [nn.Linear(32, 32, bias=False, dtype=torch.float64).requires_grad_(False) for _ in range(4)]
+        inputs = [torch.randn(1, 6, 32, dtype=torch.float64) for _ in range(40)]
+
+        def run(i):
+            if kind == "experts":
+                return layers[i % 3](inputs[i])
+            if kind == "used twice":
+                return layers[3](layers[0](layers[0](inputs[i])).tanh())
+            return layers[1](layers[0](inputs[i]).tanh())
+
+        targets = [run(i) for i in range(40)]
+        tuned = [TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(3, True))) for m in layers]
+        counts = with_steps_counted(tuned)
+
+        def forward(indices):
+            for i in indices:
+                yield run(i), targets[i], torch.ones(1, 6, 1)
+
+        result = tune_block(tuned, forward, 40, TuneConfig(iters=12, batch_size=batch_size, accumulate=accumulate))
+        return [weight.rounding.codes() for weight in tuned], counts, result
+
+    whole, steps, result = tune(*PARTS[0])
+    assert result.best_iter > 0 and steps[0] > 10 and min(steps) == 0  # one layer is in no step
+    for parts in PARTS[1:]:
+        codes, counts, _ = tune(*parts)
+        assert counts == steps, parts
+        assert all(torch.equal(a, b) for one, two in zip(codes, whole) for a, b in zip(one[:3], two[:3])), parts
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_models_codes_are_the_same_in_one_part_and_in_many(name):
+    codes = []
+    for batch_size, accumulate in PARTS:
+        model = FAMILIES[name].build().double()
+        recipe = Recipe(
+            bits=3, group_size=32, algorithm="sign_round", iters=6, lr=0.1, amp=False, batch_size=batch_size,
+            gradient_accumulate_steps=accumulate,
+        )  # fmt: skip
+        inputs = [
+            {"input_ids": torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(i))} for i in range(24)
+        ]
+        samples = [
+            ModelInput(str(i), kwargs, torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool))
+            for i, kwargs in enumerate(inputs)
+        ]
+        finished = Finished()
+        quantize(model, recipe, make_plan(model, recipe), samples, finished)
+        assert max(report.best_iter for report in finished.reports.values()) > 0
+        codes.append(finished.codes)
+    for parts, other in zip(PARTS[1:], codes[1:]):
+        differ = [n for n in other if not all(torch.equal(a, b) for a, b in zip(other[n][:3], codes[0][n][:3]))]
+        assert not differ, parts
 
 
 def test_masked_tokens_weigh_nothing():

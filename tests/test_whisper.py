@@ -125,7 +125,7 @@ def test_silence_and_sinks_weigh_what_their_gradients_say():
     weights = Weights(kinds_of(inputs), Fisher(table))
     heard = Chain(encoder, hidden=[torch.zeros(1, 16, 64)], sample=[0])
     block = encoder.blocks[-1]
-    (errors,) = weights.of_errors(heard, block)
+    errors = weights.of_errors(heard, block).of([0], heard.hidden[0].shape[:2])
     torch.testing.assert_close(errors[0, 0] / errors[0, -1], table[block][AUDIO] / table[block][PAD])
 
 

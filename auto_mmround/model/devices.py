@@ -7,7 +7,7 @@ import importlib.util
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,20 @@ def _habana(module: str) -> Any:
     return importlib.import_module(f"habana_frameworks.torch.{module}")
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """torch's switch: sums in a fixed order (index_add, scatter, attention backwards ..). An operation that has no such
+    kernel goes on with a warning of torch's, unless the caller has asked for an error."""
+    mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode(max(mode, 1))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM
 
 
@@ -33,7 +47,8 @@ class Traits:
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this machine. synchronize:
     waits for all work. mark_step: ends a graph that gathers operations lazily. peak, free: bytes used at most so far,
     bytes that can be had. padded: shapes are compiled, so lengths are padded to few. compiler: of torch.compile.
-    prepare: called before the device is used.
+    prepare: called before the device is used. repeatable: while open, the same work gives the same bits each time, as
+    far as the device has kernels for that; nothing to do where it always does, or where nothing is known of it.
     """
 
     backend: str
@@ -45,6 +60,7 @@ class Traits:
     padded: bool = False
     compiler: str = "inductor"
     prepare: Callable[[], Any] = lambda: None
+    repeatable: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 TABLE: dict[str, Traits] = {
@@ -55,6 +71,7 @@ TABLE: dict[str, Traits] = {
         torch.cuda.synchronize,
         peak=torch.cuda.max_memory_allocated,
         free=lambda device: torch.cuda.mem_get_info(device)[0],
+        repeatable=_deterministic,
     ),
     "hpu": Traits(
         "cpu:gloo,hpu:hccl",
@@ -106,15 +123,17 @@ def _has_gaudi() -> bool:
     return importlib.util.find_spec("habana_frameworks") is not None
 
 
-def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> contextlib.AbstractContextManager:
-    """Compute in bfloat16 where the model is stored wider, if that is faster; a bfloat16 model needs no help, but on
-    a processor that is slow in it.
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> Iterator[None]:
+    """While open, models compute in bfloat16 where they are stored wider, if that is faster; a bfloat16 model needs no
+    help, but on a processor that is slow in it. Sums are as `Traits.repeatable` has them.
 
     Without the cache of cast weights: tuning changes weights in place, and the cache would go on serving old ones.
     """
-    if amp and dtype != torch.bfloat16 and fast_bf16(device):
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    return products(device, dtype)
+    narrow = amp and dtype != torch.bfloat16 and fast_bf16(device)
+    cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if narrow else products(device, dtype)
+    with traits(device).repeatable(), cast:
+        yield
 
 
 def products(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -222,12 +222,10 @@ def weighted_error(w_OGg: Tensor, importance: Tensor, scale_OG: Tensor, zero_OG:
 # ------------------------------------------------------------------------------------------------------ GPTQ solve
 
 
-def error(w_OI: Tensor, wq_OI: Tensor, hessian_II: Tensor, *, exact: bool = True) -> float:
-    """tr((W - W~) H (W - W~)^T): the squared output error a token, summed over outputs. Not ``exact``: its product in
-    bf16, to about a thousandth."""
+def error(w_OI: Tensor, wq_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr((W - W~) H (W - W~)^T): the squared output error a token, summed over outputs."""
     error_OI = w_OI.float() - wq_OI.float()
-    with _bf16_products(not exact):
-        return ((error_OI @ hessian_II) * error_OI).sum().item()
+    return ((error_OI @ hessian_II) * error_OI).sum().item()
 
 
 def solve(
