@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import FAMILIES
@@ -118,11 +120,12 @@ def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
             for i in indices:
                 yield run(i), targets[i], torch.ones(1, 6, 1)
 
-        result = tune_block(tuned, forward, 40, TuneConfig(iters=12, batch_size=batch_size, accumulate=accumulate))
+        config = TuneConfig(iters=12, batch_size=batch_size, accumulate=accumulate, keep_best=False)
+        result = tune_block(tuned, forward, 40, config)
         return [weight.rounding.codes() for weight in tuned], counts, result
 
     whole, steps, result = tune(*PARTS[0])
-    assert result.best_iter > 0 and steps[0] > 10 and min(steps) == 0  # one layer is in no step
+    assert result.best_iter == 12 and steps[0] > 10 and min(steps) == 0  # one layer is in no step
     for parts in PARTS[1:]:
         codes, counts, _ = tune(*parts)
         assert counts == steps, parts
@@ -131,23 +134,20 @@ def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_a_models_codes_are_the_same_in_one_part_and_in_many(name):
-    codes = []
+    inputs, codes = [], []
+    for i in range(24):
+        words = torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(i))
+        kinds, answers = torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool)
+        inputs.append(ModelInput(str(i), {"input_ids": words}, kinds, answers))
     for batch_size, accumulate in PARTS:
         model = FAMILIES[name].build().double()
-        recipe = Recipe(
-            bits=3, group_size=32, algorithm="sign_round", iters=6, lr=0.1, amp=False, batch_size=batch_size,
-            gradient_accumulate_steps=accumulate,
-        )  # fmt: skip
-        inputs = [
-            {"input_ids": torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(i))} for i in range(24)
-        ]
-        samples = [
-            ModelInput(str(i), kwargs, torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool))
-            for i, kwargs in enumerate(inputs)
-        ]
+        if name == "qwen3_moe":
+            model.set_experts_implementation("eager")  # Transformers' faster ones know no float64
+        recipe = Recipe(bits=3, group_size=32, algorithm="sign_round", iters=6, amp=False, not_use_best_mse=True)
+        recipe = replace(recipe, batch_size=batch_size, gradient_accumulate_steps=accumulate)
         finished = Finished()
-        quantize(model, recipe, make_plan(model, recipe), samples, finished)
-        assert max(report.best_iter for report in finished.reports.values()) > 0
+        quantize(model, recipe, make_plan(model, recipe), inputs, finished)
+        assert {report.best_iter for report in finished.reports.values()} == {6}
         codes.append(finished.codes)
     for parts, other in zip(PARTS[1:], codes[1:]):
         differ = [n for n in other if not all(torch.equal(a, b) for a, b in zip(other[n][:3], codes[0][n][:3]))]

@@ -18,7 +18,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.structure import Stage
 
 # Largest relative difference between replay and model that may be rounding of the compute dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)

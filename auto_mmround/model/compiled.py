@@ -40,5 +40,4 @@ class Compiled:
 
 
 def _watched(block: nn.Module) -> bool:
-    """Whether a module inside the block has hooks. The block's own are there for good, as those of a streamed one."""
-    return any(getattr(module, hooks) for module in block.modules() if module is not block for hooks in HOOKS)
+    return any(getattr(module, hooks) for module in block.modules() for hooks in HOOKS)

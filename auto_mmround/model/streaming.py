@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -73,19 +74,20 @@ class Streamed:
             owner = next((block for prefix, block in owners.items() if name.startswith(prefix)), None)
             if owner is not None:
                 self._keys[owner].append(key)
-        self._held: set[str] = set()
         self._passing: str | None = None
         self._writers: dict[str, Callable[[], None]] = {}
         self._blocks = {name: model.get_submodule(name) for name in self._keys}  # something may stand in for them
-        for name, block in self._blocks.items():
-            block.register_forward_pre_hook(self._reader(name))
+        self._hooks = {name: self._listen(name) for name in self._blocks}
 
     @contextmanager
     def resident(self, blocks: Sequence[str]) -> Iterator[None]:
         """See `Holder.resident`. A block that is not one of a stage's is in memory anyway."""
         self._release_passing()
         streamed = [block for block in blocks if block in self._keys]
-        self._held |= set(streamed)
+        for block in streamed:
+            self._hooks[
+                block
+            ].remove()  # nothing to read, and nothing that differs between blocks for a compiler to see
         try:
             for block in streamed:
                 self._read(block)
@@ -93,7 +95,7 @@ class Streamed:
         finally:
             for block in streamed:
                 self._release(block)
-            self._held -= set(streamed)
+                self._hooks[block] = self._listen(block)
 
     def replace(self, block: str, write: Callable[[], None]) -> None:
         """See `Holder.replace`."""
@@ -103,9 +105,9 @@ class Streamed:
         """See `Holder.recomputing`."""
         return recomputed(self._model, self._keys)
 
-    def _reader(self, block: str) -> Callable[..., None]:
+    def _listen(self, block: str) -> RemovableHandle:
         def hook(module: nn.Module, args: Any) -> None:
-            if block not in self._held and block != self._passing:
+            if block != self._passing:
                 self._release_passing()
                 self._passing = block
                 try:
@@ -115,7 +117,7 @@ class Streamed:
                     self._release_passing()
                     raise
 
-        return hook
+        return self._blocks[block].register_forward_pre_hook(hook, prepend=True)
 
     def _release_passing(self) -> None:
         if self._passing is not None:
