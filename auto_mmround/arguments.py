@@ -28,7 +28,9 @@ def checked_model(model: Any) -> PreTrainedModel | str:
         raise UserError(f"model is {_kind(model)}, expected a model of Transformers, a folder or a hub name{hint}")
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if away is not None:
-        raise UserError(f"model: {away} is not in memory (device_map has left it elsewhere); load it without device_map")
+        raise UserError(
+            f"model: {away} is not in memory (device_map has left it elsewhere); load it without device_map"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise UserError("model is quantized already (its config has a quantization_config); give the original weights")
     return model
@@ -73,9 +75,9 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as recipes have them: devices as text (also given as torch.device or number), paths too."""
     found = {key: value for key, value in options.items() if not (key == "device" and value is None)}
     for key, value in found.items():
-        if isinstance(value, Path) and key in PATHS:
-            found[key] = str(value)
-        elif key == "device" and (_package(value) == "torch" or type(value) is int):
+        if (isinstance(value, Path) and key in PATHS) or (
+            key == "device" and (_package(value) == "torch" or type(value) is int)
+        ):
             found[key] = str(value)
     return found
 
@@ -89,4 +91,6 @@ def _kind(thing: Any) -> str:
         return "None"
     if isinstance(thing, str):
         return f"the text {thing[:80]!r}"
-    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
+    article = "the class" if isinstance(thing, type) else "an" if name[0] in "AEIOUaeiou" else "a"
+    return f"{article} {name}"

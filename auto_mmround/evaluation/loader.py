@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.checkpoint import Checkpoint, dequantized_state_dict, read_checkpoint
-from auto_mmround.model.experts import restacked
 from auto_mmround.model.borrowed import named
+from auto_mmround.model.experts import restacked
 from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,

@@ -198,9 +198,7 @@ def _record(job: Job, finished: Finished) -> dict[str, Any]:
     return journal(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
 
 
-def save(
-    job: Job, finished: Finished, out: Path, format_name: str, objects: Mapping[str, Any] | None = None
-) -> Path:
+def save(job: Job, finished: Finished, out: Path, format_name: str, objects: Mapping[str, Any] | None = None) -> Path:
     """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
 
     Raises UserError if the format can't hold what was tuned; name it in the recipe's `format` before tuning.
