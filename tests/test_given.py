@@ -387,6 +387,47 @@ def test_a_configuration_that_asks_for_tuples(tmp_path, family):
 THING = object()
 
 
+def edit(folder, name, **changes):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("damage, line", [
+    (lambda out: edit(out, "config.json", vocab_size=100), "tokenizer.json: its token 'w127' has id 127"),
+    (lambda out: edit(out, "config.json", vocab_size=100), "has shape (128, 64)"),
+    (lambda out: edit(out, "config.json", tie_word_embeddings=True), "lm_head.weight: differs from model.embed_tokens"),
+    (lambda out: edit(out, "config.json", rope_theta=5.0), "rope_theta is 5.0"),
+    (lambda out: edit(out, "config.json", layer_types=["full_attention"]), "layer_types has 1 entries for 2 layers"),
+    (lambda out: edit(out, "config.json", eos_token_id=[2, 300]), "eos_token_id is 300, the vocabulary has 128"),
+    (lambda out: edit(out, "generation_config.json", bos_token_id=128), "generation_config.json: bos_token_id is 128"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize("format", ["auto_round", "fake"])
+def test_verify_sees_what_does_not_belong_together(folders, tmp_path, damage, line, format):
+    out = exported(*read(folders("llama")), tmp_path / "out", format)
+    assert not check(out)
+    damage(out)
+    assert any(line in finding.line() for finding in check(out))
+
+
+def test_whole_files_hold_the_changed_model(tmp_path):
+    """GGUF takes the tokenizer, the configuration and every tensor from what was given."""
+    gguf = pytest.importorskip("gguf")
+    from auto_mmround.model.loading import DEMO
+
+    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(DEMO)
+    processor = transformers.AutoProcessor.from_pretrained(DEMO)
+    processor.tokenizer.add_tokens([f"<new_{i}>" for i in range(32)])
+    model.resize_token_embeddings(2080, mean_resizing=False)
+    model.config.text_config.rms_norm_eps = 1e-3
+    out = exported(model, processor, tmp_path / "out", "gguf:q8_0", bits=8, group_size=32)
+    assert not check(out)
+    (path,) = out.glob("model-*.gguf")
+    reader = gguf.GGUFReader(path)
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[2048] == "<new_0>"
+    assert abs(reader.get_field("qwen2vl.attention.layer_norm_rms_epsilon").contents() - 1e-3) < 1e-9
+    assert next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight").shape[1] == 2080
+
+
 @pytest.mark.parametrize("wrong, line", [
     (dict(model=None), "model is None, expected a model"),
     (dict(model=THING), "model is an object, expected"),

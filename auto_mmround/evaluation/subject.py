@@ -69,8 +69,8 @@ class Linear:
 class Skeleton:
     """What the configured model needs, by checkpoint names. missing: parameters that no tensor fills. unknown: tensors
     that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head.
-    respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them. tied: tensors
-    that are here twice by the configuration, each with the other's name."""
+    respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them. tied:
+    tensors that the configuration ties to another that is here too."""
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]

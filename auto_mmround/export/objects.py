@@ -65,12 +65,16 @@ def write_code(out: Path, model: Any) -> dict[str, Any]:
 
 
 def _saved(thing: Any) -> Files:
-    """What the object saves, by name."""
+    """What the object saves, by name; of a whole processor the part that older readers look for in a file of its own
+    as well."""
     thing = _untruncated(thing)
     with tempfile.TemporaryDirectory() as scratch:
         thing.save_pretrained(scratch)
         files = [path for path in Path(scratch).rglob("*") if path.is_file()]
-        return {str(path.relative_to(scratch)): path.read_bytes() for path in files}
+        found = {str(path.relative_to(scratch)): path.read_bytes() for path in files}
+    whole = json.loads(found.get("processor_config.json", b"{}"))
+    part = whole.get("image_processor") or whole.get("feature_extractor")
+    return found | ({"preprocessor_config.json": json.dumps(part, indent=2).encode() + b"\n"} if part else {})
 
 
 def _from_source(thing: Any, source: Path | None) -> Files:
