@@ -1,21 +1,34 @@
 """The Python API, with the names and defaults of the original."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 
+from auto_mmround.arguments import checked_dataset, checked_model, plain_options, told_apart
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import report
 from auto_mmround.export import formats
 from auto_mmround.model import devices
-from auto_mmround.model.loading import Loaded, find_folder
+from auto_mmround.model.borrowed import borrowed
+from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
-from auto_mmround.run.journal import BlockReport
+from auto_mmround.run.given import is_from
+from auto_mmround.run.journal import BlockReport, checksum
 from auto_mmround.run.output import folder_name
 from auto_mmround.run.pipeline import Watcher, quantize
+
+log = logging.getLogger("auto_mmround")
+
+# What quantize() has left in models that are still alive. A weight on an 8-bit grid in bfloat16 looks like any other:
+# only a note taken when it was written tells.
+_WRITTEN: WeakKeyDictionary[PreTrainedModel, dict[str, str]] = WeakKeyDictionary()
 
 
 class AutoRoundMLLM:
@@ -33,7 +46,7 @@ class AutoRoundMLLM:
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | Path,
         tokenizer: Any = None,
         processor: Any = None,
         image_processor: Any = None,
@@ -43,30 +56,44 @@ class AutoRoundMLLM:
         dataset: Any = None,
         **options: Any,
     ):
+        model, dataset = checked_model(model), checked_dataset(dataset)
+        if isinstance(processor, str | Path):  # one of ours, by its name or file, as on the command line
+            options, processor = options | {"processor": str(processor)}, None
+        tokenizer, processor = told_apart(tokenizer, processor, image_processor)
         in_memory = not isinstance(dataset, (str, type(None)))
         values = {"bits": bits, "group_size": group_size, "sym": sym, "dataset": None if in_memory else dataset}
-        options = {key: value for key, value in options.items() if not (key == "device" and value is None)}
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-        recipe = from_mapping(values | _strings(options) | {"model": name}, "AutoRoundMLLM")
+        origin = "" if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+        name = model if isinstance(model, str) else origin or "model"
+        self.recipe: Recipe = from_mapping(values | plain_options(options) | {"model": name}, "AutoRoundMLLM")
         if isinstance(model, str):
-            self.loaded = jobs.load_model(recipe, stream=False)
+            self.loaded = jobs.load_model(self.recipe, stream=False)
+            mine = {"tokenizer": tokenizer, "processor": processor}
+            self.loaded = replace(self.loaded, **{name: thing for name, thing in mine.items() if thing is not None})
         else:
-            processor = processor or getattr(tokenizer, "processor", None)
-            self.loaded = Loaded(model, tokenizer, processor, _source_of(name))
-        self.recipe: Recipe = recipe
+            self.loaded = _around(model, tokenizer, processor, origin, self.recipe.trust_remote_code)
         self._rows = dataset if in_memory else None
         self._image_processor = image_processor
+        self._objects = {"tokenizer": tokenizer, "processor": processor, "image_processor": image_processor}
         self._done: tuple[jobs.Job, Finished] | None = None
 
     def quantize(self, watcher: Watcher | None = None) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
-        """Tune; returns the model, whose weights now hold the quantized values, and what was done to every layer."""
-        model = self.loaded.model
-        model.eval().requires_grad_(False)
-        if self.recipe.device != "0":
-            model.to(devices.resolve(self.recipe.device))  # type: ignore[arg-type]
-        job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
+        """Tune; returns the model, whose weights now hold the quantized values, and what was done to every layer.
+
+        All else of the model is afterwards as it was, also after a failure. Raises UserError for a model whose weights
+        were quantized before.
+        """
+        model, marks = self.loaded.model, _marks(self.loaded.model)
+        again = next((name for name, mark in _WRITTEN.get(model, {}).items() if marks.get(name) == mark), None)
+        if again is not None:
+            raise UserError(f"{again} holds what quantize() wrote: this model was quantized before; load it anew")
+        device = devices.resolve(self.recipe.device) if self.recipe.device != "0" else None
         finished = Finished()
-        quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
+        with borrowed(model, None if device is None else torch.device(device)):
+            job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
+            try:
+                quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
+            finally:
+                _WRITTEN[model] = {name: mark for name, mark in _marks(model).items() if marks.get(name) != mark}
         self._done = (job, finished)
         return model, self.layer_config
 
@@ -112,21 +139,39 @@ class AutoRoundMLLM:
         names = [formats.get(part.strip()).name for part in format.split(",")]
         label = jobs.model_label(self.recipe)
         folders = [root] if len(names) == 1 else [root / folder_name(label, self.recipe, name) for name in names]
-        saved = [jobs.save(job, finished, out, name) for out, name in zip(folders, names)]
+        settings = self.loaded.model.generation_config if self.loaded.given else None
+        objects = self._objects | {"generation_config": settings}
+        saved = [jobs.save(job, finished, out, name, objects) for out, name in zip(folders, names)]
         for folder in saved:
             report.write(folder)
         return saved
 
 
-def _strings(options: dict[str, Any]) -> dict[str, Any]:
-    """Devices may be given as torch.device or number, paths as Path."""
-    loose = ("device", "extra_data_dir", "template", "processor", "output_dir")
-    return {key: str(value) if key in loose and value is not None else value for key, value in options.items()}
+def _around(model: PreTrainedModel, tokenizer: Any, processor: Any, origin: str, remote_code: bool) -> Loaded:
+    """The user's objects, with the folder that the model came from, if its weights are from there. What they have not
+    is read from that folder."""
+    source = _source_of(origin) if origin else None
+    if source is not None and not is_from(model, source):
+        log.warning("the model's weights are not those of %s, which it names: nothing is taken from there", source)
+        source = None
+    if source is not None and tokenizer is None and processor is None:
+        processor = load_processor(source, remote_code)
+        tokenizer = load_tokenizer(source, processor, remote_code)
+    return Loaded(model, tokenizer, processor, source, given=True)
 
 
 def _source_of(name: str) -> Path | None:
-    """The folder that a model in memory came from, None if it came from nowhere."""
+    """The folder of that name, None if there is none."""
     try:
         return find_folder(name, offline=True)
     except UserError:
         return None
+
+
+def _marks(model: PreTrainedModel) -> dict[str, str]:
+    """Checksums of the first row of every matrix."""
+    return {
+        name: checksum(parameter[(0,) * (parameter.ndim - 1)])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and parameter.numel()
+    }

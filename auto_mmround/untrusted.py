@@ -1,6 +1,7 @@
 """What others wrote, read with bounds: text, JSON, the names of weight files. One line for whatever is wrong."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,12 @@ def one_line(message: str) -> str:
     text = " ".join(message[: 4 * LINE].split())
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= LINE else f"{text[:LINE]} .."
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: short, objects without the address in memory where they happen to lie."""
+    text = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", repr(value))
+    return text if len(text) <= 80 else f"{text[:80]} .."
 
 
 class TooLong(Exception):

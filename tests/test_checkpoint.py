@@ -111,11 +111,13 @@ def test_saved_tokenizer_does_not_truncate(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+    from auto_mmround.export.objects import write_objects
+
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]")
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=4)
-    files = write_side_files(None, tmp_path, tokenizer=tokenizer, generation_config=GenerationConfig())
+    files = write_objects(tmp_path, None, (), tokenizer=tokenizer, generation_config=GenerationConfig())
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
     assert saved["truncation"] is None and saved["padding"] is None
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(files)

@@ -13,6 +13,7 @@ from auto_mmround.calibration import media
 from auto_mmround.calibration.processor import Processor, hearing, render
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
+from auto_mmround.errors import UserError
 
 log = logging.getLogger("auto_mmround")
 
@@ -215,6 +216,8 @@ class Encoder:
             return ModelInput(
                 sample.id, kwargs, modality(kwargs, self.config), torch.ones(ids.shape[1], dtype=torch.bool)
             )
+        if self.tokenizer is None and sample.input_ids is None:
+            raise UserError(f"sample {sample.id} is text, and there is no tokenizer: give one")
         if sample.text is not None or sample.input_ids is not None:
             return self._plain(sample)
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import parse_json, read_text
+from auto_mmround.untrusted import parse_json, read_text, shown
 
 log = logging.getLogger("auto_mmround")
 
@@ -39,7 +39,7 @@ def part_kind(part: Mapping[str, Any]) -> str:
     """text, image, video or audio for one typed part of a content list: {"type": "image"}, {"type": "image_url"}, .."""
     kind = str(part.get("type") or ("text" if "text" in part else "")).removeprefix("input_").removesuffix("_url")
     if kind != "text" and kind not in MARKERS:
-        raise UserError(f"a content part has the type {part.get('type')!r}: expected text, image, video or audio")
+        raise UserError(f"a content part has the type {shown(part.get('type'))}: expected text, image, video or audio")
     return kind
 
 
@@ -71,10 +71,10 @@ def parse_messages(messages: Any) -> tuple[Message, ...]:
             turns.append(turn)
             continue
         if not isinstance(turn, Mapping):
-            raise UserError(f'a message must look like {{"role": "user", "content": ".."}}, not {turn!r}')
+            raise UserError(f'a message must look like {{"role": "user", "content": ".."}}, not {shown(turn)}')
         name = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
         if not isinstance(name, str) or name not in ROLES:
-            raise UserError(f"unknown role {name!r} in a message: known are {', '.join(ROLES)}")
+            raise UserError(f"unknown role {shown(name)} in a message: known are {', '.join(ROLES)}")
         content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
         turns.append(Message(ROLES[name], _content_text(content)))
     return tuple(turns)

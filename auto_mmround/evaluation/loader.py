@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.checkpoint import Checkpoint, dequantized_state_dict, read_checkpoint
+from auto_mmround.model.borrowed import named
 from auto_mmround.model.experts import restacked
 from auto_mmround.model.loading import (
     DTYPES,
@@ -61,6 +62,7 @@ def from_quantized(
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
+    named(model)
     if activations:
         _quantize_inputs(model, read_checkpoint(folder), state, device)
     if (folder / "generation_config.json").is_file():

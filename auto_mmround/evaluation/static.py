@@ -14,6 +14,7 @@ import torch
 
 from auto_mmround.evaluation import names
 from auto_mmround.evaluation.subject import Finding, Stored, Subject, read_json, read_subject
+from auto_mmround.evaluation.together import TOGETHER
 from auto_mmround.evaluation.values import check_codes, check_decoded, check_plain_values, scheme
 from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.export.formats import PATTERN_SECONDS, Format, resolve
@@ -281,6 +282,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     check_fused,
     check_side_files,
     check_tokenizer,
+    *TOGETHER,
     check_plain_values,
     check_codes,
     check_decoded,

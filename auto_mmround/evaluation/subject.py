@@ -69,7 +69,8 @@ class Linear:
 class Skeleton:
     """What the configured model needs, by checkpoint names. missing: parameters that no tensor fills. unknown: tensors
     that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head.
-    respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them."""
+    respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them. tied:
+    tensors that the configuration ties to another that is here too."""
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]
@@ -77,6 +78,7 @@ class Skeleton:
     unknown: tuple[str, ...]
     head: str | None
     respelled: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,7 @@ def _skeleton(
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
         respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
+        tied={keys_here[n]: keys_here[origin] for n, origin in tied.items() if n in keys_here and origin in keys_here},
     )
 
 

@@ -1,6 +1,5 @@
 """Checkpoint folders: atomic writing (shards, side files, configuration last) and lazy reading of what was written."""
 
-import copy
 import json
 import os
 import shutil
@@ -24,9 +23,10 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
     ".index.json", ".partial", ".pkl", ".pickle", ".joblib",
 )  # fmt: skip
-# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights.
+# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights. With an
+# adapter's configuration beside merged weights loaders would look for the adapter.
 _OWN_FILES = (
-    "config.json", "quantization_config.json", "quantize_config.json",
+    "config.json", "quantization_config.json", "quantize_config.json", "adapter_config.json",
     "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
 )  # fmt: skip
 
@@ -138,7 +138,7 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(self._folder / "model.safetensors.index.json", index)
+            write_json(self._folder / "model.safetensors.index.json", index)
         sync_folder(self._folder)
         return final
 
@@ -170,43 +170,30 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_side_files(
-    source: Path | None, out: Path, *, tokenizer: Any = None, processor: Any = None, generation_config: Any = None
-) -> list[str]:
-    """Everything of a checkpoint but weights and configuration; returns the names written, relative to ``out``.
-
-    With a source folder its files are copied byte for byte (hidden files, weights, README and config.json are not).
-    Without one the objects save themselves, the tokenizer with neither truncation nor padding left in it.
-    """
-    if source is not None:
-        chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
-        strays = [path for path in chosen if not _belongs(path, source)]
-        if strays:
-            raise UserError(f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied")
-        for path in chosen:
-            target = out / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            _sync(target)
-        return [str(path.relative_to(source)) for path in chosen]
-    before = set(out.rglob("*"))
-    for thing in (processor, tokenizer):
-        if thing is not None:
-            _untruncated(thing).save_pretrained(out)
-    if generation_config is not None:
-        generation_config.save_pretrained(out)
-    return sorted(str(path.relative_to(out)) for path in set(out.rglob("*")) - before if path.is_file())
+def write_side_files(source: Path, out: Path) -> list[str]:
+    """Copy everything of the source but weights and configuration, byte for byte, hidden files and README left out;
+    returns the names written, relative to ``out``."""
+    chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
+    strays = [path for path in chosen if not _belongs(path, source)]
+    if strays:
+        raise UserError(f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied")
+    for path in chosen:
+        target = out / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        _sync(target)
+    return [str(path.relative_to(source)) for path in chosen]
 
 
 def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None) -> None:
     """config.json, the file that makes the folder a checkpoint; None writes an unquantized one."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if quantization_config is None:
-        _write_json(out / "config.json", plain)
+        write_json(out / "config.json", plain)
         return
     if quantization_config.get("quant_method") == "auto-round":
-        _write_json(out / "quantization_config.json", quantization_config)
-    _write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
+        write_json(out / "quantization_config.json", quantization_config)
+    write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
 
 
 class Shards(ExitStack):
@@ -325,17 +312,8 @@ def is_side_file(path: Path, source: Path) -> bool:
     return path.is_file() and not hidden and not own and not path.name.endswith(_WEIGHTS)
 
 
-def _untruncated(thing: Any) -> Any:
-    """A copy of a tokenizer or processor whose fast tokenizer neither truncates nor pads: both are saved otherwise."""
-    thing = copy.deepcopy(thing)
-    backend = getattr(getattr(thing, "tokenizer", thing), "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    return thing
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As `write_whole`, indented."""
     write_whole(path, (strict.dumps(strict.tagged(value), indent=2) + "\n").encode())
 
 

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.borrowed import named
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
 from auto_mmround.untrusted import one_line, read_object, weight_map
@@ -40,7 +41,7 @@ NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attribute
 class Loaded:
     """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made in memory).
 
-    holder: who has the weights of blocks at hand.
+    holder: who has the weights of blocks at hand. given: the objects are the user's own, made or changed in memory.
     """
 
     model: PreTrainedModel
@@ -48,6 +49,7 @@ class Loaded:
     processor: Any
     source: Path | None
     holder: Holder = field(default_factory=InMemory)
+    given: bool = False
 
     @property
     def streamed(self) -> bool:
@@ -120,8 +122,11 @@ def load(
     holder: Holder = InMemory()
     try:
         streams = stream or (stream is None and not device_map and not fits(folder, tensors, device, kind))
-        if streams or tensors.scales:
-            log.info("%s: blocks are read when their turn comes" if streams else "%s: FP8 is decoded", name)
+        merged = (folder / "adapter_config.json").is_file() and not device_map
+        if merged:  # Transformers would add the adapter, or look for it
+            log.warning("%s: adapter_config.json is left aside, the weights are taken as merged", folder)
+        if streams or tensors.scales or merged:
+            log.info("%s: blocks are read when their turn comes" if streams else "%s: read by tensors", name)
             dtype_ = kind or stored_dtype(folder, config) or torch.get_default_dtype()
             model, holder, absent = load_streamed(cls, config, tensors, dtype_, device, renamed_keys, whole=not streams)
         else:
@@ -143,6 +148,7 @@ def load(
         raise UserError(f"device_map {device_map}: the model fits in no memory of this machine, it would lie on disk")
     if isinstance(holder, InMemory):
         model = (model if device_map else model.to(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    named(model)
     processor = load_processor(folder, remote_code)
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
 

@@ -6,6 +6,7 @@ import typing
 from typing import Any
 
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import shown
 
 
 def require(condition: bool, message: str) -> None:
@@ -32,5 +33,5 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         raise UserError(f"recipe: {name} = {value} is no finite number")
     if (isinstance(value, bool) and bool not in plain) or not isinstance(value, plain):
         expected = " or ".join("nothing" if p is type(None) else p.__name__ for p in plain)
-        raise UserError(f"recipe: {name} = {value!r} is a {type(value).__name__}, expected {expected}")
+        raise UserError(f"recipe: {name} = {shown(value)} is a {type(value).__name__}, expected {expected}")
     return value

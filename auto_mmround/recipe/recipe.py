@@ -43,11 +43,14 @@ class Recipe(Fields):
             require(all_strings(getattr(self, name) or []), f"{name}: a list of names or re: patterns")
         shaped = all(len(pair) == 2 and all_strings([*pair[0], pair[1]]) for pair in mapping_pairs(self.mappings))
         require(shaped, 'mappings: each is [["re:.*q_proj", ..], "re:.*input_layernorm"], readers before their source')
+        layers = self.layer_config or {}
+        tables = all_strings([*layers]) and all(isinstance(each, dict) for each in layers.values())
+        require(tables, 'layer_config: each entry is a pattern with a table, such as {"q_proj": {"bits": 8}}')
         patterns = [
             *self.kept_patterns,
             *(self.targets or []),
             *(self.sequential_targets or []),
-            *(self.layer_config or {}),
+            *layers,
         ]
         for pattern in [*patterns, *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]])]:
             require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,15 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
 from auto_mmround.run.mixed import choose_bits, units
-from auto_mmround.run.output import Names, Result, check_formats, check_names, folder_name, write_checkpoint
+from auto_mmround.run.output import (
+    Names,
+    Result,
+    check_formats,
+    check_names,
+    check_tuned,
+    folder_name,
+    write_checkpoint,
+)
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
@@ -93,7 +101,7 @@ def prepare(
     plan = planned(recipe, loaded)
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
-    check_formats(plan.formats, Names(loaded.model, loaded.source), loaded.source)
+    check_formats(plan.formats, Names(loaded.model, loaded.source, loaded.given), loaded.source)
     if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
@@ -197,8 +205,8 @@ def _record(job: Job, finished: Finished) -> dict[str, Any]:
     return journal(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
 
 
-def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
-    """Write one checkpoint from codes kept in memory, straight into ``out``.
+def save(job: Job, finished: Finished, out: Path, format_name: str, objects: Mapping[str, Any] | None = None) -> Path:
+    """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
 
     Raises UserError if the format can't hold what was tuned; name it in the recipe's `format` before tuning.
     """
@@ -214,9 +222,9 @@ def save(job: Job, finished: Finished, out: Path, format_name: str) -> Path:
                 problem = "cannot hold what was tuned on the grid of another format"
             if problem:
                 raise UserError(f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before tuning")
-    source = job.loaded.source
-    names = Names(job.loaded.model, source)
+    loaded, source = job.loaded, job.loaded.source
+    names = Names(loaded.model, source, loaded.given)
     check_names(names, job.plan)
-    record = _record(job, finished)
-    saved = (job.loaded.tokenizer, job.loaded.processor)
-    return write_checkpoint(fmt, out, Result(names, job.plan, job.recipe, source, finished.result, record, *saved))
+    check_tuned(names, finished.result)
+    result = Result(names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {})
+    return write_checkpoint(fmt, out, result)

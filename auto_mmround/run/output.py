@@ -1,9 +1,11 @@
 """One checkpoint folder of a run: packed weights, then everything else, `config.json` last."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,31 @@ from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files, write_whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
+from auto_mmround.export.objects import write_code, write_objects
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.given import aliases, config_of, newest, pruned
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.plan import Plan
 
 
 class Names:
-    """Parameter names of a model and keys of its checkpoint. Without a source folder: as Transformers would save."""
+    """Parameter names of a model and keys of its checkpoint. Without a source folder: as Transformers would save.
 
-    def __init__(self, model: PreTrainedModel, source: Path | None):
-        self.model = model
+    given: the model is the user's own, see `given`.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: Path | None, given: bool = False):
+        self.model, self.source, self.given = model, source, given
         self.stored = Stored({}) if source is None else stored_tensors(source)
         self.files = self.stored.files
         self.keys = parameter_names(model, self.files)
+        self.aliases = aliases(model, self.keys)
+        self._covered = {*self.keys, *self.aliases}  # by tensors of the source
         self.experts = separable(model)
         # The tables of Transformers go one way: what they make of a file's key is sure, what they would save is not.
         converted = converted_keys(model, self.files)
@@ -44,7 +53,45 @@ class Names:
         for name, expert in self.experts.items():
             prefix = self._prefix(expert)
             self.keys[f"{name}.weight"] = stored.get((expert.parameter, _tail(expert.tail)), f"{prefix}.{expert.tail}")
+            if expert.stacked or self.keys[f"{name}.weight"] in self.files:
+                self._covered.add(expert.parameter)
         self.parameters = {key: name for name, key in self.keys.items()}
+
+    @cached_property
+    def gone(self) -> set[str]:
+        """Keys of the source that the model in memory has no place for any more."""
+        return set() if self.source is None else pruned(self.model, self.stored, self.source)
+
+    @cached_property
+    def made(self) -> list[tuple[list[str], list[str]]]:
+        """Parameters that no single tensor of the source holds, and the keys they are saved under, by groups: new
+        ones, and those that Transformers splits or fuses."""
+        state = self.model.state_dict()
+        ignored = self.model._keys_to_ignore_on_load_missing or () if self.files else ()
+        groups: dict[str, list[str]] = {}
+        for name in state:
+            if name not in self._covered and not any(re.search(pattern, name) for pattern in ignored):
+                # What is fused lies side by side: `attn.q_proj.weight` and `attn.k_proj.weight`.
+                groups.setdefault(".".join(name.split(".")[:-2]) if self.files else "", []).append(name)
+        shapes = {name: torch.empty(state[name].shape, device="meta") for group in groups.values() for name in group}
+        undone = [revert_weight_conversion(self.model, {n: shapes[n] for n in group}) for group in groups.values()]
+        return [(group, list(keys)) for group, keys in zip(groups.values(), undone, strict=True)]
+
+    @cached_property
+    def added(self) -> set[str]:
+        """The keys of `made`."""
+        return {key for _, keys in self.made for key in keys}
+
+    def written(self) -> list[str]:
+        """The keys of a checkpoint, packed weights as one key each."""
+        stacked = [self.key(f"{name}.weight") for name, expert in self.experts.items() if expert.stacked]
+        stacks = {self.stacks[expert.parameter] for expert in self.experts.values() if expert.stacked}
+        found = [*self.files, *sorted(self.added), *stacked]
+        return [key for key in dict.fromkeys(found) if key not in self.gone and key not in stacks]
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`, but for what formats add."""
+        return config_of(self.model, self.source, self.given)
 
     def _prefix(self, expert: Expert) -> str:
         """The checkpoint's name of the module that holds an expert."""
@@ -66,7 +113,9 @@ class Names:
     def has(self, module: str) -> bool:
         """Whether the checkpoint has a tensor for the module's weight alone, or stacks it."""
         expert = self.experts.get(module)
-        return not self.files or self.key(f"{module}.weight") in self.files or bool(expert and expert.stacked)
+        key = self.key(f"{module}.weight")
+        known = not self.files or key in self.files or key in self.added
+        return known or bool(expert and expert.stacked)
 
     def module(self, name: str) -> str:
         """The checkpoint's name of a module that has a weight; fused experts, which are parameters, keep theirs."""
@@ -81,7 +130,7 @@ class Names:
         would if its blocks were not streamed: what ``codes`` say, by module name.
         """
         state = self.model.state_dict()
-        skip = {self.key(name) for name in without}
+        skip = {self.key(name) for name in without} | self.gone
         for name, expert in self.experts.items():  # a stack is written expert by expert, as engines read it
             if expert.stacked:
                 skip.add(self.stacks[expert.parameter])
@@ -90,11 +139,28 @@ class Names:
                     yield self.key(f"{name}.weight"), self._stored(expert) if current is None else current.contiguous()
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
-                if key not in skip:
-                    current = self._current(self.parameters.get(key, ""), state, codes)
-                    yield key, _newest(reader.tensor(key), current)
-        if not self.files:
-            yield from ((key, tensor) for key, tensor in self._from_memory(without, state) if key not in skip)
+                if key not in skip and key not in self.added:
+                    name, stored = self.parameters.get(key, ""), reader.tensor(key)
+                    current = self._current(name, state, codes)
+                    tensor = newest(stored, current, self.given, name.removesuffix(".weight") in codes)
+                    if tensor is stored or name not in self.aliases:  # what is tied by now is written once
+                        yield key, tensor
+            for names, keys in self.made:
+                kept = {name: state[name] for name in names if name not in without}
+                for key, tensor in self._remade(kept, keys, reader):
+                    if key not in skip:
+                        yield key, tensor
+
+    def _remade(self, kept: dict[str, Tensor], keys: list[str], reader: Reader) -> Iterator[tuple[str, Tensor]]:
+        """What parameters are saved as that the source has not, or in other pieces."""
+        known = {key: reader.tensor(key) for key in keys if key in self.files}
+        if known and (not self.given or any(tensor.is_meta for tensor in kept.values())):
+            yield from known.items()  # how Transformers would save it is not sure
+            return
+        whole = {name: tensor.cpu().contiguous() for name, tensor in kept.items()}
+        for key, tensor in revert_weight_conversion(self.model, whole).items():
+            current = tensor.contiguous()
+            yield key, newest(known[key], current, self.given, False) if key in known else current
 
     def _current(self, parameter: str, state: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Tensor | None:
         """What the model holds; None if that is what the source has, or if there is no such parameter."""
@@ -114,34 +180,17 @@ class Names:
         with Reader(self.stored) as reader:
             return expert.of(reader.tensor(self.stacks[expert.parameter])).contiguous()
 
-    def _from_memory(self, without: set[str], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        seen: set[int] = set()  # tied weights are stored once
-        kept = {}
-        for name, tensor in state.items():
-            if name not in without and tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                kept[name] = tensor.cpu().contiguous()
-        yield from revert_weight_conversion(self.model, kept).items()
-
 
 def _tail(key: str) -> str:
     """`3.gate_proj.weight` of an expert's key."""
     return ".".join(key.split(".")[-3:])
 
 
-def _newest(stored: Tensor, current: Tensor | None) -> Tensor:
-    if current is None:
-        return stored
-    same = stored.shape == current.shape and torch.equal(stored.to(current.dtype), current)
-    return stored if same or stored.shape != current.shape else current.to(stored.dtype)
-
-
 def check_formats(formats: Sequence[Format], names: Names, source: Path | None) -> None:
     """Ask the formats that write a model as a whole whether they can; UserError with the reason."""
     for fmt in formats:
         if fmt.check_model:
-            keys = names.files or [names.key(name) for name in names.model.state_dict()]
-            fmt.check_model(_config(names.model, source), keys, source)
+            fmt.check_model(names.config(), names.written(), source)
 
 
 def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> str:
@@ -160,11 +209,38 @@ def check_names(names: Names, plan: Plan) -> None:
         raise UserError(f"{absent}: the checkpoint has no tensor {names.key(absent + '.weight')} to replace")
 
 
+def check_tuned(names: Names, codes: Mapping[str, Codes]) -> None:
+    """Raises UserError if a quantized weight of the model in memory is not what tuning left in it."""
+    state = names.model.state_dict()
+    for module, weight in codes.items():
+        expert = names.experts.get(module)
+        current = None
+        if (f"{module}.weight" if expert is None else expert.parameter) in state:
+            current = names._current(f"{module}.weight", state, {})
+        if current is None or not _decodes_to(weight, current):
+            raise UserError(
+                f"{module}: its weight is not what quantize() left in it; change a model before quantize(), not after"
+            )
+
+
+def _decodes_to(codes: Codes, current: Tensor) -> bool:
+    """Whether a weight, (in, out) for some classes, holds what the codes say, maybe cast from a shorter dtype."""
+    decoded = dequantize(codes)
+    for way in (decoded, decoded.t()):
+        if way.numel() == current.numel() and way.shape[0] == current.shape[0]:
+            shaped = way.reshape(current.shape)
+            for dtype in (current.dtype, torch.bfloat16, torch.float16):
+                if torch.equal(shaped.to(dtype).to(current.dtype), current):
+                    return True
+    return False
+
+
 @dataclass(frozen=True)
 class Result:
     """What every checkpoint of a run is made of. codes: by module name, in the order they are written.
 
-    record: what the run writes down about itself. tokenizer, processor: saved where there is no source folder.
+    record: what the run writes down about itself. objects: the user's tokenizer, processors and generation settings,
+    by the names that `write_objects` has for them; saved where the source has none, or others.
     """
 
     names: Names
@@ -173,8 +249,7 @@ class Result:
     source: Path | None
     codes: Mapping[str, Codes]
     record: Mapping[str, Any]
-    tokenizer: Any = None
-    processor: Any = None
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(fmt: Format, out: Path, result: Result) -> Path:
@@ -204,7 +279,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         default=recipe.scheme,
         details=recipe.details,
     )
-    config = _config(names.model, source)
+    config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
     codes = ByKey(result.codes, {names.module(name): name for name in result.codes} if packed else {})
     rest = _recorded(names.unchanged({f"{name}.weight" for name in packed}, result.codes), records["tensors"])
@@ -218,13 +293,10 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         for key, tensor in rest:
             writer.add({key: tensor})
         writer.finish()
-    files = write_side_files(
-        source,
-        folder,
-        tokenizer=result.tokenizer,
-        processor=result.processor,
-        generation_config=names.model.generation_config,
-    )
+    if source is None:
+        config |= write_code(folder, names.model)
+    copied = write_side_files(source, folder) if source is not None else []
+    files = write_objects(folder, source, copied, **result.objects)
     (folder / "recipe.toml").write_text(to_toml(recipe))
     if fmt.write:
         fmt.write(folder, Whole(codes, rest, config, layout, source))
@@ -259,11 +331,3 @@ def _recorded(tensors: Iterator[tuple[str, Tensor]], record: dict[str, str]) -> 
     for key, tensor in tensors:
         record[key] = checksum(tensor)
         yield key, tensor
-
-
-def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
-    if source is not None:
-        found: dict[str, Any] = json.loads((source / "config.json").read_text())
-        return {key: value for key, value in found.items() if key != "quantization_config"}  # FP8, decoded by now
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    return config | {"architectures": [type(model).__name__]}

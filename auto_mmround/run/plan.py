@@ -20,6 +20,7 @@ from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.untrusted import shown
 
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -242,7 +243,7 @@ def override(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | No
             raise UserError(f"layer_config {where!r}: unknown key {key!r}; known: {', '.join(near or OVERRIDES)}")
     bits = options.get("bits", scheme.bits)
     if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
-        raise UserError(f"layer_config {where!r}: bits = {bits!r}, possible are 2 to 8, or 16 to keep the layer")
+        raise UserError(f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the layer")
     if bits >= 16:
         return None
     return replace(scheme, **{key: value for key, value in options.items() if key in OVERRIDES})
