@@ -1,6 +1,5 @@
 """One checkpoint folder of a run: packed weights, then everything else, `config.json` last."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
