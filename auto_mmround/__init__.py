@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from auto_mmround.errors import NotProved, UserError
+
 __version__ = "0.1.0"
-__all__ = ["AutoRoundMLLM", "__version__"]
+__all__ = ["AutoRoundMLLM", "NotProved", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,10 @@ from transformers import PreTrainedModel
 from auto_mmround.arguments import checked_dataset, checked_model, plain_options, told_apart
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import report
+from auto_mmround.evaluation.limits import refusals
+from auto_mmround.evaluation.proof import prove
 from auto_mmround.export import formats
+from auto_mmround.export.checkpoint import check_free
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
@@ -21,8 +25,8 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.given import is_from
 from auto_mmround.run.journal import BlockReport, checksum
-from auto_mmround.run.output import folder_name
 from auto_mmround.run.pipeline import Watcher, quantize
+from auto_mmround.run.places import check_places, folder_name, model_label
 
 log = logging.getLogger("auto_mmround")
 
@@ -90,6 +94,8 @@ class AutoRoundMLLM:
         finished = Finished()
         with borrowed(model, None if device is None else torch.device(device)):
             job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
+            for line in refusals(model, job.plan):
+                log.warning(line)
             try:
                 quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
             finally:
@@ -130,18 +136,24 @@ class AutoRoundMLLM:
     ) -> list[Path]:
         """Write one checkpoint a format. One format goes to ``output_dir`` itself, several to folders below it.
 
-        ``inplace`` is accepted as in the original; the model in memory is never changed by saving.
+        ``inplace`` is accepted as in the original; the model in memory is never changed by saving. Raises NotProved for
+        a checkpoint that is not what was tuned, which lies in ``<folder>.wrong`` then; ``check=False`` leaves that out.
         """
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
         job, finished = self._done
         root = Path(output_dir or self.recipe.output_dir)
         names = [formats.get(part.strip()).name for part in format.split(",")]
-        label = jobs.model_label(self.recipe)
+        label = model_label(self.recipe)
         folders = [root] if len(names) == 1 else [root / folder_name(label, self.recipe, name) for name in names]
+        check_places(folders, job.loaded.source)
+        for folder in folders:
+            check_free(folder, self.recipe.overwrite)
         settings = self.loaded.model.generation_config if self.loaded.given else None
         objects = self._objects | {"generation_config": settings}
-        saved = [jobs.save(job, finished, out, name, objects) for out, name in zip(folders, names)]
+        saved = jobs.write_all(
+            partial(jobs.save, job, finished, out, name, objects, prove) for out, name in zip(folders, names)
+        )
         for folder in saved:
             report.write(folder)
         return saved

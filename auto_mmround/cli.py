@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from auto_mmround import __version__
-from auto_mmround.errors import UserError
+from auto_mmround.errors import NotProved, UserError
 from auto_mmround.recipe.fields import Key
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import HINTS, KEYS, Recipe, from_mapping
@@ -257,7 +257,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 our fault, 2 the user's input is wrong (one line on standard error)."""
+    """Exit status: 0 done, 1 our fault, or the result is wrong, 2 the user's input is wrong (one line on stderr)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("auto_mmround").setLevel(logging.INFO)
     try:
@@ -266,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"auto-round-mllm: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except NotProved as error:
+        print(f"auto-round-mllm: {one_line(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("auto-round-mllm: interrupted", file=sys.stderr)
         return 130

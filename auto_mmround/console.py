@@ -24,9 +24,10 @@ from auto_mmround.evaluation import card, report
 from auto_mmround.evaluation.engines import ENGINES
 from auto_mmround.evaluation.evaluate import evaluate, keep
 from auto_mmround.evaluation.generation import generate_sample
-from auto_mmround.evaluation.limits import LIMITS, support
+from auto_mmround.evaluation.limits import LIMITS, refusals, support
 from auto_mmround.evaluation.metrics import Metrics
 from auto_mmround.evaluation.prompts import Data
+from auto_mmround.evaluation.proof import prove
 from auto_mmround.evaluation.samples import held_out
 from auto_mmround.evaluation.tasks import Findings
 from auto_mmround.evaluation.verify import verify
@@ -39,6 +40,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run import planner
 from auto_mmround.run.journal import BlockReport
 from auto_mmround.run.pipeline import Watcher
+from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
 
@@ -105,14 +107,16 @@ def quantize_with_progress(recipe: Recipe) -> int:
     with joined(devices.resolve(recipe.device, launched().local_rank)) as processes:
         for one in (console, notices) if not processes.first else ():
             one.quiet = True
+        if processes.first:
+            check_before_loading(recipe)
         loaded = jobs.load_model(recipe, processes=processes)
         job = prepare_with_progress(recipe, loaded)
-        for line in (summary(job.plan), *mixed_lines(job.mixed)):
-            console.print(line, highlight=False)
+        for line in (summary(job.plan), *mixed_lines(job.mixed), *refusals(loaded.model, job.plan)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         planner.check_disk(job)
         bar = BlockProgress(job.plan, job.recipe)
         with bar.progress:
-            folders = jobs.run(job, bar.watcher(), processes)
+            folders = jobs.run(job, bar.watcher(), processes, prove)
     if not processes.first:
         return 0
     if recipe.sample_generation:
@@ -199,6 +203,8 @@ def show_plan(recipe: Recipe) -> int:
     for line in (summary(plan), *mixed_lines(job.mixed if job else None)):
         console.print(line, highlight=False)
     console.print(f"formats: {', '.join(fmt.name for fmt in plan.formats)}", highlight=False)
+    for line in refusals(loaded.model, plan):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if job is None and recipe.needs_samples and recipe.dataset is None:
         console.print("name --dataset for an estimate of time and memory", highlight=False)
         return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries, rows_as_markdown
-from auto_mmround.evaluation import evaluate, report, tasks
+from auto_mmround.evaluation import evaluate, proof, report, tasks
 from auto_mmround.evaluation.metrics import Metrics, measure
 from auto_mmround.evaluation.prompts import Data
 from auto_mmround.evaluation.samples import held_out
@@ -34,7 +34,7 @@ def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
     job = jobs.prepare(recipe, jobs.load_model(recipe))
     bar = BlockProgress(job.plan, job.recipe)
     with bar.progress:
-        return job, jobs.run(job, bar.watcher())
+        return job, jobs.run(job, bar.watcher(), prove=proof.prove)
 
 
 def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ from auto_mmround import cli
 from auto_mmround.calibration.inputs import with_decoder_ids
 from auto_mmround.evaluation.engines import interpreter, run_transformers
 from auto_mmround.evaluation.loader import from_quantized
+from auto_mmround.evaluation.proof import prove
 from auto_mmround.export.checkpoint import read_checkpoint
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
@@ -48,7 +49,7 @@ def journey(family: Tiny, tokenizer, folder: Path) -> tuple[jobs.Job, list[Path]
         trust_remote_code=bool(family.standin),
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=family.samples())
-    return job, jobs.run(job)
+    return job, jobs.run(job, prove=prove)
 
 
 def test_the_table_says_what_is_tested():

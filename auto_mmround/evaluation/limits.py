@@ -1,30 +1,55 @@
-"""What engines refuse of the formats they read, with their own messages: data for `verify` and for the support matrix.
+"""What engines refuse of the formats they read, with their own messages: data for `plan`, `verify` and the support
+matrix.
 
 Measured with the versions in docs/formats.md, vLLM in its build for processors.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from auto_mmround.evaluation.engines import ENGINES
+from auto_mmround.model.experts import HALVES, separable
+from auto_mmround.model.structure import find_experts
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.run.plan import Plan
 
 
 @dataclass(frozen=True)
 class Limit:
-    """``engine`` refuses ``what`` of these formats: checkpoints whose schemes pass ``test``. message: in its words."""
+    """``engine`` refuses ``what`` of these formats: checkpoints whose schemes pass ``test``. message: in its words.
+
+    experts: words of `experts_of` that must all be true of the model. families: model types, but for ``spared``.
+    """
 
     engine: str
     formats: tuple[str, ...]
     what: str
     test: Callable[[Collection[Scheme]], bool]
     message: str
+    experts: frozenset[str] = frozenset()
+    families: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
+
+    def hits(self, schemes: Collection[Scheme], experts: Collection[str], family: str) -> bool:
+        """Whether a checkpoint is refused."""
+        here = family not in self.spared and (not self.families or family in self.families)
+        return here and self.experts <= set(experts) and self.test(schemes)
 
 
 def _any(test: Callable[[Scheme], bool]) -> Callable[[Collection[Scheme]], bool]:
     return lambda schemes: any(map(test, schemes))
 
 
+def _mixture(engine: str, formats: tuple[str, ...], what: str, words: set[str], message: str, **of: Any) -> Limit:
+    return Limit(engine, formats, what, lambda schemes: True, message, frozenset(words), **of)
+
+
+_AUTO_ROUND = ("auto_round", "auto_round:auto_gptq", "auto_round:auto_awq")
+_COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tensors:float")
+_MADE_UP = "parameters were made up: [.. experts.gate_up_proj ..]"
 _KERNEL = "Failed to find a kernel that can implement the"
 LIMITS = (
     Limit("transformers", ("auto_gptq",), "several schemes", lambda s: len(s) > 1, "mismatched sizes"),
@@ -84,14 +109,102 @@ LIMITS = (
         _any(lambda s: s.data_type == "mxfp4"),
         f"{_KERNEL} MXFP4 linear layer",
     ),
+    _mixture("transformers", ("auto_gptq", "auto_awq"), "quantized experts", {"quantized"}, _MADE_UP),
+    _mixture(
+        "transformers",
+        _AUTO_ROUND,
+        "experts that the checkpoint names w1, w2, w3",
+        {"quantized", "renamed"},
+        "parameters were made up: [.. experts.0.down_proj.qweight ..]",
+    ),
+    _mixture(
+        "transformers",
+        _AUTO_ROUND,
+        "experts that stay",
+        {"kept"},
+        "parameters were made up: [.. experts.0.down_proj.weight ..]",
+    ),
+    _mixture(
+        "transformers",
+        _AUTO_ROUND,
+        "Qwen3-Omni's experts",
+        {"quantized"},
+        "'Qwen3OmniMoeThinkerTextExperts' object has no attribute 'gate_up_proj'",
+        families=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+    ),
+    _mixture(
+        "transformers",
+        _AUTO_ROUND,
+        "a tower whose q, k, v are one tensor",
+        set(),
+        "tensors were not used: ['model.vision_tower.layers.0.wqkv.bias', ..]",
+        families=("kimi_k25",),
+    ),
+    _mixture(
+        "transformers",
+        _COMPRESSED,
+        "Nemotron-H's experts",
+        set(),
+        "parameters were made up: ['model.layers.1.mixer.experts.down_proj', ..]",
+        families=("nemotron_h",),
+    ),
+    _mixture(
+        "transformers",
+        _COMPRESSED,
+        "experts that the source stacks",
+        {"quantized", "stacked"},
+        _MADE_UP,
+        spared=("llama4",),
+    ),
+    _mixture(
+        "vllm",
+        (*_AUTO_ROUND[1:], "auto_gptq", "auto_awq", *_COMPRESSED),
+        "quantized experts",
+        {"quantized"},
+        "its source has no kernels for them there",
+    ),
 )
+# Of which build the limits of an engine are.
+BUILDS = {"vllm": "vllm on processors"}
 
 
-def refusal(engine: str, format_name: str, schemes: Collection[Scheme]) -> str | None:
-    """Why an engine that reads the format takes no checkpoint with these schemes; None if it takes it."""
+def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
+    """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed", where it does not say
+    gate_proj, up_proj, down_proj; "kept", where they stay as one parameter a layer."""
+    experts = separable(model)
+    chosen = [expert for name, expert in experts.items() if name in plan.quantized]
+    usual = {*HALVES, "down_proj"}
+    apart = {expert.parameter for expert in experts.values()}
+    words = {
+        "quantized": bool(chosen),
+        "stacked": any(expert.stacked for expert in chosen),
+        "renamed": any(expert.tail.split(".")[1] not in usual for expert in chosen),
+        "kept": any(name not in apart for name in find_experts(model).fused),
+    }
+    return frozenset(word for word, true in words.items() if true)
+
+
+def refusals(model: PreTrainedModel, plan: Plan) -> list[str]:
+    """A line for each engine that is known not to load a format of the plan, though it reads it as such."""
+    schemes, experts = frozenset(plan.quantized.values()), experts_of(model, plan)
+    lines = [
+        refusal(engine, fmt.name, schemes, experts, model.config.model_type)
+        for fmt in plan.formats
+        for engine in ENGINES
+    ]
+    return [line for line in lines if line is not None]
+
+
+def refusal(
+    engine: str, format_name: str, schemes: Collection[Scheme], experts: Collection[str] = (), family: str = ""
+) -> str | None:
+    """Why an engine that reads the format takes no checkpoint with these schemes; None if it takes it.
+
+    experts: words of `experts_of`; family: the model type.
+    """
     for limit in LIMITS:
-        if limit.engine == engine and format_name in limit.formats and limit.test(schemes):
-            return f"{engine} takes no {format_name} with {limit.what}: {limit.message}"
+        if limit.engine == engine and format_name in limit.formats and limit.hits(schemes, experts, family):
+            return f"{BUILDS.get(engine, engine)} takes no {format_name} with {limit.what}: {limit.message}"
     return None
 
 

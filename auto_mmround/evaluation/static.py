@@ -27,6 +27,7 @@ DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.int64: 
           torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+SIDES = (TOKENIZERS, PROCESSORS)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -182,7 +183,7 @@ def check_entries(s: Subject) -> Iterator[Finding]:
     if s.quantization is None or s.skeleton is None:
         return
     model_type = str(s.config.get("model_type"))
-    known = {n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)}
+    known = {n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)} | s.skeleton.mixtures
     known |= {names.vllm_module(model_type, name) for name in known}
     try:
         with time_limit(PATTERN_SECONDS):
@@ -229,11 +230,15 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
         wanted, processors = wanted | beside, processors & beside
     for name in sorted(wanted - there):  # Transformers 5 saves the image processor in processor_config.json
         yield Finding(s.hygiene, name, "is missing")
+    # A run copies what there is, so a folder of ours without any comes from a model without any.
+    none_of = {names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names} for names in SIDES}
     if not there & set(TOKENIZERS):
-        yield Finding("error", "tokenizer.json", "is missing: the folder holds no tokenizer")
+        severity = "warning" if none_of[TOKENIZERS] else "error"
+        yield Finding(severity, "tokenizer.json", "is missing: the folder holds no tokenizer")
     towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get("num_mel_bins")
     if towers and processors and not there & set(PROCESSORS):
-        severity = "warning" if s.config.get("auto_map") else "error"  # a model's own code may need none (CogVLM2)
+        # A model's own code may need none (CogVLM2).
+        severity = "warning" if s.config.get("auto_map") or none_of[PROCESSORS] else "error"
         text = "is missing: the model takes images or audio, the folder holds no processor"
         yield Finding(severity, PROCESSORS[0], text)
     if "vision_config" in s.config and not there & set(TEMPLATES) and not _has_template(s.folder):

@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.export.formats import Format
-from auto_mmround.model.loading import loaded_names, read_config, skeleton
-from auto_mmround.model.structure import linears
+from auto_mmround.model.experts import separable, stacking
+from auto_mmround.model.loading import filled_parameters, loaded_names, read_config, skeleton
+from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
 
@@ -70,7 +71,8 @@ class Skeleton:
     """What the configured model needs, by checkpoint names. missing: parameters that no tensor fills. unknown: tensors
     that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head.
     respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them. tied:
-    tensors that the configuration ties to another that is here too."""
+    tensors that the configuration ties to another that is here too. mixtures: experts and routers, which are no linear
+    layers in Transformers, in every spelling."""
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]
@@ -79,6 +81,7 @@ class Skeleton:
     head: str | None
     respelled: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    mixtures: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
     original = source_files(source) if source is not None else ()
-    skeleton = _skeleton(folder, keys, original, findings, remote_code) if config and not whole else None
+    packs = fmt is not None and bool(fmt.parts)
+    skeleton = _skeleton(folder, keys, original, findings, remote_code, packs) if config and not whole else None
     schemes = _schemes(quantization, packed, findings) if fmt is not None and quantization is not None else {}
     return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal, source, schemes, findings)
 
@@ -272,11 +276,11 @@ def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> 
 
 
 def _skeleton(
-    folder: Path, keys: set[str], original: Iterable[str], findings: list[Finding], remote_code: bool
+    folder: Path, keys: set[str], original: Iterable[str], findings: list[Finding], remote_code: bool, packs: bool
 ) -> Skeleton | None:
     """The model of the configuration without its weights (on the meta device), and how the keys fill it.
 
-    original: the keys of the source.
+    original: the keys of the source. packs: the format packs weights; engines take experts one by one then.
     """
     try:
         config = read_config(folder, remote_code)
@@ -287,11 +291,13 @@ def _skeleton(
         return None
     names = loaded_names(model, sorted(keys))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    filled = {name for name, _ in names.values() if name is not None}
+    stacks = stacking(model, keys) if packs else {}
+    members = {member for _, experts in stacks.values() for member in experts}
+    filled = filled_parameters(model, keys) | {name for name, _ in stacks.values()}
     tied = model.all_tied_weights_keys
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
-    unknown = [key for key, (name, whole) in names.items() if name is None and whole]
+    unknown = [key for key, (name, whole) in names.items() if name is None and whole and key not in members]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
     keys_here = {name: key for key, (name, whole) in names.items() if whole and name is not None}
@@ -304,7 +310,16 @@ def _skeleton(
         head=head,
         respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
         tied={keys_here[n]: keys_here[origin] for n, origin in tied.items() if n in keys_here and origin in keys_here},
+        mixtures=_mixtures(model, spelled, {*members, *(key for key, (_, whole) in names.items() if not whole)}),
     )
+
+
+def _mixtures(model: PreTrainedModel, spelled: Mapping[str, str], parts: Iterable[str]) -> frozenset[str]:
+    """Names of routers and experts. spelled: parameter -> key. parts: keys that are a part of a parameter."""
+    experts = find_experts(model)
+    names = [*experts.fused, *(f"{name}.weight" for name in (*experts.routers, *separable(model)))]
+    found = [*names, *(spelled[name] for name in names if name in spelled), *parts]
+    return frozenset(name.removesuffix(".weight") for name in found)
 
 
 def _linears(

@@ -105,9 +105,13 @@ def _only_modules(layout: Layout) -> dict[str, Any]:
     prefix = _common_prefix([*layout.blocks, *_outside_blocks(layout)])
     if not any(name.startswith(prefix) for name in layout.kept):
         return {}
-    suffixes = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in layout.quantized})
-    unsafe = any(suffix in name for suffix in suffixes for name in layout.kept)
-    return {"modules_in_block_to_quantize": [list(layout.quantized) if unsafe else suffixes]}
+    quantized, kept = (
+        list(dict.fromkeys(spelling for name in names for spelling in (name, layout.checkpoint_name(name))))
+        for names in (layout.quantized, layout.kept)
+    )
+    suffixes = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in quantized})
+    unsafe = any(suffix in name for suffix in suffixes for name in kept)
+    return {"modules_in_block_to_quantize": [quantized if unsafe else suffixes]}
 
 
 def _outside_blocks(layout: Layout) -> list[str]:

@@ -31,6 +31,7 @@ _OWN_FILES = (
 )  # fmt: skip
 
 
+_UNDERWAY = (".partial", ".unfinished", ".wrong")  # endings of folders of ours that are no results
 # What unpacking raises for tensors that aren't what their configuration says.
 CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
 COPIED = 2**24  # bytes copied at a time
@@ -48,11 +49,18 @@ def check_free(out: Path, overwrite: bool = False) -> None:
 
     overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something else never is.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, no folder: choose another")
+    if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise UserError(f"the output folder {out} is not empty: choose another, or --overwrite replaces it")
         if not (out / "config.json").is_file():
             raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
+
+
+def wrong_name(out: Path) -> Path:
+    """Where a checkpoint goes that is not what was tuned."""
+    return out.with_name(out.name + ".wrong")
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
@@ -173,10 +181,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 def write_side_files(source: Path, out: Path) -> list[str]:
     """Copy everything of the source but weights and configuration, byte for byte, hidden files and README left out;
     returns the names written, relative to ``out``."""
-    chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
-    strays = [path for path in chosen if not _belongs(path, source)]
-    if strays:
-        raise UserError(f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied")
+    chosen = side_files(source)
     for path in chosen:
         target = out / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -304,10 +309,23 @@ def _belongs(path: Path, source: Path) -> bool:
     return path.resolve().is_relative_to(home)
 
 
+def side_files(source: Path) -> list[Path]:
+    """The side files of a model folder. Raises UserError for a link to a file elsewhere."""
+    chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
+    strays = [path for path in chosen if not _belongs(path, source)]
+    if strays:
+        raise UserError(
+            f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied; put the file there"
+        )
+    return chosen
+
+
 def is_side_file(path: Path, source: Path) -> bool:
-    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged."""
+    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged; earlier results that lie
+    in it do not."""
     parts = path.relative_to(source).parts
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    hidden = any(part.startswith(".") or part == "__pycache__" or part.endswith(_UNDERWAY) for part in parts)
+    hidden = hidden or any((above / "run.json").is_file() for above in path.parents[: len(parts) - 1])
     own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))
     return path.is_file() and not hidden and not own and not path.name.endswith(_WEIGHTS)
 

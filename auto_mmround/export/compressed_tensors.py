@@ -113,6 +113,8 @@ def config(layout: Layout) -> dict[str, Any]:
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
+    # vLLM puts a prefix before the output head of some models, but not before its name here.
+    ignore += [f"re:.*{single}$" for single in singles if "." not in single]
     kind, ends = _kind(largest), _ends(layout, by_scheme)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for Transformers, which then
     # refuses ours; asked to dequantize at once Transformers reads them, but with one scheme for all layers.

@@ -132,9 +132,11 @@ def both_spellings(layout: Layout, name: str) -> list[str]:
     member = layout.members.get(name)
     if member is None:
         return [name]
-    rest = member[len(name) :]
-    stored = layout.checkpoint_name(member)
-    return [name, stored.removesuffix(rest)] if stored.endswith(rest) and stored != member else [name]
+    rest, stored = member[len(name) :], layout.checkpoint_name(member)
+    if stored == member or stored.endswith(rest):
+        return list(dict.fromkeys([name, stored.removesuffix(rest)]))
+    number = rest.split(".")[1]  # respelled below the prefix too: a list of blocks still ends at the number
+    return [name, stored.partition(f".{number}.")[0]] if number.isdigit() and f".{number}." in stored else [name]
 
 
 def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:

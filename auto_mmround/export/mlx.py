@@ -92,25 +92,31 @@ def mlx_name(name: str) -> str:
 def model_config(source: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """``config.json`` for readers that predate Transformers 5: what it nests is repeated flat; nothing is removed."""
     text, kind = source.get("text_config"), str(source.get("model_type"))
-    made = {**_flat_rope(source), **source}
+    made = {**_flat_rope(source, kind), **source}
     if isinstance(text, Mapping):
-        made["text_config"] = {**_flat_rope(text), **text}
+        made["text_config"] = {**_flat_rope(text, kind), **text}
         made = {**made["text_config"], **made} if kind in FLAT else made
     if kind in FLAT and isinstance(source.get("vision_config"), Mapping):
         made["vision_config"] = {**source["vision_config"], "model_type": FLAT[kind]}
     return {**made, "quantization": config(layout)}
 
 
-def _flat_rope(level: Mapping[str, Any]) -> dict[str, Any]:
+# Kinds of rope older than Transformers 5; readers of others know its nested keys.
+FLAT_ROPES = ("mrope", "linear", "dynamic", "yarn", "longrope", "llama3", "su")
+
+
+def _flat_rope(level: Mapping[str, Any], family: str) -> dict[str, Any]:
     """rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern out of Transformers 5's keys."""
     rope = level.get("rope_parameters") or {}
     main, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
     kind = "mrope" if "mrope_section" in main else main.get("rope_type", "default")
-    scaling = {"type": kind} | {key: value for key, value in main.items() if key not in ("rope_theta", "rope_type")}
+    # Transformers takes the flat key for the whole, and knows "mrope" as a type in few families only.
+    known = {"rope_type": main.get("rope_type", "default")} if kind == "mrope" and family not in FLAT else {}
+    scaling = {"type": kind, **known} | {k: v for k, v in main.items() if k not in ("rope_theta", "rope_type")}
     flat = {
         "rope_theta": main.get("rope_theta"),
         "rope_local_base_freq": local.get("rope_theta"),
-        "rope_scaling": scaling if kind != "default" else None,
+        "rope_scaling": scaling if kind in FLAT_ROPES else None,
         "sliding_window_pattern": level.get("_sliding_window_pattern"),
     }
     return {key: value for key, value in flat.items() if value is not None}

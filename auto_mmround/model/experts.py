@@ -8,7 +8,7 @@ written into the model.
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,24 +95,41 @@ def _matrices(model: PreTrainedModel, name: str, shape: tuple[int, int, int], tr
     return sorted(found, key=lambda expert: (expert.index, expert.rows.start))
 
 
-def restacked(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose experts have keys of their own, as the original checkpoint of a stacking family has them."""
+def stacking(model: PreTrainedModel, keys: Collection[str]) -> dict[str, tuple[str, dict[str, Expert]]]:
+    """Key of a stack in the original checkpoint -> (its parameter, key of each expert's matrix -> where it lies there).
+
+    Of the families whose checkpoints stack experts, and of stacks whose matrices are all among the ``keys``.
+    """
     stacks: dict[str, dict[str, Expert]] = {}
     for expert in separable(model).values():
         if expert.stacked:
             stacks.setdefault(expert.parameter, {})[expert.tail] = expert
     if not stacks:
-        return state
-    singles = [found for key in state if (found := SINGLE.fullmatch(key))]
-    keys = {f"{found[1]}.{leaf}" for found in singles for leaf in ("gate_up_proj", "down_proj")}
-    for key, name, _ in renamed_keys(model, sorted(keys)):
-        prefix = key.rpartition(".")[0]
-        experts = stacks.get(name, {})
-        if experts and all(f"{prefix}.{tail}" in state for tail in experts):
-            first = state[f"{prefix}.{next(iter(experts))}"]
-            stack = torch.empty(model.get_parameter(name).shape, dtype=first.dtype)
-            for tail, expert in experts.items():
-                expert.of(stack).copy_(state.pop(f"{prefix}.{tail}"))
+        return {}
+    singles = [found for key in keys if (found := SINGLE.fullmatch(key))]
+    wanted = {f"{found[1]}.{leaf}" for found in singles for leaf in ("gate_up_proj", "down_proj")}
+    complete = {}
+    for key, name, _ in renamed_keys(model, sorted(wanted)):
+        members = {f"{key.rpartition('.')[0]}.{tail}": expert for tail, expert in stacks.get(name, {}).items()}
+        if members and all(member in keys for member in members):
+            complete[key] = name, members
+    return complete
+
+
+def restacked(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose experts have keys of their own, as the original checkpoint of a stacking family has them."""
+    return restack(model, state, stacking(model, state))
+
+
+def restack(
+    model: PreTrainedModel, state: dict[str, Tensor], stacks: Mapping[str, tuple[str, Mapping[str, Expert]]]
+) -> dict[str, Tensor]:
+    """The same for those stacks of `stacking` whose matrices lie in the state dict."""
+    for key, (name, members) in stacks.items():
+        if next(iter(members)) in state:
+            stack = torch.empty(model.get_parameter(name).shape, dtype=state[next(iter(members))].dtype)
+            for member, expert in members.items():
+                expert.of(stack).copy_(state.pop(member))
             state[key] = next(iter(revert_weight_conversion(model, {name: stack}).values()))
     return state
 

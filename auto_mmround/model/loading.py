@@ -253,6 +253,22 @@ def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple
     return {key: (name if name in own else None, not converted) for key, name, converted in renamed_keys(model, keys)}
 
 
+def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
+    """The parameters that a checkpoint with these keys fills, those that several are split into included."""
+    own = set(model.state_dict())
+    targets = {
+        pattern: transform.target_patterns
+        for transform in get_model_conversion_mapping(model)
+        if isinstance(transform, WeightConverter)
+        for pattern in transform.source_patterns
+    }
+    found = set()
+    for _, name, pattern in _renamed(model, sorted(keys)):  # some renamings go by the order
+        first, *others = targets.get(pattern or "", [""])
+        found |= {name, *(name.replace(first, other) for other in others)}
+    return found & own
+
+
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Key in the checkpoint -> parameter that it becomes a part of, for the keys that `parameter_names` leaves out."""
     return {key: name for key, name, converted in renamed_keys(model, keys) if converted}
@@ -260,13 +276,19 @@ def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str
 
 def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     """(key in the checkpoint, parameter in the model, whether it is more than renamed on the way)."""
+    for key, name, pattern in _renamed(model, keys):
+        yield key, name, pattern is not None
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """The same with the pattern by which Transformers converts the tensor, None where it only renames it."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     meta = dict.fromkeys(model.state_dict(), True)
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        yield key, name, pattern is not None
+        yield key, name, pattern
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

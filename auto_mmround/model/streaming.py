@@ -126,7 +126,7 @@ class Streamed:
 
     def _read(self, block: str) -> None:
         conversions = getattr(self._model, "_weight_conversions", None)
-        with Reader(self._stored) as reader, _no_progress_bar():
+        with Reader(self._stored) as reader, no_progress_bar():
             tensors = {key: reader.slice(key) for key in self._keys[block]}
             convert_and_load_state_dict_in_model(self._model, tensors, self._config)
         self._model._weight_conversions = conversions  # type: ignore[assignment]  # those of the whole model
@@ -189,7 +189,7 @@ def load_streamed(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
     )
-    with Reader(stored) as reader, _no_progress_bar():
+    with Reader(stored) as reader, no_progress_bar():
         slices = {key: reader.slice(key) for key in stored.files}
         info, _ = convert_and_load_state_dict_in_model(model, slices, loading)
     loading = replace(loading, device_map={"": device})
@@ -221,7 +221,8 @@ def _first_dtype(file: Any) -> torch.dtype | None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """While open, Transformers shows no bar of its own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -271,5 +271,11 @@ class Fields:
         str, _result("parent folder; each format gets <model>-w4g128-<format> below it", names=("save_dir",))
     ] = "./tmp_autoround"
     overwrite: Annotated[bool, _result("replace checkpoints that exist there")] = False
+    check: Annotated[
+        bool,
+        _result(
+            off=("no_check", "do not check and reload what was written, which takes seconds; wrong ends with exit 1")
+        ),
+    ] = True
     restart: Annotated[bool, _result("begin anew instead of continuing an unfinished run")] = False
     sample_generation: Annotated[bool, _result("print what the quantized model answers to the first sample")] = False

@@ -41,7 +41,7 @@ JOURNAL = "journal"
 EXTRAS = ("global_scale", "input_scale", "min_OG", "unit_OS2")  # tensors of `Codes`, where there are any
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where a run may go on under another value: the result does not depend on it, or the files themselves are compared.
-FREE = {"model", "output_dir", "overwrite", "restart", "sample_generation", "low_gpu_mem_usage", "stream",
+FREE = {"model", "output_dir", "overwrite", "restart", "check", "sample_generation", "low_gpu_mem_usage", "stream",
         "offload_states", "low_cpu_mem_mode", "low_cpu_mem_usage", "low_cpu_mem_tmp_dir"}  # fmt: skip
 
 
@@ -104,10 +104,11 @@ class Unfinished(Finished):
             os.fsync(journal.fileno())
         self._take(path, reports)
 
-    def wrote(self, out: Path) -> bool:
-        """Whether the checkpoint at ``out`` is this run's already."""
+    def wrote(self, out: Path, checked: bool = False) -> bool:
+        """Whether the checkpoint at ``out`` is this run's already; checked: and proved."""
         try:
-            return bool(self.reports) and json.loads((out / "run.json").read_text())["run"] == self.run
+            record = json.loads((out / "run.json").read_text())
+            return bool(self.reports) and record["run"] == self.run and (not checked or record["checked"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

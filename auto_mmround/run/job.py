@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.dotted import collator
 from auto_mmround.calibration.settings import choose
 from auto_mmround.calibration.template import Template, load_template
-from auto_mmround.errors import UserError
+from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
-from auto_mmround.export.checkpoint import check_free
+from auto_mmround.export.checkpoint import check_free, side_files
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.loading import Loaded, load
@@ -28,14 +28,15 @@ from auto_mmround.run.journal import journal
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.output import (
     Names,
+    Prove,
     Result,
     check_formats,
     check_names,
     check_tuned,
-    folder_name,
     write_checkpoint,
 )
 from auto_mmround.run.pipeline import Watcher, quantize
+from auto_mmround.run.places import check_places, places
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import within_ranges
@@ -98,10 +99,14 @@ def prepare(
     Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
     """
     template = template_for(loaded.model, recipe.template)
+    if loaded.source is not None:
+        side_files(loaded.source)  # complains of what can't be copied
     plan = planned(recipe, loaded)
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
-    check_formats(plan.formats, Names(loaded.model, loaded.source, loaded.given), loaded.source)
+    names = Names(loaded.model, loaded.source, loaded.given)
+    check_formats(plan.formats, names, loaded.source)
+    check_names(names, plan)
     if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
@@ -165,16 +170,14 @@ def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
     return found or media[:1] or ("image",)
 
 
-def model_label(recipe: Recipe) -> str:
-    """The model's name without its path, for folder names."""
-    return Path(recipe.model.rstrip("/")).name or "model"
-
-
-def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) -> list[Path]:
+def run(
+    job: Job, watcher: Watcher | None = None, processes: Processes = ALONE, prove: Prove | None = None
+) -> list[Path]:
     """Quantize and write every format; returns the finished folders. Of several processes the first one writes.
 
     Finished blocks are kept on disk until all is written: after a crash the same job continues there, to the same bits.
-    Nothing is left under a final name when anything goes wrong before the end.
+    Nothing is left under a final name when anything goes wrong before the end. prove: what judges a folder before it
+    gets its name, unless the recipe says no `check`; raises NotProved, and keeps the finished blocks, for those wrong.
     """
     model, recipe, source = job.loaded.model, job.recipe, job.loaded.source
     config = (source / "config.json").read_text() if source else model.config.to_json_string()
@@ -184,20 +187,42 @@ def run(job: Job, watcher: Watcher | None = None, processes: Processes = ALONE) 
         with tempfile.TemporaryDirectory() as scratch, unfinished(Path(scratch) / "blocks", known) as finished:
             work(finished)
         return []
-    root, label = Path(recipe.output_dir), model_label(recipe)
-    outs = [root / folder_name(label, recipe, asked) for asked in recipe.formats]
-    with unfinished(root / folder_name(label, recipe), known, recipe.restart) as finished:
-        pending = [(fmt, out) for fmt, out in zip(job.plan.formats, outs, strict=True) if not finished.wrote(out)]
+    place, outs = places(recipe)
+    check_places([place, *outs], source)
+    with unfinished(place, known, recipe.restart) as finished:
+        checked = prove is not None and recipe.check
+        pending = [
+            (fmt, out) for fmt, out in zip(job.plan.formats, outs, strict=True) if not finished.wrote(out, checked)
+        ]
         for _, out in pending:
-            check_free(out, recipe.overwrite)
+            check_free(out, recipe.overwrite or finished.wrote(out))
         names = Names(model, source)
         check_names(names, job.plan)
         work(finished, watcher)
         record = _record(job, finished)
         result = Result(names, job.plan, recipe, source, finished.result, record | {"run": finished.run})
-        for fmt, out in pending:
-            write_checkpoint(fmt, out, result)
+        write_all(
+            (
+                partial(write_checkpoint, fmt, out, result, prove, recipe.overwrite or finished.wrote(out))
+                for fmt, out in pending
+            ),
+            f"; the finished blocks are kept in {finished.folder}",
+        )
     return outs
+
+
+def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path]:
+    """The folders that are written. All are tried; then raises NotProved if any is wrong. note: ends its message."""
+    written: list[Path] = []
+    failed: list[NotProved] = []
+    for write in writes:
+        try:
+            written.append(write())
+        except NotProved as error:
+            failed.append(error)
+    if failed:
+        raise NotProved(failed[0].folder, failed[0].findings, [error.folder for error in failed], note)
+    return written
 
 
 def _record(job: Job, finished: Finished) -> dict[str, Any]:
@@ -205,10 +230,18 @@ def _record(job: Job, finished: Finished) -> dict[str, Any]:
     return journal(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
 
 
-def save(job: Job, finished: Finished, out: Path, format_name: str, objects: Mapping[str, Any] | None = None) -> Path:
+def save(
+    job: Job,
+    finished: Finished,
+    out: Path,
+    format_name: str,
+    objects: Mapping[str, Any] | None = None,
+    prove: Prove | None = None,
+) -> Path:
     """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
 
-    Raises UserError if the format can't hold what was tuned; name it in the recipe's `format` before tuning.
+    Raises UserError if the format can't hold what was tuned; name it in the recipe's `format` before tuning. prove: as
+    in `run`.
     """
     fmt = formats.resolve(format_name, set(job.plan.quantized.values()))
     for weight in job.plan.weights:
@@ -227,4 +260,4 @@ def save(job: Job, finished: Finished, out: Path, format_name: str, objects: Map
     check_names(names, job.plan)
     check_tuned(names, finished.result)
     result = Result(names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {})
-    return write_checkpoint(fmt, out, result)
+    return write_checkpoint(fmt, out, result, prove)

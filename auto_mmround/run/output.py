@@ -1,8 +1,9 @@
 """One checkpoint folder of a run: packed weights, then everything else, `config.json` last."""
 
+import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,20 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround import strict
-from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import ShardWriter, begin, commit, write_config, write_side_files, write_whole
+from auto_mmround.errors import NotProved, UserError
+from auto_mmround.export.checkpoint import (
+    ShardWriter,
+    begin,
+    commit,
+    write_config,
+    write_side_files,
+    write_whole,
+    wrong_name,
+)
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
 from auto_mmround.export.objects import write_code, write_objects
-from auto_mmround.model.experts import Expert, separable
+from auto_mmround.model.experts import Expert, separable, stacking
 from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
@@ -55,6 +64,8 @@ class Names:
             if expert.stacked or self.keys[f"{name}.weight"] in self.files:
                 self._covered.add(expert.parameter)
         self.parameters = {key: name for name, key in self.keys.items()}
+        singles = {self.keys[f"{name}.weight"] for name, expert in self.experts.items() if expert.stacked}
+        self.apart = {parameter for parameter, _ in stacking(model, singles).values()}  # can be written one by one
 
     @cached_property
     def gone(self) -> set[str]:
@@ -83,8 +94,9 @@ class Names:
 
     def written(self) -> list[str]:
         """The keys of a checkpoint, packed weights as one key each."""
-        stacked = [self.key(f"{name}.weight") for name, expert in self.experts.items() if expert.stacked]
-        stacks = {self.stacks[expert.parameter] for expert in self.experts.values() if expert.stacked}
+        apart = {name: e for name, e in self.experts.items() if e.stacked and e.parameter in self.apart}
+        stacked = [self.key(f"{name}.weight") for name in apart]
+        stacks = {self.stacks[expert.parameter] for expert in apart.values()}
         found = [*self.files, *sorted(self.added), *stacked]
         return [key for key in dict.fromkeys(found) if key not in self.gone and key not in stacks]
 
@@ -122,28 +134,38 @@ class Names:
             return self.keys.get(name, name)
         return self.key(f"{name}.weight").removesuffix(".weight")
 
-    def unchanged(self, without: set[str], codes: Mapping[str, Codes]) -> Iterator[tuple[str, Tensor]]:
+    def unchanged(
+        self, without: set[str], codes: Mapping[str, Codes], apart: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of everything but the parameters ``without``.
 
         From the source as stored, bit for bit (FP8 decoded), unless the model in memory holds something else by now, or
-        would if its blocks were not streamed: what ``codes`` say, by module name.
+        would if its blocks were not streamed: what ``codes`` say, by module name. apart: a stack of experts is written
+        expert by expert, as engines read it beside quantized ones; else as the source has it.
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without} | self.gone
-        for name, expert in self.experts.items():  # a stack is written expert by expert, as engines read it
-            if expert.stacked:
+        stacks: dict[str, dict[str, Expert]] = {}
+        for name, expert in self.experts.items():
+            if expert.stacked and not (apart and expert.parameter in self.apart):
+                stacks.setdefault(self.stacks[expert.parameter], {})[name] = expert
+            elif expert.stacked:
                 skip.add(self.stacks[expert.parameter])
                 if f"{name}.weight" not in without:
                     current = self._current(f"{name}.weight", state, codes)
                     yield self.key(f"{name}.weight"), self._stored(expert) if current is None else current.contiguous()
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
-                if key not in skip and key not in self.added:
+                if key in stacks:
+                    yield key, self._stack(reader.tensor(key), stacks[key], state, codes)
+                elif key not in skip and key not in self.added:
                     name, stored = self.parameters.get(key, ""), reader.tensor(key)
                     current = self._current(name, state, codes)
                     tensor = newest(stored, current, self.given, name.removesuffix(".weight") in codes)
                     if tensor is stored or name not in self.aliases:  # what is tied by now is written once
                         yield key, tensor
+            for key in stacks.keys() - self.files.keys():
+                yield key, self._stack(None, stacks[key], state, codes)
             for names, keys in self.made:
                 kept = {name: state[name] for name in names if name not in without}
                 for key, tensor in self._remade(kept, keys, reader):
@@ -174,6 +196,24 @@ class Names:
         transposed = expert is None and isinstance(self.model.get_submodule(module), Conv1D)
         return decoded_OI.t() if transposed else decoded_OI.view(tensor.shape)
 
+    def _stack(
+        self,
+        stored: Tensor | None,
+        experts: Mapping[str, Expert],
+        state: Mapping[str, Tensor],
+        codes: Mapping[str, Codes],
+    ) -> Tensor:
+        """A stack of experts as the source has it, with what the model holds by now."""
+        parameter = next(iter(experts.values())).parameter
+        whole = state[parameter]
+        if whole.is_meta and stored is not None:  # streamed
+            whole = torch.empty_like(whole, device="cpu")
+            for name, expert in experts.items():
+                expert.of(whole).copy_(dequantize(codes[name]) if name in codes else expert.of(stored))
+        (current,) = revert_weight_conversion(self.model, {parameter: whole.cpu()}).values()
+        tuned = not codes.keys().isdisjoint(experts)
+        return current.contiguous() if stored is None else newest(stored, current.contiguous(), self.given, tuned)
+
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
         with Reader(self.stored) as reader:
@@ -192,20 +232,19 @@ def check_formats(formats: Sequence[Format], names: Names, source: Path | None) 
             fmt.check_model(names.config(), names.written(), source)
 
 
-def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> str:
-    """`<model>-w4g128-<format>`, with mixed bits w3.5g128; a colon, refused by some file systems, becomes a dash.
-    Without a format the name of the folder in which the run keeps what is finished."""
-    stem = Path(model.rstrip("/")).name or "model"
-    end = f"-{format_name.replace(':', '-')}" if format_name else ".unfinished"
-    bits = recipe.bits if recipe.target_bits is None else f"{recipe.target_bits:g}"
-    return f"{stem}-w{bits}g{recipe.group_size}{end}"
-
-
 def check_names(names: Names, plan: Plan) -> None:
     """Raises UserError if the checkpoint lacks a weight that is to be replaced."""
     absent = next((name for name in plan.quantized if not names.has(name)), None)
     if absent is not None:
         raise UserError(f"{absent}: the checkpoint has no tensor {names.key(absent + '.weight')} to replace")
+    stacked = (name for name, expert in names.experts.items() if expert.stacked and expert.parameter not in names.apart)
+    odd = next((name for name in stacked if name in plan.quantized), None)
+    if odd is not None and any(fmt.parts for fmt in plan.formats):
+        stack = names.stacks[names.experts[odd].parameter]
+        raise UserError(
+            f"{odd}: no reader takes the experts of {stack} one by one; keep them with "
+            "--ignore 're:.*experts.*', or write --format fake"
+        )
 
 
 def check_tuned(names: Names, codes: Mapping[str, Codes]) -> None:
@@ -251,19 +290,41 @@ class Result:
     objects: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_checkpoint(fmt: Format, out: Path, result: Result) -> Path:
+# What is wrong with a folder that was written for a format, a line each; nothing: it is proved.
+Prove = Callable[[Path, Format, Result], Sequence[str]]
+
+
+def write_checkpoint(
+    fmt: Format, out: Path, result: Result, prove: Prove | None = None, overwrite: bool | None = None
+) -> Path:
     """Packed weights, unchanged tensors, side files, recipe, record and configuration; then the folder gets its name.
 
-    Nothing is visible under it before, and nothing is left where writing fails.
+    Nothing is visible under it before it is proved, and nothing is left where writing fails. overwrite: instead of the
+    recipe's. Raises NotProved for a folder that is wrong, which is left as ``<out>.wrong``.
     """
-    partial = begin(out, result.recipe.overwrite)
+    partial = begin(out, result.recipe.overwrite if overwrite is None else overwrite)
+    marked = wrong_name(out)
     try:
         _fill(partial, fmt, result)
-        commit(partial, out)
+        wrong: Sequence[str] = ()
+        if prove is not None and result.recipe.check:
+            wrong = [line.replace(str(partial), str(marked)) for line in prove(partial, fmt, result)]
+            _write_record(partial, {"checked": not wrong} | ({"wrong": list(wrong)} if wrong else {}))
+        commit(partial, marked if wrong else out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if wrong:
+        raise NotProved(marked, wrong)
+    shutil.rmtree(marked, ignore_errors=True)  # of an earlier try
     return out
+
+
+def _write_record(folder: Path, more: Mapping[str, Any]) -> None:
+    """`run.json`, or more of it."""
+    path = folder / "run.json"
+    record = {**(json.loads(path.read_text()) if path.is_file() else {}), **more}
+    write_whole(path, (strict.dumps(record, indent=1) + "\n").encode())
 
 
 def _fill(folder: Path, fmt: Format, result: Result) -> None:
@@ -281,7 +342,8 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
     codes = ByKey(result.codes, {names.module(name): name for name in result.codes} if packed else {})
-    rest = _recorded(names.unchanged({f"{name}.weight" for name in packed}, result.codes), records["tensors"])
+    without = {f"{name}.weight" for name in packed}
+    rest = _recorded(names.unchanged(without, result.codes, apart=bool(fmt.parts)), records["tensors"])
     if fmt.write:
         records["codes"] = {key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()}
     else:
@@ -301,8 +363,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         fmt.write(folder, Whole(codes, rest, config, layout, source))
     else:
         write_config(folder, config, fmt.config(layout))
-    record = {**result.record, "files": sorted(files), **records}
-    write_whole(folder / "run.json", (strict.dumps(record, indent=1) + "\n").encode())
+    _write_record(folder, {**result.record, "checked": False, "files": sorted(files), **records})
 
 
 def _exact(fmt: Format, weight: Codes) -> bool:

@@ -1,0 +1,169 @@
+"""What would stop a run when it writes stops it before anything is loaded, in one line, and leaves nothing."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import FAMILIES, tiny_tokenizer
+
+from auto_mmround import AutoRoundMLLM, cli
+from auto_mmround.errors import UserError
+from auto_mmround.export.checkpoint import side_files
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+from auto_mmround.run.places import check_before_loading, model_label
+
+NAME = "model-w4g32-auto_round"
+
+
+@pytest.fixture
+def model(tmp_path):
+    FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Loading would be too late."""
+    monkeypatch.setattr(jobs, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+
+
+def run(model: Path, out: Path | str, *more: str) -> int:
+    words = ["--model", str(model), "--output_dir", str(out), "--iters", "0", "--group_size", "32", "--device", "cpu"]
+    return cli.main([*words, *more])
+
+
+def a_file(model: Path) -> Path:
+    (model.parent / "file").write_text("x")
+    return model.parent / "file"
+
+
+def below_a_file(model: Path) -> Path:
+    return a_file(model) / "deep" / "deeper"
+
+
+def a_file_for_the_result(model: Path) -> Path:
+    (model.parent / "out").mkdir()
+    (model.parent / "out" / NAME).write_text("x")
+    return model.parent / "out"
+
+
+def a_file_for_the_blocks(model: Path) -> Path:
+    (model.parent / "out").mkdir()
+    (model.parent / "out" / "model-w4g32.unfinished").write_text("x")
+    return model.parent / "out"
+
+
+def a_result_is_there(model: Path) -> Path:
+    (model.parent / "out" / NAME).mkdir(parents=True)
+    (model.parent / "out" / NAME / "precious.txt").write_text("x")
+    return model.parent / "out"
+
+
+def a_long_name(model: Path) -> Path:
+    return model.parent / ("x" * 300)
+
+
+def a_long_path(model: Path) -> Path:
+    return model.parent.joinpath(*["x" * 200] * 21)
+
+
+def read_only(model: Path) -> Path:
+    if os.geteuid() == 0:
+        return Path("/proc/self/nothing_is_made_here")
+    (model.parent / "locked").mkdir(mode=0o500)
+    return model.parent / "locked" / "out"
+
+
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        (a_file, "file is a file"),
+        (below_a_file, "file is a file"),
+        (a_file_for_the_result, "is a file"),
+        (a_file_for_the_blocks, "is a file"),
+        (a_result_is_there, "not empty"),
+        (a_long_name, "too long"),
+        (a_long_path, "too long"),
+        (read_only, "no files can be written"),
+        (lambda model: model, "lies in the model's folder"),
+        (lambda model: model / "out", "lies in the model's folder"),
+        (lambda model: model / "deep" / ".." / "out", "lies in the model's folder"),
+    ],
+)
+def test_places_that_take_no_result(place, said, model, capfd, unloaded):
+    out = place(model)
+    before = sorted(path for path in model.parent.rglob("*"))
+    assert run(model, out) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")]
+    assert said in line and sorted(path for path in model.parent.rglob("*")) == before
+
+
+def test_links_out_of_the_models_folder(model, tmp_path, capfd, unloaded):
+    (tmp_path / "elsewhere.jinja").write_text("x")
+    (model / "chat_template.jinja").symlink_to(tmp_path / "elsewhere.jinja")
+    assert run(model, tmp_path / "out") == 2
+    assert "chat_template.jinja is a link out of the model's folder" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_formats_are_asked_before_anything_is_loaded(model, tmp_path, unloaded):
+    assert run(model, tmp_path / "out", "--format", "auto_gtpq") == 2
+
+
+def test_links_to_the_models_own_files_are_right(tmp_path, model):
+    hub = tmp_path / "hub" / "models--a--b"
+    (hub / "snapshots" / "abc").mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for path in model.iterdir():
+        shutil.copy(path, hub / "blobs" / path.name)
+        (hub / "snapshots" / "abc" / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert run(hub / "snapshots" / "abc", tmp_path / "out") == 0
+
+
+def test_a_model_inside_the_result_is_never_replaced(model, tmp_path):
+    """The folder that would be written is named as the one that holds the model."""
+    holder = tmp_path / "m-w4g32-auto_round"
+    holder.mkdir()
+    shutil.copy(model / "config.json", holder)
+    model.rename(holder / "m")
+    with pytest.raises(UserError, match="holds the model's folder"):
+        check_before_loading(Recipe(model=str(holder / "m"), output_dir=str(tmp_path), group_size=32, overwrite=True))
+    with pytest.raises(UserError, match="lies in the model's folder"):  # by another name
+        (tmp_path / "link").symlink_to(holder / "m")
+        check_before_loading(Recipe(model=str(holder / "m"), output_dir=str(tmp_path / "link" / "out")))
+
+
+def test_earlier_results_in_the_models_folder_are_not_copied(model, tmp_path):
+    assert run(model, tmp_path / "first") == 0
+    shutil.copytree(tmp_path / "first" / NAME, model / "results" / NAME)
+    (model / "results" / "w.unfinished").mkdir()
+    (model / "results" / "w.unfinished" / "journal").write_text("x")
+    (model / "extra").mkdir()
+    (model / "extra" / "notes.txt").write_text("x")
+    assert {str(path.relative_to(model)) for path in side_files(model)} >= {"extra/notes.txt", "tokenizer.json"}
+    assert run(model, tmp_path / "second") == 0
+    copied = {str(path.relative_to(tmp_path / "second" / NAME)) for path in (tmp_path / "second" / NAME).rglob("*")}
+    assert "extra/notes.txt" in copied and not any(name.startswith("results") for name in copied)
+
+
+def test_the_api_does_not_save_into_the_source(model, tmp_path):
+    ours = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu", overwrite=True)
+    ours.quantize()
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for place in (model, model / "out", tmp_path):
+        with pytest.raises(UserError, match="model's folder"):
+            ours.save_quantized(place)
+    with pytest.raises(UserError, match="is a file"):
+        ours.save_quantized(a_file(model))
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert ours.save_quantized(tmp_path / "out") == [tmp_path / "out"]
+
+
+def test_a_model_named_by_a_dot_has_the_name_of_its_folder(model, monkeypatch):
+    monkeypatch.chdir(model)
+    assert [model_label(Recipe(model=name)) for name in (".", "./", str(model), "a/b")] == ["model"] * 3 + ["b"]
+    (model / "sub").mkdir()
+    monkeypatch.chdir(model / "sub")
+    assert model_label(Recipe(model="..")) == "model"

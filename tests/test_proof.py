@@ -1,0 +1,291 @@
+"""An export that was not proved does not look finished: faults put into real runs and real folders are found."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, TEXT, Tiny, tiny_tokenizer
+
+import auto_mmround
+from auto_mmround import AutoRoundMLLM, NotProved, cli
+from auto_mmround.evaluation import proof
+from auto_mmround.evaluation.proof import Filled, prove
+from auto_mmround.export import formats
+from auto_mmround.model.loading import load
+from auto_mmround.numerics.grids import Codes
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+from auto_mmround.run.journal import checksum
+from auto_mmround.run.output import Names, Result
+
+LLAMA = replace(FAMILIES["llama"], config=TEXT | {"num_hidden_layers": 3})
+NAME = "model-w4g32-auto_gptq"
+MIXTURE = dict(num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("proof") / "model"
+    LLAMA.save(folder, tiny_tokenizer())
+    return folder
+
+
+def command(model: Path, out: Path, *more: str) -> list[str]:
+    words = ["--model", str(model), "--output_dir", str(out), "--iters", "0", "--group_size", "32", "--device", "cpu"]
+    return [*words, "--format", "auto_gptq", *more]
+
+
+def wrong_codes(name: str, codes: Codes) -> dict:
+    return formats.FORMATS["auto_round:auto_gptq"].pack(name, codes._replace(q_OI=codes.q_OI.roll(1, 0)))
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The format auto_gptq, whose packing exchanges rows."""
+    monkeypatch.setitem(formats.FORMATS, "auto_gptq", replace(formats.FORMATS["auto_gptq"], pack=wrong_codes))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_what_was_proved_says_so_and_what_was_not_too(model, tmp_path):
+    assert cli.main(command(model, tmp_path / "a")) == 0
+    assert record(tmp_path / "a" / NAME)["checked"] is True
+    assert cli.main(command(model, tmp_path / "b", "--no_check")) == 0
+    assert record(tmp_path / "b" / NAME)["checked"] is False
+    assert "check = false" in (tmp_path / "b" / NAME / "recipe.toml").read_text()
+
+
+def test_a_wrong_export_is_marked_and_its_work_is_kept(model, tmp_path, capfd, broken, monkeypatch):
+    for _ in range(2):  # the same command again meets what it left
+        assert cli.main(command(model, tmp_path)) == 1
+        assert names_in(tmp_path) == [f"{NAME}.wrong", "model-w4g32.unfinished"]
+    (line, again) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")]
+    assert f"{NAME}.wrong is not proved: model.layers.0." in line and "unfinished" in line and line == again
+    found = record(tmp_path / f"{NAME}.wrong")
+    assert found["checked"] is False and any("does not decode to what was tuned" in text for text in found["wrong"])
+    monkeypatch.undo()
+    assert cli.main(command(model, tmp_path)) == 0  # mended: from the finished blocks
+    assert names_in(tmp_path) == [NAME] and record(tmp_path / NAME)["checked"] is True
+
+
+def test_without_the_check_a_marked_run_can_be_finished(model, tmp_path, capfd, broken):
+    assert cli.main(command(model, tmp_path)) == 1
+    assert cli.main(command(model, tmp_path, "--no_check")) == 0
+    assert names_in(tmp_path) == [NAME] and "continuing" in capfd.readouterr().err
+
+
+def test_the_other_formats_of_a_run_are_written(model, tmp_path, broken):
+    assert cli.main([*command(model, tmp_path), "--format", "auto_gptq,auto_round"]) == 1
+    assert names_in(tmp_path) == [f"{NAME}.wrong", "model-w4g32-auto_round", "model-w4g32.unfinished"]
+
+
+def test_a_folder_that_was_there_before_stays(model, tmp_path, monkeypatch):
+    assert cli.main(command(model, tmp_path)) == 0
+    before = (tmp_path / NAME / "model.safetensors").read_bytes()
+    monkeypatch.setitem(formats.FORMATS, "auto_gptq", replace(formats.FORMATS["auto_gptq"], pack=wrong_codes))
+    assert cli.main(command(model, tmp_path, "--overwrite")) == 1
+    assert (tmp_path / NAME / "model.safetensors").read_bytes() == before
+
+
+def test_one_written_without_the_check_is_not_taken_for_proved(model, tmp_path, broken):
+    """A first try without the check left one of two formats; the second tries to prove both."""
+    words = [*command(model, tmp_path), "--format", "auto_round,auto_gptq"]
+    assert cli.main(words) == 1
+    run = tmp_path / "model-w4g32-auto_round" / "run.json"
+    run.write_text(json.dumps(record(run.parent) | {"checked": False}))
+    assert cli.main(words) == 1
+    assert record(run.parent)["checked"] is True
+
+
+def test_the_python_api_raises_an_error_of_its_own(model, tmp_path, broken):
+    ours = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu", format="auto_gptq")
+    ours.quantize()
+    with pytest.raises(auto_mmround.NotProved) as caught:
+        ours.save_quantized(tmp_path / "out", format="auto_gptq")
+    assert caught.value.folder == tmp_path / "out.wrong" and caught.value.folder.is_dir()
+    assert caught.value.findings and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    unchecked = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu", format="auto_gptq", check=False)
+    unchecked.quantize()
+    assert unchecked.save_quantized(tmp_path / "out", format="auto_gptq") == [tmp_path / "out"]
+
+
+class Written:
+    """A checkpoint with what it was made of, whose tensors can be changed along with what the run recorded of them."""
+
+    def __init__(self, family: str, folder: Path, fmt: str):
+        tiny = LLAMA if family == "llama" else FAMILIES[family]
+        tiny.save(folder / "model", tiny_tokenizer())
+        recipe = Recipe(
+            model=str(folder / "model"), output_dir=str(folder), format=fmt, group_size=32, iters=0, device="cpu"
+        )
+        self.seen: list[tuple] = []
+        job = jobs.prepare(recipe, jobs.load_model(recipe))
+        (self.folder,) = jobs.run(job, prove=lambda *found: self.seen.append(found) or prove(*found))
+        self.fmt, self.result = self.seen[0][1:]
+        codes = dict(Parts(self.result, job).items())
+        self.result = replace(self.result, codes=codes)
+
+    def change(self, change) -> list[str]:
+        file = self.folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        path = self.folder / "run.json"
+        found = record(self.folder)
+        found["tensors"] = {key: checksum(t) for key, t in tensors.items() if key in found["tensors"] or self.plain}
+        path.write_text(json.dumps(found))
+        return prove(self.folder, self.fmt, self.result)
+
+    @property
+    def plain(self) -> bool:
+        return not self.fmt.parts
+
+
+def Parts(result: Result, job) -> dict[str, Codes]:  # the run's own lie in a folder that is gone by now
+    from auto_mmround.run.finished import Finished
+    from auto_mmround.run.pipeline import quantize
+
+    finished = Finished()
+    loaded = load(job.recipe.model)
+    again = jobs.prepare(job.recipe, loaded)
+    quantize(loaded.model, again.recipe, again.plan, again.inputs, finished)
+    assert isinstance(result.names, Names)
+    return dict(finished.codes)
+
+
+def exchange(one: str, other: str):
+    def change(tensors: dict) -> None:
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "family, fmt, change, said",
+    [
+        ("llama", "fake", exchange(*(f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1))), "o_proj"),
+        ("llama", "auto_round", exchange(*(f"model.layers.{i}.input_layernorm.weight" for i in (0, 2))), "layernorm"),
+        ("llama", "auto_round", lambda t: t.pop("model.norm.weight"), "no tensor fills it"),
+        ("llama", "auto_round", lambda t: t.update({"model.extra.weight": torch.ones(2)}), "none such"),
+        ("llama", "fake", lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1].clone()}), "shape"),
+        ("qwen3_moe", "fake", exchange(*(f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in (0, 1))), "experts"),
+        ("gpt2", "fake", exchange(*(f"transformer.h.{i}.mlp.c_fc.weight" for i in (0, 1))), "c_fc"),
+    ],
+)
+def test_faults_that_the_record_does_not_show(family, fmt, change, said, tmp_path):
+    written = Written(family, tmp_path, fmt)
+    assert prove(written.folder, written.fmt, written.result) == []
+    found = written.change(change)
+    assert found and any(said in line for line in found), found
+
+
+def test_a_configuration_that_is_another_model(tmp_path):
+    written = Written("llama", tmp_path, "auto_round")
+    path = written.folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 77.0
+    path.write_text(json.dumps(config))
+    (line,) = prove(written.folder, written.fmt, written.result)
+    assert line.startswith("config.json: rope_parameters.rope_theta: is not that of the model")
+
+
+def test_a_reload_holds_one_block(tmp_path):
+    written = Written("llama", tmp_path, "auto_round")
+    subject = proof.read_subject(written.folder)
+    empty = proof._empty(written.folder, written.result.names.model)
+    decoder = proof.Decoder(subject, torch.float32)
+    filled = Filled(empty, decoder, [f"model.layers.{i}" for i in range(3)])
+    sizes = []
+    for names in filled.groups(decoder.read):
+        there = [name for name, tensor in empty.state_dict().items() if not tensor.is_meta]
+        assert sorted(there) == sorted(names)
+        sizes.append(len({name.partition("layers.")[2][:1] for name in names}))
+    assert sizes == [1, 1, 1, 1] and not filled.missing() and not filled.unknown()
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_streamed_runs_are_proved_alike(model, tmp_path, stream):
+    words = command(model, tmp_path, "--stream" if stream else "--no_stream", "--format", "auto_gptq,fake")
+    assert cli.main(words) == 0
+    assert record(tmp_path / "model-w4g32-fake")["checked"] is True
+
+
+def test_not_proved_is_no_mistake_of_the_user():
+    error = NotProved(Path("x.wrong"), ["a: b", "c: d"], [Path("x.wrong"), Path("y.wrong")])
+    assert str(error) == "x.wrong is not proved: a: b (and 1 more); the same of y.wrong"
+    assert not isinstance(error, auto_mmround.UserError)
+
+
+GRANITE = TEXT | dict(
+    layer_types=["attention", "attention"], num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32,
+    intermediate_size=32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "llama4", "granitemoehybrid"])
+@pytest.mark.parametrize("stream", ["--stream", "--no_stream"])
+def test_stacks_of_experts_are_written_as_transformers_reads_them(family, stream, tmp_path):
+    """`fake` loads anywhere: no parameter is made up, and each holds what was tuned."""
+    tiny = FAMILIES.get(family) or Tiny(family, "GraniteMoeHybridForCausalLM", GRANITE)
+    tiny.save(tmp_path / "model", tiny_tokenizer())
+    assert cli.main([*command(tmp_path / "model", tmp_path / "out", stream), "--format", "fake"]) == 0
+    out = tmp_path / "out" / "model-w4g32-fake"
+    cls = type(tiny.build())
+    loaded, info = cls.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    source = cls.from_pretrained(tmp_path / "model").state_dict()
+    stacks = [name for name in source if name.endswith("experts.down_proj")]
+    errors = [float((loaded.state_dict()[n] - source[n]).norm() / source[n].norm()) for n in stacks]
+    assert errors and all(0.01 < error < 0.2 for error in errors)  # rounded to 4 bits, not made up and not untouched
+
+
+def test_stacks_that_no_reader_takes_apart_are_refused_before_tuning(tmp_path, capfd):
+    Tiny("granitemoehybrid", "GraniteMoeHybridForCausalLM", GRANITE).save(tmp_path / "model", tiny_tokenizer())
+    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", "auto_round"]
+    assert cli.main(words) == 2
+    assert "input_linear.weight one by one" in capfd.readouterr().err and not (tmp_path / "out").exists()
+    assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 0
+
+
+@pytest.mark.parametrize(
+    "family, fmt, said",
+    [
+        ("qwen3_moe", "auto_gptq", "transformers takes no auto_gptq with quantized experts: parameters were made up"),
+        ("qwen3_moe", "auto_round", "vllm on processors takes no auto_round:auto_gptq with quantized experts"),
+        ("qwen3_vl_moe", "compressed_tensors", "transformers takes no compressed_tensors with experts that the source"),
+        ("kimi_k25", "auto_round", "transformers takes no auto_round:auto_gptq with a tower whose q, k, v"),
+        (
+            "mixtral",
+            "auto_round",
+            "transformers takes no auto_round:auto_gptq with experts that the checkpoint names",
+        ),
+        ("gpt_oss", "auto_round", "transformers takes no auto_round:auto_gptq with experts that stay"),
+        ("llama", "auto_round", None),
+    ],
+)
+def test_what_engines_do_not_load_is_said_at_plan_time(family, fmt, said, tmp_path, capsys):
+    more = {
+        "mixtral": Tiny("mixtral", "MixtralForCausalLM", TEXT | MIXTURE | {"intermediate_size": 32}),
+        "gpt_oss": Tiny("gpt_oss", "GptOssForCausalLM", TEXT | MIXTURE | {"layer_types": ["full_attention"] * 2}),
+    }
+    (more.get(family) or FAMILIES[family]).save(tmp_path / "model", tiny_tokenizer())
+    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", fmt]
+    for each in (["plan", *words], words):
+        assert cli.main(each) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if " takes no " in line]
+        assert any(line.startswith(said) for line in lines) if said else not lines
