@@ -19,6 +19,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.loading import loaded_names, read_config, skeleton
+from auto_mmround.model.stored import Stored as Weights
+from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.structure import linears
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
@@ -118,11 +120,11 @@ class Subject:
         taken = {name for module in self.packed for name in self.parts(module)}
         return [name for name in self.tensors if name not in taken]
 
-    def originals(self) -> dict[str, tuple[Path, str]]:
-        """Tensor by its name here -> (file, name there) of the source; empty without a source."""
-        found = source_files(self.source) if self.source is not None else {}
+    def originals(self) -> dict[str, tuple[Weights, str]]:
+        """Tensor by its name here -> (tensors, name there) of the source; empty without a source."""
+        found = stored_tensors(self.source) if self.source is not None else Weights({})
         names = self.skeleton.respelled if self.skeleton is not None else {}
-        return {names.get(key, key): (path, key) for key, path in found.items()}
+        return {names.get(key, key): (found, key) for key in found.files}
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""
@@ -155,7 +157,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     journal = _journal(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
-    original = source_files(source) if source is not None else ()
+    original = stored_tensors(source).files if source is not None else ()
     skeleton = _skeleton(folder, keys, original, findings, remote_code) if config and not whole else None
     schemes = _schemes(quantization, packed, findings) if fmt is not None and quantization is not None else {}
     return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal, source, schemes, findings)
@@ -230,15 +232,6 @@ def _headers(folder: Path, weight_map: Mapping[str, str] | None, findings: list[
     unnamed = [name for name in tensors if weight_map is not None and name not in weight_map]
     findings += [Finding("error", n, f"lies in {tensors[n].file}, but {INDEX} does not name it") for n in unnamed]
     return tensors
-
-
-def source_files(source: Path) -> dict[str, Path]:
-    """Tensor name -> file of a model folder."""
-    found: dict[str, Path] = {}
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
 
 
 def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -> None:

@@ -6,15 +6,14 @@ model before quantization, if its folder is given.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.subject import Finding, Subject
 from auto_mmround.export.checkpoint import CONTRADICTIONS, Shards, dequantized_state_dict
+from auto_mmround.model.stored import Reader, Stored
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.journal import checksum, codes_record
@@ -36,9 +35,9 @@ def scheme(s: Subject, module: str) -> Scheme | None:
     return s.schemes.get(module)
 
 
-def _one(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
+def _one(stored: Stored, name: str) -> Tensor:
+    with Reader(stored) as reader:
+        return reader.tensor(name)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -22,6 +22,7 @@ from auto_mmround.export.checkpoint import check_free
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.loading import Loaded, load
+from auto_mmround.model.quantized import check_floating
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
@@ -89,6 +90,7 @@ def prepare(
 
     Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
     """
+    check_floating(loaded.model)
     template = template_for(loaded.model, recipe.template)
     plan = planned(recipe, loaded)
     if recipe.target_bits is not None:

@@ -20,6 +20,7 @@ from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.loading import converted_keys, parameter_names
+from auto_mmround.model.quantized import plain
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
@@ -264,6 +265,6 @@ def _recorded(tensors: Iterator[tuple[str, Tensor]], record: dict[str, str]) -> 
 def _config(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
     if source is not None:
         found: dict[str, Any] = json.loads((source / "config.json").read_text())
-        return {key: value for key, value in found.items() if key != "quantization_config"}  # FP8, decoded by now
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+        return {key: value for key, value in plain(found).items() if key != "transformers_weights"}
+    config = plain(json.loads(model.config.to_json_string(use_diff=False)))
     return config | {"architectures": [type(model).__name__]}
