@@ -110,8 +110,7 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"model_dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     folder, device = find_folder(name), torch.device(device)
-    config = read_config(folder, remote_code)
-    tensors = stored_tensors(folder)
+    tensors, config = stored_tensors(folder), read_config(folder, remote_code)
     forget(config)
     if tensors.scales and device_map:
         raise UserError(f"device_map {device_map}: not for weights in FP8; leave it out")
