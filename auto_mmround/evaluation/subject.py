@@ -120,11 +120,14 @@ class Subject:
         taken = {name for module in self.packed for name in self.parts(module)}
         return [name for name in self.tensors if name not in taken]
 
-    def originals(self) -> dict[str, tuple[Weights, str]]:
-        """Tensor by its name here -> (tensors, name there) of the source; empty without a source."""
-        found = stored_tensors(self.source) if self.source is not None else Weights({})
+    def weights(self) -> Weights:
+        """The tensors of the source; none without a source."""
+        return stored_tensors(self.source) if self.source is not None else Weights({})
+
+    def originals(self, weights: Weights) -> dict[str, str]:
+        """Tensor by its name here -> its name in the source."""
         names = self.skeleton.respelled if self.skeleton is not None else {}
-        return {names.get(key, key): (found, key) for key in found.files}
+        return {names.get(key, key): key for key in weights.files}
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""

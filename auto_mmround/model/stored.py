@@ -62,7 +62,7 @@ class Reader:
     """Reads tensors while it is open; each file is opened once."""
 
     def __init__(self, stored: Stored):
-        self._stored, self._stack = stored, ExitStack()
+        self.stored, self._stack = stored, ExitStack()
         self._opened: dict[Path, Any] = {}
 
     def __enter__(self) -> "Reader":
@@ -73,16 +73,16 @@ class Reader:
 
     def plain(self, key: str, path: Path | None = None) -> Any:
         """What the file holds, as safetensors' slice."""
-        path = path or self._stored.files[key]
+        path = path or self.stored.files[key]
         if path not in self._opened:
             self._opened[path] = self._stack.enter_context(safe_open(path, "pt"))
         return self._opened[path].get_slice(key)
 
     def slice(self, key: str) -> Any:
         """Something that gives the tensor when it is asked for ``[...]``."""
-        if key not in self._stored.scales:
+        if key not in self.stored.scales:
             return self.plain(key)
-        return _Encoded(key, self.plain(key), self.plain(*self._stored.scales[key]), self._stored.blocks)
+        return _Encoded(key, self.plain(key), self.plain(*self.stored.scales[key]), self.stored.blocks)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
