@@ -13,7 +13,8 @@ from auto_mmround.errors import UserError
 SETTINGS_BYTES = 64 << 20  # configurations, indexes, templates, recipes; a large tokenizer.json has 35 MB
 DATASET_BYTES = 4 << 30
 LINE = 2000  # characters of a message for the terminal
-INDEX = "model.safetensors.index.json"
+SAFE, INDEX_END = ".safetensors", ".safetensors.index.json"
+SINGLE, INDEX = f"model{SAFE}", f"model{INDEX_END}"
 
 
 def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
@@ -47,31 +48,46 @@ def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
     return value
 
 
-def weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file of a sharded checkpoint, None without an index.
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that Transformers reads of a folder, in its order; of a tensor in two of them the later counts.
 
-    Raises UserError for an index that names anything but safetensors files that lie in the folder.
+    These are the file, or the files of the index, that `config.json` names as `transformers_weights`; else
+    `model.safetensors`; else the files of `model.safetensors.index.json`. Whatever else lies beside is not read.
+    Raises UserError where there are none, and for names of anything but safetensors files in the folder.
     """
-    path = folder / INDEX
+    config = folder / "config.json"
+    named = read_object(config).get("transformers_weights") if config.is_file() else None
+    if named is not None and not (isinstance(named, str) and _plain(named) and named.endswith((SAFE, INDEX_END))):
+        raise UserError(f"{config}: transformers_weights = {str(named)[:200]!r} is no safetensors file of the folder")
+    path = folder / (named or (SINGLE if (folder / SINGLE).is_file() else INDEX))
     if not path.is_file():
-        return None
-    found = read_object(path).get("weight_map")
+        others = sorted(other.name for other in folder.glob(f"*{SAFE}"))
+        beside = f"; {others[0]} is not read, rename it if it holds the weights" if others else ""
+        raise UserError(f"{folder} has no weights: neither {named or f'{SINGLE} nor {INDEX}'}{beside}")
+    indexes = {path, folder / INDEX} - {folder / SINGLE}  # one that is not read is checked too: a copy may be half done
+    shards = {index: _shards(index) for index in indexes if index.name.endswith(INDEX_END) and index.is_file()}
+    return shards.get(path, [path])
+
+
+def _shards(index: Path) -> list[Path]:
+    found = read_object(index).get("weight_map")
     problem = index_problem(found)
     if problem is None:
-        shards = sorted(set(found.values()))  # type: ignore[union-attr]
-        gone = [shard for shard in shards if not (folder / shard).is_file()]
+        shards = [index.with_name(name) for name in sorted(set(found.values()))]  # type: ignore[union-attr]
+        gone = [shard.name for shard in shards if not shard.is_file()]
         problem = f"names {gone[0]!r}, which is not in the folder" if gone else None
     if problem:
-        raise UserError(f"{path} {problem}: copy the folder again")
-    return found
+        beside = ", or remove the index if model.safetensors is newer" if index.with_name(SINGLE).is_file() else ""
+        raise UserError(f"{index} {problem}: copy the folder again{beside}")
+    return shards
 
 
 def index_problem(found: Any) -> str | None:
     """What is wrong with an index's `weight_map` by itself: its form, or a file that can't be one of the folder."""
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not found:
         return "holds no weight_map"
     for name, shard in found.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain(shard):
+        if not isinstance(shard, str) or not shard.endswith(SAFE) or not _plain(shard):
             return f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of the folder"
     return None
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig, WhisperModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from auto_mmround.calibration.inputs import IMAGE, TEXT
 from auto_mmround.errors import UserError
@@ -19,7 +20,7 @@ from auto_mmround.evaluation.samples import held_out
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Call, difference
 from auto_mmround.model.loading import DEMO, load
-from auto_mmround.model.pairs import gain_offset, linear_pairs, norm_pairs, rescale
+from auto_mmround.model.pairs import Pair, gain_offset, linear_pairs, norm_pairs, rescale
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics import gram, grids
@@ -167,6 +168,44 @@ def test_pairs_of_a_family_and_that_the_function_stays(family, changes, wanted, 
     assert difference(model(**IDS).logits, before) < 1e-5
     if family == "qwen2_moe":
         assert found.refused["post_attention_layernorm"].startswith("also read by mlp")
+
+
+def test_a_norm_that_takes_a_gate_is_tried_with_it():
+    """Qwen3-Next normalizes each head of its linear attention so; the reader takes all heads, so no scale passes."""
+    heads = {
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    }  # fmt: skip
+    model = tiny("qwen3_next", **heads)
+    before = model(**IDS).logits
+    block, call, hidden = first_block(model, "model.layers", 2, **IDS)
+    found = find_pairs(block, call, hidden)
+    assert found.pairs[0] == Pair("input_layernorm", ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), 1.0)
+    assert found.refused["linear_attn.norm"] == "a reader takes other channels"
+    for pair in found.pairs:
+        rescale(block, pair, 4 ** (torch.rand(block.get_submodule(pair.readers[0]).in_features) * 2 - 1))
+    assert difference(model(**IDS).logits, before) < 1e-5
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_scale_passes_through_a_gated_norm(named):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = Qwen3NextRMSNormGated(8), nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            normed = self.norm(hidden_states=hidden, gate=hidden.flip(-1)) if named else self.norm(hidden, hidden)
+            return hidden + self.fc(normed)
+
+    torch.manual_seed(0)
+    block, x = Gated().requires_grad_(False), torch.randn(1, 5, 8)
+    before = block(x)
+    found = norm_pairs(block, Call((), {}, 0), x)
+    assert found.pairs == (Pair("norm", ("fc",), 0.0),)
+    rescale(block, found.pairs[0], 4 ** (torch.rand(8) * 2 - 1))
+    assert difference(block(x), before) < 1e-5
 
 
 def test_pairs_of_an_encoder_and_a_decoder():

@@ -104,7 +104,7 @@ def test_scales_of_all_shapes():
     assert torch.equal(decoded("w", q, rows), wanted) and torch.equal(decoded("w", q, rows[:, None]), wanted)
     assert torch.equal(decoded("w", q, torch.tensor(2.0)), (2 * q.float()).bfloat16())
     grid = torch.rand(2, 2)
-    cut = decoded("w", q, grid, (4, 4))  # the second block of rows has two
+    cut = decoded("w", q, grid, [(4, 4)])  # the second block of rows has two
     assert torch.equal(cut[4:, :4], (q.float()[4:, :4] * grid[1, 0]).bfloat16())
     for shape in ((4, 2), (5,), (2, 3)):
         with pytest.raises(UserError, match=r"w: its scale, .* does not fit its shape, \(6, 8\)"):

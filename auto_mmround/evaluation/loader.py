@@ -26,10 +26,14 @@ from auto_mmround.model.loading import (
     read_config,
     skeleton,
 )
+from auto_mmround.model.quantized import METHODS
 from auto_mmround.numerics.float_grids import quantize_inputs_e4m3, quantize_tokens_as_rows, quantize_tokens_e4m3
 from auto_mmround.numerics.grids import quantize_tokens
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import one_line
+
+# How a source may be stored. Those of compressed-tensors are read as engines read them, activations too.
+SOURCES = tuple(method for method in METHODS if method != "compressed-tensors")
 
 
 def from_quantized(
@@ -124,7 +128,7 @@ def load_any(
     """
     folder = Path(name)
     quantization = read_checkpoint(folder).quantization_config if folder.is_dir() else None
-    if quantization is not None and quantization.get("quant_method") != "fp8":  # that is how the source is stored
+    if quantization is not None and quantization.get("quant_method") not in SOURCES:  # that is how the source is stored
         half = dtype is None and read_config(folder, remote_code).dtype == torch.float16
         dtype = "float32" if half and torch.device(device).type == "cpu" else dtype
         return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code, activations=True)

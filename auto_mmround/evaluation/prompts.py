@@ -19,7 +19,7 @@ from auto_mmround.evaluation.metrics import logits_of, moved
 from auto_mmround.evaluation.samples import MANY, parts
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
-from auto_mmround.run.job import template_for
+from auto_mmround.run.job import check_vocabulary, template_for
 
 log = logging.getLogger("auto_mmround")
 
@@ -223,6 +223,7 @@ def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict
         prompt=True,
         quiet=True,
     )
+    check_vocabulary(loaded.model, made)
     return [each.kwargs for each in made]
 
 

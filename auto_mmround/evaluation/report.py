@@ -21,6 +21,7 @@ from auto_mmround.evaluation import charts
 from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.untrusted import weight_files
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
@@ -265,7 +266,7 @@ def _sizes(folder: Path, model: str) -> dict[str, Any]:
     weights = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
     try:
         source = find_folder(model, offline=True)
-        before = sum(path.stat().st_size for path in source.glob("*.safetensors")) or None
+        before = sum(path.stat().st_size for path in weight_files(source)) or None
     except UserError:
         before = None
     return {"weights": weights, "packed": packed, "plain": plain, "source": before}

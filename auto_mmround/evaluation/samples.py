@@ -5,7 +5,7 @@ from pathlib import Path
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.loading import DEMO, Loaded
-from auto_mmround.run.job import template_for
+from auto_mmround.run.job import check_vocabulary, template_for
 
 HELD_OUT = DEMO.parent / "heldout"
 MANY = 10**9
@@ -44,4 +44,5 @@ def held_out(
             quiet=True,
         )
         inputs += made
+    check_vocabulary(loaded.model, inputs)
     return inputs

@@ -57,7 +57,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             if some:
                 yield Finding("error", some[0], f"{text} according to run.json" + several(some))
     if s.source is not None and not s.whole:
-        absent = [name for name in s.originals() if name not in s.tensors and not _is_packed(s, name)]
+        absent = [name for name in s.originals(s.weights()) if name not in s.tensors and not _is_packed(s, name)]
         if absent:
             yield Finding("error", absent[0], "is in the source, not here" + several(absent))
 

@@ -20,6 +20,8 @@ from auto_mmround.export import config_check, formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import separable, stacking
 from auto_mmround.model.loading import filled_parameters, loaded_names, read_config, skeleton
+from auto_mmround.model.stored import Stored as Weights
+from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
@@ -123,11 +125,14 @@ class Subject:
         taken = {name for module in self.packed for name in self.parts(module)}
         return [name for name in self.tensors if name not in taken]
 
-    def originals(self) -> dict[str, tuple[Path, str]]:
-        """Tensor by its name here -> (file, name there) of the source; empty without a source."""
-        found = source_files(self.source) if self.source is not None else {}
+    def weights(self) -> Weights:
+        """The tensors of the source; none without a source."""
+        return stored_tensors(self.source) if self.source is not None else Weights({})
+
+    def originals(self, weights: Weights) -> dict[str, str]:
+        """Tensor by its name here -> its name in the source."""
         names = self.skeleton.respelled if self.skeleton is not None else {}
-        return {names.get(key, key): (path, key) for key, path in found.items()}
+        return {names.get(key, key): key for key in weights.files}
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""
@@ -160,7 +165,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     journal = _journal(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
-    original = source_files(source) if source is not None else ()
+    original = stored_tensors(source).files if source is not None else ()
     packs = fmt is not None and bool(fmt.parts)
     skeleton = _skeleton(folder, keys, original, findings, remote_code, packs) if config and not whole else None
     schemes = _schemes(quantization, packed, findings) if fmt is not None and quantization is not None else {}
@@ -236,15 +241,6 @@ def _headers(folder: Path, weight_map: Mapping[str, str] | None, findings: list[
     unnamed = [name for name in tensors if weight_map is not None and name not in weight_map]
     findings += [Finding("error", n, f"lies in {tensors[n].file}, but {INDEX} does not name it") for n in unnamed]
     return tensors
-
-
-def source_files(source: Path) -> dict[str, Path]:
-    """Tensor name -> file of a model folder."""
-    found: dict[str, Path] = {}
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
 
 
 def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -> None:

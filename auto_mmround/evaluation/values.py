@@ -6,15 +6,14 @@ model before quantization, if its folder is given.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.subject import Finding, Subject
 from auto_mmround.export.checkpoint import CONTRADICTIONS, Shards, dequantized_state_dict
+from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.journal import checksum, codes_record
@@ -36,37 +35,36 @@ def scheme(s: Subject, module: str) -> Scheme | None:
     return s.schemes.get(module)
 
 
-def _one(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
-
-
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 
 def check_plain_values(s: Subject) -> Iterator[Finding]:
     """Plain tensors are finite, and those that the run wrote, or the source has."""
-    written = s.journal.get("tensors") or {}
-    source = s.originals()
+    with Reader(s.weights()) as originals:
+        yield from _check_plain_values(s, originals)
+
+
+def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
+    written, source = s.journal.get("tensors") or {}, s.originals(originals.stored)
     for name, tensor in s.read(s.plain()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             yield Finding("error", name, "holds NaN or infinite values")
         elif name in written:
             if checksum(tensor) != written[name]:
                 yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
-        elif name in source and not _same(tensor, _one(*source[name])):
+        elif name in source and not _same(tensor, originals.tensor(source[name])):
             yield Finding(s.hygiene, name, "differs from the source")
 
 
 def check_codes(s: Subject) -> Iterator[Finding]:
     """Packed weights decode to sound scales and zero points, to just what the run tuned, to the source's likeness."""
-    with Shards() as shards:
-        yield from _check_codes(s, shards)
+    with Shards() as shards, Reader(s.weights()) as originals:
+        yield from _check_codes(s, shards, originals)
 
 
-def _check_codes(s: Subject, shards: Shards) -> Iterator[Finding]:
-    source = s.originals()
+def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Finding]:
+    source = s.originals(originals.stored)
     for module in sorted(s.packed):
         wanted = scheme(s, module)
         if wanted is None or s.fmt is None:
@@ -85,7 +83,7 @@ def _check_codes(s: Subject, shards: Shards) -> Iterator[Finding]:
         yield from broken or _against_journal(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
-            yield from _against_source(name, dequantize(codes), shards.tensor(*source[name]).float())
+            yield from _against_source(name, dequantize(codes), originals.tensor(source[name]).float())
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
@@ -94,7 +92,8 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
         return
     rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
     written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
-    source = s.originals()
+    weights = s.weights()
+    source = s.originals(weights)
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
             if not bool(torch.isfinite(tensor).all()):
@@ -104,7 +103,8 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
             elif name in rest and not _sums_to(tensor, rest.pop(name)):
                 yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
             elif name in source and tensor.ndim == 2:
-                yield from _against_source(name, tensor, _one(*source[name]).float())
+                with Reader(weights) as originals:
+                    yield from _against_source(name, tensor, originals.tensor(source[name]).float())
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         named = WEIGHT_FILE.search(reason)

@@ -17,7 +17,7 @@ from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.numerics.grids import dequantize
-from auto_mmround.untrusted import read_object, weight_map
+from auto_mmround.untrusted import read_object, weight_files
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
@@ -26,7 +26,8 @@ _WEIGHTS = (
 # Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights. With an
 # adapter's configuration beside merged weights loaders would look for the adapter.
 _OWN_FILES = (
-    "config.json", "quantization_config.json", "quantize_config.json", "adapter_config.json",
+    "config.json", "quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+    "adapter_config.json",
     "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
 )  # fmt: skip
 
@@ -246,12 +247,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder / 'config.json'}: {wrong}")
     if quantization is not None and _reader(quantization) is not None:
         return Checkpoint(folder, config, quantization, {})
-    files = weight_map(folder)
-    if files is None:
-        if not (folder / "model.safetensors").is_file():
-            raise UserError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
-        with _open(folder / "model.safetensors") as handle:
-            files = dict.fromkeys(handle.keys(), "model.safetensors")
+    files: dict[str, str] = {}
+    for path in weight_files(folder):
+        with _open(path) as handle:
+            files |= dict.fromkeys(handle.keys(), path.name)
     return Checkpoint(folder, config, quantization, dict(sorted(files.items())))
 
 

@@ -195,7 +195,7 @@ class Separate(nn.Module):
         for index in range(self.count):
             part = hidden_states[index * size : (index + 1) * size]
             chosen = part.abs().amax(-1).nonzero()[:, 0]
-            result = result.index_add(0, index * size + chosen, self._expert(index, part[chosen]))
+            result = result.index_add(0, index * size + chosen, self._expert(index, part[chosen]).to(result.dtype))
         return result
 
     def _routed(self, hidden_states: Tensor, result: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

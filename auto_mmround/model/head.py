@@ -11,12 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from auto_mmround.errors import UserError
 from auto_mmround.model.capture import stopping_at
 
 LOGITS = 2**23  # logits in memory at a time
 # model, what it takes -> hidden states (T, D), and the module that turns them into logits (T, V)
 ToHead = Callable[[PreTrainedModel, Mapping[str, Any]], tuple[Tensor, nn.Module]]
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises UserError for a class of Transformers that predicts no tokens: it has no head, or one that classifies.
+
+    Code that comes with a model need not say where its head is.
+    """
+    if type(model).__module__.startswith("transformers.") and model.get_output_embeddings() is None:
+        like = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "LlamaForCausalLM")
+        raise UserError(
+            f"{type(model).__name__} has no head that predicts tokens, which quantizing is measured by: give a model "
+            f"with one, and a class like {like} in architectures of its config.json"
+        )
 
 
 def to_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> ToHead:

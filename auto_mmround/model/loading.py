@@ -18,9 +18,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.borrowed import named
+from auto_mmround.model.quantized import forget
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
-from auto_mmround.untrusted import one_line, read_object, weight_map
+from auto_mmround.untrusted import INDEX, SINGLE, one_line, read_object, weight_files
 
 log = logging.getLogger("auto_mmround")
 
@@ -72,7 +73,9 @@ def find_folder(name: str, offline: bool = False) -> Path:
         raise UserError(f"model {name}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model {name}: the folder has no .safetensors weights; other weight files are not read")
-    weight_map(folder)
+    read = weight_files(folder)
+    if read[0].name == SINGLE and (folder / INDEX).is_file():
+        log.warning("model %s: %s is read, as Transformers does; the files of its index are not", name, SINGLE)
     return folder
 
 
@@ -109,35 +112,27 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"model_dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     folder, device = find_folder(name), torch.device(device)
-    config = read_config(folder, remote_code)
-    tensors = stored_tensors(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    tensors, config = stored_tensors(folder), read_config(folder, remote_code)
+    forget(config)
     if tensors.scales and device_map:
         raise UserError(f"device_map {device_map}: not for weights in FP8; leave it out")
-    cls, kind = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
-    if device.type == "cpu" and not device_map and (kind or stored_dtype(folder, config)) == torch.float16:
-        kind = torch.float32  # few processors compute in float16, and gradients vanish in it
+    cls, stated = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
+    kind = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
+    if device.type == "cpu" and not device_map and kind == torch.float16:
+        stated = kind = torch.float32  # few processors compute in float16, and gradients vanish in it
         log.info("%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory", name)
     holder: Holder = InMemory()
     try:
-        streams = stream or (stream is None and not device_map and not fits(folder, tensors, device, kind))
+        streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
         merged = (folder / "adapter_config.json").is_file() and not device_map
         if merged:  # Transformers would add the adapter, or look for it
             log.warning("%s: adapter_config.json is left aside, the weights are taken as merged", folder)
         if streams or tensors.scales or merged:
             log.info("%s: blocks are read when their turn comes" if streams else "%s: read by tensors", name)
-            dtype_ = kind or stored_dtype(folder, config) or torch.get_default_dtype()
-            model, holder, absent = load_streamed(cls, config, tensors, dtype_, device, renamed_keys, whole=not streams)
+            model, holder, absent = load_streamed(cls, config, tensors, kind, device, renamed_keys, whole=not streams)
         else:
-            model, info = cls.from_pretrained(
-                folder,
-                dtype=kind or "auto",
-                device_map=device_map,
-                output_loading_info=True,
-                use_safetensors=True,
-                **_trust(remote_code),
-            )
+            options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": device_map}
+            model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
             absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
@@ -153,7 +148,7 @@ def load(
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
 
 
-def _trust(remote_code: bool) -> dict[str, bool]:
+def _trust(remote_code: bool) -> dict[str, Any]:
     """How Transformers reads a folder that is there already: nothing from the network, save code that it may run."""
     return {"trust_remote_code": remote_code, "local_files_only": not remote_code}
 

@@ -59,7 +59,7 @@ def norm_pairs(block: nn.Module, call: Call, hidden: Tensor) -> Found:
         if not readers:
             continue
         reason = _why_not(seen, watch, layers, output)
-        offset = gain_offset(block.get_submodule(name), seen.input)
+        offset = None if reason else gain_offset(block.get_submodule(name), *seen.args, **seen.kwargs)
         if reason or offset is None:
             refused[name] = reason or "its gain is neither its weight nor 1 + its weight"
         else:
@@ -159,10 +159,10 @@ def _multiply(parameter: Tensor, factor_C: Tensor, along: int) -> None:
 
 
 @torch.no_grad()
-def gain_offset(norm: nn.Module, x: Tensor) -> float | None:
+def gain_offset(norm: nn.Module, *args: Any, **kwargs: Any) -> float | None:
     """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight, None for anything else.
 
-    Tried by setting the weight to 0 and to 1.
+    args, kwargs: what it is called with, gates included. Tried by setting the weight to 0 and to 1.
     """
     weight: Tensor = norm.weight  # type: ignore[assignment]
     bias = getattr(norm, "bias", None)
@@ -170,7 +170,7 @@ def gain_offset(norm: nn.Module, x: Tensor) -> float | None:
     try:
         for value in (0.0, 1.0):
             weight.fill_(value)
-            output = norm(x).float()
+            output = norm(*args, **kwargs).float()
             outputs.append(output if bias is None else output - bias.float())
     finally:
         weight.copy_(kept)
@@ -186,7 +186,8 @@ def gain_offset(norm: nn.Module, x: Tensor) -> float | None:
 class _Norm:
     """What one pass showed of a norm. readers: innermost modules whose operations read its output, "" the block."""
 
-    input: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     output: Tensor
     calls: int = 1
     readers: list[str] = field(default_factory=list)
@@ -205,7 +206,7 @@ class _Watch(TorchDispatchMode):
         for name, module in block.named_modules():
             if name:
                 self._handles.append(module.register_forward_pre_hook(self._enter(name)))
-                self._handles.append(module.register_forward_hook(self._leave(name)))
+                self._handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True))
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
@@ -220,13 +221,14 @@ class _Watch(TorchDispatchMode):
         return hook
 
     def _leave(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._running.pop()
-            if _looks_like_norm(module) and args and isinstance(output, Tensor):
+            given = [*args, *kwargs.values()]
+            if _looks_like_norm(module) and given and isinstance(output, Tensor):
                 if name in self.norms:
                     self.norms[name].calls += 1
-                elif isinstance(args[0], Tensor) and output.shape == args[0].shape:
-                    self.norms[name] = self._memory[_memory(output)] = _Norm(args[0], output)
+                elif isinstance(given[0], Tensor) and output.shape == given[0].shape:
+                    self.norms[name] = self._memory[_memory(output)] = _Norm(args, kwargs, output)
 
         return hook
 

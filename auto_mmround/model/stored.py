@@ -1,10 +1,11 @@
 """The tensors of a checkpoint's files as floating point: what is stored in FP8 is decoded while it is read.
 
 Beside a weight in FP8 lies its scale, a multiplier a tensor, a row or a block: `weight_scale_inv` in the files of
-DeepSeek and Transformers, `weight_scale` in those of compressed-tensors. W = q s, rounded to bfloat16.
+DeepSeek and Transformers, `weight_scale` in those of compressed-tensors, ModelOpt and others. W = q s, rounded to
+bfloat16. The tensors decide, not the configuration, which may tell it anywhere or have been lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,24 +16,34 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import one_line, read_object, weight_map
+from auto_mmround.model.quantized import FLOATS, METHODS, Block, block_sizes, told
+from auto_mmround.untrusted import one_line, weight_files
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-PACKED = ("U8", "I8", "I16", "I32")  # integers of another quantization
-METHODS = ("fp8", "compressed-tensors")
+PACKED = ("U8", "I8", "I16", "I32", "U16", "U32")  # integers of another quantization
+SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
+# Ends of keys that name a weight, where integers can be nothing but packed; masks of old models are integers too.
+WEIGHTS = (".weight", ".qweight", ".weight_packed", "_proj", "_proj_blocks")
 SCALES = ("_scale_inv", "_scale")  # behind the key of a weight
+EXPONENTS = ("F8_E8M0", "U8")  # 2^(n - 127); files of MXFP8 name them bytes
+# What changes a weight besides one scale. It is not read.
+SECOND = ("_scale_2", "_zero_point")
+SMOOTHED = ".pre_quant_scale"
 # Of what runs in FP8 besides weights: nothing that is quantized anew has a use for them.
-LEFT_OUT = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
+LEFT_OUT = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale",
+            ".kv_scale", ".prob_scale", ".prob_output_scale")  # fmt: skip
+USUAL: Block = (128, 128)  # where blocks are stored, but their size isn't told
 
 
 @dataclass(frozen=True)
 class Stored:
-    """files: the file of every tensor, scales left out. scales: key of an FP8 tensor -> (key, file) of its scale.
-    block: rows and columns that share a scale, where the configuration says."""
+    """files: the file of every tensor, scales left out. kinds: its type as safetensors names it. scales: key of an FP8
+    tensor -> (key, file) of its scale. blocks: sizes (rows, columns) of what shares a scale, as far as told."""
 
     files: Mapping[str, Path]
     scales: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
-    block: tuple[int, int] | None = None
+    blocks: tuple[Block, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors, decoded."""
@@ -40,12 +51,18 @@ class Stored:
             count = sum(torch.Size(reader.plain(key).get_shape()).numel() for key in self.scales)
         return sum(path.stat().st_size for path in set(self.files.values())) + count
 
+    def dtype(self) -> torch.dtype | None:
+        """That of the first floating-point tensor, as Transformers takes it; None without any."""
+        if self.scales:
+            return torch.bfloat16
+        return next((FLOATS[self.kinds[key]] for key in self.files if self.kinds[key] in FLOATS), None)
+
 
 class Reader:
     """Reads tensors while it is open; each file is opened once."""
 
     def __init__(self, stored: Stored):
-        self._stored, self._stack = stored, ExitStack()
+        self.stored, self._stack = stored, ExitStack()
         self._opened: dict[Path, Any] = {}
 
     def __enter__(self) -> "Reader":
@@ -56,16 +73,16 @@ class Reader:
 
     def plain(self, key: str, path: Path | None = None) -> Any:
         """What the file holds, as safetensors' slice."""
-        path = path or self._stored.files[key]
+        path = path or self.stored.files[key]
         if path not in self._opened:
             self._opened[path] = self._stack.enter_context(safe_open(path, "pt"))
         return self._opened[path].get_slice(key)
 
     def slice(self, key: str) -> Any:
         """Something that gives the tensor when it is asked for ``[...]``."""
-        if key not in self._stored.scales:
+        if key not in self.stored.scales:
             return self.plain(key)
-        return _Encoded(key, self.plain(key), self.plain(*self._stored.scales[key]), self._stored.block)
+        return _Encoded(key, self.plain(key), self.plain(*self.stored.scales[key]), self.stored.blocks)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
@@ -78,67 +95,102 @@ class _Encoded:
     key: str
     q: Any
     scale: Any
-    block: tuple[int, int] | None
+    blocks: Sequence[Block]
 
     def __getitem__(self, _: Any) -> Tensor:
-        return decoded(self.key, self.q[...], self.scale[...], self.block)
+        return decoded(self.key, self.q[...], self.scale[...], self.blocks)
 
 
 def stored_tensors(folder: Path) -> Stored:
-    """What lies in a checkpoint folder. Raises UserError for files that can't be read, and where
-    it is quantized in another way than FP8."""
+    """What lies in a checkpoint folder. Raises UserError for files that can't be read, where it is quantized in another
+    way than FP8, and for a tensor in FP8 or packed whose scale is not known."""
     files: dict[str, Path] = {}
     kinds: dict[str, str] = {}
-    given = read_object(folder / "config.json").get("quantization_config")
     try:
         for path in weight_files(folder):
             with safe_open(path, "pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
-                if given is not None:
-                    kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}") from None
-    if given is None:
-        return Stored(files)
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    if method not in METHODS or any(kind in PACKED for kind in kinds.values()):
-        raise UserError(f"model {folder} is quantized already ({method}); give the original weights, or FP8")
-    scales = {}
-    for key in (key for key, kind in kinds.items() if kind in FP8):
-        name = next((key + end for end in SCALES if key + end in files), None)
-        if name is None:
-            raise UserError(f"model {folder}: {key} is stored in FP8, but the files hold no scale for it")
-        scales[key] = name, files[name]
-    left_out = {name for name, _ in scales.values()} | {key for key in files if key.endswith(LEFT_OUT)}
-    block = given.get("weight_block_size")
-    if block and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise UserError(f"model {folder}: weight_block_size {str(block)[:80]} is no pair of numbers")
+    configs = told(folder)
+    names = {key: found for key, kind in kinds.items() if kind in FP8 and (found := _scale_of(key, kinds))}
+    of_scales = set(names.values())
+    packed = any(kind in PACKED and key not in of_scales for key, kind in kinds.items())
+    for method in (config.get("quant_method") for config in configs):
+        if method not in METHODS or packed:
+            raise UserError(f"model {folder} is quantized already ({method}); give the original weights, or FP8")
+    problem = next(filter(None, (_problem(key, kinds, of_scales) for key in _ordered(kinds))), None)
+    if problem:
+        raise UserError(f"model {folder}: {problem}; give the original weights, or FP8 with its scales")
+    if not names and not configs:
+        return Stored(files, kinds=kinds)
+    left_out = of_scales | {key for key in files if key.endswith(LEFT_OUT)}
+    blocks = {block for config in configs for block in block_sizes(config, folder)}
     kept = {key: path for key, path in files.items() if key not in left_out}
-    return Stored(kept, scales, (block[0], block[1]) if block else None)
+    return Stored(kept, {key: (name, files[name]) for key, name in names.items()}, tuple(sorted(blocks)), kinds)
 
 
-def decoded(key: str, q: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
-    """bfloat16 (.., O, I) of FP8 values and a scale: one, (O,), (O, 1) or one a block, (.., O / rows, I / columns).
+def _scale_of(key: str, kinds: Mapping[str, str]) -> str | None:
+    return next((key + end for end in SCALES if key + end in kinds), None)
 
-    The last block of a row or column may be cut off, if ``block`` says how large the others are. Raises UserError.
+
+def _ordered(kinds: Mapping[str, str]) -> list[str]:
+    """Weights first, so that a message names one of them and not its scale."""
+    return sorted(kinds, key=lambda key: (not key.endswith(WEIGHTS), key))
+
+
+def _problem(key: str, kinds: Mapping[str, str], of_scales: set[str]) -> str | None:
+    """Why the values of a tensor are not known, None if they are."""
+    kind, scale = kinds[key], _scale_of(key, kinds)
+    smoothed = key.removesuffix(".weight") + SMOOTHED
+    if key.endswith(".weight") and smoothed in kinds:
+        return f"{key} needs {smoothed} on its inputs, which is not read"
+    if key in of_scales:
+        return None if kind in FLOATS or kind in EXPONENTS else f"{key}, a scale, is stored as {kind}"
+    if kind in FP8 and scale is None:
+        return f"{key} is stored in FP8, but the files hold no scale for it"
+    second = next((key + end for end in SECOND if key + end in kinds), None)
+    if kind in FP8 and second:
+        return f"{key} is stored in FP8 with {second}, which is not read"
+    if kind.startswith(SMALL) and kind not in FP8:
+        return f"{key} is stored as {kind}, which is not read"
+    if key.endswith(WEIGHTS) and kind not in FLOATS and kind not in FP8:
+        return f"{key} is stored as {kind}, packed in a way that is not read"
+    if key.endswith(WEIGHTS) and kind in FLOATS and scale is not None:
+        return f"{key} is stored as {kind} and has a scale beside it, {scale}: whether it is applied is not known"
+    return None
+
+
+def decoded(key: str, q: Tensor, scale: Tensor, blocks: Sequence[Block] = ()) -> Tensor:
+    """bfloat16 (.., O, I) of FP8 values and a scale: one, (O,), (O, 1) or one a block, (.., O / rows, I / columns);
+    for a stack of matrices also (E,). Bytes are exponents.
+
+    The last block of a row or column may be cut off, if ``blocks`` says how large the others are. Raises UserError.
     """
-    s = scale.float()
-    if s.numel() > 1:
-        s = s[:, None] if s.ndim == 1 and q.ndim == 2 else s
-        for dim in (-2, -1):
-            size, count = q.shape[dim], s.shape[dim] if s.ndim == q.ndim else 0
-            step = block[dim] if block and -(-size // block[dim]) == count else size // max(count, 1)
-            if not count or -(-size // step) != count:
-                raise UserError(f"{key}: its scale, {tuple(scale.shape)}, does not fit its shape, {tuple(q.shape)}")
-            s = s.repeat_interleave(step, dim).narrow(dim, 0, size)
-    else:
-        s = s.reshape(())
+    s = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+    if s.ndim == 1 and 1 < len(s) == q.shape[0]:
+        s = s.reshape(-1, *[1] * (q.ndim - 1))
+    if s.numel() == 1:
+        return (q.float() * s.reshape(())).to(torch.bfloat16)
+    sizes, counts = q.shape[-2:], s.shape[-2:]
+    leading = s.ndim == q.ndim and all(n in (1, size) for n, size in zip(s.shape[:-2], q.shape[:-2], strict=True))
+    steps = _steps(sizes, counts, blocks) if leading and len(counts) == 2 and s.numel() else None
+    if steps is None:
+        raise UserError(f"{key}: its scale, {tuple(scale.shape)}, does not fit its shape, {tuple(q.shape)}")
+    for dim, size, step in zip((-2, -1), sizes, steps, strict=True):
+        s = s.repeat_interleave(step, dim).narrow(dim, 0, size)
     return (q.float() * s).to(torch.bfloat16)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those that its index names, or the one file, or all."""
-    index, single = weight_map(folder), folder / "model.safetensors"
-    if index is not None:
-        return [folder / name for name in sorted(set(index.values()))]
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+def _steps(sizes: Sequence[int], counts: Sequence[int], blocks: Sequence[Block]) -> Block | None:
+    """Rows and columns that share a scale, None where the counts fit nothing, or more than one thing."""
+    if all(count in (1, size) for size, count in zip(sizes, counts, strict=True)):
+        return sizes[0] // counts[0], sizes[1] // counts[1]
+    even = max(1, sizes[0] // counts[0]), max(1, sizes[1] // counts[1])
+    fitting = {
+        (min(block[0], sizes[0]), min(block[1], sizes[1]))
+        for block in blocks or (even, USUAL)
+        if all(-(-size // step) == count for size, step, count in zip(sizes, block, counts, strict=True))
+    }
+    return fitting.pop() if len(fitting) == 1 else None

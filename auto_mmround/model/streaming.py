@@ -7,11 +7,9 @@ casting, for a block as for a whole model, so a streamed model holds the same bi
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -22,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
+from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.standins import recomputed
-from auto_mmround.model.stored import Reader, Stored, weight_files
+from auto_mmround.model.stored import Reader, Stored
 from auto_mmround.model.structure import find_stages
 
 SHARE = 0.6  # of the free memory that a model may take as a whole
@@ -143,21 +142,17 @@ class Streamed:
         devices.trim_heap()
 
 
-def fits(folder: Path, stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+def fits(stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:
     """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free memory."""
     size = stored.nbytes()
     if dtype is not None and not stored.scales:
-        with safe_open(weight_files(folder)[0], "pt") as file:
-            size = size * dtype.itemsize // (_first_dtype(file) or dtype).itemsize
+        size = size * dtype.itemsize // (stored.dtype() or dtype).itemsize
     return size <= SHARE * devices.free_memory(device)
 
 
-def stored_dtype(folder: Path, config: Any) -> torch.dtype | None:
-    """The dtype that the configuration states, else that of the first floating-point weight."""
-    if config.dtype is not None:
-        return config.dtype
-    with safe_open(weight_files(folder)[0], "pt") as file:
-        return _first_dtype(file)
+def stored_dtype(stored: Stored, config: Any) -> torch.dtype | None:
+    """The dtype that the configuration states, if a model can compute in it, else that of the files."""
+    return config.dtype if config.dtype in FLOATS.values() else stored.dtype()
 
 
 def load_streamed(
@@ -213,11 +208,6 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> None:
     for name in config.sub_configs:
         if getattr(config, name, None) is not None:
             getattr(config, name).dtype = dtype
-
-
-def _first_dtype(file: Any) -> torch.dtype | None:
-    tensors = (file.get_slice(key)[:0] for key in file.keys() if file.get_slice(key).get_shape())  # noqa: SIM118
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
 @contextmanager

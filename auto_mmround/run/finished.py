@@ -34,6 +34,7 @@ from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.journal import BlockReport, checksum
 from auto_mmround.run.polish import Polished
+from auto_mmround.untrusted import weight_files
 
 log = logging.getLogger("auto_mmround")
 
@@ -165,7 +166,7 @@ def identity(recipe: Recipe, config: str, source: Path | None, inputs: Sequence[
     found: dict[str, Any] = {"auto_mmround": __version__}
     found |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
     found["config.json"] = _sum(config.encode())
-    for path in sorted(source.glob("*.safetensors")) if source else ():
+    for path in weight_files(source) if source else ():
         status = path.stat()
         found[path.name] = [status.st_size, status.st_mtime_ns]
     found["calibration samples"] = _sum_of([sample.kwargs | {"kind": sample.modality_T} for sample in inputs])

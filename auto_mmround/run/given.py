@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auto_mmround.model.loading import NONSENSE, loaded_names, parameter_names
+from auto_mmround.model.quantized import plain
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.untrusted import read_object
 
 # What a configuration says of its file, not of the model.
 OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "auto_map",
-               "quantization_config", "return_dict"}  # fmt: skip
+               "quantization_config", "return_dict", "transformers_weights"}  # fmt: skip
 DTYPE_KEYS = ("dtype", "torch_dtype")
 ABSENT = object()
 
@@ -75,7 +76,7 @@ def config_of(model: PreTrainedModel, source: Path | None, given: bool) -> dict[
     not, whatever the configuration says.
     """
     if source is None:
-        return _json(model.config) | {"architectures": [type(model).__name__]}
+        return plain(_json(model.config)) | {"architectures": [type(model).__name__]}
     raw = _raw(source)
     before, own = _config_of(model, raw), _plain(_json(model.config))
     made = _merged(raw, _plain(_json(before)), own)
@@ -117,7 +118,7 @@ def _tied(model: PreTrainedModel) -> bool | None:
 
 def _raw(source: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((source / "config.json").read_text())
-    return {key: value for key, value in found.items() if key != "quantization_config"}  # FP8, decoded by now
+    return {key: value for key, value in plain(found).items() if key != "transformers_weights"}
 
 
 def _config_of(model: PreTrainedModel, raw: Mapping[str, Any]) -> Any:

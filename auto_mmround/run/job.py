@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.batches import ModelInput
 from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.dotted import collator
+from auto_mmround.calibration.inputs import PAD, TEXT, token_ids
 from auto_mmround.calibration.settings import choose
 from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.errors import NotProved, UserError
@@ -21,7 +23,9 @@ from auto_mmround.export import formats
 from auto_mmround.export.checkpoint import check_free, side_files
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES, family_of
+from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
+from auto_mmround.model.quantized import check_floating
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
@@ -98,6 +102,8 @@ def prepare(
 
     Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
     """
+    check_floating(loaded.model)
+    check_head(loaded.model)
     template = template_for(loaded.model, recipe.template)
     if loaded.source is not None:
         side_files(loaded.source)  # complains of what can't be copied
@@ -155,11 +161,30 @@ def prepare(
         on_bad_sample=recipe.on_bad_sample,
         collate=collate,
     )
+    check_vocabulary(loaded.model, inputs)
     mixed = None
     if recipe.target_bits is not None:
         recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
         plan = within_ranges(loaded, plan)  # other bits need other scales
     return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
+
+
+def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
+    """Raises UserError for a sample whose text has token ids that the model has no embedding for. Ids of media are
+    the model's own affair: it need not embed them."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # code that comes with a model may leave it out
+        return
+    weight = getattr(embedding, "weight", None)
+    for sample in inputs if isinstance(weight, torch.Tensor) and weight.ndim == 2 else ():
+        read_T = token_ids(sample.kwargs)[0][(sample.modality_T == TEXT) | (sample.modality_T == PAD)]
+        wrong = read_T[(read_T < 0) | (read_T >= len(weight))]  # type: ignore[arg-type]
+        if wrong.numel():
+            raise UserError(
+                f"sample {sample.id}: its token id {int(wrong[0])} is not in the model's vocabulary of {len(weight)}; "  # type: ignore[arg-type]
+                "give the model's own tokenizer, or resize its embeddings to the tokenizer"
+            )
 
 
 def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
