@@ -169,6 +169,9 @@ def recipes() -> list[Reader]:
     ]
 
 
+PARTICULAR = ("XBM", "MSP", "BLP", "SPIDER")  # written from other modes only
+
+
 def picture(kind: str, size: tuple[int, int] = (16, 12), **options: Any) -> bytes:
     sink = io.BytesIO()
     pixels = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)
@@ -213,7 +216,8 @@ def all_media(work: Path) -> list[Reader]:
     roots, accepted = media.parse_roots(work / "given"), (UserError, media.MediaError)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "text"
-    images = [picture(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")]
+    Image.init()
+    images = [picture(kind) for kind in media.IMAGE_FORMATS if kind in Image.SAVE and kind not in PARTICULAR]
     images.append(picture("JPEG", exif=exif))
 
     def by(kind: str) -> Callable[[Path], object]:

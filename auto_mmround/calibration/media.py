@@ -7,8 +7,10 @@ from the network unless it is allowed by name.
 import base64
 import binascii
 import io
+import math
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,15 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
+from auto_mmround.calibration import pictures
 from auto_mmround.calibration.fetch import FetchError, Permitted, fetch, is_public
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
 
 KINDS = ("image", "video", "audio")
-# Raster formats only: Pillow's EPS reader would start another program.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Rasters that Pillow decodes itself: its EPS reader would start another program. Those known by less come last.
+IMAGE_FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "CUR", "DIB", "DDS", "PSD", "QOI",
+    "ICNS", "SGI", "SUN", "PCX", "DCX", "XBM", "XPM", "MSP", "FITS", "BLP", "FTEX", "FLI", "GBR", "IM", "IMT", "MCIDAS",
+    "PIXAR", "XVTHUMB", "PCD", "SPIDER", "TGA",
+)  # fmt: skip
+# What stands in place of images, by how it begins.
+LOOKS = (
+    (rb"%!PS", "EPS"),
+    (rb"%PDF-", "a PDF"),
+    (rb"(?i)\s*(<!doctype html|<html)", "a web page"),
+    (rb"(?is)\s*(<svg|<\?xml.{,500}<svg)", "SVG"),
+    (rb"(?s)....ftyp(hei|hev|mif1)", "HEIC"),
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
+)
 DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.-]+)*;base64,(?P<data>.*)", re.DOTALL)
 BARE_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 BYTES = {"image": 64 << 20, "video": 1 << 30, "audio": 256 << 20}
@@ -148,14 +164,38 @@ def _bytes(reference: str, kind: str, roots: Roots, base: Path | None, remote: s
 
 
 def read_image(data: bytes, name: str) -> Image.Image:
-    """Decode one image to RGB, upright by its EXIF mark. Raises MediaError when it is damaged or too large."""
+    """Decode one image, the first of several frames, to RGB as a person sees it (`pictures.as_seen`).
+
+    Raises MediaError when it is damaged or too large.
+    """
+    Image.init()
+    known = [each for each in IMAGE_FORMATS if each in Image.OPEN]  # AVIF may be missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is below
+        try:
+            image = Image.open(io.BytesIO(data), formats=known)
+            _check_size(*image.size, name)
+            return pictures.as_seen(image)
+        except Image.DecompressionBombError as error:
+            raise MediaError(f"{name} has more than {PIXELS:,} pixels") from error
+        except UnidentifiedImageError as error:
+            looks = next((f": it looks like {what}" for start, what in LOOKS if re.match(start, data[:1024])), "")
+            raise MediaError(f"{name} is damaged or no image{looks or ' of a known kind'}") from error
+        except (*NONSENSE, ImportError) as error:
+            reason = str(error).split("<")[0].strip() or type(error).__name__
+            raise MediaError(f"{name} is damaged or no image: {reason}") from error
+
+
+def _given_picture(given: Any, kind: str) -> Any:
+    """What a program has decoded already: an image object, or an array of one; for a video, its frames."""
+    name, film = f"{kind} that is no file", kind == "video"
+    sizes = [each.size if isinstance(each, Image.Image) else each.shape for each in _items(given)]
+    if sum(math.prod(size) for size in sizes) > 4 * PIXELS:  # of four channels
+        raise MediaError(f"{name} has more than {PIXELS:,} pixels")
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        _check_size(*image.size, name)
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (*NONSENSE, Image.DecompressionBombError) as error:
-        reason = str(error).split("<")[0].strip() or type(error).__name__
-        raise MediaError(f"{name} is damaged or no image: {reason}") from error
+        return pictures.film(given) if film else pictures.as_seen(given)
+    except (*NONSENSE, ImportError, AssertionError) as error:  # closed files end in an assertion of Pillow's
+        raise MediaError(f"{name} can't be used: {str(error)[:200] or 'is its file closed?'}") from error
 
 
 def _check_size(width: int, height: int, name: str, count: int = 1) -> None:
@@ -225,6 +265,14 @@ def _frames(data: bytes, name: str) -> Iterator[Any]:
             yield frame
 
 
+def _upright(frame: Any) -> np.ndarray:
+    """uint8 (H, W, 3) of a decoded frame: turned as its film says, what is transparent white."""
+    clear = any(part.is_alpha for part in frame.format.components) or "pal" in frame.format.name
+    pixels = frame.to_ndarray(format="rgba" if clear else "rgb24")
+    shown = np.asarray(pictures.as_seen(pixels)) if clear else pixels
+    return np.ascontiguousarray(np.rot90(shown, round(getattr(frame, "rotation", 0) / 90)))
+
+
 def read_video(data: bytes, name: str, rate: int = 0) -> np.ndarray:
     """Decode FRAMES evenly spread frames with PyAV to uint8 (T, H, W, 3). MediaError if damaged, UserError without."""
     try:
@@ -238,7 +286,7 @@ def read_video(data: bytes, name: str, rate: int = 0) -> np.ndarray:
         for i, frame in enumerate(_frames(data, name)):
             if i in wanted:
                 _check_size(frame.width, frame.height, name, len(wanted))
-                taken.append(frame.to_ndarray(format="rgb24"))
+                taken.append(_upright(frame))
     except (*NONSENSE, av.FFmpegError) as error:
         raise MediaError(f"{name} is damaged or no video: {error}") from error
     if not taken:
@@ -268,6 +316,11 @@ def _given_sound(array: Any, given: Any, rate: int) -> np.ndarray:
     return resample(_finite(sound_T, name), source, rate)
 
 
+def _items(given: Any) -> list[Any]:
+    """The images and arrays in lists of them."""
+    return [each for item in given for each in _items(item)] if isinstance(given, list | tuple) else [given]
+
+
 def _decoded(reference: Any) -> bool:
     """Whether it is an array, a tensor, or a list of frames: what only a program can give, not a file of rows."""
     if isinstance(reference, list | tuple):
@@ -288,16 +341,14 @@ def load(
         if kind == "audio" and reference.get("array") is not None:
             return _given_sound(reference["array"], reference.get("sampling_rate"), rate)
         reference = next((reference[k] for k in ("bytes", "path", "url", "data") if reference.get(k)), None)
-    if isinstance(reference, Image.Image):
-        return reference.convert("RGB")
+    if isinstance(reference, Image.Image) or _decoded(reference):
+        return reference if kind == "audio" else _given_picture(reference, kind)
     if isinstance(reference, str | Path):
         data, name = _bytes(str(reference), kind, roots, base, remote)
     elif isinstance(reference, bytes):
         data, name = reference, f"{kind} given as bytes"
     elif reference is None:
         raise MediaError(f"an {kind} entry is empty")
-    elif _decoded(reference):
-        return reference
     else:
         raise MediaError(f"an {kind} entry is no path, no URL and no decoded {kind}: {str(reference)[:80]!r}")
     if len(data) > BYTES[kind]:

@@ -21,7 +21,7 @@ ENCODER_KEYS = {"input_features", "input_values", "pixel_values"}
 ABOUT = ("transcription", "transcript", "sentence", "normalized_text", "caption")
 SUFFIXES = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm"),
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
 }
 PLURAL = {"image": "images", "video": "videos", "audio": "audios"}

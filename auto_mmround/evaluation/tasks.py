@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from auto_mmround.calibration.pictures import as_seen
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation import harness
 from auto_mmround.evaluation.metrics import Metrics, measure
@@ -199,7 +200,7 @@ def run(names: Sequence[str], setting: Setting) -> Findings:
 
 def picture(image: Image.Image) -> str:
     """A small copy as a data URI: PNG if that is small, else JPEG."""
-    small = image.convert("RGB")
+    small = as_seen(image)
     small.thumbnail((PICTURE, PICTURE))
     for name, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 80})):
         data = io.BytesIO()
