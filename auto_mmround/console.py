@@ -39,6 +39,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import planner
 from auto_mmround.run.journal import BlockReport
+from auto_mmround.run.memory import phase
 from auto_mmround.run.pipeline import Watcher
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
@@ -100,6 +101,7 @@ class BlockProgress:
         )
 
 
+@phase("quantizing")
 def quantize_with_progress(recipe: Recipe) -> int:
     """Load, plan, calibrate, tune, write; prints the folders."""
     quiet_libraries()
@@ -179,6 +181,7 @@ def summary(plan: Plan) -> str:
     )
 
 
+@phase("planning")
 def show_plan(recipe: Recipe) -> int:
     """The plan as a table; equal rows of different blocks are shown once, with their count."""
     quiet_libraries()

@@ -1,6 +1,8 @@
 """OpenVINO: what it holds, and (slow, in its own environment) the converted graphs against the tuned weights."""
 
 import shutil
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from auto_mmround.evaluation.metrics import logits_of
 from auto_mmround.evaluation.static import check
 from auto_mmround.evaluation.verify import same_weights, verify
 from auto_mmround.export import openvino
+from auto_mmround.export.layout import Whole
 from auto_mmround.export.openvino_read import GRAPHS
 from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
@@ -168,3 +171,26 @@ def test_sliding_windows_survive_the_conversion(tmp_path: Path, monkeypatch: pyt
     image = [inputs | {"pixel_values": torch.zeros(4, 1176)}]
     refused = run_engine("openvino", folder, image, python=PYTHON)
     assert not refused.ok and "['pixel_values']" in str(refused.error)
+
+
+def test_the_floats_for_the_converter_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter that only counts; each tensor is gone when the next one is made."""
+    converter = tmp_path / "python"
+    converter.write_text(
+        '#!/bin/sh\necho "{\\"ok\\": false, \\"error\\": \\"$(ls $(dirname $4) | tr \'\\n\' \' \')\\"}"\n'
+    )
+    converter.chmod(0o755)
+    monkeypatch.setattr(openvino, "converter_python", lambda: converter)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def rest() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(4):
+            assert not any(made() is not None for made in alive[:-1])
+            tensor = torch.full((8, 8), float(i))
+            alive.append(weakref.ref(tensor))
+            yield f"t{i}", tensor
+
+    whole = Whole({}, rest(), {"architectures": ["X"]}, None, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"X: codes config.json model.safetensors request.json"):
+        openvino.write(tmp_path, whole)
+    assert len(alive) == 4

@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,13 +57,14 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
 
 def write(folder: Path, whole: Whole) -> None:
     """The graphs, then config.json. Raises UserError if the converter fails or a graph is wrong."""
+    from auto_mmround.export.checkpoint import ShardWriter  # it knows all formats, this one too
+
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         plain = Path(scratch)
-        save_file(
-            {key: tensor.contiguous().clone() for key, tensor in _floats(whole)},
-            plain / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+        writer = ShardWriter(plain)  # one tensor in memory at a time
+        for key, tensor in _floats(whole):
+            writer.add({key: tensor.contiguous()})
+        writer.finish()
         (plain / "config.json").write_text(strict.dumps(strict.tagged(whole.config)), encoding="utf-8")
         save_file(
             {f"{i}.{part}": t for i, c in enumerate(whole.codes.values()) for part, t in _parts(c).items()},
@@ -87,8 +88,9 @@ def write(folder: Path, whole: Whole) -> None:
     (folder / "config.json").write_text(strict.dumps(strict.tagged(config), indent=2) + "\n", encoding="utf-8")
 
 
-def _floats(whole: Whole) -> list[tuple[str, Tensor]]:
-    return [*whole.rest, *((f"{name}.weight", dequantize(codes)) for name, codes in whole.codes.items())]
+def _floats(whole: Whole) -> Iterator[tuple[str, Tensor]]:
+    yield from whole.rest
+    yield from ((f"{name}.weight", dequantize(codes)) for name, codes in whole.codes.items())
 
 
 def _parts(codes: Codes) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ TYPES = {(4, True): ov.Type.i4, (4, False): ov.Type.u4, (8, True): ov.Type.i8, (
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 TOLERANCE = 1e-3  # of the logits' spread, float32 against float32
 SMALL = 1024  # float constants of fewer elements stay float32
-STATE, GRAPH, LANGUAGE = "model.safetensors", "openvino_model", "openvino_language_model"
+GRAPH, LANGUAGE = "openvino_model", "openvino_language_model"
 MARK = "checkpoint/"  # before the names of constants that are tensors of the checkpoint
 
 
@@ -378,6 +378,11 @@ def prompt(model: Any, given: str, axes: int) -> Iterator[dict[str, np.ndarray]]
         start, more = stop, {}
 
 
+def shards(folder: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of the checkpoint, mapped from its files one after the other."""
+    return (load_file(path) for path in sorted(Path(folder).glob("*.safetensors")))
+
+
 @torch.no_grad()
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request; the graphs lie in its folder, wrong ones too."""
@@ -386,8 +391,8 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     tower, axes = TOWERS.get(model.config.model_type, (None, 1))
     given = "inputs_embeds" if tower else "input_ids"
     parts = embeddings(model) | tower(model) if tower else {}
-    state = load_file(Path(request["model"]) / STATE)
-    plain = {name: tensor for name, tensor in state.items() if name not in {s["name"] for s in request["schemes"]}}
+    quantized = {scheme["name"] for scheme in request["schemes"]}
+    plain = {name: t for file in shards(request["model"]) for name, t in file.items() if name not in quantized}
     weights = Weights(load_file(request["codes"]), request["schemes"], plain)
     graphs = {name: convert_part(part) for name, part in parts.items()}
     graphs[LANGUAGE if tower else GRAPH] = trace(model, given, axes)

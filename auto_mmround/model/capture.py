@@ -10,12 +10,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.model.chains import (
     TOLERANCE,
     Call,
@@ -88,17 +90,24 @@ def capture(
 
 
 def recapture(
-    model: nn.Module, chain: Chain, block: int, inputs: Sequence[Inputs], *, precision: Precision = nullcontext
+    model: nn.Module,
+    chain: Chain,
+    block: int,
+    inputs: Sequence[Inputs],
+    precision: Precision = nullcontext,
+    at_a_time: int = 1,
 ) -> Chain:
-    """A live chain's inputs of the block with index ``block``, from the model as it is now."""
-    store = chain.hidden[0].device
+    """A live chain's inputs of the block with index ``block``, from the model as it is now; they lie where the chain's
+    do. at_a_time: samples, always one."""
+    store, place = chain.hidden[0].device, chain.place
     stage = replace(chain.stage, depth=block + 1)
     hidden, calls = [], []
     once = len(set(chain.sample)) == len(chain.sample)
     for i in dict.fromkeys(chain.sample):
         recorder = _Recorder(model, stage, store, stop=once)
         _run(model, inputs[i], [recorder], precision)
-        hidden += [found.before_last for found in recorder.passes]
+        states = [found.before_last for found in recorder.passes]
+        hidden += [place(state) for state in states] if place else states
         calls += [found.calls for found in recorder.passes]
     return replace(chain, hidden=hidden, calls=calls, shared=[{}] * len(hidden))
 
@@ -140,6 +149,8 @@ def _without_blocks(
         quiet = _record(model, [stage], kwargs, precision, store, rests)[0].passes
         _check_order(stage, quiet, 0)
     except (*UNFIT, UserError) as error:
+        if devices.out_of_memory(error):
+            raise
         log.info("%s: blocks run for every sample (%s)", stage.path, error)
         rests = None
     if rests is not None and len(quiet) == len(seen.passes):
@@ -176,10 +187,14 @@ class _ReachedError(Exception):
 
 @contextmanager
 def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Forward passes of the model around ``module`` end before it; yields a list that gets what it would be given."""
+    """Forward passes of the model around ``module``, by this thread, end before it; yields a list that gets what it
+    would be given."""
     reached: list[Tensor] = []
+    owner = get_ident()
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != owner:
+            return
         reached.append(hidden_of(args, kwargs)[0])
         raise _ReachedError
 
@@ -259,16 +274,19 @@ class _Recorder:
             handle.remove()
 
 
+def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
+    """A forward pass up to the head: no block comes after it, and its logits are the largest tensor of all."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
+        model(**moved(dict(kwargs), device_of(model)), use_cache=False)
+
+
 def _run(model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision) -> None:
-    device = device_of(model)
     with ExitStack() as stack, torch.no_grad(), precision():
         for recorder in recorders:
             stack.callback(recorder.remove)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if isinstance(head, nn.Module):  # no block comes after it, and its logits are the largest tensor of all
-            stack.enter_context(stopping_at(head))
         with suppress(_ReachedError):
-            model(**moved(dict(kwargs), device), use_cache=False)
+            run_without_logits(model, kwargs)
 
 
 def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:

@@ -38,6 +38,7 @@ def _deterministic() -> Iterator[None]:
         settings.fill_uninitialized_memory = fills
 
 
+HOST = torch.device("cpu")
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM
 
 

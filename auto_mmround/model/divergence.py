@@ -1,7 +1,7 @@
 """How far a model has moved from what it was, in nats, and the gradient of that in its weights."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,14 +42,21 @@ class Before:
         """Of some of the samples."""
         return replace(self, inputs=[self.inputs[i] for i in members], hidden_TD=[self.hidden_TD[i] for i in members])
 
-    def divergences(self, model: PreTrainedModel, *, gradients: bool = False) -> list[float]:
+    def divergences(
+        self,
+        model: PreTrainedModel,
+        *,
+        gradients: bool = False,
+        graph: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> list[float]:
         """KL(the model as it was || the model) of every sample, summed over its positions, nats.
 
         The output head must be the same still. gradients: run it backwards too, into all that asks for gradients.
+        graph: open while a sample runs.
         """
         found, device = [], device_of(model)
         for sample, before_TD in zip(self.inputs, self.hidden_TD, strict=True):
-            with self.precision(), torch.set_grad_enabled(gradients):
+            with graph(), self.precision(), torch.set_grad_enabled(gradients):
                 hidden_TD, head = self.read(model, moved(dict(sample), device))
                 kl, slope_TD = _divergence(hidden_TD.detach(), before_TD, head, gradients)
                 if gradients and hidden_TD.requires_grad:

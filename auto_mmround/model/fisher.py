@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, count
-from types import MappingProxyType
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auto_mmround.model import devices
+from auto_mmround.model.abreast import abreast
 from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, token_kinds, with_hidden
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
@@ -36,6 +36,16 @@ BOUNDS = (0.001, 20.0)
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
 
 Precision = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """``count`` samples go through the blocks together, see `abreast`. order: all blocks, as a pass meets them. keep:
+    where a block's inputs lie until the backward pass."""
+
+    count: int
+    order: Sequence[str]
+    keep: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def measure_fisher(
     enough: int = ENOUGH,
     share: Callable[[list[int]], list[int]] = list,
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    side: SideBySide | None = None,
 ) -> Fisher:
     """Run the model forward and backward over the samples; one in memory at a time, logits a few positions at a time.
 
@@ -67,7 +78,8 @@ def measure_fisher(
     gradient of a weight is ever made. ``layers``: those whose tokens are weighed; then all samples are run, else as
     many, evenly spread, as hold ``enough`` tokens of text. A layer that runs more than once a sample (one image after
     another) gets no weights of tokens, nor does one that only stands in for a part of a weight (fused experts).
-    Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them.
+    Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them. side:
+    how several samples go through the blocks together, where blocks are dear to come by; the result is the same.
     """
     sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
     stage_of = {name: stage for stage in stages for name in stage.blocks}
@@ -78,7 +90,7 @@ def measure_fisher(
     tokens = {name: _Tokens(lengths) for name in present}
     again: set[str] = set()
 
-    def add(name: str, i: int, place: int, grad_TD: Tensor) -> None:
+    def add(name: str, i: int, grad_TD: Tensor) -> None:
         if name in tokens:
             again.update([name] if i in tokens[name].seen else [])
             tokens[name].put(i, grad_TD.square().mean(-1))
@@ -91,7 +103,11 @@ def measure_fisher(
     readers = _Readers()
     watched = [*stage_of, *tokens]
     spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
-    _backward(model, stages, watched, {i: inputs[i] for i in chosen}, add, seed, precision, readers.see, spoken)
+    if chosen:
+        passes, current = _Passes(model, {i: inputs[i] for i in chosen}, spoken, seed, precision), [0]
+        run = passes.to_head()  # before anything watches
+        with _watching(model, stages, watched, lambda name, grad: add(name, current[0], _flat(grad)), readers.see):
+            passes.one_by_one(run, current) if side is None else passes.side_by_side(run, side, stages, current)
     found_tokens = {name: part.by_sample() for name, part in tokens.items()}
     for name, found in found_tokens.items():
         counted = [t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in found.items()]  # padding has no gradient
@@ -170,42 +186,71 @@ def _shared(
     return found
 
 
-def _backward(
-    model: PreTrainedModel,
-    stages: Sequence[Stage],
-    watched: Iterable[str],
-    inputs: Mapping[int, Mapping[str, Any]],
-    add: Callable[[str, int, int, Tensor], None],
-    seed: int,
-    precision: Precision,
-    note: Callable[[str, Tensor], None] = lambda name, x: None,
-    spoken: Mapping[int, Tensor] = MappingProxyType({}),
-) -> None:
-    """Hand ``add`` the gradient (T, D) at each watched module's output: (module, sample, pass, gradient); and ``note``
-    what it reads. spoken: sample -> bool (T,), those that draw a label; all, if none is given."""
-    device = device_of(model)
-    watched = list(watched)
-    run: ToHead | None = None
-    for i, sample in inputs.items():
-        generator = torch.Generator().manual_seed(seed + i)  # a sample's own, whoever runs it
-        kwargs = moved(dict(sample), device)
-        with precision():
-            run = run or to_head(model, kwargs)
-            with torch.enable_grad(), _watching(model, stages, watched, partial(_flat, add, i), note):
-                hidden_TD, head = run(model, kwargs)
-                if not hidden_TD.requires_grad:  # none of the watched modules ran, as towers don't for plain text
-                    continue
-                rows_T = spoken.get(i, torch.ones(0)).to(device)
-                rows_T = rows_T if len(rows_T) == len(hidden_TD) else torch.ones(len(hidden_TD), device=device).bool()
-                grad_TD = torch.zeros_like(hidden_TD)
-                grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
-                hidden_TD.backward(grad_TD)
-        del hidden_TD, grad_TD
-        devices.trim_heap()
+@dataclass(frozen=True)
+class _Passes:
+    """Samples that run through the model and back. spoken: sample -> bool (T,), those that draw a label; all, if none
+    is given."""
+
+    model: PreTrainedModel
+    inputs: Mapping[int, Mapping[str, Any]]
+    spoken: Mapping[int, Tensor]
+    seed: int
+    precision: Precision
+
+    def to_head(self) -> ToHead:
+        """How to run the model, tried on the first sample."""
+        with self.precision():
+            return to_head(self.model, self._kwargs(next(iter(self.inputs))))
+
+    def one_by_one(self, run: ToHead, current: list[int]) -> None:
+        """``current[0]`` is the sample whose gradients are made."""
+        for i in self.inputs:
+            current[0] = i
+            with self.precision(), torch.enable_grad():
+                hidden_TD, head = self._forward(run, i)
+                if hidden_TD.requires_grad:  # else none of the watched ran, as towers don't for plain text
+                    hidden_TD.backward(self._gradient(i, hidden_TD, head))
+            del hidden_TD
+            devices.trim_heap()
+
+    def side_by_side(self, run: ToHead, side: SideBySide, stages: Sequence[Stage], current: list[int]) -> None:
+        """The same, ``side.count`` samples at a time, block by block."""
+        samples, starts = list(self.inputs), frozenset(stage.blocks[0] for stage in stages)
+
+        def begin(i: int) -> None:
+            current[0] = i
+
+        for at in range(0, len(samples), side.count):
+            works = {i: partial(self._forward, run, i) for i in samples[at : at + side.count]}
+            with abreast(self.model, side.order, starts, works, side.keep, self.precision) as (passings, backward):
+                for i, one in passings.items():
+                    hidden_TD, head = one.end
+                    if hidden_TD.requires_grad:
+                        with self.precision():
+                            one.begin_backward(self._gradient(i, hidden_TD, head))
+                    del hidden_TD
+                backward(begin)
+            devices.trim_heap()
+
+    def _kwargs(self, i: int) -> dict[str, Any]:
+        return moved(dict(self.inputs[i]), device_of(self.model))  # type: ignore[no-any-return]
+
+    def _forward(self, run: ToHead, i: int) -> tuple[Tensor, nn.Module]:
+        return run(self.model, self._kwargs(i))
+
+    def _gradient(self, i: int, hidden_TD: Tensor, head: nn.Module) -> Tensor:
+        """At the end of the model, from labels that are drawn."""
+        generator = torch.Generator().manual_seed(self.seed + i)  # a sample's own, whoever runs it
+        device = hidden_TD.device  # of several the last one
+        rows_T = self.spoken.get(i, torch.ones(0)).to(device)
+        rows_T = rows_T if len(rows_T) == len(hidden_TD) else torch.ones(len(hidden_TD), device=device).bool()
+        grad_TD = torch.zeros_like(hidden_TD)
+        grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
+        return grad_TD
 
 
-def _flat(add: Callable[[str, int, int, Tensor], None], i: int, name: str, place: int, grad: Tensor) -> None:
-    add(name, i, place, grad.float().reshape(-1, grad.shape[-1]))
+def _flat(grad: Tensor) -> Tensor:
+    return grad.float().reshape(-1, grad.shape[-1])
 
 
 def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
@@ -284,13 +329,14 @@ def _watching(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     watched: Iterable[str],
-    add: Callable[[str, int, Tensor], None],
+    add: Callable[[str, Tensor], None],
     note: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     """Gradients at the output of every watched module go to ``add``; the graph begins at the first block."""
     with ExitStack() as stack:
         for name in watched:
-            stack.callback(model.get_submodule(name).register_forward_hook(_watch(name, add, note)).remove)
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(_watch(name, module, add, note)).remove)
         for stage in stages:
             first = model.get_submodule(stage.blocks[0])
             stack.callback(first.register_forward_pre_hook(_open_graph, with_kwargs=True).remove)
@@ -298,16 +344,16 @@ def _watching(
 
 
 def _watch(
-    name: str, add: Callable[[str, int, Tensor], None], note: Callable[[str, Tensor], None]
+    name: str, watched: nn.Module, add: Callable[[str, Tensor], None], note: Callable[[str, Tensor], None]
 ) -> Callable[..., None]:
-    passes = count()
-
-    def hook(block: nn.Module, args: Any, output: Any) -> None:
-        hidden, place = first_tensor(output), next(passes)
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if module is not watched:  # it stands in for it
+            return
+        hidden = first_tensor(output)
         if hidden.requires_grad:
-            hidden.register_hook(lambda grad: add(name, place, grad))
-            if args:
-                note(name, args[0])
+            hidden.register_hook(lambda grad: add(name, grad))
+        if args:
+            note(name, args[0])
 
     return hook
 

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.borrowed import named
+from auto_mmround.model.placement import check_present, placed
 from auto_mmround.model.quantized import forget
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
@@ -43,6 +44,7 @@ class Loaded:
     """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made in memory).
 
     holder: who has the weights of blocks at hand. given: the objects are the user's own, made or changed in memory.
+    Raises UserError for a model whose weights nobody has.
     """
 
     model: PreTrainedModel
@@ -51,6 +53,10 @@ class Loaded:
     source: Path | None
     holder: Holder = field(default_factory=InMemory)
     given: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.streamed:
+            check_present(self.model)
 
     @property
     def streamed(self) -> bool:
@@ -96,7 +102,7 @@ def load(
     *,
     dtype: str | None = None,
     device: str | torch.device = "cpu",
-    device_map: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     remote_code: bool = False,
     stream: bool | None = False,
 ) -> Loaded:
@@ -122,6 +128,9 @@ def load(
         stated = kind = torch.float32  # few processors compute in float16, and gradients vanish in it
         log.info("%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory", name)
     holder: Holder = InMemory()
+    places: Any = device_map
+    if isinstance(device_map, str):
+        places = placed(skeleton(config, folder, remote_code), device_map, kind)
     try:
         streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
         merged = (folder / "adapter_config.json").is_file() and not device_map
@@ -131,16 +140,13 @@ def load(
             log.info("%s: blocks are read when their turn comes" if streams else "%s: read by tensors", name)
             model, holder, absent = load_streamed(cls, config, tensors, kind, device, renamed_keys, whole=not streams)
         else:
-            options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": device_map}
+            options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": places}
             model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
             absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     if absent:
         raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
-    left = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"disk"}
-    if left:
-        raise UserError(f"device_map {device_map}: the model fits in no memory of this machine, it would lie on disk")
     if isinstance(holder, InMemory):
         model = (model if device_map else model.to(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     named(model)

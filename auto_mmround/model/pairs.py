@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.model import devices
 from auto_mmround.model.chains import Call, as_dtype, difference, first_tensor, map_tensors, to_device
 from auto_mmround.model.structure import LINEAR, linears
 
@@ -77,7 +79,8 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     """
     own = next(block.parameters()).device
     device = own if own.type in ("cpu", "cuda") else torch.device("cpu")
-    twin = copy.deepcopy(block).to(device, torch.float64)
+    twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)  # those of a device map would move its inputs
+    twin = twin.to(device, torch.float64)
     layers = dict(linears(twin))
     call = to_device(Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot), device)
     hidden = hidden.to(device, torch.float64)
@@ -86,6 +89,8 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     try:
         before = call.run(twin, hidden)
     except RuntimeError as error:  # kernels without float64, such as grouped experts
+        if devices.out_of_memory(error):
+            raise
         reason = str(error).split("\n", 1)[0]
         log.warning("%s: no pairs of linear layers are looked for: %s", type(block).__name__, reason)
         return ()

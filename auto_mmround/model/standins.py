@@ -4,7 +4,7 @@
 blocks of the last stage (positions, masks, features to add between them) mostly depends on its inputs alone. Where a
 replay with calls recorded this way is the model, see `capture`, the blocks need not run.
 
-`recomputed` blocks let a backward pass run with the weights of one block in memory at a time.
+`recomputed` blocks let a backward pass run with what one block computes in memory at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

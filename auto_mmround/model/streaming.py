@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.quantized import FLOATS
-from auto_mmround.model.standins import recomputed
 from auto_mmround.model.stored import Reader, Stored
 from auto_mmround.model.structure import find_stages
 
@@ -30,7 +29,10 @@ Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, boo
 
 
 class Holder(Protocol):
-    """Who has the weights of blocks at hand."""
+    """Who has the weights of blocks at hand. blocks: those that are read when their turn comes, as a pass of the model
+    meets them."""
+
+    blocks: Sequence[str]
 
     def resident(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
         """While open, the blocks' original weights are in memory, and changes of them stay."""
@@ -38,12 +40,11 @@ class Holder(Protocol):
     def replace(self, block: str, write: Callable[[], None]) -> None:
         """From now on the block has other weights: ``write`` puts them into the resident original."""
 
-    def recomputing(self) -> AbstractContextManager[None]:
-        """While open, a backward pass through the whole model needs no more memory than the blocks have anyway."""
-
 
 class InMemory:
     """All weights, always; what was changed is changed."""
+
+    blocks: Sequence[str] = ()
 
     def resident(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
         """Nothing to do."""
@@ -51,10 +52,6 @@ class InMemory:
 
     def replace(self, block: str, write: Callable[[], None]) -> None:
         """Nothing to do."""
-
-    def recomputing(self) -> AbstractContextManager[None]:
-        """Nothing to do."""
-        return nullcontext()
 
 
 class Streamed:
@@ -67,7 +64,8 @@ class Streamed:
     def __init__(self, model: PreTrainedModel, stored: Stored, names: Mapping[str, str], config: LoadStateDictConfig):
         """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or a part of."""
         self._model, self._stored, self._config = model, stored, config
-        self._keys: dict[str, list[str]] = {block: [] for stage in find_stages(model) for block in stage.blocks}
+        self.blocks: Sequence[str] = [block for stage in find_stages(model) for block in stage.blocks]
+        self._keys: dict[str, list[str]] = {block: [] for block in self.blocks}
         owners = {f"{block}.": block for block in self._keys}
         for key, name in names.items():
             owner = next((block for prefix, block in owners.items() if name.startswith(prefix)), None)
@@ -99,10 +97,6 @@ class Streamed:
     def replace(self, block: str, write: Callable[[], None]) -> None:
         """See `Holder.replace`."""
         self._writers[block] = write
-
-    def recomputing(self) -> AbstractContextManager[None]:
-        """See `Holder.recomputing`."""
-        return recomputed(self._model, self._keys)
 
     def _listen(self, block: str) -> RemovableHandle:
         def hook(module: nn.Module, args: Any) -> None:

@@ -6,9 +6,10 @@ checkpoint gets.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import TOLERANCE, Call, Chain, as_dtype, difference, to_device, token_kinds
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
+from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.memory import FEWER, BatchSize, Places, moved_away, phase
 from auto_mmround.run.plan import Plan, grid_of
 from auto_mmround.run.weights import kinds_of
 
 log = logging.getLogger("auto_mmround")
+
+WHAT, HELPS = "equalizing", f"leave --equalize out, or {FEWER}"
 
 
 @dataclass(frozen=True)
@@ -50,23 +55,26 @@ def equalize(
     plan: Plan,
     inputs: Sequence[ModelInput],
     captured: Callable[[int, int], None] = lambda done, total: None,
+    disk: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> list[Equalized]:
     """Rescale the pairs of all planned blocks in place, by the recipe's `equalize`; returns what was done.
 
-    inputs: calibration samples. Raises UserError for mappings that name no pair of the model, and where a block's
-    output does not stay.
+    inputs: calibration samples. disk: puts hidden states into files. Raises UserError for mappings that name no pair of
+    the model, and where a block's output does not stay.
     """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     batches = [as_dtype(sample.kwargs, dtype) for sample in inputs]
     done: list[Equalized] = []
 
-    def precision() -> AbstractContextManager:
-        return devices.autocast(model.device, dtype, recipe.amp)
+    device = device_of(model)
 
-    chains = capture(
-        model, plan.stages, batches, precision=precision, store="cpu" if recipe.low_gpu_mem_usage else model.device,
-        on_sample=lambda i: captured(i + 1, len(batches)),
-    )  # fmt: skip
+    def precision() -> AbstractContextManager:
+        return devices.autocast(device, dtype, recipe.amp)
+
+    run = partial(
+        capture, model, plan.stages, batches, precision=precision, on_sample=lambda i: captured(i + 1, len(batches))
+    )
+    chains, batch = Places.of(recipe, device, disk).fitting(WHAT, run, HELPS), BatchSize(recipe.batch)
     shared = _shared_parameters(model)
     links: dict[Any, tuple[Pair, ...]] = {}  # found once for blocks of one kind
     for chain in chains.values():
@@ -81,11 +89,13 @@ def equalize(
                 found = replace(found, pairs=found.pairs + links.get(kind, ()))
                 pairs = _chosen(found, recipe, name, block)
                 pairs = [p for p in pairs if _free(p, block, shared) and _planned(p, name, plan)]
-            statistics = {pair.source: _Statistics(recipe.equalize == "awq") for pair in pairs}
+            watched = partial(_watched_pass, chain, index, block, pairs, recipe.equalize == "awq", inputs)
             with precision():
-                after = _watched_pass(chain, index, block, recipe.batch, pairs, statistics, inputs)
+                after, statistics = batch.fitting(
+                    f"{WHAT} of {name}", watched, partial(moved_away, [chain], disk), HELPS
+                )
             if pairs:
-                with torch.no_grad(), ExitStack() as undo:
+                with phase(f"{WHAT} of {name}", HELPS), torch.no_grad(), ExitStack() as undo:
                     for parameter in {id(p): p for pair in pairs for p in _parameters(pair, block)}.values():
                         undo.callback(parameter.copy_, parameter.clone())
                     call, hidden = _first_call(chain, index, block)
@@ -135,12 +145,13 @@ def _watched_pass(
     chain: Chain,
     index: int,
     block: nn.Module,
-    batch_size: int,
     pairs: Sequence[Pair],
-    statistics: Mapping[str, _Statistics],
+    with_moments: bool,
     inputs: Sequence[ModelInput],
-) -> Chain:
-    """Push all samples through the block; fills the statistics and returns the chain behind it."""
+    batch_size: int,
+) -> tuple[Chain, dict[str, _Statistics]]:
+    """Push all samples through the block; the chain behind it, and what the pairs' readers were given."""
+    statistics = {pair.source: _Statistics(with_moments) for pair in pairs}
     kinds = [_kinds(chain, i, inputs) for i in range(len(chain))]
     hidden, current = list(chain.hidden), [torch.empty(0)]
 
@@ -157,8 +168,8 @@ def _watched_pass(
                 output = chain.run_group([block], index, group)
                 for row, i in enumerate(group):
                     part = output[row : row + 1] if len(group) > 1 else output
-                    hidden[i] = part.detach().to(hidden[i].device)
-    return replace(chain, hidden=hidden)
+                    hidden[i] = chain.place(part) if chain.place else part.detach().to(hidden[i].device)
+    return replace(chain, hidden=hidden), statistics
 
 
 def _kinds(chain: Chain, i: int, inputs: Sequence[ModelInput]) -> Tensor:

@@ -29,6 +29,7 @@ from auto_mmround.model.quantized import check_floating
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
+from auto_mmround.run.memory import phase
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.output import (
     Names,
@@ -44,6 +45,7 @@ from auto_mmround.run.places import check_places, places
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import within_ranges
+from auto_mmround.run.sensitivity import HELPS, WHAT
 
 # What the towers read, by the name of their stage.
 READS = {"vision": "image", "audio": "audio"}
@@ -164,7 +166,8 @@ def prepare(
     check_vocabulary(loaded.model, inputs)
     mixed = None
     if recipe.target_bits is not None:
-        recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
+        with phase(WHAT, HELPS):
+            recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
         plan = within_ranges(loaded, plan)  # other bits need other scales
     return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
 
@@ -228,7 +231,9 @@ def run(
         result = Result(names, job.plan, recipe, source, finished.result, record | {"run": finished.run})
         write_all(
             (
-                partial(write_checkpoint, fmt, out, result, prove, recipe.overwrite or finished.wrote(out))
+                phase(f"writing {fmt.name}", "the finished blocks are kept, the same command goes on with them")(
+                    partial(write_checkpoint, fmt, out, result, prove, recipe.overwrite or finished.wrote(out))
+                )
                 for fmt, out in pending
             ),
             f"; the finished blocks are kept in {finished.folder}",

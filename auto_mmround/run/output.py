@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,12 @@ class Names:
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
+        key = self.stacks[expert.parameter]
         with Reader(self.stored) as reader:
-            return expert.of(reader.tensor(self.stacks[expert.parameter])).contiguous()
+            if key in self.stored.scales:
+                return expert.of(reader.tensor(key)).contiguous()
+            own_1OI = reader.plain(key)[expert.index : expert.index + 1]
+            return replace(expert, index=0).of(own_1OI).contiguous()
 
 
 def _tail(key: str) -> str:

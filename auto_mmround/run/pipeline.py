@@ -19,7 +19,7 @@ from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import Chain, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.fisher import Fisher, measure_fisher
+from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.gram import Moments
@@ -34,10 +34,11 @@ from auto_mmround.numerics.tuner import (
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.fisher import measure_fisher
 from auto_mmround.run.journal import BlockReport, block_report
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
-from auto_mmround.run.memory import BatchSize
+from auto_mmround.run.memory import SHORTER, BatchSize, Graph, Places, moved_away, phase
 from auto_mmround.run.objective import forward_of, start_config, tune_config
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import STEPS, Teacher, listen, polish
@@ -78,25 +79,26 @@ def quantize(
         inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
     watcher = watcher or Watcher()
     if recipe.equalize != "none":
-        with separated(model):
-            equalize(model, recipe, plan, inputs, watcher.captured)
+        with phase("equalizing"), separated(model):
+            equalize(model, recipe, plan, inputs, watcher.captured, finished.spool)
         check_equalized(model, plan)
     journey = _Journey(
         model, recipe, plan, inputs, finished, watcher, holder or InMemory(), separable(model),
         BatchSize(recipe.batch), processes,
         input_scales(model, plan, inputs, amp=recipe.amp, captured=watcher.captured),
     )  # fmt: skip
-    teacher = listen(model, journey.batches, kinds_of(inputs), journey.precision) if recipe.polish else None
+    with phase("polish", f"leave --polish out, or {SHORTER}"):
+        teacher = listen(model, journey.batches, kinds_of(inputs), journey.precision) if recipe.polish else None
     done = all(finished.has(stage.blocks) for stage in plan.stages)
     if recipe.calibrates and not processes.gather(done)[0]:
         journey.run()
     else:
         for stage in plan.stages:
             for block in stage.blocks:
-                journey.nearest(block, stage.name, plan.of_block(block))
+                phase(block)(journey.nearest)(block, stage.name, plan.of_block(block))
     outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
     if outside:  # no block to measure: rounded to nearest
-        journey.nearest("outside the blocks", "text", outside)
+        phase("outside the blocks")(journey.nearest)("outside the blocks", "text", outside)
     if teacher:
         journey.polish(teacher)
 
@@ -137,11 +139,10 @@ class _Journey:
         """What errors weigh; to be asked for before anything is quantized."""
         kinds, fisher = kinds_of(self.inputs), Fisher()
         if self.recipe.fisher and self.recipe.closed_form:
-            with self.holder.recomputing():
+            with phase("Fisher information"):
                 fisher = measure_fisher(
-                    self.model, self.plan.stages, self.batches, kinds, self.plan.quantized, seed=self.recipe.seed,
-                    precision=self.precision, share=self.processes.share,
-                    add_up=lambda sums: self.processes.add_named(sums, self.device),
+                    self.model, self.recipe, self.plan.stages, self.batches, kinds, self.plan.quantized,
+                    holder=self.holder, precision=self.precision, disk=self._disk, processes=self.processes,
                 )  # fmt: skip
         return Weights(kinds, fisher)
 
@@ -172,26 +173,28 @@ class _Journey:
                 students = self._record(stages[position + 1 :])
 
     def _record(self, stages: Sequence[Stage]) -> dict[str, Chain]:
-        chains = capture(
-            self.model,
-            stages,
-            self.batches,
-            precision=self.precision,
-            store="cpu" if self.recipe.low_gpu_mem_usage else self.device,
-            place=self._disk if self.recipe.offload_states else None,
+        run = partial(
+            capture, self.model, stages, self.batches, precision=self.precision,
             only=self.processes.share(range(len(self.batches))),
             on_sample=lambda i: self.watcher.captured(i + 1, len(self.batches)),
-        )
+        )  # fmt: skip
+        chains = Places.of(self.recipe, self.device, self._disk).fitting("capturing inputs", run)
         whole = self.processes.complete(chains, stages)
         return {path: replace(chain, runner=self.runner, device=self.device) for path, chain in whole.items()}
 
     def polish(self, teacher: Teacher) -> None:
         """Tune scales and norms on the whole model's output."""
         grids = {weight.name: grid_of(weight.scheme) for weight in self.plan.weights if weight.scheme}
+        graph = Graph(self.model, max(len(sample.modality_T) for sample in self.inputs))
         with separated(self.model, self.experts):
-            self.finished.polished = polish(
-                self.model, self.finished.codes, grids, teacher, batch_size=self.recipe.batch,
-                seed=self.recipe.seed, on_step=partial(self._stepped, "polish", STEPS),
+            self.finished.polished = BatchSize().fitting(
+                "polish",
+                lambda size: polish(
+                    self.model, self.finished.codes, grids, teacher, batch_size=self.recipe.batch,
+                    seed=self.recipe.seed, on_step=partial(self._stepped, "polish", STEPS), graph=graph,
+                ),
+                graph.relieve,
+                f"finished blocks are kept; leave --polish out, or {SHORTER}",
             )  # fmt: skip
 
     def nearest(self, name: str, stage: str, planned: Sequence[WeightPlan]) -> None:
@@ -240,20 +243,17 @@ class _Journey:
                 self.holder.replace(name, partial(self._write_back, name, planned))
                 self.watcher.block(self.finished.reports[name])
             if student.live and len(student) and self.recipe.enable_quanted_input and first + 1 < len(names):
-                student = recapture(self.model, student, first + 1, self.batches, precision=self.precision)
+                student = BatchSize().fitting(
+                    window[-1],
+                    partial(recapture, self.model, student, first + 1, self.batches, self.precision),
+                    partial(moved_away, [student], self._disk),
+                )
 
     def _pass(self, teacher: Chain, student: Chain, window: Sequence[str], first: int) -> tuple[Chain, Chain]:
         """Quantize the blocks of a window, or take them as they were finished before; the chains behind them."""
         blocks = [self.model.get_submodule(name) for name in window]
         chains = [teacher, student]
-
-        def relieve() -> bool:
-            """Move hidden states off the device, or from memory to disk."""
-            waiting = [chain for chain in chains if chain.place is None]
-            for chain in waiting:
-                chain.offload(self._disk if self.device.type == "cpu" else Tensor.cpu)
-            return bool(waiting)
-
+        relieve = partial(moved_away, chains, self._disk)
         read = self._compared(teacher)
         target = self.batch.fitting(window[0], lambda size: teacher.advanced(blocks, first, size, read), relieve)
         chains.append(target)

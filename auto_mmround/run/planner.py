@@ -27,14 +27,15 @@ from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, as_dtype, map_tensors
 from auto_mmround.model.experts import separable, separated
-from auto_mmround.model.fisher import measure_fisher
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
+from auto_mmround.run.fisher import measure_fisher
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.leaves import leaves_of, rounded
+from auto_mmround.run.memory import phase
 from auto_mmround.run.weights import accumulated, kinds_of, tower_tokens
 
 BUDGET = 20.0  # seconds that measuring may take, about
@@ -123,7 +124,10 @@ class _Probe:
     def fisher(self) -> float:
         """Seconds of the Fisher information, from one sample and then two."""
         stages, inputs = self.job.plan.stages, self.batches
-        run = partial(measure_fisher, self.model, stages, layers=self.job.plan.quantized, precision=self.precision)
+        run = partial(
+            measure_fisher, self.model, self.recipe, stages, layers=self.job.plan.quantized,
+            holder=self.job.loaded.holder, precision=self.precision,
+        )  # fmt: skip
         wanted = len(inputs)
         at = len(inputs) // 2
         one = self.timed(lambda: run(inputs[at : at + 1], self.kinds[at : at + 1]), 0.0)
@@ -197,7 +201,8 @@ def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time
     states = 0
     with _high_water(place) as peak:
         if job.recipe.calibrates:
-            seconds, states = _calibrated(_Probe(job, clock() + budget, clock), budget)
+            with phase("planning", "lower --batch_size or --seqlen, or use a larger machine"):
+                seconds, states = _calibrated(_Probe(job, clock() + budget, clock), budget)
     memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
     found = Estimate(

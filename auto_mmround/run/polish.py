@@ -7,7 +7,7 @@ quantized. It is kept only if KL on held-out samples falls. Scales are rounded t
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ def _with_rest(log_TK: Tensor) -> Tensor:
 def divergence(logits_TV: Tensor, word_TK: Tensor, log_TK: Tensor) -> Tensor:
     """Sum over positions of KL(teacher || student), nats, in the bins of the teacher's likely words and the rest."""
     logits_TV = logits_TV.float()
+    word_TK, log_TK = word_TK.to(logits_TV.device), log_TK.to(logits_TV.device)
     own_TK = _with_rest(logits_TV.gather(1, word_TK.long()) - logits_TV.logsumexp(-1, keepdim=True))
     return (log_TK.exp() * (log_TK - own_TK)).sum()
 
@@ -108,10 +109,12 @@ def polish(
     rate: float = RATE,
     seed: int = 42,
     on_step: Callable[[int], None] = lambda step: None,
+    graph: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Polished:
-    """Tune scales and norms in place; what they were comes back where held-out KL does not fall.
+    """Tune scales and norms in place; what they were comes back where held-out KL does not fall, and after an error.
 
-    codes: of the weights that the model holds dequantized; integers only. grid_of: what each scale may be.
+    codes: of the weights that the model holds dequantized; integers only. grid_of: what each scale may be. graph: open
+    while a sample runs forward and backward.
     """
     train, held = held_out_split(len(teacher.inputs))
     leaves = {name: _Leaf.of(model, name, codes[name], grid_of[name]) for name in grid_of}
@@ -127,7 +130,8 @@ def polish(
             adam.param_groups[0]["lr"] = rate * (1 - (step - 1) / steps)
             order = torch.randperm(len(train), generator=generator)[:batch_size].tolist()
             for i in order:
-                _backward(model, teacher, train[i])
+                with graph():
+                    _backward(model, teacher, train[i])
             adam.step()
             adam.zero_grad()
             for learner in learners:
@@ -252,15 +256,15 @@ def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
 
 def _backward(model: PreTrainedModel, teacher: Teacher, i: int) -> None:
     """Gradients of one sample's mean KL; logits a few positions at a time."""
-    said, device = teacher.said[i], device_of(model)
+    said = teacher.said[i]
     with teacher.precision(), torch.enable_grad():
-        hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device))
-        spoken_T = said.spoken_T.to(device)
+        hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device_of(model)))
+        spoken_T = said.spoken_T.to(hidden_TD.device)
         leaf_TD = hidden_TD.detach()[spoken_T]
         rows = [torch.empty_like(leaf_TD[:0])]
         for part_TD, word_TK, log_TK in _aligned(leaf_TD, head, said):
             part_TD = part_TD.clone().requires_grad_()
-            loss = divergence(head(part_TD), word_TK.to(device), log_TK.to(device)) / len(leaf_TD)
+            loss = divergence(head(part_TD), word_TK, log_TK) / len(leaf_TD)
             rows.append(torch.autograd.grad(loss, part_TD)[0])
         grad_TD = torch.zeros_like(hidden_TD)
         grad_TD[spoken_T] = torch.cat(rows)
@@ -269,13 +273,13 @@ def _backward(model: PreTrainedModel, teacher: Teacher, i: int) -> None:
 
 def _held_out(model: PreTrainedModel, teacher: Teacher, held: Sequence[int]) -> float:
     """Mean KL a position over the samples."""
-    total, count, device = 0.0, 0, device_of(model)
+    total, count = 0.0, 0
     with teacher.precision(), torch.no_grad():
         for i in held:
-            hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device))
-            hidden_TD = hidden_TD[teacher.said[i].spoken_T.to(device)]
+            hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device_of(model)))
+            hidden_TD = hidden_TD[teacher.said[i].spoken_T.to(hidden_TD.device)]
             for part_TD, word_TK, log_TK in _aligned(hidden_TD, head, teacher.said[i]):
-                total += divergence(head(part_TD), word_TK.to(device), log_TK.to(device)).item()
+                total += divergence(head(part_TD), word_TK, log_TK).item()
             count += len(hidden_TD)
     return total / max(count, 1)
 

@@ -123,6 +123,8 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # torch has no class of its own for a lost peer
+            if devices.out_of_memory(error):
+                raise
             reason = " ".join(str(error).split("] ")[-1].split())[:120]
             raise UserError(
                 f"another process has ended or answers no more ({reason}); look "

@@ -21,15 +21,20 @@ from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, Kinds, as_dtype
 from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
-from auto_mmround.model.fisher import Fisher, Precision, measure_fisher, spread
+from auto_mmround.model.fisher import Fisher, Precision, spread
+from auto_mmround.model.spool import Spool
+from auto_mmround.model.streaming import InMemory, device_of
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, collecting
 from auto_mmround.numerics.tuner import asking_for_gradients
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.fisher import measure_fisher
+from auto_mmround.run.memory import SHORTER, BatchSize, Graph, Places
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.weights import Weights, kinds_of
 
+WHAT, HELPS = "choosing bits", f"name the bits in layer_config, or {SHORTER}"
 GRADIENTS, MOMENTS = 2048, 8192  # tokens on which damage is measured, and those that weights are rounded by
 MOST = 24  # samples of a set on which damage is measured: a tower may have many tokens for few of text
 SHARE = 1 / 3  # of a set's samples at most; the others are what weights are rounded by
@@ -114,6 +119,7 @@ class Trial:
     before: Before
     sets: tuple[str, ...]
     part: Sequence[int]
+    graph: Graph = field(default_factory=Graph)
 
     @property
     def positions_S(self) -> Tensor:
@@ -134,13 +140,14 @@ class Trial:
         """
         found: dict[str, dict[int, Tensor]] = {name: {} for name in self.versions.where}
         for bits in sorted({bits for each in self.options.values() for bits in each}):
-            for name, lost_S in self._shares(bits).items():
+            shares = BatchSize().fitting(WHAT, partial(self._shares, bits), self.graph.relieve, HELPS)
+            for name, lost_S in shares.items():
                 if bits in self.options[name]:
                     found[name][bits] = lost_S
         return Damage(self.sets, found)
 
-    def _shares(self, bits: int) -> dict[str, Tensor]:
-        """Weight -> its share (S,) of the KL when all have these bits."""
+    def _shares(self, bits: int, size: int = 1) -> dict[str, Tensor]:
+        """Weight -> its share (S,) of the KL when all have these bits. size: samples at a time, always one."""
         at, found = [0], {name: torch.zeros(len(self.sets)) for name in self.versions.where}
         with ExitStack() as stack:
             for name, sums_S in found.items():
@@ -148,24 +155,31 @@ class Trial:
                 stack.enter_context(self._adding(sums_S, at, name, own))
             for at[0] in range(len(self.sets)):
                 members = [i for i, own in enumerate(self.part) if own == at[0]]
-                self.before.only(members).divergences(self.model, gradients=True)
+                self.before.only(members).divergences(self.model, gradients=True, graph=self.graph)
         return {name: sums_S / self.positions_S for name, sums_S in found.items()}
 
     @contextmanager
     def _adding(self, sums_S: Tensor, at: Sequence[int], name: str, bits: int) -> Iterator[None]:
-        """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to ``sums_S[at]``."""
+        """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to ``sums_S[at]``.
+
+        What is added lies in files until a gradient is there: of all weights at once it would be twice the model."""
         weight = self.model.get_submodule(name).get_parameter("weight")
-        full = self.versions.of(name, FULL).to(weight.device)
-        step = (self.versions.of(name, bits).to(weight.device) - full) * 0.5**0.5
-        weight.data.copy_(full + step)
+        weight.data.copy_(self.versions.of(name, FULL))
+        weight.data.add_(self._step(name, bits, weight.device))
 
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
+            step = self._step(name, bits, parameter.device)
             sums_S[at[0]] += (parameter.grad.float() * step).sum().item()
             parameter.grad = None
 
         with asking_for_gradients(weight, add):
             yield
+
+    def _step(self, name: str, bits: int, device: torch.device) -> Tensor:
+        """t E of one weight."""
+        full = self.versions.of(name, FULL).to(device)
+        return (self.versions.of(name, bits).to(device) - full) * 0.5**0.5
 
     def _put(self, bits: Mapping[str, int]) -> None:
         """Every weight at as many bits."""
@@ -197,7 +211,7 @@ def trying(
     one over 8,192 tokens of text, and a closed form an option; each option then a pass forward and backward over 2,048
     tokens. Disk: two bytes a weight and option.
     """
-    device = model.device
+    device = device_of(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     precision: Precision = partial(devices.autocast, device, dtype, recipe.amp)
     kinds = kinds_of(inputs)
@@ -210,7 +224,8 @@ def trying(
         planned = [weight for weight in plan.weights if weight.name in options and weight.block]
         _round(model, recipe, plan, planned, options, solving, [kinds[i] for i in many], precision, versions, on_block)
         before = Before.of(model, [as_dtype(inputs[i].kwargs, dtype) for i in few], precision)
-        trial = Trial(model, options, versions, before, sets.names, [sets.of[i] for i in few])
+        graph = Graph(model, max(len(kinds[i].text_T) for i in few))
+        trial = Trial(model, options, versions, before, sets.names, [sets.of[i] for i in few], graph)
         try:
             yield trial
         finally:
@@ -232,10 +247,15 @@ def _round(
     """Fill ``versions``, block by block, each on what the model as it is hands to it."""
     fisher = Fisher()
     if recipe.fisher and recipe.closed_form:
-        names = [weight.name for weight in planned]
-        fisher = measure_fisher(model, plan.stages, batches, kinds, names, seed=recipe.seed, precision=precision)
+        fisher = measure_fisher(
+            model, recipe, plan.stages, batches, kinds, [weight.name for weight in planned],
+            holder=InMemory(), precision=precision,
+        )  # fmt: skip
     weights = Weights(kinds, fisher)
-    chains = capture(model, plan.stages, list(batches), precision=precision, store=model.device)
+    places = Places.of(recipe, device_of(model), Spool(versions.folder))
+    chains = places.fitting(
+        WHAT, lambda **kept: capture(model, plan.stages, list(batches), precision=precision, **kept)
+    )
     done, total = 0, sum(chain.stage.depth for chain in chains.values())
     for chain in chains.values():
         for index, path in enumerate(chain.stage.blocks):

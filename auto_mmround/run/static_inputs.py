@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model import devices
-from auto_mmround.model.chains import as_dtype, moved
+from auto_mmround.model.capture import run_without_logits
+from auto_mmround.model.chains import as_dtype
 from auto_mmround.model.experts import separated
 from auto_mmround.model.streaming import device_of
 from auto_mmround.numerics.float_grids import E4M3_TOP
+from auto_mmround.run.memory import SHORTER, phase
 from auto_mmround.run.plan import Plan
 
 log = logging.getLogger("auto_mmround")
@@ -49,9 +51,9 @@ def input_scales(
     with separated(model):
         handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
         try:
-            with torch.no_grad(), precision:
+            with phase("scales of static inputs", f"leave --act_static out, or {SHORTER}"), torch.no_grad(), precision:
                 for i, sample in enumerate(inputs):
-                    model(**moved(as_dtype(sample.kwargs, dtype), device), use_cache=False)
+                    run_without_logits(model, as_dtype(sample.kwargs, dtype))
                     captured(i + 1, len(inputs))
         finally:
             for handle in handles:
