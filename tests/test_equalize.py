@@ -28,6 +28,7 @@ from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.equalize import _Statistics
+from auto_mmround.run.session import Session
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
@@ -324,7 +325,7 @@ def test_the_function_stays_in_float32(amp, changes):
     job = jobs.prepare(recipe, loaded)
     from auto_mmround.run.equalize import equalize
 
-    done = equalize(loaded.model, job.recipe, job.plan, job.inputs)
+    done = equalize(Session(loaded.model, job.recipe, job.plan, job.inputs))
     assert done and all(change.after < change.before for change in done)
     kwargs = job.inputs[0].kwargs
     assert difference(loaded.model(**kwargs).logits, reference.model(**kwargs).logits) < 1e-5

@@ -27,7 +27,7 @@ from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import fisher as fishing
 from auto_mmround.run import job as jobs
-from auto_mmround.run import memory, pipeline
+from auto_mmround.run import memory, pipeline, session
 from auto_mmround.run import sensitivity as choosing
 from auto_mmround.run.memory import Graph, Places
 
@@ -63,7 +63,7 @@ def failing(monkeypatch, place, name: str, times: int, error: Exception = OUT) -
 
 # phase -> what runs out of memory, the flags that lead there, and a word of the line
 PHASES = {
-    "capture": (pipeline, "capture", "", "capturing inputs"),
+    "capture": (session, "capture", "", "capturing inputs"),
     "Fisher": (model_fisher, "_sampled_gradient", "", "Fisher information"),
     "equalize": ("auto_mmround.run.equalize", "capture", "--equalize smoothquant", "equalizing"),
     "equalize a block": ("auto_mmround.run.equalize", "_watched_pass", "--equalize awq", "equalizing of model.lay"),
@@ -108,7 +108,7 @@ def test_planning_says_so_too(llama, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("place", "name", "changes"),
     [
-        (pipeline, "capture", {}),
+        (session, "capture", {}),
         (model_fisher, "_sampled_gradient", {}),
         ("auto_mmround.run.polish", "_backward", {"polish": True}),
         ("auto_mmround.run.equalize", "_watched_pass", {"equalize": "awq"}),

@@ -30,6 +30,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.mixed import _tried, units
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.sensitivity import Sets, trying
+from auto_mmround.run.session import Session
 
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
@@ -102,7 +103,7 @@ def trial_of(model, options=(2, 3, 4, 8)):
     ours = mixing(model, target_bits=3.5)
     job = jobs.prepare(replace(ours.recipe, target_bits=None), ours.loaded, texts())
     names = dict.fromkeys(job.plan.quantized, options)
-    with trying(model, job.recipe, job.plan, job.inputs, names) as trial:
+    with trying(Session(model, job.recipe, job.plan, job.inputs), names) as trial:
         yield trial
 
 

@@ -1,20 +1,21 @@
 """KL polish: what it learns is what autograd says, and it stays only if it helps."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
 from test_journey import run
 from test_start import tiny_text_model
 
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.model.chains import Kinds
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import polish as polishing
+from auto_mmround.run.plan import Plan
 from auto_mmround.run.polish import divergence, listen, norm_weights, polish
+from auto_mmround.run.session import Session
 
 SYM3 = Grid(3, True)
 
@@ -23,8 +24,12 @@ def subject(grid=SYM3):
     """A tiny model whose layers of one block were rounded to nearest, its codes, and what it said before."""
     torch.manual_seed(0)
     model = tiny_text_model().requires_grad_(False)
-    inputs = [{"input_ids": torch.randint(0, 50, (1, 12))} for _ in range(20)]
-    teacher = listen(model, inputs, [Kinds(torch.zeros(12, dtype=torch.int8))] * 20, nullcontext)
+    inputs = [
+        ModelInput(str(i), {"input_ids": torch.randint(0, 50, (1, 12))}, torch.zeros(12, dtype=torch.int8),
+                   torch.zeros(12, dtype=torch.bool))
+        for i in range(20)
+    ]  # fmt: skip
+    teacher = listen(Session(model, Recipe(amp=False), Plan((), (), ()), inputs))
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
     codes = {name: round_to_nearest(model.get_submodule(name).weight.data, 16, grid) for name in names}
     for name, leaf in leaves(model, codes, grid).items():

@@ -24,7 +24,7 @@ from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics.start import collecting
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
-from auto_mmround.run import pipeline
+from auto_mmround.run import pipeline, session
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.weights import Weights, accumulated, kinds_of
@@ -104,7 +104,7 @@ def test_cross_attention_reads_the_quantized_encoder(monkeypatch):
     model, recipe, plan, inputs = tiny()
     seen = []
     real = pipeline.capture
-    monkeypatch.setattr(pipeline, "capture", lambda *args, **more: seen.append(real(*args, **more)) or seen[-1])
+    monkeypatch.setattr(session, "capture", lambda *args, **more: seen.append(real(*args, **more)) or seen[-1])
     before = model.get_encoder()(inputs[0].kwargs["input_features"]).last_hidden_state
     pipeline.quantize(model, recipe, plan, inputs, Finished())
     after = model.get_encoder()(inputs[0].kwargs["input_features"]).last_hidden_state

@@ -6,7 +6,7 @@ where a test on the first pair shows that the block treats them alike.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -105,22 +105,46 @@ class Chain:
         return len(self.hidden)
 
     def advanced(
-        self, blocks: Sequence[nn.Module], first: int, batch_size: int, only: Sequence[int] | None = None
+        self,
+        blocks: Sequence[nn.Module],
+        first: int,
+        batch_size: int,
+        only: Sequence[int] | None = None,
+        before: Callable[[list[int]], None] = lambda group: None,
     ) -> "Chain":
         """The chain after ``blocks``, the first of which has index ``first`` in the stage. only: the entries that will
-        be read; others are empty from there on."""
+        be read; others are empty from there on. before: told the entries that run together next."""
         out: list[Tensor] = [torch.empty(0)] * len(self)
         shared = list(self.shared)
-        entries = range(len(self)) if only is None else only
-        with torch.no_grad():
-            for at in range(0, len(entries), batch_size):
-                for group in self.groups(entries[at : at + batch_size], first):
-                    hidden, state = self._run(blocks, first, group)
-                    for row, i in enumerate(group):
-                        part = hidden[row : row + 1] if len(group) > 1 else hidden
-                        out[i] = self.place(part) if self.place else part.detach().to(self.hidden[i].device)
-                        shared[i] = moved(state, self.hidden[i].device)
+        for group, hidden, state in self._passes(blocks, first, batch_size, only, before):
+            for row, i in enumerate(group):
+                part = hidden[row : row + 1] if len(group) > 1 else hidden
+                out[i] = self.place(part) if self.place else part.detach().to(self.hidden[i].device)
+                shared[i] = moved(state, self.hidden[i].device)
         return replace(self, hidden=out, shared=shared)
+
+    def passed(
+        self, blocks: Sequence[nn.Module], first: int, batch_size: int, before: Callable[[list[int]], None]
+    ) -> None:
+        """As `advanced`, for those who watch the blocks: nothing is kept."""
+        for _ in self._passes(blocks, first, batch_size, None, before):
+            pass
+
+    def _passes(
+        self,
+        blocks: Sequence[nn.Module],
+        first: int,
+        batch_size: int,
+        only: Sequence[int] | None,
+        before: Callable[[list[int]], None],
+    ) -> Iterator[tuple[list[int], Tensor, dict[str, Any]]]:
+        entries = range(len(self)) if only is None else only
+        for at in range(0, len(entries), batch_size):
+            for group in self.groups(entries[at : at + batch_size], first):
+                before(group)
+                with torch.no_grad():
+                    hidden, state = self._run(blocks, first, group)
+                yield group, hidden, state
 
     def offload(self, place: Callable[[Tensor], Tensor]) -> None:
         """Keep hidden states elsewhere from now on."""

@@ -7,31 +7,27 @@ checkpoint gets.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import PAD, ModelInput
+from auto_mmround.calibration.inputs import PAD
 from auto_mmround.errors import UserError
-from auto_mmround.model import devices
-from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import TOLERANCE, Call, Chain, as_dtype, difference, to_device, token_kinds
+from auto_mmround.model.chains import TOLERANCE, Call, Chain, Kinds, as_dtype, difference, to_device, token_kinds
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
-from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.memory import FEWER, BatchSize, Places, moved_away, phase
+from auto_mmround.run.memory import FEWER, phase
 from auto_mmround.run.plan import Plan, grid_of
-from auto_mmround.run.weights import kinds_of
+from auto_mmround.run.session import Session, Told, Window
 
 log = logging.getLogger("auto_mmround")
 
@@ -49,74 +45,60 @@ class Equalized:
     after: float | None = None
 
 
-def equalize(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    plan: Plan,
-    inputs: Sequence[ModelInput],
-    captured: Callable[[int, int], None] = lambda done, total: None,
-    disk: Callable[[Tensor], Tensor] = Tensor.cpu,
-) -> list[Equalized]:
+def equalize(session: Session, told: Told = lambda done, total: None) -> list[Equalized]:
     """Rescale the pairs of all planned blocks in place, by the recipe's `equalize`; returns what was done.
 
-    inputs: calibration samples. disk: puts hidden states into files. Raises UserError for mappings that name no pair of
-    the model, and where a block's output does not stay.
+    Raises UserError for mappings that name no pair of the model, and where a block's output does not stay.
     """
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    batches = [as_dtype(sample.kwargs, dtype) for sample in inputs]
-    done: list[Equalized] = []
+    method, done = session.recipe.equalize, list[Equalized]()
+    shared, links = _shared_parameters(session.model), dict[Any, tuple[Pair, ...]]()
 
-    device = device_of(model)
+    def visit(chain: Chain, window: Window) -> Chain:
+        (name,), index, (block,) = window
+        what, pairs = f"{WHAT} of {name}", list[Pair]()
+        if session.plan.of_block(name):
+            with session.exactly():
+                found = _pairs(session, chain, window, links)
+            pairs = [p for p in found if _free(p, block, shared) and _planned(p, name, session.plan)]
+        watched = partial(_watched_pass, session, chain, window, pairs)
+        after, statistics = session.fitting(what, watched, [chain], HELPS)
+        if pairs:
+            with phase(what, HELPS), session.exactly(), torch.no_grad(), ExitStack() as undo:
+                for parameter in {id(p): p for pair in pairs for p in _parameters(pair, block)}.values():
+                    undo.callback(parameter.copy_, parameter.clone())
+                call, hidden = _first_call(chain, index, block)
+                expected = call.run(block, hidden)
+                call, hidden = _first_call(chain, index, block)
+                fresh = [_apply(block, name, p, statistics[p.source], session.plan, session.recipe) for p in pairs]
+                _check_unchanged(name, call.run(block, hidden), expected)
+                undo.pop_all()
+            done.extend(change for change in fresh if change)
+            log.info("%s: %s rescales %d of %d pairs", name, method, sum(map(bool, fresh)), len(pairs))
+        return after
 
-    def precision() -> AbstractContextManager:
-        return devices.autocast(device, dtype, recipe.amp)
-
-    run = partial(
-        capture, model, plan.stages, batches, precision=precision, on_sample=lambda i: captured(i + 1, len(batches))
-    )
-    chains, batch = Places.of(recipe, device, disk).fitting(WHAT, run, HELPS), BatchSize(recipe.batch)
-    shared = _shared_parameters(model)
-    links: dict[Any, tuple[Pair, ...]] = {}  # found once for blocks of one kind
-    for chain in chains.values():
-        for index, name in enumerate(chain.stage.blocks):
-            block = model.get_submodule(name)
-            pairs: list[Pair] = []
-            if plan.of_block(name):
-                first = block, *_first_call(chain, index, block)
-                found, kind = norm_pairs(*first), shape_signature(block)
-                if recipe.equalize == "awq" and kind not in links:
-                    links[kind] = linear_pairs(*first)
-                found = replace(found, pairs=found.pairs + links.get(kind, ()))
-                pairs = _chosen(found, recipe, name, block)
-                pairs = [p for p in pairs if _free(p, block, shared) and _planned(p, name, plan)]
-            watched = partial(_watched_pass, chain, index, block, pairs, recipe.equalize == "awq", inputs)
-            with precision():
-                after, statistics = batch.fitting(
-                    f"{WHAT} of {name}", watched, partial(moved_away, [chain], disk), HELPS
-                )
-            if pairs:
-                with phase(f"{WHAT} of {name}", HELPS), torch.no_grad(), ExitStack() as undo:
-                    for parameter in {id(p): p for pair in pairs for p in _parameters(pair, block)}.values():
-                        undo.callback(parameter.copy_, parameter.clone())
-                    call, hidden = _first_call(chain, index, block)
-                    expected = call.run(block, hidden)
-                    fresh = [_apply(block, name, pair, statistics[pair.source], plan, recipe) for pair in pairs]
-                    _check_unchanged(name, call.run(block, hidden), expected)
-                    undo.pop_all()
-                done += [change for change in fresh if change]
-                log.info("%s: %s rescales %d of %d pairs", name, recipe.equalize, sum(map(bool, fresh)), len(pairs))
-            chain = after
+    for chain in session.record(session.plan.stages, told, WHAT, HELPS).values():
+        session.push(chain, visit)
     if not done:
-        log.warning("equalize = %s found no pair to rescale", recipe.equalize)
+        log.warning("equalize = %s found no pair to rescale", method)
     return done
 
 
+def _pairs(session: Session, chain: Chain, window: Window, links: dict[Any, tuple[Pair, ...]]) -> list[Pair]:
+    """The pairs of a block that the recipe is for. links: those of linear layers, found once for blocks of one kind."""
+    (name,), index, (block,) = window
+    first = block, *_first_call(chain, index, block)
+    found, kind = norm_pairs(*first), shape_signature(block)
+    if session.recipe.equalize == "awq" and kind not in links:
+        links[kind] = linear_pairs(*first)
+    return _chosen(replace(found, pairs=found.pairs + links.get(kind, ())), session.recipe, name, block)
+
+
 def _first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
-    """How the block is called on the first sample, in the dtype of its weights: comparing goes without autocast."""
+    """How the block is called on the first sample, in the dtype of its weights, with what earlier ones left it."""
     parameter = next(block.parameters())
     call, hidden = chain.calls[0][index], chain.hidden[0].to(parameter.device, parameter.dtype)
-    call = Call(as_dtype(call.args, parameter.dtype), as_dtype(call.kwargs, parameter.dtype), call.slot)
-    return to_device(call, parameter.device), hidden
+    kwargs = as_dtype({**call.kwargs, **chain.shared[0]}, parameter.dtype)  # a copy, for the block to fill
+    return to_device(Call(as_dtype(call.args, parameter.dtype), kwargs, call.slot), parameter.device), hidden
 
 
 @dataclass
@@ -142,38 +124,27 @@ class _Statistics:
 
 
 def _watched_pass(
-    chain: Chain,
-    index: int,
-    block: nn.Module,
-    pairs: Sequence[Pair],
-    with_moments: bool,
-    inputs: Sequence[ModelInput],
-    batch_size: int,
+    session: Session, chain: Chain, window: Window, pairs: Sequence[Pair], batch_size: int
 ) -> tuple[Chain, dict[str, _Statistics]]:
     """Push all samples through the block; the chain behind it, and what the pairs' readers were given."""
-    statistics = {pair.source: _Statistics(with_moments) for pair in pairs}
-    kinds = [_kinds(chain, i, inputs) for i in range(len(chain))]
-    hidden, current = list(chain.hidden), [torch.empty(0)]
+    statistics = {pair.source: _Statistics(session.recipe.equalize == "awq") for pair in pairs}
+    kinds, current = [_kinds(chain, i, session.kinds) for i in range(len(chain))], [torch.empty(0)]
+
+    def before(group: list[int]) -> None:
+        current[0] = torch.cat([kinds[i] for i in group])
 
     def hook_for(pair: Pair) -> Callable[..., None]:
         return lambda layer, args: statistics[pair.source].add(args[0], current[0])
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for pair in pairs:
-            handle = block.get_submodule(pair.readers[0]).register_forward_pre_hook(hook_for(pair))
+            handle = window.blocks[0].get_submodule(pair.readers[0]).register_forward_pre_hook(hook_for(pair))
             stack.callback(handle.remove)
-        for at in range(0, len(chain), batch_size):
-            for group in chain.groups(range(at, min(at + batch_size, len(chain))), index):
-                current[0] = torch.cat([kinds[i] for i in group])
-                output = chain.run_group([block], index, group)
-                for row, i in enumerate(group):
-                    part = output[row : row + 1] if len(group) > 1 else output
-                    hidden[i] = chain.place(part) if chain.place else part.detach().to(hidden[i].device)
-    return replace(chain, hidden=hidden), statistics
+        return chain.advanced(window.blocks, window.first, batch_size, before=before), statistics
 
 
-def _kinds(chain: Chain, i: int, inputs: Sequence[ModelInput]) -> Tensor:
-    return token_kinds(chain.stage, kinds_of([inputs[chain.sample[i]]])[0], chain.hidden[i].shape[:-1].numel())
+def _kinds(chain: Chain, i: int, kinds: Sequence[Kinds]) -> Tensor:
+    return token_kinds(chain.stage, Kinds(kinds[chain.sample[i]].text_T), chain.hidden[i].shape[:-1].numel())
 
 
 def _apply(

@@ -46,6 +46,7 @@ from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import within_ranges
 from auto_mmround.run.sensitivity import HELPS, WHAT
+from auto_mmround.run.session import Session
 
 # What the towers read, by the name of their stage.
 READS = {"vision": "image", "audio": "audio"}
@@ -167,7 +168,8 @@ def prepare(
     mixed = None
     if recipe.target_bits is not None:
         with phase(WHAT, HELPS):
-            recipe, plan, mixed = choose_bits(loaded.model, recipe, plan, inputs, on_measured)
+            session = Session(loaded.model, recipe, plan, inputs)
+            recipe, plan, mixed = choose_bits(session, on_measured)
         plan = within_ranges(loaded, plan)  # other bits need other scales
     return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
 

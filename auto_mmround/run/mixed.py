@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.experts import separable
@@ -19,6 +18,7 @@ from auto_mmround.recipe.patterns import Patterns
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import Plan, WeightPlan, fused_set, make_plan, stored_bits
 from auto_mmround.run.sensitivity import Damage, Trial, trying
+from auto_mmround.run.session import Session, Told
 
 log = logging.getLogger("auto_mmround")
 
@@ -73,18 +73,15 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
 
 
 def choose_bits(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    plan: Plan,
-    inputs: Sequence[ModelInput],
-    on_block: Callable[[int, int], None] = lambda done, total: None,
+    session: Session, on_block: Told = lambda done, total: None
 ) -> tuple[Recipe, Plan, dict[str, Any] | None]:
     """The recipe with bits for every weight in its `layer_config`, its plan, and what was measured.
 
     Where `layer_config` names the bits of every weight already, as in the recipe of a finished run, nothing is
     measured (None). Raises UserError where `target_bits` can't be reached.
     """
-    free = units(model, recipe, plan)
+    recipe, plan = session.recipe, session.plan
+    free = units(session.model, recipe, plan)
     target = recipe.target_bits
     assert target is not None
     if not free:
@@ -95,12 +92,12 @@ def choose_bits(
             )
         return recipe, plan, None
     options = {weight.name: unit.options for unit in free for weight in unit.weights}
-    with trying(model, recipe, plan, inputs, options, on_block) as trial:
+    with trying(session, options, on_block) as trial:
         damage = trial.damage()
         free = [unit for unit in free if all(weight.name in damage.of for weight in unit.weights)]
         bits, seen = _tried(trial, _choices(free, damage, plan, target), free, plan, target)
     recipe = replace(recipe, layer_config=(recipe.layer_config or {}) | {name: {"bits": b} for name, b in bits.items()})
-    plan = make_plan(model, recipe)
+    plan = make_plan(session.model, recipe)
     return recipe, plan, _record(recipe, plan, free, damage, bits) | seen
 
 

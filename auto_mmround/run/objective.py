@@ -1,4 +1,4 @@
-"""What the closed form and the sign steps of a block are given."""
+"""What the sign steps of a block are given."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,16 +7,9 @@ import torch
 from torch import nn
 
 from auto_mmround.model.chains import Chain
-from auto_mmround.numerics.start import StartConfig
 from auto_mmround.numerics.tuner import TuneConfig
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.weights import ErrorWeights
-
-
-def start_config(recipe: Recipe) -> StartConfig:
-    """How a block's weights are solved."""
-    order: Any = recipe.actorder
-    return StartConfig(recipe.dampening, order, recipe.block_size, retarget=recipe.retarget)
 
 
 def forward_of(

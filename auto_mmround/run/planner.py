@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -19,24 +19,24 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from auto_mmround.errors import UserError
 from auto_mmround.export.checkpoint import is_side_file
 from auto_mmround.model import devices
-from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, as_dtype, map_tensors
-from auto_mmround.model.experts import separable, separated
+from auto_mmround.model.chains import Chain, map_tensors
+from auto_mmround.model.experts import separated
+from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.model.stored import stored_tensors
-from auto_mmround.numerics.start import StartConfig, closed_forms, collecting
+from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.start import closed_forms
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
-from auto_mmround.run.fisher import measure_fisher
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.leaves import leaves_of, rounded
 from auto_mmround.run.memory import phase
-from auto_mmround.run.weights import accumulated, kinds_of, tower_tokens
+from auto_mmround.run.session import Session, Window
+from auto_mmround.run.weights import accumulated, tower_tokens
 
 BUDGET = 20.0  # seconds that measuring may take, about
 SHARE = 0.9  # of what is free that a run may plan to use
@@ -82,27 +82,17 @@ class BlockCost:
 
 @dataclass
 class _Probe:
-    """A job, and how its precision and its inputs look to the model."""
+    """A session that is timed. deadline: of the clock, for what can be left out."""
 
-    job: Job
+    session: Session
     deadline: float
     clock: Callable[[], float]
-    costs: dict[Any, BlockCost] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.model, self.recipe = self.job.loaded.model, self.job.recipe
-        self.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        self.batches = [as_dtype(sample.kwargs, self.dtype) for sample in self.job.inputs]
-        self.kinds = kinds_of(self.job.inputs)
-        self.experts = separable(self.model)
-
-    def precision(self) -> AbstractContextManager:
-        return devices.autocast(self.model.device, self.dtype, self.recipe.amp)
+    known: dict[Any, BlockCost] = field(default_factory=dict)
 
     def timed(self, work: Callable[[], Any], least: float = 0.3) -> float:
         """Seconds of ``work``: the median of as many runs as fit in ``least`` seconds, at least one."""
         found: list[float] = []
-        device = self.model.device
+        device = self.session.device
         while not found or (sum(found) < least and len(found) < 9):
             started = self.clock()
             work()
@@ -113,79 +103,89 @@ class _Probe:
     def capture(self, only: Sequence[int]) -> tuple[dict[str, Chain], float, float]:
         """Chains of some samples; seconds a sample, and of what is done once (the proof that a replay is the model)."""
         marks = [self.clock()]
-        chains = capture(
-            self.model, self.job.plan.stages, self.batches, precision=self.precision, only=only,
-            on_sample=lambda i: marks.append(self.clock()),
-        )  # fmt: skip
+        chains = self.session.of(only).record(
+            self.session.plan.stages, lambda done, total: marks.append(self.clock()), "planning"
+        )
         each = [after - before for before, after in pairwise(marks)]
         usual = statistics.median(each[1:]) if len(each) > 1 else each[0] / 4
         return chains, usual, max(0.0, sum(each) - usual * len(each))
 
     def fisher(self) -> float:
         """Seconds of the Fisher information, from one sample and then two."""
-        stages, inputs = self.job.plan.stages, self.batches
-        run = partial(
-            measure_fisher, self.model, self.recipe, stages, layers=self.job.plan.quantized,
-            holder=self.job.loaded.holder, precision=self.precision,
-        )  # fmt: skip
-        wanted = len(inputs)
-        at = len(inputs) // 2
-        one = self.timed(lambda: run(inputs[at : at + 1], self.kinds[at : at + 1]), 0.0)
+        wanted = len(self.session.inputs)
+        at = wanted // 2
+
+        def run(samples: Sequence[int]) -> Fisher:
+            return self.session.of(samples).fisher(self.session.plan.quantized)
+
+        one = self.timed(lambda: run([at]), 0.0)
         if wanted == 1 or self.clock() + 2 * one > self.deadline:
             return one * wanted
-        two = self.timed(lambda: run(inputs[at : at + 1] * 2, self.kinds[at : at + 1] * 2), 0.0)
+        two = self.timed(lambda: run([at, at]), 0.0)
         return one + (wanted - 1) * max(two - one, one / 4)
 
-    def block(self, chain: Chain, index: int, name: str) -> BlockCost:
-        """The cost of one block, known from another of its kind or measured now."""
-        block = self.model.get_submodule(name)
-        kind = chain.stage.path, shape_signature(block)
-        if kind not in self.costs:
-            holder, model = self.job.loaded.holder, self.model
-            with holder.resident([name]), separated(model, self.experts, [name]), self.precision():
-                self.costs[kind] = self._measure(chain, index, name, block)
-        return self.costs[kind]
+    def costs(self, chain: Chain) -> list[BlockCost]:
+        """The cost of every block of a chain's stage: one of each kind is measured, the others cost the same.
 
-    def _measure(self, chain: Chain, index: int, name: str, block: nn.Module) -> BlockCost:
-        recipe, count = self.recipe, len(chain)
-        planned = self.job.plan.of_block(name)
-        target = chain.advanced([block], index, recipe.batch)  # the first time is not the usual one
-        cost = BlockCost(self.timed(lambda: chain.advanced([block], index, recipe.batch)) / count)
-        layers = {weight.name: self.model.get_submodule(weight.name) for weight in planned}
-        moments = {}
+        Samples go from block to block only where blocks leave something for later ones; else all are given the first
+        one's hidden states, which cost the same.
+        """
+        handed_on = any(chain.shared)
+        kinds = [self._kind(chain, name) for name in chain.stage.blocks]
+
+        def visit(chain: Chain, window: Window) -> Chain:
+            kind = kinds[window.first]
+            if kind not in self.known:
+                self.known[kind] = self._measure(chain, window)
+            return chain.advanced(window.blocks, window.first, self.session.recipe.batch) if handed_on else chain
+
+        def skip(name: str) -> bool:
+            return not handed_on and self._kind(chain, name) in self.known
+
+        self.session.push(chain, visit, skip)
+        return [self.known[kind] for kind in kinds]
+
+    def _kind(self, chain: Chain, name: str) -> Any:
+        return chain.stage.path, shape_signature(self.session.model.get_submodule(name))
+
+    def _measure(self, chain: Chain, window: Window) -> BlockCost:
+        session, recipe, count = self.session, self.session.recipe, len(chain)
+        planned = [weight for name in window.names for weight in session.plan.of_block(name)]
+        run = partial(chain.advanced, window.blocks, window.first, recipe.batch)
+        target = run()  # the first time is not the usual one
+        cost = BlockCost(self.timed(run) / count)
+        moments: dict[str, Moments] = {}
         if recipe.closed_form:
-            with torch.no_grad(), collecting(layers, lambda name: None) as collected:
-                started = self.clock()
-                chain.advanced([block], index, recipe.batch)
-                cost.moments = (self.clock() - started) / count
-                moments = collected.moments()
+            started = self.clock()
+            moments = session.moments(chain, window, [weight.name for weight in planned], None, recipe.batch)
+            cost.moments = (self.clock() - started) / count
         started = self.clock()
-        leaves = leaves_of(self.model, planned)
+        leaves = leaves_of(session.model, planned)
         with rounded(leaves, keep=False):
             if recipe.closed_form:
-                config = StartConfig(order=recipe.actorder)  # type: ignore[arg-type]
-                closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, config)
+                plain = replace(session.solving, retarget=False)
+                closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, plain)
             cost.once = self.clock() - started
             if recipe.steps:
-                cost.step = self._step(chain, index, block, leaves, target, cost.forward * count)
+                cost.step = self._step(chain, window, leaves, target, cost.forward * count)
         return cost
 
     def _step(
-        self, chain: Chain, index: int, block: nn.Module, leaves: Mapping[str, TunedWeight], target: Chain, all_: float
+        self, chain: Chain, window: Window, leaves: Mapping[str, TunedWeight], target: Chain, all_: float
     ) -> float:
         """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that it takes."""
-        recipe = self.recipe
+        recipe = self.session.recipe
         accumulate = accumulated(recipe, tower_tokens(chain) // len(chain))
         config = TuneConfig(2, 0.001, 0.001, recipe.batch, accumulate, checks=1)
 
         def forward(indices: Sequence[int]) -> Any:
-            for group, output in chain.forward([block], index, indices):
+            for group, output in chain.forward(window.blocks, window.first, indices):
                 wanted = torch.cat([target.hidden[i] for i in group]).to(output.device)
                 yield output, wanted, torch.ones_like(wanted[..., :1])
 
         took = self.timed(lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0)
         drawn = min(recipe.batch * accumulate, len(chain))
-        wanted = min(recipe.batch * accumulate, len(self.batches))
+        wanted = min(recipe.batch * accumulate, len(self.session.inputs))
         return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
 
 
@@ -201,8 +201,9 @@ def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time
     states = 0
     with _high_water(place) as peak:
         if job.recipe.calibrates:
+            session = Session(job.loaded.model, job.recipe, job.plan, job.inputs, holder=job.loaded.holder)
             with phase("planning", "lower --batch_size or --seqlen, or use a larger machine"):
-                seconds, states = _calibrated(_Probe(job, clock() + budget, clock), budget)
+                seconds, states = _calibrated(_Probe(session, clock() + budget, clock), budget)
     memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
     found = Estimate(
@@ -228,8 +229,8 @@ def check_disk(job: Job) -> None:
 
 def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     """Seconds by part, and bytes of the hidden states that a run keeps."""
-    recipe, stages = probe.recipe, probe.job.plan.stages
-    lengths = [len(kinds.text_T) for kinds in probe.kinds]
+    recipe, stages = probe.session.recipe, probe.session.plan.stages
+    lengths = [len(kinds.text_T) for kinds in probe.session.kinds]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
     most = min(len(lengths), 8, recipe.batch * recipe.gradient_accumulate_steps)
@@ -251,7 +252,7 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
         held = len(held_out_split(round(entries))[1])
         looks = 1 + recipe.closed_form + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
         passes = 1 + recipe.enable_quanted_input
-        costs = [probe.block(chain, i, name) for i, name in enumerate(stage.blocks)]
+        costs = probe.costs(chain)
         seconds[f"{stage.name} blocks"] = sum(
             cost.seconds(passes, entries, looks * held, recipe.steps) for cost in costs
         )

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration.inputs import PAD
-from auto_mmround.model.chains import Kinds, moved
+from auto_mmround.model.chains import moved
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Grid
 from auto_mmround.numerics.tuner import asking_for_gradients, held_out_split
 from auto_mmround.run.leaves import parameter_of
+from auto_mmround.run.session import Session
 
 log = logging.getLogger("auto_mmround")
 
@@ -52,21 +53,19 @@ class Teacher:
     precision: Precision
 
 
-def listen(
-    model: PreTrainedModel, inputs: Sequence[Mapping[str, Any]], kinds: Sequence[Kinds], precision: Precision
-) -> Teacher:
+def listen(session: Session) -> Teacher:
     """Note what the untouched model says to every sample; padding is left out."""
-    said = []
-    with precision(), torch.no_grad():
+    model, inputs, said = session.model, session.batches, []
+    with session.precision(), torch.no_grad():
         run = to_head(model, moved(dict(inputs[0]), device_of(model)))
-        for sample, own in zip(inputs, kinds, strict=True):
+        for sample, own in zip(inputs, session.kinds, strict=True):
             hidden_TD, head = run(model, moved(dict(sample), device_of(model)))
             counted_T = own.text_T != PAD
             spoken_T = counted_T if len(counted_T) == len(hidden_TD) else torch.ones(len(hidden_TD), dtype=torch.bool)
             found = [_likely(head(part_TD)) for part_TD in parts(hidden_TD[spoken_T.to(hidden_TD.device)], head)]
             word_TK, log_TK = (torch.cat(column).cpu() for column in zip(*found, strict=True))
             said.append(Likely(spoken_T, word_TK.int(), log_TK))
-    return Teacher(run, inputs, said, precision)
+    return Teacher(run, inputs, said, session.precision)
 
 
 def _likely(logits_TV: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,38 +1,34 @@
 """What each number of bits does to the model's output, weight by weight, and what a choice of bits does in truth."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT, ModelInput
-from auto_mmround.model import devices
-from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, Kinds, as_dtype
+from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT
+from auto_mmround.model.chains import Chain, Kinds
 from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
-from auto_mmround.model.fisher import Fisher, Precision, spread
+from auto_mmround.model.fisher import spread
 from auto_mmround.model.spool import Spool
-from auto_mmround.model.streaming import InMemory, device_of
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.start import StartConfig, closed_form, collecting
+from auto_mmround.numerics.start import closed_form
 from auto_mmround.numerics.tuner import asking_for_gradients
-from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.fisher import measure_fisher
-from auto_mmround.run.memory import SHORTER, BatchSize, Graph, Places
-from auto_mmround.run.plan import Plan, WeightPlan, grid_of
-from auto_mmround.run.weights import Weights, kinds_of
+from auto_mmround.run.memory import SHORTER, BatchSize, Graph
+from auto_mmround.run.plan import WeightPlan, grid_of
+from auto_mmround.run.session import Session, Told, Window
 
 WHAT, HELPS = "choosing bits", f"name the bits in layer_config, or {SHORTER}"
 GRADIENTS, MOMENTS = 2048, 8192  # tokens on which damage is measured, and those that weights are rounded by
@@ -197,12 +193,7 @@ class Trial:
 
 @contextmanager
 def trying(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    plan: Plan,
-    inputs: Sequence[ModelInput],
-    options: Mapping[str, Sequence[int]],
-    on_block: Callable[[int, int], None] = lambda done, total: None,
+    session: Session, options: Mapping[str, Sequence[int]], on_block: Told = lambda done, total: None
 ) -> Iterator[Trial]:
     """A `Trial` of the model, whose weights are as before at the end.
 
@@ -211,20 +202,15 @@ def trying(
     one over 8,192 tokens of text, and a closed form an option; each option then a pass forward and backward over 2,048
     tokens. Disk: two bytes a weight and option.
     """
-    device = device_of(model)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    precision: Precision = partial(devices.autocast, device, dtype, recipe.amp)
-    kinds = kinds_of(inputs)
-    sets = Sets.by_medium(kinds)
-    few = sets.choose(kinds, GRADIENTS, MOST, SHARE)
-    many = sets.choose(kinds, MOMENTS, without=few)
-    with tempfile.TemporaryDirectory() as folder, separated(model):
+    model, sets = session.model, Sets.by_medium(session.kinds)
+    few = sets.choose(session.kinds, GRADIENTS, MOST, SHARE)
+    many = sets.choose(session.kinds, MOMENTS, without=few)
+    with tempfile.TemporaryDirectory() as folder, separated(model, session.experts):
         versions = Versions(Path(folder))
-        solving = [as_dtype(inputs[i].kwargs, dtype) for i in many]
-        planned = [weight for weight in plan.weights if weight.name in options and weight.block]
-        _round(model, recipe, plan, planned, options, solving, [kinds[i] for i in many], precision, versions, on_block)
-        before = Before.of(model, [as_dtype(inputs[i].kwargs, dtype) for i in few], precision)
-        graph = Graph(model, max(len(kinds[i].text_T) for i in few))
+        _round(replace(session.of(many), disk=Spool(versions.folder)), options, versions, on_block)
+        measured = session.of(few)
+        before = Before.of(model, measured.batches, session.precision)
+        graph = Graph(model, max(len(kinds.text_T) for kinds in measured.kinds))
         trial = Trial(model, options, versions, before, sets.names, [sets.of[i] for i in few], graph)
         try:
             yield trial
@@ -232,65 +218,27 @@ def trying(
             trial.restore()
 
 
-def _round(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    plan: Plan,
-    planned: Sequence[WeightPlan],
-    options: Mapping[str, Sequence[int]],
-    batches: Sequence[Mapping[str, Any]],
-    kinds: Sequence[Kinds],
-    precision: Precision,
-    versions: Versions,
-    on_block: Callable[[int, int], None],
-) -> None:
+def _round(session: Session, options: Mapping[str, Sequence[int]], versions: Versions, on_block: Told) -> None:
     """Fill ``versions``, block by block, each on what the model as it is hands to it."""
-    fisher = Fisher()
-    if recipe.fisher and recipe.closed_form:
-        fisher = measure_fisher(
-            model, recipe, plan.stages, batches, kinds, [weight.name for weight in planned],
-            holder=InMemory(), precision=precision,
-        )  # fmt: skip
-    weights = Weights(kinds, fisher)
-    places = Places.of(recipe, device_of(model), Spool(versions.folder))
-    chains = places.fitting(
-        WHAT, lambda **kept: capture(model, plan.stages, list(batches), precision=precision, **kept)
-    )
-    done, total = 0, sum(chain.stage.depth for chain in chains.values())
+    planned = [weight for weight in session.plan.weights if weight.name in options and weight.block]
+    weights = session.weights([weight.name for weight in planned])
+    chains = session.record(session.plan.stages, what=WHAT)
+    done, total = count(1), sum(chain.stage.depth for chain in chains.values())
+
+    def visit(chain: Chain, window: Window) -> Chain:
+        here = [weight for weight in planned if weight.block in window.names]
+        with session.collecting(chain, window, [weight.name for weight in here], weights) as (collected, begin):
+            after = chain.advanced(window.blocks, window.first, 1, before=begin)
+        moments, found = collected.moments(), dict[str, dict[int, Tensor]]()
+        for group in _alike(here, moments, options):
+            found |= _rounded(session, group, moments[group[0].name], options[group[0].name])
+        if found:
+            versions.add(found)
+        on_block(next(done), total)
+        return after
+
     for chain in chains.values():
-        for index, path in enumerate(chain.stage.blocks):
-            here = [weight for weight in planned if weight.block == path]
-            with precision():
-                chain, moments = _moments(model, chain, index, [weight.name for weight in here], weights)
-            found: dict[str, dict[int, Tensor]] = {}
-            for group in _alike(here, moments, options):
-                found |= _rounded(model, group, moments[group[0].name], options[group[0].name], recipe)
-            if found:
-                versions.add(found)
-            done += 1
-            on_block(done, total)
-
-
-def _moments(
-    model: PreTrainedModel, chain: Chain, index: int, names: Sequence[str], weights: Weights
-) -> tuple[Chain, dict[str, Moments]]:
-    """The chain after a block, and layer -> second moments of its inputs, tokens weighed as the run will."""
-    block = model.get_submodule(chain.stage.blocks[index])
-    weighed = {name: weights.of_tokens(chain, name) for name in names}
-    entries, current = iter(range(len(chain))), [0]
-    with collecting(
-        {name: model.get_submodule(name) for name in names}, lambda name: weighed[name][current[0]]
-    ) as collector:
-
-        def begin(*_: Any) -> None:
-            current[0] = next(entries)
-            collector.next_pass()
-
-        handle = block.register_forward_pre_hook(begin)
-        try:
-            return chain.advanced([block], index, batch_size=1), collector.moments()
-        finally:
-            handle.remove()
+        session.push(chain, visit)
 
 
 def _alike(
@@ -306,11 +254,10 @@ def _alike(
 
 
 def _rounded(
-    model: nn.Module, group: Sequence[WeightPlan], moments: Moments, options: Sequence[int], recipe: Recipe
+    session: Session, group: Sequence[WeightPlan], moments: Moments, options: Sequence[int]
 ) -> dict[str, dict[int, Tensor]]:
     """Weight -> bits -> values, in the layout and dtype of its parameter."""
-    layers: list[Any] = [model.get_submodule(weight.name) for weight in group]
-    config = StartConfig(dampening=recipe.dampening, order=recipe.actorder)  # type: ignore[arg-type]
+    layers: list[Any] = [session.model.get_submodule(weight.name) for weight in group]
     found = {weight.name: {FULL: layer.weight.detach().clone()} for weight, layer in zip(group, layers, strict=True)}
     turned = [isinstance(layer, Conv1D) for layer in layers]
     weights_OI = [layer.weight.detach().t() if turn else layer.weight.detach() for layer, turn in zip(layers, turned)]
@@ -318,7 +265,7 @@ def _rounded(
         scheme = group[0].scheme_at(bits)
         roundings = [Rounding(w_OI, scheme.group_size, grid_of(scheme)) for w_OI in weights_OI]
         if bits < FINE:
-            closed_form(roundings, moments, config)
+            closed_form(roundings, moments, replace(session.solving, retarget=False))
         for weight, layer, rounding, turn in zip(group, layers, roundings, turned, strict=True):
             w_OI = rounding.weight()
             found[weight.name][bits] = (w_OI.t() if turn else w_OI).to(layer.weight.dtype)

@@ -1,43 +1,29 @@
 """Scales of static activations: one for all inputs of a layer, from the largest magnitude that calibration shows."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import ModelInput
-from auto_mmround.model import devices
 from auto_mmround.model.capture import run_without_logits
-from auto_mmround.model.chains import as_dtype
 from auto_mmround.model.experts import separated
-from auto_mmround.model.streaming import device_of
 from auto_mmround.numerics.float_grids import E4M3_TOP
 from auto_mmround.run.memory import SHORTER, phase
-from auto_mmround.run.plan import Plan
+from auto_mmround.run.session import Session, Told
 
 log = logging.getLogger("auto_mmround")
 
 
-def input_scales(
-    model: PreTrainedModel,
-    plan: Plan,
-    inputs: Sequence[ModelInput],
-    *,
-    amp: bool = True,
-    captured: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
+def input_scales(session: Session, told: Told = lambda done, total: None) -> dict[str, Tensor]:
     """``max|x| / 448``, float32 (1,), of every planned layer with static activations, over all samples.
 
     Layers that read the same tensor (q, k, v), which engines fuse, get the same. One that no token reaches gets 1.
     """
-    names = [name for name, scheme in plan.quantized.items() if not scheme.act_dynamic]
+    names = [name for name, scheme in session.plan.quantized.items() if not scheme.act_dynamic]
     peaks: dict[str, Tensor] = {}
     if not names:
         return {}
-    dtype, device = next(p.dtype for p in model.parameters() if p.is_floating_point()), device_of(model)
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -47,14 +33,17 @@ def input_scales(
 
         return hook
 
-    precision: AbstractContextManager = devices.autocast(device, dtype, amp)
-    with separated(model):
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    with separated(session.model, session.experts):
+        handles = [session.model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
         try:
-            with phase("scales of static inputs", f"leave --act_static out, or {SHORTER}"), torch.no_grad(), precision:
-                for i, sample in enumerate(inputs):
-                    run_without_logits(model, as_dtype(sample.kwargs, dtype))
-                    captured(i + 1, len(inputs))
+            with (
+                phase("scales of static inputs", f"leave --act_static out, or {SHORTER}"),
+                torch.no_grad(),
+                session.precision(),
+            ):
+                for i, sample in enumerate(session.batches):
+                    run_without_logits(session.model, sample)
+                    told(i + 1, len(session.batches))
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,218 @@
+"""A model with its calibration samples, and the one walk that takes them through the blocks of a stage."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.model import devices
+from auto_mmround.model.capture import capture
+from auto_mmround.model.chains import Chain, Kinds, Runner, as_dtype, run_plainly
+from auto_mmround.model.compiled import Compiled
+from auto_mmround.model.experts import Expert, separable, separated
+from auto_mmround.model.fisher import Fisher
+from auto_mmround.model.streaming import Holder, InMemory, device_of
+from auto_mmround.model.structure import Stage
+from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.start import Collector, StartConfig, collecting
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.fisher import measure_fisher
+from auto_mmround.run.memory import FEWER, BatchSize, Places, moved_away
+from auto_mmround.run.plan import Plan
+from auto_mmround.run.processes import ALONE, Processes
+from auto_mmround.run.weights import Weights, kinds_of
+
+T = TypeVar("T")
+Told = Callable[[int, int], None]  # (done, total)
+
+
+class Window(NamedTuple):
+    """Consecutive blocks of a stage. first: index of the first one."""
+
+    names: Sequence[str]
+    first: int
+    blocks: Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What everything that runs calibration samples through a model needs.
+
+    inputs: the samples. disk: puts a hidden state into a file. batch: how many samples run together.
+    """
+
+    model: PreTrainedModel
+    recipe: Recipe
+    plan: Plan
+    inputs: Sequence[ModelInput]
+    disk: Callable[[Tensor], Tensor] = Tensor.cpu
+    holder: Holder = field(default_factory=InMemory)
+    processes: Processes = ALONE
+    batch: BatchSize = field(default_factory=BatchSize)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return device_of(self.model)
+
+    @cached_property
+    def batches(self) -> list[dict[str, Any]]:
+        """What the model takes of each sample, in its dtype."""
+        return [as_dtype(sample.kwargs, self.dtype) for sample in self.inputs]
+
+    @cached_property
+    def kinds(self) -> list[Kinds]:
+        """Modalities of every sample's tokens."""
+        return kinds_of(self.inputs)
+
+    @cached_property
+    def experts(self) -> Mapping[str, Expert]:
+        """Experts that lie in stacks."""
+        return separable(self.model)
+
+    @cached_property
+    def runner(self) -> Runner:
+        """How blocks are called."""
+        return Compiled(devices.traits(self.device).compiler) if self.recipe.enable_torch_compile else run_plainly
+
+    @property
+    def solving(self) -> StartConfig:
+        """How weights are solved."""
+        order: Any = self.recipe.actorder
+        return StartConfig(self.recipe.dampening, order, self.recipe.block_size, retarget=self.recipe.retarget)
+
+    def precision(self) -> AbstractContextManager:
+        """What blocks compute in."""
+        return devices.autocast(self.device, self.dtype, self.recipe.amp)
+
+    def exactly(self) -> AbstractContextManager:
+        """Compute in the dtype of the weights, where outputs are compared."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def of(self, samples: Sequence[int]) -> "Session":
+        """The same with some of the samples."""
+        return replace(self, inputs=[self.inputs[i] for i in samples])
+
+    def weights(self, layers: Iterable[str] | None = None) -> Weights:
+        """What errors weigh, by the model as it is now. layers: those whose tokens are weighed; default the planned."""
+        if not (self.recipe.fisher and self.recipe.closed_form):
+            return Weights(self.kinds, Fisher())
+        return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
+
+    def fisher(self, layers: Iterable[str]) -> Fisher:
+        """The Fisher information at the blocks' outputs, and at those of some layers."""
+        return measure_fisher(
+            self.model, self.recipe, self.plan.stages, self.batches, self.kinds, layers,
+            holder=self.holder, precision=self.precision, disk=self.disk, processes=self.processes,
+        )  # fmt: skip
+
+    def record(
+        self,
+        stages: Sequence[Stage],
+        told: Told = lambda done, total: None,
+        what: str = "capturing inputs",
+        helps: str = FEWER,
+    ) -> dict[str, Chain]:
+        """The chains of the stages that samples reach, each before its first block. Raises UserError for a stage whose
+        replay is not the model, and where memory does not suffice."""
+        run = partial(
+            capture, self.model, stages, self.batches, precision=self.precision,
+            only=self.processes.share(range(len(self.batches))),
+            on_sample=lambda i: told(i + 1, len(self.batches)),
+        )  # fmt: skip
+        found = Places.of(self.recipe, self.device, self.disk).fitting(what, run, helps)
+        chains = self.processes.complete(found, stages)
+        return {path: replace(chain, runner=self.runner, device=self.device) for path, chain in chains.items()}
+
+    @contextmanager
+    def opened(self, names: Sequence[str]) -> Iterator[list[nn.Module]]:
+        """Some blocks, in memory, with their experts apart, computing in the run's precision."""
+        with self.holder.resident(names), separated(self.model, self.experts, names), self.precision():
+            yield [self.model.get_submodule(name) for name in names]
+
+    def walk(
+        self,
+        stage: Stage,
+        visit: Callable[[Window], None],
+        behind: Callable[[Window], None] = lambda window: None,
+        width: int = 1,
+        skip: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """Call ``visit`` for the blocks of a stage in order, opened, ``width`` at a time; then ``behind``, closed
+        again. skip: windows that begin with such a block are passed by, unopened."""
+        for first in range(0, len(stage.blocks), width):
+            names = stage.blocks[first : first + width]
+            if skip(names[0]):
+                continue
+            with self.opened(names) as blocks:
+                window = Window(names, first, blocks)
+                visit(window)
+            devices.trim_heap()
+            behind(window)
+
+    def push(
+        self, chain: Chain, visit: Callable[[Chain, Window], Chain], skip: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        """`walk` with the chain before each block; ``visit`` returns the chain behind it."""
+
+        def at(window: Window) -> None:
+            nonlocal chain
+            chain = visit(chain, window)
+
+        self.walk(chain.stage, at, skip=skip)
+
+    def fitting(self, what: str, attempt: Callable[[int], T], chains: Sequence[Chain], helps: str = FEWER) -> T:
+        """The result of ``attempt(samples at a time)``, tried with fewer, then with the chains' states moved away,
+        until memory suffices. Raises UserError when nothing helps."""
+        return self.batch.fitting(what, attempt, partial(moved_away, chains, self.disk), helps)
+
+    def moments(
+        self,
+        chain: Chain,
+        window: Window,
+        names: Sequence[str],
+        weights: Weights | None,
+        size: int,
+        teacher: Chain | None = None,
+    ) -> dict[str, Moments]:
+        """Layer -> second moments of its inputs, as the chain passes the blocks; over all processes.
+
+        names: the layers. weights: of their tokens; None: all count alike. size: samples at a time. teacher: the cross
+        moments with its inputs are taken too, see `gram.retarget`.
+        """
+        with self.collecting(chain, window, names, weights, teacher) as (collected, begin):
+            chain.passed(window.blocks, window.first, size, begin)
+            return self.processes.add_moments(collected.moments(), self.device)
+
+    @contextmanager
+    def collecting(
+        self, chain: Chain, window: Window, names: Sequence[str], weights: Weights | None, teacher: Chain | None = None
+    ) -> Iterator[tuple[Collector, Callable[[list[int]], None]]]:
+        """What collects second moments while the chain passes the blocks, and what to call before each group."""
+        layers = {name: self.model.get_submodule(name) for name in names}
+        current: list[int] = []
+
+        def weigh(name: str) -> Tensor | None:
+            return torch.cat(weights.of_tokens(chain, name, current)) if weights else None
+
+        with torch.no_grad(), collecting(layers, weigh, teacher is not None) as collected:
+
+            def begin(group: list[int]) -> None:
+                current[:] = group
+                if teacher is not None:
+                    collected.next_pass(teacher=True)
+                    teacher.run_group(window.blocks, window.first, group)
+                collected.next_pass()
+
+            yield collected, begin
