@@ -26,6 +26,7 @@ from auto_mmround.model.streaming import no_progress_bar
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.run.given import OF_THE_FILE
 from auto_mmround.run.output import Result
+from auto_mmround.strict import tagged
 from auto_mmround.untrusted import one_line
 
 GROUP = 2**28  # bytes of what lies in no block that are read together
@@ -89,7 +90,7 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
             continue
         if isinstance(value, Mapping) and isinstance(read.get(key), Mapping):
             yield from _differences(value, read[key], f"{path}{key}.")
-        elif read.get(key) != value:
+        elif tagged(read.get(key)) != tagged(value):
             yield f"{path}{key}"
 
 
