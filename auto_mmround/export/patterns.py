@@ -76,8 +76,6 @@ def end_of(pattern: str, anywhere: bool = False) -> End | None:
         wild += [len(text)] if token["any"] else []
         text += "#" if token["number"] else "?" if token["any"] else token["escaped"] or token["plain"]
         at = token.end()
-    if head == ".*" and text[:1] in (".", "?"):  # something has to stand before
-        return None
     parts = text.split(".")
     if "#" not in text:
         return End(HEADS[head], text, tuple(wild))
