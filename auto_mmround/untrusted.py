@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     config = folder / "config.json"
     named = read_object(config).get("transformers_weights") if config.is_file() else None
-    if named is not None and not (isinstance(named, str) and _plain(named) and named.endswith((SAFE, INDEX_END))):
+    if named is not None and not (isinstance(named, str) and is_plain(named) and named.endswith((SAFE, INDEX_END))):
         raise UserError(f"{config}: transformers_weights = {str(named)[:200]!r} is no safetensors file of the folder")
     path = folder / (named or (SINGLE if (folder / SINGLE).is_file() else INDEX))
     if not path.is_file():
@@ -87,13 +87,22 @@ def index_problem(found: Any) -> str | None:
     if not isinstance(found, Mapping) or not found:
         return "holds no weight_map"
     for name, shard in found.items():
-        if not isinstance(shard, str) or not shard.endswith(SAFE) or not _plain(shard):
+        if not isinstance(shard, str) or not shard.endswith(SAFE) or not is_plain(shard):
             return f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of the folder"
     return None
 
 
-def _plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file in a folder, without any way to another folder."""
     return Path(name).name == name and name.isprintable() and len(name) < 256 and "\\" not in name
+
+
+def belongs(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder after all links are followed; the hub's cache keeps the files of a snapshot in
+    `blobs` beside it and links to them."""
+    home, real = folder.resolve(), path.resolve()
+    cached = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    return real.is_relative_to(home) or real.is_relative_to(cached)
 
 
 def one_line(message: str) -> str:

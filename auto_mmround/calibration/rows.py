@@ -55,8 +55,13 @@ class Sample:
     remote: str = ""
 
     @property
+    def media(self) -> tuple[Any, ...]:
+        """All references, as the row gives them."""
+        return (*self.images, *self.videos, *self.audios)
+
+    @property
     def has_media(self) -> bool:
-        return bool(self.images or self.videos or self.audios) or self.inputs is not None
+        return bool(self.media) or self.inputs is not None
 
 
 def _list(value: Any) -> list[Any]:

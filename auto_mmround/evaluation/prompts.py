@@ -119,7 +119,7 @@ def clips(loaded: Loaded, data: Data) -> list[Prompt]:
             if text is None:
                 continue
             try:
-                sound_T = media.load(row["audio"], "audio", data.roots(), base=rows.base, rate=rate)
+                sound_T = media.load(row["audio"], "audio", data.roots(), base=rows.folder(i), rate=rate)
             except media.MediaError as error:
                 raise UserError(f"{rows.name} row {i}: {error}") from error
             kwargs, options = make(loaded, data, sound_T, rate)
