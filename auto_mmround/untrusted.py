@@ -29,20 +29,29 @@ def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
         raise UserError(f"{what} can't be read: {error}") from None
 
 
-def parse_json(text: str, what: str) -> Any:
-    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python takes."""
+def parse_json(text: str, what: str, once: bool = False) -> Any:
+    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python takes. once: for a key
+    with two values too, since another reader may take the one that was not looked at."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once if once else None)
     except ValueError as error:
         raise UserError(f"{what} is not valid JSON ({error})") from None
     except RecursionError:
         raise UserError(f"{what} is not valid JSON for us: it is nested too deep") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    twice = [key for key, value in pairs if found[key] is not value and found[key] != value]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands in it twice, with different values")
+    return found
+
+
 def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
     """A JSON file that holds an object. Raises UserError for any other."""
     what = what or str(path)
-    value = parse_json(read_text(path, what), what)
+    value = parse_json(read_text(path, what), what, once=True)
     if not isinstance(value, dict):
         raise UserError(f"{what} is not valid JSON for us: it holds no object")
     return value

@@ -112,7 +112,7 @@ def test_media_of_content_lists_in_their_order():
 @pytest.mark.parametrize(
     "value, words",
     [
-        ({"question": "a", "answer": "b"}, "question, answer"),
+        ({"ask": "a", "reply": "b"}, "ask, reply"),
         (3, "must be text"),
         ({}, "none"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role"),

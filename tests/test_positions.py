@@ -62,7 +62,8 @@ def gpt2(tmp_path_factory):
     """A GPT-2 of 64 positions, and texts of 300 tokens."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=128, n_positions=64)).save_pretrained(folder)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 128, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     texts = [" ".join(f"w{(7 * i + j * j) % 110 + 3}" for j in range(300)) for i in range(8)]
     (folder / "long.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -72,7 +73,7 @@ def gpt2(tmp_path_factory):
 RUN = ["--nsamples", "8", "--group_size", "32", "--iters", "1", "--format", "auto_round", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("more", [[], ["--seqlen", "100"], ["--polish", "1"], ["--target_bits", "5"], ["--stream"]])
+@pytest.mark.parametrize("more", [[], ["--seqlen", "100"], ["--polish"], ["--target_bits", "5"], ["--stream"]])
 def test_longer_texts_are_cut_and_that_is_said(gpt2, tmp_path, capsys, more):
     out = ["--output_dir", str(tmp_path)]
     assert main(["--model", str(gpt2), "--dataset", str(gpt2 / "long.jsonl"), *RUN, *out, *more]) == 0

@@ -30,7 +30,7 @@ from auto_mmround.export import gguf
 from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint, write_side_files
 from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
-from auto_mmround.recipe import recipe as recipes
+from auto_mmround.recipe import files
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
@@ -527,6 +527,15 @@ def test_the_card_of_a_set_on_the_hub_names_files_of_its_own(place):
         check_origin({"train": ["hf://datasets/a/b@main/x.parquet", place]}, "a/b")
 
 
+def test_a_key_with_two_values_is_refused(tmp_path):
+    """Readers differ in which of them they take, so what was checked might not be what is used."""
+    (tmp_path / "config.json").write_text('{"a": {"bits": 4, "bits": 8}, "b": 1, "b": 1}')
+    with pytest.raises(UserError, match="'bits' stands in it twice"):
+        untrusted.read_object(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"b": 1, "b": 1}')
+    assert untrusted.read_object(tmp_path / "config.json") == {"b": 1}
+
+
 def test_messages_for_the_terminal_are_one_plain_line(tmp_path, capsys):
     (tmp_path / "x.toml").write_text('"\\u001b[2J\\n\\u202e" = 1')
     assert cli.main([str(tmp_path / "x.toml")]) == 2
@@ -560,7 +569,7 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
     rows = re.findall(r"\| `(\w+)\.(\w+)` \| ([^|]+) \|", page)
     rooms = {"folders": folders, "tables": tables,
              "media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor, "template": template,
-             "recipe": recipes, "loading": loading, "gguf": gguf,
+             "recipe": files, "loading": loading, "gguf": gguf,
              "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
     assert len(rows) >= 15
     for room, name, text in rows:

@@ -88,6 +88,7 @@ class Tally:
     def __init__(self, stop: bool) -> None:
         self.stop = stop
         self.skipped: dict[str, list[str]] = {}
+        self.unread: Counter[str] = Counter()
 
     def attempt(self, label: str, make: Callable[[Any], T], argument: Any) -> T | None:
         """make(argument), or None for a bad sample, which is counted."""
@@ -159,6 +160,7 @@ def pick(rows: Rows, wanted: int, encode: Encoder, tally: Tally, seed: int) -> t
         if len(full) == wanted:
             break
         sample = tally.attempt(f"{rows.name}#{index}", rows.sample, index)
+        tally.unread.update(() if sample is None else sample.unread)
         # A text can't have more tokens than bytes, bar a few special ones: no need to tokenise it yet.
         if sample is not None and sample.text is not None and len(sample.text.encode()) + 8 < encode.seqlen:
             later.append((index, sample))
@@ -237,6 +239,8 @@ def build(
     left = Counter(name for made in inputs for name in made.left)
     if left:
         notes += ("left out: " + ", ".join(f"{name} ({count})" for name, count in left.items()),)
+    if tally.unread:
+        notes += ("columns not read: " + ", ".join(f"{name} ({n})" for name, n in tally.unread.most_common(12)),)
     report = Report(asked, len(inputs), short, skipped, token_counts(inputs), notes, tuple(of_sets))
     if not inputs:
         raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")

@@ -280,7 +280,10 @@ class Encoder:
                 raise BadSample("markers", message)
         write = getattr(self.family, "render", None)
         if write is None:
-            encoded = render(sample.messages, self.template, self.tokenizer, self.processor, prompt=self.prompt)
+            encoded = render(
+                sample.messages, self.template, self.tokenizer, self.processor, prompt=self.prompt,
+                options=sample.options,
+            )  # fmt: skip
         else:
             encoded = write(sample, self.template, prompt=self.prompt)
         answer_T = answer_mask(encoded, ids[0], self.tokenizer)
@@ -290,7 +293,7 @@ class Encoder:
         elif not encoded.answers:
             answer_T = ~answer_T
         tower = getattr(self.family, "tower_modality", None)
-        made = ModelInput(sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None)
+        made = ModelInput(sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None, encoded.left)
         return self._bounded(made, self.seqlen if self.truncation else None)
 
     def _bounded(self, made: ModelInput, seqlen: int | None = None) -> ModelInput:

@@ -24,7 +24,7 @@ from auto_mmround.calibration import pictures
 from auto_mmround.calibration.fetch import FetchError, Permitted, fetch, is_public
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import belongs
+from auto_mmround.untrusted import belongs, shown
 
 KINDS = ("image", "video", "audio")
 # Rasters that Pillow decodes itself: its EPS reader would start another program. Those known by less come last.
@@ -351,7 +351,7 @@ def load(
     elif reference is None:
         raise MediaError(f"an {kind} entry is empty")
     else:
-        raise MediaError(f"an {kind} entry is no path, no URL and no decoded {kind}: {str(reference)[:80]!r}")
+        raise MediaError(f"an {kind} entry is no path, no URL and no decoded {kind}, but {shown(reference)}")
     if len(data) > BYTES[kind]:
         raise MediaError(f"{name} is larger than {BYTES[kind] >> 20} MiB")
     return READERS[kind](data, name, rate)

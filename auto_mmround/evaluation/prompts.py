@@ -13,7 +13,7 @@ from auto_mmround.calibration import batches, media
 from auto_mmround.calibration.datasets import Rows, load_rows
 from auto_mmround.calibration.inputs import PER_TOKEN
 from auto_mmround.calibration.rows import Sample
-from auto_mmround.calibration.template import MARKER, Message
+from auto_mmround.calibration.turns import MARKER, Message
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.metrics import logits_of, moved
 from auto_mmround.evaluation.samples import MANY, parts
