@@ -198,4 +198,9 @@ def test_no_message_shows_where_an_object_lies_in_memory(thing):
 def test_an_empty_conversation_is_skipped_gently():
     with pytest.raises(BadSample) as caught:
         parse_row({"conversations": []}, "s")
-    assert caught.value.reason in ("form", "too short")
+    assert caught.value.reason == "too short"
+
+
+@pytest.mark.parametrize("history", [2, "x", [1], [["a"]], {"a": 1}, [[{}, []]]])
+def test_an_odd_history_is_no_traceback(history):
+    assert parse_row({"prompt": "Q", "completion": "A", "history": history}, "s").messages[-2:] == SAID

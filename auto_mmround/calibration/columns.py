@@ -131,7 +131,8 @@ class Columns:
 
     def _asked(self, columns: tuple[str, ...]) -> list[Message]:
         """A question of one or more columns, after a `history` of pairs."""
-        pairs = [pair for pair in self.take("history") or () if isinstance(pair, list | tuple) and len(pair) == 2]
+        before = _several(decoded(self.take("history")))
+        pairs = [pair for pair in before if isinstance(pair, list | tuple) and len(pair) == 2]
         text = "\n".join(str(self.row[name]) for name in columns if not is_empty(self.row.get(name)))
         return _messages([*map(tuple, pairs), (text, None)])
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auto_mmround.calibration.columns import PLURAL, Columns
+from auto_mmround.calibration.columns import CHATS, PLURAL, Columns
 from auto_mmround.calibration.template import SYSTEM
 from auto_mmround.calibration.turns import MARKERS, Message, parse_messages
 from auto_mmround.errors import UserError
@@ -88,6 +88,8 @@ def parse_row(
         return Sample(label, inputs={**row})
     columns = Columns(row, base)
     turns = columns.turns
+    if turns is None and any(isinstance(row.get(key), list | tuple) for key in CHATS):
+        raise BadSample("too short", f"sample {label}: its conversation has no turns")
     if turns is None:
         keys = ", ".join(map(str, row)) or "none"
         raise BadSample("form", f"sample {label}: expected text, messages, conversations or input_ids, not {keys}")
@@ -95,8 +97,6 @@ def parse_row(
     if isinstance(turns, str) and not any(media.values()) and not as_chat:
         return Sample(label, text=turns, unread=columns.unread)
     messages = list(parse_messages(turns))
-    if not messages:
-        raise BadSample("too short", f"sample {label}: its conversation has no turns")
     system = columns.take("system", "system_prompt") or system_prompt
     if isinstance(system, str) and not any(turn.role in SYSTEM for turn in messages):
         messages.insert(0, Message("system", system))
