@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.model import devices
 from auto_mmround.model.chains import Call, as_dtype, difference, first_tensor, map_tensors, to_device
 from auto_mmround.model.structure import LINEAR, linears
 
@@ -76,7 +77,7 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     fewer values than the output projection has inputs, has no pair.
     """
     own = next(block.parameters()).device
-    device = own if own.type in ("cpu", "cuda") else torch.device("cpu")
+    device = own if devices.traits(own).doubles else torch.device("cpu")
     twin = copy.deepcopy(block).to(device, torch.float64)
     layers = dict(linears(twin))
     call = to_device(Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot), device)
