@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+WORDS = ("Infinity", "-Infinity", "NaN")
+
 
 def dumps(value: Any, **options: Any) -> str:
     """`json.dumps`; what comes out is read by any parser. Characters beyond ASCII stay as they are."""
@@ -18,6 +20,14 @@ def tagged(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: tagged(item) for key, item in value.items()}
     return [tagged(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def untagged(value: Any) -> Any:
+    """The inverse of `tagged`."""
+    if isinstance(value, Mapping):
+        word = value.get("__float__") if len(value) == 1 else None
+        return float(word) if word in WORDS else {key: untagged(item) for key, item in value.items()}
+    return [untagged(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def finite(value: Any) -> Any:

@@ -29,20 +29,29 @@ def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
         raise UserError(f"{what} can't be read: {error}") from None
 
 
-def parse_json(text: str, what: str) -> Any:
-    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python takes."""
+def parse_json(text: str, what: str, once: bool = False) -> Any:
+    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python takes. once: for a key
+    with two values too, since another reader may take the one that was not looked at."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once if once else None)
     except ValueError as error:
         raise UserError(f"{what} is not valid JSON ({error})") from None
     except RecursionError:
         raise UserError(f"{what} is not valid JSON for us: it is nested too deep") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    twice = [key for key, value in pairs if found[key] is not value and found[key] != value]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands in it twice, with different values")
+    return found
+
+
 def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
     """A JSON file that holds an object. Raises UserError for any other."""
     what = what or str(path)
-    value = parse_json(read_text(path, what), what)
+    value = parse_json(read_text(path, what), what, once=True)
     if not isinstance(value, dict):
         raise UserError(f"{what} is not valid JSON for us: it holds no object")
     return value
@@ -57,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     config = folder / "config.json"
     named = read_object(config).get("transformers_weights") if config.is_file() else None
-    if named is not None and not (isinstance(named, str) and _plain(named) and named.endswith((SAFE, INDEX_END))):
+    if named is not None and not (isinstance(named, str) and is_plain(named) and named.endswith((SAFE, INDEX_END))):
         raise UserError(f"{config}: transformers_weights = {str(named)[:200]!r} is no safetensors file of the folder")
     path = folder / (named or (SINGLE if (folder / SINGLE).is_file() else INDEX))
     if not path.is_file():
@@ -87,13 +96,22 @@ def index_problem(found: Any) -> str | None:
     if not isinstance(found, Mapping) or not found:
         return "holds no weight_map"
     for name, shard in found.items():
-        if not isinstance(shard, str) or not shard.endswith(SAFE) or not _plain(shard):
+        if not isinstance(shard, str) or not shard.endswith(SAFE) or not is_plain(shard):
             return f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of the folder"
     return None
 
 
-def _plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file in a folder, without any way to another folder."""
     return Path(name).name == name and name.isprintable() and len(name) < 256 and "\\" not in name
+
+
+def belongs(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder after all links are followed; the hub's cache keeps the files of a snapshot in
+    `blobs` beside it and links to them."""
+    home, real = folder.resolve(), path.resolve()
+    cached = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    return real.is_relative_to(home) or real.is_relative_to(cached)
 
 
 def one_line(message: str) -> str:

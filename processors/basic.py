@@ -25,7 +25,7 @@ class Basic:
 
     def render(self, sample: Sample, template: Template, *, prompt: bool = False) -> Encoded:
         """The sample's text and the places of its answers; a family that writes differently overrides this."""
-        return render(sample.messages, template, self.tokenizer, self.processor, prompt=prompt)
+        return render(sample.messages, template, self.tokenizer, self.processor, prompt=prompt, options=sample.options)
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
         """Raises UserError for media without a processor to read them."""

@@ -10,6 +10,7 @@ import torch
 from auto_mmround.calibration.processor import register_processor, split_markers
 from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template, without_last_answer
+from auto_mmround.calibration.turns import extras
 from auto_mmround.errors import UserError
 
 from .basic import Basic
@@ -22,7 +23,7 @@ class Voxtral(Basic):
     def render(self, sample: Sample, template: Template, *, prompt: bool = False) -> Encoded:
         last = sample.messages[-1]
         text = last.content.strip() if last.role == "assistant" and not prompt else ""
-        return Encoded(text, ((0, len(text)),) if text else ())
+        return Encoded(text, ((0, len(text)),) if text else (), extras(sample.messages, sample.options))
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
         """`input_ids` and, with sound, `input_features` of 30 seconds each. Raises BadSample for images and video."""

@@ -9,7 +9,8 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from auto_mmround.calibration.inputs import AUDIO, PAD
 from auto_mmround.calibration.processor import check_heard, register_processor
 from auto_mmround.calibration.rows import BadSample, Sample
-from auto_mmround.calibration.template import MARKERS, Encoded, Template
+from auto_mmround.calibration.template import Encoded, Template
+from auto_mmround.calibration.turns import MARKER, MARKERS, extras
 
 from .basic import Basic
 
@@ -23,7 +24,9 @@ class Whisper(Basic):
     def render(self, sample: Sample, template: Template, *, prompt: bool = False) -> Encoded:
         """A blank and the transcript: Whisper's own begin with one."""
         text = "" if prompt else sample.messages[-1].content.replace(MARKERS["audio"], "").strip()
-        return Encoded(f" {text}", ((0, len(text) + 1),)) if text else Encoded("", ())
+        left = (*extras(sample.messages, sample.options), *("other turns" for turn in sample.messages[:-1]
+                if MARKER.sub("", turn.content).strip()))  # fmt: skip
+        return Encoded(f" {text}", ((0, len(text) + 1),), left) if text else Encoded("", (), left)
 
     def opening(self) -> list[int]:
         """Start, language, task, no time stamps: what Whisper writes before a transcript.

@@ -35,6 +35,7 @@ from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
 CHAT = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
     {"role": "assistant", "content": "A circle."},
@@ -43,9 +44,12 @@ ROWS: list[Any] = [
     [{"text": "some words, " * 20}, {"input_ids": [1, 2, 3] * 20}, "plain text " * 20],
     [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
                                                      {"from": "gpt", "value": "It."}]}],
+    [{"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": CALLS}], "tools": CALLS, "system": "S"}],
+    [{"prompt": "Q", "completion": "A", "history": [["a", "b"]]}, {"whatever": "a.png", "text": "A"}],
     [{"messages": CHAT, "images": ["a.png"]}, {"messages": CHAT, "image": {"bytes": None, "path": "a.png"}}],
     {"data": [{"messages": CHAT, "audio": {"array": [0.0, 0.5], "sampling_rate": 8000}}]},
 ]  # fmt: skip
+STATE = {"_data_files": [{"filename": "data.arrow"}], "_split": "train", "_fingerprint": "x"}
 TOML = 'model = "demo"\nbits = 4\n[tuning]\niters = 10\nlr = 0.01\n[layer_config."model.layers.0"]\nbits = 8\n'
 YAML = "model: demo\nbits: 4\nignore: [lm_head, 're:.*vision.*']\nscheme: W4A16\nfp_layers: a,b\n"
 MODIFIERS = {
@@ -115,11 +119,32 @@ def datasets(work: Path) -> list[Reader]:
     json_rows, lines = damaged(*ROWS).map(written), damaged(ROWS[0]).map(_lines)
     return [
         Reader("dataset json", json_rows | text_files(json.dumps(ROWS[1])), file_reader("d.json", use)),
+        Reader("dataset csv", text_files("text,image\na b c,a.png\n", 'text\n"a, b"\n'), file_reader("d.csv", use)),
+        Reader("dataset state", damaged(STATE).map(written), lambda work, data: _saved(work, data)),
         Reader("dataset jsonl", lines | text_files("\n".join(map(json.dumps, ROWS[0]))), file_reader("d.jsonl", use)),
+        Reader("dataset arrow", damaged_bytes(arrow()), file_reader("d.arrow", lambda p: load_samples(str(p), 3))),
         Reader(
             "dataset parquet", damaged_bytes(*parquet()), file_reader("d.parquet", lambda p: load_samples(str(p), 3))
         ),
     ]
+
+
+def _saved(work: Path, state: bytes) -> None:
+    """A folder of `save_to_disk` whose list of files is damaged."""
+    folder = work / "given" / "saved"
+    folder.mkdir(exist_ok=True)
+    (folder / "data.arrow").write_bytes(arrow())
+    (folder / "state.json").write_bytes(state)
+    load_samples(str(folder), 3)
+
+
+def arrow() -> bytes:
+    import pyarrow
+
+    sink, table = io.BytesIO(), pyarrow.table({"text": ["a b", "c"]})
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
 
 
 def _lines(rows: Any) -> bytes:

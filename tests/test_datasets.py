@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from types import SimpleNamespace
 
 import datasets as hf
 import pytest
@@ -111,7 +112,7 @@ def test_media_of_content_lists_in_their_order():
 @pytest.mark.parametrize(
     "value, words",
     [
-        ({"question": "a", "answer": "b"}, "question, answer"),
+        ({"ask": "a", "reply": "b"}, "ask, reply"),
         (3, "must be text"),
         ({}, "none"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role"),
@@ -241,9 +242,14 @@ def test_unknown_names(spec, words):
         ("x.jsonl", '"a"\n{', "line 2 is not valid JSON"),
         ("x.txt", b"\xff\xfe\xff", "can't be read"),
         ("x.txt", "", "is empty"),
-        ("x.csv", "a,b", "expected a file ending in"),
+        ("x.xyz", "a,b", "expected a file ending in"),
+        ("x.csv", "a,b", "is empty"),
+        ("x.csv", "a,a\n1,2", "names a column twice"),
+        ("x.csv", "a,b\n1,2,3", "row 2 has more cells"),
+        ("x.jsonl.gz", "no gzip", "can't be read"),
+        ("x.parquet.gz", "PAR1", "expected a file ending in"),
         ("x.parquet", "no parquet", "can't be loaded"),
-        ("folder/x.csv", "a", "holds no"),
+        ("folder/x.zip", "a", "holds no"),
     ],
 )
 def test_wrong_files(tmp_path, monkeypatch, name, content, words):
@@ -293,15 +299,23 @@ def test_pile_from_the_hubs_cache(hub_cache):
     assert [s.text for s in load_samples("NeelNanda/pile-10k")] == ["one", "two"]
 
 
-def test_hub_names_go_through_load_dataset(monkeypatch):
+def test_hub_names_go_through_the_library(monkeypatch):
     calls = []
 
-    def load_dataset(path, **kw):
-        calls.append((path, kw))
-        return hf.Dataset.from_dict({"text": ["count"], "code": ["1 + 1"]})
+    class Builder:
+        def __init__(self, path, config):
+            self.path = path
+            self.config = SimpleNamespace(data_files={"test": [f"hf://datasets/{path}@main/x.parquet"]})
+
+        def download_and_prepare(self):
+            pass
+
+        def as_dataset(self, **kw):
+            calls.append((self.path, kw))
+            return hf.Dataset.from_dict({"text": ["count"], "code": ["1 + 1"]})
 
     monkeypatch.setattr(datasets, "hub_answers", lambda: True)
-    monkeypatch.setattr(hf, "load_dataset", load_dataset)
+    monkeypatch.setattr(hf, "load_dataset_builder", Builder)
     assert [s.text for s in load_samples("mbpp:split=test")] == ["count\n1 + 1"]
     load_rows("NeelNanda/pile-10k")
     assert calls == [("google-research-datasets/mbpp", {"split": "test"}), ("NeelNanda/pile-10k", {"split": "train"})]

@@ -89,10 +89,12 @@ def test_patterns_fold_experts_and_layers_that_agree(name):
     assert len(json.dumps(formats.get(name).config(layout(16, 80)))) < 20_000
 
 
-def test_one_pattern_a_module_is_read_in_linear_time():
+@pytest.mark.parametrize("head", [".*", "^", r"(.*\.)?", ""])
+@pytest.mark.parametrize("escaped", [True, False])
+def test_one_pattern_a_module_is_read_in_linear_time(head, escaped):
     def work(layers):
         all_ = names(layers, 80)
-        rules = {f"+:.*{re.escape(n)}$": {"bits": 3} for n in all_[::2]}
+        rules = {f"+:{head}{re.escape(n) if escaped else n}$": {"bits": 3} for n in all_[::2]}
         config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "dynamic": rules}
         return lambda: formats.schemes_of(config, all_)
 
@@ -108,6 +110,15 @@ PATTERNS = (
     r".*1\.self_attn\.q_proj$",
     r"model\.language_model\.layers\.2\.self_attn\.q_proj",
     r"(.*\.)?_proj$",
+    r"(.*\.)?layers.3.self.attn.q_proj$",
+    r".*.self_attn.q_proj$",
+    r".*3.self_attn.q_proj$",
+    r"model.language_model.layers.2.self_attn.k_proj$",
+    r"^model\.language_model\.layers\.\d+\.self_attn\.k_proj$",
+    r"(.*\.)?layers.\d+.self_attn.v_proj$",
+    r".*\d\.self_attn.v_proj$",
+    r".*(q|k)_proj$",
+    "q_proj$",
 )
 
 

@@ -1,12 +1,15 @@
 """What docs/security.md promises about files that others wrote, beside media (test_media, test_fetch)."""
 
 import ast
+import gzip
 import json
 import re
 import shutil
+import socket
 import struct
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import datasets as hf
@@ -15,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from auto_mmround import cli, untrusted
-from auto_mmround.calibration import batches, datasets, fetch, media, processor, template
-from auto_mmround.calibration.datasets import load_samples
+from auto_mmround.calibration import batches, datasets, fetch, folders, media, processor, tables, template
+from auto_mmround.calibration.datasets import load_rows, load_samples
+from auto_mmround.calibration.hub import check_origin
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages
 from auto_mmround.errors import UserError
@@ -26,7 +30,7 @@ from auto_mmround.export import gguf
 from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint, write_side_files
 from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
-from auto_mmround.recipe import recipe as recipes
+from auto_mmround.recipe import files
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
@@ -428,29 +432,108 @@ def test_turns_that_are_no_list_are_one_line(tmp_path, turns):
     assert "\n" not in str(caught.value)
 
 
+ALIASES = "a: &a [x,x,x,x]\n" + "".join(f"{n}: &{n} [*{p},*{p},*{p},*{p}]\n" for p, n in zip("abcdefgh", "bcdefghi"))
+CARDS = {
+    "plain": ("README.md", "---\nconfigs: [{{config_name: default, data_files: {place}}}]\n---\n"),
+    "dashes inside": ("README.md", "---\nlicense: mit # ---\nconfigs:\n- config_name: x\n  data_files: {place}\n---\n"),
+    "yaml of its own": (".huggingface.yaml", "configs:\n- config_name: default\n  data_files: {place}\n"),
+    "aliases": ("README.md", "---\n" + ALIASES + "configs: [{{config_name: default, data_files: *i}}]\n---\n"),
+    "no yaml": ("README.md", "---\n\t: [\n---\n"),
+    "infos": ("dataset_infos.json", '{{"default": {{"splits": {{"train": {{"name": "../{place}"}}}}}}}}'),
+}
+
+
 @pytest.mark.parametrize("place", ["{outside}", "../outside.json", "http://127.0.0.1:9/x.json", "zip://a::http://b/c"])
-def test_a_dataset_folder_names_files_of_its_own(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_leads_nowhere(tmp_path, monkeypatch, card, place):
+    """Our own list of files is read, whatever the folder says of itself; nothing is connected to, and it is fast."""
+    monkeypatch.setattr(socket, "socket", lambda *args, **options: pytest.fail("a connection"))
     (tmp_path / "outside.json").write_text(json.dumps([{"text": "secret"}]))
-    folder = tmp_path / "copy"
-    (folder / "data").mkdir(parents=True)
-    hf.Dataset.from_dict({"text": ["ok"]}).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    place = place.replace("{outside}", str(tmp_path / "outside.json"))
-    for files in (place, [place], [{"split": "train", "path": [place]}]):
-        head = {"configs": [{"config_name": "default", "data_files": files}]}
-        (folder / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
-        with pytest.raises(UserError, match="not in the folder"):
+    for suffix in ("parquet", "jsonl"):
+        folder = tmp_path / suffix
+        (folder / "data").mkdir(parents=True)
+        table = hf.Dataset.from_dict({"text": ["ok"]})
+        getattr(table, "to_parquet" if suffix == "parquet" else "to_json")(
+            folder / "data" / f"train-00000-of-00001.{suffix}"
+        )
+        name, text = CARDS[card]
+        (folder / name).write_text(text.format(place=place.replace("{outside}", str(tmp_path / "outside.json"))))
+        start = time.perf_counter()
+        assert [sample.text for sample in load_samples(str(folder))] == ["ok"]
+        assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("name", ["x::http.parquet", "zip::y.parquet", "[a].parquet", "*.parquet", "a?b.parquet"])
+def test_names_of_files_are_no_patterns_and_no_addresses(tmp_path, name):
+    hf.Dataset.from_dict({"text": ["other"]}).to_parquet(tmp_path / "a.parquet")
+    shutil.move(tmp_path / "a.parquet", tmp_path / name)
+    assert [sample.text for sample in load_samples(str(tmp_path / name))] == ["other"]
+    assert [sample.text for sample in load_samples(str(tmp_path))] == ["other"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "txt", "parquet", "arrow", "csv", "jsonl.gz"])
+def test_links_out_of_a_dataset_folder_are_not_read(tmp_path, suffix):
+    (tmp_path / "secret").write_text("secret")
+    for inner in ("", "data"):
+        folder = tmp_path / f"copy{inner}"
+        (folder / inner).mkdir(parents=True)
+        (folder / inner / f"train.{suffix}").symlink_to(tmp_path / "secret")
+        with pytest.raises(UserError, match="is a link out of its folder"):
             load_samples(str(folder))
-    (folder / "README.md").write_text('---\nconfigs: [{config_name: default, data_files: "data/*.parquet"}]\n---\n')
-    assert [sample.text for sample in load_samples(str(folder))] == ["ok"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "data").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link out of its folder"):
+        load_samples(str(tmp_path / "more"))
 
 
-def test_a_dataset_folder_of_archives_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_dataset_folder_of_archives_is_refused(tmp_path):
+    """Whatever their names: a Parquet file that is a zip is not unpacked either."""
     (tmp_path / "copy" / "data").mkdir(parents=True)
     (tmp_path / "copy" / "data" / "train.tar").write_bytes(bytes(10240))
-    with pytest.raises(UserError, match=r"of the kind webdataset|can't be loaded"):
+    with pytest.raises(UserError, match=r"holds no .* \(1 \.tar\)"):
         load_samples(str(tmp_path / "copy"))
+    for name in ("train.parquet", "train.arrow", "train.jsonl", "train.jsonl.gz"):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.writestr("a.jsonl", '{"text": "inside"}')
+        with pytest.raises(UserError, match="can't be"):
+            load_samples(str(tmp_path / name))
+
+
+def test_what_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATASET_BYTES", 1 << 20)
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"x" * (2 << 20)))
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        load_samples(str(tmp_path / "x.txt.gz"))
+    monkeypatch.setattr(tables, "HELD_BYTES", 1 << 10)
+    hf.Dataset.from_dict({"text": ["x" * 100] * 5000}).to_parquet(tmp_path / "x.parquet")
+    rows = load_rows(str(tmp_path / "x.parquet"))[0]  # kept in a temporary file
+    assert len(rows) == 5000 and rows.sample(4999).text == "x" * 100
+    monkeypatch.setattr(tables, "TABLE_BYTES", 1 << 14)
+    with pytest.raises(UserError, match="more than 0 GiB"):
+        load_rows(str(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/etc/passwd", "http://127.0.0.1:9/x", "hf://datasets/other/set@main/x.parquet",
+        "hf://datasets/a/b@main/../../c", "zip://x::hf://datasets/a/b@main/x.zip",
+    ],
+)  # fmt: skip
+def test_the_card_of_a_set_on_the_hub_names_files_of_its_own(place):
+    """What the library has made of the card is looked at, not the card."""
+    check_origin({"train": ["hf://datasets/a/b@main/x.parquet"]}, "a/b")
+    with pytest.raises(UserError, match="not in the set: nothing is read"):
+        check_origin({"train": ["hf://datasets/a/b@main/x.parquet", place]}, "a/b")
+
+
+def test_a_key_with_two_values_is_refused(tmp_path):
+    """Readers differ in which of them they take, so what was checked might not be what is used."""
+    (tmp_path / "config.json").write_text('{"a": {"bits": 4, "bits": 8}, "b": 1, "b": 1}')
+    with pytest.raises(UserError, match="'bits' stands in it twice"):
+        untrusted.read_object(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"b": 1, "b": 1}')
+    assert untrusted.read_object(tmp_path / "config.json") == {"b": 1}
 
 
 def test_messages_for_the_terminal_are_one_plain_line(tmp_path, capsys):
@@ -484,8 +567,9 @@ def test_defaults_are_the_safe_ones():
 def test_the_bounds_in_the_documentation_are_those_of_the_code():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"\| `(\w+)\.(\w+)` \| ([^|]+) \|", page)
-    rooms = {"media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor, "template": template,
-             "recipe": recipes, "loading": loading, "gguf": gguf,
+    rooms = {"folders": folders, "tables": tables,
+             "media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor, "template": template,
+             "recipe": files, "loading": loading, "gguf": gguf,
              "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
     assert len(rows) >= 15
     for room, name, text in rows:

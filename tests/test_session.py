@@ -26,7 +26,7 @@ def test_what_comes_before_tuning_hands_on_what_blocks_share(family, changes, tm
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_estimate_hands_on_what_blocks_share(family, stream, tmp_path):
-    kind, folder = family
+    _, folder = family
     recipe = Recipe(
         model=str(folder), output_dir=str(tmp_path), group_size=32, iters=2, nsamples=4, seqlen=24, device="cpu",
         stream=stream,

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import datasets as hf
 import numpy as np
@@ -172,19 +173,23 @@ def test_peoples_speech_by_name_from_the_hubs_cache(cache, monkeypatch, name):
 
 def test_large_sets_are_streamed(cache, monkeypatch):
     """What is asked of `datasets`, which reads the local copy in the hub's place."""
-    folder, calls, load = peoples_speech(cache / "copy"), [], hf.load_dataset
+    folder, calls, load = peoples_speech(cache / "copy"), [], hf.load_dataset_builder
 
-    def load_dataset(path, *args, **options):
-        calls.append((path, args, options))
-        return load(str(folder), *args, **options)
+    def load_dataset_builder(path, config):
+        def stream(split):
+            calls.append((path, config, split))
+            return load(str(folder), config).as_streaming_dataset(split=split)
 
-    monkeypatch.setattr(hf, "load_dataset", load_dataset)
+        files = {"train": [f"hf://datasets/{path}@main/x.parquet"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files), as_streaming_dataset=stream)
+
+    monkeypatch.setattr(hf, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(datasets, "hub_answers", lambda: True)
     assert spoken(load_samples("peoples_speech")) == ["one two", "three four"]
     assert spoken(load_samples("peoples_speech:num=1:config=test:split=test")) == ["one two"]
     assert calls == [
-        ("MLCommons/peoples_speech", ("clean",), {"split": "train", "streaming": True}),
-        ("MLCommons/peoples_speech", ("test",), {"split": "test", "streaming": True}),
+        ("MLCommons/peoples_speech", "clean", "train"),
+        ("MLCommons/peoples_speech", "test", "test"),
     ]
 
 

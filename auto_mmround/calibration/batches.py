@@ -1,6 +1,7 @@
 """Samples to model inputs for a run: which samples of which set, and an honest count of what became of them."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,7 +78,7 @@ def token_counts(inputs: Iterable[ModelInput]) -> dict[str, int]:
 # Not the user's mistake, so never a reason to stop: such samples are left out and counted.
 GENTLE = (
     "too short", "repetitive", "plain text with a media placeholder", "media longer than seqlen",
-    "sound longer than the model hears",
+    "sound longer than the model hears", "media longer than the model's positions",
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ class Tally:
     def __init__(self, stop: bool) -> None:
         self.stop = stop
         self.skipped: dict[str, list[str]] = {}
+        self.unread: Counter[str] = Counter()
 
     def attempt(self, label: str, make: Callable[[Any], T], argument: Any) -> T | None:
         """make(argument), or None for a bad sample, which is counted."""
@@ -158,6 +160,7 @@ def pick(rows: Rows, wanted: int, encode: Encoder, tally: Tally, seed: int) -> t
         if len(full) == wanted:
             break
         sample = tally.attempt(f"{rows.name}#{index}", rows.sample, index)
+        tally.unread.update(() if sample is None else sample.unread)
         # A text can't have more tokens than bytes, bar a few special ones: no need to tokenise it yet.
         if sample is not None and sample.text is not None and len(sample.text.encode()) + 8 < encode.seqlen:
             later.append((index, sample))
@@ -200,12 +203,14 @@ def build(
     on_bad_sample: str = "error",
     quiet: bool = False,
     collate: Collate | None = None,
+    positions: int | None = None,
 ) -> tuple[list[ModelInput], Report]:
     """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what became of the rows.
 
     truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the opening of the last
     answer. on_bad_sample: "error" raises at the first damaged, missing or malformed one, "skip" counts them. quiet: the
-    report is only returned, not logged. collate: the user's own way from a row to model inputs.
+    report is only returned, not logged. collate: the user's own way from a row to model inputs. positions: tokens that
+    the model has room for; longer samples are cut, and that is counted.
     Raises UserError for wrong arguments or when no sample can be used.
     """
     if on_bad_sample not in ("error", "skip"):
@@ -214,7 +219,8 @@ def build(
         raise UserError(f"nsamples ({nsamples}) and seqlen ({seqlen}) must be at least 1")
     family = get_processor(processor_name, template)(tokenizer, processor, image_processor, config)
     roots = media.parse_roots(extra_data_dir, allow_url)
-    encode = Encoder(tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt)
+    seqlen = min(seqlen, positions or seqlen)
+    encode = Encoder(tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt, positions)
     sets = load_rows(dataset, collate)
     given, notes = shares(nsamples, sets)
     tally = Tally(on_bad_sample == "error")
@@ -230,10 +236,15 @@ def build(
     chats = any(not bool(made.answer_T.all()) for made in inputs)
     if chats and not template.extra_encode and chat_owner(tokenizer, processor) is None:
         notes += ("no chat template: the contents of a conversation are joined as they are",)
+    left = Counter(name for made in inputs for name in made.left)
+    if left:
+        notes += ("left out: " + ", ".join(f"{name} ({count})" for name, count in left.items()),)
+    if tally.unread:
+        notes += ("columns not read: " + ", ".join(f"{name} ({n})" for name, n in tally.unread.most_common(12)),)
     report = Report(asked, len(inputs), short, skipped, token_counts(inputs), notes, tuple(of_sets))
     if not inputs:
         raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")
-    level = logging.WARNING if report.used < report.asked else logging.INFO
+    level = logging.WARNING if report.used < report.asked or left else logging.INFO
     log.log(logging.DEBUG if quiet else level, "%s", report.text())
     return inputs, report
 

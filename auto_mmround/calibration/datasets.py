@@ -8,6 +8,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,15 +17,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.calibration import dotted
+from auto_mmround.calibration import dotted, folders
+from auto_mmround.calibration.hub import STREAMED, load_hub, undecoded
 from auto_mmround.calibration.layouts import transcribed
+from auto_mmround.calibration.media import find_file
 from auto_mmround.calibration.named import DEMO, KNOWN, LOCAL, NAMED, SHORT, Named
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample, parse_row, split_batch
-from auto_mmround.calibration.tables import STREAMED, load_table, local_copy, read_json, undecoded
+from auto_mmround.calibration.tables import LINES, PLAIN, TABLES, Joined, is_data, kind_of, read_files
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
+SUFFIXES = (*PLAIN, *TABLES)
 PROBE_SECONDS = 3.0
 STREAM_ROWS = 20_000  # read at most from an iterable that doesn't know its length
 READY = "ready"
@@ -141,7 +144,7 @@ class Rows:
                 return row
             if isinstance(row, Mapping):
                 label = f"{self.name}#{row.get('id') or index}"
-            made = self._parsed(row, label)
+            made = self._parsed(row, label, self.folder(index))
             for text in (made.text, *(turn.content for turn in made.messages)):
                 (text or "").encode()
             return made
@@ -153,7 +156,11 @@ class Rows:
         except UserError as error:
             raise BadSample("form", f"sample {label}: {error}") from error
 
-    def _parsed(self, row: Any, label: str) -> Sample:
+    def folder(self, index: int) -> Path | None:
+        """Where the media of a row lie: beside the file that it is from, inside the folder of the whole set."""
+        return self.rows.folder(index) if isinstance(self.rows, Joined) else self.base
+
+    def _parsed(self, row: Any, label: str, folder: Path | None) -> Sample:
         if self.collate is not None:
             made = parse_row(self.collate([row]), label)
             if made.inputs is None and made.input_ids is None:
@@ -162,7 +169,10 @@ class Rows:
         if self.columns and isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in self.columns):
             row = "\n".join(row[key] for key in self.columns)
         chat, system = self.source.as_chat, self.source.system_prompt
-        return parse_row(row, label, base=self.base, remote=self.remote, as_chat=chat, system_prompt=system)
+        made = parse_row(row, label, base=folder, remote=self.remote, as_chat=chat, system_prompt=system)
+        # Tables name media from their own folder or from that of the whole set.
+        beside = folder == self.base or any(find_file(name, (), folder) for name in made.media if isinstance(name, str))
+        return made if beside else replace(made, base=self.base)
 
     def kinds(self) -> frozenset[str]:
         """Kinds of media that the first rows carry, READY for finished model inputs, whose kind nobody asks; rows of no
@@ -181,42 +191,34 @@ class Rows:
 
 
 def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
-    """A file, or a folder: the files of our own forms in it, or a copy in the hub's layout (parquet, data/)."""
-    name = path.name
+    """A file, or a folder: a copy in the hub's layout, one of `save_to_disk`, files of our own forms, or sounds."""
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if not is_data(path):
             raise UserError(f"dataset {path}: expected a file ending in {', '.join(SUFFIXES)}")
         if source.split:
             raise UserError(f"dataset {path}: a single file has no splits, leave split={source.split} out")
-        if path.suffix == ".parquet":
-            rows = load_table("parquet", data_files=str(path), split="train")
-        else:
-            rows = read_json(path)
-        return Rows(source, rows, path.resolve().parent, name=name)
+        return Rows(source, read_files([path]), path.resolve().parent, name=path.name)
+    if not path.is_dir():
+        raise UserError(f"dataset {path} is neither a file nor a folder")
     folder = path.resolve()
-    layout = any(path.glob("*.parquet")) or (path / "data").is_dir() or any(path.glob("*/*.parquet"))
-    plain = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[:-1] and file.is_file()]
-    if layout:
-        rows = local_copy(path, source.config, source.split, named)
-    elif source.split and any((path / part).is_dir() for part in source.split.split("+")):
-        parts = [_local(path / part, Source(source.name, config=source.config)) for part in source.split.split("+")]
-        return Rows(source, [_below(row, part) for part in parts for row in part.rows], folder, name=name)
-    elif source.split:
-        rows = local_copy(path, source.config, source.split, named)
-    elif not any(file.suffix in (".json", ".jsonl") for file in plain) and (spoken := transcribed(folder)):
-        rows = spoken
-    elif plain:
-        rows = [row for file in plain for row in read_json(file)]
-    else:
-        raise UserError(f"dataset folder {path} holds no {', '.join(SUFFIXES)} files and no sounds with transcripts")
-    return Rows(source, rows, folder, name=name)
-
-
-def _below(row: Any, part: Rows) -> Any:
-    """A row of a split's own folder as a row of the folder above it."""
-    if isinstance(row, Mapping) and isinstance(row.get("audio"), str) and part.base is not None:
-        return {**row, "audio": f"{part.base.name}/{row['audio']}"}
-    return row
+    files = folders.walk(folder)
+    data = folders.data_files(folder, files)
+    tables = any(kind_of(file.path) in TABLES for file in data)
+    rows: Sequence[Any] | None = None
+    if not tables and source.split and all((folder / part).is_dir() for part in source.split.split("+")):
+        parts = [_local(folder / part, replace(source, split=None)).rows for part in source.split.split("+")]
+        rows = Joined(part for each in parts if isinstance(each, Joined) for part in each.parts)
+    elif not tables and not any(kind_of(f.path) in (".json", *LINES) and f.path.parent == folder for f in data):
+        spoken = transcribed(folder, files)
+        rows = None if spoken is None else Joined([(folder, spoken)])
+    if rows is None and not data:
+        there = Counter(file.suffix or file.name for file in files).most_common(5)
+        others = f" ({', '.join(f'{count} {suffix}' for suffix, count in there)})" if there else ""
+        wanted = f"{', '.join(SUFFIXES)} files and no sounds with transcripts"
+        raise UserError(f"dataset folder {path} holds no {wanted}{others}")
+    if rows is None:
+        rows = folders.read(folder, data, source.config, source.split, named)
+    return Rows(source, rows, folder, name=path.name)
 
 
 def hub_answers() -> bool:
@@ -256,14 +258,13 @@ def _hub(named: Named, source: Source) -> Rows:
     try:
         if named.file:
             path = Path(hf_hub_download(named.repo, named.file, repo_type="dataset", local_files_only=not online))
-            return Rows(source, read_json(path), path.parent, **more)
+            return Rows(source, read_files([path]), path.parent, **more)
         if online:
-            options = {"streaming": True, "limit": source.num or STREAMED} if named.streamed else {}
-            chosen = [config] if (config := source.config or named.config) else []
-            rows = load_table(named.repo, *chosen, split=source.split or named.split, **options)
+            limit = (source.num or STREAMED) if named.streamed else None
+            rows = load_hub(named.repo, source.config or named.config, source.split or named.split, limit)
             return Rows(source, rows, **more)
         folder = Path(snapshot_download(named.repo, repo_type="dataset", local_files_only=True))
-        return Rows(source, _local(folder, source, named).rows, folder, **more)
+        return Rows(source, _local(folder, source, named).rows, folder.resolve(), **more)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise UserError(
             f"dataset {source.name!r}: the hub can't be reached and no copy is in its cache; "
@@ -279,7 +280,7 @@ def _rows(source: Source) -> Rows:
     path = Path(source.name)
     if source.name in DEMO:
         folder = Path(str(resources.files("auto_mmround"))) / "demo" / "calibration"
-        return Rows(source, read_json(folder / DEMO[source.name]), folder, name=source.name)
+        return Rows(source, read_files([folder / DEMO[source.name]]), folder, name=source.name)
     name = SHORT.get(source.name, source.name)
     if name in NAMED and not path.exists():
         return _hub(NAMED[name], source)

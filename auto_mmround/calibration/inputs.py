@@ -42,6 +42,7 @@ PER_TOKEN = (
     "decoder_attention_mask",
 )
 MIN_TOKENS = 32
+BEHIND = "text behind the model's last position"
 CAUSES = (TemplateError, ValueError, IndexError)
 
 
@@ -52,7 +53,7 @@ class ModelInput:
     modality_T: int8, TEXT .. PAD for each token. answer_T: bool, the token belongs to an assistant's answer (its
     closing token too); all True for plain text and for conversations without an answer. T = tokens of the text model.
     tower_F: int8, the same for the tower's tokens where a family tells them apart, PAD where there is nothing to see
-    or hear.
+    or hear. left: names of what the row holds and the input doesn't, once for each time.
     """
 
     id: str
@@ -60,6 +61,7 @@ class ModelInput:
     modality_T: Tensor
     answer_T: Tensor
     tower_F: Tensor | None = None
+    left: tuple[str, ...] = ()
 
 
 def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
@@ -196,7 +198,7 @@ def _tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Everything needed to turn one sample into a ModelInput."""
+    """Everything needed to turn one sample into a ModelInput. positions: tokens that the model has room for at all."""
 
     tokenizer: Any
     processor: Any
@@ -207,15 +209,14 @@ class Encoder:
     seqlen: int
     truncation: bool
     prompt: bool
+    positions: int | None = None
 
     def __call__(self, sample: Sample) -> ModelInput:
         """Raises BadSample with the reason when the sample can't be used."""
         if sample.inputs is not None:
             kwargs = with_decoder_ids(_tensors(sample.id, sample.inputs), self.config)
-            ids = token_ids(kwargs)
-            return ModelInput(
-                sample.id, kwargs, modality(kwargs, self.config), torch.ones(ids.shape[1], dtype=torch.bool)
-            )
+            kinds_T = modality(kwargs, self.config)
+            return self._bounded(ModelInput(sample.id, kwargs, kinds_T, torch.ones(len(kinds_T), dtype=torch.bool)))
         if self.tokenizer is None and sample.input_ids is None:
             raise UserError(f"sample {sample.id} is text, and there is no tokenizer: give one")
         if sample.text is not None or sample.input_ids is not None:
@@ -279,7 +280,10 @@ class Encoder:
                 raise BadSample("markers", message)
         write = getattr(self.family, "render", None)
         if write is None:
-            encoded = render(sample.messages, self.template, self.tokenizer, self.processor, prompt=self.prompt)
+            encoded = render(
+                sample.messages, self.template, self.tokenizer, self.processor, prompt=self.prompt,
+                options=sample.options,
+            )  # fmt: skip
         else:
             encoded = write(sample, self.template, prompt=self.prompt)
         answer_T = answer_mask(encoded, ids[0], self.tokenizer)
@@ -288,13 +292,24 @@ class Encoder:
             answer_T = torch.zeros(ids.shape[1], dtype=torch.bool)
         elif not encoded.answers:
             answer_T = ~answer_T
-        length = ids.shape[1]
-        if self.truncation and length > self.seqlen:
-            # Text behind the last placeholder may go; the features of an image may not.
-            behind = int(torch.nonzero(kinds_T != TEXT).max()) + 1 if bool((kinds_T != TEXT).any()) else 0
-            if behind > self.seqlen:
-                raise BadSample("media longer than seqlen", f"sample {sample.id}: its media need {behind} tokens")
-            kwargs = cut(kwargs, length, self.seqlen)
-            kinds_T, answer_T = kinds_T[: self.seqlen], answer_T[: self.seqlen]
         tower = getattr(self.family, "tower_modality", None)
-        return ModelInput(sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None)
+        made = ModelInput(sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None, encoded.left)
+        return self._bounded(made, self.seqlen if self.truncation else None)
+
+    def _bounded(self, made: ModelInput, seqlen: int | None = None) -> ModelInput:
+        """The input cut to seqlen, if any, and to what the model has positions for."""
+        length = len(made.modality_T)
+        limit = min(each for each in (length, seqlen, self.positions) if each is not None)
+        if limit == length:
+            return made
+        # Text behind the last placeholder may go; the features of an image may not.
+        media = torch.nonzero((made.modality_T != TEXT) & (made.modality_T != PAD))
+        if len(media) and int(media.max()) >= limit:
+            why = "seqlen" if limit == seqlen else "the model's positions"
+            problem = f"sample {made.id}: its media need {int(media.max()) + 1} tokens, more than {why} ({limit})"
+            raise BadSample(f"media longer than {why}", problem)
+        left = (*made.left, BEHIND) if limit == self.positions else made.left
+        kwargs = cut(made.kwargs, length, limit)
+        return replace(
+            made, kwargs=kwargs, modality_T=made.modality_T[:limit], answer_T=made.answer_T[:limit], left=left
+        )

@@ -8,7 +8,7 @@ metadata.csv, validated.tsv                tables with a column of files and a c
 import csv
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,12 @@ def _names(sound: Path, folder: Path) -> Iterator[str]:
     yield from (relative.as_posix(), relative.with_suffix("").as_posix(), sound.name, sound.stem)
 
 
-def transcribed(folder: Path) -> list[dict[str, Any]] | None:
-    """Rows {id, audio, text} of all sounds at any depth of a folder that have a transcript; None if it holds no sound.
+def transcribed(folder: Path, files: Sequence[Path]) -> list[dict[str, Any]] | None:
+    """Rows {id, audio, text} of all sounds among the files of a folder that have a transcript; None without a sound.
 
     audio: path below the folder. Raises UserError when no sound has a transcript.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*SOUNDS, *LISTS) and path.is_file())
-    files = [path for path in files if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve())]
+    files = [path for path in files if path.suffix.lower() in (*SOUNDS, *LISTS)]
     sounds = [path for path in files if path.suffix.lower() in SOUNDS]
     if not sounds:
         return None

@@ -24,6 +24,7 @@ from auto_mmround.calibration import pictures
 from auto_mmround.calibration.fetch import FetchError, Permitted, fetch, is_public
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
+from auto_mmround.untrusted import belongs, shown
 
 KINDS = ("image", "video", "audio")
 # Rasters that Pillow decodes itself: its EPS reader would start another program. Those known by less come last.
@@ -113,7 +114,7 @@ def find_file(reference: str, folders: Iterable[Path], base: Path | None) -> Pat
         # Names too long, links in a circle, letters that no file name has: not found.
         with suppress(OSError, ValueError, RuntimeError):
             real = place.resolve()
-            if real.is_relative_to(limit.resolve()) and real.is_file():
+            if belongs(real, limit) and real.is_file():
                 return real
     return None
 
@@ -350,7 +351,7 @@ def load(
     elif reference is None:
         raise MediaError(f"an {kind} entry is empty")
     else:
-        raise MediaError(f"an {kind} entry is no path, no URL and no decoded {kind}: {str(reference)[:80]!r}")
+        raise MediaError(f"an {kind} entry is no path, no URL and no decoded {kind}, but {shown(reference)}")
     if len(data) > BYTES[kind]:
         raise MediaError(f"{name} is larger than {BYTES[kind] >> 20} MiB")
     return READERS[kind](data, name, rate)

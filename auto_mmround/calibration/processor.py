@@ -11,23 +11,17 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from jinja2.exceptions import TemplateError
 
+from auto_mmround.calibration.conversation import allowed, arranged, left_out
 from auto_mmround.calibration.rows import BadSample, Sample
-from auto_mmround.calibration.template import (
-    MARKER,
-    MARKERS,
-    Encoded,
-    Message,
-    Template,
-    did_you_mean,
-    without_last_answer,
-)
+from auto_mmround.calibration.template import Encoded, Template, did_you_mean, without_last_answer
+from auto_mmround.calibration.turns import MARKER, MARKERS, Message
 from auto_mmround.errors import UserError
 from auto_mmround.untrusted import TooLong, one_line, time_limit
 
@@ -160,35 +154,45 @@ def _takes_parts(owner: Any) -> bool:
 
 
 def render(
-    turns: Sequence[Message], template: Template, tokenizer: Any, processor: Any = None, *, prompt: bool = False
+    turns: Sequence[Message],
+    template: Template,
+    tokenizer: Any,
+    processor: Any = None,
+    *,
+    prompt: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Encoded:
     """A conversation as text with the places of its answers: by the template, else by the model's own chat template.
 
     Without any chat template the contents are joined as they are. prompt: stop at the opening of the last answer.
-    Raises jinja2's TemplateError when a chat template refuses the conversation.
+    options: what a chat template may have besides, such as tools. Raises jinja2's TemplateError when a chat template
+    refuses the conversation.
     """
     owner = None if template.extra_encode else chat_owner(tokenizer, processor)
     if owner is None:
-        return Encoded(template.prompt(turns), ()) if prompt else template.spans(turns)
+        encoded = template.spans(turns)
+        text, answers = (template.prompt(turns), ()) if prompt else (encoded.text, encoded.answers)
+        return Encoded(text, answers, (*(options or {}), *encoded.left))
     turns = without_last_answer(turns) if prompt else tuple(turns)
     parts = not template.replace_tokens and _takes_parts(owner)
-    chat = [
-        {
-            "role": "tool" if turn.role == "observation" else turn.role,
-            "content": split_markers(turn.content) if parts else template.replaced(turn.content),
-        }
-        for turn in turns
-    ]
+    contents = [split_markers(turn.content) if parts else template.replaced(turn.content) for turn in turns]
+    given = allowed(options or {}, owner.apply_chat_template)
 
     def write(count: int, opening: bool) -> str:
-        return _written(owner, chat[:count], add_generation_prompt=opening)
+        return _written(owner, chat[:count], add_generation_prompt=opening, **given)
 
+    def whole(chat: Sequence[Any], more: Mapping[str, Any]) -> str:
+        return _written(owner, chat, add_generation_prompt=prompt, **more)
+
+    chat = arranged(turns, contents, lambda said: whole(said, given))
     text = write(len(chat), prompt)
-    answers: list[tuple[int, int]] = []
+    answers_found: list[tuple[int, int]] = []
     for i, turn in enumerate(turns):
-        if turn.role == "assistant":
-            answers += _answer_span(text, turn.content.strip(), i, write, answers[-1][1] if answers else 0)
-    return Encoded(text, tuple(answers))
+        if chat[i]["role"] == "assistant":
+            after = answers_found[-1][1] if answers_found else 0
+            answers_found += _answer_span(text, turn.content.strip(), i, write, after)
+    refused = set(options or {}) - set(given)
+    return Encoded(text, tuple(answers_found), (*sorted(refused), *left_out(chat, given, whole, text)))
 
 
 def _answer_span(

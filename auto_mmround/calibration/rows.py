@@ -1,7 +1,7 @@
 """Rows of any accepted form to samples: text, token ids, model inputs, LLaVA conversations, chat messages."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auto_mmround.calibration.template import MARKERS, Message, parse_messages, part_kind
+from auto_mmround.calibration.columns import CHATS, PLURAL, Columns
+from auto_mmround.calibration.template import SYSTEM
+from auto_mmround.calibration.turns import MARKERS, Message, parse_messages
 from auto_mmround.errors import UserError
 
 # A row with nothing but these is plain text, already tokenised.
@@ -17,14 +19,6 @@ TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tok
 # A row with one of each is ready inputs of an encoder-decoder.
 DECODER_KEYS = {"decoder_input_ids", "labels"}
 ENCODER_KEYS = {"input_features", "input_values", "pixel_values"}
-# Columns with what is said in a sound or seen in an image, in sets that don't call it `text`.
-ABOUT = ("transcription", "transcript", "sentence", "normalized_text", "caption")
-SUFFIXES = {
-    "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm"),
-    "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
-}
-PLURAL = {"image": "images", "video": "videos", "audio": "audios"}
 
 
 class BadSample(UserError):
@@ -41,6 +35,7 @@ class Sample:
 
     images, videos, audios: references or decoded media in the order of the markers in the messages.
     input_ids: int64 (T,). inputs: model keyword arguments, batch dimension 1. base: folder of the dataset's file.
+    options: what a chat template reads beside the turns, such as tools. unread: columns of the row that nothing read.
     """
 
     id: str
@@ -53,78 +48,17 @@ class Sample:
     inputs: Mapping[str, Any] | None = None
     base: Path | None = None
     remote: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def media(self) -> tuple[Any, ...]:
+        """All references, as the row gives them."""
+        return (*self.images, *self.videos, *self.audios)
 
     @property
     def has_media(self) -> bool:
-        return bool(self.images or self.videos or self.audios) or self.inputs is not None
-
-
-def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _part_reference(part: Mapping[str, Any], kind: str) -> Any:
-    for key in (kind, f"{kind}_url", f"input_{kind}", "path", "url", "data", "base64"):
-        if part.get(key) is not None:
-            value = part[key]
-            if isinstance(value, Mapping) and value.get("url"):
-                return value["url"]
-            return value
-    return None
-
-
-def _media(row: Mapping[str, Any], turns: Iterable[Any]) -> dict[str, list[Any]]:
-    """References by kind, in the order of the text: those inside the turns, else the next one of the row's own list."""
-    queues = {kind: _list(row.get(kind)) + _list(row.get(plural)) for kind, plural in PLURAL.items()}
-    found: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
-    for turn in turns:
-        content = None if not isinstance(turn, Mapping) else turn.get("content", turn.get("value"))
-        for part in content if isinstance(content, list | tuple) else ():
-            if isinstance(part, Mapping) and (kind := part_kind(part)) != "text":
-                own = _part_reference(part, kind)
-                if own is None and queues[kind]:
-                    own = queues[kind].pop(0)
-                found[kind] += [] if own is None else [own]
-    return {kind: found[kind] + queues[kind] for kind in PLURAL}
-
-
-def _renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of a folder with metadata: `file_name` becomes the kind of media that its ending tells."""
-    name = row.get("file_name")
-    for kind, suffixes in SUFFIXES.items():
-        if isinstance(name, str) and name.lower().endswith(suffixes) and row.get(kind) is None:
-            return {kind: name, **{key: value for key, value in row.items() if key != "file_name"}}
-    return row
-
-
-def _turns(row: Mapping[str, Any]) -> Any:
-    """The conversation of a row, or its text; None where there is none. Only rows with media are read by what other
-    sets call these things: question and answer, pairs of user and assistant, a caption or transcript."""
-    turns = next((row[key] for key in ("conversations", "messages", "text") if row.get(key) is not None), None)
-    media = [kind for kind, plural in PLURAL.items() if row.get(kind) is not None or row.get(plural)]
-    if not media:
-        return turns
-    pairs: list[tuple[Any, Any]] = []
-    if turns is None and isinstance(texts := row.get("texts"), list) and all(isinstance(t, Mapping) for t in texts):
-        pairs = [(text.get("user"), text.get("assistant")) for text in texts]
-    elif turns is None and isinstance(row.get("question"), str):
-        pairs = [(row["question"], _first(row.get("answer") or row.get("answers")))]
-    else:
-        about = next((text for key in ABOUT if (text := _first(row.get(key))) is not None), None)
-        if turns is None and about is not None:
-            pairs = [("", about)]
-        elif isinstance(turns, str) and media == ["audio"] and MARKERS["audio"] not in turns:
-            pairs = [("", turns)]  # a transcript is what the model answers
-    said = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
-    return [Message(role, text) for role, text in said if text is not None] or turns
-
-
-def _first(value: Any) -> str | None:
-    """A text, or the first one of a list."""
-    found = value[0] if isinstance(value, list) and value else value
-    return found if isinstance(found, str) else None
+        return bool(self.media) or self.inputs is not None
 
 
 def parse_row(
@@ -152,23 +86,26 @@ def parse_row(
         return _tokens(row, label)
     if DECODER_KEYS & set(row) and ENCODER_KEYS & set(row):
         return Sample(label, inputs={**row})
-    row = _renamed(row)
-    turns = _turns(row)
+    columns = Columns(row, base)
+    turns = columns.turns
+    if turns is None and any(isinstance(row.get(key), list | tuple) for key in CHATS):
+        raise BadSample("too short", f"sample {label}: its conversation has no turns")
     if turns is None:
-        texts = [value for key, value in row.items() if isinstance(value, str) and key != "id"]
-        if len(texts) != 1 or len(row) > 2:
-            keys = ", ".join(map(str, row)) or "none"
-            raise BadSample("form", f"sample {label}: expected text, messages, conversations or input_ids, not {keys}")
-        turns = texts[0]
-    media = _media(row, turns if isinstance(turns, Iterable) and not isinstance(turns, str) else ())
+        keys = ", ".join(map(str, row)) or "none"
+        raise BadSample("form", f"sample {label}: expected text, messages, conversations or input_ids, not {keys}")
+    media = columns.media
     if isinstance(turns, str) and not any(media.values()) and not as_chat:
-        return Sample(label, text=turns)
+        return Sample(label, text=turns, unread=columns.unread)
     messages = list(parse_messages(turns))
-    if system_prompt and not any(turn.role == "system" for turn in messages):
-        messages.insert(0, Message("system", system_prompt))
+    system = columns.take("system", "system_prompt") or system_prompt
+    if isinstance(system, str) and not any(turn.role in SYSTEM for turn in messages):
+        messages.insert(0, Message("system", system))
+    options = columns.options()
     messages = _placed(messages, media, label)
     kinds: dict[str, Any] = {PLURAL[kind]: tuple(items) for kind, items in media.items()}
-    return Sample(label, messages=tuple(messages), base=base, remote=remote, **kinds)
+    return Sample(
+        label, messages=tuple(messages), base=base, remote=remote, options=options, unread=columns.unread, **kinds
+    )
 
 
 def _placed(messages: list[Message], media: Mapping[str, list[Any]], label: str) -> list[Message]:
@@ -184,7 +121,8 @@ def _placed(messages: list[Message], media: Mapping[str, list[Any]], label: str)
     if missing and first is None:
         raise BadSample("markers", f"sample {label}: media are given, but no user turn to put them in")
     if missing and first is not None:
-        messages[first] = Message("user", f"{missing}\n{messages[first].content}".rstrip("\n"))
+        turn = messages[first]
+        messages[first] = Message("user", f"{missing}\n{turn.content}".rstrip("\n"), turn.extra)
     return messages
 
 

@@ -61,13 +61,15 @@ def choose(
     seqlen: int | None = None,
     truncation: bool | None = None,
     load: Callable[[Any], list[Rows]] = load_rows,
+    positions: int | None = None,
 ) -> tuple[Settings, tuple[str, ...]]:
     """The settings and one note, for the log, on each thing that is not as it was asked.
 
     dataset: as given, or None for the template's own. text_only: the model takes plain text without media.
     needs: kinds of media that the towers to quantize, or a model that can't take plain text, must meet. takes: kinds
     that the model can read at all; None where nobody knows. load: reads a set whose kind its name doesn't tell;
-    by_name: a known name may tell it. Raises UserError as `load_rows` does, and when needs or takes can't be met.
+    by_name: a known name may tell it. positions: tokens that the model has room for. Raises UserError as `load_rows`
+    does, and when needs or takes can't be met.
     """
     notes: list[str] = []
     if dataset is None:
@@ -102,6 +104,9 @@ def choose(
     else:
         resolved = TEXT_SEQLEN if seqlen is None else seqlen
         cut = True if truncation is None else truncation
+    if positions is not None and resolved > positions:
+        notes.append(f"seqlen {resolved} becomes {positions}: the model has positions for no more tokens")
+        resolved = positions
     if (multimodal or quant_nontext_module) and batch_size != 1:
         gradient_accumulate_steps *= batch_size
         notes.append(f"batch_size {batch_size} becomes 1 with gradient_accumulate_steps {gradient_accumulate_steps}")

@@ -1,137 +1,231 @@
-"""Rows as files hold them: JSON and text of our own forms, and tables read by the `datasets` library: parquet files,
-and folders in the hub's layout, looked at before."""
+"""Rows as files hold them: JSON, JSON lines, text, CSV, Parquet, Arrow. What a file is, its name says; no other parser
+is asked, and nothing is unpacked or fetched."""
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+import csv
+import gzip
+import io
+import re
+import tempfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from auto_mmround.calibration.named import Named
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import DATASET_BYTES, TooLong, one_line, parse_json, read_text, time_limit
+from auto_mmround.untrusted import DATASET_BYTES, one_line, parse_json, read_text
 
-# Tables of `datasets` that are nothing but data; others unpack archives or load what Python pickled.
-BUILDERS = ("parquet", "json", "csv", "text", "arrow")
-CARD_SECONDS = 5.0
-STREAMED = 512  # rows read of a set that comes over the network, where the user names no number
+TABLES = (".parquet", ".arrow")
+LINES = (".jsonl", ".ndjson")
+PLAIN = (".json", *LINES, ".txt", ".csv", ".tsv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+HELD_BYTES = 2 << 30  # of decoded tables in memory; what is beyond goes to a temporary file
+TABLE_BYTES = 64 << 30  # of one decoded table: a small file may claim to hold a huge one
+# A row of a .json file that holds one object; any other object holds its rows as values.
+ROW_KEYS = {"text", "input_ids", "conversations", "messages"}
 
 
-def read_json(path: Path) -> list[Any]:
-    """The rows of a .json, .jsonl or .txt file (a line each). Raises UserError when it can't be read."""
-    text = read_text(path, f"dataset {path}", DATASET_BYTES)
-    if path.suffix == ".txt":
-        return [line for line in text.splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        return [parse_json(ln, f"dataset {path} line {i}") for i, ln in enumerate(text.splitlines(), 1) if ln.strip()]
-    data = parse_json(text, f"dataset {path}")
+def kind_of(path: Path) -> str:
+    """The ending that says how a file is read, `.gz` left out: `.jsonl` for a.jsonl.gz."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix if name.endswith(".gz") else path.suffix.lower()
+
+
+def is_data(path: Path) -> bool:
+    """Whether `read_files` can read a file of this name."""
+    packed = path.suffix.lower() == ".gz"
+    return kind_of(path) in PLAIN or (kind_of(path) in TABLES and not packed)
+
+
+class Joined(Sequence[Any]):
+    """Rows of several files one after the other, and the folder that each lies in."""
+
+    def __init__(self, parts: Iterable[tuple[Path, Sequence[Any]]]) -> None:
+        self.parts = list(parts)
+        self.ends = list(accumulate(len(rows) for _, rows in self.parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def _place(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[index]
+        part = bisect_right(self.ends, index)
+        return part, index - (self.ends[part - 1] if part else 0)
+
+    def __getitem__(self, index: Any) -> Any:
+        part, row = self._place(index)
+        return self.parts[part][1][row]
+
+    def folder(self, index: int) -> Path:
+        """The folder of the file that row `index` comes from."""
+        return self.parts[self._place(index)[0]][0]
+
+    def cut(self, start: int, end: int) -> "Joined":
+        """Rows start .. end, without end."""
+        starts = [0, *self.ends]
+        return Joined(
+            (folder, rows[max(start - at, 0) : max(end - at, 0)]) for at, (folder, rows) in zip(starts, self.parts)
+        )
+
+
+class TableRows(Sequence[Any]):
+    """Rows of an Arrow table, media as stored: our own readers decode them, with their bounds."""
+
+    def __init__(self, table: Any, what: str) -> None:
+        self.table, self.what = table, what
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, end, _ = index.indices(len(self))
+            return TableRows(self.table.slice(start, max(end - start, 0)), self.what)
+        at = range(len(self))[index]
+        try:
+            return self.table.slice(at, 1).to_pylist()[0]
+        except (ValueError, OverflowError, TypeError) as error:
+            raise UserError(f"{self.what} row {at} can't be read: {one_line(str(error))[:200]}") from None
+
+
+def read_files(paths: Sequence[Path]) -> Joined:
+    """The rows of files of any kind that `is_data` knows. Raises UserError for one that can't be read."""
+    left, parts = HELD_BYTES, []
+    for path in paths:
+        rows: Sequence[Any]
+        if kind_of(path) in TABLES:
+            rows = read_table(path, left)
+            left -= min(left, rows.table.nbytes)
+        else:
+            rows = read_plain(path)
+        parts.append((path.parent, rows))
+    return Joined(parts)
+
+
+def read_table(path: Path, held: int = HELD_BYTES) -> TableRows:
+    """A Parquet or Arrow file. held: bytes of it that may stay in memory. Raises UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    what = f"dataset {path}"
+    try:
+        if kind_of(path) == ".arrow":
+            table = _arrow(path)
+        else:
+            with pq.ParquetFile(path) as file:
+                table = _gathered(file.schema_arrow, file.iter_batches(1024), held, what)
+    except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError) as error:
+        raise UserError(f"{what} can't be loaded: {one_line(str(error))[:300]}") from None
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise UserError(f"{what} can't be loaded: it has two columns called {twice[0]!r}")
+    return TableRows(table, what)
+
+
+def _arrow(path: Path) -> Any:
+    """A stream (what `save_to_disk` writes) or a file of Arrow, looked through before its offsets are believed."""
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        table = pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        source.seek(0)
+        table = pa.ipc.open_file(source).read_all()
+    table.validate(full=True)
+    return table
+
+
+def _gathered(schema: Any, batches: Iterator[Any], held: int, what: str) -> Any:
+    """The batches as one table: in memory, or in a temporary file if they are more than `held` bytes."""
+    import pyarrow as pa
+
+    first, size = [], 0
+    for batch in batches:
+        first.append(batch)
+        size += batch.nbytes
+        if size > held:
+            break
+    else:
+        return pa.Table.from_batches(first, schema)
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
+        size = 0
+        with pa.ipc.new_file(file.name, schema) as sink:
+            for batch in chain(first, batches):
+                size += batch.nbytes
+                if size > TABLE_BYTES:
+                    raise ValueError(f"it holds more than {TABLE_BYTES >> 30} GiB")
+                sink.write_batch(batch)
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()  # lives on without its name
+
+
+def read_plain(path: Path) -> list[Any]:
+    """The rows of a JSON, JSON lines, text or CSV file (.gz too). Raises UserError when it can't be read."""
+    what, kind = f"dataset {path}", kind_of(path)
+    text = _text(path, what).removeprefix("\ufeff")
+    if kind == ".txt":
+        return [line for _, line in _lines(text)]
+    if kind in DELIMITERS:
+        return _csv(text, DELIMITERS[kind], what)
+    # Many call JSON lines .json and a list .jsonl: where the first line is a value, it can't be a part of a larger one.
+    first = re.search(r"\S[^\r\n]*", text)
+    alone = first is not None and _is_json(first[0])
+    more = first is not None and re.compile(r"\S").search(text, first.end()) is not None
+    if (alone and (more or kind in LINES)) or (kind in LINES and not _is_json(text)):
+        return [parse_json(line, f"{what} line {number}") for number, line in _lines(text)]
+    return _json_rows(parse_json(text, what), what)
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    """(number, line) of the lines that are not empty. Only real line ends: JSON strings may hold other separators."""
+    return [(i, line) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, "")
+    except UserError:
+        return False
+    return True
+
+
+def _json_rows(data: Any, what: str) -> list[Any]:
+    """The rows of a .json file: a list, one row, or an object of rows or with one list of them."""
     if isinstance(data, Mapping):
-        if {"text", "input_ids", "conversations", "messages"} & set(data):
+        if ROW_KEYS & set(data):
             return [data]
         values = list(data.values())
         return values[0] if len(values) == 1 and isinstance(values[0], list) else values
     if not isinstance(data, list):
-        raise UserError(f"dataset {path} must hold a list of rows")
+        raise UserError(f"{what} must hold a list of rows")
     return data
 
 
-class RawRows(Sequence[Any]):
-    """Rows of a table with its media as stored: our own readers decode them, with their bounds."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.table[index].to_pylist()[0]
-
-
-def _decodes(feature: Any) -> bool:
-    """Whether a feature of `datasets`, or one inside it, would decode media by itself."""
-    import datasets
-
-    if isinstance(feature, Mapping):
-        return any(map(_decodes, feature.values()))
-    return isinstance(feature, datasets.Image | datasets.Audio | datasets.Video) or (
-        hasattr(feature, "feature") and _decodes(feature.feature)
-    )
-
-
-def undecoded(rows: Any) -> Any:
-    """A table of `datasets` whose media stay as stored; anything else as it is."""
-    table = getattr(rows, "rows", rows)
-    features = getattr(table, "features", None)
-    return RawRows(table) if isinstance(features, Mapping) and _decodes(features) else rows
-
-
-def load_table(path: str, *args: Any, limit: int = STREAMED, **kwargs: Any) -> Sequence[Any]:
-    """datasets.load_dataset with its errors told in one line. limit: rows taken of a stream."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
+def _text(path: Path, what: str) -> str:
+    """A text file, unpacked if its name ends in .gz, bounded by what comes out."""
+    if path.suffix.lower() != ".gz":
+        return read_text(path, what, DATASET_BYTES)
     try:
-        table = datasets.load_dataset(path, *args, **kwargs)
-        if kwargs.get("streaming"):
-            return list(islice(table.decode(False), limit))
-        rows: Sequence[Any] = undecoded(table)
-        return rows
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"dataset {kwargs.get('data_files') or path} can't be loaded: {reason}") from error
+        with gzip.open(path) as file:
+            data = file.read(DATASET_BYTES + 1)
+        if len(data) > DATASET_BYTES:
+            raise UserError(f"{what} is larger than {DATASET_BYTES >> 20} MiB")
+        return data.decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{what} can't be read: {one_line(str(error))}") from None
 
 
-def local_copy(path: Path, config: str | None, split: str | None, named: Named | None = None) -> Sequence[Any]:
-    """Rows of a folder in the layout of a set on the hub.
-
-    Without a config and a split of the user's, those of the named set are read if the copy has them, else its only
-    config and `train` or its first split. Raises UserError, also for a folder that `check_card` or BUILDERS refuse.
-    """
-    import datasets
-
-    check_card(path)
+def _csv(text: str, delimiter: str, what: str) -> list[dict[str, str]]:
+    """The rows of a table whose first line names its columns; empty cells are left out."""
     try:
-        configs = datasets.get_dataset_config_names(str(path))
-        config = config or (named.config if named and named.config in configs else None)
-        if config is None and len(configs) > 1:
-            raise UserError(f"dataset {path} has several configs, choose with config=: {', '.join(configs)}")
-        _check_builder(path, config)
-        splits = datasets.get_dataset_split_names(str(path), config)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"dataset {path} can't be loaded: {(str(error).splitlines() or [''])[0]}") from error
-    usual = [name for name in (named.split if named else "train", "train", *splits) if name in splits]
-    return load_table(str(path), config, split=split or (usual or ["train"])[0])
-
-
-def _check_builder(folder: Path, config: str | None) -> None:
-    """UserError for a folder whose files are no tables of BUILDERS."""
-    import datasets
-
-    kind = datasets.load_dataset_builder(str(folder), config).__module__.rpartition(".")[2]
-    if kind not in BUILDERS:
-        raise UserError(f"dataset {folder} holds files of the kind {kind}; read are {', '.join(BUILDERS)}")
-
-
-def check_card(folder: Path) -> None:
-    """UserError for a folder whose card can't be read or sends the reader elsewhere."""
-    card = folder / "README.md"
-    parts = read_text(card, f"dataset {card}").split("---", 2) if card.is_file() else []
-    try:
-        with time_limit(CARD_SECONDS):
-            head = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError, TooLong) as error:
-        raise UserError(f"dataset {card}: its head can't be read: {one_line(str(error))[:200]}") from None
-    for config in (head.get("configs") or []) if isinstance(head, dict) else []:
-        for place in _texts([config.get("data_files"), config.get("data_dir")] if isinstance(config, dict) else []):
-            if "://" in place or place.startswith(("/", "~")) or ".." in Path(place).parts:
-                raise UserError(f"dataset {card} names {place!r}, which is not in the folder: nothing else is read")
-
-
-def _texts(value: Any, depth: int = 0) -> list[str]:
-    """Every text in a tree that YAML has read; what lies too deep counts as one that is refused."""
-    if depth > 8:
-        return ["/"]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if isinstance(value, str) else [text for part in parts for text in _texts(part, depth + 1)]
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]
+    except csv.Error as error:
+        raise UserError(f"{what} can't be read: {error}") from None
+    names = [name.strip() for name in header]
+    if len(set(names)) < len(names):
+        raise UserError(f"{what} can't be read: its first line names a column twice")
+    wrong = next((i for i, row in enumerate(rows, 2) if len(row) > len(names)), None)
+    if wrong:
+        raise UserError(f"{what} can't be read: row {wrong} has more cells than the first line names columns")
+    return [{name: cell for name, cell in zip(names, row) if cell.strip()} for row in rows]

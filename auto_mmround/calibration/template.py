@@ -7,84 +7,31 @@ turns the neutral markers `<image>`, `<video>`, `<audio>` of a turn into what th
 import difflib
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from auto_mmround.calibration.turns import Message, extras, parse_messages, tool_calls
 from auto_mmround.errors import UserError
-from auto_mmround.untrusted import parse_json, read_text, shown
+from auto_mmround.strict import dumps
+from auto_mmround.untrusted import parse_json, read_text
 
 log = logging.getLogger("auto_mmround")
 
-MARKERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
-MARKER = re.compile("|".join(map(re.escape, MARKERS.values())))
-ROLES = {"human": "user", "gpt": "assistant", "tool": "observation"} | {
-    role: role for role in ("user", "assistant", "system", "function", "observation")
-}
 CONTENT = "{{content}}"
+SYSTEM = ("system", "developer")
 TEMPLATE_BYTES = 1 << 20
 
 
-class Message(NamedTuple):
-    """One turn. role: user, assistant, system, function or observation. content: text; media stand as `<image>`, .."""
-
-    role: str
-    content: str
-
-
-def part_kind(part: Mapping[str, Any]) -> str:
-    """text, image, video or audio for one typed part of a content list: {"type": "image"}, {"type": "image_url"}, .."""
-    kind = str(part.get("type") or ("text" if "text" in part else "")).removeprefix("input_").removesuffix("_url")
-    if kind != "text" and kind not in MARKERS:
-        raise UserError(f"a content part has the type {shown(part.get('type'))}: expected text, image, video or audio")
-    return kind
-
-
-def _content_text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None:
-        return ""
-    if not isinstance(content, Iterable) or isinstance(content, Mapping):
-        raise UserError(f"the content of a message must be text or a list of parts, not {type(content).__name__}")
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    if not all(isinstance(part, Mapping) for part in parts):
-        raise UserError('the parts of a message must look like {"type": "text", "text": ".."} or {"type": "image"}')
-    return "".join(MARKERS.get(kind) or str(part.get("text") or "") for part in parts for kind in [part_kind(part)])
-
-
-def parse_messages(messages: Any) -> tuple[Message, ...]:
-    """Any accepted form to Messages: a string (one user turn), or turns with role/from and content/value.
-
-    Raises UserError for what has no turns, an unknown role or a turn that isn't a mapping.
-    """
-    if isinstance(messages, str):
-        return (Message("user", messages),)
-    if not isinstance(messages, Iterable):
-        raise UserError(f"messages must be a list of turns or a text, not {type(messages).__name__}")
-    turns = []
-    for turn in messages:
-        if isinstance(turn, Message):
-            turns.append(turn)
-            continue
-        if not isinstance(turn, Mapping):
-            raise UserError(f'a message must look like {{"role": "user", "content": ".."}}, not {shown(turn)}')
-        name = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
-        if not isinstance(name, str) or name not in ROLES:
-            raise UserError(f"unknown role {shown(name)} in a message: known are {', '.join(ROLES)}")
-        content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
-        turns.append(Message(ROLES[name], _content_text(content)))
-    return tuple(turns)
-
-
 class Encoded(NamedTuple):
-    """text, and the (start, end) character spans of its assistant answers (closing token in, trailing blanks out)."""
+    """text, the (start, end) character spans of its assistant answers (closing token in, trailing blanks out), and the
+    names of what the conversation holds and the text doesn't, once for each time."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,20 +69,35 @@ class Template:
 
     def spans(self, messages: Any) -> Encoded:
         """As `encode`, with the places of the answers. A system turn in the data stands instead of default_system."""
-        turns = parse_messages(messages)
-        text, answers = "", []
-        if self.extra_encode and not any(turn.role == "system" for turn in turns):
+        turns = self._spoken(parse_messages(messages))
+        text, answers, left = "", [], list(extras(turns))
+        if self.extra_encode and not any(turn.role in SYSTEM for turn in turns):
             text = self.format_system.replace(CONTENT, self.default_system, 1)
         for turn in turns:
-            opening, mark, closing = getattr(self, f"format_{turn.role}").partition(CONTENT)
+            role = "system" if turn.role in SYSTEM else turn.role
+            opening, mark, closing = getattr(self, f"format_{role}").partition(CONTENT)
             content = self.replaced(turn.content) if mark else ""
+            left += [f"{role} turns"] if turn.content and not mark else []
             if turn.role == "assistant":
                 if opening and text.endswith(opening):  # format_observation has opened the answer already
                     opening = ""
                 start = len(text) + len(opening)
                 answers.append((start, start + len(content + closing.rstrip())))
             text += opening + content + closing
-        return Encoded(text, tuple(answers))
+        return Encoded(text, tuple(answers), tuple(left))
+
+    def _spoken(self, turns: Sequence[Message]) -> list[Message]:
+        """The turns, tool calls as turns of their own where the family has a form for them."""
+        if CONTENT not in self.format_function:
+            return list(turns)
+        spoken = []
+        for turn in turns:
+            calls = [call["function"] for call in tool_calls(turn.extra.get("tool_calls")) or ()]
+            kept = {key: value for key, value in turn.extra.items() if key != "tool_calls" or not calls}
+            spoken += [Message(turn.role, turn.content, kept)] if turn.content or not calls else []
+            text = dumps(calls if len(calls) > 1 else calls[:1] and calls[0])
+            spoken += [Message("function", text)] if calls else []
+        return spoken
 
 
 def without_last_answer(turns: Sequence[Message]) -> tuple[Message, ...]:

@@ -10,6 +10,7 @@ from auto_mmround.calibration.inputs import PER_TOKEN, TEXT, ModelInput
 from auto_mmround.evaluation.metrics import moved
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.positions import room
 
 OPENING = 16  # tokens of a plain text that are given as its beginning
 
@@ -30,8 +31,9 @@ def generate_sample(loaded: Loaded, inputs: Sequence[ModelInput], max_new_tokens
         raise ValueError("no sample to generate from")
     sample = next((s for s in inputs if bool((s.modality_T != TEXT).any()) or _features(s)), inputs[0])
     kwargs, start = prompt_of(sample, bool(loaded.model.config.is_encoder_decoder))
+    count = room(loaded.model, start, max_new_tokens)
     with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        ids = loaded.model.generate(**moved(loaded.model, kwargs), max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+        ids = loaded.model.generate(**moved(loaded.model, kwargs), max_new_tokens=count, do_sample=False)  # type: ignore[operator]
     shown = sample.modality_T[:start] == TEXT
     prompt = loaded.tokenizer.decode(sample.kwargs["input_ids"][0, :start][shown]) if start else ""
     return Generated(prompt, loaded.tokenizer.decode(ids[0, start:], skip_special_tokens=True))

@@ -5,7 +5,7 @@ Measured with the versions in docs/formats.md, vLLM in its build for processors.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -186,7 +186,8 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
 
 def refusals(model: PreTrainedModel, plan: Plan) -> list[str]:
     """A line for each engine that is known not to load a format of the plan, though it reads it as such."""
-    schemes, experts = frozenset(plan.quantized.values()), experts_of(model, plan)
+    schemes = {replace(scheme, scale_dtype="fp16") for scheme in plan.quantized.values()}  # no configuration names it
+    experts = experts_of(model, plan)
     lines = [
         refusal(engine, fmt.name, schemes, experts, model.config.model_type)
         for fmt in plan.formats

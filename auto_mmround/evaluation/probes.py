@@ -22,6 +22,7 @@ from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
 from auto_mmround.errors import UserError
 from auto_mmround.model.families import family_of
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.positions import position_limit
 from auto_mmround.run.job import template_for
 
 TEXT = "In the beginning was the word, and many other words came after it; some of them were numbers: 1, 2, 3, 17."
@@ -96,6 +97,7 @@ def _encode(loaded: Loaded, row: Mapping[str, Any], folder: Path) -> dict[str, A
         extra_data_dir=str(folder),
         prompt=True,
         quiet=True,
+        positions=position_limit(loaded.model),
     )
     return made[0].kwargs
 

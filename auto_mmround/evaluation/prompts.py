@@ -13,12 +13,13 @@ from auto_mmround.calibration import batches, media
 from auto_mmround.calibration.datasets import Rows, load_rows
 from auto_mmround.calibration.inputs import PER_TOKEN
 from auto_mmround.calibration.rows import Sample
-from auto_mmround.calibration.template import MARKER, Message
+from auto_mmround.calibration.turns import MARKER, Message
 from auto_mmround.errors import UserError
 from auto_mmround.evaluation.metrics import logits_of, moved
 from auto_mmround.evaluation.samples import MANY, parts
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.positions import position_limit, room
 from auto_mmround.run.job import check_vocabulary, template_for
 
 log = logging.getLogger("auto_mmround")
@@ -90,7 +91,11 @@ def questions(loaded: Loaded, data: Data) -> list[Prompt]:
     for rows, benchmark, split in data.sets() if asks else ():
         samples = [rows.sample(i) for i in data.chosen(rows)]
         samples = [s for s in samples if s.messages and s.messages[-1].role == "assistant"]
-        for sample, kwargs in zip(samples, _encoded(loaded, data, samples), strict=True):
+        encoded = list(zip(samples, _encoded(loaded, data, samples), strict=True))
+        fits = [pair for pair in encoded if pair[1]["input_ids"].shape[1] < (position_limit(loaded.model) or MANY)]
+        if len(fits) < len(encoded):
+            log.warning("%d questions are longer than the model's positions and are left out", len(encoded) - len(fits))
+        for sample, kwargs in fits:
             asked = [turn.content for turn in sample.messages if turn.role == "user"][-1]
             found.append(
                 Prompt(
@@ -119,7 +124,7 @@ def clips(loaded: Loaded, data: Data) -> list[Prompt]:
             if text is None:
                 continue
             try:
-                sound_T = media.load(row["audio"], "audio", data.roots(), base=rows.base, rate=rate)
+                sound_T = media.load(row["audio"], "audio", data.roots(), base=rows.folder(i), rate=rate)
             except media.MediaError as error:
                 raise UserError(f"{rows.name} row {i}: {error}") from error
             kwargs, options = make(loaded, data, sound_T, rate)
@@ -200,9 +205,11 @@ def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[f
 
 def answer(loaded: Loaded, prompt: Prompt) -> str:
     """The greedy answer, special tokens left out."""
-    kwargs = moved(loaded.model, prompt.kwargs)
+    kwargs, options = moved(loaded.model, prompt.kwargs), dict(prompt.options)
+    if not loaded.model.config.is_encoder_decoder:
+        options["max_new_tokens"] = room(loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"])
     with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        made = loaded.model.generate(**kwargs, do_sample=False, **prompt.options)  # type: ignore[operator]
+        made = loaded.model.generate(**kwargs, do_sample=False, **options)  # type: ignore[operator]
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
     return str(loaded.tokenizer.decode(made[0][given:], skip_special_tokens=True)).strip()
 

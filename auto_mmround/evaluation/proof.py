@@ -26,6 +26,7 @@ from auto_mmround.model.streaming import no_progress_bar
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.run.given import OF_THE_FILE
 from auto_mmround.run.output import Result
+from auto_mmround.strict import tagged
 from auto_mmround.untrusted import one_line
 
 GROUP = 2**28  # bytes of what lies in no block that are read together
@@ -89,7 +90,7 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
             continue
         if isinstance(value, Mapping) and isinstance(read.get(key), Mapping):
             yield from _differences(value, read[key], f"{path}{key}.")
-        elif read.get(key) != value:
+        elif tagged(read.get(key)) != tagged(value):
             yield f"{path}{key}"
 
 
@@ -114,10 +115,12 @@ class Decoder(Mapping[str, bool]):
         """These tensors; packed weights (out, in). Raises what unpacking raises for one that contradicts its scheme."""
         s = self._subject
         assert s.fmt is not None or not self._packed
-        found = dict(s.read([key for key in keys if not self[key]]))
-        for key in (key for key in keys if self[key]):
-            module = self._packed[key]
-            codes = s.fmt.unpack(module, dict(s.read(list(s.parts(module)))), s.schemes[module])  # type: ignore[union-attr]
+        parts = {key: list(s.parts(self._packed[key])) for key in keys if self[key]}
+        names = [key for key in keys if not self[key]] + [name for part in parts.values() for name in part]
+        found = dict(s.read(names))  # every file is opened once
+        for key, part in parts.items():
+            module, own = self._packed[key], {name: found.pop(name) for name in part}
+            codes = s.fmt.unpack(module, own, s.schemes[module])  # type: ignore[union-attr]
             found[key] = dequantize(codes, self._dtype)
         return found
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.loading import DEMO, Loaded
+from auto_mmround.model.positions import position_limit
 from auto_mmround.run.job import check_vocabulary, template_for
 
 HELD_OUT = DEMO.parent / "heldout"
@@ -42,6 +43,7 @@ def held_out(
             truncation=False,
             extra_data_dir=extra_data_dir or (str(part.parent) if isinstance(part, Path) else None),
             quiet=True,
+            positions=position_limit(loaded.model),
         )
         inputs += made
     check_vocabulary(loaded.model, inputs)

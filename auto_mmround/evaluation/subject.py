@@ -209,7 +209,7 @@ def _values(table: Any) -> list[Any]:
 def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
     """A JSON object, or None and a finding."""
     try:
-        value = parse_json(read_text(path, path.name), path.name)
+        value = parse_json(read_text(path, path.name), path.name, once=True)
     except UserError as error:
         text = "is missing" if not path.is_file() else str(error).removeprefix(f"{path.name} ")
         findings.append(Finding("error", path.name, text))

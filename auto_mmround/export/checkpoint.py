@@ -17,7 +17,7 @@ from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.numerics.grids import dequantize
-from auto_mmround.untrusted import read_object, weight_files
+from auto_mmround.untrusted import belongs, read_object, weight_files
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
@@ -301,17 +301,10 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error
 
 
-def _belongs(path: Path, source: Path) -> bool:
-    """Whether a file lies in the model's folder; the hub's cache keeps it beside the folder and links to it."""
-    home = source.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    return path.resolve().is_relative_to(home)
-
-
 def side_files(source: Path) -> list[Path]:
     """The side files of a model folder. Raises UserError for a link to a file elsewhere."""
     chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
-    strays = [path for path in chosen if not _belongs(path, source)]
+    strays = [path for path in chosen if not belongs(path, source)]
     if strays:
         raise UserError(
             f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied; put the file there"

@@ -278,6 +278,7 @@ WORDS = Format(
     unpack=unpack,
     config=config,
     parts=PARTS,
+    any_float=True,
 )
 INT8 = Format(
     name="compressed_tensors:int8",
@@ -288,6 +289,7 @@ INT8 = Format(
     unpack=unpack,
     config=config,
     parts=PARTS,
+    any_float=True,
 )
 FLOAT = Format(
     name="compressed_tensors:float",

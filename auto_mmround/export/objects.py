@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
+from auto_mmround import strict
 from auto_mmround.export.checkpoint import write_json, write_whole
 
 # Files that say the same thing together: where one of them differs all are written anew, older spellings go.
@@ -74,7 +75,7 @@ def _saved(thing: Any) -> Files:
         found = {str(path.relative_to(scratch)): path.read_bytes() for path in files}
     whole = json.loads(found.get("processor_config.json", b"{}"))
     part = whole.get("image_processor") or whole.get("feature_extractor")
-    return found | ({"preprocessor_config.json": json.dumps(part, indent=2).encode() + b"\n"} if part else {})
+    return found | ({"preprocessor_config.json": strict.dumps(part, indent=2).encode() + b"\n"} if part else {})
 
 
 def _from_source(thing: Any, source: Path | None) -> Files:

@@ -6,10 +6,20 @@ name, unless the pattern has another form than those that tools write for one mo
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-# What may stand before the literal end of a pattern: anything, or anything that ends with a dot.
-HEADS = (r"(.*\.)?", r"(?:.*\.)?", r"(^|.*\.)", r".*\.", ".*")
-LITERAL = re.compile(r"(?:[\w-]|\\[^\w\s])*")
+# What may stand before the end of a pattern -> where that end begins: anywhere, at a part of the name, at its start.
+HEADS = {r"(.*\.)?": "part", r"(?:.*\.)?": "part", r"(^|.*\.)": "part", ".*": "anywhere", "^": "start", "": "start"}
+TOKEN = re.compile(r"(?P<number>\\d\+)|\\(?P<escaped>[^\w\s#])|(?P<plain>[\w-])|(?P<any>\.)")
+
+
+class End(NamedTuple):
+    """What names end in: the text, in which ``#`` is any number, as in `templates`, and ``?`` any character. where: see
+    HEADS. wild: places of the latter."""
+
+    where: str
+    text: str
+    wild: tuple[int, ...]
 
 
 class Lookup:
@@ -18,23 +28,21 @@ class Lookup:
 
     def __init__(self, names: Sequence[str], patterns: Sequence[str], anywhere: bool = False):
         self._names = {name: i for i, name in reversed(list(enumerate(names)))}
-        self._ends: dict[tuple[bool, str], int] = {}  # (whole parts only, end) -> place
+        self._ends: dict[tuple[str, int, tuple[int, ...]], dict[str, int]] = {}
         self._others: list[tuple[int, re.Pattern[str]]] = []
         self._anywhere = anywhere
         for i, pattern in enumerate(patterns, len(names)):
-            end = literal_end(pattern)
+            end = end_of(pattern, anywhere)
             if end is None:
                 self._others.append((i, re.compile(pattern)))
             else:
-                self._ends.setdefault(end, i)
-        self._sizes = sorted({len(end) for whole, end in self._ends if not whole})
+                self._ends.setdefault((end.where, len(end.text), end.wild), {}).setdefault(end.text, i)
 
     def first(self, name: str) -> int | None:
         """The place of the first entry that fits, None where none does."""
         if name in self._names:
             return self._names[name]
-        found = [self._ends[end] for end in self._candidates(name) if end in self._ends]
-        best = min(found, default=None)
+        best = min(self._by_end(name), default=None)
         for i, pattern in self._others:
             if best is not None and i > best:
                 break
@@ -42,29 +50,39 @@ class Lookup:
                 return i
         return best
 
-    def _candidates(self, name: str) -> Iterator[tuple[bool, str]]:
+    def _by_end(self, name: str) -> Iterator[int]:
         for spelling in (name, *templates(name)):
-            for tail in tails(spelling):
-                yield True, tail
-            for size in self._sizes:
-                if size <= len(spelling):
-                    yield False, spelling[len(spelling) - size :]
+            for (where, size, wild), table in self._ends.items():
+                front = len(spelling) - size
+                if front < 0 or (front and (where == "start" or (where == "part" and spelling[front - 1] != "."))):
+                    continue
+                text = spelling[front:]
+                for place in wild:
+                    text = f"{text[:place]}?{text[place + 1 :]}"
+                if text in table:
+                    yield table[text]
 
 
-def literal_end(pattern: str) -> tuple[bool, str] | None:
-    """Of a pattern like ``.*layers\\.3\\.fc1$`` whether its literal end must begin a part of the name, and that end, in
-    which ``#`` is any number, as in `templates`; None for patterns of other forms."""
-    head = next((head for head in HEADS if pattern.startswith(head)), None)
-    if head is None or not pattern.endswith("$") or pattern.endswith(r"\$"):
+def end_of(pattern: str, anywhere: bool = False) -> End | None:
+    """Of a pattern like ``.*layers\\.3\\.fc1$`` what names must end in; None for patterns of other forms."""
+    head = next(head for head in HEADS if pattern.startswith(head))
+    if not pattern.endswith("$") or pattern.endswith(r"\$") or (anywhere and not head):
         return None
-    body = pattern[len(head) : -1]
-    if not LITERAL.fullmatch(body.replace(r"\d+", "")) or head == r".*\.":  # that one wants something before
-        return None
-    end = re.sub(r"\\(.)", r"\1", body.replace(r"\d+", "#"))
-    parts = end.split(".")
-    numbers = parts[parts.index("#") :] if "#" in parts else []
-    odd = any("#" in part and part != "#" for part in parts) or any(part.isdigit() for part in numbers)
-    return None if odd or (head == ".*" and parts[0] == "#") else (head != ".*", end)
+    body, text, wild, at = pattern[len(head) : -1], "", list[int](), 0
+    while at < len(body):
+        token = TOKEN.match(body, at)
+        if token is None:
+            return None
+        wild += [len(text)] if token["any"] else []
+        text += "#" if token["number"] else "?" if token["any"] else token["escaped"] or token["plain"]
+        at = token.end()
+    parts = text.split(".")
+    if "#" not in text:
+        return End(HEADS[head], text, tuple(wild))
+    whole = all(part == "#" or "#" not in part for part in parts)
+    behind = parts[parts.index("#") :] if "#" in parts else []
+    odd = wild or not whole or any(part.isdigit() for part in behind) or (head == ".*" and parts[0] == "#")
+    return None if odd else End(HEADS[head], text, ())
 
 
 def tails(name: str) -> Iterator[str]:

@@ -42,15 +42,21 @@ HOST = torch.device("cpu")
 BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM
 
 
+def _has_gaudi() -> bool:
+    return importlib.util.find_spec("habana_frameworks") is not None
+
+
 @dataclass(frozen=True)
 class Traits:
     """What differs between kinds of devices.
 
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this machine. synchronize:
     waits for all work. mark_step: ends a graph that gathers operations lazily. peak, free: bytes used at most so far,
-    bytes that can be had. padded: shapes are compiled, so lengths are padded to few. compiler: of torch.compile.
-    prepare: called before the device is used. repeatable: while open, the same work gives the same bits each time, as
-    far as the device has kernels for that; nothing to do where it always does, or where nothing is known of it.
+    bytes that can be had. release: gives memory that is kept for later back. padded: shapes are compiled, so lengths
+    are padded to few. doubles: computes in float64. compiler: of torch.compile. prepare: called before the device is
+    used. repeatable: while open, the same work gives the same bits each time, as far as the device has kernels for
+    that; nothing to do where it always does, or where nothing is known of it. alone: a process has one, always of
+    number 0. absent: why there may be none.
     """
 
     backend: str
@@ -59,14 +65,19 @@ class Traits:
     mark_step: Callable[[], None] = lambda: None
     peak: Callable[[torch.device], int] | None = None
     free: Callable[[torch.device], int] = lambda device: psutil.virtual_memory().available
+    release: Callable[[], None] = lambda: None
     padded: bool = False
+    doubles: bool = True
     compiler: str = "inductor"
     prepare: Callable[[], Any] = lambda: None
     repeatable: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    alone: bool = False
+    absent: str = ""
 
 
+# A row more is a device more; of the accelerators the first that is there is the one that "auto" means.
 TABLE: dict[str, Traits] = {
-    "cpu": Traits("gloo", lambda: 1),
+    "cpu": Traits("gloo", lambda: 1, alone=True),
     "cuda": Traits(
         "cpu:gloo,cuda:nccl",
         torch.cuda.device_count,
@@ -74,6 +85,7 @@ TABLE: dict[str, Traits] = {
         peak=torch.cuda.max_memory_allocated,
         free=lambda device: torch.cuda.mem_get_info(device)[0],
         repeatable=_deterministic,
+        release=torch.cuda.empty_cache,  # does nothing before CUDA is in use
     ),
     "hpu": Traits(
         "cpu:gloo,hpu:hccl",
@@ -83,8 +95,11 @@ TABLE: dict[str, Traits] = {
         peak=lambda device: _habana("hpu").max_memory_allocated(device),
         free=lambda device: _habana("hpu").mem_get_info(device)[0],
         padded=True,
+        doubles=False,
         compiler="hpu_backend",
         prepare=lambda: [_habana("core"), _habana("distributed.hccl")],
+        alone=True,
+        absent="the package habana-frameworks is missing; install it or",
     ),
 }
 
@@ -92,6 +107,10 @@ TABLE: dict[str, Traits] = {
 def traits(device: torch.device) -> Traits:
     """The device's row of the table; of a kind that has none, the processor's."""
     return TABLE.get(device.type, TABLE["cpu"])
+
+
+def _accelerator() -> str | None:
+    return next((kind for kind, row in TABLE.items() if kind != "cpu" and row.count()), None)
 
 
 def resolve(name: str, local_rank: int | None = None) -> torch.device:
@@ -102,27 +121,25 @@ def resolve(name: str, local_rank: int | None = None) -> torch.device:
     Raises UserError for names it does not know and for devices that are not there.
     """
     if name in ("auto", "0"):
-        kind = next((kind for kind in ("cuda", "hpu") if TABLE[kind].count()), "cpu")
-        name = "cuda:0" if kind == "cuda" else kind
-    if name == "hpu" and not _has_gaudi():
-        raise UserError("device hpu: the package habana-frameworks is missing; install it or use --device cpu")
-    if name in ("cpu", "hpu"):
-        TABLE[name].prepare()
-        return torch.device(name)  # each process has one Gaudi, always of number 0
-    numbered = re.fullmatch(r"(?:cuda:?)?(\d*)", name)
-    if numbered is None:
-        raise UserError(f"device {name!r} is unknown: use auto, cpu, hpu, cuda or the number of a CUDA device")
-    index, count = int(numbered[1] or 0), TABLE["cuda"].count()
+        name = _accelerator() or "cpu"
+    numbered = re.fullmatch(rf"(?:({'|'.join(TABLE)}):?)?(\d*)", name)
+    kind = numbered and (numbered[1] or _accelerator() or "cuda")
+    if numbered is None or kind is None or (TABLE[kind].alone and numbered[2]):
+        known = ", ".join(["auto", *sorted(TABLE)])
+        raise UserError(f"device {name!r} is unknown: use {known}, or the number of an accelerator")
+    row, index = TABLE[kind], int(numbered[2] or 0)
+    if row.alone:
+        if not row.count():
+            raise UserError(f"device {name}: {row.absent} use --device cpu")
+        row.prepare()
+        return torch.device(kind)
     if local_rank and index:
         raise UserError(f"device {name}: with several processes each takes its own; leave --device out")
-    index = local_rank or index
+    index, count = local_rank or index, row.count()
     if index >= count:
-        raise UserError(f"device {name}: this machine has {count} CUDA devices; use --device cpu")
-    return torch.device("cuda", index)
-
-
-def _has_gaudi() -> bool:
-    return importlib.util.find_spec("habana_frameworks") is not None
+        raise UserError(f"device {name}: this machine has {count} {kind.upper()} devices; use --device cpu")
+    row.prepare()
+    return torch.device(kind, index)
 
 
 @contextlib.contextmanager
@@ -176,8 +193,8 @@ def trim_heap() -> None:
 def release_cache() -> None:
     """Give memory that is kept for later back: to the devices, and to the system. Slow where it is done often."""
     trim_heap()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for row in TABLE.values():
+        row.release()
 
 
 def free_memory(device: torch.device) -> int:

@@ -78,7 +78,7 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     fewer values than the output projection has inputs, has no pair.
     """
     own = next(block.parameters()).device
-    device = own if own.type in ("cpu", "cuda") else torch.device("cpu")
+    device = own if devices.traits(own).doubles else torch.device("cpu")
     twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)  # those of a device map would move its inputs
     twin = twin.to(device, torch.float64)
     layers = dict(linears(twin))

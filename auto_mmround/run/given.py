@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from auto_mmround.model.loading import NONSENSE, loaded_names, parameter_names
 from auto_mmround.model.quantized import plain
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
+from auto_mmround.strict import untagged
 from auto_mmround.untrusted import read_object
 
 # What a configuration says of its file, not of the model.
@@ -123,7 +124,7 @@ def _raw(source: Path) -> dict[str, Any]:
 
 def _config_of(model: PreTrainedModel, raw: Mapping[str, Any]) -> Any:
     """A configuration of the model's class; it takes its dictionary apart, so it gets a copy."""
-    return type(model.config).from_dict(copy.deepcopy(dict(raw)))
+    return type(model.config).from_dict(untagged(copy.deepcopy(dict(raw))))
 
 
 def _json(config: Any) -> dict[str, Any]:

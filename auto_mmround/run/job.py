@@ -25,6 +25,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
+from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
@@ -121,6 +122,7 @@ def prepare(
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
     takes = FAMILIES[kind].calibrates if (kind := loaded.model.config.model_type) in FAMILIES else None
     collate = collator(recipe.collator) if recipe.collator else None
+    positions = position_limit(loaded.model)
     settings, notes = choose(
         recipe.dataset if dataset is None else dataset,
         template,
@@ -135,6 +137,7 @@ def prepare(
         gradient_accumulate_steps=recipe.gradient_accumulate_steps,
         seqlen=recipe.seqlen,
         truncation=recipe.truncation,
+        positions=positions,
     )
     for note in notes:
         log.warning(note)
@@ -163,6 +166,7 @@ def prepare(
         processor_name=recipe.processor,
         on_bad_sample=recipe.on_bad_sample,
         collate=collate,
+        positions=positions,
     )
     check_vocabulary(loaded.model, inputs)
     mixed = None
