@@ -82,9 +82,7 @@ class Streamed:
         self._release_passing()
         streamed = [block for block in blocks if block in self._keys]
         for block in streamed:
-            self._hooks[
-                block
-            ].remove()  # nothing to read, and nothing that differs between blocks for a compiler to see
+            self._hooks[block].remove()  # nothing to read, nothing that differs between blocks for a compiler
         try:
             for block in streamed:
                 self._read(block)
@@ -119,9 +117,14 @@ class Streamed:
 
     def _read(self, block: str) -> None:
         conversions = getattr(self._model, "_weight_conversions", None)
-        with Reader(self._stored) as reader, no_progress_bar():
-            tensors = {key: reader.slice(key) for key in self._keys[block]}
-            convert_and_load_state_dict_in_model(self._model, tensors, self._config)
+        standing_in = self._model.get_submodule(block)  # what is read belongs to the block itself
+        self._model.set_submodule(block, self._blocks[block])
+        try:
+            with Reader(self._stored) as reader, no_progress_bar():
+                tensors = {key: reader.slice(key) for key in self._keys[block]}
+                convert_and_load_state_dict_in_model(self._model, tensors, self._config)
+        finally:
+            self._model.set_submodule(block, standing_in)
         self._model._weight_conversions = conversions  # type: ignore[assignment]  # those of the whole model
         self._blocks[block].requires_grad_(False)
 
