@@ -24,7 +24,7 @@ from auto_mmround.model.experts import SINGLE, restack, stacking
 from auto_mmround.model.loading import NONSENSE, renamed_keys
 from auto_mmround.model.streaming import no_progress_bar
 from auto_mmround.numerics.grids import dequantize
-from auto_mmround.run.given import OF_THE_FILE
+from auto_mmround.run.given import OF_THE_FILE, head_is_tied
 from auto_mmround.run.output import Result
 from auto_mmround.strict import tagged
 from auto_mmround.untrusted import one_line
@@ -52,7 +52,10 @@ def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
 def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
     """The class of the model, filled by Transformers' own reader, has every parameter, and each is what was tuned."""
     model = _empty(subject.folder, result.names.model)
-    changed = list(_differences(result.names.model.config.to_dict(), model.config.to_dict()))
+    given = result.names.model
+    tied = head_is_tied(given) if result.names.given else None
+    meant = given.config.to_dict() | ({} if tied is None else {"tie_word_embeddings": tied})
+    changed = list(_differences(meant, model.config.to_dict()))
     if changed:
         yield Finding("error", f"config.json: {changed[0]}", "is not that of the model" + several(changed))
     decoder = Streamed(subject, model.dtype) if subject.whole else Decoder(subject, model.dtype)

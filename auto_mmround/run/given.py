@@ -87,7 +87,7 @@ def config_of(model: PreTrainedModel, source: Path | None, given: bool) -> dict[
         stated = before.dtype or getattr(before.get_text_config(), "dtype", None)
         if stated is not None and torch.promote_types(stated, model.dtype) != model.dtype:
             made = _with_dtype({"dtype": ""} | made, str(model.dtype).removeprefix("torch."))
-        tied = _tied(model)
+        tied = head_is_tied(model)
         if tied is not None and tied != getattr(model.config, "tie_word_embeddings", tied):
             made["tie_word_embeddings"] = tied
     return made
@@ -110,7 +110,7 @@ def newest(stored: Tensor, current: Tensor | None, given: bool, tuned: bool) -> 
     return short if tuned or not given or torch.equal(short.to(current.dtype), current) else current
 
 
-def _tied(model: PreTrainedModel) -> bool | None:
+def head_is_tied(model: PreTrainedModel) -> bool | None:
     """Whether head and embedding are one parameter; None where there is no head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     one, other = getattr(embedding, "weight", None), getattr(head, "weight", None)
