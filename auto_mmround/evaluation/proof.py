@@ -67,7 +67,7 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
         differing += [name for name in names if not expected.holds(name, parameters[name])]
     for text, some in (
         ("the model has it, no tensor fills it", filled.missing()),
-        ("is no parameter of the model", filled.unknown()),
+        ("is no parameter of the model", filled.unknown(result.names.unread)),
         ("has another shape in the model", sorted(filled.mismatched)),
         ("reloaded, it is not what was tuned", differing),
     ):
@@ -186,9 +186,11 @@ class Filled:
         """Parameters that no tensor has filled, nor filled what they are tied to."""
         return sorted(self._adjusted().missing_keys)
 
-    def unknown(self) -> list[str]:
-        """Tensors that are no parameter, in the model's spelling."""
-        return sorted(self._adjusted().unexpected_keys)
+    def unknown(self, source: Collection[str]) -> list[str]:
+        """Tensors that are no parameter, in the model's spelling, but for those of the ``source``: what its class does
+        not read there, such as layers that predict further tokens, comes along bit for bit."""
+        carried = {self._name.get(key, key) for key in source}
+        return sorted(self._adjusted().unexpected_keys - carried)
 
     def _adjusted(self) -> LoadStateDictInfo:
         """Without what the model's class says is of no account."""

@@ -117,6 +117,9 @@ def prepare(
     names = Names(loaded.model, loaded.source, loaded.given)
     check_formats(plan.formats, names, loaded.source)
     check_names(names, plan)
+    if names.unread:
+        kind, count = type(loaded.model).__name__, len(names.unread)
+        log.warning("%s does not read %d tensors, first %s: copied as they are", kind, count, names.unread[0])
     if not recipe.needs_samples:
         return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
     towers = [stage.name for stage in plan.stages if stage.name != "text"]

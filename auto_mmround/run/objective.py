@@ -28,7 +28,9 @@ def forward_of(
         for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
             hidden = [target.hidden[i] for i in group]
             wanted = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-            weights = loss_weights.of(group, output.shape[:-1])
+            # In the shape of what the blocks read: a query that all windows of a sound share broadcasts.
+            batch, *rest = student.hidden[group[0]].shape[:-1]
+            weights = loss_weights.of(group, (len(group) * batch, *rest))
             yield output, wanted.to(output.device), weights.to(output.device)
 
     return forward

@@ -30,7 +30,7 @@ from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.layout import Whole
 from auto_mmround.export.objects import write_code, write_objects
 from auto_mmround.model.experts import Expert, separable, stacking
-from auto_mmround.model.loading import converted_keys, parameter_names
+from auto_mmround.model.loading import converted_keys, loaded_names, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
@@ -71,6 +71,12 @@ class Names:
     def gone(self) -> set[str]:
         """Keys of the source that the model in memory has no place for any more."""
         return set() if self.source is None else pruned(self.model, self.stored, self.source)
+
+    @cached_property
+    def unread(self) -> list[str]:
+        """Keys of the source that the model's class does not read, such as layers that predict further tokens."""
+        found = loaded_names(self.model, self.files).items()
+        return sorted(key for key, (name, whole) in found if name is None and whole)
 
     @cached_property
     def made(self) -> list[tuple[list[str], list[str]]]:
@@ -367,7 +373,9 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         fmt.write(folder, Whole(codes, rest, config, layout, source))
     else:
         write_config(folder, config, fmt.config(layout))
-    _write_record(folder, {**result.record, "checked": False, "files": sorted(files), **records})
+    _write_record(
+        folder, {**result.record, "checked": False, "files": sorted(files), "unread": names.unread, **records}
+    )
 
 
 def _exact(fmt: Format, weight: Codes) -> bool:

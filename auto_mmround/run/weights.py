@@ -45,11 +45,11 @@ class ErrorWeights(NamedTuple):
     row_N: Tensor
     end_S: Tensor
 
-    def of(self, samples: Sequence[int], shape: torch.Size) -> Tensor:
+    def of(self, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Of some samples' tokens together, (*shape, channels); shape: (B, T)."""
         ends = [0, *self.end_S.tolist()]
         row_N = torch.cat([self.row_N[ends[i] : ends[i + 1]] for i in samples])
-        return self.table_RD[row_N.long().reshape(shape)]
+        return self.table_RD[row_N.long().reshape(tuple(shape))]
 
 
 @dataclass(frozen=True)
