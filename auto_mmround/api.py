@@ -44,8 +44,8 @@ class AutoRoundMLLM:
 
     model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer; a processor may hang on it
     as ``tokenizer.processor``, as the original's users write it. dataset: a name, a file, a list of rows or a
-    DataLoader. layer_config: pattern -> {"bits", "group_size", "sym"}. All other options are those of `Recipe`;
-    unknown ones raise UserError with the nearest name.
+    DataLoader. bits, group_size, sym: 4, 128 and True, or those of a `scheme`. layer_config: pattern -> {"bits",
+    "group_size", "sym"}. All other options are those of `Recipe`; unknown ones raise UserError with the nearest name.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class AutoRoundMLLM:
         tokenizer: Any = None,
         processor: Any = None,
         image_processor: Any = None,
-        bits: int = 4,
-        group_size: int = 128,
-        sym: bool = True,
+        bits: int | None = None,
+        group_size: int | None = None,
+        sym: bool | None = None,
         dataset: Any = None,
         **options: Any,
     ):
@@ -66,6 +66,7 @@ class AutoRoundMLLM:
         tokenizer, processor = told_apart(tokenizer, processor, image_processor)
         in_memory = not isinstance(dataset, (str, type(None)))
         values = {"bits": bits, "group_size": group_size, "sym": sym, "dataset": None if in_memory else dataset}
+        values = {key: value for key, value in values.items() if value is not None}  # a `scheme` has its own
         origin = "" if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
         name = model if isinstance(model, str) else origin or "model"
         self.recipe: Recipe = from_mapping(values | plain_options(options) | {"model": name}, "AutoRoundMLLM")

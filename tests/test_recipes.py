@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from auto_mmround import cli
+from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO
@@ -126,6 +126,12 @@ def test_names_of_other_tools_mean_our_keys():
     assert from_mapping({"scheme": "W4A16", "group_size": 64, "actorder": None}).group_size == 64
     assert from_mapping({"scheme": "W8A16"}, base=Recipe(bits=3, group_size=64)).group_size == -1
     assert set(ALIASES.values()) <= HINTS.keys() and not set(ALIASES) & HINTS.keys()
+
+
+@pytest.mark.parametrize("name", ["FP8", "W8A8", "NVFP4", "W4A16_ASYM"])
+def test_the_api_takes_a_scheme_whole(name):
+    recipe = AutoRoundMLLM("demo", scheme=name, format="compressed_tensors", device="cpu").recipe
+    assert {key: getattr(recipe, key) for key in PRESETS[name]} == PRESETS[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
