@@ -1,4 +1,4 @@
-"""Packaging: metadata, the two shelves mapped into the package, console scripts, entry points, extras."""
+"""Packaging: metadata, the three shelves mapped into the package, console scripts, entry points, extras."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+SHELVES = ("templates", "processors", "engines")
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "auto_mmround" / "__init__.py").read_text())[1]
 
 setup(
@@ -16,12 +17,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # templates/ and processors/ stand at the top level, where users look for them, and travel inside the package.
-    packages=[*find_packages(include=["auto_mmround*"]), "auto_mmround.templates", "auto_mmround.processors"],
-    package_dir={"auto_mmround.templates": "templates", "auto_mmround.processors": "processors"},
+    # The shelves stand at the top level, where users look for them, and travel inside the package.
+    packages=[*find_packages(include=["auto_mmround*"]), *(f"auto_mmround.{name}" for name in SHELVES)],
+    package_dir={f"auto_mmround.{name}": name for name in SHELVES},
     package_data={
         "auto_mmround.templates": ["*.json"],
-        "auto_mmround.evaluation": ["pages/*"],
+        "auto_mmround.report": ["pages/*"],
         "auto_mmround": ["demo/*.md", "demo/model/*", "demo/*/*.json", "demo/*/*.jsonl", "demo/*/images/*"],
     },
     install_requires=[

@@ -11,22 +11,22 @@ import torch
 from transformers import PreTrainedModel
 
 from auto_mmround.arguments import checked_dataset, checked_model, plain_options, told_apart
+from auto_mmround.checkpoint.folder import check_free
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import report
-from auto_mmround.evaluation.limits import refusals
-from auto_mmround.evaluation.proof import prove
 from auto_mmround.export import formats
-from auto_mmround.export.checkpoint import check_free
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
 from auto_mmround.recipe.recipe import Recipe, from_mapping
+from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.given import is_from
 from auto_mmround.run.journal import BlockReport, checksum
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, folder_name, model_label
+from auto_mmround.verify.limits import refusals
+from auto_mmround.verify.proof import prove
 
 log = logging.getLogger("auto_mmround")
 

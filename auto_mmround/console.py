@@ -20,30 +20,30 @@ from transformers.utils import logging as transformers_logging
 from auto_mmround import strict
 from auto_mmround.calibration.template import shipped
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import card, report
-from auto_mmround.evaluation.engines import ENGINES
-from auto_mmround.evaluation.evaluate import evaluate, keep
-from auto_mmround.evaluation.generation import generate_sample
-from auto_mmround.evaluation.limits import LIMITS, refusals, support
-from auto_mmround.evaluation.metrics import Metrics
-from auto_mmround.evaluation.prompts import Data
-from auto_mmround.evaluation.proof import prove
-from auto_mmround.evaluation.samples import held_out
-from auto_mmround.evaluation.tasks import Findings
-from auto_mmround.evaluation.verify import verify
+from auto_mmround.evaluate.evaluate import evaluate, keep
+from auto_mmround.evaluate.generation import generate_sample
+from auto_mmround.evaluate.metrics import Metrics
+from auto_mmround.evaluate.prompts import Data
+from auto_mmround.evaluate.samples import held_out
+from auto_mmround.evaluate.tasks import Findings
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.report import card, report
+from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
-from auto_mmround.run import planner
 from auto_mmround.run.journal import BlockReport
-from auto_mmround.run.memory import phase
+from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
+from auto_mmround.verify.engines import ENGINES
+from auto_mmround.verify.limits import LIMITS, refusals, support
+from auto_mmround.verify.proof import prove
+from auto_mmround.verify.verify import verify
 
 console = Console()
 notices = Console(stderr=True)

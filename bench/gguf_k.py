@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from auto_mmround.evaluation.metrics import measure
-from auto_mmround.evaluation.samples import held_out
-from auto_mmround.export.gguf_k import SUPER_TYPES, SuperType, onto
+from auto_mmround.evaluate.metrics import measure
+from auto_mmround.evaluate.samples import held_out
+from auto_mmround.export.gguf.k import SUPER_TYPES, SuperType, onto
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import from_mapping
 from auto_mmround.run import job as jobs

@@ -55,8 +55,8 @@ def worker(task: dict[str, Any]) -> None:
     """Predict or run; the last line of standard output is the result as JSON."""
     from auto_mmround.model import devices
     from auto_mmround.recipe.recipe import Recipe
+    from auto_mmround.run import estimate as planner
     from auto_mmround.run import job as jobs
-    from auto_mmround.run import planner
 
     logging.disable(logging.WARNING)
     clock = time.process_time if task["processor"] else time.perf_counter

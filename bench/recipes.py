@@ -152,8 +152,8 @@ def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     from tuner import tokens
 
     from auto_mmround.calibration.inputs import TEXT, ModelInput
-    from auto_mmround.evaluation.metrics import measure
-    from auto_mmround.evaluation.samples import held_out
+    from auto_mmround.evaluate.metrics import measure
+    from auto_mmround.evaluate.samples import held_out
     from auto_mmround.run import job as jobs
 
     loaded, limit = prepared_job.loaded, job["rows"]
@@ -173,8 +173,8 @@ def speech_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     import jiwer
     from safetensors.torch import load_file, save_file
 
-    from auto_mmround.evaluation import prompts, samples
-    from auto_mmround.evaluation.scoring import normaliser
+    from auto_mmround.evaluate import prompts, samples
+    from auto_mmround.evaluate.scoring import normaliser
 
     loaded, voices = prepared_job.loaded, {}
     normalise = normaliser(None, loaded.tokenizer)

@@ -18,8 +18,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from auto_mmround.checkpoint.folder import write_config
 from auto_mmround.console import rows_as_markdown
-from auto_mmround.export.checkpoint import ShardWriter, write_config
+from auto_mmround.export.shards import ShardWriter
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "auto_mmround" / "evaluation"))
+sys.path.insert(0, str(HERE.parent / "engines"))
 
 from engine_vllm import import_vllm, linear_classes  # noqa: E402 - it sets vLLM's environment first
 from safetensors.numpy import load_file  # noqa: E402

@@ -82,8 +82,8 @@ def worker(job: dict[str, Any]) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
-    from auto_mmround.evaluation import prompts, samples
-    from auto_mmround.evaluation.scoring import normaliser
+    from auto_mmround.evaluate import prompts, samples
+    from auto_mmround.evaluate.scoring import normaliser
 
     transformers.logging.set_verbosity_error()
     started = time.perf_counter(), time.process_time()

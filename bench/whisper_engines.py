@@ -19,11 +19,11 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from auto_mmround.calibration import media
-from auto_mmround.evaluation import engines
-from auto_mmround.evaluation.loader import load_any
-from auto_mmround.evaluation.prompts import Data, answer, clips
-from auto_mmround.evaluation.scoring import error_rates, normaliser
+from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.evaluate.prompts import Data, answer, clips
+from auto_mmround.evaluate.scoring import error_rates, normaliser
 from auto_mmround.model.loading import Loaded
+from auto_mmround.verify import engines
 
 ROOT = Path(__file__).parents[1]
 

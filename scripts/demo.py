@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries, rows_as_markdown
-from auto_mmround.evaluation import evaluate, proof, report, tasks
-from auto_mmround.evaluation.metrics import Metrics, measure
-from auto_mmround.evaluation.prompts import Data
-from auto_mmround.evaluation.samples import held_out
-from auto_mmround.evaluation.verify import same_weights, verify_transformers
+from auto_mmround.evaluate import evaluate, tasks
+from auto_mmround.evaluate.metrics import Metrics, measure
+from auto_mmround.evaluate.prompts import Data
+from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine
+from auto_mmround.verify import proof
+from auto_mmround.verify.verify import same_weights, verify_transformers
 
 FORMATS = "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
 

@@ -25,15 +25,15 @@ from auto_mmround.calibration import batches, media
 from auto_mmround.calibration.datasets import load_samples
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages, read_template, shipped
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import static
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.export import gguf
-from auto_mmround.export.checkpoint import dequantized_state_dict
+from auto_mmround.export.gguf import format as gguf
 from auto_mmround.model.loading import DEMO, load_processor, read_config, skeleton
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
+from auto_mmround.verify import static
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
 CHAT = [

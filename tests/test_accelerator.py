@@ -12,9 +12,9 @@ from accelerator import NAME, limited, memory
 from tiny_models import FAMILIES, ids, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, cli
-from auto_mmround.evaluation.metrics import measure
-from auto_mmround.evaluation.samples import held_out
-from auto_mmround.export.checkpoint import read_checkpoint
+from auto_mmround.checkpoint.reading import read_checkpoint
+from auto_mmround.evaluate.metrics import measure
+from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model import devices
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe

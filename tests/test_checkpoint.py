@@ -9,21 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from auto_mmround.checkpoint.folder import begin, commit, write_config, write_side_files
+from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import EngineResult, interpreter, run_transformers
 from auto_mmround.export import formats
-from auto_mmround.export.checkpoint import (
-    ShardWriter,
-    begin,
-    commit,
-    dequantized_state_dict,
-    read_checkpoint,
-    write_config,
-    write_side_files,
-)
 from auto_mmround.export.formats import Layout
+from auto_mmround.export.shards import ShardWriter
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.verify.engines import EngineResult, interpreter, run_transformers
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "model.language_model.layers"
@@ -111,7 +105,7 @@ def test_saved_tokenizer_does_not_truncate(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-    from auto_mmround.export.objects import write_objects
+    from auto_mmround.checkpoint.objects import write_objects
 
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]")

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from auto_mmround.checkpoint.loader import from_quantized, load_any
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import interpreter, run_transformers
-from auto_mmround.evaluation.loader import from_quantized, load_any
-from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.evaluation.samples import held_out
-from auto_mmround.evaluation.static import check as check_files
-from auto_mmround.export import compressed_tensors as ct
+from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.evaluate.samples import held_out
 from auto_mmround.export import formats
+from auto_mmround.export.compressed_tensors import format as ct
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
@@ -29,6 +27,8 @@ from auto_mmround.recipe.aliases import preset
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.engines import interpreter, run_transformers
+from auto_mmround.verify.static import check as check_files
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor

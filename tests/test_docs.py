@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from auto_mmround import cli, console
 from auto_mmround.calibration.template import parse_template
-from auto_mmround.evaluation.engines import python_of
-from auto_mmround.evaluation.loader import load_any
+from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.export import formats
 from auto_mmround.model.families import FAMILIES
 from auto_mmround.model.loading import DEMO
+from auto_mmround.verify.engines import python_of
 
 CODES = {page: [block for block in blocks(page) if block.language in CODE] for page in PAGES}
 BLOCKS = [block for found in CODES.values() for block in found]

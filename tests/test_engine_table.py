@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 
 from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.console import rows_as_markdown
-from auto_mmround.evaluation.agreement import Reference, judge, make_reference
-from auto_mmround.evaluation.engines import ENGINES, EngineResult, interpreter, python_of, run_llamacpp
-from auto_mmround.evaluation.engines import ask as ask_engine
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.samples import HELD_OUT, held_out
-from auto_mmround.evaluation.scoring import exact_match
-from auto_mmround.evaluation.verify import same_weights
+from auto_mmround.evaluate.samples import HELD_OUT, held_out
+from auto_mmround.evaluate.scoring import exact_match
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.agreement import Reference, judge, make_reference
+from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, python_of, run_llamacpp
+from auto_mmround.verify.engines import ask as ask_engine
+from auto_mmround.verify.verify import same_weights
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "formats.md"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_engine_table import DOCS, ROOT, SPEECH, Row, with_rows
 
-from auto_mmround.evaluation.engines import EngineResult, python_of
-from auto_mmround.evaluation.verify import verify
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.engines import EngineResult, python_of
+from auto_mmround.verify.verify import verify
 
 sys.path.insert(0, str(ROOT / "bench"))
 import speech

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from auto_mmround.evaluation import engines
-from auto_mmround.evaluation.engines import ENGINES, EngineResult, ask
+from auto_mmround.verify import engines
+from auto_mmround.verify.engines import ENGINES, EngineResult, ask
 
 WORKERS = {
     "import of a missing package": ("import no_such_package\n", "ModuleNotFoundError: No module named"),

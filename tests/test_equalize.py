@@ -13,10 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from auto_mmround.calibration.inputs import IMAGE, TEXT
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.metrics import measure
-from auto_mmround.evaluation.samples import held_out
+from auto_mmround.evaluate.metrics import measure
+from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Call, difference
 from auto_mmround.model.loading import DEMO, load

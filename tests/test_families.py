@@ -16,10 +16,8 @@ from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 from auto_mmround import cli
 from auto_mmround.calibration.inputs import with_decoder_ids
-from auto_mmround.evaluation.engines import interpreter, run_transformers
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.proof import prove
-from auto_mmround.export.checkpoint import read_checkpoint
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.reading import read_checkpoint
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
 from auto_mmround.model.experts import separated
@@ -29,6 +27,8 @@ from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.plan import grid_of, make_plan
+from auto_mmround.verify.engines import interpreter, run_transformers
+from auto_mmround.verify.proof import prove
 
 
 @pytest.fixture(scope="module")

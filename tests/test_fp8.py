@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config
 
+from auto_mmround.checkpoint.loader import from_quantized, load_any
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import from_quantized, load_any
 from auto_mmround.model.loading import load
 from auto_mmround.model.stored import decoded
 from auto_mmround.recipe.recipe import Recipe

@@ -14,13 +14,15 @@ from tiny_gguf import CONFIGS, VOCABULARY, byte_level_tokenizer, export, source_
 from tokenizers import pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.static import check
-from auto_mmround.evaluation.verify import same_weights
-from auto_mmround.export import formats, gguf_k, gguf_models, gguf_tokens, gguf_towers
-from auto_mmround.export.checkpoint import dequantized_state_dict
-from auto_mmround.export.gguf_types import TYPES, exact_type, pack, unpack
+from auto_mmround.export import formats
+from auto_mmround.export.gguf import k as gguf_k
+from auto_mmround.export.gguf import models as gguf_models
+from auto_mmround.export.gguf import tokens as gguf_tokens
+from auto_mmround.export.gguf import towers as gguf_towers
+from auto_mmround.export.gguf.types import TYPES, exact_type, pack, unpack
 from auto_mmround.model.loading import load
 from auto_mmround.numerics import super_grids
 from auto_mmround.numerics.gram import Moments
@@ -32,6 +34,8 @@ from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
+from auto_mmround.verify.static import check
+from auto_mmround.verify.verify import same_weights
 
 gguf = pytest.importorskip("gguf")
 

@@ -13,10 +13,10 @@ from tiny_models import FAMILIES, tiny_tokenizer
 from torch import nn
 
 from auto_mmround import AutoRoundMLLM
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.static import check
 from auto_mmround.run.pipeline import Watcher
+from auto_mmround.verify.static import check
 
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 110 + 3}" for j in range(40)) for i in range(8)]
 IDS = torch.tensor([list(range(5, 25))])

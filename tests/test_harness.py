@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import harness
-from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.evaluation.prompts import answer, asked, log_likelihood
-from auto_mmround.evaluation.samples import HELD_OUT
+from auto_mmround.evaluate import harness
+from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.evaluate.prompts import answer, asked, log_likelihood
+from auto_mmround.evaluate.samples import HELD_OUT
 from auto_mmround.model.loading import load
 
 TEXTS = ("And God said, Let there be", "The LORD is my", "In the beginning God created the", "And he went up into the")

@@ -3,16 +3,18 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 GROUND = {"numerics", "recipe", "calibration", "model"}
-COMMON = {"errors", "strict", "untrusted"}
-MAY_USE = {
-    **{room: {room, *COMMON} for room in GROUND},
-    "export": {"export", "recipe", "numerics", *COMMON},
-    "run": {"run", "export", *COMMON, *GROUND},
-    "evaluation": {"evaluation", "run", "export", *COMMON, "calibration", "model", "numerics", "recipe"},
+COMMON = {"atomic", "errors", "programs", "strict", "untrusted"}
+# Room -> rooms below it that it may use.
+BELOW = {
+    **{room: set[str]() for room in GROUND},
+    "export": {"recipe", "numerics"},
+    "checkpoint": {"export", "model", "recipe", "numerics"},
+    "run": {"checkpoint", "export", *GROUND},
+    "report": {"model", "recipe"},
+    "evaluate": {"report", "run", "checkpoint", "export", *GROUND},
+    "verify": {"evaluate", "run", "checkpoint", "export", *GROUND},
 }
 HEAVY = {"torch", "transformers", "datasets", "rich"}
 
@@ -28,21 +30,51 @@ def imports(path: Path, top_only: bool = False) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("room", sorted(MAY_USE))
-def test_rooms_know_only_what_lies_below(room):
-    for path in (ROOT / "auto_mmround" / room).glob("*.py"):
-        used = {name.split(".")[1] for name in imports(path) if name.startswith("auto_mmround.")}
-        assert used - {"__version__"} <= MAY_USE[room], path
+def files() -> dict[str, Path]:
+    """Module -> its file, of the whole package."""
+    paths = (ROOT / "auto_mmround").rglob("*.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def arrows() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, at the top or inside functions."""
+    known = files()
+    found = {}
+    for module, path in known.items():
+        names = {name for name in imports(path) if name.startswith("auto_mmround")}
+        modules = {name if name in known else name.rpartition(".")[0] for name in names}
+        found[module] = modules - {module, "auto_mmround"}  # of the package itself only its version
+    return found
+
+
+def test_rooms_know_only_what_lies_below():
+    """Every folder is a room; what stands at the top is a face, or common to all."""
+    assert {module.split(".")[1] for module in files() if module.count(".") > 1} == set(BELOW)
+    wrong = []
+    for module, used in arrows().items():
+        room = module.split(".")[1] if module.count(".") else ""
+        if room in BELOW:
+            may = {room, *COMMON, *BELOW[room]}
+            wrong += [f"{module} -> {name}" for name in used if name.count(".") and name.split(".")[1] not in may]
+    assert not wrong, f"arrows that point up: {', '.join(sorted(wrong))}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    left = arrows()
+    while leaves := {module for module, used in left.items() if not used & left.keys()}:
+        left = {module: used for module, used in left.items() if module not in leaves}
+    assert not left, f"in circles, or above them: {', '.join(sorted(left))}"
 
 
 def test_numerics_knows_torch_alone():
-    for path in (ROOT / "auto_mmround" / "numerics").glob("*.py"):
+    for path in (ROOT / "auto_mmround" / "numerics").rglob("*.py"):
         assert not any(name.startswith(("transformers", "safetensors")) for name in imports(path)), path
 
 
 def test_nothing_imports_the_shelves_by_name():
     for path in (ROOT / "auto_mmround").rglob("*.py"):
-        assert not any(name.startswith(("auto_mmround.templates", "auto_mmround.processors")) for name in imports(path))
+        shelves = ("auto_mmround.templates", "auto_mmround.processors", "auto_mmround.engines")
+        assert not any(name.startswith(shelves) for name in imports(path))
 
 
 def test_mistakes_are_answered_before_heavy_imports():
@@ -54,8 +86,7 @@ def test_mistakes_are_answered_before_heavy_imports():
 def test_json_is_written_in_one_place():
     """Python's own `dumps` writes NaN. Excepted: workers that talk to us, names and strings, what only we read."""
     excepted = {
-        "strict.py", "evaluation/engine_main.py", "evaluation/engine_llamacpp.py", "export/openvino_convert.py",
-        "recipe/files.py", "evaluation/static.py", "evaluation/card.py", "export/checkpoint.py", "run/finished.py",
+        "strict.py", "recipe/files.py", "verify/static.py", "report/card.py", "export/shards.py", "run/finished.py",
     }  # fmt: skip
     found = {
         str(path.relative_to(ROOT / "auto_mmround"))

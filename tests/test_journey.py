@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from auto_mmround import AutoRoundMLLM
+from auto_mmround.checkpoint.loader import from_quantized, load_any
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import from_quantized, load_any
-from auto_mmround.evaluation.metrics import measure
-from auto_mmround.evaluation.samples import held_out
+from auto_mmround.evaluate.metrics import measure
+from auto_mmround.evaluate.samples import held_out
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.recipe.files import read

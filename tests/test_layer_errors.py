@@ -14,7 +14,7 @@ from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.numerics.tuner import TunedWeight
 from auto_mmround.run import layers
 from auto_mmround.run.layers import LayerErrors
-from auto_mmround.run.weights import Weights
+from auto_mmround.run.loss_weights import Weights
 
 THREE_BITS = Grid(3, True)
 

@@ -12,14 +12,14 @@ from PIL import Image
 from tiny_gguf import CONFIGS, VOCABULARY, export, tiny
 from tokenizers import Tokenizer
 
-from auto_mmround.evaluation.engines import run_llamacpp
-from auto_mmround.evaluation.llamacpp import pieces
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.verify import verify
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.engines import run_llamacpp
+from auto_mmround.verify.llamacpp import pieces
+from auto_mmround.verify.verify import verify
 
 pytest.importorskip("gguf")
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from auto_mmround.export import checkpoint, formats
-from auto_mmround.export.layout import Layout
+from auto_mmround.export.format import Layout
 from auto_mmround.numerics import grids
 from auto_mmround.recipe.patterns import Patterns
 from auto_mmround.recipe.schemes import Scheme

@@ -27,9 +27,10 @@ from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import fisher as fishing
 from auto_mmround.run import job as jobs
-from auto_mmround.run import memory, pipeline, session
+from auto_mmround.run import out_of_memory as memory
+from auto_mmround.run import pipeline, session
 from auto_mmround.run import sensitivity as choosing
-from auto_mmround.run.memory import Graph, Places
+from auto_mmround.run.out_of_memory import Graph, Places
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_where_nothing_helps_one_line_names_the_phase(llama, tmp_path, monkeypat
 
 
 def test_planning_says_so_too(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("auto_mmround.run.planner.tune_block", lambda *args, **kwargs: (_ for _ in ()).throw(OUT))
+    monkeypatch.setattr("auto_mmround.run.estimate.tune_block", lambda *args, **kwargs: (_ for _ in ()).throw(OUT))
     words = f"plan --model {llama.folder} --dataset {llama.rows} --nsamples 8 --seqlen 24 --group_size 32 --device cpu"
     assert main([*words.split(), "--output_dir", str(tmp_path)]) == 2
     assert "planning: not enough memory" in capsys.readouterr().err

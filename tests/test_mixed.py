@@ -14,9 +14,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround import AutoRoundMLLM
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.cli import main
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.model.chains import Kinds
 from auto_mmround.model.divergence import Before
 from auto_mmround.numerics.gram import Moments

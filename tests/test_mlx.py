@@ -12,20 +12,21 @@ from safetensors.torch import load_file
 from tiny_models import sliding_gemma
 from torch import Tensor
 
+from auto_mmround.checkpoint.folder import write_config
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import interpreter, run_engine
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.evaluation.samples import held_out
-from auto_mmround.evaluation.verify import verify
+from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.evaluate.samples import held_out
 from auto_mmround.export import mlx
-from auto_mmround.export.checkpoint import dequantized_state_dict, write_config
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.engines import interpreter, run_engine
+from auto_mmround.verify.verify import verify
 
 ROOT = Path(__file__).parent.parent
 PYTHON = interpreter("mlx", ROOT)

@@ -17,9 +17,8 @@ from transformers import FineGrainedFP8Config, LlamaModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from auto_mmround import AutoRoundMLLM, cli
+from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.loader import load_any
-from auto_mmround.evaluation.static import check
 from auto_mmround.model.loading import load
 from auto_mmround.model.quantized import check_floating
 from auto_mmround.model.stored import Reader, decoded, stored_tensors
@@ -27,6 +26,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import identity
 from auto_mmround.untrusted import INDEX, weight_files
+from auto_mmround.verify.static import check
 
 CT = {
     "format": "float-quantized",

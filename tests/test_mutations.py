@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from auto_mmround.evaluation.static import check
 from auto_mmround.export import auto_awq, auto_gptq
 from auto_mmround.model.loading import DEMO
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.static import check
 
 FORMATS = {"auto_round": "auto_round", "auto_gptq": "auto_gptq", "auto_awq": "auto_awq"}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

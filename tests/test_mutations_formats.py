@@ -26,9 +26,9 @@ from test_mutations import (
 )
 from test_mutations import SHARDS as SHARD_NAMES
 
-from auto_mmround.evaluation.static import check
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.static import check
 
 RECIPES: dict[str, dict[str, Any]] = {
     "words": {"format": "compressed_tensors", "sym": False},

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from doc_blocks import ROOT, Block, blocks
 
-from auto_mmround.evaluation.engines import python_of
+from auto_mmround.verify.engines import python_of
 
 DEMO = ROOT / "auto_mmround" / "demo"
 VLLM = python_of("vllm", ROOT)

@@ -10,19 +10,19 @@ import pytest
 import torch
 from tiny_models import FAMILIES, sliding_gemma, tiny_tokenizer
 
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation.engines import interpreter, run_engine
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.evaluation.static import check
-from auto_mmround.evaluation.verify import same_weights, verify
-from auto_mmround.export import openvino
-from auto_mmround.export.layout import Whole
-from auto_mmround.export.openvino_read import GRAPHS
+from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.export.format import Whole
+from auto_mmround.export.openvino import format as openvino
+from auto_mmround.export.openvino.read import GRAPHS
 from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.engines import interpreter, run_engine
+from auto_mmround.verify.static import check
+from auto_mmround.verify.verify import same_weights, verify
 
 ROOT = Path(__file__).parent.parent
 PYTHON = interpreter("openvino", ROOT)

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from auto_mmround.evaluation.engines import python_of, root, run_transformers
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.evaluation.static import check
-from auto_mmround.evaluation.subject import read_subject
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.model.loading import DEMO
+from auto_mmround.verify.engines import python_of, root, run_transformers
+from auto_mmround.verify.static import check
 
 pytestmark = pytest.mark.slow
 WRITER = Path(__file__).with_name("peer_writers.py")

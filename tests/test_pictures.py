@@ -379,8 +379,8 @@ def test_truncated_files_are_one_line():
 
 def test_rows_and_evaluation_take_this_way():
     """What a row of a dataset, a question and a prompt are shown."""
-    from auto_mmround.evaluation.prompts import asked
-    from auto_mmround.evaluation.tasks import picture
+    from auto_mmround.evaluate.prompts import asked
+    from auto_mmround.evaluate.tasks import picture
     from auto_mmround.model.loading import load as load_model
 
     loaded = load_model("demo")

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, cli
+from auto_mmround.checkpoint.folder import side_files
 from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import side_files
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.places import check_before_loading, model_label

@@ -13,8 +13,8 @@ from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
-from auto_mmround.run import planner
 
 RECIPE = Recipe(model="demo", dataset="demo-text", iters=4, nsamples=16, seqlen=64, batch_size=4, device="cpu")
 

@@ -13,8 +13,8 @@ import two_processes
 from tiny_models import tiny_tokenizer
 from two_processes import RECIPE, mixed_inputs, tiny_model
 
-from auto_mmround.evaluation.evaluate import evaluate
-from auto_mmround.evaluation.prompts import Data
+from auto_mmround.evaluate.evaluate import evaluate
+from auto_mmround.evaluate.prompts import Data
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan

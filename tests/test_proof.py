@@ -11,8 +11,6 @@ from tiny_models import FAMILIES, TEXT, Tiny, tiny_tokenizer
 
 import auto_mmround
 from auto_mmround import AutoRoundMLLM, NotProved, cli
-from auto_mmround.evaluation import proof
-from auto_mmround.evaluation.proof import Filled, prove
 from auto_mmround.export import formats
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.grids import Codes
@@ -20,6 +18,8 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import checksum
 from auto_mmround.run.output import Names, Result
+from auto_mmround.verify import proof
+from auto_mmround.verify.proof import Filled, prove
 
 LLAMA = replace(FAMILIES["llama"], config=TEXT | {"num_hidden_layers": 3})
 NAME = "model-w4g32-auto_gptq"

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM
+from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.cli import main
 from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import dequantized_state_dict
 from auto_mmround.numerics import float_grids, grids, super_grids
 from auto_mmround.numerics.grids import Grid
 

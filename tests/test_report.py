@@ -13,9 +13,9 @@ from PIL import Image
 
 from auto_mmround import cli
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import card, charts, report
-from auto_mmround.evaluation.scoring import Score
-from auto_mmround.evaluation.tasks import picture
+from auto_mmround.evaluate.scoring import Score
+from auto_mmround.evaluate.tasks import picture
+from auto_mmround.report import card, charts, report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")

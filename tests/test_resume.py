@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from tiny_models import FAMILIES, TEXT, tiny_tokenizer
 
+from auto_mmround.checkpoint.reading import read_checkpoint
 from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import read_checkpoint
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 

@@ -23,17 +23,18 @@ from auto_mmround.calibration.datasets import load_rows, load_samples
 from auto_mmround.calibration.hub import check_origin
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages
+from auto_mmround.checkpoint.folder import write_side_files
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import static
-from auto_mmround.evaluation.loader import from_quantized
-from auto_mmround.export import gguf
-from auto_mmround.export.checkpoint import dequantized_state_dict, read_checkpoint, write_side_files
+from auto_mmround.export.gguf import format as gguf
 from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
 from auto_mmround.recipe import files
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
+from auto_mmround.verify import static
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from auto_mmround.evaluation.scoring import (
+from auto_mmround.evaluate.scoring import (
     Score,
     error_rates,
     exact_match,

@@ -5,8 +5,8 @@ from test_streaming import run
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
-from auto_mmround.run import planner
 
 SHARING = ["gemma3n_text", "gemma4"]  # later blocks read what earlier ones leave for them
 

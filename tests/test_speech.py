@@ -21,11 +21,11 @@ from auto_mmround.calibration import datasets
 from auto_mmround.calibration.processor import find_processor
 from auto_mmround.calibration.rows import parse_row
 from auto_mmround.calibration.template import Template
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import report
-from auto_mmround.evaluation.loader import from_quantized
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
+from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 
 soundfile = pytest.importorskip("soundfile")

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, strict
 from auto_mmround.calibration.inputs import ModelInput, padded
-from auto_mmround.evaluation import report
+from auto_mmround.report import report
 
 ROWS = [" ".join(f"w{(7 * i + j * j + i * i) % 110 + 3}" for j in range(32)) for i in range(16)]
 

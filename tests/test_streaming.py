@@ -20,7 +20,7 @@ from auto_mmround.model.spool import Spool
 from auto_mmround.model.structure import find_stages
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.run.memory import BatchSize
+from auto_mmround.run.out_of_memory import BatchSize
 
 KINDS = ["llama", "gpt2", "qwen3_moe", "llama4", "qwen2_vl", "qwen3_vl", "whisper", "gemma4"]
 
@@ -209,7 +209,7 @@ def test_fewer_samples_at_a_time_where_memory_ends(folder, tmp_path, monkeypatch
     sizes = crowd(monkeypatch, 2, error)
     run(model, tmp_path / "narrow", family, format="auto_round", algorithm="sign_round")
     assert [size for size in sizes if size > 2] == [8, 4] and "2 samples at a time" in caplog.text
-    from auto_mmround.evaluation.loader import from_quantized
+    from auto_mmround.checkpoint.loader import from_quantized
 
     whole, narrow = (
         from_quantized(tmp_path / name / "llama-w4g32-auto_round").model.state_dict() for name in ("whole", "narrow")

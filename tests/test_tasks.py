@@ -10,11 +10,11 @@ import torch
 
 from auto_mmround import cli
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import tasks
-from auto_mmround.evaluation.evaluate import evaluate
-from auto_mmround.evaluation.prompts import Data, answer, clips, openings, questions
-from auto_mmround.evaluation.samples import HELD_OUT, held_out
-from auto_mmround.evaluation.scoring import error_rates, normaliser
+from auto_mmround.evaluate import tasks
+from auto_mmround.evaluate.evaluate import evaluate
+from auto_mmround.evaluate.prompts import Data, answer, clips, openings, questions
+from auto_mmround.evaluate.samples import HELD_OUT, held_out
+from auto_mmround.evaluate.scoring import error_rates, normaliser
 from auto_mmround.model.loading import load
 
 needs_jiwer = pytest.mark.skipif(not importlib.util.find_spec("jiwer"), reason="jiwer is in the extra `eval`")

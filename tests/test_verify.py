@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import save_file
 
 from auto_mmround import cli
+from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.errors import UserError
-from auto_mmround.evaluation import names
-from auto_mmround.evaluation.agreement import Reference, agreed, greedy, judge, largest_difference, make_reference
-from auto_mmround.evaluation.engines import ENGINES, EngineResult, interpreter, worker
-from auto_mmround.evaluation.limits import LIMITS, refusal, support
-from auto_mmround.evaluation.probes import make_probes
-from auto_mmround.evaluation.static import check
-from auto_mmround.evaluation.subject import read_subject
-from auto_mmround.evaluation.verify import verify
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
+from auto_mmround.verify import names
+from auto_mmround.verify.agreement import Reference, agreed, greedy, judge, largest_difference, make_reference
+from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, worker
+from auto_mmround.verify.limits import LIMITS, refusal, support
+from auto_mmround.verify.probes import make_probes
+from auto_mmround.verify.static import check
+from auto_mmround.verify.verify import verify
 
 TEXT = "model.language_model.layers.0.mlp.up_proj"
 TOWER = "model.visual.blocks.0.mlp.fc1"

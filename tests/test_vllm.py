@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from auto_mmround.evaluation.engines import EngineResult, python_of, run_engine
-from auto_mmround.evaluation.loader import load_any
-from auto_mmround.evaluation.metrics import logits_of
-from auto_mmround.evaluation.samples import HELD_OUT, held_out
-from auto_mmround.evaluation.verify import verify
+from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.evaluate.samples import HELD_OUT, held_out
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.verify.engines import EngineResult, python_of, run_engine
+from auto_mmround.verify.verify import verify
 
 PYTHON = python_of("vllm", Path(__file__).parents[1])
 RTN = Recipe(model="demo", algorithm="rtn", device="cpu")

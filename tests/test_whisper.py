@@ -17,17 +17,17 @@ from auto_mmround.calibration.inputs import AUDIO, PAD, ModelInput
 from auto_mmround.calibration.processor import get_processor
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.template import Message, load_template
-from auto_mmround.evaluation import card
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics.start import collecting
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
+from auto_mmround.report import card
 from auto_mmround.run import pipeline, session
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.loss_weights import Weights, accumulated, kinds_of
 from auto_mmround.run.plan import make_plan
-from auto_mmround.run.weights import Weights, accumulated, kinds_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.layout import (
+from auto_mmround.export.format import (
     Format,
     Layout,
     both_spellings,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.layout import Format, Layout, check_int, differences, kept_groups, tower_patterns
+from auto_mmround.export.format import Format, Layout, check_int, differences, kept_groups, tower_patterns
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes

@@ -9,7 +9,7 @@ from typing import Any
 
 from auto_mmround.export import auto_awq
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
-from auto_mmround.export.layout import (
+from auto_mmround.export.format import (
     Format,
     Layout,
     both_spellings,

@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from auto_mmround.export.layout import Format, Layout
+from auto_mmround.export.format import Format, Layout
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 

@@ -6,18 +6,11 @@ from contextlib import suppress
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import (
-    auto_awq,
-    auto_gptq,
-    auto_round,
-    compressed_tensors,
-    config_check,
-    fake,
-    gguf,
-    mlx,
-    openvino,
-)
-from auto_mmround.export.layout import Format, Layout
+from auto_mmround.export import auto_awq, auto_gptq, auto_round, config_check, fake, mlx
+from auto_mmround.export.compressed_tensors import format as compressed_tensors
+from auto_mmround.export.format import Format, Layout
+from auto_mmround.export.gguf import format as gguf
+from auto_mmround.export.openvino import format as openvino
 from auto_mmround.export.patterns import Lookup
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.layout import Format, Layout, both_spellings, check_int, differences
+from auto_mmround.export.format import Format, Layout, both_spellings, check_int, differences
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme

@@ -25,7 +25,7 @@ from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.memory import FEWER, phase
+from auto_mmround.run.out_of_memory import FEWER, phase
 from auto_mmround.run.plan import Plan, grid_of
 from auto_mmround.run.session import Session, Told, Window
 

@@ -25,9 +25,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from auto_mmround import __version__, strict
+from auto_mmround.atomic import write_whole
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
-from auto_mmround.export.checkpoint import write_whole
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.model.spool import Spool
 from auto_mmround.numerics.grids import Codes

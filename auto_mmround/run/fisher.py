@@ -13,7 +13,7 @@ from auto_mmround.model.fisher import Fisher, Precision, SideBySide
 from auto_mmround.model.streaming import Holder, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.memory import FEWER, SHARE, BatchSize, Graph
+from auto_mmround.run.out_of_memory import FEWER, SHARE, BatchSize, Graph
 from auto_mmround.run.processes import ALONE, Processes
 
 WHAT, HELPS = "Fisher information", f"--disable_fisher leaves it out, or {FEWER}"

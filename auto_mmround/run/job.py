@@ -18,9 +18,9 @@ from auto_mmround.calibration.dotted import collator
 from auto_mmround.calibration.inputs import PAD, TEXT, token_ids
 from auto_mmround.calibration.settings import choose
 from auto_mmround.calibration.template import Template, load_template
+from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
-from auto_mmround.export.checkpoint import check_free, side_files
 from auto_mmround.model import devices
 from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.head import check_head
@@ -30,8 +30,8 @@ from auto_mmround.model.quantized import check_floating
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
-from auto_mmround.run.memory import phase
 from auto_mmround.run.mixed import choose_bits, units
+from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.output import (
     Names,
     Prove,

@@ -16,19 +16,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround import strict
+from auto_mmround.atomic import write_whole
+from auto_mmround.checkpoint.folder import begin, commit, write_config, write_side_files, wrong_name
+from auto_mmround.checkpoint.objects import write_code, write_objects
 from auto_mmround.errors import NotProved, UserError
-from auto_mmround.export.checkpoint import (
-    ShardWriter,
-    begin,
-    commit,
-    write_config,
-    write_side_files,
-    write_whole,
-    wrong_name,
-)
+from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
-from auto_mmround.export.layout import Whole
-from auto_mmround.export.objects import write_code, write_objects
+from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.experts import Expert, separable, stacking
 from auto_mmround.model.loading import converted_keys, loaded_names, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
@@ -369,10 +363,8 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     copied = write_side_files(source, folder) if source is not None else []
     files = write_objects(folder, source, copied, **result.objects)
     (folder / "recipe.toml").write_text(to_toml(recipe))
-    if fmt.write:
-        fmt.write(folder, Whole(codes, rest, config, layout, source))
-    else:
-        write_config(folder, config, fmt.config(layout))
+    whole = Whole(codes, rest, config, layout, source)
+    write_config(folder, config, fmt.write(folder, whole) if fmt.write else fmt.config(layout))
     _write_record(
         folder, {**result.record, "checked": False, "files": sorted(files), "unread": names.unread, **records}
     )

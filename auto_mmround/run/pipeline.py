@@ -22,20 +22,20 @@ from auto_mmround.numerics.grids import Codes
 from auto_mmround.numerics.start import closed_forms, in_turn
 from auto_mmround.numerics.tuner import TunedWeight, held_out_split, mean_error, tune_block
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.block_loss import forward_of, tune_config
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.journal import BlockReport, block_report
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
-from auto_mmround.run.memory import SHORTER, BatchSize, Graph, moved_away, phase
-from auto_mmround.run.objective import forward_of, tune_config
+from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
+from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import STEPS, Teacher, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import check_equalized
 from auto_mmround.run.session import Session, Window
 from auto_mmround.run.static_inputs import input_scales
-from auto_mmround.run.weights import Weights, accumulated, tower_tokens
 
 KEPT = f"finished blocks are kept, {SHORTER}"
 

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from auto_mmround.checkpoint.folder import check_free, side_files, wrong_name
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.export.checkpoint import check_free, side_files, wrong_name
 from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import JOURNAL

@@ -26,7 +26,7 @@ from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import closed_form
 from auto_mmround.numerics.tuner import asking_for_gradients
-from auto_mmround.run.memory import SHORTER, BatchSize, Graph
+from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph
 from auto_mmround.run.plan import WeightPlan, grid_of
 from auto_mmround.run.session import Session, Told, Window
 

@@ -23,10 +23,10 @@ from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.start import Collector, StartConfig, collecting
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher
-from auto_mmround.run.memory import FEWER, BatchSize, Places, moved_away
+from auto_mmround.run.loss_weights import Weights, kinds_of
+from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import ALONE, Processes
-from auto_mmround.run.weights import Weights, kinds_of
 
 T = TypeVar("T")
 Told = Callable[[int, int], None]  # (done, total)

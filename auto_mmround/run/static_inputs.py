@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from auto_mmround.model.capture import run_without_logits
 from auto_mmround.model.experts import separated
 from auto_mmround.numerics.float_grids import E4M3_TOP
-from auto_mmround.run.memory import SHORTER, phase
+from auto_mmround.run.out_of_memory import SHORTER, phase
 from auto_mmround.run.session import Session, Told
 
 log = logging.getLogger("auto_mmround")

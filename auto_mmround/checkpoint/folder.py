@@ -1,0 +1,107 @@
+"""A checkpoint folder: under another name while it is written; side files, and the configuration last."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from auto_mmround.atomic import sync_file, sync_folder, write_json
+from auto_mmround.errors import UserError
+from auto_mmround.untrusted import belongs
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
+    ".index.json", ".partial", ".pkl", ".pickle", ".joblib",
+)  # fmt: skip
+# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights. With an
+# adapter's configuration beside merged weights loaders would look for the adapter.
+_OWN_FILES = (
+    "config.json", "quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+    "adapter_config.json",
+    "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
+)  # fmt: skip
+_UNDERWAY = (".partial", ".unfinished", ".wrong")  # endings of folders of ours that are no results
+
+
+def check_free(out: Path, overwrite: bool = False) -> None:
+    """Raises UserError if a checkpoint can't be put at ``out``.
+
+    overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something else never is.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, no folder: choose another")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"the output folder {out} is not empty: choose another, or --overwrite replaces it")
+        if not (out / "config.json").is_file():
+            raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
+
+
+def wrong_name(out: Path) -> Path:
+    """Where a checkpoint goes that is not what was tuned."""
+    return out.with_name(out.name + ".wrong")
+
+
+def begin(out: Path, overwrite: bool = False) -> Path:
+    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way, see `check_free`."""
+    check_free(out, overwrite)
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, out: Path) -> None:
+    """Puts the finished folder in its place; what was there before goes away only after that."""
+    old = out.with_name(out.name + ".old.partial")
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    sync_folder(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_side_files(source: Path, out: Path) -> list[str]:
+    """Copy everything of the source but weights and configuration, byte for byte, hidden files and README left out;
+    returns the names written, relative to ``out``."""
+    chosen = side_files(source)
+    for path in chosen:
+        target = out / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        sync_file(target)
+    return [str(path.relative_to(source)) for path in chosen]
+
+
+def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None) -> None:
+    """config.json, the file that makes the folder a checkpoint; None writes an unquantized one."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if quantization_config is None:
+        write_json(out / "config.json", plain)
+        return
+    if quantization_config.get("quant_method") == "auto-round":
+        write_json(out / "quantization_config.json", quantization_config)
+    write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
+
+
+def side_files(source: Path) -> list[Path]:
+    """The side files of a model folder. Raises UserError for a link to a file elsewhere."""
+    chosen = [path for path in sorted(source.rglob("*")) if is_side_file(path, source)]
+    strays = [path for path in chosen if not belongs(path, source)]
+    if strays:
+        raise UserError(
+            f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied; put the file there"
+        )
+    return chosen
+
+
+def is_side_file(path: Path, source: Path) -> bool:
+    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged; earlier results that lie
+    in it do not."""
+    parts = path.relative_to(source).parts
+    hidden = any(part.startswith(".") or part == "__pycache__" or part.endswith(_UNDERWAY) for part in parts)
+    hidden = hidden or any((above / "run.json").is_file() for above in path.parents[: len(parts) - 1])
+    own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))
+    return path.is_file() and not hidden and not own and not path.name.endswith(_WEIGHTS)

@@ -1,0 +1,118 @@
+"""What a checkpoint folder holds: its tensors, read one by one, and the weights they decode to."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import config_check, formats
+from auto_mmround.numerics.grids import dequantize
+from auto_mmround.untrusted import read_object, weight_files
+
+# What unpacking raises for tensors that aren't what their configuration says.
+CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
+
+
+class Shards(ExitStack):
+    """Weight files, each opened once, and closed with the context. Raises UserError for what can't be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: dict[Path, Any] = {}
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        """A tensor of a file."""
+        if path not in self._opened:
+            self._opened[path] = self.enter_context(_open(path))
+        try:
+            found: Tensor = self._opened[path].get_tensor(name)
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path}: {name} cannot be read ({error})") from error
+        return found
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name; empty for a format
+    that reads files of its own kind."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    quantization_config: Mapping[str, Any] | None
+    files: Mapping[str, str] = field(repr=False)
+
+    def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of these or all tensors, in that order. Raises UserError for a damaged or missing shard."""
+        with Shards() as shards:
+            for name in self.files if names is None else names:
+                yield name, shards.tensor(self.folder / self.files[name], name)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Configuration and tensor names of a checkpoint folder. Raises UserError if it is none."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    config = read_object(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is not None and (wrong := config_check.problem(quantization)):
+        raise UserError(f"{folder / 'config.json'}: {wrong}")
+    if quantization is not None and _reader(quantization) is not None:
+        return Checkpoint(folder, config, quantization, {})
+    files: dict[str, str] = {}
+    for path in weight_files(folder):
+        with _open(path) as handle:
+            files |= dict.fromkeys(handle.keys(), path.name)
+    return Checkpoint(folder, config, quantization, dict(sorted(files.items())))
+
+
+def _reader(quantization: Mapping[str, Any]) -> Any:
+    """How a format reads files of its own kind, None for safetensors."""
+    own = {fmt.name: fmt.read for fmt in formats.FORMATS.values() if fmt.read}
+    return own.get(str(quantization.get("quant_method")))
+
+
+def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint tensor name, tensor), every packed weight as a plain ``X.weight`` (out, in); the order is by name.
+
+    dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to float32. Raises UserError
+    for a folder or quantization method that cannot be read, or tensors that contradict the configuration.
+    """
+    checkpoint = read_checkpoint(folder)
+    quantization = checkpoint.quantization_config
+    own = _reader(quantization) if quantization is not None else None
+    if own is not None:
+        yield from own(folder, dtype)
+        return
+    fmt = formats.from_config(quantization) if quantization is not None else None
+    first = f".{fmt.parts[0]}" if fmt else ""
+    packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
+    schemes = formats.schemes_of(quantization, packed) if quantization is not None else {}
+    with Shards() as shards:
+        for name in checkpoint.files:
+            module, _, part = name.rpartition(".")
+            if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
+                tensor = shards.tensor(folder / checkpoint.files[name], name)
+                yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            elif part == fmt.parts[0]:
+                own_names = [n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]
+                parts = {n: shards.tensor(folder / checkpoint.files[n], n) for n in own_names}
+                try:
+                    if module not in schemes:
+                        formats.scheme_of(quantization, module)  # says why
+                    codes = fmt.unpack(module, parts, schemes[module])
+                except CONTRADICTIONS as error:
+                    raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
+                yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error

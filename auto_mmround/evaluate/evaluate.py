@@ -1,0 +1,76 @@
+"""One evaluation: load the models, run the tasks, and keep the record beside the checkpoint."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.evaluate import tasks
+from auto_mmround.evaluate.prompts import Data
+from auto_mmround.model import devices
+from auto_mmround.model.loading import Loaded
+from auto_mmround.report import report
+from auto_mmround.run.journal import machine
+
+WIDTHS = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
+
+
+def evaluate(
+    model: str,
+    data: Data,
+    *,
+    reference: str | None = None,
+    baseline: str | None = None,
+    names: str | None = None,
+    device: str = "0",
+    remote_code: bool = False,
+    progress: Callable[[str, int, int], None] = lambda title, done, total: None,
+) -> tuple[tasks.Findings, dict[str, Any]]:
+    """What the tasks found, and the record of it. names: a comma list; default is ppl, with a reference kl too.
+
+    reference: the model before quantization. baseline: another checkpoint to compare with. Raises UserError for unknown
+    tasks, models or sets, and for sets without a row that a task needs.
+    """
+    wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
+    started = time.perf_counter()
+    place = devices.resolve(device)
+    named = {"reference": reference, "baseline": baseline, "quantized": model}
+    models = {role: load_any(name, device=place, remote_code=remote_code) for role, name in named.items() if name}
+    found = tasks.run(wanted, tasks.Setting(models, data, progress))
+    return found, record(found, named, models, data, wanted, time.perf_counter() - started)
+
+
+def record(
+    found: tasks.Findings,
+    names: Mapping[str, str | None],
+    models: Mapping[str, Loaded],
+    data: Data,
+    wanted: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Findings with what they belong to, as plain values. names and models: by role."""
+    reference = models.get("reference")
+    return {
+        "model": names["quantized"],
+        "reference": names.get("reference"),
+        "baseline": names.get("baseline"),
+        "reference_dtype": WIDTHS.get(reference.model.dtype) if reference else None,
+        "dataset": data.dataset,
+        "limit": data.limit,
+        "language": data.language,
+        "tasks": list(wanted),
+        "seconds": seconds,
+        "machine": machine(),
+        **found.as_dict(),
+    }
+
+
+def keep(folder: Path, made: Mapping[str, Any]) -> Path | None:
+    """Store the record in a result of ours and write its report again; None for any other or read-only folder."""
+    if not report.ours(folder):
+        return None
+    report.keep_evaluation(folder, made)
+    return report.write(folder)

@@ -1,0 +1,374 @@
+"""The report of a run: everything a checkpoint folder knows about itself, as `report.json` and one `report.html`.
+
+Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if there `eval.json` and `verify.json`.
+"""
+
+import json
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from auto_mmround import strict
+from auto_mmround.errors import UserError
+from auto_mmround.model.loading import find_folder
+from auto_mmround.recipe.files import read
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.report import charts
+from auto_mmround.untrusted import weight_files
+
+EVALUATION, VERDICTS = "eval.json", "verify.json"
+ERRORS = ("nearest", "start", "end")
+VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")
+SCALES = ("scales", "qzeros", "g_idx", "biases", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
+PLAIN = ("F64", "F32", "F16", "BF16")
+WORST = 10
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder is the result of a run of ours that can be written to."""
+    return (folder / "run.json").is_file() and (folder / "recipe.toml").is_file() and os.access(folder, os.W_OK)
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """What the report says, as plain values. Raises UserError if the folder is no output of ours."""
+    if not (folder / "run.json").is_file() or not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} has no run.json and recipe.toml: it is not the result of one of our runs")
+    run, recipe = _json(folder / "run.json"), read(folder / "recipe.toml")
+    measured = run.get("measured", {})
+    blocks = [block | measured.get("blocks", {}).get(block["name"], {}) for block in run["blocks"]]
+    tuned = [block for block in blocks if _measured(block)]
+    return {
+        "name": folder.resolve().name,
+        "version": run["auto_mmround"],
+        "recipe": recipe,
+        "chosen": _chosen(recipe),
+        "scheme": scheme_label(recipe),
+        "numbers": number_label(recipe),
+        "model": Path(str(recipe["model"]).rstrip("/")).name,
+        "notes": run["notes"],
+        "plan": {
+            "quantized": run["quantized"],
+            "kept": _kept(run["kept"]),
+            "bits_per_weight": run["bits_per_weight"],
+            "stages": dict(Counter(block["stage"] for block in blocks)),
+        },
+        "sizes": _sizes(folder, str(recipe["model"])),
+        "machine": measured.get("machine", {}),
+        "seconds": measured.get("seconds"),
+        "peak_gb": measured.get("peak_gb"),
+        "blocks": blocks,
+        "damage": {key: sum(block[key] for block in tuned) for key in ERRORS} if tuned else None,
+        "worst_layers": _worst_layers(blocks),
+        "mixed": _mixed(run),
+        "worst": sorted(tuned, key=lambda block: -block["end"])[:WORST],
+        "calibration": run["calibration"],
+        "verify": _verdicts(folder / VERDICTS),
+        "evaluation": evaluation(folder),
+    }
+
+
+def _measured(row: Mapping[str, Any]) -> bool:
+    """Whether a block or a layer has its errors; one that was not finite is null."""
+    return all(row.get(key) is not None for key in ERRORS)
+
+
+def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The layers that lose most of their own output."""
+    layers = [{"name": name, **found} for block in blocks for name, found in block.get("layers", {}).items()]
+    layers = [layer for layer in layers if _measured(layer)]
+    return sorted(layers, key=lambda layer: -layer["end"])[:WORST]
+
+
+def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where bits differ: how many weights have how many, and for each kind of layer its bits block by block."""
+    bits = {name: layer["bits"] for name, layer in run.get("codes", {}).items() if "bits" in layer}
+    if len(set(bits.values())) < 2:
+        return None
+    rows: dict[str, list[int]] = {}
+    for name in sorted(bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]):
+        rows.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(bits[name])
+    expected = run.get("mixed")
+    shares = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
+    return {
+        "counts": dict(sorted(Counter(bits.values()).items())),
+        "rows": rows,
+        "sets": expected["sets"] if expected else [],
+        "expected": shares,
+        "measured": expected.get("measured", {}) if expected else {},
+    }
+
+
+def scheme_label(recipe: Mapping[str, Any]) -> str:
+    """`W4A16`, or the name of a float grid, as model cards name a scheme."""
+    if recipe.get("data_type", "int") != "int":
+        return str(recipe["data_type"]).upper()
+    bits = recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
+    return f"W{bits}A{min(int(recipe.get('act_bits', 16)), 16)}"
+
+
+def number_label(recipe: Mapping[str, Any]) -> str:
+    """`INT4`, `FP8`: what a weight is stored as."""
+    return (
+        scheme_label(recipe)
+        if recipe.get("data_type", "int") != "int"
+        else f"INT{recipe.get('target_bits') or recipe.get('bits', 4)}"
+    )
+
+
+def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Store what `verify` found: engine, version, status, reason, layers, planned, gap. The newest verdict of an engine
+    counts; one that did not run takes no other's place."""
+    kept = {row["engine"]: row for row in _verdicts(folder / VERDICTS)}
+    for verdict in verdicts:
+        if verdict["status"] != "not run" or verdict["engine"] not in kept:
+            kept[verdict["engine"]] = {key: _finite(verdict.get(key)) for key in VERDICT}
+    put(folder / VERDICTS, _dumped({"verdicts": list(kept.values())}))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
+    """Add an evaluation to the folder's own record; it takes the place of an older one of the same question."""
+    path = folder / EVALUATION
+    old = _json(path)["evaluations"] if path.is_file() else []
+    key = ("reference", "baseline", "dataset", "limit", "language", "tasks")
+    kept = [each for each in old if any(each.get(name) != record.get(name) for name in key)]
+    put(path, _dumped({"evaluations": [*kept, record]}))
+
+
+def evaluation(folder: Path) -> dict[str, Any] | None:
+    """All evaluations of a folder as one: for the same figure the newest one counts."""
+    if not (folder / EVALUATION).is_file():
+        return None
+    scores: dict[tuple[str, str, str], dict[str, Any]] = {}
+    found: dict[str, Any] = {}
+    for record in _json(folder / EVALUATION)["evaluations"]:
+        scores |= {(score["benchmark"], score["split"], score["metric"]): score for score in record["scores"]}
+        facts = {key: value for key, value in record.items() if key not in ("scores", "figures", "samples")}
+        found |= {key: record[key] for key in ("figures", "samples") if record.get(key)} | facts
+        if record.get("figures"):
+            found["measured_on"] = record["dataset"]
+    return found | {"scores": list(scores.values())}
+
+
+def write(folder: Path) -> Path:
+    """`report.json` and `report.html` of a run, into its folder; returns the page."""
+    report = collect(folder)
+    put(folder / "report.json", _dumped(report))
+    page = folder / "report.html"
+    put(page, environment().get_template("report.html").render(view(report), charts=charts))
+    return page
+
+
+def compare(folders: Sequence[Path], page: Path) -> Path:
+    """One page on several runs side by side, as A, B, ..; returns its path."""
+    reports = [collect(folder) for folder in folders]
+    names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(folders))]
+    template = environment().get_template("compare.html")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    runs = list(zip(letters, names, reports))
+    text = template.render(
+        runs=runs, letters=letters, rows=_compared(reports), stages=_lines(letters, reports), charts=charts
+    )
+    put(page, text)
+    return page
+
+
+def environment() -> Environment:
+    """The templates of this room, with their filters."""
+    made = Environment(
+        loader=PackageLoader("auto_mmround.report", "pages"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)} | {"zip": zip}
+    return made
+
+
+def view(report: dict[str, Any]) -> dict[str, Any]:
+    """What the templates need beside the report itself."""
+    evaluated = report["evaluation"] or {}
+    return {
+        "report": report,
+        "stages": _tuned(report["blocks"]),
+        "labels": [_axis_label(block, len(report["plan"]["stages"])) for block in report["blocks"]],
+        "figures": evaluated.get("figures", {}),
+        "scores": evaluated.get("scores", []),
+        "samples": evaluated.get("samples", []),
+        "roles": [role for role in ("reference", "baseline", "quantized") if role in _roles(evaluated)],
+        "width": evaluated.get("reference_dtype") or "reference",
+    }
+
+
+def _roles(evaluated: Mapping[str, Any]) -> set[str]:
+    scored = {
+        role for score in evaluated.get("scores", []) for role in ("reference", "baseline") if score[role] is not None
+    }
+    answered = {role for sample in evaluated.get("samples", []) for role in sample["answers"]}
+    return {"quantized", *scored, *answered, *evaluated.get("figures", {})}
+
+
+def _axis_label(block: Mapping[str, Any], stages: int) -> str:
+    number = short_name(block["name"])
+    return f"{block['stage']} {number}" if stages > 1 else number
+
+
+def short_name(block: str) -> str:
+    """A block's number in its list, for axes; another name stays whole."""
+    head, _, number = block.rpartition(".")
+    return number if head and number.isdigit() else block
+
+
+def _chosen(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that differ from the defaults."""
+    usual = asdict(Recipe())
+    return {key: value for key, value in recipe.items() if key not in usual or usual[key] != value}
+
+
+def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Reason -> how many weights, and their names with a star for block numbers."""
+    found: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        found.setdefault(reason, []).append(".".join("*" if part.isdigit() else part for part in name.split(".")))
+    return [
+        {"reason": reason, "count": len(names), "names": list(dict.fromkeys(names))} for reason, names in found.items()
+    ]
+
+
+def _sizes(folder: Path, model: str) -> dict[str, Any]:
+    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the source."""
+    packed = plain = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            size_ = entry["data_offsets"][1] - entry["data_offsets"][0]
+            scales = name.rpartition(".")[2] in SCALES
+            packed += size_ if scales or entry["dtype"] not in PLAIN else 0
+            plain += 0 if scales or entry["dtype"] not in PLAIN else size_
+    weights = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
+    try:
+        source = find_folder(model, offline=True)
+        before = sum(path.stat().st_size for path in weight_files(source)) or None
+    except UserError:
+        before = None
+    return {"weights": weights, "packed": packed, "plain": plain, "source": before}
+
+
+def _verdicts(path: Path) -> list[dict[str, Any]]:
+    """What `verify` found, a row an engine."""
+    if not path.is_file():
+        return []
+    return [{key: row.get(key) for key in VERDICT} for row in _json(path)["verdicts"]]
+
+
+def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:
+    """(title, a value a run, kind) of every line of the comparison; lines that no run has are left out."""
+    rows: list[tuple[str, list[Any], str]] = [
+        ("model", [report["model"] for report in reports], "text"),
+        ("scheme", [report["scheme"] for report in reports], "text"),
+        ("group size", [report["recipe"].get("group_size") for report in reports], "text"),
+        ("algorithm", [_algorithm(report["recipe"]) for report in reports], "text"),
+        ("bits a weight", [report["plan"]["bits_per_weight"] for report in reports], "figure"),
+        ("size of the weights", [report["sizes"]["weights"] for report in reports], "size"),
+        ("time", [report["seconds"] for report in reports], "duration"),
+        ("peak memory, GB", [report["peak_gb"] for report in reports], "figure"),
+    ]
+    figures = [((report["evaluation"] or {}).get("figures") or {}).get("quantized", {}) for report in reports]
+    rows += [
+        (f"KL, {modality}", [each.get("kl", {}).get(modality) for each in figures], "figure")
+        for modality in dict.fromkeys(name for each in figures for name in each.get("kl", {}))
+    ]
+    found = [{_label(s): s for s in (report["evaluation"] or {}).get("scores", [])} for report in reports]
+    for label in dict.fromkeys(label for each in found for label in each):
+        rows.append((label, [each.get(label, {}).get("quantized") for each in found], "figure"))
+        left = [each.get(label, {}).get("recovery") for each in found]
+        rows.append(("recovery, %", left, "recovery"))
+    return [row for row in rows if any(value is not None for value in row[1])]
+
+
+def _algorithm(recipe: Mapping[str, Any]) -> str:
+    return "rtn" if recipe.get("iters") == 0 else str(recipe.get("algorithm"))
+
+
+def _label(score: Mapping[str, Any]) -> str:
+    return f"{score['benchmark']} {score['split']} ({score['metric']})".replace("  ", " ")
+
+
+def _lines(letters: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stage -> the end error of each of its blocks in every run that tuned it with equally many blocks."""
+    found: dict[str, dict[str, Any]] = {}
+    for i, report in enumerate(reports):
+        for stage, blocks in _tuned(report["blocks"]).items():
+            names = [short_name(block["name"]) for block in blocks]
+            entry = found.setdefault(stage, {"labels": names, "series": {}})
+            if len(entry["labels"]) == len(names):
+                entry["series"][letters[i]] = (i, [block["end"] for block in blocks])
+    return found
+
+
+def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Stage -> its blocks that have an error."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for block in blocks:
+        if _measured(block):
+            found.setdefault(block["stage"], []).append(block)
+    return found
+
+
+def size(count: float | None) -> str:
+    """Bytes as people read them."""
+    if count is None:
+        return "–"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def percent(value: float | None, places: int = 2) -> str:
+    """A figure that is in percent already."""
+    return "–" if value is None else f"{value:.{places}f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people read them."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    return found
+
+
+def _dumped(value: Any) -> str:
+    return strict.dumps(value, indent=1) + "\n"
+
+
+def put(path: Path, text: str) -> None:
+    """At once or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,52 @@
+"""What the sign steps of a block are given."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_mmround.model.chains import Chain
+from auto_mmround.numerics.tuner import TuneConfig
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.loss_weights import ErrorWeights
+
+
+def forward_of(
+    student: Chain,
+    blocks: Sequence[nn.Module],
+    first: int,
+    target: Chain,
+    loss_weights: ErrorWeights,
+    places: Mapping[int, int],
+) -> Callable[[Sequence[int]], Any]:
+    """The student's outputs behind ``blocks``, the teacher's, and what errors weigh, for the samples asked for.
+
+    places: number of a sample in the run -> its place in the chain; those of other processes are missing."""
+
+    def forward(indices: Sequence[int]) -> Any:
+        for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
+            hidden = [target.hidden[i] for i in group]
+            wanted = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+            # In the shape of what the blocks read: a query that all windows of a sound share broadcasts.
+            batch, *rest = student.hidden[group[0]].shape[:-1]
+            weights = loss_weights.of(group, (len(group) * batch, *rest))
+            yield output, wanted.to(output.device), weights.to(output.device)
+
+    return forward
+
+
+def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:
+    """How a block is tuned. batch_size: a divisor of the recipe's; steps see the same samples, in more parts."""
+    factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
+    return TuneConfig(
+        iters=recipe.steps,
+        lr=recipe.learning_rate,
+        factor_lr=factor_lr,
+        batch_size=batch_size,
+        accumulate=accumulate * (recipe.batch // batch_size),
+        keep_best=not recipe.not_use_best_mse,
+        trim=recipe.trim,
+        patience=recipe.dynamic_max_gap,
+        seed=recipe.seed + first,
+    )

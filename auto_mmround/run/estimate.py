@@ -1,0 +1,365 @@
+"""What a run will take: minutes, memory, disk; from a few seconds of its own work on this machine.
+
+One block of each kind is run, measured, solved and tuned as the run would do it, on few samples; all the rest is
+counting how often. The model is left as it was.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from auto_mmround.checkpoint.folder import is_side_file
+from auto_mmround.errors import UserError
+from auto_mmround.model import devices
+from auto_mmround.model.chains import Chain, map_tensors
+from auto_mmround.model.experts import separated
+from auto_mmround.model.fisher import Fisher
+from auto_mmround.model.pairs import shape_signature
+from auto_mmround.model.stored import stored_tensors
+from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.start import closed_forms
+from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
+from auto_mmround.run.job import Job
+from auto_mmround.run.journal import checksum, codes_record
+from auto_mmround.run.leaves import leaves_of, rounded
+from auto_mmround.run.loss_weights import accumulated, tower_tokens
+from auto_mmround.run.out_of_memory import phase
+from auto_mmround.run.session import Session, Window
+
+BUDGET = 20.0  # seconds that measuring may take, about
+SHARE = 0.9  # of what is free that a run may plan to use
+TRIAL = 2**25  # bytes written and read to see how fast the disk is
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds by part of the run. memory, free_memory: bytes at the peak, and bytes that this process can have; of the
+    device, where that has memory of its own. sizes: bytes of each folder that will be written, by format."""
+
+    seconds: Mapping[str, float]
+    memory: int
+    free_memory: int
+    sizes: Mapping[str, int]
+    free_disk: int
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory and disk suffice."""
+        return self.memory <= self.free_memory and sum(self.sizes.values()) <= self.free_disk
+
+
+@dataclass
+class BlockCost:
+    """Seconds of one block: a sample through it, the same while moments are added up, a step, what comes once."""
+
+    forward: float = 0.0
+    moments: float = 0.0
+    step: float = 0.0
+    once: float = 0.0
+
+    def seconds(self, passes: int, samples: float, measured: float, steps: int) -> float:
+        """passes: over all samples. measured: samples run to measure held-out errors, all times together."""
+        return (
+            passes * samples * self.forward
+            + samples * self.moments
+            + measured * self.forward
+            + (steps * self.step + self.once)
+        )
+
+
+@dataclass
+class _Probe:
+    """A session that is timed. deadline: of the clock, for what can be left out."""
+
+    session: Session
+    deadline: float
+    clock: Callable[[], float]
+    known: dict[Any, BlockCost] = field(default_factory=dict)
+
+    def timed(self, work: Callable[[], Any], least: float = 0.3) -> float:
+        """Seconds of ``work``: the median of as many runs as fit in ``least`` seconds, at least one."""
+        found: list[float] = []
+        device = self.session.device
+        while not found or (sum(found) < least and len(found) < 9):
+            started = self.clock()
+            work()
+            devices.traits(device).synchronize(device)
+            found.append(self.clock() - started)
+        return statistics.median(found)
+
+    def capture(self, only: Sequence[int]) -> tuple[dict[str, Chain], float, float]:
+        """Chains of some samples; seconds a sample, and of what is done once (the proof that a replay is the model)."""
+        marks = [self.clock()]
+        chains = self.session.of(only).record(
+            self.session.plan.stages, lambda done, total: marks.append(self.clock()), "planning"
+        )
+        each = [after - before for before, after in pairwise(marks)]
+        usual = statistics.median(each[1:]) if len(each) > 1 else each[0] / 4
+        return chains, usual, max(0.0, sum(each) - usual * len(each))
+
+    def fisher(self) -> float:
+        """Seconds of the Fisher information, from one sample and then two."""
+        wanted = len(self.session.inputs)
+        at = wanted // 2
+
+        def run(samples: Sequence[int]) -> Fisher:
+            return self.session.of(samples).fisher(self.session.plan.quantized)
+
+        one = self.timed(lambda: run([at]), 0.0)
+        if wanted == 1 or self.clock() + 2 * one > self.deadline:
+            return one * wanted
+        two = self.timed(lambda: run([at, at]), 0.0)
+        return one + (wanted - 1) * max(two - one, one / 4)
+
+    def costs(self, chain: Chain) -> list[BlockCost]:
+        """The cost of every block of a chain's stage: one of each kind is measured, the others cost the same.
+
+        Samples go from block to block only where blocks leave something for later ones; else all are given the first
+        one's hidden states, which cost the same.
+        """
+        handed_on = any(chain.shared)
+        kinds = [self._kind(chain, name) for name in chain.stage.blocks]
+
+        def visit(chain: Chain, window: Window) -> Chain:
+            kind = kinds[window.first]
+            if kind not in self.known:
+                self.known[kind] = self._measure(chain, window)
+            return chain.advanced(window.blocks, window.first, self.session.recipe.batch) if handed_on else chain
+
+        def skip(name: str) -> bool:
+            return not handed_on and self._kind(chain, name) in self.known
+
+        self.session.push(chain, visit, skip)
+        return [self.known[kind] for kind in kinds]
+
+    def _kind(self, chain: Chain, name: str) -> Any:
+        return chain.stage.path, shape_signature(self.session.model.get_submodule(name))
+
+    def _measure(self, chain: Chain, window: Window) -> BlockCost:
+        session, recipe, count = self.session, self.session.recipe, len(chain)
+        planned = [weight for name in window.names for weight in session.plan.of_block(name)]
+        run = partial(chain.advanced, window.blocks, window.first, recipe.batch)
+        target = run()  # the first time is not the usual one
+        cost = BlockCost(self.timed(run) / count)
+        moments: dict[str, Moments] = {}
+        if recipe.closed_form:
+            started = self.clock()
+            moments = session.moments(chain, window, [weight.name for weight in planned], None, recipe.batch)
+            cost.moments = (self.clock() - started) / count
+        started = self.clock()
+        leaves = leaves_of(session.model, planned)
+        with rounded(leaves, keep=False):
+            if recipe.closed_form:
+                plain = replace(session.solving, retarget=False)
+                closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, plain)
+            cost.once = self.clock() - started
+            if recipe.steps:
+                cost.step = self._step(chain, window, leaves, target, cost.forward * count)
+        return cost
+
+    def _step(
+        self, chain: Chain, window: Window, leaves: Mapping[str, TunedWeight], target: Chain, all_: float
+    ) -> float:
+        """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that it takes."""
+        recipe = self.session.recipe
+        accumulate = accumulated(recipe, tower_tokens(chain) // len(chain))
+        config = TuneConfig(2, 0.001, 0.001, recipe.batch, accumulate, checks=1)
+
+        def forward(indices: Sequence[int]) -> Any:
+            for group, output in chain.forward(window.blocks, window.first, indices):
+                wanted = torch.cat([target.hidden[i] for i in group]).to(output.device)
+                yield output, wanted, torch.ones_like(wanted[..., :1])
+
+        took = self.timed(lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0)
+        drawn = min(recipe.batch * accumulate, len(chain))
+        wanted = min(recipe.batch * accumulate, len(self.session.inputs))
+        return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
+
+
+def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time.perf_counter) -> Estimate:
+    """Measure for about ``budget`` seconds, then count. Nothing of the model changes.
+
+    clock: what seconds are; `time.process_time` leaves out what other work on the machine takes.
+    """
+    place = job.loaded.model.device
+    traits = devices.traits(place)
+    sizes, writing = _writing(job, clock)
+    seconds: dict[str, float] = {}
+    states = 0
+    with _high_water(place) as peak:
+        if job.recipe.calibrates:
+            session = Session(job.loaded.model, job.recipe, job.plan, job.inputs, holder=job.loaded.holder)
+            with phase("planning", "lower --batch_size or --seqlen, or use a larger machine"):
+                seconds, states = _calibrated(_Probe(session, clock() + budget, clock), budget)
+    memory = peak() + states
+    own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
+    found = Estimate(
+        seconds=seconds | {"writing": writing},
+        memory=memory,
+        free_memory=int(SHARE * (traits.free(place) + own)),
+        sizes=sizes,
+        free_disk=int(SHARE * shutil.disk_usage(_standing(Path(job.recipe.output_dir))).free),
+    )
+    return replace(found, advice=tuple(_advice(job, found, states)))
+
+
+def check_disk(job: Job) -> None:
+    """Raises UserError before any work is done if the folders that a run writes can't fit on their disk."""
+    where = _standing(Path(job.recipe.output_dir))
+    wanted, free = sum(_sizes(job).values()), shutil.disk_usage(where).free
+    if wanted > free:
+        raise UserError(
+            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free there; name another folder or fewer formats"
+        )
+
+
+def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
+    """Seconds by part, and bytes of the hidden states that a run keeps."""
+    recipe, stages = probe.session.recipe, probe.session.plan.stages
+    lengths = [len(kinds.text_T) for kinds in probe.session.kinds]
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
+    most = min(len(lengths), 8, recipe.batch * recipe.gradient_accumulate_steps)
+    count = max(1, min(most, int(budget / 8 / max(each, 1e-3))))
+    chosen = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
+    chains, each, once = probe.capture(chosen)
+    samples = sum(lengths) / (sum(lengths[i] for i in chosen) / count)  # of the average length of those chosen
+    captures = len(stages) if recipe.enable_quanted_input else 1
+    seconds = {"capture": captures * (each * samples + once)}
+    if recipe.fisher and recipe.closed_form:
+        with torch.no_grad():
+            seconds["Fisher information"] = probe.fisher()
+    states = 0
+    for stage in stages:
+        if stage.path not in chains:
+            raise UserError(f"{stage.path}: no estimate, none of the samples tried reaches this stage")
+        chain = chains[stage.path]
+        entries = len(chain) / count * samples
+        held = len(held_out_split(round(entries))[1])
+        looks = 1 + recipe.closed_form + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
+        passes = 1 + recipe.enable_quanted_input
+        costs = probe.costs(chain)
+        seconds[f"{stage.name} blocks"] = sum(
+            cost.seconds(passes, entries, looks * held, recipe.steps) for cost in costs
+        )
+        states += round(_bytes_kept(chain, 2 * passes) / count * samples)
+    return seconds, states
+
+
+def _bytes_kept(chain: Chain, copies: int) -> int:
+    """Hidden states in as many copies as teacher, target and student make, and once what blocks are called with."""
+    hidden = sum(tensor.nbytes for tensor in chain.hidden)
+    seen: dict[int, int] = {}
+    for call in (call for calls in chain.calls for call in calls):
+        map_tensors((call.args, call.kwargs), lambda tensor: seen.update({tensor.data_ptr(): tensor.nbytes}))
+    return (1 + copies) * hidden + sum(seen.values())
+
+
+@contextmanager
+def _high_water(place: torch.device) -> Iterator[Callable[[], int]]:
+    """Gives a function for the most bytes in use since then, of this process or of its device.
+
+    Linux forgets the old peak when it is asked to; elsewhere it stays, so that the figure may be too high.
+    """
+    measured = devices.traits(place).peak
+    if measured:
+        yield partial(measured, place)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield _peak
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return 1000 * kilobytes[0] if kilobytes else int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
+
+
+# ------------------------------------------------------------------------------------------------------------- disk
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    """Bytes of every folder that the run writes."""
+    source, plan = job.loaded.source, job.plan
+    state = {tensor.data_ptr(): tensor for tensor in job.loaded.model.state_dict().values()}
+    whole = sum(tensor.nbytes for tensor in state.values())
+    side = 0
+    if source is not None:
+        whole = stored_tensors(source).nbytes()
+        side = sum(path.stat().st_size for path in source.rglob("*") if is_side_file(path, source))
+    count = sum(tensor.numel() for tensor in state.values())
+    quantized = sum(w.out_features * w.in_features for w in plan.weights if w.scheme)
+    rest = whole * (1 - quantized / max(count, 1)) + side
+    packed = quantized * plan.bits_per_weight() / 8
+    return {fmt.name: round(rest + packed if fmt.parts else whole + side) for fmt in plan.formats}
+
+
+def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], float]:
+    """Sizes, and seconds to pack and write them: by the rates of one weight and of one small file."""
+    sizes = _sizes(job)
+    planned = [weight for weight in job.plan.weights if weight.scheme]
+    weight = min(planned, key=lambda w: w.out_features * w.in_features)
+    block = [weight.block or ""]
+    with job.loaded.holder.resident(block), separated(job.loaded.model, blocks=block):
+        (leaf,) = leaves_of(job.loaded.model, [weight]).values()
+        codes = leaf.rounding.codes()
+    started = clock()
+    codes_record(codes)
+    for fmt in job.plan.formats:
+        if not fmt.write:
+            fmt.pack(weight.name, codes)
+    each = (clock() - started) / codes.q_OI.numel()
+    blob = torch.zeros(TRIAL, dtype=torch.uint8)
+    started = clock()
+    checksum(blob)
+    with tempfile.NamedTemporaryFile(dir=_standing(Path(job.recipe.output_dir))) as file:
+        file.write(blob.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    rate = TRIAL / (clock() - started)
+    elements = sum(w.out_features * w.in_features for w in planned)
+    return sizes, each * elements + sum(sizes.values()) / rate
+
+
+def _standing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+# ----------------------------------------------------------------------------------------------------------- advice
+
+
+def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
+    """Flags that make the run fit, the most useful first."""
+    disk = sum(found.sizes.values())
+    if disk > found.free_disk:
+        yield f"--output_dir on a disk with {disk / 1e9:.1f} GB free, or fewer formats"
+    over = found.memory - found.free_memory
+    if over <= 0:
+        return
+    recipe = job.recipe
+    if recipe.calibrates and 0.9 * states > over:
+        yield f"--nsamples {max(8, int(recipe.nsamples * (1 - over / (0.9 * states))))}"
+    if job.loaded.model.device.type != "cpu" and not recipe.low_gpu_mem_usage and states > over:
+        yield "--low_gpu_mem_usage"
+    if recipe.calibrates and recipe.batch > 1:
+        yield f"--batch_size 1 --gradient_accumulate_steps {recipe.batch * recipe.gradient_accumulate_steps}"
+    if recipe.calibrates:
+        yield "--algorithm rtn, which needs no calibration"

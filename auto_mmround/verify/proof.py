@@ -1,0 +1,276 @@
+"""Is a checkpoint that was just written what was tuned? Its files, and the model that they fill, a block at a time.
+
+`prove` is handed to `run.job.run` and `run.job.save`, which mark a folder that it finds wrong.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
+from transformers.pytorch_utils import Conv1D
+
+from auto_mmround.checkpoint.reading import CONTRADICTIONS
+from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
+from auto_mmround.errors import UserError
+from auto_mmround.export.formats import Format
+from auto_mmround.model.experts import SINGLE, restack, stacking
+from auto_mmround.model.loading import NONSENSE, renamed_keys
+from auto_mmround.model.streaming import no_progress_bar
+from auto_mmround.numerics.grids import dequantize
+from auto_mmround.run.given import OF_THE_FILE, head_is_tied
+from auto_mmround.run.output import Result
+from auto_mmround.strict import tagged
+from auto_mmround.untrusted import one_line
+from auto_mmround.verify.static import run_checks, several
+
+GROUP = 2**28  # bytes of what lies in no block that are read together
+
+Read = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
+    """What is wrong with a folder, a line each: what `static` finds, then what a reload makes of it.
+
+    result: what the folder was made of. Memory: about a block of the model.
+    """
+    subject = read_subject(folder, remote_code=result.recipe.trust_remote_code)
+    found = [finding for finding in run_checks(subject) if finding.severity == "error"]
+    if not found:
+        try:
+            found = list(_reload(subject, fmt, result))
+        except (UserError, OSError, *CONTRADICTIONS) as error:
+            found = [Finding("error", "the reload", one_line(str(error))[:400])]
+    return [finding.line().removeprefix("error: ") for finding in found]
+
+
+def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
+    """The class of the model, filled by Transformers' own reader, has every parameter, and each is what was tuned."""
+    model = _empty(subject.folder, result.names.model)
+    given = result.names.model
+    tied = head_is_tied(given) if result.names.given else None
+    meant = given.config.to_dict() | ({} if tied is None else {"tie_word_embeddings": tied})
+    changed = list(_differences(meant, model.config.to_dict()))
+    if changed:
+        yield Finding("error", f"config.json: {changed[0]}", "is not that of the model" + several(changed))
+    decoder = Streamed(subject, model.dtype) if subject.whole else Decoder(subject, model.dtype)
+    filled = Filled(model, decoder, [block for stage in result.plan.stages for block in stage.blocks])
+    expected = Expected(fmt, result)
+    differing = []
+    for names in filled.groups(decoder.read):
+        parameters = dict(model.state_dict(keep_vars=True))
+        differing += [name for name in names if not expected.holds(name, parameters[name])]
+    for text, some in (
+        ("the model has it, no tensor fills it", filled.missing()),
+        ("is no parameter of the model", filled.unknown(result.names.unread)),
+        ("has another shape in the model", sorted(filled.mismatched)),
+        ("reloaded, it is not what was tuned", differing),
+    ):
+        if some:
+            yield Finding("error", some[0], text + several(some))
+
+
+def _empty(folder: Path, made: PreTrainedModel) -> PreTrainedModel:
+    """A model of the folder's configuration without weights; of the classes that are in memory, so no code runs."""
+    try:
+        config = type(made.config).from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = type(made)(config)
+    except NONSENSE as error:
+        raise UserError(f"no model can be built from its config.json: {one_line(str(error))[:300]}") from None
+    return model.to(made.dtype)  # type: ignore[arg-type]
+
+
+def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Keys of a configuration that are read back with another value, but for what a loader writes down about itself."""
+    for key, value in made.items():
+        if str(key).startswith("_") or key in OF_THE_FILE:
+            continue
+        if isinstance(value, Mapping) and isinstance(read.get(key), Mapping):
+            yield from _differences(value, read[key], f"{path}{key}.")
+        elif tagged(read.get(key)) != tagged(value):
+            yield f"{path}{key}"
+
+
+class Decoder(Mapping[str, bool]):
+    """The tensors of a checkpoint with packed weights decoded to ``dtype``: key -> whether it was packed."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype):
+        self._subject, self._dtype = subject, dtype
+        self._packed = {f"{module}.weight": module for module in subject.packed}
+        self._keys = {**dict.fromkeys(subject.plain(), False), **dict.fromkeys(self._packed, True)}
+
+    def __getitem__(self, key: str) -> bool:
+        return self._keys[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors; packed weights (out, in). Raises what unpacking raises for one that contradicts its scheme."""
+        s = self._subject
+        assert s.fmt is not None or not self._packed
+        parts = {key: list(s.parts(self._packed[key])) for key in keys if self[key]}
+        names = [key for key in keys if not self[key]] + [name for part in parts.values() for name in part]
+        found = dict(s.read(names))  # every file is opened once
+        for key, part in parts.items():
+            module, own = self._packed[key], {name: found.pop(name) for name in part}
+            codes = s.fmt.unpack(module, own, s.schemes[module])  # type: ignore[union-attr]
+            found[key] = dequantize(codes, self._dtype)
+        return found
+
+
+class Streamed(Decoder):
+    """The same of files of another kind, which their format reads in its own order, with keys as the run wrote them."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype):
+        super().__init__(subject, dtype)
+        assert subject.fmt is not None and subject.fmt.read is not None
+        self._stream, self._held = subject.fmt.read(subject.folder, dtype), dict[str, Tensor]()
+        packed = {f"{module}.weight": True for module in subject.journal.get("codes") or ()}
+        self._keys = {**dict.fromkeys(subject.journal.get("tensors") or (), False), **packed}
+
+    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors; what comes before them in the files waits in memory."""
+        while absent := next((key for key in keys if key not in self._held), None):
+            key, tensor = next(self._stream, (None, None))
+            if key is None or tensor is None:
+                raise UserError(f"{absent} is not in the files")
+            self._held[key] = tensor
+        return {key: self._held.pop(key) for key in keys}
+
+
+class Filled:
+    """A model without weights that is filled group by group, as Transformers fills it; nothing stays in memory.
+
+    keys: of the checkpoint -> whether the weight was packed, (out, in). blocks: names of modules, each one group.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: Mapping[str, bool], blocks: Collection[str]):
+        self._model, self._keys, self._blocks = model, keys, set(blocks)
+        self._name = {key: name for key, name, _ in renamed_keys(model, sorted(keys))}
+        self._own = dict(model.state_dict(keep_vars=True))
+        self._same = {name: id(tensor) for name, tensor in self._own.items()}  # tied modules share theirs
+        self._turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        self._stacks = stacking(model, keys) if any(keys.values()) else {}
+        self._missing, self._unknown = set(self._own), set[str]()
+        self.mismatched: set[str] = set()
+        self._loading = LoadStateDictConfig(dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model))  # type: ignore[arg-type]
+
+    def groups(self, read: Read) -> Iterator[list[str]]:
+        """The names of the parameters that hold their values until the next group comes."""
+        for keys in self._grouped():
+            state = restack(self._model, read(keys), self._stacks)
+            for key in state:
+                if self._keys.get(key) and self._name[key] in self._turned:
+                    state[key] = state[key].t().contiguous()
+            with no_progress_bar():
+                info, _ = convert_and_load_state_dict_in_model(self._model, state, self._loading)
+            self._missing &= info.missing_keys
+            self._unknown |= info.unexpected_keys
+            self.mismatched |= {key for key, *_ in info.mismatched_keys}
+            filled = sorted(self._own.keys() - info.missing_keys - self.mismatched)
+            yield filled
+            for name in filled:
+                self._empty(name)
+
+    def missing(self) -> list[str]:
+        """Parameters that no tensor has filled, nor filled what they are tied to."""
+        return sorted(self._adjusted().missing_keys)
+
+    def unknown(self, source: Collection[str]) -> list[str]:
+        """Tensors that are no parameter, in the model's spelling, but for those of the ``source``: what its class does
+        not read there, such as layers that predict further tokens, comes along bit for bit."""
+        carried = {self._name.get(key, key) for key in source}
+        return sorted(self._adjusted().unexpected_keys - carried)
+
+    def _adjusted(self) -> LoadStateDictInfo:
+        """Without what the model's class says is of no account."""
+        there = {self._same[name] for name in self._own.keys() - self._missing}
+        tied = self._model.all_tied_weights_keys
+        partners = {**tied, **{origin: name for name, origin in tied.items()}}
+        missing = {
+            name
+            for name in self._missing
+            if self._same[name] not in there and partners.get(name, name) in self._missing
+        }
+        info = LoadStateDictInfo(missing, set(self._unknown), set(), [], {}, set())  # type: ignore[arg-type]
+        self._model._adjust_missing_and_unexpected_keys(info)
+        return info
+
+    def _grouped(self) -> Iterator[list[str]]:
+        """The keys of each block, then the others by size; those of one parameter stay together."""
+        blocks: dict[str, list[str]] = {}
+        others: dict[str, list[str]] = {}
+        for key, name in self._name.items():
+            parts = name.split(".")
+            block = next((b for i in range(len(parts), 0, -1) if (b := ".".join(parts[:i])) in self._blocks), None)
+            single = SINGLE.fullmatch(key) if name not in self._own else None
+            table, unit = (blocks, block) if block else (others, single[1] if single else name)
+            table.setdefault(unit, []).append(key)
+        yield from blocks.values()
+        group: list[str] = []
+        size = 0
+        for unit, keys in others.items():
+            size += self._own[unit].nbytes if unit in self._own else GROUP
+            group += keys
+            if size >= GROUP:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _empty(self, name: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        table = module._parameters if leaf in module._parameters else module._buffers
+        table[leaf] = self._own[name]  # type: ignore[assignment]
+
+
+class Expected:
+    """What the parameters of a model must be: codes as tuned, all else as the model in memory holds it."""
+
+    def __init__(self, fmt: Format, result: Result):
+        self._codes = result.codes
+        self._same = _alike if fmt.write else _same  # `static` has compared sums of what such formats hold exactly
+        self._memory = result.names.model.state_dict()
+        self._turned = {n for n, module in result.names.model.named_modules() if isinstance(module, Conv1D)}
+        self._experts: dict[str, dict[str, object]] = {}
+        for name, expert in result.names.experts.items():
+            self._experts.setdefault(expert.parameter, {})[name] = expert
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether a parameter has its value, up to a cast between what is stored and what is computed with."""
+        module = name.removesuffix(".weight")
+        if module in self._codes:
+            wanted = dequantize(self._codes[module], value.dtype)
+            return self._same(value, wanted.t() if module in self._turned else wanted.view(value.shape))
+        known = self._memory.get(name)
+        if known is None or not known.is_meta:
+            return known is None or self._same(value, known.cpu())
+        experts = self._experts.get(name, {})
+        return all(
+            self._same(expert.of(value), dequantize(self._codes[each], value.dtype))  # type: ignore[attr-defined]
+            for each, expert in experts.items()
+            if each in self._codes
+        )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """The same tensor, rounded otherwise: not another one, and not another order of its rows."""
+    return one.shape == other.shape and bool((one.float() - other.float()).norm() <= 0.5 * other.float().norm())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal in the dtype of one of them; a NaN equals a NaN, which `static` has judged."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)

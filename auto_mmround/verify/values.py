@@ -1,0 +1,171 @@
+"""Are the numbers in a checkpoint right? Plain tensors and packed ones, each read once.
+
+What is compared with is as much as there is: ranges always; the checksums that a run of ours left in `run.json`; the
+model before quantization, if its folder is given.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_state_dict
+from auto_mmround.checkpoint.subject import Finding, Subject
+from auto_mmround.errors import UserError
+from auto_mmround.model.stored import Reader
+from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.run.journal import checksum, codes_record
+
+# Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
+LEAST_CORRELATION = 0.5
+WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
+# Codes, scales and zero points -> the tensors that may hold them, in any layout.
+HOLDERS = {
+    "q": ("qweight", "weight_packed", "weight"),
+    "scale": ("scales", "weight_scale"),
+    "zero": ("qzeros", "weight_zero_point", "biases"),
+    "input_scale": ("input_scale",),
+}
+
+
+def scheme(s: Subject, module: str) -> Scheme | None:
+    """The scheme of a packed module as the configuration has it; None where that can't be read."""
+    return s.schemes.get(module)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+def check_plain_values(s: Subject) -> Iterator[Finding]:
+    """Plain tensors are finite, and those that the run wrote, or the source has."""
+    with Reader(s.weights()) as originals:
+        yield from _check_plain_values(s, originals)
+
+
+def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
+    written, source = s.journal.get("tensors") or {}, s.originals(originals.stored)
+    for name, tensor in s.read(s.plain()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            yield Finding("error", name, "holds NaN or infinite values")
+        elif name in written:
+            if checksum(tensor) != written[name]:
+                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
+        elif name in source and not _same(tensor, originals.tensor(source[name])):
+            yield Finding(s.hygiene, name, "differs from the source")
+
+
+def check_codes(s: Subject) -> Iterator[Finding]:
+    """Packed weights decode to sound scales and zero points, to just what the run tuned, to the source's likeness."""
+    with Shards() as shards, Reader(s.weights()) as originals:
+        yield from _check_codes(s, shards, originals)
+
+
+def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Finding]:
+    source = s.originals(originals.stored)
+    for module in sorted(s.packed):
+        wanted = scheme(s, module)
+        if wanted is None or s.fmt is None:
+            continue
+        tensors = {name: shards.tensor(s.folder / part.file, name) for name, part in s.parts(module).items()}
+        try:
+            codes = s.fmt.unpack(module, tensors, wanted)
+        except CONTRADICTIONS as error:
+            yield Finding("error", module, f"can't be decoded: {' '.join(str(error).split())}")
+            continue
+        if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get("desc_act"):
+            text = "reorders the inputs, but quantization_config does not say desc_act: vLLM would ignore it"
+            yield Finding("error", f"{module}.g_idx", text)
+            continue
+        broken = list(_ranges(s, module, codes, tensors))
+        yield from broken or _against_journal(s, module, codes)
+        name = f"{module}.weight"
+        if not broken and name in source:
+            yield from _against_source(name, dequantize(codes), originals.tensor(source[name]).float())
+
+
+def check_decoded(s: Subject) -> Iterator[Finding]:
+    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run wrote."""
+    if not s.whole or s.fmt is None:
+        return
+    rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
+    written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
+    weights = s.weights()
+    source = s.originals(weights)
+    try:
+        for name, tensor in dequantized_state_dict(s.folder, torch.float32):
+            if not bool(torch.isfinite(tensor).all()):
+                yield Finding("error", name, "holds NaN or infinite values")
+            elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
+                yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
+            elif name in rest and not _sums_to(tensor, rest.pop(name)):
+                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
+            elif name in source and tensor.ndim == 2:
+                with Reader(weights) as originals:
+                    yield from _against_source(name, tensor, originals.tensor(source[name]).float())
+    except (UserError, OSError, *CONTRADICTIONS) as error:
+        reason = " ".join(str(error).split())
+        named = WEIGHT_FILE.search(reason)
+        yield Finding("error", named[0] if named else "quantization_config", f"the weights can't be decoded: {reason}")
+        return
+    gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
+    if gone:
+        others = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        yield Finding("error", min(gone), f"is gone according to run.json{others}")
+
+
+def _sums_to(tensor: Tensor, wanted: str) -> bool:
+    """Whether a float32 tensor has that checksum in a dtype that holds it exactly."""
+    casts = [tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    return any(torch.equal(cast.float(), tensor) and checksum(cast) == wanted for cast in casts)
+
+
+def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            yield Finding("error", name, "holds NaN or infinite values")
+    if bool((codes.scale_OG == 0).any()):
+        yield Finding(s.hygiene, _part(tensors, "scale", module), "holds scales of zero")
+    if codes.data_type != "int":
+        return
+    middle, top, where = 2 ** (codes.bits - 1), 2**codes.bits - 1, _part(tensors, "zero", module)
+    if int(codes.zero_OG.max()) > top:
+        yield Finding("error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}")
+    elif codes.sym and bool((codes.zero_OG != middle).any()):
+        other = int(codes.zero_OG[codes.zero_OG != middle][0])
+        yield Finding(
+            "error", where, f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}"
+        )
+    elif not codes.sym and bool((codes.zero_OG == middle).all()) and not s.journal:
+        yield Finding("warning", where, "every zero point is the middle, but the configuration says asymmetric")
+
+
+def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
+    written = (s.journal.get("codes") or {}).get(module)
+    if written is None:
+        return
+    now = codes_record(codes)
+    for key in ("bits", "group_size", "sym"):
+        if now[key] != written[key]:
+            text = f"the configuration gives it {key} = {now[key]}, the run tuned it with {written[key]}"
+            yield Finding("error", f"{module}: quantization_config", text)
+    for key in HOLDERS:
+        if now.get(key) != written.get(key):
+            where = _part(s.parts(module), key, module)
+            yield Finding("error", where, "does not decode to what was tuned (its checksum in run.json differs)")
+
+
+def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Finding]:
+    if decoded.shape != wanted.shape:
+        wanted = wanted.T
+    pair = torch.stack([decoded.flatten(), wanted.flatten()])
+    correlation = float(torch.corrcoef(pair)[0, 1]) if pair.shape[1] > 1 else 1.0
+    if not correlation >= LEAST_CORRELATION:
+        yield Finding("error", name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight")
+
+
+def _part(tensors: Iterable[str], key: str, module: str) -> str:
+    """The tensor of a module that holds what a key of `HOLDERS` stands for; the module where there is none."""
+    return next((f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module)
