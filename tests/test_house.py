@@ -1,6 +1,7 @@
 """Arrows point down: what each room may import of the package."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +95,12 @@ def test_json_is_written_in_one_place():
         if "json.dump" in path.read_text()
     }
     assert found <= excepted
+
+
+def test_the_plan_names_every_file():
+    """In docs/architecture.md: as `room/file`, or in the table of its room as `file`."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"[`/]([a-z_]+)`", text))
+    absent = [m for m, path in files().items() if m.count(".") == 2 and path.name != "__init__.py"]
+    absent = [module for module in absent if module.rpartition(".")[2] not in named]
+    assert not absent
