@@ -69,10 +69,11 @@ def test_others_are_left_alone():
 def test_only_where_the_processor_is_slow(monkeypatch, known, wide):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     cpu = torch.device("cpu")
-    assert isinstance(devices.autocast(cpu, torch.bfloat16, amp=True), Float32Products) == wide
-    assert isinstance(devices.autocast(cpu, torch.bfloat16, amp=False), Float32Products) == wide
-    assert isinstance(devices.autocast(cpu, torch.float32, amp=True), nullcontext) == wide
-    assert not isinstance(devices.autocast(torch.device("cuda"), torch.bfloat16, amp=True), Float32Products)
+    assert isinstance(devices.products(cpu, torch.bfloat16), Float32Products) == wide
+    assert isinstance(devices.products(torch.device("cuda"), torch.bfloat16), nullcontext)
+    for dtype, amp in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        with devices.autocast(cpu, dtype, amp):
+            assert torch.is_autocast_enabled("cpu") == (amp and dtype == torch.float32 and not wide)
 
 
 def test_blocks_that_are_computed_again_are_computed_alike(monkeypatch):

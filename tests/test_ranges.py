@@ -152,8 +152,8 @@ def test_groups_that_become_zeros_are_said(changed, tmp_path, capsys):
 def test_equalizing_out_of_range_is_refused(source, monkeypatch):
     from auto_mmround.run import pipeline
 
-    def overflow(model, *_):
-        model.get_submodule(DOWN).weight.data.mul_(1e8)
+    def overflow(session, *_):
+        session.model.get_submodule(DOWN).weight.data.mul_(1e8)
 
     monkeypatch.setattr(pipeline, "equalize", overflow)
     with pytest.raises(UserError, match=f"{DOWN}: once equalized"):

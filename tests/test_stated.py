@@ -69,7 +69,7 @@ def test_padding_keeps_every_field_of_a_sample():
     sample = ModelInput("a", given, kinds_T, torch.ones(20, dtype=torch.bool), tower_F)
     found = padded(sample, 32)
     assert found.tower_F is tower_F and found.id == "a" and len(found.modality_T) == len(found.answer_T) == 32
-    assert {field.name for field in fields(ModelInput)} == {"id", "kwargs", "modality_T", "answer_T", "tower_F"}
+    assert {field.name for field in fields(ModelInput)} == {"id", "kwargs", "modality_T", "answer_T", "tower_F", "left"}
 
 
 @pytest.mark.parametrize("kind, bits, size", [("fp8", 8, -1), ("nvfp4", 4, 16), ("int", 4, 32)])

@@ -20,6 +20,7 @@ from auto_mmround.run.finished import Finished
 from auto_mmround.run.mixed import choose_bits
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
+from auto_mmround.run.session import Session
 
 PACKAGE = str(Path(auto_mmround.__file__).parent)
 RECIPE = Recipe(bits=2, group_size=16, iters=2, batch_size=4, gradient_accumulate_steps=1, amp=False, fisher=False)
@@ -234,7 +235,7 @@ def test_choosing_bits_that_fails_leaves_the_model():
     recipe = replace(RECIPE, target_bits=3.5, bit_options="2,4", format="auto_round")
 
     def choose(model):
-        choose_bits(model, recipe, make_plan(model, recipe), samples())
+        choose_bits(Session(model, recipe, make_plan(model, recipe), samples()))
 
     where = sensitivity.Trial.damage
     places = places_in(where, lambda: choose(tiny_llama()))

@@ -103,7 +103,7 @@ def test_cross_attention_reads_the_quantized_encoder(monkeypatch):
     """After the encoder's stage the decoder's calls are captured again: they hold what the quantized encoder gives."""
     model, recipe, plan, inputs = tiny()
     seen = []
-    real = pipeline.capture
+    real = session.capture
     monkeypatch.setattr(session, "capture", lambda *args, **more: seen.append(real(*args, **more)) or seen[-1])
     before = model.get_encoder()(inputs[0].kwargs["input_features"]).last_hidden_state
     pipeline.quantize(model, recipe, plan, inputs, Finished())

@@ -186,7 +186,7 @@ class Filled:
         """Parameters that no tensor has filled, nor filled what they are tied to."""
         return sorted(self._adjusted().missing_keys)
 
-    def unknown(self, source: Collection[str]) -> list[str]:
+    def unknown(self, source: Collection[str] = ()) -> list[str]:
         """Tensors that are no parameter, in the model's spelling, but for those of the ``source``: what its class does
         not read there, such as layers that predict further tokens, comes along bit for bit."""
         carried = {self._name.get(key, key) for key in source}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,7 +31,12 @@ DEVICES = 2
 KINDS = ("launch", "wait", "to host", "to device")
 Listener = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)
 SILENCE = ctypes.cast(None, Listener)
-torch.utils.rename_privateuse1_backend(NAME)  # a name alone: torch.device(NAME) can be written
+torch.utils.rename_privateuse1_backend(NAME)  # torch.device(NAME) can be written
+MODULE = types.ModuleType(f"torch.{NAME}")  # what torch asks: no device, until the library is there and shows some
+vars(MODULE).update(
+    is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None
+)  # fmt: skip
+torch._register_device_module(NAME, MODULE)
 
 
 def compiler() -> str | None:
@@ -74,7 +79,7 @@ def library() -> ctypes.CDLL:
     made.accel_seed.argtypes = [ctypes.c_uint64]
     made.accel_listen.argtypes = [Listener]
     made.accel_register()
-    torch._register_device_module(NAME, _module(made))
+    vars(MODULE).update(_answers(made))
     torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=False)
     return made
 
@@ -86,10 +91,9 @@ def _index(device: object) -> int:
     return library().accel_current() if found is None else found
 
 
-def _module(made: ctypes.CDLL) -> types.ModuleType:
-    """`torch.accel`, as far as torch asks for it."""
-    module = types.ModuleType(f"torch.{NAME}")
-    vars(module).update(
+def _answers(made: ctypes.CDLL) -> dict[str, Callable[..., object]]:
+    """The functions of `torch.accel`, as far as torch asks for them."""
+    return dict(
         is_available=lambda: made.accel_shown() > 0,
         is_initialized=lambda: True,
         _lazy_init=lambda: None,
@@ -102,7 +106,6 @@ def _module(made: ctypes.CDLL) -> types.ModuleType:
         set_rng_state=lambda state, device=None: torch.ops.accel.set_random_state(_index(device), state),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     )
-    return module
 
 
 @dataclass(frozen=True)
