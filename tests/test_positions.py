@@ -26,6 +26,8 @@ LIMITS = {
     "BertLMHeadModel": (SMALL | {"max_position_embeddings": 64, "is_decoder": True}, 64),
     "WhisperForConditionalGeneration": (HALVES | {"d_model": 32, "vocab_size": 96, "max_target_positions": 64,
         "max_source_positions": 64, "pad_token_id": 0, "decoder_start_token_id": 1}, 64),
+    "CTRLLMHeadModel": (OLD | {"dff": 32}, 64),
+    "MptForCausalLM": ({"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 96, "max_seq_len": 64}, 64),
     "BloomForCausalLM": ({"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 96}, None),
     "T5ForConditionalGeneration": ({"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 16,
         "vocab_size": 96, "n_positions": 64}, None),

@@ -13,6 +13,9 @@ CONFIG_KEYS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_sequence_length", "max_seq_len",
     "seq_length",
 )  # fmt: skip
+# Types that make their bias anew for as many positions as the configuration says, and hold no table.
+COMPUTED = {"mpt": "max_seq_len"}
+SINES = ("positions", "pos_encoding")  # how the names of tables of sines end
 OFFSETS = 8  # entries that a table may have beyond its positions, for padding
 
 
@@ -23,6 +26,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
     configuration says. Some keep their first entries for padding (OPT, RoBERTa).
     """
     config = model.config.get_text_config(decoder=True)
+    if config.model_type in COMPUTED:
+        return int(getattr(config, COMPUTED[config.model_type]))
     stated = {value for key in CONFIG_KEYS if isinstance(value := getattr(config, key, None), int) and value > 1}
     limits = [
         limit
@@ -47,8 +52,8 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
             padding = -1 if module.padding_idx is None else module.padding_idx
             yield module.num_embeddings, int(getattr(module, "offset", padding + 1))
         for name, buffer in module.named_buffers(recurse=False):
-            # Tables of sines (GPT-J), and masks as long as they are wide (GPT-Neo).
-            if (buffer.ndim == 2 and name.endswith("positions")) or buffer.ndim == 4:
+            # Tables of sines (GPT-J, CTRL), and masks as long as they are wide (GPT-Neo).
+            if (buffer.ndim == 2 and name.endswith(SINES)) or buffer.ndim == 4:
                 yield buffer.shape[-2], 0
 
 
