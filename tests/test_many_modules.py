@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from auto_mmround.export import checkpoint, formats
+from auto_mmround.checkpoint import reading
+from auto_mmround.export import formats
 from auto_mmround.export.format import Layout
 from auto_mmround.numerics import grids
 from auto_mmround.recipe.patterns import Patterns
@@ -154,7 +155,7 @@ def test_decoding_opens_each_file_once(tmp_path, monkeypatch):
     save_file({key: t.clone() for key, t in tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     opened = []
-    plain = checkpoint._open
-    monkeypatch.setattr(checkpoint, "_open", lambda path: opened.append(path) or plain(path))
-    assert len(dict(checkpoint.dequantized_state_dict(tmp_path))) == len(all_)
+    plain = reading._open
+    monkeypatch.setattr(reading, "_open", lambda path: opened.append(path) or plain(path))
+    assert len(dict(reading.dequantized_state_dict(tmp_path))) == len(all_)
     assert len(opened) == 2  # for the names, and for the tensors

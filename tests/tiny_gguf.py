@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from auto_mmround.checkpoint.folder import write_side_files
+from auto_mmround.checkpoint.folder import write_config, write_side_files
 from auto_mmround.export import formats
 from auto_mmround.export.format import Layout, Whole
 from auto_mmround.export.gguf import tokens as gguf_tokens
@@ -177,5 +177,6 @@ def export(source: Path, out: Path, quantize: bool, fmt: str = "gguf:q4_0", code
     config = json.loads((source / "config.json").read_text())
     write = formats.FORMATS[fmt].write
     assert write is not None
-    write(out, Whole(codes, tensors.items(), config, Layout({}, [], [], str, Scheme(4, 32)), source))
+    whole = Whole(codes, tensors.items(), config, Layout({}, [], [], str, Scheme(4, 32)), source)
+    write_config(out, config, write(out, whole))
     return out

@@ -63,7 +63,7 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
     few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
         logits = model(**kwargs, **few, use_cache=False).logits
-    return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0].dtype))
+    return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0]))
 
 
 def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:

@@ -201,3 +201,7 @@ def shown() -> Iterator[None]:
     finally:
         library().accel_show(0)
         torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+if compiler():  # before the first backward pass of the process, when the autograd engine makes a thread a device
+    library()

@@ -102,7 +102,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(DeviceIndex) const override { tell(WAIT, "synchronize", 0); }
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
   double elapsedTime(void*, void*, DeviceIndex) const override { return 0; }
-  DeviceIndex deviceCount() const noexcept override { return visible; }
+  // Of all there may be: the autograd engine asks once, at the first backward pass of the process.
+  DeviceIndex deviceCount() const noexcept override { return DEVICES; }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
