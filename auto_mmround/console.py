@@ -32,8 +32,8 @@ from auto_mmround.model.families import FAMILIES
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report
-from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
+from auto_mmround.run.estimate import Estimate, check_disk, estimate
 from auto_mmround.run.journal import BlockReport
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher
@@ -115,7 +115,7 @@ def quantize_with_progress(recipe: Recipe) -> int:
         job = prepare_with_progress(recipe, loaded)
         for line in (summary(job.plan), *mixed_lines(job.mixed), *refusals(loaded.model, job.plan)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        planner.check_disk(job)
+        check_disk(job)
         bar = BlockProgress(job.plan, job.recipe)
         with bar.progress:
             folders = jobs.run(job, bar.watcher(), processes, prove)
@@ -211,10 +211,10 @@ def show_plan(recipe: Recipe) -> int:
     if job is None and recipe.needs_samples and recipe.dataset is None:
         console.print("name --dataset for an estimate of time and memory", highlight=False)
         return 0
-    return show_estimate(planner.estimate(job or jobs.prepare(recipe, loaded)))
+    return show_estimate(estimate(job or jobs.prepare(recipe, loaded)))
 
 
-def show_estimate(found: planner.Estimate) -> int:
+def show_estimate(found: Estimate) -> int:
     """Minutes, memory and disk; raises UserError with flags that would help if the run can't fit."""
     parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in found.seconds.items())
     console.print(f"time: {sum(found.seconds.values()) / 60:.1f} minutes after loading ({parts})", highlight=False)
