@@ -4,7 +4,6 @@ Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if ther
 """
 
 import json
-import math
 import os
 import struct
 from collections import Counter
@@ -128,13 +127,8 @@ def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
     kept = {row["engine"]: row for row in _verdicts(folder / VERDICTS)}
     for verdict in verdicts:
         if verdict["status"] != "not run" or verdict["engine"] not in kept:
-            kept[verdict["engine"]] = {key: _finite(verdict.get(key)) for key in VERDICT}
+            kept[verdict["engine"]] = {key: strict.finite(verdict.get(key)) for key in VERDICT}
     put(folder / VERDICTS, _dumped({"verdicts": list(kept.values())}))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from auto_mmround.run.journal import checksum, codes_record
 
 # Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
 LEAST_CORRELATION = 0.5
+PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
 # Codes, scales and zero points -> the tensors that may hold them, in any layout.
 HOLDERS = {
@@ -37,9 +38,6 @@ def scheme(s: Subject, module: str) -> Scheme | None:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
-
-
-PIECE = 2**22  # values looked at together
 
 
 def check_plain_values(s: Subject) -> Iterator[Finding]:
