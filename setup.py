@@ -1,4 +1,5 @@
-"""Packaging: metadata, the three shelves mapped into the package, console scripts, entry points, extras."""
+"""Packaging: metadata, the three shelves mapped into the package, console scripts, entry points,
+extras."""
 
 import re
 from pathlib import Path
@@ -12,18 +13,29 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "auto_mmround" / "__init__.
 setup(
     name="auto_mmround",
     version=VERSION,
-    description="Quantize multimodal large models to 2-8 bits, export to every engine, prove it right",
+    description=(
+        "Quantize multimodal large models to 2-8 bits, export to every engine, prove it right"
+    ),
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     # The shelves stand at the top level, where users look for them, and travel inside the package.
-    packages=[*find_packages(include=["auto_mmround*"]), *(f"auto_mmround.{name}" for name in SHELVES)],
+    packages=[
+        *find_packages(include=["auto_mmround*"]),
+        *(f"auto_mmround.{name}" for name in SHELVES),
+    ],
     package_dir={f"auto_mmround.{name}": name for name in SHELVES},
     package_data={
         "auto_mmround.templates": ["*.json"],
         "auto_mmround.report": ["pages/*"],
-        "auto_mmround": ["demo/*.md", "demo/model/*", "demo/*/*.json", "demo/*/*.jsonl", "demo/*/images/*"],
+        "auto_mmround": [
+            "demo/*.md",
+            "demo/model/*",
+            "demo/*/*.json",
+            "demo/*/*.jsonl",
+            "demo/*/images/*",
+        ],
     },
     install_requires=[
         "torch>=2.9",
@@ -51,7 +63,13 @@ setup(
         "vlmeval": ["ms-vlmeval>=0.0.20"],
         "video": ["av>=14"],
         "gaudi": ["habana-frameworks"],
-        "docs": ["mkdocs-material>=9.7", "latex2mathml>=3.78", "nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.10"],
+        "docs": [
+            "mkdocs-material>=9.7",
+            "latex2mathml>=3.78",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+            "matplotlib>=3.10",
+        ],
         "dev": [
             "compressed-tensors>=0.20",
             "jiwer>=4",
@@ -66,7 +84,10 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["auto-round-mllm=auto_mmround.cli:main", "auto_round_mllm=auto_mmround.cli:main"],
+        "console_scripts": [
+            "auto-round-mllm=auto_mmround.cli:main",
+            "auto_round_mllm=auto_mmround.cli:main",
+        ],
         # Other packages add model families here; ours are found on the shelf.
         "auto_mmround.processors": [],
     },

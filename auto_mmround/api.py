@@ -30,22 +30,23 @@ from auto_mmround.verify.proof import prove
 
 log = logging.getLogger("auto_mmround")
 
-# What quantize() has left in models that are still alive. A weight on an 8-bit grid in bfloat16 looks like any other:
-# only a note taken when it was written tells.
+# What quantize() has left in models that are still alive. A weight on an 8-bit grid in bfloat16
+# looks like any other: only a note taken when it was written tells.
 _WRITTEN: WeakKeyDictionary[PreTrainedModel, dict[str, str]] = WeakKeyDictionary()
 
 
 class AutoRoundMLLM:
     """Quantize a multimodal model that is in memory.
 
-        autoround = AutoRoundMLLM(model, tokenizer, bits=4, group_size=128, dataset="NeelNanda/pile-10k")
-        autoround.quantize()
+        autoround = AutoRoundMLLM(model, tokenizer, bits=4, group_size=128,
+        dataset="NeelNanda/pile-10k") autoround.quantize()
         autoround.save_quantized("./tmp_autoround", format="auto_round", inplace=True)
 
-    model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer; a processor may hang on it
-    as ``tokenizer.processor``, as the original's users write it. dataset: a name, a file, a list of rows or a
-    DataLoader. bits, group_size, sym: 4, 128 and True, or those of a `scheme`. layer_config: pattern -> {"bits",
-    "group_size", "sym"}. All other options are those of `Recipe`; unknown ones raise UserError with the nearest name.
+    model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer; a
+    processor may hang on it as ``tokenizer.processor``, as the original's users write it. dataset:
+    a name, a file, a list of rows or a DataLoader. bits, group_size, sym: 4, 128 and True, or those
+    of a `scheme`. layer_config: pattern -> {"bits", "group_size", "sym"}. All other options are
+    those of `Recipe`; unknown ones raise UserError with the nearest name.
     """
 
     def __init__(
@@ -61,36 +62,64 @@ class AutoRoundMLLM:
         **options: Any,
     ):
         model, dataset = checked_model(model), checked_dataset(dataset)
-        if isinstance(processor, str | Path):  # one of ours, by its name or file, as on the command line
+        # one of ours, by its name or file, as on the command line
+        if isinstance(processor, str | Path):
             options, processor = options | {"processor": str(processor)}, None
         tokenizer, processor = told_apart(tokenizer, processor, image_processor)
         in_memory = not isinstance(dataset, (str, type(None)))
-        values = {"bits": bits, "group_size": group_size, "sym": sym, "dataset": None if in_memory else dataset}
-        values = {key: value for key, value in values.items() if value is not None}  # a `scheme` has its own
-        origin = "" if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+        values = {
+            "bits": bits,
+            "group_size": group_size,
+            "sym": sym,
+            "dataset": None if in_memory else dataset,
+        }
+        # a `scheme` has its own
+        values = {key: value for key, value in values.items() if value is not None}
+        origin = (
+            "" if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+        )
         name = model if isinstance(model, str) else origin or "model"
-        self.recipe: Recipe = from_mapping(values | plain_options(options) | {"model": name}, "AutoRoundMLLM")
+        self.recipe: Recipe = from_mapping(
+            values | plain_options(options) | {"model": name}, "AutoRoundMLLM"
+        )
         if isinstance(model, str):
             self.loaded = jobs.load_model(self.recipe, stream=False)
             mine = {"tokenizer": tokenizer, "processor": processor}
-            self.loaded = replace(self.loaded, **{name: thing for name, thing in mine.items() if thing is not None})
+            self.loaded = replace(
+                self.loaded, **{name: thing for name, thing in mine.items() if thing is not None}
+            )
         else:
-            self.loaded = _around(model, tokenizer, processor, origin, self.recipe.trust_remote_code)
+            self.loaded = _around(
+                model, tokenizer, processor, origin, self.recipe.trust_remote_code
+            )
         self._rows = dataset if in_memory else None
         self._image_processor = image_processor
-        self._objects = {"tokenizer": tokenizer, "processor": processor, "image_processor": image_processor}
+        self._objects = {
+            "tokenizer": tokenizer,
+            "processor": processor,
+            "image_processor": image_processor,
+        }
         self._done: tuple[jobs.Job, Finished] | None = None
 
-    def quantize(self, watcher: Watcher | None = None) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
-        """Tune; returns the model, whose weights now hold the quantized values, and what was done to every layer.
+    def quantize(
+        self, watcher: Watcher | None = None
+    ) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
+        """Tune; returns the model, whose weights now hold the quantized values, and what was done
+        to every layer.
 
-        All else of the model is afterwards as it was, also after a failure. Raises UserError for a model whose weights
-        were quantized before.
+        All else of the model is afterwards as it was, also after a failure. Raises UserError for a
+        model whose weights were quantized before.
         """
         model, marks = self.loaded.model, _marks(self.loaded.model)
-        again = next((name for name, mark in _WRITTEN.get(model, {}).items() if marks.get(name) == mark), None)
+        again = next(
+            (name for name, mark in _WRITTEN.get(model, {}).items() if marks.get(name) == mark),
+            None,
+        )
         if again is not None:
-            raise UserError(f"{again} holds what quantize() wrote: this model was quantized before; load it anew")
+            raise UserError(
+                f"{again} holds what quantize() wrote: this model was quantized before; load it"
+                " anew"
+            )
         device = devices.resolve(self.recipe.device) if self.recipe.device != "0" else None
         finished = Finished()
         with borrowed(model, None if device is None else torch.device(device)):
@@ -100,20 +129,24 @@ class AutoRoundMLLM:
             try:
                 quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
             finally:
-                _WRITTEN[model] = {name: mark for name, mark in _marks(model).items() if marks.get(name) != mark}
+                _WRITTEN[model] = {
+                    name: mark for name, mark in _marks(model).items() if marks.get(name) != mark
+                }
         self._done = (job, finished)
         return model, self.layer_config
 
     @property
     def reports(self) -> list[BlockReport]:
-        """What happened to every block: errors, seconds, memory. Raises UserError before `quantize`."""
+        """What happened to every block: errors, seconds, memory. Raises UserError before
+        `quantize`."""
         if self._done is None:
             raise UserError("call quantize() first")
         return list(self._done[1].reports.values())
 
     @property
     def layer_config(self) -> dict[str, dict[str, Any]]:
-        """Module name -> bits, group_size, sym and data_type; kept layers have 16 bits and the reason."""
+        """Module name -> bits, group_size, sym and data_type; kept layers have 16 bits and the
+        reason."""
         if self._done is None:
             raise UserError("call quantize() first")
         plan = self._done[0].plan
@@ -135,10 +168,12 @@ class AutoRoundMLLM:
     def save_quantized(
         self, output_dir: str | Path | None = None, format: str = "auto_round", inplace: bool = True
     ) -> list[Path]:
-        """Write one checkpoint a format. One format goes to ``output_dir`` itself, several to folders below it.
+        """Write one checkpoint a format. One format goes to ``output_dir`` itself, several to
+        folders below it.
 
-        ``inplace`` is accepted as in the original; the model in memory is never changed by saving. Raises NotProved for
-        a checkpoint that is not what was tuned, which lies in ``<folder>.wrong`` then; ``check=False`` leaves that out.
+        ``inplace`` is accepted as in the original; the model in memory is never changed by saving.
+        Raises NotProved for a checkpoint that is not what was tuned, which lies in
+        ``<folder>.wrong`` then; ``check=False`` leaves that out.
         """
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
@@ -146,26 +181,36 @@ class AutoRoundMLLM:
         root = Path(output_dir or self.recipe.output_dir)
         names = [formats.get(part.strip()).name for part in format.split(",")]
         label = model_label(self.recipe)
-        folders = [root] if len(names) == 1 else [root / folder_name(label, self.recipe, name) for name in names]
+        folders = (
+            [root]
+            if len(names) == 1
+            else [root / folder_name(label, self.recipe, name) for name in names]
+        )
         check_places(folders, job.loaded.source)
         for folder in folders:
             check_free(folder, self.recipe.overwrite)
         settings = self.loaded.model.generation_config if self.loaded.given else None
         objects = self._objects | {"generation_config": settings}
         saved = jobs.write_all(
-            partial(jobs.save, job, finished, out, name, objects, prove) for out, name in zip(folders, names)
+            partial(jobs.save, job, finished, out, name, objects, prove)
+            for out, name in zip(folders, names)
         )
         for folder in saved:
             report.write(folder)
         return saved
 
 
-def _around(model: PreTrainedModel, tokenizer: Any, processor: Any, origin: str, remote_code: bool) -> Loaded:
-    """The user's objects, with the folder that the model came from, if its weights are from there. What they have not
-    is read from that folder."""
+def _around(
+    model: PreTrainedModel, tokenizer: Any, processor: Any, origin: str, remote_code: bool
+) -> Loaded:
+    """The user's objects, with the folder that the model came from, if its weights are from there.
+    What they have not is read from that folder."""
     source = _source_of(origin) if origin else None
     if source is not None and not is_from(model, source):
-        log.warning("the model's weights are not those of %s, which it names: nothing is taken from there", source)
+        log.warning(
+            "the model's weights are not those of %s, which it names: nothing is taken from there",
+            source,
+        )
         source = None
     if source is not None and tokenizer is None and processor is None:
         processor = load_processor(source, remote_code)

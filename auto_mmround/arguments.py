@@ -1,4 +1,5 @@
-"""What users hand to `AutoRoundMLLM`: told apart by kind, put right where it is clear, else refused in one line."""
+"""What users hand to `AutoRoundMLLM`: told apart by kind, put right where it is clear, else refused
+in one line."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,36 +11,55 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from auto_mmround.errors import UserError
 
 NO_ROWS = (bytes, nn.Module, PreTrainedTokenizerBase, ProcessorMixin, type)
-PATHS = ("extra_data_dir", "template", "processor", "output_dir")  # options that may be given as Path
+# options that may be given as Path
+PATHS = ("extra_data_dir", "template", "processor", "output_dir")
 
 
 def checked_model(model: Any) -> PreTrainedModel | str:
-    """A model, or a folder or hub name. Raises UserError for anything else, adapters that are not merged included."""
+    """A model, or a folder or hub name. Raises UserError for anything else, adapters that are not
+    merged included."""
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, nn.Module):
-        layer = next((name for name, module in model.named_modules() if _package(module) == "peft"), None)
+        layer = next(
+            (name for name, module in model.named_modules() if _package(module) == "peft"), None
+        )
         if layer is not None:
             where = f"model.{layer}".removesuffix(".")
-            raise UserError(f"{where} is a {type(model.get_submodule(layer)).__name__} of peft: give the model that "
-                            "merge_and_unload() returns")  # fmt: skip
+            kind = type(model.get_submodule(layer)).__name__
+            raise UserError(
+                f"{where} is a {kind} of peft: give the model that merge_and_unload() returns"
+            )
     if not isinstance(model, PreTrainedModel):
-        hint = "; model and tokenizer are swapped" if isinstance(model, PreTrainedTokenizerBase) else ""
-        raise UserError(f"model is {_kind(model)}, expected a model of Transformers, a folder or a hub name{hint}")
+        hint = (
+            "; model and tokenizer are swapped"
+            if isinstance(model, PreTrainedTokenizerBase)
+            else ""
+        )
+        raise UserError(
+            f"model is {_kind(model)}, expected a model of Transformers, a folder or a hub"
+            f" name{hint}"
+        )
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if away is not None:
         raise UserError(
-            f"model: {away} is not in memory (device_map has left it elsewhere); load it without device_map"
+            f"model: {away} is not in memory (device_map has left it elsewhere); load it without"
+            " device_map"
         )
     if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError("model is quantized already (its config has a quantization_config); give the original weights")
+        raise UserError(
+            "model is quantized already (its config has a quantization_config); give the original"
+            " weights"
+        )
     return model
 
 
 def told_apart(tokenizer: Any, processor: Any, image_processor: Any) -> tuple[Any, Any]:
-    """(tokenizer, processor). A processor may stand in the tokenizer's place or hang on it, a tokenizer in the
-    processor's. Raises UserError for anything that is neither."""
-    if isinstance(processor, PreTrainedTokenizerBase) and (tokenizer is None or isinstance(tokenizer, ProcessorMixin)):
+    """(tokenizer, processor). A processor may stand in the tokenizer's place or hang on it, a
+    tokenizer in the processor's. Raises UserError for anything that is neither."""
+    if isinstance(processor, PreTrainedTokenizerBase) and (
+        tokenizer is None or isinstance(tokenizer, ProcessorMixin)
+    ):
         tokenizer, processor = processor, tokenizer
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer, processor = getattr(tokenizer, "tokenizer", None), processor or tokenizer
@@ -52,28 +72,39 @@ def told_apart(tokenizer: Any, processor: Any, image_processor: Any) -> tuple[An
         if thing is not None and (not callable(thing) or isinstance(thing, nn.Module | type)):
             raise UserError(f"{name} is {_kind(thing)}, expected what {example} returns")
     if isinstance(processor, PreTrainedTokenizerBase):
-        raise UserError("processor is a second tokenizer, expected what AutoProcessor.from_pretrained(..) returns")
+        raise UserError(
+            "processor is a second tokenizer, expected what AutoProcessor.from_pretrained(..)"
+            " returns"
+        )
     return tokenizer, processor or getattr(tokenizer, "processor", None)
 
 
 def checked_dataset(dataset: Any) -> Any:
-    """A name or path as text, or rows that can be iterated over. Raises UserError for what can be neither."""
+    """A name or path as text, or rows that can be iterated over. Raises UserError for what can be
+    neither."""
     if dataset is None or isinstance(dataset, str | Path):
         return None if dataset is None else str(dataset)
     if isinstance(dataset, Mapping):
         parts = ", ".join(map(str, list(dataset)[:4]))
-        raise UserError(f"dataset is {_kind(dataset)} of {parts}: give one of its parts, or a list of rows")
+        raise UserError(
+            f"dataset is {_kind(dataset)} of {parts}: give one of its parts, or a list of rows"
+        )
     if not isinstance(dataset, NO_ROWS):
         if isinstance(dataset, Iterable):
             return dataset
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # of torch.utils.data
             return [dataset[index] for index in range(len(dataset))]
-    raise UserError(f"dataset is {_kind(dataset)}, expected a name, a path, a list of rows or a DataLoader")
+    raise UserError(
+        f"dataset is {_kind(dataset)}, expected a name, a path, a list of rows or a DataLoader"
+    )
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as recipes have them: devices as text (also given as torch.device or number), paths too."""
-    found = {key: value for key, value in options.items() if not (key == "device" and value is None)}
+    """Options as recipes have them: devices as text (also given as torch.device or number), paths
+    too."""
+    found = {
+        key: value for key, value in options.items() if not (key == "device" and value is None)
+    }
     for key, value in found.items():
         if (isinstance(value, Path) and key in PATHS) or (
             key == "device" and (_package(value) == "torch" or type(value) is int)

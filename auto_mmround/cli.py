@@ -25,17 +25,17 @@ from auto_mmround.untrusted import one_line
 EPILOG = """\
 commands:
   auto-round-mllm [options]            quantize and export
-  auto-round-mllm recipe.toml          the same from a file (.toml, .yaml); options given as well win
+  auto-round-mllm recipe.toml          the same from a file (.toml, .yaml); given options win
   auto-round-mllm plan [options]       show what every layer would become, and why some stay
-  auto-round-mllm eval ...             perplexity, KL by modality, answers, word error rate; model card
+  auto-round-mllm eval ...             perplexity, KL by modality, answers, word errors; a card
   auto-round-mllm verify DIR ...       are the files right, and do real engines agree?
   auto-round-mllm report RUN [RUN ..]  a page on a run, or on several side by side
   auto-round-mllm formats | families   what can be written, what can be read
 
 examples:
   auto-round-mllm --model demo --dataset demo --bits 4                       offline, about a minute
-  auto-round-mllm --model ./Qwen2-VL-2B-Instruct --format "auto_round,auto_gptq" --output_dir ./tmp_autoround
-  auto-round-mllm --model ./model --dataset "pairs.json:num=64,text.jsonl:num=64" --extra_data_dir ./images
+  auto-round-mllm --model ./Qwen2-VL-2B-Instruct --format auto_round,auto_gptq --output_dir ./out
+  auto-round-mllm --model ./model --dataset pairs.json:num=64,text.jsonl:num=64
 """
 
 # Flags that are no field of the recipe: (name, type, help), by section.
@@ -56,16 +56,21 @@ class Parser(argparse.ArgumentParser):
             word = next(iter(message.removeprefix("unrecognized arguments: ").split()), "''")
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            message = f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} -h")
+            message = f"unknown argument {word}" + (
+                f"; did you mean {near[0]}?" if near else f"; see {self.prog} -h"
+            )
         raise UserError(message)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Every field of the recipe that has a help text, as a flag; only flags that are given appear in the result."""
+    """Every field of the recipe that has a help text, as a flag; only flags that are given appear
+    in the result."""
     for section in dict.fromkeys(key.section for key in KEYS.values()):
         group = parser.add_argument_group(section)
         for name, kind, text in MORE.get(section, []):
-            group.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=text, default=argparse.SUPPRESS)
+            group.add_argument(
+                f"--{name}", type=kind, metavar=name.upper(), help=text, default=argparse.SUPPRESS
+            )
         for name, key in KEYS.items():
             if key.section == section:
                 _add_flags(group, name, key)
@@ -78,19 +83,32 @@ def _add_flags(group: Any, name: str, key: Key) -> None:
     shared: dict[str, Any] = {"default": argparse.SUPPRESS}
     if key.text:
         flags = [f"--{flag}" for flag in (name, *key.names)]
-        text = key.text.replace("%", "%%") + (f" (default: {default})" if default not in (None, "", False) else "")
+        text = key.text.replace("%", "%%") + (
+            f" (default: {default})" if default not in (None, "", False) else ""
+        )
         several = typing.get_origin(kinds[0]) is list
-        value = {"type": str if several else kinds[0], "nargs": "+" if several else None, "metavar": name.upper()}
+        value = {
+            "type": str if several else kinds[0],
+            "nargs": "+" if several else None,
+            "metavar": name.upper(),
+        }
         kind = {"action": "store_true"} if bool in kinds else value
         group.add_argument(*flags, dest=name, help=text, **kind, **shared)
     if key.off:
-        group.add_argument(f"--{key.off[0]}", help=key.off[1].replace("%", "%%"), action="store_true", **shared)
+        group.add_argument(
+            f"--{key.off[0]}", help=key.off[1].replace("%", "%%"), action="store_true", **shared
+        )
 
 
 def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:
     """Flags laid over a recipe."""
-    values = {NEGATED.get(key, key): (not value if key in NEGATED else value) for key, value in given.items()}
-    return from_mapping({key: value for key, value in values.items() if key not in IGNORED}, "command line", base)
+    values = {
+        NEGATED.get(key, key): not value if key in NEGATED else value
+        for key, value in given.items()
+    }
+    return from_mapping(
+        {key: value for key, value in values.items() if key not in IGNORED}, "command line", base
+    )
 
 
 def normalise(arguments: Sequence[str]) -> list[str]:
@@ -98,9 +116,16 @@ def normalise(arguments: Sequence[str]) -> list[str]:
     result = []
     for word in arguments:
         if word.startswith(LONG_DASHES):
-            raise UserError(f"argument {word} starts with a long dash: write --{word.lstrip(''.join(LONG_DASHES))}")
+            raise UserError(
+                f"argument {word} starts with a long dash: write"
+                f" --{word.lstrip(''.join(LONG_DASHES))}"
+            )
         head, equals, tail = word.partition("=")
-        result.append(head.replace("-", "_").replace("__", "--", 1) + equals + tail if word.startswith("--") else word)
+        result.append(
+            head.replace("-", "_").replace("__", "--", 1) + equals + tail
+            if word.startswith("--")
+            else word
+        )
     return result
 
 
@@ -129,48 +154,90 @@ def parse_recipe(arguments: Sequence[str], prog: str) -> tuple[Recipe, argparse.
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe_file", nargs="?", metavar="recipe.toml", help="a recipe file (.toml, .yaml)")
+    parser.add_argument(
+        "recipe_file", nargs="?", metavar="recipe.toml", help="a recipe file (.toml, .yaml)"
+    )
     parser.add_argument("--version", action="version", version=f"auto_mmround {__version__}")
     for mode in ("eval", "lmms"):
-        parser.add_argument(f"--{mode}", action="store_true", help="comes after quantizing: auto-round-mllm eval")
+        parser.add_argument(
+            f"--{mode}", action="store_true", help="comes after quantizing: auto-round-mllm eval"
+        )
     add_recipe_flags(parser)
     found = parser.parse_args(normalise(arguments))
-    given = {key: value for key, value in vars(found).items() if key not in ("recipe_file", "eval", "lmms")}
+    given = {
+        key: value
+        for key, value in vars(found).items()
+        if key not in ("recipe_file", "eval", "lmms")
+    }
     if found.eval or found.lmms:
-        raise UserError("--eval and --lmms: evaluate the result with `auto-round-mllm eval --model DIR --lmms TASKS`")
+        raise UserError(
+            "--eval and --lmms: evaluate the result with `auto-round-mllm eval --model DIR --lmms"
+            " TASKS`"
+        )
     file = found.recipe_file
     if file and not Path(file).suffix:
         near = difflib.get_close_matches(file, COMMANDS, n=1)
-        raise UserError(f"unknown command {file!r}; {f'did you mean {near[0]}?' if near else f'see {prog} -h'}")
+        raise UserError(
+            f"unknown command {file!r}; {f'did you mean {near[0]}?' if near else f'see {prog} -h'}"
+        )
     base = from_mapping(read(file), f"recipe file {file}") if file else Recipe()
     return to_recipe(given, base), found
 
 
 def eval_command(arguments: Sequence[str]) -> int:
     """Measure a model, alone or against a reference."""
-    parser = Parser(prog="auto-round-mllm eval", description=eval_command.__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="folder of a model or of a checkpoint of ours, or demo")
-    parser.add_argument("--reference", help="the model before quantization: adds KL, agreement and recovery")
-    parser.add_argument("--baseline", help="another checkpoint to compare with, such as one rounded to nearest")
-    parser.add_argument("--tasks", help="comma list of ppl, kl, vqa, wer, samples, lm_eval:NAME (default: kl,ppl)")
-    parser.add_argument("--lmms", metavar="TASKS", help="comma list of tasks of lmms-eval, by name or .yaml file")
-    parser.add_argument("--vlmeval", metavar="SETS", help="comma list of sets of VLMEvalKit, by name or .tsv file")
+    parser = Parser(
+        prog="auto-round-mllm eval", description=eval_command.__doc__, allow_abbrev=False
+    )
     parser.add_argument(
-        "--dataset", default="demo", help="rows to measure on; demo: the held-out set of the demo model"
+        "--model", required=True, help="folder of a model or of a checkpoint of ours, or demo"
+    )
+    parser.add_argument(
+        "--reference", help="the model before quantization: adds KL, agreement and recovery"
+    )
+    parser.add_argument(
+        "--baseline", help="another checkpoint to compare with, such as one rounded to nearest"
+    )
+    parser.add_argument(
+        "--tasks", help="comma list of ppl, kl, vqa, wer, samples, lm_eval:NAME (default: kl,ppl)"
+    )
+    parser.add_argument(
+        "--lmms", metavar="TASKS", help="comma list of tasks of lmms-eval, by name or .yaml file"
+    )
+    parser.add_argument(
+        "--vlmeval", metavar="SETS", help="comma list of sets of VLMEvalKit, by name or .tsv file"
+    )
+    parser.add_argument(
+        "--dataset",
+        default="demo",
+        help="rows to measure on; demo: the held-out set of the demo model",
     )
     parser.add_argument("--extra_data_dir", help="where the media lie")
     parser.add_argument("--template", help="chat template, as for quantizing")
-    parser.add_argument("--limit", type=int, default=None, help="at most so many samples of each set")
-    parser.add_argument("--language", help="of the speech, a code such as en: for transcripts and their normaliser")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="at most so many samples of each set"
+    )
+    parser.add_argument(
+        "--language", help="of the speech, a code such as en: for transcripts and their normaliser"
+    )
     parser.add_argument("--device", default="0")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--model_card", action="store_true", help="write README.md into the checkpoint")
+    parser.add_argument(
+        "--model_card", action="store_true", help="write README.md into the checkpoint"
+    )
     found = parser.parse_args(normalise(arguments))
     if found.limit is not None and found.limit < 1:
         raise UserError(f"limit = {found.limit}: at least 1")
     found.words = list(arguments)
-    outside = [f"{p}:{n}" for p in ("lmms", "vlmeval") for n in (getattr(found, p) or "").split(",") if n.strip()]
+    outside = [
+        f"{p}:{n}"
+        for p in ("lmms", "vlmeval")
+        for n in (getattr(found, p) or "").split(",")
+        if n.strip()
+    ]
     found.tasks = ",".join([*([found.tasks] if found.tasks else []), *outside]) or None
     from auto_mmround.console import evaluate_and_show
 
@@ -180,13 +247,15 @@ def eval_command(arguments: Sequence[str]) -> int:
 VERIFY_EPILOG = """\
 Two questions about a checkpoint folder, of ours or of another tool:
 
-static   are the files right? Tensors, shards and index, shapes, ranges, names as Transformers and vLLM will resolve
-         them, side files, tokenizer; for our own files the decoded numbers, bit for bit, against those that were tuned
-engines  does each engine that reads the format load it, with as many quantized layers, and compute what the decoded
-         weights compute, for text, an image and a sound where the model takes them?
+static   are the files right? Tensors, shards and index, shapes, ranges, names as Transformers
+         and vLLM will resolve them, side files, tokenizer; for our own files the decoded
+         numbers, bit for bit, against those that were tuned
+engines  does each engine that reads the format load it, with as many quantized layers, and
+         compute what the decoded weights compute, for text, an image and a sound where the
+         model takes them?
 
-An engine that is not installed is named with the command that installs it. Exit status: 0 right, 1 wrong, 2 the command
-can't be carried out.
+An engine that is not installed is named with the command that installs it. Exit status:
+0 right, 1 wrong, 2 the command can't be carried out.
 
 examples:
   auto-round-mllm verify ./tmp_autoround/demo-w4g128-auto_round
@@ -206,12 +275,19 @@ def verify_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the checkpoint")
     parser.add_argument(
-        "--engine", help="comma list of transformers, vllm, llamacpp, mlx, openvino; none: the files only; "
+        "--engine",
+        help="comma list of transformers, vllm, llamacpp, mlx, openvino; none: the files only; "
         "default: all that read the format and are installed",
     )  # fmt: skip
-    parser.add_argument("--source", type=Path, help="folder of the model before quantization, to compare with")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds an engine may take (default: 600)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--source", type=Path, help="folder of the model before quantization, to compare with"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600, help="seconds an engine may take (default: 600)"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     found = parser.parse_args(normalise(arguments))
     from auto_mmround.console import verify_and_show
@@ -221,9 +297,13 @@ def verify_command(arguments: Sequence[str]) -> int:
 
 def report_command(arguments: Sequence[str]) -> int:
     """Write the report of a run again, or one page that compares several runs."""
-    parser = Parser(prog="auto-round-mllm report", description=report_command.__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog="auto-round-mllm report", description=report_command.__doc__, allow_abbrev=False
+    )
     parser.add_argument("folders", nargs="+", metavar="RUN", help="checkpoint folders of ours")
-    parser.add_argument("--output", help="the page to write (default: report.html in the run, or here for several)")
+    parser.add_argument(
+        "--output", help="the page to write (default: report.html in the run, or here for several)"
+    )
     found = parser.parse_args(normalise(arguments))
     from auto_mmround.console import show_report
 
@@ -232,7 +312,9 @@ def report_command(arguments: Sequence[str]) -> int:
 
 def formats_command(arguments: Sequence[str]) -> int:
     """List the export formats, and which engines read them."""
-    Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(arguments)
+    Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(
+        arguments
+    )
     from auto_mmround.console import show_formats
 
     return show_formats()
@@ -240,7 +322,9 @@ def formats_command(arguments: Sequence[str]) -> int:
 
 def families_command(arguments: Sequence[str]) -> int:
     """List the model families."""
-    Parser(prog="auto-round-mllm families", description=families_command.__doc__).parse_args(arguments)
+    Parser(prog="auto-round-mllm families", description=families_command.__doc__).parse_args(
+        arguments
+    )
     from auto_mmround.console import show_families
 
     return show_families()
@@ -257,7 +341,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 our fault, or the result is wrong, 2 the user's input is wrong (one line on stderr)."""
+    """Exit status: 0 done, 1 our fault, or the result is wrong, 2 the user's input is wrong (one
+    line on stderr)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("auto_mmround").setLevel(logging.INFO)
     try:

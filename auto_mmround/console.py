@@ -1,4 +1,5 @@
-"""What the command line shows: progress, tables, JSON. Everything here only prints; the work is done elsewhere."""
+"""What the command line shows: progress, tables, JSON. Everything here only prints; the work is
+done elsewhere."""
 
 import argparse
 import logging
@@ -53,7 +54,9 @@ def quiet_libraries() -> None:
     """One voice on the terminal: our log through rich, no bars or advice from the libraries."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    handler = RichHandler(console=notices, show_time=False, show_path=False, markup=False, highlighter=None)
+    handler = RichHandler(
+        console=notices, show_time=False, show_path=False, markup=False, highlighter=None
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
 
 
@@ -74,7 +77,9 @@ class BlockProgress:
             console=notices,
             transient=True,
         )
-        self.task = self.progress.add_task("capturing inputs", total=self.total * self.steps, left="")
+        self.task = self.progress.add_task(
+            "capturing inputs", total=self.total * self.steps, left=""
+        )
 
     def watcher(self) -> Watcher:
         """The callbacks for `quantize`."""
@@ -87,7 +92,9 @@ class BlockProgress:
         position = self.done * self.steps + step
         elapsed = time.perf_counter() - self.started
         left = elapsed / max(position, 1) * (self.total * self.steps - position)
-        self.progress.update(self.task, description=block, completed=position, left=f"{left:.0f} s left")
+        self.progress.update(
+            self.task, description=block, completed=position, left=f"{left:.0f} s left"
+        )
 
     def _block(self, report: BlockReport) -> None:
         self.done += 1
@@ -96,7 +103,8 @@ class BlockProgress:
         if report.nearest is not None and report.end is not None:
             change = f"loss {report.nearest:.3e} -> {report.end:.3e}"
         self.progress.console.print(
-            f"{report.name}: {report.weights} weights, {change}, {report.seconds:.1f} s, {report.peak_gb:.1f} GB",
+            f"{report.name}: {report.weights} weights, {change}, {report.seconds:.1f} s,"
+            f" {report.peak_gb:.1f} GB",
             highlight=False,
         )
 
@@ -129,7 +137,10 @@ def quantize_with_progress(recipe: Recipe) -> int:
         report.write(folder)
         console.print(f"{folder}  {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
     console.print(f"what happened: {folders[0] / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB", highlight=False)
+    console.print(
+        f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB",
+        highlight=False,
+    )
     return 0
 
 
@@ -138,7 +149,11 @@ def prepare_with_progress(recipe: Recipe, loaded: Loaded) -> jobs.Job:
     with Progress(console=notices, transient=True) as bar:
         task = bar.add_task("measuring layers", visible=False)
         return jobs.prepare(
-            recipe, loaded, on_measured=lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+            recipe,
+            loaded,
+            on_measured=lambda done, total: bar.update(
+                task, completed=done, total=total, visible=True
+            ),
         )
 
 
@@ -148,18 +163,33 @@ def mixed_lines(mixed: Mapping[str, Any] | None) -> list[str]:
         return []
     counts = Counter(layer["bits"] for layer in mixed["layers"].values())
     chosen = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
-    expected = {"mixed": mixed["expected"]} | {f"all {bits}": each for bits, each in mixed["uniform"].items()}
-    expected |= {f"{name}, measured": mixed["measured"][name] for name in ("mixed", "line") if "measured" in mixed}
-    figures = "; ".join(f"{name} " + " / ".join(f"{nats:.2g}" for nats in each) for name, each in expected.items())
-    return [f"mixed bits: {chosen}; expected nats a token before tuning, {' / '.join(mixed['sets'])}: {figures}"]
+    expected = {"mixed": mixed["expected"]} | {
+        f"all {bits}": each for bits, each in mixed["uniform"].items()
+    }
+    expected |= {
+        f"{name}, measured": mixed["measured"][name]
+        for name in ("mixed", "line")
+        if "measured" in mixed
+    }
+    figures = "; ".join(
+        f"{name} " + " / ".join(f"{nats:.2g}" for nats in each) for name, each in expected.items()
+    )
+    return [
+        f"mixed bits: {chosen}; expected nats a token before tuning, {' / '.join(mixed['sets'])}:"
+        f" {figures}"
+    ]
 
 
 def show_sample(job: jobs.Job) -> None:
     """What the quantized model, still in memory, answers to a sample of the recipe's data."""
     dataset = job.recipe.dataset
-    inputs = job.inputs or (dataset and held_out(job.loaded, dataset, limit=1, template=job.recipe.template))
+    inputs = job.inputs or (
+        dataset and held_out(job.loaded, dataset, limit=1, template=job.recipe.template)
+    )
     if job.loaded.streamed:
-        console.print("no sample generation: the model was never in memory as a whole", highlight=False)
+        console.print(
+            "no sample generation: the model was never in memory as a whole", highlight=False
+        )
         return
     if not inputs:
         console.print("no sample generation: the recipe names no dataset", highlight=False)
@@ -215,9 +245,13 @@ def show_plan(recipe: Recipe) -> int:
 
 
 def show_estimate(found: Estimate) -> int:
-    """Minutes, memory and disk; raises UserError with flags that would help if the run can't fit."""
+    """Minutes, memory and disk; raises UserError with flags that would help if the run can't
+    fit."""
     parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in found.seconds.items())
-    console.print(f"time: {sum(found.seconds.values()) / 60:.1f} minutes after loading ({parts})", highlight=False)
+    console.print(
+        f"time: {sum(found.seconds.values()) / 60:.1f} minutes after loading ({parts})",
+        highlight=False,
+    )
     memory = f"{found.memory / 1e9:.1f} GB at the peak, {found.free_memory / 1e9:.1f} GB can be had"
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in found.sizes.items())
     console.print(f"memory: {memory}", highlight=False)
@@ -266,14 +300,22 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
 
 
 def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
-    """Tables of what was measured: figures by modality, scores with recovery, answers side by side."""
+    """Tables of what was measured: figures by modality, scores with recovery, answers side by
+    side."""
     roles = [role for role in ("reference", "baseline") if record[role]] + ["quantized"]
     if findings.figures:
         names = roles if len(roles) > 1 else [str(record["model"])]
-        console.print(metrics_table({name: findings.figures[role] for name, role in zip(names, roles)}))
+        console.print(
+            metrics_table({name: findings.figures[role] for name, role in zip(names, roles)})
+        )
     if findings.scores:
         titles = roles if len(roles) > 1 else ["score"]
-        table = Table("benchmark", "split", *(Column(title, justify="right") for title in titles), "recovery (%)")
+        table = Table(
+            "benchmark",
+            "split",
+            *(Column(title, justify="right") for title in titles),
+            "recovery (%)",
+        )
         for score in findings.scores:
             values = [getattr(score, role) for role in roles]
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
@@ -282,7 +324,10 @@ def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
         console.print(table)
     for sample in findings.samples:
         console.print(f"\n{sample['question']}", highlight=False, markup=False)
-        lines = {"expected": sample["expected"], **{role: sample["answers"][role] for role in roles}}
+        lines = {
+            "expected": sample["expected"],
+            **{role: sample["answers"][role] for role in roles},
+        }
         for title, text in lines.items():
             if text is not None:
                 console.print(f"  {title:<10} {text}", highlight=False, markup=False)
@@ -302,7 +347,11 @@ def show_report(folders: Sequence[str], output: str | None) -> int:
 def verify_and_show(found: argparse.Namespace) -> int:
     """The findings on a folder and a line an engine, or JSON; 1 if something is wrong."""
     quiet_libraries()
-    engines = None if found.engine is None else [name.strip() for name in found.engine.split(",") if name.strip()]
+    engines = (
+        None
+        if found.engine is None
+        else [name.strip() for name in found.engine.split(",") if name.strip()]
+    )
     result = verify(
         found.folder,
         [] if engines == ["none"] else engines,
@@ -328,10 +377,18 @@ def verify_and_show(found: argparse.Namespace) -> int:
 def metrics_table(results: Mapping[str, Metrics], title: str | None = None) -> Table:
     """A row a model: accuracy, perplexity, and KL and agreement by modality."""
     modalities = list(dict.fromkeys(name for metrics in results.values() for name in metrics.kl))
-    columns = ["accuracy", "perplexity", *(f"KL {m}" for m in modalities), *(f"same top-1 {m}" for m in modalities)]
+    columns = [
+        "accuracy",
+        "perplexity",
+        *(f"KL {m}" for m in modalities),
+        *(f"same top-1 {m}" for m in modalities),
+    ]
     table = Table("model", *columns, title=title)
     for name, metrics in results.items():
-        cells = [percent(metrics.accuracy), "-" if metrics.perplexity is None else f"{metrics.perplexity:.3f}"]
+        cells = [
+            percent(metrics.accuracy),
+            "-" if metrics.perplexity is None else f"{metrics.perplexity:.3f}",
+        ]
         cells += [f"{metrics.kl.get(m, 0.0):.5f}" for m in modalities]
         cells += [percent(metrics.agreement.get(m)) for m in modalities]
         table.add_row(name, *cells)
@@ -351,24 +408,32 @@ def show_formats() -> int:
         matrix.add_row(fmt.name, *support(fmt.name).values())
     console.print(table, "Which engines read them (vLLM: on processors):", matrix)
     for i, limit in enumerate(LIMITS, 1):
-        console.print(f"({i}) {limit.engine} refuses {limit.what}: {limit.message}", highlight=False, markup=False)
+        console.print(
+            f"({i}) {limit.engine} refuses {limit.what}: {limit.message}",
+            highlight=False,
+            markup=False,
+        )
     return 0
 
 
 def show_families() -> int:
-    """The family table: what calibrates each, which stages can be quantized, and who writes its conversations."""
+    """The family table: what calibrates each, which stages can be quantized, and who writes its
+    conversations."""
     templates = shipped()
     table = Table("model_type", "family", "calibrates with", "stages", "template", "note")
     for model_type, family in FAMILIES.items():
         name = family.template or model_type
         stages = ", ".join(dict.fromkeys(family.stages))
         writer = name if name in templates else "the model's own" if len(family.stages) > 1 else "-"
-        table.add_row(model_type, family.title, ", ".join(family.calibrates), stages, writer, family.note)
+        table.add_row(
+            model_type, family.title, ", ".join(family.calibrates), stages, writer, family.note
+        )
     console.print(table)
     console.print(
-        f"{len(FAMILIES)} families, each tested on a tiny random model with --quant_nontext_module: plan, calibrate, "
-        "tune, export to auto_round and auto_gptq, read back, equal logits. Others work by structure if the replay of "
-        "their blocks proves right; else they are refused with one line. See docs/new-model.md.",
+        f"{len(FAMILIES)} families, each tested on a tiny random model with --quant_nontext_module:"
+        " plan, calibrate, tune, export to auto_round and auto_gptq, read back, equal logits."
+        " Others work by structure if the replay of their blocks proves right; else they are"
+        " refused with one line. See docs/new-model.md.",
         highlight=False,
     )
     return 0

@@ -1,4 +1,5 @@
-"""The shelf `engines/`: programs that run in an engine's own environment and do not import this package."""
+"""The shelf `engines/`: programs that run in an engine's own environment and do not import this
+package."""
 
 from importlib.util import find_spec
 from pathlib import Path

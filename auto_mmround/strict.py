@@ -9,12 +9,14 @@ WORDS = ("Infinity", "-Infinity", "NaN")
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """`json.dumps`; what comes out is read by any parser. Characters beyond ASCII stay as they are."""
+    """`json.dumps`; what comes out is read by any parser. Characters beyond ASCII stay as they
+    are."""
     return json.dumps(finite(value), allow_nan=False, ensure_ascii=False, **options)
 
 
 def tagged(value: Any) -> Any:
-    """The same as Transformers writes it into configurations: infinity as {"__float__": "Infinity"}."""
+    """The same as Transformers writes it into configurations: infinity as {"__float__":
+    "Infinity"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"__float__": {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
     if isinstance(value, Mapping):
@@ -26,7 +28,9 @@ def untagged(value: Any) -> Any:
     """The inverse of `tagged`."""
     if isinstance(value, Mapping):
         word = value.get("__float__") if len(value) == 1 else None
-        return float(word) if word in WORDS else {key: untagged(item) for key, item in value.items()}
+        return (
+            float(word) if word in WORDS else {key: untagged(item) for key, item in value.items()}
+        )
     return [untagged(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -1,4 +1,5 @@
-"""What others wrote, read with bounds: text, JSON, the names of weight files. One line for whatever is wrong."""
+"""What others wrote, read with bounds: text, JSON, the names of weight files. One line for whatever
+is wrong."""
 
 import json
 import re
@@ -10,7 +11,8 @@ from typing import Any
 
 from auto_mmround.errors import UserError
 
-SETTINGS_BYTES = 64 << 20  # configurations, indexes, templates, recipes; a large tokenizer.json has 35 MB
+# configurations, indexes, templates, recipes; a large tokenizer.json has 35 MB
+SETTINGS_BYTES = 64 << 20
 DATASET_BYTES = 4 << 30
 LINE = 2000  # characters of a message for the terminal
 SAFE, INDEX_END = ".safetensors", ".safetensors.index.json"
@@ -18,7 +20,8 @@ SINGLE, INDEX = f"model{SAFE}", f"model{INDEX_END}"
 
 
 def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
-    """A UTF-8 file of at most `limit` bytes. Raises UserError, which opens with `what`, for any other."""
+    """A UTF-8 file of at most `limit` bytes. Raises UserError, which opens with `what`, for any
+    other."""
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -30,8 +33,9 @@ def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
 
 
 def parse_json(text: str, what: str, once: bool = False) -> Any:
-    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python takes. once: for a key
-    with two values too, since another reader may take the one that was not looked at."""
+    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python
+    takes. once: for a key with two values too, since another reader may take the one that was not
+    looked at."""
     try:
         return json.loads(text, object_pairs_hook=_once if once else None)
     except ValueError as error:
@@ -58,23 +62,37 @@ def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files that Transformers reads of a folder, in its order; of a tensor in two of them the later counts.
+    """The weight files that Transformers reads of a folder, in its order; of a tensor in two of
+    them the later counts.
 
-    These are the file, or the files of the index, that `config.json` names as `transformers_weights`; else
-    `model.safetensors`; else the files of `model.safetensors.index.json`. Whatever else lies beside is not read.
-    Raises UserError where there are none, and for names of anything but safetensors files in the folder.
+    These are the file, or the files of the index, that `config.json` names as
+    `transformers_weights`; else `model.safetensors`; else the files of
+    `model.safetensors.index.json`. Whatever else lies beside is not read. Raises UserError where
+    there are none, and for names of anything but safetensors files in the folder.
     """
     config = folder / "config.json"
     named = read_object(config).get("transformers_weights") if config.is_file() else None
-    if named is not None and not (isinstance(named, str) and is_plain(named) and named.endswith((SAFE, INDEX_END))):
-        raise UserError(f"{config}: transformers_weights = {str(named)[:200]!r} is no safetensors file of the folder")
+    if named is not None and not (
+        isinstance(named, str) and is_plain(named) and named.endswith((SAFE, INDEX_END))
+    ):
+        raise UserError(
+            f"{config}: transformers_weights = {str(named)[:200]!r} is no safetensors file of the"
+            " folder"
+        )
     path = folder / (named or (SINGLE if (folder / SINGLE).is_file() else INDEX))
     if not path.is_file():
         others = sorted(other.name for other in folder.glob(f"*{SAFE}"))
         beside = f"; {others[0]} is not read, rename it if it holds the weights" if others else ""
-        raise UserError(f"{folder} has no weights: neither {named or f'{SINGLE} nor {INDEX}'}{beside}")
-    indexes = {path, folder / INDEX} - {folder / SINGLE}  # one that is not read is checked too: a copy may be half done
-    shards = {index: _shards(index) for index in indexes if index.name.endswith(INDEX_END) and index.is_file()}
+        raise UserError(
+            f"{folder} has no weights: neither {named or f'{SINGLE} nor {INDEX}'}{beside}"
+        )
+    # one that is not read is checked too: a copy may be half done
+    indexes = {path, folder / INDEX} - {folder / SINGLE}
+    shards = {
+        index: _shards(index)
+        for index in indexes
+        if index.name.endswith(INDEX_END) and index.is_file()
+    }
     return shards.get(path, [path])
 
 
@@ -86,18 +104,26 @@ def _shards(index: Path) -> list[Path]:
         gone = [shard.name for shard in shards if not shard.is_file()]
         problem = f"names {gone[0]!r}, which is not in the folder" if gone else None
     if problem:
-        beside = ", or remove the index if model.safetensors is newer" if index.with_name(SINGLE).is_file() else ""
+        beside = (
+            ", or remove the index if model.safetensors is newer"
+            if index.with_name(SINGLE).is_file()
+            else ""
+        )
         raise UserError(f"{index} {problem}: copy the folder again{beside}")
     return shards
 
 
 def index_problem(found: Any) -> str | None:
-    """What is wrong with an index's `weight_map` by itself: its form, or a file that can't be one of the folder."""
+    """What is wrong with an index's `weight_map` by itself: its form, or a file that can't be one
+    of the folder."""
     if not isinstance(found, Mapping) or not found:
         return "holds no weight_map"
     for name, shard in found.items():
         if not isinstance(shard, str) or not shard.endswith(SAFE) or not is_plain(shard):
-            return f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of the folder"
+            return (
+                f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of"
+                " the folder"
+            )
     return None
 
 
@@ -107,22 +133,24 @@ def is_plain(name: str) -> bool:
 
 
 def belongs(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder after all links are followed; the hub's cache keeps the files of a snapshot in
-    `blobs` beside it and links to them."""
+    """Whether a file lies in a folder after all links are followed; the hub's cache keeps the files
+    of a snapshot in `blobs` beside it and links to them."""
     home, real = folder.resolve(), path.resolve()
     cached = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     return real.is_relative_to(home) or real.is_relative_to(cached)
 
 
 def one_line(message: str) -> str:
-    """A message as the terminal may have it: one line, of bounded length, without control characters."""
+    """A message as the terminal may have it: one line, of bounded length, without control
+    characters."""
     text = " ".join(message[: 4 * LINE].split())
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= LINE else f"{text[:LINE]} .."
 
 
 def shown(value: Any) -> str:
-    """A value as a message has it: short, objects without the address in memory where they happen to lie."""
+    """A value as a message has it: short, objects without the address in memory where they happen
+    to lie."""
     text = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", repr(value))
     return text if len(text) <= 80 else f"{text[:80]} .."
 
@@ -133,14 +161,18 @@ class TooLong(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooLong in the body after so many seconds; in other threads than the main one it does nothing.
+    """Raises TooLong in the body after so many seconds; in other threads than the main one it does
+    nothing.
 
-    For what can be kept busy by data alone: chat templates, and patterns from a checkpoint's configuration.
+    For what can be kept busy by data alone: chat templates, and patterns from a checkpoint's
+    configuration.
     """
     import signal
     import threading
 
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
         yield
         return
 

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""What equalization brings: KL from full precision on held-out data, by modality; on the bundled model by default.
+"""What equalization brings: KL from full precision on held-out data, by modality; on the bundled
+model by default.
 
-    bench/equalize.py [--schemes W4g128 W3g128 ...] [--algorithms rtn gptq] [--limit 48] [--keep bench/results]
-                      [--model FOLDER --dataset TEXT.jsonl --held_out TEXT.jsonl]
+    bench/equalize.py [--schemes W4g128 W3g128 ...] [--algorithms rtn gptq]
+                      [--limit 48] [--keep bench/results] [--model FOLDER --dataset TEXT.jsonl
+                      --held_out TEXT.jsonl]
 
-Every row is one run over the calibration set (demo: text and images); nothing is written but the table.
+Every row is one run over the calibration set (demo: text and images); nothing is written but the
+table.
 """
 
 import argparse
@@ -38,7 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Every scheme and algorithm by every method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dataset", default="demo")
     parser.add_argument("--held_out", default="demo")
@@ -47,7 +52,9 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=["rtn"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--limit", type=int, default=48, help="held-out texts, and as many questions about images")
+    parser.add_argument(
+        "--limit", type=int, default=48, help="held-out texts, and as many questions about images"
+    )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -62,18 +69,33 @@ def main() -> None:
         bits, group_size, asym = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme).groups()  # type: ignore[union-attr]
         for algorithm in found.algorithms:
             for method in found.methods:
-                values = {"model": found.model, "dataset": found.dataset, "device": "cpu", "nsamples": found.samples}
+                values = {
+                    "model": found.model,
+                    "dataset": found.dataset,
+                    "device": "cpu",
+                    "nsamples": found.samples,
+                }
                 values |= {"seqlen": found.seqlen}
-                values |= {"bits": int(bits), "group_size": int(group_size), "sym": not asym, "algorithm": algorithm}
+                values |= {
+                    "bits": int(bits),
+                    "group_size": int(group_size),
+                    "sym": not asym,
+                    "algorithm": algorithm,
+                }
                 recipe = from_mapping(values | METHODS[method])
                 job = jobs.prepare(recipe, jobs.load_model(recipe))
                 started = time.perf_counter()
                 quantize(job.loaded.model, job.recipe, job.plan, job.inputs, Finished())
                 seconds = time.perf_counter() - started
                 (figures,) = measure([job.loaded.model], inputs, reference=reference.model)
-                cells = [f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-" for kind in ("text", "image")]
+                cells = [
+                    f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-"
+                    for kind in ("text", "image")
+                ]
                 cells.append(f"{figures.perplexity:.3f}")
-                lines.append(f"| {scheme} | {algorithm} | {method} | {' | '.join(cells)} | {seconds:.1f} |")
+                lines.append(
+                    f"| {scheme} | {algorithm} | {method} | {' | '.join(cells)} | {seconds:.1f} |"
+                )
                 print(lines[-1], flush=True)
     if found.keep:
         today, table = datetime.date.today(), "\n".join(lines)

@@ -1,12 +1,13 @@
 """Mixed bits against uniform ones: KL on held-out data at the same size.
 
-    python bench/mixed.py                                               the bundled model, towers included
-    python bench/mixed.py --model DIR --calibration a.txt:concat=true --held_out b.txt:concat=true --seqlen 256
+    python bench/mixed.py                                               the bundled model, towers
+    included python bench/mixed.py --model DIR --calibration a.txt:concat=true --held_out
+    b.txt:concat=true --seqlen 256
 
-The same algorithm rounds at the lower and at the higher uniform bits, and mixed between them. What uniform bits would
-do at the mixed size is interpolated twice: along a line, which is what a random mixture of both gives to first order,
-and along a geometric line, which is what a grid with a fraction of a bit would give (KL falls by a constant factor a
-bit); the second is harder to beat.
+The same algorithm rounds at the lower and at the higher uniform bits, and mixed between them. What
+uniform bits would do at the mixed size is interpolated twice: along a line, which is what a random
+mixture of both gives to first order, and along a geometric line, which is what a grid with a
+fraction of a bit would give (KL falls by a constant factor a bit); the second is harder to beat.
 """
 
 import argparse
@@ -64,12 +65,16 @@ def run(recipe: Recipe, loaded: Any, reference: Any, rows: Sequence[ModelInput])
 def table(results: dict[str, dict[str, Any]], low: str, high: str, mixed: str) -> list[str]:
     """The lines of a Markdown table, interpolations included."""
     names = list(results[mixed]["kl"])
-    lines = [f"| | bits a weight | {' | '.join(f'KL, {name}' for name in names)} | seconds to choose | to quantize |"]
+    lines = [
+        f"| | bits a weight | {' | '.join(f'KL, {name}' for name in names)} | seconds to choose |"
+        " to quantize |"
+    ]
     lines.append("|---" * (len(names) + 4) + "|")
     for title, found in results.items():
         figures = " | ".join(f"{found['kl'][name]:.4g}" for name in names)
         lines.append(
-            f"| {title} | {found['bits']:.3f} | {figures} | {found['choosing']:.0f} | {found['seconds']:.0f} |"
+            f"| {title} | {found['bits']:.3f} | {figures} | {found['choosing']:.0f} |"
+            f" {found['seconds']:.0f} |"
         )
     bits = [results[title]["bits"] for title in (low, high, mixed)]
     share = (bits[2] - bits[0]) / (bits[1] - bits[0])
@@ -80,18 +85,23 @@ def table(results: dict[str, dict[str, Any]], low: str, high: str, mixed: str) -
     }
     for kind, values in made.items():
         lines.append(
-            f"| interpolation, {kind} | {bits[2]:.3f} | {' | '.join(f'{value:.4g}' for value in values)} | | |"
+            f"| interpolation, {kind} | {bits[2]:.3f} |"
+            f" {' | '.join(f'{value:.4g}' for value in values)} | | |"
         )
     got = [results[mixed]["kl"][name] for name in names]
     for kind, values in made.items():
-        change = " | ".join(f"{100 * (mine / other - 1):+.0f} %" for mine, other in zip(got, values, strict=True))
+        change = " | ".join(
+            f"{100 * (mine / other - 1):+.0f} %" for mine, other in zip(got, values, strict=True)
+        )
         lines.append(f"| mixed against the {kind} one | | {change} | | |")
     return lines
 
 
 def main() -> None:
     """Three runs on one model; the table is printed, and added to a dated file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", default="demo")
     parser.add_argument("--held_out", default="demo")
@@ -106,31 +116,42 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=None)
     parser.add_argument("--limit", type=int, default=16, help="held-out samples of each set")
     parser.add_argument("--text_only", action="store_true", help="leave the towers in 16 bits")
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file, which grows by a section a run")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for a dated Markdown file, which grows by a section a run"
+    )
     found = parser.parse_args()
     low, high = (int(bits) for bits in found.uniform.split(","))
     recipe = Recipe(
-        model=found.model, dataset=found.calibration, group_size=found.group_size, algorithm=found.algorithm,
-        preset=found.preset, nsamples=found.nsamples, seqlen=found.seqlen, bit_options=found.bit_options,
+        model=found.model, dataset=found.calibration, group_size=found.group_size,
+        algorithm=found.algorithm,
+        preset=found.preset, nsamples=found.nsamples, seqlen=found.seqlen,
+        bit_options=found.bit_options,
         quant_nontext_module=not found.text_only, model_dtype=found.model_dtype, device="cpu",
     )  # fmt: skip
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     rows = held_out(loaded, found.held_out, limit=found.limit, seqlen=found.seqlen or 4096)
     mixed = f"mixed {found.target_bits:g}"
     wanted: dict[str, dict[str, Any]] = {
-        f"uniform {low}": {"bits": low}, f"uniform {high}": {"bits": high}, mixed: {"target_bits": found.target_bits},
+        f"uniform {low}": {"bits": low}, f"uniform {high}": {"bits": high},
+        mixed: {"target_bits": found.target_bits},
     }  # fmt: skip
     results = {}
     for title, changes in wanted.items():
         results[title] = run(replace(recipe, **changes), loaded, reference, rows)
-        print(title, json.dumps({key: results[title][key] for key in ("bits", "kl", "seconds")}), flush=True)
+        print(
+            title,
+            json.dumps({key: results[title][key] for key in ("bits", "kl", "seconds")}),
+            flush=True,
+        )
     lines = table(results, f"uniform {low}", f"uniform {high}", mixed)
     print("\n".join(lines))
     if found.keep:
         keep(found.keep, found, lines, results[mixed]["mixed"])
 
 
-def keep(folder: Path, found: argparse.Namespace, lines: Sequence[str], record: dict[str, Any]) -> None:
+def keep(
+    folder: Path, found: argparse.Namespace, lines: Sequence[str], record: dict[str, Any]
+) -> None:
     """A section of the day's file: the table, how many weights got how many bits, the command."""
     path = folder / f"mixed-{datetime.date.today()}.md"
     text = path.read_text() if path.is_file() else f"# Mixed bits, {datetime.date.today()}\n"
@@ -140,7 +161,10 @@ def keep(folder: Path, found: argparse.Namespace, lines: Sequence[str], record: 
     chosen = ", ".join(f"{counts[bits]} at {bits}" for bits in sorted(counts))
     size = "one scale a channel" if found.group_size == -1 else f"groups of {found.group_size}"
     settings = f"{found.algorithm}, {size}, symmetric, {found.nsamples} samples"
-    text += f"\n## {Path(found.model).name}\n\n{settings}. Weights by bits: {chosen}.\n\n" + "\n".join(lines)
+    text += (
+        f"\n## {Path(found.model).name}\n\n{settings}. Weights by bits: {chosen}.\n\n"
+        + "\n".join(lines)
+    )
     text += f"\n\nCommand: `{' '.join(['python', *sys.argv])}`, {json.dumps(machine())}\n"
     path.write_text(text)
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""What `plan` predicts against what a run takes, one right after the other, each in a process of its own.
+"""What `plan` predicts against what a run takes, one right after the other, each in a process of
+its own.
 
-    bench/planner.py [--demo] [--gemma FOLDER --text TEXT.txt] [--whisper FOLDER] [--processor] [--keep bench/results]
+    bench/planner.py [--demo] [--gemma FOLDER --text TEXT.txt] [--whisper FOLDER] [--processor]
+    [--keep bench/results]
 
-Predicted and real minutes (after loading), peak memory of the process and bytes written. Whisper runs on made-up
+Predicted and real minutes (after loading), peak memory of the process and bytes written. Whisper
+runs on made-up
 spectrograms: what they say changes no figure here.
 """
 
@@ -39,7 +42,10 @@ def rows(name: str, values: dict[str, Any], text: str) -> Any:
     if name == "whisper":
         draw = torch.Generator().manual_seed(0)
         return [
-            {"input_features": torch.randn(1, 80, 3000, generator=draw), "decoder_input_ids": torch.arange(40)[None]}
+            {
+                "input_features": torch.randn(1, 80, 3000, generator=draw),
+                "decoder_input_ids": torch.arange(40)[None],
+            }
             for _ in range(values["nsamples"])
         ]
     if name == "gemma":
@@ -47,7 +53,9 @@ def rows(name: str, values: dict[str, Any], text: str) -> Any:
 
         ids = AutoTokenizer.from_pretrained(values["model"])(Path(text).read_text())["input_ids"]
         length = values["seqlen"]
-        return [{"input_ids": ids[i * length : (i + 1) * length]} for i in range(values["nsamples"])]
+        return [
+            {"input_ids": ids[i * length : (i + 1) * length]} for i in range(values["nsamples"])
+        ]
     return None
 
 
@@ -67,18 +75,27 @@ def worker(task: dict[str, Any]) -> None:
         started = clock()
         if task["predict"]:
             found = planner.estimate(job, clock=clock)
-            result = {"seconds": sum(found.seconds.values()), "memory": found.memory, "disk": sum(found.sizes.values())}
+            result = {
+                "seconds": sum(found.seconds.values()),
+                "memory": found.memory,
+                "disk": sum(found.sizes.values()),
+            }
             result |= {"parts": dict(found.seconds), "took": clock() - started}
         else:
             (out,) = jobs.run(job)
-            result = {"seconds": clock() - started, "disk": sum(p.stat().st_size for p in out.rglob("*"))}
+            result = {
+                "seconds": clock() - started,
+                "disk": sum(p.stat().st_size for p in out.rglob("*")),
+            }
             result["memory"] = devices.peak_memory(loaded.model.device)["process"] * 1e9
     print(json.dumps(result))
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
     """The worker's result."""
-    done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(task)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", json.dumps(task)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,13 +103,19 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Every model that is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--gemma")
     parser.add_argument("--whisper")
     parser.add_argument("--text")
-    parser.add_argument("--processor", action="store_true", help="processor seconds, for machines that do other work")
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="processor seconds, for machines that do other work",
+    )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     if found.worker:
@@ -106,16 +129,28 @@ def main() -> None:
         given = values if name == "demo" else values | {"model": getattr(found, name)}
         task = {"name": name, "values": given, "text": found.text, "processor": found.processor}
         guess, real = (run(task | {"predict": predict}) for predict in (True, False))
-        print(f"<!-- {name}: measuring took {guess['took']:.1f} s; {guess['parts']} -->", file=sys.stderr)
-        for figure, scale, unit in (("seconds", 1, "s"), ("memory", 1e9, "GB"), ("disk", 1e6, "MB")):
+        print(
+            f"<!-- {name}: measuring took {guess['took']:.1f} s; {guess['parts']} -->",
+            file=sys.stderr,
+        )
+        for figure, scale, unit in (
+            ("seconds", 1, "s"),
+            ("memory", 1e9, "GB"),
+            ("disk", 1e6, "MB"),
+        ):
             one, two = guess[figure] / scale, real[figure] / scale
-            lines.append(f"| {name} | {figure} ({unit}) | {one:.2f} | {two:.2f} | {one / two:.2f} |")
+            lines.append(
+                f"| {name} | {figure} ({unit}) | {one:.2f} | {two:.2f} | {one / two:.2f} |"
+            )
             print(lines[-1], flush=True)
     if found.keep:
         from auto_mmround.run.journal import machine
 
         today, table = datetime.date.today(), "\n".join(lines)
-        text = f"# Planner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{' '.join(sys.argv)}`\n"
+        text = (
+            f"# Planner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand:"
+            f" `{' '.join(sys.argv)}`\n"
+        )
         (found.keep / f"planner-{today}.md").write_text(text)
 
 

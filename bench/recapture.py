@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Whether text blocks gain from being tuned on what the quantized tower hands them; on the bundled model.
+"""Whether text blocks gain from being tuned on what the quantized tower hands them; on the bundled
+model.
 
     bench/recapture.py [--schemes W4g128 W3g128] [--seeds 3] [--keep bench/results]
 
     clean      every block is tuned on what the untouched model gives it (enable_quanted_input off)
-    in stages  blocks are tuned on what the quantized blocks before them in their stage give; the text still on the
-               untouched tower
-    captured   the default: between the stages the text's inputs are captured again through the quantized tower
+    in stages  blocks are tuned on what the quantized blocks before them in their stage
+               give; the text still on the untouched tower captured   the default: between the
+               stages the text's inputs are captured again through the quantized tower
 
-All three have the same W tower and the same W text, and differ in nothing else. KL is from full precision on held-out
-questions about images and texts, at the positions of each modality.
+All three have the same W tower and the same W text, and differ in nothing else. KL is from full
+precision on held-out questions about images and texts, at the positions of each modality.
 """
 
 import argparse
@@ -35,13 +36,17 @@ TOWER, TEXT = "visual", "language_model"  # of the bundled model
 
 def tuned(options: dict[str, Any], seed: int, **more: Any) -> Any:
     """The bundled model, quantized in memory."""
-    return AutoRoundMLLM("demo", dataset="demo", device="cpu", seed=seed, **options, **more).quantize()[0]
+    return AutoRoundMLLM(
+        "demo", dataset="demo", device="cpu", seed=seed, **options, **more
+    ).quantize()[0]
 
 
 def model_of(way: str, options: dict[str, Any], seed: int) -> Any:
     """The bundled model, tower and text quantized in one of the ways."""
     if way != "in stages":
-        return tuned(options, seed, quant_nontext_module=True, enable_quanted_input=way == "captured")
+        return tuned(
+            options, seed, quant_nontext_module=True, enable_quanted_input=way == "captured"
+        )
     # Each stage alone, the other untouched; then the tower of one and the text of the other.
     tower = tuned(options, seed, to_quant_block_names=TOWER)
     model = tuned(options, seed, to_quant_block_names=TEXT)
@@ -54,12 +59,18 @@ def model_of(way: str, options: dict[str, Any], seed: int) -> Any:
 
 def main() -> None:
     """Every scheme, seed and way; then the means."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--schemes", nargs="+", default=["W4g128", "W3g128"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="clean is always among them")
-    parser.add_argument("--limit", type=int, default=96, help="held-out texts, and as many questions about images")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="clean is always among them"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=96, help="held-out texts, and as many questions about images"
+    )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     ways = [way for way in WAYS if way == WAYS[0] or way in found.ways]
@@ -74,22 +85,30 @@ def main() -> None:
         kl: dict[str, list[list[float]]] = {way: [] for way in ways}
         for seed in range(found.seeds):
             for way in ways:
-                (figures,) = measure([model_of(way, options, seed)], inputs, reference=reference.model)
+                (figures,) = measure(
+                    [model_of(way, options, seed)], inputs, reference=reference.model
+                )
                 kl[way].append([figures.kl["text"], figures.kl["image"]])
-                lines.append(f"| {scheme} | {seed} | {way} | {kl[way][-1][0]:.5f} | {kl[way][-1][1]:.5f} |")
+                lines.append(
+                    f"| {scheme} | {seed} | {way} | {kl[way][-1][0]:.5f} | {kl[way][-1][1]:.5f} |"
+                )
                 print(lines[-1], flush=True)
         clean_SK = torch.tensor(kl["clean"])
         for way in ways:
             ratio_SK = torch.tensor(kl[way]) / clean_SK
             cells = [
-                f"{ratio_SK[:, k].mean():.3f} ({ratio_SK[:, k].min():.3f} to {ratio_SK[:, k].max():.3f})"
+                f"{ratio_SK[:, k].mean():.3f} ({ratio_SK[:, k].min():.3f} to"
+                f" {ratio_SK[:, k].max():.3f})"
                 for k in (0, 1)
             ]
             lines.append(f"| {scheme} | all | {way}, times clean | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if found.keep:
         today, table, command = datetime.date.today(), "\n".join(lines), " ".join(sys.argv)
-        text = f"# Recapture on the demo model, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
+        text = (
+            "# Recapture on the demo model,"
+            f" {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
+        )
         (found.keep / f"recapture-{today}.md").write_text(text)
 
 

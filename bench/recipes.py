@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Recipes against llm-compressor's: GPTQ, and SmoothQuant + GPTQ at W8A8, with the same settings on the same samples.
+"""Recipes against llm-compressor's: GPTQ, and SmoothQuant + GPTQ at W8A8, with the same settings on
+the same samples.
 
-    bench/recipes.py --gemma FOLDER --calibration A.txt --held_out B.txt --whisper FOLDER [--work DIR] [--keep DIR]
+    bench/recipes.py --gemma FOLDER --calibration A.txt --held_out B.txt --whisper FOLDER [--work
+    DIR] [--keep DIR]
 
-Three models: a text model, Whisper (flite and espeak-ng speech, calibration in one voice, test in two), the bundled
-one. Each method runs in a process of its own, on one thread, the peer in its environment (scripts/engines.sh
-llmcompressor); what is found stays in --work, so a run that is cut off goes on where it stopped. Run it as
-`taskset -c 0`, so that ours and the peer share one core's worth of luck.
+Three models: a text model, Whisper (flite and espeak-ng speech, calibration in one voice, test in
+two), the bundled one. Each method runs in a process of its own, on one thread, the peer in its
+environment (scripts/engines.sh llmcompressor); what is found stays in --work, so a run that is cut
+off goes on where it stopped. Run it as `taskset -c 0`, so that ours and the peer share one core's
+worth of luck.
 """
 
 import argparse
@@ -26,7 +29,10 @@ import whisper
 HERE = Path(__file__).parent
 PEER = HERE.parent / ".engines" / "llmcompressor" / "bin" / "python"
 SAME = {"dampening": 0.01, "actorder": "weight"}  # of all methods; llm-compressor's own defaults
-W4, W3, W4G64 = ({"bits": bits, "group_size": size, "act_bits": 16} for bits, size in ((4, 128), (3, 128), (4, 64)))
+W4, W3, W4G64 = (
+    {"bits": bits, "group_size": size, "act_bits": 16}
+    for bits, size in ((4, 128), (3, 128), (4, 64))
+)
 W8A8 = {"bits": 8, "group_size": -1, "act_bits": 8}
 SCHEMES = {"W4g128": W4, "W3g128": W3, "W8A8": W8A8, "W4g64": W4G64, "-": W4}
 FULL, THEIRS = "full precision", "llm-compressor"
@@ -36,24 +42,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto": {"algorithm": "auto"},
 }
 COMPARED = [THEIRS, "gptq, no Fisher", "gptq"]
-# Of each model: what both are told, and what is compared. norms: those that SmoothQuant's mappings read from.
+# Of each model: what both are told, and what is compared. norms: those that SmoothQuant's mappings
+# read from.
 CASES: dict[str, dict[str, Any]] = {
     "gemma": {
         "class": "AutoModelForCausalLM", "norms": ("input_layernorm", "pre_feedforward_layernorm"),
-        "recipe": {"sequential_targets": ["Gemma3DecoderLayer"], "ignore": ["lm_head"], "seqlen": 256},
+        "recipe": {"sequential_targets": ["Gemma3DecoderLayer"], "ignore": ["lm_head"],
+            "seqlen": 256},
         "runs": {"W4g128": COMPARED, "W3g128": COMPARED, "W8A8": COMPARED[:2]},
     },
     "demo": {
-        "class": "Qwen2VLForConditionalGeneration", "norms": ("input_layernorm", "post_attention_layernorm"),
-        "recipe": {"sequential_targets": ["Qwen2VLDecoderLayer"], "ignore": ["re:.*lm_head", "re:.*visual.*"],
+        "class": "Qwen2VLForConditionalGeneration", "norms": ("input_layernorm",
+            "post_attention_layernorm"),
+        "recipe": {"sequential_targets": ["Qwen2VLDecoderLayer"], "ignore": ["re:.*lm_head",
+            "re:.*visual.*"],
                    "seqlen": 256, "dataset": "demo-llava"},
         "runs": {"W4g128": COMPARED, "W3g128": COMPARED, "W8A8": COMPARED[:2]},
     },
     "whisper": {
         "class": "WhisperForConditionalGeneration", "norms": (),
-        "recipe": {"sequential_targets": ["WhisperEncoderLayer", "WhisperDecoderLayer"], "ignore": ["proj_out"],
+        "recipe": {"sequential_targets": ["WhisperEncoderLayer", "WhisperDecoderLayer"],
+            "ignore": ["proj_out"],
                    "seqlen": 448},
-        "pipeline": "basic",  # llm-compressor 0.14's sequential one ends with "No statistics available" on Whisper
+        # llm-compressor 0.14's sequential one ends with "No statistics available" on Whisper
+        "pipeline": "basic",
         "runs": {"W4g64": [THEIRS, *METHODS]},
     },
 }  # fmt: skip
@@ -61,7 +73,8 @@ VOICES = ("flite-slt", "espeak-ng")
 FIRST_ROW = 40  # of the held-out text: earlier rows served to choose defaults
 
 
-# --------------------------------------------------------------------------------------------------- one method
+# --------------------------------------------------------------------------------------------------
+# one method
 
 
 def recipe_of(job: dict[str, Any]) -> Any:
@@ -69,10 +82,22 @@ def recipe_of(job: dict[str, Any]) -> Any:
     from auto_mmround.recipe.recipe import from_mapping
 
     smooth = {"equalize": "smoothquant", "smoothing_strength": 0.8, "mappings": job["mappings"]}
-    values = CASES[job["case"]]["recipe"] | SCHEMES[job["scheme"]] | METHODS.get(job["method"], {"algorithm": "gptq"})
+    values = (
+        CASES[job["case"]]["recipe"]
+        | SCHEMES[job["scheme"]]
+        | METHODS.get(job["method"], {"algorithm": "gptq"})
+    )
     values |= smooth if job["mappings"] else {}
-    return from_mapping(values | {"model": job["model"], "device": "cpu", "nsamples": job["samples"],
-                                  "model_dtype": job["dtype"], "format": "compressed_tensors"})  # fmt: skip
+    return from_mapping(
+        values
+        | {
+            "model": job["model"],
+            "device": "cpu",
+            "nsamples": job["samples"],
+            "model_dtype": job["dtype"],
+            "format": "compressed_tensors",
+        }
+    )
 
 
 def prepared(job: dict[str, Any]) -> Any:
@@ -96,17 +121,35 @@ def by_peer(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
 
     from auto_mmround.model.chains import as_dtype
 
-    stem, case, recipe = Path(job["result"]).with_suffix(""), CASES[job["case"]], prepared_job.recipe
+    stem, case, recipe = (
+        Path(job["result"]).with_suffix(""),
+        CASES[job["case"]],
+        prepared_job.recipe,
+    )
     model = prepared_job.loaded.model
     samples = {}
     for i, sample in enumerate(prepared_job.inputs):
         for name, value in as_dtype(sample.kwargs, model.dtype).items():
             samples[f"{i}.{name}"] = value.contiguous().clone()
-    order = {"model": str(prepared_job.loaded.source), "class": case["class"], "ignore": recipe.ignore}
+    order = {
+        "model": str(prepared_job.loaded.source),
+        "class": case["class"],
+        "ignore": recipe.ignore,
+    }
     order |= {"dtype": job["dtype"], "pipeline": case.get("pipeline", "sequential")}
-    order |= {"scheme": {"sym": True} | SCHEMES[job["scheme"]], "dampening": recipe.dampening, "length": recipe.seqlen}
-    order |= {"smoothing": recipe.smoothing_strength if job["mappings"] else None, "mappings": job["mappings"]}
-    order |= {"sequential_targets": recipe.sequential_targets, "samples": f"{stem}-samples.safetensors"}
+    order |= {
+        "scheme": {"sym": True} | SCHEMES[job["scheme"]],
+        "dampening": recipe.dampening,
+        "length": recipe.seqlen,
+    }
+    order |= {
+        "smoothing": recipe.smoothing_strength if job["mappings"] else None,
+        "mappings": job["mappings"],
+    }
+    order |= {
+        "sequential_targets": recipe.sequential_targets,
+        "samples": f"{stem}-samples.safetensors",
+    }
     order |= {"weights": f"{stem}-weights.safetensors", "result": f"{stem}-peer.json"}
     save_file(samples, order["samples"])
     Path(f"{stem}-job.json").write_text(json.dumps(order))
@@ -117,7 +160,10 @@ def by_peer(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     wanted = {f"{name}.weight" for name in prepared_job.plan.quantized}
     others = [name for name in weights if name not in wanted and "norm" not in name]
     if others or not wanted <= weights.keys():
-        sys.exit(f"{job['case']}: llm-compressor quantized other layers: {sorted(wanted ^ weights.keys())[:4]}")
+        sys.exit(
+            f"{job['case']}: llm-compressor quantized other layers:"
+            f" {sorted(wanted ^ weights.keys())[:4]}"
+        )
     model.load_state_dict(weights, strict=False)
     for name in ("samples", "weights"):
         Path(order[name]).unlink()
@@ -130,20 +176,33 @@ def by_us(prepared_job: Any) -> dict[str, Any]:
     from auto_mmround.run.pipeline import quantize
 
     wall, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    quantize(prepared_job.loaded.model, prepared_job.recipe, prepared_job.plan, prepared_job.inputs, Finished())
+    quantize(
+        prepared_job.loaded.model,
+        prepared_job.recipe,
+        prepared_job.plan,
+        prepared_job.inputs,
+        Finished(),
+    )
     now = resource.getrusage(resource.RUSAGE_SELF)
     cpu = now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime
-    return {"seconds": time.perf_counter() - wall, "cpu_seconds": cpu, "peak_gb": now.ru_maxrss / 1e6}
+    return {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": cpu,
+        "peak_gb": now.ru_maxrss / 1e6,
+    }
 
 
 def watch_activations(prepared_job: Any) -> None:
-    """Round the inputs of the quantized layers to 8 bits, a scale a token, as engines do; for ours and the peer's."""
+    """Round the inputs of the quantized layers to 8 bits, a scale a token, as engines do; for ours
+    and the peer's."""
     from auto_mmround.numerics.grids import quantize_tokens
 
     for name, scheme in prepared_job.plan.quantized.items():
         layer = prepared_job.loaded.model.get_submodule(name)
         bits = scheme.act_bits
-        layer.register_forward_pre_hook(lambda _, given, bits=bits: (quantize_tokens(given[0], bits), *given[1:]))
+        layer.register_forward_pre_hook(
+            lambda _, given, bits=bits: (quantize_tokens(given[0], bits), *given[1:])
+        )
 
 
 def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
@@ -162,7 +221,9 @@ def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     else:
         ids = tokens(loaded.tokenizer, Path(job["held_out"]), FIRST_ROW + limit, 256)[FIRST_ROW:]
         kind_T, all_T = torch.full((256,), TEXT), torch.ones(256, dtype=torch.bool)
-        inputs = [ModelInput(str(i), {"input_ids": row[None]}, kind_T, all_T) for i, row in enumerate(ids)]
+        inputs = [
+            ModelInput(str(i), {"input_ids": row[None]}, kind_T, all_T) for i, row in enumerate(ids)
+        ]
     reference = jobs.load_model(prepared_job.recipe).model
     (found,) = measure([loaded.model], inputs, reference=reference)
     return found.as_dict() | {"next_token": found.next_token, "tokens": found.tokens}
@@ -214,7 +275,8 @@ def worker(job: dict[str, Any]) -> None:
     Path(job["result"]).write_text(json.dumps(result, indent=1))
 
 
-# --------------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------------------
+# the tables
 
 
 def cell(value: float | None, form: str) -> str:
@@ -223,7 +285,8 @@ def cell(value: float | None, form: str) -> str:
 
 
 def text_row(title: str, found: dict[str, Any], full: dict[str, Any]) -> str:
-    """One line of a text model's table. Recovery is the share of full precision's accuracy that is left."""
+    """One line of a text model's table. Recovery is the share of full precision's accuracy that is
+    left."""
     recovered = [
         f"{100 * found[key]:.2f} ({100 * found[key] / full[key]:.2f} %)" if full.get(key) else ""
         for key in ("next_token", "accuracy")
@@ -239,11 +302,18 @@ def costs(found: dict[str, Any]) -> list[str]:
     return [cell(found.get(key), form) for key, form in forms]
 
 
-def speech_row(title: str, found: dict[str, Any], full: dict[str, Any], card: dict[str, Any] | None) -> str:
-    """One line of Whisper's table; ``card``: the released recipe by llm-compressor at the same bits."""
+def speech_row(
+    title: str, found: dict[str, Any], full: dict[str, Any], card: dict[str, Any] | None
+) -> str:
+    """One line of Whisper's table; ``card``: the released recipe by llm-compressor at the same
+    bits."""
     voices = list(found["voices"].values())
     kl = [value for voice in voices for value in voice["kl"]]
-    cells = [title, *(f"{whisper.rate([voice]):.2f}" for voice in voices), f"{whisper.rate(voices):.2f}"]
+    cells = [
+        title,
+        *(f"{whisper.rate([voice]):.2f}" for voice in voices),
+        f"{whisper.rate(voices):.2f}",
+    ]
     for other in (full, card):
         same = other is None or other is found
         cells.append("" if same else "{:+.2f} to {:+.2f}".format(*whisper.interval(other, found)))
@@ -257,7 +327,8 @@ def tables(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         full = found[case, "-", FULL]
         time_columns = ["seconds", "CPU seconds", "peak GB"]
         if case == "whisper":
-            columns = [*(f"WER {voice}" for voice in full["voices"]), "WER", "against full precision",
+            columns = [*(f"WER {voice}" for voice in full["voices"]), "WER",
+                "against full precision",
                        "against llm-compressor", "KL"]  # fmt: skip
         else:
             columns = ["KL text", "KL image", "perplexity", "next token right", "answers right"]
@@ -268,18 +339,26 @@ def tables(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
                 title = f"{scheme} | {method}"
                 card = found.get((case, scheme, THEIRS))
                 lines.append(
-                    speech_row(title, result, full, card) if case == "whisper" else text_row(title, result, full)
+                    speech_row(title, result, full, card)
+                    if case == "whisper"
+                    else text_row(title, result, full)
                 )
         text.append(f"## {case}\n\n" + "\n".join(lines))
     return "\n\n".join(text)
 
 
-# --------------------------------------------------------------------------------------------------- everything
+# --------------------------------------------------------------------------------------------------
+# everything
 
 
 def jobs_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """What there is to run, full precision of each model first."""
-    base = {"work": str(asked.work), "samples": asked.samples, "rows": asked.rows, "answers": asked.answers}
+    base = {
+        "work": str(asked.work),
+        "samples": asked.samples,
+        "rows": asked.rows,
+        "answers": asked.answers,
+    }
     base |= {"calibration": asked.calibration, "held_out": asked.held_out, "dtype": asked.dtype}
     models = {"demo": "demo", "gemma": asked.gemma, "whisper": asked.whisper}
     jobs = []
@@ -287,28 +366,42 @@ def jobs_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
         job = base | {"case": case, "model": models[case]}
         if case == "whisper":
             texts = speech.sentences(per_clip=6) + held_out_passages(asked.passages)
-            job["test"] = {voice: str(speech.speak(asked.work / "test", voice, texts)) for voice in VOICES}
+            job["test"] = {
+                voice: str(speech.speak(asked.work / "test", voice, texts)) for voice in VOICES
+            }
             said = speech.passages(asked.samples)
             job["speech"] = str(speech.speak(asked.work / "calibration", VOICES[0], said))
-        for scheme, method in [("-", FULL), *((s, m) for s, ms in CASES[case]["runs"].items() for m in ms)]:
+        for scheme, method in [
+            ("-", FULL),
+            *((s, m) for s, ms in CASES[case]["runs"].items() for m in ms),
+        ]:
             path = asked.work / f"{case}-{scheme}-{method}.json".replace(" ", "-").replace(",", "")
             norms = CASES[case]["norms"] if SCHEMES[scheme]["act_bits"] == 8 else ()
-            readers = (["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], ["re:.*gate_proj", "re:.*up_proj"])
+            readers = (
+                ["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"],
+                ["re:.*gate_proj", "re:.*up_proj"],
+            )
             pairs = [[read, f"re:.*{norm}"] for read, norm in zip(readers, norms)] or None
-            jobs.append(job | {"scheme": scheme, "method": method, "mappings": pairs, "result": str(path)})
+            jobs.append(
+                job | {"scheme": scheme, "method": method, "mappings": pairs, "result": str(path)}
+            )
     return jobs
 
 
 def held_out_passages(count: int) -> list[str]:
     """Passages of the bundled held-out text, as long as those of calibration."""
     corpus = speech.CORPUS.parent.parent / "heldout" / "text.jsonl"
-    words = [json.loads(line)["text"].split() for line in corpus.read_text(encoding="utf-8").splitlines()]
+    words = [
+        json.loads(line)["text"].split() for line in corpus.read_text(encoding="utf-8").splitlines()
+    ]
     return [" ".join(row[: speech.PASSAGE]) for row in words[:count]]
 
 
 def main() -> None:
     """Every job that has no result yet, then the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--gemma", help="folder of Gemma 3 270M")
@@ -316,12 +409,20 @@ def main() -> None:
     parser.add_argument("--calibration", help="text for Gemma")
     parser.add_argument("--held_out", help=f"text for Gemma, used from row {FIRST_ROW} on")
     parser.add_argument("--work", type=Path, default=Path(".bench/recipes"))
-    parser.add_argument("--dtype", default="bfloat16", help="of all models; float32 where bfloat16 is emulated")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of all models; float32 where bfloat16 is emulated"
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rows", type=int, default=16, help="held-out rows of 256 tokens")
-    parser.add_argument("--answers", type=int, default=100, help="held-out questions of the bundled model")
-    parser.add_argument("--passages", type=int, default=30, help="held-out passages spoken, beside the sentences")
-    parser.add_argument("--no_runs", action="store_true", help="tables of the results that are there")
+    parser.add_argument(
+        "--answers", type=int, default=100, help="held-out questions of the bundled model"
+    )
+    parser.add_argument(
+        "--passages", type=int, default=30, help="held-out passages spoken, beside the sentences"
+    )
+    parser.add_argument(
+        "--no_runs", action="store_true", help="tables of the results that are there"
+    )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     asked = parser.parse_args()
     if asked.worker:
@@ -337,7 +438,9 @@ def main() -> None:
         if not path.is_file():
             print(f"{job['case']} {job['scheme']} {job['method']}", flush=True)
             variables = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], check=True, env=variables)
+            subprocess.run(
+                [sys.executable, __file__, "--worker", json.dumps(job)], check=True, env=variables
+            )
         found[job["case"], job["scheme"], job["method"]] = json.loads(path.read_text())
     text = tables(found)
     print(text)
@@ -345,23 +448,30 @@ def main() -> None:
         keep(asked, found, text)
 
 
-def keep(asked: argparse.Namespace, found: dict[tuple[str, str, str], dict[str, Any]], text: str) -> None:
+def keep(
+    asked: argparse.Namespace, found: dict[tuple[str, str, str], dict[str, Any]], text: str
+) -> None:
     """The dated file of results."""
     from auto_mmround.run.journal import machine
 
     today = datetime.date.today()
-    peers = next((result["versions"] for (_, _, method), result in found.items() if method == THEIRS), {})
+    peers = next(
+        (result["versions"] for (_, _, method), result in found.items() if method == THEIRS), {}
+    )
     explained = (
-        f"{asked.samples} calibration samples (256 tokens; 64-word passages in one voice for Whisper), the same for "
-        f"all. Dampening {SAME['dampening']}, activation order {SAME['actorder']} (llm-compressor: static), "
-        f"{asked.dtype}, one thread; `auto` has its own defaults. W8A8: SmoothQuant 0.8 before GPTQ, inputs rounded to "
-        "8 bits, a scale a token. Seconds are of quantizing alone. KL is from full precision, nats a token; in "
-        "brackets the share of full precision's accuracy; intervals of WER are of differences in points, 95 %, "
-        "bootstrap over clips. llm-compressor's sequential pipeline fails on Whisper: its basic one there, in which no "
-        "layer sees what those before it got wrong."
+        f"{asked.samples} calibration samples (256 tokens; 64-word passages in one voice for"
+        f" Whisper), the same for all. Dampening {SAME['dampening']}, activation order"
+        f" {SAME['actorder']} (llm-compressor: static), {asked.dtype}, one thread; `auto` has its"
+        " own defaults. W8A8: SmoothQuant 0.8 before GPTQ, inputs rounded to 8 bits, a scale a"
+        " token. Seconds are of quantizing alone. KL is from full precision, nats a token; in"
+        " brackets the share of full precision's accuracy; intervals of WER are of differences in"
+        " points, 95 %, bootstrap over clips. llm-compressor's sequential pipeline fails on"
+        " Whisper: its basic one there, in which no layer sees what those before it got wrong."
     )
     facts = [f"# Recipes, {today}", explained, text, json.dumps({"ours": machine(), THEIRS: peers})]
-    missing = [f"{c} {s} {m}" for c in asked.cases for s, ms in CASES[c]["runs"].items() for m in ms]
+    missing = [
+        f"{c} {s} {m}" for c in asked.cases for s, ms in CASES[c]["runs"].items() for m in ms
+    ]
     missing = [title for title in missing if title not in {" ".join(key) for key in found}]
     facts += [f"Not run: {', '.join(missing)}."] if missing else []
     facts.append(f"Command: `{' '.join(sys.argv)}`")

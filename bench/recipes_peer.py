@@ -1,11 +1,12 @@
-"""llm-compressor's GPTQ and SmoothQuant, for recipes.py: runs in its own environment, imports nothing of ours.
+"""llm-compressor's GPTQ and SmoothQuant, for recipes.py: runs in its own environment, imports
+nothing of ours.
 
     recipes_peer.py JOB.json
 
-Job: "model" folder, "class" of Transformers, "samples" (safetensors, "3.input_ids" is what the model is given of sample
-3), "dtype", "pipeline" and "scheme" of llm-compressor (bits, group_size, sym, act_bits), "dampening", "smoothing" or
-null, "mappings", "sequential_targets", "ignore"; "weights": where what changed goes, in the model's dtype; "result":
-figures.
+Job: "model" folder, "class" of Transformers, "samples" (safetensors, "3.input_ids" is what the
+model is given of sample 3), "dtype", "pipeline" and "scheme" of llm-compressor (bits, group_size,
+sym, act_bits), "dampening", "smoothing" or null, "mappings", "sequential_targets", "ignore";
+"weights": where what changed goes, in the model's dtype; "result": figures.
 """
 
 import json
@@ -34,14 +35,26 @@ def modifiers(job):
         num_bits=scheme["bits"], symmetric=scheme["sym"], dynamic=False,
         **(group if scheme["group_size"] > 0 else {"strategy": "channel"}),
     )  # fmt: skip
-    inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if scheme["act_bits"] == 8 else None
-    groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)}
+    inputs = (
+        QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+        if scheme["act_bits"] == 8
+        else None
+    )
+    groups = {
+        "all": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    }
     gptq = GPTQModifier(
-        config_groups=groups, ignore=job["ignore"], dampening_frac=job["dampening"], actorder="static"
+        config_groups=groups,
+        ignore=job["ignore"],
+        dampening_frac=job["dampening"],
+        actorder="static",
     )  # "static" is their name of the order that leaves the file's columns alone
     if job["smoothing"] is None:
         return [gptq]
-    return [SmoothQuantModifier(smoothing_strength=job["smoothing"], mappings=job["mappings"]), gptq]
+    return [
+        SmoothQuantModifier(smoothing_strength=job["smoothing"], mappings=job["mappings"]),
+        gptq,
+    ]
 
 
 def samples(path, dtype):
@@ -64,7 +77,8 @@ def main():
     recipe = modifiers(job)
     wall, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     oneshot(
-        model=model, dataset=data, recipe=recipe, pipeline=job["pipeline"], num_calibration_samples=len(data),
+        model=model, dataset=data, recipe=recipe, pipeline=job["pipeline"],
+        num_calibration_samples=len(data),
         sequential_targets=job["sequential_targets"], max_seq_length=job["length"],
     )  # fmt: skip
     now = resource.getrusage(resource.RUSAGE_SELF)
@@ -72,10 +86,16 @@ def main():
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime,
         "peak_gb": now.ru_maxrss / 1e6,
-        "versions": {module.__name__: module.__version__ for module in (llmcompressor, transformers, torch)},
+        "versions": {
+            module.__name__: module.__version__ for module in (llmcompressor, transformers, torch)
+        },
     }
     state = model.state_dict()
-    changed = {name: state[name].contiguous() for name in before if not torch.equal(state[name], before[name])}
+    changed = {
+        name: state[name].contiguous()
+        for name in before
+        if not torch.equal(state[name], before[name])
+    }
     save_file(changed, job["weights"])
     Path(job["result"]).write_text(json.dumps(result, indent=1))
 

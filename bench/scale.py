@@ -1,7 +1,9 @@
-"""Does memory grow with depth? `make bench-scale`: random Llamas of equal blocks and different depth, streamed.
+"""Does memory grow with depth? `make bench-scale`: random Llamas of equal blocks and different
+depth, streamed.
 
-Each model is written shard by shard, quantized in a fresh process (rounded to nearest, then five sign steps on a few
-short samples), and deleted. Prints and keeps the largest resident set (`ru_maxrss`, mapped files included) of each run.
+Each model is written shard by shard, quantized in a fresh process (rounded to nearest, then five
+sign steps on a few short samples), and deleted. Prints and keeps the largest resident set
+(`ru_maxrss`, mapped files included) of each run.
 """
 
 import argparse
@@ -26,7 +28,13 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=16, num_key_value_heads=16, vocab_size=8192)
+WIDTH = dict(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    vocab_size=8192,
+)
 ALLOWED_GB, ALLOWED_BLOCKS, ALLOWED_SPREAD = 3.0, 4, 0.10
 
 
@@ -41,14 +49,19 @@ def config(layers: int) -> LlamaConfig:
 def make(folder: Path, gigabytes: float) -> tuple[int, int, int]:
     """Write a random model of about that size; layers, its bytes and those of a block."""
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in LlamaForCausalLM(config(1)).state_dict().items()}
+        shapes = {
+            key: tensor.shape for key, tensor in LlamaForCausalLM(config(1)).state_dict().items()
+        }
     size = {key: 2 * shape.numel() for key, shape in shapes.items()}
     block = sum(count for key, count in size.items() if ".layers.0." in key)
     rest = sum(size.values()) - block
     layers = round((gigabytes * 1e9 - rest) / block)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    values = {key: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for key, shape in shapes.items()}
+    values = {
+        key: torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        for key, shape in shapes.items()
+    }
     writer = ShardWriter(folder, 2 * 10**9)
     for key, tensor in values.items():
         for i in range(layers) if ".layers.0." in key else (0,):
@@ -56,9 +69,9 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int, int]:
     writer.finish()
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2"
+    ).save_pretrained(folder)
     write_config(folder, json.loads(config(layers).to_json_string(use_diff=False)), None)
     return layers, rest + layers * block, block
 
@@ -68,7 +81,8 @@ def worker(folder: Path) -> None:
     draw = torch.Generator().manual_seed(1)
     rows = [{"input_ids": torch.randint(3, 120, (1, 32), generator=draw)} for _ in range(4)]
     recipe = Recipe(
-        model=str(folder), output_dir=str(folder.parent / "out"), algorithm="sign_round", iters=5, nsamples=4,
+        model=str(folder), output_dir=str(folder.parent / "out"), algorithm="sign_round", iters=5,
+        nsamples=4,
         seqlen=32, batch_size=4, device="cpu", stream=True,
     )  # fmt: skip
     started = time.perf_counter()
@@ -83,7 +97,10 @@ def measure(scratch: Path, gigabytes: float) -> dict[str, float]:
     try:
         layers, size, block = make(folder, gigabytes)
         done = subprocess.run(
-            [sys.executable, __file__, "--worker", str(folder)], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, __file__, "--worker", str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         found = json.loads(done.stdout.strip().splitlines()[-1])
     finally:
@@ -97,7 +114,9 @@ def main() -> int:
     """Exit status 1 if memory grows with depth or is above its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", type=Path)
-    parser.add_argument("--scratch", type=Path, default=Path(".bench/scale"), help="a folder on a disk with room")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(".bench/scale"), help="a folder on a disk with room"
+    )
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[4.0, 12.0])
     found = parser.parse_args()
     if found.worker:
@@ -110,16 +129,18 @@ def main() -> int:
     right = spread <= ALLOWED_SPREAD and max(peaks) <= bound
     lines = [
         "# Peak memory of streamed runs",
-        f"{date.today()}, {machine()['system']}, torch {torch.__version__}. Random Llamas of equal blocks, W4 g128, "
-        "rounded to nearest and 5 sign steps on 4 samples of 32 tokens; "
+        f"{date.today()}, {machine()['system']}, torch {torch.__version__}. Random Llamas of "
+        "equal blocks, W4 g128, rounded to nearest and 5 sign steps on 4 samples of 32 tokens; "
         f"`bench/scale.py --gigabytes {' '.join(f'{size:g}' for size in found.gigabytes)}`.",
         rows_as_markdown(
             ["layers", "model (GB)", "block (GB)", "peak resident (GB)", "seconds"],
-            [[run["layers"], *(f"{run[key]:.2f}" for key in ("size", "block", "peak")), f"{run['seconds']:.0f}"]
+            [[run["layers"], *(f"{run[key]:.2f}" for key in ("size", "block", "peak")),
+                f"{run['seconds']:.0f}"]
              for run in runs],
         ),
-        f"Peaks differ by {spread:.1%} (allowed {ALLOWED_SPREAD:.0%}); the largest is {max(peaks):.2f} GB (allowed "
-        f"{ALLOWED_GB:g} GB + {ALLOWED_BLOCKS} blocks = {bound:.2f} GB): {'right' if right else 'WRONG'}.",
+        f"Peaks differ by {spread:.1%} (allowed {ALLOWED_SPREAD:.0%}); the largest is "
+        f"{max(peaks):.2f} GB (allowed {ALLOWED_GB:g} GB + {ALLOWED_BLOCKS} blocks = "
+        f"{bound:.2f} GB): {'right' if right else 'WRONG'}.",
     ]  # fmt: skip
     text = "\n\n".join(lines) + "\n"
     print(text)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Speech by flite and espeak-ng with the words that are said, as sets that calibration and `eval` read.
+"""Speech by flite and espeak-ng with the words that are said, as sets that calibration and `eval`
+read.
 
-    bench/speech.py FOLDER --voices flite-slt flite-rms espeak-ng [--text SENTENCES.txt] [--per_clip 3]
-    bench/speech.py FOLDER --voices flite-slt --passages 64
+    bench/speech.py FOLDER --voices flite-slt flite-rms espeak-ng [--text SENTENCES.txt] [--per_clip
+    3] bench/speech.py FOLDER --voices flite-slt --passages 64
 
-One file a voice, FOLDER/flite-slt.jsonl, with rows {"id", "audio", "text"} and the sound beside it. --text: one
-sentence a line. --passages: so many passages of the bundled public-domain corpus instead. Both programs are in Debian:
-apt-get install flite espeak-ng.
+One file a voice, FOLDER/flite-slt.jsonl, with rows {"id", "audio", "text"} and the sound beside it.
+--text: one sentence a line. --passages: so many passages of the bundled public-domain corpus
+instead. Both programs are in Debian: apt-get install flite espeak-ng.
 """
 
 import argparse
@@ -22,7 +23,14 @@ CORPUS = HERE.parent / "auto_mmround" / "demo" / "calibration" / "text.jsonl"
 PASSAGE = 64  # words, about 20 seconds
 COMMANDS = {
     "flite": lambda voice, text, path: ["flite", "-voice", voice, "-t", text, "-o", path],
-    "espeak": lambda voice, text, path: ["espeak-ng", "-v", "en" if voice == "ng" else voice, "-w", path, text],
+    "espeak": lambda voice, text, path: [
+        "espeak-ng",
+        "-v",
+        "en" if voice == "ng" else voice,
+        "-w",
+        path,
+        text,
+    ],
 }
 
 
@@ -33,13 +41,20 @@ def sentences(path: Path = HERE / "sentences.txt", per_clip: int = 3) -> list[st
 
 
 def passages(count: int) -> list[str]:
-    """The openings of as many passages of the bundled corpus (King James Bible), cut to what is said in one window.
+    """The openings of as many passages of the bundled corpus (King James Bible), cut to what is
+    said in one window.
 
-    Passages that follow one another in the corpus come from all over it, and long ones give several.
+    Passages that follow one another in the corpus come from all over it, and long ones give
+    several.
     """
-    rows = [json.loads(line)["text"].split() for line in CORPUS.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)["text"].split() for line in CORPUS.read_text(encoding="utf-8").splitlines()
+    ]
     found = [
-        " ".join(words[at : at + PASSAGE]) for at in range(0, 5 * PASSAGE, PASSAGE) for words in rows if len(words) > at
+        " ".join(words[at : at + PASSAGE])
+        for at in range(0, 5 * PASSAGE, PASSAGE)
+        for words in rows
+        if len(words) > at
     ]
     if len(found) < count:
         sys.exit(f"the bundled corpus has {len(found)} passages, {count} were asked for")
@@ -47,13 +62,19 @@ def passages(count: int) -> list[str]:
 
 
 def speak(folder: Path, voice: str, texts: Sequence[str]) -> Path:
-    """The set of one voice; it is made once. Exits with a line that says what to install, if a program is missing."""
+    """The set of one voice; it is made once. Exits with a line that says what to install, if a
+    program is missing."""
     table = folder / f"{voice}.jsonl"
-    if table.is_file() and [json.loads(line)["text"] for line in table.read_text().splitlines()] == list(texts):
+    if table.is_file() and [
+        json.loads(line)["text"] for line in table.read_text().splitlines()
+    ] == list(texts):
         return table
     program, _, name = voice.partition("-")
     if program not in COMMANDS:
-        sys.exit(f"voice {voice}: flite-NAME (flite -lv) or espeak-ng, espeak-NAME (espeak-ng --voices=en)")
+        sys.exit(
+            f"voice {voice}: flite-NAME (flite -lv) or espeak-ng, espeak-NAME (espeak-ng"
+            " --voices=en)"
+        )
     sounds = folder / voice
     sounds.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -70,7 +91,9 @@ def speak(folder: Path, voice: str, texts: Sequence[str]) -> Path:
 
 def main() -> None:
     """The sets of all voices."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--voices", nargs="+", default=["flite-slt", "flite-rms", "espeak-ng"])
     parser.add_argument("--text", type=Path, default=HERE / "sentences.txt")

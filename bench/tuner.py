@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Our tuner against auto-round: same model, samples, token budget and machine, one run after the other.
+"""Our tuner against auto-round: same model, samples, token budget and machine, one run after the
+other.
 
-    bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt [--schemes W3g128 W2g64a ...] [--keep DIR]
-    bench/tuner.py --model demo --methods rtn gptq sign_round auto
+    bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt [--schemes W3g128
+    W2g64a ...] [--keep DIR] bench/tuner.py --model demo --methods rtn gptq sign_round auto
 
-Each method runs in a process of its own, which reports its seconds (quantizing only) and peak memory, then the
-perplexity of the quantized model on held-out text and its KL divergence from full precision. A scheme ending in `a` is
-asymmetric. Results go to standard output as Markdown and, with --keep, to a dated file.
+Each method runs in a process of its own, which reports its seconds (quantizing only) and peak
+memory, then the perplexity of the quantized model on held-out text and its KL divergence from full
+precision. A scheme ending in `a` is asymmetric. Results go to standard output as Markdown and, with
+--keep, to a dated file.
 """
 
 import argparse
@@ -33,13 +35,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Column -> key of a result, and its form. matmul: see `matmul_share`.
 FIGURES = {"seconds": ("seconds", ".1f"), "CPU s": ("cpu", ".0f"), "peak GB": ("peak_gb", ".2f"),
-           "perplexity": ("perplexity", ".3f"), "KL": ("kl", ".4f"), "KL image": ("kl_image", ".4f"),
+           "perplexity": ("perplexity", ".3f"), "KL": ("kl", ".4f"), "KL image": ("kl_image",
+               ".4f"),
            "accuracy": ("accuracy", ".1%"), "matmul": ("share", ".0%")}  # fmt: skip
-PEERS: dict[str, dict[str, Any]] = {"auto-round": {}, "auto-round alg_ext": {"enable_alg_ext": True}}
+PEERS: dict[str, dict[str, Any]] = {
+    "auto-round": {},
+    "auto-round alg_ext": {"enable_alg_ext": True},
+}
 
 
 def tokens(tokenizer: Any, path: Path, count: int, length: int) -> Any:
-    """The first ``count`` rows of ``length`` tokens of a text, each opened by the tokenizer's BOS if it has one."""
+    """The first ``count`` rows of ``length`` tokens of a text, each opened by the tokenizer's BOS
+    if it has one."""
     import torch
 
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
@@ -51,7 +58,8 @@ def tokens(tokenizer: Any, path: Path, count: int, length: int) -> Any:
 
 
 def matmul_rate() -> float:
-    """What the machine makes of bf16 products, in operations a second: the best of five of 2048 x 2048 x 2048."""
+    """What the machine makes of bf16 products, in operations a second: the best of five of 2048 x
+    2048 x 2048."""
     import torch
 
     a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
@@ -64,8 +72,9 @@ def matmul_rate() -> float:
 
 
 def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any) -> float:
-    """Products with quantized weights during the sign steps (6 operations a weight and token, 2 where only the held-out
-    error is taken), a second, as a share of what the machine can do; attention and all else count as nothing."""
+    """Products with quantized weights during the sign steps (6 operations a weight and token, 2
+    where only the held-out error is taken), a second, as a share of what the machine can do;
+    attention and all else count as nothing."""
     from auto_mmround.numerics.tuner import held_out_split, looked_at
     from auto_mmround.recipe.recipe import from_mapping
 
@@ -73,7 +82,9 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
     spent = sum(report.steps_seconds for report in reports)
     if not spent:
         return float("nan")
-    weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    weights = sum(
+        p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
+    )
     looks = sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
     tokens = 6 * recipe.batch * recipe.steps + 2 * len(held_out_split(len(rows))[1]) * looks
     return weights * tokens * rows.shape[1] / spent / matmul_rate()
@@ -84,26 +95,41 @@ def scheme_of(job: dict[str, Any]) -> dict[str, Any]:
     return {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
 
 
-def by_peer(job: dict[str, Any], model: Any, tokenizer: Any, samples: list[Any], length: int, **options: Any) -> Any:
+def by_peer(
+    job: dict[str, Any], model: Any, tokenizer: Any, samples: list[Any], length: int, **options: Any
+) -> Any:
     """The model as auto-round leaves it, with dequantized weights."""
     from auto_round import AutoRound
 
     options |= scheme_of(job) | PEERS[job["method"]] | job["options"]
     peer = AutoRound(
-        model, tokenizer, dataset=samples, nsamples=len(samples), seqlen=length, device_map="cpu", **options
+        model,
+        tokenizer,
+        dataset=samples,
+        nsamples=len(samples),
+        seqlen=length,
+        device_map="cpu",
+        **options,
     )
     return peer.quantize()[0]
 
 
 def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
-    """Run one method on the model in memory; returns the model with dequantized weights, and reports of ours."""
+    """Run one method on the model in memory; returns the model with dequantized weights, and
+    reports of ours."""
     if job["method"] in PEERS:
-        return by_peer(job, model, tokenizer, [row[None] for row in rows], rows.shape[1], batch_size=8), None
+        return (
+            by_peer(
+                job, model, tokenizer, [row[None] for row in rows], rows.shape[1], batch_size=8
+            ),
+            None,
+        )
     from auto_mmround import AutoRoundMLLM
 
     ours = AutoRoundMLLM(
         model, tokenizer, dataset=[{"input_ids": row.tolist()} for row in rows], nsamples=len(rows),
-        seqlen=rows.shape[1], device="cpu", **scheme_of(job) | METHODS[job["method"]] | job["options"],
+        seqlen=rows.shape[1], device="cpu",
+        **scheme_of(job) | METHODS[job["method"]] | job["options"],
     )  # fmt: skip
     return ours.quantize()[0], ours.reports
 
@@ -124,7 +150,8 @@ def damage(model: Any, reference: Any, rows: Any) -> dict[str, float]:
 
 
 def bundled(job: dict[str, Any]) -> dict[str, Any]:
-    """One method on the bundled vision-language model, text and images in its calibration; KL by modality."""
+    """One method on the bundled vision-language model, text and images in its calibration; KL by
+    modality."""
     from auto_mmround.evaluate.metrics import measure
     from auto_mmround.evaluate.samples import held_out
     from auto_mmround.recipe.recipe import Recipe
@@ -132,21 +159,32 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
     from auto_mmround.run.finished import Finished
     from auto_mmround.run.pipeline import quantize as run_pipeline
 
-    options = scheme_of(job) | (METHODS[job["method"]] | job["options"] if job["method"] in METHODS else {})
+    options = scheme_of(job) | (
+        METHODS[job["method"]] | job["options"] if job["method"] in METHODS else {}
+    )
     recipe = Recipe(model="demo", dataset="demo", nsamples=job["samples"], device="cpu", **options)
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     prepared = jobs.prepare(recipe, loaded)
     started, used = time.perf_counter(), time.process_time()
     model: Any = loaded.model
     if job["method"] in PEERS:
-        samples, longest = [s.kwargs for s in prepared.inputs], max(len(s.modality_T) for s in prepared.inputs)
-        one_by_one = {"processor": loaded.processor, "batch_size": 1, "gradient_accumulate_steps": 8}
+        samples, longest = (
+            [s.kwargs for s in prepared.inputs],
+            max(len(s.modality_T) for s in prepared.inputs),
+        )
+        one_by_one = {
+            "processor": loaded.processor,
+            "batch_size": 1,
+            "gradient_accumulate_steps": 8,
+        }
         model = by_peer(job, model, loaded.tokenizer, samples, longest, **one_by_one)
     elif job["method"] != "full precision":
         run_pipeline(model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
     result = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
     result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    (found,) = measure([model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference)
+    (found,) = measure(
+        [model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference
+    )
     assert found.perplexity is not None and found.accuracy is not None
     return result | {
         "perplexity": found.perplexity, "kl": found.kl["text"], "kl_image": found.kl["image"],
@@ -166,9 +204,9 @@ def worker(job: dict[str, Any]) -> None:
     load = {"dtype": torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
     rows = tokens(tokenizer, Path(job["calibration"]), job["samples"], job["length"])
-    held = tokens(tokenizer, Path(job["held_out"]), job["held_from"] + job["held_rows"], job["length"])[
-        job["held_from"] :
-    ]
+    held = tokens(
+        tokenizer, Path(job["held_out"]), job["held_from"] + job["held_rows"], job["length"]
+    )[job["held_from"] :]
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result: dict[str, Any] = {"seconds": 0.0, "cpu": 0.0, "peak_gb": before / 1e6}
     if job["method"] != "full precision":
@@ -190,7 +228,8 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def run(job: dict[str, Any], kept: Path) -> dict[str, Any]:
-    """The worker's result, from a file of an earlier run where there is one; else its last line of complaint."""
+    """The worker's result, from a file of an earlier run where there is one; else its last line of
+    complaint."""
     if kept.is_file():
         return json.loads(kept.read_text())
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
@@ -205,32 +244,50 @@ def run(job: dict[str, Any], kept: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Every scheme by every method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model")
     parser.add_argument("--calibration")
     parser.add_argument("--held_out")
-    parser.add_argument("--schemes", nargs="+", default=["W4g128", "W3g128", "W2g64", "W4g128a", "W3g128a", "W2g64a"])
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        default=["W4g128", "W3g128", "W2g64", "W4g128a", "W3g128a", "W2g64a"],
+    )
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *PEERS])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--held_rows", type=int, default=16)
-    parser.add_argument("--held_from", type=int, default=0, help="rows of the held-out text to pass over")
-    parser.add_argument("--work", type=Path, default=Path(".bench/tuner"), help="results of single runs; kept")
-    parser.add_argument("--options", type=json.loads, default={}, help="more options of every method, JSON")
+    parser.add_argument(
+        "--held_from", type=int, default=0, help="rows of the held-out text to pass over"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".bench/tuner"), help="results of single runs; kept"
+    )
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="more options of every method, JSON"
+    )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     if found.worker:
         worker(json.loads(found.worker))
         return
     base = {
-        key: value for key, value in vars(found).items() if key not in ("worker", "schemes", "methods", "keep", "work")
+        key: value
+        for key, value in vars(found).items()
+        if key not in ("worker", "schemes", "methods", "keep", "work")
     }
     lines = [f"| scheme | method | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
     print("\n".join(lines))
     for scheme in ["-", *found.schemes]:
         parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
-        values = {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]} if parts else {}
+        values = (
+            {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]}
+            if parts
+            else {}
+        )
         for method in found.methods if parts else ["full precision"]:
             result = run(base | values | {"method": method}, found.work / f"{scheme} {method}.json")
             lines.append(f"| {scheme} | {method} | {' | '.join(cells(result))} |")

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Whisper, encoder and decoder quantized: word error rate and KL, full precision against RTN, GPTQ and ours.
+"""Whisper, encoder and decoder quantized: word error rate and KL, full precision against RTN, GPTQ
+and ours.
 
-    bench/whisper.py --model FOLDER [--schemes W4g64 W3g64] [--methods rtn gptq auto] [--keep bench/results]
+    bench/whisper.py --model FOLDER [--schemes W4g64 W3g64] [--methods rtn gptq auto] [--keep
+    bench/results]
 
-Calibration is one synthetic voice that reads passages of the bundled corpus; the test is other sentences in several
-voices, see speech.py. Every method runs in a process of its own; what is found stays in --work, so a run that is cut
-off goes on where it stopped, and other schemes and methods are added to the table.
+Calibration is one synthetic voice that reads passages of the bundled corpus; the test is other
+sentences in several voices, see speech.py. Every method runs in a process of its own; what is found
+stays in --work, so a run that is cut off goes on where it stopped, and other schemes and methods
+are added to the table.
 """
 
 import argparse
@@ -24,7 +27,8 @@ import speech
 VOICES = ["flite-slt", "flite-rms", "espeak-ng"]
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"algorithm": "rtn"},
-    "gptq": {"algorithm": "gptq", "dampening": 0.01, "actorder": "weight"},  # as in the released W4A16 checkpoints
+    # as in the released W4A16 checkpoints
+    "gptq": {"algorithm": "gptq", "dampening": 0.01, "actorder": "weight"},
     "auto": {},
 }
 TOGETHER = 8  # clips decoded at once
@@ -32,7 +36,8 @@ LONGEST = 160  # tokens of a transcript; twice the longest that is said
 
 
 def quantized(job: dict[str, Any]) -> Any:
-    """The model with dequantized weights, in bfloat16: processors multiply it fast, float16 they don't.
+    """The model with dequantized weights, in bfloat16: processors multiply it fast, float16 they
+    don't.
 
     The checkpoint goes to the job's folder, for engines and `auto-round-mllm eval`.
     """
@@ -40,7 +45,8 @@ def quantized(job: dict[str, Any]) -> Any:
 
     scheme = {"bits": job["bits"], "group_size": job["group_size"]} | METHODS.get(job["method"], {})
     ours = AutoRoundMLLM(
-        job["model"], model_dtype="bfloat16", device="cpu", dataset=job["calibration"], nsamples=job["samples"],
+        job["model"], model_dtype="bfloat16", device="cpu", dataset=job["calibration"],
+        nsamples=job["samples"],
         seqlen=448, quant_nontext_module=True, format="compressed_tensors", **scheme,
     )  # fmt: skip
     if job["method"] != "full precision":
@@ -50,7 +56,8 @@ def quantized(job: dict[str, Any]) -> Any:
 
 
 def listen(loaded: Any, clips: Sequence[Any], forced: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """(the decoder's last hidden states (T, D) on the given transcripts, greedy transcripts); each clip heard once."""
+    """(the decoder's last hidden states (T, D) on the given transcripts, greedy transcripts); each
+    clip heard once."""
     import torch
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -59,10 +66,20 @@ def listen(loaded: Any, clips: Sequence[Any], forced: Sequence[Any]) -> tuple[li
     with torch.inference_mode():
         for at in range(0, len(clips), TOGETHER):
             sound = []
-            for clip, sample in zip(clips[at : at + TOGETHER], forced[at : at + TOGETHER], strict=True):
-                sound.append(model.get_encoder()(clip.kwargs["input_features"].to(model.dtype)).last_hidden_state)
+            for clip, sample in zip(
+                clips[at : at + TOGETHER], forced[at : at + TOGETHER], strict=True
+            ):
+                sound.append(
+                    model.get_encoder()(
+                        clip.kwargs["input_features"].to(model.dtype)
+                    ).last_hidden_state
+                )
                 ids = sample.kwargs["decoder_input_ids"]
-                hidden.append(model.model(encoder_outputs=(sound[-1],), decoder_input_ids=ids).last_hidden_state[0])
+                hidden.append(
+                    model.model(
+                        encoder_outputs=(sound[-1],), decoder_input_ids=ids
+                    ).last_hidden_state[0]
+                )
             outputs = BaseModelOutput(last_hidden_state=torch.cat(sound))
             made = model.generate(encoder_outputs=outputs, do_sample=False, max_new_tokens=LONGEST)
             heard += loaded.tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -70,9 +87,13 @@ def listen(loaded: Any, clips: Sequence[Any], forced: Sequence[Any]) -> tuple[li
 
 
 def divergence(loaded: Any, reference: Sequence[Any], hidden: Sequence[Any]) -> list[float]:
-    """KL(full precision || quantized) in nats a token, the mean of each clip. The output head is the same for both."""
+    """KL(full precision || quantized) in nats a token, the mean of each clip. The output head is
+    the same for both."""
     head_VD = loaded.model.proj_out.weight.float()
-    pairs = [[(h.float() @ head_VD.t()).log_softmax(-1) for h in pair] for pair in zip(reference, hidden, strict=True)]
+    pairs = [
+        [(h.float() @ head_VD.t()).log_softmax(-1) for h in pair]
+        for pair in zip(reference, hidden, strict=True)
+    ]
     return [(wanted.exp() * (wanted - got)).sum(-1).mean().item() for wanted, got in pairs]
 
 
@@ -103,7 +124,12 @@ def worker(job: dict[str, Any]) -> None:
         said = [normalise(clip.expected or "") for clip in clips]
         found = [jiwer.process_words(a, normalise(b)) for a, b in zip(said, heard, strict=True)]
         errors = [each.substitutions + each.deletions + each.insertions for each in found]
-        result["voices"][voice] = {"kl": kl, "errors": errors, "words": [len(a.split()) for a in said], "heard": heard}
+        result["voices"][voice] = {
+            "kl": kl,
+            "errors": errors,
+            "words": [len(a.split()) for a in said],
+            "heard": heard,
+        }
     Path(job["result"]).write_text(json.dumps(result, indent=1))
 
 
@@ -113,7 +139,8 @@ def rate(voices: Sequence[dict[str, Any]]) -> float:
 
 
 def interval(a: dict[str, Any], b: dict[str, Any], count: int = 10_000) -> tuple[float, float]:
-    """95 % interval of WER(b) - WER(a) in points, from a bootstrap over clips (the same ones for both)."""
+    """95 % interval of WER(b) - WER(a) in points, from a bootstrap over clips (the same ones for
+    both)."""
     import numpy as np
 
     def column(result: dict[str, Any], key: str) -> Any:
@@ -125,7 +152,9 @@ def interval(a: dict[str, Any], b: dict[str, Any], count: int = 10_000) -> tuple
     return float(low), float(high)
 
 
-def row(title: str, result: dict[str, Any], full: dict[str, Any], peer: dict[str, Any] | None) -> str:
+def row(
+    title: str, result: dict[str, Any], full: dict[str, Any], peer: dict[str, Any] | None
+) -> str:
     """One line of the table; ``peer`` is the same scheme's GPTQ."""
     voices = list(result["voices"].values())
     kl = [value for voice in voices for value in voice["kl"]]
@@ -156,14 +185,21 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Every scheme by every method, then the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model")
     parser.add_argument("--work", type=Path, default=Path(".bench/whisper"))
     parser.add_argument("--schemes", nargs="+", default=["W4g64", "W3g64", "W2g64"])
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "auto"])
     parser.add_argument("--voices", nargs="+", default=VOICES)
-    parser.add_argument("--text", type=Path, default=speech.HERE / "sentences.txt", help="test sentences, one a line")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=speech.HERE / "sentences.txt",
+        help="test sentences, one a line",
+    )
     parser.add_argument("--per_clip", type=int, default=6)
     parser.add_argument("--samples", type=int, default=32, help="calibration clips")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
@@ -172,13 +208,29 @@ def main() -> None:
         return worker(json.loads(asked.worker))
     texts = speech.sentences(asked.text, asked.per_clip)
     test = {voice: str(speech.speak(asked.work / "test", voice, texts)) for voice in asked.voices}
-    calibration = speech.speak(asked.work / "calibration", asked.voices[0], speech.passages(asked.samples))
+    calibration = speech.speak(
+        asked.work / "calibration", asked.voices[0], speech.passages(asked.samples)
+    )
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for scheme, method in [("-", "full precision"), *((s, m) for s in asked.schemes for m in asked.methods)]:
+    for scheme, method in [
+        ("-", "full precision"),
+        *((s, m) for s in asked.schemes for m in asked.methods),
+    ]:
         bits, group_size = (int(n) for n in scheme[1:].split("g")) if method in METHODS else (4, 64)
         path = asked.work / f"{scheme}-{method}.json".replace(" ", "-")
-        job = {"model": asked.model, "method": method, "bits": bits, "group_size": group_size, "work": str(asked.work)}
-        job |= {"calibration": str(calibration), "test": test, "samples": asked.samples, "result": str(path)}
+        job = {
+            "model": asked.model,
+            "method": method,
+            "bits": bits,
+            "group_size": group_size,
+            "work": str(asked.work),
+        }
+        job |= {
+            "calibration": str(calibration),
+            "test": test,
+            "samples": asked.samples,
+            "result": str(path),
+        }
         job |= {"folder": str(path.with_suffix(""))}
         if not path.is_file():
             subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], check=True)
@@ -196,13 +248,21 @@ def keep(asked: argparse.Namespace, texts: Sequence[str], text: str) -> None:
 
     today, words = datetime.date.today(), sum(len(t.split()) for t in texts)
     said = sum(1 for line in asked.text.read_text().splitlines() if line.strip())
-    test = f"{said} sentences ({words} words) in {len(texts)} clips, by each of {', '.join(asked.voices)}"
+    test = (
+        f"{said} sentences ({words} words) in {len(texts)} clips, by each of"
+        f" {', '.join(asked.voices)}"
+    )
     calibration = f"{asked.samples} passages of another text, by {asked.voices[0]}"
     explained = (
-        "Encoder and decoder quantized, the output head not. WER in percent after Whisper's normaliser; the 95 % "
-        "intervals are of differences in points (bootstrap over clips); KL in nats a token, along the true transcripts."
+        "Encoder and decoder quantized, the output head not. WER in percent after Whisper's"
+        " normaliser; the 95 % intervals are of differences in points (bootstrap over clips); KL in"
+        " nats a token, along the true transcripts."
     )
-    facts = [f"# Whisper base, {today}", f"Test: {test}. Calibration: {calibration}. {explained}", text]
+    facts = [
+        f"# Whisper base, {today}",
+        f"Test: {test}. Calibration: {calibration}. {explained}",
+        text,
+    ]
     facts += [json.dumps(machine()), f"Command: `{' '.join(sys.argv)}`"]
     (asked.keep / f"whisper-{today}.md").write_text("\n\n".join(facts) + "\n")
 

@@ -1,11 +1,14 @@
-"""Loads one GGUF model in llama.cpp and answers with log probabilities and texts; run by the engine's interpreter.
+"""Loads one GGUF model in llama.cpp and answers with log probabilities and texts; run by the
+engine's interpreter.
 
-Standalone on purpose (standard library and xllamacpp): it must run where this package is not installed.
-request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top": next tokens to
-report, "filler": id of a token of plain text, "questions": [{"content": [text or {"image": file}], "max_tokens": ..}],
-"template": of the questions' conversation, null for the model's own, "context": tokens}.
-answer: "logprobs": [a prompt's next tokens, {id: log probability}], "answers": [{"text", "prompt_tokens", "logprobs" of
-the first token}]. llama.cpp writes its own log to standard error.
+Standalone on purpose (standard library and xllamacpp): it must run where this package is not
+installed.
+request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top":
+next tokens to report, "filler": id of a token of plain text, "questions": [{"content": [text or
+{"image": file}], "max_tokens": ..}], "template": of the questions' conversation, null for the
+model's own, "context": tokens}.
+answer: "logprobs": [a prompt's next tokens, {id: log probability}], "answers": [{"text",
+"prompt_tokens", "logprobs" of the first token}]. llama.cpp writes its own log to standard error.
 """
 
 import base64
@@ -19,7 +22,8 @@ import xllamacpp
 
 
 def load(request: dict[str, Any], mmproj: str | None = None) -> Any:
-    """A server object in this process (it also listens on a free loopback port). RuntimeError if it cannot load."""
+    """A server object in this process (it also listens on a free loopback port). RuntimeError if it
+    cannot load."""
     params = xllamacpp.CommonParams()
     params.model.path = request["model"]
     if mmproj:
@@ -46,12 +50,14 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def forced(filler: int | None) -> dict[str, Any]:
-    """Makes the server generate ``filler``, a token of plain text: it reports no values for tokens without text, and
-    those it reports are the model's own, before the force."""
+    """Makes the server generate ``filler``, a token of plain text: it reports no values for tokens
+    without text, and those it reports are the model's own, before the force."""
     return {} if filler is None else {"logit_bias": [[filler, 1e4]]}
 
 
-def next_tokens(server: Any, prompt: list[int] | str, top: int, filler: int | None) -> dict[str, float]:
+def next_tokens(
+    server: Any, prompt: list[int] | str, top: int, filler: int | None
+) -> dict[str, float]:
     """Log probabilities after a prompt."""
     asked = {
         "prompt": prompt,
@@ -70,7 +76,10 @@ def part(piece: str | dict[str, str]) -> dict[str, Any]:
         return {"type": "text", "text": piece}
     path = Path(piece["image"])
     encoded = base64.b64encode(path.read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/{path.suffix[1:]};base64,{encoded}"}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/{path.suffix[1:]};base64,{encoded}"},
+    }
 
 
 def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> dict[str, Any]:
@@ -88,7 +97,11 @@ def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> 
     answer = checked(server.handle_chat_completions(asked))
     choice = answer["choices"][0]
     count = answer["usage"]["prompt_tokens"]
-    return {"text": choice["message"]["content"], "prompt_tokens": count, "logprobs": first_token(choice)}
+    return {
+        "text": choice["message"]["content"],
+        "prompt_tokens": count,
+        "logprobs": first_token(choice),
+    }
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -102,5 +115,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         server = load(request, request.get("mmproj"))
         answers = [ask(server, question, top, filler) for question in questions]
     broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
-    facts = {"engine": f"xllamacpp {metadata.version('xllamacpp')}", "logprobs": logprobs, "answers": answers}
-    return {"ok": not broken, **facts} | ({"error": "log probabilities are not finite"} if broken else {})
+    facts = {
+        "engine": f"xllamacpp {metadata.version('xllamacpp')}",
+        "logprobs": logprobs,
+        "answers": answers,
+    }
+    return {"ok": not broken, **facts} | (
+        {"error": "log probabilities are not finite"} if broken else {}
+    )

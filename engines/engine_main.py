@@ -1,7 +1,9 @@
-"""Runs one engine's worker in that engine's interpreter: python -P engine_main.py WORKER.py request.json
+"""Runs one engine's worker in that engine's interpreter: python -P engine_main.py WORKER.py
+request.json
 
-Standard library only. WORKER.py defines `answer(request) -> dict`. The last line of standard output is one JSON object,
-{"ok": true, ..} or {"ok": false, "error": ".."}; whatever a worker raises, an import that fails too, is such an answer.
+Standard library only. WORKER.py defines `answer(request) -> dict`. The last line of standard output
+is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}; whatever a worker raises, an
+import that fails too, is such an answer.
 """
 
 import importlib.util

@@ -1,9 +1,10 @@
-"""Loads one checkpoint through mlx-vlm or mlx-lm and answers with logits; run by the engine's own interpreter.
+"""Loads one checkpoint through mlx-vlm or mlx-lm and answers with logits; run by the engine's own
+interpreter.
 
-Standalone like `engine_transformers.py`, with the same request and answer; models with a vision or audio configuration
-go through mlx-vlm, others through mlx-lm. "dtype": every stored float is widened to it after loading. "new_tokens": so
-many greedy tokens an input, as "<i>.tokens" in the output file. Both loaders are strict: a tensor too many or too few
-is an error.
+Standalone like `engine_transformers.py`, with the same request and answer; models with a vision or
+audio configuration go through mlx-vlm, others through mlx-lm. "dtype": every stored float is
+widened to it after loading. "new_tokens": so many greedy tokens an input, as "<i>.tokens" in the
+output file. Both loaders are strict: a tensor too many or too few is an error.
 """
 
 import json
@@ -34,7 +35,9 @@ def load(folder: Path) -> tuple[nn.Module, str]:
 def linear_classes(model: nn.Module) -> tuple[dict[str, int], int]:
     """(class name -> count of linear modules, number of quantized modules)."""
     names = [type(module).__name__ for _, module in model.named_modules()]
-    return dict(sorted(Counter(n for n in names if n.endswith("Linear")).items())), sum("Quantized" in n for n in names)
+    return dict(sorted(Counter(n for n in names if n.endswith("Linear")).items())), sum(
+        "Quantized" in n for n in names
+    )
 
 
 def logits_of(model: nn.Module, kwargs: dict[str, mx.array]) -> mx.array:
@@ -43,8 +46,11 @@ def logits_of(model: nn.Module, kwargs: dict[str, mx.array]) -> mx.array:
     if mask is not None and not bool(mx.all(mask).item()):
         raise ValueError("padded inputs are not supported: one unpadded sample an input")
     ids = kwargs["input_ids"]
-    rest = {key: value for key, value in kwargs.items() if key != "input_ids" and key not in DERIVED}
-    if hasattr(model, "get_input_embeddings"):  # mlx-vlm, as its own generation does it: positions are passed along
+    rest = {
+        key: value for key, value in kwargs.items() if key != "input_ids" and key not in DERIVED
+    }
+    # mlx-vlm, as its own generation does it: positions are passed along
+    if hasattr(model, "get_input_embeddings"):
         features = model.get_input_embeddings(ids, **rest).to_dict()
         rest = {key: value for key, value in (rest | features).items() if value is not None}
         made = model.language_model(ids, **rest)
@@ -56,7 +62,9 @@ def logits_of(model: nn.Module, kwargs: dict[str, mx.array]) -> mx.array:
 def greedy(model: nn.Module, kwargs: dict[str, mx.array], count: int) -> mx.array:
     """The most likely next tokens, one after the other without a cache; (1, count)."""
     for _ in range(count):
-        best = mx.argmax(logits_of(model, kwargs)[:, -1:], axis=-1).astype(kwargs["input_ids"].dtype)
+        best = mx.argmax(logits_of(model, kwargs)[:, -1:], axis=-1).astype(
+            kwargs["input_ids"].dtype
+        )
         kwargs = kwargs | {"input_ids": mx.concatenate([kwargs["input_ids"], best], axis=1)}
     return kwargs["input_ids"][:, -count:]
 
@@ -71,10 +79,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         index, _, kwarg = key.partition(".")
         samples.setdefault(index, {})[kwarg] = array
     output = {f"{index}.logits": logits_of(model, kwargs) for index, kwargs in samples.items()}
-    broken = [name for name, logits in output.items() if not bool(mx.all(mx.isfinite(logits)).item())]
+    broken = [
+        name for name, logits in output.items() if not bool(mx.all(mx.isfinite(logits)).item())
+    ]
     if count := request.get("new_tokens", 0):
-        output |= {f"{index}.tokens": greedy(model, kwargs, count) for index, kwargs in samples.items()}
+        output |= {
+            f"{index}.tokens": greedy(model, kwargs, count) for index, kwargs in samples.items()
+        }
     mx.save_safetensors(request["output"], output)
     versions = " + ".join(f"{name} {metadata.version(name)}" for name in (package, "mlx"))
-    facts = {"engine": versions, "classes": classes, "quantized": quantized, "dtype": request["dtype"]}
-    return facts | {"ok": not broken} | ({"error": f"logits are not finite: {broken[:3]}"} if broken else {})
+    facts = {
+        "engine": versions,
+        "classes": classes,
+        "quantized": quantized,
+        "dtype": request["dtype"],
+    }
+    return (
+        facts
+        | {"ok": not broken}
+        | ({"error": f"logits are not finite: {broken[:3]}"} if broken else {})
+    )

@@ -1,9 +1,10 @@
-"""Loads one IR folder in OpenVINO's CPU plugin and answers with logits; run by the engine's own interpreter.
+"""Loads one IR folder in OpenVINO's CPU plugin and answers with logits; run by the engine's own
+interpreter.
 
-Standalone like `engine_transformers.py`, with the same request and answer; texts, and images where the folder holds a
-tower. "dtype" float32 switches off what the plugin rounds by itself: bfloat16 kernels, and the activations of packed
-weights to 8 bits (2 % of a matrix product). "new_tokens": so many greedy tokens an input, with the cache, as
-"<i>.tokens".
+Standalone like `engine_transformers.py`, with the same request and answer; texts, and images where
+the folder holds a tower. "dtype" float32 switches off what the plugin rounds by itself: bfloat16
+kernels, and the activations of packed weights to 8 bits (2 % of a matrix product). "new_tokens": so
+many greedy tokens an input, with the cache, as "<i>.tokens".
 """
 
 import json
@@ -17,7 +18,11 @@ import numpy as np
 import openvino as ov
 from safetensors.numpy import load_file, save_file
 
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
 PACKED = ("u4", "i4", "u8", "i8")
 DERIVED = ("attention_mask", "mm_token_type_ids", "position_ids")  # of a single unpadded input
 TOWER = "openvino_vision_embeddings_model.xml"
@@ -34,12 +39,18 @@ class Graphs:
         rest = load_file(folder / "openvino_rest.safetensors")
         self.left_out = sum(name.endswith("/codes") for name in rest)
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = [name for name in ("openvino_model.xml", "openvino_language_model.xml") if name in self.compiled]
+        names = [
+            name
+            for name in ("openvino_model.xml", "openvino_language_model.xml")
+            if name in self.compiled
+        ]
         self.language = self.compiled[names[0]]
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The only output of one of the smaller graphs."""
-        return next(iter(self.compiled[name].create_infer_request().infer(dict(inputs)).values())).copy()
+        return next(
+            iter(self.compiled[name].create_infer_request().infer(dict(inputs)).values())
+        ).copy()
 
     def tokens(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """What the language model takes for (1, T) ids."""
@@ -52,7 +63,9 @@ class Graphs:
         """(tokens of all images, hidden size)"""
         pixels = given["pixel_values"].astype(np.float32)
         if MERGER not in self.compiled:
-            return np.concatenate([self.run(TOWER, {"pixel_values": one[None]})[0] for one in pixels])
+            return np.concatenate(
+                [self.run(TOWER, {"pixel_values": one[None]})[0] for one in pixels]
+            )
         merged = {"hidden_states": self.run(TOWER, {"hidden_states": pixels})}
         merged |= patch_places(given["image_grid_thw"], self.config["vision_config"])
         return self.run(MERGER, merged)
@@ -61,24 +74,33 @@ class Graphs:
 def patch_places(grid_thw: np.ndarray, vision: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Qwen2-VL's angles of every patch, and the mask that keeps frames and images apart.
 
-    Patches come in squares of merge x merge. Angles: position / 10000^(2 i / (head width / 2)), rows before columns.
+    Patches come in squares of merge x merge. Angles: position / 10000^(2 i / (head width / 2)),
+    rows before columns.
     """
     merge = vision["spatial_merge_size"]
     half = vision["embed_dim"] // vision["num_heads"] // 2
     frequencies = 10000.0 ** -(np.arange(0, half, 2, dtype=np.float32) / half)
     angles, frames = [], []
     for t, h, w in grid_thw.tolist():
-        places = np.moveaxis(np.mgrid[:h, :w], 0, -1).reshape(h // merge, merge, w // merge, merge, 2)
+        places = np.moveaxis(np.mgrid[:h, :w], 0, -1).reshape(
+            h // merge, merge, w // merge, merge, 2
+        )
         places = np.tile(places.transpose(0, 2, 1, 3, 4).reshape(-1, 2), (t, 1))
         angles.append((places[..., None] * frequencies).reshape(len(places), -1))
         frames += [h * w] * t
     frame = np.repeat(np.arange(len(frames)), frames)
     mask = np.where(frame[:, None] == frame, 0, -np.inf)[None]
-    return {"rotary_pos_emb": np.concatenate(angles).astype(np.float32), "attention_mask": mask.astype(np.float32)}
+    return {
+        "rotary_pos_emb": np.concatenate(angles).astype(np.float32),
+        "attention_mask": mask.astype(np.float32),
+    }
 
 
-def positions_of(ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge: int) -> np.ndarray:
-    """Qwen2-VL's (3, 1, T): text counts on in all axes; an image has frame, row and column, from where text stopped.
+def positions_of(
+    ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge: int
+) -> np.ndarray:
+    """Qwen2-VL's (3, 1, T): text counts on in all axes; an image has frame, row and column, from
+    where text stopped.
 
     place: the id that stands for a merged patch.
     """
@@ -97,7 +119,8 @@ def positions_of(ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge
 
 
 def linear_classes(graphs: Graphs) -> tuple[dict[str, int], int]:
-    """(weight type -> count of matrix products by a constant in the plugin's own graphs, number of packed weights).
+    """(weight type -> count of matrix products by a constant in the plugin's own graphs, number of
+    packed weights).
 
     Those that the model leaves out of its graphs lie beside them, and count.
     """
@@ -117,8 +140,11 @@ class Text:
         self.axes = len(graphs.language.input("position_ids").get_partial_shape())
         self.length = self.next = 0
 
-    def feed(self, tokens: Mapping[str, np.ndarray], position_ids: np.ndarray | None = None) -> np.ndarray:
-        """What `Graphs.tokens` gives, T long -> (1, T, vocabulary) float32. position_ids: None counts on."""
+    def feed(
+        self, tokens: Mapping[str, np.ndarray], position_ids: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What `Graphs.tokens` gives, T long -> (1, T, vocabulary) float32. position_ids: None
+        counts on."""
         count = next(iter(tokens.values())).shape[1]
         if position_ids is None:
             position_ids = np.arange(self.next, self.next + count)[None]
@@ -133,13 +159,17 @@ class Text:
         return made["logits"].astype(np.float32)
 
 
-def run_input(graphs: Graphs, kwargs: dict[str, np.ndarray], new_tokens: int) -> dict[str, np.ndarray]:
-    """One unpadded input, then so many greedy tokens. Raises ValueError for what the folder's graphs don't take."""
+def run_input(
+    graphs: Graphs, kwargs: dict[str, np.ndarray], new_tokens: int
+) -> dict[str, np.ndarray]:
+    """One unpadded input, then so many greedy tokens. Raises ValueError for what the folder's
+    graphs don't take."""
     media = {"pixel_values", "image_grid_thw"} if TOWER in graphs.compiled else set()
     unknown = kwargs.keys() - {"input_ids", *DERIVED, *media}
     if unknown or not kwargs.get("attention_mask", np.ones(1)).all():
         raise ValueError(
-            f"only unpadded inputs of the folder's graphs are supported, not {sorted(unknown) or 'padding'}"
+            "only unpadded inputs of the folder's graphs are supported, not"
+            f" {sorted(unknown) or 'padding'}"
         )
     text, ids, positions = Text(graphs), kwargs["input_ids"], None
     tokens = graphs.tokens(ids)
@@ -171,4 +201,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     save_file(output, request["output"])
     broken = [name for name, array in output.items() if not np.isfinite(array).all()]
     facts = {"engine": f"openvino {ov.__version__}", "classes": classes, "quantized": quantized}
-    return facts | {"ok": not broken} | ({"error": f"logits are not finite: {broken[:3]}"} if broken else {})
+    return (
+        facts
+        | {"ok": not broken}
+        | ({"error": f"logits are not finite: {broken[:3]}"} if broken else {})
+    )

@@ -1,9 +1,11 @@
-"""Loads one checkpoint through Transformers' own path and answers with logits; run by an engine's own interpreter.
+"""Loads one checkpoint through Transformers' own path and answers with logits; run by an engine's
+own interpreter.
 
-Standalone on purpose (standard library, torch, safetensors, transformers): it must run where this package is not
-installed. request: {"model": folder, "inputs": safetensors with tensors "<i>.<kwarg>", "output": safetensors to write
-with "<i>.logits" float32, "dtype": "float32", "class": "AutoModelForImageTextToText", "quantization": {overrides},
-"activations": false}; activations: whether layers quantize their inputs where the checkpoint says so.
+Standalone on purpose (standard library, torch, safetensors, transformers): it must run where this
+package is not installed. request: {"model": folder, "inputs": safetensors with tensors
+"<i>.<kwarg>", "output": safetensors to write with "<i>.logits" float32, "dtype": "float32",
+"class": "AutoModelForImageTextToText", "quantization": {overrides}, "activations": false};
+activations: whether layers quantize their inputs where the checkpoint says so.
 """
 
 import json
@@ -20,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 # The portable kernels: others are compiled on first use (minutes) or exist for a GPU only.
 PORTABLE_BACKEND = {"gptq": "torch", "awq": "torch_awq"}
-# auto-round's kernels force float32 models to float16 after loading, rotary tables too; loaded so, those stay exact.
+# auto-round's kernels force float32 models to float16 after loading, rotary tables too; loaded so,
+# those stay exact.
 LOAD_DTYPE = {"auto-round": "float16"}
 PACKAGES = {
     "gptq": ("gptqmodel", "optimum"),
@@ -31,7 +34,8 @@ PACKAGES = {
 
 
 def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
-    """(model, loading info, quantization method) by `from_pretrained`, with the portable kernels asked for."""
+    """(model, loading info, quantization method) by `from_pretrained`, with the portable kernels
+    asked for."""
     config = transformers.AutoConfig.from_pretrained(request["model"])
     quantization = getattr(config, "quantization_config", None)
     method = quantization["quant_method"] if quantization else "none"
@@ -40,21 +44,33 @@ def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
         config.quantization_config = {**quantization, **backend, **request.get("quantization", {})}
     dtype = getattr(torch, LOAD_DTYPE.get(method, request["dtype"]))
     model, info = getattr(transformers, request["class"]).from_pretrained(
-        request["model"], config=config, dtype=dtype, device_map="cpu", output_loading_info=True, use_safetensors=True
+        request["model"],
+        config=config,
+        dtype=dtype,
+        device_map="cpu",
+        output_loading_info=True,
+        use_safetensors=True,
     )
     return model.eval(), info, method
 
 
 def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
     """(class name -> count of Linear-like modules, number of quantized ones)."""
-    # compressed-tensors keeps torch's Linear, gives it a scheme, and unpacks it in the first forward pass.
-    quantized = [m for m in model.modules() if hasattr(m, "qweight") or hasattr(m, "quantization_scheme")]
-    linears = {id(m): m for m in (*quantized, *(m for m in model.modules() if isinstance(m, torch.nn.Linear)))}
+    # compressed-tensors keeps torch's Linear, gives it a scheme, and unpacks it in the first
+    # forward pass.
+    quantized = [
+        m for m in model.modules() if hasattr(m, "qweight") or hasattr(m, "quantization_scheme")
+    ]
+    linears = {
+        id(m): m
+        for m in (*quantized, *(m for m in model.modules() if isinstance(m, torch.nn.Linear)))
+    }
     return dict(sorted(Counter(type(m).__name__ for m in linears.values()).items())), len(quantized)
 
 
 def decoded_weights(folder: Path) -> int:
-    """How many packed weights were decoded while loading, where the configuration asks for it: all that are stored."""
+    """How many packed weights were decoded while loading, where the configuration asks for it: all
+    that are stored."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config["quantization_config"].get("dequantize", False):
         return 0
@@ -70,9 +86,14 @@ def run_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
     samples: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in inputs.items():
         index, _, kwarg = key.partition(".")
-        samples.setdefault(index, {})[kwarg] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        samples.setdefault(index, {})[kwarg] = (
+            tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        )
     with torch.inference_mode():
-        return {f"{index}.logits": model(**kwargs).logits.float().contiguous() for index, kwargs in samples.items()}
+        return {
+            f"{index}.logits": model(**kwargs).logits.float().contiguous()
+            for index, kwargs in samples.items()
+        }
 
 
 def versions(method: str) -> str:
@@ -82,7 +103,8 @@ def versions(method: str) -> str:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
-    torch._dynamo.config.disable = True  # gptqmodel compiles its decoder: seconds lost for one question
+    # gptqmodel compiles its decoder: seconds lost for one question
+    torch._dynamo.config.disable = True
     model, info, method = load(request)
     loaded = str(model.dtype).removeprefix("torch.")
     if loaded != request["dtype"]:  # the comparison is about weights, so compute as asked
@@ -90,9 +112,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     classes, quantized = linear_classes(model)
     if method != "none" and not quantized:
         quantized = decoded_weights(Path(request["model"]))
-    missing = sorted([*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))])
+    missing = sorted(
+        [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
+    )
     unexpected = sorted(info["unexpected_keys"])
-    if hasattr(model, "ct_decompress_hook"):  # else at the first pass, FP4 in bfloat16 whatever the model computes in
+    # else at the first pass, FP4 in bfloat16 whatever the model computes in
+    if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)
         model = model.to(getattr(torch, request["dtype"]))
     if not request.get("activations", True):
@@ -105,6 +130,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     problems = [f"parameters were made up: {missing[:3]}"] * bool(missing)
     problems += [f"tensors were not used: {unexpected[:3]}"] * bool(unexpected)
     problems += [f"logits are not finite: {broken[:3]}"] * bool(broken)
-    facts = {"engine": versions(method), "classes": classes, "quantized": quantized, "dtype": loaded}
+    facts = {
+        "engine": versions(method),
+        "classes": classes,
+        "quantized": quantized,
+        "dtype": loaded,
+    }
     verdict = {"ok": not problems, "missing": missing, "unexpected": unexpected}
     return facts | verdict | ({"error": "; ".join(problems)} if problems else {})

@@ -1,10 +1,12 @@
-"""Loads one checkpoint in vLLM on the processor and answers with logits; run by the engine's own interpreter.
+"""Loads one checkpoint in vLLM on the processor and answers with logits; run by the engine's own
+interpreter.
 
-Standalone like `engine_transformers.py`, with the same request and answer. Of the inputs "<i>.input_ids" is used, and
-"<i>.image<j>", uint8 (height, width, 3): vLLM processes images itself and puts as many placeholders as they need, which
-must give the ids of the request again. A speech recogniser gets "<i>.decoder_input_ids" and "<i>.audio0", float32 (T,)
-at 16 kHz. "dtype": what vLLM computes in and rounds scales to. "new_tokens": so many greedy tokens an input, as
-"<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
+Standalone like `engine_transformers.py`, with the same request and answer. Of the inputs
+"<i>.input_ids" is used, and "<i>.image<j>", uint8 (height, width, 3): vLLM processes images itself
+and puts as many placeholders as they need, which must give the ids of the request again. A speech
+recogniser gets "<i>.decoder_input_ids" and "<i>.audio0", float32 (T,) at 16 kHz. "dtype": what vLLM
+computes in and rounds scales to. "new_tokens": so many greedy tokens an input, as "<i>.tokens" in
+the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
 """
 
 import os
@@ -13,7 +15,8 @@ from importlib import metadata
 from itertools import groupby
 from typing import Any
 
-# vLLM's own settings: one process, so that its model can be looked at; W4 weights with activations left as they are.
+# vLLM's own settings: one process, so that its model can be looked at; W4 weights with activations
+# left as they are.
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -34,8 +37,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 def import_vllm() -> Any:
     """The package, beside a torchvision whose compiled half does not fit a processor-only torch.
 
-    Importing that torchvision needs two operators to exist, not to work. vLLM inspects a model's class in another
-    process, where they would be missing, so here it does so in this one.
+    Importing that torchvision needs two operators to exist, not to work. vLLM inspects a model's
+    class in another process, where they would be missing, so here it does so in this one.
     """
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
@@ -49,13 +52,15 @@ def import_vllm() -> Any:
 
 
 def load(vllm: Any, request: dict[str, Any], longest: int, sound: bool) -> tuple[Any, Any]:
-    """(vLLM's engine, the torch module inside it). sound: the inputs hold some, which an encoder takes as a whole."""
+    """(vLLM's engine, the torch module inside it). sound: the inputs hold some, which an encoder
+    takes as a whole."""
     length = longest + request.get("new_tokens", 0) + 1
     engine = vllm.LLM(
         model=request["model"],
         dtype=request["dtype"],
         max_model_len=length,
-        max_num_batched_tokens=max(length, SOUND) if sound else length,  # a prompt is never cut into chunks
+        # a prompt is never cut into chunks
+        max_num_batched_tokens=max(length, SOUND) if sound else length,
         max_num_seqs=1,
         enforce_eager=True,
         enable_prefix_caching=False,
@@ -66,9 +71,13 @@ def load(vllm: Any, request: dict[str, Any], longest: int, sound: bool) -> tuple
 
 
 def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
-    """("class, method" -> count of linear modules, number of quantized matrices of the checkpoint)."""
+    """("class, method" -> count of linear modules, number of quantized matrices of the
+    checkpoint)."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+    )
 
     names, quantized = [], 0
     fused = getattr(model, "packed_modules_mapping", {})
@@ -76,14 +85,17 @@ def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
         if not isinstance(module, (LinearBase, ParallelLMHead)):
             continue
         method = module.quant_method
-        names.append(f"{type(module).__name__}, {type(getattr(module, 'scheme', None) or method).__name__}")
+        names.append(
+            f"{type(module).__name__}, {type(getattr(module, 'scheme', None) or method).__name__}"
+        )
         if not isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
             quantized += len(fused.get(name.rpartition(".")[2], [name]))
     return dict(sorted(Counter(names).items())), quantized
 
 
 def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[str, dict[str, Any]]:
-    """vLLM's prompts by input; a run of placeholders stands for one image, which vLLM expands itself.
+    """vLLM's prompts by input; a run of placeholders stands for one image, which vLLM expands
+    itself.
 
     A sound goes to the encoder, the ids beside it to the decoder.
     """
@@ -93,7 +105,9 @@ def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[st
         prompt = made.setdefault(index, {})
         if part == "input_ids":
             runs = groupby(inputs[key].flatten().tolist())
-            prompt["prompt_token_ids"] = [t for token, run in runs for t in ([token] if token == placeholder else run)]
+            prompt["prompt_token_ids"] = [
+                t for token, run in runs for t in ([token] if token == placeholder else run)
+            ]
         elif part == "decoder_input_ids":
             prompt["decoder_prompt"] = {"prompt_token_ids": inputs[key].flatten().tolist()}
         elif part == "audio0":
@@ -105,11 +119,15 @@ def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[st
     return made
 
 
-def run(vllm: Any, engine: Any, model: Any, prompt: dict[str, Any], count: int) -> tuple[list[int], Any, list[int]]:
+def run(
+    vllm: Any, engine: Any, model: Any, prompt: dict[str, Any], count: int
+) -> tuple[list[int], Any, list[int]]:
     """(prompt ids as vLLM expands them, logits (T, vocabulary) float32, greedy tokens)."""
     hidden: list[torch.Tensor] = []
     hook = model.register_forward_hook(lambda _, args, output: hidden.append(output))
-    wanted = vllm.SamplingParams(temperature=0, max_tokens=max(count, 1), ignore_eos=True, detokenize=False)
+    wanted = vllm.SamplingParams(
+        temperature=0, max_tokens=max(count, 1), ignore_eos=True, detokenize=False
+    )
     result = engine.generate([prompt], wanted, use_tqdm=False)[0]
     hook.remove()
     ids = list(result.prompt_token_ids)
@@ -121,7 +139,11 @@ def run(vllm: Any, engine: Any, model: Any, prompt: dict[str, Any], count: int) 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     vllm = import_vllm()
     inputs = load_file(request["inputs"])
-    wanted = {key.partition(".")[0]: ids.flatten().tolist() for key, ids in inputs.items() if key.endswith("input_ids")}
+    wanted = {
+        key.partition(".")[0]: ids.flatten().tolist()
+        for key, ids in inputs.items()
+        if key.endswith("input_ids")
+    }
     sound = any(key.endswith("audio0") for key in inputs)
     engine, model = load(vllm, request, max(map(len, wanted.values())), sound)
     classes, quantized = linear_classes(model)
@@ -131,9 +153,17 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         ids, logits, tokens = run(vllm, engine, model, prompt, request.get("new_tokens", 0))
         output[f"{index}.logits"] = logits[None].contiguous()
         output[f"{index}.tokens"] = torch.tensor([tokens], dtype=torch.int64)
-        problems += [f"input {index} became {len(ids)} tokens, not {len(wanted[index])}"] * (ids != wanted[index])
-        problems += [f"logits of input {index} are not finite"] * (not bool(torch.isfinite(logits).all()))
+        problems += [f"input {index} became {len(ids)} tokens, not {len(wanted[index])}"] * (
+            ids != wanted[index]
+        )
+        problems += [f"logits of input {index} are not finite"] * (
+            not bool(torch.isfinite(logits).all())
+        )
     save_file(output, request["output"])
-    facts = {"engine": f"vllm-cpu {metadata.version('vllm-cpu')}", "classes": classes, "quantized": quantized}
+    facts = {
+        "engine": f"vllm-cpu {metadata.version('vllm-cpu')}",
+        "classes": classes,
+        "quantized": quantized,
+    }
     facts |= {"dtype": request["dtype"], "ok": not problems}
     return facts | ({"error": "; ".join(problems)} if problems else {})

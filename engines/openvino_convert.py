@@ -1,18 +1,20 @@
-"""Turns a float model and the codes of its weights into OpenVINO's IR; run by the OpenVINO environment's interpreter.
+"""Turns a float model and the codes of its weights into OpenVINO's IR; run by the OpenVINO
+environment's interpreter.
 
     python openvino_convert.py request.json
 
-Standalone on purpose (numpy, torch, safetensors, transformers, openvino). request: {"model": folder of a float
-checkpoint, "class": its class in Transformers, "codes": safetensors with "<i>.codes" uint8 (out, in), "<i>.scales"
-(out, G) float32, "<i>.zeros" uint8 (out, G), "schemes": [{"name", "bits", "sym"}, ..], "out": folder for the graphs}.
-The last line of standard output is one JSON object, {"ok": true, "weights": n, "differences": {part: ..}} or
-{"ok": false, "error": ".."}.
+Standalone on purpose (numpy, torch, safetensors, transformers, openvino). request: {"model": folder
+of a float checkpoint, "class": its class in Transformers, "codes": safetensors with "<i>.codes"
+uint8 (out, in), "<i>.scales" (out, G) float32, "<i>.zeros" uint8 (out, G), "schemes": [{"name",
+"bits", "sym"}, ..], "out": folder for the graphs}. The last line of standard output is one JSON
+object, {"ok": true, "weights": n, "differences": {part: ..}} or {"ok": false, "error": ".."}.
 
-`openvino_model` goes from input_ids, attention_mask, position_ids and beam_idx to logits, its key-value cache a state.
-A model with a tower of `TOWERS` becomes `openvino_language_model`, the same from inputs_embeds,
-`openvino_text_embeddings_model` and the tower's parts; the files' and the inputs' names are those of optimum-intel and
-OpenVINO GenAI. Each weight's constant is found by its exact values, and named as in the checkpoint. What is in no graph
-as it is in the checkpoint goes to `openvino_rest.safetensors`, packed weights by codes, scales and zeros.
+`openvino_model` goes from input_ids, attention_mask, position_ids and beam_idx to logits, its
+key-value cache a state. A model with a tower of `TOWERS` becomes `openvino_language_model`, the
+same from inputs_embeds, `openvino_text_embeddings_model` and the tower's parts; the files' and the
+inputs' names are those of optimum-intel and OpenVINO GenAI. Each weight's constant is found by its
+exact values, and named as in the checkpoint. What is in no graph as it is in the checkpoint goes to
+`openvino_rest.safetensors`, packed weights by codes, scales and zeros.
 """
 
 import hashlib
@@ -37,8 +39,17 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 from transformers.vision_utils import get_vision_position_ids
 
 # (bits, sym) -> the element type of the constant; symmetric ones are signed and need no zero point.
-TYPES = {(4, True): ov.Type.i4, (4, False): ov.Type.u4, (8, True): ov.Type.i8, (8, False): ov.Type.u8}
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+TYPES = {
+    (4, True): ov.Type.i4,
+    (4, False): ov.Type.u4,
+    (8, True): ov.Type.i8,
+    (8, False): ov.Type.u8,
+}
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
 TOLERANCE = 1e-3  # of the logits' spread, float32 against float32
 SMALL = 1024  # float constants of fewer elements stay float32
 GRAPH, LANGUAGE = "openvino_model", "openvino_language_model"
@@ -46,21 +57,26 @@ MARK = "checkpoint/"  # before the names of constants that are tensors of the ch
 
 
 class TextPath(torch.nn.Module):
-    """The model with its cache as plain tensors, in and out: key and value of each layer. given: what it starts from,
-    "input_ids" or "inputs_embeds"."""
+    """The model with its cache as plain tensors, in and out: key and value of each layer. given:
+    what it starts from, "input_ids" or "inputs_embeds"."""
 
     def __init__(self, model: Any, given: str) -> None:
         super().__init__()
         self.model, self.given = model, given
 
     def forward(
-        self, tokens: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         layers: list[Any] = []
         for keys, values in zip(past[::2], past[1::2], strict=True):
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values  # not by `update`: it would append them to an empty vector
+            # not by `update`: it would append them to an empty vector
+            layer.keys, layer.values = keys, values
             layers.append(layer)
         made = self.model(
             **{self.given: tokens},
@@ -73,9 +89,11 @@ class TextPath(torch.nn.Module):
 
 
 class MergedPatches(torch.nn.Module):
-    """Qwen2-VL's tower behind its patch embedding: (N, width) of all images' patches to (N / 4, hidden size).
+    """Qwen2-VL's tower behind its patch embedding: (N, width) of all images' patches to (N / 4,
+    hidden size).
 
-    attention_mask (1, N, N): 0 within an image, minus infinity elsewhere. rotary_pos_emb (N, head width / 2): angles.
+    attention_mask (1, N, N): 0 within an image, minus infinity elsewhere. rotary_pos_emb (N, head
+    width / 2): angles.
     """
 
     def __init__(self, tower: Any) -> None:
@@ -83,23 +101,32 @@ class MergedPatches(torch.nn.Module):
         self.tower = tower
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, rotary_pos_emb: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rotary_pos_emb: torch.Tensor,
     ) -> torch.Tensor:
         angles = torch.cat([rotary_pos_emb, rotary_pos_emb], dim=-1)[:, None]
         x_ND = hidden_states
         for block in self.tower.blocks:
             heads = block.attn.num_heads
-            q, k, v = (part.unflatten(-1, (heads, -1)) for part in block.attn.qkv(block.norm1(x_ND)).chunk(3, dim=-1))
+            q, k, v = (
+                part.unflatten(-1, (heads, -1))
+                for part in block.attn.qkv(block.norm1(x_ND)).chunk(3, dim=-1)
+            )
             q, k = (part * angles.cos() + rotate_half(part) * angles.sin() for part in (q, k))
             q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[None])
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention_mask[None]
+            )
             x_ND = x_ND + block.attn.proj(mixed[0].transpose(0, 1).flatten(1))
             x_ND = x_ND + block.mlp(block.norm2(x_ND))
         return self.tower.merger(x_ND)
 
 
 class Projected(torch.nn.Module):
-    """A tower for images of one size, with its projector: (1, 3, height, width) to (1, tokens, hidden size)."""
+    """A tower for images of one size, with its projector: (1, 3, height, width) to (1, tokens,
+    hidden size)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -111,8 +138,8 @@ class Projected(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A module that becomes a graph. inputs: name -> (example, shape, -1 where it may vary). wanted: by the model
-    itself, of the examples. output: its name."""
+    """A module that becomes a graph. inputs: name -> (example, shape, -1 where it may vary).
+    wanted: by the model itself, of the examples. output: its name."""
 
     module: torch.nn.Module
     inputs: dict[str, tuple[torch.Tensor, list[int]]]
@@ -124,7 +151,11 @@ def embeddings(model: Any) -> dict[str, Part]:
     """Token ids to what the language model starts from."""
     ids = torch.arange(5)[None]
     module = model.get_input_embeddings()
-    return {"openvino_text_embeddings_model": Part(module, {"input": (ids, [-1, -1])}, module(ids), "inputs_embeds")}
+    return {
+        "openvino_text_embeddings_model": Part(
+            module, {"input": (ids, [-1, -1])}, module(ids), "inputs_embeds"
+        )
+    }
 
 
 def patch_tower(model: Any) -> dict[str, Part]:
@@ -136,7 +167,9 @@ def patch_tower(model: Any) -> dict[str, Part]:
     positions = get_vision_position_ids(grid, config.spatial_merge_size, kwargs={})
     angles = (positions[..., None] * tower.rotary_pos_emb.inv_freq).flatten(1)
     image = torch.repeat_interleave(torch.arange(2), grid.prod(-1))
-    mask = torch.zeros(1, len(image), len(image)).masked_fill(image[:, None] != image, float("-inf"))
+    mask = torch.zeros(1, len(image), len(image)).masked_fill(
+        image[:, None] != image, float("-inf")
+    )
     patches = tower.patch_embed(pixels)
     merged = {
         "hidden_states": (patches, [-1, patches.shape[1]]),
@@ -145,7 +178,9 @@ def patch_tower(model: Any) -> dict[str, Part]:
     }
     wanted = tower(pixels, grid_thw=grid).pooler_output
     return {
-        "openvino_vision_embeddings_model": Part(tower.patch_embed, {"hidden_states": (pixels, [-1, size])}, patches),
+        "openvino_vision_embeddings_model": Part(
+            tower.patch_embed, {"hidden_states": (pixels, [-1, size])}, patches
+        ),
         "openvino_vision_embeddings_merger_model": Part(MergedPatches(tower), merged, wanted),
     }
 
@@ -155,11 +190,14 @@ def pixel_tower(model: Any) -> dict[str, Part]:
     size, module = model.config.vision_config.image_size, Projected(model)
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return {
-        "openvino_vision_embeddings_model": Part(module, {"pixel_values": (pixels, list(pixels.shape))}, module(pixels))
+        "openvino_vision_embeddings_model": Part(
+            module, {"pixel_values": (pixels, list(pixels.shape))}, module(pixels)
+        )
     }
 
 
-# model_type -> (parts of its tower, axes of a position). engine_openvino.py puts them together again.
+# model_type -> (parts of its tower, axes of a position). engine_openvino.py puts them together
+# again.
 TOWERS = {"qwen2_vl": (patch_tower, 3), "llava": (pixel_tower, 1)}
 
 
@@ -176,7 +214,8 @@ def convert_part(part: Part) -> ov.Model:
 
 
 def trace(model: Any, given: str, axes: int) -> ov.Model:
-    """The converter's own graph of the language model, float32 weights, stateful. axes: of a position."""
+    """The converter's own graph of the language model, float32 weights, stateful. axes: of a
+    position."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -188,10 +227,14 @@ def trace(model: Any, given: str, axes: int) -> ov.Model:
     graph = ov.convert_model(TextPath(model, given), example_input=example)
     names = [given, "attention_mask", "position_ids", *(f"past.{i}" for i in range(len(past)))]
     shapes = [[-1, -1, *tokens.shape[2:]], [-1, -1], [axes] * (axes > 1) + [-1, -1]]
-    for port, name, shape in zip(graph.inputs, names, shapes + [[-1, heads, -1, size]] * len(past), strict=True):
+    for port, name, shape in zip(
+        graph.inputs, names, shapes + [[-1, heads, -1, size]] * len(past), strict=True
+    ):
         port.get_tensor().set_names({name})
         port.get_node().set_partial_shape(ov.PartialShape(shape))
-    for port, name in zip(graph.outputs, ["logits", *(f"present.{i}" for i in range(len(past)))], strict=True):
+    for port, name in zip(
+        graph.outputs, ["logits", *(f"present.{i}" for i in range(len(past)))], strict=True
+    ):
         port.get_tensor().set_names({name})
     graph.validate_nodes_and_infer_types()
     make_stateful(graph, given, len(past), heads, size)
@@ -213,7 +256,9 @@ def make_stateful(graph: ov.Model, given: str, count: int, heads: int, size: int
     apply_make_stateful_transformation(graph, {f"past.{i}": f"present.{i}" for i in range(count)})
     shape = op.shape_of(graph.input(given).get_node(), output_type="i64")
     batch = op.gather(shape, op.constant(np.array([0])), op.constant(np.int64(0)))
-    empty = op.concat([batch, *(op.constant(np.array([n], dtype=np.int64)) for n in (heads, 0, size))], 0)
+    empty = op.concat(
+        [batch, *(op.constant(np.array([n], dtype=np.int64)) for n in (heads, 0, size))], 0
+    )
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "ReadValue":
             start = op.broadcast(op.constant(np.float32(0)), empty)
@@ -222,10 +267,16 @@ def make_stateful(graph: ov.Model, given: str, count: int, heads: int, size: int
 
 
 class Weights:
-    """What constants are looked up in by their values: packed weights, then the checkpoint's other tensors. found:
-    packed weights that have been placed; named: tensors that a constant is called after, with all their values."""
+    """What constants are looked up in by their values: packed weights, then the checkpoint's other
+    tensors. found: packed weights that have been placed; named: tensors that a constant is called
+    after, with all their values."""
 
-    def __init__(self, codes: dict[str, torch.Tensor], schemes: list[dict[str, Any]], state: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        codes: dict[str, torch.Tensor],
+        schemes: list[dict[str, Any]],
+        state: dict[str, torch.Tensor],
+    ):
         self.codes, self.schemes = codes, schemes
         self.packed = {key_of(decoded(codes, i)): i for i in range(len(schemes))}
         self.plain: dict[Any, list[str]] = defaultdict(list)
@@ -235,7 +286,8 @@ class Weights:
         self.named: set[str] = set()
 
     def place(self, graph: ov.Model) -> None:
-        """Each float constant that is a quantized weight becomes its codes; others are named and shortened."""
+        """Each float constant that is a quantized weight becomes its codes; others are named and
+        shortened."""
         for node in list(graph.get_ordered_ops()):
             if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
                 continue
@@ -250,7 +302,8 @@ class Weights:
         graph.validate_nodes_and_infer_types()
 
     def plainly(self, node: ov.Node, values: np.ndarray) -> ov.Output:
-        """Named as the checkpoint does; a second constant with the same values gets the next name that has them."""
+        """Named as the checkpoint does; a second constant with the same values gets the next name
+        that has them."""
         names = self.plain.get(key_of(values.reshape(shape_in_checkpoint(values.shape))), [])
         left = [name for name in names if name not in self.named] or names[:1]
         self.named |= set(left[:1])
@@ -261,17 +314,26 @@ class Weights:
 
     def parts(self, index: int) -> dict[str, torch.Tensor]:
         """A packed weight as it goes to the rest: (out, G, columns), (out, G, 1), (out, G, 1)."""
-        q_OI, scale_OG, zero_OG = (self.codes[f"{index}.{part}"] for part in ("codes", "scales", "zeros"))
+        q_OI, scale_OG, zero_OG = (
+            self.codes[f"{index}.{part}"] for part in ("codes", "scales", "zeros")
+        )
         q_OGg = q_OI.unflatten(1, (scale_OG.shape[1], -1))
         found = {"codes": q_OGg, "scales": scale_OG[..., None], "zeros": zero_OG[..., None]}
-        return {f"{self.schemes[index]['name']}/{part}": tensor.contiguous() for part, tensor in found.items()}
+        return {
+            f"{self.schemes[index]['name']}/{part}": tensor.contiguous()
+            for part, tensor in found.items()
+        }
 
     def compressed(self, index: int) -> ov.Output:
-        """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: what the plugins keep packed. Exact in float32."""
-        q_OI, scale_OG, zero_OG = (self.codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros"))
+        """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: what the plugins keep packed.
+        Exact in float32."""
+        q_OI, scale_OG, zero_OG = (
+            self.codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros")
+        )
         scheme = self.schemes[index]
         kind, (out, groups) = TYPES[scheme["bits"], scheme["sym"]], scale_OG.shape
-        shift = np.uint8(zero_OG.flat[0] if scheme["sym"] else 0)  # symmetric: one zero point, taken off beforehand
+        # symmetric: one zero point, taken off beforehand
+        shift = np.uint8(zero_OG.flat[0] if scheme["sym"] else 0)
         parts = {"codes": constant(q_OI - shift, [out, groups, q_OI.shape[1] // groups], kind)}
         weight = op.convert(parts["codes"], "f32")
         if not scheme["sym"]:
@@ -293,7 +355,9 @@ def shape_in_checkpoint(shape: Any) -> tuple[int, ...]:
 
 def decoded(codes: dict[str, torch.Tensor], index: int) -> np.ndarray:
     """float32 (out, in), by the formula that made the float checkpoint: scale * (code - zero)."""
-    q_OI, scale_OG, zero_OG = (codes[f"{index}.{part}"].float() for part in ("codes", "scales", "zeros"))
+    q_OI, scale_OG, zero_OG = (
+        codes[f"{index}.{part}"].float() for part in ("codes", "scales", "zeros")
+    )
     q_OGg = q_OI.unflatten(1, (scale_OG.shape[1], -1))
     return ((q_OGg - zero_OG[..., None]) * scale_OG[..., None]).flatten(1).numpy()
 
@@ -313,7 +377,8 @@ def constant(values: np.ndarray, shape: list[int], kind: ov.Type) -> ov.Node:
 
 
 def shortened(values: np.ndarray) -> ov.Node | None:
-    """A float32 array as a bfloat16 or float16 constant where that loses nothing; None where it does, and for few."""
+    """A float32 array as a bfloat16 or float16 constant where that loses nothing; None where it
+    does, and for few."""
     words, shape = values.view(np.uint32), list(values.shape)
     if values.size < SMALL:
         return None
@@ -321,29 +386,43 @@ def shortened(values: np.ndarray) -> ov.Node | None:
         return constant((words >> 16).astype(np.uint16), shape, ov.Type.bf16)
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
-    return constant(half, shape, ov.Type.f16) if np.array_equal(half.astype(np.float32), values) else None
+    return (
+        constant(half, shape, ov.Type.f16)
+        if np.array_equal(half.astype(np.float32), values)
+        else None
+    )
 
 
 def used(model: Any, parts: dict[str, Part], keys: Collection[Any]) -> bool:
-    """Whether anything depends on these weights (LLaVA has a last layer in its tower for nothing). They stay NaN."""
+    """Whether anything depends on these weights (LLaVA has a last layer in its tower for nothing).
+    They stay NaN."""
     for parameter in model.parameters():
         if key_of(parameter.numpy()) in keys:
             parameter.fill_(float("nan"))
-    made = [part.module(*(example for example, _ in part.inputs.values())) for part in parts.values()]
+    made = [
+        part.module(*(example for example, _ in part.inputs.values())) for part in parts.values()
+    ]
     made.append(model(input_ids=torch.arange(5)[None]).logits)
     return not all(bool(torch.isfinite(each).all()) for each in made)
 
 
-def differences(model: Any, folder: Path, parts: dict[str, Part], given: str, axes: int) -> dict[str, float]:
-    """Largest difference of every graph to the float model, over the standard deviation of what the model gives."""
+def differences(
+    model: Any, folder: Path, parts: dict[str, Part], given: str, axes: int
+) -> dict[str, float]:
+    """Largest difference of every graph to the float model, over the standard deviation of what the
+    model gives."""
     core, options = ov.Core(), EXACT | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
     def compiled(name: str) -> Any:
-        return core.compile_model(str(folder / f"{name}.xml"), "CPU", options).create_infer_request()
+        return core.compile_model(
+            str(folder / f"{name}.xml"), "CPU", options
+        ).create_infer_request()
 
     found = {}
     for name, part in parts.items():
-        made = compiled(name).infer({key: example.numpy() for key, (example, _) in part.inputs.items()})[part.output]
+        made = compiled(name).infer(
+            {key: example.numpy() for key, (example, _) in part.inputs.items()}
+        )[part.output]
         found[name] = float(np.abs(made - part.wanted.numpy()).max() / part.wanted.std())
     name = GRAPH if given == "input_ids" else LANGUAGE
     pieces = list(prompt(model, given, axes))
@@ -353,10 +432,11 @@ def differences(model: Any, folder: Path, parts: dict[str, Part], given: str, ax
 
 
 def prompt(model: Any, given: str, axes: int) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs of a prompt at once and of three single tokens; the first holds the "logits" of all too.
+    """Inputs of a prompt at once and of three single tokens; the first holds the "logits" of all
+    too.
 
-    It is longer than a sliding window where that is affordable: a trace that forgot the window is caught. Axes of a
-    position differ, as behind an image.
+    It is longer than a sliding window where that is affordable: a trace that forgot the window is
+    caught. Axes of a position differ, as behind an image.
     """
     text = model.config.get_text_config()
     length = min((getattr(text, "sliding_window", None) or 24) + 8, 1024)
@@ -392,7 +472,12 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     given = "inputs_embeds" if tower else "input_ids"
     parts = embeddings(model) | tower(model) if tower else {}
     quantized = {scheme["name"] for scheme in request["schemes"]}
-    plain = {name: t for file in shards(request["model"]) for name, t in file.items() if name not in quantized}
+    plain = {
+        name: t
+        for file in shards(request["model"])
+        for name, t in file.items()
+        if name not in quantized
+    }
     weights = Weights(load_file(request["codes"]), request["schemes"], plain)
     graphs = {name: convert_part(part) for name, part in parts.items()}
     graphs[LANGUAGE if tower else GRAPH] = trace(model, given, axes)
@@ -402,7 +487,10 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     absent = {key: index for key, index in weights.packed.items() if index not in weights.found}
     placed, planned = len(weights.found), len(request["schemes"])
     if placed + len(absent) != planned or (absent and used(model, parts, absent)):
-        return {"ok": False, "error": f"{placed} of {planned} weights were found in the converted graphs"}
+        return {
+            "ok": False,
+            "error": f"{placed} of {planned} weights were found in the converted graphs",
+        }
     rest = {name: tensor for name, tensor in plain.items() if name not in weights.named}
     for index in absent.values():
         rest |= weights.parts(index)
@@ -410,14 +498,22 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     gaps = differences(model, out, parts, given, axes)
     worst = max(gaps, key=lambda name: gaps[name])
     if not all(gap <= TOLERANCE for gap in gaps.values()):
-        return {"ok": False, "error": f"{worst} gives results that differ by {gaps[worst]:.2g} of their spread"}
+        return {
+            "ok": False,
+            "error": f"{worst} gives results that differ by {gaps[worst]:.2g} of their spread",
+        }
     return {"ok": True, "weights": placed, "differences": gaps}
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Whatever the converter raises is its answer."""
     traceback.print_exception(kind, error, trace)
-    print(json.dumps({"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}), flush=True)
+    print(
+        json.dumps(
+            {"ok": False, "error": f"{kind.__name__}: {' '.join(str(error).split())}"[:600]}
+        ),
+        flush=True,
+    )
 
 
 def main(path: str) -> int:

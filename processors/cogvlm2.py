@@ -1,4 +1,5 @@
-"""CogVLM2: no Transformers processor; image features take a fixed number of places right behind the first token."""
+"""CogVLM2: no Transformers processor; image features take a fixed number of places right behind the
+first token."""
 
 from typing import Any
 
@@ -26,21 +27,33 @@ def _setting(config: Any, key: str) -> int:
 
 @register_processor("cogvlm2")
 class CogVLM2(Basic):
-    """Writes ids, token types and pixels as the family's own code does, from the configuration alone."""
+    """Writes ids, token types and pixels as the family's own code does, from the configuration
+    alone."""
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
-        """`images` is a list (batch) of lists of (3, H, W). Raises BadSample for more than one image."""
+        """`images` is a list (batch) of lists of (3, H, W). Raises BadSample for more than one
+        image."""
         if len(sample.images) > 1 or sample.videos or sample.audios:
-            raise BadSample("markers", f"sample {sample.id}: CogVLM2 takes one image and nothing else")
+            raise BadSample(
+                "markers", f"sample {sample.id}: CogVLM2 takes one image and nothing else"
+            )
         text = self.render(sample, template, prompt=prompt).text
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         size, patch = _setting(self.config, "image_size"), _setting(self.config, "patch_size")
         # Features are pooled 2 x 2; two more mark their begin and end.
         places = ((size // patch // 2) ** 2 + 2) * len(sample.images)
-        filler = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        filler = next(
+            i
+            for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+            if i is not None
+        )
         row = torch.tensor([[self.tokenizer.bos_token_id, *[filler] * places, *ids]])
         kinds = torch.tensor([[LANGUAGE, *[VISION] * places, *[LANGUAGE] * len(ids)]])
-        inputs: dict[str, Any] = {"input_ids": row, "token_type_ids": kinds, "attention_mask": torch.ones_like(row)}
+        inputs: dict[str, Any] = {
+            "input_ids": row,
+            "token_type_ids": kinds,
+            "attention_mask": torch.ones_like(row),
+        }
         if sample.images:
             inputs["images"] = [[self._pixels(image, size) for image in sample.images]]
         return inputs
@@ -51,5 +64,7 @@ class CogVLM2(Basic):
         return kinds
 
     def _pixels(self, image: Image.Image, size: int) -> Tensor:
-        pixels_HWC = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        pixels_HWC = (
+            np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        )
         return ((torch.from_numpy(pixels_HWC) - MEAN) / STD).permute(2, 0, 1).contiguous()

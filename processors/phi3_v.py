@@ -20,9 +20,13 @@ class Phi3V(Basic):
     def render(self, sample: Sample, template: Template, *, prompt: bool = False) -> Encoded:
         encoded = super().render(sample, template, prompt=prompt)
         if len(sample.images) > 9 or len(TAG.findall(encoded.text)) != len(sample.images):
-            raise BadSample("markers", f"sample {sample.id}: up to 9 images, each with its tag, are taken")
+            raise BadSample(
+                "markers", f"sample {sample.id}: up to 9 images, each with its tag, are taken"
+            )
         numbers = count(1)  # one digit for another: the places of the answers stay
-        return encoded._replace(text=TAG.sub(lambda tag: f"<|image_{next(numbers)}|>", encoded.text))
+        return encoded._replace(
+            text=TAG.sub(lambda tag: f"<|image_{next(numbers)}|>", encoded.text)
+        )
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
         """Negative ids stand where the features of image 1, 2 .. go."""

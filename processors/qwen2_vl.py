@@ -25,6 +25,9 @@ class Qwen2VL(Basic):
             features = 0 if grid is None else int(grid.prod(dim=-1).sum()) // owner.merge_size**2
             places = int((inputs["input_ids"] == token).sum())
             if places != features:
-                message = f"sample {sample.id}: {places} {kind} placeholders for {features} {kind} features"
+                message = (
+                    f"sample {sample.id}: {places} {kind} placeholders for {features} {kind}"
+                    " features"
+                )
                 raise BadSample("markers", message)
         return inputs

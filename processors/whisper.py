@@ -24,14 +24,16 @@ class Whisper(Basic):
     def render(self, sample: Sample, template: Template, *, prompt: bool = False) -> Encoded:
         """A blank and the transcript: Whisper's own begin with one."""
         text = "" if prompt else sample.messages[-1].content.replace(MARKERS["audio"], "").strip()
-        left = (*extras(sample.messages, sample.options), *("other turns" for turn in sample.messages[:-1]
+        left = (*extras(sample.messages, sample.options),
+            *("other turns" for turn in sample.messages[:-1]
                 if MARKER.sub("", turn.content).strip()))  # fmt: skip
         return Encoded(f" {text}", ((0, len(text) + 1),), left) if text else Encoded("", (), left)
 
     def opening(self) -> list[int]:
         """Start, language, task, no time stamps: what Whisper writes before a transcript.
 
-        Language and task are those of the tokenizer, else English to be transcribed; English models have neither.
+        Language and task are those of the tokenizer, else English to be transcribed; English models
+        have neither.
         """
         language, task = (getattr(self.tokenizer, key, None) for key in ("language", "task"))
         code = TO_LANGUAGE_CODE.get(language or "english", language)
@@ -39,15 +41,23 @@ class Whisper(Basic):
         if self.config.vocab_size != ENGLISH_ONLY:
             names = [f"<|{code}|>", f"<|{task or 'transcribe'}|>", *names]
         found = self.tokenizer.convert_tokens_to_ids(names)
-        return [self.config.decoder_start_token_id, *(i for i in found if i not in (None, self.tokenizer.unk_token_id))]
+        return [
+            self.config.decoder_start_token_id,
+            *(i for i in found if i not in (None, self.tokenizer.unk_token_id)),
+        ]
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
-        """`input_features` (1, mels, frames) and `decoder_input_ids`. Raises BadSample without exactly one sound."""
+        """`input_features` (1, mels, frames) and `decoder_input_ids`. Raises BadSample without
+        exactly one sound."""
         if len(sample.audios) != 1 or sample.images or sample.videos:
-            raise BadSample("markers", f"sample {sample.id}: Whisper takes one sound and its transcript")
+            raise BadSample(
+                "markers", f"sample {sample.id}: Whisper takes one sound and its transcript"
+            )
         extractor = self.processor.feature_extractor
         check_heard(sample, extractor)
-        heard = extractor(sample.audios[0], sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        heard = extractor(
+            sample.audios[0], sampling_rate=extractor.sampling_rate, return_tensors="pt"
+        )
         text = self.render(sample, template, prompt=prompt).text
         ids = self.opening() + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return {"input_features": heard["input_features"], "decoder_input_ids": torch.tensor([ids])}
@@ -57,7 +67,8 @@ class Whisper(Basic):
         return torch.zeros(inputs["decoder_input_ids"].shape[1], dtype=torch.int8)
 
     def tower_modality(self, inputs: dict[str, Any]) -> Tensor:
-        """int8 (frames,): PAD where the encoder's frame, two columns of features, is pure silence as padding is."""
+        """int8 (frames,): PAD where the encoder's frame, two columns of features, is pure silence
+        as padding is."""
         features_MF = inputs["input_features"][0]
         heard_F = (features_MF > features_MF.amin()).any(0).reshape(-1, 2).any(1)
         return torch.where(heard_F, AUDIO, PAD).to(torch.int8)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The whole journey on the bundled model: quantize to 4 and 3 bits, export, measure what is left, prove the exports.
+"""The whole journey on the bundled model: quantize to 4 and 3 bits, export, measure what is left,
+prove the exports.
 
-Run by `make demo`. The last table and the lines below it are the result; everything is also written to
-`.demo/result.json`, and with `--keep DIR` as a dated Markdown file into DIR.
+Run by `make demo`. The last table and the lines below it are the result; everything is also written
+to `.demo/result.json`, and with `--keep DIR` as a dated Markdown file into DIR.
 """
 
 import argparse
@@ -14,7 +15,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries, rows_as_markdown
+from auto_mmround.console import (
+    BlockProgress,
+    console,
+    metrics_table,
+    percent,
+    quiet_libraries,
+    rows_as_markdown,
+)
 from auto_mmround.evaluate import evaluate, tasks
 from auto_mmround.evaluate.metrics import Metrics, measure
 from auto_mmround.evaluate.prompts import Data
@@ -32,7 +40,8 @@ FORMATS = "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
 
 
 def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
-    """Run a recipe on a fresh copy of the model; the job's model holds the quantized weights afterwards."""
+    """Run a recipe on a fresh copy of the model; the job's model holds the quantized weights
+    afterwards."""
     job = jobs.prepare(recipe, jobs.load_model(recipe))
     bar = BlockProgress(job.plan, job.recipe)
     with bar.progress:
@@ -47,7 +56,11 @@ def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> l
     for folder in folders:
         wrong = same_weights(folder, tuned)
         verdict = verify_transformers(folder, inputs, planned=len(tuned))
-        line = f"{folder.name}: {len(wrong)} weights differ from the tuned ones" if wrong else verdict.line()
+        line = (
+            f"{folder.name}: {len(wrong)} weights differ from the tuned ones"
+            if wrong
+            else verdict.line()
+        )
         failed |= bool(wrong or verdict.error)
         report.keep_verdicts(folder, [asdict(verdict)])
         console.print(line, highlight=False, soft_wrap=True)
@@ -57,13 +70,18 @@ def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> l
     return lines
 
 
-def fill_reports(folders: list[Path], models: dict[str, Loaded], figures: dict[str, Metrics]) -> None:
-    """The figures and a few answers of a checkpoint and the models it is compared with, into its report."""
+def fill_reports(
+    folders: list[Path], models: dict[str, Loaded], figures: dict[str, Metrics]
+) -> None:
+    """The figures and a few answers of a checkpoint and the models it is compared with, into its
+    report."""
     started, data = time.perf_counter(), Data()
     found = tasks.side_by_side(tasks.Setting(models, data))
     found.scores, found.figures = list(tasks.forced_scores(figures, data.title)), figures
     names = {"reference": "demo", "baseline": "round to nearest", "quantized": folders[0].name}
-    made = evaluate.record(found, names, models, data, ["ppl", "kl", "samples"], time.perf_counter() - started)
+    made = evaluate.record(
+        found, names, models, data, ["ppl", "kl", "samples"], time.perf_counter() - started
+    )
     for folder in folders:
         evaluate.keep(folder, made | {"command": "make demo"})
 
@@ -71,7 +89,12 @@ def fill_reports(folders: list[Path], models: dict[str, Loaded], figures: dict[s
 def as_markdown(results: dict[str, Metrics], lines: list[str], seconds: float, peak: float) -> str:
     """The result as a dated page."""
     rows = [
-        [name, percent(m.accuracy), f"{m.perplexity:.3f}", *(f"{m.kl.get(k, 0):.5f}" for k in ("text", "image"))]
+        [
+            name,
+            percent(m.accuracy),
+            f"{m.perplexity:.3f}",
+            *(f"{m.kl.get(k, 0):.5f}" for k in ("text", "image")),
+        ]
         for name, m in results.items()
     ]
     facts = machine()
@@ -80,14 +103,16 @@ def as_markdown(results: dict[str, Metrics], lines: list[str], seconds: float, p
     return (
         f"# `make demo`, {datetime.date.today()}\n\n{table}\n\n"
         + "".join(f"- {line}\n" for line in lines)
-        + f"\n{seconds:.0f} s, peak memory {peak:.1f} GB; {facts['system']}, {facts['threads']} threads; "
-        + f"Python {facts['python']}, {versions}. Command: `make bench`.\n"
+        + f"\n{seconds:.0f} s, peak memory {peak:.1f} GB; {facts['system']}, {facts['threads']}"
+        " threads; " + f"Python {facts['python']}, {versions}. Command: `make bench`.\n"
     )
 
 
 def main() -> None:
     """Everything, in order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file of the result")
     keep = parser.parse_args().keep
     quiet_libraries()
@@ -102,25 +127,40 @@ def main() -> None:
         job, folders = quantized(recipe)
         names += [f"W{bits} round to nearest", f"W{bits} tuned"]
         models += [plain.loaded.model, job.loaded.model]
-        loaded[bits] = (folders, {"reference": full, "baseline": plain.loaded, "quantized": job.loaded})
+        loaded[bits] = (
+            folders,
+            {"reference": full, "baseline": plain.loaded, "quantized": job.loaded},
+        )
         if bits == 4:
             exported = (job, folders)
-    console.print(f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False)
+    console.print(
+        f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False
+    )
     results = dict(zip(names, measure(models, inputs, reference=full.model), strict=True))
     text, image = inputs[0], next(sample for sample in inputs if "pixel_values" in sample.kwargs)
     console.print("loading the four W4 exports in Transformers", highlight=False)
     lines = prove(*exported, [text.kwargs, image.kwargs])
     for bits, (folders, three) in loaded.items():
         wanted = ("full precision", f"W{bits} round to nearest", f"W{bits} tuned")
-        fill_reports(folders, three, dict(zip(three, (results[name] for name in wanted), strict=True)))
-    console.print(metrics_table(results, title="the demo model on held-out text and questions on images"))
+        fill_reports(
+            folders, three, dict(zip(three, (results[name] for name in wanted), strict=True))
+        )
+    console.print(
+        metrics_table(results, title="the demo model on held-out text and questions on images")
+    )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    seconds, peak = time.perf_counter() - started, max(devices.peak_memory(full.model.device).values())
+    seconds, peak = (
+        time.perf_counter() - started,
+        max(devices.peak_memory(full.model.device).values()),
+    )
     console.print(f"{seconds:.0f} s, peak memory {peak:.1f} GB", highlight=False)
     record = {name: metrics.as_dict() for name, metrics in results.items()}
     Path(".demo/result.json").write_text(
-        json.dumps({"results": record, "exports": lines, "seconds": seconds, "peak_gb": peak}, indent=1) + "\n"
+        json.dumps(
+            {"results": record, "exports": lines, "seconds": seconds, "peak_gb": peak}, indent=1
+        )
+        + "\n"
     )
     if keep:
         path = keep / f"demo-{datetime.date.today()}.md"

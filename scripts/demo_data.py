@@ -1,4 +1,5 @@
-"""What the demo model learns from, and the data written with it: conversations about drawn scenes, and text."""
+"""What the demo model learns from, and the data written with it: conversations about drawn scenes,
+and text."""
 
 from __future__ import annotations
 
@@ -25,8 +26,11 @@ def stream(seed: int, name: str) -> np.random.Generator:
 
 
 def read_documents() -> tuple[list[str], list[str]]:
-    """Documents of 1600 to 1900 characters: those to train on, and every 27th, which is held out."""
-    documents = lzma.decompress((HERE / "data" / "demo_corpus.txt.xz").read_bytes()).decode().splitlines()
+    """Documents of 1600 to 1900 characters: those to train on, and every 27th, which is held
+    out."""
+    documents = (
+        lzma.decompress((HERE / "data" / "demo_corpus.txt.xz").read_bytes()).decode().splitlines()
+    )
     return [d for i, d in enumerate(documents) if i % 27], documents[::27]
 
 
@@ -35,18 +39,28 @@ def patchify(scenes: list, processor: Qwen2VLProcessor) -> torch.Tensor:
 
     Colours are normalised in the palette, so that the pixels only need looking up.
     """
-    mean, std = np.float32(processor.image_processor.image_mean), np.float32(processor.image_processor.image_std)
+    mean, std = (
+        np.float32(processor.image_processor.image_mean),
+        np.float32(processor.image_processor.image_std),
+    )
     colors = np.stack([(scene.palette.astype(np.float32) / 255 - mean) / std for scene in scenes])
     indices = np.stack([np.asarray(draw_indices(scene)) for scene in scenes])
-    # (image, block row, row in block, pixel row, block column, column in block, pixel column), as the processor does
+    # (image, block row, row in block, pixel row, block column, column in block, pixel column), as
+    # the processor does
     indices = indices.reshape(-1, GRID, 2, 14, GRID, 2, 14).transpose(0, 1, 4, 2, 5, 3, 6)
-    indices = torch.from_numpy(np.ascontiguousarray(indices)).reshape(len(scenes), 4 * GRID**2, 196).long()
-    looked_up = torch.from_numpy(colors)[torch.arange(len(scenes))[:, None, None], indices]  # image, patch, 196, 3
+    indices = (
+        torch.from_numpy(np.ascontiguousarray(indices))
+        .reshape(len(scenes), 4 * GRID**2, 196)
+        .long()
+    )
+    # image, patch, 196, 3
+    looked_up = torch.from_numpy(colors)[torch.arange(len(scenes))[:, None, None], indices]
     return looked_up.transpose(2, 3).unsqueeze(3).expand(-1, -1, -1, 2, -1).flatten(2)
 
 
 class ChatEncoder:
-    """Turns conversations into padded batches of token ids, M-RoPE positions and an attention mask."""
+    """Turns conversations into padded batches of token ids, M-RoPE positions and an attention
+    mask."""
 
     def __init__(self, processor: Qwen2VLProcessor) -> None:
         self.processor, self.known = processor, {}
@@ -56,15 +70,20 @@ class ChatEncoder:
             self.known[text] = self.processor.tokenizer(text)["input_ids"]
         return self.known[text]
 
-    def encode(self, questions: list[tuple[str, str]], images: int, newline: str, follow: bool) -> list[np.ndarray]:
+    def encode(
+        self, questions: list[tuple[str, str]], images: int, newline: str, follow: bool
+    ) -> list[np.ndarray]:
         """Ids, which of them are answers, positions and segments of one conversation.
 
-        With `follow` the questions are rounds of one conversation.  Otherwise each is the first and only question
-        about the images: all come after one start, at the same positions, each in a segment that does not see the
-        others.  It is as if every question had a copy of the images to itself, at a fraction of the cost.
+        With `follow` the questions are rounds of one conversation.  Otherwise each is the first and
+        only question about the images: all come after one start, at the same positions, each in a
+        segment that does not see the others.  It is as if every question had a copy of the images
+        to itself, at a fraction of the cost.
         """
         image = IMAGE.replace("<|image_pad|>", "<|image_pad|>" * GRID**2)
-        start = self.tokens(PROMPT + "<|im_start|>user\n" + newline.join([image] * images) + newline)
+        start = self.tokens(
+            PROMPT + "<|im_start|>user\n" + newline.join([image] * images) + newline
+        )
         ids, learn, segments = [*start], [False] * len(start), [0] * len(start)
         for number, (question, answer) in enumerate(questions, 1):
             again = "\n<|im_start|>user\n" if follow and number > 1 else ""
@@ -98,24 +117,41 @@ class ChatEncoder:
             follow = rng.random() < 0.15
             scenes += about
             newline = "\n" if rng.random() < 0.8 else ""
-            encoded.append(self.encode(questions[:4] if follow else questions, images, newline, follow))
+            encoded.append(
+                self.encode(questions[:4] if follow else questions, images, newline, follow)
+            )
         longest = max(len(ids) for ids, *_ in encoded)
         ids = torch.full((size, longest), self.processor.tokenizer.pad_token_id)
         learn, asked = torch.zeros(2, size, longest, dtype=torch.bool)
-        positions, segments = torch.zeros(3, size, longest, dtype=torch.long), torch.zeros(size, longest)
+        positions, segments = (
+            torch.zeros(3, size, longest, dtype=torch.long),
+            torch.zeros(size, longest),
+        )
         for row, parts in enumerate(encoded):
             one, answer, place, segment = (torch.from_numpy(part) for part in parts)
-            ids[row, : len(one)], learn[row, : len(one)], positions[:, row, : len(one)] = one, answer, place
+            ids[row, : len(one)], learn[row, : len(one)], positions[:, row, : len(one)] = (
+                one,
+                answer,
+                place,
+            )
             asked[row, : len(one)], segments[row, : len(one)] = (
                 ~answer & (one != self.processor.image_token_id),
                 segment,
             )
         sees = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         mask = torch.zeros(size, longest, longest).masked_fill(~sees.tril(), -torch.inf)
-        return {"ids": ids, "learn": learn, "asked": asked, "positions": positions, "mask": mask, "scenes": scenes}
+        return {
+            "ids": ids,
+            "learn": learn,
+            "asked": asked,
+            "positions": positions,
+            "mask": mask,
+            "scenes": scenes,
+        }
 
 
-# -------------------------------------------------------------------------------------------------- what is written
+# --------------------------------------------------------------------------------------------------
+# what is written
 
 
 def write_conversations(folder: Path, name: str, items: list) -> None:
@@ -124,27 +160,42 @@ def write_conversations(folder: Path, name: str, items: list) -> None:
     (folder / "images").mkdir(parents=True)
     rows = []
     for number, (kind, (scenes, questions)) in enumerate(items):
-        files = [f"{number:04d}{'ab'[i] if len(scenes) > 1 else ''}.png" for i in range(len(scenes))]
+        files = [
+            f"{number:04d}{'ab'[i] if len(scenes) > 1 else ''}.png" for i in range(len(scenes))
+        ]
         for scene, file in zip(scenes, files):
             draw_indices(scene).save(folder / "images" / file, optimize=True)
         turns = []
         for i, (question, answer) in enumerate(questions):
             shown = "<image>\n" * len(scenes) if i == 0 else ""
-            turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
+            turns += [
+                {"from": "human", "value": shown + question},
+                {"from": "gpt", "value": answer},
+            ]
         files = files if len(files) > 1 else files[0]
-        rows.append({"id": f"{name}-{number:04d}", "kind": kind, "image": files, "conversations": turns})
+        rows.append(
+            {"id": f"{name}-{number:04d}", "kind": kind, "image": files, "conversations": turns}
+        )
     file = "vqa.json" if name == "heldout" else "llava.json"
     (folder / file).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def write_data(out: Path, seed: int, documents: list[str], held_documents: list[str]) -> None:
-    """Held-out: as many single questions of each kind.  Calibration: one to three rounds on one or two images."""
+    """Held-out: as many single questions of each kind.  Calibration: one to three rounds on one or
+    two images."""
     rng = stream(seed, "heldout")
     write_conversations(
-        out / "heldout", "heldout", [(kind, single_question(rng, kind)) for _ in range(50) for kind in ALL_KINDS]
+        out / "heldout",
+        "heldout",
+        [(kind, single_question(rng, kind)) for _ in range(50) for kind in ALL_KINDS],
     )
     rng = stream(seed, "calibration")
     talks = [conversation(rng, 1 if i % 5 < 3 else 2, 1 + i % 3) for i in range(192)]
     write_conversations(out / "calibration", "calibration", [("mixed", talk) for talk in talks])
-    for folder, texts in (("heldout", held_documents), ("calibration", documents[:: len(documents) // 192][:192])):
-        (out / folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for folder, texts in (
+        ("heldout", held_documents),
+        ("calibration", documents[:: len(documents) // 192][:192]),
+    ):
+        (out / folder / "text.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )

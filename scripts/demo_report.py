@@ -1,6 +1,8 @@
-"""Measure the demo model on its held-out data, whole and with rounded weights, and write its model card.
+"""Measure the demo model on its held-out data, whole and with rounded weights, and write its model
+card.
 
-`python scripts/demo_report.py` measures the model that is there again; `train_demo_model.py` calls the same functions.
+`python scripts/demo_report.py` measures the model that is there again; `train_demo_model.py` calls
+the same functions.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ PROMPT = (
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor:
-    """Symmetric rounding; the largest weight of each group, sign and all, lands on the end of the grid."""
+    """Symmetric rounding; the largest weight of each group, sign and all, lands on the end of the
+    grid."""
     grouped = weight.float().reshape(weight.shape[0], -1, group)
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
     scale = largest / -(2 ** (bits - 1))
@@ -34,7 +37,9 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int = 128) -> torch
     return (levels * scale).reshape(weight.shape).to(weight.dtype)
 
 
-def round_text_layers(model: Qwen2VLForConditionalGeneration, bits: int) -> Qwen2VLForConditionalGeneration:
+def round_text_layers(
+    model: Qwen2VLForConditionalGeneration, bits: int
+) -> Qwen2VLForConditionalGeneration:
     rounded = copy.deepcopy(model)
     for module in rounded.model.language_model.layers.modules():
         if isinstance(module, torch.nn.Linear):
@@ -54,7 +59,9 @@ def load_rows(folder: Path) -> list[dict]:
 
 
 @torch.no_grad()
-def answer_all(model, processor, rows: list[dict], batch: int = 36) -> tuple[list[str], torch.Tensor]:
+def answer_all(
+    model, processor, rows: list[dict], batch: int = 36
+) -> tuple[list[str], torch.Tensor]:
     """Greedy answers, and the log-probabilities of the first answer token."""
     answers, first = [], []
     processor.tokenizer.padding_side = "left"
@@ -67,7 +74,11 @@ def answer_all(model, processor, rows: list[dict], batch: int = 36) -> tuple[lis
             return_tensors="pt",
         )
         out = model.generate(
-            **inputs, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs,
+            max_new_tokens=16,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         fresh = out.sequences[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(fresh, skip_special_tokens=True)
@@ -93,12 +104,22 @@ def divergence(whole: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def evaluate(out: Path) -> dict:
-    """Accuracy by question kind, perplexity and KL divergence, at bf16 and rounded to 4, 3 and 2 bits."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(out / "model", dtype=torch.float32).eval()
+    """Accuracy by question kind, perplexity and KL divergence, at bf16 and rounded to 4, 3 and 2
+    bits."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        out / "model", dtype=torch.float32
+    ).eval()
     processor = AutoProcessor.from_pretrained(out / "model")
     rows = load_rows(out / "heldout")
-    texts = [json.loads(line)["text"] for line in (out / "heldout" / "text.jsonl").read_text().splitlines()]
-    report = {"parameters": sum(p.numel() for p in model.parameters()), "questions": len(rows), "texts": len(texts)}
+    texts = [
+        json.loads(line)["text"]
+        for line in (out / "heldout" / "text.jsonl").read_text().splitlines()
+    ]
+    report = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "questions": len(rows),
+        "texts": len(texts),
+    }
     asked = Counter(row["kind"] for row in rows)
     whole = None
     for name, bits in (("full", 0), ("W4", 4), ("W3", 3), ("W2", 2)):
@@ -106,7 +127,9 @@ def evaluate(out: Path) -> dict:
         answers, first = answer_all(tried, processor, rows)
         perplexity, logs = text_log_probabilities(tried, processor, texts)
         whole = whole or (first, logs)
-        right = Counter(row["kind"] for row, answer in zip(rows, answers) if answer == row["answer"])
+        right = Counter(
+            row["kind"] for row, answer in zip(rows, answers) if answer == row["answer"]
+        )
         report[name] = {
             "accuracy": 100 * sum(right.values()) / len(rows),
             "by_kind": {kind: 100 * right[kind] / asked[kind] for kind in asked},
@@ -153,7 +176,7 @@ answer token, and over every eighth text token.
 
 The scenes are drawn by the project's own scripts.  The text is the King James Version (1611), which is in the public
 domain.  The model and its data are under the licence of the project.
-"""
+"""  # noqa: E501
 
 
 def write_readme(out: Path, report: dict, seconds: float, seed: int) -> None:
@@ -182,5 +205,7 @@ def write_readme(out: Path, report: dict, seconds: float, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "auto_mmround" / "demo")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent.parent / "auto_mmround" / "demo"
+    )
     evaluate(parser.parse_args().out)

@@ -1,8 +1,8 @@
 """Drawn scenes and the questions about them, for the demo vision-language model.
 
-A scene is a 112x112 palette image with one to three things (coloured shapes, and at most one digit) in the cells of
-a 3x3 grid.  Everything is drawn without anti-aliasing, so an image is a small array of palette indices: drawing,
-storing (as PNG) and turning into model input are all cheap.
+A scene is a 112x112 palette image with one to three things (coloured shapes, and at most one digit)
+in the cells of a 3x3 grid.  Everything is drawn without anti-aliasing, so an image is a small array
+of palette indices: drawing, storing (as PNG) and turning into model input are all cheap.
 """
 
 from __future__ import annotations
@@ -89,15 +89,21 @@ def random_scene(rng: np.random.Generator) -> Scene:
     for kind, color, cell in zip(kinds, colors, rng.permutation(9)[:count]):
         radius = int(rng.integers(12 if kind in DIGITS else 9, 16))
         play = CELL / 2 - radius  # how far the centre may move without leaving the cell
-        x, y = ((cell % 3 + 0.5) * CELL + rng.uniform(-play, play), (cell // 3 + 0.5) * CELL + rng.uniform(-play, play))
+        x, y = (
+            (cell % 3 + 0.5) * CELL + rng.uniform(-play, play),
+            (cell // 3 + 0.5) * CELL + rng.uniform(-play, play),
+        )
         things.append(Thing(str(kind), str(color), int(cell), x, y, radius))
     background = rng.integers(205, 256, 3)
     palette = np.array([background, *COLORS.values()]) + rng.integers(-22, 23, (len(COLORS) + 1, 3))
     return Scene(things, palette.clip(0, 255).astype(np.uint8))
 
 
-def _polygon(corners: int, radius: float, start: float, inner: float = 1.0) -> list[tuple[float, float]]:
-    """Corner offsets of a regular polygon, or of a star when every second corner is pulled in by `inner`."""
+def _polygon(
+    corners: int, radius: float, start: float, inner: float = 1.0
+) -> list[tuple[float, float]]:
+    """Corner offsets of a regular polygon, or of a star when every second corner is pulled in by
+    `inner`."""
     angles = [math.radians(start + 360 * i / corners) for i in range(corners)]
     radii = [radius * (inner if i % 2 else 1.0) for i in range(corners)]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
@@ -140,15 +146,17 @@ def draw_indices(scene: Scene) -> Image.Image:
     return image
 
 
-# ----------------------------------------------------------------------------------------------------- one image
+# --------------------------------------------------------------------------------------------------
+# one image
 
 
 def _pick(rng: np.random.Generator, items: list):
     return items[rng.integers(len(items))] if items else None
 
 
-# Questions end with what they ask about and answers begin with it: "What color is the star?" "The star is red."  The
-# words that belong together then stand at fixed distances, which a model this small learns to use in minutes.
+# Questions end with what they ask about and answers begin with it: "What color is the star?" "The
+# star is red."  The words that belong together then stand at fixed distances, which a model this
+# small learns to use in minutes.
 
 
 def ask_color(scene, rng):
@@ -182,7 +190,10 @@ def ask_content(scene, rng):
     """What is in a cell: usually one that is occupied."""
     if rng.random() < 0.8:
         thing = _pick(rng, scene.things)
-        return f"What is {CELLS[thing.cell]}?", f"The {CELLS[thing.cell]} is a {thing.color} {thing.noun}."
+        return (
+            f"What is {CELLS[thing.cell]}?",
+            f"The {CELLS[thing.cell]} is a {thing.color} {thing.noun}.",
+        )
     cell = int(_pick(rng, sorted(set(range(9)) - {thing.cell for thing in scene.things})))
     return f"What is {CELLS[cell]}?", f"The {CELLS[cell]} is empty."
 
@@ -191,7 +202,8 @@ def ask_count(scene, rng):
     return "How many things are there?", f"There are {COUNTS[len(scene.things)]}."
 
 
-# ---------------------------------------------------------------------------------------------------- two images
+# --------------------------------------------------------------------------------------------------
+# two images
 
 
 def ask_which(pair, rng):
@@ -200,7 +212,10 @@ def ask_which(pair, rng):
     value = _pick(rng, sorted(first ^ second))
     if value is None:
         return None
-    return f"Which image shows the {value}?", f"The {value} is in the {'first' if value in first else 'second'}."
+    return (
+        f"Which image shows the {value}?",
+        f"The {value} is in the {'first' if value in first else 'second'}.",
+    )
 
 
 def ask_in_image(pair, rng):
@@ -221,7 +236,8 @@ ONE_IMAGE = {
     "count": ask_count,
 }
 TWO_IMAGES = {"which": ask_which, "in_image": ask_in_image}
-LOOKUPS = ("color", "shape", "digit", "position", "content")  # each answered by one thing in one image
+# each answered by one thing in one image
+LOOKUPS = ("color", "shape", "digit", "position", "content")
 ALL_KINDS = [*ONE_IMAGE, *TWO_IMAGES]
 
 
@@ -230,7 +246,9 @@ def random_scenes(rng: np.random.Generator, images: int) -> list[Scene]:
     return [random_scene(rng) for _ in range(images)]
 
 
-def single_question(rng: np.random.Generator, kind: str) -> tuple[list[Scene], list[tuple[str, str]]]:
+def single_question(
+    rng: np.random.Generator, kind: str
+) -> tuple[list[Scene], list[tuple[str, str]]]:
     """Fresh scenes and one question of the given kind about them."""
     images = 1 if kind in ONE_IMAGE else 2
     ask = ONE_IMAGE[kind] if images == 1 else TWO_IMAGES[kind]
@@ -243,7 +261,8 @@ def single_question(rng: np.random.Generator, kind: str) -> tuple[list[Scene], l
 def conversation(
     rng: np.random.Generator, images: int, rounds: int, kinds: tuple[str, ...] = ()
 ) -> tuple[list[Scene], list[tuple[str, str]]]:
-    """Fresh scenes and `rounds` different questions about them, of all kinds for so many images or of `kinds`."""
+    """Fresh scenes and `rounds` different questions about them, of all kinds for so many images or
+    of `kinds`."""
     functions = ONE_IMAGE if images == 1 else TWO_IMAGES
     kinds = list(kinds or functions)
     scenes, asked = single_question(rng, _pick(rng, kinds))

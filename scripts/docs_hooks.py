@@ -1,7 +1,9 @@
-"""What the site adds to docs/: the README as its first page, the notebook, the measured results, equations as MathML.
+"""What the site adds to docs/: the README as its first page, the notebook, the measured results,
+equations as MathML.
 
-MathML is made while building, so pages show equations without a script. In the repository, where the same files are
-read as they are, links go between folders; here they are turned into links between pages.
+MathML is made while building, so pages show equations without a script. In the repository, where
+the same files are read as they are, links go between folders; here they are turned into links
+between pages.
 """
 
 import html
@@ -17,8 +19,13 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/index.md"
 # Files outside docs/ that become pages, by their place in the site.
-OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "bench/LOG.md": "bench/LOG.md"} | {
-    f"bench/results/{path.name}": f"bench/results/{path.name}" for path in (ROOT / "bench" / "results").glob("*.md")
+OUTSIDE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "bench/LOG.md": "bench/LOG.md",
+} | {
+    f"bench/results/{path.name}": f"bench/results/{path.name}"
+    for path in (ROOT / "bench" / "results").glob("*.md")
 }
 NOTEBOOK = "notebook.md"
 PLACES = {source: page for page, source in OUTSIDE.items()} | {
@@ -33,14 +40,21 @@ MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re
 def relink(text: str, page: str) -> str:
     """Links of a file of the repository as links of its page; code stays as it is.
 
-    A file that is no page is named, not linked. Links to nothing stay, for the strict build to find.
+    A file that is no page is named, not linked. Links to nothing stay, for the strict build to
+    find.
     """
     folder = posixpath.dirname(OUTSIDE.get(page, f"docs/{page}"))
 
     def turn(match: re.Match[str]) -> str:
         source = posixpath.normpath(posixpath.join(folder, match[1]))
-        place = PLACES.get(source) or (source.removeprefix("docs/") if source.startswith("docs/") else None)
-        return match[0] if place is None else "](" + posixpath.relpath(place, posixpath.dirname(page) or ".")
+        place = PLACES.get(source) or (
+            source.removeprefix("docs/") if source.startswith("docs/") else None
+        )
+        return (
+            match[0]
+            if place is None
+            else "](" + posixpath.relpath(place, posixpath.dirname(page) or ".")
+        )
 
     parts = FENCES.split(text)
     return "".join(part if i % 2 else LINK.sub(turn, part) for i, part in enumerate(parts))
@@ -51,7 +65,9 @@ def listing() -> str:
     pages = sorted((page for page in OUTSIDE if page.startswith("bench/results/")), reverse=True)
     titles = {page: (ROOT / page).read_text().splitlines()[0].lstrip("# ") for page in pages}
     lines = [f"- [{title}]({posixpath.basename(page)})" for page, title in titles.items()]
-    return "\n".join(["# Measured", "", *lines, "- [Log of experiments, the failed ones too](../LOG.md)", ""])
+    return "\n".join(
+        ["# Measured", "", *lines, "- [Log of experiments, the failed ones too](../LOG.md)", ""]
+    )
 
 
 def notebook() -> str:
@@ -63,7 +79,11 @@ def notebook() -> str:
         for output in cell.get("outputs", ()):
             picture = output.get("data", {}).get("image/png")
             printed = "".join(output.get("text", ()))
-            parts.append(f"![](data:image/png;base64,{picture.strip()})" if picture else f"```text\n{printed}```")
+            parts.append(
+                f"![](data:image/png;base64,{picture.strip()})"
+                if picture
+                else f"```text\n{printed}```"
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,5 +113,8 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 def on_page_content(content: str, **_) -> str:
     """Equations."""
     return MATH.sub(
-        lambda match: convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline"), content
+        lambda match: convert(
+            html.unescape(match[2]), display="block" if match[1] == "div" else "inline"
+        ),
+        content,
     )

@@ -1,10 +1,11 @@
-"""Feed every reader of files that others wrote with damaged ones: `python scripts/fuzz.py --minutes 10`.
+"""Feed every reader of files that others wrote with damaged ones: `python scripts/fuzz.py --minutes
+10`.
 
-A reader may answer with what it read or with one line (UserError and its kin). A traceback of any other kind, more than
-`Reader.patience` processor seconds for one input (or STUCK by the clock, which ends the process), a file touched
-outside the working folder, a read of the file that lies just outside the given folders, a program started or a
-connection tried: each is a problem, reported once for the place where it happens, with the input kept. Exit status: 0
-without problems, else 1.
+A reader may answer with what it read or with one line (UserError and its kin). A traceback of any
+other kind, more than `Reader.patience` processor seconds for one input (or STUCK by the clock,
+which ends the process), a file touched outside the working folder, a read of the file that lies
+just outside the given folders, a program started or a connection tried: each is a problem, reported
+once for the place where it happens, with the input kept. Exit status: 0 without problems, else 1.
 """
 
 import argparse
@@ -36,10 +37,20 @@ BATCH = 200
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Audit events of changes to the file system -> which of their arguments are paths.
 CHANGES = {
-    **dict.fromkeys(("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime"), (0,)),
+    **dict.fromkeys(
+        ("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime"),
+        (0,),
+    ),
     **dict.fromkeys(("os.rename", "os.link", "os.symlink"), (0, 1)),
 }
-NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.getaddrinfo")
+NEVER = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "socket.getaddrinfo",
+)
 
 
 @dataclass
@@ -70,7 +81,8 @@ class Tally:
 
 
 class Watch:
-    """Sees every file that is opened for writing, removed, renamed or made, and every program and connection.
+    """Sees every file that is opened for writing, removed, renamed or made, and every program and
+    connection.
 
     An audit hook can't be taken away again, so there is one, which only looks while `active`.
     """
@@ -93,7 +105,9 @@ class Watch:
             elif flags & WRITING and not self._ours(path):
                 self.seen.append(f"open for writing {path}")
         elif event in CHANGES:
-            self.seen += [f"{event} {path}" for path in _paths(event, arguments) if not self._ours(path)]
+            self.seen += [
+                f"{event} {path}" for path in _paths(event, arguments) if not self._ours(path)
+            ]
 
     def _ours(self, path: str) -> bool:
         return path == os.devnull or path == self.work or path.startswith(self.work + os.sep)
@@ -102,7 +116,9 @@ class Watch:
 def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
     """The paths of an audit event; those that are relative to an open folder begin there."""
     folder = arguments[-1]
-    relative = event in ("os.remove", "os.rmdir", "os.mkdir") and isinstance(folder, int) and folder >= 0
+    relative = (
+        event in ("os.remove", "os.rmdir", "os.mkdir") and isinstance(folder, int) and folder >= 0
+    )
     base = os.readlink(f"/proc/self/fd/{folder}") if relative else os.getcwd()
     names = [os.fsdecode(arguments[i]) for i in CHANGES[event] if not isinstance(arguments[i], int)]
     return [os.path.realpath(os.path.join(base, name)) for name in names]
@@ -126,7 +142,9 @@ def attempt(reader: Reader, data: Any, work: Path, watch: Watch, tally: Tally) -
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "auto_mmround" in frame.filename] or frames
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-        tally.note(f"{type(error).__name__} {place}", "".join(traceback.format_exception(error)[-6:]), data)
+        tally.note(
+            f"{type(error).__name__} {place}", "".join(traceback.format_exception(error)[-6:]), data
+        )
     finally:
         watch.active = False
         faulthandler.cancel_dump_traceback_later()
@@ -143,16 +161,23 @@ class TimeIsUp(BaseException):
 
 
 def run(
-    reader: Reader, work: Path, watch: Watch, seconds: float, first_seed: int = 0, most: int | None = None
+    reader: Reader,
+    work: Path,
+    watch: Watch,
+    seconds: float,
+    first_seed: int = 0,
+    most: int | None = None,
 ) -> Tally:
-    """Inputs of one reader until the time is up or there were ``most``; the same seed gives the same inputs."""
+    """Inputs of one reader until the time is up or there were ``most``; the same seed gives the
+    same inputs."""
     tally, end, begun = Tally(), time.monotonic() + seconds, time.monotonic()
     number = first_seed
     with contextlib.suppress(TimeIsUp):
         while True:
 
             @seed(number)
-            @settings(max_examples=BATCH, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+            @settings(max_examples=BATCH, database=None, deadline=None,
+                suppress_health_check=list(HealthCheck),
                       phases=(Phase.generate,))  # fmt: skip
             @given(reader.inputs)
             def batch(data: Any) -> None:
@@ -180,24 +205,36 @@ def prepare(work: Path) -> Watch:
 
 def table(tallies: dict[str, Tally]) -> str:
     """A Markdown table, a row a reader."""
-    lines = ["| reader | inputs | refused with one line | slowest, processor s | problems |", "|---|---|---|---|---|"]
+    lines = [
+        "| reader | inputs | refused with one line | slowest, processor s | problems |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {name} | {t.inputs:,} | {t.refused:,} | {t.slowest:.2f} | {len(t.problems)} |"
         for name, t in tallies.items()
     ]
     lines.append(
-        f"| all | {sum(t.inputs for t in tallies.values()):,} | {sum(t.refused for t in tallies.values()):,} | | |"
+        f"| all | {sum(t.inputs for t in tallies.values()):,} |"
+        f" {sum(t.refused for t in tallies.values()):,} | | |"
     )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="in all, shared by the readers (default: 10)")
-    parser.add_argument("--inputs", type=int, help="so many a reader, however long: the same on every machine")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="in all, shared by the readers (default: 10)"
+    )
+    parser.add_argument(
+        "--inputs", type=int, help="so many a reader, however long: the same on every machine"
+    )
     parser.add_argument("--readers", help="comma list; all without it")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
-    parser.add_argument("--keep", type=Path, help="a folder: the input of every problem is put there")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder: the input of every problem is put there"
+    )
     found = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -210,12 +247,22 @@ def main() -> int:
         seconds = found.minutes * 60 / len(names) if found.inputs is None else float("inf")
         for name in names:
             tallies[name] = run(readers[name], work, watch, seconds, found.seed, found.inputs)
-            print(f"{name}: {tallies[name].inputs:,} inputs, {len(tallies[name].problems)} problems", flush=True)
+            print(
+                f"{name}: {tallies[name].inputs:,} inputs, {len(tallies[name].problems)} problems",
+                flush=True,
+            )
             for i, problem in enumerate(tallies[name].problems.values()):
-                print(f"  {problem.count} x {problem.text}\n  input: {str(problem.data)[:300]}", flush=True)
+                print(
+                    f"  {problem.count} x {problem.text}\n  input: {str(problem.data)[:300]}",
+                    flush=True,
+                )
                 if found.keep:
                     found.keep.mkdir(parents=True, exist_ok=True)
-                    raw = problem.data if isinstance(problem.data, bytes) else repr(problem.data).encode()
+                    raw = (
+                        problem.data
+                        if isinstance(problem.data, bytes)
+                        else repr(problem.data).encode()
+                    )
                     (found.keep / f"{name}-{i}").write_bytes(raw)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\n{table(tallies)}\n\npeak memory {peak:.1f} GB")

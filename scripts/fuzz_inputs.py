@@ -1,4 +1,5 @@
-"""What the fuzzer feeds, as hypothesis strategies: hostile values, damaged trees and damaged bytes; and to whom."""
+"""What the fuzzer feeds, as hypothesis strategies: hostile values, damaged trees and damaged bytes;
+and to whom."""
 
 import json
 from collections.abc import Callable
@@ -13,12 +14,34 @@ from auto_mmround.errors import UserError
 TOO_SLOW = 10.0
 
 WORDS = [
-    *("", " ", "\0", "\ud800", "\x1b[31mred", "\u202e", "x" * 300, "x" * 5000, "../outside/secret", "/etc/hostname"),
-    *("re:(", "re:(a+)+$", "(.*)*(.*)*(.*)*x", "*" * 40, "{0.__class__}", "{{content}}", "%s%n", "<image>", "<video>"),
-    *("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ ''.__class__.__mro__ }}"),
-    *("None", "Infinity", "1e999", "file:///etc/hostname", "http://127.0.0.1:9/x", "data:image/png;base64,AAAA"),
+    *("", " ", "\0", "\ud800", "\x1b[31mred", "\u202e", "x" * 300, "x" * 5000, "../outside/secret",
+        "/etc/hostname"),
+    *("re:(", "re:(a+)+$", "(.*)*(.*)*(.*)*x", "*" * 40, "{0.__class__}", "{{content}}", "%s%n",
+        "<image>", "<video>"),
+    *("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ ''.__class__.__mro__ }}"),
+    *("None", "Infinity", "1e999", "file:///etc/hostname", "http://127.0.0.1:9/x",
+        "data:image/png;base64,AAAA"),
 ]  # fmt: skip
-NUMBERS = [0, 1, -1, 2, 3, 7, 255, 65536, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("inf"), float("nan")]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    255,
+    65536,
+    2**31,
+    2**63,
+    -(2**63),
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    float("inf"),
+    float("nan"),
+]
 NESTED: Any = []
 for _ in range(200):
     NESTED = [NESTED]
@@ -26,7 +49,8 @@ for _ in range(200):
 
 @dataclass(frozen=True)
 class Reader:
-    """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may say no.
+    """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may
+    say no.
     patience: processor seconds for one input."""
 
     name: str
@@ -48,7 +72,13 @@ VALUES = st.recursive(LEAVES, _tree, max_leaves=6)
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every value of a tree, the tree itself first."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     return [path, *(place for key, value in items for place in places(value, (*path, key)))]
 
 
@@ -124,7 +154,8 @@ def written(tree: Any) -> bytes:
 
 @st.composite
 def damaged_bytes(draw: Any, *seeds: bytes) -> bytes:
-    """One of the seeds, cut, overwritten, doubled or spliced in up to four places; most often near its head."""
+    """One of the seeds, cut, overwritten, doubled or spliced in up to four places; most often near
+    its head."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(0, 4))):
         reach = max(len(data), 1)
@@ -134,7 +165,11 @@ def damaged_bytes(draw: Any, *seeds: bytes) -> bytes:
             data[at : at + 1] = bytes([draw(st.integers(0, 255))])
         elif kind == "word":
             size = draw(st.sampled_from([2, 4, 8]))
-            number = draw(st.sampled_from([0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1]))
+            number = draw(
+                st.sampled_from(
+                    [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1]
+                )
+            )
             number %= 1 << (8 * size)
             data[at : at + size] = number.to_bytes(size, draw(st.sampled_from(["little", "big"])))
         elif kind == "insert":
@@ -158,4 +193,8 @@ def text_files(*seeds: str) -> st.SearchStrategy[bytes]:
         b"[1e999]",
         b"a: &a [*a, *a]",
     ]
-    return damaged_bytes(*(seed.encode() for seed in seeds)) | st.sampled_from(deep) | st.binary(max_size=60)
+    return (
+        damaged_bytes(*(seed.encode() for seed in seeds))
+        | st.sampled_from(deep)
+        | st.binary(max_size=60)
+    )

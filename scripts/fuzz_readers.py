@@ -1,4 +1,5 @@
-"""The readers that the fuzzer feeds, each with seeds of its own kind: small files that are right, to be damaged."""
+"""The readers that the fuzzer feeds, each with seeds of its own kind: small files that are right,
+to be damaged."""
 
 import copy
 import io
@@ -44,25 +45,33 @@ ROWS: list[Any] = [
     [{"text": "some words, " * 20}, {"input_ids": [1, 2, 3] * 20}, "plain text " * 20],
     [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
                                                      {"from": "gpt", "value": "It."}]}],
-    [{"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": CALLS}], "tools": CALLS, "system": "S"}],
-    [{"prompt": "Q", "completion": "A", "history": [["a", "b"]]}, {"whatever": "a.png", "text": "A"}],
-    [{"messages": CHAT, "images": ["a.png"]}, {"messages": CHAT, "image": {"bytes": None, "path": "a.png"}}],
+    [{"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": CALLS}],
+        "tools": CALLS, "system": "S"}],
+    [{"prompt": "Q", "completion": "A", "history": [["a", "b"]]}, {"whatever": "a.png",
+        "text": "A"}],
+    [{"messages": CHAT, "images": ["a.png"]}, {"messages": CHAT, "image": {"bytes": None,
+        "path": "a.png"}}],
     {"data": [{"messages": CHAT, "audio": {"array": [0.0, 0.5], "sampling_rate": 8000}}]},
 ]  # fmt: skip
 STATE = {"_data_files": [{"filename": "data.arrow"}], "_split": "train", "_fingerprint": "x"}
-TOML = 'model = "demo"\nbits = 4\n[tuning]\niters = 10\nlr = 0.01\n[layer_config."model.layers.0"]\nbits = 8\n'
+TOML = (
+    'model = "demo"\nbits = 4\n[tuning]\niters = 10\nlr ='
+    ' 0.01\n[layer_config."model.layers.0"]\nbits = 8\n'
+)
 YAML = "model: demo\nbits: 4\nignore: [lm_head, 're:.*vision.*']\nscheme: W4A16\nfp_layers: a,b\n"
 MODIFIERS = {
     "default_stage": {
         "default_modifiers": {
-            "SmoothQuantModifier": {"smoothing_strength": 0.8, "mappings": [[["re:.*q_proj"], "re:.*input_layernorm"]]},
+            "SmoothQuantModifier": {"smoothing_strength": 0.8, "mappings": [[["re:.*q_proj"],
+                "re:.*input_layernorm"]]},
             "GPTQModifier": {
                 "ignore": ["lm_head"],
                 "dampening_frac": 0.1,
                 "config_groups": {
                     "group_0": {
                         "targets": ["Linear"],
-                        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 128},
+                        "weights": {"num_bits": 4, "type": "int", "symmetric": True,
+                            "group_size": 128},
                         "input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"},
                     }
                 },
@@ -84,7 +93,9 @@ def file_reader(name: str, read: Callable[[Path], object]) -> Callable[[Path, by
 
 
 def templates() -> Reader:
-    seeds = [{k: v for k, v in vars(t).items() if k != "replace_tokens"} for t in shipped().values()]
+    seeds = [
+        {k: v for k, v in vars(t).items() if k != "replace_tokens"} for t in shipped().values()
+    ]
     seeds.append({**seeds[0], "replace_tokens": ["<image>", "<img>"]})
 
     def use(path: Path) -> None:
@@ -98,7 +109,11 @@ def templates() -> Reader:
 
 def messages() -> Reader:
     template = shipped()["qwen2_vl"]
-    return Reader("messages", damaged(CHAT) | VALUES, lambda _, data: template.spans(parse_messages(_iterable(data))))
+    return Reader(
+        "messages",
+        damaged(CHAT) | VALUES,
+        lambda _, data: template.spans(parse_messages(_iterable(data))),
+    )
 
 
 def _iterable(data: Any) -> Any:
@@ -108,23 +123,48 @@ def _iterable(data: Any) -> Any:
 def datasets(work: Path) -> list[Reader]:
     (work / "given" / "a.png").write_bytes(picture("PNG"))
     processor = load_processor(DEMO)
-    options = {"tokenizer": processor.tokenizer, "processor": processor, "config": read_config(DEMO)}
+    options = {
+        "tokenizer": processor.tokenizer,
+        "processor": processor,
+        "config": read_config(DEMO),
+    }
 
     def use(path: Path) -> None:
         for mode in ("skip", "error"):
             batches.build(
-                str(path), template=shipped()["qwen2_vl"], nsamples=2, seqlen=64, on_bad_sample=mode, **options
+                str(path),
+                template=shipped()["qwen2_vl"],
+                nsamples=2,
+                seqlen=64,
+                on_bad_sample=mode,
+                **options,
             )
 
     json_rows, lines = damaged(*ROWS).map(written), damaged(ROWS[0]).map(_lines)
     return [
-        Reader("dataset json", json_rows | text_files(json.dumps(ROWS[1])), file_reader("d.json", use)),
-        Reader("dataset csv", text_files("text,image\na b c,a.png\n", 'text\n"a, b"\n'), file_reader("d.csv", use)),
-        Reader("dataset state", damaged(STATE).map(written), lambda work, data: _saved(work, data)),
-        Reader("dataset jsonl", lines | text_files("\n".join(map(json.dumps, ROWS[0]))), file_reader("d.jsonl", use)),
-        Reader("dataset arrow", damaged_bytes(arrow()), file_reader("d.arrow", lambda p: load_samples(str(p), 3))),
         Reader(
-            "dataset parquet", damaged_bytes(*parquet()), file_reader("d.parquet", lambda p: load_samples(str(p), 3))
+            "dataset json", json_rows | text_files(json.dumps(ROWS[1])), file_reader("d.json", use)
+        ),
+        Reader(
+            "dataset csv",
+            text_files("text,image\na b c,a.png\n", 'text\n"a, b"\n'),
+            file_reader("d.csv", use),
+        ),
+        Reader("dataset state", damaged(STATE).map(written), lambda work, data: _saved(work, data)),
+        Reader(
+            "dataset jsonl",
+            lines | text_files("\n".join(map(json.dumps, ROWS[0]))),
+            file_reader("d.jsonl", use),
+        ),
+        Reader(
+            "dataset arrow",
+            damaged_bytes(arrow()),
+            file_reader("d.arrow", lambda p: load_samples(str(p), 3)),
+        ),
+        Reader(
+            "dataset parquet",
+            damaged_bytes(*parquet()),
+            file_reader("d.parquet", lambda p: load_samples(str(p), 3)),
         ),
     ]
 
@@ -156,7 +196,10 @@ def parquet() -> list[bytes]:
     import pyarrow.parquet
 
     made = []
-    for columns in ({"text": ["a b", "c"]}, {"text": ["x"], "image": [{"bytes": picture("PNG"), "path": "a.png"}]}):
+    for columns in (
+        {"text": ["a b", "c"]},
+        {"text": ["x"], "image": [{"bytes": picture("PNG"), "path": "a.png"}]},
+    ):
         sink = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.table(columns), sink)
         made.append(sink.getvalue())
@@ -167,10 +210,19 @@ def recipes() -> list[Reader]:
     def use(path: Path) -> None:
         from_mapping(read(path), "recipe file")
 
-    plain = damaged({"model": "demo", "bits": 4, "ignore": ["lm_head"], "layer_config": {"a": {"bits": 8}}, "lr": 0.1})
+    plain = damaged(
+        {
+            "model": "demo",
+            "bits": 4,
+            "ignore": ["lm_head"],
+            "layer_config": {"a": {"bits": 8}},
+            "lr": 0.1,
+        }
+    )
     modifiers = damaged(MODIFIERS).map(written)
     laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)
+        f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n"
+        for p, n in zip("abcdefgh", "bcdefghi", strict=True)
     )
     odd = [
         "2024-99-99",
@@ -189,7 +241,11 @@ def recipes() -> list[Reader]:
         | st.sampled_from(odd).map(str.encode)
     )
     return [
-        Reader("recipe toml", text_files(TOML, "a = " + "[" * 3000, "lr = 1" + "0" * 5000), file_reader("r.toml", use)),
+        Reader(
+            "recipe toml",
+            text_files(TOML, "a = " + "[" * 3000, "lr = 1" + "0" * 5000),
+            file_reader("r.toml", use),
+        ),
         Reader("recipe yaml", yaml, file_reader("r.yaml", use)),
     ]
 
@@ -222,7 +278,12 @@ def film() -> list[bytes]:
     import av
 
     made = []
-    for kind, codec in (("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4"), ("mpegts", "mpeg2video")):
+    for kind, codec in (
+        ("mp4", "mpeg4"),
+        ("matroska", "mpeg4"),
+        ("avi", "mpeg4"),
+        ("mpegts", "mpeg2video"),
+    ):
         sink = io.BytesIO()
         with av.open(sink, "w", format=kind) as file:
             stream = file.add_stream(codec, rate=10)
@@ -232,7 +293,11 @@ def film() -> list[bytes]:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             file.mux(stream.encode())
         made.append(sink.getvalue())
-    return [*made, b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", b"ffconcat version 1.0\nfile 'secret'\n"]
+    return [
+        *made,
+        b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n",
+        b"ffconcat version 1.0\nfile 'secret'\n",
+    ]
 
 
 def all_media(work: Path) -> list[Reader]:
@@ -242,7 +307,11 @@ def all_media(work: Path) -> list[Reader]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "text"
     Image.init()
-    images = [picture(kind) for kind in media.IMAGE_FORMATS if kind in Image.SAVE and kind not in PARTICULAR]
+    images = [
+        picture(kind)
+        for kind in media.IMAGE_FORMATS
+        if kind in Image.SAVE and kind not in PARTICULAR
+    ]
     images.append(picture("JPEG", exif=exif))
 
     def by(kind: str) -> Callable[[Path], object]:
@@ -251,11 +320,15 @@ def all_media(work: Path) -> list[Reader]:
     readers = [Reader("image", damaged_bytes(*images), file_reader("m.img", by("image")), accepted)]
     for kind, make, package in (("audio", sounds, "soundfile"), ("video", film, "av")):
         try:
-            readers.append(Reader(kind, damaged_bytes(*make()), file_reader(f"m.{kind}", by(kind)), accepted))
+            readers.append(
+                Reader(kind, damaged_bytes(*make()), file_reader(f"m.{kind}", by(kind)), accepted)
+            )
         except ImportError:
             print(f"{kind}: left out, the package {package} is not installed")
     names = (
-        st.sampled_from([*WORDS, "a.png", "link.png", "../outside/secret", str(work / "outside" / "secret")])
+        st.sampled_from(
+            [*WORDS, "a.png", "link.png", "../outside/secret", str(work / "outside" / "secret")]
+        )
         | st.text()
     )
     entry = (
@@ -265,18 +338,26 @@ def all_media(work: Path) -> list[Reader]:
         | st.builds(lambda a, r: {"array": a, "sampling_rate": r}, VALUES, VALUES)
     )
     pairs = st.tuples(entry, st.sampled_from(media.KINDS))
-    return [*readers, Reader("media names", pairs, lambda _, pair: media.load(pair[0], pair[1], roots), accepted)]
+    return [
+        *readers,
+        Reader("media names", pairs, lambda _, pair: media.load(pair[0], pair[1], roots), accepted),
+    ]
 
 
 def chat_templates() -> Reader:
     tokenizer = copy.deepcopy(load_processor(DEMO).tokenizer)
-    turns = parse_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    turns = parse_messages(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    )
     seeds = [
         tokenizer.chat_template or "",
         "{% for m in messages %}{{ m['role'] }}: {{ m.content }}\n{% endfor %}",
-        *("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ 'a' * 100000 }}"),
-        *("{{ cycler.__init__.__globals__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}"),
-        *("{{ messages[9].x.y }}", "{% include '/etc/hostname' %}", "{{ range(10**9) }}", "{{ lipsum(n=1000) }}"),
+        *("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
+            "{{ 'a' * 100000 }}"),
+        *("{{ cycler.__init__.__globals__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{{ 1 / 0 }}"),
+        *("{{ messages[9].x.y }}", "{% include '/etc/hostname' %}", "{{ range(10**9) }}",
+            "{{ lipsum(n=1000) }}"),
     ]  # fmt: skip
 
     def use(_: Path, data: bytes) -> None:
@@ -289,17 +370,31 @@ def chat_templates() -> Reader:
 
 def tiny_checkpoints(work: Path) -> tuple[Path, dict[str, Path]]:
     """A random Llama of two layers, and its exports by format."""
-    options = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     source = work / "source"
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **options)).save_pretrained(source)
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **options)).save_pretrained(
+        source
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, source)
     names = ["auto_round", "auto_gptq", "auto_awq", "compressed_tensors", "mlx"]
     recipe = Recipe(
-        model=str(source), iters=0, device="cpu", group_size=32, format=",".join(names), output_dir=str(work / "made")
+        model=str(source),
+        iters=0,
+        device="cpu",
+        group_size=32,
+        format=",".join(names),
+        output_dir=str(work / "made"),
     )
-    return source, dict(zip(names, jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))), strict=True))
+    return source, dict(
+        zip(names, jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))), strict=True)
+    )
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -311,7 +406,9 @@ def checkpoints(work: Path) -> list[Reader]:
     source, made = tiny_checkpoints(work)
     small = save({"a": torch.zeros(4, 4), "b": torch.ones(3, dtype=torch.int64)})
     head, body = header_of(small)
-    headers = damaged(head).map(written).map(lambda text: struct.pack("<Q", len(text)) + text + body)
+    headers = (
+        damaged(head).map(written).map(lambda text: struct.pack("<Q", len(text)) + text + body)
+    )
     shard = work / "given" / "model.safetensors"
 
     def weights(work: Path, data: bytes) -> None:
@@ -337,14 +434,19 @@ def checkpoints(work: Path) -> list[Reader]:
         from_quantized(_broken(work, made, change))
 
     tensors = list(header_of((source / "model.safetensors").read_bytes())[0])
-    maps = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors[1:], "model-1.safetensors")}
+    maps = {
+        "metadata": {"total_size": 1},
+        "weight_map": dict.fromkeys(tensors[1:], "model-1.safetensors"),
+    }
     plain = json.loads((source / "config.json").read_text())
     demo = json.loads((DEMO / "config.json").read_text())
     files = st.sampled_from(sorted(made)).flatmap(lambda name: _file_of(name, made[name]))
     return [
         Reader("safetensors", headers | damaged_bytes(small), weights),
         Reader("index", damaged(maps).map(written) | text_files(json.dumps(maps)), index),
-        Reader("config.json", damaged(plain, demo).map(written) | text_files(json.dumps(plain)), config),
+        Reader(
+            "config.json", damaged(plain, demo).map(written) | text_files(json.dumps(plain)), config
+        ),
         Reader("verify", files, subject),
         Reader("eval", files, load),
     ]
@@ -356,11 +458,19 @@ def gguf_files(work: Path) -> list[Reader]:
         print("gguf: left out, the package gguf is not installed")
         return []
     recipe = Recipe(
-        model="demo", iters=0, device="cpu", bits=8, group_size=32, format="gguf:q8_0", output_dir=str(work / "gguf")
+        model="demo",
+        iters=0,
+        device="cpu",
+        bits=8,
+        group_size=32,
+        format="gguf:q8_0",
+        output_dir=str(work / "gguf"),
     )
     (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     # The file that is read first: a damaged one behind it might never be reached.
-    file = folder / json.loads((folder / "config.json").read_text())["quantization_config"]["files"][0]
+    file = (
+        folder / json.loads((folder / "config.json").read_text())["quantization_config"]["files"][0]
+    )
 
     def use(_: Path, data: bytes) -> None:
         file.write_bytes(data)
@@ -370,20 +480,33 @@ def gguf_files(work: Path) -> list[Reader]:
 
 
 def _file_of(name: str, folder: Path) -> st.SearchStrategy[tuple[str, str, bytes]]:
-    """(format, file, its damaged content) for one of the files that are read; settings more often than weights."""
+    """(format, file, its damaged content) for one of the files that are read; settings more often
+    than weights."""
     found = []
-    for file in ("config.json", "config.json", "quantization_config.json", "run.json", "tokenizer_config.json"):
+    for file in (
+        "config.json",
+        "config.json",
+        "quantization_config.json",
+        "run.json",
+        "tokenizer_config.json",
+    ):
         if (folder / file).is_file():
             content = json.loads((folder / file).read_text())
             inner = content.get("quantization_config")
             seeds = damaged(content).map(written)
             if inner:
-                seeds |= damaged(inner).map(lambda v, whole=content: written({**whole, "quantization_config": v}))
+                seeds |= damaged(inner).map(
+                    lambda v, whole=content: written({**whole, "quantization_config": v})
+                )
             found.append(st.tuples(st.just(name), st.just(file), seeds))
     weights = (folder / "model.safetensors").read_bytes()
     head, body = header_of(weights)
-    headers = damaged(head).map(written).map(lambda text: struct.pack("<Q", len(text)) + text + body)
-    found.append(st.tuples(st.just(name), st.just("model.safetensors"), headers | damaged_bytes(weights)))
+    headers = (
+        damaged(head).map(written).map(lambda text: struct.pack("<Q", len(text)) + text + body)
+    )
+    found.append(
+        st.tuples(st.just(name), st.just("model.safetensors"), headers | damaged_bytes(weights))
+    )
     return st.one_of(found)
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Runs docs/quickstart.ipynb from the beginning and stores its outputs in it:  python scripts/run_notebook.py"""
+"""Runs docs/quickstart.ipynb from the beginning and stores its outputs in it:  python
+scripts/run_notebook.py"""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +12,8 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "quickstart.ipynb"
 
 
 def run(source: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook with new outputs, run in the folder. Raises CellExecutionError where a cell fails."""
+    """The notebook with new outputs, run in the folder. Raises CellExecutionError where a cell
+    fails."""
     notebook = nbformat.read(source, as_version=4)
     NotebookClient(
         notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}

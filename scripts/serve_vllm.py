@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""vLLM's OpenAI-compatible server on the processor, for trying a checkpoint; run by the engine's own interpreter.
+"""vLLM's OpenAI-compatible server on the processor, for trying a checkpoint; run by the engine's
+own interpreter.
 
     bash scripts/engines.sh vllm
     .engines/vllm/bin/python scripts/serve_vllm.py FOLDER --port 8000
 
-Further options are vLLM's own and win over the ones set here. With a graphics card, `vllm serve FOLDER` does the same.
+Further options are vLLM's own and win over the ones set here. With a graphics card, `vllm serve
+FOLDER` does the same.
 """
 
 import os
@@ -18,8 +20,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
 
-# The compiled half of torchvision may not fit a processor-only torch; its import needs two operators to exist, not to
-# work. vLLM starts its workers from this file again, and inspects classes of models in this process, not in a bare one.
+# The compiled half of torchvision may not fit a processor-only torch; its import needs two
+# operators to exist, not to work. vLLM starts its workers from this file again, and inspects
+# classes of models in this process, not in a bare one.
 OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 try:
     import torchvision  # noqa: F401

@@ -1,12 +1,14 @@
-"""Train the demo vision-language model and write it with its data: `python scripts/train_demo_model.py`.
+"""Train the demo vision-language model and write it with its data: `python
+scripts/train_demo_model.py`.
 
-A Qwen2-VL of about six million parameters learns, from nothing and on two CPU cores in about half an hour, to answer
-questions about drawn scenes (`demo_scenes.py`, `demo_data.py`) and to model English text (`data/demo_corpus.txt.xz`,
-public domain); `demo_report.py` measures the result.
-The number of steps is fixed and every random draw comes from `--seed`.
+A Qwen2-VL of about six million parameters learns, from nothing and on two CPU cores in about half
+an hour, to answer questions about drawn scenes (`demo_scenes.py`, `demo_data.py`) and to model
+English text (`data/demo_corpus.txt.xz`, public domain); `demo_report.py` measures the result. The
+number of steps is fixed and every random draw comes from `--seed`.
 
-Stage 1 trains the vision tower alone to name what each image token shows (a stand-in for the image-text pretraining
-of real towers, without which the model takes hours to start seeing).  Stage 2 trains the whole model.
+Stage 1 trains the vision tower alone to name what each image token shows (a stand-in for the
+image-text pretraining of real towers, without which the model takes hours to start seeing).  Stage
+2 trains the whole model.
 """
 
 from __future__ import annotations
@@ -47,29 +49,33 @@ SPECIAL_TOKENS = [
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 ]
 CHAT_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}"
-    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}"
-    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for"
+    " message in messages %}{% if loop.first and message['role'] != 'system'"
+    " %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{"
+    " message['role'] }}\n{% if message['content'] is string %}{{ message['content']"
+    " }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] =="
+    " 'image' or 'image' in content or 'image_url' in content %}{% set image_count.value ="
+    " image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif"
+    " %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in"
+    " content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{"
+    " video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in"
+    " content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{%"
+    " if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# ---------------------------------------------------------------------------------- text, tokenizer, configuration
+# ---------------------------------------------------------------------------------- text,
+# tokenizer, configuration
 
 
 def build_processor(documents: list[str], seed: int) -> Qwen2VLProcessor:
     """Learn the byte-level BPE merges and put them in the real Qwen2-VL processor classes."""
     rng = stream(seed, "order")
     # Question words must be frequent enough to become single tokens.
-    chats = [f"{q}\n{a}" for _ in range(1500) for q, a in conversation(rng, int(rng.integers(1, 3)), 4)[1]]
+    chats = [
+        f"{q}\n{a}"
+        for _ in range(1500)
+        for q, a in conversation(rng, int(rng.integers(1, 3)), 4)[1]
+    ]
     chats += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 500
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -95,7 +101,10 @@ def build_processor(documents: list[str], seed: int) -> Qwen2VLProcessor:
     assert len(tokenizer) == VOCABULARY
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
     return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(size=dict(pixels)), tokenizer, Qwen2VLVideoProcessor(size=dict(pixels)), CHAT_TEMPLATE
+        Qwen2VLImageProcessor(size=dict(pixels)),
+        tokenizer,
+        Qwen2VLVideoProcessor(size=dict(pixels)),
+        CHAT_TEMPLATE,
     )
 
 
@@ -113,11 +122,21 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
             max_position_embeddings=4096,
             rms_norm_eps=1e-6,
             initializer_range=0.05,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
             tie_word_embeddings=True,
             **ids,
         ),
-        vision_config={"depth": 4, "embed_dim": 128, "hidden_size": 256, "num_heads": 4, "initializer_range": 0.05},
+        vision_config={
+            "depth": 4,
+            "embed_dim": 128,
+            "hidden_size": 256,
+            "num_heads": 4,
+            "initializer_range": 0.05,
+        },
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -139,16 +158,19 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
 def attend_to_alike(model: Qwen2VLForConditionalGeneration) -> None:
     """Start the text layers with attention to tokens of like content, which it copies.
 
-    Queries start equal to keys, and output projections as the transpose of the values.  Image tokens are made similar
-    to the words for what they show (stage 1), so a question about the star looks at the star from the first step.
-    From the usual random start, finding that out takes most of the training.
+    Queries start equal to keys, and output projections as the transpose of the values.  Image
+    tokens are made similar to the words for what they show (stage 1), so a question about the star
+    looks at the star from the first step. From the usual random start, finding that out takes most
+    of the training.
     """
     for layer in model.model.language_model.layers:
         attention = layer.self_attn
         groups, width = attention.num_key_value_groups, attention.head_dim
 
         def spread(weight, groups=groups, width=width):  # of the key/value heads to all heads
-            return weight.view(-1, width, weight.shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
+            return (
+                weight.view(-1, width, weight.shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
+            )
 
         with torch.no_grad():
             attention.k_proj.weight.mul_(1.5)
@@ -156,11 +178,13 @@ def attend_to_alike(model: Qwen2VLForConditionalGeneration) -> None:
             attention.o_proj.weight.copy_(spread(attention.v_proj.weight).T)
 
 
-# ------------------------------------------------------------------------------------------- images, the fast way
+# -------------------------------------------------------------------------------------------
+# images, the fast way
 
 
 def attend(query, key, value, scaling: float, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention in plain matrix products: at these lengths several times as fast on a CPU as the fused kernel."""
+    """Attention in plain matrix products: at these lengths several times as fast on a CPU as the
+    fused kernel."""
     batch, heads, length, width = query.shape
     query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
     mask = query.new_zeros(1, 1, 1) if mask is None else mask.to(query.dtype)
@@ -169,7 +193,8 @@ def attend(query, key, value, scaling: float, mask: torch.Tensor | None = None) 
 
 
 def causal_attention(module, query, key, value, attention_mask, scaling, **_):
-    """`attend` behind the library's attention interface; causal unless a mask (batch, length, length) is given."""
+    """`attend` behind the library's attention interface; causal unless a mask (batch, length,
+    length) is given."""
     groups = module.num_key_value_groups
     key, value = (x.repeat_interleave(groups, dim=1).to(query.dtype) for x in (key, value))
     length = query.shape[2]
@@ -188,7 +213,9 @@ def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     images, patches, _ = pixels.shape
     side = 2 * GRID
     hidden = F.linear(pixels, tower.patch_embed.proj.weight.flatten(1))
-    cos, sin = tower.rotary_pos_emb(hidden, get_vision_position_ids(torch.tensor([[1, side, side]]), 2))
+    cos, sin = tower.rotary_pos_emb(
+        hidden, get_vision_position_ids(torch.tensor([[1, side, side]]), 2)
+    )
     half = cos.shape[-1] // 2
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -198,28 +225,38 @@ def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         attention = block.attn
         qkv = attention.qkv(block.norm1(hidden)).view(images, patches, 3, attention.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = attend(rotate(query).to(value.dtype), rotate(key).to(value.dtype), value, attention.scaling)
+        mixed = attend(
+            rotate(query).to(value.dtype), rotate(key).to(value.dtype), value, attention.scaling
+        )
         hidden = hidden + attention.proj(mixed.flatten(2))
         hidden = hidden + block.mlp(block.norm2(hidden))
     return tower.merger(hidden.flatten(0, 1)).view(images, GRID**2, -1)
 
 
 def token_labels(scenes: list) -> torch.Tensor:
-    """For each image token, the classes (of `class_words`) of the thing centred in it; 0 for none."""
+    """For each image token, the classes (of `class_words`) of the thing centred in it; 0 for
+    none."""
     labels = torch.zeros(len(scenes), GRID**2, 4, dtype=torch.long)
     for i, scene in enumerate(scenes):
         for thing in scene.things:
-            classes = (KINDS.index(thing.kind), COLOR_NAMES.index(thing.color), thing.cell // 3, thing.cell % 3)
+            classes = (
+                KINDS.index(thing.kind),
+                COLOR_NAMES.index(thing.color),
+                thing.cell // 3,
+                thing.cell % 3,
+            )
             labels[i, int(thing.y // 28) * GRID + int(thing.x // 28)] = torch.tensor(classes) + 1
     return labels
 
 
 class Namer:
-    """The loss of naming what image tokens show by similarity with the embeddings of the words for it."""
+    """The loss of naming what image tokens show by similarity with the embeddings of the words for
+    it."""
 
     def __init__(self, processor: Qwen2VLProcessor, embedding: torch.nn.Embedding) -> None:
         self.embedding = embedding
-        self.groups = []  # for kinds, colours, rows and columns: the vocabulary's words for each class (none for 0)
+        # for kinds, colours, rows and columns: the vocabulary's words for each class (none for 0)
+        self.groups = []
         for names in (KINDS, COLOR_NAMES, ROWS, COLUMNS):
             words = torch.zeros(len(names) + 1, VOCABULARY)
             for i, name in enumerate(names):
@@ -228,17 +265,23 @@ class Namer:
                     if len(tokens) == 1:
                         words[i + 1, tokens[0]] = 1.0
             self.groups.append(words)
-        self.nothing = torch.nn.ParameterList([torch.zeros(1) for _ in self.groups])  # what speaks for class 0
+        # what speaks for class 0
+        self.nothing = torch.nn.ParameterList([torch.zeros(1) for _ in self.groups])
 
     def losses(self, tokens: torch.Tensor, scenes: list) -> list[torch.Tensor]:
         values = []
-        for words, bias, label in zip(self.groups, self.nothing, token_labels(scenes).flatten(0, 1).T):
+        for words, bias, label in zip(
+            self.groups, self.nothing, token_labels(scenes).flatten(0, 1).T
+        ):
             logits = tokens.flatten(0, 1).float() @ (words @ self.embedding.weight).T
-            values.append(F.cross_entropy(torch.cat([logits[:, :1] + bias, logits[:, 1:]], 1), label))
+            values.append(
+                F.cross_entropy(torch.cat([logits[:, :1] + bias, logits[:, 1:]], 1), label)
+            )
         return values
 
 
-# --------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------
+# training
 
 
 def optimizer_and_schedule(parts: list, peak: float, steps: int, warmup: int):
@@ -260,8 +303,8 @@ def optimizer_and_schedule(parts: list, peak: float, steps: int, warmup: int):
 class Workers:
     """Splits each step over threads that use one core each.
 
-    Far faster than one pass with many threads inside every operation, which here are small, and when another
-    process takes a core for a moment only one half step waits for it.
+    Far faster than one pass with many threads inside every operation, which here are small, and
+    when another process takes a core for a moment only one half step waits for it.
     """
 
     def __init__(self, count: int, parameters: list) -> None:
@@ -270,7 +313,8 @@ class Workers:
         self.parameters = parameters
 
     def gradients(self, losses, shards: list) -> np.ndarray:
-        """Set the mean gradient of `sum(losses(shard))` over the shards; return the mean of each loss."""
+        """Set the mean gradient of `sum(losses(shard))` over the shards; return the mean of each
+        loss."""
 
         def work(shard):
             with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +334,8 @@ def update(parameters: list, optimizer, schedule) -> None:
 
 
 def train_tower(model, processor, namer: Namer, seed: int, steps: int) -> None:
-    """Stage 1: each image token becomes similar to the embeddings of the words that name what it shows."""
+    """Stage 1: each image token becomes similar to the embeddings of the words that name what it
+    shows."""
     tower, rng = model.model.visual, stream(seed, "tower")
     learning = [*tower.parameters(), *namer.embedding.parameters(), *namer.nothing]
     parameters, optimizer, schedule = optimizer_and_schedule([(learning, 1.0)], 2e-3, steps, 50)
@@ -300,10 +345,16 @@ def train_tower(model, processor, namer: Namer, seed: int, steps: int) -> None:
         return namer.losses(image_tokens(tower, patchify(scenes, processor)), scenes)
 
     for step in range(steps):
-        values = workers.gradients(losses, [[random_scene(rng) for _ in range(32)] for _ in range(SHARDS)])
+        values = workers.gradients(
+            losses, [[random_scene(rng) for _ in range(32)] for _ in range(SHARDS)]
+        )
         update(parameters, optimizer, schedule)
         if step % 100 == 0 or step == steps - 1:
-            print(f"tower {step:5d}  kind, colour, row, column loss {' '.join(f'{x:.4f}' for x in values)}", flush=True)
+            print(
+                f"tower {step:5d}  kind, colour, row, column loss"
+                f" {' '.join(f'{x:.4f}' for x in values)}",
+                flush=True,
+            )
 
 
 def text_stretches(tokens: list[list[int]], end: int, length: int, order: np.random.Generator):
@@ -314,19 +365,26 @@ def text_stretches(tokens: list[list[int]], end: int, length: int, order: np.ran
             yield torch.tensor([joined[start : start + length]])
 
 
-def train_model(model, processor, namer: Namer, documents: list[str], seed: int, steps: int) -> None:
+def train_model(
+    model, processor, namer: Namer, documents: list[str], seed: int, steps: int
+) -> None:
     """Stage 2: each shard of a step sees twelve conversations and a stretch of 512 tokens of text.
 
-    The questions are learned too, at a lower weight: they speak of what is in the images, and this gets the text
-    layers to look at the images much sooner than the few tokens of the answers do.
+    The questions are learned too, at a lower weight: they speak of what is in the images, and this
+    gets the text layers to look at the images much sooner than the few tokens of the answers do.
     """
     rng = stream(seed, "train")
     tower = [*model.model.visual.parameters(), *namer.nothing]
-    text = [*model.model.language_model.parameters()]  # with the output layer, which is tied to the embedding
-    parameters, optimizer, schedule = optimizer_and_schedule([(text, 1.0), (tower, 0.3)], 2e-3, steps, 60)
+    # with the output layer, which is tied to the embedding
+    text = [*model.model.language_model.parameters()]
+    parameters, optimizer, schedule = optimizer_and_schedule(
+        [(text, 1.0), (tower, 0.3)], 2e-3, steps, 60
+    )
     workers, encoder = Workers(SHARDS, parameters), ChatEncoder(processor)
     end = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    prose = text_stretches(processor.tokenizer(documents)["input_ids"], end, 513, stream(seed, "order"))
+    prose = text_stretches(
+        processor.tokenizer(documents)["input_ids"], end, 513, stream(seed, "order")
+    )
 
     def losses(shard):
         batch, text = shard
@@ -335,14 +393,20 @@ def train_model(model, processor, namer: Namer, documents: list[str], seed: int,
             input_ids=batch["ids"],
             attention_mask={"full_attention": batch["mask"]},
             position_ids=batch["positions"],
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=(seen.flatten(0, 1),))},
+            mm_encoder_outputs={
+                "image": BaseModelOutputWithPooling(pooler_output=(seen.flatten(0, 1),))
+            },
             use_cache=False,
         ).last_hidden_state
         target, learn, asked = (batch[name][:, 1:] for name in ("ids", "learn", "asked"))
-        answers, questions = (model.lm_head(hidden[:, :-1][mask]).float() for mask in (learn, asked))
+        answers, questions = (
+            model.lm_head(hidden[:, :-1][mask]).float() for mask in (learn, asked)
+        )
         prose = torch.zeros(())
         if text is not None:
-            words = model.lm_head(model.model(input_ids=text[:, :-1], use_cache=False).last_hidden_state[0]).float()
+            words = model.lm_head(
+                model.model(input_ids=text[:, :-1], use_cache=False).last_hidden_state[0]
+            ).float()
             prose = F.cross_entropy(words, text[0, 1:])
         return (
             F.cross_entropy(answers, target[learn]),
@@ -355,22 +419,34 @@ def train_model(model, processor, namer: Namer, documents: list[str], seed: int,
     averages, began = np.zeros(4), time.time()
     for step in range(steps):
         easy = step < 0.25 * steps
-        shards = [(encoder.batch(rng, 12, easy), None if easy else next(prose)) for _ in range(SHARDS)]
+        shards = [
+            (encoder.batch(rng, 12, easy), None if easy else next(prose)) for _ in range(SHARDS)
+        ]
         values = workers.gradients(losses, shards) * [1, 5, 2, 2]
         update(parameters, optimizer, schedule)
         averages = values if step == 0 else 0.98 * averages + 0.02 * values
         if step % 25 == 0 or step == steps - 1:
             speed = (time.time() - began) / (step + 1)
             shown = " ".join(f"{value:.4f}" for value in averages)
-            print(f"model {step:5d}  answers, questions, text, names {shown}  {speed:.2f} s/step", flush=True)
+            print(
+                f"model {step:5d}  answers, questions, text, names {shown}  {speed:.2f} s/step",
+                flush=True,
+            )
     model.model.language_model.set_attn_implementation("sdpa")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "auto_mmround" / "demo")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent.parent / "auto_mmround" / "demo"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps (for trying out)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="share of the full number of steps (for trying out)",
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     ALL_ATTENTION_FUNCTIONS.register("train_demo", causal_attention)

@@ -4,18 +4,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-# The tests' models are tiny: one thread each is faster than two that wait for each other, also under `pytest -n 2`.
+# The tests' models are tiny: one thread each is faster than two that wait for each other, also
+# under `pytest -n 2`.
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--whisper", help="folder of Whisper base, for its rows in the table of engines")
+    parser.addoption(
+        "--whisper", help="folder of Whisper base, for its rows in the table of engines"
+    )
 
 
 @pytest.fixture
 def web():
-    """web(pages) starts a site on this machine: its address, and the list of what it was asked for. A page is its
-    content, or a function that writes the whole answer on the connection."""
+    """web(pages) starts a site on this machine: its address, and the list of what it was asked for.
+    A page is its content, or a function that writes the whole answer on the connection."""
     servers = []
 
     def start(pages):
@@ -51,4 +54,6 @@ def pytest_terminal_summary(terminalreporter):
     rows = [r for r in terminalreporter.stats.get("passed", []) if "test_families.py" in r.nodeid]
     journeys = sum("::test_journey[" in r.nodeid for r in rows)
     if journeys:
-        terminalreporter.write_line(f"families: {journeys} went the whole journey, {len(rows)} rows passed")
+        terminalreporter.write_line(
+            f"families: {journeys} went the whole journey, {len(rows)} rows passed"
+        )

@@ -1,12 +1,13 @@
 """The fenced blocks of the documentation, and what the comment above each says about running it.
 
     <!-- run -->
-    <!-- run: slow; with demo as ./my-model; quantize --iters 1; replace NeelNanda/pile-10k by demo-text -->
-    <!-- not run: why -->
+    <!-- run: slow; with demo as ./my-model; quantize --iters 1; replace NeelNanda/pile-10k by
+    demo-text --> <!-- not run: why -->
 
-What a `run:` may say, between semicolons: `slow`; `with KIND as PATH` puts something there (`put` in test_docs.py knows
-the kinds); `quantize|plan|eval|verify ARGUMENTS` adds to these commands; `replace A by B`; `by tests/test_x.py`: that
-file runs it, not test_docs.py. `<!-- page: .. -->`, once, says it for all blocks of a page that run.
+What a `run:` may say, between semicolons: `slow`; `with KIND as PATH` puts something there (`put`
+in test_docs.py knows the kinds); `quantize|plan|eval|verify ARGUMENTS` adds to these commands;
+`replace A by B`; `by tests/test_x.py`: that file runs it, not test_docs.py. `<!-- page: .. -->`,
+once, says it for all blocks of a page that run.
 """
 
 import re
@@ -27,7 +28,8 @@ LOOSE = re.compile(r"^ {4,}(auto[-_]round[-_]mllm|pip|python|make|bash) ", re.MU
 
 @dataclass
 class Mark:
-    """What the comment above a block says, and what its page says. run: None where there is no comment."""
+    """What the comment above a block says, and what its page says. run: None where there is no
+    comment."""
 
     run: bool | None = None
     reason: str = ""
@@ -38,7 +40,8 @@ class Mark:
     replaced: dict[str, str] = field(default_factory=dict)
 
     def read(self, text: str) -> None:
-        """Lay these instructions over those of the page. Raises ValueError for what nobody knows."""
+        """Lay these instructions over those of the page. Raises ValueError for what nobody
+        knows."""
         for part in filter(None, (part.strip() for part in text.split(";"))):
             head, _, rest = part.partition(" ")
             if part == "slow":
@@ -74,7 +77,9 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The words of every command of a bash block, with what the mark adds."""
         lines = self.text().replace("\\\n", " ").splitlines()
-        return [self._with_more(words) for line in lines if (words := shlex.split(line, comments=True))]
+        return [
+            self._with_more(words) for line in lines if (words := shlex.split(line, comments=True))
+        ]
 
     def _with_more(self, words: list[str]) -> list[str]:
         named = words[1] if len(words) > 1 and words[1] in COMMANDS else "quantize"
@@ -85,22 +90,35 @@ def blocks(page: Path) -> list[Block]:
     """All fenced blocks of a page, in order."""
     lines, found, start, shared = page.read_text(encoding="utf-8").splitlines(), [], None, ""
     for i, line in enumerate(lines):
-        if start is None and (comment := COMMENT.match(line)) and comment["text"].startswith("page: "):
+        if (
+            start is None
+            and (comment := COMMENT.match(line))
+            and comment["text"].startswith("page: ")
+        ):
             shared = comment["text"].removeprefix("page: ")
         fence = FENCE.match(line)
         if fence and start is None:
             start = i
         elif start is not None and line.strip() == "```":
             opened = FENCE.match(lines[start])
-            code = "\n".join(text.removeprefix(opened["indent"]) for text in lines[start + 1 : i]) + "\n"
-            found.append(Block(_place(page, start), opened["language"], code, _mark(lines[start - 1], shared)))
+            code = (
+                "\n".join(text.removeprefix(opened["indent"]) for text in lines[start + 1 : i])
+                + "\n"
+            )
+            found.append(
+                Block(
+                    _place(page, start), opened["language"], code, _mark(lines[start - 1], shared)
+                )
+            )
             start = None
     return found
 
 
 def outside(page: Path) -> str:
     """The page without its fenced blocks."""
-    return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def _place(page: Path, line: int) -> str:

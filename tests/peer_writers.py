@@ -2,8 +2,9 @@
 
     peer_writers.py JOBS.json
 
-Jobs: "tool", "model" folder, "class" of Transformers, "checkpoints": {folder: what the tool is told}. Calibration data
-are random tokens, for GPTQModel on a model with a tower coloured squares: what matters is the files.
+Jobs: "tool", "model" folder, "class" of Transformers, "checkpoints": {folder: what the tool is
+told}. Calibration data are random tokens, for GPTQModel on a model with a tower coloured squares:
+what matters is the files.
 """
 
 import json
@@ -55,10 +56,15 @@ def gptqmodel(job: dict[str, Any], out: str, options: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     model = GPTQModel.load(job["model"], QuantizeConfig(**options), device="cpu")
-    rows: list[Any] = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens()]
+    rows: list[Any] = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens()
+    ]
     if job["class"] != TEXT:
         squares = [Image.new("RGB", (56, 56), (15 * i, 90, 200)) for i in range(SAMPLES)]
-        contents = [[{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}] for image in squares]
+        contents = [
+            [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]
+            for image in squares
+        ]
         rows = [[{"role": "user", "content": content}] for content in contents]
     model.quantize(rows, batch_size=1)
     model.save(out)
@@ -74,7 +80,11 @@ def autoawq(job: dict[str, Any], out: str, options: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     rows = [ids[0].tolist() for ids in tokens()]
     model.quantize(
-        tokenizer, quant_config=options, calib_data=rows, max_calib_seq_len=LENGTH, max_calib_samples=SAMPLES
+        tokenizer,
+        quant_config=options,
+        calib_data=rows,
+        max_calib_seq_len=LENGTH,
+        max_calib_samples=SAMPLES,
     )
     model.save_quantized(out)
     tokenizer.save_pretrained(out)

@@ -1,4 +1,5 @@
-"""The pipeline on a strict stand-in accelerator (`accelerator/`): what a device of its own refuses is refused here."""
+"""The pipeline on a strict stand-in accelerator (`accelerator/`): what a device of its own refuses
+is refused here."""
 
 import json
 import logging
@@ -22,7 +23,9 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
 
-pytestmark = pytest.mark.skipif(accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names")
+pytestmark = pytest.mark.skipif(
+    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
+)
 SHORT = dict(model="demo", dataset="demo", bits=4, iters=2, nsamples=8, seqlen=32)
 
 
@@ -36,7 +39,8 @@ def device():
 
 
 def tune(place=NAME, rows=None, **options):
-    """(what was finished, the job) of a run without files; the model lies on the device, its codes do not."""
+    """(what was finished, the job) of a run without files; the model lies on the device, its codes
+    do not."""
     recipe = Recipe(**(SHORT | options | {"device": place}))
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
     assert {p.device.type for p in job.loaded.model.parameters() if not p.is_meta} == {place}
@@ -50,7 +54,11 @@ def tune(place=NAME, rows=None, **options):
 def differing(one, other, block=""):
     """Share of the integers that differ, of one block or of all."""
     assert one.codes.keys() == other.codes.keys()
-    pairs = [(one.codes[name].q_OI, other.codes[name].q_OI) for name in one.codes if name.startswith(block)]
+    pairs = [
+        (one.codes[name].q_OI, other.codes[name].q_OI)
+        for name in one.codes
+        if name.startswith(block)
+    ]
     return sum((a != b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
@@ -62,7 +70,8 @@ def original():
 
 
 def error(job, original):
-    """KL of the quantized model to the original on held-out samples, both measured on the processor in float32."""
+    """KL of the quantized model to the original on held-out samples, both measured on the processor
+    in float32."""
     reference, inputs = original
     job.loaded.model.to("cpu", torch.float32)
     (found,) = measure([job.loaded.model], inputs, reference=reference)
@@ -81,12 +90,14 @@ def test_names_of_the_device():
         assert devices.resolve("1") == torch.device(NAME, 1)
 
 
-# Another seed of the samples moves the held-out error by up to 10 % on one device; rounding to nearest doubles it.
+# Another seed of the samples moves the held-out error by up to 10 % on one device; rounding to
+# nearest doubles it.
 NEAR = 0.1
 
 
 def test_in_float32_the_device_gives_what_the_processor_gives(original):
-    """The kernels are the processor's but in attention, which has one of its own there: sums in another order."""
+    """The kernels are the processor's but in attention, which has one of its own there: sums in
+    another order."""
     exact = dict(model_dtype="float32", amp=False)
     (here, job), (there, other) = tune(**exact), tune("cpu", **exact)
     first = next(iter(here.reports))
@@ -98,15 +109,21 @@ def test_in_float32_the_device_gives_what_the_processor_gives(original):
 
 def test_twice_is_the_same_and_as_good_as_on_the_processor(original):
     (one, job), (two, _), (_, other) = tune(), tune(), tune("cpu")
-    assert differing(one, two) == 0 and [r.end for r in one.reports.values()] == [r.end for r in two.reports.values()]
-    assert all(torch.equal(one.codes[name].scale_OG, two.codes[name].scale_OG) for name in one.codes)
+    assert differing(one, two) == 0 and [r.end for r in one.reports.values()] == [
+        r.end for r in two.reports.values()
+    ]
+    assert all(
+        torch.equal(one.codes[name].scale_OG, two.codes[name].scale_OG) for name in one.codes
+    )
     assert error(job, original) == pytest.approx(error(other, original), rel=NEAR)
 
 
 def test_nearest_is_the_same_to_the_bit():
     (here, _), (there, _) = tune(iters=0), tune("cpu", iters=0)
     assert differing(here, there) == 0
-    assert all(torch.equal(here.codes[name].scale_OG, there.codes[name].scale_OG) for name in here.codes)
+    assert all(
+        torch.equal(here.codes[name].scale_OG, there.codes[name].scale_OG) for name in here.codes
+    )
 
 
 RUNS = {
@@ -116,8 +133,10 @@ RUNS = {
     "polish": dict(polish=True),
     "mixed bits": dict(target_bits=4.0, bit_options="3,4,8"),
     "awq": dict(equalize="awq", algorithm="gptq"),
-    "smoothquant to W8A8": dict(equalize="smoothquant", bits=8, act_bits=8, iters=0, format="compressed_tensors"),
-    "static FP8": dict(data_type="fp8", bits=8, act_bits=8, group_size=-1, act_dynamic=False, iters=0,
+    "smoothquant to W8A8": dict(equalize="smoothquant", bits=8, act_bits=8, iters=0,
+        format="compressed_tensors"),
+    "static FP8": dict(data_type="fp8", bits=8, act_bits=8, group_size=-1, act_dynamic=False,
+        iters=0,
                        format="compressed_tensors"),
     "streamed, states on disk": dict(stream=True, offload_states=True),
 }  # fmt: skip
@@ -133,7 +152,9 @@ SLOW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+    "name", [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_options(name, original):
     finished, job = tune(**(RUNS | SLOW)[name])
     blocks = [report for report in finished.reports.values() if report.end is not None]
@@ -151,14 +172,22 @@ def tiny(tmp_path):
 
     def run(name, place=NAME, **options):
         FAMILIES[name].save(tmp_path / name, tiny_tokenizer())
-        given = dict(model=str(tmp_path / name), dataset=None, group_size=32, nsamples=16, seqlen=12, amp=False)
+        given = dict(
+            model=str(tmp_path / name),
+            dataset=None,
+            group_size=32,
+            nsamples=16,
+            seqlen=12,
+            amp=False,
+        )
         return tune(place, FAMILIES[name].samples(), **(given | options))
 
     return run
 
 
 @pytest.mark.parametrize(
-    "name", [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)]
+    "name",
+    [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)],
 )
 def test_families(name, tiny):
     if FAMILIES[name].standin:
@@ -171,15 +200,38 @@ def test_families(name, tiny):
 
 def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
     """Two packings, the checkpoint read back and measured on the device."""
-    options = {**SHORT, "device": NAME, "format": "auto_round,mlx", "output_dir": tmp_path, "group_size": 64}
-    assert cli.main([part for key, value in options.items() for part in (f"--{key}", str(value))]) == 0
+    options = {
+        **SHORT,
+        "device": NAME,
+        "format": "auto_round,mlx",
+        "output_dir": tmp_path,
+        "group_size": 64,
+    }
+    assert (
+        cli.main([part for key, value in options.items() for part in (f"--{key}", str(value))]) == 0
+    )
     folders = sorted(tmp_path.iterdir())
     assert [folder.name for folder in folders] == ["demo-w4g64-auto_round", "demo-w4g64-mlx"]
     assert read_checkpoint(folders[0]).files and read_checkpoint(folders[1]).files
     blocks = json.loads((folders[0] / "run.json").read_text())["measured"]["blocks"]
     assert blocks
     capsys.readouterr()
-    assert cli.main(["eval", "--model", str(folders[0]), "--reference", "demo", "--device", NAME, "--limit", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "eval",
+                "--model",
+                str(folders[0]),
+                "--reference",
+                "demo",
+                "--device",
+                NAME,
+                "--limit",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "kl" in capsys.readouterr().out.lower()
 
 
@@ -203,7 +255,8 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(tmp_path):
     FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
 
     def run(out, watcher=None):
-        recipe = Recipe(model=str(tmp_path / "model"), output_dir=str(tmp_path / out), group_size=32, iters=2,
+        recipe = Recipe(model=str(tmp_path / "model"), output_dir=str(tmp_path / out),
+            group_size=32, iters=2,
                         nsamples=4, seqlen=12, amp=False, device=NAME)  # fmt: skip
         job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=FAMILIES["llama"].samples(4))
         (folder,) = jobs.run(job, watcher)
@@ -219,10 +272,12 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_memory_that_runs_out_in_the_block_loop(tmp_path, caplog):
-    """Fewer samples at a time, and the same result up to the order of sums; with no room at all one line."""
+    """Fewer samples at a time, and the same result up to the order of sums; with no room at all one
+    line."""
     FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
     rows = [ids(after=200, seed=seed) for seed in range(16)]
-    options = dict(model=str(tmp_path / "model"), dataset=None, group_size=32, nsamples=16, seqlen=203, amp=False,
+    options = dict(model=str(tmp_path / "model"), dataset=None, group_size=32, nsamples=16,
+        seqlen=203, amp=False,
                    algorithm="sign_round", iters=4)  # fmt: skip
 
     def need(batch_size):
@@ -241,10 +296,14 @@ def test_memory_that_runs_out_in_the_block_loop(tmp_path, caplog):
 
 
 def spread(model):
-    """A tiny Llama over both devices: embeddings and the first block on one, the rest on the other."""
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1,
+    """A tiny Llama over both devices: embeddings and the first block on one, the rest on the
+    other."""
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0,
+        "model.layers.1": 1, "model.norm": 1,
               "lm_head": 1}  # fmt: skip
-    return dispatch_model(model, {name: f"{NAME}:{at}" for name, at in places.items()}, main_device=f"{NAME}:0")
+    return dispatch_model(
+        model, {name: f"{NAME}:{at}" for name, at in places.items()}, main_device=f"{NAME}:0"
+    )
 
 
 def test_a_model_on_two_devices():

@@ -1,4 +1,5 @@
-"""Batches: the rules for settings, honest counting, modality and answer of every token, truncation."""
+"""Batches: the rules for settings, honest counting, modality and answer of every token,
+truncation."""
 
 import json
 import logging
@@ -11,7 +12,16 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig
 from auto_mmround.calibration import batches
 from auto_mmround.calibration.batches import build
 from auto_mmround.calibration.datasets import Rows, Source, load_samples
-from auto_mmround.calibration.inputs import AUDIO, IMAGE, PAD, TEXT, VIDEO, answer_mask, modality, placeholder_ids
+from auto_mmround.calibration.inputs import (
+    AUDIO,
+    IMAGE,
+    PAD,
+    TEXT,
+    VIDEO,
+    answer_mask,
+    modality,
+    placeholder_ids,
+)
 from auto_mmround.calibration.settings import Settings, choose
 from auto_mmround.calibration.template import Encoded, Template, load_template
 from auto_mmround.errors import UserError
@@ -25,7 +35,12 @@ def kit(request):
     folder = request.config.rootpath / MODEL
     processor, config = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     template = load_template("qwen2_vl")
-    return {"tokenizer": processor.tokenizer, "processor": processor, "config": config, "template": template}
+    return {
+        "tokenizer": processor.tokenizer,
+        "processor": processor,
+        "config": config,
+        "template": template,
+    }
 
 
 @pytest.fixture
@@ -35,7 +50,12 @@ def llava(tmp_path):
     def write(n, damaged=(), missing=()):
         rows = []
         for i in range(n):
-            chat = [("human", "<image>\nWhat?"), ("gpt", "yes"), ("human", "And now?"), ("gpt", "yes")]
+            chat = [
+                ("human", "<image>\nWhat?"),
+                ("gpt", "yes"),
+                ("human", "And now?"),
+                ("gpt", "yes"),
+            ]
             turns = [{"from": role, "value": value} for role, value in chat]
             rows.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
             (tmp_path / f"{i}.png").unlink(missing_ok=True)
@@ -73,12 +93,21 @@ def test_media_sets_change_the_settings_and_say_so(name):
     assert any("batch_size 8 becomes 1 with gradient_accumulate_steps 16" in note for note in notes)
     assert any("seqlen is 512" in note for note in notes)
     kept, notes = pick_settings(name, seqlen=300, batch_size=1)
-    assert (kept.seqlen, kept.batch_size, kept.gradient_accumulate_steps) == (300, 1, 1) and notes == ()
+    assert (kept.seqlen, kept.batch_size, kept.gradient_accumulate_steps) == (
+        300,
+        1,
+        1,
+    ) and notes == ()
 
 
 def test_local_llava_file_is_known_by_its_content(llava):
     settings, _ = pick_settings(llava(1))
-    assert (settings.multimodal, settings.seqlen, settings.truncation, settings.batch_size) == (True, 512, False, 1)
+    assert (settings.multimodal, settings.seqlen, settings.truncation, settings.batch_size) == (
+        True,
+        512,
+        False,
+        1,
+    )
 
 
 @pytest.mark.parametrize("kw", [{"text_only": False}, {"quant_nontext_module": True}])
@@ -117,12 +146,16 @@ def test_a_model_that_hears_alone_gets_speech():
 @pytest.mark.parametrize(
     "dataset, options, words",
     [
-        (CHAT, HEARS, "the given dataset has image samples, but this model takes audio: use --dataset FOLDER with"),
+        (CHAT, HEARS,
+            "the given dataset has image samples, but this model takes audio: use --dataset F"),
         ("demo", HEARS, "the dataset demo has image samples, but this model takes audio"),
-        (CHAT, dict(text_only=True, takes=("text",)), "this model takes text: use a text set, such as demo-text"),
-        (SPEECH, dict(text_only=True, takes=("text", "image")), "has audio samples, but this model takes text and im"),
+        (CHAT, dict(text_only=True, takes=("text",)),
+            "this model takes text: use a text set, such as demo-text"),
+        (SPEECH, dict(text_only=True, takes=("text", "image")),
+            "has audio samples, but this model takes text and im"),
         (CHAT, dict(text_only=True, needs=("image", "audio"), quant_nontext_module=True),
-         "no audio samples, and what is to be quantized reads audio: add some, such as MLCommons/peoples_speech"),
+         "no audio samples, and what is to be quantized reads audio: add some, "
+         "such as MLCommons/peoples_speech"),
     ],
 )  # fmt: skip
 def test_kinds_of_media_that_do_not_fit_are_one_line(dataset, options, words):
@@ -132,21 +165,36 @@ def test_kinds_of_media_that_do_not_fit_are_one_line(dataset, options, words):
 
 
 def test_kinds_of_media_that_fit():
-    both = dict(text_only=True, needs=("image", "audio"), takes=("text", "image", "audio"), quant_nontext_module=True)
+    both = dict(
+        text_only=True,
+        needs=("image", "audio"),
+        takes=("text", "image", "audio"),
+        quant_nontext_module=True,
+    )
     settings, notes = pick_settings(None, **both)
     assert settings.dataset == "liuhaotian/llava_conv_58k,MLCommons/peoples_speech"
-    assert pick_settings([*CHAT, *SPEECH], **both)[0].multimodal and pick_settings([*CLIP, *SPEECH], **both)
-    ready = [{"input_ids": [1, 2], "pixel_values": torch.zeros(1)}]  # nobody asks what finished inputs hold
+    assert pick_settings([*CHAT, *SPEECH], **both)[0].multimodal and pick_settings(
+        [*CLIP, *SPEECH], **both
+    )
+    # nobody asks what finished inputs hold
+    ready = [{"input_ids": [1, 2], "pixel_values": torch.zeros(1)}]
     assert pick_settings(ready, **both)[0].dataset is ready
     settings, notes = pick_settings("demo-text:num=3,demo-llava:num=4", takes=("text",))
-    assert settings.dataset == "demo-text:num=3" and "takes no image: the set demo-llava is left out" in notes[0]
+    assert (
+        settings.dataset == "demo-text:num=3"
+        and "takes no image: the set demo-llava is left out" in notes[0]
+    )
 
 
 def test_nsamples_is_a_multiple_of_batch_size_and_towers_take_one_at_a_time():
     settings, notes = pick_settings(None, nsamples=10, batch_size=4)
     assert settings.nsamples == 12 and "12" in notes[0]
     settings, _ = pick_settings("demo-llava", quant_nontext_module=True, batch_size=4, nsamples=10)
-    assert (settings.nsamples, settings.batch_size, settings.gradient_accumulate_steps) == (10, 1, 4)
+    assert (settings.nsamples, settings.batch_size, settings.gradient_accumulate_steps) == (
+        10,
+        1,
+        4,
+    )
 
 
 def test_a_stream_is_read_once():
@@ -164,7 +212,12 @@ def test_full_texts_first_then_short_ones_and_too_short_ones_counted(kit, caplog
     caplog.set_level(logging.INFO)
     inputs, report = build([SHORT, LONG, "tiny", SHORT, LONG], seqlen=64, nsamples=8, **kit)
     assert [made.id for made in inputs] == ["row#1", "row#4", "row#0", "row#3"]
-    assert [made.kwargs["input_ids"].shape[1] == 64 for made in inputs] == [True, True, False, False]
+    assert [made.kwargs["input_ids"].shape[1] == 64 for made in inputs] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert (report.asked, report.used, report.short) == (8, 4, 2)
     assert report.skipped == {"too short": ("row#2",)}
     assert report.tokens == {"text": sum(len(made.modality_T) for made in inputs)}
@@ -180,7 +233,8 @@ def test_never_more_than_asked_and_chosen_by_seed(kit):
 
     first = ids(1)
     assert len(first) == 5 and first == ids(1) and first != ids(2)
-    assert first == sorted(first, key=lambda name: int(name.partition("#")[2]))  # in the order of the set
+    # in the order of the set
+    assert first == sorted(first, key=lambda name: int(name.partition("#")[2]))
 
 
 def test_repetitive_placeholder_and_empty_texts_are_left_out(kit):
@@ -206,8 +260,14 @@ def test_token_rows_and_ready_inputs(kit):
         "position_ids": torch.arange(40)[None],
     }
     inputs, _ = build([list(range(50)), ready], seqlen=48, nsamples=2, **kit)
-    assert [made.kwargs["input_ids"].tolist()[0] for made in inputs] == [list(range(48)), list(range(40))]
-    assert {tuple(made.kwargs) for made in inputs} == {("input_ids", "attention_mask"), tuple(ready)}
+    assert [made.kwargs["input_ids"].tolist()[0] for made in inputs] == [
+        list(range(48)),
+        list(range(40)),
+    ]
+    assert {tuple(made.kwargs) for made in inputs} == {
+        ("input_ids", "attention_mask"),
+        tuple(ready),
+    }
 
 
 def test_concat_packs_to_exact_length(kit):
@@ -220,7 +280,9 @@ def test_concat_packs_to_exact_length(kit):
 
 def test_shares():
     def of(*sets, nsamples=100):
-        return batches.shares(nsamples, [Rows(Source("x", num=num), range(size)) for num, size in sets])[0]
+        return batches.shares(
+            nsamples, [Rows(Source("x", num=num), range(size)) for num, size in sets]
+        )[0]
 
     assert of((None, 500)) == [100]
     assert of((None, 500), (None, 500), (None, 10)) == [45, 45, 10]
@@ -252,8 +314,14 @@ def test_demo_answers_are_exact(kit):
     inputs, report = build("demo-llava", nsamples=len(samples), seqlen=512, truncation=False, **kit)
     assert report.used == len(samples)
     for made in inputs:
-        answers = [turn.content + "<|im_end|>" for turn in samples[made.id].messages if turn.role == "assistant"]
-        assert kit["tokenizer"].decode(made.kwargs["input_ids"][0][made.answer_T]) == "".join(answers)
+        answers = [
+            turn.content + "<|im_end|>"
+            for turn in samples[made.id].messages
+            if turn.role == "assistant"
+        ]
+        assert kit["tokenizer"].decode(made.kwargs["input_ids"][0][made.answer_T]) == "".join(
+            answers
+        )
 
 
 def test_chat_templates_answers_are_exact_too(kit):
@@ -268,7 +336,9 @@ def test_samples_of_load_samples_and_prompts(kit):
     inputs, _ = build(samples, prompt=True, nsamples=3, **kit)
     assert [made.id for made in inputs] == [sample.id for sample in samples]
     for made in inputs:
-        assert kit["tokenizer"].decode(made.kwargs["input_ids"][0]).endswith("<|im_start|>assistant\n")
+        assert (
+            kit["tokenizer"].decode(made.kwargs["input_ids"][0]).endswith("<|im_start|>assistant\n")
+        )
 
 
 @pytest.mark.parametrize("kind", ["damaged", "missing"])
@@ -299,14 +369,18 @@ def test_what_the_processor_refuses_is_named(kit):
     thin = {"id": "thin", "text": "<image>What?", "image": Image.new("RGB", (1000, 2))}
     with pytest.raises(UserError, match="sample row#thin"):
         build([thin], **kit)
-    inputs, report = build([thin, "<image> is a word. " + LONG], on_bad_sample="skip", seqlen=32, **kit)
+    inputs, report = build(
+        [thin, "<image> is a word. " + LONG], on_bad_sample="skip", seqlen=32, **kit
+    )
     assert len(inputs) == 1 and "refused by the processor" in report.skipped
 
 
 def test_unknown_row_is_skipped_or_named(kit):
     with pytest.raises(UserError, match="expected text"):
         build([{"a": 1, "b": 2}, LONG], **kit)
-    assert build([{"a": 1, "b": 2}, LONG], on_bad_sample="skip", seqlen=32, **kit)[1].skipped == {"form": ("row#0",)}
+    assert build([{"a": 1, "b": 2}, LONG], on_bad_sample="skip", seqlen=32, **kit)[1].skipped == {
+        "form": ("row#0",)
+    }
 
 
 def test_truncation_keeps_all_features(kit, llava):
@@ -316,7 +390,8 @@ def test_truncation_keeps_all_features(kit, llava):
     (made,) = build(path, truncation=True, seqlen=need + 5, **kit)[0]
     length = need + 5
     assert {
-        key: made.kwargs[key].shape[1] for key in ("input_ids", "attention_mask", "mm_token_type_ids")
+        key: made.kwargs[key].shape[1]
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids")
     } == dict.fromkeys(("input_ids", "attention_mask", "mm_token_type_ids"), length)
     assert len(made.modality_T) == len(made.answer_T) == length
     assert torch.equal(made.kwargs["pixel_values"], whole.kwargs["pixel_values"])
@@ -339,7 +414,14 @@ def test_no_chat_template_at_all_is_said(kit):
         def __call__(self, *args, **kw):
             return self.tokenizer(*args, **kw)
 
-    chat = [{"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Yes."}]}]
+    chat = [
+        {
+            "messages": [
+                {"role": "user", "content": "What?"},
+                {"role": "assistant", "content": "Yes."},
+            ]
+        }
+    ]
     (made,), report = build(chat, tokenizer=Bare(kit["tokenizer"]), template=Template())
     assert kit["tokenizer"].decode(made.kwargs["input_ids"][0]) == "What?Yes."
     assert "no chat template" in report.text()
@@ -349,7 +431,10 @@ def test_no_chat_template_at_all_is_said(kit):
 def test_nothing_of_the_users_is_changed(kit):
     before = kit["tokenizer"].backend_tokenizer.to_str(), kit["processor"].to_json_string()
     build("demo", seqlen=64, nsamples=4, truncation=True, **kit)
-    assert before == (kit["tokenizer"].backend_tokenizer.to_str(), kit["processor"].to_json_string())
+    assert before == (
+        kit["tokenizer"].backend_tokenizer.to_str(),
+        kit["processor"].to_json_string(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -379,12 +464,16 @@ def test_modality_from_configuration():
     kinds = modality({"input_ids": ids, "attention_mask": mask}, nested)
     assert kinds.tolist() == [TEXT, IMAGE, AUDIO, VIDEO, IMAGE, PAD]
     given = torch.tensor([[0, 1, 0, 0, 2, 0]])
-    assert modality({"input_ids": ids, "mm_token_type_ids": given}, nested).tolist() == given[0].tolist()
+    assert (
+        modality({"input_ids": ids, "mm_token_type_ids": given}, nested).tolist()
+        == given[0].tolist()
+    )
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_answers_survive_any_expansion(fast):
-    """Placeholders become other tokens in any number; equal answers are told apart by their order."""
+    """Placeholders become other tokens in any number; equal answers are told apart by their
+    order."""
 
     class Letters:
         is_fast = fast
@@ -395,7 +484,9 @@ def test_answers_survive_any_expansion(fast):
 
     text = "q@uA:yes;q@A:yes;"
     spans = tuple((i + 2, i + 6) for i in range(len(text)) if text.startswith("A:", i))
-    ids = torch.tensor([1, *(j for c in text for j in ([3, 4, 3, 4, 5] if c == "@" else [ord(c)])), 2])
+    ids = torch.tensor(
+        [1, *(j for c in text for j in ([3, 4, 3, 4, 5] if c == "@" else [ord(c)])), 2]
+    )
     mask = answer_mask(Encoded(text, spans), ids, Letters())
     assert "".join(chr(i) for i in ids[mask].tolist()) == "yes;yes;"
     assert answer_mask(Encoded("other", ((0, 5),)), ids, Letters()) is None

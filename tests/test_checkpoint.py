@@ -30,10 +30,15 @@ def test_one_shard_and_several(tmp_path: Path) -> None:
         writer = ShardWriter(folder, limit)
         tensors = {name: torch.full((4, 4), float(i)) for i, name in enumerate("abc")}
         writer.add(tensors)
-        # Memory does not grow: two shards are on disk already, under temporary names, and the values of the third.
+        # Memory does not grow: two shards are on disk already, under temporary names, and the
+        # values of the third.
         assert [p.suffix for p in folder.iterdir()] == [".partial"] * count
         files = writer.finish()
-        names = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+        )
         assert [path.name for path in files] == names and not list(folder.glob("*.partial"))
         assert all(path.stat().st_mode & 0o777 == 0o666 & ~_umask(tmp_path) for path in files)
         (folder / "config.json").write_text("{}")
@@ -68,7 +73,9 @@ def test_begin_and_commit(tmp_path: Path) -> None:
         (partial / "config.json").write_text(text)
         assert partial.name == "out.partial" and (not out.exists() or text == "second")
         commit(partial, out)
-        assert (out / "config.json").read_text() == text and [p.name for p in out.parent.iterdir()] == ["out"]
+        assert (out / "config.json").read_text() == text and [
+            p.name for p in out.parent.iterdir()
+        ] == ["out"]
     with pytest.raises(UserError, match="not empty"):
         begin(out)
     (out / "config.json").rename(out / "notes.txt")
@@ -90,7 +97,14 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
         "extra/a.jinja",
         "preprocessor_config.json",
     )
-    left = ("config.json", "README.md", "model.safetensors", "pytorch_model.bin.index.json", ".git/HEAD", "x/w.gguf")
+    left = (
+        "config.json",
+        "README.md",
+        "model.safetensors",
+        "pytorch_model.bin.index.json",
+        ".git/HEAD",
+        "x/w.gguf",
+    )
     for name in (*copied, *left):
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,10 +122,14 @@ def test_saved_tokenizer_does_not_truncate(tmp_path: Path) -> None:
     from auto_mmround.checkpoint.objects import write_objects
 
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]"
+    )
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=4)
-    files = write_objects(tmp_path, None, (), tokenizer=tokenizer, generation_config=GenerationConfig())
+    files = write_objects(
+        tmp_path, None, (), tokenizer=tokenizer, generation_config=GenerationConfig()
+    )
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
     assert saved["truncation"] is None and saved["padding"] is None
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(files)
@@ -119,12 +137,17 @@ def test_saved_tokenizer_does_not_truncate(tmp_path: Path) -> None:
 
 
 def test_config_is_written_for_each_method(tmp_path: Path) -> None:
-    write_config(tmp_path, {"model_type": "x", "quantization_config": {"old": 1}}, {"quant_method": "awq"})
+    write_config(
+        tmp_path, {"model_type": "x", "quantization_config": {"old": 1}}, {"quant_method": "awq"}
+    )
     assert not (tmp_path / "quantization_config.json").exists()
     write_config(tmp_path, {"model_type": "x"}, {"quant_method": "auto-round"})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {"model_type": "x", "quantization_config": {"quant_method": "auto-round"}}
-    assert json.loads((tmp_path / "quantization_config.json").read_text()) == config["quantization_config"]
+    assert (
+        json.loads((tmp_path / "quantization_config.json").read_text())
+        == config["quantization_config"]
+    )
 
 
 def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
@@ -154,7 +177,12 @@ def tiny_qwen2_vl() -> Any:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     torch.manual_seed(0)
-    text = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text |= {
         "num_key_value_heads": 2,
         "vocab_size": 320,
@@ -162,10 +190,23 @@ def tiny_qwen2_vl() -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}}
+    text |= {
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [4, 6, 6],
+            "rope_theta": 10000.0,
+        }
+    }
     vision = {"depth": 2, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2}
-    ids = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)).eval()
+    ids = {
+        "image_token_id": 300,
+        "video_token_id": 301,
+        "vision_start_token_id": 302,
+        "vision_end_token_id": 303,
+    }
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    ).eval()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.bfloat16().float()
         if name.endswith("bias"):
@@ -212,7 +253,10 @@ def export(model: Any, out: Path, name: str, scheme: Scheme, keep: tuple[str, ..
     scheme = Scheme(scheme.bits, scheme.group_size, scheme.sym, min_zero=fmt.min_zero)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     quantized = {n: scheme for n in linears if n.startswith(BLOCK) and n not in keep}
-    partial, tensors = begin(out), {stored(n): p.data.bfloat16() for n, p in model.named_parameters()}
+    partial, tensors = (
+        begin(out),
+        {stored(n): p.data.bfloat16() for n, p in model.named_parameters()},
+    )
     writer = ShardWriter(partial, 300_000)
     for module in quantized:
         weight = model.get_submodule(module).weight
@@ -223,8 +267,12 @@ def export(model: Any, out: Path, name: str, scheme: Scheme, keep: tuple[str, ..
         writer.add(fmt.pack(stored(module), codes))
     writer.add(tensors)
     writer.finish()
-    layout = Layout(quantized, [n for n in linears if n not in quantized], [BLOCK], stored, scheme, {"iters": 0})
-    write_config(partial, json.loads(model.config.to_json_string(use_diff=False)), fmt.config(layout))
+    layout = Layout(
+        quantized, [n for n in linears if n not in quantized], [BLOCK], stored, scheme, {"iters": 0}
+    )
+    write_config(
+        partial, json.loads(model.config.to_json_string(use_diff=False)), fmt.config(layout)
+    )
     commit(partial, out)
     return layout
 
@@ -255,8 +303,11 @@ def test_decoding_names_a_contradicting_configuration(tmp_path: Path) -> None:
         dict(dequantized_state_dict(tmp_path / "out"))
 
 
-def loaded(tmp_path: Path, name: str, scheme: Scheme, keep: tuple[str, ...] = ()) -> tuple[EngineResult, float, Layout]:
-    """(the engine's answer, largest logit difference to the dequantized weights in plain Transformers, the layout)"""
+def loaded(
+    tmp_path: Path, name: str, scheme: Scheme, keep: tuple[str, ...] = ()
+) -> tuple[EngineResult, float, Layout]:
+    """(the engine's answer, largest logit difference to the dequantized weights in plain
+    Transformers, the layout)"""
     model = tiny_qwen2_vl()
     layout = export(model, tmp_path / "out", name, scheme, keep)
     python = interpreter(formats.resolve(name, [scheme]).name, ROOT)
@@ -270,7 +321,9 @@ def loaded(tmp_path: Path, name: str, scheme: Scheme, keep: tuple[str, ...] = ()
 def test_auto_round_loads_in_transformers(tmp_path: Path) -> None:
     keep = (f"{BLOCK}.1.mlp.down_proj",)
     result, difference, layout = loaded(tmp_path, "auto_round", Scheme(4, 32), keep)
-    assert result.classes == {"Linear": len(layout.kept), "QuantLinear": 13} and result.quantized == 13
+    assert (
+        result.classes == {"Linear": len(layout.kept), "QuantLinear": 13} and result.quantized == 13
+    )
     assert difference < 1e-4
     assert result.engine.startswith("transformers") and "auto-round" in result.engine
 
@@ -291,7 +344,9 @@ def test_real_loaders(tmp_path: Path, name: str, scheme: Scheme, tolerance: floa
     if not interpreter("auto_gptq", ROOT).is_file():
         pytest.skip("scripts/engines.sh gptqmodel installs the engine")
     result, difference, layout = loaded(tmp_path, name, scheme, (f"{BLOCK}.0.self_attn.o_proj",))
-    assert result.quantized == len(layout.quantized) and result.classes["Linear"] == len(layout.kept)
+    assert result.quantized == len(layout.quantized) and result.classes["Linear"] == len(
+        layout.kept
+    )
     assert difference < tolerance
 
 
@@ -304,7 +359,8 @@ def test_a_missing_engine_names_its_command(tmp_path: Path) -> None:
 def test_a_configuration_that_misses_the_modules_is_not_ok(tmp_path: Path) -> None:
     export(tiny_qwen2_vl(), tmp_path / "out", "auto_round", Scheme(4, 32))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["quantization_config"]["block_name_to_quantize"] = "model.layers"  # the checkpoint's spelling alone
+    # the checkpoint's spelling alone
+    config["quantization_config"]["block_name_to_quantize"] = "model.layers"
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     result = run_transformers(tmp_path / "out", model_inputs(), python=interpreter("auto_round"))
     assert not result.ok and result.quantized == 0 and "made up" in str(result.error)

@@ -1,4 +1,5 @@
-"""The command line as people type it, right and wrong; and the wheel in an environment of its own."""
+"""The command line as people type it, right and wrong; and the wheel in an environment of its
+own."""
 
 import json
 import shutil
@@ -14,13 +15,44 @@ from auto_mmround import cli
 from auto_mmround.model.loading import DEMO
 
 ROOT = Path(__file__).parents[1]
-FAST = ["--model", "demo", "--dataset", "demo", "--iters", "1", "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]
+FAST = [
+    "--model",
+    "demo",
+    "--dataset",
+    "demo",
+    "--iters",
+    "1",
+    "--nsamples",
+    "8",
+    "--seqlen",
+    "64",
+    "--device",
+    "cpu",
+]
 
 
 def test_the_original_command_with_other_names(tmp_path, capsys):
     out = tmp_path / "tmp_autoround"
-    command = f"--model demo --bits 4 --group_size 128 --format auto_round --output_dir {out} --dataset demo-text"
-    assert cli.main([*command.split(), "--iters", "1", "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]) == 0
+    command = (
+        f"--model demo --bits 4 --group_size 128 --format auto_round --output_dir {out} --dataset"
+        " demo-text"
+    )
+    assert (
+        cli.main(
+            [
+                *command.split(),
+                "--iters",
+                "1",
+                "--nsamples",
+                "8",
+                "--seqlen",
+                "64",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert (out / "demo-w4g128-auto_round" / "config.json").is_file()
     printed = capsys.readouterr()
     assert "done in" in printed.out and "loss" in printed.err and "Traceback" not in printed.err
@@ -28,17 +60,24 @@ def test_the_original_command_with_other_names(tmp_path, capsys):
 
 def test_a_recipe_file_and_flags_over_it(tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('model = "demo"\nalgorithm = "rtn"\nbits = 3\n[result]\nformat = "auto_gptq"\n')
+    recipe.write_text(
+        'model = "demo"\nalgorithm = "rtn"\nbits = 3\n[result]\nformat = "auto_gptq"\n'
+    )
     assert cli.main([str(recipe), "--output-dir", str(tmp_path / "o"), "--bits=2", "--asym"]) == 0
     stored = (tmp_path / "o" / "demo-w2g128-auto_gptq" / "recipe.toml").read_text()
     assert "bits = 2" in stored and "sym = false" in stored and 'algorithm = "rtn"' in stored
 
 
 def test_eval_prints_json(tmp_path, capsys):
-    assert cli.main(["--model", "demo", "--iters", "0", "--bits", "3", "--output_dir", str(tmp_path)]) == 0
+    assert (
+        cli.main(["--model", "demo", "--iters", "0", "--bits", "3", "--output_dir", str(tmp_path)])
+        == 0
+    )
     capsys.readouterr()
     folder = str(tmp_path / "demo-w3g128-auto_round")
-    assert cli.main(["eval", "--model", folder, "--reference", "demo", "--limit", "2", "--json"]) == 0
+    assert (
+        cli.main(["eval", "--model", folder, "--reference", "demo", "--limit", "2", "--json"]) == 0
+    )
     figures = json.loads(capsys.readouterr().out)
     assert figures["kl"]["text"] > 0 and figures["kl"]["image"] > 0 and figures["answers"] == 2
     assert 0 <= figures["accuracy"] <= 1 and figures["perplexity"] > 1
@@ -58,7 +97,9 @@ def test_commands_that_only_tell(command, capsys):
 def damaged_image_set(folder: Path) -> str:
     (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dot."}]
-    (folder / "set.json").write_text(json.dumps([{"id": "one", "image": "bad.png", "conversations": turns}] * 9))
+    (folder / "set.json").write_text(
+        json.dumps([{"id": "one", "image": "bad.png", "conversations": turns}] * 9)
+    )
     return str(folder / "set.json")
 
 
@@ -76,7 +117,9 @@ def other_weights(folder: Path) -> str:
     import torch
 
     shutil.copytree(DEMO, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file({"x": torch.zeros(1)}, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"x": torch.zeros(1)}, folder / "model" / "model.safetensors", metadata={"format": "pt"}
+    )
     return str(folder / "model")
 
 
@@ -113,38 +156,66 @@ def other_weights(folder: Path) -> str:
 def test_every_mistake_is_one_line_exit_2_and_leaves_nothing(wrong, word, tmp_path, capfd):
     words = [part(tmp_path) if callable(part) else part for part in wrong]
     out = tmp_path / "out"
-    command = words if words[0] in ("eval", "evla", "no.toml") else [*FAST, "--output_dir", str(out), *words]
+    command = (
+        words
+        if words[0] in ("eval", "evla", "no.toml")
+        else [*FAST, "--output_dir", str(out), *words]
+    )
     assert cli.main(command) == 2
-    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")]
+    error = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")
+    ]
     assert len(error) == 1 and word in error[0] and not out.exists()
 
 
 def test_mistakes_print_nothing_but_their_line():
     done = subprocess.run(
-        [sys.executable, "-m", "auto_mmround", "--model", "demo", "--bits", "77"], capture_output=True, text=True
+        [sys.executable, "-m", "auto_mmround", "--model", "demo", "--bits", "77"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
 def test_the_wheel_carries_shelves_and_demo(tmp_path):
-    """Built from a clean copy of what git would pack, unpacked beside nothing of the checkout, and run."""
+    """Built from a clean copy of what git would pack, unpacked beside nothing of the checkout, and
+    run."""
     copy = tmp_path / "source"
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p) for p in ROOT.rglob("*")]
+    names = (
+        listed.stdout.split("\n") if listed.returncode == 0 else [str(p) for p in ROOT.rglob("*")]
+    )
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     subprocess.run(build, cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "auto_mmround" / "templates" / "qwen2_vl.json").is_file()
     run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from auto_mmround import cli; "
-    check = "import auto_mmround; assert auto_mmround.__file__.startswith(sys.path[0]); sys.exit(cli.main())"
+    check = (
+        "import auto_mmround; assert auto_mmround.__file__.startswith(sys.path[0]);"
+        " sys.exit(cli.main())"
+    )
     out = tmp_path / "out"
     # -I keeps the checkout and its editable install's finder from being found first.
     done = subprocess.run(

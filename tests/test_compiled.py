@@ -1,4 +1,5 @@
-"""Compiled blocks: one compilation for all blocks of a class, the same outputs and gradients, eager where it fails."""
+"""Compiled blocks: one compilation for all blocks of a class, the same outputs and gradients, eager
+where it fails."""
 
 import logging
 from dataclasses import replace
@@ -23,7 +24,11 @@ from auto_mmround.run.plan import make_plan
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, vocab_size=50
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        vocab_size=50,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
@@ -79,7 +84,9 @@ def test_a_failure_is_said_once_and_costs_nothing_but_speed(caplog):
     chain = chain_of(model, [6, 9])
     with caplog.at_level(logging.WARNING):
         got = replace(chain, runner=Compiled(broken)).advanced([model.model.layers[0]], 0, 1).hidden
-    torch.testing.assert_close(got, chain.advanced([model.model.layers[0]], 0, 1).hidden, rtol=0, atol=0)
+    torch.testing.assert_close(
+        got, chain.advanced([model.model.layers[0]], 0, 1).hidden, rtol=0, atol=0
+    )
     assert len([r for r in caplog.records if "uncompiled" in r.message]) == 1
 
 
@@ -92,9 +99,12 @@ def quantized(**changes):
     return finished
 
 
-@pytest.mark.parametrize("changes", [{}, {"algorithm": "gptq", "true_sequential": True}, {"retarget": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"algorithm": "gptq", "true_sequential": True}, {"retarget": True}]
+)
 def test_a_compiled_run_gives_the_codes_of_a_plain_one(changes, monkeypatch):
-    """Compiled to the same operations, so to the bit: second moments, errors of layers and steps are all there."""
+    """Compiled to the same operations, so to the bit: second moments, errors of layers and steps
+    are all there."""
     made = []
 
     def counting(graph, inputs):
@@ -109,7 +119,10 @@ def test_a_compiled_run_gives_the_codes_of_a_plain_one(changes, monkeypatch):
     for name, codes in plain.codes.items():
         assert all(torch.equal(a, b) for a, b in zip(codes[:3], compiled.codes[name][:3])), name
     for name, report in plain.reports.items():
-        assert compiled.reports[name].layers == report.layers and compiled.reports[name].end == report.end
+        assert (
+            compiled.reports[name].layers == report.layers
+            and compiled.reports[name].end == report.end
+        )
 
 
 def test_watched_layers_are_seen_by_hooks_that_come_after_compiling():
@@ -117,7 +130,9 @@ def test_watched_layers_are_seen_by_hooks_that_come_after_compiling():
     chain = replace(chain_of(model, [12, 12]), runner=Compiled("eager"))
     block = model.model.layers[0]
     chain.advanced([block], 0, 1)
-    handle = block.mlp.down_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape))
+    handle = block.mlp.down_proj.register_forward_pre_hook(
+        lambda layer, args: seen.append(args[0].shape)
+    )
     chain.advanced([block], 0, 1)
     handle.remove()
     chain.advanced([block], 0, 1)

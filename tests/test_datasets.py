@@ -1,4 +1,5 @@
-"""Datasets: the grammar, rows of every form, local files and folders, the hub's layout, and being offline."""
+"""Datasets: the grammar, rows of every form, local files and folders, the hub's layout, and being
+offline."""
 
 import base64
 import io
@@ -13,14 +14,23 @@ from huggingface_hub import constants
 from PIL import Image
 
 from auto_mmround.calibration import datasets
-from auto_mmround.calibration.datasets import Source, load_rows, load_samples, parse_source, parse_spec
+from auto_mmround.calibration.datasets import (
+    Source,
+    load_rows,
+    load_samples,
+    parse_source,
+    parse_spec,
+)
 from auto_mmround.calibration.rows import BadSample, parse_row
 from auto_mmround.errors import UserError
 
 LLAVA_ROW = {
     "id": "7",
     "image": "bus.png",
-    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}],
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A bus."},
+    ],
 }
 
 
@@ -78,15 +88,24 @@ def test_row_forms():
     def row(value, **kw):
         return parse_row(value, "s", **kw)
 
-    assert row("text").text == "text" == row({"text": "text"}).text == row({"whatever": "text"}).text
+    assert (
+        row("text").text == "text" == row({"text": "text"}).text == row({"whatever": "text"}).text
+    )
     for ids in ([1, 2, 3], torch.tensor([1, 2, 3]), {"input_ids": [[1, 2, 3]]}):
         assert row(ids).input_ids.tolist() == [1, 2, 3]
-    assert row({"input_ids": [9, 9, 1, 2], "attention_mask": [0, 0, 1, 1]}).input_ids.tolist() == [1, 2]
+    assert row({"input_ids": [9, 9, 1, 2], "attention_mask": [0, 0, 1, 1]}).input_ids.tolist() == [
+        1,
+        2,
+    ]
     llava = row(LLAVA_ROW)
-    assert llava.images == ("bus.png",) and llava.messages == (("user", "<image>\nWhat?"), ("assistant", "A bus."))
+    assert llava.images == ("bus.png",) and llava.messages == (
+        ("user", "<image>\nWhat?"),
+        ("assistant", "A bus."),
+    )
     assert row({"text": LLAVA_ROW["conversations"], "image": "bus.png"}).messages == llava.messages
     assert row({"text": "<image>\nWhat?", "image": "bus.png"}).messages == llava.messages[:1]
-    assert row({"text": "What?", "image": "bus.png"}).messages == llava.messages[:1]  # no marker: in front
+    # no marker: in front
+    assert row({"text": "What?", "image": "bus.png"}).messages == llava.messages[:1]
     assert row({"messages": [{"role": "user", "content": "Hi"}]}).messages == (("user", "Hi"),)
     assert row([{"role": "user", "content": "Hi"}]).messages == (("user", "Hi"),)
     assert row("Hi", as_chat=True, system_prompt="S").messages == (("system", "S"), ("user", "Hi"))
@@ -103,7 +122,9 @@ def test_media_of_content_lists_in_their_order():
         {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}},
         {"type": "video", "path": "v.mp4"},
     ]
-    sample = parse_row({"messages": [{"role": "user", "content": content}], "images": ["c.png"]}, "s")
+    sample = parse_row(
+        {"messages": [{"role": "user", "content": content}], "images": ["c.png"]}, "s"
+    )
     assert sample.images == ("data:image/png;base64,AA==", "b.png", "c.png")
     assert sample.audios == ({"data": "QUJD", "format": "wav"},) and sample.videos == ("v.mp4",)
     assert sample.messages[0].content == "<image>and<image><image><audio><video>"
@@ -137,12 +158,18 @@ def test_local_json_forms_are_told_by_content(tmp_path, suffix):
     file.write_text(json.dumps(ROWS) if suffix == "json" else "\n".join(map(json.dumps, ROWS)))
     samples = load_samples(str(file))
     assert [s.text for s in samples] == ["first", None, None, "plain"]
-    assert samples[1].images == ("bus.png",) and samples[1].base == tmp_path and samples[1].id == f"x.{suffix}#7"
+    assert (
+        samples[1].images == ("bus.png",)
+        and samples[1].base == tmp_path
+        and samples[1].id == f"x.{suffix}#7"
+    )
     assert len(load_samples(f"{file}:num=2")) == 2 and len(load_samples(str(file), limit=3)) == 3
     assert load_rows(str(file))[0].multimodal()
 
 
-@pytest.mark.parametrize("data", [{"a": "one", "b": "two"}, {"data": ["one", "two"]}, ["one", "two"]])
+@pytest.mark.parametrize(
+    "data", [{"a": "one", "b": "two"}, {"data": ["one", "two"]}, ["one", "two"]]
+)
 def test_json_objects(tmp_path, data):
     (tmp_path / "x.json").write_text(json.dumps(data))
     assert [s.text for s in load_samples(tmp_path / "x.json")] == ["one", "two"]
@@ -161,7 +188,9 @@ def test_parquet_file_and_hub_layout(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         hf.Dataset.from_dict({"text": texts, "meta": [{"n": 1}] * len(texts)}).to_parquet(file)
     folder = tmp_path / "copy"
-    assert [s.text for s in load_samples(str(folder / "data" / "test-00000-of-00001.parquet"))] == ["three"]
+    assert [s.text for s in load_samples(str(folder / "data" / "test-00000-of-00001.parquet"))] == [
+        "three"
+    ]
     assert [s.text for s in load_samples(str(folder))] == ["one", "two"]
     assert [s.text for s in load_samples(f"{folder}:split=train+test")] == ["one", "two", "three"]
     with pytest.raises(UserError, match="can't be loaded"):
@@ -171,7 +200,12 @@ def test_parquet_file_and_hub_layout(tmp_path, monkeypatch):
 def test_parquet_with_images(tmp_path, monkeypatch):
     """Media columns are left as stored, so that a damaged one meets our own reader."""
     monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    chat = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}],
+        }
+    ]
     stored = [{"bytes": image_bytes(), "path": None}, {"bytes": b"damaged", "path": None}]
     features = hf.Features({"images": hf.List(hf.Image())})
     data = hf.Dataset.from_dict({"images": [stored[:1], stored[1:]]}, features=features)
@@ -197,9 +231,15 @@ def test_data_loaders_and_lists():
     loader = torch.utils.data.DataLoader
     assert texts(loader(["a", "b", "c"], batch_size=2)) == ["a", "b", "c"]
     assert texts(loader([{"text": "a"}, {"text": "b"}], batch_size=2)) == ["a", "b"]
-    ids = [s.input_ids.tolist() for s in load_samples(loader(torch.arange(6).reshape(3, 2), batch_size=2))]
+    ids = [
+        s.input_ids.tolist()
+        for s in load_samples(loader(torch.arange(6).reshape(3, 2), batch_size=2))
+    ]
     assert ids == [[0, 1], [2, 3], [4, 5]]
-    batch = {"input_ids": torch.tensor([[0, 5], [6, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
+    batch = {
+        "input_ids": torch.tensor([[0, 5], [6, 7]]),
+        "attention_mask": torch.tensor([[0, 1], [1, 1]]),
+    }
     assert [s.input_ids.tolist() for s in load_samples([batch])] == [[5], [6, 7]]
     assert [s.input_ids.tolist() for s in load_samples([tuple(batch.values())])] == [[5], [6, 7]]
     assert len(load_samples([[{"role": "user", "content": "Hi"}]])) == 1
@@ -270,7 +310,8 @@ def test_split_of_a_single_file(tmp_path):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """A cache folder in the hub's layout; returns a function that puts a file of a repository there."""
+    """A cache folder in the hub's layout; returns a function that puts a file of a repository
+    there."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets, "hub_answers", lambda: False)
@@ -288,7 +329,9 @@ def hub_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llava_instruct_80k", "liuhaotian/llava_instruct_80k"])
 def test_llava_from_the_hubs_cache(hub_cache, name):
-    hub_cache("liuhaotian/LLaVA-Instruct-150K", "llava_instruct_80k.json").write_text(json.dumps([LLAVA_ROW]))
+    hub_cache("liuhaotian/LLaVA-Instruct-150K", "llava_instruct_80k.json").write_text(
+        json.dumps([LLAVA_ROW])
+    )
     (sample,) = load_samples(name)
     assert sample.images == ("bus.png",) and sample.remote.endswith("/train2017/")
 
@@ -305,7 +348,9 @@ def test_hub_names_go_through_the_library(monkeypatch):
     class Builder:
         def __init__(self, path, config):
             self.path = path
-            self.config = SimpleNamespace(data_files={"test": [f"hf://datasets/{path}@main/x.parquet"]})
+            self.config = SimpleNamespace(
+                data_files={"test": [f"hf://datasets/{path}@main/x.parquet"]}
+            )
 
         def download_and_prepare(self):
             pass
@@ -318,7 +363,10 @@ def test_hub_names_go_through_the_library(monkeypatch):
     monkeypatch.setattr(hf, "load_dataset_builder", Builder)
     assert [s.text for s in load_samples("mbpp:split=test")] == ["count\n1 + 1"]
     load_rows("NeelNanda/pile-10k")
-    assert calls == [("google-research-datasets/mbpp", {"split": "test"}), ("NeelNanda/pile-10k", {"split": "train"})]
+    assert calls == [
+        ("google-research-datasets/mbpp", {"split": "test"}),
+        ("NeelNanda/pile-10k", {"split": "train"}),
+    ]
 
 
 @pytest.mark.parametrize("name", ["NeelNanda/pile-10k", "llava_conv_58k", "someone/something"])
@@ -333,7 +381,8 @@ def test_probe_ends_soon(monkeypatch):
     monkeypatch.setattr(datasets, "PROBE_SECONDS", 0.2)
     for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://192.0.2.1")  # an address that answers nobody
+    # an address that answers nobody
+    monkeypatch.setattr(constants, "ENDPOINT", "https://192.0.2.1")
     start = time.perf_counter()
     assert datasets.hub_answers() is False
     assert time.perf_counter() - start < 2
@@ -343,6 +392,10 @@ def test_probe_ends_soon(monkeypatch):
 
 def test_data_uri_sample_reads_back(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
-    chat = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}]}]}
+    chat = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}]}
+        ]
+    }
     (tmp_path / "x.jsonl").write_text(json.dumps(chat))
     assert load_samples(str(tmp_path / "x.jsonl"))[0].images == (uri,)

@@ -1,4 +1,5 @@
-"""What differs between devices, on stand-ins: a fake package of Gaudi, blocks on two devices, lengths in buckets."""
+"""What differs between devices, on stand-ins: a fake package of Gaudi, blocks on two devices,
+lengths in buckets."""
 
 import sys
 from dataclasses import replace
@@ -23,14 +24,18 @@ CPU = torch.device("cpu")
 HPU_PACKAGE = {
     "__init__.py": "calls = []",
     "torch/__init__.py": "",
-    "torch/core.py": "from habana_frameworks import calls\ndef mark_step(): calls.append('mark_step')\n",
-    "torch/hpu.py": """
+    "torch/core.py": (
+        "from habana_frameworks import calls\ndef mark_step(): calls.append('mark_step')\n"
+    ),
+    "torch/hpu.py": (
+        """
 from habana_frameworks import calls
 def device_count(): return 8
 def synchronize(): calls.append('synchronize')
 def max_memory_allocated(device): return 3 * 10**9
 def mem_get_info(device): return 5 * 10**9, 96 * 10**9
-""",
+"""
+    ),
     "torch/distributed/__init__.py": "",
     "torch/distributed/hccl.py": "from habana_frameworks import calls\ncalls.append('hccl')\n",
 }
@@ -55,7 +60,11 @@ def test_gaudi_is_found_and_asked_by_its_own_names(gaudi, monkeypatch):
     assert device == devices.resolve("hpu") == torch.device("hpu") and gaudi == ["hccl"]
     found = devices.traits(device)
     found.mark_step(), found.synchronize(device)
-    assert gaudi[-2:] == ["mark_step", "synchronize"] and found.padded and found.compiler == "hpu_backend"
+    assert (
+        gaudi[-2:] == ["mark_step", "synchronize"]
+        and found.padded
+        and found.compiler == "hpu_backend"
+    )
     assert found.free(device) == 5 * 10**9 and devices.peak_memory(device)["device"] == 3.0
     assert found.backend.endswith("hpu:hccl")
 
@@ -70,7 +79,9 @@ def test_each_process_takes_its_own_accelerator(monkeypatch):
 
 
 def run(model, inputs, **changes):
-    recipe = Recipe(bits=3, group_size=32, iters=2, batch_size=4, amp=False, quant_nontext_module=True)
+    recipe = Recipe(
+        bits=3, group_size=32, iters=2, batch_size=4, amp=False, quant_nontext_module=True
+    )
     recipe = replace(recipe, **changes)
     finished = Finished()
     quantize(model, recipe, make_plan(model, recipe), inputs, finished)
@@ -84,7 +95,9 @@ def test_lengths_are_padded_to_buckets_and_change_nothing(gaudi, monkeypatch):
     monkeypatch.setitem(devices.TABLE, "cpu", lazy)
     model = tiny_model()
     shapes = set()
-    model.model.language_model.layers[0].register_forward_pre_hook(lambda layer, args: shapes.add(args[0].shape[1]))
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda layer, args: shapes.add(args[0].shape[1])
+    )
     masked = run(model, inputs, algorithm="gptq")
     assert {len(sample.modality_T) for sample in inputs} == {24, 32, 40} and shapes == {32, 48}
     # Masked tokens are in no moment and no loss; the order of sums is another.
@@ -96,10 +109,14 @@ def test_steps_are_marked_after_every_step_and_pass(gaudi, monkeypatch):
     lazy = replace(devices.TABLE["hpu"], prepare=lambda: None, peak=None)
     monkeypatch.setitem(devices.TABLE, "cpu", lazy)
     monkeypatch.setattr(
-        devices, "_habana", lambda module: __import__(f"habana_frameworks.torch.{module}", fromlist=["x"])
+        devices,
+        "_habana",
+        lambda module: __import__(f"habana_frameworks.torch.{module}", fromlist=["x"]),
     )
     run(tiny_model(), mixed_inputs(), quant_nontext_module=False)
-    blocks = "".join("s" if call == "synchronize" else "m" for call in gaudi if call != "hccl").split("s")
+    blocks = "".join(
+        "s" if call == "synchronize" else "m" for call in gaudi if call != "hccl"
+    ).split("s")
     assert len(blocks) == 3 and blocks[2] == ""  # a report for each of two blocks, after its work
     assert all(part.count("m") > 2 for part in blocks[:2])
 
@@ -123,15 +140,24 @@ def test_blocks_of_a_window_may_lie_on_several_devices():
 
     blocks = [nn.Linear(4, 4), Elsewhere(4, 4, device="meta")]
     calls = [[Call((), {}, 0), Call((), {}, 0)]] * 2
-    chain = Chain(Stage("text", "layers", 2), hidden=[torch.ones(1, 3, 4)] * 2, calls=calls, shared=[{}] * 2)
+    chain = Chain(
+        Stage("text", "layers", 2), hidden=[torch.ones(1, 3, 4)] * 2, calls=calls, shared=[{}] * 2
+    )
     assert chain.run_group(blocks, 0, [0]).device.type == "meta"
     assert chain.run_group(blocks[:1], 0, [1]).device.type == "cpu"
-    assert [hidden.device.type for hidden in chain.advanced(blocks[:1], 0, 2).hidden] == ["cpu", "cpu"]
+    assert [hidden.device.type for hidden in chain.advanced(blocks[:1], 0, 2).hidden] == [
+        "cpu",
+        "cpu",
+    ]
 
 
 def test_a_model_placed_by_accelerate_gives_the_same():
     plain, placed = tiny_model(), tiny_model()
-    parts = {"model.visual": "cpu", "model.language_model.layers.0": "cpu", "model.language_model.layers.1": "cpu"}
+    parts = {
+        "model.visual": "cpu",
+        "model.language_model.layers.0": "cpu",
+        "model.language_model.layers.1": "cpu",
+    }
     parts |= dict.fromkeys(
         (
             "model.language_model.embed_tokens",
@@ -147,10 +173,16 @@ def test_a_model_placed_by_accelerate_gives_the_same():
     assert all(torch.equal(one[name].q_OI, two[name].q_OI) for name in one)
 
 
-def test_sums_have_a_fixed_order_while_a_run_works_where_the_device_must_be_asked_for_it(monkeypatch):
+def test_sums_have_a_fixed_order_while_a_run_works_where_the_device_must_be_asked_for_it(
+    monkeypatch,
+):
     def asked(row):
         monkeypatch.setitem(devices.TABLE, "cpu", row)
-        seen, model, recipe = [], tiny_model(), Recipe(bits=3, group_size=32, iters=1, batch_size=4, amp=False)
+        seen, model, recipe = (
+            [],
+            tiny_model(),
+            Recipe(bits=3, group_size=32, iters=1, batch_size=4, amp=False),
+        )
         watcher = Watcher(
             step=lambda *step: seen.append(torch.get_deterministic_debug_mode()),
             captured=lambda *done: seen.append(torch.get_deterministic_debug_mode()),
@@ -163,7 +195,10 @@ def test_sums_have_a_fixed_order_while_a_run_works_where_the_device_must_be_aske
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     seen = asked(replace(row, repeatable=devices.TABLE["cuda"].repeatable))
     assert 1 in seen and seen[-1] == 1
-    assert torch.get_deterministic_debug_mode() == 0 and torch.utils.deterministic.fill_uninitialized_memory
+    assert (
+        torch.get_deterministic_debug_mode() == 0
+        and torch.utils.deterministic.fill_uninitialized_memory
+    )
 
 
 def test_a_callers_wish_for_an_error_stays(monkeypatch):

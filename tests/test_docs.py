@@ -1,7 +1,8 @@
-"""Every block of code in README.md and docs/ runs as written, or says why not; see doc_blocks.py for how it is said.
+"""Every block of code in README.md and docs/ runs as written, or says why not; see doc_blocks.py
+for how it is said.
 
-A page is a session: its blocks run in order, in one folder, in one Python. Commands that cannot run here (models of
-many gigabytes) are at least understood by our own argument parser.
+A page is a session: its blocks run in order, in one folder, in one Python. Commands that cannot run
+here (models of many gigabytes) are at least understood by our own argument parser.
 """
 
 import ast
@@ -29,8 +30,11 @@ from auto_mmround.verify.engines import python_of
 
 CODES = {page: [block for block in blocks(page) if block.language in CODE] for page in PAGES}
 BLOCKS = [block for found in CODES.values() for block in found]
-MEDIA = {  # what reads the media of tiny models, for its file; the pages calibrate these with text or not at all
-    "llava": "CLIPImageProcessor", "mllama": "MllamaImageProcessor", "whisper": "WhisperFeatureExtractor",
+# what reads the media of tiny models, for its file; the pages calibrate these with text or not at
+# all
+MEDIA = {
+    "llava": "CLIPImageProcessor", "mllama": "MllamaImageProcessor",
+    "whisper": "WhisperFeatureExtractor",
     "qwen2_audio": "WhisperFeatureExtractor",
 }  # fmt: skip
 
@@ -40,7 +44,9 @@ def runs_here(block: Block, slow: bool) -> bool:
 
 
 SESSIONS = [
-    pytest.param(page, slow, id=f"{page.relative_to(ROOT)}{'-slow' * slow}", marks=[pytest.mark.slow] * slow)
+    pytest.param(
+        page, slow, id=f"{page.relative_to(ROOT)}{'-slow' * slow}", marks=[pytest.mark.slow] * slow
+    )
     for slow in (False, True)
     for page, found in CODES.items()
     if any(runs_here(block, slow) and block.mark.slow == slow for block in found)
@@ -54,7 +60,9 @@ def without_waiting_for_the_disk(monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
 def test_every_block_says_whether_it_runs(block):
-    assert block.mark.run is not None, f"{block.place}: write `<!-- run -->` or `<!-- not run: why -->` above it"
+    assert block.mark.run is not None, (
+        f"{block.place}: write `<!-- run -->` or `<!-- not run: why -->` above it"
+    )
     assert block.mark.run or len(block.mark.reason) > 10
     if block.mark.by:
         page = block.place.partition(":")[0]
@@ -69,7 +77,9 @@ def test_no_command_hides_outside_a_block():
             named = block.language or not any(f"{name} " in block.code for name in OURS)
             assert named, f"{block.place}: write ```bash"
         languages = {block.language for block in blocks(page)}
-        assert not languages & {"sh", "shell", "console", "py"}, f"{page.name}: {languages}: write bash or python"
+        assert not languages & {"sh", "shell", "console", "py"}, (
+            f"{page.name}: {languages}: write bash or python"
+        )
 
 
 def put(kind: str, path: Path) -> None:
@@ -83,7 +93,9 @@ def put(kind: str, path: Path) -> None:
         assert cli.main(["--model", "demo", "--iters", "0", "--output_dir", f"{path}.parent"]) == 0
         (Path(f"{path}.parent") / "demo-w4g128-auto_round").rename(path)
     elif kind == "words":
-        path.write_text("".join(json.dumps({"text": f"w{i} w{2 * i} " * 40}) + "\n" for i in range(16)))
+        path.write_text(
+            "".join(json.dumps({"text": f"w{i} w{2 * i} " * 40}) + "\n" for i in range(16))
+        )
     elif kind == "image":
         shutil.copy(DEMO.parent / "heldout" / "images" / "0000.png", path)
     elif (ROOT / kind).is_file():
@@ -123,14 +135,22 @@ def test_page(page, slow, tmp_path, monkeypatch):
                 assert command(words, block.place) == 0, f"{block.place}: {' '.join(words)}"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if not b.mark.run], ids=lambda block: block.place)
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if not b.mark.run], ids=lambda block: block.place
+)
 def test_what_is_not_run_is_understood(block, monkeypatch):
     """Only the parser: what comes after it is left out."""
     monkeypatch.chdir(ROOT)
     if block.language == "python":
         ast.parse(block.code, block.place)
         return
-    for name in ("quantize_with_progress", "show_plan", "evaluate_and_show", "verify_and_show", "show_report"):
+    for name in (
+        "quantize_with_progress",
+        "show_plan",
+        "evaluate_and_show",
+        "verify_and_show",
+        "show_report",
+    ):
         monkeypatch.setattr(console, name, lambda *args: 0)
     for words in block.commands():
         if words[0] in OURS:
@@ -167,16 +187,36 @@ def test_marks_are_understood_or_refused():
 
 
 def test_the_format_of_the_new_format_page(tmp_path, monkeypatch):
-    """The file of docs/new-format.md, a row in the registry, and a run: what is read back is what `fake` holds."""
-    found = [block.code for block in blocks(ROOT / "docs/new-format.md") if block.language == "python"]
+    """The file of docs/new-format.md, a row in the registry, and a run: what is read back is what
+    `fake` holds."""
+    found = [
+        block.code for block in blocks(ROOT / "docs/new-format.md") if block.language == "python"
+    ]
     names: dict[str, object] = {"__name__": "nibbles"}
     for code in found:
         exec(code, names)
     monkeypatch.setitem(formats.FORMATS, "nibbles", names["FORMAT"])
     monkeypatch.setitem(formats._BY_METHOD, "nibbles", "nibbles")
     out = tmp_path / "out"
-    assert cli.main(["--model", "demo", "--iters", "0", "--format", "nibbles,fake", "--output_dir", str(out)]) == 0
-    read, plain = (load_any(str(out / f"demo-w4g128-{name}")).model.state_dict() for name in ("nibbles", "fake"))
+    assert (
+        cli.main(
+            [
+                "--model",
+                "demo",
+                "--iters",
+                "0",
+                "--format",
+                "nibbles,fake",
+                "--output_dir",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    read, plain = (
+        load_any(str(out / f"demo-w4g128-{name}")).model.state_dict()
+        for name in ("nibbles", "fake")
+    )
     assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in plain)
 
 
@@ -184,7 +224,11 @@ def test_the_readme_quotes_its_results():
     readme = (ROOT / "README.md").read_text()
     (file,) = re.findall(r"\[held-out data\]\((bench/results/\S+)\)", readme)
     quoted = re.findall(r"^\| \d bits, .*$", readme, re.MULTILINE)
-    stored = {line.split("|")[1].strip(): line for line in (ROOT / file).read_text().splitlines() if "|" in line}
+    stored = {
+        line.split("|")[1].strip(): line
+        for line in (ROOT / file).read_text().splitlines()
+        if "|" in line
+    }
     assert len(quoted) == 4
     for line in quoted:
         bits, how = re.match(r"\| (\d) bits, (.*?) \|", line).groups()
@@ -194,13 +238,17 @@ def test_the_readme_quotes_its_results():
 
 
 FAMILY_PAGES = {
-    page.stem: page.read_text() for page in (ROOT / "docs" / "families").glob("*.md") if page.stem != "index"
+    page.stem: page.read_text()
+    for page in (ROOT / "docs" / "families").glob("*.md")
+    if page.stem != "index"
 }
 
 
 def says(page: str, engine: str) -> str:
     """The last cell of an engine's row in a page's table."""
-    (row,) = [line for line in page.splitlines() if line.startswith("|") and engine in line.split("|")[1]]
+    (row,) = [
+        line for line in page.splitlines() if line.startswith("|") and engine in line.split("|")[1]
+    ]
     return row.rstrip(" |").rpartition("|")[2].strip()
 
 
@@ -209,11 +257,22 @@ def test_llamacpp_takes_what_the_page_says(name, tmp_path, capsys):
     page = FAMILY_PAGES[name]
     (kind,) = re.findall(r"<!-- page: with (demo|tiny \w+) as ", page)
     put(kind, tmp_path / "model")
-    options = "--bits 4 --group_size 32 --iters 0 --format gguf:q4_0 --trust_remote_code --device cpu"
-    status = cli.main(["--model", str(tmp_path / "model"), *options.split(), "--output_dir", str(tmp_path / "out")])
+    options = (
+        "--bits 4 --group_size 32 --iters 0 --format gguf:q4_0 --trust_remote_code --device cpu"
+    )
+    status = cli.main(
+        [
+            "--model",
+            str(tmp_path / "model"),
+            *options.split(),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+    )
     error = capsys.readouterr().err
     assert ("no table for" in error) == says(page, "llama.cpp").startswith("no"), error
-    assert status == 0 or "GGUF export" in error  # tiny models have a tokenizer that llama.cpp does not know
+    # tiny models have a tokenizer that llama.cpp does not know
+    assert status == 0 or "GGUF export" in error
 
 
 @pytest.mark.slow

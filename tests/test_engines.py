@@ -10,15 +10,26 @@ from auto_mmround.verify import engines
 from auto_mmround.verify.engines import ENGINES, EngineResult, ask
 
 WORKERS = {
-    "import of a missing package": ("import no_such_package\n", "ModuleNotFoundError: No module named"),
-    "error with lines": ("def answer(request):\n    raise ValueError('two\\n  lines')\n", "ValueError: two lines"),
+    "import of a missing package": (
+        "import no_such_package\n",
+        "ModuleNotFoundError: No module named",
+    ),
+    "error with lines": (
+        "def answer(request):\n    raise ValueError('two\\n  lines')\n",
+        "ValueError: two lines",
+    ),
     "no answer at all": ("import os\nos._exit(3)\n", "the engine died (exit 3): no output"),
-    "death with a word": ("import os\nos.write(2, b'out of memory')\nos._exit(1)\n", "(exit 1): out of memory"),
+    "death with a word": (
+        "import os\nos.write(2, b'out of memory')\nos._exit(1)\n",
+        "(exit 1): out of memory",
+    ),
     "too slow": ("import time\ntime.sleep(60)\n", "no answer after 1 s"),
 }
 
 
-def asked(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: float) -> EngineResult:
+def asked(
+    code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: float
+) -> EngineResult:
     worker = folder / "engine_test.py"
     worker.write_text(code)
     monkeypatch.setattr(engines, "worker", lambda engine: worker)
@@ -27,13 +38,17 @@ def asked(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: f
 
 
 @pytest.mark.parametrize("case", WORKERS)
-def test_every_failure_is_an_answer(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_failure_is_an_answer(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, message = WORKERS[case]
     result = asked(code, tmp_path, monkeypatch, timeout=1 if case == "too slow" else 60)
     assert not result.ok and message in str(result.error)
 
 
-def test_a_worker_gets_the_request_and_finds_none_of_our_modules(tmp_path: Path, monkeypatch) -> None:
+def test_a_worker_gets_the_request_and_finds_none_of_our_modules(
+    tmp_path: Path, monkeypatch
+) -> None:
     code = """
 import importlib.util
 from safetensors.torch import load_file, save_file

@@ -31,13 +31,15 @@ from auto_mmround.run.equalize import _Statistics
 from auto_mmround.run.session import Session
 
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "head_dim": 8,
     "vocab_size": 64, "num_key_value_heads": 4,
 }  # fmt: skip
 FAST = Recipe(model="demo", dataset="demo", algorithm="rtn", nsamples=8, seqlen=64, device="cpu")
 
 
-# ------------------------------------------------------------------------------------------------------ the numbers
+# --------------------------------------------------------------------------------------------------
+# the numbers
 
 
 def test_a_channel_counts_by_the_modality_in_which_it_stands_out():
@@ -57,7 +59,9 @@ def test_smoothquant_is_the_published_quotient_up_to_a_factor():
 
 def rounded_error(w, h, scale, bits=3, group_size=32):
     grid = grids.Grid(bits, True)
-    return gram.error(w, grids.dequantize(grids.round_to_nearest(w * scale, group_size, grid)) / scale, h)
+    return gram.error(
+        w, grids.dequantize(grids.round_to_nearest(w * scale, group_size, grid)) / scale, h
+    )
 
 
 @pytest.mark.parametrize("duo", [True, False])
@@ -67,8 +71,11 @@ def test_awq_lowers_the_output_error_where_some_channels_are_large(duo, searched
     w = torch.randn(64, 64)
     x = torch.randn(512, 64) * torch.where(torch.arange(64) % 16 == 0, 30.0, 1.0)
     h = x.t() @ x / len(x)
-    found = numerics.awq([w], [h], [numerics.quantizer(grids.Grid(3, True), 32, searched)], [32], duo=duo)
-    assert found.after < (0.9 if searched else 0.7) * found.before  # searched scales mind large channels already
+    found = numerics.awq(
+        [w], [h], [numerics.quantizer(grids.Grid(3, True), 32, searched)], [32], duo=duo
+    )
+    # searched scales mind large channels already
+    assert found.after < (0.9 if searched else 0.7) * found.before
     if not searched:
         assert rounded_error(w, h, found.scale_C) < 0.7 * rounded_error(w, h, torch.ones(64))
 
@@ -85,7 +92,11 @@ def test_awq_minds_the_worst_modality_and_never_makes_it_worse():
     found = numerics.awq([w], hessians, [rounding], [-1])
     assert found.scale_C[3] > 1.5 and found.scale_C[17] > 1.5 and found.after < found.before
     plain = numerics.awq([w], [torch.eye(32)], [rounding], [-1], duo=False)
-    assert plain.ratio is None and torch.equal(plain.scale_C, torch.ones(32)) and plain.after == plain.before
+    assert (
+        plain.ratio is None
+        and torch.equal(plain.scale_C, torch.ones(32))
+        and plain.after == plain.before
+    )
 
 
 def test_smoothquant_lowers_the_error_of_eight_bit_activations_in_both_modalities():
@@ -101,7 +112,10 @@ def test_smoothquant_lowers_the_error_of_eight_bit_activations_in_both_modalitie
         return (t / step).round() * step
 
     for x in (text, image):
-        errors = [(eight_bit(x / s) @ eight_bit(w * s).t() - x @ w.t()).norm() for s in (torch.ones(64), scale)]
+        errors = [
+            (eight_bit(x / s) @ eight_bit(w * s).t() - x @ w.t()).norm()
+            for s in (torch.ones(64), scale)
+        ]
         assert errors[1] < 0.6 * errors[0]
 
 
@@ -109,11 +123,17 @@ def test_statistics_keep_modalities_apart_and_leave_pads_out():
     statistics = _Statistics(with_moments=True)
     x = torch.tensor([[1.0, -2.0], [5.0, 0.0], [100.0, 100.0]])
     statistics.add(x[None], torch.tensor([TEXT, IMAGE, 4]))
-    assert statistics.largest[TEXT].tolist() == [1.0, 2.0] and statistics.largest[IMAGE].tolist() == [5.0, 0.0]
-    assert set(statistics.moments) == {TEXT, IMAGE} and statistics.moments[IMAGE].hessian()[0, 0] == 25.0
+    assert statistics.largest[TEXT].tolist() == [1.0, 2.0] and statistics.largest[
+        IMAGE
+    ].tolist() == [5.0, 0.0]
+    assert (
+        set(statistics.moments) == {TEXT, IMAGE}
+        and statistics.moments[IMAGE].hessian()[0, 0] == 25.0
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- the pairs
+# --------------------------------------------------------------------------------------------------
+# the pairs
 
 
 def tiny(model_type: str, **changes):
@@ -141,15 +161,24 @@ NORMS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 LINKS = {"self_attn.v_proj": ("self_attn.o_proj",), "mlp.up_proj": ("mlp.down_proj",)}
-GEMMA = {"input_layernorm": NORMS["input_layernorm"], "pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
-MOE = {"input_layernorm": NORMS["input_layernorm"]}  # experts in one kernel that knows no float64: no links
+GEMMA = {
+    "input_layernorm": NORMS["input_layernorm"],
+    "pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+# experts in one kernel that knows no float64: no links
+MOE = {"input_layernorm": NORMS["input_layernorm"]}
 FAMILIES = [
     ("llama", {}, NORMS | LINKS, 0.0),
     ("qwen3", {}, NORMS | LINKS, 0.0),
     ("llama", {"num_key_value_heads": 2}, NORMS | {"mlp.up_proj": ("mlp.down_proj",)}, 0.0),
     ("gemma3_text", {}, GEMMA | LINKS, 1.0),
     ("olmo2", {}, LINKS, None),  # its norms stand behind the layers
-    ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, MOE, 0.0),
+    (
+        "qwen2_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        MOE,
+        0.0,
+    ),
 ]
 
 
@@ -172,20 +201,27 @@ def test_pairs_of_a_family_and_that_the_function_stays(family, changes, wanted, 
 
 
 def test_a_norm_that_takes_a_gate_is_tried_with_it():
-    """Qwen3-Next normalizes each head of its linear attention so; the reader takes all heads, so no scale passes."""
+    """Qwen3-Next normalizes each head of its linear attention so; the reader takes all heads, so no
+    scale passes."""
     heads = {
-        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
+        "num_experts_per_tok": 2,
         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     }  # fmt: skip
     model = tiny("qwen3_next", **heads)
     before = model(**IDS).logits
     block, call, hidden = first_block(model, "model.layers", 2, **IDS)
     found = find_pairs(block, call, hidden)
-    assert found.pairs[0] == Pair("input_layernorm", ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), 1.0)
+    assert found.pairs[0] == Pair(
+        "input_layernorm", ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), 1.0
+    )
     assert found.refused["linear_attn.norm"] == "a reader takes other channels"
     for pair in found.pairs:
-        rescale(block, pair, 4 ** (torch.rand(block.get_submodule(pair.readers[0]).in_features) * 2 - 1))
+        rescale(
+            block, pair, 4 ** (torch.rand(block.get_submodule(pair.readers[0]).in_features) * 2 - 1)
+        )
     assert difference(model(**IDS).logits, before) < 1e-5
 
 
@@ -197,7 +233,11 @@ def test_a_scale_passes_through_a_gated_norm(named):
             self.norm, self.fc = Qwen3NextRMSNormGated(8), nn.Linear(8, 8)
 
         def forward(self, hidden):
-            normed = self.norm(hidden_states=hidden, gate=hidden.flip(-1)) if named else self.norm(hidden, hidden)
+            normed = (
+                self.norm(hidden_states=hidden, gate=hidden.flip(-1))
+                if named
+                else self.norm(hidden, hidden)
+            )
             return hidden + self.fc(normed)
 
     torch.manual_seed(0)
@@ -211,14 +251,20 @@ def test_a_scale_passes_through_a_gated_norm(named):
 
 def test_pairs_of_an_encoder_and_a_decoder():
     config = WhisperConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=20, vocab_size=99,
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=20,
+        vocab_size=99,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     model = WhisperModel(config).eval().requires_grad_(False)
     inputs = {"input_features": torch.randn(1, 16, 40), "decoder_input_ids": torch.arange(5)[None]}
     encoder = find_pairs(*first_block(model, "encoder.layers", 1, **inputs))
-    assert {pair.source for pair in encoder.pairs} == {"self_attn_layer_norm", "final_layer_norm", "self_attn.v_proj"}
+    assert {pair.source for pair in encoder.pairs} == {
+        "self_attn_layer_norm",
+        "final_layer_norm",
+        "self_attn.v_proj",
+    }
     decoder = find_pairs(*first_block(model, "decoder.layers", 1, **inputs))
     readers = {pair.source: pair.readers for pair in decoder.pairs}
     assert readers["encoder_attn_layer_norm"] == ("encoder_attn.q_proj",)
@@ -226,7 +272,8 @@ def test_pairs_of_an_encoder_and_a_decoder():
 
 
 class Block(nn.Module):
-    """norm -> fc1 -> activation -> fc2, and another reader of the norm's output where one is asked for."""
+    """norm -> fc1 -> activation -> fc2, and another reader of the norm's output where one is asked
+    for."""
 
     def __init__(self, other: str, activation: nn.Module):
         super().__init__()
@@ -239,7 +286,9 @@ class Block(nn.Module):
         out = self.fc2(self.act(self.fc1(normed.view(-1, 8) if self.other == "view" else normed)))
         if self.other == "residual":
             return normed + out
-        gate = nn.functional.linear(normed, self.router).sigmoid() if self.other == "router" else 1.0
+        gate = (
+            nn.functional.linear(normed, self.router).sigmoid() if self.other == "router" else 1.0
+        )
         return hidden + gate * out
 
 
@@ -255,7 +304,9 @@ class Block(nn.Module):
 )
 def test_a_norm_with_another_reader_is_left_alone(other, activation, wanted):
     torch.manual_seed(3)
-    found = find_pairs(Block(other, activation).requires_grad_(False), Call((), {}, 0), torch.randn(1, 5, 8))
+    found = find_pairs(
+        Block(other, activation).requires_grad_(False), Call((), {}, 0), torch.randn(1, 5, 8)
+    )
     assert {pair.source for pair in found.pairs} == wanted
     assert ("norm" in found.refused) == ("norm" not in wanted)
     assert all(reason == "also read by the block itself" for reason in found.refused.values())
@@ -291,7 +342,8 @@ def test_bfloat16_norms_lose_nothing_to_their_coarse_weights():
     assert difference(start, product) < 1e-2
 
 
-# ---------------------------------------------------------------------------------------------------------- the run
+# --------------------------------------------------------------------------------------------------
+# the run
 
 
 def run(out, **changes):
@@ -302,9 +354,13 @@ def run(out, **changes):
 
 @pytest.mark.parametrize("method", ["smoothquant", "awq"])
 def test_changed_norms_and_kept_layers_reach_the_checkpoint(method, tmp_path):
-    job, (folder,) = run(tmp_path, bits=8, equalize=method, ignore=["up_proj", "gate_proj"], format="auto_gptq")
+    job, (folder,) = run(
+        tmp_path, bits=8, equalize=method, ignore=["up_proj", "gate_proj"], format="auto_gptq"
+    )
     source, written = load_file(DEMO / "model.safetensors"), load_file(folder / "model.safetensors")
-    changed = {key for key in source.keys() & written.keys() if not torch.equal(source[key], written[key])}
+    changed = {
+        key for key in source.keys() & written.keys() if not torch.equal(source[key], written[key])
+    }
     ends = {".".join(key.split(".")[-2:]) for key in changed}
     assert "input_layernorm.weight" in ends and "embed_tokens.weight" not in ends
     assert ("up_proj.weight" in ends) == (method == "awq")
@@ -317,10 +373,13 @@ def test_changed_norms_and_kept_layers_reach_the_checkpoint(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "amp, changes", [(False, {}), (True, {"quant_nontext_module": True, "dataset": "demo-llava", "nsamples": 3})]
+    "amp, changes",
+    [(False, {}), (True, {"quant_nontext_module": True, "dataset": "demo-llava", "nsamples": 3})],
 )
 def test_the_function_stays_in_float32(amp, changes):
-    recipe = replace(FAST, model_dtype="float32", bits=8, amp=amp, equalize="awq", group_size=32, **changes)
+    recipe = replace(
+        FAST, model_dtype="float32", bits=8, amp=amp, equalize="awq", group_size=32, **changes
+    )
     loaded, reference = jobs.load_model(recipe), load("demo", dtype="float32")
     job = jobs.prepare(recipe, loaded)
     from auto_mmround.run.equalize import equalize
@@ -333,15 +392,24 @@ def test_the_function_stays_in_float32(amp, changes):
 
 def test_the_stored_recipe_has_the_lists_and_reproduces_the_run(tmp_path):
     mappings = [[["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"]]
-    options = {"equalize": "smoothquant", "mappings": mappings, "ignore": ["re:.*layers\\.0\\."], "targets": ["Linear"]}
+    options = {
+        "equalize": "smoothquant",
+        "mappings": mappings,
+        "ignore": ["re:.*layers\\.0\\."],
+        "targets": ["Linear"],
+    }
     _, (folder,) = run(tmp_path / "one", **options)
     recipe = from_mapping(read(folder / "recipe.toml") | {"output_dir": str(tmp_path / "two")})
     assert recipe.mappings == mappings and recipe.ignore == options["ignore"]
     (again,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     assert (folder / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     source, written = load_file(DEMO / "model.safetensors"), load_file(folder / "model.safetensors")
-    changed = {key for key in source if key in written and not torch.equal(source[key], written[key])}
-    assert changed and all("post_attention_layernorm" in key and ".layers.0." not in key for key in changed)
+    changed = {
+        key for key in source if key in written and not torch.equal(source[key], written[key])
+    }
+    assert changed and all(
+        "post_attention_layernorm" in key and ".layers.0." not in key for key in changed
+    )
     assert json.loads((folder / "run.json").read_text())["calibration"]["used"] == 8
 
 
@@ -350,7 +418,10 @@ def test_the_stored_recipe_has_the_lists_and_reproduces_the_run(tmp_path):
     [
         ({"mappings": [[["re:.*query"], "re:.*input_layernorm"]]}, "'re:.*query' matches nothing"),
         ({"mappings": [[["re:.*q_proj"], "re:.*inputnorm"]]}, "input_layernorm"),
-        ({"mappings": [[["re:.*[qk]_proj"], "re:.*input_layernorm"]]}, "also read by self_attn.v_proj"),
+        (
+            {"mappings": [[["re:.*[qk]_proj"], "re:.*input_layernorm"]]},
+            "also read by self_attn.v_proj",
+        ),
         ({"mappings": [[["re:.*o_proj"], "re:.*input_layernorm"]]}, "can't be rescaled"),
         ({"mappings": [[["re:.*down_proj"], "re:.*gate_proj"]]}, "no scale passes"),
     ],
@@ -358,7 +429,11 @@ def test_the_stored_recipe_has_the_lists_and_reproduces_the_run(tmp_path):
 def test_wrong_mappings_are_one_line(changes, word, tmp_path):
     with pytest.raises(UserError) as caught:
         run(tmp_path / "out", equalize="awq", **changes)
-    assert word in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert (
+        word in str(caught.value)
+        and "\n" not in str(caught.value)
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_mappings_without_equalization_are_refused(tmp_path):

@@ -1,4 +1,5 @@
-"""Every family through the whole journey: plan, calibrate, tune two steps, export twice, read back, compare."""
+"""Every family through the whole journey: plan, calibrate, tune two steps, export twice, read back,
+compare."""
 
 import json
 import os
@@ -44,8 +45,10 @@ def without_waiting_for_the_disk(monkeypatch):
 def journey(family: Tiny, tokenizer, folder: Path) -> tuple[jobs.Job, list[Path]]:
     family.save(folder / "model", tokenizer)
     recipe = Recipe(
-        model=str(folder / "model"), output_dir=str(folder / "out"), format="auto_round,auto_gptq", bits=4,
-        group_size=32, iters=2, nsamples=16, seqlen=12, quant_nontext_module=True, amp=False, device="cpu",
+        model=str(folder / "model"), output_dir=str(folder / "out"), format="auto_round,auto_gptq",
+        bits=4,
+        group_size=32, iters=2, nsamples=16, seqlen=12, quant_nontext_module=True, amp=False,
+        device="cpu",
         trust_remote_code=bool(family.standin),
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=family.samples())
@@ -53,7 +56,10 @@ def journey(family: Tiny, tokenizer, folder: Path) -> tuple[jobs.Job, list[Path]
 
 
 def test_the_table_says_what_is_tested():
-    assert list(KNOWN) == [name for name in KNOWN if name in FAMILIES] and len(KNOWN) == len(FAMILIES) >= 24
+    assert (
+        list(KNOWN) == [name for name in KNOWN if name in FAMILIES]
+        and len(KNOWN) == len(FAMILIES) >= 24
+    )
     for name, family in FAMILIES.items():
         row = KNOWN[name]
         assert dict.fromkeys(row.stages) == dict.fromkeys(family.stages), name
@@ -87,7 +93,8 @@ def test_journey(name, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.standin])
 def test_the_student_sees_what_the_changed_model_sees(name):
-    """Blocks change one after the other, as quantizing does; the chain must end where the changed model ends, to the
+    """Blocks change one after the other, as quantizing does; the chain must end where the changed
+    model ends, to the
     bit: samples run alone, since several together are summed in another order."""
     family = FAMILIES[name]
     model, inputs = family.build(), family.samples()
@@ -119,18 +126,22 @@ def test_experts_and_routers_are_in_the_plan(name):
     layer, router = MIXTURES[name]
     plan = make_plan(FAMILIES[name].build(), Recipe(group_size=32, quant_nontext_module=True))
     assert plan.kept[f"{layer}.{router}"] == "router"
-    assert {f"{layer}.experts.{i}.{part}_proj" for i in range(4) for part in ("gate", "up", "down")} <= set(
-        plan.quantized
-    )
+    assert {
+        f"{layer}.experts.{i}.{part}_proj" for i in range(4) for part in ("gate", "up", "down")
+    } <= set(plan.quantized)
     stored = plan.kept.get("model.vision_tower.layers.0.attn.q_proj")
     assert stored == ("the checkpoint stores it in another form" if name == "kimi_k25" else None)
 
 
 def test_experts_that_are_not_understood_stay_with_a_reason():
-    config = TEXT | dict(num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2)
+    config = TEXT | dict(
+        num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+    )
     model = Tiny("gpt_oss", "GptOssForCausalLM", config).build()  # interleaved, with biases
     plan = make_plan(model, Recipe(group_size=32))
-    assert plan.kept["model.layers.0.mlp.experts.gate_up_proj"] == "fused experts: not quantized yet"
+    assert (
+        plan.kept["model.layers.0.mlp.experts.gate_up_proj"] == "fused experts: not quantized yet"
+    )
     assert plan.kept["model.layers.0.mlp.router"] == "router"
 
 
@@ -152,20 +163,26 @@ def test_a_kept_expert_of_a_stack_is_written_alone(tokenizer, tmp_path):
     layer, _ = MIXTURES["llama4"]
     FAMILIES["llama4"].save(tmp_path / "model", tokenizer)
     recipe = Recipe(
-        model=str(tmp_path / "model"), output_dir=str(tmp_path), group_size=32, algorithm="rtn", device="cpu",
+        model=str(tmp_path / "model"), output_dir=str(tmp_path), group_size=32, algorithm="rtn",
+        device="cpu",
         fp_layers=f"{layer}.experts.2",
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe))
     (folder,) = jobs.run(job)
     names = read_checkpoint(folder).files
-    assert f"{layer}.experts.2.up_proj.weight" in names and f"{layer}.experts.1.up_proj.qweight" in names
+    assert (
+        f"{layer}.experts.2.up_proj.weight" in names
+        and f"{layer}.experts.1.up_proj.qweight" in names
+    )
     assert not any("gate_up_proj" in name for name in names)
     decoded, tuned = from_quantized(folder).model.state_dict(), job.loaded.model.state_dict()
     assert all(torch.equal(decoded[name], tuned[name]) for name in tuned)
 
 
 def test_experts_without_a_token_get_the_searched_scale(tokenizer, tmp_path):
-    wide = replace(FAMILIES["qwen3_moe"], config=FAMILIES["qwen3_moe"].config | dict(num_experts=32))
+    wide = replace(
+        FAMILIES["qwen3_moe"], config=FAMILIES["qwen3_moe"].config | dict(num_experts=32)
+    )
     met: dict[str, set[int]] = {}
     model = wide.build()
     for name, module in model.named_modules():
@@ -188,12 +205,16 @@ def test_experts_without_a_token_get_the_searched_scale(tokenizer, tmp_path):
 
 
 def test_text_alone_leaves_experts_without_a_token(tokenizer, tmp_path):
-    """CogVLM2's vision experts see no text token: they keep a finite, rounded weight and the run goes on."""
+    """CogVLM2's vision experts see no text token: they keep a finite, rounded weight and the run
+    goes on."""
     family = FAMILIES["cogvlm2"]
     family.save(tmp_path / "model", tokenizer)
-    rows = [{"text": " ".join(f"w{3 + (7 * i + seed) % 100}" for i in range(40))} for seed in range(4)]
+    rows = [
+        {"text": " ".join(f"w{3 + (7 * i + seed) % 100}" for i in range(40))} for seed in range(4)
+    ]
     recipe = Recipe(
-        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=2, nsamples=4, seqlen=32,
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=2,
+        nsamples=4, seqlen=32,
         amp=False, device="cpu", trust_remote_code=True,
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
@@ -229,24 +250,34 @@ def test_transformers_reads_it_with_auto_round(name, tokenizer, tmp_path):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert sum(hasattr(module, "qweight") for module in model.modules()) == len(job.plan.quantized)
-    for ours, theirs in zip(logits(job.loaded.model, job), logits(model.to(torch.float32).eval(), job), strict=True):
+    for ours, theirs in zip(
+        logits(job.loaded.model, job), logits(model.to(torch.float32).eval(), job), strict=True
+    ):
         assert difference(theirs, ours) < 5e-3
 
 
 def test_whisper_hears_rows_of_sound_and_text(tokenizer, tmp_path):
-    family = replace(FAMILIES["whisper"], config=FAMILIES["whisper"].config | dict(max_source_positions=50))
+    family = replace(
+        FAMILIES["whisper"], config=FAMILIES["whisper"].config | dict(max_source_positions=50)
+    )
     family.save(tmp_path / "model", tokenizer)
     extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     WhisperProcessor(extractor, tokenizer).save_pretrained(tmp_path / "model")
     recipe = Recipe(
-        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=1, nsamples=2, amp=False,
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=1,
+        nsamples=2, amp=False,
         device="cpu", quant_nontext_module=True,
     )  # fmt: skip
     sound = np.random.default_rng(0).normal(size=8000).astype(np.float32)
-    rows = [{"audio": {"array": sound, "sampling_rate": 16000}, "text": "w5 w6 w7 " * n} for n in (4, 5)]
+    rows = [
+        {"audio": {"array": sound, "sampling_rate": 16000}, "text": "w5 w6 w7 " * n} for n in (4, 5)
+    ]
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
     first = job.inputs[0]
-    assert first.kwargs["decoder_input_ids"][0, :3].tolist() == [3, 5, 6] and len(first.modality_T) == 13
+    assert (
+        first.kwargs["decoder_input_ids"][0, :3].tolist() == [3, 5, 6]
+        and len(first.modality_T) == 13
+    )
     assert first.answer_T.tolist() == [False] + [True] * 12
     assert from_quantized(jobs.run(job)[0]).model.config.model_type == "whisper"
 
@@ -269,10 +300,16 @@ def test_a_family_that_nobody_knows(tokenizer, tmp_path, monkeypatch):
     rows = [conversation(seed) for seed in range(4)]
     for i, row in enumerate(rows):
         row["image"].save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "pairs.json").write_text(json.dumps([row | {"image": f"{i}.png"} for i, row in enumerate(rows)]))
-    Tiny("my_family", "MyModel", {}, standin="standins.my_family").save(tmp_path / "my-model", tokenizer)
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([row | {"image": f"{i}.png"} for i, row in enumerate(rows)])
+    )
+    Tiny("my_family", "MyModel", {}, standin="standins.my_family").save(
+        tmp_path / "my-model", tokenizer
+    )
     monkeypatch.chdir(tmp_path)
-    command = next(code for code in blocks("docs/new-model.md", "bash") if "--processor my_family.py" in code)
+    command = next(
+        code for code in blocks("docs/new-model.md", "bash") if "--processor my_family.py" in code
+    )
     program, *words = shlex.split(command.replace("\\\n", " "))
     assert program == "auto-round-mllm"
     options = "--iters 1 --nsamples 4 --group_size 32 --output_dir out --device cpu --disable_amp"
@@ -283,4 +320,6 @@ def test_a_family_that_nobody_knows(tokenizer, tmp_path, monkeypatch):
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (Path(__file__).parents[1] / name).read_text(), re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (Path(__file__).parents[1] / name).read_text(), re.DOTALL
+    )

@@ -1,5 +1,6 @@
-"""URLs: only public addresses are connected to, and a server's tricks end in one line. A real server on this machine
-plays the web; what lets it be reached is the `permitted` argument, what names it is `resolve`."""
+"""URLs: only public addresses are connected to, and a server's tricks end in one line. A real
+server on this machine plays the web; what lets it be reached is the `permitted` argument, what
+names it is `resolve`."""
 
 import shutil
 import socket
@@ -20,7 +21,15 @@ def anywhere(address):
 @pytest.mark.parametrize(
     "address",
     [
-        *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
+        *(
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "0.0.0.0",
+        ),
         *(
             "224.0.0.1",
             "255.255.255.255",
@@ -32,7 +41,16 @@ def anywhere(address):
             "fe80::1",
             "fe80::1%eth0",
         ),
-        *("fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "words", ""),
+        *(
+            "fc00::1",
+            "ff02::1",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::7f00:1",
+            "2002:7f00:1::",
+            "words",
+            "",
+        ),
         "2001:0:53aa:64c:0:0:80ff:fffe",  # Teredo around 127.0.0.1
     ],
 )
@@ -40,13 +58,16 @@ def test_addresses_that_are_not_public(address):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "64:ff9b::5db8:d822"])
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "64:ff9b::5db8:d822"]
+)
 def test_addresses_that_are_public(address):
     assert is_public(address)
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"]
+    "host",
+    ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"],
 )
 def test_this_machine_is_refused_however_it_is_spelt(web, host):
     site, asked = web({"/": b"secret"})
@@ -56,7 +77,8 @@ def test_this_machine_is_refused_however_it_is_spelt(web, host):
 
 
 def test_the_checked_address_is_the_one_connected_to(web):
-    """A name that changes its answer between check and connection (DNS rebinding) is asked only once."""
+    """A name that changes its answer between check and connection (DNS rebinding) is asked only
+    once."""
     site, asked = web({"/x?a=1": b"content"})
     port, questions = int(site.rpartition(":")[2]), []
 
@@ -66,7 +88,10 @@ def test_the_checked_address_is_the_one_connected_to(web):
 
     seen = []
     found = fetch(
-        f"http://media.example:{port}/x?a=1", 100, resolve=resolve, permitted=lambda a: seen.append(a) or True
+        f"http://media.example:{port}/x?a=1",
+        100,
+        resolve=resolve,
+        permitted=lambda a: seen.append(a) or True,
     )
     assert found == b"content" and asked == ["/x?a=1"]
     assert questions == ["media.example"] and seen == ["127.0.0.1"]
@@ -89,7 +114,12 @@ def redirect(place):
 
 
 def test_redirects_are_followed_and_each_is_checked(web):
-    pages = {"/target": b"there", "/a": redirect("/target"), "/round": redirect("/round"), "/nowhere": redirect("")}
+    pages = {
+        "/target": b"there",
+        "/a": redirect("/target"),
+        "/round": redirect("/round"),
+        "/nowhere": redirect(""),
+    }
     pages["/in"] = redirect("http://inside.example/secret")
     pages["/file"] = redirect("file:///etc/hostname")
     site, asked = web(pages)
@@ -99,7 +129,9 @@ def test_redirects_are_followed_and_each_is_checked(web):
         return {"media.example": ["127.0.0.1"], "inside.example": ["10.0.0.1"]}[host]
 
     def get(page):
-        return fetch(f"http://media.example:{port}{page}", 100, resolve=resolve, permitted="127.0.0.1".__eq__)
+        return fetch(
+            f"http://media.example:{port}{page}", 100, resolve=resolve, permitted="127.0.0.1".__eq__
+        )
 
     assert get("/a") == b"there"
     for page, reason in (
@@ -115,7 +147,17 @@ def test_redirects_are_followed_and_each_is_checked(web):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://a/b", "file:///etc/hostname", "gopher://a", "http://", "http://[", "http://a:99999/", "//a", "x"]
+    "url",
+    [
+        "ftp://a/b",
+        "file:///etc/hostname",
+        "gopher://a",
+        "http://",
+        "http://[",
+        "http://a:99999/",
+        "//a",
+        "x",
+    ],
 )
 def test_other_schemes_and_broken_urls(url):
     with pytest.raises(FetchError, match=r"only http|no URL"):
@@ -193,8 +235,26 @@ def test_a_server_that_hangs_up_or_talks_nonsense(web):
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_certificates_are_for_the_name_that_was_asked(tmp_path):
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=media.example"]
-    command += ["-addext", "subjectAltName=DNS:media.example", "-keyout", str(key), "-out", str(cert)]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=media.example",
+    ]
+    command += [
+        "-addext",
+        "subjectAltName=DNS:media.example",
+        "-keyout",
+        str(key),
+        "-out",
+        str(cert),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(cert, key)
@@ -212,7 +272,10 @@ def test_certificates_are_for_the_name_that_was_asked(tmp_path):
 
     threading.Thread(target=serve, daemon=True).start()
     mine = ssl.create_default_context(cafile=str(cert))
-    port, options = listener.getsockname()[1], {"resolve": lambda *_: ["127.0.0.1"], "permitted": anywhere}
+    port, options = (
+        listener.getsockname()[1],
+        {"resolve": lambda *_: ["127.0.0.1"], "permitted": anywhere},
+    )
     assert fetch(f"https://media.example:{port}/", 100, context=mine, **options) == b"ok"
     with pytest.raises(FetchError, match="CERTIFICATE_VERIFY_FAILED"):
         fetch(f"https://other.example:{port}/", 100, context=mine, **options)

@@ -1,4 +1,5 @@
-"""The registry, what formats refuse, and whether the names in their configurations resolve in the readers."""
+"""The registry, what formats refuse, and whether the names in their configurations resolve in the
+readers."""
 
 import re
 from itertools import chain
@@ -13,9 +14,19 @@ from auto_mmround.recipe.schemes import Scheme
 
 SYM, ASYM = Scheme(4, 128, True), Scheme(4, 128, False)
 BLOCK = "model.language_model.layers"
-PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.down_proj",
+)
 TEXT = [f"{BLOCK}.{i}.{p}" for i in (0, 1, 11) for p in PROJECTIONS]
-TOWER = ["model.visual.blocks.0.attn.qkv", "model.visual.blocks.0.mlp.down_proj", "model.visual.merger.mlp.0"]
+TOWER = [
+    "model.visual.blocks.0.attn.qkv",
+    "model.visual.blocks.0.mlp.down_proj",
+    "model.visual.merger.mlp.0",
+]
 
 
 def swap(name: str, table: dict[str, str]) -> str:
@@ -41,7 +52,14 @@ def layout(keep: tuple[str, ...] = (), tower: bool = False, **schemes: Scheme) -
     names = [n for n in TEXT + (TOWER[:2] if tower else []) if n not in keep]
     quantized = {n: schemes.get(n.rpartition(".")[2], SYM) for n in names}
     kept = [n for n in [*TOWER, *TEXT, "lm_head"] if n not in quantized]
-    return Layout(quantized, kept, [BLOCK, "model.visual.blocks"] if tower else [BLOCK], stored, SYM, {"iters": 0})
+    return Layout(
+        quantized,
+        kept,
+        [BLOCK, "model.visual.blocks"] if tower else [BLOCK],
+        stored,
+        SYM,
+        {"iters": 0},
+    )
 
 
 # What the readers do with a configuration, reduced to: is this module quantized?
@@ -50,14 +68,20 @@ def layout(keep: tuple[str, ...] = (), tower: bool = False, **schemes: Scheme) -
 def auto_round_transformers(config: dict[str, Any], name: str) -> bool:
     inside = any(name.startswith(block) for block in config["block_name_to_quantize"].split(","))
     extra = config["extra_config"]
-    rule = extra.get(name) or next((keys for key, keys in extra.items() if re.search(key, name)), None)
+    rule = extra.get(name) or next(
+        (keys for key, keys in extra.items() if re.search(key, name)), None
+    )
     return rule.get("bits", 4) < 16 if rule else inside
 
 
 def auto_round_vllm(config: dict[str, Any], name: str) -> bool:
     extra = {in_vllm(key): keys for key, keys in config["extra_config"].items()}
-    inside = any(name.startswith(in_vllm(block)) for block in config["block_name_to_quantize"].split(","))
-    rule = extra.get(name) or next((k for key, k in extra.items() if "*" in key and re.search(key, name)), None)
+    inside = any(
+        name.startswith(in_vllm(block)) for block in config["block_name_to_quantize"].split(",")
+    )
+    rule = extra.get(name) or next(
+        (k for key, k in extra.items() if "*" in key and re.search(key, name)), None
+    )
     return rule.get("bits", 4) < 16 if rule else inside
 
 
@@ -68,14 +92,19 @@ def gptq_transformers(config: dict[str, Any], name: str) -> bool:
 
 
 def gptq_vllm(config: dict[str, Any], name: str) -> bool:
-    listed = config.get("modules_in_block_to_quantize")  # absent: vLLM looks at the tensors, which is always right
+    # absent: vLLM looks at the tensors, which is always right
+    listed = config.get("modules_in_block_to_quantize")
     excluded = any(rule[:2] == "-:" and re.match(rule[2:], name) for rule in config["dynamic"])
-    return not excluded and (listed is None or any(in_vllm(entry) in name for entry in chain(*listed)))
+    return not excluded and (
+        listed is None or any(in_vllm(entry) in name for entry in chain(*listed))
+    )
 
 
 def awq_transformers(config: dict[str, Any], name: str) -> bool:
     skips = config["modules_to_not_convert"]
-    return not any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in skips)
+    return not any(
+        re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in skips
+    )
 
 
 def awq_vllm(config: dict[str, Any], name: str) -> bool:
@@ -83,10 +112,14 @@ def awq_vllm(config: dict[str, Any], name: str) -> bool:
 
 
 def compressed_tensors(config: dict[str, Any], name: str, leave: str = "") -> bool:
-    """Both readers: whatever `ignore` takes stays, else a name, a pattern or the class decides (compressed-tensors'
-    own matching is in test_compressed_tensors)."""
-    listed = [in_vllm(key) if leave and not key.startswith("re:") else key for key in config["ignore"]]
-    return not any(re.match(key[3:], name) if key.startswith("re:") else key == name for key in listed)
+    """Both readers: whatever `ignore` takes stays, else a name, a pattern or the class decides
+    (compressed-tensors' own matching is in test_compressed_tensors)."""
+    listed = [
+        in_vllm(key) if leave and not key.startswith("re:") else key for key in config["ignore"]
+    ]
+    return not any(
+        re.match(key[3:], name) if key.startswith("re:") else key == name for key in listed
+    )
 
 
 def compressed_tensors_vllm(config: dict[str, Any], name: str) -> bool:
@@ -103,7 +136,9 @@ READERS = {
 }
 LAYOUTS = {
     "text": layout(),
-    "two kept inside blocks": layout(keep=(f"{BLOCK}.1.mlp.down_proj", f"{BLOCK}.0.self_attn.o_proj")),
+    "two kept inside blocks": layout(
+        keep=(f"{BLOCK}.1.mlp.down_proj", f"{BLOCK}.0.self_attn.o_proj")
+    ),
     "a whole block kept": layout(keep=tuple(n for n in TEXT if ".11." in n)),
     "tower too": layout(tower=True),
 }
@@ -121,17 +156,27 @@ def test_names_resolve_in_transformers_and_vllm(name: str, case: str) -> None:
 
 
 def test_text_model_without_towers_needs_no_lists() -> None:
-    plan = Layout({f"model.layers.0.{p}": SYM for p in PROJECTIONS}, ["lm_head"], ["model.layers"], str, SYM)
+    plan = Layout(
+        {f"model.layers.0.{p}": SYM for p in PROJECTIONS}, ["lm_head"], ["model.layers"], str, SYM
+    )
     gptq = FORMATS["auto_gptq"].config(plan)
-    assert gptq["block_name_to_quantize"] == "model.layers" and "modules_in_block_to_quantize" not in gptq
+    assert (
+        gptq["block_name_to_quantize"] == "model.layers"
+        and "modules_in_block_to_quantize" not in gptq
+    )
     config = FORMATS["auto_round:auto_gptq"].config(plan)
-    assert config["block_name_to_quantize"] == "model.layers" and list(config["extra_config"]) == ["lm_head"]
+    assert config["block_name_to_quantize"] == "model.layers" and list(config["extra_config"]) == [
+        "lm_head"
+    ]
     assert FORMATS["auto_awq"].config(plan)["modules_to_not_convert"] == ["lm_head"]
 
 
 def test_a_tower_word_that_occurs_in_quantized_names_is_spelled_out() -> None:
     plan = Layout(
-        {"model.decoder.layers.0.encoder_attn.q_proj": SYM, "model.decoder.layers.0.mlp.proj.fc": SYM},
+        {
+            "model.decoder.layers.0.encoder_attn.q_proj": SYM,
+            "model.decoder.layers.0.mlp.proj.fc": SYM,
+        },
         ["model.encoder.layers.0.fc1", "model.proj.fc"],
         ["model.decoder.layers"],
         str,
@@ -139,7 +184,10 @@ def test_a_tower_word_that_occurs_in_quantized_names_is_spelled_out() -> None:
     )
     skips = FORMATS["auto_awq"].config(plan)["modules_to_not_convert"]
     assert skips == ["model.encoder.", "encoder.", "model.proj."]
-    assert set(FORMATS["auto_round"].config(plan)["extra_config"]) == {r".*encoder\..*", r".*model\.proj\..*"}
+    assert set(FORMATS["auto_round"].config(plan)["extra_config"]) == {
+        r".*encoder\..*",
+        r".*model\.proj\..*",
+    }
 
 
 def test_mixed_schemes_are_stated_and_read_back() -> None:
@@ -156,9 +204,16 @@ def test_mixed_schemes_are_stated_and_read_back() -> None:
 def test_quantized_output_layer() -> None:
     plan = layout()
     plan = Layout(dict(plan.quantized) | {"lm_head": SYM}, TOWER, plan.blocks, stored, SYM)
-    assert FORMATS["auto_round"].config(plan)["extra_config"]["lm_head"] == {"bits": 4, "data_type": "int"}
+    assert FORMATS["auto_round"].config(plan)["extra_config"]["lm_head"] == {
+        "bits": 4,
+        "data_type": "int",
+    }
     gptq = FORMATS["auto_gptq"].config(plan)
-    assert gptq["lm_head"] and gptq["block_name_to_quantize"] == "" and gptq_transformers(gptq, "lm_head")
+    assert (
+        gptq["lm_head"]
+        and gptq["block_name_to_quantize"] == ""
+        and gptq_transformers(gptq, "lm_head")
+    )
     assert not gptq_transformers(gptq, TOWER[1])
 
 
@@ -169,7 +224,10 @@ def test_resolve_and_min_zero() -> None:
     assert formats.resolve("auto_round", [SYM, ASYM]).name == "auto_round"
     assert formats.resolve("auto_gptq", [ASYM]).name == "auto_gptq"
     assert formats.resolve("compressed_tensors", [SYM, ASYM]).name == "compressed_tensors"
-    assert formats.resolve("compressed_tensors", [Scheme(8, -1, act_bits=8)]).name == "compressed_tensors:int8"
+    assert (
+        formats.resolve("compressed_tensors", [Scheme(8, -1, act_bits=8)]).name
+        == "compressed_tensors:int8"
+    )
     assert formats.min_zero(["auto_round", "auto_awq"], ASYM) == 0
     assert formats.min_zero(["auto_round", "auto_gptq"], ASYM) == 1
 
@@ -203,11 +261,17 @@ def test_check_refuses(name: str, scheme: Scheme, shape: tuple[int, int], reason
 
 def test_check_accepts() -> None:
     assert all(
-        FORMATS["auto_round"].check(Scheme(b, 32, s), 64, 64) is None for b in range(2, 9) for s in (True, False)
+        FORMATS["auto_round"].check(Scheme(b, 32, s), 64, 64) is None
+        for b in range(2, 9)
+        for s in (True, False)
     )
     assert all(FORMATS["auto_gptq"].check(Scheme(b, -1), 32, 96) is None for b in (2, 3, 4, 8))
     assert FORMATS["auto_awq"].check(ASYM, 8, 128) is None
-    odd = [Scheme(b, g, s, scale_dtype=d) for b in range(2, 9) for g, s, d in ((-1, True, "bf16"), (33, False, "fp32"))]
+    odd = [
+        Scheme(b, g, s, scale_dtype=d)
+        for b in range(2, 9)
+        for g, s, d in ((-1, True, "bf16"), (33, False, "fp32"))
+    ]
     assert all(FORMATS["compressed_tensors"].check(scheme, 7, 99) is None for scheme in odd)
     assert FORMATS["compressed_tensors:int8"].check(Scheme(8, -1, act_bits=8), 7, 99) is None
 

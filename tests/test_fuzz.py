@@ -10,14 +10,22 @@ INPUTS = 40  # a reader; a number, not a time, so that every machine tries the s
 
 
 def test_no_reader_fails_in_another_way_than_by_one_line():
-    """A process of its own: what it watches can't be unwatched, and a crash of a decoder must not end the tests."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    """A process of its own: what it watches can't be unwatched, and a crash of a decoder must not
+    end the tests."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, str(ROOT / "scripts" / "fuzz.py"), "--inputs", str(INPUTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
     counts = {name.strip(): int(count.replace(",", "")) for name, count, *_ in rows[1:]}
-    assert len(counts) >= 18 and all(counts[name] == INPUTS for name in counts if name != "all"), done.stdout
+    assert len(counts) >= 18 and all(counts[name] == INPUTS for name in counts if name != "all"), (
+        done.stdout
+    )
 
 
 def test_the_fuzzer_sees_what_it_is_to_see(tmp_path):
@@ -57,9 +65,12 @@ for name, read in readers.items():
     tally = run(Reader(name, st.integers(0, 3), read, patience=patience), work, watch, 0.4)
     print(name, tally.inputs > 0, *tally.problems)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
     seen = {words[0]: " ".join(words[1:]) for words in map(str.split, done.stdout.splitlines())}
-    assert seen["refuse"] == seen["ours"] == seen["waits"] == "True"  # waiting for a busy processor is not slow
+    # waiting for a busy processor is not slow
+    assert seen["refuse"] == seen["ours"] == seen["waits"] == "True"
     for name, word in (
         ("lines", "several lines"),
         ("crash", "ZeroDivisionError"),

@@ -1,4 +1,5 @@
-"""GGUF: blocks, names of every architecture on tiny random models, our own reader; llama.cpp itself where installed."""
+"""GGUF: blocks, names of every architecture on tiny random models, our own reader; llama.cpp itself
+where installed."""
 
 import json
 import re
@@ -47,9 +48,15 @@ PYTHON = ROOT / ".engines" / "llamacpp" / "bin" / "python"
 @pytest.mark.parametrize(("bits", "group"), [(None, 32), (3, 64), (2, 128)])
 def test_blocks_hold_codes_exactly(kind, bits, group):
     bits = bits or kind.bits
-    w_OI = torch.randn(6, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 1, 6)[:, None]
-    codes = round_to_nearest(w_OI, group, Grid(bits, kind.sym, scale_bits=None if kind.sym else 11 - bits))
-    assert kind.sym is False or codes.scale_OG.min() < 0 < codes.scale_OG.max()  # both signs are tried
+    w_OI = (
+        torch.randn(6, 256, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-4, 1, 6)[:, None]
+    )
+    codes = round_to_nearest(
+        w_OI, group, Grid(bits, kind.sym, scale_bits=None if kind.sym else 11 - bits)
+    )
+    # both signs are tried
+    assert kind.sym is False or codes.scale_OG.min() < 0 < codes.scale_OG.max()
     blocks = pack(codes, kind)
     decoded = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind.name])
     np.testing.assert_array_equal(decoded, dequantize(codes).numpy())
@@ -61,7 +68,9 @@ def test_lowest_and_highest_codes_reach_their_ends():
         q_OI = torch.tensor([[0, 2**kind.bits - 1] * 16], dtype=torch.uint8)
         zero = torch.full((1, 1), 2 ** (kind.bits - 1) if kind.sym else 3, dtype=torch.uint8)
         codes = Codes(q_OI, torch.ones(1, 1, dtype=torch.float16), zero, kind.bits, 32, kind.sym)
-        decoded = gguf.quants.dequantize(pack(codes, kind).numpy(), gguf.GGMLQuantizationType[kind.name])
+        decoded = gguf.quants.dequantize(
+            pack(codes, kind).numpy(), gguf.GGMLQuantizationType[kind.name]
+        )
         assert set(decoded.ravel()) == {-float(zero), 2**kind.bits - 1 - float(zero)}
 
 
@@ -91,14 +100,16 @@ K_TYPES = gguf_k.SUPER_TYPES
 
 def as_llamacpp(codes, kind) -> np.ndarray:
     """What the package `gguf` decodes, as bits: minus zero and zero differ."""
-    decoded = gguf.quants.dequantize(gguf_k.pack(codes, kind).numpy(), gguf.GGMLQuantizationType[kind.name])
+    decoded = gguf.quants.dequantize(
+        gguf_k.pack(codes, kind).numpy(), gguf.GGMLQuantizationType[kind.name]
+    )
     return decoded.view(np.uint32)
 
 
 @pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
 def test_tuned_super_blocks_are_stored_bit_for_bit(kind):
-    """Rows of very different size, one of zeros, one without negative values; from the first rounding, through the
-    closed form, to sign steps that move scales, minima and codes."""
+    """Rows of very different size, one of zeros, one without negative values; from the first
+    rounding, through the closed form, to sign steps that move scales, minima and codes."""
     generator = torch.Generator().manual_seed(2)
     w_OI = torch.randn(6, 512, generator=generator) * torch.logspace(-5, 1, 6)[:, None]
     w_OI[1], w_OI[2] = 0, w_OI[2].abs()
@@ -112,7 +123,9 @@ def test_tuned_super_blocks_are_stored_bit_for_bit(kind):
             rounding.step(torch.randn(6, 512, generator=generator), 0.05, 0.05, torch.empty(6, 512))
         codes = rounding.codes()
         assert torch.equal(dequantize(codes), rounding.weight())
-        np.testing.assert_array_equal(as_llamacpp(codes, kind), rounding.weight().numpy().view(np.uint32))
+        np.testing.assert_array_equal(
+            as_llamacpp(codes, kind), rounding.weight().numpy().view(np.uint32)
+        )
         seen.append(codes)
     parts = ("q_OI", "scale_OG") if kind.sym else ("q_OI", "scale_OG", "min_OG")
     for before, after in pairwise(seen):
@@ -126,13 +139,16 @@ def test_every_code_and_scale_finds_its_bits(kind):
     groups = 2 * SUPER // kind.group
     q_OI = torch.randint(0, 2**kind.bits, (3, 2 * SUPER), generator=generator).to(torch.uint8)
     scale, minimum = (
-        torch.randint(low, kind.high + 1, (3, groups), generator=generator).float() for low in (kind.low, 0)
+        torch.randint(low, kind.high + 1, (3, groups), generator=generator).float()
+        for low in (kind.low, 0)
     )
     unit = torch.tensor([0.5, 0.25], dtype=torch.float16).expand(3, 2, 2)
     zero = torch.full(scale.shape, 2 ** (kind.bits - 1) if kind.sym else 0, dtype=torch.uint8)
     own = None if kind.sym else minimum / 4
     drawn = Codes(q_OI, scale / 2, zero, kind.bits, kind.group, kind.sym, min_OG=own, unit_OS2=unit)
-    np.testing.assert_array_equal(as_llamacpp(drawn, kind).view(np.float32), dequantize(drawn).numpy())
+    np.testing.assert_array_equal(
+        as_llamacpp(drawn, kind).view(np.float32), dequantize(drawn).numpy()
+    )
     with pytest.raises(ValueError, match="no integers"):
         gguf_k.pack(drawn._replace(scale_OG=drawn.scale_OG + 0.25), kind)
     with pytest.raises(ValueError, match="no integers"):
@@ -149,19 +165,33 @@ def test_a_weight_on_the_super_grid_stays_and_others_come_close(kind):
     value_OI = dequantize(rounded)
     plain = round_to_nearest(w_OI, kind.group, Grid(kind.bits, kind.sym))
     error = (value_OI - w_OI).square().mean()
-    assert error < (dequantize(plain) - w_OI).square().mean()  # even though its scales are coarser than float16 ones
+    # even though its scales are coarser than float16 ones
+    assert error < (dequantize(plain) - w_OI).square().mean()
     fitted, moved = gguf_k.onto(plain, kind)
     assert 0 < moved < 0.2 and not torch.equal(dequantize(fitted), dequantize(plain))
-    np.testing.assert_array_equal(as_llamacpp(fitted, kind), dequantize(fitted).numpy().view(np.uint32))
+    np.testing.assert_array_equal(
+        as_llamacpp(fitted, kind), dequantize(fitted).numpy().view(np.uint32)
+    )
     w_OGg, value_OGg = (x_OI.unflatten(1, (-1, kind.group)) for x_OI in (w_OI, value_OI))
     importance_Gg = torch.rand(512, generator=generator).exp().pow(4).unflatten(0, (-1, kind.group))
-    min_OG, ones_Gg = torch.zeros_like(rounded.scale_OG) if kind.sym else rounded.min_OG, torch.ones_like(importance_Gg)
+    min_OG, ones_Gg = (
+        torch.zeros_like(rounded.scale_OG) if kind.sym else rounded.min_OG,
+        torch.ones_like(importance_Gg),
+    )
     again = super_grids.fit(value_OGg, ones_Gg, kind.grid, rounded.scale_OG, min_OG)
-    assert super_grids._measure(value_OGg, ones_Gg, again, kind.grid)[1].sum() < 0.02 * error * w_OI.numel()
+    assert (
+        super_grids._measure(value_OGg, ones_Gg, again, kind.grid)[1].sum()
+        < 0.02 * error * w_OI.numel()
+    )
     for weight_Gg in (importance_Gg, ones_Gg):
         found = super_grids.search(w_OGg, weight_Gg, kind.grid)
-        other = super_grids.search(w_OGg, importance_Gg * (weight_Gg == 1) + (weight_Gg != 1), kind.grid)
-        errors = [super_grids._measure(w_OGg, weight_Gg, each, kind.grid)[1].sum() for each in (found, other)]
+        other = super_grids.search(
+            w_OGg, importance_Gg * (weight_Gg == 1) + (weight_Gg != 1), kind.grid
+        )
+        errors = [
+            super_grids._measure(w_OGg, weight_Gg, each, kind.grid)[1].sum()
+            for each in (found, other)
+        ]
         assert errors[0] < errors[1]  # each is the better one by its own measure
 
 
@@ -169,7 +199,9 @@ def test_check_names_the_flags_that_help():
     named, plain = formats.FORMATS["gguf:q4_1"].check, formats.FORMATS["gguf"].check
     assert named(Scheme(4, 32, False), 64, 64) is None
     assert "--bits 4 --group_size 32 --asym" in named(Scheme(4, 128, True), 64, 128)
-    assert plain(Scheme(4, 128, True), 64, 128) is None and plain(Scheme(3, -1, False), 64, 96) is None
+    assert (
+        plain(Scheme(4, 128, True), 64, 128) is None and plain(Scheme(3, -1, False), 64, 96) is None
+    )
     assert "no multiple" in plain(Scheme(4, 16, True), 64, 64)
     assert "no multiple" in plain(Scheme(4, -1, True), 64, 48)
     assert "asymmetric 8 bits" in plain(Scheme(8, 32, False), 64, 64)
@@ -179,8 +211,14 @@ def test_the_tuner_knows_how_precise_scales_may_be():
     assert formats.scale_bits(["auto_round", "gguf:q4_1"], Scheme(4, 32, False)) == 7
     assert formats.scale_bits(["auto_round"], Scheme(4, 32, False)) is None
     assert formats.scale_bits(["gguf"], Scheme(4, 32, True)) is None
-    assert formats.scale_range(["gguf:q4_k"]) == formats.scale_range(["fake", "gguf:q4_k"]) == (0, 63)
-    assert formats.scale_range(["gguf:q4_k", "auto_round"]) is None is formats.scale_range(["gguf:q4_0"])
+    assert (
+        formats.scale_range(["gguf:q4_k"]) == formats.scale_range(["fake", "gguf:q4_k"]) == (0, 63)
+    )
+    assert (
+        formats.scale_range(["gguf:q4_k", "auto_round"])
+        is None
+        is formats.scale_range(["gguf:q4_0"])
+    )
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -204,8 +242,11 @@ def test_names_are_those_of_the_gguf_package(case):
     text = config.get_text_config()
     arch = gguf.MODEL_ARCH[gguf_models.architecture(text).name.upper()]
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
-    used = {t for rule in gguf_models.text_part(model_type, text).rules.values() for t in rule.targets}
-    optional = {"blk.{}.attn_q_norm", "blk.{}.attn_k_norm", "output"}  # not every architecture has them
+    used = {
+        t for rule in gguf_models.text_part(model_type, text).rules.values() for t in rule.targets
+    }
+    # not every architecture has them
+    optional = {"blk.{}.attn_q_norm", "blk.{}.attn_k_norm", "output"}
     assert {name.replace("{}", "{bid}") for name in used - optional} <= known
     keys = {value.replace("{arch}", gguf.MODEL_ARCH_NAMES[arch]) for value in _strings(gguf.Keys)}
     assert set(gguf_models.text_metadata(config, text)) <= keys
@@ -215,7 +256,9 @@ def test_names_are_those_of_the_gguf_package(case):
         stems = {_stem(t) for rule in tower.rules.values() for t in rule.targets}
         assert {stem for stem in stems if not stem.startswith("v.unused.")} <= every
         facts = gguf_towers.tower_metadata(model_type, config, {})
-        assert set(facts) <= keys and facts["clip.projector_type"] in (_strings(gguf.VisionProjectorType) | {"mlp"})
+        assert set(facts) <= keys and facts["clip.projector_type"] in (
+            _strings(gguf.VisionProjectorType) | {"mlp"}
+        )
 
 
 def _strings(space) -> set[str]:
@@ -237,8 +280,16 @@ def test_what_llamacpp_computes_otherwise_is_refused():
             gguf_models.architecture(config)
 
     refused("llama", "computes silu, not gelu", hidden_act="gelu")
-    refused("qwen2", "rope type yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
-                                                        "original_max_position_embeddings": 128})  # fmt: skip
+    refused(
+        "qwen2",
+        "rope type yarn",
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 128,
+        },
+    )
     refused("gemma3_text", "head size", query_pre_attn_scalar=100)
     refused("gemma3_text", "sliding windows", layer_types=["full_attention"] * 7)
     with pytest.raises(UserError, match="no table for gpt2"):
@@ -276,26 +327,38 @@ def test_the_vocabulary_has_a_token_for_every_row(tmp_path):
     tiny("gemma3_text", tmp_path)
     facts = gguf_tokens.metadata(tmp_path, VOCABULARY)
     kinds = facts["tokenizer.ggml.token_type"]
-    assert len(facts["tokenizer.ggml.tokens"]) == len(kinds) == len(facts["tokenizer.ggml.scores"]) == VOCABULARY
+    assert (
+        len(facts["tokenizer.ggml.tokens"])
+        == len(kinds)
+        == len(facts["tokenizer.ggml.scores"])
+        == VOCABULARY
+    )
     assert kinds[0] == gguf.TokenType.CONTROL and kinds[3] == gguf.TokenType.UNKNOWN
     assert kinds[4] == gguf.TokenType.BYTE and kinds[-1] == gguf.TokenType.UNUSED
     assert len(set(facts["tokenizer.ggml.tokens"])) == VOCABULARY
     assert len(gguf_tokens.metadata(tmp_path, 100)["tokenizer.ggml.tokens"]) == 100
 
 
-@pytest.mark.parametrize(("fmt", "bits", "sym"), [("gguf:q4_0", 4, True), ("gguf:q4_1", 4, False), ("gguf", 3, True)])
+@pytest.mark.parametrize(
+    ("fmt", "bits", "sym"), [("gguf:q4_0", 4, True), ("gguf:q4_1", 4, False), ("gguf", 3, True)]
+)
 def test_journey_of_the_demo_model(tmp_path, fmt, bits, sym):
-    """Exported = tuned, to the bit: the closed form moves the scales, and the file holds what it found."""
-    recipe = Recipe(model="demo", dataset="demo", bits=bits, group_size=32, sym=sym, format=fmt, nsamples=4, iters=1,
+    """Exported = tuned, to the bit: the closed form moves the scales, and the file holds what it
+    found."""
+    recipe = Recipe(model="demo", dataset="demo", bits=bits, group_size=32, sym=sym, format=fmt,
+        nsamples=4, iters=1,
                     output_dir=str(tmp_path), device="cpu", batch_size=4, fisher=False)  # fmt: skip
     loaded = load("demo")
     folder = jobs.run(jobs.prepare(recipe, loaded))[0]
     tuned = {
-        name: loaded.model.get_parameter(f"{name}.weight") for name in jobs.make_plan(loaded.model, recipe).quantized
+        name: loaded.model.get_parameter(f"{name}.weight")
+        for name in jobs.make_plan(loaded.model, recipe).quantized
     }
     assert tuned and same_weights(folder, {f"{name}.weight": w for name, w in tuned.items()}) == []
     config = json.loads((folder / "config.json").read_text())
-    assert sorted(config["quantization_config"]["files"]) == sorted(p.name for p in folder.glob("*.gguf"))
+    assert sorted(config["quantization_config"]["files"]) == sorted(
+        p.name for p in folder.glob("*.gguf")
+    )
     kept = from_quantized(folder).model.state_dict()
     for name, tensor in load("demo").model.state_dict().items():
         if name.removesuffix(".weight") not in tuned:
@@ -305,31 +368,44 @@ def test_journey_of_the_demo_model(tmp_path, fmt, bits, sym):
 @pytest.mark.parametrize("algorithm", ["auto", "rtn", "sign_round"])
 @pytest.mark.parametrize("kind", K_TYPES.values(), ids=K_TYPES)
 def test_k_types_export_what_was_tuned(tmp_path, caplog, kind, algorithm):
-    """To the bit: decoded by the package `gguf`, by our reader, and by the checksums of float32 values in run.json."""
-    recipe = Recipe(model="demo", dataset="demo", bits=kind.bits, group_size=kind.group, sym=kind.sym, nsamples=4,
-                    iters=1, format=f"gguf:{kind.name.lower()}", output_dir=str(tmp_path), device="cpu", batch_size=4,
+    """To the bit: decoded by the package `gguf`, by our reader, and by the checksums of float32
+    values in run.json."""
+    recipe = Recipe(model="demo", dataset="demo", bits=kind.bits, group_size=kind.group,
+        sym=kind.sym, nsamples=4,
+                    iters=1, format=f"gguf:{kind.name.lower()}", output_dir=str(tmp_path),
+                    device="cpu", batch_size=4,
                     fisher=False, algorithm=algorithm)  # fmt: skip
     job = jobs.prepare(recipe, load("demo"))
     assert {scheme.scale_range for scheme in job.plan.quantized.values()} == {(kind.low, kind.high)}
     (folder,) = jobs.run(job)
-    tuned = {f"{name}.weight": job.loaded.model.get_parameter(f"{name}.weight") for name in job.plan.quantized}
+    tuned = {
+        f"{name}.weight": job.loaded.model.get_parameter(f"{name}.weight")
+        for name in job.plan.quantized
+    }
     assert len(tuned) == 35 and same_weights(folder, tuned) == [] and "moved" not in caplog.text
     written = json.loads((folder / "run.json").read_text())["codes"]
     assert len(written) == 35 and all("weight" in record for record in written.values())
     assert [finding for finding in check(folder) if finding.severity == "error"] == []
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(next(folder.glob("model-*.gguf"))).tensors}
+    stored = {
+        tensor.name: tensor for tensor in gguf.GGUFReader(next(folder.glob("model-*.gguf"))).tensors
+    }
     down = stored["blk.0.ffn_down.weight"]
     decoded = torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type))
     assert down.tensor_type.name == kind.name
-    assert torch.equal(decoded.bfloat16(), tuned["model.language_model.layers.0.mlp.down_proj.weight"])
+    assert torch.equal(
+        decoded.bfloat16(), tuned["model.language_model.layers.0.mlp.down_proj.weight"]
+    )
     changed = bytearray(next(folder.glob("model-*.gguf")).read_bytes())
     changed[down.data_offset + 20] ^= 1
     next(folder.glob("model-*.gguf")).write_bytes(changed)
-    assert [f.where for f in check(folder) if f.severity == "error"] == ["model.layers.0.mlp.down_proj.weight"]
+    assert [f.where for f in check(folder) if f.severity == "error"] == [
+        "model.layers.0.mlp.down_proj.weight"
+    ]
 
 
 def test_beside_another_format_k_types_are_fitted_and_say_how_far(tmp_path, caplog):
-    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k,auto_round",
+    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0,
+        format="gguf:q4_k,auto_round",
                     device="cpu", output_dir=str(tmp_path))  # fmt: skip
     loaded = load("demo")
     folder = jobs.run(jobs.prepare(recipe, loaded))[0]
@@ -341,7 +417,9 @@ def test_beside_another_format_k_types_are_fitted_and_say_how_far(tmp_path, capl
 
 
 def test_what_was_tuned_on_super_blocks_goes_nowhere_else(tmp_path):
-    recipe = Recipe(model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k", device="cpu")
+    recipe = Recipe(
+        model="demo", bits=4, group_size=32, sym=False, iters=0, format="gguf:q4_k", device="cpu"
+    )
     with pytest.raises(UserError, match="polish tunes scales, which gguf:q4_k"):
         jobs.prepare(replace(recipe, polish=True), load("demo"))
     job, finished = jobs.prepare(recipe, load("demo")), Finished()
@@ -352,7 +430,9 @@ def test_what_was_tuned_on_super_blocks_goes_nowhere_else(tmp_path):
 
 
 def test_a_wrong_scheme_is_one_line_with_the_flags(tmp_path):
-    recipe = Recipe(model="demo", iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu")
+    recipe = Recipe(
+        model="demo", iters=0, format="gguf:q4_0", output_dir=str(tmp_path), device="cpu"
+    )
     with pytest.raises(UserError, match=r"--bits 4 --group_size 32$"):
         jobs.prepare(recipe, load("demo"))
 

@@ -1,5 +1,5 @@
-"""The Python API with objects: what is exported is the model and the tokenizer that were given, and they are given
-back as they were."""
+"""The Python API with objects: what is exported is the model and the tokenizer that were given, and
+they are given back as they were."""
 
 import copy
 import json
@@ -61,7 +61,10 @@ def holds(folder, model, tokenizer, ids=IDS):
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], tensor), name
     assert torch.equal(again.model(ids).logits, model(ids).logits)
-    assert len(again.tokenizer) == len(tokenizer) and again.tokenizer.chat_template == tokenizer.chat_template
+    assert (
+        len(again.tokenizer) == len(tokenizer)
+        and again.tokenizer.chat_template == tokenizer.chat_template
+    )
     plain = transformers.AutoConfig.from_pretrained(folder).to_dict()
     for key in ("vocab_size", "tie_word_embeddings", "num_hidden_layers", "rope_parameters"):
         assert plain[key] == model.config.to_dict()[key]
@@ -85,7 +88,11 @@ def rope(model, tokenizer):
 
 
 def tuned(model, tokenizer):
-    for parameter in (model.lm_head.weight, model.model.norm.weight, model.model.layers[1].mlp.up_proj.weight):
+    for parameter in (
+        model.lm_head.weight,
+        model.model.norm.weight,
+        model.model.layers[1].mlp.up_proj.weight,
+    ):
         parameter.data += 0.1 * torch.randn_like(parameter)
 
 
@@ -118,7 +125,8 @@ def stacked_up(model, tokenizer):
 
 def halved(model, tokenizer):
     model.to(torch.bfloat16)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # loading keeps its angles in float32
+    # loading keeps its angles in float32
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
 CHANGES = [resized, smaller, rope, tuned, all_tuned, tied, template, pruned, stacked_up, halved]
@@ -141,28 +149,38 @@ def test_an_unchanged_model_is_exported_as_its_folder_is(folders, tmp_path):
     (source / "notes.txt").write_text("beside")
     out = exported(model, tokenizer, tmp_path / "out", "fake")
     (source / "notes.txt").unlink()
-    assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert (out / "notes.txt").read_text() == "beside"
-    assert load_file(out / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    assert (
+        load_file(out / "model.safetensors").keys()
+        == load_file(source / "model.safetensors").keys()
+    )
 
 
 def test_an_untied_head_is_written_and_said(folders, tmp_path):
     source = tmp_path / "tied"
-    config = transformers.AutoConfig.for_model("llama", **FAMILIES["llama"].config | {"tie_word_embeddings": True})
+    config = transformers.AutoConfig.for_model(
+        "llama", **FAMILIES["llama"].config | {"tie_word_embeddings": True}
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
     assert "lm_head.weight" not in load_file(source / "model.safetensors")
     model, tokenizer = read(source)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)  # the configuration still says that it is tied
+    # the configuration still says that it is tied
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
     out = exported(model, tokenizer, tmp_path / "out")
     again = from_quantized(out).model
     assert again.config.tie_word_embeddings is False
     assert torch.equal(again.lm_head.weight, model.lm_head.weight) and not check(out)
 
 
-@pytest.mark.parametrize("family, kept", [("qwen3_moe", "experts.1"), ("gpt2", "c_attn"), ("gemma3_text", "down_proj")])
+@pytest.mark.parametrize(
+    "family, kept", [("qwen3_moe", "experts.1"), ("gpt2", "c_attn"), ("gemma3_text", "down_proj")]
+)
 @pytest.mark.parametrize("format", ["auto_round", "fake"])
 def test_other_forms_of_weights_change_too(folders, tmp_path, family, kept, format):
     """Experts that lie stacked in memory, Conv1D, tied heads."""
@@ -176,14 +194,24 @@ def test_other_forms_of_weights_change_too(folders, tmp_path, family, kept, form
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("change, kept", [(tuned, True), (pruned, True), (resized, True), (all_tuned, False)])
-def test_what_the_class_does_not_read_comes_from_the_source(folders, tmp_path, monkeypatch, change, kept):
+@pytest.mark.parametrize(
+    "change, kept", [(tuned, True), (pruned, True), (resized, True), (all_tuned, False)]
+)
+def test_what_the_class_does_not_read_comes_from_the_source(
+    folders, tmp_path, monkeypatch, change, kept
+):
     """Layers for multi-token prediction belong to the weights of the folder, not to any others."""
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"mtp\..*"])
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"mtp\..*"]
+    )
     source = tmp_path / "source"
     shutil.copytree(folders("llama"), source)
     more = {"mtp.0.eh_proj.weight": torch.arange(6.0).reshape(2, 3)}
-    save_file(load_file(source / "model.safetensors") | more, source / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(source / "model.safetensors") | more,
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     model, tokenizer = read(source)
     change(model, tokenizer)
     written = load_file(exported(model, tokenizer, tmp_path / "out", "fake") / "model.safetensors")
@@ -218,7 +246,9 @@ def test_values_that_a_shorter_dtype_does_not_hold_are_kept(folders, tmp_path):
 def test_settings_of_generation(folders, tmp_path):
     """Also those that Transformers refuses to save."""
     for name, model in (("loaded", read(folders("llama"))[0]), ("made", FAMILIES["llama"].build())):
-        model.generation_config = transformers.GenerationConfig(do_sample=False, temperature=0.7, top_p=0.8)
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=False, temperature=0.7, top_p=0.8
+        )
         out = exported(model, tiny_tokenizer(), tmp_path / name)
         assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.7
 
@@ -232,9 +262,15 @@ def test_a_processor_that_was_changed(tmp_path):
     processor.chat_template = "{{ messages[0]['content'] }}"
     out = exported(model, processor, tmp_path / "out", group_size=128)  # in the tokenizer's place
     again = transformers.AutoProcessor.from_pretrained(out)
-    assert again.image_processor.size["longest_edge"] == 12544 and again.chat_template == processor.chat_template
+    assert (
+        again.image_processor.size["longest_edge"] == 12544
+        and again.chat_template == processor.chat_template
+    )
     kept = exported(
-        transformers.Qwen2VLForConditionalGeneration.from_pretrained(DEMO), None, tmp_path / "kept", group_size=128
+        transformers.Qwen2VLForConditionalGeneration.from_pretrained(DEMO),
+        None,
+        tmp_path / "kept",
+        group_size=128,
     )
     for path in DEMO.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
@@ -248,7 +284,10 @@ def test_code_that_comes_with_a_model_is_kept(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     all_tuned(model, None)
     out = exported(model, tiny_tokenizer(), tmp_path / "out", format="fake")
-    assert "auto_map" in json.loads((out / "config.json").read_text()) and (out / "cogvlm2.py").is_file()
+    assert (
+        "auto_map" in json.loads((out / "config.json").read_text())
+        and (out / "cogvlm2.py").is_file()
+    )
 
 
 def test_a_model_changed_after_it_was_quantized(folders, tmp_path):
@@ -258,7 +297,9 @@ def test_a_model_changed_after_it_was_quantized(folders, tmp_path):
     (out,) = autoround.save_quantized(tmp_path / "resized")
     assert from_quantized(out).model.get_input_embeddings().weight.shape == (130, 64)
     model.model.layers[1].mlp.up_proj.weight.data += 1
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj: its weight is not what quantize"):
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.up_proj: its weight is not what quantize"
+    ):
         autoround.save_quantized(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     model.model.layers = model.model.layers[:1]
@@ -279,7 +320,10 @@ def test_a_folder_is_a_source_by_its_tensors(folders, caplog):
     model.lm_head.weight.data += 1
     assert AutoRoundMLLM(model, tokenizer, dataset=TEXTS).loaded.source == folders("llama")
     all_tuned(model, tokenizer)
-    assert AutoRoundMLLM(model, tokenizer, dataset=TEXTS).loaded.source is None and "not those of" in caplog.text
+    assert (
+        AutoRoundMLLM(model, tokenizer, dataset=TEXTS).loaded.source is None
+        and "not those of" in caplog.text
+    )
     other = FAMILIES["qwen3"].build()
     other.config._name_or_path = str(folders("llama"))
     assert AutoRoundMLLM(other, tokenizer, dataset=TEXTS).loaded.source is None
@@ -290,7 +334,10 @@ def test_the_quantized_is_not_quantized_again(folders, bits):
     model, tokenizer = read(folders("llama"))
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     autoround = quantized(model, tokenizer, bits=12 - bits)
-    for again in (autoround, AutoRoundMLLM(model, tokenizer, bits=bits, group_size=32, algorithm="rtn", device="cpu")):
+    for again in (
+        autoround,
+        AutoRoundMLLM(model, tokenizer, bits=bits, group_size=32, algorithm="rtn", device="cpu"),
+    ):
         with pytest.raises(UserError, match="was quantized before"):
             again.quantize()
     model.load_state_dict(original)
@@ -319,8 +366,10 @@ def test_the_model_is_given_back_as_it_was(folders, family, options, fails):
     def state():
         return (
             {name: module.training for name, module in model.named_modules()},
-            {name: (p.requires_grad, p.dtype, p.device, p.grad is None, id(p)) for name, p in model.named_parameters()},
-            {name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), "forward" in vars(m))
+            {name: (p.requires_grad, p.dtype, p.device, p.grad is None, id(p)) for name,
+                p in model.named_parameters()},
+            {name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks),
+                "forward" in vars(m))
              for name, m in model.named_modules()},
             {name: len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ())
              for name, p in model.named_parameters()},
@@ -329,7 +378,15 @@ def test_the_model_is_given_back_as_it_was(folders, family, options, fails):
 
     before = state()
     autoround = AutoRoundMLLM(
-        model, tokenizer, group_size=32, dataset=TEXTS, nsamples=8, seqlen=32, iters=2, device="cpu", **options
+        model,
+        tokenizer,
+        group_size=32,
+        dataset=TEXTS,
+        nsamples=8,
+        seqlen=32,
+        iters=2,
+        device="cpu",
+        **options,
     )
 
     def stop(block, step, total):
@@ -369,7 +426,9 @@ def test_adapters_must_be_merged(folders):
 def test_what_is_left_of_an_adapter_stays_behind(folders, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(folders("llama"), source)
-    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}')
+    (source / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}'
+    )
     out = exported(str(source), None, tmp_path / "out")
     assert not (out / "adapter_config.json").exists() and not check(out)
 
@@ -394,13 +453,18 @@ def edit(folder, name, **changes):
 
 
 @pytest.mark.parametrize("damage, line", [
-    (lambda out: edit(out, "config.json", vocab_size=100), "tokenizer.json: its token 'w127' has id 127"),
+    (lambda out: edit(out, "config.json", vocab_size=100),
+        "tokenizer.json: its token 'w127' has id 127"),
     (lambda out: edit(out, "config.json", vocab_size=100), "has shape (128, 64)"),
-    (lambda out: edit(out, "config.json", tie_word_embeddings=True), "lm_head.weight: differs from model.embed_tokens"),
+    (lambda out: edit(out, "config.json", tie_word_embeddings=True),
+        "lm_head.weight: differs from model.embed_tokens"),
     (lambda out: edit(out, "config.json", rope_theta=5.0), "rope_theta is 5.0"),
-    (lambda out: edit(out, "config.json", layer_types=["full_attention"]), "layer_types has 1 entries for 2 layers"),
-    (lambda out: edit(out, "config.json", eos_token_id=[2, 300]), "eos_token_id is 300, the vocabulary has 128"),
-    (lambda out: edit(out, "generation_config.json", bos_token_id=128), "generation_config.json: bos_token_id is 128"),
+    (lambda out: edit(out, "config.json", layer_types=["full_attention"]),
+        "layer_types has 1 entries for 2 layers"),
+    (lambda out: edit(out, "config.json", eos_token_id=[2, 300]),
+        "eos_token_id is 300, the vocabulary has 128"),
+    (lambda out: edit(out, "generation_config.json", bos_token_id=128),
+        "generation_config.json: bos_token_id is 128"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 @pytest.mark.parametrize("format", ["auto_round", "fake"])
 def test_verify_sees_what_does_not_belong_together(folders, tmp_path, damage, line, format):
@@ -425,8 +489,13 @@ def test_whole_files_hold_the_changed_model(tmp_path):
     (path,) = out.glob("model-*.gguf")
     reader = gguf.GGUFReader(path)
     assert reader.get_field("tokenizer.ggml.tokens").contents()[2048] == "<new_0>"
-    assert abs(reader.get_field("qwen2vl.attention.layer_norm_rms_epsilon").contents() - 1e-3) < 1e-9
-    assert next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight").shape[1] == 2080
+    assert (
+        abs(reader.get_field("qwen2vl.attention.layer_norm_rms_epsilon").contents() - 1e-3) < 1e-9
+    )
+    assert (
+        next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight").shape[1]
+        == 2080
+    )
 
 
 @pytest.mark.parametrize("wrong, line", [
@@ -456,16 +525,26 @@ def test_whole_files_hold_the_changed_model(tmp_path):
 def test_wrong_objects_are_told_in_one_line(wrong, line):
     if line is None:
         return
-    given = dict(model=FAMILIES["llama"].build(), tokenizer=tiny_tokenizer(), dataset=TEXTS, group_size=32, nsamples=8)
+    given = dict(
+        model=FAMILIES["llama"].build(),
+        tokenizer=tiny_tokenizer(),
+        dataset=TEXTS,
+        group_size=32,
+        nsamples=8,
+    )
     wrong = {key: value for key, value in wrong.items() if key != "fresh"}
     with pytest.raises(UserError) as told:
         AutoRoundMLLM(**given | dict(seqlen=32) | wrong).quantize()
-    assert line in str(told.value) and "\n" not in str(told.value) and " at 0x" not in str(told.value)
+    assert (
+        line in str(told.value) and "\n" not in str(told.value) and " at 0x" not in str(told.value)
+    )
 
 
 def test_swapped_objects_are_told_apart(folders):
     model, tokenizer = FAMILIES["llama"].build(), tiny_tokenizer()
     with pytest.raises(UserError, match="swapped"):
         AutoRoundMLLM(tokenizer, model)
-    assert AutoRoundMLLM(folders("llama"), dataset=TEXTS, device="cpu").loaded.source == folders("llama")
+    assert AutoRoundMLLM(folders("llama"), dataset=TEXTS, device="cpu").loaded.source == folders(
+        "llama"
+    )
     assert AutoRoundMLLM(model, None, tokenizer, dataset=TEXTS).loaded.tokenizer is tokenizer

@@ -1,4 +1,5 @@
-"""Moments, scale search, GPTQ solve and start: against slow references and the properties that callers rely on."""
+"""Moments, scale search, GPTQ solve and start: against slow references and the properties that
+callers rely on."""
 
 import logging
 
@@ -28,7 +29,11 @@ def inputs(tokens: int, features: int, seed: int = 0, uneven: float = 0.5) -> Te
     """Correlated Gaussian tokens: spectrum 1/i, channels of different size."""
     generator = torch.Generator().manual_seed(seed + 1000)
     basis_II = torch.linalg.qr(torch.randn(features, features, generator=generator))[0]
-    x_TI = torch.randn(tokens, features, generator=generator) / torch.arange(1, features + 1).sqrt() @ basis_II
+    x_TI = (
+        torch.randn(tokens, features, generator=generator)
+        / torch.arange(1, features + 1).sqrt()
+        @ basis_II
+    )
     return x_TI * torch.exp(uneven * torch.randn(features, generator=generator))
 
 
@@ -43,11 +48,14 @@ def plain(w_OI: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def values(q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_size: int) -> Tensor:
-    return (q_OI - zero_OG.repeat_interleave(group_size, 1)) * scale_OG.repeat_interleave(group_size, 1)
+    return (q_OI - zero_OG.repeat_interleave(group_size, 1)) * scale_OG.repeat_interleave(
+        group_size, 1
+    )
 
 
 def slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, dampening, order_I) -> Tensor:
-    """The published algorithm, column by column with the Cholesky factor of the inverse, float64."""
+    """The published algorithm, column by column with the Cholesky factor of the inverse,
+    float64."""
     hessian_II = hessian_II.double().clone()
     dead_I = hessian_II.diagonal() == 0
     mean = hessian_II.diagonal()[~dead_I].mean()
@@ -56,14 +64,18 @@ def slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, dampening, 
     left_OI = w_OI.double()[:, order_I].clone()
     q_OI = torch.empty_like(left_OI)
     for k, column in enumerate(order_I.tolist()):
-        scale_O, zero_O = scale_OG[:, column // group_size].double(), zero_OG[:, column // group_size].double()
+        scale_O, zero_O = (
+            scale_OG[:, column // group_size].double(),
+            zero_OG[:, column // group_size].double(),
+        )
         q_OI[:, column] = ((left_OI[:, k] / scale_O).round() + zero_O).clamp(0, grid.top)
         error_O = (left_OI[:, k] - scale_O * (q_OI[:, column] - zero_O)) / upper_II[k, k]
         left_OI[:, k:] -= error_O[:, None] * upper_II[k, k:]
     return q_OI
 
 
-# ------------------------------------------------------------------------------------------------------- moments
+# --------------------------------------------------------------------------------------------------
+# moments
 
 
 @pytest.mark.parametrize("features", [24, gram.PANEL + 40])
@@ -102,7 +114,9 @@ def test_teacher_inputs_go_with_cross_moments_only():
 
 def test_retarget_brings_the_student_nearer_to_the_teachers_output():
     teacher_TI, w_OI = inputs(400, 16), weight(8, 16)
-    student_TI = teacher_TI @ (torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))
+    student_TI = teacher_TI @ (
+        torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    )
     running = gram.Moments(16, cross=True)
     running.add(student_TI, teacher=teacher_TI)
     target_TO = teacher_TI @ w_OI.t()
@@ -118,7 +132,8 @@ def test_retarget_brings_the_student_nearer_to_the_teachers_output():
     torch.testing.assert_close(gram.retarget(w_OI, same.hessian(), same.cross()), w_OI)
 
 
-# -------------------------------------------------------------------------------------------------- scale search
+# --------------------------------------------------------------------------------------------------
+# scale search
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -137,7 +152,10 @@ def test_search_is_never_worse_than_the_plain_scale(grid, heavy):
 @pytest.mark.parametrize("heavy", [False, True])
 def test_search_matches_the_fine_grid_of_two_hundred_scales(bits, heavy):
     grid = Grid(bits, True)
-    w_OGg, importance_Gg = grids.to_groups(weight(64, 512, heavy=heavy), 128), torch.rand(4, 128) + 0.1
+    w_OGg, importance_Gg = (
+        grids.to_groups(weight(64, 512, heavy=heavy), 128),
+        torch.rand(4, 128) + 0.1,
+    )
     low_OG, high_OG = w_OGg.amin(-1), w_OGg.amax(-1)
     largest_OG = torch.where(-low_OG > high_OG, low_OG, high_OG)
     step, span = (0.01, 90) if bits == 2 else (0.0075 * grid.middle, 100)
@@ -145,39 +163,58 @@ def test_search_matches_the_fine_grid_of_two_hundred_scales(bits, heavy):
     full_OG = torch.stack(
         [
             gram.weighted_error(
-                w_OGg, importance_Gg, grids.storable(-largest_OG / (grid.middle - step * i), grid), zero_OG, grid
+                w_OGg,
+                importance_Gg,
+                grids.storable(-largest_OG / (grid.middle - step * i), grid),
+                zero_OG,
+                grid,
             )
             for i in range(-span, span + 1)
         ]
     ).amin(0)
-    found_OG = gram.weighted_error(w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid)
+    found_OG = gram.weighted_error(
+        w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid
+    )
     assert found_OG.sum() <= 1.001 * full_OG.sum()
 
 
 @pytest.mark.parametrize("heavy", [False, True])
 def test_asymmetric_search_matches_a_grid_of_ranges(heavy):
     grid = Grid(3, False)
-    w_OGg, importance_Gg = grids.to_groups(weight(48, 256, heavy=heavy), 64), torch.rand(4, 64) + 0.1
+    w_OGg, importance_Gg = (
+        grids.to_groups(weight(48, 256, heavy=heavy), 64),
+        torch.rand(4, 64) + 0.1,
+    )
     low_OG, high_OG = grids.ranges(w_OGg, grid)
     full_OG = torch.stack(
         [
             gram.weighted_error(
-                w_OGg, importance_Gg, *grids.scale_and_zero(low_OG * a / 20, high_OG * b / 20, grid), grid
+                w_OGg,
+                importance_Gg,
+                *grids.scale_and_zero(low_OG * a / 20, high_OG * b / 20, grid),
+                grid,
             )
             for a in range(6, 21)
             for b in range(6, 21)
         ]
     ).amin(0)
-    found_OG = gram.weighted_error(w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid)
+    found_OG = gram.weighted_error(
+        w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid
+    )
     assert found_OG.sum() <= 1.003 * full_OG.sum()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_asymmetric_search_keeps_to_the_smallest_zero_point_and_positive_scales(bits):
     grid = Grid(bits, False, min_zero=1)
-    w_OGg = grids.to_groups(weight(16, 64).abs(), 32)  # all positive: the free zero point would be 0
+    # all positive: the free zero point would be 0
+    w_OGg = grids.to_groups(weight(16, 64).abs(), 32)
     scale_OG, zero_OG = gram.search_scale(w_OGg, torch.ones(2, 32), grid)
-    assert (zero_OG >= 1).all() and (zero_OG <= grid.top).all() and torch.equal(zero_OG, zero_OG.round())
+    assert (
+        (zero_OG >= 1).all()
+        and (zero_OG <= grid.top).all()
+        and torch.equal(zero_OG, zero_OG.round())
+    )
     assert (scale_OG > 0).all()
 
 
@@ -191,7 +228,11 @@ def test_searched_scales_are_what_the_file_holds(grid):
 
 
 def test_search_is_the_same_in_chunks_for_each_row_and_without_importance(monkeypatch):
-    grid, w_OGg, importance_Gg = Grid(3, True), grids.to_groups(weight(20, 64), 32), torch.rand(2, 32)
+    grid, w_OGg, importance_Gg = (
+        Grid(3, True),
+        grids.to_groups(weight(20, 64), 32),
+        torch.rand(2, 32),
+    )
     whole = gram.search_scale(w_OGg, importance_Gg, grid)
     monkeypatch.setattr(gram, "CHUNK", 200)
     chunked = gram.search_scale(w_OGg, importance_Gg.expand(20, 2, 32), grid)
@@ -201,11 +242,14 @@ def test_search_is_the_same_in_chunks_for_each_row_and_without_importance(monkey
 
 
 def test_search_uses_both_signs():
-    scale_OG, _ = gram.search_scale(grids.to_groups(weight(32, 128), 32), torch.ones(4, 32), Grid(2, True))
+    scale_OG, _ = gram.search_scale(
+        grids.to_groups(weight(32, 128), 32), torch.ones(4, 32), Grid(2, True)
+    )
     assert (scale_OG < 0).any() and (scale_OG > 0).any()
 
 
-# --------------------------------------------------------------------------------------------------------- solve
+# --------------------------------------------------------------------------------------------------
+# solve
 
 
 def solved_error(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order="none"):
@@ -219,7 +263,9 @@ def solved_error(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order="n
 def test_solve_equals_the_published_algorithm(grid, order, block):
     w_OI, hessian_II = weight(12, 64, seed=grid.bits), moments(inputs(300, 64))
     scale_OG, zero_OG = plain(w_OI, 16, grid)
-    order_I = hessian_II.diagonal().argsort(descending=True) if order == "weight" else torch.arange(64)
+    order_I = (
+        hessian_II.diagonal().argsort(descending=True) if order == "weight" else torch.arange(64)
+    )
     expected_OI = slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, 0.01, order_I)
     q_OI = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, order=order, block=block)
     assert torch.equal(q_OI.double(), expected_OI)
@@ -246,7 +292,9 @@ def test_order_by_weight_helps_on_uneven_channels():
     for seed in range(4):
         w_OI, hessian_II = weight(32, 128, seed), moments(inputs(1000, 128, seed, uneven=1.0))
         for order in total:
-            total[order] += solved_error(w_OI, hessian_II, *plain(w_OI, 32, grid), 32, grid, order=order)
+            total[order] += solved_error(
+                w_OI, hessian_II, *plain(w_OI, 32, grid), 32, grid, order=order
+            )
     assert total["weight"] < 0.9 * total["none"]
 
 
@@ -257,7 +305,10 @@ def test_search_then_solve_then_refit_each_lower_the_error():
     scale_OG, zero_OG = gram.search_scale(grids.to_groups(w_OI, 32), importance_Gg, grid)
     q_OI = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid)
     refit_OG = gram.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 32, grid)
-    both, after = (gram.error(w_OI, values(q_OI, s_OG, zero_OG, 32), hessian_II) for s_OG in (scale_OG, refit_OG))
+    both, after = (
+        gram.error(w_OI, values(q_OI, s_OG, zero_OG, 32), hessian_II)
+        for s_OG in (scale_OG, refit_OG)
+    )
     assert after < both < alone
     assert torch.equal(refit_OG, refit_OG.half().float())
 
@@ -281,7 +332,9 @@ def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
     grid, w_OI = Grid(4, True), weight(8, 32)
     ranges, nearest_OI = plain(w_OI, 16, grid), grids.round_to_nearest(w_OI, 16, grid).q_OI
     with caplog.at_level(logging.WARNING, "auto_mmround"):
-        gram.solve(w_OI, moments(inputs(300, 32)) - 0.02 * torch.eye(32), *ranges, 16, grid, dampening=0)
+        gram.solve(
+            w_OI, moments(inputs(300, 32)) - 0.02 * torch.eye(32), *ranges, 16, grid, dampening=0
+        )
         assert "dampening" in caplog.text and "nearest" not in caplog.text
         broken = gram.solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
     assert "rounded to nearest" in caplog.text
@@ -298,7 +351,8 @@ def test_solve_is_deterministic_and_leaves_its_arguments_alone():
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------- start
+# --------------------------------------------------------------------------------------------------
+# start
 
 
 @settings(max_examples=150, deadline=None)
@@ -310,9 +364,13 @@ def test_solve_is_deterministic_and_leaves_its_arguments_alone():
     scale=st.floats(1e-4, 1.0),
     seed=st.integers(0, 2**31),
 )
-def test_start_gives_back_the_integers_with_the_smallest_offsets(bits, sym, margin, spread, scale, seed):
+def test_start_gives_back_the_integers_with_the_smallest_offsets(
+    bits, sym, margin, spread, scale, seed
+):
     generator, grid = torch.Generator().manual_seed(seed), Grid(bits, sym)
-    scale_OG = torch.full((3, 2), scale) * torch.randint(0, 2, (3, 2), generator=generator).mul(2).sub(1)
+    scale_OG = torch.full((3, 2), scale) * torch.randint(0, 2, (3, 2), generator=generator).mul(
+        2
+    ).sub(1)
     zero_OG = torch.full((3, 2), float(grid.middle))
     if not sym:
         zero_OG = torch.randint(0, grid.top + 1, (3, 2), generator=generator).float()
@@ -329,5 +387,7 @@ def test_start_gives_back_the_integers_with_the_smallest_offsets(bits, sym, marg
     assert ((shifted_OGg - centre_OGg).abs()[inner_OGg] <= 0.5 - margin + slack).all()
     moved_OGg = offset_OGg.abs() > slack  # what moved, moved just to the margin's edge
     assert ((shifted_OGg - centre_OGg).abs()[moved_OGg] >= 0.5 - margin - slack).all()
-    beyond_OGg = ((q_OGg == 0) & (ratio_OGg < centre_OGg)) | ((q_OGg == grid.top) & (ratio_OGg > centre_OGg))
+    beyond_OGg = ((q_OGg == 0) & (ratio_OGg < centre_OGg)) | (
+        (q_OGg == grid.top) & (ratio_OGg > centre_OGg)
+    )
     assert not offset_OGg[beyond_OGg].any()

@@ -17,7 +17,12 @@ from auto_mmround.evaluate.prompts import answer, asked, log_likelihood
 from auto_mmround.evaluate.samples import HELD_OUT
 from auto_mmround.model.loading import load
 
-TEXTS = ("And God said, Let there be", "The LORD is my", "In the beginning God created the", "And he went up into the")
+TEXTS = (
+    "And God said, Let there be",
+    "The LORD is my",
+    "In the beginning God created the",
+    "And he went up into the",
+)
 CHOICES = ("light", "stone")
 TASK = """\
 task: local_words
@@ -60,16 +65,25 @@ def preferred(loaded, text):
 
 @pytest.mark.slow
 def test_lm_eval_scores_a_local_task(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "auto_mmround[lm-eval]"')
+    pytest.importorskip(
+        "lm_eval", reason='lm_eval is not installed: pip install "auto_mmround[lm-eval]"'
+    )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     loaded = load("demo")
     rows = [{"text": text, "choices": CHOICES, "label": preferred(loaded, text)} for text in TEXTS]
     rows[2]["label"] = 1 - rows[2]["label"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "words.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
-    scores = harness.run("lm_eval", str(tmp_path / "words.yaml"), {"reference": loaded, "quantized": loaded}, None)
+    scores = harness.run(
+        "lm_eval", str(tmp_path / "words.yaml"), {"reference": loaded, "quantized": loaded}, None
+    )
     (score,) = [score for score in scores if score.metric == "acc"]
-    assert (score.benchmark, score.quantized, score.reference, score.count) == ("local_words", 0.75, 0.75, 4)
+    assert (score.benchmark, score.quantized, score.reference, score.count) == (
+        "local_words",
+        0.75,
+        0.75,
+        4,
+    )
     assert score.recovery == 100 and not score.lower_is_better
     with pytest.raises(UserError, match="no such file"):
         harness.run("lm_eval", str(tmp_path / "none.yaml"), {"quantized": loaded}, None)
@@ -79,33 +93,55 @@ def pictured(count):
     """Questions on the held-out pictures of the demo model."""
     rows = json.loads((HELD_OUT / "vqa.json").read_text())[:count]
     asked = [row["conversations"][0]["value"].replace("<image>", "").strip() for row in rows]
-    return [(str(HELD_OUT / "images" / row["image"]), text) for row, text in zip(rows, asked, strict=True)]
+    return [
+        (str(HELD_OUT / "images" / row["image"]), text)
+        for row, text in zip(rows, asked, strict=True)
+    ]
 
 
 @pytest.mark.slow
 def test_lmms_eval_scores_local_tasks_with_pictures(tmp_path, monkeypatch):
-    pytest.importorskip("lmms_eval", reason='lmms_eval is not installed: pip install "auto_mmround[lmms-eval]"')
+    pytest.importorskip(
+        "lmms_eval", reason='lmms_eval is not installed: pip install "auto_mmround[lmms-eval]"'
+    )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     loaded = load("demo")
     rows = []
     for path, question in pictured(4):
         said = answer(loaded, asked(loaded, question, [Image.open(path)]))
-        rows.append({"path": path, "question": question, "answer": said, "choices": [said, "No answer at all."]})
+        rows.append(
+            {
+                "path": path,
+                "question": question,
+                "answer": said,
+                "choices": [said, "No answer at all."],
+            }
+        )
     rows[3] |= {"answer": "wrong"}
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "pictures.py").write_text(
         "from PIL import Image\n\ndef of(row):\n    return [Image.open(row['path'])]\n"
     )
-    for name, kind, metric in (("spoken", "generate_until", "exact_match"), ("chosen", "multiple_choice", "acc")):
+    for name, kind, metric in (
+        ("spoken", "generate_until", "exact_match"),
+        ("chosen", "multiple_choice", "acc"),
+    ):
         text = VISUAL_TASK.format(name=name, rows=tmp_path / "rows.jsonl", kind=kind, metric=metric)
         if kind == "multiple_choice":
             text = text.replace('"{{answer}}"', "0")
         else:
             text = text.replace('doc_to_choice: "{{choices}}"\n', "")
         (tmp_path / f"{name}.yaml").write_text(text)
-    scores = harness.run("lmms", str(tmp_path / "spoken.yaml"), {"reference": loaded, "quantized": loaded}, None)
+    scores = harness.run(
+        "lmms", str(tmp_path / "spoken.yaml"), {"reference": loaded, "quantized": loaded}, None
+    )
     (score,) = [score for score in scores if score.metric == "exact_match"]
-    assert (score.benchmark, score.quantized, score.reference, score.count) == ("spoken", 0.75, 0.75, 4)
+    assert (score.benchmark, score.quantized, score.reference, score.count) == (
+        "spoken",
+        0.75,
+        0.75,
+        4,
+    )
     scores = harness.run("lmms", str(tmp_path / "chosen.yaml"), {"quantized": loaded}, 2)
     (score,) = [score for score in scores if score.metric == "acc"]
     assert (score.quantized, score.count) == (1.0, 2)
@@ -113,7 +149,8 @@ def test_lmms_eval_scores_local_tasks_with_pictures(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_vlmeval_scores_a_local_set(tmp_path):
-    if importlib.util.find_spec("vlmeval") is None:  # importing it here would change the whole process
+    # importing it here would change the whole process
+    if importlib.util.find_spec("vlmeval") is None:
         pytest.skip('vlmeval is not installed: pip install "auto_mmround[vlmeval]"')
     loaded, context = load("demo"), ssl._create_default_https_context
     with (tmp_path / "shapes.tsv").open("w", newline="") as file:
@@ -124,7 +161,9 @@ def test_vlmeval_scores_a_local_set(tmp_path):
                 data = base64.b64encode(image.read()).decode()
             said = answer(loaded, asked(loaded, question, [Image.open(path)]))
             table.writerow([i, data, question, said, "No answer at all.", "B" if i == 3 else "A"])
-    scores = harness.run("vlmeval", str(tmp_path / "shapes.tsv"), {"reference": loaded, "quantized": loaded}, None)
+    scores = harness.run(
+        "vlmeval", str(tmp_path / "shapes.tsv"), {"reference": loaded, "quantized": loaded}, None
+    )
     (score,) = [score for score in scores if score.metric == "Overall"]
     assert score.benchmark == "shapes" and score.count == 4 and score.quantized == score.reference
     assert 0 <= score.quantized <= 1
@@ -138,7 +177,9 @@ def test_questions_from_outside_are_asked_as_our_own():
     loaded = load("demo")
     path, question = pictured(1)[0]
     first = asked(loaded, question, [Image.open(path)])
-    assert answer(loaded, first) == answer(loaded, asked(loaded, f"<image>\n{question}", [Image.open(path)]))
+    assert answer(loaded, first) == answer(
+        loaded, asked(loaded, f"<image>\n{question}", [Image.open(path)])
+    )
     said = answer(loaded, first)
     likely, greedy = log_likelihood(loaded, first, said)
     unlikely, _ = log_likelihood(loaded, first, "zebra zebra")
@@ -147,11 +188,16 @@ def test_questions_from_outside_are_asked_as_our_own():
 
 def test_figures_of_a_harness_result():
     found = {
-        "results": {"words": {"alias": "words", "acc,none": 0.5, "acc_stderr,none": 0.1, "ppl,strict": 9}},
+        "results": {
+            "words": {"alias": "words", "acc,none": 0.5, "acc_stderr,none": 0.1, "ppl,strict": 9}
+        },
         "higher_is_better": {"words": {"acc": True, "ppl": False}},
         "n-samples": {"words": {"original": 9, "effective": 4}},
     }
-    assert list(harness._rows(found)) == [("words", "", "acc", 0.5, 4, False), ("words", "strict", "ppl", 9.0, 4, True)]
+    assert list(harness._rows(found)) == [
+        ("words", "", "acc", 0.5, 4, False),
+        ("words", "strict", "ppl", 9.0, 4, True),
+    ]
 
 
 @pytest.mark.parametrize("prefix", sorted(harness.HARNESSES))

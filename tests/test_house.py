@@ -34,7 +34,10 @@ def imports(path: Path, top_only: bool = False) -> set[str]:
 def files() -> dict[str, Path]:
     """Module -> its file, of the whole package."""
     paths = (ROOT / "auto_mmround").rglob("*.py")
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
 
 
 def arrows() -> dict[str, set[str]]:
@@ -56,7 +59,11 @@ def test_rooms_know_only_what_lies_below():
         room = module.split(".")[1] if module.count(".") else ""
         if room in BELOW:
             may = {room, *COMMON, *BELOW[room]}
-            wrong += [f"{module} -> {name}" for name in used if name.count(".") and name.split(".")[1] not in may]
+            wrong += [
+                f"{module} -> {name}"
+                for name in used
+                if name.count(".") and name.split(".")[1] not in may
+            ]
     assert not wrong, f"arrows that point up: {', '.join(sorted(wrong))}"
 
 
@@ -69,7 +76,9 @@ def test_no_files_import_each_other_in_a_circle():
 
 def test_numerics_knows_torch_alone():
     for path in (ROOT / "auto_mmround" / "numerics").rglob("*.py"):
-        assert not any(name.startswith(("transformers", "safetensors")) for name in imports(path)), path
+        assert not any(
+            name.startswith(("transformers", "safetensors")) for name in imports(path)
+        ), path
 
 
 def test_nothing_imports_the_shelves_by_name():
@@ -79,15 +88,26 @@ def test_nothing_imports_the_shelves_by_name():
 
 
 def test_mistakes_are_answered_before_heavy_imports():
-    for path in ("cli.py", "__init__.py", "errors.py", "untrusted.py", "recipe/recipe.py", "recipe/schemes.py"):
-        roots = {name.split(".")[0] for name in imports(ROOT / "auto_mmround" / path, top_only=True)}
+    for path in (
+        "cli.py",
+        "__init__.py",
+        "errors.py",
+        "untrusted.py",
+        "recipe/recipe.py",
+        "recipe/schemes.py",
+    ):
+        roots = {
+            name.split(".")[0] for name in imports(ROOT / "auto_mmround" / path, top_only=True)
+        }
         assert not roots & HEAVY, path
 
 
 def test_json_is_written_in_one_place():
-    """Python's own `dumps` writes NaN. Excepted: workers that talk to us, names and strings, what only we read."""
+    """Python's own `dumps` writes NaN. Excepted: workers that talk to us, names and strings, what
+    only we read."""
     excepted = {
-        "strict.py", "recipe/files.py", "verify/static.py", "report/card.py", "export/shards.py", "run/finished.py",
+        "strict.py", "recipe/files.py", "verify/static.py", "report/card.py", "export/shards.py",
+        "run/finished.py",
     }  # fmt: skip
     found = {
         str(path.relative_to(ROOT / "auto_mmround"))

@@ -1,4 +1,5 @@
-"""The whole way on the bundled model: plan, calibrate, tune two steps, export, read back, measure."""
+"""The whole way on the bundled model: plan, calibrate, tune two steps, export, read back,
+measure."""
 
 import json
 from pathlib import Path
@@ -35,18 +36,25 @@ def run(out, **changes):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("out"), format="auto_round,auto_round:auto_awq,auto_gptq,auto_awq")
+    return run(
+        tmp_path_factory.mktemp("out"), format="auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
+    )
 
 
 def test_every_format_holds_the_tuned_weights_to_the_bit(exported):
     job, folders = exported
     assert [folder.name for folder in folders] == [
-        f"demo-w4g128-{name}" for name in ("auto_round", "auto_round-auto_awq", "auto_gptq", "auto_awq")
+        f"demo-w4g128-{name}"
+        for name in ("auto_round", "auto_round-auto_awq", "auto_gptq", "auto_awq")
     ]
     tuned = job.loaded.model.state_dict()
     for folder in folders:
@@ -81,7 +89,8 @@ def test_the_stored_recipe_reproduces_the_run(exported, tmp_path):
         journals = [json.loads(f["run.json"]) for f in (first, second)]
         for journal in journals:
             assert journal.pop("measured")["seconds"] > 0
-            journal.pop("notes")  # the stored recipe has the adjusted values, so nothing is left to say
+            # the stored recipe has the adjusted values, so nothing is left to say
+            journal.pop("notes")
         assert journals[0] == journals[1]
 
 
@@ -89,9 +98,14 @@ def test_journal_counts(exported):
     job, folders = exported
     journal = json.loads((folders[0] / "run.json").read_text())
     assert journal["quantized"] == len(job.plan.quantized) == 35
-    assert len(journal["blocks"]) == 5 and sum(block["weights"] for block in journal["blocks"]) == 35
+    assert (
+        len(journal["blocks"]) == 5 and sum(block["weights"] for block in journal["blocks"]) == 35
+    )
     assert all(block["end"] <= block["start"] for block in journal["blocks"])
-    assert journal["calibration"]["used"] == 8 and journal["kept"]["lm_head"] == "tied to the input embedding"
+    assert (
+        journal["calibration"]["used"] == 8
+        and journal["kept"]["lm_head"] == "tied to the input embedding"
+    )
 
 
 def test_measuring_against_itself_and_a_coarse_copy(demo, tmp_path):
@@ -148,7 +162,8 @@ def test_a_crash_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     monkeypatch.setattr("auto_mmround.run.output.write_config", die)
     with pytest.raises(OSError, match="disk full"):
         run(tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["demo-w4g128.unfinished"]  # of the finished blocks
+    # of the finished blocks
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["demo-w4g128.unfinished"]
 
 
 def test_existing_output_is_kept_unless_asked(exported, tmp_path):
@@ -175,9 +190,15 @@ def test_plan_overrides_and_fused_groups(demo):
     assert (scheme.bits, scheme.group_size) == (8, 128)
     assert plan.quantized["model.language_model.layers.1.self_attn.o_proj"].group_size == 64
     assert not any(name.startswith("model.language_model.layers.0.") for name in plan.quantized)
-    assert plan.kept["model.language_model.layers.0.mlp.up_proj"] == "kept by layer_config 'layers.0'"
+    assert (
+        plan.kept["model.language_model.layers.0.mlp.up_proj"] == "kept by layer_config 'layers.0'"
+    )
     asym = make_plan(demo.model, Recipe(sym=False, format="auto_gptq"))
-    assert {scheme.min_zero for scheme in asym.quantized.values()} == {FORMATS["auto_gptq"].min_zero} == {1}
+    assert (
+        {scheme.min_zero for scheme in asym.quantized.values()}
+        == {FORMATS["auto_gptq"].min_zero}
+        == {1}
+    )
 
 
 def test_api_as_in_the_original_readme(demo, tmp_path):
@@ -188,7 +209,15 @@ def test_api_as_in_the_original_readme(demo, tmp_path):
     tokenizer.processor = AutoProcessor.from_pretrained(model_name)
     model = Qwen2VLForConditionalGeneration.from_pretrained(model_name, dtype="auto")
     autoround = AutoRoundMLLM(
-        model, tokenizer, bits=4, group_size=128, dataset=dataset, iters=1, nsamples=8, seqlen=64, device="cpu"
+        model,
+        tokenizer,
+        bits=4,
+        group_size=128,
+        dataset=dataset,
+        iters=1,
+        nsamples=8,
+        seqlen=64,
+        device="cpu",
     )
     with pytest.raises(UserError, match="quantize"):
         autoround.save_quantized(tmp_path)
@@ -224,7 +253,14 @@ def test_rows_in_memory_and_models_from_nowhere(demo, tmp_path):
     model = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(DEMO)).bfloat16()
     rows = ["In the beginning was the word, and many words came after it. " * 20] * 8
     autoround = AutoRoundMLLM(
-        model, demo.tokenizer, demo.processor, dataset=rows, iters=1, nsamples=8, seqlen=48, device="cpu"
+        model,
+        demo.tokenizer,
+        demo.processor,
+        dataset=rows,
+        iters=1,
+        nsamples=8,
+        seqlen=48,
+        device="cpu",
     )
     autoround.quantize()
     (folder,) = autoround.save_quantized(tmp_path / "new")

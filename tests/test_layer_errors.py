@@ -1,4 +1,5 @@
-"""What the report says of layers, and what errors weigh: as exact as it says, and without large tensors."""
+"""What the report says of layers, and what errors weigh: as exact as it says, and without large
+tensors."""
 
 import pytest
 import torch
@@ -23,14 +24,20 @@ def layer(rows, columns, grid=THREE_BITS):
     torch.manual_seed(0)
     weight_OI = torch.randn(rows, columns) * 0.02
     moments = Moments(columns)
-    moments.add(torch.randn(3 * columns, columns) @ torch.randn(columns, columns), torch.rand(3 * columns))
+    moments.add(
+        torch.randn(3 * columns, columns) @ torch.randn(columns, columns), torch.rand(3 * columns)
+    )
     parameter = torch.nn.Parameter(weight_OI.clone(), requires_grad=False)
     return TunedWeight(parameter, Rounding(weight_OI, 32, grid)), moments, weight_OI
 
 
-@pytest.mark.parametrize(("rows", "columns", "within"), [(96, 600, 3e-3), (512, 64, 3e-3), (1300, 300, 0.05)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "within"), [(96, 600, 3e-3), (512, 64, 3e-3), (1300, 300, 0.05)]
+)
 @pytest.mark.parametrize("grid", [Grid(3, True), Grid(4, False)])
-def test_errors_of_layers_are_those_under_their_second_moments(rows, columns, within, grid, monkeypatch):
+def test_errors_of_layers_are_those_under_their_second_moments(
+    rows, columns, within, grid, monkeypatch
+):
     leaf, moments, weight_OI = layer(rows, columns, grid)
     hessian_II, zero_OI = moments.hessian(), torch.zeros_like(weight_OI)
     whole = gram.error(weight_OI, zero_OI, hessian_II)

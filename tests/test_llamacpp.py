@@ -1,4 +1,5 @@
-"""GGUF files in llama.cpp itself: every architecture, every tower, tokenizers, the demo model (all need the engine)."""
+"""GGUF files in llama.cpp itself: every architecture, every tower, tokenizers, the demo model (all
+need the engine)."""
 
 import json
 import sys
@@ -45,8 +46,8 @@ needs_engine = pytest.mark.skipif(not PYTHON.is_file(), reason="scripts/engines.
 @needs_engine
 @pytest.mark.parametrize("case", CONFIGS)
 def test_llamacpp_agrees_on_every_architecture(case, tmp_path):
-    """Names, permutations, rope and norms by a float32 file; the blocks by the quantized one. llama.cpp rounds the
-    inputs of quantized layers to 8 bits, hence the wider bound there."""
+    """Names, permutations, rope and norms by a float32 file; the blocks by the quantized one.
+    llama.cpp rounds the inputs of quantized layers to 8 bits, hence the wider bound there."""
     source = tiny(case, tmp_path / "source")
     ids = torch.randint(10, 250, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [ids[:n] for n in (1, 3, 17, 40)]
@@ -67,7 +68,9 @@ ROWS_OF = {
 }
 QWEN = f"<|vision_start|>{IMG * 36}<|vision_end|>"
 FAKE = "<fake_token_around_image>"
-TILES = f"{FAKE}<row_1_col_1>{IMG * 4}{FAKE}<row_1_col_2>{IMG * 4}\n\n{FAKE}<global-img>{IMG * 4}{FAKE}"
+TILES = (
+    f"{FAKE}<row_1_col_1>{IMG * 4}{FAKE}<row_1_col_2>{IMG * 4}\n\n{FAKE}<global-img>{IMG * 4}{FAKE}"
+)
 # (width, height) of an image that neither side resizes, and what llama.cpp makes of it.
 SEEN = {
     "qwen2_vl": (168, 168, QWEN),
@@ -77,7 +80,8 @@ SEEN = {
     "llava": (56, 56, IMG * 16),
     "llava, Pixtral": (56, 56, ROWS_OF[4]),
     "mistral3": (84, 84, ROWS_OF[3]),
-    "idefics3": (112, 56, TILES),  # SmolVLM is the same but for its processor, which needs another package
+    # SmolVLM is the same but for its processor, which needs another package
+    "idefics3": (112, 56, TILES),
 }
 
 
@@ -101,7 +105,8 @@ def seen(case: str, image: Image.Image, config, facts: dict) -> dict[str, torch.
 
 
 def put_class_last(model) -> None:
-    """What llama.cpp computes with CLIP (its issue 25814): the class token behind the patches, positions as before."""
+    """What llama.cpp computes with CLIP (its issue 25814): the class token behind the patches,
+    positions as before."""
     embeddings = model.model.vision_tower.embeddings
 
     def forward(pixel_values, **_):
@@ -116,7 +121,8 @@ def put_class_last(model) -> None:
 @needs_engine
 @pytest.mark.parametrize("case", SEEN)
 def test_llamacpp_agrees_on_every_tower(case, tmp_path):
-    """An image of a size that neither side changes, between the words that llama.cpp puts around it."""
+    """An image of a size that neither side changes, between the words that llama.cpp puts around
+    it."""
     width, height, text = SEEN[case]
     source = tiny(case, tmp_path / "source")
     out = export(source, tmp_path / "out", quantize=False)
@@ -134,7 +140,9 @@ def test_llamacpp_agrees_on_every_tower(case, tmp_path):
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     pieces = [tokenizer.encode(piece).ids for piece in f"{text}the cat".split(IMG)]
     ids = torch.tensor([[*pieces[0], *(i for piece in pieces[1:] for i in (place, *piece))]])
-    kwargs = seen(case, picture, config, json.loads((source / "preprocessor_config.json").read_text()))
+    kwargs = seen(
+        case, picture, config, json.loads((source / "preprocessor_config.json").read_text())
+    )
     if "qwen" in case or case == "gemma3":
         kwargs["mm_token_type_ids" if case != "gemma3" else "token_type_ids"] = (ids == place).int()
     if case == "llava":
@@ -154,12 +162,14 @@ def test_llamacpp_agrees_on_every_tower(case, tmp_path):
     ("fmt", "bits", "group", "sym"),
     [
         ("gguf:q4_1", 4, 32, False), ("gguf:q5_0", 5, 32, True), ("gguf:q5_1", 5, 32, False),
-        ("gguf:q8_0", 8, 32, True), ("gguf", 3, 128, True), ("gguf:q2_k", 2, 16, False), ("gguf:q3_k", 3, 16, True),
+        ("gguf:q8_0", 8, 32, True), ("gguf", 3, 128, True), ("gguf:q2_k", 2, 16, False),
+        ("gguf:q3_k", 3, 16, True),
         ("gguf:q4_k", 4, 32, False), ("gguf:q5_k", 5, 32, False), ("gguf:q6_k", 6, 16, True),
     ],
 )  # fmt: skip
 def test_llamacpp_computes_with_every_block_type(fmt, bits, group, sym, tmp_path):
-    recipe = Recipe(model="demo", bits=bits, group_size=group, sym=sym, iters=0, format=fmt, device="cpu",
+    recipe = Recipe(model="demo", bits=bits, group_size=group, sym=sym, iters=0, format=fmt,
+        device="cpu",
                     output_dir=str(tmp_path))  # fmt: skip
     folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
     loaded = from_quantized(folder, dtype="float32")
@@ -178,7 +188,12 @@ def test_llamacpp_tokenizes_as_the_tokenizer_does(case, tmp_path):
     source = tiny(case, tmp_path / "source")
     out = export(source, tmp_path / "out", quantize=False)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    texts = ["the theft of the cat", "  two  spaces\n\nand lines", "naïve — 12345 it's", "the</s>the"]
+    texts = [
+        "the theft of the cat",
+        "  two  spaces\n\nand lines",
+        "naïve — 12345 it's",
+        "the</s>the",
+    ]
     ids = [tokenizer.encode(text).ids for text in texts]
     by_text = run_llamacpp(out, prompts=texts, python=PYTHON, top=VOCABULARY)
     by_ids = run_llamacpp(out, prompts=ids, python=PYTHON, top=VOCABULARY)
@@ -188,7 +203,8 @@ def test_llamacpp_tokenizes_as_the_tokenizer_does(case, tmp_path):
 @pytest.mark.slow
 @needs_engine
 def test_llamacpp_takes_the_code_minus_128_and_negative_scales(tmp_path):
-    """Its own quantizer writes neither in Q8_0; here every weight is the lowest or the highest code."""
+    """Its own quantizer writes neither in Q8_0; here every weight is the lowest or the highest
+    code."""
 
     def extremes(w_OI: torch.Tensor) -> Codes:
         sign_OG = torch.where(w_OI[:, ::32] > 0, 1.0, -1.0)
@@ -208,26 +224,35 @@ def test_llamacpp_takes_the_code_minus_128_and_negative_scales(tmp_path):
 @needs_engine
 @pytest.mark.parametrize("quantized_tower", [False, True])
 def test_llamacpp_answers_about_images(quantized_tower, tmp_path):
-    """The demo model with its tower: the same prompt length, distribution and answer as Transformers."""
-    recipe = Recipe(model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path),
+    """The demo model with its tower: the same prompt length, distribution and answer as
+    Transformers."""
+    recipe = Recipe(model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0",
+        output_dir=str(tmp_path),
                     device="cpu", quant_nontext_module=quantized_tower)  # fmt: skip
     folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
     loaded = from_quantized(folder, dtype="float32")
     rows = json.loads((DEMO.parent / "heldout" / "vqa.json").read_text())[:4]
     images = [DEMO.parent / "heldout" / "images" / row["image"] for row in rows]
     texts = [row["conversations"][0]["value"].replace("<image>\n", "") for row in rows]
-    questions = [{"content": [{"image": str(image)}, text]} for image, text in zip(images, texts, strict=True)]
+    questions = [
+        {"content": [{"image": str(image)}, text]}
+        for image, text in zip(images, texts, strict=True)
+    ]
     result = run_llamacpp(folder, questions=questions, python=PYTHON, top=2048)
     assert result.ok, result.error
     assert result.classes["q4_0"] == 35
     for image, text, answer in zip(images, texts, result.answers, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
-        prompt = loaded.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = loaded.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
         inputs = loaded.processor(text=[prompt], images=[Image.open(image)], return_tensors="pt")
         with torch.inference_mode():
             wanted_V = loaded.model(**inputs).logits[0, -1].log_softmax(-1)
-        ids = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        ids = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)[
+            0, inputs.input_ids.shape[1] :
+        ]
         found = {int(key): value for key, value in answer["logprobs"].items()}
         gap = max(abs(float(wanted_V[key]) - value) for key, value in found.items())
         assert answer["prompt_tokens"] == inputs.input_ids.shape[1]
@@ -238,7 +263,8 @@ def test_llamacpp_answers_about_images(quantized_tower, tmp_path):
 @pytest.mark.slow
 @needs_engine
 def test_verify_asks_llamacpp_about_text_and_image(tmp_path):
-    recipe = Recipe(model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0", output_dir=str(tmp_path),
+    recipe = Recipe(model="demo", bits=4, group_size=32, iters=0, format="gguf:q4_0",
+        output_dir=str(tmp_path),
                     device="cpu")  # fmt: skip
     folder = jobs.run(jobs.prepare(recipe, load("demo")))[0]
     (verdict,) = verify(folder, ["llamacpp"], root=PYTHON.parents[3]).verdicts
@@ -247,7 +273,8 @@ def test_verify_asks_llamacpp_about_text_and_image(tmp_path):
 
 def test_prompts_lose_what_llamacpp_adds_by_itself():
     loaded = load("demo")
-    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>What?<|im_end|>\n"
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    text += "What?<|im_end|>\n"
     ids = loaded.tokenizer(text).input_ids
     wanted = ["<|im_start|>user\n", {"image": "a.png"}, "What?<|im_end|>\n"]
     assert pieces(ids, loaded.tokenizer, loaded.model.config, [Path("a.png")]) == wanted

@@ -37,14 +37,18 @@ def names(layers: int, experts: int) -> list[str]:
 def layout(layers: int, experts: int) -> Layout:
     """Every second layer at 3 bits, half of the experts' down_proj too; a kept gate a layer."""
     made = {
-        n: W3 if int(n.split(".")[3]) % 2 or ("down" in n and "experts" in n) else W4 for n in names(layers, experts)
+        n: W3 if int(n.split(".")[3]) % 2 or ("down" in n and "experts" in n) else W4
+        for n in names(layers, experts)
     }
     kept = [f"{BLOCKS}.{layer}.mlp.gate" for layer in range(layers)]
-    return Layout(made, kept, [BLOCKS], lambda name: name.replace("model.language_model.", "model."), W4)
+    return Layout(
+        made, kept, [BLOCKS], lambda name: name.replace("model.language_model.", "model."), W4
+    )
 
 
 def calls(work: Callable[[], object]) -> int:
-    """How many functions of Python and C the work calls: any loop over pairs that does something shows."""
+    """How many functions of Python and C the work calls: any loop over pairs that does something
+    shows."""
     count = 0
 
     def see(frame, event, arg):
@@ -74,12 +78,17 @@ def test_configurations_are_written_in_linear_time(name):
 def test_configurations_are_read_in_linear_time_and_say_what_was_written(name):
     def work(layers):
         made = layout(layers, 80)
-        config, stored = formats.get(name).config(made), [made.checkpoint_name(n) for n in made.quantized]
+        config, stored = (
+            formats.get(name).config(made),
+            [made.checkpoint_name(n) for n in made.quantized],
+        )
         return lambda: formats.schemes_of(config, stored)
 
     assert grows_linearly(work)
     made = layout(4, 80)
-    found = formats.schemes_of(formats.get(name).config(made), map(made.checkpoint_name, made.quantized))
+    found = formats.schemes_of(
+        formats.get(name).config(made), map(made.checkpoint_name, made.quantized)
+    )
     assert {n: found[made.checkpoint_name(n)].bits for n in made.quantized} == {
         n: s.bits for n, s in made.quantized.items()
     }
@@ -96,7 +105,13 @@ def test_one_pattern_a_module_is_read_in_linear_time(head, escaped):
     def work(layers):
         all_ = names(layers, 80)
         rules = {f"+:{head}{re.escape(n) if escaped else n}$": {"bits": 3} for n in all_[::2]}
-        config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "dynamic": rules}
+        config = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 32,
+            "sym": True,
+            "dynamic": rules,
+        }
         return lambda: formats.schemes_of(config, all_)
 
     assert grows_linearly(work)
@@ -143,7 +158,9 @@ def test_recipes_with_an_entry_a_weight_are_matched_in_linear_time():
         return lambda: [Patterns(all_)] and (lambda p: [p.of(n) for n in all_])(Patterns(all_))
 
     assert grows_linearly(work)
-    patterns = Patterns(["q_proj", "re:.*layers.1.*", f"{BLOCKS}.1.self_attn.q_proj", "Linear", "elf_attn"])
+    patterns = Patterns(
+        ["q_proj", "re:.*layers.1.*", f"{BLOCKS}.1.self_attn.q_proj", "Linear", "elf_attn"]
+    )
     assert patterns.of(f"{BLOCKS}.1.self_attn.q_proj", ["Linear"]) == patterns.all[:4]
 
 

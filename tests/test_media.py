@@ -51,7 +51,8 @@ def test_look_up_order(tree):
     (tree / "next" / "images").mkdir()
     (tree / "next" / "images" / "d.png").write_bytes(png("green"))
     assert color(load("d.png", "image", roots, base=base)) == "green"
-    assert color(load(str(tree / "given" / "a.png"), "image", roots)) == "red"  # absolute, but inside
+    # absolute, but inside
+    assert color(load(str(tree / "given" / "a.png"), "image", roots)) == "red"
 
 
 def test_nothing_outside_the_given_folders(tree):
@@ -115,13 +116,17 @@ def test_inline_forms():
 
 def test_urls_only_when_allowed(tree, web):
     site, asked = web({"/a.png": png("green"), "/train/z.png": png("green")})
-    url, roots = f"{site}/a.png", Roots(dict.fromkeys(media.KINDS, ()), allow_url=True, permitted=lambda _: True)
+    url, roots = (
+        f"{site}/a.png",
+        Roots(dict.fromkeys(media.KINDS, ()), allow_url=True, permitted=lambda _: True),
+    )
     with pytest.raises(MediaError, match="not fetched unless allowed"):
         load(url, "image", replace(roots, allow_url=False))
     with pytest.raises(MediaError, match=r"127\.0\.0\.1, which is not on the public internet"):
         load(url, "image", parse_roots(None, allow_url=True))
     assert not asked
-    assert color(load(url, "image", parse_roots(tree / "given"))) == "red"  # a copy in the folder is preferred
+    # a copy in the folder is preferred
+    assert color(load(url, "image", parse_roots(tree / "given"))) == "red"
     assert color(load(url, "image", roots)) == "green"
     assert color(load("z.png", "image", roots, remote=f"{site}/train/")) == "green"
     assert asked == ["/a.png", "/train/z.png"]
@@ -204,7 +209,8 @@ def test_sound_in_a_row_is_judged_too(row, reason):
 
 def test_sound_that_lasts_too_long_or_has_too_many_channels(tmp_path, monkeypatch):
     soundfile = pytest.importorskip("soundfile")
-    soundfile.write(tmp_path / "long.flac", np.zeros(700 * 1000, np.float32), 1000)  # 700 s in some kilobytes
+    # 700 s in some kilobytes
+    soundfile.write(tmp_path / "long.flac", np.zeros(700 * 1000, np.float32), 1000)
     soundfile.write(tmp_path / "wide.wav", np.zeros((100, 64), np.float32), 8000)
     monkeypatch.setattr(media, "SAMPLES", 64 * 99)
     for name, reason in (("long.flac", "lasts longer than 600"), ("wide.wav", "64 x 100 samples")):

@@ -1,4 +1,5 @@
-"""Where memory ends: each phase goes on with less, or ends in one line that names it; and what is kept where."""
+"""Where memory ends: each phase goes on with less, or ends in one line that names it; and what is
+kept where."""
 
 import json
 import os
@@ -50,7 +51,8 @@ def llama(tmp_path_factory):
 
 
 def failing(monkeypatch, place, name: str, times: int, error: Exception = OUT) -> list[int]:
-    """``place.name`` runs out of memory so many times, then works; returns a list that counts its calls."""
+    """``place.name`` runs out of memory so many times, then works; returns a list that counts its
+    calls."""
     calls, whole = [], getattr(place, name)
 
     def short(*args, **kwargs):
@@ -68,14 +70,18 @@ PHASES = {
     "capture": (session, "capture", "", "capturing inputs"),
     "Fisher": (model_fisher, "_sampled_gradient", "", "Fisher information"),
     "equalize": (session, "capture", "--equalize smoothquant", "equalizing"),
-    "equalize a block": ("auto_mmround.run.equalize", "_watched_pass", "--equalize awq", "equalizing of model.lay"),
-    "equalize a pair": ("auto_mmround.run.equalize", "_apply", "--equalize awq", "equalizing of model.lay"),
+    "equalize a block": ("auto_mmround.run.equalize", "_watched_pass", "--equalize awq",
+        "equalizing of model.lay"),
+    "equalize a pair": ("auto_mmround.run.equalize", "_apply", "--equalize awq",
+        "equalizing of model.lay"),
     "bits": (session, "capture", "--target_bits 4.7", "choosing bits"),
-    "bits, gradients": ("auto_mmround.model.divergence", "_divergence", "--target_bits 4.7", "choosing bits"),
+    "bits, gradients": ("auto_mmround.model.divergence", "_divergence", "--target_bits 4.7",
+        "choosing bits"),
     "bits, rounding": (choosing, "closed_form", "--target_bits 4.7", "choosing bits"),
     "listening": (pipeline, "listen", "--polish", "polish"),
     "polish": ("auto_mmround.run.polish", "_backward", "--polish", "polish"),
-    "static": ("auto_mmround.run.static_inputs", "run_without_logits", "--scheme FP8_STATIC --group_size=-1 --iters 0 "
+    "static": ("auto_mmround.run.static_inputs", "run_without_logits",
+        "--scheme FP8_STATIC --group_size=-1 --iters 0 "
                "--format compressed_tensors", "scales of static inputs"),
     "nearest": (pipeline, "leaves_of", "--iters 0", "model.layers.0"),
     "writing": (jobs, "write_checkpoint", "--iters 0", "writing auto_round"),
@@ -92,17 +98,25 @@ def test_where_nothing_helps_one_line_names_the_phase(llama, tmp_path, monkeypat
 
     monkeypatch.setattr(path, short)
     command = (
-        f"--model {llama.folder} --dataset {llama.rows} --nsamples 12 --seqlen 24 --group_size 32 --iters 1 {flags}"
+        f"--model {llama.folder} --dataset {llama.rows} --nsamples 12 --seqlen 24 --group_size 32"
+        f" --iters 1 {flags}"
     )
     assert main([*command.split(), "--device", "cpu", "--output_dir", str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("auto-round-mllm: ") and word in line and "memory" in line and "; " in line, line
+    assert (
+        line.startswith("auto-round-mllm: ") and word in line and "memory" in line and "; " in line
+    ), line
     assert not list(tmp_path.glob("out/*auto_round*"))
 
 
 def test_planning_says_so_too(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("auto_mmround.run.estimate.tune_block", lambda *args, **kwargs: (_ for _ in ()).throw(OUT))
-    words = f"plan --model {llama.folder} --dataset {llama.rows} --nsamples 8 --seqlen 24 --group_size 32 --device cpu"
+    monkeypatch.setattr(
+        "auto_mmround.run.estimate.tune_block", lambda *args, **kwargs: (_ for _ in ()).throw(OUT)
+    )
+    words = (
+        f"plan --model {llama.folder} --dataset {llama.rows} --nsamples 8 --seqlen 24 --group_size"
+        " 32 --device cpu"
+    )
     assert main([*words.split(), "--output_dir", str(tmp_path)]) == 2
     assert "planning: not enough memory" in capsys.readouterr().err
 
@@ -118,7 +132,8 @@ def test_planning_says_so_too(llama, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_with_less_it_is_the_same(llama, tmp_path, monkeypatch, place, name, changes):
-    """The first try runs out of memory; the next one, with less in memory, writes the same files."""
+    """The first try runs out of memory; the next one, with less in memory, writes the same
+    files."""
     family = FAMILIES["llama"]
     run(llama.folder, tmp_path / "whole", family, format="auto_round", **changes)
     place = place if not isinstance(place, str) else __import__(place, fromlist=[name])
@@ -128,7 +143,8 @@ def test_with_less_it_is_the_same(llama, tmp_path, monkeypatch, place, name, cha
 
 
 def test_polish_that_fails_leaves_the_weights_as_they_were(llama, monkeypatch):
-    made = AutoRoundMLLM(str(llama.folder), dataset=llama.texts, nsamples=12, seqlen=24, group_size=32, iters=1,
+    made = AutoRoundMLLM(str(llama.folder), dataset=llama.texts, nsamples=12, seqlen=24,
+        group_size=32, iters=1,
                          polish=True, device="cpu", batch_size=4)  # fmt: skip
     from auto_mmround.run import polish as polishing
 
@@ -147,28 +163,50 @@ def test_polish_that_fails_leaves_the_weights_as_they_were(llama, monkeypatch):
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "qwen3_vl", "gemma4", "mistral3", "phi4_multimodal"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3_moe", "qwen3_vl", "gemma4", "mistral3", "phi4_multimodal"]
+)
 def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
-    """Towers, features added between blocks, keys that blocks share, outputs that the model takes by hooks."""
+    """Towers, features added between blocks, keys that blocks share, outputs that the model takes
+    by hooks."""
     torch.manual_seed(0)
     family = FAMILIES[name]
     model, inputs = family.build(), family.samples()
-    kinds = [Kinds(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs]
+    kinds = [
+        Kinds(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs
+    ]
     stages = find_stages(model)
     order = [block for stage in stages for block in stage.blocks]
-    layers = [layer for layer, _ in linears(model) if any(layer.startswith(f"{block}.") for block in order)]
+    layers = [
+        layer
+        for layer, _ in linears(model)
+        if any(layer.startswith(f"{block}.") for block in order)
+    ]
     whole = measure_fisher(model, stages, inputs, kinds, layers)
     assert len(whole.channels) > len(stages) - 1 and whole.tokens
     graph = Graph(model)
     assert not graph.again and graph.relieve() and not graph.relieve()
     with graph():
         again = measure_fisher(model, stages, inputs, kinds, layers)
-    sides = [SideBySide(count, order, keep) for count, keep in ((1, torch.clone), (len(inputs), Spool(tmp_path)))]
-    for found in (again, *(measure_fisher(model, stages, inputs, kinds, layers, side=side) for side in sides)):
-        assert found.channels.keys() == whole.channels.keys() and found.tokens.keys() == whole.tokens.keys()
-        assert all(torch.equal(found.channels[block], table) for block, table in whole.channels.items())
+    sides = [
+        SideBySide(count, order, keep)
+        for count, keep in ((1, torch.clone), (len(inputs), Spool(tmp_path)))
+    ]
+    for found in (
+        again,
+        *(measure_fisher(model, stages, inputs, kinds, layers, side=side) for side in sides),
+    ):
+        assert (
+            found.channels.keys() == whole.channels.keys()
+            and found.tokens.keys() == whole.tokens.keys()
+        )
+        assert all(
+            torch.equal(found.channels[block], table) for block, table in whole.channels.items()
+        )
         for layer, by_sample in whole.tokens.items():
-            assert all(torch.equal(found.tokens[layer][i], weights) for i, weights in by_sample.items()), layer
+            assert all(
+                torch.equal(found.tokens[layer][i], weights) for i, weights in by_sample.items()
+            ), layer
 
 
 def test_an_error_in_one_of_several_samples_ends_them_all():
@@ -176,7 +214,9 @@ def test_an_error_in_one_of_several_samples_ends_them_all():
 
     model, before = FAMILIES["llama"].build(), threading.active_count()
     inputs = FAMILIES["llama"].samples()
-    kinds = [Kinds(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs]
+    kinds = [
+        Kinds(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs
+    ]
     stages, calls = find_stages(model), []
     layer = model.model.layers[1]
 
@@ -196,18 +236,22 @@ def test_an_error_in_one_of_several_samples_ends_them_all():
 
 def test_blocks_are_read_a_few_times_however_many_samples(llama, monkeypatch):
     reads, read = [], Streamed._read
-    monkeypatch.setattr(Streamed, "_read", lambda self, block: (reads.append(block), read(self, block))[1])
+    monkeypatch.setattr(
+        Streamed, "_read", lambda self, block: (reads.append(block), read(self, block))[1]
+    )
     counts = []
     for samples in (8, 24):
         recipe = Recipe(
-            model=str(llama.folder), nsamples=samples, seqlen=24, group_size=32, stream=True, device="cpu",
+            model=str(llama.folder), nsamples=samples, seqlen=24, group_size=32, stream=True,
+            device="cpu",
         )  # fmt: skip
         job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=llama.texts)
         assert len(job.inputs) == samples
         kinds = kinds_of(job.inputs)
         reads.clear()
         found = fishing.measure_fisher(
-            job.loaded.model, recipe, job.plan.stages, [one.kwargs for one in job.inputs], kinds, job.plan.quantized,
+            job.loaded.model, recipe, job.plan.stages, [one.kwargs for one in job.inputs], kinds,
+            job.plan.quantized,
             holder=job.loaded.holder, precision=nullcontext,
         )  # fmt: skip
         assert all(len(by_sample) == samples for by_sample in found.tokens.values())
@@ -240,7 +284,9 @@ def test_blocks_are_computed_again_where_their_graph_is_large(monkeypatch):
 
     alive: list = []
     layers = model.model.layers
-    layers[0].register_forward_pre_hook(lambda module, args: (args[0].clone().requires_grad_(), *args[1:]))
+    layers[0].register_forward_pre_hook(
+        lambda module, args: (args[0].clone().requires_grad_(), *args[1:])
+    )
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model(**sample, use_cache=False)
     guess = sum(memory.computed(layer) for layer in layers) * sample["input_ids"].numel()
@@ -253,14 +299,22 @@ def test_blocks_are_computed_again_where_their_graph_is_large(monkeypatch):
 def test_choosing_bits_keeps_no_copy_of_all_weights(tmp_path):
     import gc
 
-    model = torch.nn.Sequential(*[torch.nn.Linear(96, 96, bias=False) for _ in range(4)]).requires_grad_(False)
+    model = torch.nn.Sequential(
+        *[torch.nn.Linear(96, 96, bias=False) for _ in range(4)]
+    ).requires_grad_(False)
     versions = choosing.Versions(tmp_path)
-    versions.add({str(i): {16: model[i].weight.clone(), 4: model[i].weight.clone() + 0.01} for i in range(4)})
+    versions.add(
+        {str(i): {16: model[i].weight.clone(), 4: model[i].weight.clone() + 0.01} for i in range(4)}
+    )
     trial = choosing.Trial(model, {str(i): (4,) for i in range(4)}, versions, None, ("text",), [0])  # type: ignore[arg-type]
 
     def count() -> int:
         gc.collect()
-        held = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.shape == (96, 96)]
+        held = [
+            o
+            for o in gc.get_objects()
+            if type(o) in (torch.Tensor, torch.nn.Parameter) and o.shape == (96, 96)
+        ]
         return len({tensor.untyped_storage().data_ptr() for tensor in held})
 
     sums, before = torch.zeros(1), count()
@@ -278,14 +332,20 @@ def test_choosing_bits_keeps_no_copy_of_all_weights(tmp_path):
 def test_states_lie_where_the_recipe_asks_in_every_phase(llama, tmp_path, monkeypatch, asked):
     device, disk = torch.device("meta"), Spool(tmp_path)
     places = Places.of(Recipe(**asked), device, disk)
-    wanted = {"offload_states": (device, disk), "low_gpu_mem_usage": (devices.HOST, None), None: (device, None)}
+    wanted = {
+        "offload_states": (device, disk),
+        "low_gpu_mem_usage": (devices.HOST, None),
+        None: (device, None),
+    }
     assert tuple(places.first.values()) == wanted[next(iter(asked), None)]
     both = Places.of(Recipe(offload_states=True, low_gpu_mem_usage=True), device, disk)
     assert tuple(both.first.values()) == (devices.HOST, disk)
     tried = []
     with pytest.raises(UserError, match="not enough memory"):
         places.fitting("x", lambda **kept: (tried.append(kept), (_ for _ in ()).throw(OUT)))
-    assert tried[-1] == {"store": devices.HOST, "place": disk} and len(tried) == (3 if not asked else 2)
+    assert tried[-1] == {"store": devices.HOST, "place": disk} and len(tried) == (
+        3 if not asked else 2
+    )
 
 
 def test_a_live_chain_is_captured_again_to_where_it_lies(tmp_path):
@@ -311,9 +371,14 @@ def test_one_expert_is_read_out_of_a_stack(tmp_path, monkeypatch):
     names = Names(model, tmp_path / "llama4")
     stacked = {name: expert for name, expert in separable(model).items() if expert.stacked}
     with Reader(names.stored) as reader:
-        expected = {name: one.of(reader.tensor(names.stacks[one.parameter])) for name, one in stacked.items()}
+        expected = {
+            name: one.of(reader.tensor(names.stacks[one.parameter]))
+            for name, one in stacked.items()
+        }
     monkeypatch.setattr(Reader, "tensor", lambda self, key: pytest.fail(f"{key} is read whole"))
-    assert expected and all(torch.equal(names._stored(stacked[name]), expected[name]) for name in expected)
+    assert expected and all(
+        torch.equal(names._stored(stacked[name]), expected[name]) for name in expected
+    )
 
 
 def test_what_accelerate_has_offloaded_is_refused(llama):
@@ -328,8 +393,12 @@ def test_a_device_map_that_spills_is_refused_before_anything_is_loaded(llama, mo
     size = sum(path.stat().st_size for path in llama.folder.glob("*.safetensors"))
     monkeypatch.setattr(placement, "get_max_memory", lambda: {0: size // 2, "cpu": 100 * size})
     monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda given=None: given)
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=f"device_map {name}: the devices have no room for .*--stream"):
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("loaded")
+    )
+    with pytest.raises(
+        UserError, match=f"device_map {name}: the devices have no room for .*--stream"
+    ):
         jobs.load_model(Recipe(model=str(llama.folder), device_map=name, device="cpu"))
 
 
@@ -345,7 +414,9 @@ def test_the_head_may_lie_on_another_device_than_the_embeddings(monkeypatch):
     grad_TD = _Passes(head, {0: {}}, {0: spoken_T}, 1, nullcontext)._gradient(0, hidden_TD, head)
     assert grad_TD[spoken_T].abs().sum(1).min() > 0 and not grad_TD[2].any()
     said = polishing.Likely(spoken_T, torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, 6))
-    teacher = polishing.Teacher(lambda model, kwargs: (hidden_TD * 1, head), [{}], [said], nullcontext)
+    teacher = polishing.Teacher(
+        lambda model, kwargs: (hidden_TD * 1, head), [{}], [said], nullcontext
+    )
     polishing._backward(head, teacher, 0)
     assert hidden_TD.grad is not None and hidden_TD.grad[0].any() and not hidden_TD.grad[2].any()
     assert polishing._held_out(head, teacher, [0]) != 0

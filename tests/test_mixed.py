@@ -38,8 +38,10 @@ FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 def tiny():
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=60, bos_token_id=1, eos_token_id=2, initializer_range=0.2, tie_word_embeddings=True,
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=60, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        tie_word_embeddings=True,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval().requires_grad_(False)
 
@@ -50,7 +52,13 @@ def texts(count=24, length=32, seed=1):
 
 
 def mixing(model, **options):
-    settings = {"group_size": 32, "nsamples": 24, "seqlen": 32, "algorithm": "gptq", "device": "cpu"} | options
+    settings = {
+        "group_size": 32,
+        "nsamples": 24,
+        "seqlen": 32,
+        "algorithm": "gptq",
+        "device": "cpu",
+    } | options
     return AutoRoundMLLM(model, None, dataset=texts(), **settings)
 
 
@@ -64,7 +72,10 @@ def test_the_knapsack_is_optimal_for_the_size_it_uses():
         used = sum(size[k] for size, k in zip(sizes, picks, strict=True))
         got = sum(damage[k] for damage, k in zip(damages, picks, strict=True))
         every = itertools.product(range(3), repeat=5)
-        table = [(sum(s[k] for s, k in zip(sizes, c)), sum(d[k] for d, k in zip(damages, c))) for c in every]
+        table = [
+            (sum(s[k] for s, k in zip(sizes, c)), sum(d[k] for d, k in zip(damages, c)))
+            for c in every
+        ]
         assert used <= budget
         # Steps that did not fit leave at most one step's gain behind.
         steps = [d[i] - d[j] for d in damages for i in range(3) for j in range(i + 1, 3)]
@@ -91,7 +102,10 @@ def test_divergence_and_its_gradient_are_those_of_the_logits():
     weight.requires_grad_()
     found = before.divergences(model, gradients=True)
     mine, weight.grad = weight.grad, None
-    wanted = [(p.exp() * (p - model(**each).logits.log_softmax(-1))).sum() for p, each in zip(was, inputs, strict=True)]
+    wanted = [
+        (p.exp() * (p - model(**each).logits.log_softmax(-1))).sum()
+        for p, each in zip(was, inputs, strict=True)
+    ]
     assert found == pytest.approx([each.item() for each in wanted], rel=1e-4) and min(found) > 0.01
     sum(wanted).backward()
     torch.testing.assert_close(mine, weight.grad, rtol=1e-3, atol=1e-5)
@@ -126,18 +140,23 @@ def test_a_weight_without_an_option_stays_at_the_one_above():
     with trial_of(model) as trial:
         options = {name: (4, 8) if name == lacks else each for name, each in trial.options.items()}
         found = replace(trial, options=options).damage().of
-    assert {*found[lacks]} == {4, 8} and all({*each} == {2, 3, 4, 8} for name, each in found.items() if name != lacks)
+    assert {*found[lacks]} == {4, 8} and all(
+        {*each} == {2, 3, 4, 8} for name, each in found.items() if name != lacks
+    )
 
 
 def test_predicted_damage_ranks_layers_as_kl_does():
-    """Each fused set of the tiny model rounded alone: predicted nats against those that the model's output shows."""
+    """Each fused set of the tiny model rounded alone: predicted nats against those that the model's
+    output shows."""
     model = tiny()
     ours = mixing(model, target_bits=3.5, bit_options=[2, 3, 4])
     job = jobs.prepare(ours.recipe, ours.loaded, texts())
     held = torch.tensor([row["input_ids"] for row in texts(16, seed=2)])
     before = model(input_ids=held).logits.log_softmax(-1)
     predicted, measured = [], []
-    for unit in units(model, replace(ours.recipe, layer_config=None), make_plan(model, Recipe(group_size=32))):
+    for unit in units(
+        model, replace(ours.recipe, layer_config=None), make_plan(model, Recipe(group_size=32))
+    ):
         for bits in (2, 3, 4):
             kept = {w.name: model.get_submodule(w.name).weight.clone() for w in unit.weights}
             for name, weight in kept.items():
@@ -151,7 +170,9 @@ def test_predicted_damage_ranks_layers_as_kl_does():
                 model.get_submodule(name).weight.copy_(weight)
             measured.append((before.exp() * (before - after)).sum(-1).mean().log().item())
             layers = job.mixed["layers"]
-            predicted.append(math.log(sum(layers[w.name]["damage"][str(bits)][0] for w in unit.weights)))
+            predicted.append(
+                math.log(sum(layers[w.name]["damage"][str(bits)][0] for w in unit.weights))
+            )
     assert len(predicted) == 24
     assert torch.corrcoef(torch.tensor([predicted, measured]))[0, 1] > 0.9
 
@@ -172,12 +193,26 @@ def test_bits_are_chosen_once_and_the_recipe_says_them(tmp_path):
                 assert all(schemes[f"{parent}.{other}"] == scheme for other in members)
     record = job.mixed
     assert record["sets"] == ["text"] and set(record["layers"]) == set(schemes)
-    assert record["uniform"]["2"][0] > record["uniform"]["3"][0] > record["expected"][0] > record["uniform"]["8"][0]
+    assert (
+        record["uniform"]["2"][0]
+        > record["uniform"]["3"][0]
+        > record["expected"][0]
+        > record["uniform"]["8"][0]
+    )
     measured = record["measured"]
-    assert measured["3"][0] > measured["line"][0] > measured["4"][0] and measured["mixed"][0] < measured["3"][0]
+    assert (
+        measured["3"][0] > measured["line"][0] > measured["4"][0]
+        and measured["mixed"][0] < measured["3"][0]
+    )
     again = jobs.prepare(job.recipe, ours.loaded, texts())
-    assert again.mixed is None and again.plan == job.plan and again.recipe.layer_config == job.recipe.layer_config
-    with pytest.raises(UserError, match=r"layer_config names the bits of every weight, 3\.\d+ on average"):
+    assert (
+        again.mixed is None
+        and again.plan == job.plan
+        and again.recipe.layer_config == job.recipe.layer_config
+    )
+    with pytest.raises(
+        UserError, match=r"layer_config names the bits of every weight, 3\.\d+ on average"
+    ):
         jobs.prepare(replace(job.recipe, target_bits=3.0), ours.loaded, texts())
 
     ours.quantize()
@@ -194,17 +229,26 @@ def test_bits_are_chosen_once_and_the_recipe_says_them(tmp_path):
         schemes[f"model.layers.{i}.mlp.down_proj"].bits for i in range(2)
     ]
     worst = report["worst_layers"]
-    assert len(worst) == 10 and [layer["end"] for layer in worst] == sorted((w["end"] for w in worst), reverse=True)
-    assert all(0 < layer["start"] < layer["nearest"] < 1 and layer["end"] == layer["start"] for layer in worst)
+    assert len(worst) == 10 and [layer["end"] for layer in worst] == sorted(
+        (w["end"] for w in worst), reverse=True
+    )
+    assert all(
+        0 < layer["start"] < layer["nearest"] < 1 and layer["end"] == layer["start"]
+        for layer in worst
+    )
 
 
 def test_what_the_user_names_stays_and_counts():
     model = tiny()
     pinned = {"down_proj": {"bits": 8}, "o_proj": {"group_size": 16}}
-    job = jobs.prepare(mixing(model, target_bits=4.5, layer_config=pinned).recipe, mixing(model).loaded, texts())
+    job = jobs.prepare(
+        mixing(model, target_bits=4.5, layer_config=pinned).recipe, mixing(model).loaded, texts()
+    )
     schemes = job.plan.quantized
     assert all(scheme.bits == 8 for name, scheme in schemes.items() if name.endswith("down_proj"))
-    assert all(scheme.group_size == 16 for name, scheme in schemes.items() if name.endswith("o_proj"))
+    assert all(
+        scheme.group_size == 16 for name, scheme in schemes.items() if name.endswith("o_proj")
+    )
     assert 4.2 < job.plan.bits_per_weight() <= 4.5
     assert not any(name.endswith("down_proj") for name in job.mixed["layers"])
     with pytest.raises(UserError, match=r"target_bits = 2.2: the least possible is \d"):
@@ -212,7 +256,8 @@ def test_what_the_user_names_stays_and_counts():
 
 
 @pytest.mark.parametrize(
-    "kl, best, warned", [((0.3, 0.2), "around", False), ((0.2, 0.3), "all", False), ((2, 3), "all", True)]
+    "kl, best, warned",
+    [((0.3, 0.2), "around", False), ((0.2, 0.3), "all", False), ((2, 3), "all", True)],
 )
 def test_of_several_choices_the_samples_pick_one(kl, best, warned, caplog):
     model = tiny()
@@ -220,15 +265,18 @@ def test_of_several_choices_the_samples_pick_one(kl, best, warned, caplog):
     plan = make_plan(model, recipe)
     free = units(model, recipe, plan)
     names = [weight.name for unit in free for weight in unit.weights]
-    choices = {"all": dict.fromkeys(names, 2), "around": dict.fromkeys(names, 7)}  # marks for the fake below
+    # marks for the fake below
+    choices = {"all": dict.fromkeys(names, 2), "around": dict.fromkeys(names, 7)}
     found = {2: kl[0], 7: kl[1], 3: 1.0, 4: 0.6}
     trial = SimpleNamespace(kl=lambda bits: torch.tensor([found[next(iter(bits.values()))]]))
     bits, seen = _tried(trial, choices, free, plan, 4.1)
     assert bits == choices[best] and seen["options"] == best and bool(caplog.records) == warned
     size = {b: make_plan(model, replace(recipe, bits=b)).bits_per_weight() for b in (3, 4)}
     line = 1 - 0.4 * (4.1 - size[3]) / (size[4] - size[3])
-    assert seen["measured"] == {name: [pytest.approx(value)] for name, value in
-                                {"mixed": min(kl), "line": line, "3": 1.0, "4": 0.6}.items()}  # fmt: skip
+    assert seen["measured"] == {
+        name: [pytest.approx(value)]
+        for name, value in {"mixed": min(kl), "line": line, "3": 1.0, "4": 0.6}.items()
+    }
 
 
 def test_samples_are_told_apart_by_what_they_show():
@@ -246,12 +294,18 @@ def test_samples_are_told_apart_by_what_they_show():
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["--target_bits", "3.5", "--format", "auto_awq"], "format auto_awq holds 4 bits, not 2; change bit_options"),
+        (
+            ["--target_bits", "3.5", "--format", "auto_awq"],
+            "format auto_awq holds 4 bits, not 2; change bit_options",
+        ),
         (["--target_bits", "3.5", "--format", "auto_round,auto_awq"], "holds 4 bits, not 2"),
         (["--target_bits", "1.5"], "above 2, the least of bit_options"),
         (["--target_bits", "3.5", "--bit_options", "3,9"], "a comma list of 2 to 8"),
         (["--target_bits", "3.5", "--bit_options", "three"], "a comma list of 2 to 8"),
-        (["--target_bits", "6", "--data_type", "fp8", "--bits", "8", "--iters", "0"], "target_bits mixes integers"),
+        (
+            ["--target_bits", "6", "--data_type", "fp8", "--bits", "8", "--iters", "0"],
+            "target_bits mixes integers",
+        ),
     ],
 )
 def test_what_cannot_be_mixed_is_one_line(words, part, capsys):
@@ -262,8 +316,22 @@ def test_what_cannot_be_mixed_is_one_line(words, part, capsys):
 
 @pytest.mark.slow
 def test_plan_prints_the_chosen_bits(capsys, tmp_path):
-    words = ["--model", "demo", "--dataset", "demo", "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]
-    assert main(["plan", *words, "--group_size", "32", "--target_bits", "4", "--quant_nontext_module"]) == 0
+    words = [
+        "--model",
+        "demo",
+        "--dataset",
+        "demo",
+        "--nsamples",
+        "8",
+        "--seqlen",
+        "64",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        main(["plan", *words, "--group_size", "32", "--target_bits", "4", "--quant_nontext_module"])
+        == 0
+    )
     printed = capsys.readouterr().out
     (chosen,) = re.findall(r"mixed bits: ([^;]+);", printed)
     widths = set(re.findall(r"\d+ at (\d)", chosen))

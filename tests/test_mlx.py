@@ -1,4 +1,5 @@
-"""MLX: the layout against its definition and against MLX itself, the configuration against what its readers look up."""
+"""MLX: the layout against its definition and against MLX itself, the configuration against what its
+readers look up."""
 
 import json
 import subprocess
@@ -30,8 +31,11 @@ from auto_mmround.verify.verify import verify
 
 ROOT = Path(__file__).parent.parent
 PYTHON = interpreter("mlx", ROOT)
-engine = pytest.mark.skipif(not PYTHON.is_file(), reason="scripts/engines.sh mlx installs the engine")
-# Several widths and groups at once, the vision tower too; patterns name modules as Transformers does.
+engine = pytest.mark.skipif(
+    not PYTHON.is_file(), reason="scripts/engines.sh mlx installs the engine"
+)
+# Several widths and groups at once, the vision tower too; patterns name modules as Transformers
+# does.
 MIXED = {
     "re:.*mlp\\.down_proj": {"bits": 8, "group_size": 32},
     "re:.*layers\\.1\\..*o_proj": {"bits": 3, "group_size": 128},
@@ -44,20 +48,25 @@ def random_codes(
 ) -> tuple[Codes, Scheme]:
     gen = torch.Generator().manual_seed(1000 * bits + group + sym)
     q = torch.randint(0, 2**bits, (out, columns), generator=gen).to(torch.uint8)
-    scale = (torch.rand(out, columns // group, generator=gen) * 0.1 + 1e-5) * torch.tensor([1, -1, 1])[:out, None]
+    scale = (torch.rand(out, columns // group, generator=gen) * 0.1 + 1e-5) * torch.tensor(
+        [1, -1, 1]
+    )[:out, None]
     zero = torch.randint(0, 2**bits, scale.shape, generator=gen).to(torch.uint8)
     zero = torch.full_like(zero, 2 ** (bits - 1)) if sym else zero
     return Codes(q, scale.to(dtype), zero, bits, group, sym), Scheme(bits, group, sym)
 
 
 def definition(tensors: dict[str, Tensor], bits: int, group: int) -> list[list[float]]:
-    """scales * code + biases in Python floats (doubles); code k is bits k*b .. k*b+b-1 of the row's stream."""
+    """scales * code + biases in Python floats (doubles); code k is bits k*b .. k*b+b-1 of the row's
+    stream."""
     rows = []
     for r, words in enumerate(tensors["m.weight"].tolist()):
         stream = sum(word << (32 * i) for i, word in enumerate(words))
         codes = [stream >> (bits * k) & (2**bits - 1) for k in range(len(words) * 32 // bits)]
         scales, biases = tensors["m.scales"][r].tolist(), tensors["m.biases"][r].tolist()
-        rows.append([scales[k // group] * code + biases[k // group] for k, code in enumerate(codes)])
+        rows.append(
+            [scales[k // group] * code + biases[k // group] for k, code in enumerate(codes)]
+        )
     return rows
 
 
@@ -67,17 +76,26 @@ def definition(tensors: dict[str, Tensor], bits: int, group: int) -> list[list[f
 def test_layout_is_the_definition_and_reads_back(bits: int, group: int, sym: bool) -> None:
     codes, scheme = random_codes(3, 256, bits, group, sym)
     tensors = mlx.pack("m", codes)
-    assert tensors["m.weight"].dtype == torch.uint32 and tensors["m.weight"].shape == (3, 256 * bits // 32)
-    assert definition(tensors, bits, group) == dequantize(codes, torch.float64).tolist()  # no value changes
+    assert tensors["m.weight"].dtype == torch.uint32 and tensors["m.weight"].shape == (
+        3,
+        256 * bits // 32,
+    )
+    # no value changes
+    assert definition(tensors, bits, group) == dequantize(codes, torch.float64).tolist()
     back = mlx.unpack("m", tensors, scheme)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(back[:3], codes[:3])) and back[3:] == codes[3:]
+    assert (
+        all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(back[:3], codes[:3]))
+        and back[3:] == codes[3:]
+    )
 
 
 def test_biases_are_as_short_as_is_exact() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         symmetric = mlx.pack("m", random_codes(2, 128, 4, 32, True, dtype)[0])
         asymmetric = mlx.pack("m", random_codes(2, 128, 4, 32, False, dtype)[0])
-        assert symmetric["m.biases"].dtype == dtype and asymmetric["m.biases"].dtype == torch.float32
+        assert (
+            symmetric["m.biases"].dtype == dtype and asymmetric["m.biases"].dtype == torch.float32
+        )
         assert symmetric["m.scales"].dtype == asymmetric["m.scales"].dtype == dtype
 
 
@@ -127,11 +145,17 @@ def test_names_of_modules(name: str, expected: str) -> None:
 
 def test_only_what_differs_is_listed_and_nothing_else() -> None:
     base, prefix = Scheme(4, 64), "model.language_model.layers.0.mlp"
-    quantized = {f"{prefix}.a": base, f"{prefix}.b": Scheme(8, 32), f"{prefix}.c": Scheme(4, 64, sym=False)}
+    quantized = {
+        f"{prefix}.a": base,
+        f"{prefix}.b": Scheme(8, 32),
+        f"{prefix}.c": Scheme(4, 64, sym=False),
+    }
     layout = Layout(quantized, [], [prefix], lambda name: name.replace("language_model.", ""), base)
     special = {"group_size": 32, "bits": 8}
     names = (f"{prefix}.b", "model.layers.0.mlp.b", "language_model.model.layers.0.mlp.b")
-    assert mlx.config(layout) == {"group_size": 64, "bits": 4, "mode": "affine"} | dict.fromkeys(names, special)
+    assert mlx.config(layout) == {"group_size": 64, "bits": 4, "mode": "affine"} | dict.fromkeys(
+        names, special
+    )
 
 
 def test_config_is_flat_where_readers_want_it() -> None:
@@ -143,7 +167,9 @@ def test_config_is_flat_where_readers_want_it() -> None:
         "vision_config": {"depth": 1, "model_type": "qwen2_vl_vision"},
     }
     made = mlx.model_config(source, layout)
-    assert made["model_type"] == "qwen2_vl" and made["hidden_size"] == 8 and made["rope_theta"] == 5e5
+    assert (
+        made["model_type"] == "qwen2_vl" and made["hidden_size"] == 8 and made["rope_theta"] == 5e5
+    )
     assert made["rope_scaling"] == {"type": "mrope", "mrope_section": [4, 6, 6]}
     assert made["vision_config"] == {"depth": 1, "model_type": "qwen2_vl"}
     assert source["text_config"].items() <= made["text_config"].items()
@@ -163,12 +189,14 @@ def test_config_is_flat_where_readers_want_it() -> None:
         "quantization": mlx.config(layout),
     }
     assert mlx.model_config(gemma, layout) == gemma | flat
-    assert mlx.model_config(gemma | {"rope_theta": 3.0}, layout)["rope_theta"] == 3.0  # what is there wins
+    # what is there wins
+    assert mlx.model_config(gemma | {"rope_theta": 3.0}, layout)["rope_theta"] == 3.0
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], Path, int]:
-    """(tuned weights, checkpoint folder, number of quantized weights) of the demo model, rounded to nearest."""
+    """(tuned weights, checkpoint folder, number of quantized weights) of the demo model, rounded to
+    nearest."""
     recipe = Recipe(
         model="demo",
         dataset="demo",
@@ -191,9 +219,15 @@ def test_reads_back_to_the_bit(exported: tuple[dict[str, Tensor], Path, int]) ->
     tuned, folder, _ = exported
     loaded = from_quantized(folder).model
     state, config = loaded.state_dict(), loaded.config.text_config
-    assert state.keys() == tuned.keys() and all(torch.equal(state[name], tuned[name]) for name in tuned)
-    plain = load("demo").model.config.text_config  # the flat keys do not change how Transformers reads the model
-    assert config.hidden_size == plain.hidden_size and config.rope_parameters.items() >= plain.rope_parameters.items()
+    assert state.keys() == tuned.keys() and all(
+        torch.equal(state[name], tuned[name]) for name in tuned
+    )
+    # the flat keys do not change how Transformers reads the model
+    plain = load("demo").model.config.text_config
+    assert (
+        config.hidden_size == plain.hidden_size
+        and config.rope_parameters.items() >= plain.rope_parameters.items()
+    )
 
 
 def test_verify_finds_the_files_right(exported: tuple[dict[str, Tensor], Path, int]) -> None:
@@ -205,10 +239,14 @@ def test_verify_finds_the_files_right(exported: tuple[dict[str, Tensor], Path, i
 @pytest.mark.slow
 def test_verify_asks_mlx(exported: tuple[dict[str, Tensor], Path, int]) -> None:
     (verdict,) = verify(exported[1], ["mlx"], root=ROOT).verdicts
-    assert verdict.status == "right" and verdict.layers == verdict.planned == exported[2], verdict.line()
+    assert verdict.status == "right" and verdict.layers == verdict.planned == exported[2], (
+        verdict.line()
+    )
 
 
-def test_an_override_that_is_lost_is_named(exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path) -> None:
+def test_an_override_that_is_lost_is_named(
+    exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path
+) -> None:
     folder = exported[1]
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization"] == config["quantization_config"]
@@ -219,14 +257,20 @@ def test_an_override_that_is_lost_is_named(exported: tuple[dict[str, Tensor], Pa
 
 
 def answers(folder: Path, **options: Any) -> tuple[Any, float, list[Tensor]]:
-    """(the engine's answer, largest logit difference over their spread, our logits) on a short text and an image."""
+    """(the engine's answer, largest logit difference over their spread, our logits) on a short text
+    and an image."""
     loaded = from_quantized(folder, dtype="float32")
-    image = next(dict(s.kwargs) for s in held_out(loaded, "demo", limit=1) if "pixel_values" in s.kwargs)
+    image = next(
+        dict(s.kwargs) for s in held_out(loaded, "demo", limit=1) if "pixel_values" in s.kwargs
+    )
     inputs = [{"input_ids": image["input_ids"].flip(1).clamp(max=2000)}, image]
     result = run_engine("mlx", folder, inputs, python=PYTHON, **options)
     assert result.ok, result.error
     wanted = [logits_of(loaded.model, kwargs) for kwargs in inputs]
-    gaps = [((got[0] - want).abs().max() / want.std()).item() for got, want in zip(result.logits, wanted, strict=True)]
+    gaps = [
+        ((got[0] - want).abs().max() / want.std()).item()
+        for got, want in zip(result.logits, wanted, strict=True)
+    ]
     return result, max(gaps), wanted
 
 
@@ -236,41 +280,61 @@ def test_mlx_vlm_agrees_on_text_and_image(exported: tuple[dict[str, Tensor], Pat
     result, gap, wanted = answers(exported[1], new_tokens=2)
     assert result.quantized == result.classes["QuantizedLinear"] == exported[2] and gap < 1e-3
     assert result.engine.startswith("mlx-vlm ")
-    assert [tokens[0, 0].item() for tokens in result.tokens] == [logits[-1].argmax().item() for logits in wanted]
+    assert [tokens[0, 0].item() for tokens in result.tokens] == [
+        logits[-1].argmax().item() for logits in wanted
+    ]
 
 
 @engine
 @pytest.mark.slow
-def test_mlx_decodes_every_weight_to_the_bit(exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path) -> None:
-    """mx.dequantize in float32 is our reader, for every width and group size of the mixed checkpoint."""
+def test_mlx_decodes_every_weight_to_the_bit(
+    exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path
+) -> None:
+    """mx.dequantize in float32 is our reader, for every width and group size of the mixed
+    checkpoint."""
     script = """
 import json, sys, mlx.core as mx
 folder, out = sys.argv[1:]
-tensors, config = mx.load(folder + "/model.safetensors"), json.load(open(folder + "/config.json"))["quantization"]
+tensors = mx.load(folder + "/model.safetensors")
+config = json.load(open(folder + "/config.json"))["quantization"]
 found = {}
 for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
     how = config.get(name, config)
     parts = [tensors[name + "." + p].astype(mx.float32) for p in ("scales", "biases")]
-    found[name + ".weight"] = mx.dequantize(tensors[name + ".weight"], *parts, how["group_size"], how["bits"])
+    sizes = how["group_size"], how["bits"]
+    found[name + ".weight"] = mx.dequantize(tensors[name + ".weight"], *parts, *sizes)
 mx.save_safetensors(out, found)
 """
     out = tmp_path / "decoded.safetensors"
     subprocess.run([PYTHON, "-c", script, exported[1], out], check=True)
     ours, theirs = dict(dequantized_state_dict(exported[1])), load_file(out)
-    assert len(theirs) == exported[2] and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert len(theirs) == exported[2] and all(
+        torch.equal(theirs[name], ours[name]) for name in theirs
+    )
 
 
 @engine
 @pytest.mark.slow
 def test_mlx_lm_reads_a_text_model(tmp_path: Path) -> None:
-    """A small random Gemma 3: sliding and full attention, two rotary bases, tied embedding; plumbing, not quality."""
+    """A small random Gemma 3: sliding and full attention, two rotary bases, tied embedding;
+    plumbing, not quality."""
     source = sliding_gemma(tmp_path / "tiny")
-    recipe = Recipe(model=str(source), iters=0, device="cpu", format="mlx", group_size=32, output_dir=str(tmp_path))
+    recipe = Recipe(
+        model=str(source),
+        iters=0,
+        device="cpu",
+        format="mlx",
+        group_size=32,
+        output_dir=str(tmp_path),
+    )
     (folder,) = jobs.run(jobs.prepare(replace(recipe, bits=3), jobs.load_model(recipe)))
     model = from_quantized(folder, dtype="float32").model
     embedding = model.model.embed_tokens
-    embedding.embed_scale = embedding.embed_scale.bfloat16().float()  # as mlx-lm rounds it, in any dtype
-    inputs = {"input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))}
+    # as mlx-lm rounds it, in any dtype
+    embedding.embed_scale = embedding.embed_scale.bfloat16().float()
+    inputs = {
+        "input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))
+    }
     result, wanted = run_engine("mlx", folder, [inputs], python=PYTHON), logits_of(model, inputs)
     assert result.ok and result.engine.startswith("mlx-lm ") and result.quantized == 21
     assert (result.logits[0][0] - wanted).abs().max() < 1e-3 * wanted.std()
@@ -278,7 +342,9 @@ def test_mlx_lm_reads_a_text_model(tmp_path: Path) -> None:
 
 @engine
 @pytest.mark.slow
-def test_a_missing_tensor_is_the_engines_answer(exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path) -> None:
+def test_a_missing_tensor_is_the_engines_answer(
+    exported: tuple[dict[str, Tensor], Path, int], tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     for path in exported[1].iterdir():
@@ -287,7 +353,9 @@ def test_a_missing_tensor_is_the_engines_answer(exported: tuple[dict[str, Tensor
     tensors = load_file(exported[1] / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.biases"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    result = run_engine("mlx", tmp_path, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], python=PYTHON)
+    result = run_engine(
+        "mlx", tmp_path, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], python=PYTHON
+    )
     assert not result.ok and "up_proj" in str(result.error)
 
 

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
@@ -20,7 +25,8 @@ IMAGE = 260
 def model():
     torch.manual_seed(0)
     text = dict(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=128,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=128,
         vocab_size=300, bos_token_id=1, eos_token_id=2,
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
     )  # fmt: skip
@@ -30,7 +36,10 @@ def model():
 
 
 def text_input(length):
-    return {"input_ids": torch.randint(0, 250, (1, length)), "attention_mask": torch.ones(1, length, dtype=torch.long)}
+    return {
+        "input_ids": torch.randint(0, 250, (1, length)),
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+    }
 
 
 def image_input(images=1):
@@ -45,7 +54,10 @@ def image_input(images=1):
 
 def test_stages_are_found_by_structure(model):
     stages = find_stages(model)
-    assert stages == [Stage("vision", "model.visual.blocks", 2), Stage("text", "model.language_model.layers", 3)]
+    assert stages == [
+        Stage("vision", "model.visual.blocks", 2),
+        Stage("text", "model.language_model.layers", 3),
+    ]
     assert [s.name for s in select_stages(stages, False, None)] == ["text"]
     assert [s.name for s in select_stages(stages, True, None)] == ["vision", "text"]
     assert [s.name for s in select_stages(stages, False, "visual")] == ["vision"]
@@ -55,12 +67,17 @@ def test_stages_are_found_by_structure(model):
 
 def test_encoder_and_decoder_are_two_stages():
     config = WhisperConfig(
-        d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=100, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
         decoder_start_token_id=3,
     )  # fmt: skip
     stages = find_stages(WhisperForConditionalGeneration(config))
-    assert [(s.path, s.depth) for s in stages] == [("model.encoder.layers", 2), ("model.decoder.layers", 3)]
+    assert [(s.path, s.depth) for s in stages] == [
+        ("model.encoder.layers", 2),
+        ("model.decoder.layers", 3),
+    ]
     assert stages[1].name == "text"
 
 
@@ -117,7 +134,12 @@ def add_in_place(x):
 
 @pytest.mark.parametrize(
     "glue, live",
-    [(lambda x: x, False), (add_in_place, False), (lambda x: x * x.mean(), True), (lambda x: x[:, ::2], True)],
+    [
+        (lambda x: x, False),
+        (add_in_place, False),
+        (lambda x: x * x.mean(), True),
+        (lambda x: x[:, ::2], True),
+    ],
 )
 def test_glue_between_blocks_is_replayed(glue, live):
     model = Glued(glue)
@@ -127,12 +149,15 @@ def test_glue_between_blocks_is_replayed(glue, live):
     with torch.no_grad():
         for (i,), output in chain.forward(list(model.layers), 0, [0]):
             torch.testing.assert_close(output, model(**inputs[i]))
-        model.layers[0].weight.mul_(1.5)  # as quantizing does: the next inputs are not the captured ones
+        # as quantizing does: the next inputs are not the captured ones
+        model.layers[0].weight.mul_(1.5)
         after = chain.advanced([model.layers[0]], 0, 2)
         if live:
             after = recapture(model, after, 1, inputs)
         for (i,), output in after.forward(list(model.layers)[1:2], 1, [1]):
-            torch.testing.assert_close(output, model.layers[1](glue(model.layers[0](inputs[i]["x"]))))
+            torch.testing.assert_close(
+                output, model.layers[1](glue(model.layers[0](inputs[i]["x"])))
+            )
 
 
 def test_inputs_are_cast_however_nested():
@@ -209,7 +234,10 @@ def test_checkpoint_names(model, tmp_path):
     loaded = load_names(tmp_path)
     names = parameter_names(model, loaded)
     assert set(names) == set(model.state_dict()) and set(names.values()) == loaded
-    assert names["model.language_model.layers.0.mlp.up_proj.weight"] == "model.layers.0.mlp.up_proj.weight"
+    assert (
+        names["model.language_model.layers.0.mlp.up_proj.weight"]
+        == "model.layers.0.mlp.up_proj.weight"
+    )
 
 
 def load_names(folder):

@@ -1,4 +1,5 @@
-"""Model folders as people have them: quantized in ways told anywhere or nowhere, old files beside new ones, no head."""
+"""Model folders as people have them: quantized in ways told anywhere or nowhere, old files beside
+new ones, no head."""
 
 import json
 import re
@@ -30,9 +31,14 @@ from auto_mmround.verify.static import check
 
 CT = {
     "format": "float-quantized",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
+    },
 }
-MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+MODELOPT = {
+    "producer": {"name": "modelopt"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -44,7 +50,9 @@ def edited(folder: Path, change, tensors=None) -> Path:
     if tensors is not None:
         old = load_file(folder / "model.safetensors")
         tensors(old)
-        save_file({key: tensor.contiguous() for key, tensor in old.items()}, folder / "model.safetensors")
+        save_file(
+            {key: tensor.contiguous() for key, tensor in old.items()}, folder / "model.safetensors"
+        )
     return folder
 
 
@@ -73,10 +81,18 @@ def respelled(tensors):
 
 PLACES = {
     "nested": ("qwen2_vl", told_in(["text_config", "quantization_config"]), None),
-    "nested twice": ("qwen2_vl", lambda c: c["text_config"].update(deep={"quantization_config": taken(c)}), None),
+    "nested twice": (
+        "qwen2_vl",
+        lambda c: c["text_config"].update(deep={"quantization_config": taken(c)}),
+        None,
+    ),
     "compression_config": ("llama", told_in(["compression_config"]), respelled),
     "ModelOpt": ("llama", lambda c: c.update(quantization_config={"quant_algo": "FP8"}), respelled),
-    "fbgemm": ("llama", lambda c: c.update(quantization_config={"quant_method": "fbgemm_fp8"}), respelled),
+    "fbgemm": (
+        "llama",
+        lambda c: c.update(quantization_config={"quant_method": "fbgemm_fp8"}),
+        respelled,
+    ),
     "nowhere": ("llama", taken, None),
     "dtype float8": ("llama", lambda c: (taken(c), c.update(dtype="float8_e4m3fn")), None),
 }
@@ -95,30 +111,43 @@ def test_fp8_is_decoded_wherever_it_is_told(place, stream, tmp_path):
     wanted, ours = load(str(twin)).model.state_dict(), load(str(folder), stream=stream)
     blocks = [name for name in ours.model.state_dict() if "layers.0" in name]
     with ours.holder.resident(sorted({name.split("layers.0")[0] + "layers.0" for name in blocks})):
-        found = {key: tensor for key, tensor in ours.model.state_dict().items() if not tensor.is_meta}
+        found = {
+            key: tensor for key, tensor in ours.model.state_dict().items() if not tensor.is_meta
+        }
         assert any("layers.0" in key and key.endswith("q_proj.weight") for key in found)
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
-        assert all(tensor.dtype == torch.bfloat16 for tensor in found.values() if tensor.is_floating_point())
+        assert all(
+            tensor.dtype == torch.bfloat16
+            for tensor in found.values()
+            if tensor.is_floating_point()
+        )
 
 
 def test_results_of_such_sources_are_plain_and_verified_against_them(tmp_path):
     folder = edited(in_fp8(saved("qwen2_vl", tmp_path / "model"), None), PLACES["nested"][1])
     (folder / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
-    recipe = Recipe(model=str(folder), output_dir=str(tmp_path), format="auto_round,fake", group_size=32, iters=0,
+    recipe = Recipe(model=str(folder), output_dir=str(tmp_path), format="auto_round,fake",
+        group_size=32, iters=0,
                     device="cpu")  # fmt: skip
     for made in jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))):
         config = json.loads((made / "config.json").read_text())
-        assert "quantization_config" not in config["text_config"] and not (made / "hf_quant_config.json").exists()
+        assert (
+            "quantization_config" not in config["text_config"]
+            and not (made / "hf_quant_config.json").exists()
+        )
         assert not [finding for finding in check(made, folder) if finding.severity == "error"]
     assert load_any(str(folder)).model.dtype == torch.bfloat16
 
 
 def at_q(**parts):
-    """What replaces the tensors of a layer: its weight and what lies beside it; "as" keeps a tensor."""
+    """What replaces the tensors of a layer: its weight and what lies beside it; "as" keeps a
+    tensor."""
 
     def change(tensors):
         for part, tensor in parts.items():
-            tensors[f"{Q_PROJ}.{part}"] = tensor(tensors[f"{Q_PROJ}.weight"]) if callable(tensor) else tensor
+            tensors[f"{Q_PROJ}.{part}"] = (
+                tensor(tensors[f"{Q_PROJ}.weight"]) if callable(tensor) else tensor
+            )
 
     return change
 
@@ -128,24 +157,37 @@ def uint8(w):
 
 
 REFUSED = {
-    "no scale": (at_q(weight=lambda w: w.to(torch.float8_e4m3fn)), "stored in FP8, but the files hold no scale"),
-    "E5M2": (at_q(weight=lambda w: w.to(torch.float8_e5m2)), "stored in FP8, but the files hold no scale"),
-    "other name": (at_q(weight=lambda w: w.to(torch.float8_e4m3fn), scale=torch.ones(1)), "hold no scale for it"),
-    "E8M0": (at_q(weight=lambda w: w.abs().to(torch.float8_e8m0fnu)), "stored as F8_E8M0, which is not read"),
+    "no scale": (at_q(weight=lambda w: w.to(torch.float8_e4m3fn)),
+        "stored in FP8, but the files hold no scale"),
+    "E5M2": (at_q(weight=lambda w: w.to(torch.float8_e5m2)),
+        "stored in FP8, but the files hold no scale"),
+    "other name": (at_q(weight=lambda w: w.to(torch.float8_e4m3fn), scale=torch.ones(1)),
+        "hold no scale for it"),
+    "E8M0": (at_q(weight=lambda w: w.abs().to(torch.float8_e8m0fnu)),
+        "stored as F8_E8M0, which is not read"),
     "bitsandbytes": (at_q(weight=uint8), "weight is stored as U8, packed"),
-    "int8": (at_q(weight=lambda w: w.to(torch.int8), weight_scale=torch.ones(64, 1)), "weight is stored as I8, packed"),
-    "NVFP4": (at_q(weight=uint8, weight_scale=torch.ones(64, 4).to(torch.float8_e4m3fn)), "weight is stored as U8"),
-    "GPTQ": (at_q(qweight=torch.zeros(8, 64, dtype=torch.int32)), "qweight is stored as I32, packed"),
-    "packed": (at_q(weight_packed=torch.zeros(64, 8, dtype=torch.int32)), "weight_packed is stored as I32, packed"),
-    "stacked": (at_q(gate_up_proj_blocks=torch.zeros(4, dtype=torch.uint8)), "gate_up_proj_blocks is stored as U8"),
-    "cast": (at_q(weight_scale_inv=torch.ones(1)), "and has a scale beside it, .*whether it is applied is not known"),
+    "int8": (at_q(weight=lambda w: w.to(torch.int8), weight_scale=torch.ones(64, 1)),
+        "weight is stored as I8, packed"),
+    "NVFP4": (at_q(weight=uint8, weight_scale=torch.ones(64, 4).to(torch.float8_e4m3fn)),
+        "weight is stored as U8"),
+    "GPTQ": (at_q(qweight=torch.zeros(8, 64, dtype=torch.int32)),
+        "qweight is stored as I32, packed"),
+    "packed": (at_q(weight_packed=torch.zeros(64, 8, dtype=torch.int32)),
+        "weight_packed is stored as I32, packed"),
+    "stacked": (at_q(gate_up_proj_blocks=torch.zeros(4, dtype=torch.uint8)),
+        "gate_up_proj_blocks is stored as U8"),
+    "cast": (at_q(weight_scale_inv=torch.ones(1)),
+        "and has a scale beside it, .*whether it is applied is not known"),
     "two scales": (
-        at_q(weight=lambda w: w.to(torch.float8_e4m3fn), weight_scale=torch.ones(1), weight_scale_2=torch.ones(1)),
+        at_q(weight=lambda w: w.to(torch.float8_e4m3fn), weight_scale=torch.ones(1),
+            weight_scale_2=torch.ones(1)),
         "stored in FP8 with .*weight_scale_2, which is not read",
     ),
-    "smoothed": (at_q(pre_quant_scale=torch.ones(64)), "weight needs .*pre_quant_scale on its inputs"),
+    "smoothed": (at_q(pre_quant_scale=torch.ones(64)),
+        "weight needs .*pre_quant_scale on its inputs"),
     "scale in FP8": (
-        at_q(weight=lambda w: w.to(torch.float8_e4m3fn), weight_scale=torch.ones(64, 2).to(torch.float8_e4m3fn)),
+        at_q(weight=lambda w: w.to(torch.float8_e4m3fn), weight_scale=torch.ones(64,
+            2).to(torch.float8_e4m3fn)),
         "weight_scale, a scale, is stored as F8_E4M3",
     ),
     "untold blocks": (
@@ -161,7 +203,16 @@ def test_values_that_are_not_known_end_the_run_in_one_line(case, tmp_path, capsy
     folder = edited(saved("llama", tmp_path / "model"), lambda c: None, change)
     out = tmp_path / "out"
     for stream in ("--stream", "--no_stream"):
-        options = ["--iters", "0", "--group_size", "32", "--format", "fake", "--output_dir", str(out)]
+        options = [
+            "--iters",
+            "0",
+            "--group_size",
+            "32",
+            "--format",
+            "fake",
+            "--output_dir",
+            str(out),
+        ]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
             assert cli.main(["--model", str(folder), stream, *options]) == 2
@@ -174,7 +225,10 @@ def test_values_that_are_not_known_end_the_run_in_one_line(case, tmp_path, capsy
     "quantization, words",
     [
         ({"quant_method": "bitsandbytes"}, r"quantized already \(bitsandbytes\)"),
-        ({"quant_method": "compressed-tensors", "transform_config": {"R4": {}}}, "its inputs transformed"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"R4": {}}},
+            "its inputs transformed",
+        ),
         ("fp8", "is no object"),
         ({"group_size": 32, "bits": 4, "mode": "affine"}, r"quantized already \(affine\)"),
     ],
@@ -204,7 +258,10 @@ def test_scales_of_blocks_and_stacks():
     assert torch.equal(cut[256:], (q.float()[256:] * grid[2]).bfloat16())
     with pytest.raises(UserError, match="does not fit"):
         decoded("w", q, grid, [(64, 64)])
-    assert torch.equal(decoded("w", q, grid, [(64, 64), (100, 8)])[100:200], (q.float()[100:200] * grid[1]).bfloat16())
+    assert torch.equal(
+        decoded("w", q, grid, [(64, 64), (100, 8)])[100:200],
+        (q.float()[100:200] * grid[1]).bfloat16(),
+    )
     stack = torch.randn(4, 6, 8).to(torch.float8_e4m3fn)
     for shape in ((4,), (4, 1, 1), (1, 6, 1), (4, 6, 1), (4, 1, 8)):
         s = torch.rand(shape)
@@ -213,7 +270,8 @@ def test_scales_of_blocks_and_stacks():
     for shape in ((2, 6, 1), (4, 6), (0,), (4, 12, 1)):
         with pytest.raises(UserError, match="does not fit"):
             decoded("w", stack, torch.rand(shape))
-    exponents = torch.tensor([[126], [129]], dtype=torch.uint8)  # 2^-1 and 2^2, as MXFP8 stores them
+    # 2^-1 and 2^2, as MXFP8 stores them
+    exponents = torch.tensor([[126], [129]], dtype=torch.uint8)
     q = torch.ones(2, 4).to(torch.float8_e4m3fn)
     wanted = torch.tensor([0.5, 4.0])[:, None].expand(2, 4).bfloat16()
     assert torch.equal(decoded("w", q, exponents), wanted)
@@ -224,7 +282,9 @@ def test_a_model_that_was_loaded_quantized_is_refused(tmp_path):
     folder = in_fp8(saved("llama", tmp_path / "model"), 32)
     kwargs = {"weight_block_size": (32, 32), "dequantize": True}
     model = (
-        FAMILIES["llama"].build().__class__.from_pretrained(folder, quantization_config=FineGrainedFP8Config(**kwargs))
+        FAMILIES["llama"]
+        .build()
+        .__class__.from_pretrained(folder, quantization_config=FineGrainedFP8Config(**kwargs))
     )
     check_floating(model)
     options = {"group_size": 32, "iters": 0, "device": "cpu"}
@@ -232,7 +292,9 @@ def test_a_model_that_was_loaded_quantized_is_refused(tmp_path):
         cast = FAMILIES["llama"].build()
         layer = cast.get_submodule(Q_PROJ)
         layer.weight = nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
-        with pytest.raises(UserError, match=rf"holds {Q_PROJ}.weight as {dtype}, not as plain floating point"):
+        with pytest.raises(
+            UserError, match=rf"holds {Q_PROJ}.weight as {dtype}, not as plain floating point"
+        ):
             AutoRoundMLLM(cast, tiny_tokenizer(), **options).quantize()
     model.hf_quantizer = SimpleNamespace(quantization_config=FineGrainedFP8Config())  # as on a GPU
     with pytest.raises(UserError, match=r"the model was loaded quantized \(fp8\)"):
@@ -244,7 +306,10 @@ def test_a_model_that_was_loaded_quantized_is_refused(tmp_path):
 
 def in_shards(folder: Path, tensors) -> None:
     names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    halves = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, keys in halves.items():
         save_file({key: tensors[key] for key in keys}, folder / file, {"format": "pt"})
     table = {key: file for file, keys in halves.items() for key in keys}
@@ -291,7 +356,9 @@ def test_every_way_of_reading_reads_what_transformers_reads(layout, tmp_path):
         with loaded.holder.resident(["model.layers.0", "model.layers.1"]):
             state = loaded.model.state_dict()
             assert all(torch.equal(state[key], tensor) for key, tensor in wanted.items())
-    base = Recipe(model=str(folder), format="fake", group_size=32, iters=0, device="cpu", fp_layers="o_proj")
+    base = Recipe(
+        model=str(folder), format="fake", group_size=32, iters=0, device="cpu", fp_layers="o_proj"
+    )
     for stream in (False, True):
         recipe = replace(base, stream=stream, output_dir=str(tmp_path / f"out{stream}"))
         (made,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
@@ -301,17 +368,27 @@ def test_every_way_of_reading_reads_what_transformers_reads(layout, tmp_path):
         assert not [finding for finding in check(made, folder) if finding.severity == "error"]
         assert torch.equal(load(str(made)).model.state_dict()[kept[0]], wanted[kept[0]])
     known = identity(base, "", folder, [])
-    assert {key for key in known if key.endswith(".safetensors")} == {path.name for path in weight_files(folder)}
+    assert {key for key in known if key.endswith(".safetensors")} == {
+        path.name for path in weight_files(folder)
+    }
 
 
-@pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.safetensors"]
+)
 def test_files_that_transformers_does_not_read_are_named(name, tmp_path):
     folder = saved("llama", tmp_path / "model")
     (folder / "model.safetensors").rename(folder / name)
     for stream in (False, True):
         with pytest.raises(UserError, match=rf"has no weights: .*{name} is not read, rename it"):
             load(str(folder), stream=stream)
-    for wrong in ("../model.safetensors", "sub/model.safetensors", "model.bin", 5, "gone.safetensors"):
+    for wrong in (
+        "../model.safetensors",
+        "sub/model.safetensors",
+        "model.bin",
+        5,
+        "gone.safetensors",
+    ):
         edited(folder, lambda config, wrong=wrong: config.update(transformers_weights=wrong))
         with pytest.raises(UserError, match=r"transformers_weights|has no weights"):
             load(str(folder))
@@ -321,9 +398,14 @@ def test_a_newer_file_beside_an_old_index_is_said(tmp_path, caplog):
     folder = saved("llama", tmp_path / "model")
     beside(folder, "old index")
     load(str(folder))
-    assert "model.safetensors is read, as Transformers does; the files of its index are not" in caplog.text
+    assert (
+        "model.safetensors is read, as Transformers does; the files of its index are not"
+        in caplog.text
+    )
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"copy the folder again, or remove the index if model.safetensors is newer"):
+    with pytest.raises(
+        UserError, match=r"copy the folder again, or remove the index if model.safetensors is newer"
+    ):
         load(str(folder))
 
 
@@ -335,8 +417,17 @@ def test_a_model_without_a_head_is_one_line(tmp_path):
     edited(folder, lambda config: config.update(architectures=["LlamaModel"]))
     for architecture in ("LlamaModel", "LlamaForSequenceClassification"):
         edited(folder, lambda config, name=architecture: config.update(architectures=[name]))
-        recipe = Recipe(model=str(folder), output_dir=str(tmp_path / "out"), iters=0, group_size=32, device="cpu")
-        with pytest.raises(UserError, match=r"has no head that predicts tokens.*LlamaForCausalLM|weights are missing"):
+        recipe = Recipe(
+            model=str(folder),
+            output_dir=str(tmp_path / "out"),
+            iters=0,
+            group_size=32,
+            device="cpu",
+        )
+        with pytest.raises(
+            UserError,
+            match=r"has no head that predicts tokens.*LlamaForCausalLM|weights are missing",
+        ):
             jobs.prepare(recipe, jobs.load_model(recipe))
     base = LlamaModel(FAMILIES["llama"].build().config)
     with pytest.raises(UserError, match="LlamaModel has no head that predicts tokens"):
@@ -346,10 +437,22 @@ def test_a_model_without_a_head_is_one_line(tmp_path):
 @pytest.mark.parametrize("wrong", [128, 5000])
 def test_token_ids_beyond_the_vocabulary_are_named_before_a_pass(wrong, tmp_path):
     model = FAMILIES["llama"].build()
-    rows = [{"id": f"row{i}", "input_ids": [7] * 20 + [5, wrong if i == 2 else 6] * 10} for i in range(4)]
+    rows = [
+        {"id": f"row{i}", "input_ids": [7] * 20 + [5, wrong if i == 2 else 6] * 10}
+        for i in range(4)
+    ]
     before = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    options = {"group_size": 32, "iters": 1, "nsamples": 4, "seqlen": 40, "device": "cpu", "output_dir": str(tmp_path)}
-    with pytest.raises(UserError, match=rf"sample .*: its token id {wrong} is not in the model's vocabulary of 128"):
+    options = {
+        "group_size": 32,
+        "iters": 1,
+        "nsamples": 4,
+        "seqlen": 40,
+        "device": "cpu",
+        "output_dir": str(tmp_path),
+    }
+    with pytest.raises(
+        UserError, match=rf"sample .*: its token id {wrong} is not in the model's vocabulary of 128"
+    ):
         AutoRoundMLLM(model, tiny_tokenizer(), dataset=rows, **options).quantize()
     before.remove()
 
@@ -359,7 +462,12 @@ def test_llama_4_is_tuned_in_the_dtype_it_is_stored_in(dtype, tmp_path):
     folder = saved("llama4", tmp_path / "model")
     edited(folder, lambda c: c.update(dtype=str(dtype).removeprefix("torch.")),
            lambda t: t.update({key: tensor.to(dtype) for key, tensor in t.items()}))  # fmt: skip
-    recipe = Recipe(model=str(folder), output_dir=str(tmp_path), iters=1, group_size=32, nsamples=4, seqlen=32,
+    recipe = Recipe(model=str(folder), output_dir=str(tmp_path), iters=1, group_size=32, nsamples=4,
+        seqlen=32,
                     device="cpu")  # fmt: skip
-    (made,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe), dataset=[{"input_ids": list(range(5, 45))}] * 4))
+    (made,) = jobs.run(
+        jobs.prepare(
+            recipe, jobs.load_model(recipe), dataset=[{"input_ids": list(range(5, 45))}] * 4
+        )
+    )
     assert (made / "config.json").is_file()

@@ -1,4 +1,5 @@
-"""Ways to break a checkpoint: the static check must find every one and name the tensor, key or file."""
+"""Ways to break a checkpoint: the static check must find every one and name the tensor, key or
+file."""
 
 import json
 import shutil
@@ -30,7 +31,9 @@ TOWER = "visual.blocks.0.attn.qkv"
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     out = tmp_path_factory.mktemp("base")
-    recipe = Recipe(model="demo", iters=0, device="cpu", format=",".join(FORMATS), output_dir=str(out))
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", format=",".join(FORMATS), output_dir=str(out)
+    )
     folders = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     return dict(zip(FORMATS, folders))
 
@@ -41,7 +44,11 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
     def apply(folder: Path) -> None:
         found = load_file(folder / "model.safetensors")
         change(found)
-        save_file({k: t.clone().contiguous() for k, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: t.clone().contiguous() for k, t in found.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
 
     return apply
 
@@ -92,7 +99,8 @@ def drop(name: str) -> Callable[[Path], None]:
 
 
 def sharded(change: Callable[[Path], Any] = lambda folder: None) -> Callable[[Path], None]:
-    """The weights in two shards with an index, which is what big models have; then a mutation of those."""
+    """The weights in two shards with an index, which is what big models have; then a mutation of
+    those."""
 
     def apply(folder: Path) -> None:
         whole = load_file(folder / "model.safetensors")
@@ -102,7 +110,9 @@ def sharded(change: Callable[[Path], Any] = lambda folder: None) -> Callable[[Pa
         for shard, half in halves.items():
             save_file({name: whole[name] for name in half}, folder / shard, {"format": "pt"})
         weight_map = {name: shard for shard, half in halves.items() for name in half}
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+        )
         change(folder)
 
     return apply
@@ -192,7 +202,8 @@ GPTQ, AWQ = ("auto_gptq",), ("auto_awq",)
 MUTATIONS = [
     # codes, scales, zero points
     Mutation("nibble order swapped", one(QWEIGHT, nibbles), QWEIGHT, ALL),
-    Mutation("one code bit flipped", one(QWEIGHT, lambda t: t ^ torch.eye(*t.shape, dtype=torch.int32)), QWEIGHT, ALL),
+    Mutation("one code bit flipped", one(QWEIGHT, lambda t: t ^ torch.eye(*t.shape,
+        dtype=torch.int32)), QWEIGHT, ALL),
     Mutation("zero points off by one", one(QZEROS, lambda t: t + 0x11111111), QZEROS, ALL),
     Mutation("scale missing", tensors(pop(SCALES)), SCALES, ALL),
     Mutation("zero points missing", tensors(pop(QZEROS)), QZEROS),
@@ -202,14 +213,16 @@ MUTATIONS = [
     Mutation("scale is zero", one(SCALES, poke(0.0)), SCALES, ALL),
     Mutation("scale of the wrong sign", one(SCALES, lambda t: -t), SCALES),
     Mutation("scales as float32", one(SCALES, lambda t: t.float()), SCALES),
-    Mutation("scales off by the last bit", one(SCALES, lambda t: (t.view(torch.int16) ^ 1).view(torch.half)), SCALES),
+    Mutation("scales off by the last bit", one(SCALES,
+        lambda t: (t.view(torch.int16) ^ 1).view(torch.half)), SCALES),
     Mutation("scales in the wrong order", one(SCALES, lambda t: t.flip(0)), SCALES, ALL),
     Mutation("scales transposed", one(SCALES, lambda t: t.T), SCALES),
     Mutation("codes transposed", one(QWEIGHT, lambda t: t.T), QWEIGHT, ALL),
     Mutation("codes as int64", one(QWEIGHT, lambda t: t.long()), QWEIGHT),
     Mutation(
         "scales of two layers' q exchanged",
-        tensors(swap("model.layers.0.self_attn.q_proj.scales", "model.layers.1.self_attn.q_proj.scales")),
+        tensors(swap("model.layers.0.self_attn.q_proj.scales",
+            "model.layers.1.self_attn.q_proj.scales")),
         "model.layers.0.self_attn.q_proj.scales",
         ALL,
     ),
@@ -222,15 +235,19 @@ MUTATIONS = [
     Mutation("g_idx missing", tensors(pop(f"{DOWN}.g_idx")), f"{DOWN}.g_idx", GPTQ),
     # plain tensors
     Mutation("infinity in a norm", one(NORM, poke(float("inf"))), NORM, ALL),
-    Mutation("NaN in a bias", one(f"{ATTENTION}.q_proj.bias", poke(float("nan"))), f"{ATTENTION}.q_proj.bias"),
-    Mutation("square weight transposed", one("visual.blocks.1.attn.proj.weight", lambda t: t.T), "visual.blocks.1"),
-    Mutation("one weight changed", one("model.embed_tokens.weight", poke(1.0)), "model.embed_tokens.weight"),
+    Mutation("NaN in a bias", one(f"{ATTENTION}.q_proj.bias", poke(float("nan"))),
+        f"{ATTENTION}.q_proj.bias"),
+    Mutation("square weight transposed", one("visual.blocks.1.attn.proj.weight", lambda t: t.T),
+        "visual.blocks.1"),
+    Mutation("one weight changed", one("model.embed_tokens.weight", poke(1.0)),
+        "model.embed_tokens.weight"),
     Mutation("plain weight in another dtype", one(NORM, lambda t: t.float()), NORM),
     Mutation("norm cut short", one(NORM, lambda t: t[:-1]), NORM),
     # which tensors there are
     Mutation("module renamed", tensors(rename(DOWN, DOWN.replace("down_proj", "down"))), DOWN, ALL),
     Mutation("block renumbered", tensors(rename("model.layers.4.", "model.layers.5.")), "layers.4"),
-    Mutation("kept layer missing", tensors(pop("visual.merger.mlp.0.weight")), "visual.merger.mlp.0.weight", ALL),
+    Mutation("kept layer missing", tensors(pop("visual.merger.mlp.0.weight")),
+        "visual.merger.mlp.0.weight", ALL),
     Mutation("bias missing", tensors(pop(f"{ATTENTION}.k_proj.bias")), f"{ATTENTION}.k_proj.bias"),
     Mutation("unknown tensor", tensors(lambda t: t.update(extra=torch.ones(3))), "extra", ALL),
     Mutation(
@@ -247,17 +264,25 @@ MUTATIONS = [
     Mutation("tensor in two shards", sharded(copy_tensor), NORM),
     Mutation("index names a missing file", sharded(index_says("no.safetensors")), INDEX),
     Mutation("index names the wrong shard", sharded(index_says(SHARDS[1])), NORM),
-    Mutation("index forgets a tensor", sharded(edit(INDEX, lambda i: i["weight_map"].pop(NORM))), NORM),
-    Mutation("a second weight file", lambda f: shutil.copy(f / "model.safetensors", f / "x.safetensors"), "x.safe"),
-    Mutation("processor file dropped", drop("preprocessor_config.json"), "preprocessor_config.json", ALL),
-    Mutation("processor configuration dropped", drop("processor_config.json"), "processor_config.json"),
+    Mutation("index forgets a tensor", sharded(edit(INDEX, lambda i: i["weight_map"].pop(NORM))),
+        NORM),
+    Mutation("a second weight file", lambda f: shutil.copy(f / "model.safetensors",
+        f / "x.safetensors"), "x.safe"),
+    Mutation("processor file dropped", drop("preprocessor_config.json"), "preprocessor_config.json",
+        ALL),
+    Mutation("processor configuration dropped", drop("processor_config.json"),
+        "processor_config.json"),
     Mutation("chat template dropped", drop("chat_template.jinja"), "chat_template.jinja", ALL),
     Mutation("generation config dropped", drop("generation_config.json"), "generation_config.json"),
     Mutation("tokenizer dropped", drop("tokenizer.json"), "tokenizer.json"),
-    Mutation("truncation left in", edit("tokenizer.json", put(truncation={"max_length": 512})), "tokenizer.json", ALL),
-    Mutation("padding left in", edit("tokenizer.json", put(padding={"pad_id": 0})), "tokenizer.json"),
-    Mutation("tokenizer config cut off", lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config"),
-    Mutation("custom code missing", edit("config.json", put(auto_map={"AutoConfig": "my_code.C"})), "my_code.py"),
+    Mutation("truncation left in", edit("tokenizer.json", put(truncation={"max_length": 512})),
+        "tokenizer.json", ALL),
+    Mutation("padding left in", edit("tokenizer.json", put(padding={"pad_id": 0})),
+        "tokenizer.json"),
+    Mutation("tokenizer config cut off", lambda f: (f / "tokenizer_config.json").write_text("{"),
+        "tokenizer_config"),
+    Mutation("custom code missing", edit("config.json", put(auto_map={"AutoConfig": "my_code.C"})),
+        "my_code.py"),
     # configuration
     Mutation("configuration dropped", drop("config.json"), "config.json"),
     Mutation("quantization dropped", edit("config.json", pop("quantization_config")), "qweight"),
@@ -268,7 +293,8 @@ MUTATIONS = [
     Mutation("wrong group size", config(put(group_size=64)), DOWN, ALL),
     Mutation("sym flipped", config(put(sym=False)), DOWN, ("auto_round", "auto_gptq")),
     Mutation("zero_point flipped", config(put(zero_point=True)), DOWN, AWQ),
-    Mutation("wrong quant_method", config(put(quant_method="awq", zero_point=False)), "quantization_config", GPTQ),
+    Mutation("wrong quant_method", config(put(quant_method="awq", zero_point=False)),
+        "quantization_config", GPTQ),
     Mutation(
         "wrong quant_method, with its layout",
         config(put(quant_method="awq", zero_point=False, checkpoint_format="gemm")),
@@ -276,21 +302,31 @@ MUTATIONS = [
         GPTQ,
     ),
     Mutation("unknown quant_method", config(put(quant_method="quip")), "quantization_config", ALL),
-    Mutation("quant_method of other files", config(put(quant_method="gguf")), "quantization_config"),
+    Mutation("quant_method of other files", config(put(quant_method="gguf")),
+        "quantization_config"),
     Mutation("plain packing named", config(put(packing_format="auto_round")), QZEROS),
     Mutation("AWQ packing named", config(put(packing_format="auto_round:auto_awq")), DOWN),
     Mutation("block name wrong", config(put(block_name_to_quantize="model.layers")), "q_proj"),
-    Mutation("block name misspelt", config(put(block_name_to_quantize="model.language_model.blocks")), "q_proj", GPTQ),
-    Mutation("block names as a list", config(put(block_name_to_quantize=["model"])), "q_proj", GPTQ),
-    Mutation("block prefix too short", config(put(block_name_to_quantize="model")), "visual.", GPTQ),
-    Mutation("ignore pattern misses", config(missing_pattern("extra_config", "visual", "vision")), "vision"),
-    Mutation("dynamic pattern misses", config(missing_pattern("dynamic", "visual", "vision")), "vision", GPTQ),
-    Mutation("exclusion misses", config(missing_pattern("modules_to_not_convert", "visual", "vision")), "vision", AWQ),
-    Mutation("exclusion too wide", config(put(modules_to_not_convert=["model.visual", "proj"])), "q_proj", AWQ),
+    Mutation("block name misspelt",
+        config(put(block_name_to_quantize="model.language_model.blocks")), "q_proj", GPTQ),
+    Mutation("block names as a list", config(put(block_name_to_quantize=["model"])), "q_proj",
+        GPTQ),
+    Mutation("block prefix too short", config(put(block_name_to_quantize="model")), "visual.",
+        GPTQ),
+    Mutation("ignore pattern misses", config(missing_pattern("extra_config", "visual", "vision")),
+        "vision"),
+    Mutation("dynamic pattern misses", config(missing_pattern("dynamic", "visual", "vision")),
+        "vision", GPTQ),
+    Mutation("exclusion misses", config(missing_pattern("modules_to_not_convert", "visual",
+        "vision")), "vision", AWQ),
+    Mutation("exclusion too wide", config(put(modules_to_not_convert=["model.visual", "proj"])),
+        "q_proj", AWQ),
     Mutation("exclusions dropped", config(pop("modules_to_not_convert")), "visual.", AWQ),
     Mutation("a packed layer excluded", config(put(dynamic={"-:.*k_proj": {}})), "k_proj", GPTQ),
-    Mutation("override names a packed layer", config(put(extra_config={".*v_proj": {"bits": 16}})), "v_proj"),
-    Mutation("the two configurations differ", config(put(iters=5), both=False), "quantization_config.json"),
+    Mutation("override names a packed layer", config(put(extra_config={".*v_proj": {"bits": 16}})),
+        "v_proj"),
+    Mutation("the two configurations differ", config(put(iters=5), both=False),
+        "quantization_config.json"),
 ]  # fmt: skip
 
 CASES = [(mutation, name) for mutation in MUTATIONS for name in mutation.formats]
@@ -302,7 +338,9 @@ def test_every_way_to_break_a_checkpoint_is_found_and_named(mutation, name, chec
     shutil.copytree(checkpoints[name], folder)
     mutation.apply(folder)
     errors = [finding for finding in check(folder) if finding.severity == "error"]
-    assert any(mutation.named in finding.where for finding in errors), [finding.line() for finding in errors]
+    assert any(mutation.named in finding.where for finding in errors), [
+        finding.line() for finding in errors
+    ]
 
 
 def test_enough_ways():
@@ -334,7 +372,9 @@ def test_unbroken_checkpoints_are_right(name, checkpoints, tmp_path):
     ids=str,
 )
 def test_other_schemes_are_right_too(changes, tmp_path):
-    recipe = replace(Recipe(model="demo", iters=0, device="cpu", output_dir=str(tmp_path)), **changes)
+    recipe = replace(
+        Recipe(model="demo", iters=0, device="cpu", output_dir=str(tmp_path)), **changes
+    )
     for folder in jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))):
         assert [finding.line() for finding in check(folder, source=DEMO)] == []
 
@@ -354,13 +394,19 @@ def test_other_tools_files_are_checked_as_far_as_they_can_be(checkpoints, tmp_pa
 
 
 def test_what_the_model_itself_tells_needs_no_journal(checkpoints, tmp_path):
-    """The same on files without `run.json`: what contradicts the model or the configuration is found all the same."""
+    """The same on files without `run.json`: what contradicts the model or the configuration is
+    found all the same."""
     journal_only = {
-        "nibble order swapped", "one code bit flipped", "scale is zero", "scale of the wrong sign", "sym flipped",
-        "scales off by the last bit", "scales in the wrong order", "scales of two layers' q exchanged", "g_idx missing",
-        "square weight transposed", "one weight changed", "plain weight in another dtype", "processor file dropped",
-        "tied embedding stored twice", "processor configuration dropped", "chat template dropped", "zero_point flipped",
-        "generation config dropped", "ignore pattern misses", "dynamic pattern misses", "the two configurations differ",
+        "nibble order swapped", "one code bit flipped", "scale is zero", "scale of the wrong sign",
+        "sym flipped",
+        "scales off by the last bit", "scales in the wrong order",
+        "scales of two layers' q exchanged", "g_idx missing",
+        "square weight transposed", "one weight changed", "plain weight in another dtype",
+        "processor file dropped",
+        "tied embedding stored twice", "processor configuration dropped", "chat template dropped",
+        "zero_point flipped",
+        "generation config dropped", "ignore pattern misses", "dynamic pattern misses",
+        "the two configurations differ",
     }  # fmt: skip
     assert journal_only <= {mutation.name for mutation in MUTATIONS}
     for i, mutation in enumerate(m for m in MUTATIONS if m.name not in journal_only):

@@ -47,7 +47,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("base")
     found = {}
     for name, changes in RECIPES.items():
-        recipe = Recipe(model="demo", algorithm="rtn", device="cpu", output_dir=str(out / name), **changes)
+        recipe = Recipe(
+            model="demo", algorithm="rtn", device="cpu", output_dir=str(out / name), **changes
+        )
         (found[name],) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     return found
 
@@ -60,11 +62,16 @@ def group(**values: Any) -> Callable[[Path], None]:
 def mlx_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """A mutation of both copies of MLX's configuration."""
     keys = ("quantization", "quantization_config")
-    return edit("config.json", lambda content: [change(content[key]) for key in keys if key in content])
+    return edit(
+        "config.json", lambda content: [change(content[key]) for key in keys if key in content]
+    )
 
 
-def blocks(change: Callable[[Any], None], file: str = TEXT_FILE, name: str = BLOCK_DOWN) -> Callable[[Path], None]:
-    """A mutation of one tensor: uint8 (rows, bytes), in Q4_0 blocks of a float16 scale and 16 bytes of codes."""
+def blocks(
+    change: Callable[[Any], None], file: str = TEXT_FILE, name: str = BLOCK_DOWN
+) -> Callable[[Path], None]:
+    """A mutation of one tensor: uint8 (rows, bytes), in Q4_0 blocks of a float16 scale and 16 bytes
+    of codes."""
 
     def apply(folder: Path) -> None:
         import gguf
@@ -111,7 +118,8 @@ def cut(file: str) -> Callable[[Path], None]:
 MUTATIONS = [
     # compressed-tensors
     Mutation("nibble order swapped", one(PACKED, nibbles), PACKED, WORDS),
-    Mutation("one code bit flipped", one(PACKED, lambda t: t ^ torch.eye(*t.shape, dtype=torch.int32)), PACKED, WORDS),
+    Mutation("one code bit flipped", one(PACKED, lambda t: t ^ torch.eye(*t.shape,
+        dtype=torch.int32)), PACKED, WORDS),
     Mutation("one code is another", one(f"{DOWN}.weight", poke(3)), f"{DOWN}.weight", INT8),
     Mutation("signs of codes swapped", one(f"{DOWN}.weight", lambda t: -t), f"{DOWN}.weight", INT8),
     Mutation("zero points off by one", one(ZEROS, lambda t: t ^ 0x11111111), ZEROS, WORDS),
@@ -122,17 +130,22 @@ MUTATIONS = [
     Mutation("wrong shape", one(f"{DOWN}.weight_shape", lambda t: t.flip(0)), DOWN, WORDS),
     Mutation("scale is NaN", one(CT_SCALE, poke(float("nan"))), CT_SCALE, (*WORDS, *INT8)),
     Mutation("scale is zero", one(CT_SCALE, poke(0.0)), CT_SCALE, (*WORDS, *INT8)),
-    Mutation("module renamed", tensors(rename(DOWN, DOWN.replace("down_proj", "down"))), DOWN, (*WORDS, *INT8, *MLX)),
+    Mutation("module renamed", tensors(rename(DOWN, DOWN.replace("down_proj", "down"))), DOWN,
+        (*WORDS, *INT8, *MLX)),
     Mutation("wrong group size", group(group_size=64), DOWN, WORDS),
     Mutation("wrong bits", group(num_bits=8), DOWN, WORDS),
     Mutation("said to be symmetric", group(symmetric=True), DOWN, WORDS),
-    Mutation("ignore pattern misses", config(missing_pattern("ignore", "visual", "vision")), "vision", (*WORDS, *INT8)),
-    Mutation("ignore takes a packed layer", config(lambda c: c["ignore"].append("re:.*k_proj")), "k_proj", WORDS),
-    Mutation("format missing", config(pop("format")), "quantization_config.format", (*WORDS, *INT8)),
+    Mutation("ignore pattern misses", config(missing_pattern("ignore", "visual", "vision")),
+        "vision", (*WORDS, *INT8)),
+    Mutation("ignore takes a packed layer", config(lambda c: c["ignore"].append("re:.*k_proj")),
+        "k_proj", WORDS),
+    Mutation("format missing", config(pop("format")), "quantization_config.format", (*WORDS,
+        *INT8)),
     Mutation("groups missing", config(pop("config_groups")), "config_groups", WORDS),
     Mutation("shard truncated", sharded(truncate), SHARD_NAMES[1], (*WORDS, *MLX)),
     # MLX
-    Mutation("nibble order swapped", one(f"{DOWN}.weight", lambda t: nibbles(t).view(t.dtype)), f"{DOWN}.weight", MLX),
+    Mutation("nibble order swapped", one(f"{DOWN}.weight", lambda t: nibbles(t).view(t.dtype)),
+        f"{DOWN}.weight", MLX),
     Mutation("scale missing", tensors(pop(f"{DOWN}.scales")), DOWN, MLX),
     Mutation("biases missing", tensors(pop(f"{DOWN}.biases")), DOWN, MLX),
     Mutation("scale is NaN", one(f"{DOWN}.scales", poke(float("nan"))), f"{DOWN}", MLX),
@@ -150,16 +163,20 @@ MUTATIONS = [
     Mutation("one code bit flipped", blocks(flip_codes), DOWN, GGUF),
     Mutation("scale is NaN", blocks(scale_to(0, 0x7E)), DOWN, GGUF),
     Mutation("scale is zero", blocks(scale_to(0, 0)), DOWN, GGUF),
-    Mutation("module renamed", rename_in_file(b"blk.2.ffn_down.weight", b"blk.9.ffn_down.weight"), DOWN, GGUF),
+    Mutation("module renamed", rename_in_file(b"blk.2.ffn_down.weight", b"blk.9.ffn_down.weight"),
+        DOWN, GGUF),
     Mutation("file truncated", cut(TEXT_FILE), TEXT_FILE, GGUF),
     Mutation("tower truncated", cut(TOWER_FILE), TOWER_FILE, GGUF),
     Mutation("file missing", drop(TEXT_FILE), TEXT_FILE, GGUF),
     Mutation("tower missing", drop(TOWER_FILE), TOWER_FILE, GGUF),
     # side files are the same for all
-    Mutation("processor file dropped", drop("preprocessor_config.json"), "preprocessor_config.json", tuple(RECIPES)),
-    Mutation("truncation left in", edit("tokenizer.json", put(truncation={"max_length": 512})), "tokenizer.json",
+    Mutation("processor file dropped", drop("preprocessor_config.json"), "preprocessor_config.json",
+        tuple(RECIPES)),
+    Mutation("truncation left in", edit("tokenizer.json", put(truncation={"max_length": 512})),
+        "tokenizer.json",
              tuple(RECIPES)),
-    Mutation("unknown quant_method", config(put(quant_method="quip")), "quantization_config", (*WORDS, *INT8, *GGUF)),
+    Mutation("unknown quant_method", config(put(quant_method="quip")), "quantization_config",
+        (*WORDS, *INT8, *GGUF)),
 ]  # fmt: skip
 
 CASES = [(mutation, name) for mutation in MUTATIONS for name in mutation.formats]
@@ -173,7 +190,9 @@ def test_every_way_to_break_a_checkpoint_is_found_and_named(
     shutil.copytree(checkpoints[name], folder)
     mutation.apply(folder)
     errors = [finding for finding in check(folder) if finding.severity == "error"]
-    assert any(mutation.named in finding.where for finding in errors), [finding.line() for finding in errors]
+    assert any(mutation.named in finding.where for finding in errors), [
+        finding.line() for finding in errors
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)

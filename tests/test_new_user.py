@@ -1,7 +1,9 @@
-"""A new user's transcript: README.md alone, from installing to an answer about a picture from vLLM's server.
+"""A new user's transcript: README.md alone, from installing to an answer about a picture from
+vLLM's server.
 
-The commands are the README's own, run by bash in a copy of what git would pack, with a Python environment of its own.
-Two things are put in their place: the user's model and picture (the bundled ones), and the port, which must be free.
+The commands are the README's own, run by bash in a copy of what git would pack, with a Python
+environment of its own. Two things are put in their place: the user's model and picture (the bundled
+ones), and the port, which must be free.
 """
 
 import contextlib
@@ -39,11 +41,15 @@ def block_with(text: str) -> Block:
 
 
 def bash(command: str, folder: Path, patience: float = PATIENCE, **options) -> str:
-    """What a command prints, with the environment that the README makes; the command must succeed."""
+    """What a command prints, with the environment that the README makes; the command must
+    succeed."""
     enter = ". venv/bin/activate && " if (folder / "venv").is_dir() else ""
-    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    clean = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", enter + command], cwd=folder, env=clean | {"HF_HUB_OFFLINE": "1"},
+        ["bash", "-euo", "pipefail", "-c", enter + command], cwd=folder,
+        env=clean | {"HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=patience, check=False, **options,
     )  # fmt: skip
     print(f"$ {command.rstrip()}\n{done.stdout}")
@@ -53,10 +59,13 @@ def bash(command: str, folder: Path, patience: float = PATIENCE, **options) -> s
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """What git would pack, with the README's environment, the user's model and picture beside it."""
+    """What git would pack, with the README's environment, the user's model and picture beside
+    it."""
     folder = tmp_path_factory.mktemp("clone")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+    for name in subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -79,9 +88,14 @@ def checkpoint(clone) -> str:
 
 def test_quantize_evaluate_verify(clone, checkpoint):
     folder = clone / checkpoint
-    assert {"model.safetensors", "recipe.toml", "run.json", "eval.json", "verify.json", "report.html"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "model.safetensors",
+        "recipe.toml",
+        "run.json",
+        "eval.json",
+        "verify.json",
+        "report.html",
+    } <= {path.name for path in folder.iterdir()}
     # Nothing of the checkout was used: the package is the one that pip installed.
     place = bash('cd /; python -c "import auto_mmround; print(auto_mmround.__file__)"', clone)
     assert str(clone / "venv") in place
@@ -104,12 +118,16 @@ def serving(command: list[str], folder: Path, port: int) -> Iterator[None]:
     """A server in a process group of its own, which ends with this block whatever happens in it."""
     log = folder / "server.log"
     with log.open("w") as sink:
-        server = subprocess.Popen(command, cwd=folder, stdout=sink, stderr=sink, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=folder, stdout=sink, stderr=sink, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + PATIENCE
         while not answers(f"http://127.0.0.1:{port}/health"):
             assert server.poll() is None, f"the server ended: {log.read_text()[-4000:]}"
-            assert time.monotonic() < deadline, f"no answer after {PATIENCE} s: {log.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, (
+                f"no answer after {PATIENCE} s: {log.read_text()[-4000:]}"
+            )
             time.sleep(2)
         yield
     finally:

@@ -1,4 +1,5 @@
-"""docs/quickstart.ipynb runs, and its stored outputs are there, small, and of no particular machine."""
+"""docs/quickstart.ipynb runs, and its stored outputs are there, small, and of no particular
+machine."""
 
 import importlib.util
 import json
@@ -28,7 +29,9 @@ def test_the_stored_outputs():
 def test_it_runs(tmp_path, monkeypatch):
     pytest.importorskip("nbclient", reason='pip install -e ".[docs]"')
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "scripts" / "run_notebook.py")
+    spec = importlib.util.spec_from_file_location(
+        "run_notebook", ROOT / "scripts" / "run_notebook.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     fresh = outputs(module.run(NOTEBOOK, tmp_path).cells)

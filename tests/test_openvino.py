@@ -1,4 +1,5 @@
-"""OpenVINO: what it holds, and (slow, in its own environment) the converted graphs against the tuned weights."""
+"""OpenVINO: what it holds, and (slow, in its own environment) the converted graphs against the
+tuned weights."""
 
 import shutil
 import weakref
@@ -26,7 +27,9 @@ from auto_mmround.verify.verify import same_weights, verify
 
 ROOT = Path(__file__).parent.parent
 PYTHON = interpreter("openvino", ROOT)
-engine = pytest.mark.skipif(not PYTHON.is_file(), reason="scripts/engines.sh openvino installs the engine")
+engine = pytest.mark.skipif(
+    not PYTHON.is_file(), reason="scripts/engines.sh openvino installs the engine"
+)
 RECIPE = Recipe(model="demo", iters=0, device="cpu", format="openvino", group_size=64)
 
 
@@ -46,7 +49,9 @@ def test_check(scheme: Scheme, shape: tuple[int, int], reason: str | None) -> No
 
 
 @pytest.mark.parametrize("family", ["whisper", "llava_next"])
-def test_what_is_not_converted_is_said_beforehand(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_converted_is_said_beforehand(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
     config = FAMILIES[family].build().config.to_dict()
     if family == "whisper":
         with pytest.raises(UserError, match=r"decoders of text, .* not whisper"):
@@ -57,7 +62,8 @@ def test_what_is_not_converted_is_said_beforehand(family: str, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize(
-    ("graph", "said"), [(None, "has no openvino_model.xml"), ("<net>", "is damaged"), ("<net/>", "is damaged")]
+    ("graph", "said"),
+    [(None, "has no openvino_model.xml"), ("<net>", "is damaged"), ("<net/>", "is damaged")],
 )
 def test_damaged_graphs_are_one_line(graph: str | None, said: str, tmp_path: Path) -> None:
     if graph is not None:
@@ -66,7 +72,9 @@ def test_damaged_graphs_are_one_line(graph: str | None, said: str, tmp_path: Pat
         list(openvino.read(tmp_path, None))
 
 
-def test_without_the_converter_nothing_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_converter_nothing_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # no .engines here, and the tests' own environment has no openvino
     if openvino.importlib.util.find_spec("openvino"):
         pytest.skip("openvino is installed beside the program")
@@ -79,14 +87,22 @@ def test_without_the_converter_nothing_is_tuned(tmp_path: Path, monkeypatch: pyt
 @engine
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "sym", "kind", "scales"), [(4, True, "i4", "fp16"), (4, False, "u4", "fp16"), (8, False, "u8", "bf16")]
+    ("bits", "sym", "kind", "scales"),
+    [(4, True, "i4", "fp16"), (4, False, "u4", "fp16"), (8, False, "u8", "bf16")],
 )
 def test_verify_reads_the_graphs_and_asks_the_plugin(
     bits: int, sym: bool, kind: str, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text and image; the decoded graphs are what MLX's files hold of the same codes, bit for bit."""
+    """Text and image; the decoded graphs are what MLX's files hold of the same codes, bit for
+    bit."""
     monkeypatch.chdir(ROOT)
-    changes = {"bits": bits, "sym": sym, "scale_dtype": scales, "format": "openvino,mlx", "output_dir": str(tmp_path)}
+    changes = {
+        "bits": bits,
+        "sym": sym,
+        "scale_dtype": scales,
+        "format": "openvino,mlx",
+        "output_dir": str(tmp_path),
+    }
     job = jobs.prepare(recipe := replace(RECIPE, **changes), jobs.load_model(recipe))
     folder, reference = jobs.run(job)
     assert same_weights(folder, from_quantized(reference).model.state_dict()) == []
@@ -94,7 +110,8 @@ def test_verify_reads_the_graphs_and_asks_the_plugin(
     (verdict,) = done.verdicts
     assert done.findings == () and verdict.status == "right", (done.findings, verdict.line())
     assert verdict.layers == verdict.planned == 35 and verdict.gap < 1e-3
-    assert verdict.tokens is not None and verdict.tokens[1] == 16  # eight each of a text and an image
+    # eight each of a text and an image
+    assert verdict.tokens is not None and verdict.tokens[1] == 16
     xml = (folder / "openvino_language_model.xml").read_text()
     assert xml.count(f'element_type="{kind}"') == 35 * (1 if sym else 2)
 
@@ -102,7 +119,9 @@ def test_verify_reads_the_graphs_and_asks_the_plugin(
 @engine
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
-def test_quantized_towers_give_the_same_images(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_towers_give_the_same_images(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Random models: the image reaches the logits, which are those of the decoded weights."""
     monkeypatch.chdir(ROOT)
     tiny = FAMILIES[family]
@@ -114,7 +133,9 @@ def test_quantized_towers_give_the_same_images(family: str, tmp_path: Path, monk
     inputs = [tiny.media["image"](seed) for seed in range(2)]
     result = run_engine("openvino", folder, inputs, python=PYTHON, new_tokens=2)
     assert result.ok, result.error
-    assert result.quantized == len(job.plan.quantized) and any("vis" in name for name in job.plan.quantized)
+    assert result.quantized == len(job.plan.quantized) and any(
+        "vis" in name for name in job.plan.quantized
+    )
     model = from_quantized(folder, dtype="float32").model
     for kwargs, found, tokens in zip(inputs, result.logits, result.tokens):
         wanted = logits_of(model, kwargs)
@@ -126,10 +147,22 @@ def test_quantized_towers_give_the_same_images(family: str, tmp_path: Path, monk
 BREAKS = {
     "a graph is gone": (lambda f: (f / f"{GRAPHS[1]}.xml").unlink(), "can't be decoded"),
     "a tower is gone": (lambda f: (f / f"{GRAPHS[3]}.xml").unlink(), "according to run.json"),
-    "values are cut off": (lambda f: (f / f"{GRAPHS[1]}.bin").write_bytes(b"\0" * 1000), "can't be decoded"),
-    "one code is another": (lambda f: flip(f / f"{GRAPHS[1]}.bin"), "does not decode to what was tuned"),
-    "one tensor of the tower is another": (lambda f: flip(f / f"{GRAPHS[3]}.bin"), "is not what the run wrote"),
-    "one embedding is another": (lambda f: flip(f / f"{GRAPHS[2]}.bin"), "has other values than in"),
+    "values are cut off": (
+        lambda f: (f / f"{GRAPHS[1]}.bin").write_bytes(b"\0" * 1000),
+        "can't be decoded",
+    ),
+    "one code is another": (
+        lambda f: flip(f / f"{GRAPHS[1]}.bin"),
+        "does not decode to what was tuned",
+    ),
+    "one tensor of the tower is another": (
+        lambda f: flip(f / f"{GRAPHS[3]}.bin"),
+        "is not what the run wrote",
+    ),
+    "one embedding is another": (
+        lambda f: flip(f / f"{GRAPHS[2]}.bin"),
+        "has other values than in",
+    ),
     "the rest is gone": (lambda f: (f / "openvino_rest.safetensors").unlink(), "can't be decoded"),
 }
 
@@ -143,7 +176,9 @@ def flip(path: Path) -> None:
 
 @engine
 @pytest.mark.slow
-def test_every_way_to_break_the_graphs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_break_the_graphs_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     recipe = replace(RECIPE, algorithm="rtn", output_dir=str(tmp_path))
     (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
@@ -157,13 +192,20 @@ def test_every_way_to_break_the_graphs_is_found(tmp_path: Path, monkeypatch: pyt
 
 @engine
 @pytest.mark.slow
-def test_sliding_windows_survive_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small random Gemma 3, window 8, on 24 tokens: the converter's own check and ours see the window."""
+def test_sliding_windows_survive_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small random Gemma 3, window 8, on 24 tokens: the converter's own check and ours see the
+    window."""
     monkeypatch.chdir(ROOT)
     source = sliding_gemma(tmp_path / "tiny")
-    recipe = replace(RECIPE, model=str(source), group_size=32, format="openvino,mlx", output_dir=str(tmp_path))
+    recipe = replace(
+        RECIPE, model=str(source), group_size=32, format="openvino,mlx", output_dir=str(tmp_path)
+    )
     folder, reference = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
-    inputs = {"input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))}
+    inputs = {
+        "input_ids": torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))
+    }
     result = run_engine("openvino", folder, [inputs], python=PYTHON)
     wanted = logits_of(from_quantized(reference, dtype="float32").model, inputs)
     assert result.ok and result.quantized == 21
@@ -173,11 +215,14 @@ def test_sliding_windows_survive_the_conversion(tmp_path: Path, monkeypatch: pyt
     assert not refused.ok and "['pixel_values']" in str(refused.error)
 
 
-def test_the_floats_for_the_converter_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_floats_for_the_converter_are_written_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A converter that only counts; each tensor is gone when the next one is made."""
     converter = tmp_path / "python"
     converter.write_text(
-        '#!/bin/sh\necho "{\\"ok\\": false, \\"error\\": \\"$(ls $(dirname $4) | tr \'\\n\' \' \')\\"}"\n'
+        '#!/bin/sh\necho "{\\"ok\\": false, \\"error\\": \\"$(ls $(dirname $4) | tr \'\\n\' \''
+        ' \')\\"}"\n'
     )
     converter.chmod(0o755)
     monkeypatch.setattr(openvino, "converter_python", lambda: converter)

@@ -1,4 +1,5 @@
-"""Bit streams against an independent slow decoder, golden words, and both layouts against their definitions."""
+"""Bit streams against an independent slow decoder, golden words, and both layouts against their
+definitions."""
 
 import pytest
 import torch
@@ -18,12 +19,16 @@ def slow_decode(words: list[int], bits: int, n: int) -> list[int]:
     return [int(stream[k * bits : (k + 1) * bits][::-1], 2) for k in range(n)]
 
 
-def random_codes(out: int, groups: int, group: int, bits: int, sym: bool, seed: int, min_zero: int = 0) -> Codes:
+def random_codes(
+    out: int, groups: int, group: int, bits: int, sym: bool, seed: int, min_zero: int = 0
+) -> Codes:
     gen = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 2**bits, (out, groups * group), generator=gen).to(torch.uint8)
     scale = torch.randn(out, groups, generator=gen).half()  # half of them negative
     zero = torch.randint(min_zero, 2**bits, (out, groups), generator=gen).to(torch.uint8)
-    return Codes(q, scale, torch.full_like(zero, 2 ** (bits - 1)) if sym else zero, bits, group, sym)
+    return Codes(
+        q, scale, torch.full_like(zero, 2 ** (bits - 1)) if sym else zero, bits, group, sym
+    )
 
 
 def same(left: Codes, right: Codes) -> bool:
@@ -31,9 +36,13 @@ def same(left: Codes, right: Codes) -> bool:
 
 
 @settings(deadline=None, max_examples=150)
-@given(bits=st.integers(1, 8), n=st.integers(1, 131), rows=st.integers(1, 4), seed=st.integers(0, 999))
+@given(
+    bits=st.integers(1, 8), n=st.integers(1, 131), rows=st.integers(1, 4), seed=st.integers(0, 999)
+)
 def test_stream_round_trip_and_oracle(bits: int, n: int, rows: int, seed: int) -> None:
-    values = torch.randint(0, 2**bits, (rows, n), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    values = torch.randint(0, 2**bits, (rows, n), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
     words = pack_bits(values, bits)
     assert words.dtype == torch.int32 and words.shape == (rows, -(-n * bits // 32))
     assert [slow_decode(row, bits, n) for row in words.tolist()] == values.tolist()
@@ -50,7 +59,9 @@ def test_stream_round_trip_and_oracle(bits: int, n: int, rows: int, seed: int) -
     offset=st.integers(0, 1),
     seed=st.integers(0, 999),
 )
-def test_gptq_round_trip(bits: int, sym: bool, out: int, groups: int, group: int, offset: int, seed: int) -> None:
+def test_gptq_round_trip(
+    bits: int, sym: bool, out: int, groups: int, group: int, offset: int, seed: int
+) -> None:
     group *= 2  # in * bits is a multiple of 32
     codes = random_codes(out, groups, group, bits, sym, seed, min_zero=offset)
     tensors = pack_gptq("m", codes, zero_offset=offset, g_idx=True)
@@ -63,14 +74,22 @@ def test_gptq_round_trip(bits: int, sym: bool, out: int, groups: int, group: int
 
 def test_gptq_in_activation_order() -> None:
     codes = random_codes(32, 3, 32, 4, False, 0, min_zero=1)
-    g_idx = torch.arange(3).repeat_interleave(32)[torch.randperm(96, generator=torch.Generator().manual_seed(1))]
+    g_idx = torch.arange(3).repeat_interleave(32)[
+        torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    ]
     tensors = pack_gptq("m", codes, zero_offset=1, g_idx=True) | {"m.g_idx": g_idx.int()}
-    wanted = (codes.q_OI.float() - codes.zero_OG.float()[:, g_idx]) * codes.scale_OG.float()[:, g_idx]
-    assert torch.equal(dequantize(unpack_gptq("m", tensors, Scheme(4, 32, False), zero_offset=1)), wanted)
+    wanted = (codes.q_OI.float() - codes.zero_OG.float()[:, g_idx]) * codes.scale_OG.float()[
+        :, g_idx
+    ]
+    assert torch.equal(
+        dequantize(unpack_gptq("m", tensors, Scheme(4, 32, False), zero_offset=1)), wanted
+    )
 
 
 @settings(deadline=None, max_examples=40)
-@given(sym=st.booleans(), eights=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 999))
+@given(
+    sym=st.booleans(), eights=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 999)
+)
 def test_awq_round_trip(sym: bool, eights: int, groups: int, seed: int) -> None:
     codes = random_codes(8 * eights, groups, 32, 4, sym, seed)
     tensors = auto_awq.pack("m", codes)
@@ -83,14 +102,19 @@ def test_awq_round_trip(sym: bool, eights: int, groups: int, seed: int) -> None:
 def test_golden_words_of_symmetric_zero_points() -> None:
     def words(bits: int, offset: int) -> set[int]:
         codes = random_codes(32, 1, 32, bits, True, 0)
-        return {w & 0xFFFFFFFF for w in pack_gptq("m", codes, zero_offset=offset, g_idx=False)["m.qzeros"][0].tolist()}
+        return {
+            w & 0xFFFFFFFF
+            for w in pack_gptq("m", codes, zero_offset=offset, g_idx=False)["m.qzeros"][0].tolist()
+        }
 
     assert words(4, 1) == {0x77777777}
     assert words(3, 1) == {0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D}
     assert words(2, 1) == {0x55555555}
     assert words(8, 1) == {0x7F7F7F7F}
     assert words(4, 0) == {0x88888888}
-    assert {w & 0xFFFFFFFF for w in pack_awq(torch.full((1, 8), 8)).flatten().tolist()} == {0x88888888}
+    assert {w & 0xFFFFFFFF for w in pack_awq(torch.full((1, 8), 8)).flatten().tolist()} == {
+        0x88888888
+    }
 
 
 def test_awq_golden_order() -> None:
@@ -119,4 +143,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="contradicts"):
         unpack_gptq("m", tensors, Scheme(4, 64), zero_offset=1)
     with pytest.raises(ValueError, match="every group 32 inputs"):
-        unpack_gptq("m", tensors | {"m.g_idx": torch.zeros_like(tensors["m.g_idx"])}, Scheme(4, 32), zero_offset=1)
+        unpack_gptq(
+            "m",
+            tensors | {"m.g_idx": torch.zeros_like(tensors["m.g_idx"])},
+            Scheme(4, 32),
+            zero_offset=1,
+        )

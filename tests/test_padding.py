@@ -1,4 +1,5 @@
-"""Two hundred samples of 1 to 1,500 tokens: hardly any padding is computed, and memory stays as it is."""
+"""Two hundred samples of 1 to 1,500 tokens: hardly any padding is computed, and memory stays as it
+is."""
 
 import importlib.util
 import random
@@ -13,7 +14,9 @@ from auto_mmround.run import job as jobs
 
 
 def bench():
-    spec = importlib.util.spec_from_file_location("padding", Path(__file__).parents[1] / "bench" / "padding.py")
+    spec = importlib.util.spec_from_file_location(
+        "padding", Path(__file__).parents[1] / "bench" / "padding.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["padding"] = module
     spec.loader.exec_module(module)
@@ -24,8 +27,11 @@ def test_no_padding_and_flat_memory(tmp_path):
     padding, draw = bench(), random.Random(0)
     FAMILIES["qwen2_vl"].build().save_pretrained(tmp_path)
     tiny_processors.qwen2_vl().save_pretrained(tmp_path)
-    rows = padding.rows(200, 1500, lambda count: " ".join(f"w{4 + draw.randrange(90)}" for _ in range(count)))
-    recipe = Recipe(model=str(tmp_path), nsamples=200, seqlen=1500, device="cpu", amp=False, group_size=32,
+    rows = padding.rows(
+        200, 1500, lambda count: " ".join(f"w{4 + draw.randrange(90)}" for _ in range(count))
+    )
+    recipe = Recipe(model=str(tmp_path), nsamples=200, seqlen=1500, device="cpu", amp=False,
+        group_size=32,
                     quant_nontext_module=True)  # fmt: skip
     loaded = jobs.load_model(recipe)
     job = jobs.prepare(recipe, loaded, dataset=rows)
@@ -35,5 +41,6 @@ def test_no_padding_and_flat_memory(tmp_path):
     for row in found.waste:
         assert 0 <= row.share < 0.10, row
     text = found.waste[-1]
-    assert text.samples == 200 and 1 - text.tokens / text.padded > 0.3  # the samples are such that padding would cost
+    # the samples are such that padding would cost
+    assert text.samples == 200 and 1 - text.tokens / text.padded > 0.3
     assert found.growth < 0.05, found.memory_mb

@@ -1,4 +1,5 @@
-"""Our published SignRound against auto-round's own, on the same rows: the same damage to every block, within noise."""
+"""Our published SignRound against auto-round's own, on the same rows: the same damage to every
+block, within noise."""
 
 import copy
 
@@ -13,7 +14,8 @@ pytest.importorskip("auto_round")
 
 
 def first_block_error(model, reference, rows):
-    """Mean squared error of the first block's output on the rows, relative to the output's mean square."""
+    """Mean squared error of the first block's output on the rows, relative to the output's mean
+    square."""
     with torch.no_grad():
         got = model(rows, output_hidden_states=True).hidden_states[1]
         want = reference(rows, output_hidden_states=True).hidden_states[1]
@@ -27,7 +29,8 @@ def test_published_sign_round_does_what_auto_round_does(bits):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=2000,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=2000,
         initializer_range=0.1,
     )  # fmt: skip
     reference = LlamaForCausalLM(config).eval()
@@ -36,7 +39,16 @@ def test_published_sign_round_does_what_auto_round_does(bits):
     for seed in range(2):
         drawn = torch.randint(0, 2000, (80, 64), generator=torch.Generator().manual_seed(seed))
         rows, fresh = drawn[:64], drawn[64:]  # both are judged on rows that neither has seen
-        common = dict(bits=bits, group_size=32, sym=True, iters=200, nsamples=64, seqlen=64, batch_size=8, seed=seed)
+        common = dict(
+            bits=bits,
+            group_size=32,
+            sym=True,
+            iters=200,
+            nsamples=64,
+            seqlen=64,
+            batch_size=8,
+            seed=seed,
+        )
         peer = AutoRound(
             copy.deepcopy(reference),
             tokenizer,
@@ -46,9 +58,17 @@ def test_published_sign_round_does_what_auto_round_does(bits):
             **common,
         )
         data = [{"input_ids": row.tolist()} for row in rows]
-        for name, options in (("ours", {"algorithm": "sign_round"}), ("nearest", {"algorithm": "rtn"})):
+        for name, options in (
+            ("ours", {"algorithm": "sign_round"}),
+            ("nearest", {"algorithm": "rtn"}),
+        ):
             model = AutoRoundMLLM(
-                copy.deepcopy(reference), tokenizer, dataset=data, device="cpu", amp=False, **common | options
+                copy.deepcopy(reference),
+                tokenizer,
+                dataset=data,
+                device="cpu",
+                amp=False,
+                **common | options,
             ).quantize()[0]
             errors[name].append(first_block_error(model, reference, fresh))
         errors["auto-round"].append(first_block_error(peer.quantize()[0].float(), reference, fresh))

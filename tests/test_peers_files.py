@@ -1,7 +1,9 @@
-"""`verify` and `from_quantized` on checkpoints that llm-compressor, GPTQModel and AutoAWQ wrote, untouched and damaged.
+"""`verify` and `from_quantized` on checkpoints that llm-compressor, GPTQModel and AutoAWQ wrote,
+untouched and damaged.
 
-Each tool runs in the environment that `scripts/engines.sh` builds for it, and reads its files back there; AutoAWQ's own
-loader wants a GPU or Intel's extension, so its files are read by Transformers with GPTQModel's kernels.
+Each tool runs in the environment that `scripts/engines.sh` builds for it, and reads its files back
+there; AutoAWQ's own loader wants a GPU or Intel's extension, so its files are read by Transformers
+with GPTQModel's kernels.
 """
 
 import json
@@ -30,8 +32,8 @@ READER = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "autoawq":
 QWEN, LLAMA = "Qwen2VLForConditionalGeneration", "LlamaForCausalLM"
 # GPTQModel wants two workers, more than it starts by itself on two processors.
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
-# Largest difference of logits, relative to their spread: compressed-tensors decodes as we do; GPTQModel's kernels
-# round the decoded weight, or its product, to float16.
+# Largest difference of logits, relative to their spread: compressed-tensors decodes as we do;
+# GPTQModel's kernels round the decoded weight, or its product, to float16.
 EXACT, HALF = 1e-5, 1e-2
 
 
@@ -53,7 +55,13 @@ def by_compressor(name: str, scheme: str, modifier: str = "GPTQModifier") -> Pee
 
 
 def by_gptqmodel(name: str, bits: int = 4, **told: Any) -> Peer:
-    return Peer(f"gptqmodel-{name}", "gptqmodel", "auto_gptq", HALF, {"bits": bits, "group_size": 128, **told})
+    return Peer(
+        f"gptqmodel-{name}",
+        "gptqmodel",
+        "auto_gptq",
+        HALF,
+        {"bits": bits, "group_size": 128, **told},
+    )
 
 
 AWQ = {"method": "awq", "format": "gemm", "sym": False, "bits": 4, "group_size": 128}
@@ -84,7 +92,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers with the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("source") / "llama"
     torch.manual_seed(0)
-    sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
+    sizes = {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "max_position_embeddings": 512,
+    }
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, **heads, initializer_range=0.05)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -100,22 +113,32 @@ def write(tool: str, model: Path, cls: str, checkpoints: dict[Path, dict[str, An
     work = next(iter(checkpoints)).parent
     told = {str(folder): options for folder, options in checkpoints.items()}
     jobs = work / f"{tool}.json"
-    jobs.write_text(json.dumps({"tool": tool, "model": str(model), "class": cls, "checkpoints": told}))
+    jobs.write_text(
+        json.dumps({"tool": tool, "model": str(model), "class": cls, "checkpoints": told})
+    )
     command = [str(python.absolute()), "-P", str(WRITER), str(jobs)]
-    done = subprocess.run(command, cwd=work, env=QUIET, capture_output=True, text=True, timeout=1200, check=False)
+    done = subprocess.run(
+        command, cwd=work, env=QUIET, capture_output=True, text=True, timeout=1200, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Peer], Path]:
-    """The untouched folder of a peer; the first one asked for makes its tool write all of its own."""
+    """The untouched folder of a peer; the first one asked for makes its tool write all of its
+    own."""
     folders = {peer: tmp_path_factory.mktemp("peers") / peer.name for peer in PEERS}
     asked: set[str] = set()
 
     def ask(peer: Peer) -> Path:
         if peer.tool not in asked:
             asked.add(peer.tool)
-            write(peer.tool, source, LLAMA, {folders[one]: one.told for one in PEERS if one.tool == peer.tool})
+            write(
+                peer.tool,
+                source,
+                LLAMA,
+                {folders[one]: one.told for one in PEERS if one.tool == peer.tool},
+            )
         return folders[peer]
 
     return ask
@@ -126,9 +149,12 @@ def findings(folder: Path, source: Path | None = None) -> list[tuple[str, str]]:
 
 
 def gap(folder: Path, tool: str, cls: str = LLAMA) -> float:
-    """Largest difference between the logits of the decoded weights and those that the peer's reader gives."""
+    """Largest difference between the logits of the decoded weights and those that the peer's reader
+    gives."""
     inputs = {"input_ids": torch.randint(2000, (1, 40), generator=torch.Generator().manual_seed(7))}
-    theirs = run_transformers(folder, [inputs], python=python_of(READER[tool], root()), model_class=cls)
+    theirs = run_transformers(
+        folder, [inputs], python=python_of(READER[tool], root()), model_class=cls
+    )
     assert theirs.ok and theirs.quantized == len(read_subject(folder).packed), theirs.error
     with torch.inference_mode():
         ours = from_quantized(folder, dtype="float32").model(**inputs).logits
@@ -136,11 +162,17 @@ def gap(folder: Path, tool: str, cls: str = LLAMA) -> float:
 
 
 @every_peer
-def test_untouched_files_are_right(peer: Peer, written: Callable[[Peer], Path], source: Path) -> None:
+def test_untouched_files_are_right(
+    peer: Peer, written: Callable[[Peer], Path], source: Path
+) -> None:
     folder = written(peer)
     subject = read_subject(folder)
     assert subject.fmt is not None and subject.fmt.name == peer.format and len(subject.packed) == 14
-    norms = [f"model.layers.{i}.{norm}_layernorm.weight" for i in (0, 1) for norm in ("input", "post_attention")]
+    norms = [
+        f"model.layers.{i}.{norm}_layernorm.weight"
+        for i in (0, 1)
+        for norm in ("input", "post_attention")
+    ]
     assert findings(folder) == []
     assert sorted(findings(folder, source)) == [("warning", norm) for norm in norms if peer.folded]
     assert gap(folder, peer.tool) < peer.tolerance
@@ -174,19 +206,28 @@ def other_group_size(folder: Path) -> None:
     quantization = config["quantization_config"]
     for group in quantization.get("config_groups", {}).values():
         floats = group["weights"]["type"] == "float"  # these have no groups of 64
-        group["weights"] |= {"strategy": "block" if floats else "group", "group_size": None if floats else 64}
+        group["weights"] |= {
+            "strategy": "block" if floats else "group",
+            "group_size": None if floats else 64,
+        }
         group["weights"] |= {"block_structure": [128, 128] if floats else None}
     if "group_size" in quantization:
         quantization["group_size"] = 64
     (folder / "config.json").write_text(json.dumps(config))
 
 
-DAMAGE = {"scales of two layers": tensors(swap_scales), "a name": tensors(rename_scales), "group": other_group_size}
+DAMAGE = {
+    "scales of two layers": tensors(swap_scales),
+    "a name": tensors(rename_scales),
+    "group": other_group_size,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @every_peer
-def test_damage_is_named(peer: Peer, damage: str, written: Callable[[Peer], Path], tmp_path: Path) -> None:
+def test_damage_is_named(
+    peer: Peer, damage: str, written: Callable[[Peer], Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(written(peer), folder)
     DAMAGE[damage](folder)
@@ -197,7 +238,9 @@ def test_damage_is_named(peer: Peer, damage: str, written: Callable[[Peer], Path
 def test_order_that_is_not_announced(written: Callable[[Peer], Path], tmp_path: Path) -> None:
     """Activation order is read by g_idx; engines that go by desc_act alone would not."""
     folder = tmp_path / "silent"
-    shutil.copytree(written(next(peer for peer in PEERS if peer.name == "gptqmodel-w4-ordered")), folder)
+    shutil.copytree(
+        written(next(peer for peer in PEERS if peer.name == "gptqmodel-w4-ordered")), folder
+    )
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["desc_act"] = False
     (folder / "config.json").write_text(json.dumps(config))
@@ -207,22 +250,39 @@ def test_order_that_is_not_announced(written: Callable[[Peer], Path], tmp_path: 
 def test_gptqmodel_on_a_model_with_a_tower(tmp_path: Path) -> None:
     """It stores tensors under Transformers' names; the source's are found all the same."""
     folder = tmp_path / "demo"
-    write("gptqmodel", DEMO, QWEN, {folder: {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}})
+    write(
+        "gptqmodel",
+        DEMO,
+        QWEN,
+        {folder: {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}},
+    )
     assert findings(folder) == []
-    # Transformers 5 saves the image processor in processor_config.json, the source has it on its own.
+    # Transformers 5 saves the image processor in processor_config.json, the source has it on its
+    # own.
     assert findings(folder, DEMO) == [("warning", "preprocessor_config.json")]
     assert gap(folder, "gptqmodel", QWEN) < HALF
 
 
 def test_llmcompressor_on_a_model_with_a_tower(tmp_path: Path) -> None:
-    """Its list of ignored layers has the checkpoint's names only: its own Transformers packs the tower, and fails."""
+    """Its list of ignored layers has the checkpoint's names only: its own Transformers packs the
+    tower, and fails."""
     folder = tmp_path / "demo"
-    told = {"modifier": "GPTQModifier", "scheme": "W4A16", "ignore": ["re:.*lm_head", "re:.*visual.*"]}
+    told = {
+        "modifier": "GPTQModifier",
+        "scheme": "W4A16",
+        "ignore": ["re:.*lm_head", "re:.*visual.*"],
+    }
     write("llmcompressor", DEMO, QWEN, {folder: told})
     (found,) = check(folder)
-    assert found.severity == "error" and found.where == "visual.blocks.0.attn.qkv" and "Transformers" in found.message
+    assert (
+        found.severity == "error"
+        and found.where == "visual.blocks.0.attn.qkv"
+        and "Transformers" in found.message
+    )
     inputs = {"input_ids": torch.arange(9)[None]}
-    failed = run_transformers(folder, [inputs], python=python_of("llmcompressor", root()), model_class=QWEN)
+    failed = run_transformers(
+        folder, [inputs], python=python_of("llmcompressor", root()), model_class=QWEN
+    )
     assert not failed.ok
     config = json.loads((folder / "config.json").read_text())
     ignored = config["quantization_config"]["ignore"]

@@ -1,4 +1,5 @@
-"""What calibration sees of a picture is what a viewer with a white page shows, for every mode, depth and entrance."""
+"""What calibration sees of a picture is what a viewer with a white page shows, for every mode,
+depth and entrance."""
 
 import base64
 import io
@@ -36,13 +37,17 @@ def seen(reference, folder=None):
 def stored(image, kind, **options):
     sink = io.BytesIO()
     others = [other.copy() for other in options.pop("append_images", ())]
-    image.copy().save(sink, kind, append_images=others, **options)  # saving leaves options behind on the images
+    # saving leaves options behind on the images
+    image.copy().save(sink, kind, append_images=others, **options)
     return sink.getvalue()
 
 
 def lab(rgb):
     return ImageCms.profileToProfile(
-        Image.fromarray(rgb), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        Image.fromarray(rgb),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
     )
 
 
@@ -95,8 +100,10 @@ OBJECTS = {
     "P, palette of RGBA": (with_palette_alpha(), ON_PALETTE),
     "PA": (with_palette_alpha().convert("PA"), ON_PALETTE),
     "RGB": (Image.fromarray(RGB), RGB),
-    "RGB, keyed": (keyed(Image.fromarray(RGB), tuple(RGB[5, 5].tolist())),
-                   np.where((RGB[5, 5] == RGB).all(-1, keepdims=True), 255, RGB)),
+    "RGB, keyed": (
+        keyed(Image.fromarray(RGB), tuple(RGB[5, 5].tolist())),
+        np.where((RGB[5, 5] == RGB).all(-1, keepdims=True), 255, RGB),
+    ),
     "RGBA": (Image.fromarray(RGBA), WHITE),
     "RGBa": (Image.fromarray(RGBA).convert("RGBa"), WHITE),
     "RGBX": (Image.fromarray(RGB).convert("RGBX"), RGB),
@@ -105,8 +112,9 @@ OBJECTS = {
     "HSV": (Image.fromarray(RGB).convert("HSV"), RGB),
     "LAB": (lab(MUTED), MUTED),
     "a key that no channel has": (keyed(Image.fromarray(RGB), 3), RGB),
-} | {name: (image, GREY3) for name, image in DEEP.items() if name != "I, from below zero"}  # fmt: skip
-CLOSE = {"La": 2, "RGBa": 2, "YCbCr": 3, "HSV": 6, "LAB": 4}  # eight bits of another space hold no more
+} | {name: (image, GREY3) for name, image in DEEP.items() if name != "I, from below zero"}
+# eight bits of another space hold no more
+CLOSE = {"La": 2, "RGBa": 2, "YCbCr": 3, "HSV": 6, "LAB": 4}
 MODES = {"I;16N"}  # only in passing: no image has it
 
 
@@ -133,7 +141,9 @@ def png(bits, colour, pixels, key=b"", palette=b""):
     """A PNG of a depth that Pillow does not write. pixels: rows of packed bytes."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     pixels = pixels.view(np.uint8)
     width, height = pixels.shape[1] * 8 // bits // {0: 1, 2: 3, 3: 1}[colour], len(pixels)
@@ -145,16 +155,22 @@ def png(bits, colour, pixels, key=b"", palette=b""):
 
 
 TWO = np.array([[0b00011011] * 2] * 4, np.uint8)  # values 0 1 2 3 0 1 2 3
-DEEP_RGB = np.tile(np.array([[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0x8000]], ">u2").reshape(1, -1), (2, 1))
+DEEP_RGB = np.tile(
+    np.array([[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0x8000]], ">u2").reshape(1, -1), (2, 1)
+)
 KEYED_PNG = {
     "1 bit": (png(1, 0, np.full((8, 1), 0b00001111, np.uint8), b"\0\0"), [255] * 8),
-    "1 bit, white": (png(1, 0, np.full((8, 1), 0b00001111, np.uint8), b"\0\1"), [0] * 4 + [255] * 4),
+    "1 bit, white": (png(1, 0, np.full((8, 1), 0b00001111, np.uint8), b"\0\1"),
+        [0] * 4 + [255] * 4),
     "2 bits": (png(2, 0, TWO, b"\0\1"), [0, 255, 170, 255] * 2),
     "4 bits": (png(4, 0, np.full((2, 1), 0x2F, np.uint8), b"\0\2"), [255, 255]),
     "8 bits": (png(8, 0, np.tile(np.array([3, 200], np.uint8), (2, 1)), b"\0\3"), [255, 200]),
-    "16 bits": (png(16, 0, np.tile(np.array([0x0301, 0x8000], ">u2"), (2, 1)), b"\3\1"), [255, 128]),
-    "16 bits of colour": (png(16, 2, DEEP_RGB, struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)), [255, 255]),
-    "palette of 2 bits": (png(2, 3, TWO, b"\0\xff", bytes(range(0, 120, 10))), [255, 30, 60, 90] * 2),
+    "16 bits": (png(16, 0, np.tile(np.array([0x0301, 0x8000], ">u2"), (2, 1)), b"\3\1"), [255,
+        128]),
+    "16 bits of colour": (png(16, 2, DEEP_RGB, struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)), [255,
+        255]),
+    "palette of 2 bits": (png(2, 3, TWO, b"\0\xff", bytes(range(0, 120, 10))), [255, 30, 60,
+        90] * 2),
 }  # fmt: skip
 
 
@@ -166,12 +182,17 @@ def test_keys_are_told_in_the_depth_of_the_file(name):
 
 def patched(data, tag, value):
     """A TIFF in which a tag of one small number has another value."""
-    (entry,) = (struct.pack("<HHI", tag, kind, 1) for kind in (3, 4) if struct.pack("<HHI", tag, kind, 1) in data)
+    (entry,) = (
+        struct.pack("<HHI", tag, kind, 1)
+        for kind in (3, 4)
+        if struct.pack("<HHI", tag, kind, 1) in data
+    )
     at = data.index(entry) + len(entry)
     return data[:at] + struct.pack("<H", value) + data[at + 2 :]
 
 
-TWELVE = np.packbits(np.unpackbits((GREY.astype(int) * 4095 // 255).astype(">u2").view(np.uint8), axis=1)
+TWELVE = np.packbits(np.unpackbits((GREY.astype(int) * 4095 // 255).astype(">u2").view(np.uint8),
+    axis=1)
                      .reshape(24, 32, 16)[..., 4:].reshape(24, -1), axis=1)  # fmt: skip
 WIDER_TIFF = stored(Image.frombytes("L", (48, 24), TWELVE.tobytes()), "TIFF")
 FRAMES = [Image.fromarray(np.full_like(RGB, value)) for value in (40, 120, 200)]
@@ -183,7 +204,10 @@ FILES = {
     "TIFF of 16 bits": (stored(DEEP["I;16"], "TIFF"), GREY3),
     "TIFF of 16 bits, big": (stored(DEEP["I;16B"], "TIFF"), GREY3),
     "TIFF of 16 bits, zero is white": (patched(stored(DEEP["I;16"], "TIFF"), 262, 0), 255 - GREY3),
-    "TIFF of 8 bits, zero is white": (patched(stored(Image.fromarray(GREY), "TIFF"), 262, 0), 255 - GREY3),
+    "TIFF of 8 bits, zero is white": (
+        patched(stored(Image.fromarray(GREY), "TIFF"), 262, 0),
+        255 - GREY3,
+    ),
     "TIFF of floats": (stored(DEEP["F to 1"], "TIFF"), GREY3),
     "TIFF of 12 bits": (patched(patched(WIDER_TIFF, 258, 12), 256, 32), GREY3),
     "TIFF of 32 bits": (stored(DEEP["I"], "TIFF"), GREY3),
@@ -194,11 +218,17 @@ FILES = {
     "PGM of 16 bits, dark": (b"P5 2 1 65535\n\0\0\0\xff", np.array([[[0] * 3, [1] * 3]])),
     "PFM": (b"Pf 32 24 -1.0\n" + (GREY[::-1] / np.float32(255)).astype("<f4").tobytes(), GREY3),
     "JPEG 2000 of 16 bits": (stored(DEEP["I;16"], "JPEG2000"), GREY3),
-    "JPEG of CMYK, inverted as Adobe does": (stored(PLAIN.convert("CMYK"), "JPEG", quality=98), RGB),
+    "JPEG of CMYK, inverted as Adobe does": (
+        stored(PLAIN.convert("CMYK"), "JPEG", quality=98),
+        RGB,
+    ),
     "PNG of RGBA": (stored(GLASS, "PNG"), WHITE),
     "PNG of LA": (stored(Image.fromarray(LA), "PNG"), WHITE_GREY),
     "WebP": (stored(GLASS, "WEBP", lossless=True, exact=True), WHITE),
-    "GIF, an index": (stored(indexed(), "GIF", transparency=0), np.where(ALPHA[..., None] == 0, 255, PALETTE)),
+    "GIF, an index": (
+        stored(indexed(), "GIF", transparency=0),
+        np.where(ALPHA[..., None] == 0, 255, PALETTE),
+    ),
     "ICO": (stored(GLASS, "ICO", sizes=[(32, 24)]), WHITE),
     "DDS": (stored(GLASS, "DDS"), WHITE),
     "TGA": (stored(GLASS, "TGA"), WHITE),
@@ -223,7 +253,8 @@ def test_a_file_as_a_viewer_shows_it(name):
 
 def test_every_format_that_pillow_decodes_is_read():
     Image.init()
-    unread = {"EPS", "WMF"} | {"BUFR", "GRIB", "HDF5", "MPEG"} | {"IPTC"}  # another program, no decoder, a file of news
+    # another program, no decoder, a file of news
+    unread = {"EPS", "WMF"} | {"BUFR", "GRIB", "HDF5", "MPEG"} | {"IPTC"}
     assert set(Image.OPEN) - set(media.IMAGE_FORMATS) <= unread
 
 
@@ -231,14 +262,30 @@ def test_every_format_that_pillow_decodes_is_read():
 def test_orientation_holds_at_every_entrance(tmp_path, tag):
     exif = Image.Exif()
     exif[0x0112] = tag
-    turned = {1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.transpose(1, 0, 2),
-              6: np.rot90(RGB, -1), 7: RGB[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(RGB)}[tag]  # fmt: skip
+    turned = {
+        1: RGB,
+        2: RGB[:, ::-1],
+        3: RGB[::-1, ::-1],
+        4: RGB[::-1],
+        5: RGB.transpose(1, 0, 2),
+        6: np.rot90(RGB, -1),
+        7: RGB[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(RGB),
+    }[tag]
     data = stored(PLAIN, "PNG", exif=exif)
     (tmp_path / "a.png").write_bytes(data)
     text = base64.b64encode(data).decode()
-    entrances = ["a.png", data, {"bytes": data, "path": None}, {"bytes": None, "path": "a.png"}, text,
-                 f"data:image/png;base64,{text}", Image.open(io.BytesIO(data)),
-                 stored(PLAIN, "TIFF", exif=exif), stored(PLAIN, "WEBP", exif=exif, lossless=True)]  # fmt: skip
+    entrances = [
+        "a.png",
+        data,
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": "a.png"},
+        text,
+        f"data:image/png;base64,{text}",
+        Image.open(io.BytesIO(data)),
+        stored(PLAIN, "TIFF", exif=exif),
+        stored(PLAIN, "WEBP", exif=exif, lossless=True),
+    ]
     for entrance in entrances:
         once = load(entrance, "image", parse_roots(tmp_path))
         assert np.array_equal(seen(once), turned)  # a second reading does not turn it again
@@ -281,8 +328,17 @@ def test_bfloat16():
     assert np.abs(seen((torch.from_numpy(RGB) / 255).bfloat16()) - RGB).max() <= 1
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((5, 6, 7)), np.zeros(9), np.zeros((2, 2, 2, 2)), np.zeros((0, 4, 3)),
-                                   np.zeros((4, 4, 3), complex), [np.zeros((4, 4, 3))]])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((5, 6, 7)),
+        np.zeros(9),
+        np.zeros((2, 2, 2, 2)),
+        np.zeros((0, 4, 3)),
+        np.zeros((4, 4, 3), complex),
+        [np.zeros((4, 4, 3))],
+    ],
+)
 def test_arrays_that_are_no_picture(wrong):
     with pytest.raises(MediaError, match=r"^image that is no file can't be used: [^\n]+$"):
         seen(wrong)
@@ -313,7 +369,11 @@ def test_frames_of_a_video(frames):
 
 
 def test_a_dark_frame_has_the_span_of_its_film():
-    film = load(np.stack([np.full((4, 4, 3), value, np.float32) for value in (1, 200)]), "video", parse_roots(None))
+    film = load(
+        np.stack([np.full((4, 4, 3), value, np.float32) for value in (1, 200)]),
+        "video",
+        parse_roots(None),
+    )
     assert film[:, 0, 0, 0].tolist() == [1, 200]
 
 
@@ -327,7 +387,11 @@ def test_a_film_stands_upright_and_on_white(tmp_path):
     av = pytest.importorskip("av")
     half = np.full((48, 64, 3), 250, np.uint8)
     half[:24] = 5  # dark above
-    for degrees, dark in ((0, np.s_[4:20, 4:60]), (90, np.s_[4:60, 4:20]), (-90, np.s_[4:60, 28:44])):
+    for degrees, dark in (
+        (0, np.s_[4:20, 4:60]),
+        (90, np.s_[4:60, 4:20]),
+        (-90, np.s_[4:60, 28:44]),
+    ):
         with av.open(str(tmp_path / "v.mp4"), "w") as file:
             stream = file.add_stream("mpeg4", rate=10)
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -338,7 +402,9 @@ def test_a_film_stands_upright_and_on_white(tmp_path):
         frames = load("v.mp4", "video", parse_roots(tmp_path))
         assert frames.shape == ((3, 48, 64, 3) if degrees == 0 else (3, 64, 48, 3))
         assert frames[0][dark].mean() < 20 and frames[0].mean() > 110
-    gif = stored(indexed(), "GIF", transparency=0, save_all=True, append_images=[indexed(0)], duration=100)
+    gif = stored(
+        indexed(), "GIF", transparency=0, save_all=True, append_images=[indexed(0)], duration=100
+    )
     frames = load(gif, "video", parse_roots(None))
     assert np.abs(frames[0].astype(int) - np.where(ALPHA[..., None] == 0, 255, PALETTE)).max() <= 1
 
@@ -372,8 +438,17 @@ def test_too_large_is_not_called_damaged(recwarn):
 
 
 def test_truncated_files_are_one_line():
-    for name in ("PNG of RGBA", "WebP", "TIFF of 16 bits", "JPEG of CMYK, inverted as Adobe does", "TGA", "QOI"):
-        with pytest.raises(MediaError, match=r"^image given as bytes is damaged or no image[^\n]*$"):
+    for name in (
+        "PNG of RGBA",
+        "WebP",
+        "TIFF of 16 bits",
+        "JPEG of CMYK, inverted as Adobe does",
+        "TGA",
+        "QOI",
+    ):
+        with pytest.raises(
+            MediaError, match=r"^image given as bytes is damaged or no image[^\n]*$"
+        ):
             seen(FILES[name][0][: len(FILES[name][0]) // 2])
 
 
@@ -384,7 +459,9 @@ def test_rows_and_evaluation_take_this_way():
     from auto_mmround.model.loading import load as load_model
 
     loaded = load_model("demo")
-    ink = Image.fromarray(np.dstack([np.zeros((56, 56, 3), np.uint8), np.zeros((56, 56), np.uint8)]))
+    ink = Image.fromarray(
+        np.dstack([np.zeros((56, 56, 3), np.uint8), np.zeros((56, 56), np.uint8)])
+    )
     blank = asked(loaded, "What?", [Image.new("RGB", (56, 56), "white")]).kwargs["pixel_values"]
     assert torch.equal(asked(loaded, "What?", [ink]).kwargs["pixel_values"], blank)
     assert picture(ink) == picture(Image.new("RGB", (56, 56), "white"))

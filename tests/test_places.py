@@ -1,4 +1,5 @@
-"""What would stop a run when it writes stops it before anything is loaded, in one line, and leaves nothing."""
+"""What would stop a run when it writes stops it before anything is loaded, in one line, and leaves
+nothing."""
 
 import os
 import shutil
@@ -30,7 +31,18 @@ def unloaded(monkeypatch):
 
 
 def run(model: Path, out: Path | str, *more: str) -> int:
-    words = ["--model", str(model), "--output_dir", str(out), "--iters", "0", "--group_size", "32", "--device", "cpu"]
+    words = [
+        "--model",
+        str(model),
+        "--output_dir",
+        str(out),
+        "--iters",
+        "0",
+        "--group_size",
+        "32",
+        "--device",
+        "cpu",
+    ]
     return cli.main([*words, *more])
 
 
@@ -96,7 +108,9 @@ def test_places_that_take_no_result(place, said, model, capfd, unloaded):
     out = place(model)
     before = sorted(path for path in model.parent.rglob("*"))
     assert run(model, out) == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")]
+    (line,) = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")
+    ]
     assert said in line and sorted(path for path in model.parent.rglob("*")) == before
 
 
@@ -129,10 +143,14 @@ def test_a_model_inside_the_result_is_never_replaced(model, tmp_path):
     shutil.copy(model / "config.json", holder)
     model.rename(holder / "m")
     with pytest.raises(UserError, match="holds the model's folder"):
-        check_before_loading(Recipe(model=str(holder / "m"), output_dir=str(tmp_path), group_size=32, overwrite=True))
+        check_before_loading(
+            Recipe(model=str(holder / "m"), output_dir=str(tmp_path), group_size=32, overwrite=True)
+        )
     with pytest.raises(UserError, match="lies in the model's folder"):  # by another name
         (tmp_path / "link").symlink_to(holder / "m")
-        check_before_loading(Recipe(model=str(holder / "m"), output_dir=str(tmp_path / "link" / "out")))
+        check_before_loading(
+            Recipe(model=str(holder / "m"), output_dir=str(tmp_path / "link" / "out"))
+        )
 
 
 def test_earlier_results_in_the_models_folder_are_not_copied(model, tmp_path):
@@ -142,9 +160,15 @@ def test_earlier_results_in_the_models_folder_are_not_copied(model, tmp_path):
     (model / "results" / "w.unfinished" / "journal").write_text("x")
     (model / "extra").mkdir()
     (model / "extra" / "notes.txt").write_text("x")
-    assert {str(path.relative_to(model)) for path in side_files(model)} >= {"extra/notes.txt", "tokenizer.json"}
+    assert {str(path.relative_to(model)) for path in side_files(model)} >= {
+        "extra/notes.txt",
+        "tokenizer.json",
+    }
     assert run(model, tmp_path / "second") == 0
-    copied = {str(path.relative_to(tmp_path / "second" / NAME)) for path in (tmp_path / "second" / NAME).rglob("*")}
+    copied = {
+        str(path.relative_to(tmp_path / "second" / NAME))
+        for path in (tmp_path / "second" / NAME).rglob("*")
+    }
     assert "extra/notes.txt" in copied and not any(name.startswith("results") for name in copied)
 
 
@@ -163,7 +187,9 @@ def test_the_api_does_not_save_into_the_source(model, tmp_path):
 
 def test_a_model_named_by_a_dot_has_the_name_of_its_folder(model, monkeypatch):
     monkeypatch.chdir(model)
-    assert [model_label(Recipe(model=name)) for name in (".", "./", str(model), "a/b")] == ["model"] * 3 + ["b"]
+    assert [model_label(Recipe(model=name)) for name in (".", "./", str(model), "a/b")] == [
+        "model"
+    ] * 3 + ["b"]
     (model / "sub").mkdir()
     monkeypatch.chdir(model / "sub")
     assert model_label(Recipe(model="..")) == "model"

@@ -21,17 +21,23 @@ SYM3 = Grid(3, True)
 
 
 def subject(grid=SYM3):
-    """A tiny model whose layers of one block were rounded to nearest, its codes, and what it said before."""
+    """A tiny model whose layers of one block were rounded to nearest, its codes, and what it said
+    before."""
     torch.manual_seed(0)
     model = tiny_text_model().requires_grad_(False)
     inputs = [
-        ModelInput(str(i), {"input_ids": torch.randint(0, 50, (1, 12))}, torch.zeros(12, dtype=torch.int8),
+        ModelInput(str(i), {"input_ids": torch.randint(0, 50, (1, 12))}, torch.zeros(12,
+            dtype=torch.int8),
                    torch.zeros(12, dtype=torch.bool))
         for i in range(20)
     ]  # fmt: skip
     teacher = listen(Session(model, Recipe(amp=False), Plan((), (), ()), inputs))
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
-    codes = {name: round_to_nearest(model.get_submodule(name).weight.data, 16, grid) for name in names}
+    names = [
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n
+    ]
+    codes = {
+        name: round_to_nearest(model.get_submodule(name).weight.data, 16, grid) for name in names
+    }
     for name, leaf in leaves(model, codes, grid).items():
         leaf.refresh()
         assert torch.equal(leaf.codes().scale_OG, codes[name].scale_OG)
@@ -76,7 +82,9 @@ def test_gradients_of_factors_are_those_of_autograd():
     factor = torch.ones_like(held[name].factor, requires_grad=True)
     scale = codes[name].scale_OG.float() * factor
     weight = (held[name].centred_OGg * scale[..., None]).flatten(1)
-    logits = torch.func.functional_call(model, {f"{name}.weight": weight}, kwargs=dict(teacher.inputs[3])).logits[0]
+    logits = torch.func.functional_call(
+        model, {f"{name}.weight": weight}, kwargs=dict(teacher.inputs[3])
+    ).logits[0]
     (divergence(logits, teacher.said[3].word_TK, teacher.said[3].log_TK) / 12).backward()
     torch.testing.assert_close(held[name].factor.grad, factor.grad, rtol=1e-3, atol=1e-6)
 
@@ -90,7 +98,9 @@ def test_divergence_is_exact_when_all_words_are_known():
 
 
 def test_the_checkpoint_holds_what_was_polished(tmp_path, monkeypatch):
-    monkeypatch.setattr(polishing.polish, "__kwdefaults__", {**polishing.polish.__kwdefaults__, "rate": 2e-3})
+    monkeypatch.setattr(
+        polishing.polish, "__kwdefaults__", {**polishing.polish.__kwdefaults__, "rate": 2e-3}
+    )
     job, (folder,) = run(tmp_path, polish=True, bits=3, algorithm="rtn", format="auto_round")
     polished = json.loads((folder / "run.json").read_text())["polish"]
     assert polished["after"] < polished["before"]
@@ -98,7 +108,9 @@ def test_the_checkpoint_holds_what_was_polished(tmp_path, monkeypatch):
     assert all(torch.equal(decoded[name], tuned[name]) for name in tuned)
 
 
-@pytest.mark.parametrize("options", [{"stream": True}, {"data_type": "fp8", "bits": 8, "group_size": -1, "iters": 0}])
+@pytest.mark.parametrize(
+    "options", [{"stream": True}, {"data_type": "fp8", "bits": 8, "group_size": -1, "iters": 0}]
+)
 def test_what_can_not_be_polished_is_one_line(options):
     with pytest.raises(UserError, match="polish"):
         Recipe(polish=True, **options)

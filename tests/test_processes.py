@@ -1,4 +1,5 @@
-"""Several processes on one run: the same result as one, and a clear end when one of them is lost."""
+"""Several processes on one run: the same result as one, and a clear end when one of them is
+lost."""
 
 import json
 import multiprocessing
@@ -22,14 +23,20 @@ from auto_mmround.run.processes import ALONE, launched
 
 
 def launch(mode, folder):
-    """Exit statuses of two processes with the variables that torchrun sets; what they leave lies in ``folder``."""
+    """Exit statuses of two processes with the variables that torchrun sets; what they leave lies in
+    ``folder``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     context = multiprocessing.get_context("forkserver")  # the imports happen once
-    context.set_forkserver_preload(["auto_mmround.run.pipeline", "transformers.models.qwen2_vl.modeling_qwen2_vl"])
-    started = [context.Process(target=two_processes.main, args=(mode, i, variables, folder)) for i in range(2)]
+    context.set_forkserver_preload(
+        ["auto_mmround.run.pipeline", "transformers.models.qwen2_vl.modeling_qwen2_vl"]
+    )
+    started = [
+        context.Process(target=two_processes.main, args=(mode, i, variables, folder))
+        for i in range(2)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -38,27 +45,46 @@ def launch(mode, folder):
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    assert launch("tunes", tmp_path) == [0, 0], [path.read_text() for path in tmp_path.glob("*.txt")]
+    assert launch("tunes", tmp_path) == [0, 0], [
+        path.read_text() for path in tmp_path.glob("*.txt")
+    ]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["codes"] == second["codes"] and len(first["codes"]) == 4 and first["state"] == second["state"]
+    assert (
+        first["codes"] == second["codes"]
+        and len(first["codes"]) == 4
+        and first["state"] == second["state"]
+    )
     model = tiny_model()
     finished = Finished()
     quantize(model, RECIPE, make_plan(model, RECIPE), mixed_inputs(), finished)
-    # Equal but for the order of sums; every later block inherits the few codes that fall the other way.
+    # Equal but for the order of sums; every later block inherits the few codes that fall the other
+    # way.
     for report, other in zip(finished.reports.values(), first["reports"], strict=True):
-        assert other["name"] == report.name and other["nearest"] == pytest.approx(report.nearest, rel=0.02)
+        assert other["name"] == report.name and other["nearest"] == pytest.approx(
+            report.nearest, rel=0.02
+        )
         assert other["start"] == pytest.approx(report.start, rel=0.02)
-        assert other["end"] == pytest.approx(report.end, rel=0.02) and other["end"] < other["nearest"]
-    weights = torch.cat([tensor.flatten() for name, tensor in model.state_dict().items() if name in first["state"]])
+        assert (
+            other["end"] == pytest.approx(report.end, rel=0.02) and other["end"] < other["nearest"]
+        )
+    weights = torch.cat(
+        [tensor.flatten() for name, tensor in model.state_dict().items() if name in first["state"]]
+    )
     others = torch.cat([torch.tensor(values).flatten() for values in first["state"].values()])
     assert (weights - others).abs().gt(1e-4).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("mode, word", [("dies", "another process has ended"), ("hangs", "Timed out")])
+@pytest.mark.parametrize(
+    "mode, word", [("dies", "another process has ended"), ("hangs", "Timed out")]
+)
 def test_the_loss_of_a_process_ends_the_other_with_one_line(mode, word, tmp_path):
     assert launch(mode, tmp_path) == [2, -signal.SIGKILL if mode == "dies" else 2]
     line = (tmp_path / "0.txt").read_text()
-    assert line.startswith("another process has ended or answers no more") and word in line and "\n" not in line
+    assert (
+        line.startswith("another process has ended or answers no more")
+        and word in line
+        and "\n" not in line
+    )
 
 
 def test_after_the_loss_of_a_process_the_same_command_goes_on_to_the_same_bits(tmp_path):
@@ -88,15 +114,31 @@ def test_variables_of_launchers(monkeypatch):
     assert launched() == ALONE
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    assert (launched().rank, launched().count, launched().local_rank, launched().first) == (3, 4, 0, False)
+    assert (launched().rank, launched().count, launched().local_rank, launched().first) == (
+        3,
+        4,
+        0,
+        False,
+    )
     assert launched().share(range(10)) == [3, 7]
 
 
 @pytest.mark.slow
 def test_the_demo_by_torchrun_is_as_good_as_by_one_process(tmp_path):
-    # In float32: sums that bfloat16 rounds in another order flip signs, and runs part by some percent.
-    words = "-m auto_mmround --model demo --model_dtype float32 --dataset demo --bits 3 --nsamples 32 --iters 6"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    # In float32: sums that bfloat16 rounds in another order flip signs, and runs part by some
+    # percent.
+    words = (
+        "-m auto_mmround --model demo --model_dtype float32 --dataset demo --bits 3 --nsamples 32"
+        " --iters 6"
+    )
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
     kl = []
     for name, command in (("one", [sys.executable]), ("two", launcher)):
         done = subprocess.run(
@@ -108,7 +150,10 @@ def test_the_demo_by_torchrun_is_as_good_as_by_one_process(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done in") == 1 and done.stderr.count("calibration: ") == 1
         findings, _ = evaluate(
-            str(tmp_path / name / "demo-w3g128-auto_round"), Data("demo"), reference="demo", names="kl"
+            str(tmp_path / name / "demo-w3g128-auto_round"),
+            Data("demo"),
+            reference="demo",
+            names="kl",
         )
         kl.append(sum(findings.figures["quantized"].kl.values()))
     assert kl[1] == pytest.approx(kl[0], rel=0.02)

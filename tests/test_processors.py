@@ -1,4 +1,5 @@
-"""Processors: the registry, a user's own file and entry points, and what the shipped ones hand to a model."""
+"""Processors: the registry, a user's own file and entry points, and what the shipped ones hand to a
+model."""
 
 import json
 
@@ -79,7 +80,9 @@ def test_entry_point(monkeypatch):
             return Template
 
     monkeypatch.setattr(
-        registry, "entry_points", lambda group, name=None: [Entry()] if name in (None, "theirs") else []
+        registry,
+        "entry_points",
+        lambda group, name=None: [Entry()] if name in (None, "theirs") else [],
     )
     assert find_processor("theirs") is Template
     assert "theirs" in registry.known_processors()
@@ -108,7 +111,8 @@ def test_own_file_leaves_the_registry_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, words", [("", "found 0"), ("import no_such_thing", "can't be imported"), ("x = (", "can't be")]
+    "text, words",
+    [("", "found 0"), ("import no_such_thing", "can't be imported"), ("x = (", "can't be")],
 )
 def test_wrong_own_files(tmp_path, text, words):
     (tmp_path / "own.py").write_text(text)
@@ -120,7 +124,10 @@ def test_wrong_own_files(tmp_path, text, words):
 
 def test_parts_keep_the_order_of_the_text():
     assert split_markers("<image>\nWhat?") == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    parts = [part.get("text", part["type"]) for part in split_markers("First <image>, then\n<video>\n\nwhat")]
+    parts = [
+        part.get("text", part["type"])
+        for part in split_markers("First <image>, then\n<video>\n\nwhat")
+    ]
     assert parts == ["First ", "image", ", then", "video", "\nwhat"]
     assert split_markers("") == []
 
@@ -133,7 +140,10 @@ def test_chat_template_of_the_model(takes_parts):
     assert encoded.text == f"<user>{marker}What?</>\n<assistant>A cat.</>\n<user>Sure?</>\n"
     assert [encoded.text[a:b] for a, b in encoded.answers] == ["A cat.</>"]
     assert render(CHAT, Template(), writer, prompt=True).text == encoded.text + "<assistant>"
-    assert render(CHAT[:2], Template(), writer, prompt=True).text == f"<user>{marker}What?</>\n<assistant>"
+    assert (
+        render(CHAT[:2], Template(), writer, prompt=True).text
+        == f"<user>{marker}What?</>\n<assistant>"
+    )
 
 
 def test_processor_wins_over_tokenizer_and_replace_tokens_ask_for_strings():
@@ -158,8 +168,16 @@ def test_demo_chat_template_and_shelf_template_agree(demo):
 def test_qwen2_vl_passes_everything_on_and_changes_nothing(demo):
     before = demo.tokenizer.backend_tokenizer.to_str(), demo.to_json_string()
     sample = Sample("s", messages=CHAT, images=(IMAGE,))
-    inputs = find_processor("qwen2_vl")(demo.tokenizer, demo).encode(sample, load_template("qwen2_vl"))
-    assert set(inputs) == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
+    inputs = find_processor("qwen2_vl")(demo.tokenizer, demo).encode(
+        sample, load_template("qwen2_vl")
+    )
+    assert set(inputs) == {
+        "input_ids",
+        "attention_mask",
+        "mm_token_type_ids",
+        "pixel_values",
+        "image_grid_thw",
+    }
     assert inputs["input_ids"].shape[0] == 1
     assert int(inputs["mm_token_type_ids"].sum()) == int(inputs["image_grid_thw"].prod()) // 4
     assert before == (demo.tokenizer.backend_tokenizer.to_str(), demo.to_json_string())
@@ -168,7 +186,9 @@ def test_qwen2_vl_passes_everything_on_and_changes_nothing(demo):
 def test_qwen2_vl_video(demo):
     video = torch.zeros(4, 56, 56, 3, dtype=torch.uint8).numpy()
     sample = Sample("s", messages=(Message("user", "<video>What?"),), videos=(video,))
-    inputs = find_processor("qwen2_vl")(demo.tokenizer, demo).encode(sample, load_template("qwen2_vl"))
+    inputs = find_processor("qwen2_vl")(demo.tokenizer, demo).encode(
+        sample, load_template("qwen2_vl")
+    )
     assert "pixel_values_videos" in inputs and int((inputs["mm_token_type_ids"] == 2).sum()) > 0
 
 
@@ -198,7 +218,11 @@ def test_llava_falls_back_to_the_vicuna_form():
     class Bare:
         chat_template = None
 
-    text = find_processor("llava")(Bare()).render(Sample("s", messages=CHAT[:2]), load_template("llava")).text
+    text = (
+        find_processor("llava")(Bare())
+        .render(Sample("s", messages=CHAT[:2]), load_template("llava"))
+        .text
+    )
     assert text == "USER: <image>\nWhat? ASSISTANT: A cat.</s>"
 
 
@@ -213,7 +237,9 @@ def test_cogvlm2_from_its_configuration(demo):
             return {"input_ids": [ord(c) for c in text]}
 
     family = find_processor("cogvlm2")(Tokenizer(), config=Config())
-    inputs = family.encode(Sample("s", messages=CHAT[:1], images=(IMAGE,)), load_template("cogvlm2"))
+    inputs = family.encode(
+        Sample("s", messages=CHAT[:1], images=(IMAGE,)), load_template("cogvlm2")
+    )
     text = "Question: What? "
     assert inputs["input_ids"][0].tolist() == [1, *[2] * 6, *map(ord, text)]
     assert family.modality(inputs).tolist() == [0, *[1] * 6, *[0] * len(text)]

@@ -1,4 +1,5 @@
-"""bfloat16 products made in float32: what torch gives, forwards and backwards, and only where they are faster."""
+"""bfloat16 products made in float32: what torch gives, forwards and backwards, and only where they
+are faster."""
 
 from contextlib import nullcontext
 
@@ -37,16 +38,24 @@ def run(context, function, *shapes):
 )
 def test_the_same_numbers_as_torch(function, shapes, monkeypatch):
     monkeypatch.setattr(products, "CHUNK", 33 * 16)  # a weight of 50 rows in four parts
-    ours, plain = (run(context, function, *shapes) for context in (Float32Products(), nullcontext()))
+    ours, plain = (
+        run(context, function, *shapes) for context in (Float32Products(), nullcontext())
+    )
     for got, expected in zip(ours, plain, strict=True):
         assert got.dtype == torch.bfloat16
-        # Equal but for sums that lie on the edge between two numbers; gradients read a rounded result.
-        torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-6 * expected.abs().max().item())
+        # Equal but for sums that lie on the edge between two numbers; gradients read a rounded
+        # result.
+        torch.testing.assert_close(
+            got, expected, rtol=2**-7, atol=2**-6 * expected.abs().max().item()
+        )
 
 
 def test_backward_holds_no_wider_copy_of_a_weight():
     layer, seen = nn.Linear(64, 64).bfloat16(), []
-    with Float32Products(), torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+    with (
+        Float32Products(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t),
+    ):
         layer(torch.randn(8, 64).bfloat16().requires_grad_())
     assert {tensor.dtype for tensor in seen} == {torch.bfloat16}
 
@@ -54,7 +63,9 @@ def test_backward_holds_no_wider_copy_of_a_weight():
 def test_others_are_left_alone():
     with Float32Products():
         assert functional.linear(torch.ones(9, 4), torch.ones(3, 4)).dtype == torch.float32
-        assert functional.linear(torch.ones(9, 4).half(), torch.ones(3, 4).half()).dtype == torch.half
+        assert (
+            functional.linear(torch.ones(9, 4).half(), torch.ones(3, 4).half()).dtype == torch.half
+        )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +89,10 @@ def test_only_where_the_processor_is_slow(monkeypatch, known, wide):
 
 def test_blocks_that_are_computed_again_are_computed_alike(monkeypatch):
     monkeypatch.setattr(devices, "fast_bf16", lambda device: False)
-    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).bfloat16(), torch.randn(4, 16).bfloat16()
+    model, x = (
+        nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).bfloat16(),
+        torch.randn(4, 16).bfloat16(),
+    )
 
     def gradient(context):
         given = x.clone().requires_grad_()

@@ -1,4 +1,5 @@
-"""An export that was not proved does not look finished: faults put into real runs and real folders are found."""
+"""An export that was not proved does not look finished: faults put into real runs and real folders
+are found."""
 
 import json
 from dataclasses import replace
@@ -39,18 +40,33 @@ def model(tmp_path_factory):
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    words = ["--model", str(model), "--output_dir", str(out), "--iters", "0", "--group_size", "32", "--device", "cpu"]
+    words = [
+        "--model",
+        str(model),
+        "--output_dir",
+        str(out),
+        "--iters",
+        "0",
+        "--group_size",
+        "32",
+        "--device",
+        "cpu",
+    ]
     return [*words, "--format", "auto_gptq", *more]
 
 
 def wrong_codes(name: str, codes: Codes) -> dict:
-    return formats.FORMATS["auto_round:auto_gptq"].pack(name, codes._replace(q_OI=codes.q_OI.roll(1, 0)))
+    return formats.FORMATS["auto_round:auto_gptq"].pack(
+        name, codes._replace(q_OI=codes.q_OI.roll(1, 0))
+    )
 
 
 @pytest.fixture
 def broken(monkeypatch):
     """The format auto_gptq, whose packing exchanges rows."""
-    monkeypatch.setitem(formats.FORMATS, "auto_gptq", replace(formats.FORMATS["auto_gptq"], pack=wrong_codes))
+    monkeypatch.setitem(
+        formats.FORMATS, "auto_gptq", replace(formats.FORMATS["auto_gptq"], pack=wrong_codes)
+    )
 
 
 def names_in(folder: Path) -> list[str]:
@@ -73,10 +89,18 @@ def test_a_wrong_export_is_marked_and_its_work_is_kept(model, tmp_path, capfd, b
     for _ in range(2):  # the same command again meets what it left
         assert cli.main(command(model, tmp_path)) == 1
         assert names_in(tmp_path) == [f"{NAME}.wrong", "model-w4g32.unfinished"]
-    (line, again) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")]
-    assert f"{NAME}.wrong is not proved: model.layers.0." in line and "unfinished" in line and line == again
+    line, again = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")
+    ]
+    assert (
+        f"{NAME}.wrong is not proved: model.layers.0." in line
+        and "unfinished" in line
+        and line == again
+    )
     found = record(tmp_path / f"{NAME}.wrong")
-    assert found["checked"] is False and any("does not decode to what was tuned" in text for text in found["wrong"])
+    assert found["checked"] is False and any(
+        "does not decode to what was tuned" in text for text in found["wrong"]
+    )
     monkeypatch.undo()
     assert cli.main(command(model, tmp_path)) == 0  # mended: from the finished blocks
     assert names_in(tmp_path) == [NAME] and record(tmp_path / NAME)["checked"] is True
@@ -90,13 +114,19 @@ def test_without_the_check_a_marked_run_can_be_finished(model, tmp_path, capfd, 
 
 def test_the_other_formats_of_a_run_are_written(model, tmp_path, broken):
     assert cli.main([*command(model, tmp_path), "--format", "auto_gptq,auto_round"]) == 1
-    assert names_in(tmp_path) == [f"{NAME}.wrong", "model-w4g32-auto_round", "model-w4g32.unfinished"]
+    assert names_in(tmp_path) == [
+        f"{NAME}.wrong",
+        "model-w4g32-auto_round",
+        "model-w4g32.unfinished",
+    ]
 
 
 def test_a_folder_that_was_there_before_stays(model, tmp_path, monkeypatch):
     assert cli.main(command(model, tmp_path)) == 0
     before = (tmp_path / NAME / "model.safetensors").read_bytes()
-    monkeypatch.setitem(formats.FORMATS, "auto_gptq", replace(formats.FORMATS["auto_gptq"], pack=wrong_codes))
+    monkeypatch.setitem(
+        formats.FORMATS, "auto_gptq", replace(formats.FORMATS["auto_gptq"], pack=wrong_codes)
+    )
     assert cli.main(command(model, tmp_path, "--overwrite")) == 1
     assert (tmp_path / NAME / "model.safetensors").read_bytes() == before
 
@@ -117,24 +147,36 @@ def test_the_python_api_raises_an_error_of_its_own(model, tmp_path, broken):
     with pytest.raises(auto_mmround.NotProved) as caught:
         ours.save_quantized(tmp_path / "out", format="auto_gptq")
     assert caught.value.folder == tmp_path / "out.wrong" and caught.value.folder.is_dir()
-    assert caught.value.findings and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    unchecked = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu", format="auto_gptq", check=False)
+    assert (
+        caught.value.findings and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    )
+    unchecked = AutoRoundMLLM(
+        str(model), iters=0, group_size=32, device="cpu", format="auto_gptq", check=False
+    )
     unchecked.quantize()
     assert unchecked.save_quantized(tmp_path / "out", format="auto_gptq") == [tmp_path / "out"]
 
 
 class Written:
-    """A checkpoint with what it was made of, whose tensors can be changed along with what the run recorded of them."""
+    """A checkpoint with what it was made of, whose tensors can be changed along with what the run
+    recorded of them."""
 
     def __init__(self, family: str, folder: Path, fmt: str):
         tiny = LLAMA if family == "llama" else FAMILIES[family]
         tiny.save(folder / "model", tiny_tokenizer())
         recipe = Recipe(
-            model=str(folder / "model"), output_dir=str(folder), format=fmt, group_size=32, iters=0, device="cpu"
+            model=str(folder / "model"),
+            output_dir=str(folder),
+            format=fmt,
+            group_size=32,
+            iters=0,
+            device="cpu",
         )
         self.seen: list[tuple] = []
         job = jobs.prepare(recipe, jobs.load_model(recipe))
-        (self.folder,) = jobs.run(job, prove=lambda *found: self.seen.append(found) or prove(*found))
+        (self.folder,) = jobs.run(
+            job, prove=lambda *found: self.seen.append(found) or prove(*found)
+        )
         self.fmt, self.result = self.seen[0][1:]
         codes = dict(Parts(self.result, job).items())
         self.result = replace(self.result, codes=codes)
@@ -146,7 +188,9 @@ class Written:
         save_file(tensors, file, metadata={"format": "pt"})
         path = self.folder / "run.json"
         found = record(self.folder)
-        found["tensors"] = {key: checksum(t) for key, t in tensors.items() if key in found["tensors"] or self.plain}
+        found["tensors"] = {
+            key: checksum(t) for key, t in tensors.items() if key in found["tensors"] or self.plain
+        }
         path.write_text(json.dumps(found))
         return prove(self.folder, self.fmt, self.result)
 
@@ -155,7 +199,8 @@ class Written:
         return not self.fmt.parts
 
 
-def Parts(result: Result, job) -> dict[str, Codes]:  # the run's own lie in a folder that is gone by now
+# the run's own lie in a folder that is gone by now
+def Parts(result: Result, job) -> dict[str, Codes]:
     from auto_mmround.run.finished import Finished
     from auto_mmround.run.pipeline import quantize
 
@@ -177,12 +222,37 @@ def exchange(one: str, other: str):
 @pytest.mark.parametrize(
     "family, fmt, change, said",
     [
-        ("llama", "fake", exchange(*(f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1))), "o_proj"),
-        ("llama", "auto_round", exchange(*(f"model.layers.{i}.input_layernorm.weight" for i in (0, 2))), "layernorm"),
+        (
+            "llama",
+            "fake",
+            exchange(*(f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1))),
+            "o_proj",
+        ),
+        (
+            "llama",
+            "auto_round",
+            exchange(*(f"model.layers.{i}.input_layernorm.weight" for i in (0, 2))),
+            "layernorm",
+        ),
         ("llama", "auto_round", lambda t: t.pop("model.norm.weight"), "no tensor fills it"),
-        ("llama", "auto_round", lambda t: t.update({"model.extra.weight": torch.ones(2)}), "none such"),
-        ("llama", "fake", lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1].clone()}), "shape"),
-        ("qwen3_moe", "fake", exchange(*(f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in (0, 1))), "experts"),
+        (
+            "llama",
+            "auto_round",
+            lambda t: t.update({"model.extra.weight": torch.ones(2)}),
+            "none such",
+        ),
+        (
+            "llama",
+            "fake",
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1].clone()}),
+            "shape",
+        ),
+        (
+            "qwen3_moe",
+            "fake",
+            exchange(*(f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in (0, 1))),
+            "experts",
+        ),
         ("gpt2", "fake", exchange(*(f"transformer.h.{i}.mlp.c_fc.weight" for i in (0, 1))), "c_fc"),
     ],
 )
@@ -220,7 +290,9 @@ def test_a_reload_holds_one_block(tmp_path):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_streamed_runs_are_proved_alike(model, tmp_path, stream):
-    words = command(model, tmp_path, "--stream" if stream else "--no_stream", "--format", "auto_gptq,fake")
+    words = command(
+        model, tmp_path, "--stream" if stream else "--no_stream", "--format", "auto_gptq,fake"
+    )
     assert cli.main(words) == 0
     assert record(tmp_path / "model-w4g32-fake")["checked"] is True
 
@@ -232,7 +304,8 @@ def test_not_proved_is_no_mistake_of_the_user():
 
 
 GRANITE = TEXT | dict(
-    layer_types=["attention", "attention"], num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32,
+    layer_types=["attention", "attention"], num_local_experts=4, num_experts_per_tok=2,
+    shared_intermediate_size=32,
     intermediate_size=32,
 )  # fmt: skip
 
@@ -243,7 +316,9 @@ def test_stacks_of_experts_are_written_as_transformers_reads_them(family, stream
     """`fake` loads anywhere: no parameter is made up, and each holds what was tuned."""
     tiny = FAMILIES.get(family) or Tiny(family, "GraniteMoeHybridForCausalLM", GRANITE)
     tiny.save(tmp_path / "model", tiny_tokenizer())
-    assert cli.main([*command(tmp_path / "model", tmp_path / "out", stream), "--format", "fake"]) == 0
+    assert (
+        cli.main([*command(tmp_path / "model", tmp_path / "out", stream), "--format", "fake"]) == 0
+    )
     out = tmp_path / "out" / "model-w4g32-fake"
     cls = type(tiny.build())
     loaded, info = cls.from_pretrained(out, output_loading_info=True)
@@ -251,37 +326,67 @@ def test_stacks_of_experts_are_written_as_transformers_reads_them(family, stream
     source = cls.from_pretrained(tmp_path / "model").state_dict()
     stacks = [name for name in source if name.endswith("experts.down_proj")]
     errors = [float((loaded.state_dict()[n] - source[n]).norm() / source[n].norm()) for n in stacks]
-    assert errors and all(0.01 < error < 0.2 for error in errors)  # rounded to 4 bits, not made up and not untouched
+    # rounded to 4 bits, not made up and not untouched
+    assert errors and all(0.01 < error < 0.2 for error in errors)
 
 
 def test_stacks_that_no_reader_takes_apart_are_refused_before_tuning(tmp_path, capfd):
-    Tiny("granitemoehybrid", "GraniteMoeHybridForCausalLM", GRANITE).save(tmp_path / "model", tiny_tokenizer())
+    Tiny("granitemoehybrid", "GraniteMoeHybridForCausalLM", GRANITE).save(
+        tmp_path / "model", tiny_tokenizer()
+    )
     words = [*command(tmp_path / "model", tmp_path / "out"), "--format", "auto_round"]
     assert cli.main(words) == 2
-    assert "input_linear.weight one by one" in capfd.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "input_linear.weight one by one" in capfd.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
     assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 0
 
 
 @pytest.mark.parametrize(
     "family, fmt, said",
     [
-        ("qwen3_moe", "auto_gptq", "transformers takes no auto_gptq with quantized experts: parameters were made up"),
-        ("qwen3_moe", "auto_round", "vllm on processors takes no auto_round:auto_gptq with quantized experts"),
-        ("qwen3_vl_moe", "compressed_tensors", "transformers takes no compressed_tensors with experts that the source"),
-        ("kimi_k25", "auto_round", "transformers takes no auto_round:auto_gptq with a tower whose q, k, v"),
+        (
+            "qwen3_moe",
+            "auto_gptq",
+            "transformers takes no auto_gptq with quantized experts: parameters were made up",
+        ),
+        (
+            "qwen3_moe",
+            "auto_round",
+            "vllm on processors takes no auto_round:auto_gptq with quantized experts",
+        ),
+        (
+            "qwen3_vl_moe",
+            "compressed_tensors",
+            "transformers takes no compressed_tensors with experts that the source",
+        ),
+        (
+            "kimi_k25",
+            "auto_round",
+            "transformers takes no auto_round:auto_gptq with a tower whose q, k, v",
+        ),
         (
             "mixtral",
             "auto_round",
             "transformers takes no auto_round:auto_gptq with experts that the checkpoint names",
         ),
-        ("gpt_oss", "auto_round", "transformers takes no auto_round:auto_gptq with experts that stay"),
+        (
+            "gpt_oss",
+            "auto_round",
+            "transformers takes no auto_round:auto_gptq with experts that stay",
+        ),
         ("llama", "auto_round", None),
     ],
 )
 def test_what_engines_do_not_load_is_said_at_plan_time(family, fmt, said, tmp_path, capsys):
     more = {
-        "mixtral": Tiny("mixtral", "MixtralForCausalLM", TEXT | MIXTURE | {"intermediate_size": 32}),
-        "gpt_oss": Tiny("gpt_oss", "GptOssForCausalLM", TEXT | MIXTURE | {"layer_types": ["full_attention"] * 2}),
+        "mixtral": Tiny(
+            "mixtral", "MixtralForCausalLM", TEXT | MIXTURE | {"intermediate_size": 32}
+        ),
+        "gpt_oss": Tiny(
+            "gpt_oss", "GptOssForCausalLM", TEXT | MIXTURE | {"layer_types": ["full_attention"] * 2}
+        ),
     }
     (more.get(family) or FAMILIES[family]).save(tmp_path / "model", tiny_tokenizer())
     words = [*command(tmp_path / "model", tmp_path / "out"), "--format", fmt]
@@ -293,16 +398,24 @@ def test_what_engines_do_not_load_is_said_at_plan_time(family, fmt, said, tmp_pa
 
 @pytest.mark.parametrize("name", ["auto_round", "auto_gptq", "compressed_tensors", "fake", "mlx"])
 def test_tensors_that_the_class_does_not_read_come_along(name, tmp_path, capsys):
-    """Layers that predict further tokens, heads of other tasks: whoever trained them wants them back."""
+    """Layers that predict further tokens, heads of other tasks: whoever trained them wants them
+    back."""
     FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
     file = tmp_path / "model" / "model.safetensors"
-    extra = {"mtp.layers.0.proj.weight": torch.randn(32, 32), "model.other_head.weight": torch.randn(8, 8)}
+    extra = {
+        "mtp.layers.0.proj.weight": torch.randn(32, 32),
+        "model.other_head.weight": torch.randn(8, 8),
+    }
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
     words = f"--model {tmp_path / 'model'} --iters 0 --group_size 32 --device cpu --format {name}"
     assert cli.main([*words.split(), "--output_dir", str(tmp_path / "out")]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "does not read 2 tensors, first model.other_head.weight" in said
     (folder,) = (tmp_path / "out").glob("*w4g32*")
-    written = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    written = {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
     assert all(torch.equal(written[key], value) for key, value in extra.items())
     assert cli.main(["verify", str(folder), "--engine", "none"]) == 0

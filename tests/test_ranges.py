@@ -1,4 +1,5 @@
-"""Numbers at the ends of what dtypes hold: refused by name, given other scales, or kept, and said."""
+"""Numbers at the ends of what dtypes hold: refused by name, given other scales, or kept, and
+said."""
 
 import json
 
@@ -46,7 +47,8 @@ def changed(source, tmp_path):
 
 def set_at(value):
     return lambda w: w.index_put(
-        (torch.tensor([3]), torch.tensor([5])) if w.ndim > 1 else (torch.tensor([3]),), torch.tensor(value)
+        (torch.tensor([3]), torch.tensor([5])) if w.ndim > 1 else (torch.tensor([3]),),
+        torch.tensor(value),
     )
 
 
@@ -56,8 +58,12 @@ def run(folder, out, *flags):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [f"{DOWN}.weight", NORM, "model.embed_tokens.weight"])
-@pytest.mark.parametrize("flags", [["--iters", "0"], ["--iters", "0", "--stream"], ["--iters", "1"]], ids=" ".join)
-def test_a_source_with_nan_or_infinity_is_refused_by_name(changed, tmp_path, capsys, name, value, flags):
+@pytest.mark.parametrize(
+    "flags", [["--iters", "0"], ["--iters", "0", "--stream"], ["--iters", "1"]], ids=" ".join
+)
+def test_a_source_with_nan_or_infinity_is_refused_by_name(
+    changed, tmp_path, capsys, name, value, flags
+):
     folder = changed(name, set_at(value))
     assert run(folder, tmp_path / "o", "--dataset", str(folder / "t.txt"), *flags) == 2
     assert name in capsys.readouterr().err and not (tmp_path / "o").exists()
@@ -96,7 +102,9 @@ def test_scales_that_float16_does_not_hold_are_wider_ones(changed, tmp_path, sym
     for out in outs:
         got = dict(dequantized_state_dict(out))[f"{DOWN}.weight"]
         assert (got - wanted).norm() < 0.2 * wanted.norm()
-        groups = json.loads((out / "config.json").read_text())["quantization_config"].get("config_groups", {})
+        groups = json.loads((out / "config.json").read_text())["quantization_config"].get(
+            "config_groups", {}
+        )
         assert len(groups) < 2  # the dtype of scales makes no scheme of its own
 
 
@@ -157,14 +165,18 @@ def test_equalizing_out_of_range_is_refused(source, monkeypatch):
 
     monkeypatch.setattr(pipeline, "equalize", overflow)
     with pytest.raises(UserError, match=f"{DOWN}: once equalized"):
-        AutoRoundMLLM(str(source), iters=1, group_size=32, equalize="awq", dataset=ROWS, seqlen=32).quantize()
+        AutoRoundMLLM(
+            str(source), iters=1, group_size=32, equalize="awq", dataset=ROWS, seqlen=32
+        ).quantize()
 
 
 GRIDS = [
     Grid(bits, sym, dtype, scale_bits=fused, min_zero=least)
     for bits in (2, 4, 8)
     for sym, fused, least in ((True, None, 0), (False, None, 1), (False, 11 - bits, 0))
-    for dtype in ((torch.float16, torch.bfloat16, torch.float32) if fused is None else (torch.float16,))
+    for dtype in (
+        (torch.float16, torch.bfloat16, torch.float32) if fused is None else (torch.float16,)
+    )
 ]
 
 
@@ -175,7 +187,11 @@ def test_every_scale_is_finite_and_what_the_file_holds(grid, size):
     w_OI[0, :16] = -0.0
     codes = grids.round_to_nearest(w_OI, 16, grid)
     scale_OG = codes.scale_OG.float()
-    assert codes.scale_OG.dtype == grid.scale_dtype and scale_OG.isfinite().all() and (scale_OG != 0).all()
+    assert (
+        codes.scale_OG.dtype == grid.scale_dtype
+        and scale_OG.isfinite().all()
+        and (scale_OG != 0).all()
+    )
     if grid.scale_bits is not None:
         product = (scale_OG * codes.zero_OG).to(grid.scale_dtype).float()
         assert torch.equal(product, scale_OG * codes.zero_OG)
@@ -186,7 +202,9 @@ def test_every_scale_is_finite_and_what_the_file_holds(grid, size):
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-9, 1.0, 1e6, 1e30])
-@pytest.mark.parametrize("kind, group", [("fp8", -1), ("fp8", 128), ("mxfp4", 32), ("mxfp8", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize(
+    "kind, group", [("fp8", -1), ("fp8", 128), ("mxfp4", 32), ("mxfp8", 32), ("nvfp4", 16)]
+)
 def test_float_grids_at_the_ends(kind, group, size):
     w_OI = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)) * size
     codes = float_grids.Nearest(w_OI, kind, group).codes()
@@ -197,6 +215,10 @@ def test_float_grids_at_the_ends(kind, group, size):
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e6, 1e30])
 @pytest.mark.parametrize("sym", [True, False])
 def test_units_of_super_blocks_are_finite(sym, size):
-    w_OGg = grids.to_groups(torch.randn(2, 512, generator=torch.Generator().manual_seed(0)) * size, 16)
-    found = super_grids.search(w_OGg, torch.ones(32, 16), Grid(4, sym, scale_range=(-32, 31) if sym else (0, 63)))
+    w_OGg = grids.to_groups(
+        torch.randn(2, 512, generator=torch.Generator().manual_seed(0)) * size, 16
+    )
+    found = super_grids.search(
+        w_OGg, torch.ones(32, 16), Grid(4, sym, scale_range=(-32, 31) if sym else (0, 63))
+    )
     assert all(part.isfinite().all() for part in found) and (found.unit_OS2 != 0).all()

@@ -11,7 +11,11 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 
 def test_toml_round_trip(tmp_path):
     recipe = Recipe(
-        model='a b"c', bits=3, lr=1e-05, dataset="x.json:num=3,ü", layer_config={"model.layers.0": {"bits": 8}}
+        model='a b"c',
+        bits=3,
+        lr=1e-05,
+        dataset="x.json:num=3,ü",
+        layer_config={"model.layers.0": {"bits": 8}},
     )
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(recipe))
@@ -47,7 +51,9 @@ def test_wrong_values_are_one_line(values, word):
     assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, text", [("r.toml", "bits = "), ("r.yaml", "a: [1"), ("r.txt", ""), ("r.yaml", "5")])
+@pytest.mark.parametrize(
+    "name, text", [("r.toml", "bits = "), ("r.yaml", "a: [1"), ("r.txt", ""), ("r.yaml", "5")]
+)
 def test_unreadable_files(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError):

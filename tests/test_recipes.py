@@ -1,4 +1,5 @@
-"""Recipe files: those of scripts/recipes end to end on the bundled model, names and files of other tools, mistakes."""
+"""Recipe files: those of scripts/recipes end to end on the bundled model, names and files of other
+tools, mistakes."""
 
 import json
 import re
@@ -23,7 +24,9 @@ from auto_mmround.run.plan import make_plan
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "scripts" / "recipes"
 REAL = sorted(path.name for path in RECIPES.glob("*.toml") if not path.name.startswith("demo_"))
-waits_for_format = pytest.mark.skipif("compressed_tensors" not in FORMATS, reason="waits for compressed_tensors")
+waits_for_format = pytest.mark.skipif(
+    "compressed_tensors" not in FORMATS, reason="waits for compressed_tensors"
+)
 
 
 def eight_bit_activations() -> bool:
@@ -38,7 +41,8 @@ def marked(names):
     return [pytest.param(name, marks=[needs] if "w8a8" in name else []) for name in names]
 
 
-# --------------------------------------------------------------------------------------------------- shipped recipes
+# --------------------------------------------------------------------------------------------------
+# shipped recipes
 
 
 @waits_for_format
@@ -46,7 +50,11 @@ def marked(names):
 def test_each_recipe_runs_end_to_end_on_the_demo(name, tmp_path, capsys):
     assert cli.main([str(RECIPES / name), "--output_dir", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert ("sample generation" in printed and "assistant" in printed) or "text" in name or "w8a8" in name
+    assert (
+        ("sample generation" in printed and "assistant" in printed)
+        or "text" in name
+        or "w8a8" in name
+    )
     recipe = from_mapping(read(RECIPES / name))
     for fmt in recipe.formats:
         folder = tmp_path / f"demo-w{recipe.bits}g{recipe.group_size}-{fmt}"
@@ -61,19 +69,39 @@ def test_demo_recipes_differ_from_the_real_ones_only_where_the_model_does():
     for name in REAL:
         real, demo = (tomllib.loads((RECIPES / n).read_text()) for n in (name, f"demo_{name}"))
         assert real.keys() | {"iters"} == demo.keys() | {"iters"}, name
-        for key in ("scheme", "algorithm", "equalize", "group_size", "actorder", "dampening_frac", "format"):
+        for key in (
+            "scheme",
+            "algorithm",
+            "equalize",
+            "group_size",
+            "actorder",
+            "dampening_frac",
+            "format",
+        ):
             assert real.get(key) == demo.get(key), (name, key)
 
 
-SMALL = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 TEXT = SMALL | {"num_key_value_heads": 2, "vocab_size": 99}
 SPEECH = {"d_model": 128, "encoder_attention_heads": 2, "encoder_layers": 2, "encoder_ffn_dim": 128,
           "num_mel_bins": 16, "max_source_positions": 20}  # fmt: skip
 
 
 def tiny_llava():
-    vision = SMALL | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "projection_dim": 32}
-    return transformers.LlavaConfig(vision_config=vision, text_config=TEXT | {"model_type": "llama"})
+    vision = SMALL | {
+        "model_type": "clip_vision_model",
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 32,
+    }
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=TEXT | {"model_type": "llama"}
+    )
 
 
 def tiny_whisper():
@@ -88,7 +116,9 @@ CONFIGS = {
     "whisper_w4a16_g64.toml": ("WhisperForConditionalGeneration", tiny_whisper),
     "qwen2_audio_w4a16.toml": (
         "Qwen2AudioForConditionalGeneration",
-        lambda: transformers.Qwen2AudioConfig(audio_config=SPEECH, text_config=TEXT | {"model_type": "qwen2"}),
+        lambda: transformers.Qwen2AudioConfig(
+            audio_config=SPEECH, text_config=TEXT | {"model_type": "qwen2"}
+        ),
     ),
     "qwen2.5_0.5b_w8a8.toml": ("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**TEXT)),
     "qwen2_vl_w4a16.toml": (
@@ -100,18 +130,24 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", marked(REAL))
 def test_each_recipe_fits_the_architecture_it_is_written_for(name):
-    """Patterns and classes that name nothing raise UserError; towers and heads stay, unless they are asked for."""
+    """Patterns and classes that name nothing raise UserError; towers and heads stay, unless they
+    are asked for."""
     architecture, config = CONFIGS[name]
     with torch.device("meta"):
         model = getattr(transformers, architecture)(config())
     recipe = from_mapping(read(RECIPES / name))
-    plan = make_plan(model, replace(recipe, format="auto_round" if recipe.act_bits > 8 else recipe.format))
+    plan = make_plan(
+        model, replace(recipe, format="auto_round" if recipe.act_bits > 8 else recipe.format)
+    )
     wanted = {"encoder", "text"} if "whisper" in name else {"text"}
     assert {stage.name for stage in plan.stages} == wanted
-    assert sum(stage.depth for stage in plan.stages) > 1 and not any("head" in layer for layer in plan.quantized)
+    assert sum(stage.depth for stage in plan.stages) > 1 and not any(
+        "head" in layer for layer in plan.quantized
+    )
 
 
-# ---------------------------------------------------------------------------------------------- names of other tools
+# ----------------------------------------------------------------------------------------------
+# names of other tools
 
 
 def test_names_of_other_tools_mean_our_keys():
@@ -122,7 +158,9 @@ def test_names_of_other_tools_mean_our_keys():
         "actorder": "static",
         "scheme": "w3a16",
     }
-    assert from_mapping(values) == Recipe(nsamples=9, seqlen=77, dampening=0.1, actorder="weight", bits=3)
+    assert from_mapping(values) == Recipe(
+        nsamples=9, seqlen=77, dampening=0.1, actorder="weight", bits=3
+    )
     assert from_mapping({"scheme": "W4A16", "group_size": 64, "actorder": None}).group_size == 64
     assert from_mapping({"scheme": "W8A16"}, base=Recipe(bits=3, group_size=64)).group_size == -1
     assert set(ALIASES.values()) <= HINTS.keys() and not set(ALIASES) & HINTS.keys()
@@ -150,7 +188,9 @@ def test_names_of_schemes_mean_what_they_say():
             bits, inputs = name[1:].removesuffix("_ASYM").split("A")
             assert (keys["bits"], min(keys["act_bits"], 16)) == (int(bits), int(inputs))
         else:
-            assert name.lower().startswith(keys["data_type"]) and keys["bits"] == int(keys["data_type"][-1])
+            assert name.lower().startswith(keys["data_type"]) and keys["bits"] == int(
+                keys["data_type"][-1]
+            )
     with pytest.raises(UserError, match="rounded to nearest only"):
         from_mapping({"scheme": "FP8", "algorithm": "gptq"})
     with pytest.raises(UserError, match="act_dynamic = false is for FP8"):
@@ -161,10 +201,15 @@ def test_names_of_schemes_mean_what_they_say():
 def test_a_float_scheme_runs_from_a_recipe_of_three_lines(name, tmp_path):
     path = tmp_path / "r.toml"
     path.write_text(f'model = "demo"\nscheme = "{name}"\nformat = "compressed_tensors"\n')
-    assert cli.main([str(path), "--dataset", "demo", "--nsamples", "8", "--output_dir", str(tmp_path)]) == 0
+    assert (
+        cli.main([str(path), "--dataset", "demo", "--nsamples", "8", "--output_dir", str(tmp_path)])
+        == 0
+    )
     keys = PRESETS[name]
     (folder,) = tmp_path.glob("demo-*")
-    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    group = json.loads((folder / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ]["group_0"]
     assert (group["weights"]["type"], group["weights"]["num_bits"]) == ("float", keys["bits"])
     assert bool(group["input_activations"]) == (keys["act_bits"] == 8)
 
@@ -206,14 +251,26 @@ def test_a_mistake_in_a_file_is_one_line_and_exit_2(lines, word, tmp_path, capsy
     path, out = tmp_path / "r.toml", tmp_path / "out"
     path.write_text(f'model = "demo"\ndataset = "demo"\nnsamples = 8\nalgorithm = "rtn"\n{lines}\n')
     assert cli.main([str(path), "--output_dir", str(out), "--device", "cpu"]) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")]
+    error = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("auto-round-mllm:")
+    ]
     assert len(error) == 1 and word in error[0] and not out.exists()
 
 
 def test_flags_for_lists_win_over_the_file(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("model: demo\nalgorithm: rtn\nscheme: W4A16\nignore: [down_proj]\nequalize: null\n")
-    flags = ["--ignore", "re:.*layers\\.0\\.", "o_proj", "--scheme", "W8A16", "--output_dir", str(tmp_path)]
+    path.write_text(
+        "model: demo\nalgorithm: rtn\nscheme: W4A16\nignore: [down_proj]\nequalize: null\n"
+    )
+    flags = [
+        "--ignore",
+        "re:.*layers\\.0\\.",
+        "o_proj",
+        "--scheme",
+        "W8A16",
+        "--output_dir",
+        str(tmp_path),
+    ]
     assert cli.main([str(path), *flags, "--device", "cpu"]) == 0
     stored = from_mapping(read(tmp_path / "demo-w8g-1-auto_round" / "recipe.toml"))
     assert stored.ignore == ["re:.*layers\\.0\\.", "o_proj"] and stored.bits == 8
@@ -241,7 +298,8 @@ def test_layers_by_class_and_stages_by_block(demo_model):
     assert [stage.name for stage in plan.stages] == ["text"]
 
 
-# ------------------------------------------------------------------------------------------ recipes of llm-compressor
+# ------------------------------------------------------------------------------------------ recipes
+# of llm-compressor
 
 
 def translated(text, tmp_path):
@@ -262,8 +320,8 @@ quant_stage:
       config_groups:
         group_0:
           targets: [Linear]
-          weights: {num_bits: 4, type: int, strategy: group, group_size: 64, symmetric: true, actorder: weight,
-                    observer: minmax, dynamic: false}
+          weights: {num_bits: 4, type: int, strategy: group, group_size: 64, symmetric: true,
+                    actorder: weight, observer: minmax, dynamic: false}
           input_activations: null
         group_1:
           targets: ["re:.*fc2"]
@@ -274,11 +332,17 @@ quant_stage:
 def test_config_groups(tmp_path):
     recipe = translated(GROUPS, tmp_path)
     assert (recipe.bits, recipe.group_size, recipe.sym, recipe.actorder) == (4, 64, True, "weight")
-    assert (recipe.algorithm, recipe.dampening, recipe.format) == ("gptq", 0.05, "compressed_tensors")
+    assert (recipe.algorithm, recipe.dampening, recipe.format) == (
+        "gptq",
+        0.05,
+        "compressed_tensors",
+    )
     assert recipe.block_size == 128
     assert recipe.layer_config == {"re:.*fc2": {"bits": 8, "group_size": -1, "sym": False}}
     assert recipe.sequential_targets == ["WhisperEncoderLayer", "WhisperDecoderLayer"]
-    assert recipe.ignore == ["re:.*lm_head"] and not recipe.quant_nontext_module and not recipe.in_turn
+    assert (
+        recipe.ignore == ["re:.*lm_head"] and not recipe.quant_nontext_module and not recipe.in_turn
+    )
     path = tmp_path / "ours.toml"
     path.write_text(to_toml(recipe))
     assert from_mapping(read(path)) == recipe
@@ -300,30 +364,47 @@ default_stage:
 """,
         tmp_path,
     )
-    assert (recipe.equalize, recipe.algorithm, recipe.sym, recipe.duo_scaling) == ("awq", "rtn", False, False)
-    assert recipe.mappings == [[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]]
+    assert (recipe.equalize, recipe.algorithm, recipe.sym, recipe.duo_scaling) == (
+        "awq",
+        "rtn",
+        False,
+        False,
+    )
+    assert recipe.mappings == [
+        [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]
+    ]
     assert recipe.quant_nontext_module  # its targets are the whole model's
-    fine = translated("GPTQModifier: {scheme: W4A16, sequential_targets: [Linear], actorder: group}", tmp_path)
-    assert fine.in_turn and fine.quant_nontext_module and not fine.block_classes and fine.actorder == "group"
+    fine = translated(
+        "GPTQModifier: {scheme: W4A16, sequential_targets: [Linear], actorder: group}", tmp_path
+    )
+    assert (
+        fine.in_turn
+        and fine.quant_nontext_module
+        and not fine.block_classes
+        and fine.actorder == "group"
+    )
     static = translated("QuantizationModifier: {scheme: FP8}", tmp_path)
     assert (static.data_type, static.act_dynamic, static.algorithm) == ("fp8", False, "rtn")
     assert translated("QuantizationModifier: {scheme: FP8_DYNAMIC}", tmp_path).act_dynamic
-    plain = translated("QuantizationModifier: {targets: Linear, scheme: {W8A16: [Linear]}}", tmp_path)
+    plain = translated(
+        "QuantizationModifier: {targets: Linear, scheme: {W8A16: [Linear]}}", tmp_path
+    )
     assert (plain.algorithm, plain.bits, plain.group_size, plain.targets) == ("rtn", 8, -1, None)
 
 
 WRITTEN = """
 default_stage:
   default_modifiers:
-    SmoothQuantModifier: {requires_calibration_data: true, smoothing_strength: 0.8, algorithm: smoothquant}
+    SmoothQuantModifier:
+      {requires_calibration_data: true, smoothing_strength: 0.8, algorithm: smoothquant}
     GPTQModifier:
       config_groups:
         g:
           targets: [Linear]
           weights:
             num_bits: 4
-            type: !!python/object/apply:compressed_tensors.quantization.quant_args.QuantizationType [
-              int]
+            type: !!python/object/apply:compressed_tensors.quantization.quant_args.QuantizationType
+              [int]
             symmetric: true
             group_size: 64
             strategy: group
@@ -351,9 +432,20 @@ default_stage:
 def test_the_file_that_llm_compressor_writes_beside_a_checkpoint(tmp_path):
     """As `recipe.yaml` of 0.14.0: defaults spelt out, members of enumerations as Python objects."""
     recipe = translated(WRITTEN, tmp_path)
-    assert (recipe.equalize, recipe.smoothing_strength, recipe.algorithm) == ("smoothquant", 0.8, "gptq")
-    assert (recipe.bits, recipe.group_size, recipe.actorder, recipe.block_size) == (4, 64, "weight", 128)
-    evil = WRITTEN.replace("compressed_tensors.quantization.quant_args.QuantizationType", "os.system")
+    assert (recipe.equalize, recipe.smoothing_strength, recipe.algorithm) == (
+        "smoothquant",
+        0.8,
+        "gptq",
+    )
+    assert (recipe.bits, recipe.group_size, recipe.actorder, recipe.block_size) == (
+        4,
+        64,
+        "weight",
+        128,
+    )
+    evil = WRITTEN.replace(
+        "compressed_tensors.quantization.quant_args.QuantizationType", "os.system"
+    )
     with pytest.raises(UserError, match=r"could not determine a constructor for os\.system"):
         translated(evil, tmp_path)
 
@@ -366,11 +458,14 @@ def test_the_file_that_llm_compressor_writes_beside_a_checkpoint(tmp_path):
         ("QuantizationModifier: {scheme: NVFP4}", "use NVFP4A16"),
         ("GPTQModifier: {ignore: [lm_head]}", "names no scheme"),
         ("GTPQModifier: {scheme: W4A16}", "did you mean GPTQModifier"),
-        ("quant_stage: {quant_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}", "modifier 'SparseGPTModifier'"),
+        ("quant_stage: {quant_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}",
+            "modifier 'SparseGPTModifier'"),
         ("GPTQModifier: {scheme: W4A16, kv_cache_scheme: {num_bits: 8}}", "can't be translated"),
         ("SmoothQuantModifier: {}\nAWQModifier: {scheme: W4A16}", "both set equalize"),
-        ("GPTQModifier: {config_groups: {a: {weights: {num_bits: 8, type: float}}}}", "'float' can't be translated"),
-        ("GPTQModifier: {config_groups: {a: {weights: {num_bits: 4, strategy: tensor}}}}", "'tensor'"),
+        ("GPTQModifier: {config_groups: {a: {weights: {num_bits: 8, type: float}}}}",
+            "'float' can't be translated"),
+        ("GPTQModifier: {config_groups: {a: {weights: {num_bits: 4, strategy: tensor}}}}",
+            "'tensor'"),
         ("GPTQModifier: {config_groups: {a: {weights: {bits: 4}}}}", "unknown key 'bits'"),
         ("quant_stage: [1]", "expected keys and values"),
         ("GPTQModifier: {scheme: W9A16}", "there are W2A16"),
@@ -384,26 +479,49 @@ def test_what_cannot_be_translated_is_one_line(text, word, tmp_path):
 
 def test_a_recipe_of_llm_compressor_runs(tmp_path):
     path = tmp_path / "recipe.yaml"
-    text = (RECIPES / "llm_compressor_w8a8.yaml").read_text().replace("W8A8", "W8A16").replace(" Linear", " [Linear]")
+    text = (
+        (RECIPES / "llm_compressor_w8a8.yaml")
+        .read_text()
+        .replace("W8A8", "W8A16")
+        .replace(" Linear", " [Linear]")
+    )
     path.write_text(text)
     assert yaml.safe_load(text)["quant_stage"]
-    flags = "--model demo --dataset demo-llava --nsamples 8 --format auto_round --device cpu --output_dir"
+    flags = (
+        "--model demo --dataset demo-llava --nsamples 8 --format auto_round --device cpu"
+        " --output_dir"
+    )
     assert cli.main([str(path), *flags.split(), str(tmp_path / "out")]) == 0
     stored = from_mapping(read(tmp_path / "out" / "demo-w8g-1-auto_round" / "recipe.toml"))
-    assert (stored.equalize, stored.algorithm, stored.smoothing_strength) == ("smoothquant", "gptq", 0.8)
+    assert (stored.equalize, stored.algorithm, stored.smoothing_strength) == (
+        "smoothquant",
+        "gptq",
+        0.8,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- the pages
+# --------------------------------------------------------------------------------------------------
+# the pages
 
 
 def test_every_key_of_ours_on_the_migration_page_exists():
     page = (ROOT / "docs" / "migration.md").read_text()
-    rows = [line.split("|") for line in page.splitlines() if line.startswith("|") and "---" not in line]
+    rows = [
+        line.split("|") for line in page.splitlines() if line.startswith("|") and "---" not in line
+    ]
     keys = [key for row in rows for key in re.findall(r"`(\w+)(?: = [^`]*)?`", row[-2])]
     assert len(keys) > 25 and [key for key in keys if key not in {*HINTS, "scheme"}] == []
 
 
 def test_the_pages_name_every_recipe_key_of_this_room():
     text = (ROOT / "docs" / "recipes.md").read_text() + (ROOT / "docs" / "migration.md").read_text()
-    for name in (*REAL, *ALIASES, "equalize", "smoothing_strength", "duo_scaling", "mappings", "sample_generation"):
+    for name in (
+        *REAL,
+        *ALIASES,
+        "equalize",
+        "smoothing_strength",
+        "duo_scaling",
+        "mappings",
+        "sample_generation",
+    ):
         assert name in text, name

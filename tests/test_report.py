@@ -1,4 +1,5 @@
-"""Reports and model cards: what they say, that they need nothing else, and how a real browser shows them."""
+"""Reports and model cards: what they say, that they need nothing else, and how a real browser shows
+them."""
 
 import json
 import re
@@ -17,8 +18,12 @@ from auto_mmround.evaluate.scoring import Score
 from auto_mmround.evaluate.tasks import picture
 from auto_mmround.report import card, charts, report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium here: apt-get install chromium"
+)
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -26,23 +31,47 @@ VOID = {"meta", "link", "img", "br"}
 def plain(tmp_path_factory):
     """A run that rounds to nearest, as the command line leaves it."""
     out = tmp_path_factory.mktemp("plain")
-    assert cli.main(["--model", "demo", "--iters", "0", "--output_dir", str(out), "--device", "cpu"]) == 0
+    assert (
+        cli.main(["--model", "demo", "--iters", "0", "--output_dir", str(out), "--device", "cpu"])
+        == 0
+    )
     return out / "demo-w4g128-auto_round"
 
 
 def evaluation(**changes):
     scores = [
-        Score("speech", "clean", "WER", 3.5246, 9, reference=3.4435, baseline=4.0, unit="%", lower_is_better=True),
+        Score(
+            "speech",
+            "clean",
+            "WER",
+            3.5246,
+            9,
+            reference=3.4435,
+            baseline=4.0,
+            unit="%",
+            lower_is_better=True,
+        ),
         Score("pictures", "test", "exact match", 45.0, 20, reference=50.0, unit="%"),
     ]
     kl = {"kl": {"text": 0.002, "image": 0.001}, "agreement": {"text": 0.9, "image": 0.95}}
-    figures = {role: kl | {"positions": {"text": 1000, "image": 50}} for role in ("reference", "baseline", "quantized")}
+    figures = {
+        role: kl | {"positions": {"text": 1000, "image": 50}}
+        for role in ("reference", "baseline", "quantized")
+    }
     pixel = picture(Image.new("RGB", (8, 8), "red"))
     answers = {"reference": "a cat", "baseline": "a dog", "quantized": "<script>alert(1)</script>"}
-    sample = {"id": "1", "question": "What is it?", "expected": "a cat", "images": [pixel], "answers": answers}
+    sample = {
+        "id": "1",
+        "question": "What is it?",
+        "expected": "a cat",
+        "images": [pixel],
+        "answers": answers,
+    }
     record = {
-        "model": "m", "reference": "full", "baseline": "nearest", "reference_dtype": "BF16", "dataset": "set.json",
-        "limit": None, "language": None, "tasks": ["kl"], "command": "auto-round-mllm eval --model /a/b/m",
+        "model": "m", "reference": "full", "baseline": "nearest", "reference_dtype": "BF16",
+        "dataset": "set.json",
+        "limit": None, "language": None, "tasks": ["kl"],
+        "command": "auto-round-mllm eval --model /a/b/m",
         "scores": [score.as_dict() for score in scores], "figures": figures, "samples": [sample],
     }  # fmt: skip
     return record | changes
@@ -54,19 +83,46 @@ def full(plain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full") / "model-w4g128-auto_round"
     shutil.copytree(plain, folder)
     run = json.loads((folder / "run.json").read_text())
-    names = [f"model.visual.blocks.{i}" for i in range(8)] + [f"model.language_model.layers.{i}" for i in range(32)]
+    names = [f"model.visual.blocks.{i}" for i in range(8)] + [
+        f"model.language_model.layers.{i}" for i in range(32)
+    ]
     run["blocks"] = [
-        {"name": name, "stage": "vision" if "visual" in name else "text", "weights": 7, "nearest": 0.02 * (i + 1) ** 2}
+        {
+            "name": name,
+            "stage": "vision" if "visual" in name else "text",
+            "weights": 7,
+            "nearest": 0.02 * (i + 1) ** 2,
+        }
         | {"start": 0.012 * (i + 1) ** 2, "end": 0.01 * (i + 1) ** 2, "best_iter": 3}
         for i, name in enumerate(names)
     ]
-    run["measured"]["blocks"] = {name: {"seconds": 3 + i % 4, "peak_gb": 2 + i / 40} for i, name in enumerate(names)}
-    run["calibration"] = {"asked": 9, "used": 8, "short": 1, "skipped": {"form": ["a"]}, "tokens": {"text": 900}}
+    run["measured"]["blocks"] = {
+        name: {"seconds": 3 + i % 4, "peak_gb": 2 + i / 40} for i, name in enumerate(names)
+    }
+    run["calibration"] = {
+        "asked": 9,
+        "used": 8,
+        "short": 1,
+        "skipped": {"form": ["a"]},
+        "tokens": {"text": 900},
+    }
     run["calibration"]["notes"] = []
     (folder / "run.json").write_text(json.dumps(run))
     report.keep_evaluation(folder, evaluation())
-    right = {"engine": "transformers", "version": "transformers 5.23.0", "status": "right", "layers": 35, "gap": 0.002}
-    wrong = {"engine": "vllm", "status": "wrong", "reason": "does not load", "planned": 35, "gap": float("nan")}
+    right = {
+        "engine": "transformers",
+        "version": "transformers 5.23.0",
+        "status": "right",
+        "layers": 35,
+        "gap": 0.002,
+    }
+    wrong = {
+        "engine": "vllm",
+        "status": "wrong",
+        "reason": "does not load",
+        "planned": 35,
+        "gap": float("nan"),
+    }
     report.keep_verdicts(folder, [right | {"planned": 35, "reason": None}, wrong])
     report.write(folder)
     return folder
@@ -81,7 +137,9 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self.references += [value for key, value in attributes if key in ("src", "href", "data", "action")]
+        self.references += [
+            value for key, value in attributes if key in ("src", "href", "data", "action")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -111,11 +169,17 @@ def test_a_page_needs_nothing_but_itself(which, request):
 
 def test_charts_can_be_read_aloud(full):
     text, found = checked(full / "report.html")
-    images = [attributes for tag, attributes in found.tags if tag == "svg" and attributes.get("role") == "img"]
+    images = [
+        attributes
+        for tag, attributes in found.tags
+        if tag == "svg" and attributes.get("role") == "img"
+    ]
     assert len(images) == 4  # two stages, seconds, memory
     assert text.count("<desc>") == len(images)
     assert all(
-        attributes.get("aria-hidden") or attributes.get("role") for tag, attributes in found.tags if tag == "svg"
+        attributes.get("aria-hidden") or attributes.get("role")
+        for tag, attributes in found.tags
+        if tag == "svg"
     )
     assert all(attributes.get("alt") for tag, attributes in found.tags if tag == "img")
 
@@ -132,7 +196,11 @@ def test_the_same_figures_as_json(full):
     assert [block["name"] for block in found["worst"]] == [
         f"model.language_model.layers.{i}" for i in range(31, 21, -1)
     ]
-    assert found["sizes"]["packed"] + found["sizes"]["plain"] <= found["sizes"]["weights"] < found["sizes"]["source"]
+    assert (
+        found["sizes"]["packed"] + found["sizes"]["plain"]
+        <= found["sizes"]["weights"]
+        < found["sizes"]["source"]
+    )
     assert found["evaluation"]["scores"][0]["recovery"] == pytest.approx(97.70, abs=0.005)
     assert found["verify"][1]["reason"] == "does not load" and found["verify"][1]["gap"] is None
     assert found["calibration"]["used"] == 8
@@ -146,7 +214,9 @@ def test_packed_and_plain_bytes_are_those_of_the_tensors(plain):
     with safe_open(plain / "model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(key)
-            kind = "packed" if key.rpartition(".")[2] in ("qweight", "qzeros", "scales") else "plain"
+            kind = (
+                "packed" if key.rpartition(".")[2] in ("qweight", "qzeros", "scales") else "plain"
+            )
             wanted[kind] += tensor.numel() * tensor.element_size()
     sizes = report.collect(plain)["sizes"]
     assert {kind: sizes[kind] for kind in wanted} == wanted
@@ -167,7 +237,17 @@ def test_eval_of_a_checkpoint_lands_in_its_report(plain, tmp_path, capsys):
     folder = tmp_path / plain.name
     shutil.copytree(plain, folder)
     assert "Damage by modality" not in (folder / "report.html").read_text()
-    command = ["eval", "--model", str(folder), "--reference", "demo", "--limit", "2", "--device", "cpu"]
+    command = [
+        "eval",
+        "--model",
+        str(folder),
+        "--reference",
+        "demo",
+        "--limit",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert cli.main([*command, "--model_card"]) == 0
     assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
     assert "Damage by modality" in (folder / "report.html").read_text()
@@ -203,7 +283,8 @@ def test_card_has_the_shape_of_the_released_one(full):
     assert "| Benchmark | Split | BF16 | W4A16 | Recovery (%) |" in body
     assert "| speech (WER) | clean | 3.4435 | 3.5246 | 97.70% |" in body
     assert "| pictures (exact match) | test | 50.0000 | 45.0000 | 90.00% |" in body
-    assert "Qwen2VLForConditionalGeneration.from_pretrained" in body  # the engine that verified, with code
+    # the engine that verified, with code
+    assert "Qwen2VLForConditionalGeneration.from_pretrained" in body
     assert "vllm" not in body  # the one that did not
     assert "/a/b" not in body  # nor folders of this machine
     recipe = tomllib.loads(re.search(r"```toml\n(.*?)```", body, re.DOTALL)[1])
@@ -215,7 +296,8 @@ def test_code_of_the_card_is_python(full):
         compile(code, "card", "exec")
     for kinds in card.CODE.values():
         for language, code in kinds.values():
-            filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"', imports="pipeline",
+            filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"',
+                imports="pipeline",
                                  options=card.UNPACKED)  # fmt: skip
             assert language == "bash" or compile(filled, "card", "exec")
 
@@ -223,13 +305,17 @@ def test_code_of_the_card_is_python(full):
 def test_card_takes_licence_and_base_model_from_the_source(full, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(report.find_folder("demo"), source)
-    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Source\n")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Source\n"
+    )
     folder = tmp_path / "run"
     shutil.copytree(full, folder)
     recipe = (folder / "recipe.toml").read_text().replace('model = "demo"', f'model = "{source}"')
     (folder / "recipe.toml").write_text(recipe)
     matter, body = front_matter(card.write(folder).read_text())
-    assert matter["license"] == "mit" and matter["language"] == ["en"] and "base_model" not in matter
+    assert (
+        matter["license"] == "mit" and matter["language"] == ["en"] and "base_model" not in matter
+    )
     assert str(source) not in body and 'model = "source"' in body
     (folder / "recipe.toml").write_text(recipe.replace(str(source), "maker/model-2b"))
     assert front_matter(card.write(folder).read_text())[0]["base_model"] == "maker/model-2b"
@@ -246,18 +332,29 @@ def test_a_readme_of_somebody_else_stays(plain, tmp_path):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(None, "–"), (0, "0"), (4.1563, "4.16"), (0.000831, "0.000831"), (1234.5, "1,234"), (3e-7, "3.00e-07")],
+    [
+        (None, "–"),
+        (0, "0"),
+        (4.1563, "4.16"),
+        (0.000831, "0.000831"),
+        (1234.5, "1,234"),
+        (3e-7, "3.00e-07"),
+    ],
 )
 def test_figures_keep_three_digits(value, text):
     assert charts.figure(value) == text
 
 
-@pytest.mark.parametrize("values", [[1e-4, 1e-3, 0.5], [0.2, 0.5, 1.1], [0.0, 0.0], [3.0], [0.0, 5.0]])
+@pytest.mark.parametrize(
+    "values", [[1e-4, 1e-3, 0.5], [0.2, 0.5, 1.1], [0.0, 0.0], [3.0], [0.0, 5.0]]
+)
 def test_every_value_and_tick_lies_inside_the_plot(values):
     axis = charts.scale(values)
     places = [axis.y(value) for value in [*values, *axis.ticks()]]
     assert all(charts.TOP - 0.1 <= y <= charts.HEIGHT - charts.BOTTOM + 0.1 for y in places)
-    assert sorted(values, reverse=True) == [v for _, v in sorted(zip(map(axis.y, values), values), key=lambda p: p[0])]
+    assert sorted(values, reverse=True) == [
+        v for _, v in sorted(zip(map(axis.y, values), values), key=lambda p: p[0])
+    ]
     assert 1 <= len(axis.ticks()) <= 12
 
 
@@ -271,7 +368,12 @@ def browse(page, folder, *options):
         "--hide-scrollbars",
         "--enable-logging=stderr",
     ]
-    command += [f"--user-data-dir={folder}/profile", "--host-resolver-rules=MAP * ~NOTFOUND", *options, page.as_uri()]
+    command += [
+        f"--user-data-dir={folder}/profile",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        *options,
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -279,7 +381,9 @@ def browse(page, folder, *options):
 def shoot(page, folder, width, *options):
     """A screenshot; the browser must not complain about anything."""
     shot = folder / f"{page.stem}-{width}.png"
-    _, complaints = browse(page, folder, *options, f"--window-size={width},2400", f"--screenshot={shot}")
+    _, complaints = browse(
+        page, folder, *options, f"--window-size={width},2400", f"--screenshot={shot}"
+    )
     assert not complaints
     image = Image.open(shot).convert("RGB")
     assert image.size == (width, 2400)
@@ -294,14 +398,19 @@ def count(image, color):
 @pytest.mark.parametrize("width, options", [(390, ("--force-dark-mode",)), (1280, ())])
 def test_screenshot(full, width, options, tmp_path):
     image = shoot(full / "report.html", tmp_path, width, *options)
-    paper, after = ((0x16, 0x16, 0x15), (0x74, 0xB3, 0xF0)) if options else ((0xFD, 0xFD, 0xFC), (0x0B, 0x62, 0xA8))
+    paper, after = (
+        ((0x16, 0x16, 0x15), (0x74, 0xB3, 0xF0))
+        if options
+        else ((0xFD, 0xFD, 0xFC), (0x0B, 0x62, 0xA8))
+    )
     assert count(image, paper) > 0.7 * width * 2400
     assert count(image, after) > 500  # bars and dots are really drawn
 
 
 @needs_browser
 def test_nothing_is_wider_than_a_phone(plain, full, tmp_path):
-    # The browser narrows its window to less than 500 pixels only for the screenshot itself, so the page looks then.
+    # The browser narrows its window to less than 500 pixels only for the screenshot itself, so the
+    # page looks then.
     probe = """<script>onresize = () => {
         const d = document.documentElement, fits = d.scrollWidth <= 390 && innerWidth == 390
         d.style.background = document.body.style.background = fits ? 'rgb(0,255,0)' : 'rgb(255,0,0)'

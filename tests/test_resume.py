@@ -1,4 +1,5 @@
-"""Runs that are killed, run out of disk or lose part of their journal continue, and end in the same bits."""
+"""Runs that are killed, run out of disk or lose part of their journal continue, and end in the same
+bits."""
 
 import json
 import multiprocessing
@@ -30,7 +31,8 @@ SPAWN.set_forkserver_preload(["auto_mmround.run.job", "transformers.models.llama
 
 def run(root: Path, **changes) -> None:
     recipe = Recipe(
-        model=str(root.parent / "model"), output_dir=str(root), format="auto_round,auto_gptq", group_size=32, iters=2,
+        model=str(root.parent / "model"), output_dir=str(root), format="auto_round,auto_gptq",
+        group_size=32, iters=2,
         nsamples=4, seqlen=12, amp=False, device="cpu",
     )  # fmt: skip
     recipe = replace(recipe, **changes)
@@ -41,7 +43,8 @@ def child(root: Path, before: Callable[[], None], changes: dict) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.fsync = lambda handle: None  # the machine stays on: what was written is there, synchronized or not
+    # the machine stays on: what was written is there, synchronized or not
+    os.fsync = lambda handle: None
     before()
     try:
         run(root, **changes)
@@ -64,7 +67,8 @@ def finish(root: Path, before: Callable[[], None] = list, **changes) -> int:
 
 
 class DieAtFileEvent:
-    """Kill the process when it is about to open for writing, rename or remove its n-th file, of those so named."""
+    """Kill the process when it is about to open for writing, rename or remove its n-th file, of
+    those so named."""
 
     def __init__(self, count: int, name: str = ""):
         self.count, self.name = count, name
@@ -73,7 +77,12 @@ class DieAtFileEvent:
         sys.addaudithook(self.see)
 
     def see(self, event: str, args: tuple) -> None:
-        writes = event == "open" and isinstance(args[1], str) and args[1][0] in "wa" and ".so" not in str(args[0])
+        writes = (
+            event == "open"
+            and isinstance(args[1], str)
+            and args[1][0] in "wa"
+            and ".so" not in str(args[0])
+        )
         if (writes or event in ("os.rename", "os.remove")) and self.name in str(args[0]):
             self.count -= 1
             if self.count == 0:
@@ -92,20 +101,25 @@ class SmallFiles:
 
 def files(root: Path) -> dict[str, bytes]:
     """Contents of all that is below, without what is measured."""
-    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
     for name in found:
         if name.endswith("run.json"):
             record = json.loads(found[name])
             assert record.pop("measured")["seconds"] > 0
             found[name] = json.dumps(record).encode()
         if name.endswith("recipe.toml"):
-            found[name] = b"\n".join(line for line in found[name].split(b"\n") if b"output_dir" not in line)
+            found[name] = b"\n".join(
+                line for line in found[name].split(b"\n") if b"output_dir" not in line
+            )
     return found
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(files of a run that nothing disturbed, its seconds, the folder around it, with the model)."""
+    """(files of a run that nothing disturbed, its seconds, the folder around it, with the
+    model)."""
     base = tmp_path_factory.mktemp("resume")
     DEEP.save(base / "model", tiny_tokenizer())
     warm = SPAWN.Process(target=int)  # the server reads the libraries
@@ -122,9 +136,9 @@ def nothing_looks_finished_that_is_not(root: Path, expected: dict[str, bytes]) -
     for folder in FOLDERS:
         if (root / folder).exists():
             assert read_checkpoint(root / folder).files
-            assert {f"{folder}/{name}": content for name, content in files(root / folder).items()} == {
-                name: content for name, content in expected.items() if name.startswith(folder)
-            }
+            assert {
+                f"{folder}/{name}": content for name, content in files(root / folder).items()
+            } == {name: content for name, content in expected.items() if name.startswith(folder)}
 
 
 def killed_again_and_again(whole, root: Path, seed: int, kills: int) -> int:
@@ -191,7 +205,12 @@ def gone(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name, damage",
-    [("journal", truncated), ("journal", flipped), ("00003.safetensors", flipped), ("00002.safetensors", gone)],
+    [
+        ("journal", truncated),
+        ("journal", flipped),
+        ("00003.safetensors", flipped),
+        ("00002.safetensors", gone),
+    ],
 )
 def test_a_damaged_tail_is_seen_and_done_again(whole, copy, name, damage):
     damage(copy / UNFINISHED / name)
@@ -210,14 +229,18 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(whole):
     root = base / "full"
     assert finish(root, SmallFiles(3_000)) == 2  # not even the first block
     assert not root.exists() and "make room" in error_of(root)
-    smallest = min(len(content) for name, content in expected.items() if name.endswith("model.safetensors"))
+    smallest = min(
+        len(content) for name, content in expected.items() if name.endswith("model.safetensors")
+    )
     assert finish(root, SmallFiles(smallest - 1)) == 2
     assert [path.name for path in root.iterdir()] == [UNFINISHED] and "make room" in error_of(root)
     assert finish(root) == 0
     assert files(root) == expected
 
 
-@pytest.mark.parametrize("changes, key", [({"seed": 7}, "seed"), ({"format": "auto_round"}, "format")])
+@pytest.mark.parametrize(
+    "changes, key", [({"seed": 7}, "seed"), ({"format": "auto_round"}, "format")]
+)
 def test_another_recipe_is_refused_until_asked_to_begin_anew(copy, changes, key):
     with pytest.raises(UserError, match=f"another {key} "):
         run(copy, **changes)
@@ -235,7 +258,11 @@ def test_another_model_and_other_samples_are_refused(copy, monkeypatch):
             run(copy)
     finally:
         os.utime(weights, ns=times)
-    monkeypatch.setattr(sys.modules[__name__], "DEEP", replace(DEEP, plain=False, media={"text": DEEP.samples(4).pop}))
+    monkeypatch.setattr(
+        sys.modules[__name__],
+        "DEEP",
+        replace(DEEP, plain=False, media={"text": DEEP.samples(4).pop}),
+    )
     monkeypatch.setattr(type(DEEP), "samples", lambda self, count: [DEEP.media["text"](-1)] * 2)
     with pytest.raises(UserError, match="another calibration samples"):
         run(copy)

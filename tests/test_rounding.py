@@ -10,21 +10,32 @@ from auto_mmround.numerics import rounding as rounding_module
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 
-GRIDS = [Grid(bits, sym, min_zero=low) for bits in (2, 3, 4, 8) for sym, low in ((True, 0), (False, 0), (False, 1))]
+GRIDS = [
+    Grid(bits, sym, min_zero=low)
+    for bits in (2, 3, 4, 8)
+    for sym, low in ((True, 0), (False, 0), (False, 1))
+]
 
 
 def straight_through(x):
-    return x.detach().round() + (x - x.detach())  # exactly an integer, so the clamp sees no rounding noise
+    # exactly an integer, so the clamp sees no rounding noise
+    return x.detach().round() + (x - x.detach())
 
 
 def inclusive_clamp(x, low, high):
-    """The published clamp lets gradients pass at its bounds; torch.clamp no longer does (seen with 2.14)."""
+    """The published clamp lets gradients pass at its bounds; torch.clamp no longer does (seen with
+    2.14)."""
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 def reference(rounding, offset, low_factor, high_factor):
-    """W~ by the published formulas with a straight-through round, for autograd (float32, scale dtype float32)."""
-    grid, low, high = rounding.grid, rounding.ranges.low_OG * low_factor, rounding.ranges.high_OG * high_factor
+    """W~ by the published formulas with a straight-through round, for autograd (float32, scale
+    dtype float32)."""
+    grid, low, high = (
+        rounding.grid,
+        rounding.ranges.low_OG * low_factor,
+        rounding.ranges.high_OG * high_factor,
+    )
     if grid.sym:
         scale = torch.where(-low > high, -low, -high) / grid.middle
         zero = torch.full_like(scale, grid.middle)
@@ -55,13 +66,18 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
     for old, new, slope in zip(before, rounding.snapshot(), expected):
         moved = old - new
         # Factors in the stack of two are held in [0, 1].
-        clear = (slope.abs() > 1e-4) & (new > 0) & (new < 1) if len(slope) == 2 else slope.abs() > 1e-6
+        clear = (
+            (slope.abs() > 1e-4) & (new > 0) & (new < 1) if len(slope) == 2 else slope.abs() > 1e-6
+        )
         assert torch.equal(moved[clear].sign(), slope[clear].sign())
 
 
-@pytest.mark.parametrize("bits, g, scale_range", [(2, 16, (0, 15)), (4, 32, (0, 63)), (3, 16, (-32, 31))])
+@pytest.mark.parametrize(
+    "bits, g, scale_range", [(2, 16, (0, 15)), (4, 32, (0, 63)), (3, 16, (-32, 31))]
+)
 def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
-    """Scales and minima are multiples of a unit; gradients pass straight through to the factor of both."""
+    """Scales and minima are multiples of a unit; gradients pass straight through to the factor of
+    both."""
     torch.manual_seed(1)
     grid = Grid(bits, sym=scale_range[0] < 0, scale_range=scale_range)
     rounding = Rounding(torch.randn(3, 512), g, grid)
@@ -76,7 +92,9 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     scale = held(first.scale_OG * factors[0], now.scale_OG)
     low = held(first.min_OG * factors[0], now.min_OG)
     zero = grid.middle if grid.sym else 0
-    code = inclusive_clamp(straight_through((rounding.w_OGg + low) / scale + offset) + zero, 0, grid.top)
+    code = inclusive_clamp(
+        straight_through((rounding.w_OGg + low) / scale + offset) + zero, 0, grid.top
+    )
     weight = ((code - zero) * scale - low).flatten(1)
     torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(weight)
@@ -85,7 +103,9 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
     for old, new, slope in zip(before, rounding.snapshot(), expected):
         clear = slope.abs() > 1e-3
-        assert clear.float().mean() > 0.5 and torch.equal((old - new)[clear].sign(), slope[clear].sign())
+        assert clear.float().mean() > 0.5 and torch.equal(
+            (old - new)[clear].sign(), slope[clear].sign()
+        )
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -97,7 +117,8 @@ def test_start_is_round_to_nearest(grid, columns, g):
     assert torch.equal(rounding.weight(), grids.dequantize(codes))
     error = (grids.dequantize(codes) - w).abs()
     scale = codes.scale_OG.abs().float().repeat_interleave(codes.group_size, 1)[:, :columns]
-    # Half a step, plus what the half-precision scale, the rounded zero point and a full-range top code cost.
+    # Half a step, plus what the half-precision scale, the rounded zero point and a full-range top
+    # code cost.
     assert (error <= 1.02 * scale + 1e-6).all() and codes.zero_OG.min() >= grid.min_zero
 
 
@@ -163,4 +184,6 @@ def test_a_step_in_pieces_is_the_step_at_once(grid, closed_form, monkeypatch):
         assert torch.equal(into_OI, state.weight())
         results.append((into_OI, *state.snapshot()))
     assert not torch.equal(results[0][0], Rounding(w_OI, 8, grid).weight())
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
+    )

@@ -1,4 +1,5 @@
-"""Rows as people have them: what a chat template can say reaches it, and what is left out is counted by name."""
+"""Rows as people have them: what a chat template can say reaches it, and what is left out is
+counted by name."""
 
 import copy
 import io
@@ -20,12 +21,21 @@ CALLED = {
     "role": "assistant",
     "content": None,
     "tool_calls": [
-        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": json.dumps(CALL["arguments"])}}
+        {
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": json.dumps(CALL["arguments"])},
+        }
     ],
 }
 TOLD = {"role": "tool", "tool_call_id": "c1", "content": "18C"}
 ANSWER = {"role": "assistant", "content": "A"}
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "says it", "parameters": {}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "says it", "parameters": {}},
+    }
+]
 
 OPEN = "{% for m in messages %}<{{ m.role }}>"
 CLOSE = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -36,7 +46,8 @@ ARGUMENTS = {
 TOOL_CALLS = "{% for c in m.tool_calls or [] %}[{ARGS}]{% endfor %}"
 SAYS_ALL = (
     "{% for t in tools or [] %}<tool {{ t.function.name }}>{% endfor %}" + OPEN
-    + "{% if m.reasoning_content is defined %}({{ m.reasoning_content }}){% endif %}" + TOOL_CALLS + CLOSE
+    + "{% if m.reasoning_content is defined %}({{ m.reasoning_content }}){% endif %}" + TOOL_CALLS
+    + CLOSE
 )  # fmt: skip
 
 
@@ -62,11 +73,23 @@ def test_tools_calls_and_reasoning_reach_the_chat_template(arguments):
 
 
 def test_what_a_chat_template_does_not_say_is_counted_by_name():
-    row = {"messages": [ASK, CALLED | {"reasoning_content": "hm"}, TOLD, ANSWER | {"weight": 1}], "tools": TOOLS}
+    row = {
+        "messages": [ASK, CALLED | {"reasoning_content": "hm"}, TOLD, ANSWER | {"weight": 1}],
+        "tools": TOOLS,
+    }
     encoded = written(OPEN + CLOSE, row)
     assert encoded.text == "<user>Q<assistant><tool>18C<assistant>A"
-    assert sorted(encoded.left) == ["reasoning_content", "tool_call_id", "tool_calls", "tools", "weight"]
-    silent = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif %}{% endfor %}"
+    assert sorted(encoded.left) == [
+        "reasoning_content",
+        "tool_call_id",
+        "tool_calls",
+        "tools",
+        "weight",
+    ]
+    silent = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif"
+        " %}{% endfor %}"
+    )
     assert "tool turns" in written(silent, row).left
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = OPEN + CLOSE
@@ -77,32 +100,57 @@ def test_what_a_chat_template_does_not_say_is_counted_by_name():
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_goes_under_the_name_that_the_template_reads(name):
     template = OPEN + "{% if m.thinking %}({{ m.thinking }}){% endif %}" + CLOSE
-    assert written(template, {"messages": [ASK, ANSWER | {name: "hm"}]}).text == "<user>Q<assistant>(hm)A"
+    assert (
+        written(template, {"messages": [ASK, ANSWER | {name: "hm"}]}).text
+        == "<user>Q<assistant>(hm)A"
+    )
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "A"}]
-    assert written(template, {"messages": [ASK, {"role": "assistant", "content": parts}]}).text.endswith("(hm)A")
+    assert written(
+        template, {"messages": [ASK, {"role": "assistant", "content": parts}]}
+    ).text.endswith("(hm)A")
 
 
 def test_developers_speak_as_system_unless_the_template_knows_them():
     row = {"messages": [{"role": "developer", "content": "S"}, ASK, ANSWER]}
     assert written(OPEN + CLOSE, row).text == "<system>S<user>Q<assistant>A"
-    knows = "{% for m in messages %}{% if m.role == 'developer' %}<dev>{% else %}<{{ m.role }}>{% endif %}" + CLOSE
+    knows = (
+        "{% for m in messages %}{% if m.role == 'developer' %}<dev>{% else %}<{{ m.role }}>{%"
+        " endif %}" + CLOSE
+    )
     assert written(knows, row).text == "<dev>S<user>Q<assistant>A"
 
 
 def test_function_calls_of_sharegpt_are_tool_calls():
-    turns = [("human", "Q"), ("function_call", json.dumps(CALL)), ("observation", "18C"), ("gpt", "A")]
-    row = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": json.dumps(TOOLS)}
-    assert "<assistant>[city=Paris]<tool>18C" in written(SAYS_ALL.replace("{ARGS}", ARGUMENTS["mapping"]), row).text
-    assert f"<assistant>{json.dumps(CALL)}<tool>18C" in written(OPEN + CLOSE, row).text  # as the text that it is
+    turns = [
+        ("human", "Q"),
+        ("function_call", json.dumps(CALL)),
+        ("observation", "18C"),
+        ("gpt", "A"),
+    ]
+    row = {
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+        "tools": json.dumps(TOOLS),
+    }
+    assert (
+        "<assistant>[city=Paris]<tool>18C"
+        in written(SAYS_ALL.replace("{ARGS}", ARGUMENTS["mapping"]), row).text
+    )
+    # as the text that it is
+    assert f"<assistant>{json.dumps(CALL)}<tool>18C" in written(OPEN + CLOSE, row).text
     ours = parse_template({"format_function": "<call>{{content}}", "extra_encode": True})
     for each in (row, {"messages": [ASK, CALLED, TOLD, ANSWER]}):
         assert f"<call>{json.dumps(CALL)}" in ours.encode(parse_row(each, "s").messages)
-    qwen = load_template("qwen2_vl").spans(parse_row({"messages": [ASK, CALLED, TOLD, ANSWER]}, "s").messages)
+    qwen = load_template("qwen2_vl").spans(
+        parse_row({"messages": [ASK, CALLED, TOLD, ANSWER]}, "s").messages
+    )
     assert "tool_calls" in qwen.left
 
 
 def test_rows_cannot_choose_the_template_or_the_form():
-    row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"chat_template": "x", "tokenize": True, "loud": "!"}}
+    row = {
+        "messages": [ASK, ANSWER],
+        "chat_template_kwargs": {"chat_template": "x", "tokenize": True, "loud": "!"},
+    }
     encoded = written(OPEN + CLOSE + "{{ loud }}", row)
     assert encoded.text == "<user>Q<assistant>A!" and encoded.left == ("chat_template", "tokenize")
 
@@ -113,17 +161,21 @@ SAID = (("user", "Q"), ("assistant", "A"))
 @pytest.mark.parametrize(
     "row, turns",
     [
-        ({"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        ({"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt",
+            "value": "A"}]},
          (("system", "S"), *SAID)),
         ({"messages": [ASK, {"role": "model", "parts": [{"text": "A"}]}]}, SAID),
-        ({"messages": [{"role": "USER", "content": "Q"}, {"role": "Assistant", "content": "A"}]}, SAID),
+        ({"messages": [{"role": "USER", "content": "Q"}, {"role": "Assistant", "content": "A"}]},
+            SAID),
         ({"conversations": json.dumps([ASK, ANSWER])}, SAID),
-        ({"messages": [ASK, {"role": "ipython", "content": "18C"}]}, (SAID[0], ("observation", "18C"))),
+        ({"messages": [ASK, {"role": "ipython", "content": "18C"}]}, (SAID[0], ("observation",
+            "18C"))),
         ({"messages": [ASK, {"role": "function", "name": "weather", "content": "18C"}]},
          (SAID[0], ("observation", "18C"))),
         ({"messages": [{"role": "user", "content": {"text": "Q"}}, ANSWER]}, SAID),
         ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
-                       {"role": "assistant", "content": [{"type": "output_text", "text": "A"}]}]}, SAID),
+                       {"role": "assistant", "content": [{"type": "output_text", "text": "A"}]}]},
+                       SAID),
         ({"prompt": [ASK], "completion": [ANSWER]}, SAID),
         ({"prompt": "Q", "completion": "A"}, SAID),
         ({"prompt": "Q", "chosen": [ASK, ANSWER], "rejected": [ASK]}, SAID),
@@ -161,9 +213,12 @@ def png():
         ({"image": "a.png", "copy": {"bytes": png()}, "text": "A"}, 1),
         ({"messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "Q"}]}]}, 1),
         ({"messages": [{"role": "user", "content": [
-            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]}]}, 1),
-        ({"images": [{"path": "a.png"}, "b.png"], "messages": [{"role": "user", "content": "<image><image>Q"}]}, 2),
-        ({"image": "a.png", "messages": json.dumps([{"role": "user", "content": [{"type": "image"}]}])}, 1),
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                "data": "AAAA"}}]}]}, 1),
+        ({"images": [{"path": "a.png"}, "b.png"], "messages": [{"role": "user",
+            "content": "<image><image>Q"}]}, 2),
+        ({"image": "a.png", "messages": json.dumps([{"role": "user",
+            "content": [{"type": "image"}]}])}, 1),
     ],
 )  # fmt: skip
 def test_media_under_any_name_are_seen_and_empty_ones_are_none(row, count):
@@ -174,7 +229,13 @@ def test_media_under_any_name_are_seen_and_empty_ones_are_none(row, count):
 
 def test_columns_that_nothing_reads_are_counted(tmp_path):
     rows = [
-        {"text": " ".join(f"w{i}" for i in range(3, 60)), "title": "T", "shot": "gone.png", "empty": None, "id": "7"}
+        {
+            "text": " ".join(f"w{i}" for i in range(3, 60)),
+            "title": "T",
+            "shot": "gone.png",
+            "empty": None,
+            "id": "7",
+        }
     ] * 2
     report = build(rows, tokenizer=tiny_tokenizer(), template=Template(), nsamples=2, seqlen=32)[1]
     assert report.notes == ("columns not read: title (2), shot (2)",)
@@ -203,4 +264,6 @@ def test_an_empty_conversation_is_skipped_gently():
 
 @pytest.mark.parametrize("history", [2, "x", [1], [["a"]], {"a": 1}, [[{}, []]]])
 def test_an_odd_history_is_no_traceback(history):
-    assert parse_row({"prompt": "Q", "completion": "A", "history": history}, "s").messages[-2:] == SAID
+    assert (
+        parse_row({"prompt": "Q", "completion": "A", "history": history}, "s").messages[-2:] == SAID
+    )

@@ -1,4 +1,5 @@
-"""What docs/security.md promises about files that others wrote, beside media (test_media, test_fetch)."""
+"""What docs/security.md promises about files that others wrote, beside media (test_media,
+test_fetch)."""
 
 import ast
 import gzip
@@ -18,7 +19,16 @@ import torch
 from safetensors.torch import save_file
 
 from auto_mmround import cli, untrusted
-from auto_mmround.calibration import batches, datasets, fetch, folders, media, processor, tables, template
+from auto_mmround.calibration import (
+    batches,
+    datasets,
+    fetch,
+    folders,
+    media,
+    processor,
+    tables,
+    template,
+)
 from auto_mmround.calibration.datasets import load_rows, load_samples
 from auto_mmround.calibration.hub import check_origin
 from auto_mmround.calibration.processor import render
@@ -38,7 +48,8 @@ from auto_mmround.verify import static
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
-    "torch.load", "torch.jit.load", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "yaml.unsafe_load",
+    "torch.load", "torch.jit.load", "pickle.load", "pickle.loads", "joblib.load", "yaml.load",
+    "yaml.unsafe_load",
     "yaml.full_load", "marshal.loads", "shelve.open", "eval", "exec", "os.system", "os.popen",
 }  # fmt: skip
 
@@ -50,7 +61,11 @@ def calls(path):
 
 
 def sources():
-    return [path for room in ("auto_mmround", "processors", "scripts", "bench") for path in (ROOT / room).rglob("*.py")]
+    return [
+        path
+        for room in ("auto_mmround", "processors", "scripts", "bench")
+        for path in (ROOT / room).rglob("*.py")
+    ]
 
 
 def test_nothing_loads_pickle_or_runs_text():
@@ -59,7 +74,9 @@ def test_nothing_loads_pickle_or_runs_text():
             assert name not in FORBIDDEN, f"{path}:{node.lineno}"
             for keyword in node.keywords:
                 given = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
-                wrong = keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and given is True
+                wrong = (
+                    keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and given is True
+                )
                 assert not wrong, f"{path}:{node.lineno} {keyword.arg}=True"
 
 
@@ -73,15 +90,23 @@ def edit(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-# ------------------------------------------------------------------------------------------------- code in a model
+# -------------------------------------------------------------------------------------------------
+# code in a model
 
 
-@pytest.mark.parametrize("reader", [load, lambda f: from_quantized(f), lambda f: skeleton(read_config(f), f)])
+@pytest.mark.parametrize(
+    "reader", [load, lambda f: from_quantized(f), lambda f: skeleton(read_config(f), f)]
+)
 def test_code_in_a_model_does_not_run_unasked(model, tmp_path, reader):
-    """Also where Transformers sees no need to ask: it knows the configuration, only the model's class is remote."""
+    """Also where Transformers sees no need to ask: it knows the configuration, only the model's
+    class is remote."""
     mark = tmp_path / "ran"
     (model / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\n")
-    edit(model / "config.json", architectures=["Nothing"], auto_map={"AutoModelForCausalLM": "evil.Evil"})
+    edit(
+        model / "config.json",
+        architectures=["Nothing"],
+        auto_map={"AutoModelForCausalLM": "evil.Evil"},
+    )
     with pytest.raises(UserError, match="--trust_remote_code"):
         reader(model if reader is not load else str(model))
     static.check(model)
@@ -104,7 +129,8 @@ def test_code_of_a_processor_or_tokenizer_does_not_run_unasked(model, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "name", ["AutoTokenizer", "Trainer", "pipeline", "PreTrainedModel.from_pretrained", "logging", 5]
+    "name",
+    ["AutoTokenizer", "Trainer", "pipeline", "PreTrainedModel.from_pretrained", "logging", 5],
 )
 def test_only_model_classes_are_called(model, name):
     edit(model / "config.json", architectures=[name])
@@ -135,7 +161,8 @@ def test_a_configuration_without_sense_is_one_line(model):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------- weight files
+# -------------------------------------------------------------------------------------------------
+# weight files
 
 
 def lying(header, body=b"\0" * 16):
@@ -180,11 +207,25 @@ def test_pickled_weights_are_not_read(model, tmp_path):
 
 @pytest.mark.parametrize(
     "shard",
-    ["../outside.safetensors", "{outside}", "sub/x.safetensors", "gone.safetensors", "x.bin", 5, ["a"], "", "..\\x"],
+    [
+        "../outside.safetensors",
+        "{outside}",
+        "sub/x.safetensors",
+        "gone.safetensors",
+        "x.bin",
+        5,
+        ["a"],
+        "",
+        "..\\x",
+    ],
 )
 def test_an_index_names_files_of_its_folder_only(model, tmp_path, shard):
     save_file({"a": torch.zeros(2)}, tmp_path / "outside.safetensors")
-    shard = shard.replace("{outside}", str(tmp_path / "outside.safetensors")) if isinstance(shard, str) else shard
+    shard = (
+        shard.replace("{outside}", str(tmp_path / "outside.safetensors"))
+        if isinstance(shard, str)
+        else shard
+    )
     (model / untrusted.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     for read_it in (lambda: load(str(model)), lambda: read_checkpoint(model)):
         with pytest.raises(UserError, match=r"not in the folder|no safetensors file of the folder"):
@@ -208,12 +249,24 @@ def test_gguf_files_are_of_the_folder(model):
 def test_damaged_gguf_files_are_one_line(tmp_path, damage):
     pytest.importorskip("gguf")
     recipe = Recipe(
-        model="demo", iters=0, device="cpu", format="gguf:q8_0", bits=8, group_size=32, output_dir=str(tmp_path)
+        model="demo",
+        iters=0,
+        device="cpu",
+        format="gguf:q8_0",
+        bits=8,
+        group_size=32,
+        output_dir=str(tmp_path),
     )
     (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     (file,) = folder.glob("model-*.gguf")
     data = bytearray(file.read_bytes())
-    spoil = {"magic": (0, 4), "version": (4, 8), "count": (16, 24), "cut": (1000, len(data)), "empty": (0, len(data))}
+    spoil = {
+        "magic": (0, 4),
+        "version": (4, 8),
+        "count": (16, 24),
+        "cut": (1000, len(data)),
+        "empty": (0, len(data)),
+    }
     first, last = spoil[damage]
     data[first:last] = b"" if damage in ("cut", "empty") else b"\xfe" * (last - first)
     file.write_bytes(data)
@@ -227,7 +280,9 @@ def test_a_gguf_head_that_never_ends_is_given_up(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setattr(gguf, "HEAD_SECONDS", 0.5)
     shutil.copy(DEMO / "config.json", tmp_path)
-    edit(tmp_path / "config.json", quantization_config={"quant_method": "gguf", "files": ["x.gguf"]})
+    edit(
+        tmp_path / "config.json", quantization_config={"quant_method": "gguf", "files": ["x.gguf"]}
+    )
     key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, 2**24)  # a list of uint8
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + bytes(2**24))
     with pytest.raises(UserError, match="its head alone takes more than"):
@@ -262,10 +317,13 @@ def test_links_of_the_hubs_cache_are_copied(tmp_path):
         [], 5, {"quant_method": "gptq", "bits": "4"}, {"quant_method": ["gptq"]},
         {"quant_method": "gptq", "bits": 4, "group_size": 0, "sym": True, "desc_act": False},
         {"quant_method": "gptq", "bits": 10**9, "group_size": 128, "sym": True, "desc_act": False},
-        {"quant_method": "compressed-tensors", "format": "x", "config_groups": {"g": {"targets": "Linear"}}},
+        {"quant_method": "compressed-tensors", "format": "x",
+            "config_groups": {"g": {"targets": "Linear"}}},
         {"quant_method": "compressed-tensors", "format": "x", "config_groups": [1]},
-        {"quant_method": "compressed-tensors", "format": "x", "config_groups": {}, "ignore": ["re:("]},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "dynamic": {"+:(": {}}},
+        {"quant_method": "compressed-tensors", "format": "x", "config_groups": {},
+            "ignore": ["re:("]},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
+            "dynamic": {"+:(": {}}},
     ],
 )  # fmt: skip
 def test_quantization_configs_of_no_known_form(model, quantization):
@@ -277,25 +335,37 @@ def test_quantization_configs_of_no_known_form(model, quantization):
 
 
 def test_patterns_that_never_end_are_given_up(model, monkeypatch):
-    """(a+)+ on a long name takes longer than the universe has; the name comes from the same folder."""
+    """(a+)+ on a long name takes longer than the universe has; the name comes from the same
+    folder."""
     monkeypatch.setattr("auto_mmround.export.formats.PATTERN_SECONDS", 0.3)
     monkeypatch.setattr(static, "PATTERN_SECONDS", 0.3)
     name = "a" * 60
     save_file(
-        {f"{name}.weight_scale": torch.ones(1, 1), f"{name}.weight": torch.ones(1, 1)}, model / "model.safetensors"
+        {f"{name}.weight_scale": torch.ones(1, 1), f"{name}.weight": torch.ones(1, 1)},
+        model / "model.safetensors",
     )
-    group = {"targets": ["re:(a+)+!"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}
-    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}}
+    group = {
+        "targets": ["re:(a+)+!"],
+        "weights": {"num_bits": 4, "type": "int", "strategy": "channel"},
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": group},
+    }
     edit(model / "config.json", quantization_config=quantization)
     with pytest.raises(UserError, match="take too long"):
         list(dequantized_state_dict(model))
     assert any("take too long" in finding.message for finding in static.check(model))
 
 
-# ------------------------------------------------------------------------------------------------- text of others
+# -------------------------------------------------------------------------------------------------
+# text of others
 
 
-TURNS = parse_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+TURNS = parse_messages(
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +400,10 @@ def test_chat_templates_run_in_a_sandbox_and_fail_in_one_way(tokenizer, text):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 0"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 0",
+        ),
         ("{{ 'a' * 3000 }}", "more than 2,000 letters"),
     ],
 )
@@ -362,7 +435,11 @@ def test_a_template_names_no_file_of_code(tmp_path):
 def test_odd_json_is_one_line(tmp_path, text, name):
     path = tmp_path / name
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    readers = {"t": template.read_template, "d": lambda p: load_samples(str(p)), "r": lambda p: from_mapping(read(p))}
+    readers = {
+        "t": template.read_template,
+        "d": lambda p: load_samples(str(p)),
+        "r": lambda p: from_mapping(read(p)),
+    }
     with pytest.raises(UserError) as caught:
         readers[name[0]](path)
     assert "\n" not in str(caught.value)
@@ -374,7 +451,9 @@ def test_files_of_settings_have_a_largest_size(tmp_path, monkeypatch):
         untrusted.read_text(tmp_path / "a.json", "it", 100)
 
 
-@pytest.mark.parametrize("row", ["half \ud800", {"messages": [{"role": "user", "content": "half \ud800"}]}])
+@pytest.mark.parametrize(
+    "row", ["half \ud800", {"messages": [{"role": "user", "content": "half \ud800"}]}]
+)
 def test_half_a_character_spoils_a_sample_not_the_run(tmp_path, row):
     (tmp_path / "d.json").write_text(json.dumps([row]))
     with pytest.raises(datasets.BadSample, match="half a character"):
@@ -382,7 +461,8 @@ def test_half_a_character_spoils_a_sample_not_the_run(tmp_path, row):
 
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
@@ -409,7 +489,8 @@ def test_recipes_that_are_none(tmp_path, name, text, reason):
 
 
 @pytest.mark.parametrize(
-    "row", [{"input_ids": [1, [2, 3]]}, {"input_ids": "x"}, {"input_ids": [1, 2], "attention_mask": [1]}]
+    "row",
+    [{"input_ids": [1, [2, 3]]}, {"input_ids": "x"}, {"input_ids": [1, 2], "attention_mask": [1]}],
 )
 def test_rows_of_token_ids_that_are_none(tmp_path, row):
     (tmp_path / "d.json").write_text(json.dumps([row]))
@@ -421,7 +502,9 @@ def test_rows_of_token_ids_that_are_none(tmp_path, row):
 def test_what_is_no_tensor_beside_token_ids_is_named(tmp_path, beside):
     (tmp_path / "d.json").write_text(json.dumps([{"input_ids": [1, 2, 3] * 20, "odd": beside}]))
     with pytest.raises(UserError, match="'odd' beside input_ids is no tensor"):
-        batches.build(str(tmp_path / "d.json"), tokenizer=None, template=Template(), seqlen=8, nsamples=1)
+        batches.build(
+            str(tmp_path / "d.json"), tokenizer=None, template=Template(), seqlen=8, nsamples=1
+        )
 
 
 @pytest.mark.parametrize("turns", [-1, 0.5, True])
@@ -433,21 +516,38 @@ def test_turns_that_are_no_list_are_one_line(tmp_path, turns):
     assert "\n" not in str(caught.value)
 
 
-ALIASES = "a: &a [x,x,x,x]\n" + "".join(f"{n}: &{n} [*{p},*{p},*{p},*{p}]\n" for p, n in zip("abcdefgh", "bcdefghi"))
+ALIASES = "a: &a [x,x,x,x]\n" + "".join(
+    f"{n}: &{n} [*{p},*{p},*{p},*{p}]\n" for p, n in zip("abcdefgh", "bcdefghi")
+)
 CARDS = {
     "plain": ("README.md", "---\nconfigs: [{{config_name: default, data_files: {place}}}]\n---\n"),
-    "dashes inside": ("README.md", "---\nlicense: mit # ---\nconfigs:\n- config_name: x\n  data_files: {place}\n---\n"),
-    "yaml of its own": (".huggingface.yaml", "configs:\n- config_name: default\n  data_files: {place}\n"),
-    "aliases": ("README.md", "---\n" + ALIASES + "configs: [{{config_name: default, data_files: *i}}]\n---\n"),
+    "dashes inside": (
+        "README.md",
+        "---\nlicense: mit # ---\nconfigs:\n- config_name: x\n  data_files: {place}\n---\n",
+    ),
+    "yaml of its own": (
+        ".huggingface.yaml",
+        "configs:\n- config_name: default\n  data_files: {place}\n",
+    ),
+    "aliases": (
+        "README.md",
+        "---\n" + ALIASES + "configs: [{{config_name: default, data_files: *i}}]\n---\n",
+    ),
     "no yaml": ("README.md", "---\n\t: [\n---\n"),
-    "infos": ("dataset_infos.json", '{{"default": {{"splits": {{"train": {{"name": "../{place}"}}}}}}}}'),
+    "infos": (
+        "dataset_infos.json",
+        '{{"default": {{"splits": {{"train": {{"name": "../{place}"}}}}}}}}',
+    ),
 }
 
 
-@pytest.mark.parametrize("place", ["{outside}", "../outside.json", "http://127.0.0.1:9/x.json", "zip://a::http://b/c"])
+@pytest.mark.parametrize(
+    "place", ["{outside}", "../outside.json", "http://127.0.0.1:9/x.json", "zip://a::http://b/c"]
+)
 @pytest.mark.parametrize("card", CARDS)
 def test_a_card_leads_nowhere(tmp_path, monkeypatch, card, place):
-    """Our own list of files is read, whatever the folder says of itself; nothing is connected to, and it is fast."""
+    """Our own list of files is read, whatever the folder says of itself; nothing is connected to,
+    and it is fast."""
     monkeypatch.setattr(socket, "socket", lambda *args, **options: pytest.fail("a connection"))
     (tmp_path / "outside.json").write_text(json.dumps([{"text": "secret"}]))
     for suffix in ("parquet", "jsonl"):
@@ -458,13 +558,17 @@ def test_a_card_leads_nowhere(tmp_path, monkeypatch, card, place):
             folder / "data" / f"train-00000-of-00001.{suffix}"
         )
         name, text = CARDS[card]
-        (folder / name).write_text(text.format(place=place.replace("{outside}", str(tmp_path / "outside.json"))))
+        (folder / name).write_text(
+            text.format(place=place.replace("{outside}", str(tmp_path / "outside.json")))
+        )
         start = time.perf_counter()
         assert [sample.text for sample in load_samples(str(folder))] == ["ok"]
         assert time.perf_counter() - start < 2
 
 
-@pytest.mark.parametrize("name", ["x::http.parquet", "zip::y.parquet", "[a].parquet", "*.parquet", "a?b.parquet"])
+@pytest.mark.parametrize(
+    "name", ["x::http.parquet", "zip::y.parquet", "[a].parquet", "*.parquet", "a?b.parquet"]
+)
 def test_names_of_files_are_no_patterns_and_no_addresses(tmp_path, name):
     hf.Dataset.from_dict({"text": ["other"]}).to_parquet(tmp_path / "a.parquet")
     shutil.move(tmp_path / "a.parquet", tmp_path / name)
@@ -545,7 +649,8 @@ def test_messages_for_the_terminal_are_one_plain_line(tmp_path, capsys):
     assert len(untrusted.one_line("x" * 10**6)) < 3000
 
 
-# ------------------------------------------------------------------------------------------------- the result
+# -------------------------------------------------------------------------------------------------
+# the result
 
 
 def test_a_run_that_is_there_is_not_overwritten_unless_asked(tmp_path, capsys):
@@ -569,7 +674,8 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"\| `(\w+)\.(\w+)` \| ([^|]+) \|", page)
     rooms = {"folders": folders, "tables": tables,
-             "media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor, "template": template,
+             "media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor,
+             "template": template,
              "recipe": files, "loading": loading, "gguf": gguf,
              "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip
     assert len(rows) >= 15
@@ -582,7 +688,8 @@ def test_a_limit_is_raised_again_where_python_dropped_it():
     class Dropping:
         def __del__(self):
             deadline = time.monotonic() + 0.5
-            while time.monotonic() < deadline:  # the first alarm comes here, and Python drops what finalizers raise
+            # the first alarm comes here, and Python drops what finalizers raise
+            while time.monotonic() < deadline:
                 pass
 
     with pytest.raises(untrusted.TooLong), untrusted.time_limit(0.1):

@@ -1,4 +1,5 @@
-"""Answers, transcripts and recovery, against figures worked out by hand or printed by a released card."""
+"""Answers, transcripts and recovery, against figures worked out by hand or printed by a released
+card."""
 
 import math
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from auto_mmround.evaluate.scoring import (
     share,
 )
 
-# The word error rates that the released Whisper-small W4A16 card prints, with its recovery column. Two of its five
-# figures are slips of its arithmetic (94.30, 73.93): 100 x 7.4884 / 7.9422 is 94.29, 100 x 16.2557 / 22.2870 is 72.94.
+# The word error rates that the released Whisper-small W4A16 card prints, with its recovery column.
+# Two of its five figures are slips of its arithmetic (94.30, 73.93): 100 x 7.4884 / 7.9422 is
+# 94.29, 100 x 16.2557 / 22.2870 is 72.94.
 CARD = [
     (3.4435, 3.5246, 97.70, 97.70),
     (7.4884, 7.9422, 94.30, 94.29),
@@ -49,7 +51,9 @@ def test_recovery_of_error_rates_is_that_of_the_released_card(reference, quantiz
 )
 def test_recovery(reference, quantized, lower, wanted):
     assert recovery(reference, quantized, lower) == wanted
-    score = Score("set", "split", "metric", quantized, 7, reference=reference, lower_is_better=lower)
+    score = Score(
+        "set", "split", "metric", quantized, 7, reference=reference, lower_is_better=lower
+    )
     assert score.as_dict()["recovery"] == wanted
 
 

@@ -1,4 +1,5 @@
-"""The one walk: what equalizing, planning and choosing bits push through blocks that hand keys and values on."""
+"""The one walk: what equalizing, planning and choosing bits push through blocks that hand keys and
+values on."""
 
 import pytest
 from test_streaming import run
@@ -18,7 +19,9 @@ def family(request, tmp_path_factory):
     return FAMILIES[request.param], folder
 
 
-@pytest.mark.parametrize("changes", [{"equalize": "smoothquant"}, {"equalize": "awq"}, {"target_bits": 6.0}])
+@pytest.mark.parametrize(
+    "changes", [{"equalize": "smoothquant"}, {"equalize": "awq"}, {"target_bits": 6.0}]
+)
 def test_what_comes_before_tuning_hands_on_what_blocks_share(family, changes, tmp_path):
     kind, folder = family
     run(folder, tmp_path, kind, **changes)
@@ -28,9 +31,12 @@ def test_what_comes_before_tuning_hands_on_what_blocks_share(family, changes, tm
 def test_an_estimate_hands_on_what_blocks_share(family, stream, tmp_path):
     _, folder = family
     recipe = Recipe(
-        model=str(folder), output_dir=str(tmp_path), group_size=32, iters=2, nsamples=4, seqlen=24, device="cpu",
+        model=str(folder), output_dir=str(tmp_path), group_size=32, iters=2, nsamples=4, seqlen=24,
+        device="cpu",
         stream=stream,
     )  # fmt: skip
     rows = [{"text": " ".join(f"w{(7 * i + j) % 110 + 3}" for j in range(40))} for i in range(8)]
-    found = planner.estimate(jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows), budget=0.5)
+    found = planner.estimate(
+        jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows), budget=0.5
+    )
     assert found.seconds["text blocks"] > 0

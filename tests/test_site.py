@@ -1,4 +1,5 @@
-"""The documentation builds without a warning and needs nothing but itself; its figures are those of the results."""
+"""The documentation builds without a warning and needs nothing but itself; its figures are those of
+the results."""
 
 import importlib.util
 import os
@@ -11,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What a browser fetches by itself, as opposed to what a reader may click.
-FETCHED = re.compile(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?:[^"]+)"|<link\b[^>]*\bhref="(https?:[^"]+)"')
+FETCHED = re.compile(
+    r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?:[^"]+)"|<link\b[^>]*\bhref="(https?:[^"]+)"'
+)
 
 
 def load(name: str):
@@ -24,14 +27,25 @@ def load(name: str):
 def test_figures_are_drawn_from_the_results():
     figures = load("docs_figures")
     for name, draw in figures.DRAWN.items():
-        assert (figures.FIGURES / name).read_text() == draw(), f"{name}: run scripts/docs_figures.py"
+        assert (figures.FIGURES / name).read_text() == draw(), (
+            f"{name}: run scripts/docs_figures.py"
+        )
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs", reason='pip install -e ".[docs]"')
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(folder),
+    ]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -42,7 +56,9 @@ def test_pages_fetch_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
-        assert not FETCHED.search(page.read_text()), f"{page.relative_to(site)}: {FETCHED.search(page.read_text())[0]}"
+        assert not FETCHED.search(page.read_text()), (
+            f"{page.relative_to(site)}: {FETCHED.search(page.read_text())[0]}"
+        )
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import )[\"']?https?:", sheet.read_text()), sheet
 
@@ -51,5 +67,7 @@ def test_equations_are_mathml_and_pages_from_outside_are_there(site):
     tuner = (site / "tuner.html").read_text()
     assert tuner.count("<math") > 30 and "arithmatex" not in tuner and "\\tilde" not in tuner
     assert "figures/time.svg" in tuner
-    assert (site / "bench" / "results" / "index.html").is_file() and (site / "contributing.html").is_file()
+    assert (site / "bench" / "results" / "index.html").is_file() and (
+        site / "contributing.html"
+    ).is_file()
     assert "The digit is purple." in (site / "notebook.html").read_text()

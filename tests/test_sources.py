@@ -1,4 +1,5 @@
-"""Where rows come from besides our own files: folders of speech, public sets in local copies, code of the user's."""
+"""Where rows come from besides our own files: folders of speech, public sets in local copies, code
+of the user's."""
 
 import io
 import json
@@ -26,7 +27,12 @@ soundfile = pytest.importorskip("soundfile")
 
 def flac(seconds=0.2):
     buffer = io.BytesIO()
-    soundfile.write(buffer, 0.1 * np.random.default_rng(0).normal(size=int(16000 * seconds)), 16000, format="FLAC")
+    soundfile.write(
+        buffer,
+        0.1 * np.random.default_rng(0).normal(size=int(16000 * seconds)),
+        16000,
+        format="FLAC",
+    )
     return buffer.getvalue()
 
 
@@ -60,7 +66,9 @@ def spoken(samples):
 LIBRISPEECH = {
     "dev-clean/84/121123/84-121123-0000.flac": None,
     "dev-clean/84/121123/84-121123-0001.flac": None,
-    "dev-clean/84/121123/84-121123.trans.txt": "84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT IN LESS\n",
+    "dev-clean/84/121123/84-121123.trans.txt": (
+        "84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT IN LESS\n"
+    ),
     "dev-other/7/1/7-1-0000.flac": None,
     "dev-other/7/1/7-1.trans.txt": "7-1-0000 OTHER WORDS\n",
     "README.TXT": "This is no list of sounds\n",
@@ -79,9 +87,12 @@ def test_librispeech_as_its_archives_unpack(tmp_path):
     "files",
     [
         {"a.wav": None, "a.txt": "one two", "sub/b.wav": None, "sub/b.txt": "three\nfour\n"},
-        {"a.wav": None, "sub/b.wav": None, "transcripts.txt": "a.wav one two\nsub/b.wav three four\n"},
-        {"wavs/a.wav": None, "wavs/b.wav": None, "metadata.csv": "a|One, 2|one two\nb|Three|three four\n"},
-        {"a.flac": None, "b.flac": None, "metadata.csv": 'file_name,text\na.flac,one two\nb.flac,"three four"\n'},
+        {"a.wav": None, "sub/b.wav": None,
+            "transcripts.txt": "a.wav one two\nsub/b.wav three four\n"},
+        {"wavs/a.wav": None, "wavs/b.wav": None,
+            "metadata.csv": "a|One, 2|one two\nb|Three|three four\n"},
+        {"a.flac": None, "b.flac": None,
+            "metadata.csv": 'file_name,text\na.flac,one two\nb.flac,"three four"\n'},
         {"clips/a.wav": None, "clips/b.wav": None,
          "validated.tsv": "client_id\tpath\tsentence\n1\ta.wav\tone two\n2\tb.wav\tthree four\n"},
         {"a.wav": None, "b.wav": None,
@@ -100,11 +111,17 @@ def test_sounds_without_transcripts_are_said(tmp_path, caplog):
     with pytest.raises(UserError, match=r"2 sounds but no transcripts: put a\.txt beside a\.wav"):
         load_rows(str(folder))
     put(folder, {"a.txt": "one"})
-    assert spoken(load_samples(str(folder))) == ["one"] and "1 of 2 sounds have no transcript" in caplog.text
+    assert (
+        spoken(load_samples(str(folder))) == ["one"]
+        and "1 of 2 sounds have no transcript" in caplog.text
+    )
 
 
 def test_a_folder_of_texts_is_still_text(tmp_path):
-    assert [s.text for s in load_samples(str(put(tmp_path / "t", {"a.txt": "one\ntwo"})))] == ["one", "two"]
+    assert [s.text for s in load_samples(str(put(tmp_path / "t", {"a.txt": "one\ntwo"})))] == [
+        "one",
+        "two",
+    ]
 
 
 # ---- public sets, copied to this machine or streamed
@@ -139,7 +156,9 @@ def peoples_speech(folder):
 def librispeech(folder):
     file = folder / "all" / "train.clean.100-00000-of-00001.parquet"
     file.parent.mkdir(parents=True)
-    speech_table({"file": "84-121123-0000.flac", "speaker_id": 84, "chapter_id": 121123}).to_parquet(file)
+    speech_table(
+        {"file": "84-121123-0000.flac", "speaker_id": 84, "chapter_id": 121123}
+    ).to_parquet(file)
     return folder
 
 
@@ -148,7 +167,8 @@ def test_a_copy_of_peoples_speech(cache):
     with pytest.raises(UserError, match="several configs, choose with config=: clean, test"):
         load_rows(str(folder))
     assert spoken(load_samples(f"{folder}:config=clean")) == ["one two", "three four"]
-    assert spoken(load_samples(f"{folder}:config=test:num=1")) == ["one two"]  # its only split is taken
+    # its only split is taken
+    assert spoken(load_samples(f"{folder}:config=test:num=1")) == ["one two"]
     assert spoken(load_samples(f"{folder}:config=test:split=test[1:2]")) == ["three four"]
     with pytest.raises(UserError, match=r"nonsense.*Available: .*clean"):
         load_rows(f"{folder}:config=nonsense")
@@ -157,7 +177,11 @@ def test_a_copy_of_peoples_speech(cache):
 def test_a_copy_of_librispeech(cache):
     rows = load_rows(str(librispeech(cache / "librispeech_asr")))[0]
     assert spoken([rows.sample(i) for i in range(2)]) == ["one two", "three four"]
-    assert rows.rows[0]["speaker_id"] == 84 and rows.kinds() == {"audio"} and rows.sample(1).id.endswith("#x1")
+    assert (
+        rows.rows[0]["speaker_id"] == 84
+        and rows.kinds() == {"audio"}
+        and rows.sample(1).id.endswith("#x1")
+    )
 
 
 @pytest.mark.parametrize("name", ["peoples_speech", "MLCommons/peoples_speech"])
@@ -181,7 +205,9 @@ def test_large_sets_are_streamed(cache, monkeypatch):
             return load(str(folder), config).as_streaming_dataset(split=split)
 
         files = {"train": [f"hf://datasets/{path}@main/x.parquet"]}
-        return SimpleNamespace(config=SimpleNamespace(data_files=files), as_streaming_dataset=stream)
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files=files), as_streaming_dataset=stream
+        )
 
     monkeypatch.setattr(hf, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(datasets, "hub_answers", lambda: True)
@@ -194,11 +220,13 @@ def test_large_sets_are_streamed(cache, monkeypatch):
 
 
 def test_forms_of_public_image_sets(cache):
-    """Messages with image parts, LLaVA conversations, question pairs, captions: as their Parquet files hold them."""
+    """Messages with image parts, LLaVA conversations, question pairs, captions: as their Parquet
+    files hold them."""
     buffer = io.BytesIO()
     Image.new("RGB", (28, 28)).save(buffer, "PNG")
     stored = {"bytes": buffer.getvalue(), "path": None}
-    chat = [{"role": "user", "content": [{"index": 0, "type": "image", "text": None}, {"type": "text", "text": "Q?"}]},
+    chat = [{"role": "user", "content": [{"index": 0, "type": "image", "text": None},
+        {"type": "text", "text": "Q?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "A."}]}]  # fmt: skip
     turns = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "A."}]
     forms = [
@@ -213,7 +241,9 @@ def test_forms_of_public_image_sets(cache):
         hf.Dataset.from_list([row]).to_parquet(file)
         (sample,) = load_samples(str(file))
         assert [turn.role for turn in sample.messages] == ["user", "assistant"], row
-        assert sample.messages[0].content.startswith("<image>") and sample.messages[1].content == "A."
+        assert (
+            sample.messages[0].content.startswith("<image>") and sample.messages[1].content == "A."
+        )
         assert ("Q?" in sample.messages[0].content) == ("caption" not in row)
         assert media.load(sample.images[0], "image", media.parse_roots(None)).size == (28, 28)
 
@@ -223,7 +253,9 @@ def test_a_llava_folder_with_images(tmp_path):
     rows = [{"id": "1", "image": "train2017/1.png", "conversations": turns}]
     put(tmp_path / "llava", {"train2017/1.png": (9, 9, 9), "llava_instruct.json": json.dumps(rows)})
     (sample,) = load_samples(str(tmp_path / "llava"))
-    assert media.load(sample.images[0], "image", media.parse_roots(None), base=sample.base).size == (28, 28)
+    assert media.load(
+        sample.images[0], "image", media.parse_roots(None), base=sample.base
+    ).size == (28, 28)
 
 
 # ---- code of the user's
@@ -279,7 +311,11 @@ def test_rows_by_dotted_path(module):
     assert sys.path == before
     (module / "pile:extra.txt").write_text("a file")  # what exists here is read, not imported
     assert load_samples("pile:extra.txt")[0].text == "a file"
-    assert dotted.is_dotted("a.b:C.d") and not dotted.is_dotted("a") and not dotted.is_dotted("C:/data/x.json")
+    assert (
+        dotted.is_dotted("a.b:C.d")
+        and not dotted.is_dotted("a")
+        and not dotted.is_dotted("C:/data/x.json")
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,7 +339,9 @@ def test_wrong_dotted_paths_are_one_line(module, path, words):
 
 
 def test_a_row_that_fails_is_named(module):
-    with pytest.raises(UserError, match=r"row 4 failed \(my_module.py line 17\): KeyError") as caught:
+    with pytest.raises(
+        UserError, match=r"row 4 failed \(my_module.py line 17\): KeyError"
+    ) as caught:
         load_rows("my_module:Indexed")[0].rows[4]
     assert "\n" not in str(caught.value)
 
@@ -334,37 +372,56 @@ def test_wrong_collators_are_one_line(module, path, words):
 
 def test_recipe_file_with_own_data_and_collator(module, capsys):
     """The journey through the command line; the recipe beside the result names both paths."""
-    keys = {"model": "demo", "dataset": "my_module:Indexed", "collator": "my_module:pairs", "nsamples": 4, "iters": 1,
-            "batch_size": 2, "output_dir": "out", "group_size": 32, "device": "cpu", "on_bad_sample": "skip",
+    keys = {"model": "demo", "dataset": "my_module:Indexed", "collator": "my_module:pairs",
+        "nsamples": 4, "iters": 1,
+            "batch_size": 2, "output_dir": "out", "group_size": 32, "device": "cpu",
+            "on_bad_sample": "skip",
             "seqlen": 48}  # fmt: skip
-    (module / "mine.toml").write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
+    (module / "mine.toml").write_text(
+        "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
+    )
     assert cli.main(["mine.toml"]) == 0
     folder = module / "out" / "demo-w4g32-auto_round"
     stored = from_mapping(read(folder / "recipe.toml"))
     assert (stored.dataset, stored.collator) == ("my_module:Indexed", "my_module:pairs")
     assert from_mapping(read(folder / "recipe.toml")) == stored == from_mapping(dict(vars(stored)))
     assert json.loads((folder / "run.json").read_text())["calibration"]["used"] == 4
-    assert cli.main(["--model", "demo", "--dataset", "my_module:Indxed", "--output_dir", "out2"]) == 2
+    assert (
+        cli.main(["--model", "demo", "--dataset", "my_module:Indxed", "--output_dir", "out2"]) == 2
+    )
     assert "did you mean 'Indexed'" in capsys.readouterr().err
 
 
 def test_the_name_of_other_tools(module):
     recipe = from_mapping({"data_collator": "my_module:pairs"})
-    assert recipe.collator == "my_module:pairs" and 'collator = "my_module:pairs"' in to_toml(recipe)
+    assert recipe.collator == "my_module:pairs" and 'collator = "my_module:pairs"' in to_toml(
+        recipe
+    )
 
 
 def test_own_texts_tune_the_demo_model(module):
-    recipe = Recipe(model="demo", dataset="my_module:Texts:num=4", iters=1, group_size=32, seqlen=64, device="cpu",
+    recipe = Recipe(model="demo", dataset="my_module:Texts:num=4", iters=1, group_size=32,
+        seqlen=64, device="cpu",
                     nsamples=4, output_dir=str(module / "out"))  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe))
-    assert job.calibration["tokens"] == {"text": 4 * 64} and job.recipe.dataset == "my_module:Texts:num=4"
+    assert (
+        job.calibration["tokens"] == {"text": 4 * 64}
+        and job.recipe.dataset == "my_module:Texts:num=4"
+    )
 
 
 def test_own_data_snippet(module):
     """docs/calibration.md as written."""
-    code, _ = (block.code for block in blocks(ROOT / "docs" / "calibration.md") if block.language == "python")
+    code, _ = (
+        block.code
+        for block in blocks(ROOT / "docs" / "calibration.md")
+        if block.language == "python"
+    )
     put(module, {"page_data.py": code} | {f"images/{i}.png": (i, 90, 90) for i in range(100)})
-    command = "--model demo --dataset page_data:MyData:num=8 --iters 1 --nsamples 8 --output_dir out --device cpu"
+    command = (
+        "--model demo --dataset page_data:MyData:num=8 --iters 1 --nsamples 8 --output_dir out"
+        " --device cpu"
+    )
     assert cli.main(command.split()) == 0
     (rows,) = load_rows([{"input_ids": [[5, 6, 7]]}], dotted.collator("page_data:collate"))
     assert rows.sample(0).input_ids.tolist() == [5, 6, 7]

@@ -1,4 +1,5 @@
-"""The stand-in accelerator refuses what CUDA refuses, computes what the processor does, and counts."""
+"""The stand-in accelerator refuses what CUDA refuses, computes what the processor does, and
+counts."""
 
 import copy
 
@@ -9,7 +10,9 @@ from accelerator import NAME, limited, memory, watched
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.skipif(accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names")
+pytestmark = pytest.mark.skipif(
+    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
+)
 HERE, OTHER = torch.device(NAME, 0), torch.device(NAME, 1)
 
 
@@ -68,13 +71,15 @@ SAME = {
     "set": lambda x: x.clone().index_fill_(0, torch.tensor([1]).to(x.device), 7),
     "out": lambda x: torch.add(x, x, out=torch.empty(0, device=x.device)),
     "sort": lambda x: x.sort(descending=True)[1],
-    "cholesky": lambda x: torch.linalg.cholesky_ex(x @ x.t() + torch.eye(4, device=x.device), upper=True)[0],
+    "cholesky": lambda x: torch.linalg.cholesky_ex(x @ x.t() + torch.eye(4, device=x.device),
+        upper=True)[0],
     "solve": lambda x: torch.linalg.solve(x @ x.t() + torch.eye(4, device=x.device), x),
     "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(4, 4, 2)) ** 2),
     "float8": lambda x: x.to(torch.float8_e4m3fn).float(),
     "bits": lambda x: x.view(torch.int32) >> 3,
     "search": lambda x: torch.searchsorted(x[0].contiguous(), x[:, 0].contiguous()),
-    "attention": lambda x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True),
+    "attention": lambda x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None],
+        is_causal=True),
     "quantile": lambda x: x.quantile(0.3, dim=1),
     "histogram of integers": lambda x: torch.histc((x * 3).int(), 5, -6, 6),
     "foreach": lambda x: torch.stack(torch._foreach_mul([x, x], 2.0)),
@@ -87,7 +92,9 @@ def test_results_are_those_of_the_processor(name):
     assert made.device == HERE
     if name != "histogram of integers":  # CUDA's alone
         wanted = SAME[name](on_host())
-        assert torch.equal(made.cpu(), wanted) or (name == "attention" and torch.allclose(made.cpu(), wanted))
+        assert torch.equal(made.cpu(), wanted) or (
+            name == "attention" and torch.allclose(made.cpu(), wanted)
+        )
 
 
 def test_setting_by_masks_and_slices():
@@ -115,7 +122,14 @@ def test_random_numbers_are_the_devices_own():
 
 def train(device):
     torch.manual_seed(0)
-    shape = nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 2)
+    shape = (
+        nn.Conv2d(3, 4, 3),
+        nn.Flatten(),
+        nn.Linear(144, 8),
+        nn.LayerNorm(8),
+        nn.GELU(),
+        nn.Linear(8, 2),
+    )
     model, seen = nn.Sequential(*shape).to(device), set()
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: seen.add(p.grad.device.type))
@@ -139,8 +153,16 @@ def test_autocast_is_that_of_cuda():
     with torch.autocast(NAME, torch.bfloat16):
         low = layer(y)
         assert low.dtype == (y @ y.t()).dtype == torch.bfloat16
-        assert low.softmax(-1).dtype == low.exp().dtype == low.sum().dtype == low.norm().dtype == torch.float32
-        assert (low + low).dtype == torch.bfloat16 and torch.addcmul(y, low, low).dtype == torch.float32
+        assert (
+            low.softmax(-1).dtype
+            == low.exp().dtype
+            == low.sum().dtype
+            == low.norm().dtype
+            == torch.float32
+        )
+        assert (low + low).dtype == torch.bfloat16 and torch.addcmul(
+            y, low, low
+        ).dtype == torch.float32
         with torch.autocast(NAME, enabled=False):
             assert layer(y).dtype == torch.float32
 
@@ -175,7 +197,9 @@ def test_waits_copies_and_launches_are_counted():
         y.sum().item()
         y.cpu()
         y[torch.tensor([1])]
-    waits = sorted(name for (kind, name, _), n in seen.events.items() for _ in range(n) if kind == "wait")
+    waits = sorted(
+        name for (kind, name, _), n in seen.events.items() for _ in range(n) if kind == "wait"
+    )
     assert waits == ["index", "item", "nonzero"]
     assert seen.count("to device") >= 1 and seen.count("to host") == 1 and seen.count("launch") > 2
     assert seen.bytes["to host"] == x.nbytes

@@ -10,7 +10,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.chains import Kinds, token_kinds
-from auto_mmround.model.fisher import BOUNDS, _draw, _sampled_gradient, measure_fisher, rows_of, spread
+from auto_mmround.model.fisher import (
+    BOUNDS,
+    _draw,
+    _sampled_gradient,
+    measure_fisher,
+    rows_of,
+    spread,
+)
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gram, grids
 from auto_mmround.numerics.grids import Grid
@@ -39,7 +46,10 @@ def test_moments_are_those_of_the_inputs_and_shared_where_inputs_are():
     xs = [torch.randn(1, n, 16) for n in (3, 5)]
     masks = [torch.tensor([1.0, 1.0, 0.0]), torch.ones(5)]
     current = [masks[0]]
-    with torch.no_grad(), collecting(dict(block.named_children()), lambda name: current[0]) as collected:
+    with (
+        torch.no_grad(),
+        collecting(dict(block.named_children()), lambda name: current[0]) as collected,
+    ):
         for x, current[0] in zip(xs, masks):
             collected.next_pass()
             block(x)
@@ -51,7 +61,9 @@ def test_moments_are_those_of_the_inputs_and_shared_where_inputs_are():
     torch.testing.assert_close(moments["o"].hessian(), inner.t() @ inner / 7)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, True), Grid(3, True), Grid(3, False, min_zero=1), Grid(4, False)])
+@pytest.mark.parametrize(
+    "grid", [Grid(2, True), Grid(3, True), Grid(3, False, min_zero=1), Grid(4, False)]
+)
 @pytest.mark.parametrize("order", ["none", "weight", "group"])
 def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     torch.manual_seed(1)
@@ -60,7 +72,9 @@ def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     w = torch.randn(24, 64)
     moments = gram.Moments(64)
     moments.add(x)
-    nearest = gram.error(w, grids.dequantize(grids.round_to_nearest(w, 32, grid)), moments.hessian())
+    nearest = gram.error(
+        w, grids.dequantize(grids.round_to_nearest(w, 32, grid)), moments.hessian()
+    )
     rounding = Rounding(w, 32, grid)
     closed_form([rounding], moments, StartConfig(order=order))
     assert gram.error(w, rounding.weight(), moments.hessian()) < 0.5 * nearest
@@ -76,13 +90,24 @@ def test_groups_are_taken_whole_those_with_most_input_first():
 
 def test_layers_run_in_turns():
     shared, other, mlp, down = (gram.Moments(4) for _ in range(4))
-    layers = {"q": shared, "k": shared, "o": other, "mlp.experts.0.gate": mlp, "mlp.experts.0.up": mlp}
-    layers |= {"mlp.experts.0.down": down, "mlp.experts.1.gate": gram.Moments(4), "mlp.experts.1.down": gram.Moments(4)}
+    layers = {
+        "q": shared,
+        "k": shared,
+        "o": other,
+        "mlp.experts.0.gate": mlp,
+        "mlp.experts.0.up": mlp,
+    }
+    layers |= {
+        "mlp.experts.0.down": down,
+        "mlp.experts.1.gate": gram.Moments(4),
+        "mlp.experts.1.down": gram.Moments(4),
+    }
     named = {f"{block}.{name}": found for block in ("layers.0",) for name, found in layers.items()}
     named["layers.1.q"] = gram.Moments(4)
     turns = in_turn(named, ["layers.0", "layers.1"])
     assert [[name.removeprefix("layers.") for name in turn] for turn in turns] == [
-        ["0.q", "0.k"], ["0.o"], ["0.mlp.experts.0.gate", "0.mlp.experts.0.up", "0.mlp.experts.1.gate"],
+        ["0.q", "0.k"], ["0.o"], ["0.mlp.experts.0.gate", "0.mlp.experts.0.up",
+            "0.mlp.experts.1.gate"],
         ["0.mlp.experts.0.down", "0.mlp.experts.1.down"], ["1.q"],
     ]  # fmt: skip
 
@@ -90,20 +115,27 @@ def test_layers_run_in_turns():
 def test_true_sequential_changes_what_comes_after_the_first_turn():
     inputs = [
         ModelInput(
-            str(i), {"input_ids": torch.randint(0, 50, (1, 24))}, torch.zeros(24, dtype=torch.int8), torch.ones(24)
+            str(i),
+            {"input_ids": torch.randint(0, 50, (1, 24))},
+            torch.zeros(24, dtype=torch.int8),
+            torch.ones(24),
         )
         for i in range(8)
     ]
     codes = []
     for changes in ({}, {"true_sequential": True}, {"sequential_targets": ["Linear"]}):
         model = tiny_text_model()
-        recipe = Recipe(bits=2, group_size=16, algorithm="gptq", amp=False, format="fake", **changes)
+        recipe = Recipe(
+            bits=2, group_size=16, algorithm="gptq", amp=False, format="fake", **changes
+        )
         finished = Finished()
         quantize(model, recipe, make_plan(model, recipe), inputs, finished)
         codes.append({name: code.q_OI for name, code in finished.codes.items()})
     once, turns, by_name = codes
     same = {name for name in once if torch.equal(once[name], turns[name])}
-    assert {"q_proj", "k_proj", "v_proj"} == {name.rpartition(".")[2] for name in same if ".0." in name}
+    assert {"q_proj", "k_proj", "v_proj"} == {
+        name.rpartition(".")[2] for name in same if ".0." in name
+    }
     assert all(torch.equal(turns[name], by_name[name]) for name in turns)
 
 
@@ -124,7 +156,8 @@ def test_stacked_weights_are_solved_as_alone():
 def tiny_text_model():
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
         vocab_size=50, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval().requires_grad_(False)
@@ -144,7 +177,8 @@ def test_the_start_is_the_same_under_autocast():
 
 
 def test_fisher_is_the_curvature_of_kl():
-    """For a small change d of one block output, KL is about the sum over tokens and channels of F d^2 / 2."""
+    """For a small change d of one block output, KL is about the sum over tokens and channels of F
+    d^2 / 2."""
     model = tiny_text_model()
     inputs = [{"input_ids": torch.randint(0, 50, (1, 24))} for _ in range(200)]
     kinds = [Kinds(torch.zeros(24, dtype=torch.int8))] * len(inputs)
@@ -170,10 +204,14 @@ def test_fisher_is_the_curvature_of_kl():
 def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
     model = tiny_text_model()
     kinds = Kinds(torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8))
-    fisher = measure_fisher(model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]).channels
+    fisher = measure_fisher(
+        model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]
+    ).channels
     table = fisher["model.layers.0"]
     assert (
-        (table[[0, 1, 5, 6, 7, 8]].sum(1) > 0).all() and (table[2:5] == 0).all() and not torch.equal(table[0], table[1])
+        (table[[0, 1, 5, 6, 7, 8]].sum(1) > 0).all()
+        and (table[2:5] == 0).all()
+        and not torch.equal(table[0], table[1])
     )
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -182,24 +220,33 @@ def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
 def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
     torch.manual_seed(0)
     model = tiny_text_model()
-    layers = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "self_attn.v_proj",
+    layers = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj",
+        "self_attn.v_proj",
               "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")]  # fmt: skip
     inputs = [{"input_ids": torch.randint(0, 50, (1, n))} for n in (12, 9)]
     kinds = [Kinds(torch.zeros(n, dtype=torch.int8)) for n in (12, 9)]
-    found = measure_fisher(model, find_stages(model), inputs, kinds, [*layers, "model.layers.0.experts.0"]).tokens
+    found = measure_fisher(
+        model, find_stages(model), inputs, kinds, [*layers, "model.layers.0.experts.0"]
+    ).tokens
     assert set(found) == set(layers) and [len(found[layers[0]][i]) for i in (0, 1)] == [12, 9]
     assert found[layers[0]] is found[layers[1]] and found[layers[3]] is found[layers[4]]
     assert found[layers[2]] is not found[layers[0]]
-    # The last token's query and value serve nothing but its own prediction; all of them together weigh 1 on average.
+    # The last token's query and value serve nothing but its own prediction; all of them together
+    # weigh 1 on average.
     for name in layers:
         every = torch.cat(list(found[name].values()))
-        assert every.min() >= BOUNDS[0] and every.mean().item() == pytest.approx(1, abs=0.3) and every.std() > 0.1
+        assert (
+            every.min() >= BOUNDS[0]
+            and every.mean().item() == pytest.approx(1, abs=0.3)
+            and every.std() > 0.1
+        )
     alone = measure_fisher(model, find_stages(model), inputs, kinds, layers[2:3]).tokens[layers[2]]
     torch.testing.assert_close(alone[1], found[layers[2]][1])
 
 
 def test_moments_pair_the_students_inputs_with_the_teachers():
-    """Layers of one input share their moments; a pass of the teacher comes before each of the student's."""
+    """Layers of one input share their moments; a pass of the teacher comes before each of the
+    student's."""
     torch.manual_seed(0)
     layers = nn.ModuleDict({"q": nn.Linear(8, 4), "k": nn.Linear(8, 4), "o": nn.Linear(4, 4)})
     student, teacher = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
@@ -213,12 +260,20 @@ def test_moments_pair_the_students_inputs_with_the_teachers():
     wanted = torch.einsum("bnti,bntj->ij", student, teacher) / 10
     torch.testing.assert_close(moments["q"].cross(), wanted, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(
-        moments["q"].hessian(), torch.einsum("bnti,bntj->ij", student, student) / 10, rtol=1e-2, atol=1e-2
+        moments["q"].hessian(),
+        torch.einsum("bnti,bntj->ij", student, student) / 10,
+        rtol=1e-2,
+        atol=1e-2,
     )
 
 
 def test_labels_are_drawn_as_predicted():
-    for shares in ([0.0, 0.5, 0.3, 0.0, 0.2], [0.1] * 9 + [0.0, 0.1], [0.0] * 20 + [1.0], [0.25, 0.75, 0.0]):
+    for shares in (
+        [0.0, 0.5, 0.3, 0.0, 0.2],
+        [0.1] * 9 + [0.0, 0.1],
+        [0.0] * 20 + [1.0],
+        [0.25, 0.75, 0.0],
+    ):
         weights = 3 * torch.tensor(shares)
         drawn = _draw(weights.expand(20000, -1), torch.Generator().manual_seed(0), 2)
         assert drawn.shape == (20000, 2) and (weights[drawn] > 0).all()
@@ -230,7 +285,8 @@ def test_labels_are_drawn_as_predicted():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_gradients_of_drawn_labels_have_the_fisher_information(whole):
-    """Mean square of random gradients against the exact sum over all labels; of the hidden state, and of the logits."""
+    """Mean square of random gradients against the exact sum over all labels; of the hidden state,
+    and of the logits."""
     torch.manual_seed(0)
     head = nn.Identity() if whole else nn.Linear(4, 9)
     hidden = torch.randn(1, 9 if whole else 4)
@@ -239,7 +295,9 @@ def test_gradients_of_drawn_labels_have_the_fisher_information(whole):
     centred = rows - shares @ rows
     exact = centred.t() @ (shares[:, None] * centred)
     got = _sampled_gradient(hidden.expand(100_000, -1), head, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(got.t() @ got / len(got), exact, atol=0.02 * exact.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        got.t() @ got / len(got), exact, atol=0.02 * exact.abs().max().item(), rtol=0
+    )
 
 
 def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
@@ -257,7 +315,10 @@ def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
 def test_a_sample_that_reaches_no_watched_tower_has_no_say():
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.samples()
-    (tower, _), with_image = find_stages(model), [sample for sample in inputs if "pixel_values" in sample]
+    (tower, _), with_image = (
+        find_stages(model),
+        [sample for sample in inputs if "pixel_values" in sample],
+    )
     kinds = [Kinds(torch.zeros(sample["input_ids"].shape[1])) for sample in inputs]
     found = measure_fisher(model, [tower], inputs, kinds)
     assert set(found.channels) == set(tower.blocks) and 0 < len(with_image) < len(inputs)
@@ -271,26 +332,36 @@ def test_fisher_samples_are_spread_evenly():
 
 
 def test_first_tokens_and_silent_frames_have_rows_of_their_own():
-    """A tower's frames count by their kinds; the first tokens of a text by place, unless they are padding."""
+    """A tower's frames count by their kinds; the first tokens of a text by place, unless they are
+    padding."""
     model = tiny_text_model()
     (text,) = find_stages(model)
     tower = replace(text, name="audio")
     frames_F = torch.tensor([3] * 8 + [4] * 4)
     kinds = Kinds(torch.tensor([4, 0, 0, 0, 0, 1, 1]), frames_F)
-    assert rows_of(tower, kinds, 12).tolist() == frames_F.tolist() and not rows_of(tower, kinds, 7).any()
-    assert rows_of(text, kinds, 7).tolist() == [4, 6, 7, 8, 0, 1, 1] and not rows_of(text, kinds, 12).any()
-    table = measure_fisher(model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]).channels[
-        "model.layers.1"
-    ]
+    assert (
+        rows_of(tower, kinds, 12).tolist() == frames_F.tolist()
+        and not rows_of(tower, kinds, 7).any()
+    )
+    assert (
+        rows_of(text, kinds, 7).tolist() == [4, 6, 7, 8, 0, 1, 1]
+        and not rows_of(text, kinds, 12).any()
+    )
+    table = measure_fisher(
+        model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]
+    ).channels["model.layers.1"]
     assert (table[3:5].sum(1) > 0).all() and not table[:3].any() and not table[5:].any()
 
 
 def test_a_sink_of_attention_weighs_what_its_gradient_says():
-    """The size of a first token's row is its own mean gradient, its channels are those of all tokens."""
+    """The size of a first token's row is its own mean gradient, its channels are those of all
+    tokens."""
     model = tiny_text_model()
     sample = {"input_ids": torch.randint(0, 50, (1, 12))}
     kinds = Kinds(torch.zeros(12, dtype=torch.int8))
-    table = measure_fisher(model, find_stages(model), [sample] * 40, [kinds] * 40).channels["model.layers.0"]
+    table = measure_fisher(model, find_stages(model), [sample] * 40, [kinds] * 40).channels[
+        "model.layers.0"
+    ]
     shares = table / table.mean(1, keepdim=True).clamp(min=1e-30)
     torch.testing.assert_close(shares[5], shares[8])
     assert not torch.allclose(table[5], table[8]) and not torch.allclose(shares[5], shares[0])

@@ -35,7 +35,12 @@ def test_layers_without_gradient_are_solved_like_others(tmp_path):
     run = autoround(model, iters=2)
     run.quantize()
     for block in run.reports:
-        figures = [block.nearest, block.start, block.end, *(v for f in block.layers.values() for v in f.values())]
+        figures = [
+            block.nearest,
+            block.start,
+            block.end,
+            *(v for f in block.layers.values() for v in f.values()),
+        ]
         assert all(math.isfinite(figure) for figure in figures), block
     moved = run.reports[1].layers["model.layers.1.mlp.up_proj"]
     assert moved["start"] != moved["nearest"]  # it has moments, so it was solved
@@ -65,26 +70,50 @@ def test_infinity_in_a_configuration_is_written_as_transformers_does():
 def test_padding_keeps_every_field_of_a_sample():
     ids = torch.arange(20)[None]
     given = {"input_features": torch.zeros(1, 8, 32), "decoder_input_ids": ids}
-    kinds_T, tower_F = torch.zeros(20, dtype=torch.int8), torch.tensor([3] * 8 + [4] * 8, dtype=torch.int8)
+    kinds_T, tower_F = (
+        torch.zeros(20, dtype=torch.int8),
+        torch.tensor([3] * 8 + [4] * 8, dtype=torch.int8),
+    )
     sample = ModelInput("a", given, kinds_T, torch.ones(20, dtype=torch.bool), tower_F)
     found = padded(sample, 32)
-    assert found.tower_F is tower_F and found.id == "a" and len(found.modality_T) == len(found.answer_T) == 32
-    assert {field.name for field in fields(ModelInput)} == {"id", "kwargs", "modality_T", "answer_T", "tower_F", "left"}
+    assert (
+        found.tower_F is tower_F
+        and found.id == "a"
+        and len(found.modality_T) == len(found.answer_T) == 32
+    )
+    assert {field.name for field in fields(ModelInput)} == {
+        "id",
+        "kwargs",
+        "modality_T",
+        "answer_T",
+        "tower_F",
+        "left",
+    }
 
 
 @pytest.mark.parametrize("kind, bits, size", [("fp8", 8, -1), ("nvfp4", 4, 16), ("int", 4, 32)])
 def test_layer_config_names_the_data_type(kind, bits, size):
     grid = {"data_type": kind, "bits": bits, "group_size": size}
-    run = AutoRoundMLLM(FAMILIES["llama"].build(), tiny_tokenizer(), iters=0, format="compressed_tensors", **grid)
+    run = AutoRoundMLLM(
+        FAMILIES["llama"].build(), tiny_tokenizer(), iters=0, format="compressed_tensors", **grid
+    )
     run.quantize()
-    assert {found["data_type"] for found in run.layer_config.values() if found["bits"] < 16} == {kind}
+    assert {found["data_type"] for found in run.layer_config.values() if found["bits"] < 16} == {
+        kind
+    }
 
 
 @pytest.mark.parametrize(
     "options, stated",
     [
-        ({"iters": 1, "dampening": 0.07}, {"damp_percent": 0.07, "static_groups": True, "true_sequential": False}),
-        ({"algorithm": "gptq", "true_sequential": True}, {"damp_percent": 0.05, "true_sequential": True}),
+        (
+            {"iters": 1, "dampening": 0.07},
+            {"damp_percent": 0.07, "static_groups": True, "true_sequential": False},
+        ),
+        (
+            {"algorithm": "gptq", "true_sequential": True},
+            {"damp_percent": 0.05, "true_sequential": True},
+        ),
         ({"iters": 0}, {"damp_percent": None, "static_groups": False, "true_sequential": False}),
     ],
 )

@@ -1,4 +1,5 @@
-"""Models that are read block by block: the same weights, the same files; and runs that meet the end of memory."""
+"""Models that are read block by block: the same weights, the same files; and runs that meet the end
+of memory."""
 
 import gc
 import os
@@ -46,24 +47,36 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", KINDS)
 def test_blocks_hold_the_same_weights_when_and_while_they_are_asked_for(folder, name):
     whole, streamed = load(str(folder(name))), load(str(folder(name)), stream=True)
-    expected, blocks = whole.model.state_dict(), [b for stage in find_stages(whole.model) for b in stage.blocks]
+    expected, blocks = (
+        whole.model.state_dict(),
+        [b for stage in find_stages(whole.model) for b in stage.blocks],
+    )
     buffers = dict(whole.model.named_buffers())
-    assert expected.keys() == streamed.model.state_dict().keys() and streamed.streamed and not whole.streamed
+    assert (
+        expected.keys() == streamed.model.state_dict().keys()
+        and streamed.streamed
+        and not whole.streamed
+    )
 
     def resident() -> set[str]:
         found = streamed.model.state_dict()
         here = {name for name, tensor in found.items() if not tensor.is_meta}
         assert all(
-            torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in here
+            torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype
+            for name in here
         )
-        assert all(torch.equal(b, buffers[n]) for n, b in streamed.model.named_buffers() if not b.is_meta)
+        assert all(
+            torch.equal(b, buffers[n]) for n, b in streamed.model.named_buffers() if not b.is_meta
+        )
         return here
 
     outside = {key for key in expected if not any(key.startswith(f"{block}.") for block in blocks)}
     assert resident() == outside
     for window in (blocks[:1], blocks[-2:]):
         with streamed.holder.resident(window):
-            assert resident() == outside | {key for key in expected if key.startswith(tuple(f"{b}." for b in window))}
+            assert resident() == outside | {
+                key for key in expected if key.startswith(tuple(f"{b}." for b in window))
+            }
         assert resident() == outside
     sample = FAMILIES[name].samples(1)[-1]
     assert torch.equal(streamed.model(**sample).logits, whole.model(**sample).logits)
@@ -72,13 +85,18 @@ def test_blocks_hold_the_same_weights_when_and_while_they_are_asked_for(folder, 
 
 
 def files(root: Path) -> dict[str, bytes]:
-    kept = [path for path in root.rglob("*") if path.is_file() and path.name not in ("recipe.toml", "run.json")]
+    kept = [
+        path
+        for path in root.rglob("*")
+        if path.is_file() and path.name not in ("recipe.toml", "run.json")
+    ]
     return {str(path.relative_to(root)): path.read_bytes() for path in kept}
 
 
 def run(model: Path, root: Path, family: Tiny, **changes) -> jobs.Job:
     recipe = Recipe(
-        model=str(model), output_dir=str(root), format="auto_round,fake", group_size=32, iters=2, nsamples=8, seqlen=12,
+        model=str(model), output_dir=str(root), format="auto_round,fake", group_size=32, iters=2,
+        nsamples=8, seqlen=12,
         quant_nontext_module=True, amp=False, device="cpu",
     )  # fmt: skip
     recipe = replace(recipe, **changes)
@@ -92,7 +110,10 @@ def test_a_streamed_run_writes_the_same_files(folder, tmp_path, name):
     model, family = folder(name), FAMILIES[name]
     run(model, tmp_path / "whole", family, stream=False)
     job = run(model, tmp_path / "streamed", family, stream=True, offload_states=True)
-    assert all(p.is_meta for p in job.loaded.model.get_submodule(job.plan.stages[-1].blocks[0]).parameters())
+    assert all(
+        p.is_meta
+        for p in job.loaded.model.get_submodule(job.plan.stages[-1].blocks[0]).parameters()
+    )
     expected = files(tmp_path / "whole")
     assert len([name for name in expected if name.endswith(".safetensors")]) == 2
     assert files(tmp_path / "streamed") == expected
@@ -125,7 +146,11 @@ def test_one_block_at_a_time_whatever_the_depth(folder):
 
     def count(*_) -> None:
         nonlocal most
-        here = [i for i, layer in enumerate(streamed.model.layers) if not next(layer.parameters()).is_meta]
+        here = [
+            i
+            for i, layer in enumerate(streamed.model.layers)
+            if not next(layer.parameters()).is_meta
+        ]
         most = max(most, len(here))
 
     for layer in streamed.model.layers:
@@ -137,13 +162,20 @@ def test_one_block_at_a_time_whatever_the_depth(folder):
 def test_equalizing_says_that_it_does_not_stream():
     with pytest.raises(UserError, match="equalize needs the whole model"):
         Recipe(equalize="awq", stream=True)
-    assert Recipe(low_cpu_mem_mode=1).streams and Recipe(low_cpu_mem_usage=True, stream=False).streams is False
+    assert (
+        Recipe(low_cpu_mem_mode=1).streams
+        and Recipe(low_cpu_mem_usage=True, stream=False).streams is False
+    )
 
 
 def test_models_are_streamed_where_they_take_most_of_the_memory(folder, monkeypatch):
     name = str(folder("llama"))
     size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
-    for free, dtype, expected in ((size / 0.59, None, False), (size / 0.61, None, True), (size / 0.61, "bf16", False)):
+    for free, dtype, expected in (
+        (size / 0.59, None, False),
+        (size / 0.61, None, True),
+        (size / 0.61, "bf16", False),
+    ):
         monkeypatch.setattr(devices, "free_memory", lambda device, free=free: free)
         assert load(name, dtype=dtype, stream=None).streamed is expected
     words = {
@@ -158,11 +190,15 @@ def test_models_are_streamed_where_they_take_most_of_the_memory(folder, monkeypa
 
 def test_states_in_files_vanish_with_their_tensors(tmp_path):
     spool = Spool(tmp_path)
-    tensors = [torch.randn(3, 5).to(dtype) for dtype in (torch.float32, torch.bfloat16)] + [torch.empty(0, 4)]
+    tensors = [torch.randn(3, 5).to(dtype) for dtype in (torch.float32, torch.bfloat16)] + [
+        torch.empty(0, 4)
+    ]
     kept = [spool(tensor) for tensor in tensors]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, tensors))
     assert not list(tmp_path.iterdir())
-    inode = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    inode = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    ]
     assert len(inode) == 2
     del kept
     gc.collect()
@@ -170,7 +206,8 @@ def test_states_in_files_vanish_with_their_tensors(tmp_path):
 
 
 def crowd(monkeypatch, most: int, error: Exception) -> list[int]:
-    """Blocks of llama raise ``error`` for more samples than ``most``; returns the sizes of all passes."""
+    """Blocks of llama raise ``error`` for more samples than ``most``; returns the sizes of all
+    passes."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     seen: list[int] = []
@@ -193,7 +230,9 @@ def same_length(family: Tiny, count: int) -> list:
 
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-ON_HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+ON_HOST = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
+)
 
 
 @pytest.mark.parametrize("error", [OUT, ON_HOST, MemoryError()])
@@ -212,13 +251,16 @@ def test_fewer_samples_at_a_time_where_memory_ends(folder, tmp_path, monkeypatch
     from auto_mmround.checkpoint.loader import from_quantized
 
     whole, narrow = (
-        from_quantized(tmp_path / name / "llama-w4g32-auto_round").model.state_dict() for name in ("whole", "narrow")
+        from_quantized(tmp_path / name / "llama-w4g32-auto_round").model.state_dict()
+        for name in ("whole", "narrow")
     )
     same = torch.cat([(whole[name] == narrow[name]).flatten() for name in whole])
     assert same.float().mean() > 0.98  # sums of the same gradients in another order
 
 
-def test_what_nothing_helps_against_ends_in_one_line_and_keeps_what_is_finished(folder, tmp_path, monkeypatch):
+def test_what_nothing_helps_against_ends_in_one_line_and_keeps_what_is_finished(
+    folder, tmp_path, monkeypatch
+):
     model, family = folder("llama"), FAMILIES["llama"]
     from auto_mmround.numerics import tuner
 
@@ -238,7 +280,9 @@ def test_what_nothing_helps_against_ends_in_one_line_and_keeps_what_is_finished(
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     tried = []
     with pytest.raises(RuntimeError, match="shape"):
-        BatchSize(8).fitting("block", lambda size: tried.append(size) or raises("shape"), lambda: True)
+        BatchSize(8).fitting(
+            "block", lambda size: tried.append(size) or raises("shape"), lambda: True
+        )
     assert tried == [8]
 
 
@@ -253,12 +297,20 @@ def test_float16_becomes_float32_on_a_processor_and_stays_what_it_is_in_the_chec
     for path in DEMO.glob("*.json"):
         if path.name not in ("config.json", "model.safetensors.index.json"):
             shutil.copy(path, source)
-    assert load(str(source)).model.dtype == load(str(source), stream=True).model.dtype == torch.float32
+    assert (
+        load(str(source)).model.dtype == load(str(source), stream=True).model.dtype == torch.float32
+    )
     assert load(str(source), dtype="float16").model.dtype == torch.float32
     out = str(tmp_path / "out")
-    command = f"--model {source} --dataset demo --iters 2 --nsamples 8 --bits 8 --output_dir {out} --device cpu"
+    command = (
+        f"--model {source} --dataset demo --iters 2 --nsamples 8 --bits 8 --output_dir {out}"
+        " --device cpu"
+    )
     assert cli.main(command.split()) == 0
     (folder,) = (path for path in Path(out).iterdir() if (path / "config.json").is_file())
-    before, after = load_file(source / "model.safetensors"), load_file(next(folder.glob("*.safetensors")))
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(next(folder.glob("*.safetensors"))),
+    )
     same = [name for name in before if name in after]
     assert len(same) > 20 and all(torch.equal(before[name], after[name]) for name in same)

@@ -1,4 +1,5 @@
-"""Tasks of `eval` on small local sets: answers of the bundled model, transcripts of a tiny Whisper."""
+"""Tasks of `eval` on small local sets: answers of the bundled model, transcripts of a tiny
+Whisper."""
 
 import importlib.util
 import json
@@ -17,8 +18,12 @@ from auto_mmround.evaluate.samples import HELD_OUT, held_out
 from auto_mmround.evaluate.scoring import error_rates, normaliser
 from auto_mmround.model.loading import load
 
-needs_jiwer = pytest.mark.skipif(not importlib.util.find_spec("jiwer"), reason="jiwer is in the extra `eval`")
-needs_sound = pytest.mark.skipif(not importlib.util.find_spec("soundfile"), reason="soundfile is in the extra `audio`")
+needs_jiwer = pytest.mark.skipif(
+    not importlib.util.find_spec("jiwer"), reason="jiwer is in the extra `eval`"
+)
+needs_sound = pytest.mark.skipif(
+    not importlib.util.find_spec("soundfile"), reason="soundfile is in the extra `audio`"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +57,14 @@ def test_vqa_counts_exact_and_relaxed_matches(demo, own_answers):
 def test_an_answer_is_asked_once_for_all_tasks(demo, own_answers, monkeypatch):
     asked = []
     monkeypatch.setattr(tasks, "answer", lambda loaded, prompt: asked.append(prompt.id) or "so")
-    found = tasks.run(["vqa", "samples"], tasks.Setting({"quantized": demo}, Data(str(own_answers))))
+    found = tasks.run(
+        ["vqa", "samples"], tasks.Setting({"quantized": demo}, Data(str(own_answers)))
+    )
     assert len(asked) == 4 and len(found.samples) == 4
     sample = found.samples[0]
-    assert sample["answers"] == {"quantized": "so"} and sample["images"][0].startswith("data:image/png;base64,")
+    assert sample["answers"] == {"quantized": "so"} and sample["images"][0].startswith(
+        "data:image/png;base64,"
+    )
     assert "<image>" not in sample["question"]
 
 
@@ -64,14 +73,20 @@ def test_answers_are_measured_on_the_rows_of_the_teacher_forced_figures(demo):
     forced = {sample.id for sample in held_out(demo, "demo", limit=5)}
     assert {prompt.id for prompt in questions(demo, data)} <= forced
     texts = openings(demo, data)
-    assert {prompt.id for prompt in texts} <= forced and all(p.kwargs["input_ids"].shape[1] <= 48 for p in texts)
+    assert {prompt.id for prompt in texts} <= forced and all(
+        p.kwargs["input_ids"].shape[1] <= 48 for p in texts
+    )
 
 
 def test_teacher_forced_scores_carry_all_roles(demo):
-    found = tasks.teacher_forced(tasks.Setting({"reference": demo, "quantized": demo}, Data(limit=2)))
+    found = tasks.teacher_forced(
+        tasks.Setting({"reference": demo, "quantized": demo}, Data(limit=2))
+    )
     assert all(score.recovery == 100 for score in found.scores) and len(found.scores) == 2
     assert found.figures["quantized"].kl["text"] == pytest.approx(0, abs=1e-6)
-    assert json.loads(json.dumps(found.as_dict()))["figures"]["reference"]["agreement"]["image"] == 1
+    assert (
+        json.loads(json.dumps(found.as_dict()))["figures"]["reference"]["agreement"]["image"] == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,18 +115,33 @@ def test_a_missing_package_is_named_before_a_model_is_loaded(monkeypatch):
 def test_a_set_without_fitting_rows_is_refused(demo, name, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "only words here"}\n')
     with pytest.raises(UserError, match="has no row with"):
-        tasks.TASKS[name].run(tasks.Setting({"quantized": demo}, Data(str(tmp_path / "text.jsonl"))))
+        tasks.TASKS[name].run(
+            tasks.Setting({"quantized": demo}, Data(str(tmp_path / "text.jsonl")))
+        )
 
 
 def test_plain_text_gives_continuations_as_samples(demo, tmp_path):
-    (tmp_path / "text.jsonl").write_text('{"text": "In the beginning God created the heaven and the earth."}\n')
-    found = tasks.side_by_side(tasks.Setting({"quantized": demo}, Data(str(tmp_path / "text.jsonl"))))
+    (tmp_path / "text.jsonl").write_text(
+        '{"text": "In the beginning God created the heaven and the earth."}\n'
+    )
+    found = tasks.side_by_side(
+        tasks.Setting({"quantized": demo}, Data(str(tmp_path / "text.jsonl")))
+    )
     (sample,) = found.samples
     assert sample["expected"] is None and sample["images"] == [] and sample["answers"]["quantized"]
 
 
 def test_eval_with_tasks_prints_json(own_answers, capsys):
-    command = ["eval", "--model", "demo", "--tasks", "vqa,samples", "--dataset", str(own_answers), "--json"]
+    command = [
+        "eval",
+        "--model",
+        "demo",
+        "--tasks",
+        "vqa,samples",
+        "--dataset",
+        str(own_answers),
+        "--json",
+    ]
     assert cli.main([*command, "--device", "cpu"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["scores"][0]["quantized"] == 50 and record["scores"][0]["recovery"] is None
@@ -134,9 +164,11 @@ def whisper(tmp_path_factory):
     tokenizer = WhisperTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
     torch.manual_seed(1)
     config = WhisperConfig(
-        vocab_size=len(words), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        vocab_size=len(words), d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=24,
-        decoder_start_token_id=1, bos_token_id=0, eos_token_id=0, pad_token_id=0, suppress_tokens=None,
+        decoder_start_token_id=1, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        suppress_tokens=None,
         begin_suppress_tokens=None, num_mel_bins=8,
     )  # fmt: skip
     WhisperForConditionalGeneration(config).save_pretrained(folder)
@@ -152,7 +184,9 @@ def spoken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech") / "tones"
     folder.mkdir()
     rows = [{"text": "no sound here"}]
-    for i, (rate, seconds, text) in enumerate([(16000, 1, "one two"), (8000, 2, "three"), (16000, 1, "four five")]):
+    for i, (rate, seconds, text) in enumerate(
+        [(16000, 1, "one two"), (8000, 2, "three"), (16000, 1, "four five")]
+    ):
         time_T = np.arange(rate * seconds) / rate
         soundfile.write(folder / f"{i}.wav", 0.3 * np.sin(2 * np.pi * 220 * (i + 1) * time_T), rate)
         rows.append({"id": f"clip{i}", "audio": f"{i}.wav", "transcription" if i else "text": text})
@@ -163,7 +197,9 @@ def spoken(tmp_path_factory):
 @needs_jiwer
 @needs_sound
 def test_word_error_rate_is_that_of_the_models_own_transcripts(whisper, spoken):
-    found = tasks.speech(tasks.Setting({"reference": whisper, "quantized": whisper}, Data(str(spoken))))
+    found = tasks.speech(
+        tasks.Setting({"reference": whisper, "quantized": whisper}, Data(str(spoken)))
+    )
     assert [(s.benchmark, s.split, s.metric, s.count) for s in found.scores] == [
         ("tones", "dev", "WER", 3),
         ("tones", "dev", "CER", 3),
@@ -171,7 +207,9 @@ def test_word_error_rate_is_that_of_the_models_own_transcripts(whisper, spoken):
     prompts = clips(whisper, Data(str(spoken)))
     heard = []
     for prompt in prompts:
-        ids = whisper.model.generate(prompt.kwargs["input_features"], do_sample=False, max_new_tokens=20)
+        ids = whisper.model.generate(
+            prompt.kwargs["input_features"], do_sample=False, max_new_tokens=20
+        )
         heard.append(whisper.tokenizer.decode(ids[0], skip_special_tokens=True))
     wanted = error_rates(["one two", "three", "four five"], heard, normaliser("en"))
     assert tuple(score.quantized for score in found.scores) == pytest.approx(wanted)
@@ -189,7 +227,11 @@ def test_speech_has_samples_too(whisper, spoken):
 def test_clips_are_resampled_and_named(whisper, spoken):
     prompts = clips(whisper, Data(str(spoken), limit=None))
     assert [p.id for p in prompts] == ["clip0", "clip1", "clip2"]
-    assert [p.question for p in prompts] == ["1.0 s of speech", "2.0 s of speech", "1.0 s of speech"]
+    assert [p.question for p in prompts] == [
+        "1.0 s of speech",
+        "2.0 s of speech",
+        "1.0 s of speech",
+    ]
     assert all(p.kwargs["input_features"].shape == (1, 8, 3000) for p in prompts)
 
 

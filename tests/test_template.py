@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auto_mmround.calibration.template import Template, load_template, parse_messages, parse_template, shipped
+from auto_mmround.calibration.template import (
+    Template,
+    load_template,
+    parse_messages,
+    parse_template,
+    shipped,
+)
 from auto_mmround.errors import UserError
 
 ONE = [
@@ -19,18 +25,23 @@ THREE = [
     ("user", "What feature can be seen on the back of the bus?"),
     ("assistant", "The back of the bus features an advertisement."),
     ("user", "Is the bus driving down the street or pulled off to the side?"),
-    ("assistant", "The bus is driving down the street, which is crowded with people and other vehicles."),
+    (
+        "assistant",
+        "The bus is driving down the street, which is crowded with people and other vehicles.",
+    ),
 ]
 GOLDEN_ONE = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
-    "<|vision_end|>\nWhat are the colors of the bus in the image?<|im_end|>\n<|im_start|>assistant\nThe bus in the "
-    "image is white and red.<|im_end|>\n"
+    "<|im_start|>system\nYou are a helpful"
+    " assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\nWhat are"
+    " the colors of the bus in the image?<|im_end|>\n<|im_start|>assistant\nThe bus in the image is"
+    " white and red.<|im_end|>\n"
 )
-GOLDEN_THREE = GOLDEN_ONE + (
-    "<|im_start|>user\nWhat feature can be seen on the back of the bus?<|im_end|>\n<|im_start|>assistant\nThe back of "
-    "the bus features an advertisement.<|im_end|>\n<|im_start|>user\nIs the bus driving down the street or pulled off "
-    "to the side?<|im_end|>\n<|im_start|>assistant\nThe bus is driving down the street, which is crowded with people "
-    "and other vehicles.<|im_end|>\n"
+GOLDEN_THREE = (
+    GOLDEN_ONE + "<|im_start|>user\nWhat feature can be seen on the back of the"
+    " bus?<|im_end|>\n<|im_start|>assistant\nThe back of the bus features an"
+    " advertisement.<|im_end|>\n<|im_start|>user\nIs the bus driving down the street or pulled"
+    " off to the side?<|im_end|>\n<|im_start|>assistant\nThe bus is driving down the street,"
+    " which is crowded with people and other vehicles.<|im_end|>\n"
 )
 README_TEMPLATE = {
     "model_type": "qwen2_vl",
@@ -50,7 +61,11 @@ LLAVA_ROLES = {"user": "human", "assistant": "gpt"}
 def parts(text):
     """Content list with typed parts, the line break kept in the text."""
     head, mark, tail = text.partition("<image>")
-    return [{"type": "image"}, {"type": "text", "text": tail}] if mark else [{"type": "text", "text": head}]
+    return (
+        [{"type": "image"}, {"type": "text", "text": tail}]
+        if mark
+        else [{"type": "text", "text": head}]
+    )
 
 
 FORMS = {
@@ -63,7 +78,9 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize(
-    "template", [load_template("qwen2_vl"), parse_template(README_TEMPLATE)], ids=["shelf", "readme"]
+    "template",
+    [load_template("qwen2_vl"), parse_template(README_TEMPLATE)],
+    ids=["shelf", "readme"],
 )
 def test_golden_encodings(template, form):
     assert len(GOLDEN_ONE) == 245 and len(GOLDEN_THREE) == 606
@@ -95,22 +112,31 @@ def test_observation_opens_the_answer_once():
     template = load_template("qwen2_vl")
     tool = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "42"}]
     text = template.encode([*tool, {"role": "assistant", "content": "It is 42."}])
-    assert text.endswith("<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\nIt is 42.<|im_end|>\n")
+    assert text.endswith(
+        "<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\nIt is 42.<|im_end|>\n"
+    )
     assert template.prompt(tool).count("<|im_start|>assistant") == 1
 
 
 def test_shelf():
     shelf = shipped()
     assert set(shelf) >= {"default", "qwen2_vl", "mllama", "phi3_v", "llava", "cogvlm2"}
-    assert load_template(None, "qwen2_vl") is not None and load_template(None, "qwen2_vl").processor == "qwen2_vl"
+    assert (
+        load_template(None, "qwen2_vl") is not None
+        and load_template(None, "qwen2_vl").processor == "qwen2_vl"
+    )
     assert load_template(None, "never_heard_of").model_type == "default"
     mllama = shelf["mllama"]
     assert mllama.default_dataset == "liuhaotian/llava_conv_58k"
-    assert mllama.encode([{"role": "user", "content": "<image>Hi"}]) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n<|image|>Hi<|eot_id|>"
+    assert (
+        mllama.encode([{"role": "user", "content": "<image>Hi"}])
+        == "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nYou are a helpful"
+        " assistant.<|eot_id|><|start_header_id|>user<|end_header_id|>\n<|image|>Hi<|eot_id|>"
     )
-    chat = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
+    chat = [
+        {"role": "user", "content": "<image>\nWhat?"},
+        {"role": "assistant", "content": "A cat."},
+    ]
     assert shelf["cogvlm2"].encode(chat) == "Question: What? Answer: A cat.\n"
     assert shelf["phi3_v"].encode(chat[:1]) == "<|image_1|>\nWhat?"
 
@@ -123,7 +149,11 @@ def test_defaults_are_those_of_the_original_schema():
         "NeelNanda/pile-10k",
         "basic",
     )
-    assert (template.format_user, template.format_function, template.format_separator) == ("{{content}}", "", "\n")
+    assert (template.format_user, template.format_function, template.format_separator) == (
+        "{{content}}",
+        "",
+        "\n",
+    )
 
 
 def test_templates_do_not_change():
@@ -132,7 +162,8 @@ def test_templates_do_not_change():
 
 
 @pytest.mark.parametrize(
-    "value, wanted", [(True, True), ("True", True), ("true", True), ("FALSE", False), (False, False)]
+    "value, wanted",
+    [(True, True), ("True", True), ("true", True), ("FALSE", False), (False, False)],
 )
 def test_extra_encode_forms(value, wanted):
     assert parse_template({"extra_encode": value}).extra_encode is wanted
@@ -140,12 +171,19 @@ def test_extra_encode_forms(value, wanted):
 
 def test_replace_tokens_flat_or_pairs_in_order_everywhere():
     flat = parse_template({"replace_tokens": ["a", "b", "b", "c"], "extra_encode": True})
-    assert flat == parse_template({"replace_tokens": [["a", "b"], ["b", "c"]], "extra_encode": True})
-    assert flat.encode([{"role": "user", "content": "aab"}, {"role": "assistant", "content": "a"}]) == "cccc"
+    assert flat == parse_template(
+        {"replace_tokens": [["a", "b"], ["b", "c"]], "extra_encode": True}
+    )
+    assert (
+        flat.encode([{"role": "user", "content": "aab"}, {"role": "assistant", "content": "a"}])
+        == "cccc"
+    )
 
 
 def test_explicit_empty_format_prints_nothing_and_first_content_only():
-    template = parse_template({"format_user": "", "format_assistant": "{{content}}|{{content}}", "extra_encode": True})
+    template = parse_template(
+        {"format_user": "", "format_assistant": "{{content}}|{{content}}", "extra_encode": True}
+    )
     chat = [{"role": "user", "content": "hidden"}, {"role": "assistant", "content": "x"}]
     assert template.encode(chat) == "x|{{content}}"
 
@@ -172,7 +210,9 @@ def test_wrong_templates(data, words):
 def test_custom_file(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(README_TEMPLATE))
-    assert load_template(str(file)).encode([FORMS["role/value"](*turn) for turn in ONE]) == GOLDEN_ONE
+    assert (
+        load_template(str(file)).encode([FORMS["role/value"](*turn) for turn in ONE]) == GOLDEN_ONE
+    )
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load_template(file)
@@ -203,5 +243,7 @@ def test_spans_hold_exactly_the_answers(turns):
     """Whatever the texts, each span is the answer as written, and all turns are there in order."""
     template = dataclasses.replace(load_template("qwen2_vl"), replace_tokens=())
     encoded = template.spans([{"role": role, "content": text} for role, text in turns])
-    assert [encoded.text[a:b] for a, b in encoded.answers] == [t + "<|im_end|>" for r, t in turns if r == "assistant"]
+    assert [encoded.text[a:b] for a, b in encoded.answers] == [
+        t + "<|im_end|>" for r, t in turns if r == "assistant"
+    ]
     assert len(encoded.text) >= sum(len(text) for _, text in turns)

@@ -9,7 +9,14 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.numerics.grids import Grid, dequantize
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, mean_error, squared_error, tune_block
+from auto_mmround.numerics.tuner import (
+    TuneConfig,
+    TunedWeight,
+    held_out_split,
+    mean_error,
+    squared_error,
+    tune_block,
+)
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
@@ -27,7 +34,10 @@ def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
         inputs = [torch.cat([x, 9 * torch.randn(1, pads, 32)], 1) for x in inputs]
         targets = [torch.cat([y, torch.zeros(1, pads, 32)], 1) for y in targets]
         weights = [torch.cat([w, torch.zeros(1, pads, 1)], 1) for w in weights]
-    tuned = [TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(bits, True))) for m in (block[0], block[2])]
+    tuned = [
+        TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(bits, True)))
+        for m in (block[0], block[2])
+    ]
 
     def forward(indices):
         for i in indices:
@@ -98,11 +108,15 @@ def with_steps_counted(tuned):
 
 @pytest.mark.parametrize("kind", ["dense", "used twice", "experts"])
 def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
-    """In float64, where the order of sums does not turn signs. Each sample reaches one expert of four, or none."""
+    """In float64, where the order of sums does not turn signs. Each sample reaches one expert of
+    four, or none."""
 
     def tune(batch_size, accumulate):
         torch.manual_seed(0)
-        layers = [nn.Linear(32, 32, bias=False, dtype=torch.float64).requires_grad_(False) for _ in range(4)]
+        layers = [
+            nn.Linear(32, 32, bias=False, dtype=torch.float64).requires_grad_(False)
+            for _ in range(4)
+        ]
         inputs = [torch.randn(1, 6, 32, dtype=torch.float64) for _ in range(40)]
 
         def run(i):
@@ -113,7 +127,9 @@ def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
             return layers[1](layers[0](inputs[i]).tanh())
 
         targets = [run(i) for i in range(40)]
-        tuned = [TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(3, True))) for m in layers]
+        tuned = [
+            TunedWeight(m.weight, Rounding(m.weight.clone(), 16, Grid(3, True))) for m in layers
+        ]
         counts = with_steps_counted(tuned)
 
         def forward(indices):
@@ -129,7 +145,9 @@ def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
     for parts in PARTS[1:]:
         codes, counts, _ = tune(*parts)
         assert counts == steps, parts
-        assert all(torch.equal(a, b) for one, two in zip(codes, whole) for a, b in zip(one[:3], two[:3])), parts
+        assert all(
+            torch.equal(a, b) for one, two in zip(codes, whole) for a, b in zip(one[:3], two[:3])
+        ), parts
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
@@ -143,14 +161,20 @@ def test_a_models_codes_are_the_same_in_one_part_and_in_many(name):
         model = FAMILIES[name].build().double()
         if name == "qwen3_moe":
             model.set_experts_implementation("eager")  # Transformers' faster ones know no float64
-        recipe = Recipe(bits=3, group_size=32, algorithm="sign_round", iters=6, amp=False, not_use_best_mse=True)
+        recipe = Recipe(
+            bits=3, group_size=32, algorithm="sign_round", iters=6, amp=False, not_use_best_mse=True
+        )
         recipe = replace(recipe, batch_size=batch_size, gradient_accumulate_steps=accumulate)
         finished = Finished()
         quantize(model, recipe, make_plan(model, recipe), inputs, finished)
         assert {report.best_iter for report in finished.reports.values()} == {6}
         codes.append(finished.codes)
     for parts, other in zip(PARTS[1:], codes[1:]):
-        differ = [n for n in other if not all(torch.equal(a, b) for a, b in zip(other[n][:3], codes[0][n][:3]))]
+        differ = [
+            n
+            for n in other
+            if not all(torch.equal(a, b) for a, b in zip(other[n][:3], codes[0][n][:3]))
+        ]
         assert not differ, parts
 
 
@@ -185,10 +209,12 @@ def test_few_samples_are_used_for_both():
     ],
 )
 def test_patch_embeddings_and_transposed_layers_are_tuned_like_linear_ones(layer, shape):
-    """Any parameter whose rows are outputs: the module stays as it is, its own parameter holds W~."""
+    """Any parameter whose rows are outputs: the module stays as it is, its own parameter holds
+    W~."""
     torch.manual_seed(0)
     block = layer().requires_grad_(False)
-    inputs = [torch.randn(1) + 0.3 * torch.randn(shape) for _ in range(32)]  # alike, or nearest is best
+    # alike, or nearest is best
+    inputs = [torch.randn(1) + 0.3 * torch.randn(shape) for _ in range(32)]
 
     def run(x):
         y = block(x)

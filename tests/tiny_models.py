@@ -1,8 +1,10 @@
-"""Tiny random models of real families, and inputs for them: what `tests/test_families.py` takes through the journey.
+"""Tiny random models of real families, and inputs for them: what `tests/test_families.py` takes
+through the journey.
 
-Each entry builds a configuration of the family's own class in Transformers: two blocks a stage, 64 channels, 128 words.
-Inputs are made directly, as the family's processor would hand them over. Families whose code comes with the checkpoint
-have a stand-in under `standins/`, and go from rows with images through our own calibration.
+Each entry builds a configuration of the family's own class in Transformers: two blocks a stage, 64
+channels, 128 words. Inputs are made directly, as the family's processor would hand them over.
+Families whose code comes with the checkpoint have a stand-in under `standins/`, and go from rows
+with images through our own calibration.
 """
 
 import importlib
@@ -35,11 +37,23 @@ TEXT = dict(
 )
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 VISION = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
 )
-QWEN_VISION = dict(depth=2, hidden_size=64, intermediate_size=96, num_heads=2, patch_size=4, out_hidden_size=64)
+QWEN_VISION = dict(
+    depth=2, hidden_size=64, intermediate_size=96, num_heads=2, patch_size=4, out_hidden_size=64
+)
 SPEECH = dict(
-    d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=96, num_mel_bins=8, max_source_positions=16
+    d_model=64,
+    encoder_layers=2,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=96,
+    num_mel_bins=8,
+    max_source_positions=16,
 )
 PLACEHOLDERS = dict(image_token_id=IMAGE, video_token_id=VIDEO)
 GRID = dict(image_grid_thw=torch.tensor([[1, 4, 4]]))
@@ -64,12 +78,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of the words w0, w1, ..."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0"
+    )
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """config: settings of the family's configuration. media: modality -> inputs of the seed's sample."""
+    """config: settings of the family's configuration. media: modality -> inputs of the seed's
+    sample."""
 
     model_type: str
     architecture: str
@@ -84,11 +101,14 @@ class Tiny:
         torch.manual_seed(0)
         if self.standin:
             code = importlib.import_module(self.standin)
-            model = getattr(code, self.architecture)(getattr(code, self.architecture).config_class(**self.config))
+            model = getattr(code, self.architecture)(
+                getattr(code, self.architecture).config_class(**self.config)
+            )
         else:
             config = AutoConfig.for_model(self.model_type, **self.config)
             model = getattr(transformers, self.architecture)(config)
-        with torch.no_grad():  # as large as trained weights are, and no norm or gate at its neutral start
+        # as large as trained weights are, and no norm or gate at its neutral start
+        with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=0.1)
@@ -117,7 +137,8 @@ class Tiny:
 
 
 def sliding_gemma(folder: Path) -> Path:
-    """A random Gemma 3 on disk: sliding (8 tokens) and full attention, two rotary bases, a tied embedding."""
+    """A random Gemma 3 on disk: sliding (8 tokens) and full attention, two rotary bases, a tied
+    embedding."""
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
         **{**TEXT, "vocab_size": 256, "intermediate_size": 128, "num_hidden_layers": 3},
@@ -131,8 +152,11 @@ def sliding_gemma(folder: Path) -> Path:
     return folder
 
 
-def media(count: int, token: int, features: Callable[[int], Inputs], types: str | None = None) -> Callable[..., Inputs]:
-    """Inputs with ``count`` placeholders and what `features` makes; ``types``: the input that marks their places."""
+def media(
+    count: int, token: int, features: Callable[[int], Inputs], types: str | None = None
+) -> Callable[..., Inputs]:
+    """Inputs with ``count`` placeholders and what `features` makes; ``types``: the input that marks
+    their places."""
 
     def make(seed: int) -> Inputs:
         found = ids(*[token] * count, after=6 + 2 * seed, seed=seed) | features(seed)
@@ -143,15 +167,28 @@ def media(count: int, token: int, features: Callable[[int], Inputs], types: str 
     return make
 
 
-def patches(width: int, types: str | None = "mm_token_type_ids") -> dict[str, Callable[..., Inputs]]:
+def patches(
+    width: int, types: str | None = "mm_token_type_ids"
+) -> dict[str, Callable[..., Inputs]]:
     """Sixteen flat patches of one image, merged two by two."""
-    return {"image": media(4, IMAGE, lambda seed: {"pixel_values": pixels(16, width, seed=seed), **GRID}, types)}
+    return {
+        "image": media(
+            4, IMAGE, lambda seed: {"pixel_values": pixels(16, width, seed=seed), **GRID}, types
+        )
+    }
 
 
-def picture(count: int, *lead: int, types: str | None = None, **more: Tensor) -> dict[str, Callable[..., Inputs]]:
+def picture(
+    count: int, *lead: int, types: str | None = None, **more: Tensor
+) -> dict[str, Callable[..., Inputs]]:
     """One image of 16 x 16 with leading dimensions ``lead`` that becomes ``count`` tokens."""
     return {
-        "image": media(count, IMAGE, lambda seed: {"pixel_values": pixels(*lead, 3, 16, 16, seed=seed), **more}, types)
+        "image": media(
+            count,
+            IMAGE,
+            lambda seed: {"pixel_values": pixels(*lead, 3, 16, 16, seed=seed), **more},
+            types,
+        )
     }
 
 
@@ -173,7 +210,9 @@ def mllama_image(seed: int) -> Inputs:
 def whisper_audio(seed: int) -> Inputs:
     return {
         "input_features": pixels(1, 8, 32, seed=seed),
-        "decoder_input_ids": torch.tensor([[3, *ids(after=6 + seed, seed=seed)["input_ids"][0].tolist()]]),
+        "decoder_input_ids": torch.tensor(
+            [[3, *ids(after=6 + seed, seed=seed)["input_ids"][0].tolist()]]
+        ),
     }
 
 
@@ -186,19 +225,27 @@ def phi4_image(seed: int) -> Inputs:
 
 
 def phi4_audio(seed: int) -> Inputs:
-    return {"audio_input_features": pixels(1, 32, 8, seed=seed), "audio_embed_sizes": torch.tensor([4])}
+    return {
+        "audio_input_features": pixels(1, 32, 8, seed=seed),
+        "audio_embed_sizes": torch.tensor([4]),
+    }
 
 
 def conversation(seed: int) -> dict[str, Any]:
     """A row with a picture, as in a file of LLaVA's form."""
-    turns = [("human", f"<image>\nw{5 + seed} w9 w10"), ("gpt", " ".join(f"w{20 + i}" for i in range(12 + seed)))]
+    turns = [
+        ("human", f"<image>\nw{5 + seed} w9 w10"),
+        ("gpt", " ".join(f"w{20 + i}" for i in range(12 + seed))),
+    ]
     return {
         "image": Image.new("RGB", (20, 20), (40 * seed, 90, 200)),
         "conversations": [{"from": who, "value": text} for who, text in turns],
     }
 
 
-MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]})
+MROPE = dict(
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+)
 GEMMA = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 SHARED = dict(  # the last two layers read the keys and values of the first two
     num_hidden_layers=4, num_kv_shared_layers=2, sliding_window=8, vocab_size_per_layer_input=128,
@@ -206,7 +253,10 @@ SHARED = dict(  # the last two layers read the keys and values of the first two
 )  # fmt: skip
 DEEPSTACK = QWEN_VISION | dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
 WINDOWS = QWEN_VISION | dict(window_size=16, fullatt_block_indexes=[1])
-CLIP, SIGLIP = VISION | dict(model_type="clip_vision_model"), VISION | dict(model_type="siglip_vision_model")
+CLIP, SIGLIP = (
+    VISION | dict(model_type="clip_vision_model"),
+    VISION | dict(model_type="siglip_vision_model"),
+)
 MARKS = dict(boi_token_index=118, eoi_token_index=119)
 TILES = dict(image_grid_pinpoints=[[16, 32], [32, 16]])
 BOTH, HEARD = ("vision", "text"), ("audio", "text")
@@ -214,7 +264,11 @@ BOTH, HEARD = ("vision", "text"), ("audio", "text")
 
 def sound(count: int, *shape: int, **more: Tensor) -> dict[str, Callable[..., Inputs]]:
     """Sound features of the given shape that become ``count`` tokens."""
-    return {"audio": media(count, AUDIO, lambda seed: {"input_features": pixels(*shape, seed=seed), **more})}
+    return {
+        "audio": media(
+            count, AUDIO, lambda seed: {"input_features": pixels(*shape, seed=seed), **more}
+        )
+    }
 
 
 def gemma4_image(seed: int) -> Inputs:
@@ -240,99 +294,126 @@ FAMILIES: dict[str, Tiny] = {family.model_type: family for family in (
     Tiny("phi3", "Phi3ForCausalLM", TEXT),
     Tiny("gemma3_text", "Gemma3ForCausalLM", TEXT | GEMMA),
     Tiny("gpt2", "GPT2LMHeadModel", dict(
-        n_embd=64, n_layer=2, n_head=2, vocab_size=128, n_positions=256, bos_token_id=1, eos_token_id=2)),
+        n_embd=64, n_layer=2, n_head=2, vocab_size=128, n_positions=256, bos_token_id=1,
+        eos_token_id=2)),
     Tiny("qwen3_moe", "Qwen3MoeForCausalLM", TEXT | EXPERTS | dict(num_experts=4)),
     Tiny("gemma3n_text", "Gemma3nForCausalLM", TEXT | SHARED | dict(
         laurel_rank=32, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0], altup_num_inputs=2)),
     Tiny("qwen2_vl", "Qwen2VLForConditionalGeneration", PLACEHOLDERS | dict(
         text_config=TEXT | MROPE,
-        vision_config=dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4),
+        vision_config=dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2,
+            patch_size=4),
     ), patches(96), BOTH),
     Tiny("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
          PLACEHOLDERS | text_and_vision(WINDOWS, **MROPE), patches(96), BOTH),
     Tiny("qwen3_vl", "Qwen3VLForConditionalGeneration",
          PLACEHOLDERS | text_and_vision(DEEPSTACK, **MROPE), patches(96), BOTH),
     Tiny("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration",
-         PLACEHOLDERS | text_and_vision(DEEPSTACK, **MROPE, **EXPERTS, num_experts=4), patches(96), BOTH),
+         PLACEHOLDERS | text_and_vision(DEEPSTACK, **MROPE, **EXPERTS, num_experts=4), patches(96),
+         BOTH),
     Tiny("mllama", "MllamaForConditionalGeneration", dict(
         image_token_index=IMAGE,
         text_config=TEXT | dict(num_hidden_layers=3, cross_attention_layers=[1]),
         vision_config=dict(
-            hidden_size=64, num_hidden_layers=2, num_global_layers=2, attention_heads=2, intermediate_size=96,
-            vision_output_dim=128, image_size=16, patch_size=4, max_num_tiles=2, intermediate_layers_indices=[1],
+            hidden_size=64, num_hidden_layers=2, num_global_layers=2, attention_heads=2,
+            intermediate_size=96,
+            vision_output_dim=128, image_size=16, patch_size=4, max_num_tiles=2,
+            intermediate_layers_indices=[1],
             supported_aspect_ratios=[[1, 1], [1, 2]],
         ),
     ), dict(image=mllama_image), ("vision", "vision", "text"), plain=False),
     Tiny("llava", "LlavaForConditionalGeneration",
-         text_and_vision(CLIP, model_type="llama") | dict(image_token_index=IMAGE), picture(16, 1), BOTH),
+         text_and_vision(CLIP, model_type="llama") | dict(image_token_index=IMAGE), picture(16, 1),
+         BOTH),
     Tiny("llava_next", "LlavaNextForConditionalGeneration",
          text_and_vision(CLIP, model_type="llama") | dict(image_token_index=IMAGE) | TILES,
          picture(16 + 36, 1, 3, image_sizes=torch.tensor([[16, 32]])), BOTH),
     Tiny("llava_onevision", "LlavaOnevisionForConditionalGeneration",
-         text_and_vision(SIGLIP, model_type="qwen2") | dict(image_token_index=IMAGE, video_token_index=VIDEO) | TILES,
+         text_and_vision(SIGLIP, model_type="qwen2") | dict(image_token_index=IMAGE,
+             video_token_index=VIDEO) | TILES,
          picture(16 + 36, 1, 3, image_sizes=torch.tensor([[16, 32]])), BOTH),
     Tiny("gemma3", "Gemma3ForConditionalGeneration",
-         text_and_vision(VISION, **GEMMA) | MARKS | dict(image_token_index=IMAGE, mm_tokens_per_image=4),
+         text_and_vision(VISION, **GEMMA) | MARKS | dict(image_token_index=IMAGE,
+             mm_tokens_per_image=4),
          picture(4, 1, types="token_type_ids"), BOTH),
     Tiny("gemma4", "Gemma4ForConditionalGeneration", PLACEHOLDERS | dict(
-        audio_token_id=AUDIO, boi_token_id=118, eoi_token_id=119, boa_token_id=117, eoa_token_index=116,
+        audio_token_id=AUDIO, boi_token_id=118, eoi_token_id=119, boa_token_id=117,
+        eoa_token_index=116,
         text_config=TEXT | SHARED | dict(per_layer_config={}),
         vision_config=dict(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2,
             head_dim=32, patch_size=4, pooling_kernel_size=2, position_embedding_size=16,
         ),
     ), dict(image=media(4, IMAGE, gemma4_image, "mm_token_type_ids")), BOTH),
     Tiny("smolvlm", "SmolVLMForConditionalGeneration",
-         text_and_vision(VISION, model_type="llama") | dict(image_token_id=IMAGE), picture(4, 1, 1), BOTH),
+         text_and_vision(VISION, model_type="llama") | dict(image_token_id=IMAGE), picture(4, 1, 1),
+         BOTH),
     Tiny("idefics3", "Idefics3ForConditionalGeneration",
-         text_and_vision(VISION, model_type="llama") | dict(image_token_id=IMAGE), picture(4, 1, 1), BOTH),
+         text_and_vision(VISION, model_type="llama") | dict(image_token_id=IMAGE), picture(4, 1, 1),
+         BOTH),
     Tiny("mistral3", "Mistral3ForConditionalGeneration",
          text_and_vision(VISION | dict(model_type="pixtral", head_dim=32), model_type="mistral")
-         | dict(image_token_index=IMAGE), picture(4, 1, image_sizes=torch.tensor([[16, 16]])), BOTH),
+         | dict(image_token_index=IMAGE), picture(4, 1, image_sizes=torch.tensor([[16, 16]])),
+         BOTH),
     Tiny("internvl", "InternVLForConditionalGeneration",
          text_and_vision(VISION | dict(image_size=[16, 16], patch_size=[4, 4]), model_type="qwen2")
          | dict(image_token_id=IMAGE, image_seq_length=4), picture(4, 1), BOTH),
     Tiny("glm4v", "Glm4vForConditionalGeneration", PLACEHOLDERS | dict(
-        image_start_token_id=116, image_end_token_id=117, video_start_token_id=118, video_end_token_id=119,
+        image_start_token_id=116, image_end_token_id=117, video_start_token_id=118,
+        video_end_token_id=119,
     ) | text_and_vision(QWEN_VISION | dict(image_size=16), **MROPE), patches(96), BOTH),
     Tiny("llama4", "Llama4ForConditionalGeneration", MARKS | dict(
         image_token_index=IMAGE,
         text_config=TEXT | dict(
-            num_local_experts=4, num_experts_per_tok=1, intermediate_size=32, intermediate_size_mlp=96,
+            num_local_experts=4, num_experts_per_tok=1, intermediate_size=32,
+            intermediate_size_mlp=96,
             interleave_moe_layer_step=2, attention_chunk_size=64,
         ),
         vision_config=VISION | dict(
-            vision_output_dim=64, projector_input_dim=64, projector_output_dim=64, intermediate_size=256),
+            vision_output_dim=64, projector_input_dim=64, projector_output_dim=64,
+            intermediate_size=256),
     ), picture(4, 1), BOTH),
     Tiny("lfm2_vl", "Lfm2VlForConditionalGeneration", text_and_vision(
         {key: VISION[key] for key in VISION if key != "image_size"} | dict(num_patches=16),
         layer_types=["conv", "full_attention"], block_multiple_of=32,
-    ) | dict(image_token_id=IMAGE, projector_hidden_size=64), dict(image=media(4, IMAGE, lfm2_image)), BOTH),
+    ) | dict(image_token_id=IMAGE, projector_hidden_size=64), dict(image=media(4, IMAGE,
+        lfm2_image)), BOTH),
     Tiny("deepseek_vl", "DeepseekVLForConditionalGeneration",
-         text_and_vision(SIGLIP, model_type="llama") | dict(image_token_id=IMAGE), picture(16, 1), BOTH),
+         text_and_vision(SIGLIP, model_type="llama") | dict(image_token_id=IMAGE), picture(16, 1),
+         BOTH),
     Tiny("kimi_k25", "Kimi_K25ForConditionalGeneration", PLACEHOLDERS | dict(
         vision_start_token_id=118, vision_end_token_id=119, projection_hidden_size=64,
         text_config=TEXT | EXPERTS | dict(
-            num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, head_dim=16,
-            kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
+            num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1,
+            first_k_dense_replace=1, head_dim=16,
+            kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+            v_head_dim=32,
         ),
         vision_config=dict(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, patch_size=4,
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            patch_size=4,
             pos_emb_height=4, pos_emb_width=4,
         ),
-    ), dict(image=media(4, IMAGE, lambda seed: {"pixel_values": pixels(16, 3, 4, 4, seed=seed), **GRID})), BOTH),
-    Tiny("phi3_v", "Phi3VForCausalLM", {}, dict(image=conversation), BOTH, standin="standins.phi3_v"),
-    Tiny("cogvlm2", "CogVLMForCausalLM", {}, dict(image=conversation), BOTH, standin="standins.cogvlm2"),
+    ), dict(image=media(4, IMAGE, lambda seed: {"pixel_values": pixels(16, 3, 4, 4, seed=seed),
+        **GRID})), BOTH),
+    Tiny("phi3_v", "Phi3VForCausalLM", {}, dict(image=conversation), BOTH,
+        standin="standins.phi3_v"),
+    Tiny("cogvlm2", "CogVLMForCausalLM", {}, dict(image=conversation), BOTH,
+        standin="standins.cogvlm2"),
     Tiny("whisper", "WhisperForConditionalGeneration", SPEECH | dict(
-        decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=96, vocab_size=128, pad_token_id=0,
+        decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=96, vocab_size=128,
+        pad_token_id=0,
         bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, max_target_positions=64,
     ), dict(audio=whisper_audio), ("encoder", "text"), plain=False),
     Tiny("qwen2_audio", "Qwen2AudioForConditionalGeneration",
-         dict(audio_config=SPEECH, text_config=TEXT | dict(model_type="qwen2"), audio_token_index=AUDIO),
+         dict(audio_config=SPEECH, text_config=TEXT | dict(model_type="qwen2"),
+             audio_token_index=AUDIO),
          sound(8, 1, 8, 32, feature_attention_mask=torch.ones(1, 32, dtype=torch.long)), HEARD),
     Tiny("voxtral", "VoxtralForConditionalGeneration", dict(
         audio_config=dict(
-            hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_mel_bins=8,
+            hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+            num_mel_bins=8,
             max_source_positions=16,
         ),
         text_config=TEXT | dict(model_type="llama"), audio_token_id=AUDIO, hidden_size=64,
@@ -341,25 +422,32 @@ FAMILIES: dict[str, Tiny] = {family.model_type: family for family in (
         audio_token_index=AUDIO, has_lora_adapter=False, downsample_rate=2, window_size=4,
         text_config=TEXT | dict(model_type="granite"),
         encoder_config=dict(
-            input_dim=16, num_layers=2, hidden_dim=64, num_heads=2, dim_head=32, output_dim=32, context_size=8,
+            input_dim=16, num_layers=2, hidden_dim=64, num_heads=2, dim_head=32, output_dim=32,
+            context_size=8,
             max_pos_emb=16, conv_kernel_size=3,
         ),
         projector_config=dict(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
             encoder_hidden_size=64, cross_attention_frequency=1,
         ),
-    ), sound(4, 1, 8, 16, input_features_mask=torch.ones(1, 4, dtype=torch.bool)), ("audio", "nontext", "text")),
+    ), sound(4, 1, 8, 16, input_features_mask=torch.ones(1, 4, dtype=torch.bool)), ("audio",
+    "nontext", "text")),
     Tiny("qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", dict(
-        audio_token_index=AUDIO, image_token_index=IMAGE, video_token_index=VIDEO, vision_start_token_id=119,
-        audio_config=SPEECH | dict(output_dim=64, n_window=8), text_config=TEXT | MROPE, vision_config=WINDOWS,
-    ), patches(96, None) | sound(8, 1, 8, 32, feature_attention_mask=torch.ones(1, 32, dtype=torch.long)),
+        audio_token_index=AUDIO, image_token_index=IMAGE, video_token_index=VIDEO,
+        vision_start_token_id=119,
+        audio_config=SPEECH | dict(output_dim=64, n_window=8), text_config=TEXT | MROPE,
+        vision_config=WINDOWS,
+    ), patches(96, None) | sound(8, 1, 8, 32, feature_attention_mask=torch.ones(1, 32,
+        dtype=torch.long)),
         ("audio", "vision", "text")),
     Tiny("phi4_multimodal", "Phi4MultimodalForCausalLM", TEXT | dict(
         vision_config=VISION | dict(crop_size=16, image_token_id=IMAGE),
         audio_config=dict(
             hidden_size=64, intermediate_size=96, num_blocks=2, num_attention_heads=2, input_size=8,
-            ext_pw_out_channel=64, depthwise_separable_out_channel=64, nemo_conv_channels=64, nemo_final_size=1,
+            ext_pw_out_channel=64, depthwise_separable_out_channel=64, nemo_conv_channels=64,
+            nemo_final_size=1,
             audio_token_id=AUDIO,
         ),
-    ), dict(image=media(13, IMAGE, phi4_image), audio=media(4, AUDIO, phi4_audio)), ("vision", "audio", "text")),
+    ), dict(image=media(13, IMAGE, phi4_image), audio=media(4, AUDIO, phi4_audio)), ("vision",
+    "audio", "text")),
 )}

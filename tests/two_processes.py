@@ -27,24 +27,30 @@ from auto_mmround.run.processes import Processes, checksum, joined
 
 CPU = torch.device("cpu")
 IMAGE = 260
-RECIPE = Recipe(bits=3, group_size=32, quant_nontext_module=True, iters=3, nsamples=17, batch_size=4, amp=False)
+RECIPE = Recipe(
+    bits=3, group_size=32, quant_nontext_module=True, iters=3, nsamples=17, batch_size=4, amp=False
+)
 
 
 def tiny_model():
     """A tower of two blocks, a text model of two."""
     torch.manual_seed(0)
     text = dict(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=128,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=128,
         vocab_size=300, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
         rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
     )  # fmt: skip
-    vision = dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, initializer_range=0.2)
+    vision = dict(
+        depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, initializer_range=0.2
+    )
     config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
     return Qwen2VLForConditionalGeneration(config).eval().requires_grad_(False)
 
 
 def mixed_inputs():
-    """17 samples of two lengths. Images only in those of even number, so that one of two processes has none."""
+    """17 samples of two lengths. Images only in those of even number, so that one of two processes
+    has none."""
     torch.manual_seed(1)
     inputs = []
     for i in range(17):
@@ -52,18 +58,28 @@ def mixed_inputs():
         kwargs = {}
         if i % 4 == 0:
             ids[0, 2:6] = IMAGE
-            kwargs = {"pixel_values": torch.randn(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+            kwargs = {
+                "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+                "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            }
         kind_T = (ids[0] == IMAGE).to(torch.int8)
         kwargs |= {"input_ids": ids, "mm_token_type_ids": kind_T[None].int()}
-        inputs.append(ModelInput(str(i), kwargs, kind_T, torch.ones(ids.shape[1], dtype=torch.bool)))
+        inputs.append(
+            ModelInput(str(i), kwargs, kind_T, torch.ones(ids.shape[1], dtype=torch.bool))
+        )
     return inputs
 
 
 def primitives(processes: Processes) -> None:
     """Sums, numbers and chains where one process lacks what the other has."""
     rank = processes.rank
-    sums = processes.add_named({"both": torch.ones(2) * (rank + 1)} | ({"one": torch.ones(3)} if rank else {}), CPU)
-    assert {name: t.tolist() for name, t in sums.items()} == {"both": [3.0, 3.0], "one": [1.0, 1.0, 1.0]}
+    sums = processes.add_named(
+        {"both": torch.ones(2) * (rank + 1)} | ({"one": torch.ones(3)} if rank else {}), CPU
+    )
+    assert {name: t.tolist() for name, t in sums.items()} == {
+        "both": [3.0, 3.0],
+        "one": [1.0, 1.0, 1.0],
+    }
 
     x = torch.arange(12.0).reshape(6, 2)
     mine, whole = Moments(2), Moments(2)
@@ -79,11 +95,17 @@ def primitives(processes: Processes) -> None:
     if rank:
         chains["tower"] = Chain(stages[0], hidden=[x] * 2, sample=[3, 3], live=True)
     chains = processes.complete(chains, stages)
-    assert list(chains) == ["tower", "layers"] and chains["tower"].live and not chains["layers"].live
+    assert (
+        list(chains) == ["tower", "layers"] and chains["tower"].live and not chains["layers"].live
+    )
     assert processes.numbered(chains["layers"]) == (6, {rank: 0, rank + 2: 1, rank + 4: 2})
     assert processes.numbered(chains["tower"]) == (2, {0: 0, 1: 1} if rank else {})
 
-    codes = {"w": round_to_nearest(torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)), 4, Grid(4, True))}
+    codes = {
+        "w": round_to_nearest(
+            torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)), 4, Grid(4, True)
+        )
+    }
     try:
         processes.agree("layers.0", codes)
     except UserError as error:
@@ -104,8 +126,15 @@ def tune(processes: Processes, dies: bool) -> dict:
     plan = make_plan(model, RECIPE)
     quantize(model, RECIPE, plan, mixed_inputs(), finished, Watcher(step=step), processes=processes)
     reports = finished.reports.values()
-    sums = {name: checksum({w.name: finished.codes[w.name] for w in plan.of_block(name)}) for name in finished.reports}
-    state = {name: tensor.tolist() for name, tensor in model.state_dict().items() if name.endswith("proj.weight")}
+    sums = {
+        name: checksum({w.name: finished.codes[w.name] for w in plan.of_block(name)})
+        for name in finished.reports
+    }
+    state = {
+        name: tensor.tolist()
+        for name, tensor in model.state_dict().items()
+        if name.endswith("proj.weight")
+    }
     return {"codes": sums, "reports": [report.as_dict() for report in reports], "state": state}
 
 
@@ -122,7 +151,11 @@ def job(processes: Processes, folder: Path) -> None:
     """The whole journey from the model in ``folder`` to checkpoints beside it."""
     recipe = replace(RECIPE, model=str(folder / "model"), output_dir=str(folder), device="cpu")
     loaded = jobs.load_model(recipe, processes=processes)
-    jobs.run(jobs.Job(recipe, loaded, make_plan(loaded.model, recipe), mixed_inputs(), None, ()), None, processes)
+    jobs.run(
+        jobs.Job(recipe, loaded, make_plan(loaded.model, recipe), mixed_inputs(), None, ()),
+        None,
+        processes,
+    )
 
 
 def main(mode: str, rank: int, variables: dict[str, str], folder: Path) -> None:
@@ -134,7 +167,9 @@ def main(mode: str, rank: int, variables: dict[str, str], folder: Path) -> None:
             if mode == "hangs":
                 time.sleep(5 * rank)
             if mode in ("job", "job dies"):
-                return job(processes if mode == "job" else Dying(rank, processes.count, rank), folder)
+                return job(
+                    processes if mode == "job" else Dying(rank, processes.count, rank), folder
+                )
             primitives(processes)
             (folder / f"{rank}.json").write_text(json.dumps(tune(processes, mode == "dies")))
     except UserError as error:

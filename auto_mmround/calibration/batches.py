@@ -1,4 +1,5 @@
-"""Samples to model inputs for a run: which samples of which set, and an honest count of what became of them."""
+"""Samples to model inputs for a run: which samples of which set, and an honest count of what became
+of them."""
 
 import logging
 from collections import Counter
@@ -25,7 +26,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SetReport:
-    """What one set gave. asked, used: samples; tokens: modality -> number, over the used samples."""
+    """What one set gave. asked, used: samples; tokens: modality -> number, over the used
+    samples."""
 
     name: str
     asked: int
@@ -39,8 +41,8 @@ class SetReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the samples. skipped: reason -> ids. tokens: modality -> number, over the used samples. sets: the
-    same for each set of a mixture."""
+    """What became of the samples. skipped: reason -> ids. tokens: modality -> number, over the used
+    samples. sets: the same for each set of a mixture."""
 
     asked: int
     used: int
@@ -52,11 +54,17 @@ class Report:
 
     def text(self) -> str:
         """One paragraph for the log."""
-        parts = [f"calibration: {self.used} of {self.asked} samples asked for, tokens: {_counted(self.tokens)}"]
+        parts = [
+            f"calibration: {self.used} of {self.asked} samples asked for, tokens:"
+            f" {_counted(self.tokens)}"
+        ]
         if len(self.sets) > 1:
             parts.append("by set: " + ", ".join(each.text() for each in self.sets))
         if self.short:
-            parts.append(f"{self.short} of them shorter than seqlen, taken since there were too few full ones")
+            parts.append(
+                f"{self.short} of them shorter than seqlen, taken since there were too few full"
+                " ones"
+            )
         for reason, ids in self.skipped.items():
             named = ", ".join(ids[:3]) + (", .." if len(ids) > 3 else "")
             parts.append(f"skipped as {reason}: {len(ids)} ({named})")
@@ -70,9 +78,12 @@ def _counted(tokens: Mapping[str, int]) -> str:
 def token_counts(inputs: Iterable[ModelInput]) -> dict[str, int]:
     """Modality -> number of tokens, in the order of MODALITIES."""
     counts = sum(
-        (torch.bincount(made.modality_T.long(), minlength=len(MODALITIES)) for made in inputs), torch.tensor(0)
+        (torch.bincount(made.modality_T.long(), minlength=len(MODALITIES)) for made in inputs),
+        torch.tensor(0),
     )
-    return {name: int(count) for name, count in zip(MODALITIES, counts.reshape(-1).tolist()) if count}
+    return {
+        name: int(count) for name, count in zip(MODALITIES, counts.reshape(-1).tolist()) if count
+    }
 
 
 # Not the user's mistake, so never a reason to stop: such samples are left out and counted.
@@ -104,7 +115,8 @@ class Tally:
 
 
 def shares(nsamples: int, sets: Sequence[Rows]) -> tuple[list[int], tuple[str, ...]]:
-    """How many samples each set gives: its `num`, the rest of nsamples evenly over the others, smallest set first."""
+    """How many samples each set gives: its `num`, the rest of nsamples evenly over the others,
+    smallest set first."""
     fixed = sum(rows.source.num or 0 for rows in sets)
     given = [rows.source.num or 0 for rows in sets]
     notes: tuple[str, ...] = ()
@@ -113,7 +125,9 @@ def shares(nsamples: int, sets: Sequence[Rows]) -> tuple[list[int], tuple[str, .
         given = [end - start for start, end in zip([0, *ends], ends)]
         notes = (f"num= adds up to {fixed}, more than nsamples {nsamples}: scaled down",)
     left = nsamples - fixed
-    free = sorted((i for i, rows in enumerate(sets) if rows.source.num is None), key=lambda i: len(sets[i]))
+    free = sorted(
+        (i for i, rows in enumerate(sets) if rows.source.num is None), key=lambda i: len(sets[i])
+    )
     for done, i in enumerate(free):
         share = max(0, -(-left // (len(free) - done)))
         given[i] = share if sets[i].source.concat else min(share, len(sets[i]))
@@ -122,7 +136,8 @@ def shares(nsamples: int, sets: Sequence[Rows]) -> tuple[list[int], tuple[str, .
 
 
 def packed(rows: Rows, tokenizer: Any, seqlen: int, wanted: int, order: Iterator[int]) -> Rows:
-    """The `concat` option: texts one after the other, EOS between them, cut into samples of exactly seqlen tokens."""
+    """The `concat` option: texts one after the other, EOS between them, cut into samples of exactly
+    seqlen tokens."""
     bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     opening = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     stream: list[int] = []
@@ -130,22 +145,30 @@ def packed(rows: Rows, tokenizer: Any, seqlen: int, wanted: int, order: Iterator
         text = rows.sample(index).text
         if text is None:
             raise UserError(f"dataset {rows.source.name!r}: concat is for plain text rows")
-        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + ([] if eos is None else [eos])
+        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + (
+            [] if eos is None else [eos]
+        )
         if len(stream) >= wanted * (seqlen - len(opening)):
             break
     body = seqlen - len(opening)
     samples = [
-        Sample(f"{rows.name}#concat{i}", input_ids=torch.tensor(opening + stream[i * body : (i + 1) * body]))
+        Sample(
+            f"{rows.name}#concat{i}",
+            input_ids=torch.tensor(opening + stream[i * body : (i + 1) * body]),
+        )
         for i in range(min(wanted, len(stream) // body))
     ]
     return Rows(rows.source, samples, name=rows.name)
 
 
-def pick(rows: Rows, wanted: int, encode: Encoder, tally: Tally, seed: int) -> tuple[list[ModelInput], int]:
-    """At most `wanted` inputs of one set, in its order, and how many of them (the last ones) are shorter than seqlen.
+def pick(
+    rows: Rows, wanted: int, encode: Encoder, tally: Tally, seed: int
+) -> tuple[list[ModelInput], int]:
+    """At most `wanted` inputs of one set, in its order, and how many of them (the last ones) are
+    shorter than seqlen.
 
-    A set with more rows than wanted is sampled by seed. Plain text must fill seqlen; shorter ones (at least MIN_TOKENS)
-    follow only if too few do. Conversations are taken as long as they are.
+    A set with more rows than wanted is sampled by seed. Plain text must fill seqlen; shorter ones
+    (at least MIN_TOKENS) follow only if too few do. Conversations are taken as long as they are.
     """
     order: list[int] = list(range(len(rows)))
     if len(rows) > wanted:
@@ -161,8 +184,13 @@ def pick(rows: Rows, wanted: int, encode: Encoder, tally: Tally, seed: int) -> t
             break
         sample = tally.attempt(f"{rows.name}#{index}", rows.sample, index)
         tally.unread.update(() if sample is None else sample.unread)
-        # A text can't have more tokens than bytes, bar a few special ones: no need to tokenise it yet.
-        if sample is not None and sample.text is not None and len(sample.text.encode()) + 8 < encode.seqlen:
+        # A text can't have more tokens than bytes, bar a few special ones: no need to tokenise it
+        # yet.
+        if (
+            sample is not None
+            and sample.text is not None
+            and len(sample.text.encode()) + 8 < encode.seqlen
+        ):
             later.append((index, sample))
         elif sample is not None:
             made = tally.attempt(sample.id, encode, sample)
@@ -205,13 +233,15 @@ def build(
     collate: Collate | None = None,
     positions: int | None = None,
 ) -> tuple[list[ModelInput], Report]:
-    """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what became of the rows.
+    """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what
+    became of the rows.
 
-    truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the opening of the last
-    answer. on_bad_sample: "error" raises at the first damaged, missing or malformed one, "skip" counts them. quiet: the
-    report is only returned, not logged. collate: the user's own way from a row to model inputs. positions: tokens that
-    the model has room for; longer samples are cut, and that is counted.
-    Raises UserError for wrong arguments or when no sample can be used.
+    truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the
+    opening of the last answer. on_bad_sample: "error" raises at the first damaged, missing or
+    malformed one, "skip" counts them. quiet: the report is only returned, not logged. collate: the
+    user's own way from a row to model inputs. positions: tokens that the model has room for; longer
+    samples are cut, and that is counted. Raises UserError for wrong arguments or when no sample can
+    be used.
     """
     if on_bad_sample not in ("error", "skip"):
         raise UserError(f"on_bad_sample must be error or skip, not {on_bad_sample!r}")
@@ -220,7 +250,9 @@ def build(
     family = get_processor(processor_name, template)(tokenizer, processor, image_processor, config)
     roots = media.parse_roots(extra_data_dir, allow_url)
     seqlen = min(seqlen, positions or seqlen)
-    encode = Encoder(tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt, positions)
+    encode = Encoder(
+        tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt, positions
+    )
     sets = load_rows(dataset, collate)
     given, notes = shares(nsamples, sets)
     tally = Tally(on_bad_sample == "error")
@@ -240,7 +272,10 @@ def build(
     if left:
         notes += ("left out: " + ", ".join(f"{name} ({count})" for name, count in left.items()),)
     if tally.unread:
-        notes += ("columns not read: " + ", ".join(f"{name} ({n})" for name, n in tally.unread.most_common(12)),)
+        notes += (
+            "columns not read: "
+            + ", ".join(f"{name} ({n})" for name, n in tally.unread.most_common(12)),
+        )
     report = Report(asked, len(inputs), short, skipped, token_counts(inputs), notes, tuple(of_sets))
     if not inputs:
         raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")

@@ -1,5 +1,6 @@
-"""The columns of a row by what they hold: the conversation or text, media, and what goes into a chat template beside
-it. Sets call these by many names; the tables below are all that is known, what is left is told by name."""
+"""The columns of a row by what they hold: the conversation or text, media, and what goes into a
+chat template beside it. Sets call these by many names; the tables below are all that is known, what
+is left is told by name."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import Any
 from PIL import Image
 
 from auto_mmround.calibration.media import find_file
-from auto_mmround.calibration.turns import MARKERS, Message, decoded, is_empty, part_kind, without_none
+from auto_mmround.calibration.turns import (
+    MARKERS,
+    Message,
+    decoded,
+    is_empty,
+    part_kind,
+    without_none,
+)
 
 CHATS = ("conversations", "messages", "conversation", "text", "content")
 # Columns of a question (joined) and of its answer, the first pair that is there.
@@ -25,15 +33,30 @@ ABOUT = ("transcription", "transcript", "sentence", "normalized_text", "caption"
 PLURAL = {"image": "images", "video": "videos", "audio": "audios"}
 # The first of these that is there; the two first are read together.
 MEDIA = {
-    "image": ("image", "images", "img", "imgs", "picture", "pictures", "photo", "image_path", "image_paths",
+    "image": ("image", "images", "img", "imgs", "picture", "pictures", "photo", "image_path",
+        "image_paths",
               "image_file", "image_url", "image_urls", "jpg", "jpeg", "png", "webp"),
     "video": ("video", "videos", "video_path", "video_url", "mp4"),
-    "audio": ("audio", "audios", "audio_path", "audio_url", "speech", "sound", "wav", "flac", "mp3"),
+    "audio": ("audio", "audios", "audio_path", "audio_url", "speech", "sound", "wav", "flac",
+        "mp3"),
 }  # fmt: skip
 FILES = ("file_name", "path", "file", "filename", "filepath")  # of the kind that the ending tells
 SUFFIXES = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm"),
+    "image": (
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".jp2",
+        ".tga",
+        ".ppm",
+    ),
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
 }
 MAGIC = {
@@ -44,8 +67,9 @@ PART_KEYS = ("path", "url", "source", "data", "base64")
 
 
 class Columns:
-    """One row taken apart. turns: a text, turns of any form, Messages, or None where nothing says anything. media: kind
-    -> references in the order of the text. unread: names of the columns that nobody took and that hold something."""
+    """One row taken apart. turns: a text, turns of any form, Messages, or None where nothing says
+    anything. media: kind -> references in the order of the text. unread: names of the columns that
+    nobody took and that hold something."""
 
     def __init__(self, row: Mapping[str, Any], base: Path | None) -> None:
         self.row, self.base = row, base
@@ -64,7 +88,11 @@ class Columns:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        return tuple(str(key) for key, value in self.row.items() if key not in self.taken and not is_empty(value))
+        return tuple(
+            str(key)
+            for key, value in self.row.items()
+            if key not in self.taken and not is_empty(value)
+        )
 
     def options(self) -> dict[str, Any]:
         """What a chat template may read beside the turns."""
@@ -72,7 +100,8 @@ class Columns:
         more = decoded(self.take("chat_template_kwargs"))
         given = {key: decoded(value) for key, value in found.items() if value is not None}
         given = {
-            key: [decoded(each) for each in value] if isinstance(value, list) else value for key, value in given.items()
+            key: [decoded(each) for each in value] if isinstance(value, list) else value
+            for key, value in given.items()
         }
         return without_none(given) | (dict(more) if isinstance(more, Mapping) else {})
 
@@ -89,11 +118,16 @@ class Columns:
         return found
 
     def _unnamed(self) -> dict[str, list[Any]]:
-        """References in a column of any name: what is stored as media, or names a file that lies beside the row's."""
+        """References in a column of any name: what is stored as media, or names a file that lies
+        beside the row's."""
         found: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
         for name, value in self.row.items():
             items = value if isinstance(value, list | tuple) else [value]
-            kinds = {_kind_of(item, self.base) for item in items} if items and name not in self.taken else {None}
+            kinds = (
+                {_kind_of(item, self.base) for item in items}
+                if items and name not in self.taken
+                else {None}
+            )
             kind = next(iter(kinds))
             if len(kinds) == 1 and kind and not found[kind]:
                 found[kind] = _several(self.take(name))
@@ -102,7 +136,11 @@ class Columns:
     def _turns(self, media: list[str]) -> Any:
         """The conversation of a row, or its text."""
         turns: Any = decoded_turns(self.take(*CHATS))
-        if turns is None and isinstance(texts := self.row.get("texts"), list) and all(map(_is_mapping, texts)):
+        if (
+            turns is None
+            and isinstance(texts := self.row.get("texts"), list)
+            and all(map(_is_mapping, texts))
+        ):
             self.taken.add("texts")
             return _messages((text.get("user"), text.get("assistant")) for text in texts)
         if turns is None:
@@ -114,7 +152,8 @@ class Columns:
         return turns
 
     def _pair(self, media: bool) -> list[Any] | None:
-        """Question and answer as turns, after a `history` of them; a question about media may stand alone."""
+        """Question and answer as turns, after a `history` of them; a question about media may stand
+        alone."""
         for asks, answers in PAIRS:
             asked = decoded_turns(self.row.get(asks[0]))
             answer = next((name for name in answers if not is_empty(self.row.get(name))), None)
@@ -123,7 +162,8 @@ class Columns:
             self.taken |= {answer, *asks} - {None}
             said = decoded_turns(self.row[answer]) if answer else None
             before = asked if isinstance(asked, list) else self._asked(asks)
-            if isinstance(said, list) and said and _is_turn(said[0]):  # TRL; the answer may repeat the question
+            # TRL; the answer may repeat the question
+            if isinstance(said, list) and said and _is_turn(said[0]):
                 repeats = len(said) > 1 if isinstance(asked, str) else said[: len(asked)] == asked
                 return [*([] if repeats else before), *said]
             return [*before, *_messages([(None, _first(said))])]
@@ -133,7 +173,9 @@ class Columns:
         """A question of one or more columns, after a `history` of pairs."""
         before = _several(decoded(self.take("history")))
         pairs = [pair for pair in before if isinstance(pair, list | tuple) and len(pair) == 2]
-        text = "\n".join(str(self.row[name]) for name in columns if not is_empty(self.row.get(name)))
+        text = "\n".join(
+            str(self.row[name]) for name in columns if not is_empty(self.row.get(name))
+        )
         return _messages([*map(tuple, pairs), (text, None)])
 
     def _alone(self) -> str | None:
@@ -159,7 +201,9 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _messages(pairs: Iterable[tuple[Any, Any]]) -> list[Message]:
-    said = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    said = [
+        turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))
+    ]
     return [Message(role, str(text)) for role, text in said if text is not None]
 
 
@@ -169,23 +213,31 @@ def _first(value: Any) -> str | None:
         return _first(value[0]) if value else None
     if isinstance(value, Mapping):
         return _first(value.get("answer", value.get("text")))
-    return value if isinstance(value, str) else str(value) if isinstance(value, int | float) else None
+    return (
+        value if isinstance(value, str) else str(value) if isinstance(value, int | float) else None
+    )
 
 
 def _several(value: Any) -> list[Any]:
-    return [each for each in (value if isinstance(value, list | tuple) else [value]) if not is_empty(each)]
+    return [
+        each
+        for each in (value if isinstance(value, list | tuple) else [value])
+        if not is_empty(each)
+    ]
 
 
 def _kind_of(value: Any, base: Path | None = None, named: bool = False) -> str | None:
-    """The kind of a medium that a value is by itself. named: its column says that it names a file, whether it is there
-    or not."""
+    """The kind of a medium that a value is by itself. named: its column says that it names a file,
+    whether it is there or not."""
     if isinstance(value, Image.Image):
         return "image"
     if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
         return _kind_of(value.get("bytes")) or _kind_of(value.get("path"), base, named=True)
     if isinstance(value, bytes):
         head = value[:4] + b"...." + value[8:12]
-        return next((kind for kind, marks in MAGIC.items() for mark in marks if head.startswith(mark)), None)
+        return next(
+            (kind for kind, marks in MAGIC.items() for mark in marks if head.startswith(mark)), None
+        )
     if not isinstance(value, str) or len(value) >= 1024:
         return None
     told = next((kind for kind, ends in SUFFIXES.items() if value.lower().endswith(ends)), None)
@@ -193,7 +245,8 @@ def _kind_of(value: Any, base: Path | None = None, named: bool = False) -> str |
 
 
 def _ordered(turns: Any, queues: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """References by kind, in the order of the text: those inside the turns, else the next one of the row's own list."""
+    """References by kind, in the order of the text: those inside the turns, else the next one of
+    the row's own list."""
     left = {kind: list(items) for kind, items in queues.items()}
     found: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
     for turn in turns if isinstance(turns, list | tuple) else ():

@@ -1,4 +1,5 @@
-"""A conversation in the model's own chat template: everything that the template can say, and the names of the rest."""
+"""A conversation in the model's own chat template: everything that the template can say, and the
+names of the rest."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +16,25 @@ Turns = list[dict[str, Any]]
 
 
 def allowed(options: Mapping[str, Any], apply: Callable[..., Any]) -> dict[str, Any]:
-    """Options of a row that a chat template may have: tools, documents and its own switches, none of the caller's."""
-    own = set(inspect.signature(apply).parameters) | {"tokenize", "chat_template", "return_dict", "return_tensors"}
-    return {key: value for key, value in options.items() if key in ("tools", "documents") or key not in own}
+    """Options of a row that a chat template may have: tools, documents and its own switches, none
+    of the caller's."""
+    own = set(inspect.signature(apply).parameters) | {
+        "tokenize",
+        "chat_template",
+        "return_dict",
+        "return_tensors",
+    }
+    return {
+        key: value
+        for key, value in options.items()
+        if key in ("tools", "documents") or key not in own
+    }
 
 
 def arranged(turns: Sequence[Message], contents: Sequence[Any], write: Write) -> Turns:
-    """The turns as mappings in the form that this template takes: roles that it knows, arguments of calls as mappings
-    or as text, reasoning under the name that it reads. Raises TemplateError when it takes none."""
+    """The turns as mappings in the form that this template takes: roles that it knows, arguments of
+    calls as mappings or as text, reasoning under the name that it reads. Raises TemplateError when
+    it takes none."""
     chat = [_said(turn, content, write) for turn, content in zip(turns, contents, strict=True)]
     if all(set(turn) == {"role", "content"} for turn in chat):
         return chat
@@ -45,7 +57,8 @@ def arranged(turns: Sequence[Message], contents: Sequence[Any], write: Write) ->
 
 
 def _said(turn: Message, content: Any, write: Write) -> dict[str, Any]:
-    """One turn as a template has it; what a model says to call a function is an assistant's turn."""
+    """One turn as a template has it; what a model says to call a function is an assistant's
+    turn."""
     if turn.role == "function":
         calls = tool_calls(turn.content)
         told = {"role": "assistant", "content": "", "tool_calls": calls, **turn.extra}
@@ -72,14 +85,17 @@ def _written(write: Write, chat: Turns) -> str | None:
 def _knows(role: str, write: Write) -> bool:
     """Whether a template treats a role otherwise than one that nobody has heard of."""
     asked = {"role": "user", "content": "a"}
-    found, other = (_written(write, [{"role": name, "content": "b"}, asked]) for name in (role, "xyzzy"))
+    found, other = (
+        _written(write, [{"role": name, "content": "b"}, asked]) for name in (role, "xyzzy")
+    )
     return found is not None and (other is None or found.replace(role, "xyzzy") != other)
 
 
 def _with_text(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A turn with the arguments of its calls as JSON text, as OpenAI's interface has them."""
     calls = [
-        {**call, "function": {**call["function"], "arguments": dumps(call["function"]["arguments"])}}
+        {**call, "function": {**call["function"],
+            "arguments": dumps(call["function"]["arguments"])}}
         if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping)
         and not isinstance(call["function"].get("arguments"), str) else call
         for call in turn.get("tool_calls", ())
@@ -96,10 +112,15 @@ def _silent(chat: Turns, index: int, key: str, whole: Turns, write: Write) -> bo
         return False
 
 
-def left_out(chat: Turns, options: Mapping[str, Any], write: Callable[..., str], text: str) -> Iterator[str]:
-    """The names of what a written conversation does not say: options, keys of turns, whole turns of unusual roles."""
+def left_out(
+    chat: Turns, options: Mapping[str, Any], write: Callable[..., str], text: str
+) -> Iterator[str]:
+    """The names of what a written conversation does not say: options, keys of turns, whole turns of
+    unusual roles."""
     for key in options:
-        if _same(text, write, chat, {name: value for name, value in options.items() if name != key}):
+        if _same(
+            text, write, chat, {name: value for name, value in options.items() if name != key}
+        ):
             yield key
     for i, turn in enumerate(chat):
         for key in turn:

@@ -1,6 +1,8 @@
-"""From a dataset's name to samples: the grammar, the named sets, local files and folders, rows of any accepted form.
+"""From a dataset's name to samples: the grammar, the named sets, local files and folders, rows of
+any accepted form.
 
-spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | config=C | concat | ..
+spec = set { "," set }    set = name { ":" option }    option = num=N | split=a+b | config=C |
+concat | ..
 """
 
 import re
@@ -23,7 +25,15 @@ from auto_mmround.calibration.layouts import transcribed
 from auto_mmround.calibration.media import find_file
 from auto_mmround.calibration.named import DEMO, KNOWN, LOCAL, NAMED, SHORT, Named
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample, parse_row, split_batch
-from auto_mmround.calibration.tables import LINES, PLAIN, TABLES, Joined, is_data, kind_of, read_files
+from auto_mmround.calibration.tables import (
+    LINES,
+    PLAIN,
+    TABLES,
+    Joined,
+    is_data,
+    kind_of,
+    read_files,
+)
 from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
 
@@ -51,7 +61,11 @@ class Source:
 
     def spec(self) -> str:
         """The text that `parse_source` reads back to this source."""
-        given = {key: value for key, value in vars(self).items() if key != "name" and value not in (None, False)}
+        given = {
+            key: value
+            for key, value in vars(self).items()
+            if key != "name" and value not in (None, False)
+        }
         return ":".join([self.name, *(f"{key}={value}" for key, value in given.items())])
 
 
@@ -81,7 +95,8 @@ FLAGS = [key for key, (_, read) in OPTIONS.items() if read is _flag]  # these ne
 
 
 def parse_source(text: str) -> Source:
-    """One `name:option:option`. A colon that no known option follows belongs to the name (URLs, drive letters)."""
+    """One `name:option:option`. A colon that no known option follows belongs to the name (URLs,
+    drive letters)."""
     name, values, last = "", {}, ""
     for i, piece in enumerate(text.split(":")):
         key, mark, value = piece.partition("=")
@@ -91,18 +106,24 @@ def parse_source(text: str) -> Source:
             last = key.strip()
             values[last] = value.strip()
         elif (mark or did_you_mean(key.strip(), FLAGS)) and re.fullmatch(r"\s*\w+\s*", key):
-            raise UserError(f"dataset {name!r}: unknown option {key.strip()!r}{did_you_mean(key.strip(), OPTIONS)}")
+            raise UserError(
+                f"dataset {name!r}: unknown option"
+                f" {key.strip()!r}{did_you_mean(key.strip(), OPTIONS)}"
+            )
         elif last:
             values[last] += f":{piece}"
         else:
             name += f":{piece}"
     if not name:
         raise UserError(f"dataset {text!r} has no name")
-    return Source(name, **{OPTIONS[key][0]: OPTIONS[key][1](value) for key, value in values.items()})
+    return Source(
+        name, **{OPTIONS[key][0]: OPTIONS[key][1](value) for key, value in values.items()}
+    )
 
 
 def parse_spec(spec: str) -> list[Source]:
-    """The sets of a dataset argument; an existing path is one set whatever signs it holds. `demo` becomes two."""
+    """The sets of a dataset argument; an existing path is one set whatever signs it holds. `demo`
+    becomes two."""
     if not spec.strip():
         raise UserError("the dataset is empty: name one, such as demo or a local .json file")
     if spec not in KNOWN and Path(spec).exists():
@@ -112,17 +133,24 @@ def parse_spec(spec: str) -> list[Source]:
     for source in sources:
         halves = list(DEMO) if source.name == "demo" else [source.name]
         shares = _shares(source.num, len(halves))
-        found += [Source(**{**vars(source), "name": name, "num": num}) for name, num in zip(halves, shares) if num != 0]
+        found += [
+            Source(**{**vars(source), "name": name, "num": num})
+            for name, num in zip(halves, shares)
+            if num != 0
+        ]
     return found
 
 
 def _shares(num: int | None, parts: int) -> list[int | None]:
-    return [None] * parts if num is None else [num // parts + (i < num % parts) for i in range(parts)]
+    return (
+        [None] * parts if num is None else [num // parts + (i < num % parts) for i in range(parts)]
+    )
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one set; a Sample is made when it is asked for. Sequence of raw rows, and how to read them."""
+    """The rows of one set; a Sample is made when it is asked for. Sequence of raw rows, and how to
+    read them."""
 
     source: Source
     rows: Sequence[Any]
@@ -136,7 +164,8 @@ class Rows:
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadSample when the row has no form that is known, or code of the user's fails on it."""
+        """Raises BadSample when the row has no form that is known, or code of the user's fails on
+        it."""
         label = f"{self.name}#{index}"
         try:
             row = self.rows[index]
@@ -157,7 +186,8 @@ class Rows:
             raise BadSample("form", f"sample {label}: {error}") from error
 
     def folder(self, index: int) -> Path | None:
-        """Where the media of a row lie: beside the file that it is from, inside the folder of the whole set."""
+        """Where the media of a row lie: beside the file that it is from, inside the folder of the
+        whole set."""
         return self.rows.folder(index) if isinstance(self.rows, Joined) else self.base
 
     def _parsed(self, row: Any, label: str, folder: Path | None) -> Sample:
@@ -166,17 +196,25 @@ class Rows:
             if made.inputs is None and made.input_ids is None:
                 raise UserError("the collator must give input_ids, or a decoder's inputs or labels")
             return made
-        if self.columns and isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in self.columns):
+        if (
+            self.columns
+            and isinstance(row, Mapping)
+            and all(isinstance(row.get(key), str) for key in self.columns)
+        ):
             row = "\n".join(row[key] for key in self.columns)
         chat, system = self.source.as_chat, self.source.system_prompt
-        made = parse_row(row, label, base=folder, remote=self.remote, as_chat=chat, system_prompt=system)
+        made = parse_row(
+            row, label, base=folder, remote=self.remote, as_chat=chat, system_prompt=system
+        )
         # Tables name media from their own folder or from that of the whole set.
-        beside = folder == self.base or any(find_file(name, (), folder) for name in made.media if isinstance(name, str))
+        beside = folder == self.base or any(
+            find_file(name, (), folder) for name in made.media if isinstance(name, str)
+        )
         return made if beside else replace(made, base=self.base)
 
     def kinds(self) -> frozenset[str]:
-        """Kinds of media that the first rows carry, READY for finished model inputs, whose kind nobody asks; rows of no
-        known form are left to whoever uses them."""
+        """Kinds of media that the first rows carry, READY for finished model inputs, whose kind
+        nobody asks; rows of no known form are left to whoever uses them."""
         found: set[str] = set()
         for index in range(min(16, len(self))):
             with suppress(BadSample):
@@ -191,12 +229,15 @@ class Rows:
 
 
 def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
-    """A file, or a folder: a copy in the hub's layout, one of `save_to_disk`, files of our own forms, or sounds."""
+    """A file, or a folder: a copy in the hub's layout, one of `save_to_disk`, files of our own
+    forms, or sounds."""
     if path.is_file():
         if not is_data(path):
             raise UserError(f"dataset {path}: expected a file ending in {', '.join(SUFFIXES)}")
         if source.split:
-            raise UserError(f"dataset {path}: a single file has no splits, leave split={source.split} out")
+            raise UserError(
+                f"dataset {path}: a single file has no splits, leave split={source.split} out"
+            )
         return Rows(source, read_files([path]), path.resolve().parent, name=path.name)
     if not path.is_dir():
         raise UserError(f"dataset {path} is neither a file nor a folder")
@@ -205,10 +246,19 @@ def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
     data = folders.data_files(folder, files)
     tables = any(kind_of(file.path) in TABLES for file in data)
     rows: Sequence[Any] | None = None
-    if not tables and source.split and all((folder / part).is_dir() for part in source.split.split("+")):
-        parts = [_local(folder / part, replace(source, split=None)).rows for part in source.split.split("+")]
+    if (
+        not tables
+        and source.split
+        and all((folder / part).is_dir() for part in source.split.split("+"))
+    ):
+        parts = [
+            _local(folder / part, replace(source, split=None)).rows
+            for part in source.split.split("+")
+        ]
         rows = Joined(part for each in parts if isinstance(each, Joined) for part in each.parts)
-    elif not tables and not any(kind_of(f.path) in (".json", *LINES) and f.path.parent == folder for f in data):
+    elif not tables and not any(
+        kind_of(f.path) in (".json", *LINES) and f.path.parent == folder for f in data
+    ):
         spoken = transcribed(folder, files)
         rows = None if spoken is None else Joined([(folder, spoken)])
     if rows is None and not data:
@@ -222,7 +272,8 @@ def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
 
 
 def hub_answers() -> bool:
-    """Whether the hub (or the proxy to it) takes a connection within PROBE_SECONDS; False in offline mode."""
+    """Whether the hub (or the proxy to it) takes a connection within PROBE_SECONDS; False in
+    offline mode."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
@@ -236,7 +287,9 @@ def hub_answers() -> bool:
 
     def probe() -> None:
         try:
-            socket.create_connection((host.hostname, host.port or 443), timeout=PROBE_SECONDS).close()
+            socket.create_connection(
+                (host.hostname, host.port or 443), timeout=PROBE_SECONDS
+            ).close()
             answers.append(True)
         except OSError:
             answers.append(False)
@@ -251,17 +304,32 @@ def hub_answers() -> bool:
 def _hub(named: Named, source: Source) -> Rows:
     """A set of the hub, or the copy in the hub's cache when there is no connection."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     online = hub_answers()
-    more: dict[str, Any] = {"remote": named.remote, "columns": named.columns, "name": source.name.rpartition("/")[2]}
+    more: dict[str, Any] = {
+        "remote": named.remote,
+        "columns": named.columns,
+        "name": source.name.rpartition("/")[2],
+    }
     try:
         if named.file:
-            path = Path(hf_hub_download(named.repo, named.file, repo_type="dataset", local_files_only=not online))
+            path = Path(
+                hf_hub_download(
+                    named.repo, named.file, repo_type="dataset", local_files_only=not online
+                )
+            )
             return Rows(source, read_files([path]), path.parent, **more)
         if online:
             limit = (source.num or STREAMED) if named.streamed else None
-            rows = load_hub(named.repo, source.config or named.config, source.split or named.split, limit)
+            rows = load_hub(
+                named.repo, source.config or named.config, source.split or named.split, limit
+            )
             return Rows(source, rows, **more)
         folder = Path(snapshot_download(named.repo, repo_type="dataset", local_files_only=True))
         return Rows(source, _local(folder, source, named).rows, folder.resolve(), **more)
@@ -271,9 +339,13 @@ def _hub(named: Named, source: Source) -> Rows:
             f"use {LOCAL['audio' if 'audio' in named.kinds else 'image']}"
         ) from error
     except HFValidationError as error:
-        raise UserError(f"dataset {source.name!r} is no file here and no valid name on the hub") from error
+        raise UserError(
+            f"dataset {source.name!r} is no file here and no valid name on the hub"
+        ) from error
     except HfHubHTTPError as error:
-        raise UserError(f"dataset {source.name!r} can't be fetched: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"dataset {source.name!r} can't be fetched: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _rows(source: Source) -> Rows:
@@ -285,8 +357,15 @@ def _rows(source: Source) -> Rows:
     if name in NAMED and not path.exists():
         return _hub(NAMED[name], source)
     if dotted.is_dotted(source.name) and not path.exists():
-        options = {key: value for key in ("split", "config") if (value := getattr(source, key)) is not None}
-        return Rows(source, undecoded(dotted.rows(source.name, STREAM_ROWS, **options)), Path.cwd(), name=source.name)
+        options = {
+            key: value for key in ("split", "config") if (value := getattr(source, key)) is not None
+        }
+        return Rows(
+            source,
+            undecoded(dotted.rows(source.name, STREAM_ROWS, **options)),
+            Path.cwd(),
+            name=source.name,
+        )
     if path.exists():
         return _local(path, source)
     if path.suffix in SUFFIXES or path.is_absolute() or source.name.startswith((".", "~")):
@@ -294,7 +373,9 @@ def _rows(source: Source) -> Rows:
     if source.name.count("/") != 1:
         hint = did_you_mean(source.name, KNOWN)
         names = ", ".join([*NAMED, "demo", *DEMO])
-        raise UserError(f"unknown dataset {source.name!r}{hint} (known: {names}, or a local file or folder)")
+        raise UserError(
+            f"unknown dataset {source.name!r}{hint} (known: {names}, or a local file or folder)"
+        )
     try:
         return _hub(Named(source.name), source)
     except UserError as error:
@@ -316,7 +397,9 @@ def load_rows(dataset: Any, collate: dotted.Collate | None = None) -> list[Rows]
         rows = list(items) if collate else [row for item in items for row in split_batch(item)]
         found = [Rows(Source("given rows"), rows, Path.cwd(), name="row")]
     else:
-        raise UserError(f"dataset must be a name, a path or a list of rows, not {type(dataset).__name__}")
+        raise UserError(
+            f"dataset must be a name, a path or a list of rows, not {type(dataset).__name__}"
+        )
     for each in found:
         if not len(each):
             raise UserError(f"dataset {each.source.name!r} is empty")
@@ -324,10 +407,13 @@ def load_rows(dataset: Any, collate: dotted.Collate | None = None) -> list[Rows]
 
 
 def load_samples(dataset: Any, limit: int | None = None) -> list[Sample]:
-    """The first `limit` samples of a dataset argument (all without one), in its order; media not read yet.
+    """The first `limit` samples of a dataset argument (all without one), in its order; media not
+    read yet.
 
     Raises UserError (BadSample for a row whose form isn't known).
     """
     sets = load_rows(dataset)
-    every = (each.sample(i) for each in sets for i in range(min(len(each), each.source.num or len(each))))
+    every = (
+        each.sample(i) for each in sets for i in range(min(len(each), each.source.num or len(each)))
+    )
     return list(islice(every, limit))

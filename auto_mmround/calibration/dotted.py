@@ -1,5 +1,5 @@
-"""Code of the user's, named as `module:name` in a recipe: imported only because it is named there, see
-docs/calibration.md for what it must offer."""
+"""Code of the user's, named as `module:name` in a recipe: imported only because it is named there,
+see docs/calibration.md for what it must offer."""
 
 import importlib
 import re
@@ -17,7 +17,8 @@ from auto_mmround.errors import UserError
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 # What a mistake in somebody's code may raise. Interrupts and a full memory are not among them.
 MISTAKES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError,
     SyntaxError, TypeError, ValueError,
 )  # fmt: skip
 
@@ -37,7 +38,11 @@ def told(what: str) -> Iterator[None]:
     except UserError:
         raise
     except MISTAKES as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename != __file__
+        ]
         frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
         inside = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
         where = f" ({Path(inside[-1].filename).name} line {inside[-1].lineno})" if inside else ""
@@ -46,9 +51,11 @@ def told(what: str) -> Iterator[None]:
 
 
 def find(path: str, what: str) -> Any:
-    """The object that `module:name` stands for. The current folder is searched first, then installed modules.
+    """The object that `module:name` stands for. The current folder is searched first, then
+    installed modules.
 
-    what: for messages, such as `collator`. Raises UserError when the module or the name in it is missing or broken.
+    what: for messages, such as `collator`. Raises UserError when the module or the name in it is
+      missing or broken.
     """
     if not is_dotted(path):
         raise UserError(f"{what} {path!r} must read module:name, such as my_module:collate")
@@ -63,7 +70,9 @@ def find(path: str, what: str) -> Any:
     for name in names.split("."):
         if not hasattr(found, name):
             public = [each for each in dir(found) if not each.startswith("_")]
-            raise UserError(f"{what} {path!r}: {module_name} has no {name!r}{did_you_mean(name, public)}")
+            raise UserError(
+                f"{what} {path!r}: {module_name} has no {name!r}{did_you_mean(name, public)}"
+            )
         found = getattr(found, name)
     return found
 
@@ -83,28 +92,37 @@ class Indexed(Sequence[Any]):
 
 
 def rows(path: str, limit: int, **options: Any) -> Sequence[Any]:
-    """The rows of a dataset named by path: an iterable, or a class or function that gives one when it is called.
+    """The rows of a dataset named by path: an iterable, or a class or function that gives one when
+    it is called.
 
-    options: keywords for that call. At most `limit` rows are read where the length isn't known. Raises UserError.
+    options: keywords for that call. At most `limit` rows are read where the length isn't known.
+      Raises UserError.
     """
     found = find(path, "dataset")
     if callable(found):
         with told(f"dataset {path!r}: calling it"):
             found = found(**options)
     elif options:
-        raise UserError(f"dataset {path!r} is no class or function: it can't take {', '.join(options)}")
+        raise UserError(
+            f"dataset {path!r} is no class or function: it can't take {', '.join(options)}"
+        )
     if isinstance(found, Mapping | str | bytes):
-        raise UserError(f"dataset {path!r} gives a {type(found).__name__}, not rows one after the other")
+        raise UserError(
+            f"dataset {path!r} gives a {type(found).__name__}, not rows one after the other"
+        )
     if hasattr(found, "__len__") and hasattr(found, "__getitem__"):
         return Indexed(found, path)
     if not isinstance(found, Iterable):
-        raise UserError(f"dataset {path!r} gives a {type(found).__name__}, which can't be iterated over")
+        raise UserError(
+            f"dataset {path!r} gives a {type(found).__name__}, which can't be iterated over"
+        )
     with told(f"dataset {path!r}: reading its rows"):
         return list(islice(found, limit))
 
 
 def collator(path: str) -> Collate:
-    """The collator named by path: called with a list of one row, it gives the model's keyword arguments."""
+    """The collator named by path: called with a list of one row, it gives the model's keyword
+    arguments."""
     found = find(path, "collator")
     if not callable(found):
         raise UserError(f"collator {path!r} is a {type(found).__name__}, which can't be called")
@@ -113,7 +131,9 @@ def collator(path: str) -> Collate:
         with told(f"collator {path!r}"):
             made = found(batch)
         if not isinstance(made, Mapping):
-            raise UserError(f"collator {path!r} gave a {type(made).__name__}, not a mapping of model inputs")
+            raise UserError(
+                f"collator {path!r} gave a {type(made).__name__}, not a mapping of model inputs"
+            )
         return made
 
     return collate

@@ -1,8 +1,9 @@
-"""One file from the web, for media that are named by URL: only with leave, only from public addresses, within bounds.
+"""One file from the web, for media that are named by URL: only with leave, only from public
+addresses, within bounds.
 
-The address that a name resolves to is checked, and the connection goes to that very address, so a name that answers
-otherwise a moment later leads nowhere else. Every redirect is checked anew. Proxies of the environment are not used:
-they would look names up themselves.
+The address that a name resolves to is checked, and the connection goes to that very address, so a
+name that answers otherwise a moment later leads nowhere else. Every redirect is checked anew.
+Proxies of the environment are not used: they would look names up themselves.
 """
 
 import http.client
@@ -35,7 +36,8 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; those that carry another inside are judged by that one."""
+    """Whether an IP address is one of the public internet; those that carry another inside are
+    judged by that one."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -46,7 +48,13 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    bad = found.is_private or found.is_multicast or found.is_reserved or found.is_link_local or found.is_unspecified
+    bad = (
+        found.is_private
+        or found.is_multicast
+        or found.is_reserved
+        or found.is_link_local
+        or found.is_unspecified
+    )
     return found.is_global and not bad
 
 
@@ -59,16 +67,18 @@ def fetch(
     deadline: float = DEADLINE,
     context: ssl.SSLContext | None = None,
 ) -> bytes:
-    """The content of an http(s) URL, at most `limit` bytes, within `deadline` seconds, redirects included.
+    """The content of an http(s) URL, at most `limit` bytes, within `deadline` seconds, redirects
+    included.
 
-    resolve: host, port to addresses. permitted: which addresses may be connected to. context: of TLS, the system's
-    authorities without one. Raises FetchError.
+    resolve: host, port to addresses. permitted: which addresses may be connected to. context: of
+    TLS, the system's authorities without one. Raises FetchError.
     """
     end = time.monotonic() + deadline
     for _ in range(REDIRECTS + 1):
         host, port, secure, target = _parts(url)
         line = _dial(host, port, resolve, permitted)
-        # However slowly a server drips, in the handshake, the head or the body, the line is cut at the end.
+        # However slowly a server drips, in the handshake, the head or the body, the line is cut at
+        # the end.
         cut = line.dup()
         timer = threading.Timer(max(end - time.monotonic(), 0), _shut, [cut])
         timer.daemon = True
@@ -76,9 +86,13 @@ def fetch(
         try:
             connection = http.client.HTTPConnection(host, port)
             if secure:
-                line = (context or ssl.create_default_context()).wrap_socket(line, server_hostname=host)
+                line = (context or ssl.create_default_context()).wrap_socket(
+                    line, server_hostname=host
+                )
             connection.sock = line
-            connection.request("GET", target, headers={"User-Agent": "auto_mmround", "Connection": "close"})
+            connection.request(
+                "GET", target, headers={"User-Agent": "auto_mmround", "Connection": "close"}
+            )
             answer = connection.getresponse()
             if answer.status in (301, 302, 303, 307, 308):
                 url = urllib.parse.urljoin(url, answer.getheader("Location") or "")
@@ -92,7 +106,11 @@ def fetch(
                 return data
             raise FetchError(f"it takes longer than {deadline:.0f} seconds")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            late = f"it takes longer than {deadline:.0f} seconds" if time.monotonic() >= end else str(error)
+            late = (
+                f"it takes longer than {deadline:.0f} seconds"
+                if time.monotonic() >= end
+                else str(error)
+            )
             raise FetchError(f"the connection failed: {late or type(error).__name__}") from error
         finally:
             timer.cancel()
@@ -111,7 +129,9 @@ def _parts(url: str) -> tuple[str, int, bool, str]:
     if parts.scheme not in PORTS or not parts.hostname:
         raise FetchError("only http and https are fetched")
     target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-    target += f"?{urllib.parse.quote(parts.query, safe='/%:@!$&()*+,;=~?-._')}" if parts.query else ""
+    target += (
+        f"?{urllib.parse.quote(parts.query, safe='/%:@!$&()*+,;=~?-._')}" if parts.query else ""
+    )
     return parts.hostname, port or PORTS[parts.scheme], parts.scheme == "https", target
 
 
@@ -122,8 +142,12 @@ def _dial(host: str, port: int, resolve: Resolve, permitted: Permitted) -> socke
     except (OSError, ValueError) as error:
         raise FetchError(f"the host {host} is unknown: {error}") from error
     refused = [address for address in addresses if not permitted(address)]
-    if refused or not addresses:  # one bad address condemns the name, whichever would be tried first
-        raise FetchError(f"{host} is at {refused[0] if refused else 'no address'}, which is not on the public internet")
+    # one bad address condemns the name, whichever would be tried first
+    if refused or not addresses:
+        raise FetchError(
+            f"{host} is at {refused[0] if refused else 'no address'}, which is not on the public"
+            " internet"
+        )
     try:
         return socket.create_connection((addresses[0], port), TIMEOUT)
     except OSError as error:

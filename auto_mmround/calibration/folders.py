@@ -1,8 +1,8 @@
-"""The data files of a folder: our own list of them, by their names alone. Cards and other metadata in the folder are
-never asked, so nothing that they say can lead the reader elsewhere.
+"""The data files of a folder: our own list of them, by their names alone. Cards and other metadata
+in the folder are never asked, so nothing that they say can lead the reader elsewhere.
 
-train-00000-of-00002.parquet   a split by its file's name        data/ is a split's or a config's usual home
-clean/test/0000.parquet        config `clean`, split `test`      by the names of folders
+train-00000-of-00002.parquet   a split by its file's name        data/ is a split's or a config's
+usual home clean/test/0000.parquet        config `clean`, split `test`      by the names of folders
 dataset_dict.json, state.json  what `save_to_disk` of `datasets` has written
 """
 
@@ -32,14 +32,16 @@ SHARD = re.compile(r"(?P<split>[\w.]+(?:-[\w.]+)*?)-\d{5,}-of-\d{5,}(?:-[0-9a-f]
 PART = re.compile(r"(?P<name>[^\[\]]*)(?:\[(?P<start>\d*)(?P<p>%?):(?P<end>\d*)(?P<q>%?)\])?")
 # What lies beside data and is none.
 METADATA = {
-    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "requirements.txt",
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json",
+    "requirements.txt",
     "license.txt", "readme.txt", "croissant.json",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a folder. split: as its name says it, "" if it says none. config: the folders above it."""
+    """One file of a folder. split: as its name says it, "" if it says none. config: the folders
+    above it."""
 
     path: Path
     split: str = ""
@@ -47,24 +49,32 @@ class DataFile:
 
     @property
     def usual(self) -> str:
-        """The split by its usual name: train.100 is a part of train, dev of validation, no name means train."""
+        """The split by its usual name: train.100 is a part of train, dev of validation, no name
+        means train."""
         return _keyword(self.split) or self.split or "train"
 
 
 def walk(folder: Path) -> list[Path]:
     """All files below a folder, sorted; hidden ones left out, links to folders not followed.
 
-    Raises UserError for too many of them, and for a data file or folder that is a link out of the folder.
+    Raises UserError for too many of them, and for a data file or folder that is a link out of the
+    folder.
     """
     found, seen = [], 0
     for place, inner, names in os.walk(folder, onerror=_unreadable):
         inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
         seen += len(inner) + len(names)
         if seen > ENTRIES:
-            raise UserError(f"dataset folder {folder} holds more than {ENTRIES:,} files: name a folder inside it")
+            raise UserError(
+                f"dataset folder {folder} holds more than {ENTRIES:,} files: name a folder"
+                " inside it"
+            )
         for path in (Path(place, name) for name in (*inner, *names)):
             if path.is_symlink() and (path.is_dir() or is_data(path)) and not belongs(path, folder):
-                raise UserError(f"dataset {path} is a link out of its folder, which is not followed: copy it there")
+                raise UserError(
+                    f"dataset {path} is a link out of its folder, which is not followed: copy it"
+                    " there"
+                )
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
 
@@ -74,8 +84,9 @@ def _unreadable(error: OSError) -> None:
 
 
 def data_files(folder: Path, files: Sequence[Path]) -> list[DataFile]:
-    """Those of the files that hold the rows of a folder: what `save_to_disk` lists, else tables, else plain files,
-    which a folder that has some itself does not look for deeper. Files of other kinds that stay unread are said."""
+    """Those of the files that hold the rows of a folder: what `save_to_disk` lists, else tables,
+    else plain files, which a folder that has some itself does not look for deeper. Files of other
+    kinds that stay unread are said."""
     saved = _saved(folder)
     if saved is not None:
         return saved
@@ -86,7 +97,12 @@ def data_files(folder: Path, files: Sequence[Path]) -> list[DataFile]:
     kinds = {kind_of(path) for path in chosen}
     if left := Counter(kind_of(path) for path in data if kind_of(path) not in kinds):
         counted = ", ".join(f"{count} {kind}" for kind, count in left.items())
-        log.warning("dataset folder %s: its %s files are read; left out: %s", folder, "/".join(sorted(kinds)), counted)
+        log.warning(
+            "dataset folder %s: its %s files are read; left out: %s",
+            folder,
+            "/".join(sorted(kinds)),
+            counted,
+        )
     return [_named(path, folder) for path in chosen]
 
 
@@ -96,21 +112,32 @@ def _named(path: Path, folder: Path) -> DataFile:
     above = above[1:] if above[:1] == ["data"] else above
     stem = name.removesuffix(".gz").rpartition(".")[0]
     split = shard["split"] if (shard := SHARD.fullmatch(stem)) else stem if _keyword(stem) else ""
-    if not split and (level := next((i for i in reversed(range(len(above))) if _keyword(above[i])), None)) is not None:
+    if (
+        not split
+        and (level := next((i for i in reversed(range(len(above))) if _keyword(above[i])), None))
+        is not None
+    ):
         split = above.pop(level)
     return DataFile(path, split, "/".join(above))
 
 
 def _keyword(name: str) -> str | None:
-    return next((SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None)
+    return next(
+        (SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None
+    )
 
 
 def _saved(folder: Path) -> list[DataFile] | None:
-    """The files of a folder that `save_to_disk` has written, as its own lists name them; None for any other folder."""
+    """The files of a folder that `save_to_disk` has written, as its own lists name them; None for
+    any other folder."""
     if (folder / "dataset_dict.json").is_file():
         names = read_object(folder / "dataset_dict.json").get("splits")
-        if not isinstance(names, list) or not all(isinstance(name, str) and is_plain(name) for name in names):
-            raise UserError(f"dataset {folder / 'dataset_dict.json'} must list the folders of its splits")
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and is_plain(name) for name in names
+        ):
+            raise UserError(
+                f"dataset {folder / 'dataset_dict.json'} must list the folders of its splits"
+            )
         return [DataFile(file.path, name) for name in names for file in _saved(folder / name) or ()]
     if not (folder / "state.json").is_file():
         return None
@@ -119,7 +146,10 @@ def _saved(folder: Path) -> list[DataFile] | None:
     if listed is None:
         return None
     if state.get("_indices_data_files") or state.get("_indices_files"):
-        raise UserError(f"dataset {folder} keeps the order of its rows apart: flatten_indices() and save it again")
+        raise UserError(
+            f"dataset {folder} keeps the order of its rows apart: flatten_indices() and save it"
+            " again"
+        )
     return [DataFile(path, str(state.get("_split") or "")) for path in _listed(listed, folder)]
 
 
@@ -127,22 +157,38 @@ def _listed(entries: Any, folder: Path) -> Iterator[Path]:
     for entry in entries if isinstance(entries, list) else [entries]:
         name = entry.get("filename") if isinstance(entry, dict) else entry
         if not isinstance(name, str) or not is_plain(name) or not name.endswith(".arrow"):
-            raise UserError(f"dataset {folder / 'state.json'} names {str(name)[:99]!r}, no Arrow file beside it")
+            raise UserError(
+                f"dataset {folder / 'state.json'} names {str(name)[:99]!r}, no Arrow file beside it"
+            )
         if not (folder / name).is_file() or not belongs(folder / name, folder):
-            raise UserError(f"dataset {folder / 'state.json'} names {name}, which is not in its folder: copy it again")
+            raise UserError(
+                f"dataset {folder / 'state.json'} names {name}, which is not in its folder: copy it"
+                " again"
+            )
         yield folder / name
 
 
-def read(folder: Path, files: Sequence[DataFile], config: str | None, split: str | None, named: Named | None) -> Joined:
+def read(
+    folder: Path,
+    files: Sequence[DataFile],
+    config: str | None,
+    split: str | None,
+    named: Named | None,
+) -> Joined:
     """The rows of one config and of a split (`train`, `train+test`, `test[:10%]`).
 
-    Without the user's choice: what is usual for the named set if it is there, else the only config, and `train` or the
-    first split. Raises UserError with the names to choose from.
+    Without the user's choice: what is usual for the named set if it is there, else the only config,
+    and `train` or the first split. Raises UserError with the names to choose from.
     """
     files = _of_config(folder, files, config, named)
     if split is None:
         there = {name for file in files for name in (file.split, file.usual)}
-        usual = [named.split if named else "train", "train", "validation", *(file.usual for file in files)]
+        usual = [
+            named.split if named else "train",
+            "train",
+            "validation",
+            *(file.usual for file in files),
+        ]
         split = next(name for name in usual if name in there)
         left = sorted({file.split or file.usual for file in files if file not in _of(files, split)})
         if left:
@@ -153,30 +199,45 @@ def read(folder: Path, files: Sequence[DataFile], config: str | None, split: str
         chosen = _of(files, match["name"]) if match else []
         if match is None or not chosen:
             known = ", ".join(dict.fromkeys(file.split or file.usual for file in files))
-            raise UserError(f"dataset {folder} can't be loaded: it has no split {part.strip()!r}. Available: {known}")
+            raise UserError(
+                f"dataset {folder} can't be loaded: it has no split {part.strip()!r}. Available:"
+                f" {known}"
+            )
         parts += _cut(read_files([file.path for file in chosen]), match).parts
     return Joined(parts)
 
 
 def _of(files: Iterable[DataFile], split: str) -> list[DataFile]:
     """The files of a split: those that name it so, else those that are a part of it."""
-    return [file for file in files if file.split == split] or [file for file in files if file.usual == split]
+    return [file for file in files if file.split == split] or [
+        file for file in files if file.usual == split
+    ]
 
 
-def _of_config(folder: Path, files: Sequence[DataFile], config: str | None, named: Named | None) -> list[DataFile]:
+def _of_config(
+    folder: Path, files: Sequence[DataFile], config: str | None, named: Named | None
+) -> list[DataFile]:
     known = list(dict.fromkeys(file.config for file in files))
     if config is None and named and named.config in known:
         config = named.config
     if config is None and len(known) > 1:
         names = ", ".join(name or "default" for name in known)
-        raise UserError(f"dataset {folder} has several configs, choose with config=: {names} (several: a+b)")
-    wanted = known if config is None else ["" if name == "default" else name for name in config.split("+")]
+        raise UserError(
+            f"dataset {folder} has several configs, choose with config=: {names} (several: a+b)"
+        )
+    wanted = (
+        known
+        if config is None
+        else ["" if name == "default" else name for name in config.split("+")]
+    )
     if config == "default" and config in known:
         wanted = [config]
     for name in wanted:
         if name not in known:
             names = ", ".join(each or "default" for each in known)
-            raise UserError(f"dataset {folder} can't be loaded: it has no config {name!r}. Available: {names}")
+            raise UserError(
+                f"dataset {folder} can't be loaded: it has no config {name!r}. Available: {names}"
+            )
     return [file for file in files if file.config in wanted]
 
 
@@ -185,8 +246,12 @@ def _cut(rows: Joined, match: re.Match[str]) -> Joined:
     if match["start"] is None:
         return rows
     total = len(rows)
-    return rows.cut(_row(match["start"], match["p"], total, 0), _row(match["end"], match["q"], total, total))
+    return rows.cut(
+        _row(match["start"], match["p"], total, 0), _row(match["end"], match["q"], total, total)
+    )
 
 
 def _row(number: str, percent: str, total: int, default: int) -> int:
-    return default if not number else int(number[:18]) * total // 100 if percent else int(number[:18])
+    return (
+        default if not number else int(number[:18]) * total // 100 if percent else int(number[:18])
+    )

@@ -42,9 +42,11 @@ def undecoded(rows: Any) -> Any:
 
 
 def load_hub(repo: str, config: str | None, split: str, limit: int | None = None) -> Sequence[Any]:
-    """The rows of a set on the hub. limit: read only so many, over the network. Raises UserError in one line.
+    """The rows of a set on the hub. limit: read only so many, over the network. Raises UserError in
+    one line.
 
-    Its card may name files anywhere, on this machine too: what `datasets` has made of it is looked at before it reads.
+    Its card may name files anywhere, on this machine too: what `datasets` has made of it is looked
+    at before it reads.
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -57,7 +59,13 @@ def load_hub(repo: str, config: str | None, split: str, limit: int | None = None
         builder.download_and_prepare()
         rows: Sequence[Any] = undecoded(builder.as_dataset(split=split))
         return rows
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError, OSError, RuntimeError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        HfHubHTTPError,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:
         reason = one_line(str(error))[:300] or type(error).__name__
         raise UserError(f"dataset {repo} can't be loaded: {reason}") from error
 
@@ -67,4 +75,7 @@ def check_origin(data_files: Mapping[str, Sequence[str]] | None, repo: str) -> N
     home = f"hf://datasets/{repo}@".lower()
     for place in [str(place) for places in (data_files or {}).values() for place in places]:
         if not place.lower().startswith(home) or "::" in place or ".." in place.split("/"):
-            raise UserError(f"dataset {repo}: its card names {place[:200]}, which is not in the set: nothing is read")
+            raise UserError(
+                f"dataset {repo}: its card names {place[:200]}, which is not in the set: nothing is"
+                " read"
+            )

@@ -1,4 +1,5 @@
-"""One sample to model inputs: read its media, encode, cut, and name the modality and the answers among its tokens."""
+"""One sample to model inputs: read its media, encode, cut, and name the modality and the answers
+among its tokens."""
 
 import logging
 from collections.abc import Mapping
@@ -50,10 +51,12 @@ CAUSES = (TemplateError, ValueError, IndexError)
 class ModelInput:
     """One sample as `model(**kwargs)` takes it: batch dimension 1, no padding.
 
-    modality_T: int8, TEXT .. PAD for each token. answer_T: bool, the token belongs to an assistant's answer (its
-    closing token too); all True for plain text and for conversations without an answer. T = tokens of the text model.
-    tower_F: int8, the same for the tower's tokens where a family tells them apart, PAD where there is nothing to see
-    or hear. left: names of what the row holds and the input doesn't, once for each time.
+    modality_T: int8, TEXT .. PAD for each token. answer_T: bool, the token belongs to an
+    assistant's answer (its closing token too); all True for plain text and for conversations
+    without an answer. T = tokens of the text model.
+    tower_F: int8, the same for the tower's tokens where a family tells them apart, PAD where there
+    is nothing to see or hear. left: names of what the row holds and the input doesn't, once for
+    each time.
     """
 
     id: str
@@ -71,10 +74,15 @@ def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first token."""
+    """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first
+    token."""
     found = dict(kwargs)
     labels = found.pop("labels", None)
-    if labels is None or "decoder_input_ids" in found or not getattr(config, "is_encoder_decoder", False):
+    if (
+        labels is None
+        or "decoder_input_ids" in found
+        or not getattr(config, "is_encoder_decoder", False)
+    ):
         return found
     start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
     found["decoder_input_ids"] = torch.cat(
@@ -95,7 +103,8 @@ def placeholder_ids(config: Any) -> dict[int, int]:
 
 
 def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
-    """int8 (T,): the processor's own `mm_token_type_ids` if it gives them, else by the placeholder ids in config.
+    """int8 (T,): the processor's own `mm_token_type_ids` if it gives them, else by the placeholder
+    ids in config.
 
     Negative ids stand for image features (Phi-3-vision); masked tokens are PAD.
     """
@@ -107,7 +116,9 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
         kinds_T = torch.where(ids_T < 0, IMAGE, TEXT).to(torch.int8)
         for token, kind in placeholder_ids(config).items():
             kinds_T = torch.where(ids_T == token, kind, kinds_T).to(torch.int8)
-    mask = kwargs.get("decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask")
+    mask = kwargs.get(
+        "decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask"
+    )
     if mask is not None and mask.shape == token_ids(kwargs).shape:
         kinds_T = torch.where(mask[0].bool(), kinds_T, PAD).to(torch.int8)
     return kinds_T
@@ -116,15 +127,19 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
 def answer_mask(encoded: Encoded, input_ids: Tensor, tokenizer: Any) -> Tensor | None:
     """bool (T,): tokens of the answers, or None when one of them can't be found in the ids.
 
-    The text before expansion is tokenised; each answer's tokens, with a few before them, are looked for in the ids in
-    order. So it does not matter what the processor has put in place of a placeholder.
+    The text before expansion is tokenised; each answer's tokens, with a few before them, are looked
+    for in the ids in order. So it does not matter what the processor has put in place of a
+    placeholder.
     """
     ids = input_ids.tolist()
     options = {"add_special_tokens": False}
     if getattr(tokenizer, "is_fast", False):
         found = tokenizer(encoded.text, return_offsets_mapping=True, **options)
         tokens, offsets = found["input_ids"], found["offset_mapping"]
-        spans = [[i for i, (a, b) in enumerate(offsets) if a < end and start < b] for start, end in encoded.answers]
+        spans = [
+            [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
+            for start, end in encoded.answers
+        ]
         places = [(span[0], span[-1] + 1) for span in spans if span]
     else:
         tokens = tokenizer(encoded.text, **options)["input_ids"]
@@ -141,7 +156,12 @@ def answer_mask(encoded: Encoded, input_ids: Tensor, tokenizer: Any) -> Tensor |
         for context in (min(4, first), min(1, first), 0):
             needle = tokens[first - context : last]
             start = next(
-                (j for j in range(after, len(ids) - len(needle) + 1) if ids[j : j + len(needle)] == needle), -1
+                (
+                    j
+                    for j in range(after, len(ids) - len(needle) + 1)
+                    if ids[j : j + len(needle)] == needle
+                ),
+                -1,
             )
             if start >= 0:
                 break
@@ -153,9 +173,14 @@ def answer_mask(encoded: Encoded, input_ids: Tensor, tokenizer: Any) -> Tensor |
 
 
 def cut(kwargs: Mapping[str, Any], length: int, limit: int) -> dict[str, Any]:
-    """The first `limit` of `length` tokens: every output with one entry a token is cut along dimension 1."""
+    """The first `limit` of `length` tokens: every output with one entry a token is cut along
+    dimension 1."""
     return {
-        key: value[:, :limit] if key in PER_TOKEN and value.ndim > 1 and value.shape[1] == length else value
+        key: (
+            value[:, :limit]
+            if key in PER_TOKEN and value.ndim > 1 and value.shape[1] == length
+            else value
+        )
         for key, value in kwargs.items()
     }
 
@@ -167,7 +192,8 @@ def bucket(length: int) -> int:
 
 
 def padded(sample: ModelInput, length: int) -> ModelInput:
-    """The sample with masked tokens at its end, up to ``length``: for devices that compile every shape anew."""
+    """The sample with masked tokens at its end, up to ``length``: for devices that compile every
+    shape anew."""
     kwargs, tokens = dict(sample.kwargs), len(sample.modality_T)
     decoder = "decoder_" if "decoder_input_ids" in kwargs else ""
     kwargs.setdefault(f"{decoder}attention_mask", torch.ones_like(token_ids(kwargs)))
@@ -180,7 +206,10 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
     more = (0, length - tokens)
     kind_T = nn.functional.pad(sample.modality_T, more, value=PAD)
     return replace(
-        sample, kwargs=kwargs, modality_T=kind_T, answer_T=nn.functional.pad(sample.answer_T, more, value=False)
+        sample,
+        kwargs=kwargs,
+        modality_T=kind_T,
+        answer_T=nn.functional.pad(sample.answer_T, more, value=False),
     )
 
 
@@ -192,13 +221,16 @@ def _tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
             found |= {} if value is None else {key: torch.as_tensor(value)}
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:100]
-            raise BadSample("form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})") from None
+            raise BadSample(
+                "form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})"
+            ) from None
     return found
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Everything needed to turn one sample into a ModelInput. positions: tokens that the model has room for at all."""
+    """Everything needed to turn one sample into a ModelInput. positions: tokens that the model has
+    room for at all."""
 
     tokenizer: Any
     processor: Any
@@ -216,7 +248,9 @@ class Encoder:
         if sample.inputs is not None:
             kwargs = with_decoder_ids(_tensors(sample.id, sample.inputs), self.config)
             kinds_T = modality(kwargs, self.config)
-            return self._bounded(ModelInput(sample.id, kwargs, kinds_T, torch.ones(len(kinds_T), dtype=torch.bool)))
+            return self._bounded(
+                ModelInput(sample.id, kwargs, kinds_T, torch.ones(len(kinds_T), dtype=torch.bool))
+            )
         if self.tokenizer is None and sample.input_ids is None:
             raise UserError(f"sample {sample.id} is text, and there is no tokenizer: give one")
         if sample.text is not None or sample.input_ids is not None:
@@ -241,7 +275,9 @@ class Encoder:
     def _plain(self, sample: Sample) -> ModelInput:
         ids = sample.input_ids
         if ids is None:
-            ids = torch.tensor(self.tokenizer(sample.text, verbose=False)["input_ids"], dtype=torch.long)
+            ids = torch.tensor(
+                self.tokenizer(sample.text, verbose=False)["input_ids"], dtype=torch.long
+            )
         ids = ids[None, : self.seqlen]
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds_T = modality(kwargs, self.config)
@@ -249,7 +285,8 @@ class Encoder:
             raise BadSample("too short", f"sample {sample.id} is empty")
         if bool((kinds_T != TEXT).any()):
             raise BadSample(
-                "plain text with a media placeholder", f"sample {sample.id}: a media placeholder in its text"
+                "plain text with a media placeholder",
+                f"sample {sample.id}: a media placeholder in its text",
             )
         if ids.shape[1] >= MIN_TOKENS and int((ids == ids[0, -1]).sum()) > ids.shape[1] // 2:
             raise BadSample("repetitive", f"sample {sample.id} repeats one token")
@@ -259,7 +296,9 @@ class Encoder:
         rate = getattr(hearing(self.processor), "sampling_rate", 16000)
         read: dict[str, Any] = {
             field: tuple(
-                media.load(item, kind, self.roots, base=sample.base, remote=sample.remote, rate=rate)
+                media.load(
+                    item, kind, self.roots, base=sample.base, remote=sample.remote, rate=rate
+                )
                 for item in getattr(sample, field)
             )
             for kind, field in PLURAL.items()
@@ -271,12 +310,18 @@ class Encoder:
         ids = token_ids(kwargs)
         own = getattr(self.family, "modality", None)
         kinds_T = own(kwargs) if own else modality(kwargs, self.config)
-        known = {*placeholder_ids(self.config).values(), *((IMAGE, VIDEO) if "mm_token_type_ids" in kwargs else ())}
+        known = {
+            *placeholder_ids(self.config).values(),
+            *((IMAGE, VIDEO) if "mm_token_type_ids" in kwargs else ()),
+        }
         for kind, items in ((IMAGE, sample.images), (VIDEO, sample.videos), (AUDIO, sample.audios)):
             places = bool((kinds_T == kind).any())
             if places != bool(items) and (places or kind in known):
                 found = "a place" if places else "no place"
-                message = f"sample {sample.id}: {len(items)} {MODALITIES[kind]} given, but {found} for it in the text"
+                message = (
+                    f"sample {sample.id}: {len(items)} {MODALITIES[kind]} given, but {found} for it"
+                    " in the text"
+                )
                 raise BadSample("markers", message)
         write = getattr(self.family, "render", None)
         if write is None:
@@ -293,7 +338,9 @@ class Encoder:
         elif not encoded.answers:
             answer_T = ~answer_T
         tower = getattr(self.family, "tower_modality", None)
-        made = ModelInput(sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None, encoded.left)
+        made = ModelInput(
+            sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None, encoded.left
+        )
         return self._bounded(made, self.seqlen if self.truncation else None)
 
     def _bounded(self, made: ModelInput, seqlen: int | None = None) -> ModelInput:
@@ -306,10 +353,17 @@ class Encoder:
         media = torch.nonzero((made.modality_T != TEXT) & (made.modality_T != PAD))
         if len(media) and int(media.max()) >= limit:
             why = "seqlen" if limit == seqlen else "the model's positions"
-            problem = f"sample {made.id}: its media need {int(media.max()) + 1} tokens, more than {why} ({limit})"
+            problem = (
+                f"sample {made.id}: its media need {int(media.max()) + 1} tokens, more than {why}"
+                f" ({limit})"
+            )
             raise BadSample(f"media longer than {why}", problem)
         left = (*made.left, BEHIND) if limit == self.positions else made.left
         kwargs = cut(made.kwargs, length, limit)
         return replace(
-            made, kwargs=kwargs, modality_T=made.modality_T[:limit], answer_T=made.answer_T[:limit], left=left
+            made,
+            kwargs=kwargs,
+            modality_T=made.modality_T[:limit],
+            answer_T=made.answer_T[:limit],
+            left=left,
         )

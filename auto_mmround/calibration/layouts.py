@@ -1,4 +1,5 @@
-"""Folders of sounds with their transcripts, as people and public sets lay them out, to rows of `audio` and `text`.
+"""Folders of sounds with their transcripts, as people and public sets lay them out, to rows of
+`audio` and `text`.
 
 a.wav + a.txt                              a transcript beside each sound
 84-121123.trans.txt, transcripts.txt, ..   lists of `name text`, `name<TAB>text` or `name|text`
@@ -36,7 +37,8 @@ def _table(text: str, delimiter: str) -> Iterator[tuple[str, str]] | None:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of lines such as `84-121123-0000 GO DO YOU HEAR`, with a tab or bars instead of the blank."""
+    """(name, text) of lines such as `84-121123-0000 GO DO YOU HEAR`, with a tab or bars instead of
+    the blank."""
     for line in text.splitlines():
         mark = next((mark for mark in ("\t", "|") if mark in line), None)
         name, _, said = line.strip().partition(mark or " ")
@@ -50,7 +52,8 @@ def _names(sound: Path, folder: Path) -> Iterator[str]:
 
 
 def transcribed(folder: Path, files: Sequence[Path]) -> list[dict[str, Any]] | None:
-    """Rows {id, audio, text} of all sounds among the files of a folder that have a transcript; None without a sound.
+    """Rows {id, audio, text} of all sounds among the files of a folder that have a transcript; None
+    without a sound.
 
     audio: path below the folder. Raises UserError when no sound has a transcript.
     """
@@ -72,17 +75,21 @@ def transcribed(folder: Path, files: Sequence[Path]) -> list[dict[str, Any]] | N
     told = [sound for sound in sounds if texts.get(sound)]
     if not told:
         raise UserError(
-            f"dataset folder {folder} holds {len(sounds)} sounds but no transcripts: put a.txt beside a.wav, or a "
-            "transcripts.txt with a line `a.wav text` for each"
+            f"dataset folder {folder} holds {len(sounds)} sounds but no transcripts: put a.txt"
+            " beside a.wav, or a transcripts.txt with a line `a.wav text` for each"
         )
     if len(told) < len(sounds):
         log.warning("dataset folder %s: %d of %d sounds have no transcript and are left out",
                     folder, len(sounds) - len(told), len(sounds))  # fmt: skip
-    return [{"id": sound.stem, "audio": sound.relative_to(folder).as_posix(), "text": texts[sound]} for sound in told]
+    return [
+        {"id": sound.stem, "audio": sound.relative_to(folder).as_posix(), "text": texts[sound]}
+        for sound in told
+    ]
 
 
 def _listed(path: Path, sounds: list[Path]) -> dict[Path, str]:
-    """Sound -> text of one list; `sounds` are those below its folder. A file that is no list gives nothing."""
+    """Sound -> text of one list; `sounds` are those below its folder. A file that is no list gives
+    nothing."""
     index: dict[str, Path] = {}
     for sound in sounds:
         for name in _names(sound, path.parent):

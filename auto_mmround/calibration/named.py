@@ -1,4 +1,5 @@
-"""Sets known by name, as data: where they lie on the hub, what their rows hold, and which one stands in for a kind."""
+"""Sets known by name, as data: where they lie on the hub, what their rows hold, and which one
+stands in for a kind."""
 
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ from dataclasses import dataclass
 class Named:
     """A set known by name.
 
-    file: its JSON file in the repository. columns: joined to the text of a row. remote: address that its media live
-    under. config, split: read where the user names none. kinds: media of its rows, none for text. streamed: too large
-    to fetch whole, so its first rows are read over the network.
+    file: its JSON file in the repository. columns: joined to the text of a row. remote: address
+    that its media live under. config, split: read where the user names none. kinds: media of its
+    rows, none for text. streamed: too large to fetch whole, so its first rows are read over the
+    network.
     """
 
     repo: str
@@ -52,5 +54,7 @@ STAND_IN = {"image": "liuhaotian/llava_conv_58k", "audio": "MLCommons/peoples_sp
 # What to give instead where the hub can't be reached, by the kind that the set would have brought.
 LOCAL = {
     "image": "--dataset demo or a local .json, .jsonl, .txt or .parquet file or folder",
-    "audio": "--dataset FOLDER with sounds and their transcripts, or a .jsonl file of {audio, text} rows",
+    "audio": (
+        "--dataset FOLDER with sounds and their transcripts, or a .jsonl file of {audio, text} rows"
+    ),
 }

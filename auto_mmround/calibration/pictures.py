@@ -1,7 +1,9 @@
-"""Pictures as a person sees them in a viewer with a white page, of every mode and depth that Pillow opens.
+"""Pictures as a person sees them in a viewer with a white page, of every mode and depth that Pillow
+opens.
 
-Pillow's own `convert("RGB")` drops transparency (black ink on nothing turns into a black square), cuts grey of 16 bits
-off at 255, knows no LAB, and leaves a picture on the side that it was taken on.
+Pillow's own `convert("RGB")` drops transparency (black ink on nothing turns into a black square),
+cuts grey of 16 bits off at 255, knows no LAB, and leaves a picture on the side that it was taken
+on.
 """
 
 from typing import Any
@@ -32,12 +34,13 @@ SPANS = {
 
 
 def as_seen(given: Any) -> Image.Image:
-    """RGB, upright by its orientation tag, what is transparent white, grey of any depth scaled to 8 bits.
+    """RGB, upright by its orientation tag, what is transparent white, grey of any depth scaled to 8
+    bits.
 
-    given: an image, of several frames the one that it stands at; or an array or tensor of grey (H, W), or with 1 to 4
-    channels (grey, grey and alpha, RGB, RGBA) last or first; where both could be, NumPy's has them last and torch's
-    first. Any dtype: floats count to 1 or to 255. Raises ValueError for other shapes, and what Pillow does where the
-    data are damaged.
+    given: an image, of several frames the one that it stands at; or an array or tensor of grey (H,
+    W), or with 1 to 4 channels (grey, grey and alpha, RGB, RGBA) last or first; where both could
+    be, NumPy's has them last and torch's first. Any dtype: floats count to 1 or to 255. Raises
+    ValueError for other shapes, and what Pillow does where the data are damaged.
     """
     image = given if isinstance(given, Image.Image) else _from_array(given)
     packed = _packed(image)  # known until the image is loaded
@@ -60,7 +63,9 @@ def film(given: Any) -> np.ndarray:
     if isinstance(given, list | tuple):
         return np.stack([np.asarray(as_seen(frame)) for frame in given])
     first, given = isinstance(given, torch.Tensor), _eight_bits(_numbers(given))
-    return np.stack([np.asarray(as_seen(torch.from_numpy(frame) if first else frame)) for frame in given])
+    return np.stack(
+        [np.asarray(as_seen(torch.from_numpy(frame) if first else frame)) for frame in given]
+    )
 
 
 def _numbers(given: Any) -> np.ndarray:
@@ -75,10 +80,19 @@ def _from_array(given: Any) -> Image.Image:
     if pixels.ndim == 3:
         places = [axis for axis in order if pixels.shape[axis] <= 4]
         pixels = np.moveaxis(pixels, places[0], 2) if places else pixels
-    if pixels.ndim not in (2, 3) or not pixels.size or pixels.shape[2:] > (4,) or pixels.dtype.kind not in "buif":
-        raise ValueError(f"shape {pixels.shape} of {pixels.dtype}: expected (height, width, channels)")
+    if (
+        pixels.ndim not in (2, 3)
+        or not pixels.size
+        or pixels.shape[2:] > (4,)
+        or pixels.dtype.kind not in "buif"
+    ):
+        raise ValueError(
+            f"shape {pixels.shape} of {pixels.dtype}: expected (height, width, channels)"
+        )
     shallow = _eight_bits(pixels, 16 if pixels.dtype == np.uint16 else None)
-    return Image.fromarray(np.ascontiguousarray(shallow[..., 0] if shallow.shape[2:] == (1,) else shallow))
+    return Image.fromarray(
+        np.ascontiguousarray(shallow[..., 0] if shallow.shape[2:] == (1,) else shallow)
+    )
 
 
 def _packed(image: Image.Image) -> int | None:
@@ -86,19 +100,22 @@ def _packed(image: Image.Image) -> int | None:
     args = next((tile.args for tile in getattr(image, "tile", ())), None)
     raw = args if isinstance(args, str) else args[0] if isinstance(args, tuple) and args else None
     bits = getattr(image, "tag_v2", {}).get(BITS) or (None,)
-    return GREY_BITS.get(str(raw)) or (12 if bits == (12,) else 16 if ";16" in f"{raw}{image.mode}" else None)
+    return GREY_BITS.get(str(raw)) or (
+        12 if bits == (12,) else 16 if ";16" in f"{raw}{image.mode}" else None
+    )
 
 
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ORIENTATION)
-    except (SyntaxError, ValueError, TypeError, LookupError, OSError, ArithmeticError):  # a picture for all that
+    # a picture for all that
+    except (SyntaxError, ValueError, TypeError, LookupError, OSError, ArithmeticError):
         return None
 
 
 def _eight_bits(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
-    """uint8. The value of white is that of `bits`; else the first of the usual ones that no value exceeds; else the
-    values are stretched from the smallest to the largest."""
+    """uint8. The value of white is that of `bits`; else the first of the usual ones that no value
+    exceeds; else the values are stretched from the smallest to the largest."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.bool_:
@@ -110,7 +127,9 @@ def _eight_bits(pixels: np.ndarray, bits: int | None = None) -> np.ndarray:
     white = next((span for span in spans if low >= 0 and high <= span), None)
     dark, white = (float(low), float(high)) if white is None else (0.0, float(white))
     scale = 255 / ((white - dark) or 1)
-    return ((pixels.astype(np.float32) - np.float32(dark)) * np.float32(scale) + 0.5).astype(np.uint8)
+    return ((pixels.astype(np.float32) - np.float32(dark)) * np.float32(scale) + 0.5).astype(
+        np.uint8
+    )
 
 
 def _deep(image: Image.Image, bits: int | None) -> Image.Image:
@@ -118,14 +137,18 @@ def _deep(image: Image.Image, bits: int | None) -> Image.Image:
     if image.mode == "I" and image.format in ("PPM", "PNG"):
         bits = 16
     shallow = _eight_bits(np.asarray(image), bits)
-    inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # zero is white: Pillow sees to it for 8 bits only
+    # zero is white: Pillow sees to it for 8 bits only
+    inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
     return Image.fromarray(255 - shallow if inverted else shallow)
 
 
 def _keyed(image: Image.Image, bits: int | None) -> Image.Image | None:
-    """The mask of what is opaque where one value or colour means transparent; it is told in the file's own depth."""
+    """The mask of what is opaque where one value or colour means transparent; it is told in the
+    file's own depth."""
     key = image.info.get("transparency")
-    if not isinstance(key, int | tuple) or not (image.mode in ("1", "L", "RGB") or image.mode.startswith("I")):
+    if not isinstance(key, int | tuple) or not (
+        image.mode in ("1", "L", "RGB") or image.mode.startswith("I")
+    ):
         return None
     pixels, wanted = np.atleast_3d(np.asarray(image)), np.asarray(key)
     if wanted.size != pixels.shape[2]:

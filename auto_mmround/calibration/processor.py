@@ -1,10 +1,11 @@
-"""Processors turn one sample into the model's keyword arguments; found by name at run time, built fresh for each run.
+"""Processors turn one sample into the model's keyword arguments; found by name at run time, built
+fresh for each run.
 
     @register_processor("my_family")
     class MyFamily(Basic): ...
 
-A name is looked up among the classes registered so far, the shelf `auto_mmround.processors` and the entry point group
-`auto_mmround.processors`; `load_processor_file` reads a user's own file.
+A name is looked up among the classes registered so far, the shelf `auto_mmround.processors` and the
+entry point group `auto_mmround.processors`; `load_processor_file` reads a user's own file.
 """
 
 import importlib
@@ -32,13 +33,18 @@ CHAT_LETTERS = 20_000_000
 
 
 class Processor(Protocol):
-    """What a processor class must offer. It must not change the tokenizer or processor that it is given."""
+    """What a processor class must offer. It must not change the tokenizer or processor that it is
+    given."""
 
-    def __init__(self, tokenizer: Any, processor: Any = None, image_processor: Any = None, config: Any = None) -> None:
-        """processor: the family's own one of Transformers, or None. config: the model's configuration."""
+    def __init__(
+        self, tokenizer: Any, processor: Any = None, image_processor: Any = None, config: Any = None
+    ) -> None:
+        """processor: the family's own one of Transformers, or None. config: the model's
+        configuration."""
 
     def encode(self, sample: Sample, template: Template, *, prompt: bool = False) -> dict[str, Any]:
-        """Model keyword arguments, batch dimension 1, for a sample with messages and decoded media; never truncated.
+        """Model keyword arguments, batch dimension 1, for a sample with messages and decoded media;
+        never truncated.
 
         prompt: stop at the opening of the last answer.
         """
@@ -70,22 +76,27 @@ def known_processors() -> list[str]:
 
 
 def find_processor(name: str) -> type[Processor]:
-    """The class registered under a name. Raises UserError, listing the known ones, for any other name."""
+    """The class registered under a name. Raises UserError, listing the known ones, for any other
+    name."""
     if name not in _CLASSES:
         known = known_processors()
         if name not in known:
-            raise UserError(f"unknown processor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+            raise UserError(
+                f"unknown processor {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
+            )
     if name in _CLASSES:
         return _CLASSES[name]
-    (entry, *_) = entry_points(group=GROUP, name=name)
+    entry, *_ = entry_points(group=GROUP, name=name)
     cls: type[Processor] = entry.load()
     return cls
 
 
 def load_processor_file(path: Path, name: str | None = None) -> type[Processor]:
-    """Run a user's own file and return the class it registers (the one called `name` when there are several).
+    """Run a user's own file and return the class it registers (the one called `name` when there are
+    several).
 
-    What the file registers stays out of the registry, so two runs in one process don't meet. Raises UserError.
+    What the file registers stays out of the registry, so two runs in one process don't meet. Raises
+    UserError.
     """
     spec = importlib.util.spec_from_file_location(f"user_processor_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -104,7 +115,9 @@ def load_processor_file(path: Path, name: str | None = None) -> type[Processor]:
         return next(iter(new.values()))
     if name in new:
         return new[name]
-    raise UserError(f"processor file {path} must register one class with @register_processor, found {len(new)}")
+    raise UserError(
+        f"processor file {path} must register one class with @register_processor, found {len(new)}"
+    )
 
 
 def get_processor(name_or_file: str | None, template: Template) -> type[Processor]:
@@ -115,28 +128,46 @@ def get_processor(name_or_file: str | None, template: Template) -> type[Processo
 
 
 def split_markers(content: str) -> list[dict[str, str]]:
-    """Text with markers to typed parts in its order; the line break that sets a marker apart is left out."""
+    """Text with markers to typed parts in its order; the line break that sets a marker apart is
+    left out."""
     kinds = {marker: kind for kind, marker in MARKERS.items()}
     pieces = [piece for piece in re.split(f"\n?({MARKER.pattern})\n?", content) if piece]
-    return [{"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces]
+    return [
+        {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece}
+        for piece in pieces
+    ]
 
 
 def chat_owner(tokenizer: Any, processor: Any) -> Any:
     """The processor, else the tokenizer, that has a chat template; None if neither has."""
-    return next((each for each in (processor, tokenizer) if getattr(each, "chat_template", None)), None)
+    return next(
+        (each for each in (processor, tokenizer) if getattr(each, "chat_template", None)), None
+    )
 
 
 def _written(owner: Any, chat: Sequence[Any], **options: Any) -> str:
-    """A conversation as the model's chat template writes it. Transformers runs it in Jinja's sandbox.
+    """A conversation as the model's chat template writes it. Transformers runs it in Jinja's
+    sandbox.
 
-    Raises TemplateError also where the template fails in another way, takes too long, or writes too much.
+    Raises TemplateError also where the template fails in another way, takes too long, or writes too
+    much.
     """
     try:
         with time_limit(CHAT_SECONDS):
             text = str(owner.apply_chat_template(chat, tokenize=False, **options))
     except TooLong:
-        raise TemplateError(f"the chat template takes more than {CHAT_SECONDS:.0f} seconds") from None
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
+        raise TemplateError(
+            f"the chat template takes more than {CHAT_SECONDS:.0f} seconds"
+        ) from None
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         raise TemplateError(f"the chat template fails: {one_line(str(error))[:300]}") from error
     if len(text) > CHAT_LETTERS:
         raise TemplateError(f"the chat template writes more than {CHAT_LETTERS:,} letters")
@@ -162,11 +193,13 @@ def render(
     prompt: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Encoded:
-    """A conversation as text with the places of its answers: by the template, else by the model's own chat template.
+    """A conversation as text with the places of its answers: by the template, else by the model's
+    own chat template.
 
-    Without any chat template the contents are joined as they are. prompt: stop at the opening of the last answer.
-    options: what a chat template may have besides, such as tools. Raises jinja2's TemplateError when a chat template
-    refuses the conversation.
+    Without any chat template the contents are joined as they are. prompt: stop at the opening of
+    the last answer.
+    options: what a chat template may have besides, such as tools. Raises jinja2's TemplateError
+    when a chat template refuses the conversation.
     """
     owner = None if template.extra_encode else chat_owner(tokenizer, processor)
     if owner is None:
@@ -175,7 +208,9 @@ def render(
         return Encoded(text, answers, (*(options or {}), *encoded.left))
     turns = without_last_answer(turns) if prompt else tuple(turns)
     parts = not template.replace_tokens and _takes_parts(owner)
-    contents = [split_markers(turn.content) if parts else template.replaced(turn.content) for turn in turns]
+    contents = [
+        split_markers(turn.content) if parts else template.replaced(turn.content) for turn in turns
+    ]
     given = allowed(options or {}, owner.apply_chat_template)
 
     def write(count: int, opening: bool) -> str:
@@ -192,13 +227,16 @@ def render(
             after = answers_found[-1][1] if answers_found else 0
             answers_found += _answer_span(text, turn.content.strip(), i, write, after)
     refused = set(options or {}) - set(given)
-    return Encoded(text, tuple(answers_found), (*sorted(refused), *left_out(chat, given, whole, text)))
+    return Encoded(
+        text, tuple(answers_found), (*sorted(refused), *left_out(chat, given, whole, text))
+    )
 
 
 def _answer_span(
     text: str, content: str, index: int, write: Callable[[int, bool], str], after: int
 ) -> list[tuple[int, int]]:
-    """Where answer `index` lies in a chat template's text: between two shorter writings, else by its own words."""
+    """Where answer `index` lies in a chat template's text: between two shorter writings, else by
+    its own words."""
     try:
         before, upto = write(index, True) if index else "", write(index + 1, False).rstrip()
     except TemplateError:
@@ -210,24 +248,32 @@ def _answer_span(
 
 
 def hearing(processor: Any) -> Any:
-    """The part of a processor that reads sound (`feature_extractor`, `audio_processor`); None if it has none."""
+    """The part of a processor that reads sound (`feature_extractor`, `audio_processor`); None if it
+    has none."""
     parts = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
     return next((part for part in parts if part is not None), None)
 
 
 def check_heard(sample: Sample, extractor: Any) -> None:
-    """Raises BadSample for a sound that the model can't hear, or that an extractor with a fixed window would cut, while
-    its transcript goes on."""
+    """Raises BadSample for a sound that the model can't hear, or that an extractor with a fixed
+    window would cut, while its transcript goes on."""
     if sample.audios and extractor is None:
-        raise BadSample("sound for a model without ears", f"sample {sample.id}: the model's processor reads no sound")
+        raise BadSample(
+            "sound for a model without ears",
+            f"sample {sample.id}: the model's processor reads no sound",
+        )
     limit, rate = getattr(extractor, "n_samples", None), getattr(extractor, "sampling_rate", 16000)
     for sound_T in sample.audios:
         if limit and len(sound_T) > limit:
-            message = f"sample {sample.id}: {len(sound_T) / rate:.1f} seconds, the model hears {limit / rate:g}"
+            message = (
+                f"sample {sample.id}: {len(sound_T) / rate:.1f} seconds, the model hears"
+                f" {limit / rate:g}"
+            )
             raise BadSample("sound longer than the model hears", message)
 
 
 def special_tokens_for(tokenizer: Any, text: str) -> dict[str, bool]:
-    """Keyword for a tokenizer's call that keeps it from adding a second BOS to a text that opens with one."""
+    """Keyword for a tokenizer's call that keeps it from adding a second BOS to a text that opens
+    with one."""
     bos = getattr(tokenizer, "bos_token", None)
     return {"add_special_tokens": False} if bos and text.startswith(bos) else {}

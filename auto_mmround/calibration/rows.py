@@ -1,4 +1,5 @@
-"""Rows of any accepted form to samples: text, token ids, model inputs, LLaVA conversations, chat messages."""
+"""Rows of any accepted form to samples: text, token ids, model inputs, LLaVA conversations, chat
+messages."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ ENCODER_KEYS = {"input_features", "input_values", "pixel_values"}
 
 
 class BadSample(UserError):
-    """One sample can't be used (its form, its media, its markers); `reason` is the word it is counted under."""
+    """One sample can't be used (its form, its media, its markers); `reason` is the word it is
+    counted under."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -31,11 +33,14 @@ class BadSample(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One row, still without its media read. Exactly one of text, messages, input_ids, inputs is set.
+    """One row, still without its media read. Exactly one of text, messages, input_ids, inputs is
+    set.
 
     images, videos, audios: references or decoded media in the order of the markers in the messages.
-    input_ids: int64 (T,). inputs: model keyword arguments, batch dimension 1. base: folder of the dataset's file.
-    options: what a chat template reads beside the turns, such as tools. unread: columns of the row that nothing read.
+    input_ids: int64 (T,). inputs: model keyword arguments, batch dimension 1. base: folder of the
+      dataset's file.
+    options: what a chat template reads beside the turns, such as tools. unread: columns of the
+      row that nothing read.
     """
 
     id: str
@@ -76,12 +81,16 @@ def parse_row(
     """
     if isinstance(row, str):
         row = {"text": row}
-    if isinstance(row, Tensor) or (isinstance(row, list | tuple) and row and all(isinstance(i, int) for i in row)):
+    if isinstance(row, Tensor) or (
+        isinstance(row, list | tuple) and row and all(isinstance(i, int) for i in row)
+    ):
         row = {"input_ids": row}
     if isinstance(row, list | tuple):
         row = {"messages": row}
     if not isinstance(row, Mapping):
-        raise BadSample("form", f"sample {label}: a row must be text or a mapping, not {type(row).__name__}")
+        raise BadSample(
+            "form", f"sample {label}: a row must be text or a mapping, not {type(row).__name__}"
+        )
     if row.get("input_ids") is not None:
         return _tokens(row, label)
     if DECODER_KEYS & set(row) and ENCODER_KEYS & set(row):
@@ -92,7 +101,10 @@ def parse_row(
         raise BadSample("too short", f"sample {label}: its conversation has no turns")
     if turns is None:
         keys = ", ".join(map(str, row)) or "none"
-        raise BadSample("form", f"sample {label}: expected text, messages, conversations or input_ids, not {keys}")
+        raise BadSample(
+            "form",
+            f"sample {label}: expected text, messages, conversations or input_ids, not {keys}",
+        )
     media = columns.media
     if isinstance(turns, str) and not any(media.values()) and not as_chat:
         return Sample(label, text=turns, unread=columns.unread)
@@ -104,22 +116,34 @@ def parse_row(
     messages = _placed(messages, media, label)
     kinds: dict[str, Any] = {PLURAL[kind]: tuple(items) for kind, items in media.items()}
     return Sample(
-        label, messages=tuple(messages), base=base, remote=remote, options=options, unread=columns.unread, **kinds
+        label,
+        messages=tuple(messages),
+        base=base,
+        remote=remote,
+        options=options,
+        unread=columns.unread,
+        **kinds,
     )
 
 
 def _placed(messages: list[Message], media: Mapping[str, list[Any]], label: str) -> list[Message]:
-    """Media that no marker names go to the front of the first user turn. Raises BadSample when the counts disagree."""
+    """Media that no marker names go to the front of the first user turn. Raises BadSample when the
+    counts disagree."""
     missing = ""
     for kind, marker in MARKERS.items():
         marks = sum(turn.content.count(marker) for turn in messages)
         if marks == 0:
             missing += marker * len(media[kind])
         elif marks != len(media[kind]):
-            raise BadSample("markers", f"sample {label}: {marks} {marker} in the text, but {len(media[kind])} given")
+            raise BadSample(
+                "markers",
+                f"sample {label}: {marks} {marker} in the text, but {len(media[kind])} given",
+            )
     first = next((i for i, turn in enumerate(messages) if turn.role == "user"), None)
     if missing and first is None:
-        raise BadSample("markers", f"sample {label}: media are given, but no user turn to put them in")
+        raise BadSample(
+            "markers", f"sample {label}: media are given, but no user turn to put them in"
+        )
     if missing and first is not None:
         turn = messages[first]
         messages[first] = Message("user", f"{missing}\n{turn.content}".rstrip("\n"), turn.extra)
@@ -130,14 +154,20 @@ def _tokens(row: Mapping[str, Any], label: str) -> Sample:
     """A row of token ids (padding left out) or, with more in it, ready inputs of the model."""
     ids = _integers(row["input_ids"], "input_ids", label)
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
-        raise BadSample("form", f"sample {label}: input_ids have the shape {tuple(ids.shape)}, not (T,) or (1, T)")
+        raise BadSample(
+            "form",
+            f"sample {label}: input_ids have the shape {tuple(ids.shape)}, not (T,) or (1, T)",
+        )
     flat = ids.reshape(-1)
     if set(row) <= TEXT_KEYS:
         mask = row.get("attention_mask")
         if mask is not None:
             mask_T = _integers(mask, "attention_mask", label).reshape(-1)
             if len(mask_T) != len(flat):
-                raise BadSample("form", f"sample {label}: {len(flat)} input_ids, {len(mask_T)} in the attention_mask")
+                raise BadSample(
+                    "form",
+                    f"sample {label}: {len(flat)} input_ids, {len(mask_T)} in the attention_mask",
+                )
             flat = flat[mask_T.bool()]
         return Sample(label, input_ids=flat)
     return Sample(label, inputs={**row, "input_ids": flat[None]})
@@ -151,18 +181,30 @@ def _integers(values: Any, key: str, label: str) -> Tensor:
 
 
 def split_batch(item: Any) -> Iterator[Any]:
-    """One item of a list or DataLoader to single rows: batches of tensors, strings or columns are taken apart."""
+    """One item of a list or DataLoader to single rows: batches of tensors, strings or columns are
+    taken apart."""
     if (isinstance(item, Tensor) and item.ndim == 2) or (
         isinstance(item, list | tuple) and item and all(isinstance(part, str) for part in item)
     ):
         yield from item
     elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
         yield from split_batch(dict(zip(("input_ids", "attention_mask"), item, strict=False)))
-    elif isinstance(item, list | tuple) and item and isinstance(item[0], Mapping) and not _is_turn(item[0]):
+    elif (
+        isinstance(item, list | tuple)
+        and item
+        and isinstance(item[0], Mapping)
+        and not _is_turn(item[0])
+    ):
         yield from item
-    elif isinstance(item, Mapping) and isinstance(ids := item.get("input_ids"), Tensor) and ids.ndim == 2:
+    elif (
+        isinstance(item, Mapping)
+        and isinstance(ids := item.get("input_ids"), Tensor)
+        and ids.ndim == 2
+    ):
         if len(ids) > 1 and not set(item) <= TEXT_KEYS:
-            raise UserError("a DataLoader that gives model inputs with media must give one sample at a time")
+            raise UserError(
+                "a DataLoader that gives model inputs with media must give one sample at a time"
+            )
         if len(ids) == 1:
             yield item
         else:

@@ -1,4 +1,5 @@
-"""What the data ask of the run: which set, how long, how many at once. The rules of the original, made explicit."""
+"""What the data ask of the run: which set, how long, how many at once. The rules of the original,
+made explicit."""
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ class Settings:
     gradient_accumulate_steps: int
 
 
-def media_kinds(dataset: Any, load: Callable[[Any], list[Rows]] = load_rows, by_name: bool = True) -> list[Kinds]:
-    """For each set of a dataset argument the kinds of its media: known sets by name, all others by their content."""
+def media_kinds(
+    dataset: Any, load: Callable[[Any], list[Rows]] = load_rows, by_name: bool = True
+) -> list[Kinds]:
+    """For each set of a dataset argument the kinds of its media: known sets by name, all others by
+    their content."""
     if not isinstance(dataset, str) or not by_name:
         return [rows.kinds() for rows in load(dataset)]
     answers = []
@@ -65,11 +69,13 @@ def choose(
 ) -> tuple[Settings, tuple[str, ...]]:
     """The settings and one note, for the log, on each thing that is not as it was asked.
 
-    dataset: as given, or None for the template's own. text_only: the model takes plain text without media.
-    needs: kinds of media that the towers to quantize, or a model that can't take plain text, must meet. takes: kinds
-    that the model can read at all; None where nobody knows. load: reads a set whose kind its name doesn't tell;
-    by_name: a known name may tell it. positions: tokens that the model has room for. Raises UserError as `load_rows`
-    does, and when needs or takes can't be met.
+    dataset: as given, or None for the template's own. text_only: the model takes plain text
+      without media.
+    needs: kinds of media that the towers to quantize, or a model that can't take plain text, must
+    meet. takes: kinds that the model can read at all; None where nobody knows. load: reads a set
+    whose kind its name doesn't tell;
+    by_name: a known name may tell it. positions: tokens that the model has room for. Raises
+    UserError as `load_rows` does, and when needs or takes can't be met.
     """
     notes: list[str] = []
     if dataset is None:
@@ -81,10 +87,16 @@ def choose(
     media = media_kinds(dataset, load, by_name)
     demanded = quant_nontext_module or not text_only
     if demanded and not any(media):
-        why = "non-text modules are quantized" if quant_nontext_module else "this model can't take plain text"
+        why = (
+            "non-text modules are quantized"
+            if quant_nontext_module
+            else "this model can't take plain text"
+        )
         if isinstance(dataset, str):
             # Only text sets are replaced: the embedded one by its sister, so that it stays offline.
-            offline = tuple(needs) == ("image",) and all(source.name in DEMO for source in parse_spec(dataset))
+            offline = tuple(needs) == ("image",) and all(
+                source.name in DEMO for source in parse_spec(dataset)
+            )
             wanted = "demo-llava" if offline else ",".join(STAND_IN[kind] for kind in needs)
             notes.append(f"{why}: the dataset {dataset} has no media and is replaced by {wanted}")
             dataset, media = wanted, [frozenset(needs)]
@@ -105,16 +117,25 @@ def choose(
         resolved = TEXT_SEQLEN if seqlen is None else seqlen
         cut = True if truncation is None else truncation
     if positions is not None and resolved > positions:
-        notes.append(f"seqlen {resolved} becomes {positions}: the model has positions for no more tokens")
+        notes.append(
+            f"seqlen {resolved} becomes {positions}: the model has positions for no more tokens"
+        )
         resolved = positions
     if (multimodal or quant_nontext_module) and batch_size != 1:
         gradient_accumulate_steps *= batch_size
-        notes.append(f"batch_size {batch_size} becomes 1 with gradient_accumulate_steps {gradient_accumulate_steps}")
+        notes.append(
+            f"batch_size {batch_size} becomes 1 with gradient_accumulate_steps"
+            f" {gradient_accumulate_steps}"
+        )
         batch_size = 1
     rounded = -(-nsamples // batch_size) * batch_size
     if rounded != nsamples:
-        notes.append(f"nsamples {nsamples} becomes {rounded}, a multiple of batch_size {batch_size}")
-    return Settings(dataset, multimodal, rounded, resolved, cut, batch_size, gradient_accumulate_steps), tuple(notes)
+        notes.append(
+            f"nsamples {nsamples} becomes {rounded}, a multiple of batch_size {batch_size}"
+        )
+    return Settings(
+        dataset, multimodal, rounded, resolved, cut, batch_size, gradient_accumulate_steps
+    ), tuple(notes)
 
 
 def _usable(
@@ -129,7 +150,10 @@ def _usable(
         notes.append("this model can't take plain text: only the sets with media are used")
     for (source, kinds), fits in zip(sets, readable, strict=True):
         if kinds and not fits:
-            notes.append(f"this model takes no {' or '.join(sorted(kinds))}: the set {source.name} is left out")
+            notes.append(
+                f"this model takes no {' or '.join(sorted(kinds))}: the set {source.name} is"
+                " left out"
+            )
     kept = [each for each, fits in zip(sets, readable, strict=True) if fits]
     return ",".join(source.spec() for source, _ in kept), [kinds for _, kinds in kept]
 
@@ -138,23 +162,31 @@ def _foreign(kinds: Kinds, takes: Sequence[str] | None) -> Kinds:
     """Those of the kinds that the model can't read."""
     if takes is None:
         return frozenset()
-    return frozenset(kind for kind in kinds if kind != READY and SEEN_AS.get(kind, kind) not in takes)
+    return frozenset(
+        kind for kind in kinds if kind != READY and SEEN_AS.get(kind, kind) not in takes
+    )
 
 
-def _check_kinds(dataset: Any, media: Sequence[Kinds], needs: Sequence[str], takes: Sequence[str] | None) -> None:
-    """One line for a set with media that the model can't read, or when a tower would see no sample."""
+def _check_kinds(
+    dataset: Any, media: Sequence[Kinds], needs: Sequence[str], takes: Sequence[str] | None
+) -> None:
+    """One line for a set with media that the model can't read, or when a tower would see no
+    sample."""
     found: Kinds = frozenset().union(*media)
     name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"
     if foreign := _foreign(found, takes):
         able = " and ".join(kind for kind in takes or ())
-        wanted = next((LOCAL[kind] for kind in takes or () if kind in LOCAL), "a text set, such as demo-text")
+        wanted = next(
+            (LOCAL[kind] for kind in takes or () if kind in LOCAL), "a text set, such as demo-text"
+        )
         raise UserError(
-            f"{name} has {' and '.join(sorted(foreign))} samples, but this model takes {able}: use {wanted}"
+            f"{name} has {' and '.join(sorted(foreign))} samples, but this model takes {able}: use"
+            f" {wanted}"
         )
     seen = {SEEN_AS.get(kind, kind) for kind in found}
     for kind in needs:
         if found and READY not in seen and kind not in seen:
             raise UserError(
-                f"{name} has no {kind} samples, and what is to be quantized reads {kind}: add some, such as "
-                f"{STAND_IN[kind]}, or choose the stages with to_quant_block_names"
+                f"{name} has no {kind} samples, and what is to be quantized reads {kind}: add some,"
+                f" such as {STAND_IN[kind]}, or choose the stages with to_quant_block_names"
             )

@@ -1,5 +1,5 @@
-"""Rows as files hold them: JSON, JSON lines, text, CSV, Parquet, Arrow. What a file is, its name says; no other parser
-is asked, and nothing is unpacked or fetched."""
+"""Rows as files hold them: JSON, JSON lines, text, CSV, Parquet, Arrow. What a file is, its name
+says; no other parser is asked, and nothing is unpacked or fetched."""
 
 import csv
 import gzip
@@ -65,7 +65,8 @@ class Joined(Sequence[Any]):
         """Rows start .. end, without end."""
         starts = [0, *self.ends]
         return Joined(
-            (folder, rows[max(start - at, 0) : max(end - at, 0)]) for at, (folder, rows) in zip(starts, self.parts)
+            (folder, rows[max(start - at, 0) : max(end - at, 0)])
+            for at, (folder, rows) in zip(starts, self.parts)
         )
 
 
@@ -86,11 +87,14 @@ class TableRows(Sequence[Any]):
         try:
             return self.table.slice(at, 1).to_pylist()[0]
         except (ValueError, OverflowError, TypeError) as error:
-            raise UserError(f"{self.what} row {at} can't be read: {one_line(str(error))[:200]}") from None
+            raise UserError(
+                f"{self.what} row {at} can't be read: {one_line(str(error))[:200]}"
+            ) from None
 
 
 def read_files(paths: Sequence[Path]) -> Joined:
-    """The rows of files of any kind that `is_data` knows. Raises UserError for one that can't be read."""
+    """The rows of files of any kind that `is_data` knows. Raises UserError for one that can't be
+    read."""
     left, parts = HELD_BYTES, []
     for path in paths:
         rows: Sequence[Any]
@@ -124,7 +128,8 @@ def read_table(path: Path, held: int = HELD_BYTES) -> TableRows:
 
 
 def _arrow(path: Path) -> Any:
-    """A stream (what `save_to_disk` writes) or a file of Arrow, looked through before its offsets are believed."""
+    """A stream (what `save_to_disk` writes) or a file of Arrow, looked through before its offsets
+    are believed."""
     import pyarrow as pa
 
     source = pa.memory_map(str(path))
@@ -138,7 +143,8 @@ def _arrow(path: Path) -> Any:
 
 
 def _gathered(schema: Any, batches: Iterator[Any], held: int, what: str) -> Any:
-    """The batches as one table: in memory, or in a temporary file if they are more than `held` bytes."""
+    """The batches as one table: in memory, or in a temporary file if they are more than `held`
+    bytes."""
     import pyarrow as pa
 
     first, size = [], 0
@@ -161,14 +167,16 @@ def _gathered(schema: Any, batches: Iterator[Any], held: int, what: str) -> Any:
 
 
 def read_plain(path: Path) -> list[Any]:
-    """The rows of a JSON, JSON lines, text or CSV file (.gz too). Raises UserError when it can't be read."""
+    """The rows of a JSON, JSON lines, text or CSV file (.gz too). Raises UserError when it can't be
+    read."""
     what, kind = f"dataset {path}", kind_of(path)
     text = _text(path, what).removeprefix("\ufeff")
     if kind == ".txt":
         return [line for _, line in _lines(text)]
     if kind in DELIMITERS:
         return _csv(text, DELIMITERS[kind], what)
-    # Many call JSON lines .json and a list .jsonl: where the first line is a value, it can't be a part of a larger one.
+    # Many call JSON lines .json and a list .jsonl: where the first line is a value, it can't be a
+    # part of a larger one.
     first = re.search(r"\S[^\r\n]*", text)
     alone = first is not None and _is_json(first[0])
     more = first is not None and re.compile(r"\S").search(text, first.end()) is not None
@@ -178,7 +186,8 @@ def read_plain(path: Path) -> list[Any]:
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """(number, line) of the lines that are not empty. Only real line ends: JSON strings may hold other separators."""
+    """(number, line) of the lines that are not empty. Only real line ends: JSON strings may hold
+    other separators."""
     return [(i, line) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
 
 
@@ -219,7 +228,9 @@ def _text(path: Path, what: str) -> str:
 def _csv(text: str, delimiter: str, what: str) -> list[dict[str, str]]:
     """The rows of a table whose first line names its columns; empty cells are left out."""
     try:
-        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]
+        header, *rows = [
+            row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row
+        ] or [[]]
     except csv.Error as error:
         raise UserError(f"{what} can't be read: {error}") from None
     names = [name.strip() for name in header]
@@ -227,5 +238,7 @@ def _csv(text: str, delimiter: str, what: str) -> list[dict[str, str]]:
         raise UserError(f"{what} can't be read: its first line names a column twice")
     wrong = next((i for i, row in enumerate(rows, 2) if len(row) > len(names)), None)
     if wrong:
-        raise UserError(f"{what} can't be read: row {wrong} has more cells than the first line names columns")
+        raise UserError(
+            f"{what} can't be read: row {wrong} has more cells than the first line names columns"
+        )
     return [{name: cell for name, cell in zip(names, row) if cell.strip()} for row in rows]

@@ -1,7 +1,8 @@
 """Chat templates as data: one JSON file a model family, immutable once read.
 
-`{{content}}` in a `format_*` wrapper marks where the text of the turn goes (first occurrence only). `replace_tokens`
-turns the neutral markers `<image>`, `<video>`, `<audio>` of a turn into what the family's processor expects.
+`{{content}}` in a `format_*` wrapper marks where the text of the turn goes (first occurrence only).
+`replace_tokens` turns the neutral markers `<image>`, `<video>`, `<audio>` of a turn into what the
+family's processor expects.
 """
 
 import difflib
@@ -26,8 +27,9 @@ TEMPLATE_BYTES = 1 << 20
 
 
 class Encoded(NamedTuple):
-    """text, the (start, end) character spans of its assistant answers (closing token in, trailing blanks out), and the
-    names of what the conversation holds and the text doesn't, once for each time."""
+    """text, the (start, end) character spans of its assistant answers (closing token in, trailing
+    blanks out), and the names of what the conversation holds and the text doesn't, once for each
+    time."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
@@ -36,7 +38,8 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How one family writes a conversation. The fields are the keys of the JSON file, with the same defaults."""
+    """How one family writes a conversation. The fields are the keys of the JSON file, with the same
+    defaults."""
 
     model_type: str = "user_define"
     format_user: str = CONTENT
@@ -52,11 +55,13 @@ class Template:
     processor: str = "basic"
 
     def encode(self, messages: Any) -> str:
-        """The whole conversation as one string; `messages` in any form that `parse_messages` takes."""
+        """The whole conversation as one string; `messages` in any form that `parse_messages`
+        takes."""
         return self.spans(messages).text
 
     def prompt(self, messages: Any) -> str:
-        """The conversation up to and including the opening of the next answer; a last assistant turn is left out."""
+        """The conversation up to and including the opening of the next answer; a last assistant
+        turn is left out."""
         text = self.spans(without_last_answer(parse_messages(messages))).text
         opening = self.format_assistant.split(CONTENT)[0]
         return text if opening and text.endswith(opening) else text + opening
@@ -68,7 +73,8 @@ class Template:
         return content
 
     def spans(self, messages: Any) -> Encoded:
-        """As `encode`, with the places of the answers. A system turn in the data stands instead of default_system."""
+        """As `encode`, with the places of the answers. A system turn in the data stands instead of
+        default_system."""
         turns = self._spoken(parse_messages(messages))
         text, answers, left = "", [], list(extras(turns))
         if self.extra_encode and not any(turn.role in SYSTEM for turn in turns):
@@ -79,7 +85,8 @@ class Template:
             content = self.replaced(turn.content) if mark else ""
             left += [f"{role} turns"] if turn.content and not mark else []
             if turn.role == "assistant":
-                if opening and text.endswith(opening):  # format_observation has opened the answer already
+                # format_observation has opened the answer already
+                if opening and text.endswith(opening):
                     opening = ""
                 start = len(text) + len(opening)
                 answers.append((start, start + len(content + closing.rstrip())))
@@ -93,7 +100,9 @@ class Template:
         spoken = []
         for turn in turns:
             calls = [call["function"] for call in tool_calls(turn.extra.get("tool_calls")) or ()]
-            kept = {key: value for key, value in turn.extra.items() if key != "tool_calls" or not calls}
+            kept = {
+                key: value for key, value in turn.extra.items() if key != "tool_calls" or not calls
+            }
             spoken += [Message(turn.role, turn.content, kept)] if turn.content or not calls else []
             text = dumps(calls if len(calls) > 1 else calls[:1] and calls[0])
             spoken += [Message("function", text)] if calls else []
@@ -110,26 +119,39 @@ def _boolean(value: Any, where: str) -> bool:
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    raise UserError(f'{where}: extra_encode must be true or false (or the string "True"/"False"), not {value!r}')
+    raise UserError(
+        f'{where}: extra_encode must be true or false (or the string "True"/"False"), not {value!r}'
+    )
 
 
 def _pairs(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{where}: replace_tokens must be a list of old and new texts, not {value!r}")
+        raise UserError(
+            f"{where}: replace_tokens must be a list of old and new texts, not {value!r}"
+        )
     if all(isinstance(item, str) for item in value):
         if len(value) % 2:
-            raise UserError(f"{where}: replace_tokens has {len(value)} entries, but it must hold pairs [old, new, ..]")
+            raise UserError(
+                f"{where}: replace_tokens has {len(value)} entries, but it must hold pairs [old,"
+                " new, ..]"
+            )
         value = list(zip(value[::2], value[1::2], strict=True))
-    good = all(isinstance(p, Sequence) and len(p) == 2 and all(isinstance(t, str) for t in p) and p[0] for p in value)
+    good = all(
+        isinstance(p, Sequence) and len(p) == 2 and all(isinstance(t, str) for t in p) and p[0]
+        for p in value
+    )
     if not good:
-        raise UserError(f"{where}: replace_tokens must hold pairs [old, new] of texts with a non-empty old one")
+        raise UserError(
+            f"{where}: replace_tokens must hold pairs [old, new] of texts with a non-empty old one"
+        )
     return tuple((old, new) for old, new in value)
 
 
 def parse_template(data: Any, where: str = "template") -> Template:
-    """A Template from the mapping in a JSON file; null = default. Raises UserError for unknown keys, wrong values."""
+    """A Template from the mapping in a JSON file; null = default. Raises UserError for unknown
+    keys, wrong values."""
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: a template must be a JSON object with keys such as format_user")
     known = [field.name for field in fields(Template)]
@@ -158,7 +180,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def read_template(path: Path) -> Template:
-    """A template file of the user's. Raises UserError when it can't be read or is no valid template."""
+    """A template file of the user's. Raises UserError when it can't be read or is no valid
+    template."""
     where = f"template {path}"
     return parse_template(parse_json(read_text(path, where, TEMPLATE_BYTES), where), where)
 
@@ -166,18 +189,23 @@ def read_template(path: Path) -> Template:
 def shipped() -> dict[str, Template]:
     """The templates on the shelf, by model_type."""
     found = {}
-    for entry in sorted(resources.files("auto_mmround.templates").iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(
+        resources.files("auto_mmround.templates").iterdir(), key=lambda entry: entry.name
+    ):
         if entry.name.endswith(".json"):
-            template = parse_template(json.loads(entry.read_text(encoding="utf-8")), f"template {entry.name}")
+            template = parse_template(
+                json.loads(entry.read_text(encoding="utf-8")), f"template {entry.name}"
+            )
             found[template.model_type] = template
     return found
 
 
 def load_template(name: str | Path | None, model_type: str | None = None) -> Template:
-    """The user's template (a file, else a name on the shelf) or, without one, that of config.model_type.
+    """The user's template (a file, else a name on the shelf) or, without one, that of
+    config.model_type.
 
-    A model type without a template of its own gets "default", which leaves the writing to the model's chat template.
-    Raises UserError for an unknown name or an unreadable file.
+    A model type without a template of its own gets "default", which leaves the writing to the
+    model's chat template. Raises UserError for an unknown name or an unreadable file.
     """
     shelf = shipped()
     if name is None:
@@ -190,4 +218,7 @@ def load_template(name: str | Path | None, model_type: str | None = None) -> Tem
         return shelf[str(name)]
     if str(name).endswith(".json"):
         raise UserError(f"template file {name} doesn't exist")
-    raise UserError(f"unknown template {str(name)!r}{did_you_mean(str(name), shelf)} (known: {', '.join(shelf)})")
+    raise UserError(
+        f"unknown template {str(name)!r}{did_you_mean(str(name), shelf)} (known:"
+        f" {', '.join(shelf)})"
+    )

@@ -1,5 +1,6 @@
-"""Turns of a conversation, from every form that people store them in to one: a role, a text with markers for media,
-and whatever else a chat template may read (tool calls, reasoning, names), under the names that chat templates use."""
+"""Turns of a conversation, from every form that people store them in to one: a role, a text with
+markers for media, and whatever else a chat template may read (tool calls, reasoning, names), under
+the names that chat templates use."""
 
 import json
 import re
@@ -14,8 +15,10 @@ MARKER = re.compile("|".join(map(re.escape, MARKERS.values())))
 # In small letters; what OpenAI, Gemini, Llama, ShareGPT and LLaMA-Factory write.
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard", "claude"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "ipython", "tool_response", "function_response"), "observation"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard", "claude"),
+        "assistant"),
+    **dict.fromkeys(("observation", "tool", "ipython", "tool_response", "function_response"),
+        "observation"),
     **dict.fromkeys(("function", "function_call", "tool_call"), "function"),
     **{role: role for role in ("system", "developer")},
 }  # fmt: skip
@@ -29,8 +32,9 @@ class _Turn(NamedTuple):
 
 
 class Message(_Turn):
-    """One turn. role: user, assistant, system, developer, function (a call) or observation (its answer). content: text;
-    media stand as `<image>`, .. extra: all else that the turn says, as chat templates name it."""
+    """One turn. role: user, assistant, system, developer, function (a call) or observation (its
+    answer). content: text; media stand as `<image>`, .. extra: all else that the turn says, as chat
+    templates name it."""
 
     extra: Mapping[str, Any]
 
@@ -42,7 +46,9 @@ class Message(_Turn):
 
 def is_empty(value: Any) -> bool:
     """None, or a text, list or mapping with nothing in it."""
-    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not len(value))
+    return value is None or (
+        isinstance(value, str | bytes | list | tuple | Mapping) and not len(value)
+    )
 
 
 def decoded(value: Any) -> Any:
@@ -56,13 +62,20 @@ def decoded(value: Any) -> Any:
 
 
 def part_kind(part: Mapping[str, Any]) -> str:
-    """text, image, video or audio for one typed part of a content list: {"type": "image"}, {"type": "image_url"}, ..;
-    also the types of parts that say something else: thinking, tool_use, tool_result."""
-    given = str(part.get("type") or next((key for key in ("text", *MARKERS) if not is_empty(part.get(key))), ""))
+    """text, image, video or audio for one typed part of a content list: {"type": "image"}, {"type":
+    "image_url"}, ..; also the types of parts that say something else: thinking, tool_use,
+    tool_result."""
+    given = str(
+        part.get("type")
+        or next((key for key in ("text", *MARKERS) if not is_empty(part.get(key))), "")
+    )
     kind = given.removeprefix("input_").removeprefix("output_").removesuffix("_url")
     kind = {"reasoning": "thinking", "refusal": "text"}.get(kind, kind)
     if kind not in ("text", "thinking", "tool_use", "tool_result", *MARKERS):
-        raise UserError(f"a content part has the type {shown(part.get('type'))}: expected text, image, video or audio")
+        raise UserError(
+            f"a content part has the type {shown(part.get('type'))}: expected text, image, video or"
+            " audio"
+        )
     return kind
 
 
@@ -74,17 +87,25 @@ def _content(content: Any) -> tuple[str, dict[str, Any]]:
         return "", {}
     content = [content] if isinstance(content, Mapping) else content
     if not isinstance(content, Iterable):
-        raise UserError(f"the content of a message must be text or a list of parts, not {type(content).__name__}")
+        raise UserError(
+            "the content of a message must be text or a list of parts, not"
+            f" {type(content).__name__}"
+        )
     text, thoughts, calls = "", "", []
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping):
-            raise UserError('the parts of a message must look like {"type": "text", "text": ".."} or {"type": "image"}')
+            raise UserError(
+                'the parts of a message must look like {"type": "text", "text": ".."} or {"type":'
+                ' "image"}'
+            )
         kind = part_kind(part)
         if kind == "thinking":
             thoughts += str(next((part[key] for key in (*REASONING, "text") if part.get(key)), ""))
         elif kind == "tool_use":
-            calls.append({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
+            calls.append(
+                {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
+            )
         elif kind == "tool_result":
             text += _content(part.get("content"))[0]
         else:
@@ -93,7 +114,8 @@ def _content(content: Any) -> tuple[str, dict[str, Any]]:
 
 
 def tool_calls(value: Any) -> list[dict[str, Any]] | None:
-    """Calls in the form that chat templates read, arguments as a mapping; from a list, one call, or JSON text of them.
+    """Calls in the form that chat templates read, arguments as a mapping; from a list, one call, or
+    JSON text of them.
 
     None for what is no call.
     """
@@ -104,9 +126,14 @@ def tool_calls(value: Any) -> list[dict[str, Any]] | None:
         inner = decoded(call.get("function", call)) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             return None
-        said: Any = next((inner[key] for key in ("arguments", "parameters") if inner.get(key) is not None), {})
+        said: Any = next(
+            (inner[key] for key in ("arguments", "parameters") if inner.get(key) is not None), {}
+        )
         function = {"name": inner["name"], "arguments": without_none(decoded(said))}
-        found.append({"type": "function", "function": function} | ({"id": call["id"]} if call.get("id") else {}))
+        found.append(
+            {"type": "function", "function": function}
+            | ({"id": call["id"]} if call.get("id") else {})
+        )
     return found
 
 
@@ -121,7 +148,9 @@ def _turn(turn: Any) -> Message:
     if isinstance(turn, Message):
         return turn
     if not isinstance(turn, Mapping):
-        raise UserError(f'a message must look like {{"role": "user", "content": ".."}}, not {shown(turn)}')
+        raise UserError(
+            f'a message must look like {{"role": "user", "content": ".."}}, not {shown(turn)}'
+        )
     by = next((key for key in ROLE_KEYS if turn.get(key) is not None), None)
     name = turn.get(by) if by else None
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
@@ -136,18 +165,23 @@ def _turn(turn: Any) -> Message:
         if not is_empty(extra.get(source)) and (calls := tool_calls(extra[source])):
             del extra[source]
             extra["tool_calls"] = calls
-    return Message(role, content, {key: value for key, value in extra.items() if not is_empty(value)})
+    return Message(
+        role, content, {key: value for key, value in extra.items() if not is_empty(value)}
+    )
 
 
 def parse_messages(messages: Any) -> tuple[Message, ...]:
-    """Any accepted form to Messages: a string (one user turn), or turns with role/from and content/value.
+    """Any accepted form to Messages: a string (one user turn), or turns with role/from and
+    content/value.
 
     Raises UserError for what has no turns, an unknown role or a turn that isn't a mapping.
     """
     if isinstance(messages, str):
         return (Message("user", messages),)
     if not isinstance(messages, Iterable):
-        raise UserError(f"messages must be a list of turns or a text, not {type(messages).__name__}")
+        raise UserError(
+            f"messages must be a list of turns or a text, not {type(messages).__name__}"
+        )
     return tuple(_turn(turn) for turn in messages)
 
 

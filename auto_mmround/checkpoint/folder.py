@@ -1,4 +1,5 @@
-"""A checkpoint folder: under another name while it is written; side files, and the configuration last."""
+"""A checkpoint folder: under another name while it is written; side files, and the configuration
+last."""
 
 import shutil
 from collections.abc import Mapping
@@ -10,13 +11,15 @@ from auto_mmround.errors import UserError
 from auto_mmround.untrusted import belongs
 
 _WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot", ".npz",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
+    ".onnx_data", ".ot", ".npz",
     ".index.json", ".partial", ".pkl", ".pickle", ".joblib",
 )  # fmt: skip
-# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its weights. With an
-# adapter's configuration beside merged weights loaders would look for the adapter.
+# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its
+# weights. With an adapter's configuration beside merged weights loaders would look for the adapter.
 _OWN_FILES = (
-    "config.json", "quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+    "config.json", "quantization_config.json", "quantize_config.json", "quant_config.json",
+    "hf_quant_config.json",
     "adapter_config.json",
     "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
 )  # fmt: skip
@@ -26,15 +29,20 @@ _UNDERWAY = (".partial", ".unfinished", ".wrong")  # endings of folders of ours 
 def check_free(out: Path, overwrite: bool = False) -> None:
     """Raises UserError if a checkpoint can't be put at ``out``.
 
-    overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something else never is.
+    overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something
+      else never is.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, no folder: choose another")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise UserError(f"the output folder {out} is not empty: choose another, or --overwrite replaces it")
+            raise UserError(
+                f"the output folder {out} is not empty: choose another, or --overwrite replaces it"
+            )
         if not (out / "config.json").is_file():
-            raise UserError(f"{out} is not a checkpoint folder and will not be overwritten: choose another")
+            raise UserError(
+                f"{out} is not a checkpoint folder and will not be overwritten: choose another"
+            )
 
 
 def wrong_name(out: Path) -> Path:
@@ -43,7 +51,8 @@ def wrong_name(out: Path) -> Path:
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
-    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way, see `check_free`."""
+    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way, see
+    `check_free`."""
     check_free(out, overwrite)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
@@ -64,8 +73,8 @@ def commit(partial: Path, out: Path) -> None:
 
 
 def write_side_files(source: Path, out: Path) -> list[str]:
-    """Copy everything of the source but weights and configuration, byte for byte, hidden files and README left out;
-    returns the names written, relative to ``out``."""
+    """Copy everything of the source but weights and configuration, byte for byte, hidden files and
+    README left out; returns the names written, relative to ``out``."""
     chosen = side_files(source)
     for path in chosen:
         target = out / path.relative_to(source)
@@ -75,7 +84,9 @@ def write_side_files(source: Path, out: Path) -> list[str]:
     return [str(path.relative_to(source)) for path in chosen]
 
 
-def write_config(out: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None) -> None:
+def write_config(
+    out: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None
+) -> None:
     """config.json, the file that makes the folder a checkpoint; None writes an unquantized one."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if quantization_config is None:
@@ -92,16 +103,21 @@ def side_files(source: Path) -> list[Path]:
     strays = [path for path in chosen if not belongs(path, source)]
     if strays:
         raise UserError(
-            f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied; put the file there"
+            f"{strays[0]} is a link out of the model's folder: nothing from elsewhere is copied;"
+            " put the file there"
         )
     return chosen
 
 
 def is_side_file(path: Path, source: Path) -> bool:
-    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged; earlier results that lie
-    in it do not."""
+    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged;
+    earlier results that lie in it do not."""
     parts = path.relative_to(source).parts
-    hidden = any(part.startswith(".") or part == "__pycache__" or part.endswith(_UNDERWAY) for part in parts)
-    hidden = hidden or any((above / "run.json").is_file() for above in path.parents[: len(parts) - 1])
+    hidden = any(
+        part.startswith(".") or part == "__pycache__" or part.endswith(_UNDERWAY) for part in parts
+    )
+    hidden = hidden or any(
+        (above / "run.json").is_file() for above in path.parents[: len(parts) - 1]
+    )
     own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))
     return path.is_file() and not hidden and not own and not path.name.endswith(_WEIGHTS)

@@ -1,4 +1,5 @@
-"""Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized weights."""
+"""Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized
+weights."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -27,12 +28,17 @@ from auto_mmround.model.loading import (
     skeleton,
 )
 from auto_mmround.model.quantized import METHODS
-from auto_mmround.numerics.float_grids import quantize_inputs_e4m3, quantize_tokens_as_rows, quantize_tokens_e4m3
+from auto_mmround.numerics.float_grids import (
+    quantize_inputs_e4m3,
+    quantize_tokens_as_rows,
+    quantize_tokens_e4m3,
+)
 from auto_mmround.numerics.grids import quantize_tokens
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import one_line
 
-# How a source may be stored. Those of compressed-tensors are read as engines read them, activations too.
+# How a source may be stored. Those of compressed-tensors are read as engines read them, activations
+# too.
 SOURCES = tuple(method for method in METHODS if method != "compressed-tensors")
 
 
@@ -44,11 +50,13 @@ def from_quantized(
     remote_code: bool = False,
     activations: bool = False,
 ) -> Loaded:
-    """Load a quantized checkpoint without any engine: packed weights are decoded, the rest is as stored.
+    """Load a quantized checkpoint without any engine: packed weights are decoded, the rest is as
+    stored.
 
-    dtype: of all weights; None is the configuration's. activations: where the configuration asks engines to quantize a
-    layer's inputs, do so in a hook; without it only the weights are as an engine has them. Raises UserError for a
-    folder that can't be read, or whose tensors don't fit the model exactly.
+    dtype: of all weights; None is the configuration's. activations: where the configuration asks
+    engines to quantize a layer's inputs, do so in a hook; without it only the weights are as an
+    engine has them. Raises UserError for a folder that can't be read, or whose tensors don't fit
+    the model exactly.
     """
     folder = Path(folder)
     config = read_config(folder, remote_code)
@@ -59,13 +67,27 @@ def from_quantized(
     try:
         state = _as_the_model_keeps_them(skeleton(config, folder, remote_code), folder, decoded)
         model, info = model_class(config, folder, remote_code).from_pretrained(
-            None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=remote_code
+            None,
+            config=config,
+            state_dict=state,
+            dtype=wanted,
+            output_loading_info=True,
+            trust_remote_code=remote_code,
         )
     except NONSENSE as error:
         raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    wrong = sorted(
+        {
+            *info["missing_keys"],
+            *info["unexpected_keys"],
+            *(key for key, *_ in info["mismatched_keys"]),
+        }
+    )
     if wrong:
-        raise UserError(f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first {wrong[0]}")
+        raise UserError(
+            f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first"
+            f" {wrong[0]}"
+        )
     named(model)
     if activations:
         _quantize_inputs(model, read_checkpoint(folder), state, device)
@@ -76,10 +98,15 @@ def from_quantized(
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
 
 
-def _as_the_model_keeps_them(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Packed weights are (out, in), GPT-2's Conv1D keeps them the other way round; some families stack experts."""
+def _as_the_model_keeps_them(
+    model: PreTrainedModel, folder: Path, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Packed weights are (out, in), GPT-2's Conv1D keeps them the other way round; some families
+    stack experts."""
     state = restacked(model, state)
-    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    turned = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    }
     if turned:
         stored = read_checkpoint(folder).files
         for name, key in parameter_names(model, state).items():
@@ -104,9 +131,17 @@ def _quantize_inputs(
         if scheme.act_bits < 16:
             layer = model.get_submodule(parameter.removesuffix(".weight"))
             measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"
-            wholes = [] if scheme.act_dynamic and scheme.data_type != "nvfp4" else [f"{stored}.{measured}"]
-            rounded = partial(_rounded, scheme, *(tensor.to(device) for _, tensor in checkpoint.tensors(wholes)))
-            layer.register_forward_pre_hook(lambda _, given, rounded=rounded: (rounded(given[0]), *given[1:]))
+            wholes = (
+                []
+                if scheme.act_dynamic and scheme.data_type != "nvfp4"
+                else [f"{stored}.{measured}"]
+            )
+            rounded = partial(
+                _rounded, scheme, *(tensor.to(device) for _, tensor in checkpoint.tensors(wholes))
+            )
+            layer.register_forward_pre_hook(
+                lambda _, given, rounded=rounded: (rounded(given[0]), *given[1:])
+            )
 
 
 def _rounded(scheme: Scheme, *given: Tensor) -> Tensor:
@@ -116,20 +151,32 @@ def _rounded(scheme: Scheme, *given: Tensor) -> Tensor:
         return quantize_tokens(x_TI, scheme.act_bits)
     if scheme.data_type != "fp8":
         return quantize_tokens_as_rows(x_TI, scheme.data_type, scheme.group_size, *wholes)
-    return quantize_inputs_e4m3(x_TI, *wholes) if wholes else quantize_tokens_e4m3(x_TI, scheme.group_size)
+    return (
+        quantize_inputs_e4m3(x_TI, *wholes)
+        if wholes
+        else quantize_tokens_e4m3(x_TI, scheme.group_size)
+    )
 
 
 def load_any(
-    name: str, *, dtype: str | None = None, device: str | torch.device = "cpu", remote_code: bool = False
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device = "cpu",
+    remote_code: bool = False,
 ) -> Loaded:
-    """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an engine quantizes them.
+    """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an
+    engine quantizes them.
 
     On a processor float16 becomes float32, as in `load`.
     """
     folder = Path(name)
     quantization = read_checkpoint(folder).quantization_config if folder.is_dir() else None
-    if quantization is not None and quantization.get("quant_method") not in SOURCES:  # that is how the source is stored
+    # that is how the source is stored
+    if quantization is not None and quantization.get("quant_method") not in SOURCES:
         half = dtype is None and read_config(folder, remote_code).dtype == torch.float16
         dtype = "float32" if half and torch.device(device).type == "cpu" else dtype
-        return from_quantized(folder, dtype=dtype, device=device, remote_code=remote_code, activations=True)
+        return from_quantized(
+            folder, dtype=dtype, device=device, remote_code=remote_code, activations=True
+        )
     return load(name, dtype=dtype, device=device, remote_code=remote_code)

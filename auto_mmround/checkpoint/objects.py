@@ -1,5 +1,5 @@
-"""Tokenizer, processors and generation settings that a user hands over: what the source has not, or otherwise, is
-saved; the files of what is unchanged stay the source's, byte for byte."""
+"""Tokenizer, processors and generation settings that a user hands over: what the source has not, or
+otherwise, is saved; the files of what is unchanged stay the source's, byte for byte."""
 
 import copy
 import json
@@ -14,15 +14,19 @@ from transformers.dynamic_module_utils import custom_object_save
 from auto_mmround import strict
 from auto_mmround.atomic import write_json, write_whole
 
-# Files that say the same thing together: where one of them differs all are written anew, older spellings go.
+# Files that say the same thing together: where one of them differs all are written anew, older
+# spellings go.
 GROUPS: tuple[tuple[str, ...], ...] = (
-    ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json",
+     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+     "tekken.json"),
     ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"),
     ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )  # fmt: skip
 # How an object was loaded, not what it is.
-ASIDE = {"is_local", "local_files_only", "name_or_path", "transformers_version", "processor_class", "backend",
+ASIDE = {"is_local", "local_files_only", "name_or_path", "transformers_version", "processor_class",
+    "backend",
          "_from_model_config"}  # fmt: skip
 UNREAD = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
 Files = Mapping[str, bytes]
@@ -38,26 +42,32 @@ def write_objects(
     image_processor: Any = None,
     generation_config: Any = None,
 ) -> list[str]:
-    """Save what of the objects is not in the source's files, over their copies in ``out``; returns the names of all
-    side files there. ``copied``: those of the copies.
+    """Save what of the objects is not in the source's files, over their copies in ``out``; returns
+    the names of all side files there. ``copied``: those of the copies.
 
-    Tokenizers are saved with neither truncation nor padding left in them. Generation settings are written as they are,
-    also where Transformers would refuse to save them.
+    Tokenizers are saved with neither truncation nor padding left in them. Generation settings are
+    written as they are, also where Transformers would refuse to save them.
     """
     names = set(copied)
     for thing in (processor, tokenizer):
         if thing is not None:
             names |= _update(out, _saved(thing), _from_source(thing, source))
-    if image_processor is not None and (mine := _saved(image_processor)) != _from_source(image_processor, source):
+    if image_processor is not None and (mine := _saved(image_processor)) != _from_source(
+        image_processor, source
+    ):
         names |= _pictures(out, mine)
     if generation_config is not None and _settings_differ(generation_config, source):
-        write_json(out / "generation_config.json", json.loads(generation_config.to_json_string(use_diff=True)))
+        write_json(
+            out / "generation_config.json",
+            json.loads(generation_config.to_json_string(use_diff=True)),
+        )
         names.add("generation_config.json")
     return sorted(name for name in names if (out / name).is_file())
 
 
 def write_code(out: Path, model: Any) -> dict[str, Any]:
-    """Save the Python code of a model that is no part of Transformers; returns what config.json says of it."""
+    """Save the Python code of a model that is no part of Transformers; returns what config.json
+    says of it."""
     config = copy.deepcopy(model.config)
     for thing in (model.config, model):
         if thing._auto_class is not None:
@@ -66,8 +76,8 @@ def write_code(out: Path, model: Any) -> dict[str, Any]:
 
 
 def _saved(thing: Any) -> Files:
-    """What the object saves, by name; of a whole processor the part that older readers look for in a file of its own
-    as well."""
+    """What the object saves, by name; of a whole processor the part that older readers look for in
+    a file of its own as well."""
     thing = _untruncated(thing)
     with tempfile.TemporaryDirectory() as scratch:
         thing.save_pretrained(scratch)
@@ -75,7 +85,9 @@ def _saved(thing: Any) -> Files:
         found = {str(path.relative_to(scratch)): path.read_bytes() for path in files}
     whole = json.loads(found.get("processor_config.json", b"{}"))
     part = whole.get("image_processor") or whole.get("feature_extractor")
-    return found | ({"preprocessor_config.json": strict.dumps(part, indent=2).encode() + b"\n"} if part else {})
+    return found | (
+        {"preprocessor_config.json": strict.dumps(part, indent=2).encode() + b"\n"} if part else {}
+    )
 
 
 def _from_source(thing: Any, source: Path | None) -> Files:
@@ -83,7 +95,8 @@ def _from_source(thing: Any, source: Path | None) -> Files:
     if source is None:
         return {}
     try:
-        # A processor loads parts by what the source says of them: no code of its own runs, and nobody is asked.
+        # A processor loads parts by what the source says of them: no code of its own runs, and
+        # nobody is asked.
         quiet = {"trust_remote_code": False} if isinstance(thing, ProcessorMixin) else {}
         return _saved(type(thing).from_pretrained(source, **quiet))
     except UNREAD:
@@ -97,7 +110,9 @@ def _update(out: Path, mine: Files, theirs: Files) -> set[str]:
     grouped = {name for group in GROUPS for name in group}
     for name in {name for group in groups for name in group} - mine.keys():
         (out / name).unlink(missing_ok=True)
-    chosen = {name for name in mine if name in differ - grouped or any(name in group for group in groups)}
+    chosen = {
+        name for name in mine if name in differ - grouped or any(name in group for group in groups)
+    }
     for name in chosen:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(out / name, mine[name])
@@ -105,7 +120,8 @@ def _update(out: Path, mine: Files, theirs: Files) -> set[str]:
 
 
 def _pictures(out: Path, mine: Files) -> set[str]:
-    """Write an image processor's own file, and over its part of the whole processor's; returns the names written."""
+    """Write an image processor's own file, and over its part of the whole processor's; returns the
+    names written."""
     whole, part = out / "processor_config.json", mine.get("preprocessor_config.json")
     if part is not None and whole.is_file():
         found = json.loads(whole.read_bytes())
@@ -125,16 +141,20 @@ def _content(name: str, files: Files) -> Any:
 
 
 def _settings_differ(settings: Any, source: Path | None) -> bool:
-    """Whether generation settings are not those that the source states; without a file it states the model's own."""
+    """Whether generation settings are not those that the source states; without a file it states
+    the model's own."""
     if source is None or not (source / "generation_config.json").is_file():
         return source is None or not settings._from_model_config
     stated = GenerationConfig.from_pretrained(source)
-    one, other = ({k: v for k, v in each.to_dict().items() if k not in ASIDE} for each in (settings, stated))
+    one, other = (
+        {k: v for k, v in each.to_dict().items() if k not in ASIDE} for each in (settings, stated)
+    )
     return one != other
 
 
 def _untruncated(thing: Any) -> Any:
-    """A copy of a tokenizer or processor whose fast tokenizer neither truncates nor pads: both are saved otherwise."""
+    """A copy of a tokenizer or processor whose fast tokenizer neither truncates nor pads: both are
+    saved otherwise."""
     thing = copy.deepcopy(thing)
     backend = getattr(getattr(thing, "tokenizer", thing), "backend_tokenizer", None)
     if backend is not None:

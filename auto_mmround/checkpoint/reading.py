@@ -20,7 +20,8 @@ CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticEr
 
 
 class Shards(ExitStack):
-    """Weight files, each opened once, and closed with the context. Raises UserError for what can't be read."""
+    """Weight files, each opened once, and closed with the context. Raises UserError for what can't
+    be read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +40,8 @@ class Shards(ExitStack):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name; empty for a format
-    that reads files of its own kind."""
+    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name;
+    empty for a format that reads files of its own kind."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -48,7 +49,8 @@ class Checkpoint:
     files: Mapping[str, str] = field(repr=False)
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of these or all tensors, in that order. Raises UserError for a damaged or missing shard."""
+        """(name, tensor) of these or all tensors, in that order. Raises UserError for a damaged or
+        missing shard."""
         with Shards() as shards:
             for name in self.files if names is None else names:
                 yield name, shards.tensor(self.folder / self.files[name], name)
@@ -77,11 +79,15 @@ def _reader(quantization: Mapping[str, Any]) -> Any:
     return own.get(str(quantization.get("quant_method")))
 
 
-def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint tensor name, tensor), every packed weight as a plain ``X.weight`` (out, in); the order is by name.
+def dequantized_state_dict(
+    folder: Path, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint tensor name, tensor), every packed weight as a plain ``X.weight`` (out, in); the
+    order is by name.
 
-    dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to float32. Raises UserError
-    for a folder or quantization method that cannot be read, or tensors that contradict the configuration.
+    dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to
+    float32. Raises UserError for a folder or quantization method that cannot be read, or tensors
+    that contradict the configuration.
     """
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config
@@ -98,7 +104,14 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
             module, _, part = name.rpartition(".")
             if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
                 tensor = shards.tensor(folder / checkpoint.files[name], name)
-                yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                yield (
+                    name,
+                    (
+                        tensor.to(dtype)
+                        if dtype is not None and tensor.is_floating_point()
+                        else tensor
+                    ),
+                )
             elif part == fmt.parts[0]:
                 own_names = [n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]
                 parts = {n: shards.tensor(folder / checkpoint.files[n], n) for n in own_names}
@@ -107,7 +120,9 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype | None = None) -> It
                         formats.scheme_of(quantization, module)  # says why
                     codes = fmt.unpack(module, parts, schemes[module])
                 except CONTRADICTIONS as error:
-                    raise UserError(f"{folder}: {module} contradicts quantization_config: {error}") from error
+                    raise UserError(
+                        f"{folder}: {module} contradicts quantization_config: {error}"
+                    ) from error
                 yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
 
 
@@ -115,4 +130,6 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again"
+        ) from error

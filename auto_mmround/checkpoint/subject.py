@@ -1,6 +1,8 @@
-"""A checkpoint folder as the static check sees it: headers, configuration, and the model it claims to hold.
+"""A checkpoint folder as the static check sees it: headers, configuration, and the model it claims
+to hold.
 
-Reading never raises for what is wrong with the folder: it notes a finding and goes on with what is left.
+Reading never raises for what is wrong with the folder: it notes a finding and goes on with what is
+left.
 """
 
 import re
@@ -38,7 +40,8 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Finding:
-    """severity: "error" or "warning". where: a tensor, module, file or configuration key. message: what is wrong."""
+    """severity: "error" or "warning". where: a tensor, module, file or configuration key. message:
+    what is wrong."""
 
     severity: str
     where: str
@@ -60,7 +63,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the model: Transformers' name and its features; tied: its weight is another module's."""
+    """A linear layer of the model: Transformers' name and its features; tied: its weight is another
+    module's."""
 
     name: str
     out_features: int
@@ -70,11 +74,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What the configured model needs, by checkpoint names. missing: parameters that no tensor fills. unknown: tensors
-    that fill none. shapes: of tensors that are one whole parameter. linears: module -> layer. head: the output head.
-    respelled: tensors of the source -> their names here, where the tool that wrote the folder changed them. tied:
-    tensors that the configuration ties to another that is here too. mixtures: experts and routers, which are no linear
-    layers in Transformers, in every spelling."""
+    """What the configured model needs, by checkpoint names. missing: parameters that no tensor
+    fills. unknown: tensors that fill none. shapes: of tensors that are one whole parameter.
+    linears: module -> layer. head: the output head.
+    respelled: tensors of the source -> their names here, where the tool that wrote the folder
+    changed them. tied: tensors that the configuration ties to another that is here too. mixtures:
+    experts and routers, which are no linear layers in Transformers, in every spelling."""
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]
@@ -88,10 +93,11 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Subject:
-    """tensors: by name; a name that lies in several files counts for the first. packed: modules with a packed weight,
-    by checkpoint name. fmt: None for a plain or unreadable format. journal: `run.json`, empty for other tools' files.
-    source: the folder of the model before quantization. schemes: of the packed modules that the configuration has one
-    for. findings: what reading itself ran into."""
+    """tensors: by name; a name that lies in several files counts for the first. packed: modules
+    with a packed weight, by checkpoint name. fmt: None for a plain or unreadable format. journal:
+    `run.json`, empty for other tools' files.
+    source: the folder of the model before quantization. schemes: of the packed modules that the
+    configuration has one for. findings: what reading itself ran into."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -107,7 +113,8 @@ class Subject:
 
     @property
     def whole(self) -> bool:
-        """Whether the weights lie in files of another kind, which only the format itself can read."""
+        """Whether the weights lie in files of another kind, which only the format itself can
+        read."""
         return self.fmt is not None and self.fmt.write is not None
 
     @property
@@ -138,7 +145,9 @@ class Subject:
         """(name, tensor), one in memory at a time."""
         with ExitStack() as stack:
             files = {self.tensors[name].file for name in names}
-            opened = {file: stack.enter_context(safe_open(self.folder / file, "pt")) for file in files}
+            opened = {
+                file: stack.enter_context(safe_open(self.folder / file, "pt")) for file in files
+            }
             for name in names:
                 yield name, opened[self.tensors[name].file].get_tensor(name)
 
@@ -164,16 +173,41 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     packed = frozenset(name.removesuffix(mark) for name in tensors if mark and name.endswith(mark))
     journal = _journal(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
-    keys = {name for name in tensors if name not in parts} | {f"{module}.weight" for module in packed}
+    keys = {name for name in tensors if name not in parts} | {
+        f"{module}.weight" for module in packed
+    }
     original = stored_tensors(source).files if source is not None else ()
     packs = fmt is not None and bool(fmt.parts)
-    skeleton = _skeleton(folder, keys, original, findings, remote_code, packs) if config and not whole else None
-    schemes = _schemes(quantization, packed, findings) if fmt is not None and quantization is not None else {}
-    return Subject(folder, config, quantization, fmt, tensors, packed, skeleton, journal, source, schemes, findings)
+    skeleton = (
+        _skeleton(folder, keys, original, findings, remote_code, packs)
+        if config and not whole
+        else None
+    )
+    schemes = (
+        _schemes(quantization, packed, findings)
+        if fmt is not None and quantization is not None
+        else {}
+    )
+    return Subject(
+        folder,
+        config,
+        quantization,
+        fmt,
+        tensors,
+        packed,
+        skeleton,
+        journal,
+        source,
+        schemes,
+        findings,
+    )
 
 
-def _schemes(quantization: Mapping[str, Any], packed: frozenset[str], findings: list[Finding]) -> dict[str, Scheme]:
-    """Of every packed module that has one which is read here; a warning says which have none, and why the first."""
+def _schemes(
+    quantization: Mapping[str, Any], packed: frozenset[str], findings: list[Finding]
+) -> dict[str, Scheme]:
+    """Of every packed module that has one which is read here; a warning says which have none, and
+    why the first."""
     try:
         found = formats.schemes_of(quantization, packed)
     except UserError as error:
@@ -194,7 +228,9 @@ def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
     found = read_json(path, findings) if path.is_file() else None
     texts = found is None or all(isinstance(name, str) for name in found.get("files") or ())
     sums = found is None or all(isinstance(s, str) for s in _values(found.get("tensors")))
-    codes = found is None or all(isinstance(c, dict) and c.keys() >= CODES_RECORD for c in _values(found.get("codes")))
+    codes = found is None or all(
+        isinstance(c, dict) and c.keys() >= CODES_RECORD for c in _values(found.get("codes"))
+    )
     if texts and sums and codes:
         return found or {}
     findings.append(Finding("error", path.name, "has not the form that a run writes"))
@@ -220,7 +256,9 @@ def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
     return value
 
 
-def _headers(folder: Path, weight_map: Mapping[str, str] | None, findings: list[Finding]) -> dict[str, Stored]:
+def _headers(
+    folder: Path, weight_map: Mapping[str, str] | None, findings: list[Finding]
+) -> dict[str, Stored]:
     """Every tensor of every weight file, with what is wrong between files and index."""
     tensors: dict[str, Stored] = {}
     files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -237,9 +275,14 @@ def _headers(folder: Path, weight_map: Mapping[str, str] | None, findings: list[
             _add_file(folder / file, tensors, findings)
     for name, file in (weight_map or {}).items():
         if (folder / file).is_file() and (name not in tensors or tensors[name].file != file):
-            findings.append(Finding("error", name, f"{INDEX} says it lies in {file}, where it is not"))
+            findings.append(
+                Finding("error", name, f"{INDEX} says it lies in {file}, where it is not")
+            )
     unnamed = [name for name in tensors if weight_map is not None and name not in weight_map]
-    findings += [Finding("error", n, f"lies in {tensors[n].file}, but {INDEX} does not name it") for n in unnamed]
+    findings += [
+        Finding("error", n, f"lies in {tensors[n].file}, but {INDEX} does not name it")
+        for n in unnamed
+    ]
     return tensors
 
 
@@ -249,7 +292,9 @@ def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -
             for name in file.keys():  # noqa: SIM118
                 header = file.get_slice(name)
                 if name in tensors:
-                    findings.append(Finding("error", name, f"lies in {tensors[name].file} and in {path.name}"))
+                    findings.append(
+                        Finding("error", name, f"lies in {tensors[name].file} and in {path.name}")
+                    )
                 else:
                     tensors[name] = Stored(path.name, header.get_dtype(), tuple(header.get_shape()))
     except (SafetensorError, OSError, ValueError) as error:
@@ -262,7 +307,11 @@ def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> 
     if wrong := config_check.problem(quantization):
         findings.append(Finding("error", "config.json", wrong))
         return None
-    missing = [key for key in REQUIRED.get(str(quantization.get("quant_method")), ()) if key not in quantization]
+    missing = [
+        key
+        for key in REQUIRED.get(str(quantization.get("quant_method")), ())
+        if key not in quantization
+    ]
     findings += [Finding("error", f"quantization_config.{key}", "is missing") for key in missing]
     try:
         return None if missing else formats.from_config(quantization)
@@ -272,18 +321,32 @@ def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> 
 
 
 def _skeleton(
-    folder: Path, keys: set[str], original: Iterable[str], findings: list[Finding], remote_code: bool, packs: bool
+    folder: Path,
+    keys: set[str],
+    original: Iterable[str],
+    findings: list[Finding],
+    remote_code: bool,
+    packs: bool,
 ) -> Skeleton | None:
-    """The model of the configuration without its weights (on the meta device), and how the keys fill it.
+    """The model of the configuration without its weights (on the meta device), and how the keys
+    fill it.
 
-    original: the keys of the source. packs: the format packs weights; engines take experts one by one then.
+    original: the keys of the source. packs: the format packs weights; engines take experts one by
+      one then.
     """
     try:
         config = read_config(folder, remote_code)
         model = skeleton(config, folder, remote_code)
     except UserError as error:
-        text = f"the model can't be built, so names and shapes are not checked ({' '.join(str(error).split())[:200]})"
-        findings.append(Finding("error" if isinstance(error.__cause__, KeyError) else "warning", "config.json", text))
+        text = (
+            "the model can't be built, so names and shapes are not checked"
+            f" ({' '.join(str(error).split())[:200]})"
+        )
+        findings.append(
+            Finding(
+                "error" if isinstance(error.__cause__, KeyError) else "warning", "config.json", text
+            )
+        )
         return None
     names = loaded_names(model, sorted(keys))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -293,25 +356,42 @@ def _skeleton(
     tied = model.all_tied_weights_keys
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
-    unknown = [key for key, (name, whole) in names.items() if name is None and whole and key not in members]
+    unknown = [
+        key for key, (name, whole) in names.items() if name is None and whole and key not in members
+    ]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
     keys_here = {name: key for key, (name, whole) in names.items() if whole and name is not None}
-    before = {key: name for key, (name, whole) in loaded_names(model, original).items() if whole and name is not None}
+    before = {
+        key: name
+        for key, (name, whole) in loaded_names(model, original).items()
+        if whole and name is not None
+    }
     return Skeleton(
-        shapes={key: own[name] for key, (name, whole) in names.items() if name is not None and whole},
+        shapes={
+            key: own[name] for key, (name, whole) in names.items() if name is not None and whole
+        },
         linears=layers,
         missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
         respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
-        tied={keys_here[n]: keys_here[origin] for n, origin in tied.items() if n in keys_here and origin in keys_here},
-        mixtures=_mixtures(model, spelled, {*members, *(key for key, (_, whole) in names.items() if not whole)}),
+        tied={
+            keys_here[n]: keys_here[origin]
+            for n, origin in tied.items()
+            if n in keys_here and origin in keys_here
+        },
+        mixtures=_mixtures(
+            model, spelled, {*members, *(key for key, (_, whole) in names.items() if not whole)}
+        ),
     )
 
 
-def _mixtures(model: PreTrainedModel, spelled: Mapping[str, str], parts: Iterable[str]) -> frozenset[str]:
-    """Names of routers and experts. spelled: parameter -> key. parts: keys that are a part of a parameter."""
+def _mixtures(
+    model: PreTrainedModel, spelled: Mapping[str, str], parts: Iterable[str]
+) -> frozenset[str]:
+    """Names of routers and experts. spelled: parameter -> key. parts: keys that are a part of a
+    parameter."""
     experts = find_experts(model)
     names = [*experts.fused, *(f"{name}.weight" for name in (*experts.routers, *separable(model)))]
     found = [*names, *(spelled[name] for name in names if name in spelled), *parts]
@@ -321,7 +401,8 @@ def _mixtures(model: PreTrainedModel, spelled: Mapping[str, str], parts: Iterabl
 def _linears(
     model: PreTrainedModel, spelled: Mapping[str, str], tied: set[str]
 ) -> tuple[dict[str, Linear], str | None]:
-    """Layers by checkpoint name; a tied head has no tensor of its own and keeps Transformers' name."""
+    """Layers by checkpoint name; a tied head has no tensor of its own and keeps Transformers'
+    name."""
     found, head = {}, None
     for name, module in linears(model):
         weight = module.get_parameter("weight")
@@ -335,4 +416,6 @@ def _linears(
 
 
 def _not_ignored(names: list[str], patterns: Any) -> tuple[str, ...]:
-    return tuple(name for name in names if not any(re.search(pattern, name) for pattern in patterns or ()))
+    return tuple(
+        name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())
+    )

@@ -29,16 +29,21 @@ def evaluate(
     remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> tuple[tasks.Findings, dict[str, Any]]:
-    """What the tasks found, and the record of it. names: a comma list; default is ppl, with a reference kl too.
+    """What the tasks found, and the record of it. names: a comma list; default is ppl, with a
+    reference kl too.
 
-    reference: the model before quantization. baseline: another checkpoint to compare with. Raises UserError for unknown
-    tasks, models or sets, and for sets without a row that a task needs.
+    reference: the model before quantization. baseline: another checkpoint to compare with. Raises
+    UserError for unknown tasks, models or sets, and for sets without a row that a task needs.
     """
     wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
     started = time.perf_counter()
     place = devices.resolve(device)
     named = {"reference": reference, "baseline": baseline, "quantized": model}
-    models = {role: load_any(name, device=place, remote_code=remote_code) for role, name in named.items() if name}
+    models = {
+        role: load_any(name, device=place, remote_code=remote_code)
+        for role, name in named.items()
+        if name
+    }
     found = tasks.run(wanted, tasks.Setting(models, data, progress))
     return found, record(found, named, models, data, wanted, time.perf_counter() - started)
 
@@ -69,7 +74,8 @@ def record(
 
 
 def keep(folder: Path, made: Mapping[str, Any]) -> Path | None:
-    """Store the record in a result of ours and write its report again; None for any other or read-only folder."""
+    """Store the record in a result of ours and write its report again; None for any other or
+    read-only folder."""
     if not report.ours(folder):
         return None
     report.keep_evaluation(folder, made)

@@ -22,29 +22,43 @@ class Generated(NamedTuple):
     text: str
 
 
-def generate_sample(loaded: Loaded, inputs: Sequence[ModelInput], max_new_tokens: int = 48) -> Generated:
+def generate_sample(
+    loaded: Loaded, inputs: Sequence[ModelInput], max_new_tokens: int = 48
+) -> Generated:
     """The greedy answer to the first sample with media, or the continuation of the first text.
 
     Raises ValueError without samples.
     """
     if not inputs:
         raise ValueError("no sample to generate from")
-    sample = next((s for s in inputs if bool((s.modality_T != TEXT).any()) or _features(s)), inputs[0])
+    sample = next(
+        (s for s in inputs if bool((s.modality_T != TEXT).any()) or _features(s)), inputs[0]
+    )
     kwargs, start = prompt_of(sample, bool(loaded.model.config.is_encoder_decoder))
     count = room(loaded.model, start, max_new_tokens)
     with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        ids = loaded.model.generate(**moved(loaded.model, kwargs), max_new_tokens=count, do_sample=False)  # type: ignore[operator]
+        ids = loaded.model.generate(
+            **moved(loaded.model, kwargs), max_new_tokens=count, do_sample=False
+        )  # type: ignore[operator]
     shown = sample.modality_T[:start] == TEXT
     prompt = loaded.tokenizer.decode(sample.kwargs["input_ids"][0, :start][shown]) if start else ""
     return Generated(prompt, loaded.tokenizer.decode(ids[0, start:], skip_special_tokens=True))
 
 
 def prompt_of(sample: ModelInput, encoder_decoder: bool = False) -> tuple[dict[str, Any], int]:
-    """The model's arguments up to the first answer, and how many tokens that is (0: the encoder has it all)."""
+    """The model's arguments up to the first answer, and how many tokens that is (0: the encoder has
+    it all)."""
     if encoder_decoder:
-        return {key: value for key, value in sample.kwargs.items() if not key.startswith(("decoder_", "labels"))}, 0
+        return {
+            key: value
+            for key, value in sample.kwargs.items()
+            if not key.startswith(("decoder_", "labels"))
+        }, 0
     answer_T = sample.answer_T
-    start = max(1, min(OPENING, len(answer_T) - 1) if bool(answer_T.all()) else int(answer_T.long().argmax()))
+    start = max(
+        1,
+        min(OPENING, len(answer_T) - 1) if bool(answer_T.all()) else int(answer_T.long().argmax()),
+    )
     return {
         key: value[:, :start] if key in PER_TOKEN and isinstance(value, Tensor) else value
         for key, value in sample.kwargs.items()

@@ -1,4 +1,5 @@
-"""The big evaluation harnesses through their own packages: each is handed our loaded model by its public interface."""
+"""The big evaluation harnesses through their own packages: each is handed our loaded model by its
+public interface."""
 
 import importlib.util
 import re
@@ -23,19 +24,30 @@ class Harness:
     run: Callable[[Loaded, str, int | None], Iterable[tuple[str, str, str, float, int, bool]]]
 
 
-def lm_eval(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def lm_eval(
+    loaded: Loaded, task: str, limit: int | None
+) -> Iterable[tuple[str, str, str, float, int, bool]]:
     """A text task of lm-evaluation-harness, by name or as a .yaml file."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager, task = _located(TaskManager, task, "lm_eval", "lm_eval ls tasks")
-    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", device=str(loaded.model.device))
-    found = simple_evaluate(model=model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0)
+    model = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        backend="causal",
+        device=str(loaded.model.device),
+    )
+    found = simple_evaluate(
+        model=model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0
+    )
     yield from _rows(found)
 
 
-def lmms_eval(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def lmms_eval(
+    loaded: Loaded, task: str, limit: int | None
+) -> Iterable[tuple[str, str, str, float, int, bool]]:
     """A task of lmms-eval with images, video or sound, by name or as a .yaml file."""
     from lmms_eval.tasks import TaskManager
 
@@ -52,16 +64,21 @@ def _located(make: Callable[..., Any], task: str, prefix: str, command: str) -> 
         if not file.is_file():
             raise UserError(f"{prefix} task {task}: there is no such file")
         manager = make(include_path=str(file.resolve().parent), include_defaults=False)
-        named = TASK.search(file.read_text(encoding="utf-8"))  # tags such as !function are for the package to read
+        # tags such as !function are for the package to read
+        named = TASK.search(file.read_text(encoding="utf-8"))
         task = named[1] if named else file.stem
     else:
         manager = make()
     if task not in manager.all_tasks:
-        raise UserError(f"{prefix} has no task {task!r}: list its names with `{command}`, or give a .yaml file")
+        raise UserError(
+            f"{prefix} has no task {task!r}: list its names with `{command}`, or give a .yaml file"
+        )
     return manager, task
 
 
-def vlmeval(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def vlmeval(
+    loaded: Loaded, task: str, limit: int | None
+) -> Iterable[tuple[str, str, str, float, int, bool]]:
     """A set of VLMEvalKit by name, or a .tsv file with its columns."""
     from auto_mmround.evaluate.vlmeval import evaluate
 
@@ -69,7 +86,8 @@ def vlmeval(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str,
 
 
 def _rows(found: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, int, bool]]:
-    """The figures of a result in the form that lm-eval and its kin share: `metric,filter` -> value."""
+    """The figures of a result in the form that lm-eval and its kin share: `metric,filter` ->
+    value."""
     for name, figures in found["results"].items():
         higher = found.get("higher_is_better", {}).get(name, {})
         samples = found.get("n-samples", {}).get(name, {}).get("effective", 0)

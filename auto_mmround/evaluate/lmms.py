@@ -1,4 +1,5 @@
-"""lmms-eval through its own package: our loaded model behind the interface that its evaluator calls.
+"""lmms-eval through its own package: our loaded model behind the interface that its evaluator
+calls.
 
 Imported only where the package is installed.
 """
@@ -32,7 +33,10 @@ class Ours(lmms):
         found = []
         for request in requests:
             text, options, visuals, *place = request.args
-            said = answer(self.loaded, self._prompt(text, visuals, place, options.get("max_new_tokens", ANSWER)))
+            said = answer(
+                self.loaded,
+                self._prompt(text, visuals, place, options.get("max_new_tokens", ANSWER)),
+            )
             stops = options.get("until") or []
             for stop in [stops] if isinstance(stops, str) else stops:
                 said = said.split(stop)[0] if stop else said
@@ -42,14 +46,17 @@ class Ours(lmms):
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Of a choice, given the question with its media: (loss, whether greedy).
 
-        The package scores what its models return, a loss, the smaller the better, whatever the method is called. And
-        its evaluator (0.7.3) makes text of every pair that does not come in its own type.
+        The package scores what its models return, a loss, the smaller the better, whatever the
+        method is called. And its evaluator (0.7.3) makes text of every pair that does not come in
+        its own type.
         """
         found = []
         for request in requests:
             text, target, visuals, *place = request.args
             target = target(self._row(place)) if callable(target) else target
-            likely, greedy = log_likelihood(self.loaded, self._prompt(text, visuals, place, 1), target)
+            likely, greedy = log_likelihood(
+                self.loaded, self._prompt(text, visuals, place, 1), target
+            )
             found.append(GenerationResult(text=(-likely, greedy)))
         return found
 
@@ -72,19 +79,32 @@ class Ours(lmms):
             elif isinstance(item, str | Path):
                 media["videos"].append(str(item))
             else:
-                raise UserError(f"lmms_eval: media of the type {type(item).__name__} are not supported")
+                raise UserError(
+                    f"lmms_eval: media of the type {type(item).__name__} are not supported"
+                )
         return asked(self.loaded, text, **media, max_new_tokens=count)
 
 
 def _flat(given: Any) -> list[Any]:
     if given is None:
         return []
-    return [each for item in given for each in _flat(item)] if isinstance(given, list | tuple) else [given]
+    return (
+        [each for item in given for each in _flat(item)]
+        if isinstance(given, list | tuple)
+        else [given]
+    )
 
 
-def evaluate(loaded: Loaded, task: str, manager: TaskManager, limit: int | None) -> Mapping[str, Any]:
+def evaluate(
+    loaded: Loaded, task: str, manager: TaskManager, limit: int | None
+) -> Mapping[str, Any]:
     """The package's own record of one task."""
     found: Mapping[str, Any] = simple_evaluate(
-        model=Ours(loaded), tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
+        model=Ours(loaded),
+        tasks=[task],
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
     )
     return found

@@ -1,8 +1,9 @@
-"""How much of a model is left: perplexity, KL to the reference by modality, agreement, answer accuracy.
+"""How much of a model is left: perplexity, KL to the reference by modality, agreement, answer
+accuracy.
 
-Everything comes from one teacher-forced forward pass a sample. An answer counts as right when every token of it, the
-closing one included, is the most likely one; greedy decoding gives exactly the same verdict, since it agrees with
-teacher forcing up to the first wrong token.
+Everything comes from one teacher-forced forward pass a sample. An answer counts as right when every
+token of it, the closing one included, is the most likely one; greedy decoding gives exactly the
+same verdict, since it agrees with teacher forcing up to the first wrong token.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from auto_mmround.model.chains import as_dtype
 
 @dataclass
 class Metrics:
-    """Sums over samples; the properties are the figures. kl is in nats a token, by modality of the position."""
+    """Sums over samples; the properties are the figures. kl is in nats a token, by modality of the
+    position."""
 
     tokens: int = 0
     log_loss: float = 0.0
@@ -33,7 +35,11 @@ class Metrics:
     @property
     def perplexity(self) -> float | None:
         """exp of the mean log loss over plain text (over answers, where there is no plain text)."""
-        return float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp()) if self.tokens else None
+        return (
+            float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp())
+            if self.tokens
+            else None
+        )
 
     @property
     def next_token(self) -> float | None:
@@ -57,7 +63,11 @@ class Metrics:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain figures for JSON."""
-        figures = {"perplexity": self.perplexity, "accuracy": self.accuracy, "answers": self.answers}
+        figures = {
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "answers": self.answers,
+        }
         return figures | {"kl": self.kl, "agreement": self.agreement, "positions": self.positions}
 
 
@@ -80,7 +90,8 @@ def measure(
     reference: Any = None,
     on_sample: Callable[[int], None] = lambda i: None,
 ) -> list[Metrics]:
-    """Figures of several models over the same samples, with KL where a ``reference`` model is given.
+    """Figures of several models over the same samples, with KL where a ``reference`` model is
+    given.
 
     The reference runs once a sample for all of them.
     """
@@ -96,7 +107,9 @@ def measure(
     return found
 
 
-def _add_sample(metrics: Metrics, scores_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput, text: bool) -> None:
+def _add_sample(
+    metrics: Metrics, scores_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput, text: bool
+) -> None:
     ids_T = token_ids(sample.kwargs)[0].to(scores_TV.device)
     answer_T = sample.answer_T.to(scores_TV.device)
     is_text = bool(answer_T.all())

@@ -1,4 +1,5 @@
-"""Prompts from local sets, and a model's greedy answers to them: questions on images, speech, openings of texts."""
+"""Prompts from local sets, and a model's greedy answers to them: questions on images, speech,
+openings of texts."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ WINDOW = 30  # seconds that Whisper hears at once
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a model is given (kwargs, batch 1, and options for `generate`), and what people read: the question, the
-    images, the expected answer (None for an opening)."""
+    """What a model is given (kwargs, batch 1, and options for `generate`), and what people read:
+    the question, the images, the expected answer (None for an opening)."""
 
     id: str
     benchmark: str
@@ -49,7 +50,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Data:
-    """The sets to ask about. limit: at most so many rows of each; language: of speech, a code such as `en`."""
+    """The sets to ask about. limit: at most so many rows of each; language: of speech, a code such
+    as `en`."""
 
     dataset: str = "demo"
     template: str | None = None
@@ -63,17 +65,23 @@ class Data:
         return Path(self.dataset).stem if Path(self.dataset).is_file() else self.dataset
 
     def sets(self) -> Iterator[tuple[Rows, str, str]]:
-        """(rows, benchmark, split) of every set: `librispeech/test-clean.jsonl` is a split of librispeech."""
+        """(rows, benchmark, split) of every set: `librispeech/test-clean.jsonl` is a split of
+        librispeech."""
         for part in parts(self.dataset):
             for rows in load_rows(part):
                 path = Path(rows.source.name)
                 if path.is_file():
-                    yield rows, "demo" if self.dataset == "demo" else path.resolve().parent.name, path.stem
+                    yield (
+                        rows,
+                        "demo" if self.dataset == "demo" else path.resolve().parent.name,
+                        path.stem,
+                    )
                 else:
                     yield rows, path.name, rows.source.split or ""
 
     def chosen(self, rows: Rows) -> list[int]:
-        """Which rows of a set are used: those that teacher-forced figures take too, see `batches.pick`."""
+        """Which rows of a set are used: those that teacher-forced figures take too, see
+        `batches.pick`."""
         count = min(rows.source.num or MANY, self.limit or MANY)
         if len(rows) <= count:
             return list(range(len(rows)))
@@ -87,14 +95,22 @@ class Data:
 def questions(loaded: Loaded, data: Data) -> list[Prompt]:
     """Conversations that end in an answer, cut before it. Raises UserError when there are none."""
     found = []
-    asks = loaded.model.main_input_name != "input_features"  # Whisper writes down what it hears, see `clips`
+    # Whisper writes down what it hears, see `clips`
+    asks = loaded.model.main_input_name != "input_features"
     for rows, benchmark, split in data.sets() if asks else ():
         samples = [rows.sample(i) for i in data.chosen(rows)]
         samples = [s for s in samples if s.messages and s.messages[-1].role == "assistant"]
         encoded = list(zip(samples, _encoded(loaded, data, samples), strict=True))
-        fits = [pair for pair in encoded if pair[1]["input_ids"].shape[1] < (position_limit(loaded.model) or MANY)]
+        fits = [
+            pair
+            for pair in encoded
+            if pair[1]["input_ids"].shape[1] < (position_limit(loaded.model) or MANY)
+        ]
         if len(fits) < len(encoded):
-            log.warning("%d questions are longer than the model's positions and are left out", len(encoded) - len(fits))
+            log.warning(
+                "%d questions are longer than the model's positions and are left out",
+                len(encoded) - len(fits),
+            )
         for sample, kwargs in fits:
             asked = [turn.content for turn in sample.messages if turn.role == "user"][-1]
             found.append(
@@ -105,7 +121,10 @@ def questions(loaded: Loaded, data: Data) -> list[Prompt]:
                     question=MARKER.sub("", asked).strip(),
                     expected=sample.messages[-1].content.strip(),
                     kwargs=kwargs,
-                    images=tuple(media.load(item, "image", data.roots(), base=sample.base) for item in sample.images),
+                    images=tuple(
+                        media.load(item, "image", data.roots(), base=sample.base)
+                        for item in sample.images
+                    ),
                     options={"max_new_tokens": ANSWER},
                 )
             )
@@ -113,18 +132,25 @@ def questions(loaded: Loaded, data: Data) -> list[Prompt]:
 
 
 def clips(loaded: Loaded, data: Data) -> list[Prompt]:
-    """Rows with `audio` and the text that is said in it. Raises UserError when there are none, or sound is damaged."""
+    """Rows with `audio` and the text that is said in it. Raises UserError when there are none, or
+    sound is damaged."""
     make = _whisper if loaded.model.main_input_name == "input_features" else _audio_chat
     rate = getattr(getattr(loaded.processor, "feature_extractor", None), "sampling_rate", 16000)
     found = []
     for rows, benchmark, split in data.sets():
         for i in data.chosen(rows):
             row = rows.rows[i]
-            text = _transcript(row) if isinstance(row, Mapping) and row.get("audio") is not None else None
+            text = (
+                _transcript(row)
+                if isinstance(row, Mapping) and row.get("audio") is not None
+                else None
+            )
             if text is None:
                 continue
             try:
-                sound_T = media.load(row["audio"], "audio", data.roots(), base=rows.folder(i), rate=rate)
+                sound_T = media.load(
+                    row["audio"], "audio", data.roots(), base=rows.folder(i), rate=rate
+                )
             except media.MediaError as error:
                 raise UserError(f"{rows.name} row {i}: {error}") from error
             kwargs, options = make(loaded, data, sound_T, rate)
@@ -141,11 +167,15 @@ def openings(loaded: Loaded, data: Data) -> list[Prompt]:
         for i in data.chosen(rows):
             sample = rows.sample(i)
             if sample.text is not None:
-                ids = loaded.tokenizer(sample.text, return_tensors="pt", verbose=False)["input_ids"][:, :OPENING]
+                ids = loaded.tokenizer(sample.text, return_tensors="pt", verbose=False)[
+                    "input_ids"
+                ][:, :OPENING]
                 text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
                 kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 options = {"max_new_tokens": ANSWER}
-                found.append(Prompt(sample.id, benchmark, split, text, None, kwargs, options=options))
+                found.append(
+                    Prompt(sample.id, benchmark, split, text, None, kwargs, options=options)
+                )
     return found or _none(data, "plain text")
 
 
@@ -157,26 +187,32 @@ def asked(
     audios: Sequence[Any] = (),
     max_new_tokens: int = ANSWER,
 ) -> Prompt:
-    """One question from outside, media before it unless the text has a marker for each. Whisper hears the one sound.
+    """One question from outside, media before it unless the text has a marker for each. Whisper
+    hears the one sound.
 
     Raises UserError where the model can't take them.
     """
     options = {"max_new_tokens": max_new_tokens}
     if loaded.model.main_input_name == "input_features":
         if len(audios) != 1 or images or videos:
-            raise UserError(f"{loaded.model.config.model_type} hears one sound a question, and nothing else")
+            raise UserError(
+                f"{loaded.model.config.model_type} hears one sound a question, and nothing else"
+            )
         rate = loaded.processor.feature_extractor.sampling_rate
         sound_T = media.load(audios[0], "audio", media.parse_roots(None), rate=rate)
         kwargs, more = _whisper(loaded, Data(), sound_T, rate)
         return Prompt("question", "", "", text, None, kwargs, options=more)
     given = {
-        kind: tuple(media.load(i, kind, _beside(i)) if isinstance(i, str | Path) else i for i in items)
+        kind: tuple(
+            media.load(i, kind, _beside(i)) if isinstance(i, str | Path) else i for i in items
+        )
         for kind, items in (("image", images), ("video", videos), ("audio", audios))
     }
     wanted = [f"<{kind}>" for kind, items in given.items() for _ in items]
     if sorted(MARKER.findall(text)) != sorted(wanted):
         text = "\n".join([*wanted, MARKER.sub("", text).strip()])
-    sample = Sample("question", messages=(Message("user", text),), images=given["image"], videos=given["video"],
+    sample = Sample("question", messages=(Message("user", text),), images=given["image"],
+        videos=given["video"],
                     audios=given["audio"])  # fmt: skip
     kwargs = _encoded(loaded, Data(), [sample])[0]
     return Prompt("question", "", "", MARKER.sub("", text).strip(), None, kwargs, options=options)
@@ -188,14 +224,19 @@ def _beside(file: str | Path) -> media.Roots:
 
 
 def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[float, bool]:
-    """Summed log probability of a text after the prompt, and whether greedy decoding would give it."""
+    """Summed log probability of a text after the prompt, and whether greedy decoding would give
+    it."""
     ids_T = torch.tensor(loaded.tokenizer(continuation, add_special_tokens=False)["input_ids"])
     filled = {"input_ids": ids_T[None], "attention_mask": torch.ones_like(ids_T)[None]}
     length = prompt.kwargs["input_ids"].shape[1]
     kwargs = {
-        key: torch.cat([value, filled.get(key, torch.zeros_like(ids_T)[None]).to(value.dtype)], 1)
-        if key in PER_TOKEN and isinstance(value, torch.Tensor) and value.shape[:2] == (1, length)
-        else value
+        key: (
+            torch.cat([value, filled.get(key, torch.zeros_like(ids_T)[None]).to(value.dtype)], 1)
+            if key in PER_TOKEN
+            and isinstance(value, torch.Tensor)
+            and value.shape[:2] == (1, length)
+            else value
+        )
         for key, value in prompt.kwargs.items()
     }
     logs_TV = logits_of(loaded.model, kwargs).log_softmax(-1)[length - 1 : -1].cpu()
@@ -207,7 +248,9 @@ def answer(loaded: Loaded, prompt: Prompt) -> str:
     """The greedy answer, special tokens left out."""
     kwargs, options = moved(loaded.model, prompt.kwargs), dict(prompt.options)
     if not loaded.model.config.is_encoder_decoder:
-        options["max_new_tokens"] = room(loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"])
+        options["max_new_tokens"] = room(
+            loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"]
+        )
     with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
         made = loaded.model.generate(**kwargs, do_sample=False, **options)  # type: ignore[operator]
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
@@ -234,22 +277,33 @@ def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict
     return [each.kwargs for each in made]
 
 
-def _whisper(loaded: Loaded, data: Data, sound_T: Any, rate: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Log-mel features; a clip longer than a window is heard in several, which needs time stamps and a mask."""
+def _whisper(
+    loaded: Loaded, data: Data, sound_T: Any, rate: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Log-mel features; a clip longer than a window is heard in several, which needs time stamps
+    and a mask."""
     long = len(sound_T) > WINDOW * rate
-    more: dict[str, Any] = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
-    features = loaded.processor.feature_extractor(sound_T, sampling_rate=rate, return_tensors="pt", **more)
+    more: dict[str, Any] = (
+        {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
+    )
+    features = loaded.processor.feature_extractor(
+        sound_T, sampling_rate=rate, return_tensors="pt", **more
+    )
     model: Any = loaded.model
     options: dict[str, Any] = {"return_timestamps": True} if long else {}
     if getattr(model.generation_config, "is_multilingual", False):
         options |= {"language": data.language or "en", "task": "transcribe"}
     elif data.language not in (None, "en", "english"):
-        log.warning("generation_config.json names no languages: the model hears the language by itself")
+        log.warning(
+            "generation_config.json names no languages: the model hears the language by itself"
+        )
     # Room for the tokens that Whisper puts first: start, language, task, no time stamps.
     return dict(features), options | {"max_new_tokens": model.config.max_target_positions - 4}
 
 
-def _audio_chat(loaded: Loaded, data: Data, sound_T: Any, rate: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _audio_chat(
+    loaded: Loaded, data: Data, sound_T: Any, rate: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     turn = Message("user", f"<audio>\n{ASK_FOR_WORDS}")
     sample = Sample("clip", messages=(turn,), audios=(sound_T,))
     return _encoded(loaded, data, [sample])[0], {"max_new_tokens": 4 * ANSWER}

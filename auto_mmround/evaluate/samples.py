@@ -13,7 +13,8 @@ MANY = 10**9
 
 
 def parts(dataset: str) -> list[str | Path]:
-    """The sets of a dataset argument that is measured on; `demo` is the held-out one of the demo model."""
+    """The sets of a dataset argument that is measured on; `demo` is the held-out one of the demo
+    model."""
     return [HELD_OUT / "text.jsonl", HELD_OUT / "vqa.json"] if dataset == "demo" else [dataset]
 
 
@@ -26,7 +27,8 @@ def held_out(
     limit: int | None = None,
     seqlen: int = 4096,
 ) -> list[ModelInput]:
-    """Model inputs for a dataset argument; `demo` is the held-out set of the demo model, not its calibration set.
+    """Model inputs for a dataset argument; `demo` is the held-out set of the demo model, not its
+    calibration set.
 
     limit: at most so many samples of each file. Raises UserError as calibration does.
     """

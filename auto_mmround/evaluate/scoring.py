@@ -1,4 +1,5 @@
-"""Answers and transcripts against what was expected: pure functions of texts, and recovery as model cards print it."""
+"""Answers and transcripts against what was expected: pure functions of texts, and recovery as model
+cards print it."""
 
 import re
 import unicodedata
@@ -15,9 +16,11 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 @dataclass(frozen=True)
 class Score:
-    """One line of a recovery table. reference: of the model before quantization, None if it was not measured.
+    """One line of a recovery table. reference: of the model before quantization, None if it was not
+    measured.
 
-    baseline: of a third checkpoint to compare with, such as one rounded to nearest. unit: "%" or "". count: samples.
+    baseline: of a third checkpoint to compare with, such as one rounded to nearest. unit: "%" or
+      "". count: samples.
     """
 
     benchmark: str
@@ -40,10 +43,12 @@ class Score:
         return asdict(self) | {"recovery": self.recovery}
 
 
-def recovery(reference: float | None, quantized: float, lower_is_better: bool = False) -> float | None:
-    """Percent of the reference that is left: 100 x quantized / reference for scores, 100 x reference / quantized for
-    errors and perplexities, so that 100 is even and less is worse. None without a reference, or where it means nothing,
-    as when the reference has nothing right.
+def recovery(
+    reference: float | None, quantized: float, lower_is_better: bool = False
+) -> float | None:
+    """Percent of the reference that is left: 100 x quantized / reference for scores, 100 x
+    reference / quantized for errors and perplexities, so that 100 is even and less is worse. None
+    without a reference, or where it means nothing, as when the reference has nothing right.
     """
     if reference is None or (reference == 0 and not lower_is_better):
         return None
@@ -61,7 +66,10 @@ def number(text: str) -> float | None:
 
 def normalised(text: str) -> str:
     """Lower case, without punctuation and articles, blanks collapsed."""
-    plain = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in unicodedata.normalize("NFKC", text))
+    plain = "".join(
+        " " if unicodedata.category(c)[0] in "PS" else c
+        for c in unicodedata.normalize("NFKC", text)
+    )
     return " ".join(word for word in plain.casefold().split() if word not in ARTICLES)
 
 
@@ -78,23 +86,31 @@ def relaxed_match(answer: str, expected: str) -> bool:
     return abs(got - wanted) <= TOLERANCE * abs(wanted)
 
 
-def share(answers: Sequence[str], expected: Sequence[str], match: Callable[[str, str], bool]) -> float:
+def share(
+    answers: Sequence[str], expected: Sequence[str], match: Callable[[str, str], bool]
+) -> float:
     """Percent of the answers that match."""
     return 100 * sum(map(match, answers, expected)) / len(expected)
 
 
 def normaliser(language: str | None, tokenizer: Any = None) -> Callable[[str], str]:
-    """Whisper's normaliser: for English the English one, with the tokenizer's table of spellings if it has one; for
-    other languages the basic one. language: a code or a name; None is English."""
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+    """Whisper's normaliser: for English the English one, with the tokenizer's table of spellings if
+    it has one; for other languages the basic one. language: a code or a name; None is English."""
+    from transformers.models.whisper.english_normalizer import (
+        BasicTextNormalizer,
+        EnglishTextNormalizer,
+    )
 
     if language in (None, "en", "english"):
         return EnglishTextNormalizer(getattr(tokenizer, "english_spelling_normalizer", None) or {})
     return BasicTextNormalizer()
 
 
-def error_rates(said: Sequence[str], heard: Sequence[str], normalise: Callable[[str], str]) -> tuple[float, float]:
-    """(word, character) error rate in percent over all samples: edits / length of what was said, after normalising.
+def error_rates(
+    said: Sequence[str], heard: Sequence[str], normalise: Callable[[str], str]
+) -> tuple[float, float]:
+    """(word, character) error rate in percent over all samples: edits / length of what was said,
+    after normalising.
 
     Needs the package jiwer. Raises UserError when nothing was said.
     """

@@ -1,4 +1,5 @@
-"""The tasks of `eval`, as a table: what each measures on which rows. Everything is local and greedy."""
+"""The tasks of `eval`, as a table: what each measures on which rows. Everything is local and
+greedy."""
 
 import base64
 import difflib
@@ -17,7 +18,14 @@ from auto_mmround.evaluate import harness
 from auto_mmround.evaluate.metrics import Metrics, measure
 from auto_mmround.evaluate.prompts import Data, Prompt, answer, clips, openings, questions
 from auto_mmround.evaluate.samples import held_out
-from auto_mmround.evaluate.scoring import Score, error_rates, exact_match, normaliser, relaxed_match, share
+from auto_mmround.evaluate.scoring import (
+    Score,
+    error_rates,
+    exact_match,
+    normaliser,
+    relaxed_match,
+    share,
+)
 from auto_mmround.model.loading import Loaded
 
 SAMPLES = 6  # answers shown side by side
@@ -26,13 +34,14 @@ PICTURE = 320  # pixels, the longer side of a picture kept with an answer
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on what. models: by role; `quantized` is the checkpoint, `reference` what it was made from,
-    `baseline` another checkpoint to compare with."""
+    """What is measured on what. models: by role; `quantized` is the checkpoint, `reference` what it
+    was made from, `baseline` another checkpoint to compare with."""
 
     models: Mapping[str, Loaded]
     data: Data
     progress: Callable[[str, int, int], None] = lambda title, done, total: None
-    given: dict[tuple[str, str, str, str], str] = field(default_factory=dict)  # answers so far, asked only once
+    # answers so far, asked only once
+    given: dict[tuple[str, str, str, str], str] = field(default_factory=dict)
 
     @property
     def loaded(self) -> Loaded:
@@ -42,8 +51,8 @@ class Setting:
 
 @dataclass
 class Findings:
-    """scores: lines of the recovery table. figures: teacher-forced ones by role. samples: answers side by side, with
-    small pictures as data URIs."""
+    """scores: lines of the recovery table. figures: teacher-forced ones by role. samples: answers
+    side by side, with small pictures as data URIs."""
 
     scores: list[Score] = field(default_factory=list)
     figures: dict[str, Metrics] = field(default_factory=dict)
@@ -57,10 +66,15 @@ class Findings:
 
 
 def teacher_forced(setting: Setting) -> Findings:
-    """Perplexity, teacher-forced accuracy, KL and top-1 agreement by modality, from one pass over the set."""
+    """Perplexity, teacher-forced accuracy, KL and top-1 agreement by modality, from one pass over
+    the set."""
     data = setting.data
     inputs = held_out(
-        setting.loaded, data.dataset, template=data.template, extra_data_dir=data.extra_data_dir, limit=data.limit
+        setting.loaded,
+        data.dataset,
+        template=data.template,
+        extra_data_dir=data.extra_data_dir,
+        limit=data.limit,
     )
     reference = setting.models.get("reference")
     results = measure(
@@ -77,12 +91,26 @@ def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
     """Lines of the recovery table from teacher-forced figures by role."""
     kinds = (
         ("perplexity", "", True, lambda m: m.perplexity, lambda m: m.tokens),
-        ("accuracy, teacher-forced", "%", False, lambda m: m.accuracy and 100 * m.accuracy, lambda m: m.answers),
+        (
+            "accuracy, teacher-forced",
+            "%",
+            False,
+            lambda m: m.accuracy and 100 * m.accuracy,
+            lambda m: m.answers,
+        ),
     )
     for metric, unit, lower, figure, count in kinds:
         values = {role: figure(metrics) for role, metrics in found.items()}
         if values["quantized"] is not None:
-            yield Score(title, "", metric, count=count(found["quantized"]), unit=unit, lower_is_better=lower, **values)
+            yield Score(
+                title,
+                "",
+                metric,
+                count=count(found["quantized"]),
+                unit=unit,
+                lower_is_better=lower,
+                **values,
+            )
 
 
 def question_answering(setting: Setting) -> Findings:
@@ -93,7 +121,10 @@ def question_answering(setting: Setting) -> Findings:
     for part in _parts(prompts):
         wanted = [prompts[i].expected or "" for i in part]
         for metric, match in (("exact match", exact_match), ("relaxed match", relaxed_match)):
-            figures = {role: share([texts[i] for i in part], wanted, match) for role, texts in given.items()}
+            figures = {
+                role: share([texts[i] for i in part], wanted, match)
+                for role, texts in given.items()
+            }
             scores.append(_score(prompts[part[0]], metric, len(part), figures))
     return Findings(scores)
 
@@ -106,7 +137,10 @@ def speech(setting: Setting) -> Findings:
     scores = []
     for part in _parts(prompts):
         said = [prompts[i].expected or "" for i in part]
-        rates = {role: error_rates(said, [texts[i] for i in part], normalise) for role, texts in given.items()}
+        rates = {
+            role: error_rates(said, [texts[i] for i in part], normalise)
+            for role, texts in given.items()
+        }
         for k, metric in enumerate(("WER", "CER")):
             figures = {role: pair[k] for role, pair in rates.items()}
             scores.append(_score(prompts[part[0]], metric, len(part), figures, lower=True))
@@ -114,7 +148,8 @@ def speech(setting: Setting) -> Findings:
 
 
 def side_by_side(setting: Setting) -> Findings:
-    """A few answers of all models, spread evenly over the set: on images if there are any, else speech, else text."""
+    """A few answers of all models, spread evenly over the set: on images if there are any, else
+    speech, else text."""
     prompts: list[Prompt] = []
     for make in (questions, clips, openings):
         try:
@@ -143,7 +178,8 @@ def side_by_side(setting: Setting) -> Findings:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table. against: it needs a reference model. package: what it needs from the extra `eval`."""
+    """One row of the table. against: it needs a reference model. package: what it needs from the
+    extra `eval`."""
 
     summary: str
     run: Callable[[Setting], Findings]
@@ -153,16 +189,22 @@ class Task:
 
 TASKS = {
     "ppl": Task("perplexity of text, teacher-forced accuracy of answers", teacher_forced),
-    "kl": Task("KL divergence to the reference and top-1 agreement, by modality", teacher_forced, against=True),
+    "kl": Task(
+        "KL divergence to the reference and top-1 agreement, by modality",
+        teacher_forced,
+        against=True,
+    ),
     "vqa": Task("answers on LLaVA-style rows: exact and relaxed match", question_answering),
-    "wer": Task("word and character error rate on rows with audio and text", speech, package="jiwer"),
+    "wer": Task(
+        "word and character error rate on rows with audio and text", speech, package="jiwer"
+    ),
     "samples": Task("answers side by side", side_by_side),
 }
 
 
 def parse(names: str, has_reference: bool) -> list[str]:
-    """Task names from a comma list. Raises UserError for unknown ones, and for those that lack their reference or
-    package."""
+    """Task names from a comma list. Raises UserError for unknown ones, and for those that lack
+    their reference or package."""
     found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in found:
         prefix, colon, _ = name.partition(":")
@@ -172,12 +214,19 @@ def parse(names: str, has_reference: bool) -> list[str]:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
             known = ", ".join([*TASKS, *(f"{prefix}:NAME" for prefix in harness.HARNESSES)])
-            raise UserError(f"unknown task {name!r}; {f'did you mean {near[0]}?' if near else f'known: {known}'}")
+            raise UserError(
+                f"unknown task {name!r};"
+                f" {f'did you mean {near[0]}?' if near else f'known: {known}'}"
+            )
         if TASKS[name].against and not has_reference:
-            raise UserError(f"task {name} compares with the model before quantization: give --reference")
+            raise UserError(
+                f"task {name} compares with the model before quantization: give --reference"
+            )
         package = TASKS[name].package
         if package and importlib.util.find_spec(package) is None:
-            raise UserError(f'task {name} needs the package {package}: pip install "auto_mmround[eval]"')
+            raise UserError(
+                f'task {name} needs the package {package}: pip install "auto_mmround[eval]"'
+            )
     if not found:
         raise UserError(f"tasks is empty: name some of {', '.join(TASKS)}")
     return found
@@ -229,8 +278,21 @@ def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, l
 def _parts(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Indices of the prompts of each set, in order."""
     order = range(len(prompts))
-    return [list(part) for _, part in groupby(order, key=lambda i: (prompts[i].benchmark, prompts[i].split))]
+    return [
+        list(part)
+        for _, part in groupby(order, key=lambda i: (prompts[i].benchmark, prompts[i].split))
+    ]
 
 
-def _score(first: Prompt, metric: str, count: int, figures: Mapping[str, float], *, lower: bool = False) -> Score:
-    return Score(first.benchmark, first.split, metric, count=count, unit="%", lower_is_better=lower, **figures)
+def _score(
+    first: Prompt, metric: str, count: int, figures: Mapping[str, float], *, lower: bool = False
+) -> Score:
+    return Score(
+        first.benchmark,
+        first.split,
+        metric,
+        count=count,
+        unit="%",
+        lower_is_better=lower,
+        **figures,
+    )

@@ -1,7 +1,8 @@
 """VLMEvalKit through its own package: its sets, prompts and scoring, answers from our loaded model.
 
-Imported only where the package is installed. Its command line and inference loop are left out: they load models by
-name, and keep answers as pickles. Scoring is by exact matching; no judge in the network is asked.
+Imported only where the package is installed. Its command line and inference loop are left out: they
+load models by name, and keep answers as pickles. Scoring is by exact matching; no judge in the
+network is asked.
 """
 
 import os
@@ -23,7 +24,8 @@ from auto_mmround.model.loading import Loaded
 _context, _gradients = ssl._create_default_https_context, torch.is_grad_enabled()
 from vlmeval.dataset import build_dataset  # noqa: E402
 
-# Importing the package switches off, for the whole process, the checking of certificates, and gradients.
+# Importing the package switches off, for the whole process, the checking of certificates, and
+# gradients.
 ssl._create_default_https_context = _context
 torch.set_grad_enabled(_gradients)
 
@@ -31,8 +33,11 @@ ROOT = "LMUData"  # the variable by which the package finds its sets; it has no 
 ANSWER = 512  # tokens
 
 
-def evaluate(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str, str, str, float, int, bool]]:
-    """Figures of a set by name, or of a .tsv file: (set, split, metric, value, samples, lower is better).
+def evaluate(
+    loaded: Loaded, task: str, limit: int | None
+) -> Iterable[tuple[str, str, str, float, int, bool]]:
+    """Figures of a set by name, or of a .tsv file: (set, split, metric, value, samples, lower is
+    better).
 
     Raises UserError for an unknown set, and for one that only a judge model can score.
     """
@@ -45,15 +50,22 @@ def evaluate(loaded: Loaded, task: str, limit: int | None) -> Iterable[tuple[str
         name = file.stem if file.suffix == ".tsv" else task
         data = build_dataset(name)
         if data is None or not hasattr(data, "build_prompt"):
-            raise UserError(f"vlmeval has no set {task!r}: its names are in VLMEvalKit's documentation, or give a .tsv")
+            raise UserError(
+                f"vlmeval has no set {task!r}: its names are in VLMEvalKit's documentation, or give"
+                " a .tsv"
+            )
         data.data = data.data.iloc[:limit] if limit else data.data
         said = [_answer(loaded, data.build_prompt(row)) for _, row in data.data.iterrows()]
         answers = Path(work) / f"ours_{name}.xlsx"
-        data.data.drop(columns=["image"], errors="ignore").assign(prediction=said).to_excel(answers, index=False)
+        data.data.drop(columns=["image"], errors="ignore").assign(prediction=said).to_excel(
+            answers, index=False
+        )
         try:
             found = data.evaluate(str(answers), model="exact_matching", nproc=1)
         except NotImplementedError:
-            raise UserError(f"vlmeval can't score {task!r} without a judge: give a set with choices A, B, ..") from None
+            raise UserError(
+                f"vlmeval can't score {task!r} without a judge: give a set with choices A, B, .."
+            ) from None
     yield from _figures(found, name, len(said))
 
 
@@ -74,9 +86,16 @@ def _root(folder: str | None) -> Iterator[None]:
 def _answer(loaded: Loaded, parts: Iterable[Mapping[str, str]]) -> str:
     """parts: texts and paths of images and videos, in order."""
     parts = list(parts)
-    text = "\n".join(part["value"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)
-    media = {kind: [part["value"] for part in parts if part["type"] == kind] for kind in ("image", "video")}
-    return answer(loaded, asked(loaded, text, media["image"], media["video"], max_new_tokens=ANSWER))
+    text = "\n".join(
+        part["value"] if part["type"] == "text" else f"<{part['type']}>" for part in parts
+    )
+    media = {
+        kind: [part["value"] for part in parts if part["type"] == kind]
+        for kind in ("image", "video")
+    }
+    return answer(
+        loaded, asked(loaded, text, media["image"], media["video"], max_new_tokens=ANSWER)
+    )
 
 
 def _figures(found: Any, name: str, count: int) -> Iterator[tuple[str, str, str, float, int, bool]]:
@@ -86,4 +105,11 @@ def _figures(found: Any, name: str, count: int) -> Iterator[tuple[str, str, str,
         split = str(row.get("split") or "")
         for metric, value in row.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                yield name, "" if split == "none" else split, str(metric), float(value), count, False
+                yield (
+                    name,
+                    "" if split == "none" else split,
+                    str(metric),
+                    float(value),
+                    count,
+                    False,
+                )

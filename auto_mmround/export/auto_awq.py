@@ -1,4 +1,5 @@
-"""The AWQ layout ("gemm"): 4 bits, eight output columns a word in a fixed order; zero points as they are."""
+"""The AWQ layout ("gemm"): 4 bits, eight output columns a word in a fixed order; zero points as
+they are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,8 @@ GROUP_SIZES = (-1, 16, 32, 64, 128)  # what GPTQModel's AWQ kernels take
 
 
 def pack(name: str, codes: Codes) -> dict[str, Tensor]:
-    """qweight int32 (in, out/8), qzeros int32 (G, out/8), scales fp16 (G, out). ValueError as GPTQ's packer."""
+    """qweight int32 (in, out/8), qzeros int32 (G, out/8), scales fp16 (G, out). ValueError as
+    GPTQ's packer."""
     if codes.bits != 4:
         raise ValueError(f"{name}: AWQ holds 4 bits, not {codes.bits}")
     if codes.scale_OG.dtype != torch.float16:
@@ -42,7 +44,10 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     scale_GO = tensors[f"{name}.scales"]
     group = q_IO.shape[0] if scheme.group_size == -1 else scheme.group_size
     if scheme.bits != 4 or scale_GO.shape != (-(-q_IO.shape[0] // group), q_IO.shape[1]):
-        raise ValueError(f"{name}.scales {tuple(scale_GO.shape)} contradicts {scheme.bits} bits, group size {group}")
+        raise ValueError(
+            f"{name}.scales {tuple(scale_GO.shape)} contradicts {scheme.bits} bits, group size"
+            f" {group}"
+        )
     zero_OG = unpack_awq(tensors[f"{name}.qzeros"]).T.contiguous()
     return Codes(q_IO.T.contiguous(), scale_GO.T.contiguous(), zero_OG, 4, group, scheme.sym)
 
@@ -50,16 +55,23 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
 def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why AWQ readers could not hold this weight, or None."""
     if scheme.group_size not in GROUP_SIZES:
-        return f"AWQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not {scheme.group_size}"
+        return (
+            f"AWQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
+            f" {scheme.group_size}"
+        )
     return check_int(scheme, out_features, in_features, FORMAT.bits, (8, 1))
 
 
 def config(layout: Layout) -> dict[str, Any]:
-    """``quantization_config``. AWQ states one scheme for all: UserError if the layout has several."""
-    mixed = [name for name, scheme in layout.quantized.items() if differences(scheme, layout.default)]
+    """``quantization_config``. AWQ states one scheme for all: UserError if the layout has
+    several."""
+    mixed = [
+        name for name, scheme in layout.quantized.items() if differences(scheme, layout.default)
+    ]
     if mixed:
         raise UserError(
-            f"auto_awq cannot state mixed schemes ({mixed[0]} differs): give it the same, or use auto_round"
+            f"auto_awq cannot state mixed schemes ({mixed[0]} differs): give it the same, or use"
+            " auto_round"
         )
     groups, singles = kept_groups(layout)
     names = [s for group in groups for s in tower_substrings(layout, group)]

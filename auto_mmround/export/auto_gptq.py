@@ -1,4 +1,5 @@
-"""The GPTQ layout: codes along the inputs, one bit stream an output column; zero points stored minus one."""
+"""The GPTQ layout: codes along the inputs, one bit stream an output column; zero points stored
+minus one."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.format import Format, Layout, check_int, differences, kept_groups, tower_patterns
+from auto_mmround.export.format import (
+    Format,
+    Layout,
+    check_int,
+    differences,
+    kept_groups,
+    tower_patterns,
+)
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes
@@ -19,14 +27,18 @@ GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel's kernels 
 
 
 def pack_gptq(name: str, codes: Codes, *, zero_offset: int, g_idx: bool) -> dict[str, Tensor]:
-    """qweight int32 (in*b/32, out), qzeros int32 (G, out*b/32) holding zero - zero_offset, scales fp16 (G, out).
+    """qweight int32 (in*b/32, out), qzeros int32 (G, out*b/32) holding zero - zero_offset, scales
+    fp16 (G, out).
 
-    Raises ValueError for a zero point below the offset, and for scales that are not float16: a cast would change them.
+    Raises ValueError for a zero point below the offset, and for scales that are not float16: a cast
+    would change them.
     """
     if codes.scale_OG.dtype != torch.float16:
         raise ValueError(f"{name}: scales are {codes.scale_OG.dtype}, the layout stores float16")
     if zero_offset and int(codes.zero_OG.min()) < zero_offset:
-        raise ValueError(f"{name}: a zero point below {zero_offset} cannot be stored in this layout")
+        raise ValueError(
+            f"{name}: a zero point below {zero_offset} cannot be stored in this layout"
+        )
     tensors = {
         f"{name}.qweight": pack_bits(codes.q_OI, codes.bits).T.contiguous(),
         f"{name}.qzeros": pack_bits((codes.zero_OG - zero_offset).T.contiguous(), codes.bits),
@@ -38,16 +50,25 @@ def pack_gptq(name: str, codes: Codes, *, zero_offset: int, g_idx: bool) -> dict
     return tensors
 
 
-def unpack_gptq(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, *, zero_offset: int) -> Codes:
-    """The inverse of :func:`pack_gptq`. Raises ValueError where shapes or g_idx contradict the scheme.
+def unpack_gptq(
+    name: str, tensors: Mapping[str, Tensor], scheme: Scheme, *, zero_offset: int
+) -> Codes:
+    """The inverse of :func:`pack_gptq`. Raises ValueError where shapes or g_idx contradict the
+    scheme.
 
-    Other tools' activation order (desc_act) scatters a group's columns; such codes come with a scale for each column.
+    Other tools' activation order (desc_act) scatters a group's columns; such codes come with a
+    scale for each column.
     """
-    qweight, qzeros, scale_GO = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scale_GO = (
+        tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")
+    )
     in_features, out_features = qweight.shape[0] * 32 // scheme.bits, qweight.shape[1]
     group = in_features if scheme.group_size == -1 else scheme.group_size
     if scale_GO.shape != (-(-in_features // group), out_features):
-        raise ValueError(f"{name}.scales {tuple(scale_GO.shape)} contradicts {scheme.bits} bits, group size {group}")
+        raise ValueError(
+            f"{name}.scales {tuple(scale_GO.shape)} contradicts {scheme.bits} bits, group size"
+            f" {group}"
+        )
     zero_GO = unpack_bits(qzeros, scheme.bits, out_features) + zero_offset
     q_OI = unpack_bits(qweight.T, scheme.bits, in_features)
     group_I = torch.arange(in_features, device=qweight.device) // group
@@ -56,27 +77,36 @@ def unpack_gptq(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, *, zer
         if not torch.equal(g_idx.sort().values, group_I):
             raise ValueError(f"{name}.g_idx does not give every group {group} inputs")
         scale_GO, zero_GO, group = scale_GO[g_idx], zero_GO[g_idx], 1
-    return Codes(q_OI, scale_GO.T.contiguous(), zero_GO.T.contiguous(), scheme.bits, group, scheme.sym)
+    return Codes(
+        q_OI, scale_GO.T.contiguous(), zero_GO.T.contiguous(), scheme.bits, group, scheme.sym
+    )
 
 
 def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why GPTQ readers could not hold this weight, or None."""
     if scheme.group_size not in GROUP_SIZES:
-        return f"GPTQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not {scheme.group_size}"
+        return (
+            f"GPTQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
+            f" {scheme.group_size}"
+        )
     return check_int(scheme, out_features, in_features, FORMAT.bits, (32, 32))
 
 
 def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config`` for optimum + GPTQModel, vLLM and AutoGPTQ's heirs."""
     groups, singles = kept_groups(layout)
-    excludes = [p for group in groups for p in tower_patterns(layout, group)] + [_tail(layout, s) for s in singles]
+    excludes = [p for group in groups for p in tower_patterns(layout, group)] + [
+        _tail(layout, s) for s in singles
+    ]
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in layout.quantized.items():
         by_scheme.setdefault(scheme, []).append(name)
     for scheme, names in by_scheme.items():
         if keys := differences(scheme, layout.default):
-            dynamic |= {f"+:{_tail(layout, template)}": keys for template in folded(names, layout.quantized)}
+            dynamic |= {
+                f"+:{_tail(layout, template)}": keys for template in folded(names, layout.quantized)
+            }
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -84,9 +114,11 @@ def config(layout: Layout) -> dict[str, Any]:
         "group_size": layout.default.group_size,
         "sym": layout.default.sym,
         "desc_act": False,
-        "static_groups": "dampening" in layout.details,  # a group's scale is there before its columns are solved
+        # a group's scale is there before its columns are solved
+        "static_groups": "dampening" in layout.details,
         "true_sequential": layout.details.get("true_sequential", False),
-        **({"damp_percent": damp} if 0 < (damp := layout.details.get("dampening", 0)) < 1 else {}),  # readers' bounds
+        # readers' bounds
+        **({"damp_percent": damp} if 0 < (damp := layout.details.get("dampening", 0)) < 1 else {}),
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layout.quantized),
         "block_name_to_quantize": _common_prefix([*layout.blocks, *_outside_blocks(layout)]),
         **_only_modules(layout),
@@ -99,14 +131,19 @@ def config(layout: Layout) -> dict[str, Any]:
 def _only_modules(layout: Layout) -> dict[str, Any]:
     """``modules_in_block_to_quantize``, only where the block prefix alone does not say it.
 
-    Without the key vLLM looks at the tensors and Transformers takes every Linear below the prefix, which is right
-    for most models. vLLM matches the entries by substring in towers too, hence full names once a suffix is unsafe.
+    Without the key vLLM looks at the tensors and Transformers takes every Linear below the prefix,
+    which is right for most models. vLLM matches the entries by substring in towers too, hence full
+    names once a suffix is unsafe.
     """
     prefix = _common_prefix([*layout.blocks, *_outside_blocks(layout)])
     if not any(name.startswith(prefix) for name in layout.kept):
         return {}
     quantized, kept = (
-        list(dict.fromkeys(spelling for name in names for spelling in (name, layout.checkpoint_name(name))))
+        list(
+            dict.fromkeys(
+                spelling for name in names for spelling in (name, layout.checkpoint_name(name))
+            )
+        )
         for names in (layout.quantized, layout.kept)
     )
     suffixes = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in quantized})
@@ -115,7 +152,11 @@ def _only_modules(layout: Layout) -> dict[str, Any]:
 
 
 def _outside_blocks(layout: Layout) -> list[str]:
-    return [name for name in layout.quantized if not any(name.startswith(block + ".") for block in layout.blocks)]
+    return [
+        name
+        for name in layout.quantized
+        if not any(name.startswith(block + ".") for block in layout.blocks)
+    ]
 
 
 def _common_prefix(names: list[str]) -> str:
@@ -125,8 +166,8 @@ def _common_prefix(names: list[str]) -> str:
 
 
 def _tail(layout: Layout, name: str) -> str:
-    """A regex for one module in any spelling, or those of a template: from its block list's own name on
-    ("layers.3.mlp.down_proj")."""
+    """A regex for one module in any spelling, or those of a template: from its block list's own
+    name on ("layers.3.mlp.down_proj")."""
     block = next((b for b in layout.blocks if name.startswith(b + ".")), "")
     return rf".*{as_pattern(name[block.rfind('.') + 1 :])}$"
 

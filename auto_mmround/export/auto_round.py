@@ -1,7 +1,7 @@
 """AutoRound's own checkpoints: three packings under one configuration.
 
-``auto_round:auto_gptq`` is GPTQ's layout (zero points minus one), ``auto_round:auto_awq`` is AWQ's, plain
-``auto_round`` is GPTQ's with zero points as they are.
+``auto_round:auto_gptq`` is GPTQ's layout (zero points minus one), ``auto_round:auto_awq`` is AWQ's,
+plain ``auto_round`` is GPTQ's with zero points as they are.
 """
 
 from functools import partial
@@ -23,14 +23,17 @@ from auto_mmround.recipe.schemes import Scheme
 KEPT = {"bits": 16, "data_type": "float"}
 
 
-def _check(bits: tuple[int, ...], sym_only: bool, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def _check(
+    bits: tuple[int, ...], sym_only: bool, scheme: Scheme, out_features: int, in_features: int
+) -> str | None:
     if sym_only and not scheme.sym:
         return "auto-round reads this packing as symmetric only; use plain auto_round"
     return check_int(scheme, out_features, in_features, bits, (32, 32))
 
 
 def _config(packing: str, layout: Layout) -> dict[str, Any]:
-    """``quantization_config``; names both as Transformers and as the checkpoint (and so vLLM) spells them."""
+    """``quantization_config``; names both as Transformers and as the checkpoint (and so vLLM)
+    spells them."""
     groups, singles = kept_groups(layout)
     extra: dict[str, Any] = {}
     for name, scheme in layout.quantized.items():
@@ -40,7 +43,9 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
         extra |= {spelling: keys for spelling in both_spellings(layout, name) if keys}
     extra |= {pattern: KEPT for group in groups for pattern in tower_patterns(layout, group)}
     extra |= {spelling: KEPT for single in singles for spelling in both_spellings(layout, single)}
-    blocks = dict.fromkeys(spelling for block in layout.blocks for spelling in both_spellings(layout, block))
+    blocks = dict.fromkeys(
+        spelling for block in layout.blocks for spelling in both_spellings(layout, block)
+    )
     return {
         "quant_method": "auto-round",
         "packing_format": packing,
@@ -66,7 +71,9 @@ PLAIN = Format(
 )
 GPTQ = Format(
     name="auto_round:auto_gptq",
-    summary="AutoRound checkpoint in GPTQ's packing, symmetric: Transformers (auto-round), vLLM, SGLang",
+    summary=(
+        "AutoRound checkpoint in GPTQ's packing, symmetric: Transformers (auto-round), vLLM, SGLang"
+    ),
     bits=(2, 3, 4, 5, 6, 7, 8),
     check=partial(_check, (2, 3, 4, 5, 6, 7, 8), True),
     pack=partial(pack_gptq, zero_offset=1, g_idx=False),
@@ -76,7 +83,9 @@ GPTQ = Format(
 )
 AWQ = Format(
     name="auto_round:auto_awq",
-    summary="AutoRound checkpoint in AWQ's packing, 4 bits: Transformers (auto-round + gptqmodel), vLLM",
+    summary=(
+        "AutoRound checkpoint in AWQ's packing, 4 bits: Transformers (auto-round + gptqmodel), vLLM"
+    ),
     bits=(4,),
     check=auto_awq.check,
     pack=auto_awq.pack,

@@ -1,4 +1,5 @@
-"""The form of a `quantization_config` that someone else may have written: each key's type and range, as a table."""
+"""The form of a `quantization_config` that someone else may have written: each key's type and
+range, as a table."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ def _flag(value: Any) -> bool:
 
 
 def _whole(low: int, high: int) -> Test:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: (
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 def _maybe(test: Test) -> Test:
@@ -28,12 +31,16 @@ def _maybe(test: Test) -> Test:
 def _names(value: Any) -> bool:
     """A name, or a list, perhaps of lists, of names."""
     if isinstance(value, list):
-        return all(_text(item) or (isinstance(item, list) and all(map(_text, item))) for item in value)
+        return all(
+            _text(item) or (isinstance(item, list) and all(map(_text, item))) for item in value
+        )
     return value is None or _text(value)
 
 
 def _table(test: Test) -> Test:
-    return lambda value: isinstance(value, Mapping) and all(_text(key) and test(item) for key, item in value.items())
+    return lambda value: (
+        isinstance(value, Mapping) and all(_text(key) and test(item) for key, item in value.items())
+    )
 
 
 def _group_size(value: Any) -> bool:
@@ -41,7 +48,9 @@ def _group_size(value: Any) -> bool:
 
 
 def _keys(tests: Mapping[str, Test]) -> Test:
-    return lambda value: isinstance(value, Mapping) and all(tests[key](value[key]) for key in value if key in tests)
+    return lambda value: (
+        isinstance(value, Mapping) and all(tests[key](value[key]) for key in value if key in tests)
+    )
 
 
 def _pattern(text: str) -> bool:
@@ -87,16 +96,22 @@ FORM: Mapping[str, Test] = {
     "modules_to_not_convert": _names,
     "ignore": _maybe(_targets),
     "config_groups": _table(_group),
-    "extra_config": _maybe(lambda v: _table(_OVERRIDE)(v) and all(_pattern(key) for key in v if "*" in key)),
+    "extra_config": _maybe(
+        lambda v: _table(_OVERRIDE)(v) and all(_pattern(key) for key in v if "*" in key)
+    ),
     "dynamic": _maybe(lambda v: _table(_OVERRIDE)(v) and all(_pattern(key[2:]) for key in v)),
 }
 
 
 def problem(quantization_config: Any) -> str | None:
-    """Why this can't be the configuration of a quantized checkpoint, whatever its method; None if it can."""
+    """Why this can't be the configuration of a quantized checkpoint, whatever its method; None if
+    it can."""
     if not isinstance(quantization_config, Mapping):
         return "quantization_config is no object"
     for key, test in FORM.items():
         if key in quantization_config and not test(quantization_config[key]):
-            return f"quantization_config: {key} = {str(quantization_config[key])[:80]!r} has not the form it must have"
+            return (
+                f"quantization_config: {key} = {str(quantization_config[key])[:80]!r} has not the"
+                " form it must have"
+            )
     return None

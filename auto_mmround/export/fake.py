@@ -1,4 +1,5 @@
-"""Dequantized weights in the source's dtype: a plain Transformers checkpoint that loads anywhere."""
+"""Dequantized weights in the source's dtype: a plain Transformers checkpoint that loads
+anywhere."""
 
 from collections.abc import Mapping
 from typing import NoReturn

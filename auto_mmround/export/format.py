@@ -1,8 +1,10 @@
-"""What an export format is (`Format`), what it is told about the whole model (`Layout`), and how names are listed.
+"""What an export format is (`Format`), what it is told about the whole model (`Layout`), and how
+names are listed.
 
-A configuration has to be understood by Transformers (its module names), by vLLM (its own module names, matched by
-substring, prefix or regex) and by readers that only know the checkpoint. So every name is written in both spellings,
-Transformers' and the checkpoint's, and a tower is named by a pattern without an anchored prefix.
+A configuration has to be understood by Transformers (its module names), by vLLM (its own module
+names, matched by substring, prefix or regex) and by readers that only know the checkpoint. So every
+name is written in both spellings, Transformers' and the checkpoint's, and a tower is named by a
+pattern without an anchored prefix.
 """
 
 import re
@@ -23,9 +25,10 @@ from auto_mmround.recipe.schemes import Scheme
 class Layout:
     """What was done to which module of the model; all names are Transformers module names.
 
-    quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits. blocks: prefixes of
-    the quantized block lists ("model.language_model.layers"). checkpoint_name: Transformers module name -> name in the
-    checkpoint files. default: the recipe's scheme. details: facts recorded for information (iters, algorithm ..).
+    quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits.
+    blocks: prefixes of the quantized block lists ("model.language_model.layers"). checkpoint_name:
+    Transformers module name -> name in the checkpoint files. default: the recipe's scheme. details:
+    facts recorded for information (iters, algorithm ..).
     """
 
     quantized: Mapping[str, Scheme]
@@ -37,7 +40,8 @@ class Layout:
 
     @cached_property
     def members(self) -> dict[str, str]:
-        """A module's name, or a prefix of one, -> the first module that it is the name or a prefix of."""
+        """A module's name, or a prefix of one, -> the first module that it is the name or a prefix
+        of."""
         found: dict[str, str] = {}
         for name in (*self.quantized, *self.kept):
             for prefix in (*_ancestors(name), name):
@@ -47,10 +51,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Whole:
-    """A quantized model as formats see it that write files of their own kind instead of a Transformers checkpoint.
+    """A quantized model as formats see it that write files of their own kind instead of a
+    Transformers checkpoint.
 
-    codes: quantized weights by the checkpoint's module name. rest: (checkpoint key, tensor) of everything else, to be
-    walked through once. config: the source's `config.json`. source: its folder, None for a model made in memory.
+    codes: quantized weights by the checkpoint's module name. rest: (checkpoint key, tensor) of
+    everything else, to be walked through once. config: the source's `config.json`. source: its
+    folder, None for a model made in memory.
     """
 
     codes: Mapping[str, Codes]
@@ -64,22 +70,23 @@ class Whole:
 class Format:
     """One export format; four pure functions and what the tuner must know beforehand.
 
-    check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes): tensors by full name.
-    unpack(module name, tensors, scheme): the exact inverse, ValueError on tensors that contradict the scheme.
-    config(layout): the ``quantization_config``, None for none. min_zero: smallest zero point an asymmetric weight may
-    have.
-    fused_zero: stores scale * zero as one float16, which is exact only for scales of 11 - bits significant bits.
-    write(folder, whole): for files of another kind (GGUF, OpenVINO): writes them, and returns what `config` would; pack
-    is not called then.
-    ready(): raises UserError if a program that writing needs is not installed; asked before anything is tuned.
-    parts: endings of the tensors that make one weight; no unquantized Linear has the first. Empty: nothing is
-    packed, weights are written as the model in memory holds them. model_config(source's
-    config.json, layout): `config.json` but for ``quantization_config``, if readers need more than the source's.
-    read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write` made. check_model(config, checkpoint
-    keys, source folder): UserError for a model it cannot write, asked before tuning. any_float: floating parts may be
-    float16, bfloat16 or float32, whatever the scheme says. scale_range: holds super-blocks, with such bounds of the
-    scales' integers (`Grid`); what was tuned on another grid is fitted once
-    more. exact_rest: tensors that are not quantized are read back to the bit, of formats with `read`.
+    check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes):
+    tensors by full name. unpack(module name, tensors, scheme): the exact inverse, ValueError on
+    tensors that contradict the scheme. config(layout): the ``quantization_config``, None for none.
+    min_zero: smallest zero point an asymmetric weight may have.
+    fused_zero: stores scale * zero as one float16, which is exact only for scales of 11 - bits
+    significant bits. write(folder, whole): for files of another kind (GGUF, OpenVINO): writes them,
+    and returns what `config` would; pack is not called then. ready(): raises UserError if a program
+    that writing needs is not installed; asked before anything is tuned.
+    parts: endings of the tensors that make one weight; no unquantized Linear has the first. Empty:
+    nothing is packed, weights are written as the model in memory holds them. model_config(source's
+    config.json, layout): `config.json` but for ``quantization_config``, if readers need more than
+    the source's. read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write`
+    made. check_model(config, checkpoint keys, source folder): UserError for a model it cannot
+    write, asked before tuning. any_float: floating parts may be float16, bfloat16 or float32,
+    whatever the scheme says. scale_range: holds super-blocks, with such bounds of the scales'
+    integers (`Grid`); what was tuned on another grid is fitted once more. exact_rest: tensors that
+    are not quantized are read back to the bit, of formats with `read`.
     """
 
     name: str
@@ -110,38 +117,58 @@ def check_int(
     multiples: tuple[int, int],
     scale_dtypes: Collection[str] = ("fp16",),
 ) -> str | None:
-    """The rules all integer layouts share. multiples: what out and in features must be multiples of."""
+    """The rules all integer layouts share. multiples: what out and in features must be multiples
+    of."""
     group = in_features if scheme.group_size == -1 else scheme.group_size
     held = sorted(bits)
     rules = (
-        (scheme.data_type != "int", f"holds integers, not {scheme.data_type}, which compressed_tensors does"),
+        (
+            scheme.data_type != "int",
+            f"holds integers, not {scheme.data_type}, which compressed_tensors does",
+        ),
         (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
         (
             scheme.scale_dtype not in scale_dtypes,
             f"stores scales as {' or '.join(scale_dtypes)}, not {scheme.scale_dtype}",
         ),
         (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
-        (group < 1 or in_features % group != 0, f"{in_features} inputs are no multiple of the group size {group}"),
-        (in_features % multiples[1] != 0, f"{in_features} inputs are no multiple of {multiples[1]}"),
-        (out_features % multiples[0] != 0, f"{out_features} outputs are no multiple of {multiples[0]}"),
+        (
+            group < 1 or in_features % group != 0,
+            f"{in_features} inputs are no multiple of the group size {group}",
+        ),
+        (
+            in_features % multiples[1] != 0,
+            f"{in_features} inputs are no multiple of {multiples[1]}",
+        ),
+        (
+            out_features % multiples[0] != 0,
+            f"{out_features} outputs are no multiple of {multiples[0]}",
+        ),
     )
     return next((reason for broken, reason in rules if broken), None)
 
 
 def both_spellings(layout: Layout, name: str) -> list[str]:
-    """A module name or a prefix of one, as Transformers says it and, where it differs, as the checkpoint says it."""
+    """A module name or a prefix of one, as Transformers says it and, where it differs, as the
+    checkpoint says it."""
     member = layout.members.get(name)
     if member is None:
         return [name]
     rest, stored = member[len(name) :], layout.checkpoint_name(member)
     if stored == member or stored.endswith(rest):
         return list(dict.fromkeys([name, stored.removesuffix(rest)]))
-    number = rest.split(".")[1]  # respelled below the prefix too: a list of blocks still ends at the number
-    return [name, stored.partition(f".{number}.")[0]] if number.isdigit() and f".{number}." in stored else [name]
+    # respelled below the prefix too: a list of blocks still ends at the number
+    number = rest.split(".")[1]
+    return (
+        [name, stored.partition(f".{number}.")[0]]
+        if number.isdigit() and f".{number}." in stored
+        else [name]
+    )
 
 
 def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
-    """The kept modules as (prefixes that hold no quantized module, single modules that share their parent with one)."""
+    """The kept modules as (prefixes that hold no quantized module, single modules that share their
+    parent with one)."""
     busy = {ancestor for name in layout.quantized for ancestor in _ancestors(name)}
     groups: dict[str, None] = {}
     singles: dict[str, None] = {}
@@ -152,7 +179,8 @@ def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
 
 
 def tower_patterns(layout: Layout, group: str) -> list[str]:
-    """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group, in any engine's spelling."""
+    """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group, in any
+    engine's spelling."""
     word = rf".*{re.escape(group.rpartition('.')[2])}\..*"
     if not group[-1].isdigit() and not _hits(layout, lambda name: re.match(word, name) is not None):
         return [word]
@@ -160,7 +188,8 @@ def tower_patterns(layout: Layout, group: str) -> list[str]:
 
 
 def tower_substrings(layout: Layout, group: str) -> list[str]:
-    """The same for readers that look for substrings: prefixes with a closing dot (`encoder.` spares `encoder_attn`)."""
+    """The same for readers that look for substrings: prefixes with a closing dot (`encoder.` spares
+    `encoder_attn`)."""
     word = group.rpartition(".")[2] + "."
     short = [] if group[-1].isdigit() or _hits(layout, lambda name: word in name) else [word]
     return list(dict.fromkeys([s + "." for s in both_spellings(layout, group)] + short))

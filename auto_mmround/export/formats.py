@@ -1,4 +1,5 @@
-"""The registry of export formats: by name, by a run's schemes, and by what a checkpoint says of itself."""
+"""The registry of export formats: by name, by a run's schemes, and by what a checkpoint says of
+itself."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -61,10 +62,12 @@ def get(name: str) -> Format:
 
 
 def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
-    """The format to write for these schemes: ``auto_round`` and ``compressed_tensors`` choose their packing.
+    """The format to write for these schemes: ``auto_round`` and ``compressed_tensors`` choose their
+    packing.
 
-    ``auto_round``, all symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero points as
-    they are. ``compressed_tensors``: packed words, int8 beside 8-bit activations, or floats.
+    ``auto_round``, all symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's;
+    else zero points as they are. ``compressed_tensors``: packed words, int8 beside 8-bit
+    activations, or floats.
     """
     fmt, used = get(name), set(schemes)
     if fmt is compressed_tensors.WORDS and any(scheme.data_type != "int" for scheme in used):
@@ -75,7 +78,9 @@ def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
         return fmt
     if all(scheme.sym for scheme in used):
         return auto_round.GPTQ
-    awq_holds = all(s.bits == 4 and not s.sym and s.group_size in auto_awq.GROUP_SIZES for s in used)
+    awq_holds = all(
+        s.bits == 4 and not s.sym and s.group_size in auto_awq.GROUP_SIZES for s in used
+    )
     return auto_round.AWQ if awq_holds else auto_round.PLAIN
 
 
@@ -85,16 +90,19 @@ def min_zero(names: Iterable[str], scheme: Scheme) -> int:
 
 
 def scale_bits(names: Iterable[str], scheme: Scheme) -> int | None:
-    """How many significant bits a scale may have so that every one of these formats stores it exactly; None: all.
+    """How many significant bits a scale may have so that every one of these formats stores it
+    exactly; None: all.
 
-    A float16 has 11: scale * zero keeps them if the scale leaves room for the bits of the zero point.
+    A float16 has 11: scale * zero keeps them if the scale leaves room for the bits of the zero
+    point.
     """
     fused = not scheme.sym and any(resolve(name, [scheme]).fused_zero for name in names)
     return 11 - scheme.bits if fused else None
 
 
 def scale_range(names: Iterable[str]) -> tuple[int, int] | None:
-    """Bounds of the scales' integers in super-blocks, for the tuner's grid; None unless all of these formats have such.
+    """Bounds of the scales' integers in super-blocks, for the tuner's grid; None unless all of
+    these formats have such.
 
     Formats that pack nothing hold whatever was tuned.
     """
@@ -111,7 +119,8 @@ _BY_METHOD = {
     "compressed-tensors": "compressed_tensors",
 }
 
-# Keys by which a method names its layouts, and the one that is read. AutoAWQ says version, GPTQModel both.
+# Keys by which a method names its layouts, and the one that is read. AutoAWQ says version,
+# GPTQModel both.
 _LAYOUTS = {
     "gptq": {"checkpoint_format": "gptq"},
     "awq": {"checkpoint_format": "gemm", "version": "gemm"},
@@ -119,29 +128,36 @@ _LAYOUTS = {
 
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
-    """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we cannot read."""
+    """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we
+    cannot read."""
     if wrong := config_check.problem(quantization_config):
         raise UserError(wrong)
-    method = quantization_config.get("quant_method", quantization_config.get("mode"))  # MLX names a mode only
+    # MLX names a mode only
+    method = quantization_config.get("quant_method", quantization_config.get("mode"))
     packing = quantization_config.get("packing_format", "auto_round:auto_gptq")
     name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
     for key, layout in _LAYOUTS.get(str(method), {}).items():
         if (stated := str(quantization_config.get(key) or layout).lower()) != layout:
-            raise UserError(f"cannot read quant_method {method!r} with {key} {stated!r}, only {layout!r}")
+            raise UserError(
+                f"cannot read quant_method {method!r} with {key} {stated!r}, only {layout!r}"
+            )
     if name not in FORMATS:
-        raise UserError(f"cannot read quantization method {method!r}, packing {packing!r}; known: {', '.join(FORMATS)}")
+        raise UserError(
+            f"cannot read quantization method {method!r}, packing {packing!r}; known:"
+            f" {', '.join(FORMATS)}"
+        )
     return FORMATS[name]
 
 
 def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
-    """The scheme of one quantized module by the checkpoint's name; raises UserError if there is none, or for one that
-    is not read."""
+    """The scheme of one quantized module by the checkpoint's name; raises UserError if there is
+    none, or for one that is not read."""
     return reader(quantization_config)(name)
 
 
 def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
-    """`scheme_of` for many names: the configuration's default with the first override that fits; groups in the order of
-    `compressed-tensors`: name, pattern, class."""
+    """`scheme_of` for many names: the configuration's default with the first override that fits;
+    groups in the order of `compressed-tensors`: name, pattern, class."""
     if "config_groups" in quantization_config:
         return compressed_tensors.reader(quantization_config)
     base = {
@@ -151,7 +167,10 @@ def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
     }
     extra = quantization_config.get("extra_config") or {}
     dynamic = quantization_config.get("dynamic") or {}
-    named = {**{key: value for key, value in quantization_config.items() if isinstance(value, Mapping)}, **extra}
+    named = {
+        **{key: value for key, value in quantization_config.items() if isinstance(value, Mapping)},
+        **extra,
+    }
     names, patterns = list(named), [key for key in extra if "*" in key]
     rules = [key for key in dynamic if key[:2] == "+:"]
     found = [*named.values(), *(extra[key] for key in patterns)]

@@ -1,7 +1,9 @@
-"""MLX's affine layout, read by mlx-vlm and mlx-lm: ``scales * code + biases``, with ``biases = -scales * zero``.
+"""MLX's affine layout, read by mlx-vlm and mlx-lm: ``scales * code + biases``, with ``biases =
+-scales * zero``.
 
-Tensors keep the checkpoint's names and shapes: both readers rename and transpose on every load, whoever wrote the file
-(seen in mlx-vlm 0.7.10 and mlx-lm 0.32.2). Only ``config.json`` has to speak their language.
+Tensors keep the checkpoint's names and shapes: both readers rename and transpose on every load,
+whoever wrote the file (seen in mlx-vlm 0.7.10 and mlx-lm 0.32.2). Only ``config.json`` has to speak
+their language.
 """
 
 from collections.abc import Mapping
@@ -28,59 +30,86 @@ PREFIXES = {
     "model.connector.": "connector.",
     "lm_head": "language_model.lm_head",
 }
-# model_type -> the vision model_type mlx-vlm insists on; it reads the text configuration of these flat from the root.
+# model_type -> the vision model_type mlx-vlm insists on; it reads the text configuration of these
+# flat from the root.
 FLAT = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 
 
 def pack(name: str, codes: Codes) -> dict[str, Tensor]:
-    """weight uint32 (out, in*bits/32), a dense stream along in; scales (out, G) as tuned; biases (out, G).
+    """weight uint32 (out, in*bits/32), a dense stream along in; scales (out, G) as tuned; biases
+    (out, G).
 
-    A product scale * zero needs up to ``bits`` binary digits more than the scale. Biases have the scales' dtype where
-    every product fits (always if symmetric), else float32: MLX takes both, and no value is rounded.
+    A product scale * zero needs up to ``bits`` binary digits more than the scale. Biases have the
+    scales' dtype where every product fits (always if symmetric), else float32: MLX takes both, and
+    no value is rounded.
     """
     exact_OG = -codes.scale_OG.float() * codes.zero_OG.float()
     short_OG = exact_OG.to(codes.scale_OG.dtype)
     return {
         f"{name}.weight": pack_bits(codes.q_OI, codes.bits).view(torch.uint32),
         f"{name}.scales": codes.scale_OG.contiguous(),
-        f"{name}.biases": (short_OG if torch.equal(short_OG.float(), exact_OG) else exact_OG).contiguous(),
+        f"{name}.biases": (
+            (short_OG if torch.equal(short_OG.float(), exact_OG) else exact_OG).contiguous()
+        ),
     }
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
-    """The inverse of :func:`pack`. ValueError where shapes contradict the scheme or biases are no scale * zero.
+    """The inverse of :func:`pack`. ValueError where shapes contradict the scheme or biases are no
+    scale * zero.
 
-    The layout does not say whether a weight is symmetric: it is if all its zero points are the middle.
+    The layout does not say whether a weight is symmetric: it is if all its zero points are the
+    middle.
     """
-    words, scale_OG, bias_OG = (tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+    words, scale_OG, bias_OG = (
+        tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")
+    )
     bits, group = scheme.bits, scheme.group_size
     columns = words.shape[1] * 32 // bits
     if scale_OG.shape != (words.shape[0], -(-columns // group)) or bias_OG.shape != scale_OG.shape:
-        raise ValueError(f"{name}.scales {tuple(scale_OG.shape)} contradicts {bits} bits, group size {group}")
+        raise ValueError(
+            f"{name}.scales {tuple(scale_OG.shape)} contradicts {bits} bits, group size {group}"
+        )
     zero_OG = (-bias_OG.double() / scale_OG.double()).round()
     exact = torch.equal(scale_OG.double() * zero_OG, -bias_OG.double())
     if not exact or zero_OG.min() < 0 or zero_OG.max() >= 2**bits:
         raise ValueError(f"{name}.biases are not scales times whole zero points of {bits} bits")
     q_OI = unpack_bits(words.view(torch.int32), bits, columns)
-    return Codes(q_OI, scale_OG, zero_OG.to(torch.uint8), bits, group, bool((zero_OG == 2 ** (bits - 1)).all()))
+    return Codes(
+        q_OI,
+        scale_OG,
+        zero_OG.to(torch.uint8),
+        bits,
+        group,
+        bool((zero_OG == 2 ** (bits - 1)).all()),
+    )
 
 
 def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why MLX could not hold this weight, or None. Outputs: mlx-vlm skips weights whose size is no multiple of 64."""
+    """Why MLX could not hold this weight, or None. Outputs: mlx-vlm skips weights whose size is no
+    multiple of 64."""
     if scheme.group_size not in GROUP_SIZES:
-        return f"MLX's kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not {scheme.group_size}"
+        return (
+            f"MLX's kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
+            f" {scheme.group_size}"
+        )
     return check_int(scheme, out_features, in_features, FORMAT.bits, (2, 1), SCALE_DTYPES)
 
 
 def config(layout: Layout) -> dict[str, Any]:
-    """The default scheme, and by module name what differs from it. Bare, as MLX's readers in Swift want it."""
+    """The default scheme, and by module name what differs from it. Bare, as MLX's readers in Swift
+    want it."""
     overrides = {
         spelling: {"group_size": scheme.group_size, "bits": scheme.bits}
         for name, scheme in layout.quantized.items()
         if {"bits", "group_size"} & differences(scheme, layout.default).keys()
         for spelling in (*both_spellings(layout, name), mlx_name(name))
     }
-    return {"group_size": layout.default.group_size, "bits": layout.default.bits, "mode": "affine"} | overrides
+    return {
+        "group_size": layout.default.group_size,
+        "bits": layout.default.bits,
+        "mode": "affine",
+    } | overrides
 
 
 def mlx_name(name: str) -> str:
@@ -90,7 +119,8 @@ def mlx_name(name: str) -> str:
 
 
 def model_config(source: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """``config.json`` for readers that predate Transformers 5: what it nests is repeated flat; nothing is removed."""
+    """``config.json`` for readers that predate Transformers 5: what it nests is repeated flat;
+    nothing is removed."""
     text, kind = source.get("text_config"), str(source.get("model_type"))
     made = {**_flat_rope(source, kind), **source}
     if isinstance(text, Mapping):
@@ -106,13 +136,21 @@ FLAT_ROPES = ("mrope", "linear", "dynamic", "yarn", "longrope", "llama3", "su")
 
 
 def _flat_rope(level: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern out of Transformers 5's keys."""
+    """rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern out of Transformers
+    5's keys."""
     rope = level.get("rope_parameters") or {}
     main, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
     kind = "mrope" if "mrope_section" in main else main.get("rope_type", "default")
-    # Transformers takes the flat key for the whole, and knows "mrope" as a type in few families only.
-    known = {"rope_type": main.get("rope_type", "default")} if kind == "mrope" and family not in FLAT else {}
-    scaling = {"type": kind, **known} | {k: v for k, v in main.items() if k not in ("rope_theta", "rope_type")}
+    # Transformers takes the flat key for the whole, and knows "mrope" as a type in few families
+    # only.
+    known = (
+        {"rope_type": main.get("rope_type", "default")}
+        if kind == "mrope" and family not in FLAT
+        else {}
+    )
+    scaling = {"type": kind, **known} | {
+        k: v for k, v in main.items() if k not in ("rope_theta", "rope_type")
+    }
     flat = {
         "rope_theta": main.get("rope_theta"),
         "rope_local_base_freq": local.get("rope_theta"),

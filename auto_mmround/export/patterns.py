@@ -1,21 +1,31 @@
-"""Names and patterns of a configuration, matched with many names: exact ones by a table, patterns by their literal end.
+"""Names and patterns of a configuration, matched with many names: exact ones by a table, patterns
+by their literal end.
 
-Configurations of mixtures of experts hold tens of thousands of both, so nothing here looks at each pattern for each
-name, unless the pattern has another form than those that tools write for one module.
+Configurations of mixtures of experts hold tens of thousands of both, so nothing here looks at each
+pattern for each name, unless the pattern has another form than those that tools write for one
+module.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-# What may stand before the end of a pattern -> where that end begins: anywhere, at a part of the name, at its start.
-HEADS = {r"(.*\.)?": "part", r"(?:.*\.)?": "part", r"(^|.*\.)": "part", ".*": "anywhere", "^": "start", "": "start"}
+# What may stand before the end of a pattern -> where that end begins: anywhere, at a part of the
+# name, at its start.
+HEADS = {
+    r"(.*\.)?": "part",
+    r"(?:.*\.)?": "part",
+    r"(^|.*\.)": "part",
+    ".*": "anywhere",
+    "^": "start",
+    "": "start",
+}
 TOKEN = re.compile(r"(?P<number>\\d\+)|\\(?P<escaped>[^\w\s#])|(?P<plain>[\w-])|(?P<any>\.)")
 
 
 class End(NamedTuple):
-    """What names end in: the text, in which ``#`` is any number, as in `templates`, and ``?`` any character. where: see
-    HEADS. wild: places of the latter."""
+    """What names end in: the text, in which ``#`` is any number, as in `templates`, and ``?`` any
+    character. where: see HEADS. wild: places of the latter."""
 
     where: str
     text: str
@@ -23,8 +33,9 @@ class End(NamedTuple):
 
 
 class Lookup:
-    """The first of many entries that fits a name. Entries: exact names, then patterns (as `re.match` takes them, or
-    with ``anywhere`` `re.search`) in their order; an entry is told by its place."""
+    """The first of many entries that fits a name. Entries: exact names, then patterns (as
+    `re.match` takes them, or with ``anywhere`` `re.search`) in their order; an entry is told by its
+    place."""
 
     def __init__(self, names: Sequence[str], patterns: Sequence[str], anywhere: bool = False):
         self._names = {name: i for i, name in reversed(list(enumerate(names)))}
@@ -36,7 +47,9 @@ class Lookup:
             if end is None:
                 self._others.append((i, re.compile(pattern)))
             else:
-                self._ends.setdefault((end.where, len(end.text), end.wild), {}).setdefault(end.text, i)
+                self._ends.setdefault((end.where, len(end.text), end.wild), {}).setdefault(
+                    end.text, i
+                )
 
     def first(self, name: str) -> int | None:
         """The place of the first entry that fits, None where none does."""
@@ -54,7 +67,9 @@ class Lookup:
         for spelling in (name, *templates(name)):
             for (where, size, wild), table in self._ends.items():
                 front = len(spelling) - size
-                if front < 0 or (front and (where == "start" or (where == "part" and spelling[front - 1] != "."))):
+                if front < 0 or (
+                    front and (where == "start" or (where == "part" and spelling[front - 1] != "."))
+                ):
                     continue
                 text = spelling[front:]
                 for place in wild:
@@ -64,7 +79,8 @@ class Lookup:
 
 
 def end_of(pattern: str, anywhere: bool = False) -> End | None:
-    """Of a pattern like ``.*layers\\.3\\.fc1$`` what names must end in; None for patterns of other forms."""
+    """Of a pattern like ``.*layers\\.3\\.fc1$`` what names must end in; None for patterns of other
+    forms."""
     head = next(head for head in HEADS if pattern.startswith(head))
     if not pattern.endswith("$") or pattern.endswith(r"\$") or (anywhere and not head):
         return None
@@ -74,19 +90,27 @@ def end_of(pattern: str, anywhere: bool = False) -> End | None:
         if token is None:
             return None
         wild += [len(text)] if token["any"] else []
-        text += "#" if token["number"] else "?" if token["any"] else token["escaped"] or token["plain"]
+        text += (
+            "#" if token["number"] else "?" if token["any"] else token["escaped"] or token["plain"]
+        )
         at = token.end()
     parts = text.split(".")
     if "#" not in text:
         return End(HEADS[head], text, tuple(wild))
     whole = all(part == "#" or "#" not in part for part in parts)
     behind = parts[parts.index("#") :] if "#" in parts else []
-    odd = wild or not whole or any(part.isdigit() for part in behind) or (head == ".*" and parts[0] == "#")
+    odd = (
+        wild
+        or not whole
+        or any(part.isdigit() for part in behind)
+        or (head == ".*" and parts[0] == "#")
+    )
     return None if odd else End(HEADS[head], text, ())
 
 
 def tails(name: str) -> Iterator[str]:
-    """A dotted name and what is left of it without its first part, without its first two, and so on."""
+    """A dotted name and what is left of it without its first part, without its first two, and so
+    on."""
     while True:
         yield name
         _, dot, name = name.partition(".")
@@ -95,11 +119,13 @@ def tails(name: str) -> Iterator[str]:
 
 
 def templates(name: str) -> list[str]:
-    """The name with all its numbers replaced by ``#``, then with all but the first, and so on; not the name itself."""
+    """The name with all its numbers replaced by ``#``, then with all but the first, and so on; not
+    the name itself."""
     parts = name.split(".")
     places = [i for i, part in enumerate(parts) if part.isdigit()]
     return [
-        ".".join("#" if i in places[first:] else part for i, part in enumerate(parts)) for first in range(len(places))
+        ".".join("#" if i in places[first:] else part for i, part in enumerate(parts))
+        for first in range(len(places))
     ]
 
 
@@ -109,7 +135,8 @@ def as_pattern(template: str) -> str:
 
 
 def folded(names: Iterable[str], everything: Iterable[str]) -> dict[str, list[str]]:
-    """Template or name -> its members: for each name the widest template that takes none of ``everything`` else."""
+    """Template or name -> its members: for each name the widest template that takes none of
+    ``everything`` else."""
     names = list(names)
     mine, all_ = _counts(names), _counts(everything)
     found: dict[str, list[str]] = {}

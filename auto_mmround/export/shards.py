@@ -14,17 +14,21 @@ from auto_mmround.atomic import sync_file, sync_folder, write_json
 COPIED = 2**24  # bytes copied at a time
 # torch's types as safetensors names them.
 DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
-    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64", torch.float16: "F16",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+    torch.float16: "F16",
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 
 
 class ShardWriter:
-    """Writes tensors to disk as they come, and makes a safetensors shard of them as soon as one is full.
+    """Writes tensors to disk as they come, and makes a safetensors shard of them as soon as one is
+    full.
 
-    It holds no tensor: one is appended to a file of bare values, from which its shard is put together, aligned.
+    It holds no tensor: one is appended to a file of bare values, from which its shard is put
+    together, aligned.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -38,7 +42,8 @@ class ShardWriter:
         self._bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Appends the tensors. Raises ValueError for a name seen before, OSError where the disk takes no more."""
+        """Appends the tensors. Raises ValueError for a name seen before, OSError where the disk
+        takes no more."""
         for name, tensor in tensors.items():
             if name in self._names:
                 raise ValueError(f"tensor {name} was written twice")
@@ -48,7 +53,9 @@ class ShardWriter:
                 self.flush()
             with self._values.open("ab") as file:
                 file.write(_bytes(tensor))
-            self._pending[name] = _Span(tensor.dtype, tuple(tensor.shape), self._pending_bytes, size)
+            self._pending[name] = _Span(
+                tensor.dtype, tuple(tensor.shape), self._pending_bytes, size
+            )
             self._pending_bytes += size
             self._bytes += size
 
@@ -72,17 +79,23 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> list[Path]:
-        """Writes the last shard, gives all their final names, writes the index; returns the weight files."""
+        """Writes the last shard, gives all their final names, writes the index; returns the weight
+        files."""
         self.flush()
         count = len(self._shards)
         final: list[Path] = []
         weight_map: dict[str, str] = {}
         for i, (path, names) in enumerate(self._shards, start=1):
-            name = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+            name = (
+                "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+            )
             final.append(path.rename(self._folder / name))
             weight_map |= dict.fromkeys(names, name)
         if count > 1:
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {
+                "metadata": {"total_size": self._bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             write_json(self._folder / "model.safetensors.index.json", index)
         sync_folder(self._folder)
         return final
@@ -99,11 +112,16 @@ class _Span:
 
 
 def _header(spans: Mapping[str, _Span]) -> bytes:
-    """The head of a safetensors file with these tensors in this order; padded to 8 bytes, as its specification says."""
+    """The head of a safetensors file with these tensors in this order; padded to 8 bytes, as its
+    specification says."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, span in spans.items():
-        fields[name] = {"dtype": DTYPES[span.dtype], "shape": span.shape, "data_offsets": (at, at + span.size)}
+        fields[name] = {
+            "dtype": DTYPES[span.dtype],
+            "shape": span.shape,
+            "data_offsets": (at, at + span.size),
+        }
         at += span.size
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -1,9 +1,11 @@
-"""Several samples through a model side by side, forward and backward: each block is asked for once for all of them.
+"""Several samples through a model side by side, forward and backward: each block is asked for once
+for all of them.
 
-Every sample has the model's own forward pass. It runs in a thread that stands still where a block is called, so that
-the block can run for all samples that wait for it; one thread runs at a time. There the graph is cut: what a block is
-given is kept, and the block is computed again when the backward pass comes to it. What the model does between blocks
-keeps its graph. Gradients are those of one sample after the other, to the bit.
+Every sample has the model's own forward pass. It runs in a thread that stands still where a block
+is called, so that the block can run for all samples that wait for it; one thread runs at a time.
+There the graph is cut: what a block is given is kept, and the block is computed again when the
+backward pass comes to it. What the model does between blocks keeps its graph. Gradients are those
+of one sample after the other, to the bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -31,8 +33,9 @@ Work = Callable[[], tuple[Tensor, nn.Module]]
 
 @dataclass(eq=False)
 class _Visit:
-    """One call of a block by one sample. call: (args, kwargs), kept. given: for each tensor in it its device, and where
-    its gradient goes, or None. grads: of the block's outputs, by place, as far as they are known."""
+    """One call of a block by one sample. call: (args, kwargs), kept. given: for each tensor in it
+    its device, and where its gradient goes, or None. grads: of the block's outputs, by place, as
+    far as they are known."""
 
     block: str
     call: Any
@@ -62,8 +65,8 @@ class _AbandonedError(Exception):
 
 
 class _Passing:
-    """One sample on its way through the model, in a thread of its own. wants: the block that it waits for, None at the
-    end; end: what came out there, and the head."""
+    """One sample on its way through the model, in a thread of its own. wants: the block that it
+    waits for, None at the end; end: what came out there, and the head."""
 
     def __init__(self, work: Work, starts: frozenset[str], keep: Keep):
         self.wants: str | None = None
@@ -74,7 +77,8 @@ class _Passing:
         self._asked: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._request: Any = None
-        self._kept: dict[int, tuple[ref[Tensor], Tensor]] = {}  # what every block is given is kept once
+        # what every block is given is kept once
+        self._kept: dict[int, tuple[ref[Tensor], Tensor]] = {}
         self._pending: dict[Any, tuple[GradientEdge, Tensor]] = {}
 
     def start(self, threads: ThreadPoolExecutor) -> None:
@@ -94,7 +98,9 @@ class _Passing:
         given: list[tuple[torch.device, GradientEdge | None]] = []
 
         def kept(tensor: Tensor) -> Tensor:
-            given.append((tensor.device, get_gradient_edge(tensor) if tensor.requires_grad else None))
+            given.append(
+                (tensor.device, get_gradient_edge(tensor) if tensor.requires_grad else None)
+            )
             return self._once(tensor)
 
         call = map_tensors((args, kwargs), kept)
@@ -105,12 +111,18 @@ class _Passing:
             raise output
         if block not in self._starts and not any(edge for _, edge in given):
             return output
-        visit, places, anchor = _Visit(block, call, given), count(), torch.zeros((), requires_grad=True)
+        visit, places, anchor = (
+            _Visit(block, call, given),
+            count(),
+            torch.zeros((), requires_grad=True),
+        )
         self.visits.append(visit)
 
         def cut(tensor: Tensor) -> Tensor:
             place = next(places)
-            return _Cut.apply(anchor, visit, place, tensor) if tensor.is_floating_point() else tensor  # type: ignore[no-untyped-call,no-any-return]
+            return (
+                _Cut.apply(anchor, visit, place, tensor) if tensor.is_floating_point() else tensor
+            )  # type: ignore[no-untyped-call,no-any-return]
 
         output, filled = map_tensors((output, _filled(kwargs, before)), cut)
         for name, entries in filled.items():
@@ -162,7 +174,9 @@ class _Passing:
             args, kwargs = map_tensors(visit.call, given)
             before = _mappings(kwargs)
             made: list[Tensor] = []
-            map_tensors((blocks[visit.block](*args, **kwargs), _filled(kwargs, before)), made.append)
+            map_tensors(
+                (blocks[visit.block](*args, **kwargs), _filled(kwargs, before)), made.append
+            )
             places = [place for place in visit.grads if made[place].requires_grad]
             torch.autograd.backward([made[p] for p in places], [visit.grads[p] for p in places])
         for leaf, (_, edge) in zip(leaves, visit.given, strict=True):
@@ -170,17 +184,22 @@ class _Passing:
                 self._add(edge, leaf.grad)
 
     def _add(self, edge: GradientEdge, grad: Tensor) -> None:
-        """Note a gradient; it goes on when the visit that it leads to is next, with those of all later visits."""
+        """Note a gradient; it goes on when the visit that it leads to is next, with those of all
+        later visits."""
         key = edge.node, edge.output_nr
         known = self._pending.get(key)
         self._pending[key] = edge, grad if known is None else known[1] + grad
 
 
 def _mappings(kwargs: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
-    return {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+    return {
+        name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)
+    }
 
 
-def _filled(kwargs: Mapping[str, Any], before: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[Any, Any]]:
+def _filled(
+    kwargs: Mapping[str, Any], before: Mapping[str, Mapping[Any, Any]]
+) -> dict[str, dict[Any, Any]]:
     """What a block has put into the mappings that it was given."""
     return {
         name: {key: value for key, value in kwargs[name].items() if was.get(key) is not value}
@@ -203,7 +222,8 @@ def _leads_to(edge: GradientEdge, visit: _Visit) -> bool:
 
 
 class _Halt(Standin):
-    """Where a sample's pass stands still. Hooks by which the model takes outputs of its blocks see what is cut.
+    """Where a sample's pass stands still. Hooks by which the model takes outputs of its blocks see
+    what is cut.
 
     here: thread -> the sample that it runs.
     """
@@ -230,9 +250,10 @@ def abreast(
 ) -> Iterator[tuple[dict[int, _Passing], Callable[[Callable[[int], None]], None]]]:
     """Run samples forward; yields them at their ends, by number, and what runs them backwards.
 
-    order: all blocks, as a forward pass meets them. starts: those at whose inputs a graph begins. works: how to run the
-    model to its end, by sample: what came out there, and the head. keep: where a block's inputs lie until the backward
-    pass. The second thing yielded takes a function that is told the sample whose block runs backwards next.
+    order: all blocks, as a forward pass meets them. starts: those at whose inputs a graph begins.
+    works: how to run the model to its end, by sample: what came out there, and the head. keep:
+    where a block's inputs lie until the backward pass. The second thing yielded takes a function
+    that is told the sample whose block runs backwards next.
     """
     rank = {name: place for place, name in enumerate(order)}
     blocks = {name: model.get_submodule(name) for name in order}
@@ -246,7 +267,9 @@ def abreast(
     passings = {i: _Passing(partial(begin, i), starts, keep) for i in works}
 
     def backward(on_sample: Callable[[int], None]) -> None:
-        while on_way := {i: rank[one.visits[-1].block] for i, one in passings.items() if one.visits}:
+        while on_way := {
+            i: rank[one.visits[-1].block] for i, one in passings.items() if one.visits
+        }:
             last = max(on_way.values())
             for i in [i for i, at in on_way.items() if at == last]:
                 on_sample(i)
@@ -258,7 +281,9 @@ def abreast(
         try:
             for one in passings.values():
                 one.start(threads)
-            while waiting := {i: rank[one.wants] for i, one in passings.items() if one.wants is not None}:
+            while waiting := {
+                i: rank[one.wants] for i, one in passings.items() if one.wants is not None
+            }:
                 first = min(waiting.values())
                 for i in [i for i, at in waiting.items() if at == first]:
                     with precision():

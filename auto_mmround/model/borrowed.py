@@ -1,4 +1,5 @@
-"""A user's own model, used for a while and given back as it was, but for what was written into its weights."""
+"""A user's own model, used for a while and given back as it was, but for what was written into its
+weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,19 +13,28 @@ from auto_mmround.errors import UserError
 
 @contextmanager
 def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
-    """While open, the model is in evaluation mode on ``device`` (None: where it is), its parameters have no gradients,
-    and it gives its outputs by name; gradients can be asked for, whatever the caller has switched off.
+    """While open, the model is in evaluation mode on ``device`` (None: where it is), its parameters
+    have no gradients, and it gives its outputs by name; gradients can be asked for, whatever the
+    caller has switched off.
 
     Raises UserError for a model that lies on several devices, and is to be moved.
     """
     training = {module: module.training for module in model.modules()}
-    wanted = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
+    wanted = {
+        name: (parameter.requires_grad, parameter.grad)
+        for name, parameter in model.named_parameters()
+    }
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     moves = device is not None and places != {device}
     if moves and len(places) > 1:
-        raise UserError(f"device {device}: the model lies on {len(places)} devices already; leave device out")
+        raise UserError(
+            f"device {device}: the model lies on {len(places)} devices already; leave device out"
+        )
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    answers = [(config, config.return_dict) for config in {id(config): config for config in configs}.values()]
+    answers = [
+        (config, config.return_dict)
+        for config in {id(config): config for config in configs}.values()
+    ]
     try:
         model.eval().requires_grad_(False)
         for parameter in model.parameters():
@@ -47,8 +57,8 @@ def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iter
 
 
 def named(model: Any) -> None:
-    """Outputs by name, also where a configuration asks for tuples (`return_dict` false): Transformers' own classes fail
-    on those in places."""
+    """Outputs by name, also where a configuration asks for tuples (`return_dict` false):
+    Transformers' own classes fail on those in places."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.return_dict = True

@@ -1,9 +1,11 @@
-"""Run the model over the inputs, record how it calls the blocks of its stages, and prove that a replay is the model.
+"""Run the model over the inputs, record how it calls the blocks of its stages, and prove that a
+replay is the model.
 
-The proof has two parts, made on the first sample of each kind of input: the captured calls reproduce the model's own
-output; and they still do when the first hidden state is disturbed, as it will be once blocks are quantized. Where the
-second fails, something that is captured depends on earlier blocks (a gate between blocks, a second stream): such a
-stage is `live`, and its inputs are captured anew after each tuned block.
+The proof has two parts, made on the first sample of each kind of input: the captured calls
+reproduce the model's own output; and they still do when the first hidden state is disturbed, as it
+will be once blocks are quantized. Where the second fails, something that is captured depends on
+earlier blocks (a gate between blocks, a second stream): such a stage is `live`, and its inputs are
+captured anew after each tuned block.
 """
 
 import logging
@@ -52,17 +54,20 @@ def capture(
     place: Callable[[Tensor], Tensor] | None = None,
     on_sample: Callable[[int], None] = lambda i: None,
 ) -> dict[str, Chain]:
-    """Run the model over all inputs and record each stage's first hidden state and every block's call.
+    """Run the model over all inputs and record each stage's first hidden state and every block's
+    call.
 
-    inputs: keyword arguments of the model, batch dimension 1. store: where what is recorded goes; place: where hidden
-    states go instead, see `Chain`. only: indices of the inputs to run, default all. The text blocks themselves run for
-    the first sample of each kind only, if the calls are shown not to depend on what they do. Returns a chain for each
-    stage that a sample reached, in the order given. Raises UserError for a stage whose replay is not the model.
+    inputs: keyword arguments of the model, batch dimension 1. store: where what is recorded goes;
+    place: where hidden states go instead, see `Chain`. only: indices of the inputs to run, default
+    all. The text blocks themselves run for the first sample of each kind only, if the calls are
+    shown not to depend on what they do. Returns a chain for each stage that a sample reached, in
+    the order given. Raises UserError for a stage whose replay is not the model.
     """
     device = device_of(model)
     chains: dict[str, Chain] = {}
     proven: set[tuple[str, frozenset[str]]] = set()
-    quiet: dict[frozenset[str], Rests | None] = {}  # kind of input -> text blocks that need not run for it
+    # kind of input -> text blocks that need not run for it
+    quiet: dict[frozenset[str], Rests | None] = {}
     for i in range(len(inputs)) if only is None else only:
         kwargs = inputs[i]
         kind = frozenset(kwargs)
@@ -74,7 +79,9 @@ def capture(
             if passes and (stage.path, kind) not in proven:
                 proven.add((stage.path, kind))
                 if stage.name == "text":
-                    passes, quiet[kind] = _without_blocks(model, chain, recorder, kwargs, precision, store)
+                    passes, quiet[kind] = _without_blocks(
+                        model, chain, recorder, kwargs, precision, store
+                    )
                 else:
                     _prove(model, chain, passes, passes, kwargs, precision)
             for one in passes:
@@ -97,8 +104,8 @@ def recapture(
     precision: Precision = nullcontext,
     at_a_time: int = 1,
 ) -> Chain:
-    """A live chain's inputs of the block with index ``block``, from the model as it is now; they lie where the chain's
-    do. at_a_time: samples, always one."""
+    """A live chain's inputs of the block with index ``block``, from the model as it is now; they
+    lie where the chain's do. at_a_time: samples, always one."""
     store, place = chain.hidden[0].device, chain.place
     stage = replace(chain.stage, depth=block + 1)
     hidden, calls = [], []
@@ -112,7 +119,8 @@ def recapture(
     return replace(chain, hidden=hidden, calls=calls, shared=[{}] * len(hidden))
 
 
-Rests = Mapping[str, tuple[Any, ...] | None]  # block -> what it returns after the hidden state, see `standins.Idle`
+# block -> what it returns after the hidden state, see `standins.Idle`
+Rests = Mapping[str, tuple[Any, ...] | None]
 
 
 def _record(
@@ -123,7 +131,8 @@ def _record(
     store: torch.device | str,
     quiet: Rests | None = None,
 ) -> list["_Recorder"]:
-    """One pass of the whole model, with a recorder for each stage. quiet: blocks that do nothing."""
+    """One pass of the whole model, with a recorder for each stage. quiet: blocks that do
+    nothing."""
     with idle(model, quiet or {}):
         recorders = [_Recorder(model, stage, store) for stage in stages]
         _run(model, kwargs, recorders, precision)
@@ -138,14 +147,17 @@ def _without_blocks(
     precision: Precision,
     store: torch.device | str,
 ) -> tuple[list["_Pass"], Rests | None]:
-    """What the model does around the blocks of the chain's stage: as recorded while they do nothing, and their answers
-    then, if a replay of that is the model; else as it was ``seen``, and None, if that is. UserError if neither is."""
+    """What the model does around the blocks of the chain's stage: as recorded while they do
+    nothing, and their answers then, if a replay of that is the model; else as it was ``seen``, and
+    None, if that is. UserError if neither is."""
     stage = chain.stage
     rests: Rests | None = None
     try:
         if any(one.shared() for one in seen.passes):
             raise ValueError("blocks hand keys and values to later ones")
-        rests = {stage.blocks[i]: rest_of(output, hidden) for i, (hidden, output) in seen.outputs.items()}
+        rests = {
+            stage.blocks[i]: rest_of(output, hidden) for i, (hidden, output) in seen.outputs.items()
+        }
         quiet = _record(model, [stage], kwargs, precision, store, rests)[0].passes
         _check_order(stage, quiet, 0)
     except (*UNFIT, UserError) as error:
@@ -187,8 +199,8 @@ class _ReachedError(Exception):
 
 @contextmanager
 def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Forward passes of the model around ``module``, by this thread, end before it; yields a list that gets what it
-    would be given."""
+    """Forward passes of the model around ``module``, by this thread, end before it; yields a list
+    that gets what it would be given."""
     reached: list[Tensor] = []
     owner = get_ident()
 
@@ -207,7 +219,8 @@ def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class _Recorder:
-    """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first hidden state."""
+    """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first
+    hidden state."""
 
     def __init__(
         self,
@@ -220,13 +233,17 @@ class _Recorder:
     ):
         self.store, self.disturb, self.depth, self.stop = store, disturb, stage.depth, stop
         self.passes: list[_Pass] = []
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor given to every block is kept once
+        # a tensor given to every block is kept once
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.output: Tensor | None = None  # of the block before
-        self.outputs: dict[int, tuple[Tensor, Any]] = {}  # block -> its hidden state and what it returned, shapes alone
+        # block -> its hidden state and what it returned, shapes alone
+        self.outputs: dict[int, tuple[Tensor, Any]] = {}
         self.handles = []
         for index, name in enumerate(stage.blocks):
             block = model.get_submodule(name)
-            self.handles.append(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
+            self.handles.append(
+                block.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            )
             self.handles.append(block.register_forward_hook(self._after(index), with_kwargs=True))
 
     def _before(self, index: int) -> Callable[..., Any]:
@@ -246,7 +263,9 @@ class _Recorder:
             others, named = _without(args, kwargs, slot)
             found.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
             if index == self.depth - 1:
-                found.before_last = found.first if self.output is None else self.output.to(self.store)
+                found.before_last = (
+                    found.first if self.output is None else self.output.to(self.store)
+                )
                 if self.stop:
                     raise _ReachedError
             return with_hidden(args, kwargs, slot, hidden) if self.disturb and index == 0 else None
@@ -254,10 +273,14 @@ class _Recorder:
         return hook
 
     def _after(self, index: int) -> Callable[..., None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(
+            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             # A copy: some models change it in place before the next block.
             self.output = self.passes[-1].last = first_tensor(output).detach().clone()
-            self.outputs[index] = map_tensors((hidden_of(args, kwargs)[0], output), lambda tensor: tensor.to("meta"))
+            self.outputs[index] = map_tensors(
+                (hidden_of(args, kwargs)[0], output), lambda tensor: tensor.to("meta")
+            )
 
         return hook
 
@@ -275,13 +298,16 @@ class _Recorder:
 
 
 def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
-    """A forward pass up to the head: no block comes after it, and its logits are the largest tensor of all."""
+    """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
+    of all."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
         model(**moved(dict(kwargs), device_of(model)), use_cache=False)
 
 
-def _run(model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision) -> None:
+def _run(
+    model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision
+) -> None:
     with ExitStack() as stack, torch.no_grad(), precision():
         for recorder in recorders:
             stack.callback(recorder.remove)
@@ -297,12 +323,13 @@ def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
     if len(orders) == 1:
         missing = min(set(range(stage.depth)) - set(orders[0]))
         raise UserError(
-            f"{stage.path}: sample {sample} does not run block {missing}; if only samples with an image or sound "
-            "run all blocks, calibrate with those alone"
+            f"{stage.path}: sample {sample} does not run block {missing}; if only samples with an"
+            " image or sound run all blocks, calibrate with those alone"
         )
     raise UserError(
-        f"{stage.path}: the forward pass does not run each block once and in order (saw {orders[0][:6]}...); "
-        "name the other stages with to_quant_block_names to leave this one in 16 bits"
+        f"{stage.path}: the forward pass does not run each block once and in order (saw"
+        f" {orders[0][:6]}...); name the other stages with to_quant_block_names to leave this one"
+        " in 16 bits"
     )
 
 
@@ -314,17 +341,21 @@ def _prove(
     kwargs: Inputs,
     precision: Precision,
 ) -> None:
-    """Replay one sample's passes; UserError if that is not the model, ``live`` if it is only undisturbed."""
+    """Replay one sample's passes; UserError if that is not the model, ``live`` if it is only
+    undisturbed."""
     exact, disturbed = _gaps(model, chain, found, expected, kwargs, precision)
     if not exact <= 1.0:
         raise UserError(
-            f"{chain.stage.path}: replaying the blocks misses the model's own output ({exact:.1f} times what rounding "
-            "explains): they use something that is not handed to them; name the other stages with "
-            "to_quant_block_names to leave this one in 16 bits"
+            f"{chain.stage.path}: replaying the blocks misses the model's own output ({exact:.1f}"
+            " times what rounding explains): they use something that is not handed to them; name"
+            " the other stages with to_quant_block_names to leave this one in 16 bits"
         )
     if not disturbed <= 1.0:
         chain.live = True
-        log.info("%s: what blocks are given depends on earlier blocks: captured anew after each", chain.stage.path)
+        log.info(
+            "%s: what blocks are given depends on earlier blocks: captured anew after each",
+            chain.stage.path,
+        )
 
 
 def _gaps(
@@ -335,17 +366,22 @@ def _gaps(
     kwargs: Inputs,
     precision: Precision,
 ) -> tuple[float, float]:
-    """How far a replay of the calls ``found`` is from the model, as a multiple of `TOLERANCE`: as it ran (``expected``)
-    and with its first hidden state disturbed."""
+    """How far a replay of the calls ``found`` is from the model, as a multiple of `TOLERANCE`: as
+    it ran (``expected``) and with its first hidden state disturbed."""
     stage = chain.stage
     blocks = [model.get_submodule(name) for name in stage.blocks]
     calls, shared = [one.calls for one in found], [one.shared() for one in found]
 
     def gap(passes: Sequence[_Pass]) -> float:
-        clean = replace(chain, hidden=[one.first for one in passes], calls=calls, shared=shared, batched=False)
+        clean = replace(
+            chain, hidden=[one.first for one in passes], calls=calls, shared=shared, batched=False
+        )
         with precision(), torch.no_grad():
             replayed = [clean.run_group(blocks, 0, [i]) for i in range(len(passes))]
-        gaps = [difference(ours.to(own.last.device), own.last) for ours, own in zip(replayed, passes, strict=True)]
+        gaps = [
+            difference(ours.to(own.last.device), own.last)
+            for ours, own in zip(replayed, passes, strict=True)
+        ]
         return max(gaps) / TOLERANCE[passes[0].last.dtype]
 
     exact = gap(expected)
@@ -353,8 +389,14 @@ def _gaps(
     _run(model, kwargs, [recorder], precision)
     disturbed = gap(recorder.passes)
     if max(exact, disturbed) <= 1.0:
-        log.info("%s: replay of %d blocks equals the model (%.2f of what rounding explains, disturbed %.2f)",
-                 stage.path, len(blocks), exact, disturbed)  # fmt: skip
+        log.info(
+            "%s: replay of %d blocks equals the model (%.2f of what rounding explains, "
+            "disturbed %.2f)",
+            stage.path,
+            len(blocks),
+            exact,
+            disturbed,
+        )
     return exact, disturbed
 
 
@@ -364,7 +406,9 @@ def _disturbed(hidden: Tensor) -> Tensor:
     return hidden + DISTURBANCE * hidden.detach().float().std().to(hidden.dtype) * noise
 
 
-def _without(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(slot, int):
         return args[:slot] + args[slot + 1 :], kwargs
     return args, {key: value for key, value in kwargs.items() if key != slot}

@@ -1,8 +1,10 @@
-"""Chains: the hidden states before a stage's current block, and how the model itself called every block.
+"""Chains: the hidden states before a stage's current block, and how the model itself called every
+block.
 
-Every sample keeps its own length; nothing is padded. A `Chain` holds one hidden state a sample, plus how the model
-called each block for that sample (positions, masks, cross-attention states). Samples of equal shape run together
-where a test on the first pair shows that the block treats them alike.
+Every sample keeps its own length; nothing is padded. A `Chain` holds one hidden state a sample,
+plus how the model called each block for that sample (positions, masks, cross-attention states).
+Samples of equal shape run together where a test on the first pair shows that the block treats them
+alike.
 """
 
 import copy
@@ -25,8 +27,9 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 class Glue:
     """What the model does to the hidden state between two blocks, as seen for one sample.
 
-    rows: int64 (N,), the tokens that it changes; values: float32 (N, D), what is added there (deep-stacked vision
-    features). rows None: values is the whole new hidden state, where its shape changes. tokens: T of the sample.
+    rows: int64 (N,), the tokens that it changes; values: float32 (N, D), what is added there
+    (deep-stacked vision features). rows None: values is the whole new hidden state, where its shape
+    changes. tokens: T of the sample.
     """
 
     rows: Tensor | None
@@ -39,7 +42,9 @@ class Glue:
             return self.values.to(hidden)
         flat_TD = hidden.reshape(-1, hidden.shape[-1])
         rows, values = self.rows.to(hidden.device), self.values.to(hidden.device)
-        return flat_TD.index_copy(0, rows, (flat_TD[rows].float() + values).to(hidden.dtype)).view_as(hidden)
+        return flat_TD.index_copy(
+            0, rows, (flat_TD[rows].float() + values).to(hidden.dtype)
+        ).view_as(hidden)
 
     @classmethod
     def between(cls, output: Tensor, hidden: Tensor) -> "Glue | None":
@@ -48,7 +53,10 @@ class Glue:
             return cls(None, hidden, 0)
         if torch.equal(output, hidden):
             return None
-        delta_TD = hidden.reshape(-1, hidden.shape[-1]).float() - output.reshape(-1, hidden.shape[-1]).float()
+        delta_TD = (
+            hidden.reshape(-1, hidden.shape[-1]).float()
+            - output.reshape(-1, hidden.shape[-1]).float()
+        )
         rows = delta_TD.abs().amax(-1).nonzero()[:, 0]
         return cls(rows, delta_TD[rows], len(delta_TD))
 
@@ -63,7 +71,8 @@ def run_plainly(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @dataclass(frozen=True)
 class Call:
-    """How the model called one block for one sample, but for the hidden state: it goes in at ``slot``."""
+    """How the model called one block for one sample, but for the hidden state: it goes in at
+    ``slot``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -83,10 +92,11 @@ class Call:
 class Chain:
     """The inputs of one stage's current block: ``hidden[i]`` and ``calls[i][block]`` for entry i.
 
-    sample: index into the captured inputs; not every input reaches a tower, and one may pass it twice. shared: mappings
-    that blocks fill for later blocks (shared keys and values), as they stand before the current block. live: what a
-    block is given depends on earlier blocks in a way that only the model knows, see `capture.recapture`. runner: how
-    blocks are called, see `compiled.Compiled`. device: where they run. place: where their outputs are kept, e.g. a
+    sample: index into the captured inputs; not every input reaches a tower, and one may pass it
+    twice. shared: mappings that blocks fill for later blocks (shared keys and values), as they
+    stand before the current block. live: what a block is given depends on earlier blocks in a way
+    that only the model knows, see `capture.recapture`. runner: how blocks are called, see
+    `compiled.Compiled`. device: where they run. place: where their outputs are kept, e.g. a
     `spool.Spool`; None: on the device that the inputs are kept on.
     """
 
@@ -112,8 +122,9 @@ class Chain:
         only: Sequence[int] | None = None,
         before: Callable[[list[int]], None] = lambda group: None,
     ) -> "Chain":
-        """The chain after ``blocks``, the first of which has index ``first`` in the stage. only: the entries that will
-        be read; others are empty from there on. before: told the entries that run together next."""
+        """The chain after ``blocks``, the first of which has index ``first`` in the stage. only:
+        the entries that will be read; others are empty from there on. before: told the entries that
+        run together next."""
         out: list[Tensor] = [torch.empty(0)] * len(self)
         shared = list(self.shared)
         for group, hidden, state in self._passes(blocks, first, batch_size, only, before):
@@ -124,7 +135,11 @@ class Chain:
         return replace(self, hidden=out, shared=shared)
 
     def passed(
-        self, blocks: Sequence[nn.Module], first: int, batch_size: int, before: Callable[[list[int]], None]
+        self,
+        blocks: Sequence[nn.Module],
+        first: int,
+        batch_size: int,
+        before: Callable[[list[int]], None],
     ) -> None:
         """As `advanced`, for those who watch the blocks: nothing is kept."""
         for _ in self._passes(blocks, first, batch_size, None, before):
@@ -155,7 +170,8 @@ class Chain:
     def forward(
         self, blocks: Sequence[nn.Module], first: int, indices: Iterable[int]
     ) -> Iterable[tuple[list[int], Tensor]]:
-        """Run samples through ``blocks``; yields (indices, output (B, T, D)), one item for each shape."""
+        """Run samples through ``blocks``; yields (indices, output (B, T, D)), one item for each
+        shape."""
         for group in self.groups(indices, first):
             yield group, self.run_group(blocks, first, group)
 
@@ -163,13 +179,21 @@ class Chain:
         """Run samples of one shape through ``blocks`` together; (B, T, D)."""
         return self._run(blocks, first, group)[0]
 
-    def _run(self, blocks: Sequence[nn.Module], first: int, group: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        hidden = torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
+    def _run(
+        self, blocks: Sequence[nn.Module], first: int, group: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        hidden = (
+            torch.cat([self.hidden[i] for i in group]) if len(group) > 1 else self.hidden[group[0]]
+        )
         state, device = self.shared[group[0]], None
         for offset, block in enumerate(blocks):
-            own = next((p.device for p in block.parameters() if not p.is_meta), self.device or hidden.device)
+            own = next(
+                (p.device for p in block.parameters() if not p.is_meta),
+                self.device or hidden.device,
+            )
             if own != device:
-                device, hidden, state = own, hidden.to(own), moved(state, own)  # a copy for these blocks to fill
+                # a copy for these blocks to fill
+                device, hidden, state = own, hidden.to(own), moved(state, own)
             call = to_device(merge([self.calls[i][first + offset] for i in group]), device)
             hidden = replace(call, kwargs=call.kwargs | state).run(block, hidden, self.runner)
         if device and not torch.is_grad_enabled():
@@ -202,9 +226,12 @@ class Chain:
             alone = torch.cat([self.run_group([block], 0, [i]) for i in pair])
             try:
                 together = self.run_group([block], 0, pair)
-            except (UnmergeableError, RuntimeError):  # a wrong guess of the batch dimension is a wrong shape somewhere
+            # a wrong guess of the batch dimension is a wrong shape somewhere
+            except (UnmergeableError, RuntimeError):
                 return
-        self.batched = alone.shape == together.shape and difference(together, alone) <= TOLERANCE[alone.dtype]
+        self.batched = (
+            alone.shape == together.shape and difference(together, alone) <= TOLERANCE[alone.dtype]
+        )
 
 
 class UnmergeableError(ValueError):
@@ -223,7 +250,8 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, int | str]:
-    """The hidden state that a block is called with, and where: the first floating tensor. Raises UserError."""
+    """The hidden state that a block is called with, and where: the first floating tensor. Raises
+    UserError."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for slot, value in named:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -262,23 +290,32 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def as_dtype(value: Any, dtype: torch.dtype) -> Any:
     """The value with its floating-point tensors in ``dtype``, however nested."""
-    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return map_tensors(
+        value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    )
 
 
 class Kinds(NamedTuple):
-    """Modalities of one sample's tokens: of the text stage (T,), and of the tower (frames,) where that is known."""
+    """Modalities of one sample's tokens: of the text stage (T,), and of the tower (frames,) where
+    that is known."""
 
     text_T: Tensor
     tower_F: Tensor | None = None
 
 
 def token_kinds(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
-    """Modality (tokens,) of a stage's tokens: the sample's own for that stage, 0 throughout where it has none.
+    """Modality (tokens,) of a stage's tokens: the sample's own for that stage, 0 throughout where
+    it has none.
 
-    A tower's number of tokens may be the text's by chance, and the text stage may add tokens to the sample's.
+    A tower's number of tokens may be the text's by chance, and the text stage may add tokens to the
+    sample's.
     """
     own = kinds.text_T if stage.name == "text" else kinds.tower_F
-    return own.long() if own is not None and len(own) == tokens else torch.zeros(tokens, dtype=torch.long)
+    return (
+        own.long()
+        if own is not None and len(own) == tokens
+        else torch.zeros(tokens, dtype=torch.long)
+    )
 
 
 def to_device(call: Call, device: torch.device) -> Call:
@@ -298,23 +335,31 @@ def signature(value: Any) -> Any:
 
 
 def merge(calls: Sequence[Call]) -> Call:
-    """One call for several samples: tensors are joined along their first dimension of size 1, equal ones are shared.
+    """One call for several samples: tensors are joined along their first dimension of size 1, equal
+    ones are shared.
 
-    Raises UnmergeableError where there is no such dimension; `Chain.check_batching` tests that the guess is right.
+    Raises UnmergeableError where there is no such dimension; `Chain.check_batching` tests that the
+    guess is right.
     """
     if len(calls) == 1:
         return calls[0]
     glue = _merge_glue([call.glue for call in calls])
-    return Call(_merge([c.args for c in calls]), _merge([c.kwargs for c in calls]), calls[0].slot, glue)
+    return Call(
+        _merge([c.args for c in calls]), _merge([c.kwargs for c in calls]), calls[0].slot, glue
+    )
 
 
 def _merge_glue(glues: Sequence[Glue | None]) -> Glue | None:
     some = next((glue for glue in glues if glue is not None), None)
     if some is None:
         return None
-    if any(glue is not None and glue.rows is None for glue in glues):
-        raise UnmergeableError("hidden states that change their shape between blocks")
-    shifted = [(glue.rows + i * some.tokens, glue.values) for i, glue in enumerate(glues) if glue is not None]  # type: ignore[operator]
+    shifted = []
+    for i, glue in enumerate(glues):
+        if glue is None:
+            continue
+        if glue.rows is None:
+            raise UnmergeableError("hidden states that change their shape between blocks")
+        shifted.append((glue.rows + i * some.tokens, glue.values))
     rows, values = zip(*shifted)
     return Glue(torch.cat(rows), torch.cat(values), some.tokens * len(glues))
 

@@ -16,11 +16,13 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 class Compiled:
-    """Call it as (block, args, kwargs). Where compiling fails, it says so once and runs blocks as they are.
+    """Call it as (block, args, kwargs). Where compiling fails, it says so once and runs blocks as
+    they are.
 
-    The block is an argument of what is compiled, so that its weights are inputs and the next block of its class finds
-    the code made. Lengths become symbols once they are seen to vary. Code does not see hooks that come after it was
-    made, so a block whose modules are watched, as while second moments are gathered, is run as it is.
+    The block is an argument of what is compiled, so that its weights are inputs and the next block
+    of its class finds the code made. Lengths become symbols once they are seen to vary. Code does
+    not see hooks that come after it was made, so a block whose modules are watched, as while second
+    moments are gathered, is run as it is.
     """
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor"):
@@ -34,7 +36,9 @@ class Compiled:
         except TorchDynamoException as error:
             if self._run is run_plainly:
                 raise
-            log.warning("torch.compile failed, blocks run uncompiled: %s", str(error).strip().split("\n")[0])
+            log.warning(
+                "torch.compile failed, blocks run uncompiled: %s", str(error).strip().split("\n")[0]
+            )
             self._run = run_plainly
             return run_plainly(block, args, kwargs)
 

@@ -19,14 +19,16 @@ from auto_mmround.model.products import Float32Products
 
 
 def _habana(module: str) -> Any:
-    """A module of Intel's package for Gaudi, which is optional; importing `core` registers the device in torch."""
+    """A module of Intel's package for Gaudi, which is optional; importing `core` registers the
+    device in torch."""
     return importlib.import_module(f"habana_frameworks.torch.{module}")
 
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """torch's switch: sums in a fixed order (index_add, scatter, attention backwards ..). An operation that has no such
-    kernel goes on with a warning of torch's, unless the caller has asked for an error."""
+    """torch's switch: sums in a fixed order (index_add, scatter, attention backwards ..). An
+    operation that has no such kernel goes on with a warning of torch's, unless the caller has asked
+    for an error."""
     settings: Any = torch.utils.deterministic
     mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode(max(mode, 1))
@@ -50,13 +52,14 @@ def _has_gaudi() -> bool:
 class Traits:
     """What differs between kinds of devices.
 
-    backend: of torch.distributed, for tensors there and in host memory. count: devices on this machine. synchronize:
-    waits for all work. mark_step: ends a graph that gathers operations lazily. peak, free: bytes used at most so far,
-    bytes that can be had. release: gives memory that is kept for later back. padded: shapes are compiled, so lengths
-    are padded to few. doubles: computes in float64. compiler: of torch.compile. prepare: called before the device is
-    used. repeatable: while open, the same work gives the same bits each time, as far as the device has kernels for
-    that; nothing to do where it always does, or where nothing is known of it. alone: a process has one, always of
-    number 0. absent: why there may be none.
+    backend: of torch.distributed, for tensors there and in host memory. count: devices on this
+    machine. synchronize: waits for all work. mark_step: ends a graph that gathers operations
+    lazily. peak, free: bytes used at most so far, bytes that can be had. release: gives memory that
+    is kept for later back. padded: shapes are compiled, so lengths are padded to few. doubles:
+    computes in float64. compiler: of torch.compile. prepare: called before the device is used.
+    repeatable: while open, the same work gives the same bits each time, as far as the device has
+    kernels for that; nothing to do where it always does, or where nothing is known of it. alone: a
+    process has one, always of number 0. absent: why there may be none.
     """
 
     backend: str
@@ -75,7 +78,8 @@ class Traits:
     absent: str = ""
 
 
-# A row more is a device more; of the accelerators the first that is there is the one that "auto" means.
+# A row more is a device more; of the accelerators the first that is there is the one that "auto"
+# means.
 TABLE: dict[str, Traits] = {
     "cpu": Traits("gloo", lambda: 1, alone=True),
     "cuda": Traits(
@@ -114,9 +118,11 @@ def _accelerator() -> str | None:
 
 
 def resolve(name: str, local_rank: int | None = None) -> torch.device:
-    """The device for a name as the command line knows them: "0", "cuda", "cuda:1", "cpu", "hpu", "auto".
+    """The device for a name as the command line knows them: "0", "cuda", "cuda:1", "cpu", "hpu",
+    "auto".
 
-    A bare number, the original's default, means that accelerator if the machine has one and the processor otherwise.
+    A bare number, the original's default, means that accelerator if the machine has one and the
+    processor otherwise.
     local_rank: of several processes on this machine; each takes the accelerator of its number.
     Raises UserError for names it does not know and for devices that are not there.
     """
@@ -134,43 +140,58 @@ def resolve(name: str, local_rank: int | None = None) -> torch.device:
         row.prepare()
         return torch.device(kind)
     if local_rank and index:
-        raise UserError(f"device {name}: with several processes each takes its own; leave --device out")
+        raise UserError(
+            f"device {name}: with several processes each takes its own; leave --device out"
+        )
     index, count = local_rank or index, row.count()
     if index >= count:
-        raise UserError(f"device {name}: this machine has {count} {kind.upper()} devices; use --device cpu")
+        raise UserError(
+            f"device {name}: this machine has {count} {kind.upper()} devices; use --device cpu"
+        )
     row.prepare()
     return torch.device(kind, index)
 
 
 @contextlib.contextmanager
 def autocast(device: torch.device, dtype: torch.dtype, amp: bool) -> Iterator[None]:
-    """While open, models compute in bfloat16 where they are stored wider, if that is faster; a bfloat16 model needs no
-    help, but on a processor that is slow in it. Sums are as `Traits.repeatable` has them.
+    """While open, models compute in bfloat16 where they are stored wider, if that is faster; a
+    bfloat16 model needs no help, but on a processor that is slow in it. Sums are as
+    `Traits.repeatable` has them.
 
-    Without the cache of cast weights: tuning changes weights in place, and the cache would go on serving old ones.
+    Without the cache of cast weights: tuning changes weights in place, and the cache would go on
+    serving old ones.
     """
     narrow = amp and dtype != torch.bfloat16 and fast_bf16(device)
-    cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if narrow else products(device, dtype)
+    cast = (
+        torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        if narrow
+        else products(device, dtype)
+    )
     with traits(device).repeatable(), cast:
         yield
 
 
 def products(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """What makes products of this dtype faster without making them other ones: `Float32Products`, or nothing."""
+    """What makes products of this dtype faster without making them other ones: `Float32Products`,
+    or nothing."""
     slow = dtype == torch.bfloat16 and not fast_bf16(device)
     return Float32Products() if slow else contextlib.nullcontext()
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are no slower than in float32: a processor without the instructions for them takes
-    four times as long. True where torch can't tell."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
+    """Whether products in bfloat16 are no slower than in float32: a processor without the
+    instructions for them takes four times as long. True where torch can't tell."""
+    # missing in older releases
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type != "cpu" or not known or any(known.get(name) for name in BF16)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on an accelerator, in Python, or on the host, where torch has no class for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether an allocation failed: on an accelerator, in Python, or on the host, where torch has
+    no class for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def _malloc_trim() -> Callable[[int], int]:
@@ -183,15 +204,18 @@ _trim = _malloc_trim()
 
 
 def trim_heap() -> None:
-    """Give freed host memory back to the system, where the C library is glibc; a matter of milliseconds.
+    """Give freed host memory back to the system, where the C library is glibc; a matter of
+    milliseconds.
 
-    Freed pieces of up to 32 MB stay in glibc's heap, and small tensors between them hold it at several times its size.
+    Freed pieces of up to 32 MB stay in glibc's heap, and small tensors between them hold it at
+    several times its size.
     """
     _trim(0)
 
 
 def release_cache() -> None:
-    """Give memory that is kept for later back: to the devices, and to the system. Slow where it is done often."""
+    """Give memory that is kept for later back: to the devices, and to the system. Slow where it is
+    done often."""
     trim_heap()
     for row in TABLE.values():
         row.release()
@@ -204,7 +228,8 @@ def free_memory(device: torch.device) -> int:
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory so far in GB: of the process and, on an accelerator, of the device."""
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, kilobytes on Linux
+    # ru_maxrss counts bytes there, kilobytes on Linux
+    scale = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9}
     measured = traits(device).peak
     if measured:

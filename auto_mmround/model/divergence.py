@@ -29,7 +29,10 @@ class Before:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, inputs: Sequence[Mapping[str, Any]], precision: Precision = nullcontext
+        cls,
+        model: PreTrainedModel,
+        inputs: Sequence[Mapping[str, Any]],
+        precision: Precision = nullcontext,
     ) -> "Before":
         """inputs: what the model takes, a mapping a sample; kept where they are."""
         with torch.no_grad(), precision():
@@ -40,7 +43,11 @@ class Before:
 
     def only(self, members: Sequence[int]) -> "Before":
         """Of some of the samples."""
-        return replace(self, inputs=[self.inputs[i] for i in members], hidden_TD=[self.hidden_TD[i] for i in members])
+        return replace(
+            self,
+            inputs=[self.inputs[i] for i in members],
+            hidden_TD=[self.hidden_TD[i] for i in members],
+        )
 
     def divergences(
         self,
@@ -51,7 +58,8 @@ class Before:
     ) -> list[float]:
         """KL(the model as it was || the model) of every sample, summed over its positions, nats.
 
-        The output head must be the same still. gradients: run it backwards too, into all that asks for gradients.
+        The output head must be the same still. gradients: run it backwards too, into all that asks
+        for gradients.
         graph: open while a sample runs.
         """
         found, device = [], device_of(model)
@@ -65,13 +73,18 @@ class Before:
         return found
 
 
-def _divergence(hidden_TD: Tensor, before_TD: Tensor, head: nn.Module, gradients: bool) -> tuple[float, Tensor]:
-    """The sum over positions, and its gradient in the hidden states: through the head, q - p at its logits.
+def _divergence(
+    hidden_TD: Tensor, before_TD: Tensor, head: nn.Module, gradients: bool
+) -> tuple[float, Tensor]:
+    """The sum over positions, and its gradient in the hidden states: through the head, q - p at its
+    logits.
 
     Logits are made a few positions at a time.
     """
     total, slope_TD = 0.0, torch.zeros_like(hidden_TD)
-    for part_TD, was_TD, into_TD in zip(*(parts(each, head) for each in (hidden_TD, before_TD, slope_TD)), strict=True):
+    for part_TD, was_TD, into_TD in zip(
+        *(parts(each, head) for each in (hidden_TD, before_TD, slope_TD)), strict=True
+    ):
         leaf_TD = part_TD.clone().requires_grad_(gradients)
         logits_TV = head(leaf_TD)
         own_TV = logits_TV.detach().float().log_softmax(-1)

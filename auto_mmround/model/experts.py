@@ -1,9 +1,10 @@
-"""Experts of a mixture, which Transformers keeps as one parameter a layer, seen one by one while they are quantized.
+"""Experts of a mixture, which Transformers keeps as one parameter a layer, seen one by one while
+they are quantized.
 
-Most checkpoints name every expert's matrices (`experts.3.gate_proj.weight`), and Transformers stacks them while
-loading. Some stack them too; quantized checkpoints of those name them all the same, which is what engines expect. While
-`separated`, each matrix is a linear layer whose weight is a view into the stacked parameter: what is written into it is
-written into the model.
+Most checkpoints name every expert's matrices (`experts.3.gate_proj.weight`), and Transformers
+stacks them while loading. Some stack them too; quantized checkpoints of those name them all the
+same, which is what engines expect. While `separated`, each matrix is a linear layer whose weight is
+a view into the stacked parameter: what is written into it is written into the model.
 """
 
 import inspect
@@ -28,9 +29,11 @@ SINGLE = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 @dataclass(frozen=True)
 class Expert:
-    """One matrix (out, in) of one expert: ``rows`` of ``parameter[index]``, which is (in, out) where ``transposed``.
+    """One matrix (out, in) of one expert: ``rows`` of ``parameter[index]``, which is (in, out)
+    where ``transposed``.
 
-    tail: the end of its checkpoint key, "3.gate_proj.weight". stacked: the original checkpoint has no such key.
+    tail: the end of its checkpoint key, "3.gate_proj.weight". stacked: the original checkpoint
+      has no such key.
     """
 
     tail: str
@@ -49,14 +52,19 @@ class Expert:
 def separable(model: PreTrainedModel) -> dict[str, Expert]:
     """Module name as if experts were modules (`..experts.3.up_proj`) -> where its weight lies.
 
-    Interleaved and biased experts are left out, as are those that are stacked in a way that is not understood.
+    Interleaved and biased experts are left out, as are those that are stacked in a way that is not
+    understood.
     """
     found: dict[str, Expert] = {}
     fused = find_experts(model).fused
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
         module: Any = model.get_submodule(path)
         odd = [getattr(module, flag, False) for flag in ("has_bias", "has_post_expert_norm")]
-        if any(odd) or not getattr(module, "is_concatenated", True) or not getattr(module, "has_gate", True):
+        if (
+            any(odd)
+            or not getattr(module, "is_concatenated", True)
+            or not getattr(module, "has_gate", True)
+        ):
             continue
         into, out = (fused.get(f"{path}.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
         if into is None or out is None or len(list(module.parameters(recurse=False))) != 2:
@@ -70,9 +78,11 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
     return found
 
 
-def _matrices(model: PreTrainedModel, name: str, shape: tuple[int, int, int], transposed: bool) -> list[Expert]:
-    """The matrices in a stacked parameter, in their order. How Transformers stacks them is found out by undoing it on
-    numbered elements."""
+def _matrices(
+    model: PreTrainedModel, name: str, shape: tuple[int, int, int], transposed: bool
+) -> list[Expert]:
+    """The matrices in a stacked parameter, in their order. How Transformers stacks them is found
+    out by undoing it on numbered elements."""
     count, rows = shape[0], shape[2 if transposed else 1]
     numbered = torch.arange(count * 4).reshape(count, 4, 1).expand(-1, -1, 2).contiguous()
     undone = revert_weight_conversion(model, {name: numbered})
@@ -80,7 +90,9 @@ def _matrices(model: PreTrainedModel, name: str, shape: tuple[int, int, int], tr
         leaves = HALVES if name.endswith("gate_up_proj") else ("down_proj",)
         size = rows // len(leaves)
         return [
-            Expert(f"{i}.{leaf}.weight", name, i, slice(at * size, (at + 1) * size), transposed, True)
+            Expert(
+                f"{i}.{leaf}.weight", name, i, slice(at * size, (at + 1) * size), transposed, True
+            )
             for i in range(count)
             for at, leaf in enumerate(leaves)
         ]
@@ -88,17 +100,25 @@ def _matrices(model: PreTrainedModel, name: str, shape: tuple[int, int, int], tr
     for key, part in undone.items():
         first = int(part.flatten()[0])
         at = first % 4
-        if transposed or part.ndim != 2 or not torch.equal(part, numbered[first // 4, at : at + len(part)]):
+        if (
+            transposed
+            or part.ndim != 2
+            or not torch.equal(part, numbered[first // 4, at : at + len(part)])
+        ):
             return []
         lines = slice(at * rows // 4, (at + len(part)) * rows // 4)
         found.append(Expert(".".join(key.split(".")[-3:]), name, first // 4, lines, False, False))
     return sorted(found, key=lambda expert: (expert.index, expert.rows.start))
 
 
-def stacking(model: PreTrainedModel, keys: Collection[str]) -> dict[str, tuple[str, dict[str, Expert]]]:
-    """Key of a stack in the original checkpoint -> (its parameter, key of each expert's matrix -> where it lies there).
+def stacking(
+    model: PreTrainedModel, keys: Collection[str]
+) -> dict[str, tuple[str, dict[str, Expert]]]:
+    """Key of a stack in the original checkpoint -> (its parameter, key of each expert's matrix ->
+    where it lies there).
 
-    Of the families whose checkpoints stack experts, and of stacks whose matrices are all among the ``keys``.
+    Of the families whose checkpoints stack experts, and of stacks whose matrices are all among the
+    ``keys``.
     """
     stacks: dict[str, dict[str, Expert]] = {}
     for expert in separable(model).values():
@@ -110,24 +130,32 @@ def stacking(model: PreTrainedModel, keys: Collection[str]) -> dict[str, tuple[s
     wanted = {f"{found[1]}.{leaf}" for found in singles for leaf in ("gate_up_proj", "down_proj")}
     complete = {}
     for key, name, _ in renamed_keys(model, sorted(wanted)):
-        members = {f"{key.rpartition('.')[0]}.{tail}": expert for tail, expert in stacks.get(name, {}).items()}
+        members = {
+            f"{key.rpartition('.')[0]}.{tail}": expert
+            for tail, expert in stacks.get(name, {}).items()
+        }
         if members and all(member in keys for member in members):
             complete[key] = name, members
     return complete
 
 
 def restacked(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose experts have keys of their own, as the original checkpoint of a stacking family has them."""
+    """A state dict whose experts have keys of their own, as the original checkpoint of a stacking
+    family has them."""
     return restack(model, state, stacking(model, state))
 
 
 def restack(
-    model: PreTrainedModel, state: dict[str, Tensor], stacks: Mapping[str, tuple[str, Mapping[str, Expert]]]
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    stacks: Mapping[str, tuple[str, Mapping[str, Expert]]],
 ) -> dict[str, Tensor]:
     """The same for those stacks of `stacking` whose matrices lie in the state dict."""
     for key, (name, members) in stacks.items():
         if next(iter(members)) in state:
-            stack = torch.empty(model.get_parameter(name).shape, dtype=state[next(iter(members))].dtype)
+            stack = torch.empty(
+                model.get_parameter(name).shape, dtype=state[next(iter(members))].dtype
+            )
             for member, expert in members.items():
                 expert.of(stack).copy_(state.pop(member))
             state[key] = next(iter(revert_weight_conversion(model, {name: stack}).values()))
@@ -136,12 +164,15 @@ def restack(
 
 @contextmanager
 def separated(
-    model: PreTrainedModel, experts: Mapping[str, Expert] | None = None, blocks: Sequence[str] = ("",)
+    model: PreTrainedModel,
+    experts: Mapping[str, Expert] | None = None,
+    blocks: Sequence[str] = ("",),
 ) -> Iterator[None]:
-    """While open, the model's separable experts are linear layers of their own, with views as weights.
+    """While open, the model's separable experts are linear layers of their own, with views as
+    weights.
 
-    experts: those of `separable`, if it is known. blocks: names of modules, to separate nothing outside of them.
-    Raises UserError where the model's own experts compute something else.
+    experts: those of `separable`, if it is known. blocks: names of modules, to separate nothing
+    outside of them. Raises UserError where the model's own experts compute something else.
     """
     layers: dict[str, dict[int, dict[str, nn.Linear]]] = {}
     for name, expert in (separable(model) if experts is None else experts).items():
@@ -157,7 +188,10 @@ def separated(
             original = model.get_submodule(path)
             separate = Separate(original, matrices)
             if type(original) not in checked and not _same(original, separate):
-                raise UserError(f"{path}: its experts are not the usual gate, up and down; see docs/new-model.md")
+                raise UserError(
+                    f"{path}: its experts are not the usual gate, up and down; see"
+                    " docs/new-model.md"
+                )
             checked.add(type(original))
             originals[path] = original
             model.set_submodule(path, separate)
@@ -175,19 +209,23 @@ def _linear(weight_OI: Tensor) -> nn.Linear:
 
 
 class Separate(nn.Module):
-    """Stands for a stacked experts module: the same tokens through the same matrices, one expert after the other."""
+    """Stands for a stacked experts module: the same tokens through the same matrices, one expert
+    after the other."""
 
     def __init__(self, stacked: Any, experts: Mapping[int, Mapping[str, nn.Linear]]):
         super().__init__()
         self.act_fn, self.count = stacked.act_fn, len(experts)
         self.own_gate = getattr(stacked, "_apply_gate", None)
-        self.routed = len(inspect.signature(type(stacked).forward).parameters) != 2  # Llama 4 sorts tokens beforehand
-        for index, layers in experts.items():  # two that read the token, then the one that reads them
+        # Llama 4 sorts tokens beforehand
+        self.routed = len(inspect.signature(type(stacked).forward).parameters) != 2
+        # two that read the token, then the one that reads them
+        for index, layers in experts.items():
             self.add_module(str(index), nn.ModuleDict(layers))
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
-        """hidden_states (T, D), top_k_index and top_k_weights (T, k): the weighted sum of the chosen experts; without
-        them (E T, D), the tokens of every expert, zero where it was not chosen."""
+        """hidden_states (T, D), top_k_index and top_k_weights (T, k): the weighted sum of the
+        chosen experts; without them (E T, D), the tokens of every expert, zero where it was not
+        chosen."""
         result = torch.zeros_like(hidden_states)
         if self.routed or routing or named:
             return self._routed(hidden_states, result, *routing, **named)
@@ -195,10 +233,14 @@ class Separate(nn.Module):
         for index in range(self.count):
             part = hidden_states[index * size : (index + 1) * size]
             chosen = part.abs().amax(-1).nonzero()[:, 0]
-            result = result.index_add(0, index * size + chosen, self._expert(index, part[chosen]).to(result.dtype))
+            result = result.index_add(
+                0, index * size + chosen, self._expert(index, part[chosen]).to(result.dtype)
+            )
         return result
 
-    def _routed(self, hidden_states: Tensor, result: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _routed(
+        self, hidden_states: Tensor, result: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         for index in top_k_index.unique().tolist():
             tokens, places = torch.where(top_k_index == index)
             y = self._expert(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
@@ -218,7 +260,9 @@ def _same(original: nn.Module, separate: Separate) -> bool:
     if weight.is_meta:
         return True
     first: Any = next(iter(separate.get_submodule("0").children()))
-    x = torch.randn(2 * separate.count, first.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(
+        2 * separate.count, first.in_features, generator=torch.Generator().manual_seed(0)
+    ).to(weight)
     routing: tuple[Tensor, ...] = ()
     if separate.routed:
         index = torch.arange(2 * separate.count, device=weight.device)[:, None] % separate.count

@@ -1,4 +1,5 @@
-"""What is known about model families, as data: what `auto-round-mllm families` prints, and what structure cannot tell.
+"""What is known about model families, as data: what `auto-round-mllm families` prints, and what
+structure cannot tell.
 
 A family that is missing here has no quirk and is read by its structure, see docs/new-model.md.
 """
@@ -11,11 +12,14 @@ from dataclasses import dataclass, field
 class Family:
     """One `config.model_type`.
 
-    title: as people write it. calibrates: kinds of samples that it takes; without "text" it can't run on text alone.
-    stages: names of its stages in forward order. template: name on the template shelf, where it is not the model type.
-    connectors: names of module lists that look like blocks and are none, because no hidden state runs from one to the
-    next. towers: part of a module name -> stage name, where the code does not declare what a tower reads. note: what
-    users should know. Rows with stages are tested on tiny models, from plan to reload, towers included.
+    title: as people write it. calibrates: kinds of samples that it takes; without "text" it can't
+      run on text alone.
+    stages: names of its stages in forward order. template: name on the template shelf, where it
+      is not the model type.
+    connectors: names of module lists that look like blocks and are none, because no hidden state
+    runs from one to the next. towers: part of a module name -> stage name, where the code does not
+    declare what a tower reads. note: what users should know. Rows with stages are tested on tiny
+    models, from plan to reload, towers included.
     """
 
     title: str
@@ -38,16 +42,24 @@ SHARED = "keys and values shared between layers"
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("Qwen2-VL"),
     "qwen2_5_vl": Family("Qwen2.5-VL", template="qwen2_vl"),
-    "qwen3_vl": Family("Qwen3-VL", connectors=("deepstack_merger_list",), note="deep-stacked vision features"),
-    "qwen3_vl_moe": Family(
-        "Qwen3-VL-MoE", connectors=("deepstack_merger_list",), note="deep-stacked vision features; experts"
+    "qwen3_vl": Family(
+        "Qwen3-VL", connectors=("deepstack_merger_list",), note="deep-stacked vision features"
     ),
-    "mllama": Family("Llama-3.2-Vision", ("image",), note="cross attention; every sample needs an image"),
+    "qwen3_vl_moe": Family(
+        "Qwen3-VL-MoE",
+        connectors=("deepstack_merger_list",),
+        note="deep-stacked vision features; experts",
+    ),
+    "mllama": Family(
+        "Llama-3.2-Vision", ("image",), note="cross attention; every sample needs an image"
+    ),
     "phi3_v": Family("Phi-3.5-vision", note="its own code; tested on a stand-in"),
     "llava": Family("LLaVA-1.5"),
     "llava_next": Family("LLaVA-NeXT"),
     "llava_onevision": Family("LLaVA-OneVision"),
-    "cogvlm2": Family("CogVLM2", towers={"vision": "vision"}, note="its own code; tested on a stand-in"),
+    "cogvlm2": Family(
+        "CogVLM2", towers={"vision": "vision"}, note="its own code; tested on a stand-in"
+    ),
     "gemma3": Family("Gemma 3"),
     "gemma4": Family("Gemma 4", note=SHARED),
     "smolvlm": Family("SmolVLM"),
@@ -56,21 +68,33 @@ FAMILIES: dict[str, Family] = {
     "internvl": Family("InternVL"),
     "glm4v": Family("GLM-4V"),
     "llama4": Family(
-        "Llama 4", note="experts; auto-round 0.16.1 in Transformers weighs their outputs, not their inputs"
+        "Llama 4",
+        note="experts; auto-round 0.16.1 in Transformers weighs their outputs, not their inputs",
     ),
     "lfm2_vl": Family("LFM2-VL"),
     "deepseek_vl": Family("DeepSeek-VL"),
     "kimi_k25": Family(
-        "Kimi K2.5", note="experts; the tower's attention stays in 16 bits, and Transformers with auto-round misses it"
+        "Kimi K2.5",
+        note=(
+            "experts; the tower's attention stays in 16 bits, and Transformers with auto-round"
+            " misses it"
+        ),
     ),
     "whisper": Family("Whisper", ("audio",), ("encoder", "text")),
     "qwen2_audio": Family("Qwen2-Audio", HEARING, ("audio", "text")),
     "voxtral": Family("Voxtral", HEARING, ("audio", "text")),
     "granite_speech": Family(
-        "Granite-Speech", HEARING, ("audio", "nontext", "text"), note="encoder inputs captured anew after each block"
+        "Granite-Speech",
+        HEARING,
+        ("audio", "nontext", "text"),
+        note="encoder inputs captured anew after each block",
     ),
-    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni thinker", ("text", "image", "audio"), ("audio", "vision", "text")),
-    "phi4_multimodal": Family("Phi-4-multimodal", ("text", "image", "audio"), ("vision", "audio", "text")),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2.5-Omni thinker", ("text", "image", "audio"), ("audio", "vision", "text")
+    ),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal", ("text", "image", "audio"), ("vision", "audio", "text")
+    ),
     "llama": Family("Llama", TEXT, TEXT),
     "qwen2": Family("Qwen2", TEXT, TEXT),
     "qwen3": Family("Qwen3", TEXT, TEXT),

@@ -1,11 +1,11 @@
 """What the model's own output distribution cares about at each block's output.
 
-For every sample labels are drawn from the model's prediction, two a position, and the difference of their log
-probabilities is run backwards. The mean
-squared gradient at a block's output is the diagonal of the Fisher information there: the second-order change of
-KL(model || changed model) for a small change of that channel, for tokens of that modality. The first tokens of a text
-are apart: they are much alike in all samples, and where one of them serves as a sink of attention, its hidden state is
-a thousand times as large as the others' and hardly matters to the output.
+For every sample labels are drawn from the model's prediction, two a position, and the difference of
+their log probabilities is run backwards. The mean squared gradient at a block's output is the
+diagonal of the Fisher information there: the second-order change of KL(model || changed model) for
+a small change of that channel, for tokens of that modality. The first tokens of a text are apart:
+they are much alike in all samples, and where one of them serves as a sink of attention, its hidden
+state is a thousand times as large as the others' and hardly matters to the output.
 """
 
 import math
@@ -23,15 +23,24 @@ from transformers import PreTrainedModel
 
 from auto_mmround.model import devices
 from auto_mmround.model.abreast import abreast
-from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, token_kinds, with_hidden
+from auto_mmround.model.chains import (
+    Kinds,
+    first_tensor,
+    hidden_of,
+    moved,
+    token_kinds,
+    with_hidden,
+)
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 KINDS = 5  # modalities of tokens: text, image, video, audio, pad
-FIRST = 4  # tokens at the beginning of a text, each with a row of its own after those of the modalities
+# tokens at the beginning of a text, each with a row of its own after those of the modalities
+FIRST = 4
 ROWS = KINDS + FIRST
-# Of a token's weight: one of a heavy tail must not stand for all, nor a sink of attention, huge as it is, for nothing.
+# Of a token's weight: one of a heavy tail must not stand for all, nor a sink of attention, huge as
+# it is, for nothing.
 BOUNDS = (0.001, 20.0)
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
 
@@ -40,8 +49,8 @@ Precision = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class SideBySide:
-    """``count`` samples go through the blocks together, see `abreast`. order: all blocks, as a pass meets them. keep:
-    where a block's inputs lie until the backward pass."""
+    """``count`` samples go through the blocks together, see `abreast`. order: all blocks, as a pass
+    meets them. keep: where a block's inputs lie until the backward pass."""
 
     count: int
     order: Sequence[str]
@@ -50,9 +59,10 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Fisher:
-    """What the model's output depends on. channels: block -> mean squared gradient (ROWS, channels) at its output, see
-    `rows_of`. tokens: layer -> sample -> (tokens,) mean squared gradient over the layer's outputs, relative to that of
-    all tokens and within BOUNDS; layers that read the same input have the mean of theirs."""
+    """What the model's output depends on. channels: block -> mean squared gradient (ROWS, channels)
+    at its output, see `rows_of`. tokens: layer -> sample -> (tokens,) mean squared gradient over
+    the layer's outputs, relative to that of all tokens and within BOUNDS; layers that read the same
+    input have the mean of theirs."""
 
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
@@ -72,16 +82,20 @@ def measure_fisher(
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     side: SideBySide | None = None,
 ) -> Fisher:
-    """Run the model forward and backward over the samples; one in memory at a time, logits a few positions at a time.
+    """Run the model forward and backward over the samples; one in memory at a time, logits a few
+    positions at a time.
 
-    A tower's tokens all count as the first row, unless their kinds are known; modalities without tokens are zero. No
-    gradient of a weight is ever made. ``layers``: those whose tokens are weighed; then all samples are run, else as
-    many, evenly spread, as hold ``enough`` tokens of text. A layer that runs more than once a sample (one image after
-    another) gets no weights of tokens, nor does one that only stands in for a part of a weight (fused experts).
-    Several processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of them. side:
-    how several samples go through the blocks together, where blocks are dear to come by; the result is the same.
+    A tower's tokens all count as the first row, unless their kinds are known; modalities without
+    tokens are zero. No gradient of a weight is ever made. ``layers``: those whose tokens are
+    weighed; then all samples are run, else as many, evenly spread, as hold ``enough`` tokens of
+    text. A layer that runs more than once a sample (one image after another) gets no weights of
+    tokens, nor does one that only stands in for a part of a weight (fused experts). Several
+    processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of
+    them. side: how several samples go through the blocks together, where blocks are dear to come
+    by; the result is the same.
     """
-    sums: dict[str, Tensor] = {}  # squares (ROWS, channels), then a column with the number of tokens
+    # squares (ROWS, channels), then a column with the number of tokens
+    sums: dict[str, Tensor] = {}
     stage_of = {name: stage for stage in stages for name in stage.blocks}
 
     present = [name for name in layers if _is_there(model, name)]
@@ -95,7 +109,9 @@ def measure_fisher(
             again.update([name] if i in tokens[name].seen else [])
             tokens[name].put(i, grad_TD.square().mean(-1))
             return
-        one_hot_TR = nn.functional.one_hot(rows_of(stage_of[name], modalities[i], len(grad_TD)), ROWS).to(grad_TD)
+        one_hot_TR = nn.functional.one_hot(
+            rows_of(stage_of[name], modalities[i], len(grad_TD)), ROWS
+        ).to(grad_TD)
         fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
         sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
@@ -104,17 +120,37 @@ def measure_fisher(
     watched = [*stage_of, *tokens]
     spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
     if chosen:
-        passes, current = _Passes(model, {i: inputs[i] for i in chosen}, spoken, seed, precision), [0]
+        passes, current = (
+            _Passes(model, {i: inputs[i] for i in chosen}, spoken, seed, precision),
+            [0],
+        )
         run = passes.to_head()  # before anything watches
-        with _watching(model, stages, watched, lambda name, grad: add(name, current[0], _flat(grad)), readers.see):
-            passes.one_by_one(run, current) if side is None else passes.side_by_side(run, side, stages, current)
+        with _watching(
+            model,
+            stages,
+            watched,
+            lambda name, grad: add(name, current[0], _flat(grad)),
+            readers.see,
+        ):
+            (
+                passes.one_by_one(run, current)
+                if side is None
+                else passes.side_by_side(run, side, stages, current)
+            )
     found_tokens = {name: part.by_sample() for name, part in tokens.items()}
     for name, found in found_tokens.items():
-        counted = [t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in found.items()]  # padding has no gradient
-        sums[name] = torch.tensor([sum(t.sum().item() for t in counted), float(sum(map(len, counted)))])
+        # padding has no gradient
+        counted = [t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in found.items()]
+        sums[name] = torch.tensor(
+            [sum(t.sum().item() for t in counted), float(sum(map(len, counted)))]
+        )
     whole = add_up(sums)
-    channels = {name: _means(whole[name][:, :-1], whole[name][:, -1:]) for name in whole if name in stage_of}
-    means = {name: whole[name][0] / whole[name][1].clamp(min=1) for name in tokens if name not in again}
+    channels = {
+        name: _means(whole[name][:, :-1], whole[name][:, -1:]) for name in whole if name in stage_of
+    }
+    means = {
+        name: whole[name][0] / whole[name][1].clamp(min=1) for name in tokens if name not in again
+    }
     return Fisher(channels, _shared(found_tokens, means, readers.groups))
 
 
@@ -127,12 +163,15 @@ def _is_there(model: nn.Module, name: str) -> bool:
 
 
 class _Tokens:
-    """A number a token and sample, in one piece of memory for samples of the expected ``lengths``: thousands of small
-    tensors, kept between large ones that come and go, would hold the heap at several times its size."""
+    """A number a token and sample, in one piece of memory for samples of the expected ``lengths``:
+    thousands of small tensors, kept between large ones that come and go, would hold the heap at
+    several times its size."""
 
     def __init__(self, lengths: Mapping[int, int]) -> None:
         ends = list(accumulate(lengths.values()))
-        self._places = {i: slice(end - lengths[i], end) for i, end in zip(lengths, ends, strict=True)}
+        self._places = {
+            i: slice(end - lengths[i], end) for i, end in zip(lengths, ends, strict=True)
+        }
         self._room, self._others = torch.empty(ends[-1] if ends else 0), dict[int, Tensor]()
         self.seen: set[int] = set()
 
@@ -148,7 +187,10 @@ class _Tokens:
 
     def by_sample(self) -> dict[int, Tensor]:
         """Sample -> (tokens,)."""
-        return {i: self._others[i] if i in self._others else self._room[self._places[i]] for i in sorted(self.seen)}
+        return {
+            i: self._others[i] if i in self._others else self._room[self._places[i]]
+            for i in sorted(self.seen)
+        }
 
 
 class _Readers:
@@ -169,18 +211,29 @@ class _Readers:
 
 
 def _shared(
-    tokens: Mapping[str, Mapping[int, Tensor]], means: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
+    tokens: Mapping[str, Mapping[int, Tensor]],
+    means: Mapping[str, Tensor],
+    groups: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[int, Tensor]]:
-    """Relative to the layer's mean, within BOUNDS, 1 where that is zero; then the mean over the layers of a group."""
+    """Relative to the layer's mean, within BOUNDS, 1 where that is zero; then the mean over the
+    layers of a group."""
     made: dict[tuple[str, ...], dict[int, Tensor]] = {}
     found: dict[str, dict[int, Tensor]] = {}
     for name in means:
         group = tuple(other for other in groups.get(name, (name,)) if other in means)
         if group not in made:
             parts = [
-                {i: (t / means[n].cpu()).nan_to_num(1.0).clamp(*BOUNDS) for i, t in tokens[n].items()} for n in group
+                {
+                    i: (t / means[n].cpu()).nan_to_num(1.0).clamp(*BOUNDS)
+                    for i, t in tokens[n].items()
+                }
+                for n in group
             ]
-            samples = [i for i in parts[0] if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)]
+            samples = [
+                i
+                for i in parts[0]
+                if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)
+            ]
             made[group] = {i: torch.stack([part[i] for part in parts]).mean(0) for i in samples}
         found[name] = made[group]
     return found
@@ -188,8 +241,8 @@ def _shared(
 
 @dataclass(frozen=True)
 class _Passes:
-    """Samples that run through the model and back. spoken: sample -> bool (T,), those that draw a label; all, if none
-    is given."""
+    """Samples that run through the model and back. spoken: sample -> bool (T,), those that draw a
+    label; all, if none is given."""
 
     model: PreTrainedModel
     inputs: Mapping[int, Mapping[str, Any]]
@@ -208,12 +261,15 @@ class _Passes:
             current[0] = i
             with self.precision(), torch.enable_grad():
                 hidden_TD, head = self._forward(run, i)
-                if hidden_TD.requires_grad:  # else none of the watched ran, as towers don't for plain text
+                # else none of the watched ran, as towers don't for plain text
+                if hidden_TD.requires_grad:
                     hidden_TD.backward(self._gradient(i, hidden_TD, head))
             del hidden_TD
             devices.trim_heap()
 
-    def side_by_side(self, run: ToHead, side: SideBySide, stages: Sequence[Stage], current: list[int]) -> None:
+    def side_by_side(
+        self, run: ToHead, side: SideBySide, stages: Sequence[Stage], current: list[int]
+    ) -> None:
         """The same, ``side.count`` samples at a time, block by block."""
         samples, starts = list(self.inputs), frozenset(stage.blocks[0] for stage in stages)
 
@@ -222,7 +278,10 @@ class _Passes:
 
         for at in range(0, len(samples), side.count):
             works = {i: partial(self._forward, run, i) for i in samples[at : at + side.count]}
-            with abreast(self.model, side.order, starts, works, side.keep, self.precision) as (passings, backward):
+            with abreast(self.model, side.order, starts, works, side.keep, self.precision) as (
+                passings,
+                backward,
+            ):
                 for i, one in passings.items():
                     hidden_TD, head = one.end
                     if hidden_TD.requires_grad:
@@ -243,7 +302,11 @@ class _Passes:
         generator = torch.Generator().manual_seed(self.seed + i)  # a sample's own, whoever runs it
         device = hidden_TD.device  # of several the last one
         rows_T = self.spoken.get(i, torch.ones(0)).to(device)
-        rows_T = rows_T if len(rows_T) == len(hidden_TD) else torch.ones(len(hidden_TD), device=device).bool()
+        rows_T = (
+            rows_T
+            if len(rows_T) == len(hidden_TD)
+            else torch.ones(len(hidden_TD), device=device).bool()
+        )
         grad_TD = torch.zeros_like(hidden_TD)
         grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
         return grad_TD
@@ -254,36 +317,46 @@ def _flat(grad: Tensor) -> Tensor:
 
 
 def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
-    """Row (tokens,) of the table for each of a stage's tokens: its modality, or its place among the first of a text."""
+    """Row (tokens,) of the table for each of a stage's tokens: its modality, or its place among the
+    first of a text."""
     rows_T = token_kinds(stage, kinds, tokens)
     if stage.name == "text" and len(kinds.text_T) == tokens:
         first_F = rows_T[:FIRST]
         rows_T = torch.cat(
-            [torch.where(first_F == KINDS - 1, first_F, KINDS + torch.arange(len(first_F))), rows_T[FIRST:]]
+            [
+                torch.where(first_F == KINDS - 1, first_F, KINDS + torch.arange(len(first_F))),
+                rows_T[FIRST:],
+            ]
         )
     return rows_T
 
 
 def _means(squares_RD: Tensor, counts_R1: Tensor) -> Tensor:
-    """Mean squares by row. The first tokens are few: of each only the size is its own, the channels are all tokens'."""
+    """Mean squares by row. The first tokens are few: of each only the size is its own, the channels
+    are all tokens'."""
     means_RD = squares_RD / counts_R1.clamp(min=1)
     all_D = squares_RD.sum(0) / counts_R1.sum()
-    means_RD[KINDS:] = means_RD[KINDS:].mean(1, keepdim=True) * all_D / all_D.mean().clamp(min=1e-30)
+    means_RD[KINDS:] = (
+        means_RD[KINDS:].mean(1, keepdim=True) * all_D / all_D.mean().clamp(min=1e-30)
+    )
     return means_RD
 
 
 def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:
-    """Indices of samples, evenly spread, that hold about ``enough`` tokens together (all, if there are fewer)."""
+    """Indices of samples, evenly spread, that hold about ``enough`` tokens together (all, if there
+    are fewer)."""
     lengths = [len(kinds.text_T) for kinds in modalities]
     wanted = min(len(lengths), max(1, round(len(lengths) * enough / max(sum(lengths), 1))))
     return [i * len(lengths) // wanted for i in range(wanted)]
 
 
 def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
-    """A gradient (T, D) whose second moments are the Fisher information F of p = softmax(head(hidden)).
+    """A gradient (T, D) whose second moments are the Fisher information F of p =
+    softmax(head(hidden)).
 
-    The rows of the head of two labels y, y' drawn from p, (W_y - W_y') / sqrt(2): as d log p(y) / d hidden = W_y - E[W]
-    its mean is 0 and its covariance F, without a product of all words for the mean. A few positions at a time.
+    The rows of the head of two labels y, y' drawn from p, (W_y - W_y') / sqrt(2): as d log p(y) / d
+    hidden = W_y - E[W] its mean is 0 and its covariance F, without a product of all words for the
+    mean. A few positions at a time.
     """
     grad_TD = torch.empty_like(hidden_TD)
     with torch.no_grad():
@@ -292,7 +365,9 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
             weight_TV = (logits_TV - logits_TV.amax(-1, keepdim=True)).exp_()
             one_T, other_T = _draw(weight_TV, generator, 2).unbind(1)
             if isinstance(head, nn.Linear):
-                into_TD.copy_((head.weight[one_T].float() - head.weight[other_T].float()) / math.sqrt(2))
+                into_TD.copy_(
+                    (head.weight[one_T].float() - head.weight[other_T].float()) / math.sqrt(2)
+                )
             else:  # the logits themselves
                 into_TD.zero_()
                 place_T = torch.arange(len(into_TD), device=into_TD.device)
@@ -304,8 +379,9 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
 def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
     """Labels of every position (T, count) with chances in proportion to the weights.
 
-    First the run of labels, then the label in it: one pass over the words, where multinomial takes many. Weights may be
-    16-bit: their rounding is far below what a draw can show, and they are as many as nothing else here.
+    First the run of labels, then the label in it: one pass over the words, where multinomial takes
+    many. Weights may be 16-bit: their rounding is far below what a draw can show, and they are as
+    many as nothing else here.
     """
     run = math.isqrt(weight_TV.shape[1])
     ends_TR = weight_TV.unfold(1, run, run).sum(-1, dtype=torch.float32)
@@ -316,9 +392,12 @@ def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tens
     before_TC = ends_TR.gather(1, (chosen_TC - 1).clamp(min=0)).where(chosen_TC > 0, 0)
     label_TCr = chosen_TC[..., None] * run + torch.arange(run, device=chosen_TC.device)
     known_TCr = label_TCr.clamp(max=weight_TV.shape[1] - 1)
-    inside_TCr = weight_TV.gather(1, known_TCr.flatten(1)).view_as(known_TCr).float() * (label_TCr == known_TCr)
+    inside_TCr = weight_TV.gather(1, known_TCr.flatten(1)).view_as(known_TCr).float() * (
+        label_TCr == known_TCr
+    )
     ends_TCr = inside_TCr.cumsum_(-1)
-    # No label without weight: where rounding puts the mark behind the last one, the last that adds something.
+    # No label without weight: where rounding puts the mark behind the last one, the last that adds
+    # something.
     mark_TC = torch.minimum(at_TC - before_TC, ends_TCr[..., -1] * (1 - 1e-6))
     place_TC1 = torch.searchsorted(ends_TCr, mark_TC[..., None], right=True).clamp_(max=run - 1)
     return label_TCr.gather(2, place_TC1).squeeze(-1)
@@ -332,7 +411,8 @@ def _watching(
     add: Callable[[str, Tensor], None],
     note: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
-    """Gradients at the output of every watched module go to ``add``; the graph begins at the first block."""
+    """Gradients at the output of every watched module go to ``add``; the graph begins at the first
+    block."""
     with ExitStack() as stack:
         for name in watched:
             module = model.get_submodule(name)
@@ -344,7 +424,10 @@ def _watching(
 
 
 def _watch(
-    name: str, watched: nn.Module, add: Callable[[str, Tensor], None], note: Callable[[str, Tensor], None]
+    name: str,
+    watched: nn.Module,
+    add: Callable[[str, Tensor], None],
+    note: Callable[[str, Tensor], None],
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if module is not watched:  # it stands in for it
@@ -358,7 +441,9 @@ def _watch(
     return hook
 
 
-def _open_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _open_graph(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     """The first hidden state asks for gradients, unless an earlier stage made it do so."""
     hidden, slot = hidden_of(args, kwargs)
     if hidden.requires_grad:

@@ -1,4 +1,5 @@
-"""The last hidden states of a model and the head that makes logits of them, a few positions at a time.
+"""The last hidden states of a model and the head that makes logits of them, a few positions at a
+time.
 
 A vocabulary of a quarter million words makes the logits of one sample larger than a small model.
 """
@@ -22,26 +23,29 @@ ToHead = Callable[[PreTrainedModel, Mapping[str, Any]], tuple[Tensor, nn.Module]
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raises UserError for a class of Transformers that predicts no tokens: it has no head, or one that classifies.
+    """Raises UserError for a class of Transformers that predicts no tokens: it has no head, or one
+    that classifies.
 
     Code that comes with a model need not say where its head is.
     """
     if type(model).__module__.startswith("transformers.") and model.get_output_embeddings() is None:
         like = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "LlamaForCausalLM")
         raise UserError(
-            f"{type(model).__name__} has no head that predicts tokens, which quantizing is measured by: give a model "
-            f"with one, and a class like {like} in architectures of its config.json"
+            f"{type(model).__name__} has no head that predicts tokens, which quantizing is measured"
+            f" by: give a model with one, and a class like {like} in architectures of its"
+            " config.json"
         )
 
 
 def to_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> ToHead:
-    """How to run the model up to its head; tried on ``kwargs``. The logits themselves and an identity, where a soft cap
-    or a scale comes after the head."""
+    """How to run the model up to its head; tried on ``kwargs``. The logits themselves and an
+    identity, where a soft cap or a scale comes after the head."""
     return _until_head if _head_is_last(model, kwargs) else _whole
 
 
 def parts(hidden_TD: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
-    """Rows of the hidden states, in the same memory, as many at a time as LOGITS logits come from."""
+    """Rows of the hidden states, in the same memory, as many at a time as LOGITS logits come
+    from."""
     return hidden_TD.split(max(1, LOGITS // getattr(head, "out_features", hidden_TD.shape[-1])))
 
 
@@ -63,7 +67,11 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
     few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
         logits = model(**kwargs, **few, use_cache=False).logits
-    return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.to(made[0]))
+    return (
+        len(made) == 1
+        and made[0].shape == logits.shape
+        and torch.equal(made[0], logits.to(made[0]))
+    )
 
 
 def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:

@@ -9,11 +9,21 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    rename_source_key,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
@@ -26,25 +36,39 @@ from auto_mmround.untrusted import INDEX, SINGLE, one_line, read_object, weight_
 
 log = logging.getLogger("auto_mmround")
 
-DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16,
+    "fp16": torch.float16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
 # Configuration keys that say how many modules are built one by one, and the most that is believed.
-DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths", "encoder_layers",
-          "decoder_layers", "num_hidden_groups", "vision_depth", "num_nextn_predict_layers"}  # fmt: skip
+DEPTHS = {
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "depth",
+    "depths",
+    "encoder_layers",
+    "decoder_layers",
+    "num_hidden_groups",
+    "vision_depth",
+    "num_nextn_predict_layers",
+}
 DEEPEST = 1000
 # What Transformers raises for a configuration that makes no sense to it.
-NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError,
+NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
+    ArithmeticError, ImportError,
             MemoryError, AssertionError, StrictDataclassError)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made in memory).
+    """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made
+    in memory).
 
-    holder: who has the weights of blocks at hand. given: the objects are the user's own, made or changed in memory.
-    Raises UserError for a model whose weights nobody has.
+    holder: who has the weights of blocks at hand. given: the objects are the user's own, made or
+    changed in memory. Raises UserError for a model whose weights nobody has.
     """
 
     model: PreTrainedModel
@@ -65,7 +89,8 @@ class Loaded:
 
 
 def find_folder(name: str, offline: bool = False) -> Path:
-    """The local folder of a model: `demo`, a folder, or a hub name (downloaded, or taken from the hub's cache).
+    """The local folder of a model: `demo`, a folder, or a hub name (downloaded, or taken from the
+    hub's cache).
 
     offline: look in the cache only.
     Raises UserError if there is none, or if it holds no configuration or no safetensors weights.
@@ -73,23 +98,41 @@ def find_folder(name: str, offline: bool = False) -> Path:
     folder = DEMO if name == "demo" else Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise UserError(f"model {name}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct")
+            raise UserError(
+                f"model {name}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
+            )
         folder = _from_hub(name, offline)
     if not (folder / "config.json").is_file():
         raise UserError(f"model {name}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model {name}: the folder has no .safetensors weights; other weight files are not read")
+        raise UserError(
+            f"model {name}: the folder has no .safetensors weights; other weight files are not read"
+        )
     read = weight_files(folder)
     if read[0].name == SINGLE and (folder / INDEX).is_file():
-        log.warning("model %s: %s is read, as Transformers does; the files of its index are not", name, SINGLE)
+        log.warning(
+            "model %s: %s is read, as Transformers does; the files of its index are not",
+            name,
+            SINGLE,
+        )
     return folder
 
 
 def _from_hub(name: str, offline: bool) -> Path:
     unread = ["*.bin", "*.pt", "*.pth", "*.onnx*"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=unread, local_files_only=offline))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, ConnectionError, OSError) as error:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, ignore_patterns=unread, local_files_only=offline
+            )
+        )
+    except (
+        LocalEntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        ConnectionError,
+        OSError,
+    ) as error:
         reason = str(error).split("\n", 1)[0]
         raise UserError(
             f"model {name}: not in the local cache and the hub can't be read ({reason}); "
@@ -106,13 +149,14 @@ def load(
     remote_code: bool = False,
     stream: bool | None = False,
 ) -> Loaded:
-    """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None keeps the files' dtype,
-    but for float16 on a processor, which becomes float32.
+    """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None
+    keeps the files' dtype, but for float16 on a processor, which becomes float32.
 
-    device_map: as accelerate knows them; the model is spread over all devices then, instead of lying on ``device``.
-    stream: leave the blocks of all stages in the files, see `streaming`; None: where the model takes most of the free
-    memory. Weights in FP8 are decoded while they are read.
-    Raises UserError for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
+    device_map: as accelerate knows them; the model is spread over all devices then, instead of
+      lying on ``device``.
+    stream: leave the blocks of all stages in the files, see `streaming`; None: where the model
+    takes most of the free memory. Weights in FP8 are decoded while they are read. Raises UserError
+    for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized in another way and for weights that don't fit the model's class.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -125,28 +169,49 @@ def load(
     cls, stated = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
     kind = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
     if device.type == "cpu" and not device_map and kind == torch.float16:
-        stated = kind = torch.float32  # few processors compute in float16, and gradients vanish in it
-        log.info("%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory", name)
+        # few processors compute in float16, and gradients vanish in it
+        stated = kind = torch.float32
+        log.info(
+            "%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the"
+            " memory",
+            name,
+        )
     holder: Holder = InMemory()
     places: Any = device_map
     if isinstance(device_map, str):
         places = placed(skeleton(config, folder, remote_code), device_map, kind)
     try:
-        streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
+        streams = stream or (
+            stream is None and not device_map and not fits(tensors, device, stated)
+        )
         merged = (folder / "adapter_config.json").is_file() and not device_map
         if merged:  # Transformers would add the adapter, or look for it
-            log.warning("%s: adapter_config.json is left aside, the weights are taken as merged", folder)
+            log.warning(
+                "%s: adapter_config.json is left aside, the weights are taken as merged", folder
+            )
         if streams or tensors.scales or merged:
-            log.info("%s: blocks are read when their turn comes" if streams else "%s: read by tensors", name)
-            model, holder, absent = load_streamed(cls, config, tensors, kind, device, renamed_keys, whole=not streams)
+            log.info(
+                "%s: blocks are read when their turn comes" if streams else "%s: read by tensors",
+                name,
+            )
+            model, holder, absent = load_streamed(
+                cls, config, tensors, kind, device, renamed_keys, whole=not streams
+            )
         else:
             options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": places}
-            model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
-            absent = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
+            model, info = cls.from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, **options
+            )
+            absent = sorted(
+                set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+            )
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     if absent:
-        raise UserError(f"model {name}: {len(absent)} weights are missing or of the wrong shape, first {absent[0]}")
+        raise UserError(
+            f"model {name}: {len(absent)} weights are missing or of the wrong shape, first"
+            f" {absent[0]}"
+        )
     if isinstance(holder, InMemory):
         model = (model if device_map else model.to(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     named(model)
@@ -155,12 +220,14 @@ def load(
 
 
 def _trust(remote_code: bool) -> dict[str, Any]:
-    """How Transformers reads a folder that is there already: nothing from the network, save code that it may run."""
+    """How Transformers reads a folder that is there already: nothing from the network, save code
+    that it may run."""
     return {"trust_remote_code": remote_code, "local_files_only": not remote_code}
 
 
 def read_config(folder: Path, remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder; UserError if it makes no sense, or needs code that may not run."""
+    """The configuration of a checkpoint folder; UserError if it makes no sense, or needs code that
+    may not run."""
     path = folder / "config.json"
     deep = _too_deep(read_object(path))
     if deep:
@@ -172,7 +239,8 @@ def read_config(folder: Path, remote_code: bool = False) -> Any:
 
 
 def _too_deep(config: Any) -> str | None:
-    """The first key of DEPTHS, at any place, beyond DEEPEST: building such a model would never end."""
+    """The first key of DEPTHS, at any place, beyond DEEPEST: building such a model would never
+    end."""
     for key, value in config.items() if isinstance(config, dict) else ():
         numbers = value if isinstance(value, list) else [value]
         if key in DEPTHS and any(isinstance(n, int | float) and n > DEEPEST for n in numbers):
@@ -183,7 +251,8 @@ def _too_deep(config: Any) -> str | None:
 
 
 def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
-    """The class that the configuration names: of Transformers, else, if it may run, of the code in the model's folder.
+    """The class that the configuration names: of Transformers, else, if it may run, of the code in
+    the model's folder.
 
     Raises UserError for a name that is no model class, and for code that is not allowed to run.
     """
@@ -196,66 +265,93 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
     remote = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
         if name in remote:
-            # Transformers asks for permission only where the configuration's own class is remote too.
+            # Transformers asks for permission only where the configuration's own class is remote
+            # too.
             if not remote_code:
-                raise UserError(f"model {folder} needs Python code that comes with it: --trust_remote_code runs it")
+                raise UserError(
+                    f"model {folder} needs Python code that comes with it: --trust_remote_code"
+                    " runs it"
+                )
             return get_class_from_dynamic_module(remote[name], folder)
-    raise UserError(f"architecture {architectures}: unknown to transformers {transformers.__version__}")
+    raise UserError(
+        f"architecture {architectures}: unknown to transformers {transformers.__version__}"
+    )
 
 
 def skeleton(config: Any, folder: Path, remote_code: bool = False) -> PreTrainedModel:
-    """The model of a configuration without any memory for its weights. Raises UserError where none can be built."""
+    """The model of a configuration without any memory for its weights. Raises UserError where none
+    can be built."""
     cls = model_class(config, folder, remote_code)
     try:
         with torch.device("meta"):
             return cls(config)
     except NONSENSE as error:
         reason = one_line(str(error))[:300]
-        raise UserError(f"model {folder}: no model can be built from its config.json: {reason}") from error
+        raise UserError(
+            f"model {folder}: no model can be built from its config.json: {reason}"
+        ) from error
 
 
 def load_processor(folder: Path, remote_code: bool = False) -> Any:
-    """The processor of a multimodal folder, None where there is none. Raises UserError for one that can't be read."""
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+    """The processor of a multimodal folder, None where there is none. Raises UserError for one that
+    can't be read."""
+    if not any(
+        (folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
+    ):
         return None
     try:
         processor = AutoProcessor.from_pretrained(folder, **_trust(remote_code))
     except NONSENSE as error:
-        raise UserError(f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}") from None
+        raise UserError(
+            f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}"
+        ) from None
     return processor if hasattr(processor, "tokenizer") else None
 
 
 def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> Any:
-    """The processor's tokenizer, or the folder's own. Raises UserError for one that can't be read."""
+    """The processor's tokenizer, or the folder's own. Raises UserError for one that can't be
+    read."""
     found = getattr(processor, "tokenizer", None)
     if found:
         return found
     try:
         return AutoTokenizer.from_pretrained(folder, **_trust(remote_code))
     except NONSENSE as error:
-        raise UserError(f"model {folder}: its tokenizer can't be read: {one_line(str(error))[:300]}") from None
+        raise UserError(
+            f"model {folder}: its tokenizer can't be read: {one_line(str(error))[:300]}"
+        ) from None
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name of the parameter in the model -> key in the checkpoint, for keys that hold exactly one parameter.
+    """Name of the parameter in the model -> key in the checkpoint, for keys that hold exactly one
+    parameter.
 
     Keys that are fused or split on the way are left out.
     """
-    return {name: key for key, (name, whole) in loaded_names(model, keys).items() if whole and name is not None}
+    return {
+        name: key
+        for key, (name, whole) in loaded_names(model, keys).items()
+        if whole and name is not None
+    }
 
 
 def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
-    """Key in the checkpoint -> (name of the parameter it ends up in, or None; whether it is the whole of it).
+    """Key in the checkpoint -> (name of the parameter it ends up in, or None; whether it is the
+    whole of it).
 
-    Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same tables are applied
-    here.
+    Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same
+    tables are applied here.
     """
     own = dict.fromkeys(model.state_dict())
-    return {key: (name if name in own else None, not converted) for key, name, converted in renamed_keys(model, keys)}
+    return {
+        key: (name if name in own else None, not converted)
+        for key, name, converted in renamed_keys(model, keys)
+    }
 
 
 def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
-    """The parameters that a checkpoint with these keys fills, those that several are split into included."""
+    """The parameters that a checkpoint with these keys fills, those that several are split into
+    included."""
     own = set(model.state_dict())
     targets = {
         pattern: transform.target_patterns
@@ -271,18 +367,21 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
 
 
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Key in the checkpoint -> parameter that it becomes a part of, for the keys that `parameter_names` leaves out."""
+    """Key in the checkpoint -> parameter that it becomes a part of, for the keys that
+    `parameter_names` leaves out."""
     return {key: name for key, name, converted in renamed_keys(model, keys) if converted}
 
 
 def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(key in the checkpoint, parameter in the model, whether it is more than renamed on the way)."""
+    """(key in the checkpoint, parameter in the model, whether it is more than renamed on the
+    way)."""
     for key, name, pattern in _renamed(model, keys):
         yield key, name, pattern is not None
 
 
 def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
-    """The same with the pattern by which Transformers converts the tensor, None where it only renames it."""
+    """The same with the pattern by which Transformers converts the tensor, None where it only
+    renames it."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -293,7 +392,8 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str,
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Those of the parameters that Transformers splits, fuses or permutes on the way from the checkpoint's tensors."""
+    """Those of the parameters that Transformers splits, fuses or permutes on the way from the
+    checkpoint's tensors."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:
         transforms = get_model_conversion_mapping(model, add_legacy=False)

@@ -1,9 +1,11 @@
-"""Where magnitude can move without changing the model: from a norm or a linear layer into the layers that read it.
+"""Where magnitude can move without changing the model: from a norm or a linear layer into the
+layers that read it.
 
-Nothing is told by names. A norm's readers are seen in one forward pass of the block: every operation on the norm's
-output, views included, belongs to some module; if one of them is no linear layer (a residual, a router), the norm is
-left alone. Between two linear layers lies code that can't be seen (attention, a product with a gate); whether a scale
-passes through it is tried: one side is divided, the other multiplied, and the block's output must stay.
+Nothing is told by names. A norm's readers are seen in one forward pass of the block: every
+operation on the norm's output, views included, belongs to some module; if one of them is no linear
+layer (a residual, a router), the norm is left alone. Between two linear layers lies code that can't
+be seen (attention, a product with a gate); whether a scale passes through it is tried: one side is
+divided, the other multiplied, and the block's output must stay.
 """
 
 import copy
@@ -19,20 +21,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.model import devices
-from auto_mmround.model.chains import Call, as_dtype, difference, first_tensor, map_tensors, to_device
+from auto_mmround.model.chains import (
+    Call,
+    as_dtype,
+    difference,
+    first_tensor,
+    map_tensors,
+    to_device,
+)
 from auto_mmround.model.structure import LINEAR, linears
 
 log = logging.getLogger("auto_mmround")
 
-NEAR = 3  # linear layers before a reader that may be its source: query, key and value, or gate and up
+# linear layers before a reader that may be its source: query, key and value, or gate and up
+NEAR = 3
 CANCELS = 1e-5  # share of the change by one side alone that may be left when both sides are scaled
 
 
 @dataclass(frozen=True)
 class Pair:
-    """source: a norm or linear layer. readers: the linear layers that read its output. Names within the block.
+    """source: a norm or linear layer. readers: the linear layers that read its output. Names within
+    the block.
 
-    offset: a norm multiplies by offset + weight (Gemma: 1); None where the source is a linear layer.
+    offset: a norm multiplies by offset + weight (Gemma: 1); None where the source is a linear
+      layer.
     """
 
     source: str
@@ -50,7 +62,8 @@ class Found:
 
 @torch.no_grad()
 def norm_pairs(block: nn.Module, call: Call, hidden: Tensor) -> Found:
-    """The pairs of ``block`` whose source is a norm; the model calls the block by ``call`` on ``hidden`` (1, T, D)."""
+    """The pairs of ``block`` whose source is a norm; the model calls the block by ``call`` on
+    ``hidden`` (1, T, D)."""
     layers = dict(linears(block))
     watch = _Watch(block)
     with watch:
@@ -61,7 +74,9 @@ def norm_pairs(block: nn.Module, call: Call, hidden: Tensor) -> Found:
         if not readers:
             continue
         reason = _why_not(seen, watch, layers, output)
-        offset = None if reason else gain_offset(block.get_submodule(name), *seen.args, **seen.kwargs)
+        offset = (
+            None if reason else gain_offset(block.get_submodule(name), *seen.args, **seen.kwargs)
+        )
         if reason or offset is None:
             refused[name] = reason or "its gain is neither its weight nor 1 + its weight"
         else:
@@ -73,26 +88,35 @@ def norm_pairs(block: nn.Module, call: Call, hidden: Tensor) -> Found:
 def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ...]:
     """The pairs of ``block`` between linear layers, tried in float64 on a copy of the block.
 
-    In float64 a scale that passes leaves 1e-10 of the change that one side alone makes, and one that only nearly does
-    (small values through an activation) a thousandth. The scale is one a channel, so grouped-query attention, with
-    fewer values than the output projection has inputs, has no pair.
+    In float64 a scale that passes leaves 1e-10 of the change that one side alone makes, and one
+    that only nearly does (small values through an activation) a thousandth. The scale is one a
+    channel, so grouped-query attention, with fewer values than the output projection has inputs,
+    has no pair.
     """
     own = next(block.parameters()).device
     device = own if devices.traits(own).doubles else torch.device("cpu")
-    twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)  # those of a device map would move its inputs
+    # those of a device map would move its inputs
+    twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)
     twin = twin.to(device, torch.float64)
     layers = dict(linears(twin))
-    call = to_device(Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot), device)
+    call = to_device(
+        Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot),
+        device,
+    )
     hidden = hidden.to(device, torch.float64)
     order: list[str] = []
-    handles = [layer.register_forward_pre_hook(_append(order, name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(_append(order, name)) for name, layer in layers.items()
+    ]
     try:
         before = call.run(twin, hidden)
     except RuntimeError as error:  # kernels without float64, such as grouped experts
         if devices.out_of_memory(error):
             raise
         reason = str(error).split("\n", 1)[0]
-        log.warning("%s: no pairs of linear layers are looked for: %s", type(block).__name__, reason)
+        log.warning(
+            "%s: no pairs of linear layers are looked for: %s", type(block).__name__, reason
+        )
         return ()
     for handle in handles:
         handle.remove()
@@ -114,9 +138,12 @@ def shape_signature(block: nn.Module) -> tuple[Any, ...]:
 
 
 def _passes(twin: nn.Module, call: Call, hidden: Tensor, before: Tensor, pair: Pair) -> bool:
-    """Whether dividing the source and multiplying the reader leaves the output, though one alone changes it."""
+    """Whether dividing the source and multiplying the reader leaves the output, though one alone
+    changes it."""
     changed = [twin.get_submodule(name) for name in (pair.source, *pair.readers)]
-    kept = [{key: tensor.clone() for key, tensor in layer.state_dict().items()} for layer in changed]
+    kept = [
+        {key: tensor.clone() for key, tensor in layer.state_dict().items()} for layer in changed
+    ]
     channels = _out_features(changed[0])
     scale_C = 2 ** (2 * torch.rand(channels, generator=torch.Generator().manual_seed(channels)) - 1)
     changes = []
@@ -134,13 +161,16 @@ def _append(order: list[str], name: str) -> Any:
 
 @torch.no_grad()
 def rescale(block: nn.Module, pair: Pair, scale_C: Tensor) -> None:
-    """Divide the source's output channels by ``scale_C`` and multiply the readers' columns by it, in place.
+    """Divide the source's output channels by ``scale_C`` and multiply the readers' columns by it,
+    in place.
 
-    The norm's new weight is rounded to its dtype first and the readers get the exact quotient, so that their product
-    stays. A channel that would vanish is left as it is.
+    The norm's new weight is rounded to its dtype first and the readers get the exact quotient, so
+    that their product stays. A channel that would vanish is left as it is.
     """
     source: Any = block.get_submodule(pair.source)
-    scale_C = scale_C.to(source.weight.device, torch.promote_types(source.weight.dtype, torch.float32))
+    scale_C = scale_C.to(
+        source.weight.device, torch.promote_types(source.weight.dtype, torch.float32)
+    )
     if pair.offset is None:
         along = 1 if isinstance(source, Conv1D) else 0
         _multiply(source.weight, 1 / scale_C, along)
@@ -165,7 +195,8 @@ def _multiply(parameter: Tensor, factor_C: Tensor, along: int) -> None:
 
 @torch.no_grad()
 def gain_offset(norm: nn.Module, *args: Any, **kwargs: Any) -> float | None:
-    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight, None for anything else.
+    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight, None for
+    anything else.
 
     args, kwargs: what it is called with, gates included. Tried by setting the weight to 0 and to 1.
     """
@@ -189,7 +220,8 @@ def gain_offset(norm: nn.Module, *args: Any, **kwargs: Any) -> float | None:
 
 @dataclass
 class _Norm:
-    """What one pass showed of a norm. readers: innermost modules whose operations read its output, "" the block."""
+    """What one pass showed of a norm. readers: innermost modules whose operations read its output,
+    "" the block."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -199,7 +231,8 @@ class _Norm:
 
 
 class _Watch(TorchDispatchMode):
-    """One forward pass of a block: who reads the norms' outputs, by their memory. ``order``: modules as they ran."""
+    """One forward pass of a block: who reads the norms' outputs, by their memory. ``order``:
+    modules as they ran."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -211,7 +244,9 @@ class _Watch(TorchDispatchMode):
         for name, module in block.named_modules():
             if name:
                 self._handles.append(module.register_forward_pre_hook(self._enter(name)))
-                self._handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_hook(self._leave(name), with_kwargs=True)
+                )
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
@@ -263,7 +298,9 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _why_not(seen: _Norm, watch: _Watch, layers: Mapping[str, nn.Module], output: Any) -> str | None:
+def _why_not(
+    seen: _Norm, watch: _Watch, layers: Mapping[str, nn.Module], output: Any
+) -> str | None:
     others = [reader or "the block itself" for reader in seen.readers if reader not in layers]
     if others:
         return f"also read by {others[0]}"

@@ -9,11 +9,17 @@ from transformers import PreTrainedModel
 from auto_mmround.errors import UserError
 
 OUTSIDE = {"cpu", "disk"}  # what an accelerator has no room for
-HELP = "load it without offloading, or name its folder and use --stream, which reads blocks when their turn comes"
+HELP = (
+    "load it without offloading, or name its folder and use --stream, which reads blocks when their"
+    " turn comes"
+)
 
 
-def placed(model: PreTrainedModel, name: str, dtype: torch.dtype) -> dict[str, int | str | torch.device]:
-    """Module -> device, for a model without weights. name: as accelerate knows it: auto, balanced, sequential ..
+def placed(
+    model: PreTrainedModel, name: str, dtype: torch.dtype
+) -> dict[str, int | str | torch.device]:
+    """Module -> device, for a model without weights. name: as accelerate knows it: auto, balanced,
+    sequential ..
 
     Raises UserError where a part would lie in host memory beside accelerators, or on disk.
     """
@@ -23,22 +29,31 @@ def placed(model: PreTrainedModel, name: str, dtype: torch.dtype) -> dict[str, i
     else:
         low = name == "balanced_low_0"
         memory = get_balanced_memory(model, get_max_memory(), whole, dtype=dtype, low_zero=low)
-    places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole, dtype=dtype)
+    places = infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=whole, dtype=dtype
+    )
     used = {str(place) for place in places.values()}
-    left = [module for module, place in places.items() if str(place) in (OUTSIDE if len(used) > 1 else {"disk"})]
+    left = [
+        module
+        for module, place in places.items()
+        if str(place) in (OUTSIDE if len(used) > 1 else {"disk"})
+    ]
     if left:
         raise UserError(
-            f"device_map {name}: the devices have no room for {left[0]}{_more(left)}; leave it out and use --stream, "
-            "which reads blocks when their turn comes"
+            f"device_map {name}: the devices have no room for {left[0]}{_more(left)}; leave it out"
+            " and use --stream, which reads blocks when their turn comes"
         )
     return places
 
 
 def check_present(model: nn.Module) -> None:
-    """Raises UserError where accelerate holds weights of the model elsewhere and hands them out for a forward pass."""
+    """Raises UserError where accelerate holds weights of the model elsewhere and hands them out for
+    a forward pass."""
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
-        raise UserError(f"model: {left[0]}{_more(left)} is not in memory, accelerate has offloaded it; {HELP}")
+        raise UserError(
+            f"model: {left[0]}{_more(left)} is not in memory, accelerate has offloaded it; {HELP}"
+        )
 
 
 def _more(names: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""How many tokens a text model has positions for, where it keeps one entry for each and can't run beyond."""
+"""How many tokens a text model has positions for, where it keeps one entry for each and can't run
+beyond."""
 
 from collections.abc import Iterator
 
@@ -8,27 +9,35 @@ from transformers import PreTrainedModel
 from auto_mmround.errors import UserError
 from auto_mmround.model.structure import find_stages
 
-# What configurations call the number of positions. It alone is no limit: rotary models run beyond it.
+# What configurations call the number of positions. It alone is no limit: rotary models run beyond
+# it.
 CONFIG_KEYS = (
-    "max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_sequence_length", "max_seq_len",
+    "max_position_embeddings", "n_positions", "n_ctx", "max_target_positions",
+    "max_sequence_length", "max_seq_len",
     "seq_length",
 )  # fmt: skip
-# Types that make their bias anew for as many positions as the configuration says, and hold no table.
+# Types that make their bias anew for as many positions as the configuration says, and hold no
+# table.
 COMPUTED = {"mpt": "max_seq_len"}
 SINES = ("positions", "pos_encoding")  # how the names of tables of sines end
 OFFSETS = 8  # entries that a table may have beyond its positions, for padding
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The number of positions of a text model that holds a table of that length (learned or computed); None without.
+    """The number of positions of a text model that holds a table of that length (learned or
+    computed); None without.
 
-    Found by size: an embedding or a buffer of the text part, beside the one of the vocabulary, as long as the
-    configuration says. Some keep their first entries for padding (OPT, RoBERTa).
+    Found by size: an embedding or a buffer of the text part, beside the one of the vocabulary, as
+    long as the configuration says. Some keep their first entries for padding (OPT, RoBERTa).
     """
     config = model.config.get_text_config(decoder=True)
     if config.model_type in COMPUTED:
         return int(getattr(config, COMPUTED[config.model_type]))
-    stated = {value for key in CONFIG_KEYS if isinstance(value := getattr(config, key, None), int) and value > 1}
+    stated = {
+        value
+        for key in CONFIG_KEYS
+        if isinstance(value := getattr(config, key, None), int) and value > 1
+    }
     limits = [
         limit
         for length, offset in _tables(model)
@@ -41,7 +50,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
-    """(entries, first ones that stand for no position) of what might hold positions in the text part of a model."""
+    """(entries, first ones that stand for no position) of what might hold positions in the text
+    part of a model."""
     stages = find_stages(model)
     text, towers = stages[-1].path, [stage.path for stage in stages[:-1]]
     words = getattr(model.get_input_embeddings(), "weight", None)
@@ -58,9 +68,12 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
 
 
 def _elsewhere(path: str, text: str, towers: list[str]) -> bool:
-    """Whether a module is part of a tower: on its way from where it leaves the text blocks' path lies a tower."""
+    """Whether a module is part of a tower: on its way from where it leaves the text blocks' path
+    lies a tower."""
     parts, blocks = path.split("."), text.split(".")
-    shared = next((i for i, (a, b) in enumerate(zip(parts, blocks)) if a != b), min(len(parts), len(blocks)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(parts, blocks)) if a != b), min(len(parts), len(blocks))
+    )
     branch = ".".join(parts[: shared + 1])
     return shared < len(parts) and any(f"{tower}.".startswith(f"{branch}.") for tower in towers)
 
@@ -70,5 +83,8 @@ def room(model: PreTrainedModel, length: int, wanted: int) -> int:
     limit = position_limit(model)
     left = wanted if limit is None else min(wanted, limit - length)
     if left < 1:
-        raise UserError(f"a prompt of {length} tokens leaves no room for an answer: the model has {limit} positions")
+        raise UserError(
+            f"a prompt of {length} tokens leaves no room for an answer: the model has {limit}"
+            " positions"
+        )
     return left

@@ -1,7 +1,9 @@
-"""bfloat16 on processors without instructions for it: products read their factors as float32, results are rounded.
+"""bfloat16 on processors without instructions for it: products read their factors as float32,
+results are rounded.
 
-torch emulates such products at a quarter of float32's speed. What comes out here is what the instructions give, float32
-sums of exact products rounded once, up to the order of summation; weights stay in bfloat16 in memory.
+torch emulates such products at a quarter of float32's speed. What comes out here is what the
+instructions give, float32 sums of exact products rounded once, up to the order of summation;
+weights stay in bfloat16 in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +26,15 @@ class _Linear(torch.autograd.Function):
         """(.., in), (out, in), (out,) -> (.., out)."""
         ctx.save_for_backward(x, w_OI)
         wide, parts = x.float(), _parts(w_OI)
-        biases = [None] * len(parts) if bias_O is None else bias_O.float().split([len(part_PI) for part_PI in parts])
-        made = (functional.linear(wide, part_PI.float(), bias_P) for part_PI, bias_P in zip(parts, biases, strict=True))
+        biases = (
+            [None] * len(parts)
+            if bias_O is None
+            else bias_O.float().split([len(part_PI) for part_PI in parts])
+        )
+        made = (
+            functional.linear(wide, part_PI.float(), bias_P)
+            for part_PI, bias_P in zip(parts, biases, strict=True)
+        )
         return torch.cat([part.to(x.dtype) for part in made], -1)
 
     @staticmethod
@@ -53,7 +62,8 @@ def _parts(w_OI: Tensor) -> Sequence[Tensor]:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.numel() < FEW * x.shape[-1] and not torch.is_grad_enabled():
-        return functional.linear(x, weight, bias)  # a word at a time: reading the weight is what takes time
+        # a word at a time: reading the weight is what takes time
+        return functional.linear(x, weight, bias)
     made: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return made
 
@@ -62,17 +72,22 @@ def _widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """For products of activations, which are small: float32 copies of everything."""
 
     def wide(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+        return (
+            value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+        )
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        return function(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()}).bfloat16()
+        return function(
+            *map(wide, args), **{key: wide(value) for key, value in kwargs.items()}
+        ).bfloat16()
 
     return call
 
 
 PRODUCTS: Mapping[Any, Callable[..., Tensor]] = {functional.linear: _linear} | {
     function: _widened(function)
-    for function in (functional.scaled_dot_product_attention, functional.conv1d, functional.conv2d, functional.conv3d,
+    for function in (functional.scaled_dot_product_attention, functional.conv1d, functional.conv2d,
+        functional.conv3d,
                      torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__)
 }  # fmt: skip
 
@@ -86,6 +101,11 @@ class Float32Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take over the table's functions where they are given bfloat16."""
         first = args[0] if args else None
-        if func in PRODUCTS and isinstance(first, Tensor) and first.dtype == torch.bfloat16 and first.is_cpu:
+        if (
+            func in PRODUCTS
+            and isinstance(first, Tensor)
+            and first.dtype == torch.bfloat16
+            and first.is_cpu
+        ):
             func = PRODUCTS[func]
         return func(*args, **(kwargs or {}))

@@ -1,8 +1,9 @@
 """What stands in a block's place for a pass of the whole model.
 
-`idle` blocks do nothing, to see how the model calls them at the cost of a pass without them. What it hands to the
-blocks of the last stage (positions, masks, features to add between them) mostly depends on its inputs alone. Where a
-replay with calls recorded this way is the model, see `capture`, the blocks need not run.
+`idle` blocks do nothing, to see how the model calls them at the cost of a pass without them. What
+it hands to the blocks of the last stage (positions, masks, features to add between them) mostly
+depends on its inputs alone. Where a replay with calls recorded this way is the model, see
+`capture`, the blocks need not run.
 
 `recomputed` blocks let a backward pass run with what one block computes in memory at a time.
 """
@@ -55,7 +56,8 @@ class Idle(Standin):
 
 
 class Recomputed(Standin):
-    """Runs the block, and once more in the backward pass, which then needs neither its weights nor what it computed."""
+    """Runs the block, and once more in the backward pass, which then needs neither its weights nor
+    what it computed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
@@ -65,19 +67,28 @@ class Recomputed(Standin):
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             return nullcontext(), devices.products(hidden.device, hidden.dtype)
 
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+        return checkpoint(
+            run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
+        )
 
 
 def rest_of(output: Any, hidden: Tensor) -> tuple[Any, ...] | None:
-    """What a block returned after the hidden state, None if that alone. Raises ValueError if no `Idle` can do so."""
+    """What a block returned after the hidden state, None if that alone. Raises ValueError if no
+    `Idle` can do so."""
     first, rest = (output, None) if isinstance(output, Tensor) else (output[0], tuple(output[1:]))
-    if not isinstance(output, (Tensor, tuple)) or first.shape != hidden.shape or _holds_tensors(rest):
+    if (
+        not isinstance(output, (Tensor, tuple))
+        or first.shape != hidden.shape
+        or _holds_tensors(rest)
+    ):
         raise ValueError("the block returns more than a hidden state of the same shape")
     return rest
 
 
 @contextmanager
-def standing_in(model: nn.Module, make: Mapping[str, Callable[[nn.Module], Standin]]) -> Iterator[None]:
+def standing_in(
+    model: nn.Module, make: Mapping[str, Callable[[nn.Module], Standin]]
+) -> Iterator[None]:
     """While open, blocks are replaced by what is made of them."""
     blocks = {name: model.get_submodule(name) for name in make}
     try:
@@ -89,7 +100,9 @@ def standing_in(model: nn.Module, make: Mapping[str, Callable[[nn.Module], Stand
             model.set_submodule(name, block)
 
 
-def idle(model: nn.Module, rests: Mapping[str, tuple[Any, ...] | None]) -> AbstractContextManager[None]:
+def idle(
+    model: nn.Module, rests: Mapping[str, tuple[Any, ...] | None]
+) -> AbstractContextManager[None]:
     """While open, these blocks do nothing; rests: see `Idle`."""
     return standing_in(model, {name: partial(Idle, rest=rest) for name, rest in rests.items()})
 

@@ -1,8 +1,10 @@
-"""The tensors of a checkpoint's files as floating point: what is stored in FP8 is decoded while it is read.
+"""The tensors of a checkpoint's files as floating point: what is stored in FP8 is decoded while it
+is read.
 
-Beside a weight in FP8 lies its scale, a multiplier a tensor, a row or a block: `weight_scale_inv` in the files of
-DeepSeek and Transformers, `weight_scale` in those of compressed-tensors, ModelOpt and others. W = q s, rounded to
-bfloat16. The tensors decide, not the configuration, which may tell it anywhere or have been lost.
+Beside a weight in FP8 lies its scale, a multiplier a tensor, a row or a block: `weight_scale_inv`
+in the files of DeepSeek and Transformers, `weight_scale` in those of compressed-tensors, ModelOpt
+and others. W = q s, rounded to bfloat16. The tensors decide, not the configuration, which may tell
+it anywhere or have been lost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,8 @@ from auto_mmround.untrusted import one_line, weight_files
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = ("U8", "I8", "I16", "I32", "U16", "U32")  # integers of another quantization
 SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
-# Ends of keys that name a weight, where integers can be nothing but packed; masks of old models are integers too.
+# Ends of keys that name a weight, where integers can be nothing but packed; masks of old models are
+# integers too.
 WEIGHTS = (".weight", ".qweight", ".weight_packed", "_proj", "_proj_blocks")
 SCALES = ("_scale_inv", "_scale")  # behind the key of a weight
 EXPONENTS = ("F8_E8M0", "U8")  # 2^(n - 127); files of MXFP8 name them bytes
@@ -30,15 +33,17 @@ EXPONENTS = ("F8_E8M0", "U8")  # 2^(n - 127); files of MXFP8 name them bytes
 SECOND = ("_scale_2", "_zero_point")
 SMOOTHED = ".pre_quant_scale"
 # Of what runs in FP8 besides weights: nothing that is quantized anew has a use for them.
-LEFT_OUT = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale",
+LEFT_OUT = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale",
+    ".k_scale", ".v_scale",
             ".kv_scale", ".prob_scale", ".prob_output_scale")  # fmt: skip
 USUAL: Block = (128, 128)  # where blocks are stored, but their size isn't told
 
 
 @dataclass(frozen=True)
 class Stored:
-    """files: the file of every tensor, scales left out. kinds: its type as safetensors names it. scales: key of an FP8
-    tensor -> (key, file) of its scale. blocks: sizes (rows, columns) of what shares a scale, as far as told."""
+    """files: the file of every tensor, scales left out. kinds: its type as safetensors names it.
+    scales: key of an FP8 tensor -> (key, file) of its scale. blocks: sizes (rows, columns) of what
+    shares a scale, as far as told."""
 
     files: Mapping[str, Path]
     scales: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
@@ -55,7 +60,9 @@ class Stored:
         """That of the first floating-point tensor, as Transformers takes it; None without any."""
         if self.scales:
             return torch.bfloat16
-        return next((FLOATS[self.kinds[key]] for key in self.files if self.kinds[key] in FLOATS), None)
+        return next(
+            (FLOATS[self.kinds[key]] for key in self.files if self.kinds[key] in FLOATS), None
+        )
 
 
 class Reader:
@@ -82,7 +89,9 @@ class Reader:
         """Something that gives the tensor when it is asked for ``[...]``."""
         if key not in self.stored.scales:
             return self.plain(key)
-        return _Encoded(key, self.plain(key), self.plain(*self.stored.scales[key]), self.stored.blocks)
+        return _Encoded(
+            key, self.plain(key), self.plain(*self.stored.scales[key]), self.stored.blocks
+        )
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
@@ -102,8 +111,9 @@ class _Encoded:
 
 
 def stored_tensors(folder: Path) -> Stored:
-    """What lies in a checkpoint folder. Raises UserError for files that can't be read, where it is quantized in another
-    way than FP8, and for a tensor in FP8 or packed whose scale is not known."""
+    """What lies in a checkpoint folder. Raises UserError for files that can't be read, where it is
+    quantized in another way than FP8, and for a tensor in FP8 or packed whose scale is not
+    known."""
     files: dict[str, Path] = {}
     kinds: dict[str, str] = {}
     try:
@@ -112,23 +122,38 @@ def stored_tensors(folder: Path) -> Stored:
                 files |= dict.fromkeys(file.keys(), path)
                 kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}") from None
+        raise UserError(
+            f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}"
+        ) from None
     configs = told(folder)
-    names = {key: found for key, kind in kinds.items() if kind in FP8 and (found := _scale_of(key, kinds))}
+    names = {
+        key: found
+        for key, kind in kinds.items()
+        if kind in FP8 and (found := _scale_of(key, kinds))
+    }
     of_scales = set(names.values())
     packed = any(kind in PACKED and key not in of_scales for key, kind in kinds.items())
     for method in (config.get("quant_method") for config in configs):
         if method not in METHODS or packed:
-            raise UserError(f"model {folder} is quantized already ({method}); give the original weights, or FP8")
+            raise UserError(
+                f"model {folder} is quantized already ({method}); give the original weights, or FP8"
+            )
     problem = next(filter(None, (_problem(key, kinds, of_scales) for key in _ordered(kinds))), None)
     if problem:
-        raise UserError(f"model {folder}: {problem}; give the original weights, or FP8 with its scales")
+        raise UserError(
+            f"model {folder}: {problem}; give the original weights, or FP8 with its scales"
+        )
     if not names and not configs:
         return Stored(files, kinds=kinds)
     left_out = of_scales | {key for key in files if key.endswith(LEFT_OUT)}
     blocks = {block for config in configs for block in block_sizes(config, folder)}
     kept = {key: path for key, path in files.items() if key not in left_out}
-    return Stored(kept, {key: (name, files[name]) for key, name in names.items()}, tuple(sorted(blocks)), kinds)
+    return Stored(
+        kept,
+        {key: (name, files[name]) for key, name in names.items()},
+        tuple(sorted(blocks)),
+        kinds,
+    )
 
 
 def _scale_of(key: str, kinds: Mapping[str, str]) -> str | None:
@@ -147,7 +172,9 @@ def _problem(key: str, kinds: Mapping[str, str], of_scales: set[str]) -> str | N
     if key.endswith(".weight") and smoothed in kinds:
         return f"{key} needs {smoothed} on its inputs, which is not read"
     if key in of_scales:
-        return None if kind in FLOATS or kind in EXPONENTS else f"{key}, a scale, is stored as {kind}"
+        return (
+            None if kind in FLOATS or kind in EXPONENTS else f"{key}, a scale, is stored as {kind}"
+        )
     if kind in FP8 and scale is None:
         return f"{key} is stored in FP8, but the files hold no scale for it"
     second = next((key + end for end in SECOND if key + end in kinds), None)
@@ -158,15 +185,19 @@ def _problem(key: str, kinds: Mapping[str, str], of_scales: set[str]) -> str | N
     if key.endswith(WEIGHTS) and kind not in FLOATS and kind not in FP8:
         return f"{key} is stored as {kind}, packed in a way that is not read"
     if key.endswith(WEIGHTS) and kind in FLOATS and scale is not None:
-        return f"{key} is stored as {kind} and has a scale beside it, {scale}: whether it is applied is not known"
+        return (
+            f"{key} is stored as {kind} and has a scale beside it, {scale}: whether it is applied"
+            " is not known"
+        )
     return None
 
 
 def decoded(key: str, q: Tensor, scale: Tensor, blocks: Sequence[Block] = ()) -> Tensor:
-    """bfloat16 (.., O, I) of FP8 values and a scale: one, (O,), (O, 1) or one a block, (.., O / rows, I / columns);
-    for a stack of matrices also (E,). Bytes are exponents.
+    """bfloat16 (.., O, I) of FP8 values and a scale: one, (O,), (O, 1) or one a block, (.., O /
+    rows, I / columns); for a stack of matrices also (E,). Bytes are exponents.
 
-    The last block of a row or column may be cut off, if ``blocks`` says how large the others are. Raises UserError.
+    The last block of a row or column may be cut off, if ``blocks`` says how large the others are.
+    Raises UserError.
     """
     s = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
     if s.ndim == 1 and 1 < len(s) == q.shape[0]:
@@ -174,23 +205,31 @@ def decoded(key: str, q: Tensor, scale: Tensor, blocks: Sequence[Block] = ()) ->
     if s.numel() == 1:
         return (q.float() * s.reshape(())).to(torch.bfloat16)
     sizes, counts = q.shape[-2:], s.shape[-2:]
-    leading = s.ndim == q.ndim and all(n in (1, size) for n, size in zip(s.shape[:-2], q.shape[:-2], strict=True))
+    leading = s.ndim == q.ndim and all(
+        n in (1, size) for n, size in zip(s.shape[:-2], q.shape[:-2], strict=True)
+    )
     steps = _steps(sizes, counts, blocks) if leading and len(counts) == 2 and s.numel() else None
     if steps is None:
-        raise UserError(f"{key}: its scale, {tuple(scale.shape)}, does not fit its shape, {tuple(q.shape)}")
+        raise UserError(
+            f"{key}: its scale, {tuple(scale.shape)}, does not fit its shape, {tuple(q.shape)}"
+        )
     for dim, size, step in zip((-2, -1), sizes, steps, strict=True):
         s = s.repeat_interleave(step, dim).narrow(dim, 0, size)
     return (q.float() * s).to(torch.bfloat16)
 
 
 def _steps(sizes: Sequence[int], counts: Sequence[int], blocks: Sequence[Block]) -> Block | None:
-    """Rows and columns that share a scale, None where the counts fit nothing, or more than one thing."""
+    """Rows and columns that share a scale, None where the counts fit nothing, or more than one
+    thing."""
     if all(count in (1, size) for size, count in zip(sizes, counts, strict=True)):
         return sizes[0] // counts[0], sizes[1] // counts[1]
     even = max(1, sizes[0] // counts[0]), max(1, sizes[1] // counts[1])
     fitting = {
         (min(block[0], sizes[0]), min(block[1], sizes[1]))
         for block in blocks or (even, USUAL)
-        if all(-(-size // step) == count for size, step, count in zip(sizes, block, counts, strict=True))
+        if all(
+            -(-size // step) == count
+            for size, step, count in zip(sizes, block, counts, strict=True)
+        )
     }
     return fitting.pop() if len(fitting) == 1 else None

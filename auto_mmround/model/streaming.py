@@ -1,7 +1,8 @@
-"""Models larger than memory: a block is read from the checkpoint's files when its turn comes, and dropped after.
+"""Models larger than memory: a block is read from the checkpoint's files when its turn comes, and
+dropped after.
 
-Everything but the blocks of the stages stays in memory. Transformers' own reader does the renaming, stacking and
-casting, for a block as for a whole model, so a streamed model holds the same bits.
+Everything but the blocks of the stages stays in memory. Transformers' own reader does the renaming,
+stacking and casting, for a block as for a whole model, so a streamed model holds the same bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +30,8 @@ Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, boo
 
 
 class Holder(Protocol):
-    """Who has the weights of blocks at hand. blocks: those that are read when their turn comes, as a pass of the model
-    meets them."""
+    """Who has the weights of blocks at hand. blocks: those that are read when their turn comes, as
+    a pass of the model meets them."""
 
     blocks: Sequence[str]
 
@@ -38,7 +39,8 @@ class Holder(Protocol):
         """While open, the blocks' original weights are in memory, and changes of them stay."""
 
     def replace(self, block: str, write: Callable[[], None]) -> None:
-        """From now on the block has other weights: ``write`` puts them into the resident original."""
+        """From now on the block has other weights: ``write`` puts them into the resident
+        original."""
 
 
 class InMemory:
@@ -57,23 +59,35 @@ class InMemory:
 class Streamed:
     """Reads the blocks of a model whose block parameters are on the meta device.
 
-    A block that is run in a forward pass of the whole model is read then, and stays until the next one is. The
-    parameters of `resident` ones are new objects each time.
+    A block that is run in a forward pass of the whole model is read then, and stays until the next
+    one is. The parameters of `resident` ones are new objects each time.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: Stored, names: Mapping[str, str], config: LoadStateDictConfig):
-        """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or a part of."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stored: Stored,
+        names: Mapping[str, str],
+        config: LoadStateDictConfig,
+    ):
+        """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or
+        a part of."""
         self._model, self._stored, self._config = model, stored, config
-        self.blocks: Sequence[str] = [block for stage in find_stages(model) for block in stage.blocks]
+        self.blocks: Sequence[str] = [
+            block for stage in find_stages(model) for block in stage.blocks
+        ]
         self._keys: dict[str, list[str]] = {block: [] for block in self.blocks}
         owners = {f"{block}.": block for block in self._keys}
         for key, name in names.items():
-            owner = next((block for prefix, block in owners.items() if name.startswith(prefix)), None)
+            owner = next(
+                (block for prefix, block in owners.items() if name.startswith(prefix)), None
+            )
             if owner is not None:
                 self._keys[owner].append(key)
         self._passing: str | None = None
         self._writers: dict[str, Callable[[], None]] = {}
-        self._blocks = {name: model.get_submodule(name) for name in self._keys}  # something may stand in for them
+        # something may stand in for them
+        self._blocks = {name: model.get_submodule(name) for name in self._keys}
         self._hooks = {name: self._listen(name) for name in self._blocks}
 
     @contextmanager
@@ -82,7 +96,8 @@ class Streamed:
         self._release_passing()
         streamed = [block for block in blocks if block in self._keys]
         for block in streamed:
-            self._hooks[block].remove()  # nothing to read, nothing that differs between blocks for a compiler
+            # nothing to read, nothing that differs between blocks for a compiler
+            self._hooks[block].remove()
         try:
             for block in streamed:
                 self._read(block)
@@ -132,7 +147,9 @@ class Streamed:
         for module in self._blocks[block].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                    module._parameters[name] = nn.Parameter(
+                        parameter.to("meta"), requires_grad=False
+                    )
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to("meta")
@@ -140,7 +157,8 @@ class Streamed:
 
 
 def fits(stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:
-    """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free memory."""
+    """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free
+    memory."""
     size = stored.nbytes()
     if dtype is not None and not stored.scales:
         size = size * dtype.itemsize // (stored.dtype() or dtype).itemsize
@@ -148,7 +166,8 @@ def fits(stored: Stored, device: torch.device, dtype: torch.dtype | None = None)
 
 
 def stored_dtype(stored: Stored, config: Any) -> torch.dtype | None:
-    """The dtype that the configuration states, if a model can compute in it, else that of the files."""
+    """The dtype that the configuration states, if a model can compute in it, else that of the
+    files."""
     return config.dtype if config.dtype in FLOATS.values() else stored.dtype()
 
 
@@ -161,10 +180,11 @@ def load_streamed(
     rename: Rename,
     whole: bool = False,
 ) -> tuple[PreTrainedModel, Holder, list[str]]:
-    """A model without its blocks, what reads them, and the names of weights that the files lack or have otherwise.
+    """A model without its blocks, what reads them, and the names of weights that the files lack or
+    have otherwise.
 
-    rename: (key, parameter, ..) for a model and the keys of its files. whole: the blocks are read at once and stay.
-    Raises UserError for models whose blocks share weights.
+    rename: (key, parameter, ..) for a model and the keys of its files. whole: the blocks are read
+    at once and stay. Raises UserError for models whose blocks share weights.
     """
     _set_dtype(config, dtype)
     with ExitStack() as stack:
@@ -172,9 +192,16 @@ def load_streamed(
             stack.enter_context(context)
         model: PreTrainedModel = cls(config)
     paths = [] if whole else [stage.path for stage in find_stages(model)]
-    shared = [name for name in model.all_tied_weights_keys if any(name.startswith(f"{path}.") for path in paths)]
+    shared = [
+        name
+        for name in model.all_tied_weights_keys
+        if any(name.startswith(f"{path}.") for path in paths)
+    ]
     if shared:
-        raise UserError(f"{shared[0]} is shared with other modules: this model can't be streamed, use --no_stream")
+        raise UserError(
+            f"{shared[0]} is shared with other modules: this model can't be streamed, use"
+            " --no_stream"
+        )
     loading = LoadStateDictConfig(
         device_map={"": device} | dict.fromkeys(paths, "meta"),
         dtype=dtype,

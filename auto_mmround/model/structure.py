@@ -1,8 +1,9 @@
 """Stages and blocks, found from the module tree.
 
-A stage is a list of blocks that one hidden state runs through: the layers of a vision tower, of an audio encoder, of
-the text model. Candidates are ModuleLists of modules that hold linear weights and stand in no other such list; whether
-a forward pass really runs through them one after the other is seen when inputs are captured (`capture`).
+A stage is a list of blocks that one hidden state runs through: the layers of a vision tower, of an
+audio encoder, of the text model. Candidates are ModuleLists of modules that hold linear weights and
+stand in no other such list; whether a forward pass really runs through them one after the other is
+seen when inputs are captured (`capture`).
 """
 
 import re
@@ -21,7 +22,8 @@ LINEAR = (nn.Linear, Conv1D)
 
 @dataclass(frozen=True)
 class Stage:
-    """name: "text", or the modality of the tower. path: dotted name of the block list. depth: number of blocks."""
+    """name: "text", or the modality of the tower. path: dotted name of the block list. depth:
+    number of blocks."""
 
     name: str
     path: str
@@ -42,7 +44,8 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 @dataclass(frozen=True)
 class Experts:
-    """Expert weights of a mixture: parameter name -> (experts, rows, columns), and the routers that choose them.
+    """Expert weights of a mixture: parameter name -> (experts, rows, columns), and the routers that
+    choose them.
 
     Transformers stores all experts of a layer as one parameter of three dimensions.
     """
@@ -52,11 +55,15 @@ class Experts:
 
 
 def find_experts(model: nn.Module) -> Experts:
-    """Fused expert weights, known by their size and their module's ``num_experts``; routers, by one output an expert
-    beside them."""
+    """Fused expert weights, known by their size and their module's ``num_experts``; routers, by one
+    output an expert beside them."""
     found = Experts({}, {})
     for path, module in model.named_modules():
-        counts = {name: count for name, child in module.named_children() if (count := _expert_count(child))}
+        counts = {
+            name: count
+            for name, child in module.named_children()
+            if (count := _expert_count(child))
+        }
         for name, count in counts.items():
             child = module.get_submodule(name)
             prefix = f"{path}.{name}".lstrip(".")
@@ -70,15 +77,20 @@ def find_experts(model: nn.Module) -> Experts:
 def _expert_count(module: nn.Module) -> int:
     """How many experts a module holds, fused or as a list; 0 if none."""
     if isinstance(module, nn.ModuleList):
-        blocks = len({type(block) for block in module}) == 1 and any(True for _ in linears(module[0]))
+        blocks = len({type(block) for block in module}) == 1 and any(
+            True for _ in linears(module[0])
+        )
         return len(module) if blocks else 0
     count = getattr(module, "num_experts", 0)
     fused = any(p.ndim == 3 and len(p) == count for p in module.parameters(recurse=False))
     return count if isinstance(count, int) and fused else 0
 
 
-def _routers(module: nn.Module, path: str, experts: set[str], count: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Weights with one output an expert beside the experts: a layer, or a module with nothing but one."""
+def _routers(
+    module: nn.Module, path: str, experts: set[str], count: int
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Weights with one output an expert beside the experts: a layer, or a module with nothing but
+    one."""
     for name, child in module.named_children():
         if name in experts:
             continue
@@ -91,21 +103,32 @@ def _routers(module: nn.Module, path: str, experts: set[str], count: int) -> Ite
 def find_stages(model: PreTrainedModel) -> list[Stage]:
     """All stages, text last. Raises UserError when the model has no text blocks."""
     connectors = family_of(model.config.model_type).connectors
-    lists = {path: found for path, found in _block_lists(model) if path.rpartition(".")[2] not in connectors}
+    lists = {
+        path: found
+        for path, found in _block_lists(model)
+        if path.rpartition(".")[2] not in connectors
+    }
     decoder = _prefix_of(model, model.get_decoder())
     inside = [path for path in lists if _is_inside(path, decoder)]
     if not inside:
-        raise UserError(f"{type(model).__name__}: found no list of text blocks; see docs/new-model.md")
-    # A tower may hang below the decoder (Phi-3-vision); the decoder's own layers are the list nearest to it.
+        raise UserError(
+            f"{type(model).__name__}: found no list of text blocks; see docs/new-model.md"
+        )
+    # A tower may hang below the decoder (Phi-3-vision); the decoder's own layers are the list
+    # nearest to it.
     text = min(inside, key=lambda path: (path.count("."), -len(lists[path])))
-    towers = [Stage(_tower_name(model, path), path, len(lists[path])) for path in lists if path != text]
+    towers = [
+        Stage(_tower_name(model, path), path, len(lists[path])) for path in lists if path != text
+    ]
     return [*towers, Stage("text", text, len(lists[text]))]
 
 
 def select_stages(stages: list[Stage], nontext: bool, names: str | None) -> list[Stage]:
-    """The stages to quantize: text, with ``nontext`` the towers too, or those whose path matches ``names``.
+    """The stages to quantize: text, with ``nontext`` the towers too, or those whose path matches
+    ``names``.
 
-    names: comma-separated regular expressions, as in `to_quant_block_names`; UserError if one matches nothing.
+    names: comma-separated regular expressions, as in `to_quant_block_names`; UserError if one
+      matches nothing.
     """
     if names is None:
         return [stage for stage in stages if nontext or stage.name == "text"]
@@ -114,7 +137,10 @@ def select_stages(stages: list[Stage], nontext: bool, names: str | None) -> list
         found = [stage for stage in stages if re.search(pattern, stage.path)]
         if not found:
             known = ", ".join(stage.path for stage in stages)
-            raise UserError(f"to_quant_block_names: {pattern!r} matches no list of blocks; this model has {known}")
+            raise UserError(
+                f"to_quant_block_names: {pattern!r} matches no list of blocks; this model has"
+                f" {known}"
+            )
         chosen += found
     return [stage for stage in stages if stage in chosen]
 
@@ -122,10 +148,17 @@ def select_stages(stages: list[Stage], nontext: bool, names: str | None) -> list
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     taken: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or any(_is_inside(path, t) for t in taken):
+        if (
+            not isinstance(module, nn.ModuleList)
+            or not len(module)
+            or any(_is_inside(path, t) for t in taken)
+        ):
             continue
-        # Classes may differ (mllama mixes self and cross attention), but each is a block with weights of its own.
-        if all(not isinstance(block, LINEAR) and any(True for _ in linears(block)) for block in module):
+        # Classes may differ (mllama mixes self and cross attention), but each is a block with
+        # weights of its own.
+        if all(
+            not isinstance(block, LINEAR) and any(True for _ in linears(block)) for block in module
+        ):
             taken.append(path)
             yield path, module
 
@@ -139,19 +172,25 @@ def _tower_name(model: PreTrainedModel, path: str) -> str:
         if tower is not model and _is_inside(path, _prefix_of(model, tower)):
             return name
     encoder = model.get_encoder()
-    if model.config.is_encoder_decoder and encoder is not model and _is_inside(path, _prefix_of(model, encoder)):
+    if (
+        model.config.is_encoder_decoder
+        and encoder is not model
+        and _is_inside(path, _prefix_of(model, encoder))
+    ):
         return "encoder"
     return _declared(model, path)
 
 
 def _declared(model: PreTrainedModel, path: str) -> str:
-    """By the input modality that the nearest model around the list declares, if the whole model has it too."""
+    """By the input modality that the nearest model around the list declares, if the whole model has
+    it too."""
     parents = [".".join(path.split(".")[:depth]) for depth in range(path.count("."), 0, -1)]
     for parent in map(model.get_submodule, parents):
         if isinstance(parent, PreTrainedModel):
             kinds = parent.input_modalities
             kind = kinds if isinstance(kinds, str) else kinds[0]
-            known = kind in model.input_modalities or model.input_modalities == "text"  # the latter says nothing
+            # the latter says nothing
+            known = kind in model.input_modalities or model.input_modalities == "text"
             return {"image": "vision", "audio": "audio"}.get(kind if known else "", "nontext")
     return "nontext"
 

@@ -1,9 +1,10 @@
-"""Float grids, rounded to nearest: FP8 and MXFP8 (e4m3), NVFP4 and MXFP4 (e2m1). No tuning: there is no zero point to
-place and no offset to learn here.
+"""Float grids, rounded to nearest: FP8 and MXFP8 (e4m3), NVFP4 and MXFP4 (e2m1). No tuning: there
+is no zero point to place and no offset to learn here.
 
-Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MX: a power of two for 32 columns, the one that
-puts the largest magnitude into the last binade of e2m1 or e4m3 (OCP MX v1.0), moved up from 1.75 of it on. NVFP4: e4m3
-for 16 columns, divided by one float32 for the whole weight, ``448 * 6 / max|w|``. Suffixes as in `grids`.
+Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MX: a power of two for 32
+columns, the one that puts the largest magnitude into the last binade of e2m1 or e4m3 (OCP MX v1.0),
+moved up from 1.75 of it on. NVFP4: e4m3 for 16 columns, divided by one float32 for the whole
+weight, ``448 * 6 / max|w|``. Suffixes as in `grids`.
 """
 
 import torch
@@ -19,12 +20,14 @@ NVFP4_LEAST = 2.0**-9  # smallest e4m3
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """The nearest e4m3 numbers as their bytes, uint8; half rounds to even, beyond 448 stays at 448."""
+    """The nearest e4m3 numbers as their bytes, uint8; half rounds to even, beyond 448 stays at
+    448."""
     return x.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def to_e2m1(x: Tensor) -> Tensor:
-    """The nearest e2m1 numbers as 4-bit codes, uint8, sign in bit 3; half rounds to even, beyond 6 stays at 6."""
+    """The nearest e2m1 numbers as 4-bit codes, uint8, sign in bit 3; half rounds to even, beyond 6
+    stays at 6."""
     grid = levels("e2m1")[:8].to(x.device)
     middles = (grid[1:] + grid[:-1]) / 2
     index = torch.bucketize(x.abs(), middles)
@@ -33,14 +36,19 @@ def to_e2m1(x: Tensor) -> Tensor:
 
 
 def mx_scale(peak_OG: Tensor, binade: int) -> Tensor:
-    """Powers of two, float32, for groups with these largest magnitudes; binade: exponent of the grid's last one."""
+    """Powers of two, float32, for groups with these largest magnitudes; binade: exponent of the
+    grid's last one."""
     mantissa_OG, exponent_OG = torch.frexp(peak_OG.float())  # mantissa in [0.5, 1)
-    exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - binade  # from 1.75 on e2m1 would round to 8 quarters
-    return torch.ldexp(torch.ones_like(mantissa_OG), torch.where(peak_OG > 0, exponent_OG, -127).clamp(-127, 127))
+    # from 1.75 on e2m1 would round to 8 quarters
+    exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - binade
+    return torch.ldexp(
+        torch.ones_like(mantissa_OG), torch.where(peak_OG > 0, exponent_OG, -127).clamp(-127, 127)
+    )
 
 
 def nvfp4_global(peak: Tensor) -> Tensor:
-    """The float32 that NVFP4's scales are divided by, for this largest magnitude of the weight; 1 for a zero."""
+    """The float32 that NVFP4's scales are divided by, for this largest magnitude of the weight; 1
+    for a zero."""
     most = 2.0**120  # so that it can be divided by
     return torch.where(peak > 0, (E4M3_TOP * E2M1_TOP / peak.clamp(min=TINY)).clamp(max=most), 1.0)
 
@@ -55,9 +63,11 @@ def fit(w_OGg: Tensor, data_type: str, peak: Tensor | None = None) -> Fit:
 
 
 class Nearest:
-    """A weight on its nearest points; the same face as `rounding.Rounding` has where nothing is tuned.
+    """A weight on its nearest points; the same face as `rounding.Rounding` has where nothing is
+    tuned.
 
-    peak: largest magnitude that NVFP4's scale for the whole weight is for; engines that fuse weights want one for all.
+    peak: largest magnitude that NVFP4's scale for the whole weight is for; engines that fuse
+      weights want one for all.
     input_scale: (1,), of static activations.
     """
 
@@ -79,18 +89,24 @@ class Nearest:
         elif data_type == "nvfp4":
             whole = (peak_OG.max() if peak is None else peak).float()
             global_scale = nvfp4_global(whole).reshape(1)
-            scale_OG = levels("e4m3").to(w_OI.device)[to_e4m3(peak_OG / E2M1_TOP * global_scale).long()]
+            scale_OG = levels("e4m3").to(w_OI.device)[
+                to_e4m3(peak_OG / E2M1_TOP * global_scale).long()
+            ]
             scale_OG = torch.where(scale_OG == 0, torch.finfo(torch.float8_e4m3fn).eps, scale_OG)
         else:
             if group_size == BLOCK:
                 peak_OG = _rows_of_blocks(peak_OG)
-            scale_OG = torch.where(peak_OG > 0, (peak_OG / E4M3_TOP).clamp(min=TINY), torch.finfo(torch.float32).eps)
+            scale_OG = torch.where(
+                peak_OG > 0, (peak_OG / E4M3_TOP).clamp(min=TINY), torch.finfo(torch.float32).eps
+            )
         step_OG = scale_OG if global_scale is None else scale_OG / global_scale
         bits = 8 if data_type in ("fp8", "mxfp8") else 4
         encode = to_e4m3 if bits == 8 else to_e2m1
         q_OI = from_groups(encode(w_OGg / step_OG[..., None]), columns).contiguous()
         zero_OG = torch.zeros_like(scale_OG, dtype=torch.uint8)
-        self._codes = Codes(q_OI, scale_OG, zero_OG, bits, group, True, data_type, global_scale, input_scale)
+        self._codes = Codes(
+            q_OI, scale_OG, zero_OG, bits, group, True, data_type, global_scale, input_scale
+        )
 
     def codes(self) -> Codes:
         """What goes to disk."""
@@ -106,28 +122,46 @@ class Nearest:
 
 
 def quantize_inputs_e4m3(x_TI: Tensor, input_scale: Tensor) -> Tensor:
-    """What engines make of an FP8 layer's inputs (.., in) under one static scale; beyond 448 scales they stay there."""
-    return (levels("e4m3").to(x_TI.device)[to_e4m3(x_TI.float() / input_scale).long()] * input_scale).to(x_TI.dtype)
+    """What engines make of an FP8 layer's inputs (.., in) under one static scale; beyond 448 scales
+    they stay there."""
+    return (
+        levels("e4m3").to(x_TI.device)[to_e4m3(x_TI.float() / input_scale).long()] * input_scale
+    ).to(x_TI.dtype)
 
 
 def quantize_tokens_as_rows(
     x_TI: Tensor, data_type: str, group_size: int, global_scale: Tensor | None = None
 ) -> Tensor:
-    """What engines make of an MX or NVFP4 layer's inputs (.., in): as of a weight's rows. global_scale: NVFP4's."""
+    """What engines make of an MX or NVFP4 layer's inputs (.., in): as of a weight's rows.
+    global_scale: NVFP4's."""
     peak = None if global_scale is None else E4M3_TOP * E2M1_TOP / global_scale
-    return Nearest(x_TI.flatten(0, -2), data_type, group_size, peak).weight().reshape(x_TI.shape).to(x_TI.dtype)
+    return (
+        Nearest(x_TI.flatten(0, -2), data_type, group_size, peak)
+        .weight()
+        .reshape(x_TI.shape)
+        .to(x_TI.dtype)
+    )
 
 
 def quantize_tokens_e4m3(x_TI: Tensor, group_size: int = -1) -> Tensor:
-    """What engines make of an FP8 layer's inputs (.., in): a scale, max|x| / 448, a token or a token and group."""
+    """What engines make of an FP8 layer's inputs (.., in): a scale, max|x| / 448, a token or a
+    token and group."""
     columns = x_TI.shape[-1]
     x_TGg = to_groups(x_TI.float().flatten(0, -2), columns if group_size == -1 else group_size)
-    scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(min=torch.finfo(torch.float32).tiny)
-    rounded_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).float() * scale_TG1
+    scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
+    rounded_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP).to(
+        torch.float8_e4m3fn
+    ).float() * scale_TG1
     return from_groups(rounded_TGg, columns).reshape(x_TI.shape).to(x_TI.dtype)
 
 
 def _rows_of_blocks(peak_OG: Tensor, rows: int = BLOCK) -> Tensor:
     """The largest magnitude of each block of rows, repeated for its rows."""
-    blocks = torch.nn.functional.pad(peak_OG, (0, 0, 0, -peak_OG.shape[0] % rows)).unflatten(0, (-1, rows)).amax(1)
+    blocks = (
+        torch.nn.functional.pad(peak_OG, (0, 0, 0, -peak_OG.shape[0] % rows))
+        .unflatten(0, (-1, rows))
+        .amax(1)
+    )
     return blocks.repeat_interleave(rows, 0)[: peak_OG.shape[0]]

@@ -1,8 +1,8 @@
 """Integer grids: pure quantize and dequantize, symmetric full-range and asymmetric, 2 to 8 bits.
 
-A weight ``w_OI`` (out x in) is cut along ``in`` into groups of ``group_size``; each group has one scale and one
-zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``, and means ``scale * (q - zero)``.
-Shape suffixes: O out, I in, G groups a row, g columns a group.
+A weight ``w_OI`` (out x in) is cut along ``in`` into groups of ``group_size``; each group has one
+scale and one zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``, and means ``scale *
+(q - zero)``. Shape suffixes: O out, I in, G groups a row, g columns a group.
 """
 
 import math
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 SUPER = 256  # columns of a super-block
-LEAST = {torch.float16: 2.0**-24}  # smallest scale of a dtype, where a number below the normal ones is kept by all
+# smallest scale of a dtype, where a number below the normal ones is kept by all
+LEAST = {torch.float16: 2.0**-24}
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -25,18 +26,23 @@ class Codes(NamedTuple):
     bits: int
     group_size: int  # the real one: per channel means in_features
     sym: bool
-    data_type: str = "int"  # "fp8", "nvfp4", "mxfp4", "mxfp8": q is the number's own bits, see `levels`
+    # "fp8", "nvfp4", "mxfp4", "mxfp8": q is the number's own bits, see `levels`
+    data_type: str = "int"
     global_scale: Tensor | None = None  # NVFP4: float32 (1,), what scales are divided by
     input_scale: Tensor | None = None  # static FP8: float32 (1,), of all the layer's inputs
-    min_OG: Tensor | None = None  # super-blocks: float32, taken off every value of the group; None: nothing is
-    unit_OS2: Tensor | None = None  # super-blocks: float16, what scales and minima are multiples of, see `super_grids`
+    # super-blocks: float32, taken off every value of the group; None: nothing is
+    min_OG: Tensor | None = None
+    # super-blocks: float16, what scales and minima are multiples of, see `super_grids`
+    unit_OS2: Tensor | None = None
 
 
 class Grid(NamedTuple):
     """The family of integer grids that a weight may use.
 
-    min_zero: smallest zero point that the file can hold. scale_bits: significant bits of a scale, None: the dtype's.
-    scale_range: bounds of the integers that scales are multiples by, in super-blocks of 256 columns (`super_grids`).
+    min_zero: smallest zero point that the file can hold. scale_bits: significant bits of a scale,
+      None: the dtype's.
+    scale_range: bounds of the integers that scales are multiples by, in super-blocks of 256
+      columns (`super_grids`).
     """
 
     bits: int
@@ -58,11 +64,13 @@ class Grid(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Smallest and largest magnitude of a scale that the file can hold, its product with a zero point too where
-        that is stored. In super-blocks of a unit, though a scale may be many."""
+        """Smallest and largest magnitude of a scale that the file can hold, its product with a zero
+        point too where that is stored. In super-blocks of a unit, though a scale may be many."""
         facts = torch.finfo(self.scale_dtype)
         low, high = LEAST.get(self.scale_dtype, facts.tiny), facts.max
-        return low, high if self.scale_bits is None else 2.0 ** math.floor(math.log2(high / self.top))
+        return low, (
+            high if self.scale_bits is None else 2.0 ** math.floor(math.log2(high / self.top))
+        )
 
 
 def levels(kind: str) -> Tensor:
@@ -74,11 +82,14 @@ def levels(kind: str) -> Tensor:
 
 
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then cast to ``dtype``; (out, in)."""
+    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then cast to
+    ``dtype``; (out, in)."""
     q_OI = codes.q_OI.float()
     columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
     if codes.data_type != "int":
-        scale_OG = codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
+        scale_OG = (
+            codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
+        )
         values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OI.device)
         return (values[codes.q_OI.long()] * scale_OG[:, columns_I]).to(dtype)
     value_OI = (q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]
@@ -86,7 +97,8 @@ def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
-    """Cut rows into groups, (out, G, group_size); a short last group is filled with zeros, which change no range."""
+    """Cut rows into groups, (out, G, group_size); a short last group is filled with zeros, which
+    change no range."""
     rows, columns = w_OI.shape
     short = -columns % group_size
     if short:
@@ -102,7 +114,8 @@ def from_groups(w_OGg: Tensor, columns: int) -> Tensor:
 def ranges(w_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Smallest (at most 0) and largest (at least 0) value of each group, float32 (out, G).
 
-    Where the file cannot hold a zero point below ``min_zero`` the range is stretched downwards just as far as needed.
+    Where the file cannot hold a zero point below ``min_zero`` the range is stretched downwards just
+    as far as needed.
     """
     low_OG = w_OGg.amin(-1).float().clamp(max=0)
     high_OG = w_OGg.amax(-1).float().clamp(min=0)
@@ -114,8 +127,9 @@ def ranges(w_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point for a range, both float32 but with the values that the file will hold.
 
-    Symmetric, full range: the side of larger magnitude lands on the code 0, so the scale takes the sign that puts it
-    there (SignRound's "full range", the idea of GGUF's Q4_0). Asymmetric: the range maps onto all codes.
+    Symmetric, full range: the side of larger magnitude lands on the code 0, so the scale takes the
+    sign that puts it there (SignRound's "full range", the idea of GGUF's Q4_0). Asymmetric: the
+    range maps onto all codes.
     """
     if grid.sym:
         magnitude_OG = torch.where(-low_OG > high_OG, -low_OG, -high_OG)
@@ -126,8 +140,8 @@ def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 class Fit(NamedTuple):
-    """Counts of a weight's groups: those that hold anything but zeros, and of these those that need a smaller, and
-    those that need a larger scale than there is."""
+    """Counts of a weight's groups: those that hold anything but zeros, and of these those that need
+    a smaller, and those that need a larger scale than there is."""
 
     groups: int
     small: int
@@ -137,14 +151,18 @@ class Fit(NamedTuple):
     def of(cls, scale_OG: Tensor, low: float, high: float) -> "Fit":
         """Of the scales needed, 0 for groups of zeros."""
         size_OG = scale_OG.abs()
-        few = torch.stack([(size_OG > 0).sum(), ((size_OG > 0) & (size_OG < low)).sum(), (size_OG > high).sum()])
+        few = torch.stack(
+            [(size_OG > 0).sum(), ((size_OG > 0) & (size_OG < low)).sum(), (size_OG > high).sum()]
+        )
         return cls(*few.tolist())
 
 
 def fit(w_OGg: Tensor, grid: Grid) -> Fit:
     """Whether the grid's scales suffice for a weight."""
     low_OG, high_OG = ranges(w_OGg, grid)
-    need_OG = torch.maximum(-low_OG, high_OG) / grid.middle if grid.sym else (high_OG - low_OG) / grid.top
+    need_OG = (
+        torch.maximum(-low_OG, high_OG) / grid.middle if grid.sym else (high_OG - low_OG) / grid.top
+    )
     return Fit.of(need_OG, *grid.bounds)
 
 
@@ -171,8 +189,11 @@ def storable(scale_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None) -> Ten
     return torch.where(scale_OG < 0, scale_OG.clamp(max=-low), scale_OG.clamp(min=low))
 
 
-def quantize(w_OGg: Tensor, offset_OGg: Tensor | float, scale_OG1: Tensor, zero_OG1: Tensor, top: int) -> Tensor:
-    """Codes ``clamp(round(w / scale + offset) + zero, 0, top)`` as floats, shape of ``w``; half rounds to even."""
+def quantize(
+    w_OGg: Tensor, offset_OGg: Tensor | float, scale_OG1: Tensor, zero_OG1: Tensor, top: int
+) -> Tensor:
+    """Codes ``clamp(round(w / scale + offset) + zero, 0, top)`` as floats, shape of ``w``; half
+    rounds to even."""
     return ((w_OGg / scale_OG1 + offset_OGg).round() + zero_OG1).clamp(0, top)
 
 
@@ -195,7 +216,8 @@ def make_codes(
     min_OG: Tensor | None = None,
     unit_OS2: Tensor | None = None,
 ) -> Codes:
-    """Pack float codes, scales and zeros of `quantize` into `Codes`; the others are of super-blocks."""
+    """Pack float codes, scales and zeros of `quantize` into `Codes`; the others are of
+    super-blocks."""
     return Codes(
         q_OI=from_groups(q_OGg, columns).to(torch.uint8).contiguous(),
         scale_OG=scale_OG.to(grid.scale_dtype if unit_OS2 is None else torch.float32),
@@ -209,7 +231,10 @@ def make_codes(
 
 
 def quantize_tokens(x_TI: Tensor, bits: int = 8) -> Tensor:
-    """What engines make of a layer's inputs (.., in) as they run: symmetric, one scale, max|x| / top, a token."""
+    """What engines make of a layer's inputs (.., in) as they run: symmetric, one scale, max|x| /
+    top, a token."""
     top = 2 ** (bits - 1) - 1
-    scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     return ((x_TI.float() / scale_T1).round().clamp(-top - 1, top) * scale_T1).to(x_TI.dtype)

@@ -1,13 +1,15 @@
-"""The state of one weight while it is tuned: rounding offsets and range factors (SignRound, arXiv 2309.05516).
+"""The state of one weight while it is tuned: rounding offsets and range factors (SignRound, arXiv
+2309.05516).
 
-The weight itself is the leaf: the module's own parameter holds the quantized values W~, the backward pass leaves
-dL/dW~ on it, and `Rounding.step` turns that into signs for the offsets V and the factors analytically:
+The weight itself is the leaf: the module's own parameter holds the quantized values W~, the
+backward pass leaves dL/dW~ on it, and `Rounding.step` turns that into signs for the offsets V and
+the factors analytically:
 
     W~ = s * (clamp(round(W/s + V) + z, 0, top) - z),   round() passes gradients straight through
     dW~/dV = s * inside        dW~/ds = (q - z) - inside * W/s        dW~/dz = -s * (1 - inside)
 
-with ``inside`` = 1 where the clamp does nothing, its bounds included. From (s, z) the chain goes on to what is tuned:
-`RangeFactors` as published, or `ScaleFactor` after a start found in closed form.
+with ``inside`` = 1 where the clamp does nothing, its bounds included. From (s, z) the chain goes on
+to what is tuned: `RangeFactors` as published, or `ScaleFactor` after a start found in closed form.
 """
 
 import copy
@@ -19,16 +21,24 @@ from auto_mmround.numerics import grids, super_grids
 from auto_mmround.numerics.grids import Codes, Grid
 from auto_mmround.numerics.super_grids import Super
 
-COARSE = 0.5  # of the rate of factors where scales are integers times a unit: a step of these is a jump
+# of the rate of factors where scales are integers times a unit: a step of these is a jump
+COARSE = 0.5
 CHUNK = 2**18  # elements of a weight worked on at a time
 
 
 def leaf_gradients(
-    w_OGg: Tensor, offset_OGg: Tensor, scale_OG1: Tensor, zero_OG1: Tensor, grad_OGg: Tensor, top: int
+    w_OGg: Tensor,
+    offset_OGg: Tensor,
+    scale_OG1: Tensor,
+    zero_OG1: Tensor,
+    grad_OGg: Tensor,
+    top: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step needs from dL/dW~: dL/dV up to the positive factor |s| (O,G,g), dL/ds (O,G), dL/dz (O,G).
+    """What a step needs from dL/dW~: dL/dV up to the positive factor |s| (O,G,g), dL/ds (O,G),
+    dL/dz (O,G).
 
-    Few passes over the weight: only signs are used of the first, so it is left in the gradient's dtype.
+    Few passes over the weight: only signs are used of the first, so it is left in the gradient's
+    dtype.
     """
     ratio_OGg = w_OGg / scale_OG1
     code_OGg = (ratio_OGg + offset_OGg).round_().add_(zero_OG1)
@@ -40,9 +50,11 @@ def leaf_gradients(
 
 
 class RangeFactors:
-    """The published parametrization: factors in [0, 1], start 1, of each group's smallest and largest value.
+    """The published parametrization: factors in [0, 1], start 1, of each group's smallest and
+    largest value.
 
-    Symmetric: s = -(side of larger magnitude) / M. Asymmetric: s = (high*fh - low*fl) / top, z = round(-low*fl / s).
+    Symmetric: s = -(side of larger magnitude) / M. Asymmetric: s = (high*fh - low*fl) / top, z =
+      round(-low*fl / s).
     """
 
     def __init__(self, low_OG: Tensor, high_OG: Tensor, grid: Grid):
@@ -52,18 +64,27 @@ class RangeFactors:
     def rows(self, part: slice) -> "RangeFactors":
         """Those of some rows, in the same memory."""
         view = copy.copy(self)
-        view.low_OG, view.high_OG, view.factors_2OG = self.low_OG[part], self.high_OG[part], self.factors_2OG[:, part]
+        view.low_OG, view.high_OG, view.factors_2OG = (
+            self.low_OG[part],
+            self.high_OG[part],
+            self.factors_2OG[:, part],
+        )
         return view
 
     def super_blocks(self) -> None:
         """There are none: their scales are searched."""
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
+        """Current scale and zero point, each (out, G) float32, with the values that the file will
+        hold."""
         low_factor_OG, high_factor_OG = self.factors_2OG
-        return grids.scale_and_zero(self.low_OG * low_factor_OG, self.high_OG * high_factor_OG, self.grid)
+        return grids.scale_and_zero(
+            self.low_OG * low_factor_OG, self.high_OG * high_factor_OG, self.grid
+        )
 
-    def step(self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float) -> None:
+    def step(
+        self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float
+    ) -> None:
         """One sign step of the factors from the gradients of scale and zero point (chain rule)."""
         low_factor_OG, high_factor_OG = self.factors_2OG
         if self.grid.sym:
@@ -79,11 +100,14 @@ class RangeFactors:
             total_OG = (grad_scale_OG - grad_zero_OG * ideal_OG / scale_OG) / self.grid.top
             grad_low_OG = -self.low_OG * (total_OG + grad_zero_OG / scale_OG)
             grad_high_OG = self.high_OG * total_OG
-        self.factors_2OG.sub_(torch.stack([grad_low_OG, grad_high_OG]).sign_(), alpha=lr).clamp_(0, 1)
+        self.factors_2OG.sub_(torch.stack([grad_low_OG, grad_high_OG]).sign_(), alpha=lr).clamp_(
+            0, 1
+        )
 
 
 class ScaleFactor:
-    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point and units stay.
+    """A scale found beforehand times a factor, start 1, kept in [0.5, 1.5]; the zero point and
+    units stay.
 
     blocks: super-blocks with that scale; their minima take part in the factor, as zero points do.
     """
@@ -106,25 +130,36 @@ class ScaleFactor:
         return self.blocks.times(self.factors_2OG[0], self.grid) if self.blocks else None
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        """Current scale and zero point, each (out, G) float32, with the values that the file will hold."""
+        """Current scale and zero point, each (out, G) float32, with the values that the file will
+        hold."""
         blocks = self.super_blocks()
-        scale_OG = blocks.scale_OG if blocks else grids.storable(self.scale_OG * self.factors_2OG[0], self.grid)
+        scale_OG = (
+            blocks.scale_OG
+            if blocks
+            else grids.storable(self.scale_OG * self.factors_2OG[0], self.grid)
+        )
         return scale_OG, self.zero_OG
 
-    def step(self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float) -> None:
-        """One sign step: dL/df = s0 * dL/ds, and with a minimum m, which is s times a zero point, m0/s * dL/dz more."""
+    def step(
+        self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float
+    ) -> None:
+        """One sign step: dL/df = s0 * dL/ds, and with a minimum m, which is s times a zero point,
+        m0/s * dL/dz more."""
         grad_OG = grad_scale_OG * self.scale_OG
         if self.blocks:
             grad_OG = grad_OG + grad_zero_OG * self.blocks.min_OG / scale_OG
-        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr * COARSE if self.blocks else lr).clamp_(0.5, 1.5)
+        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr * COARSE if self.blocks else lr).clamp_(
+            0.5, 1.5
+        )
 
 
 class Rounding:
     """Offsets V of one weight, and what gives its scales and zero points.
 
-    By default V = 0 (float32) and the ranges are those of the weight: rounded to nearest. `start_at` sets a better
-    start, with V in float16: offsets are at most a few steps of the grid, and stay off the rounding edge. Minima of
-    super-blocks are added to W beforehand and taken off W~, which leaves a grid like the others.
+    By default V = 0 (float32) and the ranges are those of the weight: rounded to nearest.
+    `start_at` sets a better start, with V in float16: offsets are at most a few steps of the grid,
+    and stay off the rounding edge. Minima of super-blocks are added to W beforehand and taken off
+    W~, which leaves a grid like the others.
     """
 
     def __init__(self, w_OI: Tensor, group_size: int, grid: Grid):
@@ -134,13 +169,19 @@ class Rounding:
         self.ranges: RangeFactors | ScaleFactor
         offset_OGg = torch.zeros_like(self.w_OGg, dtype=torch.float32)
         if grid.scale_range is None:
-            self.ranges, self.offset_OGg = RangeFactors(*grids.ranges(self.w_OGg, grid), grid), offset_OGg
+            self.ranges, self.offset_OGg = (
+                RangeFactors(*grids.ranges(self.w_OGg, grid), grid),
+                offset_OGg,
+            )
         else:
             found = super_grids.search(self.w_OGg, torch.ones_like(offset_OGg[0]), grid)
             self.start_at(found.scale_OG, super_grids.zeros(found, grid), offset_OGg, found)
 
-    def start_at(self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None) -> None:
-        """Begin from scales, zero points and offsets found in closed form; a factor of the scale is tuned then.
+    def start_at(
+        self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None
+    ) -> None:
+        """Begin from scales, zero points and offsets found in closed form; a factor of the scale is
+        tuned then.
 
         blocks: super-blocks to which the scales belong.
         """
@@ -167,13 +208,16 @@ class Rounding:
         scale_OG, zero_OG = self.scale_and_zero()
         w_OGg = (self._quantize(scale_OG, zero_OG) - zero_OG[..., None]) * scale_OG[..., None]
         blocks = self.ranges.super_blocks()
-        return grids.from_groups(w_OGg - blocks.min_OG[..., None] if blocks else w_OGg, self.columns)
+        return grids.from_groups(
+            w_OGg - blocks.min_OG[..., None] if blocks else w_OGg, self.columns
+        )
 
     def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
-        """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own dtype.
+        """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own
+        dtype.
 
-        ``factor_lr`` 0 leaves the scales alone. A few rows at a time on a processor: every intermediate stays in its
-        cache, and no page of memory is asked for and given back.
+        ``factor_lr`` 0 leaves the scales alone. A few rows at a time on a processor: every
+        intermediate stays in its cache, and no page of memory is asked for and given back.
         """
         rows = max(1, CHUNK // self.columns) if grad_OI.is_cpu else len(grad_OI)
         for at in range(0, len(grad_OI), rows):
@@ -185,7 +229,11 @@ class Rounding:
     def rows(self, part: slice) -> "Rounding":
         """The state of some rows, in the same memory."""
         view = copy.copy(self)
-        view.w_OGg, view.offset_OGg, view.ranges = self.w_OGg[part], self.offset_OGg[part], self.ranges.rows(part)
+        view.w_OGg, view.offset_OGg, view.ranges = (
+            self.w_OGg[part],
+            self.offset_OGg[part],
+            self.ranges.rows(part),
+        )
         return view
 
     def _step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
@@ -211,7 +259,9 @@ class Rounding:
         self.offset_OGg, self.ranges.factors_2OG = (t.clone() for t in snapshot)
 
     def _quantize(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        return grids.quantize(self._on_grid(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid.top)
+        return grids.quantize(
+            self._on_grid(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid.top
+        )
 
     def _on_grid(self) -> Tensor:
         """The weight, float32, with what super-blocks take off."""

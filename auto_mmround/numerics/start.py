@@ -1,4 +1,5 @@
-"""The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, offsets that say it."""
+"""The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, offsets
+that say it."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,13 @@ from auto_mmround.numerics.rounding import Rounding
 
 @dataclass(frozen=True)
 class StartConfig:
-    """dampening: share of the mean of diag(H) added to it. order, block: of the columns, see `gram.solve`.
+    """dampening: share of the mean of diag(H) added to it. order, block: of the columns, see
+    `gram.solve`.
 
-    refit: fit the scales to the solved integers at the end. margin: how far the start
-    stays from the rounding edge, in steps of the grid; sign steps can flip what is close to it. retarget: solve for the
-    teacher's outputs, see `gram.retarget`; the moments must have been taken with teacher inputs.
+    refit: fit the scales to the solved integers at the end. margin: how far the start stays from
+    the rounding edge, in steps of the grid; sign steps can flip what is close to it. retarget:
+    solve for the teacher's outputs, see `gram.retarget`; the moments must have been taken with
+    teacher inputs.
     """
 
     dampening: float = 0.05
@@ -32,8 +35,10 @@ class StartConfig:
 class Collector:
     """Second moments of the inputs of some layers, added up while hooks see forward passes.
 
-    Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass` before each pass.
-    cross: each pass comes after one over the same samples with the teacher's inputs (``next_pass(teacher=True)``).
+    Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass`
+    before each pass.
+    cross: each pass comes after one over the same samples with the teacher's inputs
+      (``next_pass(teacher=True)``).
     """
 
     def __init__(self, weights: Callable[[str], Tensor | None], cross: bool = False):
@@ -42,7 +47,8 @@ class Collector:
         self._teacher: dict[str, Tensor] = {}
         self._moments: dict[str, gram.Moments] = {}
         self._owner: dict[str, str] = {}
-        self._seen: dict[int, tuple[Tensor, str]] = {}  # this pass's inputs, kept alive so that no id comes twice
+        # this pass's inputs, kept alive so that no id comes twice
+        self._seen: dict[int, tuple[Tensor, str]] = {}
 
     def next_pass(self, teacher: bool = False) -> None:
         """Forget the tensors of the last pass."""
@@ -54,7 +60,8 @@ class Collector:
         return {name: self._moments[owner] for name, owner in self._owner.items()}
 
     def see(self, name: str, x: Tensor) -> None:
-        """Add the input (..., in) of a layer, with the tokens' weights if they are as many as its tokens."""
+        """Add the input (..., in) of a layer, with the tokens' weights if they are as many as its
+        tokens."""
         if self._listening:
             self._teacher[name] = x.detach()
             return
@@ -68,16 +75,20 @@ class Collector:
         if self._owner[name] == name:
             weight = self._weights(name)
             whole = weight is not None and weight.numel() == x.shape[:-1].numel()
-            moments = self._moments.setdefault(name, gram.Moments(x.shape[-1], cross=self._cross, device=x.device))
-            moments.add(x.detach(), weight.to(x.device) if weight is not None and whole else None, teacher)
+            moments = self._moments.setdefault(
+                name, gram.Moments(x.shape[-1], cross=self._cross, device=x.device)
+            )
+            moments.add(
+                x.detach(), weight.to(x.device) if weight is not None and whole else None, teacher
+            )
 
 
 @contextmanager
 def collecting(
     layers: Mapping[str, nn.Module], weights: Callable[[str], Tensor | None], cross: bool = False
 ) -> Iterator[Collector]:
-    """A `Collector` that watches the layers while open. weights: of a layer's tokens in the current pass, pads 0; the
-    same for layers that share an input."""
+    """A `Collector` that watches the layers while open. weights: of a layer's tokens in the current
+    pass, pads 0; the same for layers that share an input."""
     collector = Collector(weights, cross)
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -92,7 +103,8 @@ def collecting(
 
 
 def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[list[str]]:
-    """Layers in the order in which they run, those together that share an input (q, k, v; gate, up).
+    """Layers in the order in which they run, those together that share an input (q, k, v; gate,
+    up).
 
     Experts, which run one by one on different tokens, come as those of one name.
     """
@@ -108,8 +120,8 @@ def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[
 def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> None:
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
-    They are stacked along their outputs, which are independent, so one factorization serves all. In float32,
-    whatever the caller computes blocks in.
+    They are stacked along their outputs, which are independent, so one factorization serves all. In
+    float32, whatever the caller computes blocks in.
     """
     with torch.autocast(roundings[0].w_OGg.device.type, enabled=False):
         _closed_form(roundings, moments, config)
@@ -130,7 +142,9 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
     else:
         blocks = super_grids.search(target_OGg, importance_Gg, grid)
         scale_OG, zero_OG = blocks.scale_OG, super_grids.zeros(blocks, grid)
-        w_OGg, target_OGg = (x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg))
+        w_OGg, target_OGg = (
+            x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg)
+        )
         w_OI = grids.from_groups(target_OGg, columns)  # on the grid that is left, see `super_grids`
     q_OI = gram.solve(
         w_OI, hessian_II, scale_OG, zero_OG, group_size, grid,
@@ -138,7 +152,9 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
     )  # fmt: skip
     if config.refit:
         unit_OG = blocks.unit_OG if blocks else None
-        scale_OG = gram.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG)
+        scale_OG = gram.refit_scale(
+            w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG
+        )
     q_OGg = grids.to_groups(q_OI, group_size)
     offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
     rows = [len(rounding.w_OGg) for rounding in roundings]
@@ -148,8 +164,11 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
         rounding.start_at(scale, zero, offset, super_grids.Super(*own) if own else None)
 
 
-def closed_forms(roundings: Mapping[str, Rounding], moments: Mapping[str, gram.Moments], config: StartConfig) -> None:
-    """`closed_form` for the layers of a block; one that no token reached has inputs that all count alike."""
+def closed_forms(
+    roundings: Mapping[str, Rounding], moments: Mapping[str, gram.Moments], config: StartConfig
+) -> None:
+    """`closed_form` for the layers of a block; one that no token reached has inputs that all count
+    alike."""
     stacks: dict[tuple[int, grids.Grid, int], list[Rounding]] = {}
     plain = replace(config, retarget=False)
     found: dict[int, gram.Moments] = {}

@@ -1,10 +1,12 @@
-"""Super-blocks, the grids of GGUF's K types: 256 columns share a float16 unit d, asymmetric ones a second, e.
+"""Super-blocks, the grids of GGUF's K types: 256 columns share a float16 unit d, asymmetric ones a
+second, e.
 
-W~ = d k (n - M) if symmetric, d k n - e m if not, with codes n, and integers k and m a group. So a group's scale and
-minimum are no free choice: they are found here together, for the whole super-block, by weighted squared error. The
-units found then are fixed. A minimum is real, not a multiple of the scale; adding it to the weight (`Super.min_OG`)
-leaves a grid with the zero point 0, on which everything else of this package works as on any other.
-Suffixes as in `grids`; S super-blocks a row, J groups a super-block.
+W~ = d k (n - M) if symmetric, d k n - e m if not, with codes n, and integers k and m a group. So a
+group's scale and minimum are no free choice: they are found here together, for the whole
+super-block, by weighted squared error. The units found then are fixed. A minimum is real, not a
+multiple of the scale; adding it to the weight (`Super.min_OG`) leaves a grid with the zero point 0,
+on which everything else of this package works as on any other. Suffixes as in `grids`; S
+super-blocks a row, J groups a super-block.
 """
 
 from itertools import product
@@ -22,7 +24,8 @@ TURNS = 3
 
 
 class Super(NamedTuple):
-    """Scales d k and minima e m (zero if symmetric), float32 (out, G), and the units d, e, float16 (out, S, 2)."""
+    """Scales d k and minima e m (zero if symmetric), float32 (out, G), and the units d, e, float16
+    (out, S, 2)."""
 
     scale_OG: Tensor
     min_OG: Tensor
@@ -48,19 +51,24 @@ class Super(NamedTuple):
 
 
 def search(w_OGg: Tensor, importance_Gg: Tensor, grid: Grid) -> Super:
-    """Small sum of importance * (w - w~)^2: every group on its own first, then under the units of its super-block."""
+    """Small sum of importance * (w - w~)^2: every group on its own first, then under the units of
+    its super-block."""
     rows = max(1, (gram.CHUNK if w_OGg.is_cpu else 256 * gram.CHUNK) // w_OGg[0].numel())
     weight_Gg = torch.where(importance_Gg.sum(-1, keepdim=True) > 0, importance_Gg.float(), 1.0)
-    parts = [fit(part, weight_Gg, grid, *_alone(part, weight_Gg, grid)) for part in w_OGg.float().split(rows)]
+    parts = [
+        fit(part, weight_Gg, grid, *_alone(part, weight_Gg, grid))
+        for part in w_OGg.float().split(rows)
+    ]
     return Super(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: Tensor) -> Super:
     """The best super-blocks near these scales and minima of the groups.
 
-    Units and integers take turns: integers by rounding, units by least squares for the codes that follow; several first
-    units are tried, which bring the largest scale to the bound of larger magnitude or near it. At the end each group
-    looks at its neighbouring integers. ValueError for columns that are no multiple of 256.
+    Units and integers take turns: integers by rounding, units by least squares for the codes that
+    follow; several first units are tried, which bring the largest scale to the bound of larger
+    magnitude or near it. At the end each group looks at its neighbouring integers. ValueError for
+    columns that are no multiple of 256.
     """
     groups, columns = w_OGg.shape[1:]
     if groups * columns % grids.SUPER:
@@ -73,7 +81,8 @@ def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: 
     best: tuple[Tensor, Super] | None = None
     for below in BELOW:
         unit_OS2 = _units(
-            largest_OS / (bound + below if grid.sym else bound - below), min_OSJ.amax(-1) / (high - below)
+            largest_OS / (bound + below if grid.sym else bound - below),
+            min_OSJ.amax(-1) / (high - below),
         )
         for _ in range(TURNS):
             found = _rounded(scale_OG, min_OG, unit_OS2, grid)
@@ -85,18 +94,22 @@ def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: 
         found = _neighbours(w_OGg, weight_Gg, best[1], grid)
         n_OGg, error_OG = _measure(w_OGg, weight_Gg, found, grid)
         best = _better(best, _by_super(error_OG, columns), found)
-        again = _rounded(found.scale_OG, found.min_OG, _least_squares(w_OGg, weight_Gg, n_OGg, found, grid), grid)
+        again = _rounded(
+            found.scale_OG, found.min_OG, _least_squares(w_OGg, weight_Gg, n_OGg, found, grid), grid
+        )
         best = _better(best, _by_super(_measure(w_OGg, weight_Gg, again, grid)[1], columns), again)
     return best[1]
 
 
 def zeros(found: Super, grid: Grid) -> Tensor:
-    """Zero points of the grid on which a weight lies once the minima are added, float32 (out, G)."""
+    """Zero points of the grid on which a weight lies once the minima are added, float32 (out,
+    G)."""
     return torch.full_like(found.scale_OG, grid.middle if grid.sym else 0)
 
 
 def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and minima of the groups if each were free: those of a plain grid, then minima that are real numbers."""
+    """Scales and minima of the groups if each were free: those of a plain grid, then minima that
+    are real numbers."""
     scale_OG, zero_OG = gram.search_scale(w_OGg, weight_Gg, grid)
     min_OG = torch.zeros_like(scale_OG)
     if grid.sym:
@@ -105,7 +118,9 @@ def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     found = scale_OG, min_OG
     for _ in range(TURNS):
         n_OGg = _nearest(w_OGg, scale_OG, min_OG, grid)
-        error_OG = ((n_OGg * scale_OG[..., None] - min_OG[..., None] - w_OGg).square() * weight_Gg).sum(-1)
+        error_OG = (
+            (n_OGg * scale_OG[..., None] - min_OG[..., None] - w_OGg).square() * weight_Gg
+        ).sum(-1)
         wins_OG = error_OG < best_OG
         found = torch.where(wins_OG, scale_OG, found[0]), torch.where(wins_OG, min_OG, found[1])
         best_OG = torch.minimum(best_OG, error_OG)
@@ -122,7 +137,11 @@ def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor
 def _nearest(w_OGg: Tensor, scale_OG: Tensor, min_OG: Tensor, grid: Grid) -> Tensor:
     """Codes less M, as floats."""
     middle = grid.middle if grid.sym else 0
-    return ((w_OGg + min_OG[..., None]) / scale_OG[..., None]).round_().clamp_(-middle, grid.top - middle)
+    return (
+        ((w_OGg + min_OG[..., None]) / scale_OG[..., None])
+        .round_()
+        .clamp_(-middle, grid.top - middle)
+    )
 
 
 def _measure(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -146,8 +165,11 @@ def _units(d_OS: Tensor, e_OS: Tensor) -> Tensor:
     return torch.where(pair_OS2 < 0, pair_OS2.clamp(max=-TINY), pair_OS2.clamp(min=TINY)).half()
 
 
-def _least_squares(w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, found: Super, grid: Grid) -> Tensor:
-    """Units with the least weighted error for these integers: one or two normal equations a super-block."""
+def _least_squares(
+    w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, found: Super, grid: Grid
+) -> Tensor:
+    """Units with the least weighted error for these integers: one or two normal equations a
+    super-block."""
     columns = w_OGg.shape[-1]
     a_OGg = n_OGg * (found.scale_OG / found.unit_OG)[..., None]
     b_OG1 = -(found.min_OG / found.min_unit_OG)[..., None]
@@ -175,15 +197,22 @@ def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> S
     best_OG, scale_OG, min_OG = torch.full_like(d_OG, torch.inf), found.scale_OG, found.min_OG
     for more_k, more_m in product((0, -1, 1), (0,) if grid.sym else (0, -1, 1)):
         m_OG = (found.min_OG / e_OG + more_m).round().clamp(0, grid.scale_range[1])
-        near = Super(d_OG * integers(found.scale_OG / d_OG + more_k, grid), e_OG * m_OG, found.unit_OS2)
+        near = Super(
+            d_OG * integers(found.scale_OG / d_OG + more_k, grid), e_OG * m_OG, found.unit_OS2
+        )
         error_OG = _measure(w_OGg, weight_Gg, near, grid)[1]
         wins_OG = error_OG < best_OG
-        scale_OG, min_OG = torch.where(wins_OG, near.scale_OG, scale_OG), torch.where(wins_OG, near.min_OG, min_OG)
+        scale_OG, min_OG = (
+            torch.where(wins_OG, near.scale_OG, scale_OG),
+            torch.where(wins_OG, near.min_OG, min_OG),
+        )
         best_OG = torch.minimum(best_OG, error_OG)
     return Super(scale_OG, min_OG, found.unit_OS2)
 
 
-def _better(best: tuple[Tensor, Super] | None, error_OS: Tensor, found: Super) -> tuple[Tensor, Super]:
+def _better(
+    best: tuple[Tensor, Super] | None, error_OS: Tensor, found: Super
+) -> tuple[Tensor, Super]:
     """Super-block by super-block the one with the smaller error."""
     if best is None:
         return error_OS, found

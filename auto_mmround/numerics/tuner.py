@@ -1,9 +1,10 @@
 """Tune the weights of one block so that its output stays near the teacher's.
 
-The block is an ordinary module whose tuned parameters hold W~. Each iteration draws samples, compares the block's
-output with the teacher's, and lets every `Rounding` that has a gradient take one sign step (p <- p - lr * sign(dL/dp),
-lr falling linearly to 0). With one batch a step that is in a hook that runs the moment the gradient is complete, so
-gradients of a block never pile up; with several, at the latest behind the last of them.
+The block is an ordinary module whose tuned parameters hold W~. Each iteration draws samples,
+compares the block's output with the teacher's, and lets every `Rounding` that has a gradient take
+one sign step (p <- p - lr * sign(dL/dp), lr falling linearly to 0). With one batch a step that is
+in a hook that runs the moment the gradient is complete, so gradients of a block never pile up; with
+several, at the latest behind the last of them.
 """
 
 import math
@@ -17,16 +18,18 @@ from torch import Tensor
 
 from auto_mmround.numerics.rounding import Rounding
 
-# One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B, T, D), (B, T, D) and
-# (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
+# One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B,
+# T, D), (B, T, D) and (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
 Forward = Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
 SUBSAMPLE = 2**16  # errors that a quantile is taken of
-AddUp = Callable[[Sequence[Tensor]], None]  # sums over processes, in place; None where there is one process
+# sums over processes, in place; None where there is one process
+AddUp = Callable[[Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Steps and rates. ``lr`` 0 or None means 1/iters, ``factor_lr`` None means lr and 0 means fixed ranges."""
+    """Steps and rates. ``lr`` 0 or None means 1/iters, ``factor_lr`` None means lr and 0 means
+    fixed ranges."""
 
     iters: int = 200
     lr: float | None = None
@@ -42,7 +45,8 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Mean squared error per element on the held-out samples, before, after, and the iteration it belongs to."""
+    """Mean squared error per element on the held-out samples, before, after, and the iteration it
+    belongs to."""
 
     start: float
     end: float
@@ -73,7 +77,8 @@ class TunedWeight:
 
 
 def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
-    """Indices to train on and a fixed few, evenly spread, to choose the best by; with under 16 samples all are both."""
+    """Indices to train on and a fixed few, evenly spread, to choose the best by; with under 16
+    samples all are both."""
     if count < 16:
         return list(range(count)), list(range(count))
     few = min(wanted, count // 8)
@@ -82,11 +87,14 @@ def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
 
 
 def looked_at(step: int, iters: int, checks: int = TuneConfig.checks) -> bool:
-    """Whether the held-out loss is looked at behind this step (from 1): ``checks`` times at most, the last included."""
+    """Whether the held-out loss is looked at behind this step (from 1): ``checks`` times at most,
+    the last included."""
     return step == iters or step % math.ceil(iters / checks) == 0
 
 
-def mean_error(forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None) -> float:
+def mean_error(
+    forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None
+) -> float:
     """Weighted mean squared error per element over the samples, in float32, without gradients."""
     sums = torch.zeros(2, dtype=torch.float64)  # squares, elements
     with torch.no_grad():
@@ -100,7 +108,8 @@ def mean_error(forward: Forward, indices: Sequence[int], batch_size: int, add_up
 
 
 def squared_error(output: Tensor, target: Tensor, weight: Tensor, trim: float = 0.0) -> Tensor:
-    """Sum of weighted squared differences, float32; without the largest ``trim`` of them, as told by a subsample."""
+    """Sum of weighted squared differences, float32; without the largest ``trim`` of them, as told
+    by a subsample."""
     errors = (output.float() - target.float()).square() * weight
     if trim:
         few = errors.detach().flatten()[:: max(1, errors.numel() // SUBSAMPLE)]
@@ -118,9 +127,10 @@ def tune_block(
 ) -> TuneResult:
     """Tune ``weights`` in place; afterwards the parameters hold the W~ that `Rounding.codes` gives.
 
-    The best parameters are chosen on fixed held-out samples, the start and the last step included, so the result is
-    never worse there than the start. With ``iters`` 0 the weights are rounded to nearest and only measured.
-    Several processes: ``forward`` runs a process's own of the samples, ``add_up`` sums gradients and errors.
+    The best parameters are chosen on fixed held-out samples, the start and the last step included,
+    so the result is never worse there than the start. With ``iters`` 0 the weights are rounded to
+    nearest and only measured. Several processes: ``forward`` runs a process's own of the samples,
+    ``add_up`` sums gradients and errors.
     """
     for weight in weights:
         weight.refresh()
@@ -164,10 +174,11 @@ def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:
 def _sign_descent(
     weights: Sequence[TunedWeight], config: TuneConfig, add_up: AddUp | None
 ) -> Iterator[Callable[..., None]]:
-    """Give a function ``learn(forward, draw, fraction)`` that takes one step at ``fraction`` of the learning rates.
+    """Give a function ``learn(forward, draw, fraction)`` that takes one step at ``fraction`` of the
+    learning rates.
 
-    With several processes gradients wait for the end of the backward pass: one that has no sample of a batch, or no
-    token for an expert, would leave the others waiting at that weight.
+    With several processes gradients wait for the end of the backward pass: one that has no sample
+    of a batch, or no token for an expert, would leave the others waiting at that weight.
     """
     rate = config.lr or 1.0 / config.iters
     factor_rate = rate if config.factor_lr is None else config.factor_lr
@@ -177,7 +188,10 @@ def _sign_descent(
         grad = weight.parameter.grad
         if fraction is not None and grad is not None:
             weight.rounding.step(
-                weight.rows(grad), rate * fraction, factor_rate * fraction, weight.rows(weight.parameter.data)
+                weight.rows(grad),
+                rate * fraction,
+                factor_rate * fraction,
+                weight.rows(weight.parameter.data),
             )
             weight.parameter.grad = None
 
@@ -198,17 +212,23 @@ def _sign_descent(
                 if weight.parameter.grad is None:
                     weight.parameter.grad = torch.zeros_like(weight.parameter)
                 add_up([weight.parameter.grad])
-            step(weight)  # also those that the last part did not reach, as experts that its tokens did not choose
+            # also those that the last part did not reach, as experts that its tokens did not choose
+            step(weight)
 
     with ExitStack() as stack:
         for weight in weights:
-            stack.enter_context(asking_for_gradients(weight.parameter, None if add_up else hook_for(weight)))
+            stack.enter_context(
+                asking_for_gradients(weight.parameter, None if add_up else hook_for(weight))
+            )
         yield learn
 
 
 @contextmanager
-def asking_for_gradients(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None] | None = None) -> Iterator[None]:
-    """While open, the parameter gets gradients, and ``hook`` is called when one is complete; none is left behind."""
+def asking_for_gradients(
+    parameter: torch.nn.Parameter, hook: Callable[[Tensor], None] | None = None
+) -> Iterator[None]:
+    """While open, the parameter gets gradients, and ``hook`` is called when one is complete; none
+    is left behind."""
     with ExitStack() as after:
         after.callback(_without_gradient, parameter)
         parameter.requires_grad_(True)

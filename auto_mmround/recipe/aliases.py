@@ -1,4 +1,5 @@
-"""Keys, values and schemes under the names that users of llm-compressor, GPTQModel and AutoRound know."""
+"""Keys, values and schemes under the names that users of llm-compressor, GPTQModel and AutoRound
+know."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -9,13 +10,19 @@ from auto_mmround.errors import UserError
 from auto_mmround.recipe.schemes import PRESETS
 
 # Values that mean one of ours; YAML's null is None.
-VALUES: dict[str, dict[Any, Any]] = {"actorder": {"static": "weight", None: "none"}, "equalize": {None: "none"}}
+VALUES: dict[str, dict[Any, Any]] = {
+    "actorder": {"static": "weight", None: "none"},
+    "equalize": {None: "none"},
+}
 
 
-def resolve(values: dict[str, Any], where: str, known: Collection[str], others: Mapping[str, str]) -> dict[str, Any]:
+def resolve(
+    values: dict[str, Any], where: str, known: Collection[str], others: Mapping[str, str]
+) -> dict[str, Any]:
     """``values`` with our names only, `scheme` spelt out. others: other name -> ours.
 
-    Raises UserError for a key that is unknown, with the nearest name, or given twice, and for an unknown scheme.
+    Raises UserError for a key that is unknown, with the nearest name, or given twice, and for an
+    unknown scheme.
     """
     resolved: dict[str, Any] = {}
     for key, value in values.items():

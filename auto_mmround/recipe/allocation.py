@@ -4,13 +4,17 @@ import heapq
 from collections.abc import Sequence
 
 
-def allocate(sizes: Sequence[Sequence[float]], damages: Sequence[Sequence[float]], budget: float) -> list[int] | None:
-    """For each item the index of its option, so that the sizes add up to at most ``budget`` with little damage.
+def allocate(
+    sizes: Sequence[Sequence[float]], damages: Sequence[Sequence[float]], budget: float
+) -> list[int] | None:
+    """For each item the index of its option, so that the sizes add up to at most ``budget`` with
+    little damage.
 
-    sizes and damages: of every option of every item. Each item begins at its smallest option; then the step that saves
-    most damage for its size is taken, over and over, if it still fits. Steps go along the lower convex hull of an
-    item's options, so the result is optimal for the size that it uses; what stays unused is less than the smallest step
-    left. None: not even the smallest options fit.
+    sizes and damages: of every option of every item. Each item begins at its smallest option; then
+    the step that saves most damage for its size is taken, over and over, if it still fits. Steps go
+    along the lower convex hull of an item's options, so the result is optimal for the size that it
+    uses; what stays unused is less than the smallest step left. None: not even the smallest options
+    fit.
     """
     hulls = [_hull(*item) for item in zip(sizes, damages, strict=True)]
     at = [0] * len(hulls)
@@ -44,7 +48,9 @@ def _hull(sizes: Sequence[float], damages: Sequence[float]) -> list[int]:
     for option in sorted(range(len(sizes)), key=lambda k: (sizes[k], damages[k])):
         if hull and damages[option] >= damages[hull[-1]]:
             continue
-        while len(hull) > 1 and _slope(sizes, damages, hull[-2], hull[-1]) >= _slope(sizes, damages, hull[-2], option):
+        while len(hull) > 1 and _slope(sizes, damages, hull[-2], hull[-1]) >= _slope(
+            sizes, damages, hull[-2], option
+        ):
             hull.pop()
         hull.append(option)
     return hull

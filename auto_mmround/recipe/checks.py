@@ -19,19 +19,31 @@ def all_strings(values: list[Any]) -> bool:
 
 
 def mapping_pairs(mappings: Any) -> list[Any]:
-    """Entries that have the outer form of a mapping; others as an empty one, which has the wrong length."""
-    return [m if isinstance(m, list) and m and isinstance(m[0], list) and m[0] else [] for m in mappings or []]
+    """Entries that have the outer form of a mapping; others as an empty one, which has the wrong
+    length."""
+    return [
+        m if isinstance(m, list) and m and isinstance(m[0], list) and m[0] else []
+        for m in mappings or []
+    ]
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """Check ``value`` against the field's type; an int is welcome where a float is expected, nothing else bends."""
+    """Check ``value`` against the field's type; an int is welcome where a float is expected,
+    nothing else bends."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(option) or option for option in options)
-    if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and float in plain
+        and int not in plain
+    ):
         value = float(value) if abs(value) < 2**53 else math.inf
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"recipe: {name} = {value} is no finite number")
     if (isinstance(value, bool) and bool not in plain) or not isinstance(value, plain):
         expected = " or ".join("nothing" if p is type(None) else p.__name__ for p in plain)
-        raise UserError(f"recipe: {name} = {shown(value)} is a {type(value).__name__}, expected {expected}")
+        raise UserError(
+            f"recipe: {name} = {shown(value)} is a {type(value).__name__}, expected {expected}"
+        )
     return value

@@ -19,13 +19,20 @@ RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
 RECIPE_SECONDS = 5.0
 YAML = partial(yaml.load, Loader=llm_compressor.Reader)  # a SafeLoader
-PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": YAML, ".yml": YAML, ".json": YAML}
-# TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is none.
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": YAML,
+    ".yml": YAML,
+    ".json": YAML,
+}
+# TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is
+# none.
 MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The keys of a TOML, YAML or JSON recipe file; sections only group keys, and `layer_config` is a table.
+    """The keys of a TOML, YAML or JSON recipe file; sections only group keys, and `layer_config` is
+    a table.
 
     A recipe of llm-compressor is translated.
     """
@@ -40,9 +47,13 @@ def read(path: str | Path) -> dict[str, Any]:
         with time_limit(RECIPE_SECONDS):
             tree = parse(text)
     except TooLong:
-        raise UserError(f"recipe file {path}: reading it takes more than {RECIPE_SECONDS:.0f} seconds") from None
+        raise UserError(
+            f"recipe file {path}: reading it takes more than {RECIPE_SECONDS:.0f} seconds"
+        ) from None
     except (*MISREAD, RecursionError) as error:
-        raise UserError(f"recipe file {path}: {one_line(str(error))[:400] or 'is nested too deep'}") from None
+        raise UserError(
+            f"recipe file {path}: {one_line(str(error))[:400] or 'is nested too deep'}"
+        ) from None
     if not _small(tree):
         what = f"more than {RECIPE_VALUES:,} values (a YAML alias counts as what it repeats)"
         raise UserError(f"recipe file {path}: {what}")
@@ -57,16 +68,24 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _small(tree: Any) -> bool:
-    """Whether a tree, its repeated parts counted each time, has no more than RECIPE_VALUES values."""
+    """Whether a tree, its repeated parts counted each time, has no more than RECIPE_VALUES
+    values."""
     left, count = [tree], 0
     while left and count <= RECIPE_VALUES:
         value, count = left.pop(), count + 1
-        left += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        left += (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple, set))
+            else ()
+        )
     return count <= RECIPE_VALUES
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe, every key, as TOML that `read` takes back unchanged (unset keys are left out)."""
+    """The resolved recipe, every key, as TOML that `read` takes back unchanged (unset keys are left
+    out)."""
     values = dataclasses.asdict(recipe)
     layers = values.pop("layer_config") or {}
     lines = [f"{key} = {_literal(value)}" for key, value in values.items() if value is not None]
@@ -77,6 +96,6 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _literal(value: Any) -> str:
-    # A JSON string is a TOML basic string; repr gives shortest floats, which TOML reads except for "1e-05"-like ones
-    # without a point, and those it reads too.
+    # A JSON string is a TOML basic string; repr gives shortest floats, which TOML reads except for
+    # "1e-05"-like ones without a point, and those it reads too.
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,9 @@
-"""Recipes of llm-compressor (YAML) in the terms of ours: GPTQ, SmoothQuant, AWQ and plain quantization modifiers.
+"""Recipes of llm-compressor (YAML) in the terms of ours: GPTQ, SmoothQuant, AWQ and plain
+quantization modifiers.
 
-Such a recipe names neither model nor data: give them as flags. Its targets are the linear layers of the whole model,
-towers included, less what it ignores; with `sequential_targets` only the blocks of these classes are quantized.
+Such a recipe names neither model nor data: give them as flags. Its targets are the linear layers of
+the whole model, towers included, less what it ignores; with `sequential_targets` only the blocks of
+these classes are quantized.
 """
 
 import difflib
@@ -36,18 +38,24 @@ NO_EFFECT = {
 }
 
 
-# Names that mean something else there, None: that we do not have. Their FP8 has one weight scale, ours one a channel.
-RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP4A16": "NVFP4", "MXFP4": None,
+# Names that mean something else there, None: that we do not have. Their FP8 has one weight scale,
+# ours one a channel.
+RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP4A16": "NVFP4",
+    "MXFP4": None,
            "NVFP4": None}  # fmt: skip
 
 
 class Reader(yaml.SafeLoader):
-    """YAML, and the members of llm-compressor's enumerations as it writes them: by their value, nothing is called."""
+    """YAML, and the members of llm-compressor's enumerations as it writes them: by their value,
+    nothing is called."""
 
 
 def _value_of_enumeration(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
-    """The first argument of `!!python/object/apply:compressed_tensors...`. Other classes raise ConstructorError."""
-    if not name.startswith(("compressed_tensors.", "llmcompressor.")) or not isinstance(node, yaml.SequenceNode):
+    """The first argument of `!!python/object/apply:compressed_tensors...`. Other classes raise
+    ConstructorError."""
+    if not name.startswith(("compressed_tensors.", "llmcompressor.")) or not isinstance(
+        node, yaml.SequenceNode
+    ):
         problem = f"could not determine a constructor for {name}"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return next(iter(loader.construct_sequence(node)), None)
@@ -57,30 +65,40 @@ Reader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _value_of
 
 
 def is_recipe(tree: dict[str, Any]) -> bool:
-    """Whether a file's content has llm-compressor's form: stages, groups of modifiers, or modifiers."""
+    """Whether a file's content has llm-compressor's form: stages, groups of modifiers, or
+    modifiers."""
     return any(str(key).endswith(("_stage", "_modifiers", "Modifier")) for key in tree)
 
 
 def translate(tree: dict[str, Any], where: str) -> Values:
-    """Keys of our recipe. Raises UserError for modifiers, keys and values that have no counterpart."""
+    """Keys of our recipe. Raises UserError for modifiers, keys and values that have no
+    counterpart."""
     values: Values = {}
     seen: list[str] = []
     for name, options in _modifiers(tree, where):
         start, takes = _known(name, MODIFIERS, where, "modifier")
         clash = {"equalize", "algorithm"} & values.keys() & start.keys()
         if clash:
-            raise UserError(f"{where}: {seen[-1]} and {name} both set {clash.pop()}; one of them can run")
+            raise UserError(
+                f"{where}: {seen[-1]} and {name} both set {clash.pop()}; one of them can run"
+            )
         seen.append(name)
         _merge(values, start)
         for key, value in _mapping(options, f"{where}: {name}").items():
             if key in NO_EFFECT:
                 log.warning("%s: %s: %s has no effect here: %s", where, name, key, NO_EFFECT[key])
             else:
-                _merge(values, _known(key, takes, f"{where}: {name}", "key")(value, f"{where}: {name}"))
+                _merge(
+                    values, _known(key, takes, f"{where}: {name}", "key")(value, f"{where}: {name}")
+                )
     values.setdefault("algorithm", "rtn")
     if "bits" not in values:
-        raise UserError(f"{where}: {' and '.join(seen) or 'no modifier'} names no scheme: nothing would be quantized")
-    if values.get("sequential_targets", ["Linear"]) == ["Linear"]:  # the grain alone, not the blocks
+        raise UserError(
+            f"{where}: {' and '.join(seen) or 'no modifier'} names no scheme: nothing would be"
+            " quantized"
+        )
+    # the grain alone, not the blocks
+    if values.get("sequential_targets", ["Linear"]) == ["Linear"]:
         values["quant_nontext_module"] = True
     return {"format": "compressed_tensors", **values}
 
@@ -108,7 +126,8 @@ def _known(key: Any, table: dict[str, Any], where: str, what: str) -> Any:
 
 
 def _merge(values: Values, more: Values) -> None:
-    """Lay keys over those there are; patterns of layers to keep, and overrides of layers, add up."""
+    """Lay keys over those there are; patterns of layers to keep, and overrides of layers, add
+    up."""
     for key, value in more.items():
         if key == "ignore":
             value = list(dict.fromkeys([*values.get(key, []), *value]))
@@ -117,7 +136,8 @@ def _merge(values: Values, more: Values) -> None:
         values[key] = value
 
 
-# ------------------------------------------------------------------------------------- one function a kind of value
+# ------------------------------------------------------------------------------------- one function
+# a kind of value
 
 
 def _as(name: str) -> Take:
@@ -138,7 +158,9 @@ def _texts(value: Any, where: str) -> list[str]:
 def _only(*allowed: Any) -> Take:
     def take(value: Any, where: str) -> Values:
         if value not in allowed:
-            raise UserError(f"{where}: {value!r} can't be translated, only {' or '.join(map(repr, allowed))}")
+            raise UserError(
+                f"{where}: {value!r} can't be translated, only {' or '.join(map(repr, allowed))}"
+            )
         return {}
 
     return take
@@ -152,12 +174,18 @@ def _targets(value: Any, where: str) -> Values:
 def _scheme(value: Any, where: str) -> Values:
     """A preset's name, or {name: targets}."""
     if isinstance(value, dict) and len(value) != 1:
-        raise UserError(f"{where}: scheme names {len(value)} presets; use config_groups for layers that differ")
+        raise UserError(
+            f"{where}: scheme names {len(value)} presets; use config_groups for layers that differ"
+        )
     name, targets = next(iter(value.items())) if isinstance(value, dict) else (value, None)
     meant = RENAMED.get(str(name).upper(), name)
     if meant is None:
-        raise UserError(f"{where}: scheme {name} quantizes activations to 4 bits, which is not built; use {name}A16")
-    scheme = {key: value for key, value in preset(meant, where).items() if key != "algorithm"}  # the modifier says it
+        raise UserError(
+            f"{where}: scheme {name} quantizes activations to 4 bits, which is not built; use"
+            f" {name}A16"
+        )
+    # the modifier says it
+    scheme = {key: value for key, value in preset(meant, where).items() if key != "algorithm"}
     return scheme | _targets(targets, where)
 
 
@@ -165,34 +193,54 @@ def _mappings(value: Any, where: str) -> Values:
     """Pairs [readers, source], or tables with smooth_layer and balance_layers."""
     pairs = []
     for item in value if isinstance(value, list) else [value] if value else []:
-        pair = [item.get("balance_layers"), item.get("smooth_layer")] if isinstance(item, dict) else item
+        pair = (
+            [item.get("balance_layers"), item.get("smooth_layer")]
+            if isinstance(item, dict)
+            else item
+        )
         if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], str):
-            raise UserError(f"{where}: mappings: expected pairs of readers and their source, found {str(item)[:80]!r}")
+            raise UserError(
+                f"{where}: mappings: expected pairs of readers and their source, found"
+                f" {str(item)[:80]!r}"
+            )
         pairs.append([_texts(pair[0], f"{where}: mappings"), pair[1]])
     return {"mappings": pairs} if pairs else {}
 
 
 def _config_groups(value: Any, where: str) -> Values:
-    """The group of all linear layers, or the only one, sets the scheme; others override it for their targets."""
+    """The group of all linear layers, or the only one, sets the scheme; others override it for
+    their targets."""
     groups = []
     for name, options in _mapping(value, where).items():
         inside = f"{where}: config_groups: {name}"
         options = _mapping(options, inside)
-        _check_keys(options, ("targets", "weights", "input_activations", "output_activations", "format"), inside)
+        _check_keys(
+            options,
+            ("targets", "weights", "input_activations", "output_activations", "format"),
+            inside,
+        )
         _only(None)(options.get("output_activations"), f"{inside}: output_activations")
         scheme = _weights(options.get("weights"), f"{inside}: weights")
         scheme |= _activations(options.get("input_activations"), f"{inside}: input_activations")
         groups.append((_targets(options.get("targets"), inside).get("targets"), scheme))
-    main = next((group for group in groups if group[0] is None), groups[0] if len(groups) == 1 else None)
+    main = next(
+        (group for group in groups if group[0] is None), groups[0] if len(groups) == 1 else None
+    )
     if main is None:
-        raise UserError(f"{where}: config_groups: none has the target Linear, which the others would override")
+        raise UserError(
+            f"{where}: config_groups: none has the target Linear, which the others would override"
+        )
     layers = {
         pattern: {key: scheme[key] for key in ("bits", "group_size", "sym")}
         for targets, scheme in groups
         if (targets, scheme) != main
         for pattern in targets or []
     }
-    return main[1] | ({"targets": main[0]} if main[0] else {}) | ({"layer_config": layers} if layers else {})
+    return (
+        main[1]
+        | ({"targets": main[0]} if main[0] else {})
+        | ({"layer_config": layers} if layers else {})
+    )
 
 
 def _weights(value: Any, where: str) -> Values:
@@ -234,7 +282,8 @@ def _check_keys(options: dict[str, Any], known: tuple[str, ...], where: str) -> 
 
 
 ARGUMENTS = (
-    "num_bits", "type", "symmetric", "strategy", "group_size", "actorder", "dynamic", "scale_dtype", "zp_dtype",
+    "num_bits", "type", "symmetric", "strategy", "group_size", "actorder", "dynamic", "scale_dtype",
+    "zp_dtype",
 )  # fmt: skip
 QUANTIZING: dict[str, Take] = {
     "targets": _targets,

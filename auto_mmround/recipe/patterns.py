@@ -13,9 +13,11 @@ def is_pattern(pattern: str) -> bool:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """`re:` patterns match anywhere from the start, others must be the name, its end after a dot, or its class.
+    """`re:` patterns match anywhere from the start, others must be the name, its end after a dot,
+    or its class.
 
-    The original matched any substring; whole dotted parts keep `--fp_layers q_proj` working without surprises.
+    The original matched any substring; whole dotted parts keep `--fp_layers q_proj` working without
+    surprises.
     """
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
@@ -23,18 +25,24 @@ def matches(pattern: str, name: str) -> bool:
 
 
 class Patterns:
-    """Which of many patterns name a layer, without trying each: dotted parts of names, and classes, lie in a table;
-    only `re:` ones are tried in turn."""
+    """Which of many patterns name a layer, without trying each: dotted parts of names, and classes,
+    lie in a table; only `re:` ones are tried in turn."""
 
     def __init__(self, patterns: Iterable[str]):
         self.all = list(dict.fromkeys(patterns))
-        self._plain = {pattern: i for i, pattern in enumerate(self.all) if not pattern.startswith("re:")}
-        self._regular = [(re.compile(p[3:]), i) for i, p in enumerate(self.all) if p.startswith("re:")]
+        self._plain = {
+            pattern: i for i, pattern in enumerate(self.all) if not pattern.startswith("re:")
+        }
+        self._regular = [
+            (re.compile(p[3:]), i) for i, p in enumerate(self.all) if p.startswith("re:")
+        ]
 
     def of(self, name: str, classes: Sequence[str] = ()) -> list[str]:
         """Those that name a layer, or with ``classes`` one of these, in their order."""
         parts = name.split(".")
-        runs = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+        runs = {
+            ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)
+        }
         found = [self._plain[run] for run in {*runs, *classes} if run in self._plain]
         found += [i for pattern, i in self._regular if pattern.match(name)]
         return [self.all[i] for i in sorted(found)]

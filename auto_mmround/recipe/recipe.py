@@ -1,4 +1,5 @@
-"""The one typed configuration. Flags, keyword arguments, TOML and YAML are four ways to write it."""
+"""The one typed configuration. Flags, keyword arguments, TOML and YAML are four ways to write
+it."""
 
 import dataclasses
 import typing
@@ -13,10 +14,14 @@ from auto_mmround.recipe.patterns import is_pattern
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 LAYER = "Linear"
-# Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never swallowed.
+# Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never
+# swallowed.
 REFUSED: dict[str, tuple[Any, str]] = {
     "adam": (False, "only sign descent is implemented; the original reports Adam slightly worse"),
-    "enable_norm_bias_tuning": (False, "the original rounds biases to 4 bits here, which costs accuracy"),
+    "enable_norm_bias_tuning": (
+        False,
+        "the original rounds biases to 4 bits here, which costs accuracy",
+    ),
 }
 
 
@@ -29,43 +34,95 @@ class Recipe(Fields):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, coerce(field.name, getattr(self, field.name), HINTS[field.name]))
+            object.__setattr__(
+                self, field.name, coerce(field.name, getattr(self, field.name), HINTS[field.name])
+            )
             KEYS[field.name].check(field.name, getattr(self, field.name))
         require(2 <= self.bits <= 8, f"bits = {self.bits}: 2 to 8 are possible")
-        require(self.group_size == -1 or self.group_size >= 1, f"group_size = {self.group_size}: -1 or at least 1")
-        require(self.act_bits in (8, 16, 32), f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32")
+        require(
+            self.group_size == -1 or self.group_size >= 1,
+            f"group_size = {self.group_size}: -1 or at least 1",
+        )
+        require(
+            self.act_bits in (8, 16, 32),
+            f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32",
+        )
         if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
             object.__setattr__(self, "group_size", -1)  # the default, which no W8A8 kernel takes
-        require(self.iters is None or self.iters >= 0, f"iters = {self.iters}: 0 (round to nearest) or more")
+        require(
+            self.iters is None or self.iters >= 0,
+            f"iters = {self.iters}: 0 (round to nearest) or more",
+        )
         require(self.dampening > 0, f"dampening = {self.dampening}: above 0")
-        require(0 <= self.smoothing_strength <= 1, f"smoothing_strength = {self.smoothing_strength}: from 0 to 1")
+        require(
+            0 <= self.smoothing_strength <= 1,
+            f"smoothing_strength = {self.smoothing_strength}: from 0 to 1",
+        )
         for name in ("ignore", "targets", "sequential_targets"):
-            require(all_strings(getattr(self, name) or []), f"{name}: a list of names or re: patterns")
-        shaped = all(len(pair) == 2 and all_strings([*pair[0], pair[1]]) for pair in mapping_pairs(self.mappings))
-        require(shaped, 'mappings: each is [["re:.*q_proj", ..], "re:.*input_layernorm"], readers before their source')
+            require(
+                all_strings(getattr(self, name) or []), f"{name}: a list of names or re: patterns"
+            )
+        shaped = all(
+            len(pair) == 2 and all_strings([*pair[0], pair[1]])
+            for pair in mapping_pairs(self.mappings)
+        )
+        require(
+            shaped,
+            'mappings: each is [["re:.*q_proj", ..], "re:.*input_layernorm"], readers before their'
+            " source",
+        )
         layers = self.layer_config or {}
         tables = all_strings([*layers]) and all(isinstance(each, dict) for each in layers.values())
-        require(tables, 'layer_config: each entry is a pattern with a table, such as {"q_proj": {"bits": 8}}')
+        require(
+            tables,
+            'layer_config: each entry is a pattern with a table, such as {"q_proj": {"bits": 8}}',
+        )
         patterns = [
             *self.kept_patterns,
             *(self.targets or []),
             *(self.sequential_targets or []),
             *layers,
         ]
-        for pattern in [*patterns, *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]])]:
+        for pattern in [
+            *patterns,
+            *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]]),
+        ]:
             require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
         require(self.batch >= 1, f"batch_size = {self.batch_size}: at least 1")
         for name, (allowed, why) in REFUSED.items():
-            require(getattr(self, name) == allowed, f"{name} = {getattr(self, name)!r} is refused: {why}")
+            require(
+                getattr(self, name) == allowed,
+                f"{name} = {getattr(self, name)!r} is refused: {why}",
+            )
 
-        static = "act_dynamic = false is for FP8 by channel with act_bits = 8, as scheme = FP8_STATIC has it"
-        require(self.act_dynamic or (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1), static)
+        static = (
+            "act_dynamic = false is for FP8 by channel with act_bits = 8, as scheme = FP8_STATIC"
+            " has it"
+        )
+        require(
+            self.act_dynamic or (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1),
+            static,
+        )
         static_inputs = ("act_dynamic = false", not self.act_dynamic)
-        for name, asked in (("equalize", self.equalize != "none"), ("polish", self.polish), static_inputs):
-            require(not (asked and self.streams), f"{name} needs the whole model in memory: no streaming")
-        require(not (self.retarget and self.in_turn), "retarget and true_sequential exclude one another")
-        require(0 <= self.trim < 0.5, f"trim = {self.trim}: a share of the errors, from 0 to below 0.5")
-        require(not self.polish or self.data_type == "int", "polish tunes scales of integers; data_type must be int")
+        for name, asked in (
+            ("equalize", self.equalize != "none"),
+            ("polish", self.polish),
+            static_inputs,
+        ):
+            require(
+                not (asked and self.streams),
+                f"{name} needs the whole model in memory: no streaming",
+            )
+        require(
+            not (self.retarget and self.in_turn), "retarget and true_sequential exclude one another"
+        )
+        require(
+            0 <= self.trim < 0.5, f"trim = {self.trim}: a share of the errors, from 0 to below 0.5"
+        )
+        require(
+            not self.polish or self.data_type == "int",
+            "polish tunes scales of integers; data_type must be int",
+        )
         self._check_mixed()
         if self.data_type != "int":
             self._check_float()
@@ -76,7 +133,10 @@ class Recipe(Fields):
         except ValueError:
             options = ()
         valid = options and all(isinstance(bits, int) and 2 <= bits <= 8 for bits in options)
-        require(bool(valid), f"bit_options = {self.bit_options!r}: a comma list of 2 to 8, such as 2,3,4,8")
+        require(
+            bool(valid),
+            f"bit_options = {self.bit_options!r}: a comma list of 2 to 8, such as 2,3,4,8",
+        )
         if self.target_bits is not None:
             require(self.data_type == "int", "target_bits mixes integers; data_type must be int")
             least = f"above {min(options)}, the least of bit_options; scales and zero points count"
@@ -88,8 +148,14 @@ class Recipe(Fields):
         bits, groups = FLOATS[self.data_type]
         fits = self.bits == bits and self.group_size in groups and self.sym
         sizes = " or ".join(map(str, groups))
-        require(fits, f"data_type {self.data_type} is symmetric with bits = {bits} and group_size = {sizes}")
-        require(not self.calibrates, f"data_type {self.data_type} is rounded to nearest only: algorithm rtn or iters 0")
+        require(
+            fits,
+            f"data_type {self.data_type} is symmetric with bits = {bits} and group_size = {sizes}",
+        )
+        require(
+            not self.calibrates,
+            f"data_type {self.data_type} is rounded to nearest only: algorithm rtn or iters 0",
+        )
 
     @property
     def formats(self) -> list[str]:
@@ -100,7 +166,8 @@ class Recipe(Fields):
     def scheme(self) -> Scheme:
         """The scheme of every weight without an override in ``layer_config``."""
         return Scheme(
-            self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype, min(self.act_bits, 16),
+            self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype,
+            min(self.act_bits, 16),
             act_dynamic=self.act_dynamic,
         )  # fmt: skip
 
@@ -131,7 +198,9 @@ class Recipe(Fields):
     @property
     def kept_patterns(self) -> list[str]:
         """Patterns of the layers that stay in 16 bits: `fp_layers` and `ignore`."""
-        return [part.strip() for part in self.fp_layers.split(",") if part.strip()] + (self.ignore or [])
+        return [part.strip() for part in self.fp_layers.split(",") if part.strip()] + (
+            self.ignore or []
+        )
 
     @property
     def streams(self) -> bool | None:
@@ -142,29 +211,38 @@ class Recipe(Fields):
     @property
     def mixable(self) -> tuple[int, ...]:
         """`bit_options`, growing."""
-        options = self.bit_options.split(",") if isinstance(self.bit_options, str) else self.bit_options
+        options = (
+            self.bit_options.split(",") if isinstance(self.bit_options, str) else self.bit_options
+        )
         return tuple(sorted({int(option) for option in options}))
 
     @property
     def needs_samples(self) -> bool:
-        """Whether calibration samples are read: to tune, to choose bits, or to see which channels, or inputs, are
-        large."""
+        """Whether calibration samples are read: to tune, to choose bits, or to see which channels,
+        or inputs, are large."""
         return self.calibrates or self.whole_passes
 
     @property
     def whole_passes(self) -> bool:
-        """Whether something works all over the model, before any block is quantized or after all are."""
-        return self.polish or self.equalize != "none" or self.target_bits is not None or not self.act_dynamic
+        """Whether something works all over the model, before any block is quantized or after all
+        are."""
+        return (
+            self.polish
+            or self.equalize != "none"
+            or self.target_bits is not None
+            or not self.act_dynamic
+        )
 
     @property
     def block_classes(self) -> list[str]:
-        """Classes of the blocks to quantize, of `sequential_targets`; none: stages are chosen by other keys."""
+        """Classes of the blocks to quantize, of `sequential_targets`; none: stages are chosen by
+        other keys."""
         return [name for name in self.sequential_targets or [] if name != LAYER]
 
     @property
     def in_turn(self) -> bool:
-        """Whether the closed form takes a block's layers one after another: llm-compressor says it by a layer's class
-        among the `sequential_targets`."""
+        """Whether the closed form takes a block's layers one after another: llm-compressor says it
+        by a layer's class among the `sequential_targets`."""
         return self.true_sequential or LAYER in (self.sequential_targets or [])
 
     @property
@@ -174,26 +252,35 @@ class Recipe(Fields):
 
     @property
     def details(self) -> dict[str, Any]:
-        """How weights are rounded, for information in configurations; what is not used is left out."""
-        solve = {"dampening": self.dampening, "actorder": self.actorder, "true_sequential": self.in_turn}
+        """How weights are rounded, for information in configurations; what is not used is left
+        out."""
+        solve = {
+            "dampening": self.dampening,
+            "actorder": self.actorder,
+            "true_sequential": self.in_turn,
+        }
         return {"iters": self.steps if self.calibrates else 0, "algorithm": self.algorithm} | (
             solve if self.closed_form else {}
         )
 
     @property
     def calibrates(self) -> bool:
-        """False when the weights are only rounded to nearest: `rtn`, or as in the original 0 iterations."""
+        """False when the weights are only rounded to nearest: `rtn`, or as in the original 0
+        iterations."""
         return self.steps > 0 or (self.how.start == "closed_form" and not self.how.steps)
 
 
 HINTS = typing.get_type_hints(Recipe)
 KEYS: dict[str, Key] = {
-    name: hint.__metadata__[0] for name, hint in typing.get_type_hints(Recipe, include_extras=True).items()
+    name: hint.__metadata__[0]
+    for name, hint in typing.get_type_hints(Recipe, include_extras=True).items()
 }
 ALIASES = {other: name for name, key in KEYS.items() for other in key.names}
 
 
-def from_mapping(values: dict[str, Any], where: str = "recipe", base: Recipe | None = None) -> Recipe:
-    """A recipe from plain values; names of other tools are welcome (`aliases`). Unknown keys raise UserError with the
-    nearest known name."""
+def from_mapping(
+    values: dict[str, Any], where: str = "recipe", base: Recipe | None = None
+) -> Recipe:
+    """A recipe from plain values; names of other tools are welcome (`aliases`). Unknown keys raise
+    UserError with the nearest known name."""
     return dataclasses.replace(base or Recipe(), **aliases.resolve(values, where, HINTS, ALIASES))

@@ -1,4 +1,5 @@
-"""A README for the hub: how a checkpoint was made, how to serve it where that was verified, and what is left of it."""
+"""A README for the hub: how a checkpoint was made, how to serve it where that was verified, and
+what is left of it."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.report import report
 
 MARK = "<!-- written by auto_mmround -->"
-PLACE = ("output_dir", "overwrite", "device", "layer_config")  # keys that don't belong to others, or are no line
+# keys that don't belong to others, or are no line
+PLACE = ("output_dir", "overwrite", "device", "layer_config")
 FROM_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 CHAT = """\
@@ -34,7 +36,8 @@ from transformers import {imports}
 listen = pipeline("automatic-speech-recognition", model="{name}"{options})
 print(listen("speech.wav")["text"])
 """
-# Transformers unpacks these weights in the model's first forward pass, but transcribing calls the encoder alone first.
+# Transformers unpacks these weights in the model's first forward pass, but transcribing calls the
+# encoder alone first.
 UNPACKED = ', model_kwargs={"quantization_config": CompressedTensorsConfig(dequantize=True)}'
 TEXT = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,22 +49,36 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 """
 SERVE = "vllm serve {name}\n"
 MLX = "python -m mlx_{lm}.generate --model {name} --prompt {prompt}\n"
-LLAMA = 'llama-mtmd-cli -m {name}/*.gguf --mmproj {name}/mmproj*.gguf --image picture.png -p "What is shown?"\n'
+LLAMA = (
+    'llama-mtmd-cli -m {name}/*.gguf --mmproj {name}/mmproj*.gguf --image picture.png -p "What is'
+    ' shown?"\n'
+)
 
-# Engine -> input of the model -> (language of the code, code). What was verified but has no code here is only named.
+# Engine -> input of the model -> (language of the code, code). What was verified but has no code
+# here is only named.
 CODE: dict[str, dict[str, tuple[str, str]]] = {
-    "transformers": {"image": ("python", CHAT), "audio": ("python", SPEECH), "text": ("python", TEXT)},
+    "transformers": {
+        "image": ("python", CHAT),
+        "audio": ("python", SPEECH),
+        "text": ("python", TEXT),
+    },
     "vllm": dict.fromkeys(("image", "audio", "text"), ("bash", SERVE)),
-    "llamacpp": {"image": ("bash", LLAMA), "text": ("bash", 'llama-cli -m {name}/*.gguf -p "The first thing"\n')},
+    "llamacpp": {
+        "image": ("bash", LLAMA),
+        "text": ("bash", 'llama-cli -m {name}/*.gguf -p "The first thing"\n'),
+    },
     "mlx": {"image": ("bash", MLX), "text": ("bash", MLX)},
 }
 
 
 def write(folder: Path) -> Path:
-    """README.md of a checkpoint of ours. Raises UserError if one that we did not write is in the way."""
+    """README.md of a checkpoint of ours. Raises UserError if one that we did not write is in the
+    way."""
     path = folder / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
-        raise UserError(f"{path} was not written by auto_mmround and stays: move it away for a new model card")
+        raise UserError(
+            f"{path} was not written by auto_mmround and stays: move it away for a new model card"
+        )
     found = report.collect(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = _kind(config)
@@ -73,23 +90,39 @@ def write(folder: Path) -> Path:
         architecture=", ".join(config.get("architectures") or [config["model_type"]]),
         kind=kind,
         deployments=_deployments(found, config, kind),
-        recipe="\n".join(f"{k} = {json.dumps(_bare(v))}" for k, v in found["chosen"].items() if k not in PLACE),
-        command=" ".join(_bare(word) for word in (found["evaluation"] or {}).get("command", "").split(" ")),
+        recipe="\n".join(
+            f"{k} = {json.dumps(_bare(v))}" for k, v in found["chosen"].items() if k not in PLACE
+        ),
+        command=" ".join(
+            _bare(word) for word in (found["evaluation"] or {}).get("command", "").split(" ")
+        ),
     )
     report.put(path, text)
     return path
 
 
 def _bare(value: Any) -> Any:
-    """Without the folders above it, if it is a path on this machine: they are nobody else's business."""
-    local = isinstance(value, str) and "/" in value and (value.startswith((".", "/", "~")) or Path(value).exists())
+    """Without the folders above it, if it is a path on this machine: they are nobody else's
+    business."""
+    local = (
+        isinstance(value, str)
+        and "/" in value
+        and (value.startswith((".", "/", "~")) or Path(value).exists())
+    )
     return Path(value).name if local else value
 
 
 def _kind(config: Mapping[str, Any]) -> str:
     """What goes in beside text."""
     names = config.keys() | {"audio_config"} if "num_mel_bins" in config else config.keys()
-    return next((kind for kind, key in (("image", "vision_config"), ("audio", "audio_config")) if key in names), "text")
+    return next(
+        (
+            kind
+            for kind, key in (("image", "vision_config"), ("audio", "audio_config"))
+            if key in names
+        ),
+        "text",
+    )
 
 
 def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -108,7 +141,9 @@ def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return matter | {key: own[key] for key in FROM_SOURCE if isinstance(own, dict) and key in own}
 
 
-def _deployments(found: Mapping[str, Any], config: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+def _deployments(
+    found: Mapping[str, Any], config: Mapping[str, Any], kind: str
+) -> list[dict[str, Any]]:
     """The engines that verified the checkpoint, each with code if we have some."""
     result = []
     packed = (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
@@ -122,8 +157,12 @@ def _deployments(found: Mapping[str, Any], config: Mapping[str, Any], kind: str)
             "options": UNPACKED if packed else "",
             "cls": (config.get("architectures") or ["AutoModelForImageTextToText"])[0],
             "lm": "vlm" if kind == "image" else "lm",
-            "prompt": '"What is shown?" --image picture.png' if kind == "image" else '"The first thing"',
+            "prompt": (
+                '"What is shown?" --image picture.png' if kind == "image" else '"The first thing"'
+            ),
         }
         title = row["version"] or row["engine"]
-        result.append({"engine": title, "row": row, "language": language, "code": code.format(**names)})
+        result.append(
+            {"engine": title, "row": row, "language": language, "code": code.format(**names)}
+        )
     return result

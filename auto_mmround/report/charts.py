@@ -1,4 +1,5 @@
-"""Charts as inline SVG: horizontal places in percent, so that a chart fits any width while its text keeps its size."""
+"""Charts as inline SVG: horizontal places in percent, so that a chart fits any width while its text
+keeps its size."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,8 @@ class Scale:
         return round(height - BOTTOM - min(part, 1.0) * (height - TOP - BOTTOM), 1)
 
     def ticks(self) -> list[float]:
-        """Round values to label: powers of ten (with 2 and 5 between few of them), or three to six even steps."""
+        """Round values to label: powers of ten (with 2 and 5 between few of them), or three to six
+        even steps."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if len(powers) <= 3 else (1,)
@@ -62,21 +64,29 @@ def figure(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}"
 
 
-def chart(title: str, summary: str, body: Iterable[str], axis: Scale, labels: Sequence[str]) -> Markup:
-    """A plot with its axis and a few of the labels below; title and summary are read out by screen readers."""
+def chart(
+    title: str, summary: str, body: Iterable[str], axis: Scale, labels: Sequence[str]
+) -> Markup:
+    """A plot with its axis and a few of the labels below; title and summary are read out by screen
+    readers."""
     grid = []
     for tick in axis.ticks():
         y = axis.y(tick)
         grid.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
     ticks = "".join(
-        f'<text class="tick" x="{LEFT - 8}" y="{axis.y(t) + 4}" text-anchor="end">{t:g}</text>' for t in axis.ticks()
+        f'<text class="tick" x="{LEFT - 8}" y="{axis.y(t) + 4}" text-anchor="end">{t:g}</text>'
+        for t in axis.ticks()
     )
     below = []
     for i in _some(len(labels)):
         x = f"{center(i, len(labels)):.2f}%"
-        below.append(f'<text class="tick" x="{x}" y="{HEIGHT - 5}" text-anchor="middle">{escape(labels[i])}</text>')
+        below.append(
+            f'<text class="tick" x="{x}" y="{HEIGHT - 5}"'
+            f' text-anchor="middle">{escape(labels[i])}</text>'
+        )
     return Markup(
-        f'<div class="plot"><svg class="axis" width="{LEFT}" height="{HEIGHT}" aria-hidden="true">{ticks}</svg>'
+        f'<div class="plot"><svg class="axis" width="{LEFT}" height="{HEIGHT}"'
+        f' aria-hidden="true">{ticks}</svg>'
         f'<svg class="marks" height="{HEIGHT}" role="img"><title>{escape(title)}</title>'
         f"<desc>{escape(summary)}</desc>{''.join(grid)}{''.join(body)}{''.join(below)}</svg></div>"
     )
@@ -89,28 +99,36 @@ def center(i: int, count: int) -> float:
 
 def _some(count: int) -> list[int]:
     """At most five places, first and last among them."""
-    return sorted({round(i * (count - 1) / 4) for i in range(5)}) if count > 5 else list(range(count))
+    return (
+        sorted({round(i * (count - 1) / 4) for i in range(5)}) if count > 5 else list(range(count))
+    )
 
 
 def drops(
-    title: str, labels: Sequence[str], nearest: Sequence[float], start: Sequence[float], end: Sequence[float]
+    title: str,
+    labels: Sequence[str],
+    nearest: Sequence[float],
+    start: Sequence[float],
+    end: Sequence[float],
 ) -> Markup:
-    """A column a block: a ring where rounding to nearest is, a dash at the start, a dot at the end."""
+    """A column a block: a ring where rounding to nearest is, a dash at the start, a dot at the
+    end."""
     axis = scale([*nearest, *start, *end])
     marks = []
     for i, (high, middle, low) in enumerate(zip(nearest, start, end, strict=True)):
         x, ys = f"{center(i, len(labels)):.2f}%", [axis.y(value) for value in (high, middle, low)]
         tip = escape(f"{labels[i]}: {figure(high)} → {figure(middle)} → {figure(low)}")
         marks.append(
-            f'<g><title>{tip}</title><line class="drop" x1="{x}" x2="{x}" y1="{ys[0]}" y2="{ys[2]}"/>'
-            f'<circle class="nearest" cx="{x}" cy="{ys[0]}" r="3.5"/>'
-            f'<circle class="start" cx="{x}" cy="{ys[1]}" r="2"/>'
-            f'<circle class="end" cx="{x}" cy="{ys[2]}" r="3.5"/></g>'
+            f'<g><title>{tip}</title><line class="drop" x1="{x}" x2="{x}" y1="{ys[0]}"'
+            f' y2="{ys[2]}"/><circle class="nearest" cx="{x}" cy="{ys[0]}" r="3.5"/><circle'
+            f' class="start" cx="{x}" cy="{ys[1]}" r="2"/><circle class="end" cx="{x}" cy="{ys[2]}"'
+            ' r="3.5"/></g>'
         )
     falls = sum(low < high for high, low in zip(nearest, end, strict=True))
     summary = (
-        f"Error of {len(labels)} blocks, {'logarithmic' if axis.log else 'linear'} scale. It fell in {falls} of them; "
-        f"sum {figure(sum(nearest))} rounded to nearest, {figure(sum(end))} at the end."
+        f"Error of {len(labels)} blocks, {'logarithmic' if axis.log else 'linear'} scale. It fell"
+        f" in {falls} of them; sum {figure(sum(nearest))} rounded to nearest, {figure(sum(end))} at"
+        " the end."
     )
     return chart(title, summary, marks, axis, labels)
 
@@ -123,9 +141,9 @@ def columns(title: str, labels: Sequence[str], values: Sequence[float], unit: st
     for i, value in enumerate(values):
         y = axis.y(value)
         bars.append(
-            f'<rect class="bar" x="{i * width + width * 0.15:.2f}%" width="{width * 0.7:.2f}%" y="{y}" '
-            f'height="{max(HEIGHT - BOTTOM - y, 0.5):.1f}">'
-            f"<title>{escape(labels[i])}: {figure(value)} {unit}</title></rect>"
+            f'<rect class="bar" x="{i * width + width * 0.15:.2f}%" width="{width * 0.7:.2f}%"'
+            f' y="{y}" height="{max(HEIGHT - BOTTOM - y, 0.5):.1f}"><title>{escape(labels[i])}:'
+            f" {figure(value)} {unit}</title></rect>"
         )
     summary = f"{len(values)} blocks, from {figure(min(values))} to {figure(max(values))} {unit}."
     return chart(title, summary, bars, axis, labels)
@@ -145,8 +163,9 @@ def line(
     for name, (color, found) in series.items():
         k = color % COLORS
         marks += [
-            f'<line class="s{k}" x1="{center(i - 1, len(labels)):.2f}%" x2="{center(i, len(labels)):.2f}%" '
-            f'y1="{axis.y(found[i - 1])}" y2="{axis.y(found[i])}"/>'
+            f'<line class="s{k}" x1="{center(i - 1, len(labels)):.2f}%"'
+            f' x2="{center(i, len(labels)):.2f}%" y1="{axis.y(found[i - 1])}"'
+            f' y2="{axis.y(found[i])}"/>'
             for i in range(1, len(found))
         ]
         marks += [
@@ -155,7 +174,9 @@ def line(
             for i, value in enumerate(found)
         ]
     sums = "; ".join(
-        f"{name}: {figure(found[0])} to {figure(found[-1])}" for name, (_, found) in series.items() if found
+        f"{name}: {figure(found[0])} to {figure(found[-1])}"
+        for name, (_, found) in series.items()
+        if found
     )
     return chart(title, f"{sums} {unit}".strip(), marks, axis, labels)
 
@@ -164,6 +185,6 @@ def bar(value: float, largest: float, kind: str = "end") -> Markup:
     """One bar inside a table row, whose figure stands beside it."""
     width = 100 * value / largest if largest > 0 else 0.0
     return Markup(
-        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1" height="10" '
-        f'width="{max(width, 0.4):.2f}%" rx="1"/></svg>'
+        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1"'
+        f' height="10" width="{max(width, 0.4):.2f}%" rx="1"/></svg>'
     )

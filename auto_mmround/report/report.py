@@ -1,6 +1,8 @@
-"""The report of a run: everything a checkpoint folder knows about itself, as `report.json` and one `report.html`.
+"""The report of a run: everything a checkpoint folder knows about itself, as `report.json` and one
+`report.html`.
 
-Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if there `eval.json` and `verify.json`.
+Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if there `eval.json` and
+`verify.json`.
 """
 
 import json
@@ -25,20 +27,36 @@ from auto_mmround.untrusted import weight_files
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
 VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")
-SCALES = ("scales", "qzeros", "g_idx", "biases", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
+SCALES = (
+    "scales",
+    "qzeros",
+    "g_idx",
+    "biases",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_shape",
+)
 PLAIN = ("F64", "F32", "F16", "BF16")
 WORST = 10
 
 
 def ours(folder: Path) -> bool:
     """Whether a folder is the result of a run of ours that can be written to."""
-    return (folder / "run.json").is_file() and (folder / "recipe.toml").is_file() and os.access(folder, os.W_OK)
+    return (
+        (folder / "run.json").is_file()
+        and (folder / "recipe.toml").is_file()
+        and os.access(folder, os.W_OK)
+    )
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """What the report says, as plain values. Raises UserError if the folder is no output of ours."""
+    """What the report says, as plain values. Raises UserError if the folder is no output of
+    ours."""
     if not (folder / "run.json").is_file() or not (folder / "recipe.toml").is_file():
-        raise UserError(f"{folder} has no run.json and recipe.toml: it is not the result of one of our runs")
+        raise UserError(
+            f"{folder} has no run.json and recipe.toml: it is not the result of one of our runs"
+        )
     run, recipe = _json(folder / "run.json"), read(folder / "recipe.toml")
     measured = run.get("measured", {})
     blocks = [block | measured.get("blocks", {}).get(block["name"], {}) for block in run["blocks"]]
@@ -80,19 +98,28 @@ def _measured(row: Mapping[str, Any]) -> bool:
 
 def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The layers that lose most of their own output."""
-    layers = [{"name": name, **found} for block in blocks for name, found in block.get("layers", {}).items()]
+    layers = [
+        {"name": name, **found}
+        for block in blocks
+        for name, found in block.get("layers", {}).items()
+    ]
     layers = [layer for layer in layers if _measured(layer)]
     return sorted(layers, key=lambda layer: -layer["end"])[:WORST]
 
 
 def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where bits differ: how many weights have how many, and for each kind of layer its bits block by block."""
+    """Where bits differ: how many weights have how many, and for each kind of layer its bits block
+    by block."""
     bits = {name: layer["bits"] for name, layer in run.get("codes", {}).items() if "bits" in layer}
     if len(set(bits.values())) < 2:
         return None
     rows: dict[str, list[int]] = {}
-    for name in sorted(bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]):
-        rows.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(bits[name])
+    for name in sorted(
+        bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]
+    ):
+        rows.setdefault(
+            ".".join("*" if part.isdigit() else part for part in name.split(".")), []
+        ).append(bits[name])
     expected = run.get("mixed")
     shares = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
     return {
@@ -108,7 +135,9 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
     """`W4A16`, or the name of a float grid, as model cards name a scheme."""
     if recipe.get("data_type", "int") != "int":
         return str(recipe["data_type"]).upper()
-    bits = recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
+    bits = (
+        recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
+    )
     return f"W{bits}A{min(int(recipe.get('act_bits', 16)), 16)}"
 
 
@@ -122,8 +151,8 @@ def number_label(recipe: Mapping[str, Any]) -> str:
 
 
 def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Store what `verify` found: engine, version, status, reason, layers, planned, gap. The newest verdict of an engine
-    counts; one that did not run takes no other's place."""
+    """Store what `verify` found: engine, version, status, reason, layers, planned, gap. The newest
+    verdict of an engine counts; one that did not run takes no other's place."""
     kept = {row["engine"]: row for row in _verdicts(folder / VERDICTS)}
     for verdict in verdicts:
         if verdict["status"] != "not run" or verdict["engine"] not in kept:
@@ -132,7 +161,8 @@ def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add an evaluation to the folder's own record; it takes the place of an older one of the same question."""
+    """Add an evaluation to the folder's own record; it takes the place of an older one of the same
+    question."""
     path = folder / EVALUATION
     old = _json(path)["evaluations"] if path.is_file() else []
     key = ("reference", "baseline", "dataset", "limit", "language", "tasks")
@@ -147,8 +177,15 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
     scores: dict[tuple[str, str, str], dict[str, Any]] = {}
     found: dict[str, Any] = {}
     for record in _json(folder / EVALUATION)["evaluations"]:
-        scores |= {(score["benchmark"], score["split"], score["metric"]): score for score in record["scores"]}
-        facts = {key: value for key, value in record.items() if key not in ("scores", "figures", "samples")}
+        scores |= {
+            (score["benchmark"], score["split"], score["metric"]): score
+            for score in record["scores"]
+        }
+        facts = {
+            key: value
+            for key, value in record.items()
+            if key not in ("scores", "figures", "samples")
+        }
         found |= {key: record[key] for key in ("figures", "samples") if record.get(key)} | facts
         if record.get("figures"):
             found["measured_on"] = record["dataset"]
@@ -173,7 +210,11 @@ def compare(folders: Sequence[Path], page: Path) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
     runs = list(zip(letters, names, reports))
     text = template.render(
-        runs=runs, letters=letters, rows=_compared(reports), stages=_lines(letters, reports), charts=charts
+        runs=runs,
+        letters=letters,
+        rows=_compared(reports),
+        stages=_lines(letters, reports),
+        charts=charts,
     )
     put(page, text)
     return page
@@ -189,7 +230,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)} | {"zip": zip}
+    made.filters |= {
+        fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)
+    } | {"zip": zip}
     return made
 
 
@@ -203,14 +246,19 @@ def view(report: dict[str, Any]) -> dict[str, Any]:
         "figures": evaluated.get("figures", {}),
         "scores": evaluated.get("scores", []),
         "samples": evaluated.get("samples", []),
-        "roles": [role for role in ("reference", "baseline", "quantized") if role in _roles(evaluated)],
+        "roles": [
+            role for role in ("reference", "baseline", "quantized") if role in _roles(evaluated)
+        ],
         "width": evaluated.get("reference_dtype") or "reference",
     }
 
 
 def _roles(evaluated: Mapping[str, Any]) -> set[str]:
     scored = {
-        role for score in evaluated.get("scores", []) for role in ("reference", "baseline") if score[role] is not None
+        role
+        for score in evaluated.get("scores", [])
+        for role in ("reference", "baseline")
+        if score[role] is not None
     }
     answered = {role for sample in evaluated.get("samples", []) for role in sample["answers"]}
     return {"quantized", *scored, *answered, *evaluated.get("figures", {})}
@@ -237,14 +285,18 @@ def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
     """Reason -> how many weights, and their names with a star for block numbers."""
     found: dict[str, list[str]] = {}
     for name, reason in kept.items():
-        found.setdefault(reason, []).append(".".join("*" if part.isdigit() else part for part in name.split(".")))
+        found.setdefault(reason, []).append(
+            ".".join("*" if part.isdigit() else part for part in name.split("."))
+        )
     return [
-        {"reason": reason, "count": len(names), "names": list(dict.fromkeys(names))} for reason, names in found.items()
+        {"reason": reason, "count": len(names), "names": list(dict.fromkeys(names))}
+        for reason, names in found.items()
     ]
 
 
 def _sizes(folder: Path, model: str) -> dict[str, Any]:
-    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the source."""
+    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
+    source."""
     packed = plain = 0
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -257,7 +309,11 @@ def _sizes(folder: Path, model: str) -> dict[str, Any]:
             scales = name.rpartition(".")[2] in SCALES
             packed += size_ if scales or entry["dtype"] not in PLAIN else 0
             plain += 0 if scales or entry["dtype"] not in PLAIN else size_
-    weights = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
+    weights = sum(
+        path.stat().st_size
+        for pattern in ("*.safetensors", "*.gguf")
+        for path in folder.glob(pattern)
+    )
     try:
         source = find_folder(model, offline=True)
         before = sum(path.stat().st_size for path in weight_files(source)) or None
@@ -274,7 +330,8 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:
-    """(title, a value a run, kind) of every line of the comparison; lines that no run has are left out."""
+    """(title, a value a run, kind) of every line of the comparison; lines that no run has are left
+    out."""
     rows: list[tuple[str, list[Any], str]] = [
         ("model", [report["model"] for report in reports], "text"),
         ("scheme", [report["scheme"] for report in reports], "text"),
@@ -285,12 +342,17 @@ def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]
         ("time", [report["seconds"] for report in reports], "duration"),
         ("peak memory, GB", [report["peak_gb"] for report in reports], "figure"),
     ]
-    figures = [((report["evaluation"] or {}).get("figures") or {}).get("quantized", {}) for report in reports]
+    figures = [
+        ((report["evaluation"] or {}).get("figures") or {}).get("quantized", {})
+        for report in reports
+    ]
     rows += [
         (f"KL, {modality}", [each.get("kl", {}).get(modality) for each in figures], "figure")
         for modality in dict.fromkeys(name for each in figures for name in each.get("kl", {}))
     ]
-    found = [{_label(s): s for s in (report["evaluation"] or {}).get("scores", [])} for report in reports]
+    found = [
+        {_label(s): s for s in (report["evaluation"] or {}).get("scores", [])} for report in reports
+    ]
     for label in dict.fromkeys(label for each in found for label in each):
         rows.append((label, [each.get(label, {}).get("quantized") for each in found], "figure"))
         left = [each.get(label, {}).get("recovery") for each in found]
@@ -306,8 +368,11 @@ def _label(score: Mapping[str, Any]) -> str:
     return f"{score['benchmark']} {score['split']} ({score['metric']})".replace("  ", " ")
 
 
-def _lines(letters: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Stage -> the end error of each of its blocks in every run that tuned it with equally many blocks."""
+def _lines(
+    letters: Sequence[str], reports: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Stage -> the end error of each of its blocks in every run that tuned it with equally many
+    blocks."""
     found: dict[str, dict[str, Any]] = {}
     for i, report in enumerate(reports):
         for stage, blocks in _tuned(report["blocks"]).items():
@@ -346,7 +411,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

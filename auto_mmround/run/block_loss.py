@@ -20,15 +20,20 @@ def forward_of(
     loss_weights: ErrorWeights,
     places: Mapping[int, int],
 ) -> Callable[[Sequence[int]], Any]:
-    """The student's outputs behind ``blocks``, the teacher's, and what errors weigh, for the samples asked for.
+    """The student's outputs behind ``blocks``, the teacher's, and what errors weigh, for the
+    samples asked for.
 
-    places: number of a sample in the run -> its place in the chain; those of other processes are missing."""
+    places: number of a sample in the run -> its place in the chain; those of other processes are
+      missing."""
 
     def forward(indices: Sequence[int]) -> Any:
-        for group, output in student.forward(blocks, first, [places[i] for i in indices if i in places]):
+        for group, output in student.forward(
+            blocks, first, [places[i] for i in indices if i in places]
+        ):
             hidden = [target.hidden[i] for i in group]
             wanted = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-            # In the shape of what the blocks read: a query that all windows of a sound share broadcasts.
+            # In the shape of what the blocks read: a query that all windows of a sound share
+            # broadcasts.
             batch, *rest = student.hidden[group[0]].shape[:-1]
             weights = loss_weights.of(group, (len(group) * batch, *rest))
             yield output, wanted.to(output.device), weights.to(output.device)
@@ -37,7 +42,8 @@ def forward_of(
 
 
 def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:
-    """How a block is tuned. batch_size: a divisor of the recipe's; steps see the same samples, in more parts."""
+    """How a block is tuned. batch_size: a divisor of the recipe's; steps see the same samples, in
+    more parts."""
     factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
     return TuneConfig(
         iters=recipe.steps,

@@ -1,7 +1,8 @@
-"""Equalize before quantizing: one pass over the calibration samples, block by block, that leaves the function as it is.
+"""Equalize before quantizing: one pass over the calibration samples, block by block, that leaves
+the function as it is.
 
-Norms and linear layers that stay in 16 bits change with the quantized ones; what changed in memory is what the
-checkpoint gets.
+Norms and linear layers that stay in 16 bits change with the quantized ones; what changed in memory
+is what the checkpoint gets.
 """
 
 import logging
@@ -18,7 +19,16 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.calibration.inputs import PAD
 from auto_mmround.errors import UserError
-from auto_mmround.model.chains import TOLERANCE, Call, Chain, Kinds, as_dtype, difference, to_device, token_kinds
+from auto_mmround.model.chains import (
+    TOLERANCE,
+    Call,
+    Chain,
+    Kinds,
+    as_dtype,
+    difference,
+    to_device,
+    token_kinds,
+)
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
@@ -36,7 +46,8 @@ WHAT, HELPS = "equalizing", f"leave --equalize out, or {FEWER}"
 
 @dataclass(frozen=True)
 class Equalized:
-    """A pair that was rescaled. ratio, before, after: of the AWQ search, see `numerics.equalize.Searched`."""
+    """A pair that was rescaled. ratio, before, after: of the AWQ search, see
+    `numerics.equalize.Searched`."""
 
     source: str
     readers: tuple[str, ...]
@@ -46,9 +57,11 @@ class Equalized:
 
 
 def equalize(session: Session, told: Told = lambda done, total: None) -> list[Equalized]:
-    """Rescale the pairs of all planned blocks in place, by the recipe's `equalize`; returns what was done.
+    """Rescale the pairs of all planned blocks in place, by the recipe's `equalize`; returns what
+    was done.
 
-    Raises UserError for mappings that name no pair of the model, and where a block's output does not stay.
+    Raises UserError for mappings that name no pair of the model, and where a block's output does
+    not stay.
     """
     method, done = session.recipe.equalize, list[Equalized]()
     shared, links = _shared_parameters(session.model), dict[Any, tuple[Pair, ...]]()
@@ -59,21 +72,30 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
         if session.plan.of_block(name):
             with session.exactly():
                 found = _pairs(session, chain, window, links)
-            pairs = [p for p in found if _free(p, block, shared) and _planned(p, name, session.plan)]
+            pairs = [
+                p for p in found if _free(p, block, shared) and _planned(p, name, session.plan)
+            ]
         watched = partial(_watched_pass, session, chain, window, pairs)
         after, statistics = session.fitting(what, watched, [chain], HELPS)
         if pairs:
             with phase(what, HELPS), session.exactly(), torch.no_grad(), ExitStack() as undo:
-                for parameter in {id(p): p for pair in pairs for p in _parameters(pair, block)}.values():
+                for parameter in {
+                    id(p): p for pair in pairs for p in _parameters(pair, block)
+                }.values():
                     undo.callback(parameter.copy_, parameter.clone())
                 call, hidden = _first_call(chain, index, block)
                 expected = call.run(block, hidden)
                 call, hidden = _first_call(chain, index, block)
-                fresh = [_apply(block, name, p, statistics[p.source], session.plan, session.recipe) for p in pairs]
+                fresh = [
+                    _apply(block, name, p, statistics[p.source], session.plan, session.recipe)
+                    for p in pairs
+                ]
                 _check_unchanged(name, call.run(block, hidden), expected)
                 undo.pop_all()
             done.extend(change for change in fresh if change)
-            log.info("%s: %s rescales %d of %d pairs", name, method, sum(map(bool, fresh)), len(pairs))
+            log.info(
+                "%s: %s rescales %d of %d pairs", name, method, sum(map(bool, fresh)), len(pairs)
+            )
         return after
 
     for chain in session.record(session.plan.stages, told, WHAT, HELPS).values():
@@ -83,36 +105,52 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
     return done
 
 
-def _pairs(session: Session, chain: Chain, window: Window, links: dict[Any, tuple[Pair, ...]]) -> list[Pair]:
-    """The pairs of a block that the recipe is for. links: those of linear layers, found once for blocks of one kind."""
+def _pairs(
+    session: Session, chain: Chain, window: Window, links: dict[Any, tuple[Pair, ...]]
+) -> list[Pair]:
+    """The pairs of a block that the recipe is for. links: those of linear layers, found once for
+    blocks of one kind."""
     (name,), index, (block,) = window
     first = block, *_first_call(chain, index, block)
     found, kind = norm_pairs(*first), shape_signature(block)
     if session.recipe.equalize == "awq" and kind not in links:
         links[kind] = linear_pairs(*first)
-    return _chosen(replace(found, pairs=found.pairs + links.get(kind, ())), session.recipe, name, block)
+    return _chosen(
+        replace(found, pairs=found.pairs + links.get(kind, ())), session.recipe, name, block
+    )
 
 
 def _first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
-    """How the block is called on the first sample, in the dtype of its weights, with what earlier ones left it."""
+    """How the block is called on the first sample, in the dtype of its weights, with what earlier
+    ones left it."""
     parameter = next(block.parameters())
     call, hidden = chain.calls[0][index], chain.hidden[0].to(parameter.device, parameter.dtype)
-    kwargs = as_dtype({**call.kwargs, **chain.shared[0]}, parameter.dtype)  # a copy, for the block to fill
-    return to_device(Call(as_dtype(call.args, parameter.dtype), kwargs, call.slot), parameter.device), hidden
+    # a copy, for the block to fill
+    kwargs = as_dtype({**call.kwargs, **chain.shared[0]}, parameter.dtype)
+    return (
+        to_device(Call(as_dtype(call.args, parameter.dtype), kwargs, call.slot), parameter.device),
+        hidden,
+    )
 
 
 @dataclass
 class _Statistics:
-    """What a pair's readers take, by modality: largest magnitude (C,), and second moments if asked for."""
+    """What a pair's readers take, by modality: largest magnitude (C,), and second moments if asked
+    for."""
 
     with_moments: bool
     largest: dict[int, Tensor] = field(default_factory=dict)
     moments: dict[int, Moments] = field(default_factory=dict)
 
     def add(self, x: Tensor, kind_T: Tensor) -> None:
-        """x: (..., C). kind_T: modality of its tokens; where their number differs all count as one kind."""
+        """x: (..., C). kind_T: modality of its tokens; where their number differs all count as one
+        kind."""
         x_TC = x.detach().reshape(-1, x.shape[-1])
-        kind_T = kind_T.to(x.device) if len(kind_T) == len(x_TC) else torch.zeros(len(x_TC), device=x.device)
+        kind_T = (
+            kind_T.to(x.device)
+            if len(kind_T) == len(x_TC)
+            else torch.zeros(len(x_TC), device=x.device)
+        )
         for kind in kind_T.unique().tolist():
             if kind == PAD:
                 continue
@@ -126,7 +164,8 @@ class _Statistics:
 def _watched_pass(
     session: Session, chain: Chain, window: Window, pairs: Sequence[Pair], batch_size: int
 ) -> tuple[Chain, dict[str, _Statistics]]:
-    """Push all samples through the block; the chain behind it, and what the pairs' readers were given."""
+    """Push all samples through the block; the chain behind it, and what the pairs' readers were
+    given."""
     statistics = {pair.source: _Statistics(session.recipe.equalize == "awq") for pair in pairs}
     kinds, current = [_kinds(chain, i, session.kinds) for i in range(len(chain))], [torch.empty(0)]
 
@@ -138,23 +177,32 @@ def _watched_pass(
 
     with ExitStack() as stack:
         for pair in pairs:
-            handle = window.blocks[0].get_submodule(pair.readers[0]).register_forward_pre_hook(hook_for(pair))
+            handle = (
+                window.blocks[0]
+                .get_submodule(pair.readers[0])
+                .register_forward_pre_hook(hook_for(pair))
+            )
             stack.callback(handle.remove)
         return chain.advanced(window.blocks, window.first, batch_size, before=before), statistics
 
 
 def _kinds(chain: Chain, i: int, kinds: Sequence[Kinds]) -> Tensor:
-    return token_kinds(chain.stage, Kinds(kinds[chain.sample[i]].text_T), chain.hidden[i].shape[:-1].numel())
+    return token_kinds(
+        chain.stage, Kinds(kinds[chain.sample[i]].text_T), chain.hidden[i].shape[:-1].numel()
+    )
 
 
 def _apply(
     block: nn.Module, name: str, pair: Pair, statistics: _Statistics, plan: Plan, recipe: Recipe
 ) -> Equalized | None:
-    """Rescale one pair. None if no token reached it, or the search found nothing better than leaving it."""
+    """Rescale one pair. None if no token reached it, or the search found nothing better than
+    leaving it."""
     quantized = [(reader, plan.quantized.get(f"{name}.{reader}")) for reader in pair.readers]
     layers = [(block.get_submodule(reader), scheme) for reader, scheme in quantized if scheme]
     weights = [_rows(layer) for layer, _ in layers]
-    change = Equalized(f"{name}.{pair.source}", tuple(f"{name}.{reader}" for reader in pair.readers))
+    change = Equalized(
+        f"{name}.{pair.source}", tuple(f"{name}.{reader}" for reader in pair.readers)
+    )
     if not statistics.largest:
         return None
     if recipe.equalize == "smoothquant":
@@ -163,11 +211,16 @@ def _apply(
     else:
         hessians = [moments.hessian() for moments in statistics.moments.values()]
         sizes = [scheme.group_size for _, scheme in layers]
-        rounding = [numerics.quantizer(grid_of(s), s.group_size, recipe.closed_form) for _, s in layers]
+        rounding = [
+            numerics.quantizer(grid_of(s), s.group_size, recipe.closed_form) for _, s in layers
+        ]
         found = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
         if found.ratio is None:
             return None
-        scale_C, change = found.scale_C, replace(change, ratio=found.ratio, before=found.before, after=found.after)
+        scale_C, change = (
+            found.scale_C,
+            replace(change, ratio=found.ratio, before=found.before, after=found.after),
+        )
     rescale(block, pair, scale_C)
     return change
 
@@ -180,7 +233,9 @@ def _check_unchanged(name: str, output: Tensor, expected: Tensor) -> None:
     """Rescaling may round, no more."""
     gap = difference(output, expected)
     if not gap <= TOLERANCE[expected.dtype]:
-        raise UserError(f"{name}: equalizing changes the block's output by {gap:.1%}; leave `equalize` off")
+        raise UserError(
+            f"{name}: equalizing changes the block's output by {gap:.1%}; leave `equalize` off"
+        )
 
 
 def _chosen(found: Found, recipe: Recipe, name: str, block: nn.Module) -> list[Pair]:
@@ -193,16 +248,25 @@ def _chosen(found: Found, recipe: Recipe, name: str, block: nn.Module) -> list[P
     chosen: dict[str, Pair] = {}
     for patterns, source_pattern in recipe.mappings:
         sources = [part for part in modules if matches(source_pattern, f"{name}.{part}")]
-        readers = {part for part in layers if any(matches(pattern, f"{name}.{part}") for pattern in patterns)}
+        readers = {
+            part
+            for part in layers
+            if any(matches(pattern, f"{name}.{part}") for pattern in patterns)
+        }
         fitting = [pairs[s] for s in sources if s in pairs and readers & set(pairs[s].readers)]
         if sources and readers and not fitting:
             source = next((s for s in sources if s in found.refused), sources[0])
-            reason = found.refused.get(source, f"no scale passes from there to {sorted(readers)[0]}")
+            reason = found.refused.get(
+                source, f"no scale passes from there to {sorted(readers)[0]}"
+            )
             raise UserError(f"mappings: {name}.{source} can't be rescaled: {reason}")
         for pair in fitting:
             left = [reader for reader in pair.readers if reader not in readers]
             if left:
-                raise UserError(f"mappings: {name}.{pair.source} is also read by {left[0]}; name it in the mapping too")
+                raise UserError(
+                    f"mappings: {name}.{pair.source} is also read by {left[0]}; name it in the"
+                    " mapping too"
+                )
             chosen[pair.source] = pair
     return list(chosen.values())
 
@@ -212,7 +276,9 @@ def _planned(pair: Pair, name: str, plan: Plan) -> bool:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    counts = Counter(
+        id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
     return {identity for identity, count in counts.items() if count > 1}
 
 

@@ -1,7 +1,7 @@
 """What a run will take: minutes, memory, disk; from a few seconds of its own work on this machine.
 
-One block of each kind is run, measured, solved and tuned as the run would do it, on few samples; all the rest is
-counting how often. The model is left as it was.
+One block of each kind is run, measured, solved and tuned as the run would do it, on few samples;
+all the rest is counting how often. The model is left as it was.
 """
 
 import os
@@ -30,7 +30,13 @@ from auto_mmround.model.pairs import shape_signature
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.start import closed_forms
-from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, held_out_split, looked_at, tune_block
+from auto_mmround.numerics.tuner import (
+    TuneConfig,
+    TunedWeight,
+    held_out_split,
+    looked_at,
+    tune_block,
+)
 from auto_mmround.run.job import Job
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.leaves import leaves_of, rounded
@@ -45,8 +51,9 @@ TRIAL = 2**25  # bytes written and read to see how fast the disk is
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds by part of the run. memory, free_memory: bytes at the peak, and bytes that this process can have; of the
-    device, where that has memory of its own. sizes: bytes of each folder that will be written, by format."""
+    """seconds by part of the run. memory, free_memory: bytes at the peak, and bytes that this
+    process can have; of the device, where that has memory of its own. sizes: bytes of each folder
+    that will be written, by format."""
 
     seconds: Mapping[str, float]
     memory: int
@@ -63,7 +70,8 @@ class Estimate:
 
 @dataclass
 class BlockCost:
-    """Seconds of one block: a sample through it, the same while moments are added up, a step, what comes once."""
+    """Seconds of one block: a sample through it, the same while moments are added up, a step, what
+    comes once."""
 
     forward: float = 0.0
     moments: float = 0.0
@@ -71,7 +79,8 @@ class BlockCost:
     once: float = 0.0
 
     def seconds(self, passes: int, samples: float, measured: float, steps: int) -> float:
-        """passes: over all samples. measured: samples run to measure held-out errors, all times together."""
+        """passes: over all samples. measured: samples run to measure held-out errors, all times
+        together."""
         return (
             passes * samples * self.forward
             + samples * self.moments
@@ -90,7 +99,8 @@ class _Probe:
     known: dict[Any, BlockCost] = field(default_factory=dict)
 
     def timed(self, work: Callable[[], Any], least: float = 0.3) -> float:
-        """Seconds of ``work``: the median of as many runs as fit in ``least`` seconds, at least one."""
+        """Seconds of ``work``: the median of as many runs as fit in ``least`` seconds, at least
+        one."""
         found: list[float] = []
         device = self.session.device
         while not found or (sum(found) < least and len(found) < 9):
@@ -101,7 +111,8 @@ class _Probe:
         return statistics.median(found)
 
     def capture(self, only: Sequence[int]) -> tuple[dict[str, Chain], float, float]:
-        """Chains of some samples; seconds a sample, and of what is done once (the proof that a replay is the model)."""
+        """Chains of some samples; seconds a sample, and of what is done once (the proof that a
+        replay is the model)."""
         marks = [self.clock()]
         chains = self.session.of(only).record(
             self.session.plan.stages, lambda done, total: marks.append(self.clock()), "planning"
@@ -125,10 +136,11 @@ class _Probe:
         return one + (wanted - 1) * max(two - one, one / 4)
 
     def costs(self, chain: Chain) -> list[BlockCost]:
-        """The cost of every block of a chain's stage: one of each kind is measured, the others cost the same.
+        """The cost of every block of a chain's stage: one of each kind is measured, the others cost
+        the same.
 
-        Samples go from block to block only where blocks leave something for later ones; else all are given the first
-        one's hidden states, which cost the same.
+        Samples go from block to block only where blocks leave something for later ones; else all
+        are given the first one's hidden states, which cost the same.
         """
         handed_on = any(chain.shared)
         kinds = [self._kind(chain, name) for name in chain.stage.blocks]
@@ -137,7 +149,11 @@ class _Probe:
             kind = kinds[window.first]
             if kind not in self.known:
                 self.known[kind] = self._measure(chain, window)
-            return chain.advanced(window.blocks, window.first, self.session.recipe.batch) if handed_on else chain
+            return (
+                chain.advanced(window.blocks, window.first, self.session.recipe.batch)
+                if handed_on
+                else chain
+            )
 
         def skip(name: str) -> bool:
             return not handed_on and self._kind(chain, name) in self.known
@@ -157,7 +173,9 @@ class _Probe:
         moments: dict[str, Moments] = {}
         if recipe.closed_form:
             started = self.clock()
-            moments = session.moments(chain, window, [weight.name for weight in planned], None, recipe.batch)
+            moments = session.moments(
+                chain, window, [weight.name for weight in planned], None, recipe.batch
+            )
             cost.moments = (self.clock() - started) / count
         started = self.clock()
         leaves = leaves_of(session.model, planned)
@@ -171,9 +189,15 @@ class _Probe:
         return cost
 
     def _step(
-        self, chain: Chain, window: Window, leaves: Mapping[str, TunedWeight], target: Chain, all_: float
+        self,
+        chain: Chain,
+        window: Window,
+        leaves: Mapping[str, TunedWeight],
+        target: Chain,
+        all_: float,
     ) -> float:
-        """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that it takes."""
+        """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that
+        it takes."""
         recipe = self.session.recipe
         accumulate = accumulated(recipe, tower_tokens(chain) // len(chain))
         config = TuneConfig(2, 0.001, 0.001, recipe.batch, accumulate, checks=1)
@@ -183,13 +207,17 @@ class _Probe:
                 wanted = torch.cat([target.hidden[i] for i in group]).to(output.device)
                 yield output, wanted, torch.ones_like(wanted[..., :1])
 
-        took = self.timed(lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0)
+        took = self.timed(
+            lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0
+        )
         drawn = min(recipe.batch * accumulate, len(chain))
         wanted = min(recipe.batch * accumulate, len(self.session.inputs))
         return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
 
 
-def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time.perf_counter) -> Estimate:
+def estimate(
+    job: Job, budget: float = BUDGET, clock: Callable[[], float] = time.perf_counter
+) -> Estimate:
     """Measure for about ``budget`` seconds, then count. Nothing of the model changes.
 
     clock: what seconds are; `time.process_time` leaves out what other work on the machine takes.
@@ -201,7 +229,9 @@ def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time
     states = 0
     with _high_water(place) as peak:
         if job.recipe.calibrates:
-            session = Session(job.loaded.model, job.recipe, job.plan, job.inputs, holder=job.loaded.holder)
+            session = Session(
+                job.loaded.model, job.recipe, job.plan, job.inputs, holder=job.loaded.holder
+            )
             with phase("planning", "lower --batch_size or --seqlen, or use a larger machine"):
                 seconds, states = _calibrated(_Probe(session, clock() + budget, clock), budget)
     memory = peak() + states
@@ -217,13 +247,14 @@ def estimate(job: Job, budget: float = BUDGET, clock: Callable[[], float] = time
 
 
 def check_disk(job: Job) -> None:
-    """Raises UserError before any work is done if the folders that a run writes can't fit on their disk."""
+    """Raises UserError before any work is done if the folders that a run writes can't fit on their
+    disk."""
     where = _standing(Path(job.recipe.output_dir))
     wanted, free = sum(_sizes(job).values()), shutil.disk_usage(where).free
     if wanted > free:
         raise UserError(
-            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-            "free there; name another folder or fewer formats"
+            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB,"
+            f" {free / 1e9:.1f} GB are free there; name another folder or fewer formats"
         )
 
 
@@ -237,7 +268,8 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     count = max(1, min(most, int(budget / 8 / max(each, 1e-3))))
     chosen = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     chains, each, once = probe.capture(chosen)
-    samples = sum(lengths) / (sum(lengths[i] for i in chosen) / count)  # of the average length of those chosen
+    # of the average length of those chosen
+    samples = sum(lengths) / (sum(lengths[i] for i in chosen) / count)
     captures = len(stages) if recipe.enable_quanted_input else 1
     seconds = {"capture": captures * (each * samples + once)}
     if recipe.fisher and recipe.closed_form:
@@ -246,11 +278,17 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     states = 0
     for stage in stages:
         if stage.path not in chains:
-            raise UserError(f"{stage.path}: no estimate, none of the samples tried reaches this stage")
+            raise UserError(
+                f"{stage.path}: no estimate, none of the samples tried reaches this stage"
+            )
         chain = chains[stage.path]
         entries = len(chain) / count * samples
         held = len(held_out_split(round(entries))[1])
-        looks = 1 + recipe.closed_form + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
+        looks = (
+            1
+            + recipe.closed_form
+            + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
+        )
         passes = 1 + recipe.enable_quanted_input
         costs = probe.costs(chain)
         seconds[f"{stage.name} blocks"] = sum(
@@ -261,11 +299,14 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
 
 
 def _bytes_kept(chain: Chain, copies: int) -> int:
-    """Hidden states in as many copies as teacher, target and student make, and once what blocks are called with."""
+    """Hidden states in as many copies as teacher, target and student make, and once what blocks are
+    called with."""
     hidden = sum(tensor.nbytes for tensor in chain.hidden)
     seen: dict[int, int] = {}
     for call in (call for calls in chain.calls for call in calls):
-        map_tensors((call.args, call.kwargs), lambda tensor: seen.update({tensor.data_ptr(): tensor.nbytes}))
+        map_tensors(
+            (call.args, call.kwargs), lambda tensor: seen.update({tensor.data_ptr(): tensor.nbytes})
+        )
     return (1 + copies) * hidden + sum(seen.values())
 
 
@@ -273,7 +314,8 @@ def _bytes_kept(chain: Chain, copies: int) -> int:
 def _high_water(place: torch.device) -> Iterator[Callable[[], int]]:
     """Gives a function for the most bytes in use since then, of this process or of its device.
 
-    Linux forgets the old peak when it is asked to; elsewhere it stays, so that the figure may be too high.
+    Linux forgets the old peak when it is asked to; elsewhere it stays, so that the figure may be
+    too high.
     """
     measured = devices.traits(place).peak
     if measured:
@@ -288,10 +330,15 @@ def _peak() -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return 1000 * kilobytes[0] if kilobytes else int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
+    return (
+        1000 * kilobytes[0]
+        if kilobytes
+        else int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------------
+# disk
 
 
 def _sizes(job: Job) -> dict[str, int]:
@@ -311,7 +358,8 @@ def _sizes(job: Job) -> dict[str, int]:
 
 
 def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], float]:
-    """Sizes, and seconds to pack and write them: by the rates of one weight and of one small file."""
+    """Sizes, and seconds to pack and write them: by the rates of one weight and of one small
+    file."""
     sizes = _sizes(job)
     planned = [weight for weight in job.plan.weights if weight.scheme]
     weight = min(planned, key=lambda w: w.out_features * w.in_features)
@@ -343,7 +391,8 @@ def _standing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-# ----------------------------------------------------------------------------------------------------------- advice
+# --------------------------------------------------------------------------------------------------
+# advice
 
 
 def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
@@ -360,6 +409,9 @@ def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
     if job.loaded.model.device.type != "cpu" and not recipe.low_gpu_mem_usage and states > over:
         yield "--low_gpu_mem_usage"
     if recipe.calibrates and recipe.batch > 1:
-        yield f"--batch_size 1 --gradient_accumulate_steps {recipe.batch * recipe.gradient_accumulate_steps}"
+        yield (
+            "--batch_size 1 --gradient_accumulate_steps"
+            f" {recipe.batch * recipe.gradient_accumulate_steps}"
+        )
     if recipe.calibrates:
         yield "--algorithm rtn, which needs no calibration"

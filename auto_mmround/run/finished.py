@@ -1,9 +1,10 @@
-"""Finished blocks: in memory, or in a folder that outlives the process, from which the same command continues.
+"""Finished blocks: in memory, or in a folder that outlives the process, from which the same command
+continues.
 
-The folder `<model>-w4g128.unfinished` lies beside the checkpoints to be. A part file holds the codes of blocks that
-were tuned together; the journal gets a line for it once the file is safe. A line starts with its own checksum and names
-that of its part, so whatever a crash, a full disk or a bad sector left behind is seen, and work goes on from the last
-block that is whole.
+The folder `<model>-w4g128.unfinished` lies beside the checkpoints to be. A part file holds the
+codes of blocks that were tuned together; the journal gets a line for it once the file is safe. A
+line starts with its own checksum and names that of its part, so whatever a crash, a full disk or a
+bad sector left behind is seen, and work goes on from the last block that is whole.
 """
 
 import errno
@@ -39,20 +40,36 @@ from auto_mmround.untrusted import weight_files
 log = logging.getLogger("auto_mmround")
 
 JOURNAL = "journal"
-EXTRAS = ("global_scale", "input_scale", "min_OG", "unit_OS2")  # tensors of `Codes`, where there are any
+# tensors of `Codes`, where there are any
+EXTRAS = ("global_scale", "input_scale", "min_OG", "unit_OS2")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Where a run may go on under another value: the result does not depend on it, or the files themselves are compared.
-FREE = {"model", "output_dir", "overwrite", "restart", "check", "sample_generation", "low_gpu_mem_usage", "stream",
-        "offload_states", "low_cpu_mem_mode", "low_cpu_mem_usage", "low_cpu_mem_tmp_dir"}  # fmt: skip
+# Where a run may go on under another value: the result does not depend on it, or the files
+# themselves are compared.
+FREE = {
+    "model",
+    "output_dir",
+    "overwrite",
+    "restart",
+    "check",
+    "sample_generation",
+    "low_gpu_mem_usage",
+    "stream",
+    "offload_states",
+    "low_cpu_mem_mode",
+    "low_cpu_mem_usage",
+    "low_cpu_mem_tmp_dir",
+}
 
 
 class Finished:
-    """Reports and codes of the blocks that are done, in memory. spool: takes what should not stay there."""
+    """Reports and codes of the blocks that are done, in memory. spool: takes what should not stay
+    there."""
 
     def __init__(self, scratch: Path | None = None) -> None:
         self.reports: dict[str, BlockReport] = {}
         self.codes: Mapping[str, Codes] = {}
-        self.polished: Polished | None = None  # of the whole model, at the end; never kept, it is found again
+        # of the whole model, at the end; never kept, it is found again
+        self.polished: Polished | None = None
         self.spool = Spool(scratch or Path(tempfile.gettempdir()))
 
     def has(self, blocks: Sequence[str]) -> bool:
@@ -98,7 +115,11 @@ class Unfinished(Finished):
         """Write a part, then its line; both are on the disk on return."""
         path = self.folder / f"{len(self.codes.files):05d}.safetensors"
         write_whole(path, _encode(codes))
-        line = {"part": path.name, "sum": _file_sum(path), "reports": [asdict(report) for report in reports]}
+        line = {
+            "part": path.name,
+            "sum": _file_sum(path),
+            "reports": [asdict(report) for report in reports],
+        }
         with self._journal.open("ab") as journal:
             journal.write(_line(line))
             journal.flush()
@@ -109,7 +130,11 @@ class Unfinished(Finished):
         """Whether the checkpoint at ``out`` is this run's already; checked: and proved."""
         try:
             record = json.loads((out / "run.json").read_text())
-            return bool(self.reports) and record["run"] == self.run and (not checked or record["checked"])
+            return (
+                bool(self.reports)
+                and record["run"] == self.run
+                and (not checked or record["checked"])
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -122,17 +147,21 @@ class Unfinished(Finished):
             old, new = before.get(key), self.identity.get(key)
             if old != new:
                 raise UserError(
-                    f"{self.folder} holds an unfinished run with another {key} ({old!r}, now {new!r}): "
-                    "give the same command to continue it, or --restart to begin anew"
+                    f"{self.folder} holds an unfinished run with another {key} ({old!r}, now"
+                    f" {new!r}): give the same command to continue it, or --restart to begin anew"
                 )
 
 
 @contextmanager
-def unfinished(folder: Path, identity: Mapping[str, Any], restart: bool = False) -> Iterator[Unfinished]:
-    """The folder of a run: made, or found with what an earlier process finished; removed at the end.
+def unfinished(
+    folder: Path, identity: Mapping[str, Any], restart: bool = False
+) -> Iterator[Unfinished]:
+    """The folder of a run: made, or found with what an earlier process finished; removed at the
+    end.
 
-    Where the work is cut off it stays, unless nothing was finished. Raises UserError if it belongs to a run that would
-    give something else, if another process works in it, and, naming the folder, if the disk is full.
+    Where the work is cut off it stays, unless nothing was finished. Raises UserError if it belongs
+    to a run that would give something else, if another process works in it, and, naming the folder,
+    if the disk is full.
     """
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +182,9 @@ def unfinished(folder: Path, identity: Mapping[str, Any], restart: bool = False)
             if not run.reports:
                 _remove(folder, made)
             if isinstance(error, OSError) and error.errno in FULL:
-                text = f"{folder.parent}: {error.strerror}; make room and give the same command again"
+                text = (
+                    f"{folder.parent}: {error.strerror}; make room and give the same command again"
+                )
                 raise UserError(text) from None
             raise
         _remove(folder, made)
@@ -161,15 +192,20 @@ def unfinished(folder: Path, identity: Mapping[str, Any], restart: bool = False)
         os.close(lock)
 
 
-def identity(recipe: Recipe, config: str, source: Path | None, inputs: Sequence[ModelInput]) -> dict[str, Any]:
-    """What a result depends on, as plain values by name: recipe, configuration (JSON), model files, samples."""
+def identity(
+    recipe: Recipe, config: str, source: Path | None, inputs: Sequence[ModelInput]
+) -> dict[str, Any]:
+    """What a result depends on, as plain values by name: recipe, configuration (JSON), model files,
+    samples."""
     found: dict[str, Any] = {"auto_mmround": __version__}
     found |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
     found["config.json"] = _sum(config.encode())
     for path in weight_files(source) if source else ():
         status = path.stat()
         found[path.name] = [status.st_size, status.st_mtime_ns]
-    found["calibration samples"] = _sum_of([sample.kwargs | {"kind": sample.modality_T} for sample in inputs])
+    found["calibration samples"] = _sum_of(
+        [sample.kwargs | {"kind": sample.modality_T} for sample in inputs]
+    )
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -197,7 +233,11 @@ class Parts(Mapping[str, Codes]):
         facts = dict(facts)
         columns = facts.pop("columns")
         parts = {part: file.get_tensor(f"{name}.{part}").clone() for part in ("q", "scale", "zero")}
-        facts |= {part: file.get_tensor(key).clone() for part in EXTRAS if (key := f"{name}.{part}") in keys}
+        facts |= {
+            part: file.get_tensor(key).clone()
+            for part in EXTRAS
+            if (key := f"{name}.{part}") in keys
+        }
         q_OI = unpack_bits(parts["q"], facts["bits"], columns)
         return Codes(q_OI, parts["scale"], parts["zero"], **facts)
 
@@ -216,7 +256,9 @@ def _encode(codes: Mapping[str, Codes]) -> bytes:
         values = weight._asdict()
         q_OI, extras = values.pop("q_OI"), {part: values.pop(part) for part in EXTRAS}
         tensors[f"{name}.q"] = pack_bits(q_OI, weight.bits)
-        tensors |= {f"{name}.{part}": values.pop(f"{part}_OG").contiguous() for part in ("scale", "zero")}
+        tensors |= {
+            f"{name}.{part}": values.pop(f"{part}_OG").contiguous() for part in ("scale", "zero")
+        }
         tensors |= {f"{name}.{part}": extra for part, extra in extras.items() if extra is not None}
         facts[name] = values | {"columns": q_OI.shape[1]}
     return save(tensors, metadata={"weights": json.dumps(facts)})

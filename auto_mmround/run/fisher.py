@@ -1,4 +1,5 @@
-"""The Fisher information within the memory that there is; of a streamed model with few readings of its files."""
+"""The Fisher information within the memory that there is; of a streamed model with few readings of
+its files."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -35,13 +36,14 @@ def measure_fisher(
 ) -> Fisher:
     """`fisher.measure_fisher` by the recipe.
 
-    Of a model in memory a sample at a time; where its graph does not fit, blocks are computed again. Of a streamed one
-    as many side by side as memory holds what their blocks are given, or ``disk`` does. Raises UserError where memory
-    does not suffice for one sample.
+    Of a model in memory a sample at a time; where its graph does not fit, blocks are computed
+    again. Of a streamed one as many side by side as memory holds what their blocks are given, or
+    ``disk`` does. Raises UserError where memory does not suffice for one sample.
     """
     device = device_of(model)
     measure = partial(
-        fisher.measure_fisher, model, stages, batches, kinds, list(layers), seed=recipe.seed, precision=precision,
+        fisher.measure_fisher, model, stages, batches, kinds, list(layers), seed=recipe.seed,
+        precision=precision,
         share=processes.share, add_up=lambda sums: processes.add_named(sums, device),
     )  # fmt: skip
     longest = max((len(own.text_T) for own in kinds), default=0)
@@ -71,7 +73,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _side_by_side(model: PreTrainedModel, blocks: Sequence[str], tokens: int) -> int:
-    """Samples whose hidden states before all blocks fit into `SHARE` of the free memory: a power of 2."""
+    """Samples whose hidden states before all blocks fit into `SHARE` of the free memory: a power of
+    2."""
     width = model.config.get_text_config().hidden_size
     each = max(1, len(blocks) * tokens * width * model.dtype.itemsize)
     fit = int(SHARE * devices.free_memory(devices.HOST)) // each

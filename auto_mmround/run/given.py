@@ -1,4 +1,5 @@
-"""A model in memory beside the folder it came from: whether it came from there, and what of it has changed since."""
+"""A model in memory beside the folder it came from: whether it came from there, and what of it has
+changed since."""
 
 import copy
 import json
@@ -17,15 +18,16 @@ from auto_mmround.strict import untagged
 from auto_mmround.untrusted import read_object
 
 # What a configuration says of its file, not of the model.
-OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "auto_map",
+OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures",
+    "auto_map",
                "quantization_config", "return_dict", "transformers_weights"}  # fmt: skip
 DTYPE_KEYS = ("dtype", "torch_dtype")
 ABSENT = object()
 
 
 def is_from(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether the model's weights are the folder's, but for what was changed: same type, some matrix with its first
-    row unchanged. A row of one value, as new weights have it, proves nothing.
+    """Whether the model's weights are the folder's, but for what was changed: same type, some
+    matrix with its first row unchanged. A row of one value, as new weights have it, proves nothing.
 
     Raises UserError for files that can't be read.
     """
@@ -36,29 +38,41 @@ def is_from(model: PreTrainedModel, folder: Path) -> bool:
         for name, key in parameter_names(model, stored.files).items():
             if state[name].ndim > 1 and key not in stored.scales:
                 row, current = reader.plain(key)[:1], state[name][:1].cpu()
-                if row.shape == current.shape and torch.equal(row.to(current.dtype), current) and len(row.unique()) > 1:
+                if (
+                    row.shape == current.shape
+                    and torch.equal(row.to(current.dtype), current)
+                    and len(row.unique()) > 1
+                ):
                     return True
     return False
 
 
 def aliases(model: PreTrainedModel, whole: Iterable[str]) -> set[str]:
-    """Parameters that are another one under a second name, as loading ties them: the head and the embedding mostly.
+    """Parameters that are another one under a second name, as loading ties them: the head and the
+    embedding mostly.
 
     whole: those that the source has a tensor for; the others are the second names.
     """
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    ends = [getattr(end(), "weight", None) for end in (model.get_input_embeddings, model.get_output_embeddings)]
+    ends = [
+        getattr(end(), "weight", None)
+        for end in (model.get_input_embeddings, model.get_output_embeddings)
+    ]
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in tied or any(parameter is end for end in ends):
             groups.setdefault(id(parameter), []).append(name)
     known = set(whole)
-    return {name for group in groups.values() for name in sorted(group, key=lambda n: n not in known)[1:]}
+    return {
+        name
+        for group in groups.values()
+        for name in sorted(group, key=lambda n: n not in known)[1:]
+    }
 
 
 def pruned(model: PreTrainedModel, stored: Stored, source: Path) -> set[str]:
-    """Keys of the source that a model of its configuration has a place for, and this one has not. What no model of the
-    class reads (layers for multi-token prediction) is not among them."""
+    """Keys of the source that a model of its configuration has a place for, and this one has not.
+    What no model of the class reads (layers for multi-token prediction) is not among them."""
     unknown = [key for key, (name, _) in loaded_names(model, stored.files).items() if name is None]
     if not unknown:
         return set()
@@ -71,17 +85,19 @@ def pruned(model: PreTrainedModel, stored: Stored, source: Path) -> set[str]:
 
 
 def config_of(model: PreTrainedModel, source: Path | None, given: bool) -> dict[str, Any]:
-    """`config.json` of the model: as the source has it, with what the model's own configuration says otherwise.
+    """`config.json` of the model: as the source has it, with what the model's own configuration
+    says otherwise.
 
-    given: the user's own model, whose dtype counts where it holds less than the source's, and whose head is tied or
-    not, whatever the configuration says.
+    given: the user's own model, whose dtype counts where it holds less than the source's, and whose
+    head is tied or not, whatever the configuration says.
     """
     if source is None:
         return plain(_json(model.config)) | {"architectures": [type(model).__name__]}
     raw = _raw(source)
     before, own = _config_of(model, raw), _plain(_json(model.config))
     made = _merged(raw, _plain(_json(before)), own)
-    if made != raw and _plain(_json(_config_of(model, made))) != own:  # an old spelling stands beside the new one
+    # an old spelling stands beside the new one
+    if made != raw and _plain(_json(_config_of(model, made))) != own:
         made = own | {key: raw[key] for key in OF_THE_FILE if key in raw}
     if given:
         stated = before.dtype or getattr(before.get_text_config(), "dtype", None)
@@ -96,8 +112,8 @@ def config_of(model: PreTrainedModel, source: Path | None, given: bool) -> dict[
 def newest(stored: Tensor, current: Tensor | None, given: bool, tuned: bool) -> Tensor:
     """A tensor as stored where the model holds the same, else the model's.
 
-    It gets the source's dtype, but for what the user's own model holds otherwise: in a smaller dtype, or changed (not
-    by us) to values that the source's dtype does not hold.
+    It gets the source's dtype, but for what the user's own model holds otherwise: in a smaller
+    dtype, or changed (not by us) to values that the source's dtype does not hold.
     """
     if current is None:
         return stored
@@ -138,8 +154,11 @@ def _plain(level: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _plain(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _merged(raw: Mapping[str, Any], before: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """``raw`` with the values in which ``own`` differs from ``before``, what ``raw`` was read as."""
+def _merged(
+    raw: Mapping[str, Any], before: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``raw`` with the values in which ``own`` differs from ``before``, what ``raw`` was read
+    as."""
     made = dict(raw)
     for key in {**before, **own}:
         old, new = before.get(key, ABSENT), own.get(key, ABSENT)
@@ -156,5 +175,8 @@ def _merged(raw: Mapping[str, Any], before: Mapping[str, Any], own: Mapping[str,
 
 def _with_dtype(level: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """With another dtype wherever one is stated."""
-    made = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in level.items()}
+    made = {
+        key: _with_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in level.items()
+    }
     return made | {key: dtype for key in DTYPE_KEYS if key in made}

@@ -57,7 +57,8 @@ log = logging.getLogger("auto_mmround")
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start. recipe: with the values that the data asked for. inputs: empty without tuning."""
+    """A run that is ready to start. recipe: with the values that the data asked for. inputs: empty
+    without tuning."""
 
     recipe: Recipe
     loaded: Loaded
@@ -75,11 +76,13 @@ def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
 
 
 def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes = ALONE) -> Loaded:
-    """The recipe's model on the recipe's device, or on this process's one of several. stream: instead of the recipe's,
-    see `loading.load`."""
+    """The recipe's model on the recipe's device, or on this process's one of several. stream:
+    instead of the recipe's, see `loading.load`."""
     device = devices.resolve(recipe.device, processes.local_rank)
     if recipe.device_map and processes.count > 1:
-        raise UserError("device_map spreads the model over all devices of one process; leave one of the two out")
+        raise UserError(
+            "device_map spreads the model over all devices of one process; leave one of the two out"
+        )
     if recipe.polish and processes.count > 1:
         raise UserError("polish is for one process; leave one of the two out")
     stream = recipe.streams if stream is None else stream
@@ -102,9 +105,11 @@ def prepare(
     image_processor: Any = None,
     on_measured: Callable[[int, int], None] = lambda done, total: None,
 ) -> Job:
-    """Plan the weights and read the calibration samples. ``dataset``: rows in memory instead of the recipe's name.
+    """Plan the weights and read the calibration samples. ``dataset``: rows in memory instead of the
+    recipe's name.
 
-    Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the samples.
+    Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the
+    samples.
     """
     check_floating(loaded.model)
     check_head(loaded.model)
@@ -119,11 +124,20 @@ def prepare(
     check_names(names, plan)
     if names.unread:
         kind, count = type(loaded.model).__name__, len(names.unread)
-        log.warning("%s does not read %d tensors, first %s: copied as they are", kind, count, names.unread[0])
+        log.warning(
+            "%s does not read %d tensors, first %s: copied as they are",
+            kind,
+            count,
+            names.unread[0],
+        )
     if not recipe.needs_samples:
-        return Job(recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",))
+        return Job(
+            recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",)
+        )
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
-    takes = FAMILIES[kind].calibrates if (kind := loaded.model.config.model_type) in FAMILIES else None
+    takes = (
+        FAMILIES[kind].calibrates if (kind := loaded.model.config.model_type) in FAMILIES else None
+    )
     collate = collator(recipe.collator) if recipe.collator else None
     positions = position_limit(loaded.model)
     settings, notes = choose(
@@ -182,20 +196,25 @@ def prepare(
 
 
 def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
-    """Raises UserError for a sample whose text has token ids that the model has no embedding for. Ids of media are
-    the model's own affair: it need not embed them."""
+    """Raises UserError for a sample whose text has token ids that the model has no embedding for.
+    Ids of media are the model's own affair: it need not embed them."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:  # code that comes with a model may leave it out
         return
     weight = getattr(embedding, "weight", None)
-    for sample in inputs if isinstance(weight, torch.Tensor) and weight.ndim == 2 else ():
-        read_T = token_ids(sample.kwargs)[0][(sample.modality_T == TEXT) | (sample.modality_T == PAD)]
-        wrong = read_T[(read_T < 0) | (read_T >= len(weight))]  # type: ignore[arg-type]
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return
+    for sample in inputs:
+        read_T = token_ids(sample.kwargs)[0][
+            (sample.modality_T == TEXT) | (sample.modality_T == PAD)
+        ]
+        wrong = read_T[(read_T < 0) | (read_T >= len(weight))]
         if wrong.numel():
             raise UserError(
-                f"sample {sample.id}: its token id {int(wrong[0])} is not in the model's vocabulary of {len(weight)}; "  # type: ignore[arg-type]
-                "give the model's own tokenizer, or resize its embeddings to the tokenizer"
+                f"sample {sample.id}: its token id {int(wrong[0])} is not in the model's "
+                f"vocabulary of {len(weight)}; give the model's own "
+                "tokenizer, or resize its embeddings to the tokenizer"
             )
 
 
@@ -208,20 +227,30 @@ def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
 
 
 def run(
-    job: Job, watcher: Watcher | None = None, processes: Processes = ALONE, prove: Prove | None = None
+    job: Job,
+    watcher: Watcher | None = None,
+    processes: Processes = ALONE,
+    prove: Prove | None = None,
 ) -> list[Path]:
-    """Quantize and write every format; returns the finished folders. Of several processes the first one writes.
+    """Quantize and write every format; returns the finished folders. Of several processes the first
+    one writes.
 
-    Finished blocks are kept on disk until all is written: after a crash the same job continues there, to the same bits.
-    Nothing is left under a final name when anything goes wrong before the end. prove: what judges a folder before it
-    gets its name, unless the recipe says no `check`; raises NotProved, and keeps the finished blocks, for those wrong.
+    Finished blocks are kept on disk until all is written: after a crash the same job continues
+    there, to the same bits. Nothing is left under a final name when anything goes wrong before the
+    end. prove: what judges a folder before it gets its name, unless the recipe says no `check`;
+    raises NotProved, and keeps the finished blocks, for those wrong.
     """
     model, recipe, source = job.loaded.model, job.recipe, job.loaded.source
     config = (source / "config.json").read_text() if source else model.config.to_json_string()
     known = identity(recipe, config, source, job.inputs)
-    work = partial(quantize, model, recipe, job.plan, job.inputs, holder=job.loaded.holder, processes=processes)
+    work = partial(
+        quantize, model, recipe, job.plan, job.inputs, holder=job.loaded.holder, processes=processes
+    )
     if not processes.first:
-        with tempfile.TemporaryDirectory() as scratch, unfinished(Path(scratch) / "blocks", known) as finished:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            unfinished(Path(scratch) / "blocks", known) as finished,
+        ):
             work(finished)
         return []
     place, outs = places(recipe)
@@ -229,7 +258,9 @@ def run(
     with unfinished(place, known, recipe.restart) as finished:
         checked = prove is not None and recipe.check
         pending = [
-            (fmt, out) for fmt, out in zip(job.plan.formats, outs, strict=True) if not finished.wrote(out, checked)
+            (fmt, out)
+            for fmt, out in zip(job.plan.formats, outs, strict=True)
+            if not finished.wrote(out, checked)
         ]
         for _, out in pending:
             check_free(out, recipe.overwrite or finished.wrote(out))
@@ -237,11 +268,23 @@ def run(
         check_names(names, job.plan)
         work(finished, watcher)
         record = _record(job, finished)
-        result = Result(names, job.plan, recipe, source, finished.result, record | {"run": finished.run})
+        result = Result(
+            names, job.plan, recipe, source, finished.result, record | {"run": finished.run}
+        )
         write_all(
             (
-                phase(f"writing {fmt.name}", "the finished blocks are kept, the same command goes on with them")(
-                    partial(write_checkpoint, fmt, out, result, prove, recipe.overwrite or finished.wrote(out))
+                phase(
+                    f"writing {fmt.name}",
+                    "the finished blocks are kept, the same command goes on with them",
+                )(
+                    partial(
+                        write_checkpoint,
+                        fmt,
+                        out,
+                        result,
+                        prove,
+                        recipe.overwrite or finished.wrote(out),
+                    )
                 )
                 for fmt, out in pending
             ),
@@ -251,7 +294,8 @@ def run(
 
 
 def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path]:
-    """The folders that are written. All are tried; then raises NotProved if any is wrong. note: ends its message."""
+    """The folders that are written. All are tried; then raises NotProved if any is wrong. note:
+    ends its message."""
     written: list[Path] = []
     failed: list[NotProved] = []
     for write in writes:
@@ -260,7 +304,9 @@ def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path
         except NotProved as error:
             failed.append(error)
     if failed:
-        raise NotProved(failed[0].folder, failed[0].findings, [error.folder for error in failed], note)
+        raise NotProved(
+            failed[0].folder, failed[0].findings, [error.folder for error in failed], note
+        )
     return written
 
 
@@ -279,8 +325,8 @@ def save(
 ) -> Path:
     """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
 
-    Raises UserError if the format can't hold what was tuned; name it in the recipe's `format` before tuning. prove: as
-    in `run`.
+    Raises UserError if the format can't hold what was tuned; name it in the recipe's `format`
+    before tuning. prove: as in `run`.
     """
     fmt = formats.resolve(format_name, set(job.plan.quantized.values()))
     for weight in job.plan.weights:
@@ -293,10 +339,15 @@ def save(
             if weight.scheme.scale_range not in (None, fmt.scale_range) and fmt.parts:
                 problem = "cannot hold what was tuned on the grid of another format"
             if problem:
-                raise UserError(f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before tuning")
+                raise UserError(
+                    f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before"
+                    " tuning"
+                )
     loaded, source = job.loaded, job.loaded.source
     names = Names(loaded.model, source, loaded.given)
     check_names(names, job.plan)
     check_tuned(names, finished.result)
-    result = Result(names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {})
+    result = Result(
+        names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {}
+    )
     return write_checkpoint(fmt, out, result, prove)

@@ -23,8 +23,9 @@ PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "a
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to a block. nearest, start, end: held-out error per element, rounded to nearest, at the start of
-    the sign steps (the closed form, if there is one) and at their end; in units of the loss, see `fisher`."""
+    """What happened to a block. nearest, start, end: held-out error per element, rounded to
+    nearest, at the start of the sign steps (the closed form, if there is one) and at their end; in
+    units of the loss, see `fisher`."""
 
     name: str
     stage: str
@@ -35,9 +36,11 @@ class BlockReport:
     best_iter: int
     seconds: float
     peak_gb: float
-    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # share lost of each output, `LayerErrors`
+    # share lost of each output, `LayerErrors`
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     steps_seconds: float = 0.0  # of ``seconds``, the sign steps
-    unreached: int = 0  # weights that no calibration token met (experts): their scales are searched, nothing is tuned
+    # weights that no calibration token met (experts): their scales are searched, nothing is tuned
+    unreached: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -53,8 +56,8 @@ def block_report(
     started: float,
     nearest: float | None = None,
 ) -> BlockReport:
-    """What happened to a block whose work began at ``started`` (`time.perf_counter`) and ends now. result: None for
-    weights that were rounded to nearest."""
+    """What happened to a block whose work began at ``started`` (`time.perf_counter`) and ends now.
+    result: None for weights that were rounded to nearest."""
     devices.traits(device).synchronize(device)
     return BlockReport(
         name=name,
@@ -78,13 +81,18 @@ def checksum(tensor: Tensor) -> str:
 
 
 def codes_record(codes: Codes, decoded: bool = False) -> dict[str, Any]:
-    """What a decoded checkpoint must give back for one weight: its scheme, and checksums that no packing changes.
+    """What a decoded checkpoint must give back for one weight: its scheme, and checksums that no
+    packing changes.
 
-    q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups), a static
-    input_scale as float32 (1,). decoded: the float32
-    weight (out, in) too, for formats whose files hold no such codes.
+    q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups), a
+    static input_scale as float32 (1,). decoded: the float32 weight (out, in) too, for formats whose
+    files hold no such codes.
     """
-    values = {"q": codes.q_OI.to(torch.uint8), "scale": codes.scale_OG.float(), "zero": codes.zero_OG.to(torch.uint8)}
+    values = {
+        "q": codes.q_OI.to(torch.uint8),
+        "scale": codes.scale_OG.float(),
+        "zero": codes.zero_OG.to(torch.uint8),
+    }
     if codes.input_scale is not None:
         values["input_scale"] = codes.input_scale.float()
     if decoded:
@@ -112,7 +120,8 @@ def journal(
     mixed: Mapping[str, Any] | None = None,
     polished: Polished | None = None,
 ) -> dict[str, Any]:
-    """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs between equal runs."""
+    """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs
+    between equal runs."""
     reports = [block.as_dict() for block in blocks]
     timing = ("seconds", "steps_seconds", "peak_gb")
     return {
@@ -124,7 +133,9 @@ def journal(
         "bits_per_weight": round(plan.bits_per_weight(), 3),
         "mixed": mixed,
         "polish": {"before": polished.before, "after": polished.after} if polished else None,
-        "blocks": [{key: value for key, value in report.items() if key not in timing} for report in reports],
+        "blocks": [
+            {key: value for key, value in report.items() if key not in timing} for report in reports
+        ],
         "measured": {
             "seconds": sum(report["seconds"] for report in reports),
             "peak_gb": max((report["peak_gb"] for report in reports), default=0.0),

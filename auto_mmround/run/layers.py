@@ -11,10 +11,12 @@ ROWS = 512  # outputs of a layer that its error is measured on
 
 
 class LayerErrors:
-    """Errors of a block's weights under the second moments H of their inputs: tr((W - W~) H (W - W~)^T) / tr(W H W^T).
+    """Errors of a block's weights under the second moments H of their inputs: tr((W - W~) H (W -
+    W~)^T) / tr(W H W^T).
 
-    0: nothing is lost, 1: as much as if the layer were not there. Comparable between layers and between runs. Of a
-    weight with more outputs than `ROWS`, about as many are looked at, spread evenly: only the report reads this.
+    0: nothing is lost, 1: as much as if the layer were not there. Comparable between layers and
+    between runs. Of a weight with more outputs than `ROWS`, about as many are looked at, spread
+    evenly: only the report reads this.
     """
 
     def __init__(self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments]):

@@ -1,4 +1,5 @@
-"""Between a model's weights and their codes: rounding states for weights, codes from them, weights from codes."""
+"""Between a model's weights and their codes: rounding states for weights, codes from them, weights
+from codes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,12 @@ from auto_mmround.run.plan import WeightPlan, fused_set, grid_of
 
 
 def leaves_of(
-    model: nn.Module, planned: Sequence[WeightPlan], input_scales: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    planned: Sequence[WeightPlan],
+    input_scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, TunedWeight]:
-    """Rounding states for the weights, at round to nearest; the parameters are as before until they are `rounded`.
+    """Rounding states for the weights, at round to nearest; the parameters are as before until they
+    are `rounded`.
 
     input_scales: of static activations, see `static_inputs`.
     """
@@ -39,7 +43,8 @@ def leaves_of(
 
 @contextmanager
 def rounded(leaves: Mapping[str, TunedWeight], *, keep: bool = True) -> Iterator[None]:
-    """The parameters hold W~. Where the work inside fails, or without ``keep``, they hold the weights as they were."""
+    """The parameters hold W~. Where the work inside fails, or without ``keep``, they hold the
+    weights as they were."""
     with ExitStack() as undo:
         for leaf in leaves.values():
             undo.callback(leaf.show_original)
@@ -70,13 +75,16 @@ def parameter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
 
 
 def shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
-    """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one scale for them."""
+    """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one
+    scale for them."""
     sets: dict[Any, list[str]] = {}
     for weight in planned:
         if weight.scheme and weight.scheme.data_type == "nvfp4":
             sets.setdefault(fused_set(weight.name), []).append(weight.name)
     peaks = {
-        name: model.get_parameter(f"{name}.weight").detach().abs().max() for names in sets.values() for name in names
+        name: model.get_parameter(f"{name}.weight").detach().abs().max()
+        for names in sets.values()
+        for name in names
     }
     return {name: max(peaks[other] for other in names) for names in sets.values() for name in names}
 

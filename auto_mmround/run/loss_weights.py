@@ -1,4 +1,5 @@
-"""What the errors of a block weigh, token by token and channel by channel, and how many tokens a step sees."""
+"""What the errors of a block weigh, token by token and channel by channel, and how many tokens a
+step sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from auto_mmround.model.fisher import ROWS, Fisher, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
-# Tokens that a step of a tower sees for each sample asked for, at most: an image or a sound is a thousand or more, and
-# eight of them cost four times as much as two.
+# Tokens that a step of a tower sees for each sample asked for, at most: an image or a sound is a
+# thousand or more, and eight of them cost four times as much as two.
 TOWER_SAMPLE = 512
 
 
@@ -26,7 +27,11 @@ def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
 
 def tower_tokens(chain: Chain) -> int:
     """Tokens of all samples of a tower's chain together; 0 for text."""
-    return 0 if chain.stage.name == "text" else sum(hidden.shape[:-1].numel() for hidden in chain.hidden)
+    return (
+        0
+        if chain.stage.name == "text"
+        else sum(hidden.shape[:-1].numel() for hidden in chain.hidden)
+    )
 
 
 def accumulated(recipe: Recipe, tower_tokens: int) -> int:
@@ -38,8 +43,9 @@ def accumulated(recipe: Recipe, tower_tokens: int) -> int:
 
 
 class ErrorWeights(NamedTuple):
-    """What the errors of a block's output weigh. table_RD: float32, by row of the Fisher table; one channel where all
-    count alike. row_N: int8, the row of every token of all samples. end_S: where each sample's tokens end."""
+    """What the errors of a block's output weigh. table_RD: float32, by row of the Fisher table; one
+    channel where all count alike. row_N: int8, the row of every token of all samples. end_S: where
+    each sample's tokens end."""
 
     table_RD: Tensor
     row_N: Tensor
@@ -60,17 +66,23 @@ class Weights:
     fisher: Fisher
 
     def of_errors(self, chain: Chain, block: str) -> ErrorWeights:
-        """Of the block's error for every sample: 0 on padding, else 1, or the Fisher information of the channel for
-        that kind of token, scaled to a mean of 1 over the rows of the table. On the device that the block runs on."""
+        """Of the block's error for every sample: 0 on padding, else 1, or the Fisher information of
+        the channel for that kind of token, scaled to a mean of 1 over the rows of the table. On the
+        device that the block runs on."""
         rows = [self._rows(chain, i) for i in range(len(chain))]
         ends = [0, *accumulate(map(len, rows))]
         row_N = torch.cat([torch.empty(0, dtype=torch.long), *rows]).to(torch.int8)
         device = chain.device or torch.device("cpu")
-        return ErrorWeights(self._table(chain.stage, block).to(device), row_N.to(device), torch.tensor(ends[1:]))
+        return ErrorWeights(
+            self._table(chain.stage, block).to(device), row_N.to(device), torch.tensor(ends[1:])
+        )
 
-    def of_tokens(self, chain: Chain, layer: str, entries: Sequence[int] | None = None) -> list[Tensor]:
-        """What a layer's tokens count in its second moments, flat, for every sample or entry of the chain asked for:
-        0 on padding of text, else 1, or how much the model's output depends on the layer's output there."""
+    def of_tokens(
+        self, chain: Chain, layer: str, entries: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """What a layer's tokens count in its second moments, flat, for every sample or entry of the
+        chain asked for: 0 on padding of text, else 1, or how much the model's output depends on the
+        layer's output there."""
         measured = self.fisher.tokens.get(layer, {})
         known = all(sample in measured for sample in chain.sample)
         found = []
@@ -78,7 +90,9 @@ class Weights:
             sample = chain.sample[i]
             counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
             if chain.stage.name == "text":
-                counted_N = (token_kinds(chain.stage, self.kinds[sample], len(counted_N)) != PAD).float()
+                counted_N = (
+                    token_kinds(chain.stage, self.kinds[sample], len(counted_N)) != PAD
+                ).float()
             if known:  # of as many tokens as the layer reads: another stage's in cross attention
                 same = len(measured[sample]) == len(counted_N)
                 counted_N = measured[sample] * counted_N if same else measured[sample]
@@ -88,10 +102,14 @@ class Weights:
     def _table(self, stage: Stage, block: str) -> Tensor:
         """Weights by row of the Fisher table, (ROWS, channels or 1).
 
-        Padding of text is worth nothing. What a tower makes of padding reaches the text, so its gradients tell.
+        Padding of text is worth nothing. What a tower makes of padding reaches the text, so its
+        gradients tell.
         """
-        table_RD = self.fisher.channels.get(block, torch.zeros(ROWS, 1)).cpu().nan_to_num(0.0, 0.0, 0.0)
-        mean = table_RD[table_RD.sum(1) > 0].mean()  # NaN without any: not measured, or nothing depends on the block
+        table_RD = (
+            self.fisher.channels.get(block, torch.zeros(ROWS, 1)).cpu().nan_to_num(0.0, 0.0, 0.0)
+        )
+        # NaN without any: not measured, or nothing depends on the block
+        mean = table_RD[table_RD.sum(1) > 0].mean()
         table_RD = table_RD / mean.clamp(min=1e-30) if mean > 0 else torch.ones(ROWS, 1)
         if stage.name == "text":
             table_RD[PAD] = 0

@@ -1,4 +1,5 @@
-"""Mixed bits by evidence: from a size to bits for every weight, those that do least damage to the model's output."""
+"""Mixed bits by evidence: from a size to bits for every weight, those that do least damage to the
+model's output."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,8 @@ Bits = Mapping[str, int]  # weight -> bits
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that must have the same bits, because engines load them as one. options: the bits they may have."""
+    """Weights that must have the same bits, because engines load them as one. options: the bits
+    they may have."""
 
     weights: tuple[WeightPlan, ...]
     options: tuple[int, ...]
@@ -42,25 +44,34 @@ class Unit:
 
 
 def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
-    """What there is to choose: all planned weights of the blocks whose bits `layer_config` does not name.
+    """What there is to choose: all planned weights of the blocks whose bits `layer_config` does not
+    name.
 
     Raises UserError for bits that a format holds for none of them.
     """
-    fixed = Patterns(pattern for pattern, options in (recipe.layer_config or {}).items() if "bits" in options)
-    experts = {name: expert.parameter.rpartition(".")[0] for name, expert in separable(model).items()}
+    fixed = Patterns(
+        pattern for pattern, options in (recipe.layer_config or {}).items() if "bits" in options
+    )
+    experts = {
+        name: expert.parameter.rpartition(".")[0] for name, expert in separable(model).items()
+    }
     sets: dict[Any, list[WeightPlan]] = {}
     for weight in plan.weights:
         if weight.scheme and weight.block:
             sets.setdefault(experts.get(weight.name) or fused_set(weight.name), []).append(weight)
     free = [each for each in sets.values() if not any(fixed.of(weight.name) for weight in each)]
-    schemes = {weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable}
+    schemes = {
+        weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable
+    }
     targets = [formats.resolve(name, schemes) for name in recipe.formats]
     found, problems = [], dict.fromkeys(recipe.mixable, "")
     for each in free:
         held = []
         for bits in recipe.mixable:
             checks = [
-                (fmt, fmt.check(w.scheme_at(bits), w.out_features, w.in_features)) for fmt in targets for w in each
+                (fmt, fmt.check(w.scheme_at(bits), w.out_features, w.in_features))
+                for fmt in targets
+                for w in each
             ]
             problem = next((f"format {fmt.name} {why}" for fmt, why in checks if why), None)
             problems[bits] = problem or problems[bits]
@@ -77,8 +88,8 @@ def choose_bits(
 ) -> tuple[Recipe, Plan, dict[str, Any] | None]:
     """The recipe with bits for every weight in its `layer_config`, its plan, and what was measured.
 
-    Where `layer_config` names the bits of every weight already, as in the recipe of a finished run, nothing is
-    measured (None). Raises UserError where `target_bits` can't be reached.
+    Where `layer_config` names the bits of every weight already, as in the recipe of a finished run,
+    nothing is measured (None). Raises UserError where `target_bits` can't be reached.
     """
     recipe, plan = session.recipe, session.plan
     free = units(session.model, recipe, plan)
@@ -87,8 +98,8 @@ def choose_bits(
     if not free:
         if plan.bits_per_weight() > target + 0.005:
             raise UserError(
-                f"target_bits = {target:g}: layer_config names the bits of every weight, {plan.bits_per_weight():.3f} "
-                "on average; remove its entries to choose again"
+                f"target_bits = {target:g}: layer_config names the bits of every weight,"
+                f" {plan.bits_per_weight():.3f} on average; remove its entries to choose again"
             )
         return recipe, plan, None
     options = {weight.name: unit.options for unit in free for weight in unit.weights}
@@ -96,58 +107,82 @@ def choose_bits(
         damage = trial.damage()
         free = [unit for unit in free if all(weight.name in damage.of for weight in unit.weights)]
         bits, seen = _tried(trial, _choices(free, damage, plan, target), free, plan, target)
-    recipe = replace(recipe, layer_config=(recipe.layer_config or {}) | {name: {"bits": b} for name, b in bits.items()})
+    recipe = replace(
+        recipe,
+        layer_config=(recipe.layer_config or {}) | {name: {"bits": b} for name, b in bits.items()},
+    )
     plan = make_plan(session.model, recipe)
     return recipe, plan, _record(recipe, plan, free, damage, bits) | seen
 
 
 def _choices(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, Bits]:
-    """By all options, and by the two alone between whose sizes the target lies. Raises UserError where no choice is
-    small enough."""
+    """By all options, and by the two alone between whose sizes the target lies. Raises UserError
+    where no choice is small enough."""
     found: dict[str, Bits] = {"all": _allocated(free, damage, plan, target)}
     around = _around(free, plan, target)
     if around and {*found["all"].values()} - {*around}:
-        narrow = [replace(unit, options=tuple(b for b in unit.options if b in around) or unit.options) for unit in free]
+        narrow = [
+            replace(unit, options=tuple(b for b in unit.options if b in around) or unit.options)
+            for unit in free
+        ]
         found["around"] = _allocated(narrow, damage, plan, target)
     return found
 
 
 def _around(free: Sequence[Unit], plan: Plan, target: float) -> tuple[int, int] | None:
-    """The two neighbouring options for all between whose sizes the target lies, if there are any."""
+    """The two neighbouring options for all between whose sizes the target lies, if there are
+    any."""
     fixed, count = _fixed(free, plan)
     shared = sorted(set.intersection(*({*unit.options} for unit in free)))
     sizes = {bits: (fixed + sum(unit.size(bits) for unit in free)) / count for bits in shared}
-    return next((pair for pair in pairwise(shared) if sizes[pair[0]] <= target < sizes[pair[1]]), None)
+    return next(
+        (pair for pair in pairwise(shared) if sizes[pair[0]] <= target < sizes[pair[1]]), None
+    )
 
 
 def _tried(
     trial: Trial, choices: Mapping[str, Bits], free: Sequence[Unit], plan: Plan, target: float
 ) -> tuple[Bits, dict[str, Any]]:
-    """The choice that the samples show to be best, and what they show: KL in nats a position by set.
+    """The choice that the samples show to be best, and what they show: KL in nats a position by
+    set.
 
-    "line" is what the two uniform choices around the target give at its size, along a straight line between them.
+    "line" is what the two uniform choices around the target give at its size, along a straight line
+    between them.
     """
     around = _around(free, plan, target)
     if around is None:
         return choices["all"], {}
     found = {name: trial.kl(bits) for name, bits in choices.items()}
-    uniform = {b: trial.kl({weight.name: b for unit in free for weight in unit.weights}) for b in around}
+    uniform = {
+        b: trial.kl({weight.name: b for unit in free for weight in unit.weights}) for b in around
+    }
     fixed, count = _fixed(free, plan)
     low, high = (sum(unit.size(bits) for unit in free) for bits in around)
     share = (target * count - fixed - low) / (high - low)
     line_S = uniform[around[0]] * (1 - share) + uniform[around[1]] * share
     best = min(found, key=lambda name: (found[name] / line_S).max().item())
     if (found[best] > line_S).any():
-        log.warning("target_bits: no choice of bits is better than a line between %d and %d bits for all", *around)
-    measured = {"mixed": found[best], "line": line_S} | {str(bits): kl_S for bits, kl_S in uniform.items()}
-    return choices[best], {"options": best, "measured": {name: kl_S.tolist() for name, kl_S in measured.items()}}
+        log.warning(
+            "target_bits: no choice of bits is better than a line between %d and %d bits for all",
+            *around,
+        )
+    measured = {"mixed": found[best], "line": line_S} | {
+        str(bits): kl_S for bits, kl_S in uniform.items()
+    }
+    return choices[best], {
+        "options": best,
+        "measured": {name: kl_S.tolist() for name, kl_S in measured.items()},
+    }
 
 
 def _fixed(free: Sequence[Unit], plan: Plan) -> tuple[float, int]:
-    """Stored bits of the weights that there is nothing to choose for; the number of all quantized weights' elements."""
+    """Stored bits of the weights that there is nothing to choose for; the number of all quantized
+    weights' elements."""
     weights = [(weight, weight.scheme) for weight in plan.weights if weight.scheme]
     chosen = {weight.name for unit in free for weight in unit.weights}
-    fixed = sum(stored_bits(weight, scheme) for weight, scheme in weights if weight.name not in chosen)
+    fixed = sum(
+        stored_bits(weight, scheme) for weight, scheme in weights if weight.name not in chosen
+    )
     return fixed, sum(weight.out_features * weight.in_features for weight, _ in weights)
 
 
@@ -156,27 +191,40 @@ def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) 
     fixed, count = _fixed(free, plan)
     sizes = [[unit.size(bits) for bits in unit.options] for unit in free]
     shares_S = _shares(free, damage)
-    damages = [[(unit.damage(damage, bits) * shares_S).max().item() for bits in unit.options] for unit in free]
+    damages = [
+        [(unit.damage(damage, bits) * shares_S).max().item() for bits in unit.options]
+        for unit in free
+    ]
     picks = allocate(sizes, damages, target * count - fixed)
     if picks is None:
         least = (fixed + sum(map(min, sizes))) / count
-        raise UserError(f"target_bits = {target:g}: the least possible is {least:.3f}, scales and zero points included")
-    return {w.name: unit.options[k] for unit, k in zip(free, picks, strict=True) for w in unit.weights}
+        raise UserError(
+            f"target_bits = {target:g}: the least possible is {least:.3f}, scales and zero points"
+            " included"
+        )
+    return {
+        w.name: unit.options[k] for unit, k in zip(free, picks, strict=True) for w in unit.weights
+    }
 
 
 def _shares(free: Sequence[Unit], damage: Damage) -> Tensor:
-    """What a nat of each set of samples weighs: 1 / the whole damage to that set at every unit's middle option.
+    """What a nat of each set of samples weighs: 1 / the whole damage to that set at every unit's
+    middle option.
 
-    So text does not outvote images, whose answers are few tokens; a unit counts by the set that it hurts most.
+    So text does not outvote images, whose answers are few tokens; a unit counts by the set that it
+    hurts most.
     """
-    whole_S = torch.stack([unit.damage(damage, unit.options[(len(unit.options) - 1) // 2]) for unit in free]).sum(0)
+    whole_S = torch.stack(
+        [unit.damage(damage, unit.options[(len(unit.options) - 1) // 2]) for unit in free]
+    ).sum(0)
     return 1 / whole_S.clamp(min=1e-30)
 
 
 def _record(
     recipe: Recipe, plan: Plan, free: Sequence[Unit], damage: Damage, bits: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Plain values for `run.json`: what was expected of every choice, in nats a position by set of samples."""
+    """Plain values for `run.json`: what was expected of every choice, in nats a position by set of
+    samples."""
     shared = set.intersection(*(set(unit.options) for unit in free))
     chosen = {unit.weights[0].name: bits[unit.weights[0].name] for unit in free}
 

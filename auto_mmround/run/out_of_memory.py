@@ -1,5 +1,5 @@
-"""Out of memory is no reason to lose a run: fewer samples at a time, then what takes room out of the way, then one line
-that names the phase and the flags that help."""
+"""Out of memory is no reason to lose a run: fewer samples at a time, then what takes room out of
+the way, then one line that names the phase and the flags that help."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,8 @@ FEWER = "lower --nsamples or --seqlen, or use a larger machine"
 
 
 class BatchSize:
-    """How many samples run together: the recipe's number, or a divisor of it once that many did not fit.
+    """How many samples run together: the recipe's number, or a divisor of it once that many did not
+    fit.
 
     Sums over a batch are taken in more parts then, and mean the same.
     """
@@ -44,27 +45,36 @@ class BatchSize:
     ) -> T:
         """The result of ``attempt(size)``, tried again with less until memory suffices.
 
-        relieve: makes room where a single sample is too much; False if it can't. Raises UserError when nothing helps.
+        relieve: makes room where a single sample is too much; False if it can't. Raises UserError
+          when nothing helps.
         """
         while True:
             try:
                 return attempt(self.size)
             except (MemoryError, RuntimeError) as error:
                 reason = _reason(error)
-            # Here, not in the clause above, where the traceback still holds what the attempt had allocated.
+            # Here, not in the clause above, where the traceback still holds what the attempt had
+            # allocated.
             devices.release_cache()
             if self.size > 1:
                 self.size = max(size for size in range(1, self.size) if self.size % size == 0)
-                log.warning("%s: out of memory, going on with %d samples at a time", what, self.size)
+                log.warning(
+                    "%s: out of memory, going on with %d samples at a time", what, self.size
+                )
             elif relieve():
-                log.warning("%s: out of memory with a single sample, what takes room is moved away", what)
+                log.warning(
+                    "%s: out of memory with a single sample, what takes room is moved away", what
+                )
             else:
-                raise UserError(f"{what}: not enough memory for a single sample ({reason}); {helps}")
+                raise UserError(
+                    f"{what}: not enough memory for a single sample ({reason}); {helps}"
+                )
 
 
 @contextmanager
 def phase(what: str, helps: str = SHORTER) -> Iterator[None]:
-    """A part of a run that has no smaller pieces. Raises UserError where memory does not suffice for it."""
+    """A part of a run that has no smaller pieces. Raises UserError where memory does not suffice
+    for it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -79,20 +89,26 @@ def _reason(error: BaseException) -> str:
 
 
 class Places:
-    """Where hidden states of the samples lie, the first place first: the device, host memory, files."""
+    """Where hidden states of the samples lie, the first place first: the device, host memory,
+    files."""
 
     def __init__(self, places: Sequence[Mapping[str, Any]]):
         self._places = list(places)
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device, disk: Callable[[Tensor], Tensor]) -> "Places":
-        """As the recipe's `low_gpu_mem_usage` and `offload_states` ask for; further ones serve where memory ends."""
+        """As the recipe's `low_gpu_mem_usage` and `offload_states` ask for; further ones serve
+        where memory ends."""
         host, files = {"store": devices.HOST, "place": None}, {"store": devices.HOST, "place": disk}
         on_device = {"store": device, "place": None}
         if recipe.offload_states:
-            return cls([files] if recipe.low_gpu_mem_usage else [on_device | {"place": disk}, files])
+            return cls(
+                [files] if recipe.low_gpu_mem_usage else [on_device | {"place": disk}, files]
+            )
         on_host: list[Mapping[str, Any]] = [host, files]
-        return cls(on_host if recipe.low_gpu_mem_usage or device == devices.HOST else [on_device, *on_host])
+        return cls(
+            on_host if recipe.low_gpu_mem_usage or device == devices.HOST else [on_device, *on_host]
+        )
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -100,8 +116,8 @@ class Places:
         return self._places[0]
 
     def fitting(self, what: str, attempt: Callable[..., T], helps: str = FEWER) -> T:
-        """The result of ``attempt(store=.., place=..)`` with the first places that memory suffices for; they are the
-        first ones from now on. Raises UserError when nothing helps."""
+        """The result of ``attempt(store=.., place=..)`` with the first places that memory suffices
+        for; they are the first ones from now on. Raises UserError when nothing helps."""
 
         def relieve() -> bool:
             return len(self._places) > 1 and bool(self._places.pop(0))
@@ -121,13 +137,16 @@ def moved_away(chains: Sequence[Chain], disk: Callable[[Tensor], Tensor]) -> boo
 
 
 class Graph:
-    """What a backward pass through a model in memory keeps of the forward pass: all that its blocks compute, or, where
-    that is more than `SHARE` of the free memory or was too much, what they are given. The gradients are the same."""
+    """What a backward pass through a model in memory keeps of the forward pass: all that its blocks
+    compute, or, where that is more than `SHARE` of the free memory or was too much, what they are
+    given. The gradients are the same."""
 
     def __init__(self, model: PreTrainedModel | None = None, tokens: int = 0):
         """tokens: of the longest sample. Without a model: everything is kept."""
         self._model, self.again = model, False
-        self._blocks = [block for stage in find_stages(model) for block in stage.blocks] if model else []
+        self._blocks = (
+            [block for stage in find_stages(model) for block in stage.blocks] if model else []
+        )
         if model:
             size = sum(computed(model.get_submodule(block)) for block in self._blocks) * tokens
             self.again = size > SHARE * devices.free_memory(device_of(model))
@@ -139,11 +158,13 @@ class Graph:
 
     def __call__(self) -> AbstractContextManager[None]:
         """To be open while the model runs forward and backward."""
-        return recomputed(self._model, self._blocks) if self._model and self.again else nullcontext()
+        return (
+            recomputed(self._model, self._blocks) if self._model and self.again else nullcontext()
+        )
 
 
 def computed(block: nn.Module) -> int:
-    """Bytes that a block's graph keeps a token, about: what its products read and give. Measured on Llama's layers it
-    is 4 % more."""
+    """Bytes that a block's graph keeps a token, about: what its products read and give. Measured on
+    Llama's layers it is 4 % more."""
     matrices = [p for p in block.parameters() if p.ndim > 1]
     return sum(sum(p.shape[-2:]) * p.element_size() for p in matrices)

@@ -35,7 +35,8 @@ from auto_mmround.run.plan import Plan
 
 
 class Names:
-    """Parameter names of a model and keys of its checkpoint. Without a source folder: as Transformers would save.
+    """Parameter names of a model and keys of its checkpoint. Without a source folder: as
+    Transformers would save.
 
     given: the model is the user's own, see `given`.
     """
@@ -48,18 +49,24 @@ class Names:
         self.aliases = aliases(model, self.keys)
         self._covered = {*self.keys, *self.aliases}  # by tensors of the source
         self.experts = separable(model)
-        # The tables of Transformers go one way: what they make of a file's key is sure, what they would save is not.
+        # The tables of Transformers go one way: what they make of a file's key is sure, what they
+        # would save is not.
         converted = converted_keys(model, self.files)
         stored = {(name, _tail(key)): key for key, name in converted.items()}
         self.stacks = {name: key for key, name in converted.items()} | self.keys
         for name, expert in self.experts.items():
             prefix = self._prefix(expert)
-            self.keys[f"{name}.weight"] = stored.get((expert.parameter, _tail(expert.tail)), f"{prefix}.{expert.tail}")
+            self.keys[f"{name}.weight"] = stored.get(
+                (expert.parameter, _tail(expert.tail)), f"{prefix}.{expert.tail}"
+            )
             if expert.stacked or self.keys[f"{name}.weight"] in self.files:
                 self._covered.add(expert.parameter)
         self.parameters = {key: name for name, key in self.keys.items()}
-        singles = {self.keys[f"{name}.weight"] for name, expert in self.experts.items() if expert.stacked}
-        self.apart = {parameter for parameter, _ in stacking(model, singles).values()}  # can be written one by one
+        singles = {
+            self.keys[f"{name}.weight"] for name, expert in self.experts.items() if expert.stacked
+        }
+        # can be written one by one
+        self.apart = {parameter for parameter, _ in stacking(model, singles).values()}
 
     @cached_property
     def gone(self) -> set[str]:
@@ -68,23 +75,35 @@ class Names:
 
     @cached_property
     def unread(self) -> list[str]:
-        """Keys of the source that the model's class does not read, such as layers that predict further tokens."""
+        """Keys of the source that the model's class does not read, such as layers that predict
+        further tokens."""
         found = loaded_names(self.model, self.files).items()
         return sorted(key for key, (name, whole) in found if name is None and whole)
 
     @cached_property
     def made(self) -> list[tuple[list[str], list[str]]]:
-        """Parameters that no single tensor of the source holds, and the keys they are saved under, by groups: new
-        ones, and those that Transformers splits or fuses."""
+        """Parameters that no single tensor of the source holds, and the keys they are saved under,
+        by groups: new ones, and those that Transformers splits or fuses."""
         state = self.model.state_dict()
         ignored = self.model._keys_to_ignore_on_load_missing or () if self.files else ()
         groups: dict[str, list[str]] = {}
         for name in state:
-            if name not in self._covered and not any(re.search(pattern, name) for pattern in ignored):
+            if name not in self._covered and not any(
+                re.search(pattern, name) for pattern in ignored
+            ):
                 # What is fused lies side by side: `attn.q_proj.weight` and `attn.k_proj.weight`.
-                groups.setdefault(".".join(name.split(".")[:-2]) if self.files else "", []).append(name)
-        shapes = {name: torch.empty(state[name].shape, device="meta") for group in groups.values() for name in group}
-        undone = [revert_weight_conversion(self.model, {n: shapes[n] for n in group}) for group in groups.values()]
+                groups.setdefault(".".join(name.split(".")[:-2]) if self.files else "", []).append(
+                    name
+                )
+        shapes = {
+            name: torch.empty(state[name].shape, device="meta")
+            for group in groups.values()
+            for name in group
+        }
+        undone = [
+            revert_weight_conversion(self.model, {n: shapes[n] for n in group})
+            for group in groups.values()
+        ]
         return [(group, list(keys)) for group, keys in zip(groups.values(), undone, strict=True)]
 
     @cached_property
@@ -94,7 +113,9 @@ class Names:
 
     def written(self) -> list[str]:
         """The keys of a checkpoint, packed weights as one key each."""
-        apart = {name: e for name, e in self.experts.items() if e.stacked and e.parameter in self.apart}
+        apart = {
+            name: e for name, e in self.experts.items() if e.stacked and e.parameter in self.apart
+        }
         stacked = [self.key(f"{name}.weight") for name in apart]
         stacks = {self.stacks[expert.parameter] for expert in apart.values()}
         found = [*self.files, *sorted(self.added), *stacked]
@@ -108,7 +129,9 @@ class Names:
         """The checkpoint's name of the module that holds an expert."""
         if expert.parameter not in self.stacks:
             placeholder = {
-                expert.parameter: torch.empty(self.model.get_parameter(expert.parameter).shape, device="meta")
+                expert.parameter: torch.empty(
+                    self.model.get_parameter(expert.parameter).shape, device="meta"
+                )
             }
             key = next(iter(revert_weight_conversion(self.model, placeholder)))
             self.stacks[expert.parameter] = key if expert.stacked else ".".join(key.split(".")[:-2])
@@ -129,7 +152,8 @@ class Names:
         return known or bool(expert and expert.stacked)
 
     def module(self, name: str) -> str:
-        """The checkpoint's name of a module that has a weight; fused experts, which are parameters, keep theirs."""
+        """The checkpoint's name of a module that has a weight; fused experts, which are parameters,
+        keep theirs."""
         if f"{name}.weight" not in self.keys and name in self.model.state_dict():
             return self.keys.get(name, name)
         return self.key(f"{name}.weight").removesuffix(".weight")
@@ -139,9 +163,10 @@ class Names:
     ) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of everything but the parameters ``without``.
 
-        From the source as stored, bit for bit (FP8 decoded), unless the model in memory holds something else by now, or
-        would if its blocks were not streamed: what ``codes`` say, by module name. apart: a stack of experts is written
-        expert by expert, as engines read it beside quantized ones; else as the source has it.
+        From the source as stored, bit for bit (FP8 decoded), unless the model in memory holds
+        something else by now, or would if its blocks were not streamed: what ``codes`` say, by
+        module name. apart: a stack of experts is written expert by expert, as engines read it
+        beside quantized ones; else as the source has it.
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without} | self.gone
@@ -153,7 +178,10 @@ class Names:
                 skip.add(self.stacks[expert.parameter])
                 if f"{name}.weight" not in without:
                     current = self._current(f"{name}.weight", state, codes)
-                    yield self.key(f"{name}.weight"), self._stored(expert) if current is None else current.contiguous()
+                    yield (
+                        self.key(f"{name}.weight"),
+                        self._stored(expert) if current is None else current.contiguous(),
+                    )
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
                 if key in stacks:
@@ -161,8 +189,11 @@ class Names:
                 elif key not in skip and key not in self.added:
                     name, stored = self.parameters.get(key, ""), reader.tensor(key)
                     current = self._current(name, state, codes)
-                    tensor = newest(stored, current, self.given, name.removesuffix(".weight") in codes)
-                    if tensor is stored or name not in self.aliases:  # what is tied by now is written once
+                    tensor = newest(
+                        stored, current, self.given, name.removesuffix(".weight") in codes
+                    )
+                    # what is tied by now is written once
+                    if tensor is stored or name not in self.aliases:
                         yield key, tensor
             for key in stacks.keys() - self.files.keys():
                 yield key, self._stack(None, stacks[key], state, codes)
@@ -172,7 +203,9 @@ class Names:
                     if key not in skip:
                         yield key, tensor
 
-    def _remade(self, kept: dict[str, Tensor], keys: list[str], reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    def _remade(
+        self, kept: dict[str, Tensor], keys: list[str], reader: Reader
+    ) -> Iterator[tuple[str, Tensor]]:
         """What parameters are saved as that the source has not, or in other pieces."""
         known = {key: reader.tensor(key) for key in keys if key in self.files}
         if known and (not self.given or any(tensor.is_meta for tensor in kept.values())):
@@ -183,8 +216,11 @@ class Names:
             current = tensor.contiguous()
             yield key, newest(known[key], current, self.given, False) if key in known else current
 
-    def _current(self, parameter: str, state: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Tensor | None:
-        """What the model holds; None if that is what the source has, or if there is no such parameter."""
+    def _current(
+        self, parameter: str, state: Mapping[str, Tensor], codes: Mapping[str, Codes]
+    ) -> Tensor | None:
+        """What the model holds; None if that is what the source has, or if there is no such
+        parameter."""
         module = parameter.removesuffix(".weight")
         expert = self.experts.get(module)
         tensor = state.get(parameter) if expert is None else expert.of(state[expert.parameter])
@@ -209,10 +245,16 @@ class Names:
         if whole.is_meta and stored is not None:  # streamed
             whole = torch.empty_like(whole, device="cpu")
             for name, expert in experts.items():
-                expert.of(whole).copy_(dequantize(codes[name]) if name in codes else expert.of(stored))
+                expert.of(whole).copy_(
+                    dequantize(codes[name]) if name in codes else expert.of(stored)
+                )
         (current,) = revert_weight_conversion(self.model, {parameter: whole.cpu()}).values()
         tuned = not codes.keys().isdisjoint(experts)
-        return current.contiguous() if stored is None else newest(stored, current.contiguous(), self.given, tuned)
+        return (
+            current.contiguous()
+            if stored is None
+            else newest(stored, current.contiguous(), self.given, tuned)
+        )
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
@@ -240,8 +282,14 @@ def check_names(names: Names, plan: Plan) -> None:
     """Raises UserError if the checkpoint lacks a weight that is to be replaced."""
     absent = next((name for name in plan.quantized if not names.has(name)), None)
     if absent is not None:
-        raise UserError(f"{absent}: the checkpoint has no tensor {names.key(absent + '.weight')} to replace")
-    stacked = (name for name, expert in names.experts.items() if expert.stacked and expert.parameter not in names.apart)
+        raise UserError(
+            f"{absent}: the checkpoint has no tensor {names.key(absent + '.weight')} to replace"
+        )
+    stacked = (
+        name
+        for name, expert in names.experts.items()
+        if expert.stacked and expert.parameter not in names.apart
+    )
     odd = next((name for name in stacked if name in plan.quantized), None)
     if odd is not None and any(fmt.parts for fmt in plan.formats):
         stack = names.stacks[names.experts[odd].parameter]
@@ -252,7 +300,8 @@ def check_names(names: Names, plan: Plan) -> None:
 
 
 def check_tuned(names: Names, codes: Mapping[str, Codes]) -> None:
-    """Raises UserError if a quantized weight of the model in memory is not what tuning left in it."""
+    """Raises UserError if a quantized weight of the model in memory is not what tuning left in
+    it."""
     state = names.model.state_dict()
     for module, weight in codes.items():
         expert = names.experts.get(module)
@@ -261,12 +310,14 @@ def check_tuned(names: Names, codes: Mapping[str, Codes]) -> None:
             current = names._current(f"{module}.weight", state, {})
         if current is None or not _decodes_to(weight, current):
             raise UserError(
-                f"{module}: its weight is not what quantize() left in it; change a model before quantize(), not after"
+                f"{module}: its weight is not what quantize() left in it; change a model before"
+                " quantize(), not after"
             )
 
 
 def _decodes_to(codes: Codes, current: Tensor) -> bool:
-    """Whether a weight, (in, out) for some classes, holds what the codes say, maybe cast from a shorter dtype."""
+    """Whether a weight, (in, out) for some classes, holds what the codes say, maybe cast from a
+    shorter dtype."""
     decoded = dequantize(codes)
     for way in (decoded, decoded.t()):
         if way.numel() == current.numel() and way.shape[0] == current.shape[0]:
@@ -279,10 +330,12 @@ def _decodes_to(codes: Codes, current: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Result:
-    """What every checkpoint of a run is made of. codes: by module name, in the order they are written.
+    """What every checkpoint of a run is made of. codes: by module name, in the order they are
+    written.
 
-    record: what the run writes down about itself. objects: the user's tokenizer, processors and generation settings,
-    by the names that `write_objects` has for them; saved where the source has none, or others.
+    record: what the run writes down about itself. objects: the user's tokenizer, processors and
+    generation settings, by the names that `write_objects` has for them; saved where the source has
+    none, or others.
     """
 
     names: Names
@@ -299,12 +352,18 @@ Prove = Callable[[Path, Format, Result], Sequence[str]]
 
 
 def write_checkpoint(
-    fmt: Format, out: Path, result: Result, prove: Prove | None = None, overwrite: bool | None = None
+    fmt: Format,
+    out: Path,
+    result: Result,
+    prove: Prove | None = None,
+    overwrite: bool | None = None,
 ) -> Path:
-    """Packed weights, unchanged tensors, side files, recipe, record and configuration; then the folder gets its name.
+    """Packed weights, unchanged tensors, side files, recipe, record and configuration; then the
+    folder gets its name.
 
-    Nothing is visible under it before it is proved, and nothing is left where writing fails. overwrite: instead of the
-    recipe's. Raises NotProved for a folder that is wrong, which is left as ``<out>.wrong``.
+    Nothing is visible under it before it is proved, and nothing is left where writing fails.
+    overwrite: instead of the recipe's. Raises NotProved for a folder that is wrong, which is left
+    as ``<out>.wrong``.
     """
     partial = begin(out, result.recipe.overwrite if overwrite is None else overwrite)
     marked = wrong_name(out)
@@ -312,8 +371,12 @@ def write_checkpoint(
         _fill(partial, fmt, result)
         wrong: Sequence[str] = ()
         if prove is not None and result.recipe.check:
-            wrong = [line.replace(str(partial), str(marked)) for line in prove(partial, fmt, result)]
-            _write_record(partial, {"checked": not wrong} | ({"wrong": list(wrong)} if wrong else {}))
+            wrong = [
+                line.replace(str(partial), str(marked)) for line in prove(partial, fmt, result)
+            ]
+            _write_record(
+                partial, {"checked": not wrong} | ({"wrong": list(wrong)} if wrong else {})
+            )
         commit(partial, marked if wrong else out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -345,11 +408,17 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     )
     config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
-    codes = ByKey(result.codes, {names.module(name): name for name in result.codes} if packed else {})
+    codes = ByKey(
+        result.codes, {names.module(name): name for name in result.codes} if packed else {}
+    )
     without = {f"{name}.weight" for name in packed}
-    rest = _recorded(names.unchanged(without, result.codes, apart=bool(fmt.parts)), records["tensors"])
+    rest = _recorded(
+        names.unchanged(without, result.codes, apart=bool(fmt.parts)), records["tensors"]
+    )
     if fmt.write:
-        records["codes"] = {key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()}
+        records["codes"] = {
+            key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()
+        }
     else:
         writer = ShardWriter(folder)
         for key, weight in codes.items():
@@ -366,12 +435,20 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     whole = Whole(codes, rest, config, layout, source)
     write_config(folder, config, fmt.write(folder, whole) if fmt.write else fmt.config(layout))
     _write_record(
-        folder, {**result.record, "checked": False, "files": sorted(files), "unread": names.unread, **records}
+        folder,
+        {
+            **result.record,
+            "checked": False,
+            "files": sorted(files),
+            "unread": names.unread,
+            **records,
+        },
     )
 
 
 def _exact(fmt: Format, weight: Codes) -> bool:
-    """Whether the file's values are those of the codes; not where they are fitted to super-blocks once more."""
+    """Whether the file's values are those of the codes; not where they are fitted to super-blocks
+    once more."""
     return fmt.scale_range is None or weight.unit_OS2 is not None
 
 
@@ -391,7 +468,9 @@ class ByKey(Mapping[str, Codes]):
         return len(self._names)
 
 
-def _recorded(tensors: Iterator[tuple[str, Tensor]], record: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _recorded(
+    tensors: Iterator[tuple[str, Tensor]], record: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in tensors:
         record[key] = checksum(tensor)
         yield key, tensor

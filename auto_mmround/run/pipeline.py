@@ -61,17 +61,26 @@ def quantize(
     holder: Holder | None = None,
     processes: Processes = ALONE,
 ) -> None:
-    """Quantize the planned weights of ``model`` in place; each block's codes and report go to ``finished`` at once.
+    """Quantize the planned weights of ``model`` in place; each block's codes and report go to
+    ``finished`` at once.
 
-    inputs: calibration samples with ``kwargs`` (what the model takes) and ``modality_T``; not needed for rounding to
-    nearest without equalization. What ``finished`` (of several processes: the first one's) holds is not tuned again.
-    The model's parameters hold the dequantized weights afterwards, unless ``holder`` streams its blocks.
+    inputs: calibration samples with ``kwargs`` (what the model takes) and ``modality_T``; not
+    needed for rounding to nearest without equalization. What ``finished`` (of several processes:
+    the first one's) holds is not tuned again. The model's parameters hold the dequantized weights
+    afterwards, unless ``holder`` streams its blocks.
     """
     if devices.traits(device_of(model)).padded:
         inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
     watcher = watcher or Watcher()
     session = Session(
-        model, recipe, plan, inputs, finished.spool, holder or InMemory(), processes, BatchSize(recipe.batch)
+        model,
+        recipe,
+        plan,
+        inputs,
+        finished.spool,
+        holder or InMemory(),
+        processes,
+        BatchSize(recipe.batch),
     )
     if recipe.equalize != "none":
         with phase("equalizing"):
@@ -120,8 +129,9 @@ class _Journey:
         for position, stage in enumerate(stages):
             if stage.path not in teachers:
                 raise UserError(
-                    f"{stage.path}: no calibration sample reaches this {stage.name} stage; calibrate with samples that "
-                    f"have {stage.name} input, e.g. --dataset liuhaotian/llava_conv_58k"
+                    f"{stage.path}: no calibration sample reaches this {stage.name} stage;"
+                    f" calibrate with samples that have {stage.name} input, e.g. --dataset"
+                    " liuhaotian/llava_conv_58k"
                 )
             self._tune_stage(teachers.pop(stage.path), students.pop(stage.path))
             if stages[position + 1 :] and self.session.recipe.enable_quanted_input:
@@ -131,14 +141,18 @@ class _Journey:
     def polish(self, teacher: Teacher) -> None:
         """Tune scales and norms on the whole model's output."""
         session = self.session
-        grids = {weight.name: grid_of(weight.scheme) for weight in session.plan.weights if weight.scheme}
+        grids = {
+            weight.name: grid_of(weight.scheme) for weight in session.plan.weights if weight.scheme
+        }
         graph = Graph(session.model, max(len(sample.modality_T) for sample in session.inputs))
         with separated(session.model, session.experts):
             self.finished.polished = BatchSize().fitting(
                 "polish",
                 lambda size: polish(
-                    session.model, self.finished.codes, grids, teacher, batch_size=session.recipe.batch,
-                    seed=session.recipe.seed, on_step=partial(self._stepped, "polish", STEPS), graph=graph,
+                    session.model, self.finished.codes, grids, teacher,
+                    batch_size=session.recipe.batch,
+                    seed=session.recipe.seed, on_step=partial(self._stepped, "polish", STEPS),
+                    graph=graph,
                 ),
                 graph.relieve,
                 f"finished blocks are kept; leave --polish out, or {SHORTER}",
@@ -152,11 +166,15 @@ class _Journey:
                 started = time.perf_counter()
                 tuned = leaves_of(session.model, planned, self.input_scales)
                 with rounded(tuned):
-                    self._finish([block_report(session.device, name, stage, tuned, None, started)], codes_of(tuned))
+                    self._finish(
+                        [block_report(session.device, name, stage, tuned, None, started)],
+                        codes_of(tuned),
+                    )
         self.watcher.block(self.finished.reports[name])
 
     def _taken(self, names: Sequence[str], planned: Sequence[WeightPlan]) -> bool:
-        """Whether the first process finished these blocks before; their weights hold what it found then."""
+        """Whether the first process finished these blocks before; their weights hold what it found
+        then."""
         mine = None
         if self.finished.has(names) and self.session.processes.first:
             reports = [self.finished.reports[name] for name in names]
@@ -170,9 +188,14 @@ class _Journey:
 
     def _finish(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
         """Keep what belongs to blocks that were tuned together, if all processes found the same."""
-        broken = next((name for name, weight in codes.items() if not weight.scale_OG.isfinite().all()), None)
+        broken = next(
+            (name for name, weight in codes.items() if not weight.scale_OG.isfinite().all()), None
+        )
         if broken:
-            raise UserError(f"{broken}: its scales became NaN or infinite; calibrate with other samples, or --iters 0")
+            raise UserError(
+                f"{broken}: its scales became NaN or infinite; calibrate with other samples, or"
+                " --iters 0"
+            )
         self.session.processes.agree(reports[0].name, codes)
         self.finished.add(reports, codes)
 
@@ -180,7 +203,10 @@ class _Journey:
         """Tune the blocks of a stage in order; ``nblocks`` consecutive ones share a loss."""
         session, recipe = self.session, self.session.recipe
         if teacher.live and recipe.nblocks > 1:
-            raise UserError(f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier ones")
+            raise UserError(
+                f"{teacher.stage.path}: nblocks must be 1, what blocks are given depends on earlier"
+                " ones"
+            )
 
         def visit(window: Window) -> None:
             nonlocal teacher, student
@@ -189,25 +215,37 @@ class _Journey:
         def behind(window: Window) -> None:
             nonlocal student
             for name in window.names:
-                session.holder.replace(name, partial(self._write_back, name, session.plan.of_block(name)))
+                session.holder.replace(
+                    name, partial(self._write_back, name, session.plan.of_block(name))
+                )
                 self.watcher.block(self.finished.reports[name])
             following = window.first + len(window.names)
-            if student.live and len(student) and recipe.enable_quanted_input and following < student.stage.depth:
-                again = partial(recapture, session.model, student, following, session.batches, session.precision)
+            if (
+                student.live
+                and len(student)
+                and recipe.enable_quanted_input
+                and following < student.stage.depth
+            ):
+                again = partial(
+                    recapture, session.model, student, following, session.batches, session.precision
+                )
                 relieve = partial(moved_away, [student], session.disk)
                 student = BatchSize().fitting(window.names[-1], again, relieve)
 
         session.walk(teacher.stage, visit, behind, recipe.nblocks)
 
     def _pass(self, teacher: Chain, student: Chain, window: Window) -> tuple[Chain, Chain]:
-        """Quantize the blocks of a window, or take them as they were finished before; the chains behind them."""
+        """Quantize the blocks of a window, or take them as they were finished before; the chains
+        behind them."""
         session, (names, first, blocks) = self.session, window
         chains = [teacher, student]
         fitting = partial(session.fitting, names[0], chains=chains, helps=KEPT)
         read = self._compared(teacher)
         target = fitting(lambda size: teacher.advanced(blocks, first, size, read))
         chains.append(target)
-        if not self._taken(names, [weight for name in names for weight in session.plan.of_block(name)]):
+        if not self._taken(
+            names, [weight for name in names for weight in session.plan.of_block(name)]
+        ):
             tune = partial(self._tune, teacher, student, target, window)
             # Several processes measure together: one alone can't start a block again.
             fitting(tune) if session.processes.count == 1 else tune(session.batch.size)
@@ -216,7 +254,8 @@ class _Journey:
         return target, fitting(lambda size: student.advanced(blocks, first, size))
 
     def _compared(self, teacher: Chain) -> list[int] | None:
-        """Entries of a chain whose outputs the student's are compared with: without sign steps only the held-out ones.
+        """Entries of a chain whose outputs the student's are compared with: without sign steps only
+        the held-out ones.
         None: all."""
         recipe = self.session.recipe
         if recipe.steps or recipe.retarget or teacher.live or not recipe.enable_quanted_input:
@@ -228,13 +267,18 @@ class _Journey:
         with separated(self.session.model, self.session.experts, [block]):
             write_back(self.session.model, planned, self.finished.codes)
 
-    def _tune(self, teacher: Chain, student: Chain, target: Chain, window: Window, batch_size: int) -> None:
-        """Tune blocks that share a loss, and keep their codes and reports. If that fails the weights are as before."""
+    def _tune(
+        self, teacher: Chain, student: Chain, target: Chain, window: Window, batch_size: int
+    ) -> None:
+        """Tune blocks that share a loss, and keep their codes and reports. If that fails the
+        weights are as before."""
         session, recipe, started = self.session, self.session.recipe, time.perf_counter()
         names, first, blocks = window
         loss_weights = self.weights.of_errors(student, names[-1])
         count, places = session.processes.numbered(student)
-        accumulate = accumulated(recipe, sum(session.processes.gather(tower_tokens(student))) // count)
+        accumulate = accumulated(
+            recipe, sum(session.processes.gather(tower_tokens(student))) // count
+        )
         measure = partial(
             session.moments, student, window, weights=self.weights, size=batch_size,
             teacher=teacher if recipe.retarget else None,
@@ -249,7 +293,11 @@ class _Journey:
         with rounded(leaves):
             errors = LayerErrors(leaves, moments)
             errors.note("nearest")
-            nearest = self._start(leaves, moments, forward, count, turns, measure, batch_size) if moments else None
+            nearest = (
+                self._start(leaves, moments, forward, count, turns, measure, batch_size)
+                if moments
+                else None
+            )
             errors.note("start")
             result = tune_block(
                 list(leaves.values()),
@@ -262,11 +310,17 @@ class _Journey:
             errors.note("end", "" if recipe.steps or not moments else "start")
             reports = []
             for name in names:
-                report = block_report(session.device, name, student.stage.name, tuned[name], result, started, nearest)
+                report = block_report(
+                    session.device, name, student.stage.name, tuned[name], result, started, nearest
+                )
                 missed = len(unreached & set(tuned[name]))
                 reports.append(replace(report, layers=errors.of(tuned[name]), unreached=missed))
                 if missed:
-                    log.warning("%s: %d weights saw no calibration token: searched scales, not tuned", name, missed)
+                    log.warning(
+                        "%s: %d weights saw no calibration token: searched scales, not tuned",
+                        name,
+                        missed,
+                    )
             self._finish(reports, codes_of(leaves))
 
     def _stepped(self, block: str, total: int, step: int) -> None:
@@ -283,11 +337,15 @@ class _Journey:
         measure: Callable[[Sequence[str]], dict[str, Moments]],
         batch_size: int,
     ) -> float:
-        """Put every weight at its closed-form start; returns the held-out error of rounding to nearest.
+        """Put every weight at its closed-form start; returns the held-out error of rounding to
+        nearest.
 
-        turns: groups of layers that are solved one after another, each on what those before it, rounded, hand to it.
+        turns: groups of layers that are solved one after another, each on what those before it,
+          rounded, hand to it.
         """
-        nearest = mean_error(forward, held_out_split(count)[1], batch_size, self.session.processes.add_up)
+        nearest = mean_error(
+            forward, held_out_split(count)[1], batch_size, self.session.processes.add_up
+        )
         config = self.session.solving
         waiting = dict(leaves)
         for leaf in leaves.values() if turns else ():

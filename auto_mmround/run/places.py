@@ -1,4 +1,5 @@
-"""Where a run writes, and what it copies: whatever would stop it at the end stops it before anything is loaded."""
+"""Where a run writes, and what it copies: whatever would stop it at the end stops it before
+anything is loaded."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,8 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import JOURNAL
 
-# What is put behind a folder's name while it is made, and the longest name of a file in it that is not a side file.
+# What is put behind a folder's name while it is made, and the longest name of a file in it that is
+# not a side file.
 ENDINGS = ("", ".partial", ".old.partial", ".wrong")
 LONGEST_FILE = len("shard-00001.safetensors.partial")
 
@@ -23,8 +25,9 @@ def model_label(recipe: Recipe) -> str:
 
 
 def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> str:
-    """`<model>-w4g128-<format>`, with mixed bits w3.5g128; a colon, refused by some file systems, becomes a dash.
-    Without a format the name of the folder in which the run keeps what is finished."""
+    """`<model>-w4g128-<format>`, with mixed bits w3.5g128; a colon, refused by some file systems,
+    becomes a dash. Without a format the name of the folder in which the run keeps what is
+    finished."""
     stem = Path(model.rstrip("/")).name or "model"
     end = f"-{format_name.replace(':', '-')}" if format_name else ".unfinished"
     bits = recipe.bits if recipe.target_bits is None else f"{recipe.target_bits:g}"
@@ -34,37 +37,46 @@ def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> s
 def places(recipe: Recipe) -> tuple[Path, list[Path]]:
     """The folder of finished blocks, and the one of each format in the recipe's order."""
     root, label = Path(recipe.output_dir), model_label(recipe)
-    return root / folder_name(label, recipe), [root / folder_name(label, recipe, name) for name in recipe.formats]
+    return root / folder_name(label, recipe), [
+        root / folder_name(label, recipe, name) for name in recipe.formats
+    ]
 
 
 def check_before_loading(recipe: Recipe) -> None:
-    """Raises UserError for a format that can't be written here, for places that can't be written to, and for a model's
-    folder that can't be copied from. A model of the hub is downloaded once the rest is right."""
+    """Raises UserError for a format that can't be written here, for places that can't be written
+    to, and for a model's folder that can't be copied from. A model of the hub is downloaded once
+    the rest is right."""
     for fmt in map(formats.get, recipe.formats):
         if fmt.ready:
             fmt.ready()
     unfinished, outs = places(recipe)
     check_places([unfinished, *outs], None)
-    if recipe.restart or not (unfinished / JOURNAL).is_file():  # else what exists may be this run's own
+    # else what exists may be this run's own
+    if recipe.restart or not (unfinished / JOURNAL).is_file():
         for out in outs:
             check_free(out, recipe.overwrite)
     check_places([unfinished, *outs], find_folder(recipe.model))
 
 
 def check_places(outs: Sequence[Path], source: Path | None) -> None:
-    """Raises UserError if a folder can't be made at one of ``outs``, if it has to do with the model's own folder, and
-    for files of the model that can't be copied."""
+    """Raises UserError if a folder can't be made at one of ``outs``, if it has to do with the
+    model's own folder, and for files of the model that can't be copied."""
     longest = max((len(os.fsencode(str(path))) for path in _copied(source)), default=LONGEST_FILE)
     for out in outs:
         standing = _standing(out)
         if not standing.is_dir():
             raise UserError(f"output_dir: {standing} is a file, no folder: choose another")
         if not os.access(standing, os.W_OK | os.X_OK):
-            raise UserError(f"output_dir: no files can be written to {standing}: choose another, or change its rights")
+            raise UserError(
+                f"output_dir: no files can be written to {standing}: choose another, or change its"
+                " rights"
+            )
         _check_length(out, standing, longest)
         for path in (out.with_name(out.name + ending) for ending in ENDINGS):
             if path.exists() and not path.is_dir():
-                raise UserError(f"output_dir: {path} is a file, no folder: remove it or choose another place")
+                raise UserError(
+                    f"output_dir: {path} is a file, no folder: remove it or choose another place"
+                )
         if wrong_name(out).exists():
             check_free(wrong_name(out), overwrite=True)
         if source is not None:
@@ -75,8 +87,8 @@ def _check_apart(out: Path, source: Path) -> None:
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or outer in inner.parents:
         raise UserError(
-            f"output_dir: {out} lies in the model's folder {source}, whose files go into every checkpoint: choose a "
-            "place outside"
+            f"output_dir: {out} lies in the model's folder {source}, whose files go into every"
+            " checkpoint: choose a place outside"
         )
     if inner in outer.parents:
         raise UserError(f"output_dir: {out} holds the model's folder {source}: choose another")
@@ -85,7 +97,9 @@ def _check_apart(out: Path, source: Path) -> None:
 def _copied(source: Path | None) -> Iterator[Path]:
     for path in side_files(source) if source is not None else ():
         if not os.access(path, os.R_OK):
-            raise UserError(f"{path} can't be read, but belongs into every checkpoint: change its rights")
+            raise UserError(
+                f"{path} can't be read, but belongs into every checkpoint: change its rights"
+            )
         yield path.relative_to(source)  # type: ignore[arg-type]
 
 
@@ -95,9 +109,14 @@ def _check_length(out: Path, standing: Path, longest: int) -> None:
     end = max(map(len, ENDINGS))
     for part in (*out.parts[:-1], out.name + "x" * end):
         if len(os.fsencode(part)) > most:
-            raise UserError(f"output_dir: the name {part[:40]}.. is too long for {standing}: {most} bytes are the most")
+            raise UserError(
+                f"output_dir: the name {part[:40]}.. is too long for {standing}: {most} bytes are"
+                " the most"
+            )
     if len(os.fsencode(str(out.absolute()))) + end + 1 + longest >= deepest:
-        raise UserError(f"output_dir: paths below {str(out)[:40]}.. are too long: {deepest} bytes are the most")
+        raise UserError(
+            f"output_dir: paths below {str(out)[:40]}.. are too long: {deepest} bytes are the most"
+        )
 
 
 def _standing(folder: Path) -> Path:

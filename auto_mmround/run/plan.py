@@ -15,7 +15,14 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import converted_parameters
-from auto_mmround.model.structure import LINEAR, Stage, find_experts, find_stages, linears, select_stages
+from auto_mmround.model.structure import (
+    LINEAR,
+    Stage,
+    find_experts,
+    find_stages,
+    linears,
+    select_stages,
+)
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
@@ -35,7 +42,8 @@ def fused_set(name: str) -> tuple[str, Any]:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """One linear weight. Exactly one of ``scheme`` and ``reason`` is set; ``block`` is None outside the blocks."""
+    """One linear weight. Exactly one of ``scheme`` and ``reason`` is set; ``block`` is None outside
+    the blocks."""
 
     name: str
     out_features: int
@@ -52,7 +60,8 @@ class WeightPlan:
 
 
 def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:
-    """Size of a weight under a scheme, in bits; a group's scale takes 16, its zero point as many as a code."""
+    """Size of a weight under a scheme, in bits; a group's scale takes 16, its zero point as many as
+    a code."""
     group = weight.in_features if scheme.group_size == -1 else scheme.group_size
     return weight.out_features * weight.in_features * (scheme.bits + (16 + scheme.bits) / group)
 
@@ -95,15 +104,17 @@ class Plan:
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
-    """Decide for every linear layer. Raises UserError for patterns that match nothing, for overrides that contradict
-    each other or the formats, and when no weight is left to quantize."""
+    """Decide for every linear layer. Raises UserError for patterns that match nothing, for
+    overrides that contradict each other or the formats, and when no weight is left to quantize."""
     chosen = _stages(model, recipe)
     experts = find_experts(model)
     stacked = {expert.parameter for expert in separable(model).values()}
     with separated(model):
         layers = {name: layer for name, layer in linears(model) if name not in experts.routers}
         classes = {name: _classes(model, name) for name in layers}
-    classes |= dict.fromkeys([*(name for name in experts.fused if name not in stacked), *experts.routers], ())
+    classes |= dict.fromkeys(
+        [*(name for name in experts.fused if name not in stacked), *experts.routers], ()
+    )
     blocks = [block for stage in chosen for block in stage.blocks]
     _check_patterns(recipe, classes)
     _check_mappings(model, recipe, blocks)
@@ -111,29 +122,45 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     if not wanted:
         raise UserError("format is empty: name at least one export format")
     if recipe.polish and formats.scale_range(recipe.formats):
-        raise UserError(f"polish tunes scales, which {recipe.format} holds as integers of few bits; leave it out")
+        raise UserError(
+            f"polish tunes scales, which {recipe.format} holds as integers of few bits; leave"
+            " it out"
+        )
     for fmt in wanted:
         if fmt.ready:
             fmt.ready()
     # First without formats, to know the schemes by which `auto_round` chooses its packing.
     named, owners = _Named.of(recipe), set(blocks)
-    weights = [_decide(model, name, layer, owners, classes[name], named) for name, layer in layers.items()]
+    weights = [
+        _decide(model, name, layer, owners, classes[name], named) for name, layer in layers.items()
+    ]
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
     other_form = "the checkpoint stores it in another form"
-    weights = [replace(w, scheme=None, reason=other_form) if f"{w.name}.weight" in converted else w for w in weights]
+    weights = [
+        replace(w, scheme=None, reason=other_form) if f"{w.name}.weight" in converted else w
+        for w in weights
+    ]
     weights = [_hold(weight, targets) for weight in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
-            weights.append(WeightPlan(name, count * rows, columns, None, None, "fused experts: not quantized yet"))
-    weights += [WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()]
+            weights.append(
+                WeightPlan(
+                    name, count * rows, columns, None, None, "fused experts: not quantized yet"
+                )
+            )
+    weights += [
+        WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
+    ]
     return assembled(chosen, weights, targets)
 
 
-def assembled(stages: Sequence[Stage], weights: Sequence[WeightPlan], targets: Sequence[Format]) -> Plan:
-    """The plan with those of the stages that have something to do. Raises UserError if there is nothing to quantize,
-    and where weights that engines fuse have several schemes."""
+def assembled(
+    stages: Sequence[Stage], weights: Sequence[WeightPlan], targets: Sequence[Format]
+) -> Plan:
+    """The plan with those of the stages that have something to do. Raises UserError if there is
+    nothing to quantize, and where weights that engines fuse have several schemes."""
     if not any(w.scheme for w in weights):
         reasons = Counter(w.reason for w in weights if w.block and w.reason)
         reason = reasons.most_common(1)[0][0] if reasons else "no linear layer in the chosen blocks"
@@ -144,42 +171,60 @@ def assembled(stages: Sequence[Stage], weights: Sequence[WeightPlan], targets: S
 
 
 def _stages(model: PreTrainedModel, recipe: Recipe) -> list[Stage]:
-    """The stages to quantize: by `sequential_targets`, the classes of their blocks, if there are any."""
+    """The stages to quantize: by `sequential_targets`, the classes of their blocks, if there are
+    any."""
     stages = find_stages(model)
     if not recipe.block_classes:
         return select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
     found = {type(model.get_submodule(stage.blocks[0])).__name__: stage for stage in stages}
     for name in recipe.block_classes:
         if name not in found:
-            raise UserError(f"sequential_targets: no list of {name}; this model has blocks of {', '.join(found)}")
+            raise UserError(
+                f"sequential_targets: no list of {name}; this model has blocks of"
+                f" {', '.join(found)}"
+            )
     return [stage for name, stage in found.items() if name in recipe.block_classes]
 
 
 def _classes(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     """Class names of a module and of those that it lies in."""
     parts = name.split(".")
-    return tuple(type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts)))
+    return tuple(
+        type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts))
+    )
 
 
 def _check_patterns(recipe: Recipe, classes: Mapping[str, Sequence[str]]) -> None:
-    patterns = Patterns([*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})])
+    patterns = Patterns(
+        [*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})]
+    )
     met = {pattern for name, found in classes.items() for pattern in patterns.of(name, found)}
     for pattern in patterns.all:
         if pattern not in met:
-            raise UserError(f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, classes)}")
+            raise UserError(
+                f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, classes)}"
+            )
 
 
 def _check_mappings(model: PreTrainedModel, recipe: Recipe, blocks: Sequence[str]) -> None:
     if recipe.mappings and recipe.equalize == "none":
         raise UserError("mappings: nothing uses them; set equalize to smoothquant or awq")
     inside = [
-        (name, module) for block in blocks for name, module in model.get_submodule(block).named_modules(prefix=block)
+        (name, module)
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules(prefix=block)
     ]
     layers = [name for name, module in inside if isinstance(module, LINEAR)]
     for patterns, source in recipe.mappings or []:
-        for pattern, names in [(source, [name for name, _ in inside]), *((pattern, layers) for pattern in patterns)]:
+        for pattern, names in [
+            (source, [name for name, _ in inside]),
+            *((pattern, layers) for pattern in patterns),
+        ]:
             if not any(matches(pattern, name) for name in names):
-                raise UserError(f"mappings: {pattern!r} matches nothing in the blocks; {_nearest(pattern, names)}")
+                raise UserError(
+                    f"mappings: {pattern!r} matches nothing in the blocks;"
+                    f" {_nearest(pattern, names)}"
+                )
 
 
 class _Named(NamedTuple):
@@ -192,7 +237,10 @@ class _Named(NamedTuple):
 
     @classmethod
     def of(cls, recipe: Recipe) -> "_Named":
-        return cls(recipe, *map(Patterns, (recipe.kept_patterns, recipe.targets or [], recipe.layer_config or {})))
+        return cls(
+            recipe,
+            *map(Patterns, (recipe.kept_patterns, recipe.targets or [], recipe.layer_config or {})),
+        )
 
 
 def _decide(
@@ -208,19 +256,26 @@ def _decide(
     recipe, parts = named.recipe, name.split(".")
     block = next((b for i in range(1, len(parts)) if (b := ".".join(parts[:i])) in blocks), None)
     scheme: Scheme | None = recipe.scheme
-    reason = next((f"kept by the pattern {pattern!r}" for pattern in named.kept.of(name, classes)), None)
+    reason = next(
+        (f"kept by the pattern {pattern!r}" for pattern in named.kept.of(name, classes)), None
+    )
     if reason is None and recipe.targets and not named.targets.of(name, classes):
         reason = "not among the targets"
     if reason is None and block is None:
         reason = _outside(model, layer, recipe)
     for pattern in named.layers.of(name, classes):
         if reason is None:
-            scheme = override(scheme or recipe.scheme, (recipe.layer_config or {})[pattern], pattern)
+            scheme = override(
+                scheme or recipe.scheme, (recipe.layer_config or {})[pattern], pattern
+            )
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
     if scheme is not None:
         scheme = replace(scheme, scale_range=formats.scale_range(recipe.formats))
     if scheme is not None and not scheme.sym:
-        limits = (formats.min_zero(recipe.formats, scheme), formats.scale_bits(recipe.formats, scheme))
+        limits = (
+            formats.min_zero(recipe.formats, scheme),
+            formats.scale_bits(recipe.formats, scheme),
+        )
         scheme = replace(scheme, min_zero=limits[0], scale_bits=limits[1])
     return WeightPlan(name, out_features, in_features, block, None if reason else scheme, reason)
 
@@ -230,20 +285,30 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
         return "outside the quantized blocks"
     if model.get_input_embeddings().weight is layer.weight:
         if recipe.quant_lm_head:
-            raise UserError("quant_lm_head: the output head shares its weight with the input embedding; leave it off")
+            raise UserError(
+                "quant_lm_head: the output head shares its weight with the input embedding; leave"
+                " it off"
+            )
         return "tied to the input embedding"
     return None if recipe.quant_lm_head else "output head"
 
 
 def override(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:
-    """The scheme with a layer_config entry's bits, group_size and sym; None for 16 bits or more, which means keep."""
+    """The scheme with a layer_config entry's bits, group_size and sym; None for 16 bits or more,
+    which means keep."""
     for key in options:
         if key not in (*OVERRIDES, "data_type"):
             near = difflib.get_close_matches(key, OVERRIDES, n=1)
-            raise UserError(f"layer_config {where!r}: unknown key {key!r}; known: {', '.join(near or OVERRIDES)}")
+            raise UserError(
+                f"layer_config {where!r}: unknown key {key!r}; known:"
+                f" {', '.join(near or OVERRIDES)}"
+            )
     bits = options.get("bits", scheme.bits)
     if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
-        raise UserError(f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the layer")
+        raise UserError(
+            f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the"
+            " layer"
+        )
     if bits >= 16:
         return None
     return replace(scheme, **{key: value for key, value in options.items() if key in OVERRIDES})
@@ -262,23 +327,29 @@ def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
 def grid_of(scheme: Scheme) -> Grid:
     """The grid that a scheme describes."""
     dtype = SCALE_DTYPES[scheme.scale_dtype]
-    return Grid(scheme.bits, scheme.sym, dtype, scheme.min_zero, scheme.scale_bits, scheme.scale_range)
+    return Grid(
+        scheme.bits, scheme.sym, dtype, scheme.min_zero, scheme.scale_bits, scheme.scale_range
+    )
 
 
 def _check_fused(weights: Sequence[WeightPlan]) -> None:
     members: dict[tuple[str, Any], dict[str, Scheme | None]] = {}
     for weight in weights:
         if weight.block:
-            members.setdefault(fused_set(weight.name), {})[weight.name.rpartition(".")[2]] = weight.scheme
+            members.setdefault(fused_set(weight.name), {})[weight.name.rpartition(".")[2]] = (
+                weight.scheme
+            )
     for (parent, _), found in members.items():
         if len(set(found.values())) > 1:
             raise UserError(
-                f"{parent}: engines load {', '.join(sorted(found))} as one matrix, so they must share a scheme; "
-                "name all of them in fp_layers or layer_config"
+                f"{parent}: engines load {', '.join(sorted(found))} as one matrix, so they must"
+                " share a scheme; name all of them in fp_layers or layer_config"
             )
 
 
 def _nearest(pattern: str, names: Any) -> str:
-    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()} | set(names))
+    parts = sorted(
+        {part for name in names for part in name.split(".") if not part.isdigit()} | set(names)
+    )
     near = difflib.get_close_matches(pattern.removeprefix("re:"), parts, n=3, cutoff=0.4)
     return f"nearest: {', '.join(near)}" if near else f"names look like {next(iter(names), '')}"

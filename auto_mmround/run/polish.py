@@ -1,8 +1,10 @@
-"""KL polish: after the last block, scales and norms are tuned together on the output of the whole model.
+"""KL polish: after the last block, scales and norms are tuned together on the output of the whole
+model.
 
-The integers stay. What is learned is one factor a group and one a norm's channel (start 1), by Adam on KL(teacher ||
-student) over the teacher's most likely words and one bin for all others; the teacher's are noted before anything is
-quantized. It is kept only if KL on held-out samples falls. Scales are rounded to what the file can hold at every step.
+The integers stay. What is learned is one factor a group and one a norm's channel (start 1), by Adam
+on KL(teacher || student) over the teacher's most likely words and one bin for all others; the
+teacher's are noted before anything is quantized. It is kept only if KL on held-out samples falls.
+Scales are rounded to what the file can hold at every step.
 """
 
 import logging
@@ -35,8 +37,10 @@ Precision = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Likely:
-    """A sample's most likely words by the teacher. spoken_T: bool, positions that count; of those, word_TK: int32, and
-    log_TK: float32, the log of the probabilities, the last column that of all other words together."""
+    """A sample's most likely words by the teacher. spoken_T: bool, positions that count; of those,
+    word_TK: int32, and
+    log_TK: float32, the log of the probabilities, the last column that of all other words
+      together."""
 
     spoken_T: Tensor
     word_TK: Tensor
@@ -45,7 +49,8 @@ class Likely:
 
 @dataclass(frozen=True)
 class Teacher:
-    """How to run the model up to its head, what it takes, and what it said before anything was quantized."""
+    """How to run the model up to its head, what it takes, and what it said before anything was
+    quantized."""
 
     run: ToHead
     inputs: Sequence[Mapping[str, Any]]
@@ -61,8 +66,15 @@ def listen(session: Session) -> Teacher:
         for sample, own in zip(inputs, session.kinds, strict=True):
             hidden_TD, head = run(model, moved(dict(sample), device_of(model)))
             counted_T = own.text_T != PAD
-            spoken_T = counted_T if len(counted_T) == len(hidden_TD) else torch.ones(len(hidden_TD), dtype=torch.bool)
-            found = [_likely(head(part_TD)) for part_TD in parts(hidden_TD[spoken_T.to(hidden_TD.device)], head)]
+            spoken_T = (
+                counted_T
+                if len(counted_T) == len(hidden_TD)
+                else torch.ones(len(hidden_TD), dtype=torch.bool)
+            )
+            found = [
+                _likely(head(part_TD))
+                for part_TD in parts(hidden_TD[spoken_T.to(hidden_TD.device)], head)
+            ]
             word_TK, log_TK = (torch.cat(column).cpu() for column in zip(*found, strict=True))
             said.append(Likely(spoken_T, word_TK.int(), log_TK))
     return Teacher(run, inputs, said, session.precision)
@@ -81,7 +93,8 @@ def _with_rest(log_TK: Tensor) -> Tensor:
 
 
 def divergence(logits_TV: Tensor, word_TK: Tensor, log_TK: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student), nats, in the bins of the teacher's likely words and the rest."""
+    """Sum over positions of KL(teacher || student), nats, in the bins of the teacher's likely words
+    and the rest."""
     logits_TV = logits_TV.float()
     word_TK, log_TK = word_TK.to(logits_TV.device), log_TK.to(logits_TV.device)
     own_TK = _with_rest(logits_TV.gather(1, word_TK.long()) - logits_TV.logsumexp(-1, keepdim=True))
@@ -90,7 +103,8 @@ def divergence(logits_TV: Tensor, word_TK: Tensor, log_TK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Polished:
-    """Codes with tuned scales, and the mean KL of the held-out samples, nats a position, before and after."""
+    """Codes with tuned scales, and the mean KL of the held-out samples, nats a position, before and
+    after."""
 
     codes: Mapping[str, Codes]
     before: float
@@ -110,10 +124,11 @@ def polish(
     on_step: Callable[[int], None] = lambda step: None,
     graph: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Polished:
-    """Tune scales and norms in place; what they were comes back where held-out KL does not fall, and after an error.
+    """Tune scales and norms in place; what they were comes back where held-out KL does not fall,
+    and after an error.
 
-    codes: of the weights that the model holds dequantized; integers only. grid_of: what each scale may be. graph: open
-    while a sample runs forward and backward.
+    codes: of the weights that the model holds dequantized; integers only. grid_of: what each scale
+    may be. graph: open while a sample runs forward and backward.
     """
     train, held = held_out_split(len(teacher.inputs))
     leaves = {name: _Leaf.of(model, name, codes[name], grid_of[name]) for name in grid_of}
@@ -145,7 +160,9 @@ def polish(
         for learner in learners:
             learner.refresh()
         if best == before:
-            log.warning("polish: held-out KL did not fall below %.4g; scales and norms stay", before)
+            log.warning(
+                "polish: held-out KL did not fall below %.4g; scales and norms stay", before
+            )
         return Polished({name: leaf.codes() for name, leaf in leaves.items()}, before, best)
 
 
@@ -171,7 +188,9 @@ class _Leaf:
     def scale(self) -> Tensor:
         """(out, G) float32; as it was found where the factor is 1."""
         scale_OG = self.found.scale_OG.float().to(self.factor.device)
-        return torch.where(self.factor == 1, scale_OG, grids.storable(scale_OG * self.factor, self.grid))
+        return torch.where(
+            self.factor == 1, scale_OG, grids.storable(scale_OG * self.factor, self.grid)
+        )
 
     def codes(self) -> Codes:
         """The same integers under the tuned scales."""
@@ -187,7 +206,9 @@ class _Leaf:
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
         rows = self.parameter.data.t() if self.transposed else self.parameter.data
-        w_OI = grids.from_groups(self.centred_OGg * self.scale()[..., None], self.found.q_OI.shape[1])
+        w_OI = grids.from_groups(
+            self.centred_OGg * self.scale()[..., None], self.found.q_OI.shape[1]
+        )
         rows.copy_(w_OI.view_as(rows))
 
     def reset(self) -> None:
@@ -198,7 +219,8 @@ class _Leaf:
 
 @dataclass(frozen=True)
 class _Norm:
-    """A norm's weight, times one factor a channel. A weight of zero stays (Gemma's norms multiply by 1 + weight)."""
+    """A norm's weight, times one factor a channel. A weight of zero stays (Gemma's norms multiply
+    by 1 + weight)."""
 
     parameter: nn.Parameter
     start: Tensor
@@ -228,14 +250,19 @@ def _add_gradient(factor: Tensor, grad: Tensor) -> None:
 
 def norm_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of one dimension, each once: those of norms."""
-    own = (p for module in model.modules() for name, p in module.named_parameters(recurse=False) if name == "weight")
+    own = (
+        p
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if name == "weight"
+    )
     return list({id(p): p for p in own if p.ndim == 1}.values())
 
 
 @contextmanager
 def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
-    """Gradients of the parameters go to the factors the moment they are complete, and are gone. Where the work fails,
-    the parameters hold again what factors of 1 give."""
+    """Gradients of the parameters go to the factors the moment they are complete, and are gone.
+    Where the work fails, the parameters hold again what factors of 1 give."""
 
     def hook_for(learner: _Leaf | _Norm) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -283,7 +310,9 @@ def _held_out(model: PreTrainedModel, teacher: Teacher, held: Sequence[int]) -> 
     return total / max(count, 1)
 
 
-def _aligned(hidden_TD: Tensor, head: nn.Module, said: Likely) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _aligned(
+    hidden_TD: Tensor, head: nn.Module, said: Likely
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     pieces = parts(hidden_TD, head)
     sizes = [len(piece) for piece in pieces]
     return zip(pieces, said.word_TK.split(sizes), said.log_TK.split(sizes), strict=True)

@@ -1,8 +1,10 @@
-"""Several processes on one run: each has its share of the samples, all of them hold the same weights.
+"""Several processes on one run: each has its share of the samples, all of them hold the same
+weights.
 
-A launcher (torchrun, accelerate, mpirun) starts the processes; `joined` makes them a group. What they measure on their
-samples is added up: second moments, Fisher information, gradients, held-out errors. So every process takes the same
-decisions, which `Processes.agree` checks block by block. The first one writes.
+A launcher (torchrun, accelerate, mpirun) starts the processes; `joined` makes them a group. What
+they measure on their samples is added up: second moments, Fisher information, gradients, held-out
+errors. So every process takes the same decisions, which `Processes.agree` checks block by block.
+The first one writes.
 """
 
 import hashlib
@@ -36,7 +38,8 @@ PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run. rank: 0 to count - 1; local_rank: the same on this machine alone."""
+    """This process among those of a run. rank: 0 to count - 1; local_rank: the same on this machine
+    alone."""
 
     rank: int = 0
     count: int = 1
@@ -68,41 +71,66 @@ class Processes:
         return values
 
     def add_named(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Sums over the processes by name. A name that a process lacks, since none of its samples came by, is zero."""
-        shapes = _first_wins(self.gather({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}))
+        """Sums over the processes by name. A name that a process lacks, since none of its samples
+        came by, is zero."""
+        shapes = _first_wins(
+            self.gather({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        )
         whole = {}
         for name, (shape, dtype) in shapes.items():
-            whole[name] = tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype, device=device)
+            whole[name] = (
+                tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype, device=device)
+            )
             self.add_up([whole[name]])
         return whole
 
-    def add_moments(self, moments: Mapping[str, Moments], device: torch.device) -> dict[str, Moments]:
-        """Second moments over the samples of all processes; layers that share an input go on sharing."""
+    def add_moments(
+        self, moments: Mapping[str, Moments], device: torch.device
+    ) -> dict[str, Moments]:
+        """Second moments over the samples of all processes; layers that share an input go on
+        sharing."""
         owner: dict[int, str] = {}
-        found = {name: (owner.setdefault(id(m), name), m.features, m.crossed) for name, m in moments.items()}
+        found = {
+            name: (owner.setdefault(id(m), name), m.features, m.crossed)
+            for name, m in moments.items()
+        }
         every = _first_wins(self.gather(found))
         whole: dict[str, Moments] = {}
         for name, features, cross in dict.fromkeys(every.values()):
-            whole[name] = moments[name] if name in moments else Moments(features, cross=cross, device=device)
+            whole[name] = (
+                moments[name] if name in moments else Moments(features, cross=cross, device=device)
+            )
             self.add_up(whole[name].sums())
         return {name: whole[shared] for name, (shared, *_) in every.items()}
 
     def complete(self, chains: Mapping[str, Chain], stages: Sequence[Stage]) -> dict[str, Chain]:
-        """A chain, perhaps without samples, for every stage that any process reached; live where one found it so."""
+        """A chain, perhaps without samples, for every stage that any process reached; live where
+        one found it so."""
         every = self.gather({path: (chain.live, chain.batched) for path, chain in chains.items()})
-        reached = {stage.path: [part[stage.path] for part in every if stage.path in part] for stage in stages}
+        reached = {
+            stage.path: [part[stage.path] for part in every if stage.path in part]
+            for stage in stages
+        }
         return {
-            stage.path: replace(chains.get(stage.path, Chain(stage)), live=any(live for live, _ in reached[stage.path]))
+            stage.path: replace(
+                chains.get(stage.path, Chain(stage)),
+                live=any(live for live, _ in reached[stage.path]),
+            )
             for stage in stages
             if reached[stage.path]
         }
 
     def numbered(self, chain: Chain) -> tuple[int, dict[int, int]]:
-        """Number of entries of a chain over all processes, and number of each of this process's -> place in it.
+        """Number of entries of a chain over all processes, and number of each of this process's ->
+        place in it.
 
         Entries are numbered as one process would, by sample.
         """
-        every = [(sample, rank) for rank, samples in enumerate(self.gather(chain.sample)) for sample in samples]
+        every = [
+            (sample, rank)
+            for rank, samples in enumerate(self.gather(chain.sample))
+            for sample in samples
+        ]
         mine = [number for number, (_, rank) in enumerate(sorted(every)) if rank == self.rank]
         return len(every), {number: place for place, number in enumerate(mine)}
 
@@ -114,8 +142,8 @@ class Processes:
         odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
         if odd:
             raise UserError(
-                f"{block}: process {odd[0]} rounds it otherwise than process 0; run all processes on machines with the "
-                "same processor or accelerator and the same versions"
+                f"{block}: process {odd[0]} rounds it otherwise than process 0; run all processes"
+                " on machines with the same processor or accelerator and the same versions"
             )
 
     @contextmanager
@@ -142,7 +170,9 @@ def checksum(codes: Mapping[str, Codes]) -> str:
         hashed.update(name.encode())
         for part in weight:
             if isinstance(part, Tensor):
-                hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                hashed.update(
+                    part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                )
     return hashed.hexdigest()
 
 
@@ -164,22 +194,30 @@ def launched() -> Processes:
 
 @contextmanager
 def joined(device: torch.device, patience: timedelta = PATIENCE) -> Iterator[Processes]:
-    """The group of the processes that a launcher started, over the device's backend. Raises UserError if the others
-    can't be reached; a process that ends, or is silent for longer than ``patience``, ends the others with one line."""
+    """The group of the processes that a launcher started, over the device's backend. Raises
+    UserError if the others can't be reached; a process that ends, or is silent for longer than
+    ``patience``, ends the others with one line."""
     processes = launched()
     if processes.count == 1:
         yield ALONE
         return
     try:
         torch.distributed.init_process_group(
-            devices.traits(device).backend, rank=processes.rank, world_size=processes.count, timeout=patience
+            devices.traits(device).backend,
+            rank=processes.rank,
+            world_size=processes.count,
+            timeout=patience,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"process {processes.rank} of {processes.count} can't reach the others: {reason}") from None
+        raise UserError(
+            f"process {processes.rank} of {processes.count} can't reach the others: {reason}"
+        ) from None
     try:
         yield processes
     except UserError as error:
-        raise error if processes.first else UserError(f"process {processes.rank}: {error}") from None
+        raise (
+            error if processes.first else UserError(f"process {processes.rank}: {error}")
+        ) from None
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Before anything is tuned: is every number of the model finite, and are there scales for every weight?"""
+"""Before anything is tuned: is every number of the model finite, and are there scales for every
+weight?"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +29,11 @@ WIDE = "bf16"  # scales with the range of float32
 
 
 def within_ranges(loaded: Loaded, plan: Plan) -> Plan:
-    """The plan, in which weights that their scales can't hold have wider ones, or stay, which is said.
+    """The plan, in which weights that their scales can't hold have wider ones, or stay, which is
+    said.
 
-    Reads every tensor once. Raises UserError for one with NaN or infinity, and if no weight is left to quantize.
+    Reads every tensor once. Raises UserError for one with NaN or infinity, and if no weight is left
+    to quantize.
     """
     _check_unread(loaded)
     model, experts, judged = loaded.model, separable(loaded.model), dict[str, Judged]()
@@ -40,9 +43,13 @@ def within_ranges(loaded: Loaded, plan: Plan) -> Plan:
         with loaded.holder.resident([block]), separated(model, experts, [block]):
             _check_finite(_tensors(model.get_submodule(block), f"{block}."))
             judged |= _judge(model, plan, plan.of_block(block), experts)
-    judged |= _judge(model, plan, [w for w in plan.weights if w.scheme and w.block is None], experts)
+    judged |= _judge(
+        model, plan, [w for w in plan.weights if w.scheme and w.block is None], experts
+    )
     _say(judged)
-    weights = [judged[weight.name].weight if weight.name in judged else weight for weight in plan.weights]
+    weights = [
+        judged[weight.name].weight if weight.name in judged else weight for weight in plan.weights
+    ]
     return assembled(plan.stages, weights, plan.formats)
 
 
@@ -50,11 +57,16 @@ def check_equalized(model: PreTrainedModel, plan: Plan) -> None:
     """Raises UserError where equalizing has left numbers that the planned scales do not hold."""
     experts = separable(model)
     with separated(model, experts):
-        _check_finite(_tensors(model), "equalizing overflows: leave equalize off, or use another model_dtype")
+        _check_finite(
+            _tensors(model), "equalizing overflows: leave equalize off, or use another model_dtype"
+        )
         judged = _judge(model, plan, [weight for weight in plan.weights if weight.scheme], experts)
     for name, (weight, _) in judged.items():
         if weight.scheme != plan.quantized[name]:
-            raise UserError(f"{name}: once equalized its numbers need scales that there are not; leave equalize off")
+            raise UserError(
+                f"{name}: once equalized its numbers need scales that there are not; leave"
+                " equalize off"
+            )
 
 
 class Judged(NamedTuple):
@@ -83,14 +95,20 @@ def _judge(
 
 
 def _together(
-    members: Sequence[WeightPlan], rows: Sequence[Tensor], plan: Plan, peaks: Sequence[Tensor | None]
+    members: Sequence[WeightPlan],
+    rows: Sequence[Tensor],
+    plan: Plan,
+    peaks: Sequence[Tensor | None],
 ) -> list[Judged]:
     reason = ""
     for dtype in (None, WIDE):
         weights = [_with_scales(weight, dtype) for weight in members]
         if dtype and not all(_held(weight, plan) for weight in weights):
             break
-        fits = [_fit(w_OI, weight.scheme, peak) for weight, w_OI, peak in zip(weights, rows, peaks, strict=True)]
+        fits = [
+            _fit(w_OI, weight.scheme, peak)
+            for weight, w_OI, peak in zip(weights, rows, peaks, strict=True)
+        ]
         small, large = (sum(fit[i] for fit in fits) for i in (1, 2))
         if not large and small <= LOST * sum(fit.groups for fit in fits):
             return [Judged(weight, fit.small) for weight, fit in zip(weights, fits, strict=True)]
@@ -105,20 +123,27 @@ def _rows(model: nn.Module, name: str) -> Tensor:
 
 def _with_scales(weight: WeightPlan, dtype: str | None) -> WeightPlan:
     assert weight.scheme is not None
-    return weight if dtype is None else replace(weight, scheme=replace(weight.scheme, scale_dtype=dtype))
+    return (
+        weight
+        if dtype is None
+        else replace(weight, scheme=replace(weight.scheme, scale_dtype=dtype))
+    )
 
 
 def _held(weight: WeightPlan, plan: Plan) -> bool:
     """Whether all formats can hold it, and its grid has scales of a dtype."""
     assert weight.scheme is not None
-    checks = (fmt.check(weight.scheme, weight.out_features, weight.in_features) for fmt in plan.formats)
+    checks = (
+        fmt.check(weight.scheme, weight.out_features, weight.in_features) for fmt in plan.formats
+    )
     return weight.scheme.data_type == "int" and not any(checks)
 
 
 def _fit(w_OI: Tensor, scheme: Scheme | None, peak: Tensor | None) -> Fit:
     assert scheme is not None
     w_OGg = grids.to_groups(w_OI, w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size)
-    if float(w_OI.abs().max()) > min(LARGEST, torch.finfo(w_OI.dtype).max / 2):  # rounded it may be beyond
+    # rounded it may be beyond
+    if float(w_OI.abs().max()) > min(LARGEST, torch.finfo(w_OI.dtype).max / 2):
         return Fit(1, 0, 1)
     if scheme.data_type == "int":
         return grids.fit(w_OGg, grid_of(scheme))
@@ -132,13 +157,18 @@ def _say(judged: Mapping[str, Judged]) -> None:
         if weight.reason:
             lines.setdefault(f"stays: {weight.reason}", []).append(name)
         elif small:
-            lines.setdefault("has groups of numbers below what its scales hold: they may become 0", []).append(name)
+            lines.setdefault(
+                "has groups of numbers below what its scales hold: they may become 0", []
+            ).append(name)
     for text, names in lines.items():
         log.warning("%s%s %s", names[0], f" (and {len(names) - 1} more)" if names[1:] else "", text)
 
 
-def _tensors(module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether it is a buffer) of what lies in memory; masks, which are buffers, may hold infinities."""
+def _tensors(
+    module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, whether it is a buffer) of what lies in memory; masks, which are buffers, may
+    hold infinities."""
     buffers = {name for name, _ in module.named_buffers()}
     for name, tensor in module.state_dict().items():
         if not tensor.is_meta and not (skip and name.startswith(skip)):
@@ -151,11 +181,13 @@ def _check_finite(tensors: Iterator[tuple[str, Tensor, bool]], advice: str = "")
             continue
         low, high = tensor.aminmax() if tensor.itemsize > 1 else tensor.float().aminmax()
         if bool(low.isnan() | high.isnan()) or (not buffer and bool(low.isinf() | high.isinf())):
-            cast = ", or load it with --model_dtype bfloat16" if tensor.dtype == torch.float16 else ""
+            cast = (
+                ", or load it with --model_dtype bfloat16" if tensor.dtype == torch.float16 else ""
+            )
             count = int((~tensor.isfinite()).sum())
             raise UserError(
-                f"{name} holds NaN or infinity ({count} of {tensor.numel()} numbers, {tensor.dtype}): "
-                + (advice or f"mend the model's weights{cast}")
+                f"{name} holds NaN or infinity ({count} of {tensor.numel()} numbers,"
+                f" {tensor.dtype}): " + (advice or f"mend the model's weights{cast}")
             )
 
 
@@ -164,6 +196,8 @@ def _check_unread(loaded: Loaded) -> None:
     if loaded.source is None:
         return
     stored = stored_tensors(loaded.source)
-    unread = [key for key, (name, _) in loaded_names(loaded.model, stored.files).items() if name is None]
+    unread = [
+        key for key, (name, _) in loaded_names(loaded.model, stored.files).items() if name is None
+    ]
     with Reader(stored) as reader:
         _check_finite((key, reader.tensor(key), False) for key in unread)

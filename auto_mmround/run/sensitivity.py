@@ -1,4 +1,5 @@
-"""What each number of bits does to the model's output, weight by weight, and what a choice of bits does in truth."""
+"""What each number of bits does to the model's output, weight by weight, and what a choice of bits
+does in truth."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +32,10 @@ from auto_mmround.run.plan import WeightPlan, grid_of
 from auto_mmround.run.session import Session, Told, Window
 
 WHAT, HELPS = "choosing bits", f"name the bits in layer_config, or {SHORTER}"
-GRADIENTS, MOMENTS = 2048, 8192  # tokens on which damage is measured, and those that weights are rounded by
-MOST = 24  # samples of a set on which damage is measured: a tower may have many tokens for few of text
+# tokens on which damage is measured, and those that weights are rounded by
+GRADIENTS, MOMENTS = 2048, 8192
+# samples of a set on which damage is measured: a tower may have many tokens for few of text
+MOST = 24
 SHARE = 1 / 3  # of a set's samples at most; the others are what weights are rounded by
 FINE = 6  # bits from which rounding to nearest stands for the closed form: both do next to nothing
 FULL = 16  # bits: the weight as it was
@@ -40,7 +43,8 @@ FULL = 16  # bits: the weight as it was
 
 @dataclass(frozen=True)
 class Sets:
-    """Samples by the medium that they have beside text, and text alone. of: the set of each sample, as an index."""
+    """Samples by the medium that they have beside text, and text alone. of: the set of each sample,
+    as an index."""
 
     names: tuple[str, ...]
     of: tuple[int, ...]
@@ -48,7 +52,10 @@ class Sets:
     @classmethod
     def by_medium(cls, modalities: Sequence[Kinds]) -> "Sets":
         """A sample with several media goes to the last of MODALITIES."""
-        media = [max((k for k in kinds.text_T.unique().tolist() if k != PAD), default=TEXT) for kinds in modalities]
+        media = [
+            max((k for k in kinds.text_T.unique().tolist() if k != PAD), default=TEXT)
+            for kinds in modalities
+        ]
         present = sorted(set(media))
         return cls(tuple(MODALITIES[k] for k in present), tuple(present.index(k) for k in media))
 
@@ -62,8 +69,8 @@ class Sets:
     ) -> list[int]:
         """Samples with about ``tokens`` of text together, as many from each set, spread evenly.
 
-        most, share: at most so many of a set, and so much of it. without: samples that are not taken, but from a set
-        that has no others.
+        most, share: at most so many of a set, and so much of it. without: samples that are not
+        taken, but from a set that has no others.
         """
         chosen: list[int] = []
         for s in range(len(self.names)):
@@ -77,7 +84,8 @@ class Sets:
 
 @dataclass(frozen=True)
 class Damage:
-    """sets: names of the S sets of samples. of: weight -> bits -> nats a position (S,) that it adds at these bits."""
+    """sets: names of the S sets of samples. of: weight -> bits -> nats a position (S,) that it adds
+    at these bits."""
 
     sets: tuple[str, ...]
     of: Mapping[str, Mapping[int, Tensor]]
@@ -85,7 +93,8 @@ class Damage:
 
 @dataclass(frozen=True)
 class Versions:
-    """Weights as they are at each number of bits, in files: one a block. where: weight -> its file."""
+    """Weights as they are at each number of bits, in files: one a block. where: weight -> its
+    file."""
 
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)
@@ -93,7 +102,14 @@ class Versions:
     def add(self, found: Mapping[str, Mapping[int, Tensor]]) -> None:
         """Keep what was found: weight -> bits -> values in the layout of its parameter."""
         path = self.folder / f"{len(self.where)}.safetensors"
-        save_file({f"{name}:{b}": w.contiguous().cpu() for name, each in found.items() for b, w in each.items()}, path)
+        save_file(
+            {
+                f"{name}:{b}": w.contiguous().cpu()
+                for name, each in found.items()
+                for b, w in each.items()
+            },
+            path,
+        )
         self.where.update(dict.fromkeys(found, path))
 
     def of(self, name: str, bits: int) -> Tensor:
@@ -104,9 +120,11 @@ class Versions:
 
 @dataclass(frozen=True)
 class Trial:
-    """A model whose weights can have any of their options, and some samples that show what that does.
+    """A model whose weights can have any of their options, and some samples that show what that
+    does.
 
-    part: the set of each sample. positions_S: of the model's output, by set. Use it inside `trying` only.
+    part: the set of each sample. positions_S: of the model's output, by set. Use it inside
+      `trying` only.
     """
 
     model: PreTrainedModel
@@ -123,27 +141,33 @@ class Trial:
         return self._by_set([float(len(hidden_TD)) for hidden_TD in self.before.hidden_TD])
 
     def kl(self, bits: Mapping[str, int]) -> Tensor:
-        """Mean KL(the model as it was || with these bits), (S,), nats a position. Others stay as they were."""
+        """Mean KL(the model as it was || with these bits), (S,), nats a position. Others stay as
+        they were."""
         self._put({name: bits.get(name, FULL) for name in self.versions.where})
         return self._by_set(self.before.divergences(self.model)) / self.positions_S
 
     def damage(self) -> Damage:
-        """What every weight owns of the KL when all have as many bits (the nearest option above, where one lacks it).
+        """What every weight owns of the KL when all have as many bits (the nearest option above,
+        where one lacks it).
 
-        The KL grows along the line W + t E, with E the errors of all weights, by the integral of <gradient, E> over t,
-        a sum over weights (their Aumann-Shapley values). It begins flat, so what it does is nearly a t^2 + b t^4, and
-        of that the gradient at t = 1 / sqrt(2) alone gives the integral: <gradient, t E>.
+        The KL grows along the line W + t E, with E the errors of all weights, by the integral of
+        <gradient, E> over t, a sum over weights (their Aumann-Shapley values). It begins flat, so
+        what it does is nearly a t^2 + b t^4, and of that the gradient at t = 1 / sqrt(2) alone
+        gives the integral: <gradient, t E>.
         """
         found: dict[str, dict[int, Tensor]] = {name: {} for name in self.versions.where}
         for bits in sorted({bits for each in self.options.values() for bits in each}):
-            shares = BatchSize().fitting(WHAT, partial(self._shares, bits), self.graph.relieve, HELPS)
+            shares = BatchSize().fitting(
+                WHAT, partial(self._shares, bits), self.graph.relieve, HELPS
+            )
             for name, lost_S in shares.items():
                 if bits in self.options[name]:
                     found[name][bits] = lost_S
         return Damage(self.sets, found)
 
     def _shares(self, bits: int, size: int = 1) -> dict[str, Tensor]:
-        """Weight -> its share (S,) of the KL when all have these bits. size: samples at a time, always one."""
+        """Weight -> its share (S,) of the KL when all have these bits. size: samples at a time,
+        always one."""
         at, found = [0], {name: torch.zeros(len(self.sets)) for name in self.versions.where}
         with ExitStack() as stack:
             for name, sums_S in found.items():
@@ -156,9 +180,11 @@ class Trial:
 
     @contextmanager
     def _adding(self, sums_S: Tensor, at: Sequence[int], name: str, bits: int) -> Iterator[None]:
-        """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to ``sums_S[at]``.
+        """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to
+        ``sums_S[at]``.
 
-        What is added lies in files until a gradient is there: of all weights at once it would be twice the model."""
+        What is added lies in files until a gradient is there: of all weights at once it would be
+        twice the model."""
         weight = self.model.get_submodule(name).get_parameter("weight")
         weight.data.copy_(self.versions.of(name, FULL))
         weight.data.add_(self._step(name, bits, weight.device))
@@ -184,7 +210,9 @@ class Trial:
             weight.data.copy_(self.versions.of(name, own))
 
     def _by_set(self, values: Sequence[float]) -> Tensor:
-        return torch.zeros(len(self.sets)).index_add(0, torch.tensor(self.part), torch.tensor(values))
+        return torch.zeros(len(self.sets)).index_add(
+            0, torch.tensor(self.part), torch.tensor(values)
+        )
 
     def restore(self) -> None:
         """All weights are as they were."""
@@ -193,14 +221,17 @@ class Trial:
 
 @contextmanager
 def trying(
-    session: Session, options: Mapping[str, Sequence[int]], on_block: Told = lambda done, total: None
+    session: Session,
+    options: Mapping[str, Sequence[int]],
+    on_block: Told = lambda done, total: None,
 ) -> Iterator[Trial]:
     """A `Trial` of the model, whose weights are as before at the end.
 
-    options: weight -> bits to try. Each is rounded in closed form, as the run will begin, on samples that damage is not
-    measured on. Weights that no token reaches are left out. Costs a Fisher pass (if the recipe has one) and a forward
-    one over 8,192 tokens of text, and a closed form an option; each option then a pass forward and backward over 2,048
-    tokens. Disk: two bytes a weight and option.
+    options: weight -> bits to try. Each is rounded in closed form, as the run will begin, on
+    samples that damage is not measured on. Weights that no token reaches are left out. Costs a
+    Fisher pass (if the recipe has one) and a forward one over 8,192 tokens of text, and a closed
+    form an option; each option then a pass forward and backward over 2,048 tokens. Disk: two bytes
+    a weight and option.
     """
     model, sets = session.model, Sets.by_medium(session.kinds)
     few = sets.choose(session.kinds, GRADIENTS, MOST, SHARE)
@@ -211,14 +242,18 @@ def trying(
         measured = session.of(few)
         before = Before.of(model, measured.batches, session.precision)
         graph = Graph(model, max(len(kinds.text_T) for kinds in measured.kinds))
-        trial = Trial(model, options, versions, before, sets.names, [sets.of[i] for i in few], graph)
+        trial = Trial(
+            model, options, versions, before, sets.names, [sets.of[i] for i in few], graph
+        )
         try:
             yield trial
         finally:
             trial.restore()
 
 
-def _round(session: Session, options: Mapping[str, Sequence[int]], versions: Versions, on_block: Told) -> None:
+def _round(
+    session: Session, options: Mapping[str, Sequence[int]], versions: Versions, on_block: Told
+) -> None:
     """Fill ``versions``, block by block, each on what the model as it is hands to it."""
     planned = [weight for weight in session.plan.weights if weight.name in options and weight.block]
     weights = session.weights([weight.name for weight in planned])
@@ -227,7 +262,10 @@ def _round(session: Session, options: Mapping[str, Sequence[int]], versions: Ver
 
     def visit(chain: Chain, window: Window) -> Chain:
         here = [weight for weight in planned if weight.block in window.names]
-        with session.collecting(chain, window, [weight.name for weight in here], weights) as (collected, begin):
+        with session.collecting(chain, window, [weight.name for weight in here], weights) as (
+            collected,
+            begin,
+        ):
             after = chain.advanced(window.blocks, window.first, 1, before=begin)
         moments, found = collected.moments(), dict[str, dict[int, Tensor]]()
         for group in _alike(here, moments, options):
@@ -242,7 +280,9 @@ def _round(session: Session, options: Mapping[str, Sequence[int]], versions: Ver
 
 
 def _alike(
-    planned: Sequence[WeightPlan], moments: Mapping[str, Moments], options: Mapping[str, Sequence[int]]
+    planned: Sequence[WeightPlan],
+    moments: Mapping[str, Moments],
+    options: Mapping[str, Sequence[int]],
 ) -> list[list[WeightPlan]]:
     """Weights that share inputs and choices: solved together."""
     found: dict[Any, list[WeightPlan]] = {}
@@ -258,9 +298,15 @@ def _rounded(
 ) -> dict[str, dict[int, Tensor]]:
     """Weight -> bits -> values, in the layout and dtype of its parameter."""
     layers: list[Any] = [session.model.get_submodule(weight.name) for weight in group]
-    found = {weight.name: {FULL: layer.weight.detach().clone()} for weight, layer in zip(group, layers, strict=True)}
+    found = {
+        weight.name: {FULL: layer.weight.detach().clone()}
+        for weight, layer in zip(group, layers, strict=True)
+    }
     turned = [isinstance(layer, Conv1D) for layer in layers]
-    weights_OI = [layer.weight.detach().t() if turn else layer.weight.detach() for layer, turn in zip(layers, turned)]
+    weights_OI = [
+        layer.weight.detach().t() if turn else layer.weight.detach()
+        for layer, turn in zip(layers, turned)
+    ]
     for bits in options:
         scheme = group[0].scheme_at(bits)
         roundings = [Rounding(w_OI, scheme.group_size, grid_of(scheme)) for w_OI in weights_OI]

@@ -1,4 +1,5 @@
-"""A model with its calibration samples, and the one walk that takes them through the blocks of a stage."""
+"""A model with its calibration samples, and the one walk that takes them through the blocks of a
+stage."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -44,7 +45,8 @@ class Window(NamedTuple):
 class Session:
     """What everything that runs calibration samples through a model needs.
 
-    inputs: the samples. disk: puts a hidden state into a file. batch: how many samples run together.
+    inputs: the samples. disk: puts a hidden state into a file. batch: how many samples run
+      together.
     """
 
     model: PreTrainedModel
@@ -84,13 +86,19 @@ class Session:
     @cached_property
     def runner(self) -> Runner:
         """How blocks are called."""
-        return Compiled(devices.traits(self.device).compiler) if self.recipe.enable_torch_compile else run_plainly
+        return (
+            Compiled(devices.traits(self.device).compiler)
+            if self.recipe.enable_torch_compile
+            else run_plainly
+        )
 
     @property
     def solving(self) -> StartConfig:
         """How weights are solved."""
         order: Any = self.recipe.actorder
-        return StartConfig(self.recipe.dampening, order, self.recipe.block_size, retarget=self.recipe.retarget)
+        return StartConfig(
+            self.recipe.dampening, order, self.recipe.block_size, retarget=self.recipe.retarget
+        )
 
     def precision(self) -> AbstractContextManager:
         """What blocks compute in."""
@@ -105,7 +113,8 @@ class Session:
         return replace(self, inputs=[self.inputs[i] for i in samples])
 
     def weights(self, layers: Iterable[str] | None = None) -> Weights:
-        """What errors weigh, by the model as it is now. layers: those whose tokens are weighed; default the planned."""
+        """What errors weigh, by the model as it is now. layers: those whose tokens are weighed;
+        default the planned."""
         if not (self.recipe.fisher and self.recipe.closed_form):
             return Weights(self.kinds, Fisher())
         return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
@@ -124,8 +133,8 @@ class Session:
         what: str = "capturing inputs",
         helps: str = FEWER,
     ) -> dict[str, Chain]:
-        """The chains of the stages that samples reach, each before its first block. Raises UserError for a stage whose
-        replay is not the model, and where memory does not suffice."""
+        """The chains of the stages that samples reach, each before its first block. Raises
+        UserError for a stage whose replay is not the model, and where memory does not suffice."""
         run = partial(
             capture, self.model, stages, self.batches, precision=self.precision,
             only=self.processes.share(range(len(self.batches))),
@@ -133,12 +142,19 @@ class Session:
         )  # fmt: skip
         found = Places.of(self.recipe, self.device, self.disk).fitting(what, run, helps)
         chains = self.processes.complete(found, stages)
-        return {path: replace(chain, runner=self.runner, device=self.device) for path, chain in chains.items()}
+        return {
+            path: replace(chain, runner=self.runner, device=self.device)
+            for path, chain in chains.items()
+        }
 
     @contextmanager
     def opened(self, names: Sequence[str]) -> Iterator[list[nn.Module]]:
         """Some blocks, in memory, with their experts apart, computing in the run's precision."""
-        with self.holder.resident(names), separated(self.model, self.experts, names), self.precision():
+        with (
+            self.holder.resident(names),
+            separated(self.model, self.experts, names),
+            self.precision(),
+        ):
             yield [self.model.get_submodule(name) for name in names]
 
     def walk(
@@ -149,8 +165,9 @@ class Session:
         width: int = 1,
         skip: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        """Call ``visit`` for the blocks of a stage in order, opened, ``width`` at a time; then ``behind``, closed
-        again. skip: windows that begin with such a block are passed by, unopened."""
+        """Call ``visit`` for the blocks of a stage in order, opened, ``width`` at a time; then
+        ``behind``, closed again. skip: windows that begin with such a block are passed by,
+        unopened."""
         for first in range(0, len(stage.blocks), width):
             names = stage.blocks[first : first + width]
             if skip(names[0]):
@@ -162,7 +179,10 @@ class Session:
             behind(window)
 
     def push(
-        self, chain: Chain, visit: Callable[[Chain, Window], Chain], skip: Callable[[str], bool] = lambda name: False
+        self,
+        chain: Chain,
+        visit: Callable[[Chain, Window], Chain],
+        skip: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """`walk` with the chain before each block; ``visit`` returns the chain behind it."""
 
@@ -172,9 +192,11 @@ class Session:
 
         self.walk(chain.stage, at, skip=skip)
 
-    def fitting(self, what: str, attempt: Callable[[int], T], chains: Sequence[Chain], helps: str = FEWER) -> T:
-        """The result of ``attempt(samples at a time)``, tried with fewer, then with the chains' states moved away,
-        until memory suffices. Raises UserError when nothing helps."""
+    def fitting(
+        self, what: str, attempt: Callable[[int], T], chains: Sequence[Chain], helps: str = FEWER
+    ) -> T:
+        """The result of ``attempt(samples at a time)``, tried with fewer, then with the chains'
+        states moved away, until memory suffices. Raises UserError when nothing helps."""
         return self.batch.fitting(what, attempt, partial(moved_away, chains, self.disk), helps)
 
     def moments(
@@ -186,10 +208,11 @@ class Session:
         size: int,
         teacher: Chain | None = None,
     ) -> dict[str, Moments]:
-        """Layer -> second moments of its inputs, as the chain passes the blocks; over all processes.
+        """Layer -> second moments of its inputs, as the chain passes the blocks; over all
+        processes.
 
-        names: the layers. weights: of their tokens; None: all count alike. size: samples at a time. teacher: the cross
-        moments with its inputs are taken too, see `gram.retarget`.
+        names: the layers. weights: of their tokens; None: all count alike. size: samples at a time.
+        teacher: the cross moments with its inputs are taken too, see `gram.retarget`.
         """
         with self.collecting(chain, window, names, weights, teacher) as (collected, begin):
             chain.passed(window.blocks, window.first, size, begin)
@@ -197,9 +220,15 @@ class Session:
 
     @contextmanager
     def collecting(
-        self, chain: Chain, window: Window, names: Sequence[str], weights: Weights | None, teacher: Chain | None = None
+        self,
+        chain: Chain,
+        window: Window,
+        names: Sequence[str],
+        weights: Weights | None,
+        teacher: Chain | None = None,
     ) -> Iterator[tuple[Collector, Callable[[list[int]], None]]]:
-        """What collects second moments while the chain passes the blocks, and what to call before each group."""
+        """What collects second moments while the chain passes the blocks, and what to call before
+        each group."""
         layers = {name: self.model.get_submodule(name) for name in names}
         current: list[int] = []
 

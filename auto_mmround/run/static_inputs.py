@@ -1,4 +1,5 @@
-"""Scales of static activations: one for all inputs of a layer, from the largest magnitude that calibration shows."""
+"""Scales of static activations: one for all inputs of a layer, from the largest magnitude that
+calibration shows."""
 
 import logging
 from collections.abc import Callable
@@ -16,9 +17,11 @@ log = logging.getLogger("auto_mmround")
 
 
 def input_scales(session: Session, told: Told = lambda done, total: None) -> dict[str, Tensor]:
-    """``max|x| / 448``, float32 (1,), of every planned layer with static activations, over all samples.
+    """``max|x| / 448``, float32 (1,), of every planned layer with static activations, over all
+    samples.
 
-    Layers that read the same tensor (q, k, v), which engines fuse, get the same. One that no token reaches gets 1.
+    Layers that read the same tensor (q, k, v), which engines fuse, get the same. One that no token
+    reaches gets 1.
     """
     names = [name for name, scheme in session.plan.quantized.items() if not scheme.act_dynamic]
     peaks: dict[str, Tensor] = {}
@@ -34,7 +37,10 @@ def input_scales(session: Session, told: Told = lambda done, total: None) -> dic
         return hook
 
     with separated(session.model, session.experts):
-        handles = [session.model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+        handles = [
+            session.model.get_submodule(name).register_forward_pre_hook(hook_for(name))
+            for name in names
+        ]
         try:
             with (
                 phase("scales of static inputs", f"leave --act_static out, or {SHORTER}"),
@@ -50,7 +56,13 @@ def input_scales(session: Session, told: Told = lambda done, total: None) -> dic
     unreached = [name for name in names if name not in peaks]
     if unreached:
         log.warning(
-            "%d layers saw no calibration token, first %s: their input scale is 1", len(unreached), unreached[0]
+            "%d layers saw no calibration token, first %s: their input scale is 1",
+            len(unreached),
+            unreached[0],
         )
     zero = torch.zeros(1)
-    return {name: torch.where(p > 0, p / E4M3_TOP, 1.0) for name in names for p in [peaks.get(name, zero)]}
+    return {
+        name: torch.where(p > 0, p / E4M3_TOP, 1.0)
+        for name in names
+        for p in [peaks.get(name, zero)]
+    }

@@ -1,4 +1,5 @@
-"""Does an engine compute what the decoded weights compute? Logits within a tolerance, tokens up to a near tie."""
+"""Does an engine compute what the decoded weights compute? Logits within a tolerance, tokens up to
+a near tie."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +16,23 @@ from auto_mmround.model.loading import DTYPES
 from auto_mmround.numerics.grids import quantize_tokens
 from auto_mmround.verify.engines import EngineResult
 
-# Readers compute in half precision where they offer nothing else; a wrong packing misses by orders of magnitude more.
+# Readers compute in half precision where they offer nothing else; a wrong packing misses by orders
+# of magnitude more.
 TOLERANCE = 0.05
-# What an engine's own dtype does to the decoded weights is no fault of the file: NOISE times that is allowed, but never
-# more than this share of the logits' spread.
+# What an engine's own dtype does to the decoded weights is no fault of the file: NOISE times that
+# is allowed, but never more than this share of the logits' spread.
 NOISE, WIDEST = 5, 0.5
 Q8_BLOCK = 32  # columns that share a scale when llama.cpp rounds the inputs of a quantized layer
-# Below this margin between the two best logits, or NOISE times the measured difference, either choice is right.
+# Below this margin between the two best logits, or NOISE times the measured difference, either
+# choice is right.
 NEAR_TIE = 0.15
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an input. activations:
-    whether the model quantizes the inputs of layers where the checkpoint says so."""
+    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an
+    input. activations: whether the model quantizes the inputs of layers where the checkpoint says
+    so."""
 
     folder: Path
     model: Any
@@ -42,9 +46,11 @@ class Reference:
         return torch.cat([each.flatten() for each in self.logits]).std().item()
 
     def noise(self, dtype: str) -> float:
-        """Largest difference to the logits when the same weights are computed with in another dtype; 0 in float32.
+        """Largest difference to the logits when the same weights are computed with in another
+        dtype; 0 in float32.
 
-        "q8_0": in float32, but the inputs of the text model's layers rounded to 8 bits in blocks, as llama.cpp does.
+        "q8_0": in float32, but the inputs of the text model's layers rounded to 8 bits in blocks,
+        as llama.cpp does.
         """
         if DTYPES.get(dtype, torch.float32) == torch.float32 and dtype != "q8_0":
             return 0.0
@@ -55,7 +61,10 @@ class Reference:
                     module.register_forward_pre_hook(_round_blocks)
         else:
             rounded = from_quantized(self.folder, dtype=dtype, activations=self.activations).model
-        found = [logits_of(rounded, kwargs)[: len(want)] for kwargs, want in zip(self.inputs, self.logits)]
+        found = [
+            logits_of(rounded, kwargs)[: len(want)]
+            for kwargs, want in zip(self.inputs, self.logits)
+        ]
         return largest_difference(found, self.logits)
 
 
@@ -66,8 +75,11 @@ def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor
 def make_reference(
     folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]], activations: bool = False
 ) -> Reference:
-    """Run the decoded model on every input; ``activations``: it is one that quantizes the inputs of layers."""
-    return Reference(folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs], activations)
+    """Run the decoded model on every input; ``activations``: it is one that quantizes the inputs of
+    layers."""
+    return Reference(
+        folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs], activations
+    )
 
 
 def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
@@ -77,19 +89,24 @@ def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
 
 
 def largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Between logits (.., t, v) and (T, V), over the last t positions; engines may pad the vocabulary (v > V).
+    """Between logits (.., t, v) and (T, V), over the last t positions; engines may pad the
+    vocabulary (v > V).
 
     NaN where there is nothing to compare, and where a logit is NaN.
     """
     if len(found) != len(wanted):
         return float("nan")
-    pairs = [(got.reshape(-1, got.shape[-1])[:, : want.shape[-1]], want) for got, want in zip(found, wanted)]
+    pairs = [
+        (got.reshape(-1, got.shape[-1])[:, : want.shape[-1]], want)
+        for got, want in zip(found, wanted)
+    ]
     gaps = [(got.float() - want[-len(got) :]).abs().max() for got, want in pairs]
     return torch.stack(gaps).max().item() if gaps else float("nan")
 
 
 def greedy(model: Any, kwargs: Mapping[str, Any], count: int) -> tuple[list[int], list[float]]:
-    """``count`` most likely next tokens, whatever they are (end tokens too), and the margin each was chosen by."""
+    """``count`` most likely next tokens, whatever they are (end tokens too), and the margin each
+    was chosen by."""
     tokens: list[int] = []
     margins: list[float] = []
     ids = "decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"
@@ -108,12 +125,18 @@ def _longer(kwargs: Mapping[str, Any], ids: str, token: int) -> dict[str, Tensor
     return {
         key: torch.cat([value, value.new_full((1, 1), values.get(key, 0))], dim=1)
         for key, value in kwargs.items()
-        if key in (*PER_TOKEN, ids) and key != "position_ids" and value.ndim == 2 and value.shape[1] == length
+        if key in (*PER_TOKEN, ids)
+        and key != "position_ids"
+        and value.ndim == 2
+        and value.shape[1] == length
     }
 
 
-def agreed(tokens: Sequence[int], margins: Sequence[float], found: Sequence[int], tie: float) -> tuple[int, bool]:
-    """(tokens that agree from the start, whether that is right: all of them, or the next choice was a near tie)."""
+def agreed(
+    tokens: Sequence[int], margins: Sequence[float], found: Sequence[int], tie: float
+) -> tuple[int, bool]:
+    """(tokens that agree from the start, whether that is right: all of them, or the next choice was
+    a near tie)."""
     for i, (token, margin, other) in enumerate(zip(tokens, margins, found)):
         if token != other:
             return i, margin < tie
@@ -148,14 +171,21 @@ def _problem(result: EngineResult, planned: int) -> str | None:
 
 
 def _next_difference(found: Sequence[Mapping[int, float]], wanted: Sequence[Tensor]) -> float:
-    """Largest difference of the given log probabilities of next tokens; NaN where there is nothing to compare."""
+    """Largest difference of the given log probabilities of next tokens; NaN where there is nothing
+    to compare."""
     if len(found) != len(wanted) or not all(found):
         return float("nan")
     scores = [want[-1].log_softmax(-1) for want in wanted]
-    return max(abs(value - float(score[i])) for given, score in zip(found, scores) for i, value in given.items())
+    return max(
+        abs(value - float(score[i]))
+        for given, score in zip(found, scores)
+        for i, value in given.items()
+    )
 
 
-def _judge_tokens(result: EngineResult, reference: Reference, worst: float) -> tuple[tuple[int, int], str | None]:
+def _judge_tokens(
+    result: EngineResult, reference: Reference, worst: float
+) -> tuple[tuple[int, int], str | None]:
     same = total = 0
     tie = max(NEAR_TIE, NOISE * worst) if worst == worst else NEAR_TIE
     for i, (found, kwargs) in enumerate(zip(result.tokens, reference.inputs)):
@@ -163,5 +193,8 @@ def _judge_tokens(result: EngineResult, reference: Reference, worst: float) -> t
         count, right = agreed(tokens, margins, found.flatten().tolist(), tie)
         same, total = same + count, total + len(tokens)
         if not right:
-            return (same, total), f"input {i}: token {count} is another, by a margin of {margins[count]:.2f}"
+            return (
+                same,
+                total,
+            ), f"input {i}: token {count} is another, by a margin of {margins[count]:.2f}"
     return (same, total), None

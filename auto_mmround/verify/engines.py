@@ -1,4 +1,5 @@
-"""The parent's side of engine checks: which interpreter reads which format, and one subprocess a question."""
+"""The parent's side of engine checks: which interpreter reads which format, and one subprocess a
+question."""
 
 import json
 import os
@@ -18,18 +19,21 @@ from torch import Tensor
 from auto_mmround import strict
 from auto_mmround.programs import program
 
-LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")  # llama.cpp says it in its log only
+# llama.cpp says it in its log only
+LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")
 MADE = ("logits", "tokens")  # what a worker may write for each input
 FOLDER = Path(".engines")
 RUNNER = program("engine_main")
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}  # no debugger on a crash of llama.cpp
+# no debugger on a crash of llama.cpp
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """formats: those it reads, each with the environment below `.engines` that can; None is the one this program runs
-    in. dtype: what it is asked to compute in. kinds: of inputs it takes, see `Probe`; tower: the file without which it
-    takes texts only. own_media: it processes media itself, and gets token ids, images and sounds as they are.
+    """formats: those it reads, each with the environment below `.engines` that can; None is the one
+    this program runs in. dtype: what it is asked to compute in. kinds: of inputs it takes, see
+    `Probe`; tower: the file without which it takes texts only. own_media: it processes media
+    itself, and gets token ids, images and sounds as they are.
     rounds_inputs: it always quantizes activations where the checkpoint says so. The
     worker is engine_<name>.py on the shelf."""
 
@@ -60,7 +64,11 @@ ENGINES: dict[str, Engine] = {
     ),
     "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text", "image"), own_media=True),
     "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
-    "openvino": Engine({"openvino": "openvino"}, kinds=("text", "image"), tower="openvino_vision_embeddings_model.xml"),
+    "openvino": Engine(
+        {"openvino": "openvino"},
+        kinds=("text", "image"),
+        tower="openvino_vision_embeddings_model.xml",
+    ),
 }
 
 
@@ -68,10 +76,12 @@ ENGINES: dict[str, Engine] = {
 class EngineResult:
     """What one engine made of one checkpoint.
 
-    quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32 tensor an input, for
-    its last t positions. tokens: (1, n) greedy tokens an input, where asked for. llama.cpp gives no logits, but
-    logprobs: {token id: log probability} of the likeliest next tokens an input; answers: {"text", "prompt_tokens",
-    "logprobs" of its first token} a question; and its dtype is "q8_0" where it rounds the inputs of layers so.
+    quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32
+    tensor an input, for its last t positions. tokens: (1, n) greedy tokens an input, where asked
+    for. llama.cpp gives no logits, but
+    logprobs: {token id: log probability} of the likeliest next tokens an input; answers: {"text",
+    "prompt_tokens", "logprobs" of its first token} a question; and its dtype is "q8_0" where it
+    rounds the inputs of layers so.
     """
 
     ok: bool
@@ -99,8 +109,13 @@ def worker(engine: str) -> Path:
 
 
 def interpreter(format_name: str, root: Path = Path(), engine: str | None = None) -> Path:
-    """The Python in which ``engine``, or the first that can, reads the format; it may not exist yet."""
-    readers = [ENGINES[engine]] if engine else [each for each in ENGINES.values() if format_name in each.formats]
+    """The Python in which ``engine``, or the first that can, reads the format; it may not exist
+    yet."""
+    readers = (
+        [ENGINES[engine]]
+        if engine
+        else [each for each in ENGINES.values() if format_name in each.formats]
+    )
     environment = readers[0].formats[format_name]
     return Path(sys.executable) if environment is None else python_of(environment, root)
 
@@ -129,11 +144,18 @@ def run_transformers(
     quantization: Mapping[str, Any] | None = None,
     activations: bool = False,
 ) -> EngineResult:
-    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another interpreter.
+    """Logits of the inputs (keyword arguments of the model, batch 1) by Transformers in another
+    interpreter.
 
-    activations: quantize the inputs of layers where the checkpoint says so; off, exact weights give exact logits.
+    activations: quantize the inputs of layers where the checkpoint says so; off, exact weights
+      give exact logits.
     """
-    asked = {"dtype": dtype, "class": model_class, "quantization": dict(quantization or {}), "activations": activations}
+    asked = {
+        "dtype": dtype,
+        "class": model_class,
+        "quantization": dict(quantization or {}),
+        "activations": activations,
+    }
     return ask("transformers", checkpoint_dir, inputs, asked, python=python, timeout=timeout)
 
 
@@ -147,11 +169,12 @@ def run_engine(
     dtype: str | None = None,
     new_tokens: int = 0,
 ) -> EngineResult:
-    """Logits, and so many greedy tokens, by an engine with models of its own: "vllm", "mlx" or "openvino".
+    """Logits, and so many greedy tokens, by an engine with models of its own: "vllm", "mlx" or
+    "openvino".
 
-    inputs: keyword arguments of the model, batch 1; for an engine that processes media itself `input_ids` (1, T) as the
-    model takes them, and the images in order as `image0`, `image1` .., uint8 (height, width, 3). dtype: None is the one
-    in `ENGINES`.
+    inputs: keyword arguments of the model, batch 1; for an engine that processes media itself
+    `input_ids` (1, T) as the model takes them, and the images in order as `image0`, `image1` ..,
+    uint8 (height, width, 3). dtype: None is the one in `ENGINES`.
     """
     asked = {"dtype": dtype or ENGINES[engine].dtype, "new_tokens": new_tokens}
     return ask(engine, checkpoint_dir, inputs, asked, python=python, timeout=timeout)
@@ -168,18 +191,26 @@ def ask(
 ) -> EngineResult:
     """One question to an engine's worker in its own interpreter.
 
-    Never raises for what the engine does: a crash, a time-out or a missing environment is a result with an error.
+    Never raises for what the engine does: a crash, a time-out or a missing environment is a result
+    with an error.
     """
     if problem := not_installed(python):
         return EngineResult(False, problem)
     with tempfile.TemporaryDirectory() as folder:
         paths = {key: str(Path(folder) / f"{key}.safetensors") for key in ("inputs", "output")}
-        flat = {f"{i}.{key}": t.contiguous().clone() for i, kwargs in enumerate(inputs) for key, t in kwargs.items()}
+        flat = {
+            f"{i}.{key}": t.contiguous().clone()
+            for i, kwargs in enumerate(inputs)
+            for key, t in kwargs.items()
+        }
         save_file(flat, paths["inputs"])
         request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
         answer = _answer(worker(engine), request, python, Path(folder), timeout)
         stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
-    made = {what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored] for what in MADE}
+    made = {
+        what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored]
+        for what in MADE
+    }
     return _result(answer | made)
 
 
@@ -193,11 +224,12 @@ def run_llamacpp(
     template: str | None = None,
     timeout: float = 600,
 ) -> EngineResult:
-    """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in another interpreter.
+    """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in another
+    interpreter.
 
-    prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image": file}],
-    "max_tokens"}. top: as many most likely tokens. template: of the conversation; None is the file's own. Never raises
-    for what the engine does.
+    prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image":
+    file}], "max_tokens"}. top: as many most likely tokens. template: of the conversation; None is
+    the file's own. Never raises for what the engine does.
     """
     if problem := not_installed(python):
         return EngineResult(False, problem)
@@ -214,7 +246,9 @@ def run_llamacpp(
     }
     tokenizer = checkpoint_dir / "tokenizer.json"
     if tokenizer.is_file():
-        request["filler"] = Tokenizer.from_file(str(tokenizer)).encode("a", add_special_tokens=False).ids[-1]
+        request["filler"] = (
+            Tokenizer.from_file(str(tokenizer)).encode("a", add_special_tokens=False).ids[-1]
+        )
     request["mmproj"] = str(towers[0].resolve()) if towers else None
     with tempfile.TemporaryDirectory() as folder:
         answer = _answer(worker("llamacpp"), request, python, Path(folder), timeout)
@@ -223,27 +257,44 @@ def run_llamacpp(
 
 def _result(answer: Mapping[str, Any]) -> EngineResult:
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
-    known["logprobs"] = [{int(key): value for key, value in found.items()} for found in answer.get("logprobs", ())]
+    known["logprobs"] = [
+        {int(key): value for key, value in found.items()} for found in answer.get("logprobs", ())
+    ]
     return EngineResult(**known)
 
 
-def _answer(program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float) -> dict[str, Any]:
+def _answer(
+    program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float
+) -> dict[str, Any]:
     """The worker's answer; {"ok": False, "error": ..} where there is none."""
     request_file = folder / "request.json"
     request_file.write_text(strict.dumps(request), encoding="utf-8")
-    # In an empty folder, and -P: the worker must find neither this package's modules nor those of the caller's folder.
+    # In an empty folder, and -P: the worker must find neither this package's modules nor those of
+    # the caller's folder.
     command = [str(python.absolute()), "-P", str(RUNNER), str(program), str(request_file)]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=folder,
+            env=OFFLINE,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
     tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    answer = _last_json(done.stdout) or {"ok": False, "error": f"the engine died (exit {done.returncode}): {tail}"}
+    answer = _last_json(done.stdout) or {
+        "ok": False,
+        "error": f"the engine died (exit {done.returncode}): {tail}",
+    }
     counts = {kind: int(count) for kind, count in LOADED.findall(done.stderr)}
     if counts:
-        answer |= {"classes": counts, "dtype": "float32" if counts.keys() <= {"f32", "f16", "bf16"} else "q8_0"}
+        answer |= {
+            "classes": counts,
+            "dtype": "float32" if counts.keys() <= {"f32", "f16", "bf16"} else "q8_0",
+        }
     return answer
 
 

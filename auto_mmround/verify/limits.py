@@ -1,5 +1,5 @@
-"""What engines refuse of the formats they read, with their own messages: data for `plan`, `verify` and the support
-matrix.
+"""What engines refuse of the formats they read, with their own messages: data for `plan`, `verify`
+and the support matrix.
 
 Measured with the versions in docs/formats.md, vLLM in its build for processors.
 """
@@ -19,9 +19,11 @@ from auto_mmround.verify.engines import ENGINES
 
 @dataclass(frozen=True)
 class Limit:
-    """``engine`` refuses ``what`` of these formats: checkpoints whose schemes pass ``test``. message: in its words.
+    """``engine`` refuses ``what`` of these formats: checkpoints whose schemes pass ``test``.
+    message: in its words.
 
-    experts: words of `experts_of` that must all be true of the model. families: model types, but for ``spared``.
+    experts: words of `experts_of` that must all be true of the model. families: model types, but
+      for ``spared``.
     """
 
     engine: str
@@ -43,7 +45,9 @@ def _any(test: Callable[[Scheme], bool]) -> Callable[[Collection[Scheme]], bool]
     return lambda schemes: any(map(test, schemes))
 
 
-def _mixture(engine: str, formats: tuple[str, ...], what: str, words: set[str], message: str, **of: Any) -> Limit:
+def _mixture(
+    engine: str, formats: tuple[str, ...], what: str, words: set[str], message: str, **of: Any
+) -> Limit:
     return Limit(engine, formats, what, lambda schemes: True, message, frozenset(words), **of)
 
 
@@ -52,7 +56,9 @@ _COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tens
 _MADE_UP = "parameters were made up: [.. experts.gate_up_proj ..]"
 _KERNEL = "Failed to find a kernel that can implement the"
 LIMITS = (
-    Limit("transformers", ("auto_gptq",), "several schemes", lambda s: len(s) > 1, "mismatched sizes"),
+    Limit(
+        "transformers", ("auto_gptq",), "several schemes", lambda s: len(s) > 1, "mismatched sizes"
+    ),
     Limit(
         "transformers",
         ("compressed_tensors",),
@@ -72,7 +78,8 @@ LIMITS = (
         ("auto_gptq",),
         "other than 4 bits",
         _any(lambda s: s.bits != 4),
-        "Marlin does not support weight_bits = uint8b128. Only types = [ScalarType.uint4b8] are supported",
+        "Marlin does not support weight_bits = uint8b128. Only types = [ScalarType.uint4b8] are"
+        " supported",
     ),
     Limit(
         "vllm",
@@ -109,7 +116,9 @@ LIMITS = (
         _any(lambda s: s.data_type == "mxfp4"),
         f"{_KERNEL} MXFP4 linear layer",
     ),
-    _mixture("transformers", ("auto_gptq", "auto_awq"), "quantized experts", {"quantized"}, _MADE_UP),
+    _mixture(
+        "transformers", ("auto_gptq", "auto_awq"), "quantized experts", {"quantized"}, _MADE_UP
+    ),
     _mixture(
         "transformers",
         _AUTO_ROUND,
@@ -169,8 +178,9 @@ BUILDS = {"vllm": "vllm on processors"}
 
 
 def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
-    """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed", where it does not say
-    gate_proj, up_proj, down_proj; "kept", where they stay as one parameter a layer."""
+    """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed",
+    where it does not say gate_proj, up_proj, down_proj; "kept", where they stay as one parameter a
+    layer."""
     experts = separable(model)
     chosen = [expert for name, expert in experts.items() if name in plan.quantized]
     usual = {*HALVES, "down_proj"}
@@ -185,8 +195,10 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
 
 
 def refusals(model: PreTrainedModel, plan: Plan) -> list[str]:
-    """A line for each engine that is known not to load a format of the plan, though it reads it as such."""
-    schemes = {replace(scheme, scale_dtype="fp16") for scheme in plan.quantized.values()}  # no configuration names it
+    """A line for each engine that is known not to load a format of the plan, though it reads it as
+    such."""
+    # no configuration names it
+    schemes = {replace(scheme, scale_dtype="fp16") for scheme in plan.quantized.values()}
     experts = experts_of(model, plan)
     lines = [
         refusal(engine, fmt.name, schemes, experts, model.config.model_type)
@@ -197,24 +209,43 @@ def refusals(model: PreTrainedModel, plan: Plan) -> list[str]:
 
 
 def refusal(
-    engine: str, format_name: str, schemes: Collection[Scheme], experts: Collection[str] = (), family: str = ""
+    engine: str,
+    format_name: str,
+    schemes: Collection[Scheme],
+    experts: Collection[str] = (),
+    family: str = "",
 ) -> str | None:
-    """Why an engine that reads the format takes no checkpoint with these schemes; None if it takes it.
+    """Why an engine that reads the format takes no checkpoint with these schemes; None if it takes
+    it.
 
     experts: words of `experts_of`; family: the model type.
     """
     for limit in LIMITS:
-        if limit.engine == engine and format_name in limit.formats and limit.hits(schemes, experts, family):
-            return f"{BUILDS.get(engine, engine)} takes no {format_name} with {limit.what}: {limit.message}"
+        if (
+            limit.engine == engine
+            and format_name in limit.formats
+            and limit.hits(schemes, experts, family)
+        ):
+            return (
+                f"{BUILDS.get(engine, engine)} takes no {format_name} with {limit.what}:"
+                f" {limit.message}"
+            )
     return None
 
 
 def support(format_name: str) -> dict[str, str]:
-    """Engine -> "-" where it does not read the format, else "yes", with the numbers of its limits, counted from 1."""
+    """Engine -> "-" where it does not read the format, else "yes", with the numbers of its limits,
+    counted from 1."""
     root = format_name.partition(":")[0]
     found = {}
     for engine, row in ENGINES.items():
-        notes = [str(i) for i, limit in enumerate(LIMITS, 1) if limit.engine == engine and format_name in limit.formats]
+        notes = [
+            str(i)
+            for i, limit in enumerate(LIMITS, 1)
+            if limit.engine == engine and format_name in limit.formats
+        ]
         reads = format_name in row.formats or root in row.formats
-        found[engine] = " ".join(["yes", *([f"({', '.join(notes)})"] if notes else [])]) if reads else "-"
+        found[engine] = (
+            " ".join(["yes", *([f"({', '.join(notes)})"] if notes else [])]) if reads else "-"
+        )
     return found

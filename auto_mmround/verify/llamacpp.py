@@ -1,4 +1,5 @@
-"""Inputs of a model in the form in which llama.cpp takes them: token ids, or text with pictures in it."""
+"""Inputs of a model in the form in which llama.cpp takes them: token ids, or text with pictures in
+it."""
 
 import re
 import tempfile
@@ -15,12 +16,18 @@ from auto_mmround.export.gguf.towers import tower_of
 from auto_mmround.verify.agreement import Reference
 from auto_mmround.verify.engines import EngineResult, run_llamacpp
 
-# A conversation that is its text: what the reference read already went through the model's own template.
-AS_IT_IS = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+# A conversation that is its text: what the reference read already went through the model's own
+# template.
+AS_IT_IS = (
+    "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+)
 
 
-def pieces(ids: Sequence[int], tokenizer: Any, config: Any, images: Sequence[Path]) -> list[str | dict[str, str]]:
-    """Texts and images in order for ids with placeholders, without the words that llama.cpp puts around images itself.
+def pieces(
+    ids: Sequence[int], tokenizer: Any, config: Any, images: Sequence[Path]
+) -> list[str | dict[str, str]]:
+    """Texts and images in order for ids with placeholders, without the words that llama.cpp puts
+    around images itself.
 
     ValueError where the ids hold another number of images.
     """
@@ -29,7 +36,8 @@ def pieces(ids: Sequence[int], tokenizer: Any, config: Any, images: Sequence[Pat
     mark = next(token for token, kind in placeholder_ids(config).items() if kind == IMAGE)
     text = tokenizer.decode(ids)
     start = tokenizer.bos_token or ""
-    if start and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # llama.cpp puts it there too
+    # llama.cpp puts it there too
+    if start and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         text = text.removeprefix(start)
     place = re.escape(tokenizer.decode([mark]))
     texts = re.split(tower.seen.replace("IMAGE", f"(?:{place})+"), text)
@@ -42,11 +50,18 @@ def pieces(ids: Sequence[int], tokenizer: Any, config: Any, images: Sequence[Pat
 
 
 def ask_llamacpp(
-    reference: Reference, media: Sequence[Mapping[str, Tensor]], tokenizer: Any, *, python: Path, timeout: float
+    reference: Reference,
+    media: Sequence[Mapping[str, Tensor]],
+    tokenizer: Any,
+    *,
+    python: Path,
+    timeout: float,
 ) -> EngineResult:
-    """Log probabilities after every input, in the order of the reference's. media: its images, as `Probe.media`.
+    """Log probabilities after every input, in the order of the reference's. media: its images, as
+    `Probe.media`.
 
-    An image of which llama.cpp makes another number of tokens is an error: the two would not see the same.
+    An image of which llama.cpp makes another number of tokens is an error: the two would not see
+    the same.
     """
     with tempfile.TemporaryDirectory() as folder:
         prompts, questions = [], []
@@ -61,7 +76,12 @@ def ask_llamacpp(
             content = pieces(ids, tokenizer, reference.model.config, paths)
             questions.append({"content": content, "max_tokens": 1})
         result = run_llamacpp(
-            reference.folder, prompts=prompts, questions=questions, template=AS_IT_IS, python=python, timeout=timeout
+            reference.folder,
+            prompts=prompts,
+            questions=questions,
+            template=AS_IT_IS,
+            python=python,
+            timeout=timeout,
         )
     if not result.ok:
         return result
@@ -72,7 +92,9 @@ def ask_llamacpp(
             continue
         answer, length = next(answers), kwargs["input_ids"].shape[1]
         if answer["prompt_tokens"] != length:
-            text = f"input {i}, with an image, became {answer['prompt_tokens']} tokens, not {length}"
+            text = (
+                f"input {i}, with an image, became {answer['prompt_tokens']} tokens, not {length}"
+            )
             return replace(result, ok=False, error=text)
         found.append({int(token): value for token, value in answer["logprobs"].items()})
     return replace(result, logprobs=found, answers=())

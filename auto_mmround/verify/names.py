@@ -1,9 +1,11 @@
-"""Which linear layers an engine will build as quantized ones, judged as the engine judges: by their names.
+"""Which linear layers an engine will build as quantized ones, judged as the engine judges: by their
+names.
 
-A quantization configuration is a list of names and patterns, and every reader matches it in its own way against its own
-module names. A layer that is packed in the file but plain in the engine starts from random numbers, mostly without a
-word. The rules below restate those of Transformers 5.23 (with auto-round 0.16, optimum 2.3, gptqmodel 7.7) and vLLM
-0.32; vLLM's renaming tables are those of its model classes.
+A quantization configuration is a list of names and patterns, and every reader matches it in its own
+way against its own module names. A layer that is packed in the file but plain in the engine starts
+from random numbers, mostly without a word. The rules below restate those of Transformers 5.23 (with
+auto-round 0.16, optimum 2.3, gptqmodel 7.7) and vLLM 0.32; vLLM's renaming tables are those of its
+model classes.
 """
 
 import re
@@ -24,11 +26,15 @@ _HEAD: Rename = (r"^lm_head\.", "language_model.lm_head.")
 _TEXT: Rename = (r"^model\.language_model\.", "language_model.model.")
 _VISUAL: Rename = (r"^model\.visual\.", "visual.")
 _REST: Rename = (r"^model\.", "language_model.model.")
-_TOWERS = (_TEXT, *((rf"^model\.{w}\.", f"{w}.") for w in ("vision_tower", "multi_modal_projector")), _HEAD)
+_TOWERS = (
+    _TEXT,
+    *((rf"^model\.{w}\.", f"{w}.") for w in ("vision_tower", "multi_modal_projector")),
+    _HEAD,
+)
 _FC: Rename = (r"\.fc([12])\.", r".mlp.fc\1.")
 
-# config.model_type -> renamings from checkpoint or Transformers names to vLLM's, applied in order. Types that are not
-# listed keep the checkpoint's names.
+# config.model_type -> renamings from checkpoint or Transformers names to vLLM's, applied in order.
+# Types that are not listed keep the checkpoint's names.
 VLLM_NAMES: dict[str, tuple[Rename, ...]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), (_TEXT, _VISUAL, _HEAD, _REST)),
     **dict.fromkeys(("qwen3_vl", "glm4v"), (_VISUAL, _HEAD, _TEXT)),
@@ -49,7 +55,8 @@ GPTQ_BLOCKS = (
 
 @dataclass(frozen=True)
 class Question:
-    """names: linear layers as the engine spells them. head: the output head's name. packed: those packed in the file.
+    """names: linear layers as the engine spells them. head: the output head's name. packed: those
+    packed in the file.
     rename: a name of the configuration as the engine rewrites it before matching."""
 
     config: Config
@@ -61,7 +68,10 @@ class Question:
     def listed(self, key: str) -> list[str]:
         """A list of the configuration, flattened (a string is split at commas) and rewritten."""
         value = self.config.get(key) or []
-        return [self.rename(item) for item in (value.split(",") if isinstance(value, str) else _flat(value))]
+        return [
+            self.rename(item)
+            for item in (value.split(",") if isinstance(value, str) else _flat(value))
+        ]
 
 
 # The answer: the quantized layers, with what the configuration says of each beyond its defaults.
@@ -83,25 +93,38 @@ def vllm_module(model_type: str, name: str) -> str:
 def _auto_round_transformers(q: Question) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize") or q.listed("to_quant_block_names"))
     # Without prefixes all numbered blocks count, those of towers too.
-    inside = [n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))]
+    inside = [
+        n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))
+    ]
     extra = q.config.get("extra_config") or {}
     names = set(q.names)
     found = {key: options for key, options in extra.items() if key in names}
     for key, options in extra.items():
         if key not in found:
-            matched = [n for n in inside if _search(key, n)] or [n for n in q.names if _search(key, n)]
+            matched = [n for n in inside if _search(key, n)] or [
+                n for n in q.names if _search(key, n)
+            ]
             found |= {n: options for n in matched if n not in found}
-    return {n: found.get(n, {}) for n in dict.fromkeys([*inside, *found]) if found.get(n, {}).get("bits", 0) < 16}
+    return {
+        n: found.get(n, {})
+        for n in dict.fromkeys([*inside, *found])
+        if found.get(n, {}).get("bits", 0) < 16
+    }
 
 
 def _gptq_transformers(q: Question) -> Mapping[str, Overrides]:
     """optimum reads the block prefix and the endings, but not ``dynamic``."""
     prefix = q.config.get("block_name_to_quantize")
     if prefix is None:
-        prefix = next((block for block in GPTQ_BLOCKS if any(name.startswith(block) for name in q.names)), "\0")
+        prefix = next(
+            (block for block in GPTQ_BLOCKS if any(name.startswith(block) for name in q.names)),
+            "\0",
+        )
     prefix = prefix if isinstance(prefix, str) else "\0"  # optimum takes one name, no list
     endings = tuple(q.listed("modules_in_block_to_quantize")) or ("",)
-    return dict.fromkeys((n for n in q.names if n.startswith(prefix) and n.endswith(endings)), DEFAULTS)
+    return dict.fromkeys(
+        (n for n in q.names if n.startswith(prefix) and n.endswith(endings)), DEFAULTS
+    )
 
 
 def _awq_transformers(q: Question) -> Mapping[str, Overrides]:
@@ -112,14 +135,24 @@ def _awq_transformers(q: Question) -> Mapping[str, Overrides]:
 
 
 def _compressed_tensors(q: Question) -> Mapping[str, Overrides]:
-    """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both engines."""
-    ignored = [item if item.startswith("re:") else q.rename(item) for item in q.config.get("ignore") or ()]
+    """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both
+    engines."""
+    ignored = [
+        item if item.startswith("re:") else q.rename(item) for item in q.config.get("ignore") or ()
+    ]
     targets: dict[str, Overrides] = {}
     for group in (q.config.get("config_groups") or {}).values():
-        targets |= {t if t.startswith("re:") else q.rename(t): group.get("weights") or {} for t in group["targets"]}
+        targets |= {
+            t if t.startswith("re:") else q.rename(t): group.get("weights") or {}
+            for t in group["targets"]
+        }
     answer = {}
     for name in q.names:
-        mine = [options for target, options in targets.items() if target == "Linear" or _named(target, name)]
+        mine = [
+            options
+            for target, options in targets.items()
+            if target == "Linear" or _named(target, name)
+        ]
         if mine and not any(_named(item, name) for item in ignored):
             answer[name] = mine[0]
     return answer
@@ -127,8 +160,13 @@ def _compressed_tensors(q: Question) -> Mapping[str, Overrides]:
 
 def _auto_round_vllm(q: Question) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize") or q.listed("to_quant_block_names"))
-    extra = {q.rename(key): options for key, options in (q.config.get("extra_config") or {}).items()}
-    places, patterns = {key: i for i, key in enumerate(extra)}, [k for k in extra if SPECIAL.search(k)]
+    extra = {
+        q.rename(key): options for key, options in (q.config.get("extra_config") or {}).items()
+    }
+    places, patterns = (
+        {key: i for i, key in enumerate(extra)},
+        [k for k in extra if SPECIAL.search(k)],
+    )
     answer = {}
     for name in q.names:
         ends = (end for end in list(tails(name))[1:] if end in places)
@@ -145,11 +183,14 @@ def _auto_round_vllm(q: Question) -> Mapping[str, Overrides]:
 
 
 def _gptq_vllm(q: Question) -> Mapping[str, Overrides]:
-    listed = q.listed("modules_in_block_to_quantize")  # by substring; without a list, whatever is packed in the file
+    # by substring; without a list, whatever is packed in the file
+    listed = q.listed("modules_in_block_to_quantize")
     dynamic = q.config.get("dynamic") or {}
     answer = {}
     for name in q.names:
-        rule = next((k for k in dynamic if re.match(k.removeprefix("-:").removeprefix("+:"), name)), "")
+        rule = next(
+            (k for k in dynamic if re.match(k.removeprefix("-:").removeprefix("+:"), name)), ""
+        )
         inside = any(part in name for part in listed) if listed else name in q.packed
         if inside and not rule.startswith("-:") and (name != q.head or q.config.get("lm_head")):
             answer[name] = dynamic.get(rule, {})
@@ -158,7 +199,9 @@ def _gptq_vllm(q: Question) -> Mapping[str, Overrides]:
 
 def _awq_vllm(q: Question) -> Mapping[str, Overrides]:
     keep = q.listed("modules_to_not_convert")
-    skipped = {n for n in q.names if (any(part in n for part in keep) if keep else n not in q.packed)}
+    skipped = {
+        n for n in q.names if (any(part in n for part in keep) if keep else n not in q.packed)
+    }
     head = q.head if not q.config.get("lm_head") else None
     return dict.fromkeys((n for n in q.names if n not in skipped and n != head), DEFAULTS)
 
@@ -186,16 +229,29 @@ def vllm_reads(config: Config) -> bool:
 
 
 def entries(config: Config) -> list[str]:
-    """Every name, prefix and pattern that the configuration uses to say what is quantized and what is not."""
-    lists = ("block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize", "modules_to_not_convert")
+    """Every name, prefix and pattern that the configuration uses to say what is quantized and what
+    is not."""
+    lists = (
+        "block_name_to_quantize",
+        "to_quant_block_names",
+        "modules_in_block_to_quantize",
+        "modules_to_not_convert",
+    )
     found = [item for key in lists for item in Question(config, (), None, frozenset()).listed(key)]
-    found += [*(config.get("extra_config") or {}), *(config.get("dynamic") or {}), *(config.get("ignore") or ())]
+    found += [
+        *(config.get("extra_config") or {}),
+        *(config.get("dynamic") or {}),
+        *(config.get("ignore") or ()),
+    ]
     groups = (config.get("config_groups") or {}).values()
-    return list(dict.fromkeys([*found, *(target for group in groups for target in group["targets"])]))
+    return list(
+        dict.fromkeys([*found, *(target for group in groups for target in group["targets"])])
+    )
 
 
 def names_something(entry: str, names: Iterable[str]) -> bool:
-    """Whether any reader could take an entry for one of the names: as part of it, or as a pattern."""
+    """Whether any reader could take an entry for one of the names: as part of it, or as a
+    pattern."""
     if entry == "Linear":
         return True
     for mark in ("re:", "+:", "-:"):
@@ -215,4 +271,8 @@ def _search(pattern: str, name: str) -> bool:
 
 
 def _flat(value: Any) -> list[str]:
-    return [item for part in value for item in _flat(part)] if isinstance(value, (list, tuple)) else [value]
+    return (
+        [item for part in value for item in _flat(part)]
+        if isinstance(value, (list, tuple))
+        else [value]
+    )

@@ -1,7 +1,8 @@
-"""Inputs to ask engines with, made from a checkpoint folder alone: its own tokenizer, processor and chat template.
+"""Inputs to ask engines with, made from a checkpoint folder alone: its own tokenizer, processor and
+chat template.
 
-A line of text, and where the model takes them a drawn image and a synthetic sound. What they show does not matter: an
-engine must only make of them what the decoded weights do.
+A line of text, and where the model takes them a drawn image and a synthetic sound. What they show
+does not matter: an engine must only make of them what the decoded weights do.
 """
 
 import math
@@ -25,16 +26,20 @@ from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import position_limit
 from auto_mmround.run.job import template_for
 
-TEXT = "In the beginning was the word, and many other words came after it; some of them were numbers: 1, 2, 3, 17."
+TEXT = (
+    "In the beginning was the word, and many other words came after it; some of them were numbers:"
+    " 1, 2, 3, 17."
+)
 QUESTIONS = {"image": "What do you see?", "audio": "What do you hear?"}
 RATE = 16000
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One input. kind: "text", "image", "audio" (a question about a sound) or "speech" (a sound to write down). kwargs:
-    as `model(**kwargs)` takes it, up to where an answer would begin. media: for engines that process it themselves,
-    `image0` as uint8 (height, width, 3), `audio0` as float32 (T,) at 16 kHz."""
+    """One input. kind: "text", "image", "audio" (a question about a sound) or "speech" (a sound to
+    write down). kwargs: as `model(**kwargs)` takes it, up to where an answer would begin. media:
+    for engines that process it themselves, `image0` as uint8 (height, width, 3), `audio0` as
+    float32 (T,) at 16 kHz."""
 
     kind: str
     kwargs: Mapping[str, Any]
@@ -42,7 +47,8 @@ class Probe:
 
 
 def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
-    """(probes, notes on kinds that could not be made); media files are written to ``folder`` and stay there.
+    """(probes, notes on kinds that could not be made); media files are written to ``folder`` and
+    stay there.
 
     Raises UserError when none can be made.
     """
@@ -65,10 +71,15 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
         except UserError as error:
             notes.append(f"no {kind} input could be made: {error}")
         else:
-            image = {"image0": torch.from_numpy(np.array(Image.open(path)))} if kind == "image" else {}
+            image = (
+                {"image0": torch.from_numpy(np.array(Image.open(path)))} if kind == "image" else {}
+            )
             probes.append(Probe(kind, kwargs, image))
     if not probes:
-        raise UserError("; ".join(notes) or "the model takes neither text nor an image nor sound that could be made")
+        raise UserError(
+            "; ".join(notes)
+            or "the model takes neither text nor an image nor sound that could be made"
+        )
     return probes, notes
 
 
@@ -116,7 +127,9 @@ def draw(folder: Path) -> Path:
 def sing(folder: Path) -> Path:
     """A second of a rising tone, 16 bit mono."""
     path = folder / "probe.wav"
-    samples = (int(12000 * math.sin(2 * math.pi * (220 + 220 * t / RATE) * t / RATE)) for t in range(RATE))
+    samples = (
+        int(12000 * math.sin(2 * math.pi * (220 + 220 * t / RATE) * t / RATE)) for t in range(RATE)
+    )
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

@@ -1,4 +1,5 @@
-"""Is a checkpoint that was just written what was tuned? Its files, and the model that they fill, a block at a time.
+"""Is a checkpoint that was just written what was tuned? Its files, and the model that they fill, a
+block at a time.
 
 `prove` is handed to `run.job.run` and `run.job.save`, which mark a folder that it finds wrong.
 """
@@ -36,7 +37,8 @@ Read = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
-    """What is wrong with a folder, a line each: what `static` finds, then what a reload makes of it.
+    """What is wrong with a folder, a line each: what `static` finds, then what a reload makes of
+    it.
 
     result: what the folder was made of. Memory: about a block of the model.
     """
@@ -51,16 +53,21 @@ def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
 
 
 def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
-    """The class of the model, filled by Transformers' own reader, has every parameter, and each is what was tuned."""
+    """The class of the model, filled by Transformers' own reader, has every parameter, and each is
+    what was tuned."""
     model = _empty(subject.folder, result.names.model)
     given = result.names.model
     tied = head_is_tied(given) if result.names.given else None
     meant = given.config.to_dict() | ({} if tied is None else {"tie_word_embeddings": tied})
     changed = list(_differences(meant, model.config.to_dict()))
     if changed:
-        yield Finding("error", f"config.json: {changed[0]}", "is not that of the model" + several(changed))
+        yield Finding(
+            "error", f"config.json: {changed[0]}", "is not that of the model" + several(changed)
+        )
     decoder = Streamed(subject, model.dtype) if subject.whole else Decoder(subject, model.dtype)
-    filled = Filled(model, decoder, [block for stage in result.plan.stages for block in stage.blocks])
+    filled = Filled(
+        model, decoder, [block for stage in result.plan.stages for block in stage.blocks]
+    )
     expected = Expected(fmt, result)
     differing = []
     for names in filled.groups(decoder.read):
@@ -77,18 +84,22 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
 
 
 def _empty(folder: Path, made: PreTrainedModel) -> PreTrainedModel:
-    """A model of the folder's configuration without weights; of the classes that are in memory, so no code runs."""
+    """A model of the folder's configuration without weights; of the classes that are in memory, so
+    no code runs."""
     try:
         config = type(made.config).from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = type(made)(config)
     except NONSENSE as error:
-        raise UserError(f"no model can be built from its config.json: {one_line(str(error))[:300]}") from None
+        raise UserError(
+            f"no model can be built from its config.json: {one_line(str(error))[:300]}"
+        ) from None
     return model.to(made.dtype)  # type: ignore[arg-type]
 
 
 def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Keys of a configuration that are read back with another value, but for what a loader writes down about itself."""
+    """Keys of a configuration that are read back with another value, but for what a loader writes
+    down about itself."""
     for key, value in made.items():
         if str(key).startswith("_") or key in OF_THE_FILE:
             continue
@@ -99,7 +110,8 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
 
 
 class Decoder(Mapping[str, bool]):
-    """The tensors of a checkpoint with packed weights decoded to ``dtype``: key -> whether it was packed."""
+    """The tensors of a checkpoint with packed weights decoded to ``dtype``: key -> whether it was
+    packed."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype):
         self._subject, self._dtype = subject, dtype
@@ -116,11 +128,14 @@ class Decoder(Mapping[str, bool]):
         return len(self._keys)
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors; packed weights (out, in). Raises what unpacking raises for one that contradicts its scheme."""
+        """These tensors; packed weights (out, in). Raises what unpacking raises for one that
+        contradicts its scheme."""
         s = self._subject
         assert s.fmt is not None or not self._packed
         parts = {key: list(s.parts(self._packed[key])) for key in keys if self[key]}
-        names = [key for key in keys if not self[key]] + [name for part in parts.values() for name in part]
+        names = [key for key in keys if not self[key]] + [
+            name for part in parts.values() for name in part
+        ]
         found = dict(s.read(names))  # every file is opened once
         for key, part in parts.items():
             module, own = self._packed[key], {name: found.pop(name) for name in part}
@@ -130,7 +145,8 @@ class Decoder(Mapping[str, bool]):
 
 
 class Streamed(Decoder):
-    """The same of files of another kind, which their format reads in its own order, with keys as the run wrote them."""
+    """The same of files of another kind, which their format reads in its own order, with keys as
+    the run wrote them."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype):
         super().__init__(subject, dtype)
@@ -150,21 +166,29 @@ class Streamed(Decoder):
 
 
 class Filled:
-    """A model without weights that is filled group by group, as Transformers fills it; nothing stays in memory.
+    """A model without weights that is filled group by group, as Transformers fills it; nothing
+    stays in memory.
 
-    keys: of the checkpoint -> whether the weight was packed, (out, in). blocks: names of modules, each one group.
+    keys: of the checkpoint -> whether the weight was packed, (out, in). blocks: names of modules,
+      each one group.
     """
 
     def __init__(self, model: PreTrainedModel, keys: Mapping[str, bool], blocks: Collection[str]):
         self._model, self._keys, self._blocks = model, keys, set(blocks)
         self._name = {key: name for key, name, _ in renamed_keys(model, sorted(keys))}
         self._own = dict(model.state_dict(keep_vars=True))
-        self._same = {name: id(tensor) for name, tensor in self._own.items()}  # tied modules share theirs
-        self._turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        # tied modules share theirs
+        self._same = {name: id(tensor) for name, tensor in self._own.items()}
+        self._turned = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+        }
         self._stacks = stacking(model, keys) if any(keys.values()) else {}
         self._missing, self._unknown = set(self._own), set[str]()
         self.mismatched: set[str] = set()
-        self._loading = LoadStateDictConfig(dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model))  # type: ignore[arg-type]
+        self._loading = LoadStateDictConfig(
+            dtype=model.dtype,
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+        )
 
     def groups(self, read: Read) -> Iterator[list[str]]:
         """The names of the parameters that hold their values until the next group comes."""
@@ -188,8 +212,9 @@ class Filled:
         return sorted(self._adjusted().missing_keys)
 
     def unknown(self, source: Collection[str] = ()) -> list[str]:
-        """Tensors that are no parameter, in the model's spelling, but for those of the ``source``: what its class does
-        not read there, such as layers that predict further tokens, comes along bit for bit."""
+        """Tensors that are no parameter, in the model's spelling, but for those of the ``source``:
+        what its class does not read there, such as layers that predict further tokens, comes along
+        bit for bit."""
         carried = {self._name.get(key, key) for key in source}
         return sorted(self._adjusted().unexpected_keys - carried)
 
@@ -213,7 +238,10 @@ class Filled:
         others: dict[str, list[str]] = {}
         for key, name in self._name.items():
             parts = name.split(".")
-            block = next((b for i in range(len(parts), 0, -1) if (b := ".".join(parts[:i])) in self._blocks), None)
+            block = next(
+                (b for i in range(len(parts), 0, -1) if (b := ".".join(parts[:i])) in self._blocks),
+                None,
+            )
             single = SINGLE.fullmatch(key) if name not in self._own else None
             table, unit = (blocks, block) if block else (others, single[1] if single else name)
             table.setdefault(unit, []).append(key)
@@ -237,23 +265,30 @@ class Filled:
 
 
 class Expected:
-    """What the parameters of a model must be: codes as tuned, all else as the model in memory holds it."""
+    """What the parameters of a model must be: codes as tuned, all else as the model in memory holds
+    it."""
 
     def __init__(self, fmt: Format, result: Result):
         self._codes = result.codes
-        self._same = _alike if fmt.write else _same  # `static` has compared sums of what such formats hold exactly
+        # `static` has compared sums of what such formats hold exactly
+        self._same = _alike if fmt.write else _same
         self._memory = result.names.model.state_dict()
-        self._turned = {n for n, module in result.names.model.named_modules() if isinstance(module, Conv1D)}
+        self._turned = {
+            n for n, module in result.names.model.named_modules() if isinstance(module, Conv1D)
+        }
         self._experts: dict[str, dict[str, object]] = {}
         for name, expert in result.names.experts.items():
             self._experts.setdefault(expert.parameter, {})[name] = expert
 
     def holds(self, name: str, value: Tensor) -> bool:
-        """Whether a parameter has its value, up to a cast between what is stored and what is computed with."""
+        """Whether a parameter has its value, up to a cast between what is stored and what is
+        computed with."""
         module = name.removesuffix(".weight")
         if module in self._codes:
             wanted = dequantize(self._codes[module], value.dtype)
-            return self._same(value, wanted.t() if module in self._turned else wanted.view(value.shape))
+            return self._same(
+                value, wanted.t() if module in self._turned else wanted.view(value.shape)
+            )
         known = self._memory.get(name)
         if known is None or not known.is_meta:
             return known is None or self._same(value, known.cpu())
@@ -270,7 +305,10 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     pairs = zip(one.reshape(-1).split(PIECE), other.reshape(-1).split(PIECE))
-    sizes = [((a.float() - b.float()).square().sum().item(), b.float().square().sum().item()) for a, b in pairs]
+    sizes = [
+        ((a.float() - b.float()).square().sum().item(), b.float().square().sum().item())
+        for a, b in pairs
+    ]
     return sum(apart for apart, _ in sizes) <= 0.25 * sum(size for _, size in sizes)
 
 

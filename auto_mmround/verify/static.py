@@ -1,7 +1,8 @@
-"""Is a checkpoint folder right, judged without any engine? A table of small checks, each giving its findings.
+"""Is a checkpoint folder right, judged without any engine? A table of small checks, each giving its
+findings.
 
-Errors are what some reader would stumble over, or get wrong without a word. Warnings are what can't be checked, or may
-be a habit of the tool that wrote the files.
+Errors are what some reader would stumble over, or get wrong without a word. Warnings are what can't
+be checked, or may be a habit of the tool that wrote the files.
 """
 
 import json
@@ -23,9 +24,17 @@ from auto_mmround.verify import names
 from auto_mmround.verify.together import TOGETHER
 from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
 
-DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64", torch.uint32: "U32",
+DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64",
+    torch.uint32: "U32",
           torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # fmt: skip
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SIDES = (TOKENIZERS, PROCESSORS)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -44,21 +53,33 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
         unread = s.journal.get("unread") or ()  # nor did the class read them in the source
         for text, group in (
             ("no tensor fills it", s.skeleton.missing),
-            ("the model has none such", [name for name in s.skeleton.unknown if name not in unread]),
+            (
+                "the model has none such",
+                [name for name in s.skeleton.unknown if name not in unread],
+            ),
         ):
             if group:
                 yield Finding("error", group[0], text + several(group))
         plain = set(s.plain())
         for name, shape in s.skeleton.shapes.items():
             if name in plain and s.tensors[name].shape != shape:
-                yield Finding("error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}")
+                yield Finding(
+                    "error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}"
+                )
     if s.journal.get("tensors") and not s.whole:
         plain, written = set(s.plain()), set(s.journal["tensors"])
-        for text, some in (("is gone", sorted(written - plain)), ("was not written", sorted(plain - written))):
+        for text, some in (
+            ("is gone", sorted(written - plain)),
+            ("was not written", sorted(plain - written)),
+        ):
             if some:
                 yield Finding("error", some[0], f"{text} according to run.json" + several(some))
     if s.source is not None and not s.whole:
-        absent = [name for name in s.originals(s.weights()) if name not in s.tensors and not _is_packed(s, name)]
+        absent = [
+            name
+            for name in s.originals(s.weights())
+            if name not in s.tensors and not _is_packed(s, name)
+        ]
         if absent:
             yield Finding("error", absent[0], "is in the source, not here" + several(absent))
 
@@ -68,9 +89,14 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
     if s.fmt is None or s.whole:  # a plain checkpoint holds the tuned values as ordinary weights
         return
     written = set(s.journal.get("codes") or s.packed)
-    for text, some in (("its packed weight is gone", written - s.packed), ("was not packed", s.packed - written)):
+    for text, some in (
+        ("its packed weight is gone", written - s.packed),
+        ("was not packed", s.packed - written),
+    ):
         if some:
-            yield Finding("error", min(some), f"{text} according to run.json" + several(sorted(some)))
+            yield Finding(
+                "error", min(some), f"{text} according to run.json" + several(sorted(some))
+            )
 
 
 def check_layout(s: Subject) -> Iterator[Finding]:
@@ -83,7 +109,8 @@ def check_layout(s: Subject) -> Iterator[Finding]:
             continue
         key = (wanted, layer.out_features, layer.in_features)
         if key not in expected:
-            variants = (s.fmt, resolve(s.fmt.name, {wanted}))  # a name may stand for several layouts
+            # a name may stand for several layouts
+            variants = (s.fmt, resolve(s.fmt.name, {wanted}))
             fmt = next((each for each in variants if each.check(*key) is None), None)
             if fmt is None:
                 yield Finding("error", module, f"{s.fmt.name} {s.fmt.check(*key)}")
@@ -91,8 +118,11 @@ def check_layout(s: Subject) -> Iterator[Finding]:
         yield from _compare_parts(s, module, expected[key])
 
 
-def _expected_parts(fmt: Format, wanted: Scheme, out_features: int, in_features: int) -> dict[str, Stored]:
-    """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells enough."""
+def _expected_parts(
+    fmt: Format, wanted: Scheme, out_features: int, in_features: int
+) -> dict[str, Stored]:
+    """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells
+    enough."""
     if wanted.data_type != "int":
         return {}
     group = in_features if wanted.group_size == -1 else wanted.group_size
@@ -105,12 +135,21 @@ def _expected_parts(fmt: Format, wanted: Scheme, out_features: int, in_features:
         group,
         wanted.sym,
     )
-    return {name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in fmt.pack("", codes).items()}
+    return {
+        name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in fmt.pack("", codes).items()
+    }
 
 
 def _alike(s: Subject) -> set[str]:
-    """The dtypes that pass for each other: MLX takes any float; other tools' scales may be either half."""
-    return {"F16", "BF16", "F32"} if s.fmt and s.fmt.any_float else set() if s.journal else {"F16", "BF16"}
+    """The dtypes that pass for each other: MLX takes any float; other tools' scales may be either
+    half."""
+    return (
+        {"F16", "BF16", "F32"}
+        if s.fmt and s.fmt.any_float
+        else set()
+        if s.journal
+        else {"F16", "BF16"}
+    )
 
 
 def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> Iterator[Finding]:
@@ -121,13 +160,20 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> I
             if part != ".g_idx" or s.journal:  # other tools leave it out where it says nothing
                 yield Finding("error", name, "is missing")
         elif found.shape != wanted.shape:
-            yield Finding("error", name, f"has shape {found.shape}; bits and group size ask for {wanted.shape}")
+            yield Finding(
+                "error",
+                name,
+                f"has shape {found.shape}; bits and group size ask for {wanted.shape}",
+            )
         elif found.dtype != wanted.dtype and not {found.dtype, wanted.dtype} <= _alike(s):
-            yield Finding("error", name, f"is stored as {found.dtype}, the layout asks for {wanted.dtype}")
+            yield Finding(
+                "error", name, f"is stored as {found.dtype}, the layout asks for {wanted.dtype}"
+            )
 
 
 def check_names(s: Subject) -> Iterator[Finding]:
-    """Transformers and vLLM, each by its own names and rules, quantize exactly the packed layers, with their scheme."""
+    """Transformers and vLLM, each by its own names and rules, quantize exactly the packed layers,
+    with their scheme."""
     if s.quantization is None or s.fmt is None or s.skeleton is None:
         return
     model_type = str(s.config.get("model_type"))
@@ -150,7 +196,9 @@ def check_names(s: Subject) -> Iterator[Finding]:
             with time_limit(PATTERN_SECONDS):
                 answer = reader(question)
         except (TooLong, re.error) as error:
-            text = f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"
+            text = (
+                f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"
+            )
             yield Finding("error", "quantization_config", text)
             continue
         yield from _compare_names(s, engine, spelled, answer)
@@ -162,17 +210,31 @@ def _compare_names(
     assert s.skeleton is not None and s.quantization is not None
     plain = [name for name, stored in spelled.items() if stored in s.packed and name not in answer]
     if plain:
-        text = f"is packed, but {engine} names it {plain[0]} and by quantization_config makes it a plain layer"
+        text = (
+            f"is packed, but {engine} names it {plain[0]} and by quantization_config makes it a"
+            " plain layer"
+        )
         yield Finding("error", spelled[plain[0]], f"{text} of random weights{several(plain)}")
-    made = [n for n, key in spelled.items() if n in answer and key not in s.packed and not s.skeleton.linears[key].tied]
+    made = [
+        n
+        for n, key in spelled.items()
+        if n in answer and key not in s.packed and not s.skeleton.linears[key].tied
+    ]
     if made:
-        text = f"is a plain weight, but {engine} names it {made[0]} and by quantization_config quantizes it"
+        text = (
+            f"is a plain weight, but {engine} names it {made[0]} and by quantization_config"
+            " quantizes it"
+        )
         yield Finding("error", spelled[made[0]], text + several(made))
     other = []
     for name, options in answer.items():
         packed = scheme(s, spelled[name]) if spelled[name] in s.packed else None
         base = {"bits": s.quantization.get("bits"), "group_size": s.quantization.get("group_size")}
-        if packed and base["bits"] and any({**base, **options}[key] != getattr(packed, key) for key in base):
+        if (
+            packed
+            and base["bits"]
+            and any({**base, **options}[key] != getattr(packed, key) for key in base)
+        ):
             other.append(name)
     if other:
         text = f"{engine} would read it with another scheme than it is packed with"
@@ -184,16 +246,24 @@ def check_entries(s: Subject) -> Iterator[Finding]:
     if s.quantization is None or s.skeleton is None:
         return
     model_type = str(s.config.get("model_type"))
-    known = {n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)} | s.skeleton.mixtures
+    known = {
+        n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)
+    } | s.skeleton.mixtures
     known |= {names.vllm_module(model_type, name) for name in known}
     try:
         with time_limit(PATTERN_SECONDS):
-            idle = [entry for entry in names.entries(s.quantization) if not names.names_something(entry, known)]
+            idle = [
+                entry
+                for entry in names.entries(s.quantization)
+                if not names.names_something(entry, known)
+            ]
     except TooLong:
         yield Finding("error", "quantization_config", "its patterns take too long to match")
         return
     for entry in idle:
-        yield Finding(s.hygiene, f"quantization_config: {entry}", "fits no layer of the model in any spelling")
+        yield Finding(
+            s.hygiene, f"quantization_config: {entry}", "fits no layer of the model in any spelling"
+        )
 
 
 def check_copies(s: Subject) -> Iterator[Finding]:
@@ -214,11 +284,16 @@ def check_fused(s: Subject) -> Iterator[Finding]:
         parent, _, leaf = name.rpartition(".")
         for i, group in enumerate(FUSED):
             if leaf in group:
-                groups.setdefault((parent, i), {})[leaf] = scheme(s, name) if name in s.packed else None
+                groups.setdefault((parent, i), {})[leaf] = (
+                    scheme(s, name) if name in s.packed else None
+                )
     for (parent, _), found in groups.items():
         if len(set(found.values())) > 1:
             odd = [leaf for leaf, one in found.items() if list(found.values()).count(one) == 1]
-            text = f"engines load {', '.join(sorted(found))} as one matrix, but they are not packed alike"
+            text = (
+                f"engines load {', '.join(sorted(found))} as one matrix, but they are not packed"
+                " alike"
+            )
             yield Finding("error", f"{parent}.{(odd or sorted(found))[0]}", text)
 
 
@@ -227,16 +302,24 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
     there = {str(path.relative_to(s.folder)) for path in s.folder.rglob("*") if path.is_file()}
     wanted, processors = set(s.journal.get("files") or ()), set(PROCESSORS)
     if s.source is not None:
-        beside = {str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)}
+        beside = {
+            str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)
+        }
         wanted, processors = wanted | beside, processors & beside
-    for name in sorted(wanted - there):  # Transformers 5 saves the image processor in processor_config.json
+    # Transformers 5 saves the image processor in processor_config.json
+    for name in sorted(wanted - there):
         yield Finding(s.hygiene, name, "is missing")
     # A run copies what there is, so a folder of ours without any comes from a model without any.
-    none_of = {names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names} for names in SIDES}
+    none_of = {
+        names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names}
+        for names in SIDES
+    }
     if not there & set(TOKENIZERS):
         severity = "warning" if none_of[TOKENIZERS] else "error"
         yield Finding(severity, "tokenizer.json", "is missing: the folder holds no tokenizer")
-    towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get("num_mel_bins")
+    towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get(
+        "num_mel_bins"
+    )
     if towers and processors and not there & set(PROCESSORS):
         # A model's own code may need none (CogVLM2).
         severity = "warning" if s.config.get("auto_map") or none_of[PROCESSORS] else "error"
@@ -258,12 +341,21 @@ def _has_template(folder: Path) -> bool:
 
 
 def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterator[Finding]:
-    """Python files named in `auto_map` ("module.Class"; with "repo--" before it the code lies elsewhere)."""
+    """Python files named in `auto_map` ("module.Class"; with "repo--" before it the code lies
+    elsewhere)."""
     table = content.get("auto_map")
     for value in table.values() if isinstance(table, dict) else ():
         for reference in value if isinstance(value, list) else [value]:
-            if isinstance(reference, str) and "--" not in reference and f"{reference.split('.')[0]}.py" not in there:
-                yield Finding("error", f"{reference.split('.')[0]}.py", f"is missing: {file} names it in auto_map")
+            if (
+                isinstance(reference, str)
+                and "--" not in reference
+                and f"{reference.split('.')[0]}.py" not in there
+            ):
+                yield Finding(
+                    "error",
+                    f"{reference.split('.')[0]}.py",
+                    f"is missing: {file} names it in auto_map",
+                )
 
 
 def check_tokenizer(s: Subject) -> Iterator[Finding]:
@@ -271,7 +363,11 @@ def check_tokenizer(s: Subject) -> Iterator[Finding]:
     tokenizer = read_json(s.folder / "tokenizer.json", []) or {}
     for key in ("truncation", "padding"):
         if tokenizer.get(key) is not None:
-            yield Finding("error", "tokenizer.json", f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}")
+            yield Finding(
+                "error",
+                "tokenizer.json",
+                f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}",
+            )
 
 
 def _is_packed(s: Subject, name: str) -> bool:
@@ -304,7 +400,7 @@ def run_checks(subject: Subject) -> list[Finding]:
 def check(folder: Path, source: Path | None = None, remote_code: bool = False) -> list[Finding]:
     """All findings on a checkpoint folder.
 
-    source: the folder of the model before quantization, compared with if given. remote_code: the model's own code may
-    run to tell its layers. Raises UserError for a folder that isn't there.
+    source: the folder of the model before quantization, compared with if given. remote_code: the
+    model's own code may run to tell its layers. Raises UserError for a folder that isn't there.
     """
     return run_checks(read_subject(folder, source, remote_code))

@@ -9,13 +9,20 @@ from auto_mmround.checkpoint.subject import Finding, Subject, read_json
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Older spelling of a configuration -> where Transformers 5 has the same.
-ROPE = {"rope_theta": ("rope_parameters", "rope_theta"), "rope_type": ("rope_parameters", "rope_type")}
+ROPE = {
+    "rope_theta": ("rope_parameters", "rope_theta"),
+    "rope_type": ("rope_parameters", "rope_type"),
+}
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The level of the configuration that describes the text model."""
-    nested = (config.get(key) for key in ("text_config", "llm_config", "decoder", "language_config"))
-    return next((level for level in nested if isinstance(level, Mapping) and "vocab_size" in level), config)
+    nested = (
+        config.get(key) for key in ("text_config", "llm_config", "decoder", "language_config")
+    )
+    return next(
+        (level for level in nested if isinstance(level, Mapping) and "vocab_size" in level), config
+    )
 
 
 def _rows(s: Subject) -> int | None:
@@ -46,7 +53,9 @@ def check_vocabulary(s: Subject) -> Iterator[Finding]:
         return
     number, token = _highest(read_json(s.folder / "tokenizer.json", []) or {})
     if number >= rows:
-        text = f"its token {token[:40]!r} has id {number}, but config.json has a vocabulary of {rows}"
+        text = (
+            f"its token {token[:40]!r} has id {number}, but config.json has a vocabulary of {rows}"
+        )
         yield Finding(s.hygiene, "tokenizer.json", text)
 
 
@@ -55,21 +64,34 @@ def check_special_tokens(s: Subject) -> Iterator[Finding]:
     rows = _rows(s)
     path = s.folder / "generation_config.json"
     settings = read_json(path, []) if path.is_file() else None
-    for file, level in (("config.json", s.config), ("config.json", _text(s.config)), (path.name, settings or {})):
+    for file, level in (
+        ("config.json", s.config),
+        ("config.json", _text(s.config)),
+        (path.name, settings or {}),
+    ):
         for key in SPECIAL if rows is not None else ():
             beyond = [number for number in _numbers(level.get(key)) if number >= (rows or 0)]
             if beyond:
-                yield Finding(s.hygiene, file, f"{key} is {beyond[0]}, the vocabulary has {rows} tokens")
+                yield Finding(
+                    s.hygiene, file, f"{key} is {beyond[0]}, the vocabulary has {rows} tokens"
+                )
 
 
 def _numbers(value: Any) -> Iterable[int]:
-    return [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+    return [
+        number for number in (value if isinstance(value, list) else [value]) if type(number) is int
+    ]
 
 
 def check_tied(s: Subject) -> Iterator[Finding]:
-    """What the configuration ties is not there twice with different values: engines would leave one unread."""
+    """What the configuration ties is not there twice with different values: engines would leave one
+    unread."""
     for name, origin in s.skeleton.tied.items() if s.skeleton else ():
-        here = [each for each in (name, origin) if each in s.tensors and each.removesuffix(".weight") not in s.packed]
+        here = [
+            each
+            for each in (name, origin)
+            if each in s.tensors and each.removesuffix(".weight") not in s.packed
+        ]
         found = dict(s.read(here))
         if len(here) < 2 or not torch.equal(found[name].float(), found[origin].float()):
             yield Finding(s.hygiene, name, f"differs from {origin}, to which config.json ties it")
@@ -80,8 +102,15 @@ def check_rope(s: Subject) -> Iterator[Finding]:
     for level in {id(each): each for each in (s.config, _text(s.config))}.values():
         for old, (group, new) in ROPE.items():
             table = level.get(group)
-            if isinstance(table, Mapping) and old in level and new in table and level[old] != table[new]:
-                yield Finding("error", "config.json", f"{old} is {level[old]}, {group}.{new} is {table[new]}")
+            if (
+                isinstance(table, Mapping)
+                and old in level
+                and new in table
+                and level[old] != table[new]
+            ):
+                yield Finding(
+                    "error", "config.json", f"{old} is {level[old]}, {group}.{new} is {table[new]}"
+                )
 
 
 def check_layer_count(s: Subject) -> Iterator[Finding]:
@@ -89,7 +118,9 @@ def check_layer_count(s: Subject) -> Iterator[Finding]:
     text = _text(s.config)
     layers, kinds = text.get("num_hidden_layers"), text.get("layer_types")
     if type(layers) is int and isinstance(kinds, list) and len(kinds) != layers:
-        yield Finding("error", "config.json", f"layer_types has {len(kinds)} entries for {layers} layers")
+        yield Finding(
+            "error", "config.json", f"layer_types has {len(kinds)} entries for {layers} layers"
+        )
 
 
 TOGETHER = (check_vocabulary, check_special_tokens, check_tied, check_rope, check_layer_count)

@@ -1,7 +1,7 @@
 """Are the numbers in a checkpoint right? Plain tensors and packed ones, each read once.
 
-What is compared with is as much as there is: ranges always; the checksums that a run of ours left in `run.json`; the
-model before quantization, if its folder is given.
+What is compared with is as much as there is: ranges always; the checksums that a run of ours left
+in `run.json`; the model before quantization, if its folder is given.
 """
 
 import re
@@ -18,7 +18,8 @@ from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.journal import checksum, codes_record
 
-# Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its source; misread, about 0.
+# Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its
+# source; misread, about 0.
 LEAST_CORRELATION = 0.5
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
@@ -53,18 +54,22 @@ def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
             yield Finding("error", name, "holds NaN or infinite values")
         elif name in written:
             if checksum(tensor) != written[name]:
-                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
+                yield Finding(
+                    "error", name, "is not what the run wrote (its checksum in run.json differs)"
+                )
         elif name in source and not _same(tensor, originals.tensor(source[name])):
             yield Finding(s.hygiene, name, "differs from the source")
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. A piece at a time: embeddings are the largest tensors of many models."""
+    """Whether all values are finite. A piece at a time: embeddings are the largest tensors of many
+    models."""
     return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(PIECE))
 
 
 def check_codes(s: Subject) -> Iterator[Finding]:
-    """Packed weights decode to sound scales and zero points, to just what the run tuned, to the source's likeness."""
+    """Packed weights decode to sound scales and zero points, to just what the run tuned, to the
+    source's likeness."""
     with Shards() as shards, Reader(s.weights()) as originals:
         yield from _check_codes(s, shards, originals)
 
@@ -75,29 +80,42 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
         wanted = scheme(s, module)
         if wanted is None or s.fmt is None:
             continue
-        tensors = {name: shards.tensor(s.folder / part.file, name) for name, part in s.parts(module).items()}
+        tensors = {
+            name: shards.tensor(s.folder / part.file, name)
+            for name, part in s.parts(module).items()
+        }
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
         except CONTRADICTIONS as error:
             yield Finding("error", module, f"can't be decoded: {' '.join(str(error).split())}")
             continue
-        if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get("desc_act"):
-            text = "reorders the inputs, but quantization_config does not say desc_act: vLLM would ignore it"
+        if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get(
+            "desc_act"
+        ):
+            text = (
+                "reorders the inputs, but quantization_config does not say desc_act: vLLM would"
+                " ignore it"
+            )
             yield Finding("error", f"{module}.g_idx", text)
             continue
         broken = list(_ranges(s, module, codes, tensors))
         yield from broken or _against_journal(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
-            yield from _against_source(name, dequantize(codes), originals.tensor(source[name]).float())
+            yield from _against_source(
+                name, dequantize(codes), originals.tensor(source[name]).float()
+            )
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
-    """Files of another kind, decoded by their format, hold finite values, and the very weights that the run wrote."""
+    """Files of another kind, decoded by their format, hold finite values, and the very weights that
+    the run wrote."""
     if not s.whole or s.fmt is None:
         return
     rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
-    written: dict[str, str] = {n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r}
+    written: dict[str, str] = {
+        n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r
+    }
     weights = s.weights()
     source = s.originals(weights)
     try:
@@ -105,16 +123,26 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
             if not bool(torch.isfinite(tensor).all()):
                 yield Finding("error", name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
-                yield Finding("error", name, "does not decode to what was tuned (its checksum in run.json differs)")
+                yield Finding(
+                    "error",
+                    name,
+                    "does not decode to what was tuned (its checksum in run.json differs)",
+                )
             elif name in rest and not _sums_to(tensor, rest.pop(name)):
-                yield Finding("error", name, "is not what the run wrote (its checksum in run.json differs)")
+                yield Finding(
+                    "error", name, "is not what the run wrote (its checksum in run.json differs)"
+                )
             elif name in source and tensor.ndim == 2:
                 with Reader(weights) as originals:
                     yield from _against_source(name, tensor, originals.tensor(source[name]).float())
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         named = WEIGHT_FILE.search(reason)
-        yield Finding("error", named[0] if named else "quantization_config", f"the weights can't be decoded: {reason}")
+        yield Finding(
+            "error",
+            named[0] if named else "quantization_config",
+            f"the weights can't be decoded: {reason}",
+        )
         return
     gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
     if gone:
@@ -128,7 +156,9 @@ def _sums_to(tensor: Tensor, wanted: str) -> bool:
     return any(torch.equal(cast.float(), tensor) and checksum(cast) == wanted for cast in casts)
 
 
-def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+def _ranges(
+    s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]
+) -> Iterator[Finding]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             yield Finding("error", name, "holds NaN or infinite values")
@@ -138,14 +168,22 @@ def _ranges(s: Subject, module: str, codes: Codes, tensors: Mapping[str, Tensor]
         return
     middle, top, where = 2 ** (codes.bits - 1), 2**codes.bits - 1, _part(tensors, "zero", module)
     if int(codes.zero_OG.max()) > top:
-        yield Finding("error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}")
+        yield Finding(
+            "error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}"
+        )
     elif codes.sym and bool((codes.zero_OG != middle).any()):
         other = int(codes.zero_OG[codes.zero_OG != middle][0])
         yield Finding(
-            "error", where, f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}"
+            "error",
+            where,
+            f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}",
         )
     elif not codes.sym and bool((codes.zero_OG == middle).all()) and not s.journal:
-        yield Finding("warning", where, "every zero point is the middle, but the configuration says asymmetric")
+        yield Finding(
+            "warning",
+            where,
+            "every zero point is the middle, but the configuration says asymmetric",
+        )
 
 
 def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
@@ -155,12 +193,19 @@ def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]
     now = codes_record(codes)
     for key in ("bits", "group_size", "sym"):
         if now[key] != written[key]:
-            text = f"the configuration gives it {key} = {now[key]}, the run tuned it with {written[key]}"
+            text = (
+                f"the configuration gives it {key} = {now[key]}, the run tuned it with"
+                f" {written[key]}"
+            )
             yield Finding("error", f"{module}: quantization_config", text)
     for key in HOLDERS:
         if now.get(key) != written.get(key):
             where = _part(s.parts(module), key, module)
-            yield Finding("error", where, "does not decode to what was tuned (its checksum in run.json differs)")
+            yield Finding(
+                "error",
+                where,
+                "does not decode to what was tuned (its checksum in run.json differs)",
+            )
 
 
 def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Finding]:
@@ -169,9 +214,16 @@ def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Find
     pair = torch.stack([decoded.flatten(), wanted.flatten()])
     correlation = float(torch.corrcoef(pair)[0, 1]) if pair.shape[1] > 1 else 1.0
     if not correlation >= LEAST_CORRELATION:
-        yield Finding("error", name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight")
+        yield Finding(
+            "error",
+            name,
+            f"decoded, it has a correlation of {correlation:.2f} with the source's weight",
+        )
 
 
 def _part(tensors: Iterable[str], key: str, module: str) -> str:
-    """The tensor of a module that holds what a key of `HOLDERS` stands for; the module where there is none."""
-    return next((f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module)
+    """The tensor of a module that holds what a key of `HOLDERS` stands for; the module where there
+    is none."""
+    return next(
+        (f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module
+    )

@@ -1,4 +1,5 @@
-"""Is an exported checkpoint what was tuned, and do real engines agree? Findings, and a verdict an engine."""
+"""Is an exported checkpoint what was tuned, and do real engines agree? Findings, and a verdict an
+engine."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,12 @@ NEW_TOKENS = 8
 class Verdict:
     """What one engine makes of one folder.
 
-    status: "right", "wrong" or "not run". reason: why it is wrong or did not run. version: of the engine's packages.
-    layers: quantized layers the engine made, None if it does not tell; planned: as many as should be. gap: largest
-    logit difference to the decoded weights, relative to the logits' standard deviation. tokens: (greedy tokens that
-    agree up to a near tie, of how many), from engines that generate.
+    status: "right", "wrong" or "not run". reason: why it is wrong or did not run. version: of the
+      engine's packages.
+    layers: quantized layers the engine made, None if it does not tell; planned: as many as should
+    be. gap: largest logit difference to the decoded weights, relative to the logits' standard
+    deviation. tokens: (greedy tokens that agree up to a near tie, of how many), from engines that
+    generate.
     """
 
     folder: Path
@@ -57,11 +60,17 @@ class Verdict:
         if self.status != "right":
             mark = "WRONG" if self.status == "wrong" else self.status
             return f"{mark} {self.folder.name}: {who}: {self.reason}"
-        layers = "" if self.layers is None else f"{self.layers} of {self.planned} quantized layers, "
-        tokens = f", {self.tokens[0]} of {self.tokens[1]} tokens equal up to near ties" if self.tokens else ""
+        layers = (
+            "" if self.layers is None else f"{self.layers} of {self.planned} quantized layers, "
+        )
+        tokens = (
+            f", {self.tokens[0]} of {self.tokens[1]} tokens equal up to near ties"
+            if self.tokens
+            else ""
+        )
         return (
-            f"right {self.folder.name}: {who}, {layers}"
-            f"largest logit difference {self.max_difference:.2g} ({self.gap:.2g} of their spread){tokens}"
+            f"right {self.folder.name}: {who}, {layers}largest logit difference"
+            f" {self.max_difference:.2g} ({self.gap:.2g} of their spread){tokens}"
         )
 
 
@@ -83,9 +92,16 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; figures that there are none of are left out."""
-        verdicts = [{k: v for k, v in asdict(each).items() if k != "folder" and v == v} for each in self.verdicts]
+        verdicts = [
+            {k: v for k, v in asdict(each).items() if k != "folder" and v == v}
+            for each in self.verdicts
+        ]
         facts = {"folder": str(self.folder), "format": self.format, "right": self.right}
-        return facts | {"static": [asdict(f) for f in self.findings], "engines": verdicts, "notes": list(self.notes)}
+        return facts | {
+            "static": [asdict(f) for f in self.findings],
+            "engines": verdicts,
+            "notes": list(self.notes),
+        }
 
 
 def verify(
@@ -97,25 +113,39 @@ def verify(
     root: Path | None = None,
     timeout: float = 600,
 ) -> Verification:
-    """The static check, then every engine that reads the format, or the ``chosen`` ones (an empty list: none).
+    """The static check, then every engine that reads the format, or the ``chosen`` ones (an empty
+    list: none).
 
-    source: the folder of the model before quantization. root: where `.engines` lies. Files that the static check found
-    wrong are shown to engines only where these were chosen.
-    Raises UserError for a folder that isn't there, and for a chosen engine that is unknown, not installed, or does not
+    source: the folder of the model before quantization. root: where `.engines` lies. Files that the
+    static check found wrong are shown to engines only where these were chosen. Raises UserError for
+    a folder that isn't there, and for a chosen engine that is unknown, not installed, or does not
     read the format.
     """
     root = engines.root() if root is None else root
     subject = read_subject(folder, source, remote_code)
-    name = subject.fmt.name if subject.fmt else "fake" if subject.quantization is None else "unknown"
+    name = (
+        subject.fmt.name if subject.fmt else "fake" if subject.quantization is None else "unknown"
+    )
     for engine in chosen or ():
         _require(engine, name, root)
     findings = run_checks(subject)
     verification = Verification(folder, name, tuple(findings))
-    wanted = [engine for engine in ENGINES if name in ENGINES[engine].formats] if chosen is None else list(chosen)
+    wanted = (
+        [engine for engine in ENGINES if name in ENGINES[engine].formats]
+        if chosen is None
+        else list(chosen)
+    )
     if chosen is None and not verification.right:
-        return Verification(folder, name, tuple(findings), (), ("no engine is asked about files that are wrong",))
-    reasons = {engine: None if chosen else _reason_not_to_ask(engine, subject, root) for engine in wanted}
-    verdicts = {engine: Verdict(folder, name, engine, "not run", reason) for engine, reason in reasons.items()}
+        return Verification(
+            folder, name, tuple(findings), (), ("no engine is asked about files that are wrong",)
+        )
+    reasons = {
+        engine: None if chosen else _reason_not_to_ask(engine, subject, root) for engine in wanted
+    }
+    verdicts = {
+        engine: Verdict(folder, name, engine, "not run", reason)
+        for engine, reason in reasons.items()
+    }
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
     if asked:
@@ -125,15 +155,21 @@ def verify(
         planned = len(subject.packed or subject.journal.get("codes") or ())
         inputs = [probe.kwargs for probe in probes]
         references = {False: make_reference(folder, exact.model, inputs)}
-        if rounds_inputs(subject.quantization) and any(ENGINES[engine].rounds_inputs for engine in asked):
-            rounding = from_quantized(folder, dtype="float32", remote_code=remote_code, activations=True)
+        if rounds_inputs(subject.quantization) and any(
+            ENGINES[engine].rounds_inputs for engine in asked
+        ):
+            rounding = from_quantized(
+                folder, dtype="float32", remote_code=remote_code, activations=True
+            )
             references[True] = make_reference(folder, rounding.model, inputs, activations=True)
         for engine in asked:
             reference = references.get(ENGINES[engine].rounds_inputs, references[False])
             taken = _taken(engine, folder, probes)
             if not taken:
                 kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
-                verdicts[engine] = replace(verdicts[engine], reason=f"{engine} is asked nothing: it takes no {kinds}")
+                verdicts[engine] = replace(
+                    verdicts[engine], reason=f"{engine} is asked nothing: it takes no {kinds}"
+                )
                 continue
             part = replace(
                 reference,
@@ -141,7 +177,9 @@ def verify(
                 logits=[reference.logits[i] for i in taken],
             )
             media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
-            verdicts[engine] = _verdict(engine, name, part, planned, root, timeout, media, exact.tokenizer)
+            verdicts[engine] = _verdict(
+                engine, name, part, planned, root, timeout, media, exact.tokenizer
+            )
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
@@ -153,9 +191,15 @@ def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
 
 
 def verify_transformers(
-    folder: Path, inputs: Sequence[Mapping[str, Any]], planned: int, *, root: Path = Path(), timeout: float = 600
+    folder: Path,
+    inputs: Sequence[Mapping[str, Any]],
+    planned: int,
+    *,
+    root: Path = Path(),
+    timeout: float = 600,
 ) -> Verdict:
-    """Load the checkpoint in the real Transformers path of its format and compare logits with the decoded weights."""
+    """Load the checkpoint in the real Transformers path of its format and compare logits with the
+    decoded weights."""
     subject = read_subject(folder)
     assert subject.fmt is not None
     reference = make_reference(folder, from_quantized(folder, dtype="float32").model, inputs)
@@ -163,9 +207,14 @@ def verify_transformers(
 
 
 def same_weights(folder: Path, tuned: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that the checkpoint, decoded, does not hold bit for bit as ``tuned`` (by module name)."""
+    """Names of the parameters that the checkpoint, decoded, does not hold bit for bit as ``tuned``
+    (by module name)."""
     state = from_quantized(folder).model.state_dict()
-    return [name for name, wanted in tuned.items() if not torch.equal(state[name].to(wanted.dtype), wanted)]
+    return [
+        name
+        for name, wanted in tuned.items()
+        if not torch.equal(state[name].to(wanted.dtype), wanted)
+    ]
 
 
 def _verdict(
@@ -178,14 +227,23 @@ def _verdict(
     media: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: Any = None,
 ) -> Verdict:
-    """media: of each input, for an engine that processes it itself and gets no other keyword arguments but the ids."""
+    """media: of each input, for an engine that processes it itself and gets no other keyword
+    arguments but the ids."""
     kind = type(reference.model).__name__
     cls = kind if hasattr(transformers, kind) else "AutoModelForImageTextToText"
-    asked = {"dtype": ENGINES[engine].dtype, "class": cls, "new_tokens": NEW_TOKENS, "activations": False}
+    asked = {
+        "dtype": ENGINES[engine].dtype,
+        "class": cls,
+        "new_tokens": NEW_TOKENS,
+        "activations": False,
+    }
     inputs = reference.inputs
     if media is not None:
         ids = ("input_ids", "decoder_input_ids")
-        inputs = [{**{k: kwargs[k] for k in ids if k in kwargs}, **own} for kwargs, own in zip(inputs, media)]
+        inputs = [
+            {**{k: kwargs[k] for k in ids if k in kwargs}, **own}
+            for kwargs, own in zip(inputs, media)
+        ]
     python = interpreter(name, root, engine)
     if engine == "llamacpp":
         result = ask_llamacpp(reference, media or (), tokenizer, python=python, timeout=timeout)
@@ -199,7 +257,10 @@ def _require(engine: str, name: str, root: Path) -> None:
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
     if name not in ENGINES[engine].formats:
-        raise UserError(f"{engine} does not read the format {name}; it reads {', '.join(ENGINES[engine].formats)}")
+        raise UserError(
+            f"{engine} does not read the format {name}; it reads"
+            f" {', '.join(ENGINES[engine].formats)}"
+        )
     if problem := engines.not_installed(interpreter(name, root, engine)):
         raise UserError(problem)
 

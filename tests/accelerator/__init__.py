@@ -1,7 +1,9 @@
-"""A strict stand-in accelerator for tests, the device `accel`: built once by the machine's C++ compiler, then loaded.
+"""A strict stand-in accelerator for tests, the device `accel`: built once by the machine's C++
+compiler, then loaded.
 
-Tensors of it and of the processor (or of two stand-ins) do not meet; its memory is counted and can be limited; every
-launch, wait of the host and copy is told with the line of the project that made it. See accelerator.cpp.
+Tensors of it and of the processor (or of two stand-ins) do not meet; its memory is counted and can
+be limited; every launch, wait of the host and copy is told with the line of the project that made
+it. See accelerator.cpp.
 """
 
 import ctypes
@@ -32,9 +34,11 @@ KINDS = ("launch", "wait", "to host", "to device")
 Listener = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)
 SILENCE = ctypes.cast(None, Listener)
 torch.utils.rename_privateuse1_backend(NAME)  # torch.device(NAME) can be written
-MODULE = types.ModuleType(f"torch.{NAME}")  # what torch asks: no device, until the library is there and shows some
+# what torch asks: no device, until the library is there and shows some
+MODULE = types.ModuleType(f"torch.{NAME}")
 vars(MODULE).update(
-    is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None
+    is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None
 )  # fmt: skip
 torch._register_device_module(NAME, MODULE)
 
@@ -45,14 +49,17 @@ def compiler() -> str | None:
 
 
 def build() -> Path:
-    """The library, compiled anew (half a minute) where the source, torch or the command is another than last time."""
+    """The library, compiled anew (half a minute) where the source, torch or the command is another
+    than last time."""
     command = [str(compiler()), "-O1", "-w", "-std=c++20", "-fPIC", "-shared"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     where = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]
     text = b"".join(path.read_bytes() for path in sorted([*HERE.glob("*.h"), SOURCE]))
-    key = hashlib.sha256(text + f"{torch.__version__} {command} {sys.platform}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        text + f"{torch.__version__} {command} {sys.platform}".encode()
+    ).hexdigest()[:16]
     made = HERE / "build" / f"{key}.so"
     made.parent.mkdir(exist_ok=True)
     with (made.parent / "lock").open("w") as lock:
@@ -71,7 +78,8 @@ def build() -> Path:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library. torch knows the device from now on, but none is to be seen before `shown`."""
+    """The loaded library. torch knows the device from now on, but none is to be seen before
+    `shown`."""
     path = build()
     torch.ops.load_library(path)
     made = ctypes.CDLL(str(path))
@@ -80,7 +88,9 @@ def library() -> ctypes.CDLL:
     made.accel_listen.argtypes = [Listener]
     made.accel_register()
     vars(MODULE).update(_answers(made))
-    torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=False)
+    torch.utils.generate_methods_for_privateuse1_backend(
+        for_tensor=True, for_module=True, for_storage=False
+    )
     return made
 
 
@@ -103,14 +113,17 @@ def _answers(made: ctypes.CDLL) -> dict[str, Callable[..., object]]:
         manual_seed=made.accel_seed,
         manual_seed_all=made.accel_seed,
         get_rng_state=lambda device=None: torch.ops.accel.random_state(_index(device)),
-        set_rng_state=lambda state, device=None: torch.ops.accel.set_random_state(_index(device), state),
+        set_rng_state=lambda state, device=None: torch.ops.accel.set_random_state(
+            _index(device), state
+        ),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, and how many allocations there were since the peak was forgotten. limit: 0 means none."""
+    """Bytes of one device, and how many allocations there were since the peak was forgotten. limit:
+    0 means none."""
 
     used: int
     peak: int
@@ -142,18 +155,22 @@ def limited(more: int, device: object = 0) -> Iterator[None]:
 
 @dataclass
 class Seen:
-    """Counts of (kind, operation, line) of what the device was asked for; lines are those of the project."""
+    """Counts of (kind, operation, line) of what the device was asked for; lines are those of the
+    project."""
 
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
 
     def count(self, kind: str, line: str = "") -> int:
         """Events of a kind, of the files and lines that contain the text."""
-        return sum(n for (each, _, where), n in self.events.items() if each == kind and line in where)
+        return sum(
+            n for (each, _, where), n in self.events.items() if each == kind and line in where
+        )
 
 
 def _line() -> str:
-    """File and line of the innermost frame of the project; of a thread without one, that of autograd."""
+    """File and line of the innermost frame of the project; of a thread without one, that of
+    autograd."""
     frame = sys._getframe(2)
     while frame is not None:
         _, mark, rest = frame.f_code.co_filename.rpartition("/auto_mmround/")
@@ -193,7 +210,8 @@ ROW = Traits(
 def shown() -> Iterator[None]:
     """The devices are there meanwhile; outside, other tests see a machine without them."""
     swaps = torch.__future__.get_swap_module_params_on_conversion()
-    # torch lets a parameter change its device in place only for devices of its own; ours are swapped, ties are kept.
+    # torch lets a parameter change its device in place only for devices of its own; ours are
+    # swapped, ties are kept.
     torch.__future__.set_swap_module_params_on_conversion(True)
     library().accel_show(DEVICES)
     try:
@@ -203,5 +221,6 @@ def shown() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
 
 
-if compiler():  # before the first backward pass of the process, when the autograd engine makes a thread a device
+# before the first backward pass of the process, when the autograd engine makes a thread a device
+if compiler():
     library()

@@ -1,4 +1,5 @@
-"""A stand-in for CogVLM2, whose code comes with its checkpoint: same module tree, names and inputs."""
+"""A stand-in for CogVLM2, whose code comes with its checkpoint: same module tree, names and
+inputs."""
 
 import torch
 from torch import nn
@@ -13,14 +14,26 @@ class CogVLMConfig(PreTrainedConfig):
     model_type = "cogvlm2"
 
     def __init__(
-        self, vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        self, vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2,
         num_multi_query_heads=1, vision_config=None, template_version="chat", **kwargs,
     ):  # fmt: skip
-        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.vocab_size, self.hidden_size, self.intermediate_size = (
+            vocab_size,
+            hidden_size,
+            intermediate_size,
+        )
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_multi_query_heads, self.template_version = num_multi_query_heads, template_version
-        self.vision_config = vision_config or dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                                   num_heads=2, image_size=16, patch_size=4, in_channels=3)  # fmt: skip
+        self.vision_config = vision_config or dict(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_heads=2,
+            image_size=16,
+            patch_size=4,
+            in_channels=3,
+        )
         super().__init__(**{"tie_word_embeddings": False} | kwargs)
 
 
@@ -70,7 +83,9 @@ class VisionExpertAttention(nn.Module):
             part.view(batch, length, -1, width // self.heads).transpose(1, 2)
             for part in qkv.split([width, size, size], -1)
         )
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, enable_gqa=True)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, enable_gqa=True
+        )
         mixed = mixed.transpose(1, 2).reshape(batch, length, width)
         output = torch.empty_like(mixed)
         output[vision] = self.vision_expert_dense(mixed[vision])
@@ -85,10 +100,16 @@ class CogVLMDecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size)
 
-    def forward(self, hidden_states, token_type_ids, position_ids, attention_mask=None, past_key_value=None):
+    def forward(
+        self, hidden_states, token_type_ids, position_ids, attention_mask=None, past_key_value=None
+    ):
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(normed, token_type_ids, position_ids, attention_mask)
-        return (hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_type_ids),)
+        hidden_states = hidden_states + self.self_attn(
+            normed, token_type_ids, position_ids, attention_mask
+        )
+        return (
+            hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_type_ids),
+        )
 
 
 class Attention(nn.Module):
@@ -130,7 +151,9 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, vision):
         super().__init__()
-        self.layers = nn.ModuleList([TransformerLayer(vision) for _ in range(vision["num_hidden_layers"])])
+        self.layers = nn.ModuleList(
+            [TransformerLayer(vision) for _ in range(vision["num_hidden_layers"])]
+        )
 
     def forward(self, hidden_states):
         for layer in self.layers:
@@ -144,7 +167,10 @@ class GLU(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.linear_proj = nn.Linear(config.vision_config["hidden_size"], width, bias=False)
         self.norm1 = nn.LayerNorm(width)
-        self.dense_h_to_4h, self.gate_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.dense_h_to_4h, self.gate_proj = (
+            nn.Linear(width, inner, bias=False),
+            nn.Linear(width, inner, bias=False),
+        )
         self.dense_4h_to_h = nn.Linear(inner, width, bias=False)
 
     def forward(self, x):
@@ -177,7 +203,9 @@ class CogVLMModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([CogVLMDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [CogVLMDecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        )
         self.norm = nn.RMSNorm(config.hidden_size)
         self.vision = EVA2CLIPModel(config)
 
@@ -195,7 +223,8 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed_tokens
 
     def forward(
-        self, input_ids=None, images=None, token_type_ids=None, attention_mask=None, position_ids=None,
+        self, input_ids=None, images=None, token_type_ids=None, attention_mask=None,
+        position_ids=None,
         past_key_values=None, inputs_embeds=None, use_cache=None, labels=None, **kwargs,
     ):  # fmt: skip
         hidden_states = self.model.embed_tokens(input_ids)
@@ -206,8 +235,12 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
             features = self.model.vision(pixels.to(hidden_states)).flatten(0, 1)
             hidden_states = hidden_states.index_put([token_type_ids == VISION], features)
         length = input_ids.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[None, None]
+        mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[
+            None, None
+        ]
         position_ids = torch.arange(length, device=input_ids.device)[None]
         for layer in self.model.layers:
-            hidden_states = layer(hidden_states, token_type_ids, position_ids, attention_mask=mask)[0]
+            hidden_states = layer(hidden_states, token_type_ids, position_ids, attention_mask=mask)[
+                0
+            ]
         return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(hidden_states)))

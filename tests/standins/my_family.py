@@ -17,7 +17,11 @@ class MyConfig(PreTrainedConfig):
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.norm, self.up, self.down = nn.RMSNorm(width), nn.Linear(width, 96), nn.Linear(96, width)
+        self.norm, self.up, self.down = (
+            nn.RMSNorm(width),
+            nn.Linear(width, 96),
+            nn.Linear(96, width),
+        )
 
     def forward(self, x):
         x = self.norm(x)

@@ -1,4 +1,5 @@
-"""The float weights of compressed-tensors checkpoints: FP8 by channel or 128 x 128 block, NVFP4, MXFP4, MXFP8."""
+"""The float weights of compressed-tensors checkpoints: FP8 by channel or 128 x 128 block, NVFP4,
+MXFP4, MXFP8."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +21,12 @@ MX = ("mxfp4", "mxfp8")
 
 
 def pack(name: str, codes: Codes) -> dict[str, Tensor]:
-    """8 bits: weight e4m3 (out, in); 4 bits: weight_packed uint8 (out, in/2), the even column in the low half.
+    """8 bits: weight e4m3 (out, in); 4 bits: weight_packed uint8 (out, in/2), the even column in
+    the low half.
 
-    weight_scale: fp8 float32 (out, 1) or (blocks of rows, blocks of columns), and for static inputs input_scale
-    float32 (1,); mx (out, G) the biased exponent in a uint8; nvfp4 (out, G) e4m3, and weight_global_scale float32 (1,).
+    weight_scale: fp8 float32 (out, 1) or (blocks of rows, blocks of columns), and for static inputs
+    input_scale float32 (1,); mx (out, G) the biased exponent in a uint8; nvfp4 (out, G) e4m3, and
+    weight_global_scale float32 (1,).
     """
     scale = codes.scale_OG
     if codes.bits == 8:
@@ -38,11 +41,14 @@ def pack(name: str, codes: Codes) -> dict[str, Tensor]:
         scale = scale[::BLOCK]
     wholes = {"weight_global_scale": codes.global_scale, "input_scale": codes.input_scale}
     tensors[f"{name}.weight_scale"] = scale.contiguous()
-    return tensors | {f"{name}.{part}": whole for part, whole in wholes.items() if whole is not None}
+    return tensors | {
+        f"{name}.{part}": whole for part, whole in wholes.items() if whole is not None
+    }
 
 
 def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Codes:
-    """The inverse of :func:`pack`; parts by their last names. Raises ValueError where they contradict the scheme."""
+    """The inverse of :func:`pack`; parts by their last names. Raises ValueError where they
+    contradict the scheme."""
     scale = parts["weight_scale"]
     if "weight_packed" in parts:
         packed = parts["weight_packed"]
@@ -50,7 +56,10 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     elif parts["weight"].dtype == torch.float8_e4m3fn:
         q_OI = parts["weight"].view(torch.uint8)
     else:
-        raise ValueError(f"{name}.weight is {parts['weight'].dtype}, but quantization_config says {scheme.data_type}")
+        raise ValueError(
+            f"{name}.weight is {parts['weight'].dtype}, but quantization_config says"
+            f" {scheme.data_type}"
+        )
     out_features, in_features = q_OI.shape
     group = in_features if scheme.group_size == -1 else scheme.group_size
     if scheme.data_type in MX:
@@ -60,7 +69,10 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     elif scheme.group_size == BLOCK:
         scale = scale.repeat_interleave(BLOCK, 0)[:out_features]
     if scale.shape != (out_features, -(-in_features // group)):
-        raise ValueError(f"{name}.weight_scale {tuple(scale.shape)} contradicts {scheme.data_type} by {group} columns")
+        raise ValueError(
+            f"{name}.weight_scale {tuple(scale.shape)} contradicts {scheme.data_type} by {group}"
+            " columns"
+        )
     zero_OG = torch.zeros(scale.shape, dtype=torch.uint8)
     wholes = parts.get("weight_global_scale"), parts.get("input_scale")
     return Codes(q_OI, scale.float(), zero_OG, scheme.bits, group, True, scheme.data_type, *wholes)
@@ -71,10 +83,19 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     bits, groups = FLOATS.get(scheme.data_type, (0, ()))
     group = in_features if scheme.group_size == -1 else scheme.group_size
     rules = (
-        ((scheme.bits, True) != (bits, scheme.group_size in groups), f"has no {scheme.bits} bits by {group} columns"),
-        (scheme.act_bits < 16 and scheme.bits == 4, f"holds {scheme.data_type} with 16-bit activations only"),
+        (
+            (scheme.bits, True) != (bits, scheme.group_size in groups),
+            f"has no {scheme.bits} bits by {group} columns",
+        ),
+        (
+            scheme.act_bits < 16 and scheme.bits == 4,
+            f"holds {scheme.data_type} with 16-bit activations only",
+        ),
         (group == BLOCK != scheme.group_size, "cannot tell a channel of 128 inputs from a block"),
-        (in_features % group != 0, f"{in_features} inputs are no multiple of the group size {group}"),
+        (
+            in_features % group != 0,
+            f"{in_features} inputs are no multiple of the group size {group}",
+        ),
     )
     return next((reason for broken, reason in rules if broken), None)
 
@@ -83,16 +104,23 @@ def weight_args(scheme: Scheme) -> dict[str, Any]:
     """``weights`` of a config group."""
     args = {"num_bits": scheme.bits, "type": "float", "symmetric": True, "dynamic": False}
     if scheme.data_type == "nvfp4":
-        return args | {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+        return args | {
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+        }
     if scheme.data_type in MX:
         return args | {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
     return args | (
-        {"strategy": "channel"} if scheme.group_size == -1 else {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+        {"strategy": "channel"}
+        if scheme.group_size == -1
+        else {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
     )
 
 
 def input_args(scheme: Scheme) -> dict[str, Any]:
-    """``input_activations`` of a config group: a static scale, or one a token, or a token and the weight's group."""
+    """``input_activations`` of a config group: a static scale, or one a token, or a token and the
+    weight's group."""
     args = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": scheme.act_dynamic}
     if scheme.group_size == -1:
         return args | {"strategy": "token" if scheme.act_dynamic else "tensor"}
@@ -112,12 +140,15 @@ READ = {
 
 
 def scheme_of(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Scheme | None:
-    """The scheme of a config group with float weights, None for one that is not read. inputs: empty for none."""
+    """The scheme of a config group with float weights, None for one that is not read. inputs: empty
+    for none."""
     found = READ.get((weights.get("num_bits", 0), str(weights.get("strategy"))))
     if found is None:
         return None
     data_type, size = found
     columns = (weights.get("block_structure") or [None, weights.get("group_size")])[-1]
     act_bits, dynamic = inputs.get("num_bits", 16), bool(inputs.get("dynamic", True))
-    scheme = Scheme(FLOATS[data_type][0], size, data_type=data_type, act_bits=act_bits, act_dynamic=dynamic)
+    scheme = Scheme(
+        FLOATS[data_type][0], size, data_type=data_type, act_bits=act_bits, act_dynamic=dynamic
+    )
     return scheme if size in (-1, columns) else None

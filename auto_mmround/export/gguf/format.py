@@ -1,9 +1,9 @@
 """GGUF for llama.cpp: the text model as one file, a vision tower as an `mmproj` file beside it.
 
-Quantized weights go into block types that hold our codes exactly; those that were tuned for another format besides are
-fitted to the super-blocks of the K types. Everything else keeps its dtype, except what llama.cpp wants in float32
-(vectors, convolutions, position embeddings).
-The package `gguf` writes and reads the files.
+Quantized weights go into block types that hold our codes exactly; those that were tuned for another
+format besides are fitted to the super-blocks of the K types. Everything else keeps its dtype,
+except what llama.cpp wants in float32 (vectors, convolutions, position embeddings). The package
+`gguf` writes and reads the files.
 """
 
 import importlib.util
@@ -26,20 +26,28 @@ from auto_mmround.export.format import Format, Layout, Whole, check_int
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.gguf.k import SUPER_TYPES, SuperType, onto
 from auto_mmround.export.gguf.k import pack as pack_super
-from auto_mmround.export.gguf.models import Part, architecture, extra_tensors, text_metadata, text_part
+from auto_mmround.export.gguf.models import (
+    Part,
+    architecture,
+    extra_tensors,
+    text_metadata,
+    text_part,
+)
 from auto_mmround.export.gguf.towers import ROW_END, tower_metadata, tower_of, tower_part
 from auto_mmround.export.gguf.types import BLOCK, TYPES, BlockType, exact_type, pack
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, one_line, time_limit
 
-HEAD_SECONDS = 30.0  # a head that claims one long list makes the reader walk through the whole file, byte by byte
+# a head that claims one long list makes the reader walk through the whole file, byte by byte
+HEAD_SECONDS = 30.0
 
 log = logging.getLogger("auto_mmround")
 Kind = BlockType | SuperType
 ROWS = ("q_OI", "scale_OG", "zero_OG", "min_OG", "unit_OS2")  # parts of `Codes` that go by outputs
 FILE_TYPES = {  # gguf.LlamaFileType, for display only
-    "F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
+    "F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
+    "Q4_K": 14, "Q5_K": 16,
     "Q6_K": 18,
 }  # fmt: skip
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -47,7 +55,8 @@ _FLOAT32 = ("v.position_embd.weight", "mm.input_projection.weight", "v.class_emb
 
 
 def check(kind: Kind | None, scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why the block type (None: the smallest that is exact) could not hold this weight exactly, or None."""
+    """Why the block type (None: the smallest that is exact) could not hold this weight exactly, or
+    None."""
     if importlib.util.find_spec("gguf") is None:
         return 'needs the package gguf: pip install "auto_mmround[gguf]"'
     group = in_features if scheme.group_size == -1 else scheme.group_size
@@ -55,14 +64,20 @@ def check(kind: Kind | None, scheme: Scheme, out_features: int, in_features: int
         symmetry = "" if kind.sym else " --asym"
         return f"holds one scheme, which is --bits {kind.bits} --group_size {kind.group}{symmetry}"
     if kind is None and exact_type(scheme.bits, scheme.sym) is None:
-        return f"has no block type for asymmetric {scheme.bits} bits: use 2 to 5 bits, or symmetric ones"
+        return (
+            f"has no block type for asymmetric {scheme.bits} bits: use 2 to 5 bits, or symmetric"
+            " ones"
+        )
     if kind is None and group % BLOCK:
         return f"stores scales for {BLOCK} columns: group size {group} is no multiple"
-    return check_int(scheme, out_features, in_features, range(2, 9), (1, kind.columns if kind else BLOCK))
+    return check_int(
+        scheme, out_features, in_features, range(2, 9), (1, kind.columns if kind else BLOCK)
+    )
 
 
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
-    """UserError for a model that llama.cpp, or our tables, could not take; before any work is done."""
+    """UserError for a model that llama.cpp, or our tables, could not take; before any work is
+    done."""
     made = _config(config)
     parts = _parts(made)
     tower = tower_of(made.model_type, made)
@@ -75,7 +90,8 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
 
 
 def write(kind: Kind | None, folder: Path, whole: Whole) -> dict[str, Any]:
-    """The files of a model; returns its ``quantization_config``. The folder holds the tokenizer's files already."""
+    """The files of a model; returns its ``quantization_config``. The folder holds the tokenizer's
+    files already."""
     import gguf
 
     config = _config(whole.config)
@@ -84,16 +100,23 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> dict[str, Any]:
     label = kind.name if kind else _common_type(whole.codes.values())
     paths = {"text": folder / f"model-{label}.gguf", "tower": folder / "mmproj-model.gguf"}
     names = {"text": architecture(text).name, "tower": "clip"}
-    writers = {part: gguf.GGUFWriter(paths[part], names[part], use_temp_file=True) for part in parts}
+    writers = {
+        part: gguf.GGUFWriter(paths[part], names[part], use_temp_file=True) for part in parts
+    }
     rows, moved, row_end = 0, [], _row_end(config, folder)
     for module, codes in whole.codes.items():
         for part, target, piece in _pieces(parts, f"{module}.weight", codes):
             name, blocks, distance = _blocks(piece, kind)
-            writers[part].add_tensor(target, blocks.cpu().numpy(), raw_dtype=gguf.GGMLQuantizationType[name])
+            writers[part].add_tensor(
+                target, blocks.cpu().numpy(), raw_dtype=gguf.GGMLQuantizationType[name]
+            )
             moved.append(distance)
     if kind is not None and any(moved):
         share = sum(moved) / len(moved)
-        log.warning(f"gguf:{kind.name.lower()}: fitted to super-blocks, weights moved by {share:.1%} of a step (rms)")
+        log.warning(
+            f"gguf:{kind.name.lower()}: fitted to super-blocks, weights moved by {share:.1%} of a"
+            " step (rms)"
+        )
     for key, tensor in whole.rest:
         for part, target, plain in _pieces(parts, key, tensor):
             _add_plain(writers[part], target, plain)
@@ -105,7 +128,10 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> dict[str, Any]:
         _add_plain(writers["text"], name, tensor)
     facts = {"text": _text_facts(config, folder, rows, label)}
     if "tower" in parts:
-        facts["tower"] = {"general.type": "mmproj", **tower_metadata(config.model_type, config, _preprocessor(folder))}
+        facts["tower"] = {
+            "general.type": "mmproj",
+            **tower_metadata(config.model_type, config, _preprocessor(folder)),
+        }
     for part, writer in writers.items():
         for name, value in facts[part].items():
             _add_fact(writer, name, value)
@@ -120,15 +146,22 @@ def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
     if "files" not in raw["quantization_config"]:
         raise UserError(f"{folder}: quantization_config names no GGUF files")
     files = raw["quantization_config"]["files"]
-    if not isinstance(files, list) or not all(isinstance(f, str) and Path(f).name == f for f in files):
-        raise UserError(f"{folder}: quantization_config names files that are not in the folder: {str(files)[:200]}")
+    if not isinstance(files, list) or not all(
+        isinstance(f, str) and Path(f).name == f for f in files
+    ):
+        raise UserError(
+            f"{folder}: quantization_config names files that are not in the folder:"
+            f" {str(files)[:200]}"
+        )
     return files
 
 
 def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint key, tensor) of all files of a folder, decoded; names as `tower_part` and `text_part` spell them.
+    """(checkpoint key, tensor) of all files of a folder, decoded; names as `tower_part` and
+    `text_part` spell them.
 
-    dtype: None keeps 16-bit tensors and gives float32 for the rest. UserError for unknown tensors or a missing file.
+    dtype: None keeps 16-bit tensors and gives float32 for the rest. UserError for unknown tensors
+      or a missing file.
     """
     import gguf
 
@@ -137,16 +170,22 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
     parts, extra = _parts(config), extra_tensors(config.get_text_config())
     for file in _files(raw, folder):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} lacks {file}, which its config.json names: copy the folder again")
+            raise UserError(
+                f"{folder} lacks {file}, which its config.json names: copy the folder again"
+            )
         with _readable(folder / file), time_limit(HEAD_SECONDS):
             reader = gguf.GGUFReader(folder / file)
             field = reader.get_field("general.architecture")
             part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
             stored = {tensor.name: tensor for tensor in reader.tensors}
-        for key, rule in part.sources([name for name in stored if name not in (*extra, ROW_END)]).items():
+        for key, rule in part.sources(
+            [name for name in stored if name not in (*extra, ROW_END)]
+        ).items():
             absent = [target for target in rule.targets if target not in stored]
             if absent:
-                raise UserError(f"{folder / file} lacks the tensor {absent[0]}: the file is damaged")
+                raise UserError(
+                    f"{folder / file} lacks the tensor {absent[0]}: the file is damaged"
+                )
             with _readable(folder / file):
                 tensor = rule.step.inverse([_decode(stored[target]) for target in rule.targets])
             yield key, tensor if dtype is None else tensor.to(dtype)
@@ -158,9 +197,21 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except TooLong:
-        raise UserError(f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds") from None
-    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged") from error
+        raise UserError(
+            f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds"
+        ) from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        OSError,
+        MemoryError,
+    ) as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
+        ) from error
 
 
 def _decode(stored: Any) -> Tensor:
@@ -168,15 +219,20 @@ def _decode(stored: Any) -> Tensor:
 
     plain = {"F16": torch.float16, "BF16": torch.bfloat16}
     values = gguf.quants.dequantize(stored.data, stored.tensor_type)
-    return torch.from_numpy(np.array(values, dtype=np.float32)).to(plain.get(stored.tensor_type.name, torch.float32))
+    return torch.from_numpy(np.array(values, dtype=np.float32)).to(
+        plain.get(stored.tensor_type.name, torch.float32)
+    )
 
 
 def _config(config: Mapping[str, Any]) -> Any:
-    """The configuration with all defaults filled in; UserError for a model type transformers does not know."""
+    """The configuration with all defaults filled in; UserError for a model type transformers does
+    not know."""
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"GGUF export: no table for {model_type}")
-    return CONFIG_MAPPING[model_type].from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    return CONFIG_MAPPING[model_type].from_dict(
+        {k: v for k, v in config.items() if k != "quantization_config"}
+    )
 
 
 def _parts(config: Any) -> dict[str, Part]:
@@ -192,11 +248,14 @@ def _route(parts: Mapping[str, Part], key: str) -> tuple[str, str]:
         if local is not None:
             part.place(local)
             return name, local
-    raise UserError(f"GGUF export: the tensor {key} belongs to no part of the model that llama.cpp knows")
+    raise UserError(
+        f"GGUF export: the tensor {key} belongs to no part of the model that llama.cpp knows"
+    )
 
 
 def _pieces(parts: Mapping[str, Part], key: str, whole: Any) -> Iterator[tuple[str, str, Any]]:
-    """(part, name in its file, tensor or codes) of everything that one tensor or quantized weight becomes."""
+    """(part, name in its file, tensor or codes) of everything that one tensor or quantized weight
+    becomes."""
     name, local = _route(parts, key)
     rule = parts[name].place(local)
     if rule is None:
@@ -204,7 +263,9 @@ def _pieces(parts: Mapping[str, Part], key: str, whole: Any) -> Iterator[tuple[s
     if isinstance(whole, Codes):
         own = {name: part for name in ROWS if (part := getattr(whole, name)) is not None}
         split = [rule.step.forward(part) for part in own.values()]
-        pieces: Sequence[Any] = [whole._replace(**dict(zip(own, parts))) for parts in zip(*split, strict=True)]
+        pieces: Sequence[Any] = [
+            whole._replace(**dict(zip(own, parts))) for parts in zip(*split, strict=True)
+        ]
     else:
         pieces = rule.step.forward(whole)
     for target, piece in zip(rule.targets, pieces, strict=True):
@@ -212,7 +273,8 @@ def _pieces(parts: Mapping[str, Part], key: str, whole: Any) -> Iterator[tuple[s
 
 
 def _blocks(codes: Codes, kind: Kind | None) -> tuple[str, Tensor, float]:
-    """(type, blocks, how far the weights moved, rms in steps of the grid: 0 unless they were fitted)."""
+    """(type, blocks, how far the weights moved, rms in steps of the grid: 0 unless they were
+    fitted)."""
     if not isinstance(kind, SuperType):
         chosen = kind or exact_type(codes.bits, codes.sym)
         assert chosen is not None  # `check` has seen to it
@@ -231,7 +293,13 @@ def _add_plain(writer: Any, name: str, tensor: Tensor) -> None:
 
 
 def _add_fact(writer: Any, name: str, value: Any) -> None:
-    add = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array"}
+    add = {
+        bool: "add_bool",
+        int: "add_uint32",
+        float: "add_float32",
+        str: "add_string",
+        list: "add_array",
+    }
     getattr(writer, add[type(value)])(name, value)
 
 
@@ -243,12 +311,19 @@ def _text_facts(config: Any, folder: Path, rows: int, label: str) -> dict[str, A
         if isinstance(token, int) and 0 <= token < rows:
             tokens.setdefault(f"tokenizer.ggml.{name}_token_id", token)
     facts = text_metadata(config, text) | {f"{architecture(text).name}.vocab_size": rows}
-    general = {"general.type": "model", "general.file_type": FILE_TYPES[label], "general.quantization_version": 2}
+    general = {
+        "general.type": "model",
+        "general.file_type": FILE_TYPES[label],
+        "general.quantization_version": 2,
+    }
     return general | facts | tokens
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    for name, key in (
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "image_processor"),
+    ):
         if (folder / name).is_file():
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             return found if key is None else found.get(key, {})
@@ -256,13 +331,17 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
 
 
 def _row_end(config: Any, folder: Path) -> int | None:
-    """The id of the token whose embedding the tower needs too; UserError for a tokenizer without it."""
+    """The id of the token whose embedding the tower needs too; UserError for a tokenizer without
+    it."""
     tower = tower_of(config.model_type, config)
     if tower is None or tower.row_end is None:
         return None
     found = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(tower.row_end)
     if found is None:
-        raise UserError(f"GGUF export: the tokenizer has no {tower.row_end}, which the tower puts behind each row")
+        raise UserError(
+            f"GGUF export: the tokenizer has no {tower.row_end}, which the tower puts behind"
+            " each row"
+        )
     return found
 
 
@@ -293,7 +372,11 @@ def _no_pack(*_: Any) -> Any:
 
 
 def _format(kind: Kind | None) -> Format:
-    chosen = "the smallest blocks that hold the weights exactly" if kind is None else f"{kind.name} blocks"
+    chosen = (
+        "the smallest blocks that hold the weights exactly"
+        if kind is None
+        else f"{kind.name} blocks"
+    )
     return Format(
         name="gguf" if kind is None else f"gguf:{kind.name.lower()}",
         summary=f"llama.cpp: {chosen}; a vision tower as mmproj",

@@ -1,8 +1,8 @@
 """GGUF's super-blocks of 256 weights (K types): pure packing of codes on their grids, exact.
 
-W = d * k * (n - M) for the symmetric types, W = d * k * n - dmin * m for the others, with codes n, float16 d and dmin
-a super-block, and integers k, m a group. The tuner works on these grids (`numerics/super_grids.py`); `onto` is for
-weights that were tuned on plain ones.
+W = d * k * (n - M) for the symmetric types, W = d * k * n - dmin * m for the others, with codes n,
+float16 d and dmin a super-block, and integers k, m a group. The tuner works on these grids
+(`numerics/super_grids.py`); `onto` is for weights that were tuned on plain ones.
 """
 
 from collections.abc import Mapping
@@ -45,17 +45,23 @@ SUPER_TYPES: Mapping[str, SuperType] = {
 
 
 def onto(codes: Codes, kind: SuperType) -> tuple[Codes, float]:
-    """The nearest weight on the super-block grid that starts from a plain grid's scales and minima, and how far it is:
-    rms, in steps of the plain grid."""
+    """The nearest weight on the super-block grid that starts from a plain grid's scales and minima,
+    and how far it is: rms, in steps of the plain grid."""
     w_OI, grid = grids.dequantize(codes), kind.grid
     w_OGg, scale_OG = grids.to_groups(w_OI, kind.group), codes.scale_OG.float()
     min_OG = torch.zeros_like(scale_OG) if codes.sym else scale_OG * codes.zero_OG
     found = super_grids.fit(w_OGg, torch.ones_like(w_OGg[0]), grid, scale_OG, min_OG)
     zero_OG, own_OG = super_grids.zeros(found, grid), None if grid.sym else found.min_OG
     q_OGg = grids.quantize(
-        w_OGg + found.min_OG[..., None], 0.0, found.scale_OG[..., None], zero_OG[..., None], grid.top
+        w_OGg + found.min_OG[..., None],
+        0.0,
+        found.scale_OG[..., None],
+        zero_OG[..., None],
+        grid.top,
     )
-    fitted = grids.make_codes(q_OGg, found.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, found.unit_OS2)
+    fitted = grids.make_codes(
+        q_OGg, found.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, found.unit_OS2
+    )
     moved_OGg = grids.to_groups(grids.dequantize(fitted) - w_OI, kind.group) / scale_OG[..., None]
     return fitted, float(moved_OGg.square().mean().sqrt())
 
@@ -63,28 +69,45 @@ def onto(codes: Codes, kind: SuperType) -> tuple[Codes, float]:
 def pack(codes: Codes, kind: SuperType) -> Tensor:
     """Blocks as ggml stores them, (out, bytes of a row) uint8.
 
-    Raises ValueError where the image would not be exact: another scheme, or scales and minima that are not the units
-    times integers within the type's bounds.
+    Raises ValueError where the image would not be exact: another scheme, or scales and minima that
+    are not the units times integers within the type's bounds.
     """
     scheme = (codes.bits, codes.sym, codes.group_size)
     if scheme != (kind.bits, kind.sym, kind.group) or codes.unit_OS2 is None:
-        raise ValueError(f"{kind.name} does not hold {codes.bits} bits by {codes.group_size} columns without units")
+        raise ValueError(
+            f"{kind.name} does not hold {codes.bits} bits by {codes.group_size} columns without"
+            " units"
+        )
     groups = kind.columns // kind.group
     d, dmin = codes.unit_OS2.unbind(-1)
     k = _multiples(codes.scale_OG, d, groups, kind.low, kind.high)
     m = k * 0 if codes.min_OG is None else _multiples(codes.min_OG, dmin, groups, 0, kind.high)
     n = codes.q_OI.unflatten(1, (-1, kind.columns))
     d, dmin = (x.contiguous().unsqueeze(-1).view(torch.uint8) for x in (d, dmin))
-    pairs = n.unflatten(-1, (4, 2, 32))  # chunks of 64: the first 32 in low nibbles, the others in high ones
-    quarters = n.unflatten(-1, (2, 4, 32))  # halves of 128, each of four runs that share their bytes
+    # chunks of 64: the first 32 in low nibbles, the others in high ones
+    pairs = n.unflatten(-1, (4, 2, 32))
+    # halves of 128, each of four runs that share their bytes
+    quarters = n.unflatten(-1, (2, 4, 32))
     if kind.name == "Q2_K":
         fields = [_bytes(k | m << 4), _layers(quarters & 3, 2).flatten(2), d, dmin]
     elif kind.name == "Q3_K":
-        fields = [_layers((quarters >> 2).flatten(2, 3), 1), _layers(quarters & 3, 2).flatten(2), _six_bits(k + 32), d]
+        fields = [
+            _layers((quarters >> 2).flatten(2, 3), 1),
+            _layers(quarters & 3, 2).flatten(2),
+            _six_bits(k + 32),
+            d,
+        ]
     elif kind.name == "Q6_K":
         low = quarters & 15
-        nibbles = torch.cat([low[..., 0, :] | low[..., 2, :] << 4, low[..., 1, :] | low[..., 3, :] << 4], -1)
-        fields = [nibbles.flatten(2), _layers(quarters >> 4, 2).flatten(2), k.to(torch.int8).view(torch.uint8), d]
+        nibbles = torch.cat(
+            [low[..., 0, :] | low[..., 2, :] << 4, low[..., 1, :] | low[..., 3, :] << 4], -1
+        )
+        fields = [
+            nibbles.flatten(2),
+            _layers(quarters >> 4, 2).flatten(2),
+            k.to(torch.int8).view(torch.uint8),
+            d,
+        ]
     else:
         high = [_layers((pairs >> 4).flatten(2, 3), 1)] if kind.bits == 5 else []
         nibbles = (pairs[..., 0, :] & 15 | (pairs[..., 1, :] & 15) << 4).flatten(2)
@@ -97,7 +120,11 @@ def _multiples(value_OG: Tensor, unit_OS: Tensor, groups: int, low: int, high: i
     unit_OS1 = unit_OS.float()[..., None]
     value_OSJ = value_OG.unflatten(1, (-1, groups))
     whole_OSJ = (value_OSJ / unit_OS1).round()
-    if not torch.equal(whole_OSJ * unit_OS1, value_OSJ) or whole_OSJ.min() < low or whole_OSJ.max() > high:
+    if (
+        not torch.equal(whole_OSJ * unit_OS1, value_OSJ)
+        or whole_OSJ.min() < low
+        or whole_OSJ.max() > high
+    ):
         raise ValueError(f"scales or minima are no integers from {low} to {high} times their unit")
     return whole_OSJ.to(torch.int16)
 
@@ -113,11 +140,19 @@ def _layers(x: Tensor, width: int) -> Tensor:
 
 
 def _scales_and_minima(k: Tensor, m: Tensor) -> Tensor:
-    """Eight 6-bit scales and eight minima in 12 bytes: four whole each with two bits of the others, then the rest."""
+    """Eight 6-bit scales and eight minima in 12 bytes: four whole each with two bits of the others,
+    then the rest."""
     first = [x[..., :4] | x[..., 4:] >> 4 << 6 for x in (k, m)]
     return _bytes(torch.cat([*first, k[..., 4:] & 15 | (m[..., 4:] & 15) << 4], -1))
 
 
 def _six_bits(k: Tensor) -> Tensor:
-    """Sixteen 6-bit scales in 12 bytes: low nibbles of i and i + 8 together, then the high pairs, four to a byte."""
-    return torch.cat([_bytes(k[..., :8] & 15 | (k[..., 8:] & 15) << 4), _layers((k >> 4).unflatten(-1, (4, 4)), 2)], -1)
+    """Sixteen 6-bit scales in 12 bytes: low nibbles of i and i + 8 together, then the high pairs,
+    four to a byte."""
+    return torch.cat(
+        [
+            _bytes(k[..., :8] & 15 | (k[..., 8:] & 15) << 4),
+            _layers((k >> 4).unflatten(-1, (4, 4)), 2),
+        ],
+        -1,
+    )

@@ -1,7 +1,8 @@
-"""llama.cpp's architectures as data: tensor names, what happens to a tensor on the way, and the metadata it reads.
+"""llama.cpp's architectures as data: tensor names, what happens to a tensor on the way, and the
+metadata it reads.
 
-Names follow `gguf.constants`; tests hold the tables against that package. What llama.cpp computes differently from
-the model's own code is refused with one line instead of exported.
+Names follow `gguf.constants`; tests hold the tables against that package. What llama.cpp computes
+differently from the model's own code is refused with one line instead of exported.
 """
 
 import math
@@ -17,14 +18,16 @@ from auto_mmround.errors import UserError
 
 
 class Step(NamedTuple):
-    """What happens to a tensor on its way into the file, and back. Rows only, so that codes go the same way."""
+    """What happens to a tensor on its way into the file, and back. Rows only, so that codes go the
+    same way."""
 
     forward: Callable[[Tensor], Sequence[Tensor]]
     inverse: Callable[[Sequence[Tensor]], Tensor]
 
 
 class Rule(NamedTuple):
-    """Where one tensor goes: names in the file ({} is the layer), and the step that makes as many tensors of it."""
+    """Where one tensor goes: names in the file ({} is the layer), and the step that makes as many
+    tensors of it."""
 
     targets: tuple[str, ...]
     step: Step
@@ -39,7 +42,8 @@ FRAMES = Step(lambda t: [t[:, :, 0], t[:, :, 1]], lambda parts: torch.stack(list
 
 
 def rotary(heads: int) -> Step:
-    """Rows of a projection: halves of each head (rotate_half) <-> neighbouring pairs, as llama.cpp's `llama` wants."""
+    """Rows of a projection: halves of each head (rotate_half) <-> neighbouring pairs, as
+    llama.cpp's `llama` wants."""
     return Step(
         lambda t: [t.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)],
         lambda parts: parts[0].unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
@@ -48,14 +52,18 @@ def rotary(heads: int) -> Step:
 
 def rules(names: Mapping[str, str], steps: Mapping[str, Step] | None = None) -> dict[str, Rule]:
     """A table of rules from "source": "target target .." and the steps of some sources."""
-    return {key: Rule(tuple(targets.split()), (steps or {}).get(key, SAME)) for key, targets in names.items()}
+    return {
+        key: Rule(tuple(targets.split()), (steps or {}).get(key, SAME))
+        for key, targets in names.items()
+    }
 
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one file. prefixes: how checkpoints begin their names -> how the table does; the first match
-    wins, and of several spellings the last is written back. rules: by name without prefix, with or without ".weight"
-    and ".bias". dropped: what the names of unused tensors begin with."""
+    """The tensors of one file. prefixes: how checkpoints begin their names -> how the table does;
+    the first match wins, and of several spellings the last is written back. rules: by name without
+    prefix, with or without ".weight" and ".bias". dropped: what the names of unused tensors begin
+    with."""
 
     prefixes: Mapping[str, str]
     rules: Mapping[str, Rule]
@@ -67,7 +75,8 @@ class Part:
         return None if found is None else self.prefixes[found] + key.removeprefix(found)
 
     def place(self, local: str) -> Rule | None:
-        """Where a tensor goes, with complete names; None if it is dropped. UserError for a name nobody knows."""
+        """Where a tensor goes, with complete names; None if it is dropped. UserError for a name
+        nobody knows."""
         layer, spellings = _general(local)
         if spellings[-1][0].startswith(self.dropped or "\0"):
             return None
@@ -75,10 +84,13 @@ class Part:
             if name in self.rules:
                 targets, step = self.rules[name]
                 return Rule(tuple(target.format(layer) + suffix for target in targets), step)
-        raise UserError(f"GGUF export: llama.cpp's architecture has no place for the tensor {local}")
+        raise UserError(
+            f"GGUF export: llama.cpp's architecture has no place for the tensor {local}"
+        )
 
     def sources(self, names: Sequence[str]) -> dict[str, Rule]:
-        """Checkpoint key -> rule, for the names found in a file; the inverse of `place`. UserError as there."""
+        """Checkpoint key -> rule, for the names found in a file; the inverse of `place`. UserError
+        as there."""
         back = {target: (key, rule) for key, rule in self.rules.items() for target in rule.targets}
         found: dict[str, Rule] = {}
         for name in names:
@@ -98,7 +110,8 @@ class Part:
 
 
 def _general(name: str) -> tuple[str, list[tuple[str, str]]]:
-    """(first number in a name, [(spelling to look up, suffix it lacks)]: whole, without suffix, and with {})."""
+    """(first number in a name, [(spelling to look up, suffix it lacks)]: whole, without suffix, and
+    with {})."""
     stem, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):
         stem, suffix = name, ""
@@ -134,8 +147,10 @@ _GEMMA = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture of llama.cpp. pairs: q and k rows are reordered. shifted: norms are stored plus one.
-    activation: the only one it computes. windows: the layer count of its sliding window pattern, 0: has none."""
+    """One architecture of llama.cpp. pairs: q and k rows are reordered. shifted: norms are stored
+    plus one.
+    activation: the only one it computes. windows: the layer count of its sliding window pattern,
+      0: has none."""
 
     name: str
     names: Mapping[str, str]
@@ -154,7 +169,9 @@ ARCHITECTURES = {
     "qwen2_vl_text": Architecture("qwen2vl", _TEXT),
     "qwen2_5_vl_text": Architecture("qwen2vl", _TEXT),
     "qwen3_vl_text": Architecture("qwen3vl", _TEXT),
-    "gemma3_text": Architecture("gemma3", _GEMMA, shifted=True, activation="gelu_pytorch_tanh", windows=6),
+    "gemma3_text": Architecture(
+        "gemma3", _GEMMA, shifted=True, activation="gelu_pytorch_tanh", windows=6
+    ),
 }
 # How checkpoints spell the text model's names, by the whole model's model_type; others as `_PLAIN`.
 _PLAIN = {"model.language_model.": "", "model.": "", "lm_head.": "lm_head."}
@@ -174,25 +191,42 @@ SPELLINGS = {
 
 
 def architecture(text: Any) -> Architecture:
-    """The architecture for a text configuration. UserError where llama.cpp would compute something else."""
+    """The architecture for a text configuration. UserError where llama.cpp would compute something
+    else."""
     found = ARCHITECTURES.get(text.model_type)
     if found is None:
-        raise UserError(f"GGUF export: no table for {text.model_type}; there are {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"GGUF export: no table for {text.model_type}; there are {', '.join(ARCHITECTURES)}"
+        )
     act = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
     rope = _rope(text)
     kinds = list(getattr(text, "layer_types", None) or ())
-    wanted = ["full_attention" if (i + 1) % found.windows == 0 else "sliding_attention" for i in range(len(kinds))] \
+    wanted = ["full_attention" if (i + 1) % found.windows == 0 else "sliding_attention"
+        for i in range(len(kinds))] \
         if found.windows else ["full_attention"] * len(kinds)  # fmt: skip
     scalar = getattr(text, "query_pre_attn_scalar", None)
-    wide = text.num_hidden_layers == 62 and scalar == text.hidden_size // text.num_attention_heads  # as in the 27 B
+    # as in the 27 B
+    wide = text.num_hidden_layers == 62 and scalar == text.hidden_size // text.num_attention_heads
     rules = (
         (act != found.activation, f"computes {found.activation}, not {act}"),
-        (rope["rope_type"] not in ("default", "linear", "llama3"), f"rope type {rope['rope_type']} is not exported"),
+        (
+            rope["rope_type"] not in ("default", "linear", "llama3"),
+            f"rope type {rope['rope_type']} is not exported",
+        ),
         (rope["rope_type"] == "llama3" and found.name != "llama", "has llama3 rope for llama only"),
         (kinds != wanted, "uses another pattern of sliding windows"),
-        (found.name.endswith("vl") and "mrope_section" not in rope, "needs mrope_section in the rope parameters"),
-        (scalar not in (None, head_dim(text)) and not wide, f"scales queries by the head size, not {scalar}"),
-        (getattr(text, "attn_logit_softcapping", None) is not None, "has no attn_logit_softcapping here"),
+        (
+            found.name.endswith("vl") and "mrope_section" not in rope,
+            "needs mrope_section in the rope parameters",
+        ),
+        (
+            scalar not in (None, head_dim(text)) and not wide,
+            f"scales queries by the head size, not {scalar}",
+        ),
+        (
+            getattr(text, "attn_logit_softcapping", None) is not None,
+            "has no attn_logit_softcapping here",
+        ),
         (getattr(text, "use_bidirectional_attention", False) is True, "attends causally only"),
     )
     problem = next((reason for broken, reason in rules if broken), None)
@@ -213,7 +247,11 @@ def text_part(model_type: str, text: Any) -> Part:
     if arch.pairs:
         heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
         steps |= {f"layers.{{}}.self_attn.{name}": rotary(count) for name, count in heads.items()}
-    return Part(SPELLINGS.get(model_type, _PLAIN), rules(arch.names, steps), ("layers.{}.self_attn.rotary_emb",))
+    return Part(
+        SPELLINGS.get(model_type, _PLAIN),
+        rules(arch.names, steps),
+        ("layers.{}.self_attn.rotary_emb",),
+    )
 
 
 def text_metadata(config: Any, text: Any) -> dict[str, Any]:
@@ -243,7 +281,10 @@ def text_metadata(config: Any, text: Any) -> dict[str, Any]:
     if "mrope_section" in rope:
         facts["rope.dimension_sections"] = [*rope["mrope_section"], 0, 0][:4]
     if arch.windows and window:
-        facts |= {"attention.sliding_window": window, "attention.sliding_window_pattern": arch.windows}
+        facts |= {
+            "attention.sliding_window": window,
+            "attention.sliding_window_pattern": arch.windows,
+        }
     if getattr(text, "final_logit_softcapping", None):
         facts["final_logit_softcapping"] = float(text.final_logit_softcapping)
     if arch.name == "qwen3vl":
@@ -254,15 +295,21 @@ def text_metadata(config: Any, text: Any) -> dict[str, Any]:
 def extra_tensors(text: Any) -> dict[str, Tensor]:
     """Tensors that no checkpoint has: the frequency factors of llama3 rope, float32 (head_dim / 2).
 
-    The formula is Llama 3.1's: wavelengths below the high-frequency bound stay, those above the low-frequency bound
-    are stretched by ``factor``, those between are blended.
+    The formula is Llama 3.1's: wavelengths below the high-frequency bound stay, those above the
+    low-frequency bound are stretched by ``factor``, those between are blended.
     """
     rope = _rope(text)
     if rope["rope_type"] != "llama3":
         return {}
     size, factor = head_dim(text), rope["factor"]
-    low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    wave_F = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    low, high, old = (
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        rope["original_max_position_embeddings"],
+    )
+    wave_F = (
+        2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    )
     share_F = ((old / wave_F - low) / (high - low)).clamp(0, 1)
     return {"rope_freqs.weight": (1 / ((1 - share_F) / factor + share_F)).float()}
 

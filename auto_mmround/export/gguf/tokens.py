@@ -1,7 +1,9 @@
-"""A Hugging Face `tokenizer.json` as GGUF metadata: byte-level BPE and SentencePiece-like vocabularies.
+"""A Hugging Face `tokenizer.json` as GGUF metadata: byte-level BPE and SentencePiece-like
+vocabularies.
 
-llama.cpp has its pre-tokenizers built in and picks one by name; the name is looked up by the very expression that the
-tokenizer splits with, so a tokenizer it cannot reproduce is refused instead of exported.
+llama.cpp has its pre-tokenizers built in and picks one by name; the name is looked up by the very
+expression that the tokenizer splits with, so a tokenizer it cannot reproduce is refused instead of
+exported.
 """
 
 import json
@@ -49,29 +51,44 @@ def splits(pre_tokenizer: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """`tokenizer.json` of a folder. UserError if there is none or if llama.cpp has no tokenizer like it."""
+    """`tokenizer.json` of a folder. UserError if there is none or if llama.cpp has no tokenizer
+    like it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"GGUF export: {folder} has no tokenizer.json; load and save the tokenizer with transformers")
+        raise UserError(
+            f"GGUF export: {folder} has no tokenizer.json; load and save the tokenizer with"
+            " transformers"
+        )
     tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if tokenizer["model"]["type"] != "BPE":
-        raise UserError(f"GGUF export: {path} is a {tokenizer['model']['type']} tokenizer; only BPE ones are exported")
+        raise UserError(
+            f"GGUF export: {path} is a {tokenizer['model']['type']} tokenizer; only BPE ones are"
+            " exported"
+        )
     if not tokenizer["model"].get("byte_fallback"):
         used = tuple(splits(tokenizer.get("pre_tokenizer")))
         if used not in PRE_TOKENIZERS:
-            raise UserError(f"GGUF export: llama.cpp's pre-tokenizer for {' then '.join(used)[:200]!r} is not known")
+            raise UserError(
+                f"GGUF export: llama.cpp's pre-tokenizer for {' then '.join(used)[:200]!r} is not"
+                " known"
+            )
     return tokenizer
 
 
 def metadata(folder: Path, rows: int) -> dict[str, Any]:
-    """Everything under `tokenizer.`. rows: of the embedding; missing tokens are filled in, and tokens above are cut,
-    since the model has no row for them. Raises UserError as `read_tokenizer`."""
+    """Everything under `tokenizer.`. rows: of the embedding; missing tokens are filled in, and
+    tokens above are cut, since the model has no row for them. Raises UserError as
+    `read_tokenizer`."""
     tokenizer = read_tokenizer(folder)
     model = tokenizer["model"]
     tokens = {index: token for token, index in model["vocab"].items()}
     kinds = dict.fromkeys(tokens, NORMAL)
     if model.get("byte_fallback"):
-        kinds |= {i: BYTE for i, t in tokens.items() if len(t) == 6 and t.startswith("<0x") and t.endswith(">")}
+        kinds |= {
+            i: BYTE
+            for i, t in tokens.items()
+            if len(t) == 6 and t.startswith("<0x") and t.endswith(">")
+        }
         kinds |= {i: UNKNOWN for i, t in tokens.items() if t == model.get("unk_token")}
     for token in tokenizer.get("added_tokens", ()):
         tokens[token["id"]] = token["content"]
@@ -96,19 +113,24 @@ def metadata(folder: Path, rows: int) -> dict[str, Any]:
             "ggml.pre": PRE_TOKENIZERS[tuple(splits(tokenizer.get("pre_tokenizer")))],
             "ggml.merges": [" ".join(merge) for merge in merges],
         }
-    facts |= _special(folder, tokenizer, {token: index for index, token in tokens.items() if index < rows})
+    facts |= _special(
+        folder, tokenizer, {token: index for index, token in tokens.items() if index < rows}
+    )
     return {f"tokenizer.{key}": value for key, value in facts.items()}
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> list[float]:
-    """SentencePiece joins the pair whose token scores highest, BPE the pair that comes first in its list: minus the
-    place of a token's first pair gives the same order, as long as all pairs of a token stand together."""
+    """SentencePiece joins the pair whose token scores highest, BPE the pair that comes first in its
+    list: minus the place of a token's first pair gives the same order, as long as all pairs of a
+    token stand together."""
     place: dict[str, int] = {}
     last = None
     for merge in merges:
         joined = "".join(merge)
         if joined != last and joined in place:
-            raise UserError(f"GGUF export: the tokenizer's merges of {joined!r} have no SentencePiece order")
+            raise UserError(
+                f"GGUF export: the tokenizer's merges of {joined!r} have no SentencePiece order"
+            )
         last = joined
         place.setdefault(joined, len(place))
     return [-float(place.get(token, len(place))) for token in tokens]
@@ -134,15 +156,23 @@ def _special(folder: Path, tokenizer: Mapping[str, Any], ids: Mapping[str, int])
     single = _template(tokenizer.get("post_processor") or {})
     first = single[0].get("SpecialToken", {}).get("id") if single else None
     last = single[-1].get("SpecialToken", {}).get("id") if single else None
-    facts["ggml.add_bos_token"] = first is not None and ids.get(str(first)) == facts.get("ggml.bos_token_id")
-    facts["ggml.add_eos_token"] = last is not None and ids.get(str(last)) == facts.get("ggml.eos_token_id")
+    facts["ggml.add_bos_token"] = first is not None and ids.get(str(first)) == facts.get(
+        "ggml.bos_token_id"
+    )
+    facts["ggml.add_eos_token"] = last is not None and ids.get(str(last)) == facts.get(
+        "ggml.eos_token_id"
+    )
     for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"):
         if name in ids:
             facts["ggml.eot_token_id"] = ids[name]
             break
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else None
-    text = text or _json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    text = (
+        text
+        or _json(folder / "chat_template.json").get("chat_template")
+        or config.get("chat_template")
+    )
     if isinstance(text, str):
         facts["chat_template"] = text
     return facts

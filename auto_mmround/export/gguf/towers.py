@@ -1,4 +1,5 @@
-"""Vision towers as llama.cpp's `mmproj` files see them: tensor names, steps and metadata, a table entry a family."""
+"""Vision towers as llama.cpp's `mmproj` files see them: tensor names, steps and metadata, a table
+entry a family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ _CLIP = {
     **_SIGLIP,
     "vision.embeddings.class_embedding": "v.class_embd",
     "vision.pre_layrnorm": "v.pre_ln",
-    # LLaVA never reaches it, but llama.cpp would apply what bears its usual name; under this one it does nothing.
+    # LLaVA never reaches it, but llama.cpp would apply what bears its usual name; under this one it
+    # does nothing.
     "vision.post_layernorm": "v.unused.post_ln",
     "projector.linear_1": "mm.0",
     "projector.linear_2": "mm.2",
@@ -79,7 +81,9 @@ def _qwen(config: Any) -> dict[str, Any]:
     vision = config.vision_config
     return {
         "embedding_length": getattr(vision, "embed_dim", None) or vision.hidden_size,
-        "feed_forward_length": getattr(vision, "intermediate_size", None) or vision.embed_dim * vision.mlp_ratio,
+        "feed_forward_length": (
+            getattr(vision, "intermediate_size", None) or vision.embed_dim * vision.mlp_ratio
+        ),
         "block_count": vision.depth,
         "attention.head_count": vision.num_heads,
         "attention.layer_norm_epsilon": 1e-6,  # fixed in the model's code
@@ -94,7 +98,9 @@ def _qwen2_5(config: Any) -> dict[str, Any]:
     whole = config.vision_config.fullatt_block_indexes
     period = whole[0] + 1
     if list(whole) != list(range(period - 1, config.vision_config.depth, period)):
-        raise UserError(f"GGUF export: llama.cpp takes a period of full attention blocks, not {list(whole)}")
+        raise UserError(
+            f"GGUF export: llama.cpp takes a period of full attention blocks, not {list(whole)}"
+        )
     return _qwen(config) | {"n_wa_pattern": period}
 
 
@@ -121,7 +127,9 @@ def _siglip(config: Any) -> dict[str, Any]:
 
 def _gemma3(config: Any) -> dict[str, Any]:
     side = config.vision_config.image_size // config.vision_config.patch_size
-    return _siglip(config) | {"projector.scale_factor": side // int(config.mm_tokens_per_image**0.5)}
+    return _siglip(config) | {
+        "projector.scale_factor": side // int(config.mm_tokens_per_image**0.5)
+    }
 
 
 def _refuse(*rules: tuple[bool, str]) -> None:
@@ -135,7 +143,10 @@ def _llava(config: Any) -> dict[str, Any]:
     layer, kind = config.vision_feature_layer, config.vision_config.model_type
     _refuse(
         (kind != "clip_vision_model", f"is CLIP's or Pixtral's, not {kind}"),
-        (layer not in (-2, config.vision_config.num_hidden_layers - 1), f"ends before the last block, not at {layer}"),
+        (
+            layer not in (-2, config.vision_config.num_hidden_layers - 1),
+            f"ends before the last block, not at {layer}",
+        ),
         (config.vision_feature_select_strategy != "default", "leaves the class token out"),
     )
     return _siglip(config)
@@ -151,9 +162,15 @@ def _pixtral(config: Any) -> dict[str, Any]:
     eps = 1e-5  # fixed in the model's code
     _refuse(
         (vision.rope_parameters["rope_theta"] != 10000, "turns with base 10000 only"),
-        (vision.head_dim * vision.num_attention_heads != vision.hidden_size, "has heads that share the hidden size"),
+        (
+            vision.head_dim * vision.num_attention_heads != vision.hidden_size,
+            "has heads that share the hidden size",
+        ),
         (config.vision_feature_layer != -1, "gives the last block's output"),
-        (bool(merges) and config.get_text_config().rms_norm_eps != eps, f"normalizes before merging with {eps}"),
+        (
+            bool(merges) and config.get_text_config().rms_norm_eps != eps,
+            f"normalizes before merging with {eps}",
+        ),
     )
     facts = _siglip(config) | {"attention.layer_norm_epsilon": eps}
     return facts | ({"spatial_merge_size": merges} if merges else {})
@@ -163,10 +180,11 @@ def _pixtral(config: Any) -> dict[str, Any]:
 class Tower:
     """One family's tower.
 
-    seen: pattern of what an image is in a prompt, IMAGE for its placeholders; llama.cpp puts the other words there by
-    itself. turned: layers whose rows are reordered for rotary positions. longest_edge: llama.cpp cuts images of that
-    size into tiles. row_end: the token of text whose embedding the tower puts behind each row. caution: what llama.cpp
-    gets wrong with a file that is right.
+    seen: pattern of what an image is in a prompt, IMAGE for its placeholders; llama.cpp puts the
+    other words there by itself. turned: layers whose rows are reordered for rotary positions.
+    longest_edge: llama.cpp cuts images of that size into tiles. row_end: the token of text whose
+    embedding the tower puts behind each row. caution: what llama.cpp gets wrong with a file that is
+    right.
     """
 
     projector: str
@@ -185,8 +203,8 @@ _QWEN_SEEN = r"<\|vision_start\|>IMAGE<\|vision_end\|>"
 _FAKE = "<fake_token_around_image>"
 _TILES = rf"(?:{_FAKE}<row_\d+_col_\d+>IMAGE\n?)*\n?{_FAKE}<global-img>IMAGE{_FAKE}"
 _CLASS_LAST = (
-    "llama.cpp, up to build 11549 at least, puts CLIP's class token behind the patches (its issue 25814): "
-    "answers about images are wrong until that is mended"
+    "llama.cpp, up to build 11549 at least, puts CLIP's class token behind the patches (its issue"
+    " 25814): answers about images are wrong until that is mended"
 )
 # By the model's model_type. "gelu" is what llama.cpp calls the tanh approximation.
 _ACTIVATIONS: Mapping[str, str | None] = {
@@ -198,7 +216,12 @@ TOWERS: Mapping[str, Tower] = {
     "qwen2_vl": Tower(
         "qwen2vl_merger",
         _VISUAL,
-        {**_QWEN, **_QWEN_SPLIT, "blocks.{}.mlp.fc1": "v.blk.{}.ffn_up", "blocks.{}.mlp.fc2": "v.blk.{}.ffn_down"},
+        {
+            **_QWEN,
+            **_QWEN_SPLIT,
+            "blocks.{}.mlp.fc1": "v.blk.{}.ffn_up",
+            "blocks.{}.mlp.fc2": "v.blk.{}.ffn_down",
+        },
         _qwen,
         _QWEN_SEEN,
         _QWEN_STEPS,
@@ -247,7 +270,8 @@ TOWERS: Mapping[str, Tower] = {
     ),
     "llava": Tower("mlp", _VISION_TOWER, _CLIP, _llava, "IMAGE", caution=_CLASS_LAST),
     **dict.fromkeys(
-        ("idefics3", "smolvlm"), Tower("idefics3", _CONNECTED, _IDEFICS, _idefics, _TILES, longest_edge=True)
+        ("idefics3", "smolvlm"),
+        Tower("idefics3", _CONNECTED, _IDEFICS, _idefics, _TILES, longest_edge=True),
     ),
     **dict.fromkeys(
         ("pixtral", "mistral3"),
@@ -271,14 +295,21 @@ def tower_of(model_type: str, config: Any) -> Tower | None:
     if vision is None and getattr(config, "audio_config", None) is None:
         return None
     # Pixtral's checkpoints call themselves LLaVA.
-    name = "pixtral" if model_type == "llava" and getattr(vision, "model_type", "") == "pixtral" else model_type
+    name = (
+        "pixtral"
+        if model_type == "llava" and getattr(vision, "model_type", "") == "pixtral"
+        else model_type
+    )
     if name not in TOWERS:
-        raise UserError(f"GGUF export: no table for the tower of {name}; there are {', '.join(TOWERS)}")
+        raise UserError(
+            f"GGUF export: no table for the tower of {name}; there are {', '.join(TOWERS)}"
+        )
     return TOWERS[name]
 
 
 def tower_part(model_type: str, config: Any) -> Part | None:
-    """Names and steps of the tower's tensors; None for a model without one. UserError for an unknown tower."""
+    """Names and steps of the tower's tensors; None for a model without one. UserError for an
+    unknown tower."""
     tower = tower_of(model_type, config)
     if tower is None:
         return None
@@ -287,18 +318,26 @@ def tower_part(model_type: str, config: Any) -> Part | None:
     if model_type == "qwen3_vl":  # stored by the layer they read from, counted in the checkpoint
         for i, layer in enumerate(config.vision_config.deepstack_visual_indexes):
             pairs = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
-            table |= rules({f"deepstack_merger_list.{i}.{k}": f"v.deepstack.{layer}.{v}" for k, v in pairs.items()})
+            table |= rules(
+                {
+                    f"deepstack_merger_list.{i}.{k}": f"v.deepstack.{layer}.{v}"
+                    for k, v in pairs.items()
+                }
+            )
     return Part(tower.prefixes, table)
 
 
 def tower_metadata(model_type: str, config: Any, preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of the tower, with full keys. preprocessor: the image processor's configuration."""
+    """The hyperparameters of the tower, with full keys. preprocessor: the image processor's
+    configuration."""
     tower = tower_of(model_type, config)
     assert tower is not None  # it has a part
     facts = {f"clip.vision.{key}": value for key, value in tower.facts(config).items()}
     act = config.vision_config.hidden_act
     if act not in _ACTIVATIONS:
-        raise UserError(f"GGUF export: llama.cpp's towers compute {', '.join(_ACTIVATIONS)}, not {act}")
+        raise UserError(
+            f"GGUF export: llama.cpp's towers compute {', '.join(_ACTIVATIONS)}, not {act}"
+        )
     flag = _ACTIVATIONS[act]
     if tower.longest_edge:
         size = preprocessor.get("size", {}).get("longest_edge", config.vision_config.image_size)
@@ -308,6 +347,8 @@ def tower_metadata(model_type: str, config: Any, preprocessor: Mapping[str, Any]
         "clip.projector_type": tower.projector,
         **facts,
         **({flag: True} if flag else {}),
-        "clip.vision.image_mean": [float(x) for x in preprocessor.get("image_mean", (0.5, 0.5, 0.5))],
+        "clip.vision.image_mean": [
+            float(x) for x in preprocessor.get("image_mean", (0.5, 0.5, 0.5))
+        ],
         "clip.vision.image_std": [float(x) for x in preprocessor.get("image_std", (0.5, 0.5, 0.5))],
     }

@@ -1,7 +1,8 @@
 """GGUF's block types of 32 weights: pure packing of our integer codes, exact in both directions.
 
-A row of a weight is a run of blocks along the inputs; shapes are (out, bytes of a row) uint8, little endian. A block
-holds a float16 scale d, for the asymmetric types a float16 minimum m, and the codes n: W = d * (n - M) or d * n + m.
+A row of a weight is a run of blocks along the inputs; shapes are (out, bytes of a row) uint8,
+little endian. A block holds a float16 scale d, for the asymmetric types a float16 minimum m, and
+the codes n: W = d * (n - M) or d * n + m.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ BLOCK = 32
 
 
 class BlockType(NamedTuple):
-    """One ggml type. group: columns that share a scale. columns: of a block (256: a super-block of groups)."""
+    """One ggml type. group: columns that share a scale. columns: of a block (256: a super-block of
+    groups)."""
 
     name: str
     bits: int
@@ -38,24 +40,34 @@ TYPES: Mapping[str, BlockType] = {
 
 
 def exact_type(bits: int, sym: bool) -> BlockType | None:
-    """The smallest type that holds such codes exactly (3 bits fit into Q4_0), or None (asymmetric above 5 bits)."""
+    """The smallest type that holds such codes exactly (3 bits fit into Q4_0), or None (asymmetric
+    above 5 bits)."""
     held = (t for t in TYPES.values() if t.sym == sym and t.bits >= bits)
     return min(held, key=lambda t: t.bits, default=None)
 
 
 def pack(codes: Codes, kind: BlockType) -> Tensor:
-    """Codes of any group size that is a multiple of 32 -> blocks, (out, bytes) uint8; scales repeat within a group.
+    """Codes of any group size that is a multiple of 32 -> blocks, (out, bytes) uint8; scales repeat
+    within a group.
 
-    Raises ValueError where the image would not be exact: too many bits, another symmetry, scales that are not
-    float16, columns that are no multiple of 32, or a minimum scale * zero that float16 cannot hold.
+    Raises ValueError where the image would not be exact: too many bits, another symmetry, scales
+    that are not float16, columns that are no multiple of 32, or a minimum scale * zero that float16
+    cannot hold.
     """
     rows, columns = codes.q_OI.shape
     if codes.bits > kind.bits or codes.sym != kind.sym:
-        raise ValueError(f"{kind.name} does not hold {codes.bits} bits, {'sym' if codes.sym else 'asym'}")
+        raise ValueError(
+            f"{kind.name} does not hold {codes.bits} bits, {'sym' if codes.sym else 'asym'}"
+        )
     if codes.scale_OG.dtype != torch.float16:
-        raise ValueError(f"{kind.name}: scales are {codes.scale_OG.dtype}, the blocks store float16")
+        raise ValueError(
+            f"{kind.name}: scales are {codes.scale_OG.dtype}, the blocks store float16"
+        )
     if columns % BLOCK or codes.group_size % BLOCK:
-        raise ValueError(f"{kind.name}: {columns} columns in groups of {codes.group_size} are not blocks of {BLOCK}")
+        raise ValueError(
+            f"{kind.name}: {columns} columns in groups of {codes.group_size} are not blocks of"
+            f" {BLOCK}"
+        )
     group_B = torch.arange(columns // BLOCK, device=codes.q_OI.device) * BLOCK // codes.group_size
     d_OB, zero_OB = codes.scale_OG[:, group_B], codes.zero_OG[:, group_B]
     n_OBg = codes.q_OI.reshape(rows, -1, BLOCK)
@@ -65,13 +77,16 @@ def pack(codes: Codes, kind: BlockType) -> Tensor:
     else:
         minimum_OB = -(d_OB.float() * zero_OB.float())
         if not torch.equal(minimum_OB.half().float(), minimum_OB):
-            raise ValueError(f"{kind.name}: scale * zero is not a float16 number; tune for this format")
+            raise ValueError(
+                f"{kind.name}: scale * zero is not a float16 number; tune for this format"
+            )
         parts.append(_half_bytes(minimum_OB))
     return torch.cat([*parts, *_code_bytes(n_OBg, kind.bits)], -1).reshape(rows, -1)
 
 
 def unpack(blocks: Tensor, kind: BlockType) -> Codes:
-    """The inverse of :func:`pack`, group size 32. Raises ValueError if a minimum is no multiple of its scale."""
+    """The inverse of :func:`pack`, group size 32. Raises ValueError if a minimum is no multiple of
+    its scale."""
     rows, size = blocks.shape[0], 2 + 2 * (not kind.sym) + 4 * kind.bits
     blocks_OBb = blocks.reshape(rows, -1, size)
     d_OB = blocks_OBb[..., :2].contiguous().view(torch.float16)[..., 0]
@@ -80,7 +95,10 @@ def unpack(blocks: Tensor, kind: BlockType) -> Codes:
     if not kind.sym:
         minimum_OB = blocks_OBb[..., 2:4].contiguous().view(torch.float16)[..., 0].float()
         zero_OB = (-minimum_OB / d_OB.float()).round()
-        if not torch.equal(-(d_OB.float() * zero_OB), minimum_OB) or not 0 <= float(zero_OB.min()) <= 255:
+        if (
+            not torch.equal(-(d_OB.float() * zero_OB), minimum_OB)
+            or not 0 <= float(zero_OB.min()) <= 255
+        ):
             raise ValueError(f"{kind.name}: a minimum is not a multiple of its scale")
     return Codes(n_OBg.reshape(rows, -1), d_OB, zero_OB.to(torch.uint8), kind.bits, BLOCK, kind.sym)
 
@@ -90,7 +108,8 @@ def _half_bytes(x_OB: Tensor) -> Tensor:
 
 
 def _code_bytes(n_OBg: Tensor, bits: int) -> list[Tensor]:
-    """8 bits: signed bytes. Else nibbles, elements 0..15 low and 16..31 high, after the fifth bits as one word."""
+    """8 bits: signed bytes. Else nibbles, elements 0..15 low and 16..31 high, after the fifth bits
+    as one word."""
     if bits == 8:
         return [(n_OBg.short() - 128).to(torch.int8).view(torch.uint8)]
     n_OBg = n_OBg.to(torch.uint8)

@@ -1,7 +1,8 @@
-"""OpenVINO's IR of the language model and some towers, weights as u4, i4, u8 or i8 constants, by its own converter.
+"""OpenVINO's IR of the language model and some towers, weights as u4, i4, u8 or i8 constants, by
+its own converter.
 
-The converter needs the openvino package: it runs in an environment of its own, as a subprocess. Reading the graphs back
-needs none.
+The converter needs the openvino package: it runs in an environment of its own, as a subprocess.
+Reading the graphs back needs none.
 """
 
 import importlib.util
@@ -38,7 +39,8 @@ def converter_python() -> Path:
         return ENVIRONMENT.absolute()
     if importlib.util.find_spec("openvino") is None:
         raise UserError(
-            "format openvino needs OpenVINO's converter: scripts/engines.sh openvino, or pip install openvino"
+            "format openvino needs OpenVINO's converter: scripts/engines.sh openvino, or pip"
+            " install openvino"
         )
     return Path(sys.executable)
 
@@ -52,38 +54,58 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
     """Raises UserError for a model that is no decoder of text; says which towers stay behind."""
     kind = config.get("model_type")
     if config.get("is_encoder_decoder") or "num_mel_bins" in config:
-        raise UserError(f"format openvino holds decoders of text, with or without a tower, not {kind}")
+        raise UserError(
+            f"format openvino holds decoders of text, with or without a tower, not {kind}"
+        )
     if kind not in TOWERS and any(key in config for key in ("vision_config", "audio_config")):
-        log.warning(f"openvino: of {kind} only the language model is converted; towers are for {', '.join(TOWERS)}")
+        log.warning(
+            f"openvino: of {kind} only the language model is converted; towers are for"
+            f" {', '.join(TOWERS)}"
+        )
 
 
 def write(folder: Path, whole: Whole) -> dict[str, Any]:
-    """The graphs; returns the ``quantization_config``. Raises UserError if the converter fails or a graph is wrong."""
+    """The graphs; returns the ``quantization_config``. Raises UserError if the converter fails or a
+    graph is wrong."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         plain = Path(scratch)
         writer = ShardWriter(plain)  # one tensor in memory at a time
         for key, tensor in _floats(whole):
             writer.add({key: tensor.contiguous()})
         writer.finish()
-        (plain / "config.json").write_text(strict.dumps(strict.tagged(whole.config)), encoding="utf-8")
+        (plain / "config.json").write_text(
+            strict.dumps(strict.tagged(whole.config)), encoding="utf-8"
+        )
         save_file(
-            {f"{i}.{part}": t for i, c in enumerate(whole.codes.values()) for part, t in _parts(c).items()},
+            {
+                f"{i}.{part}": t
+                for i, c in enumerate(whole.codes.values())
+                for part, t in _parts(c).items()
+            },
             plain / "codes",
         )
         request = {
             "model": str(plain),
             "class": whole.config["architectures"][0],
             "codes": str(plain / "codes"),
-            "schemes": [{"name": f"{n}.weight", "bits": c.bits, "sym": c.sym} for n, c in whole.codes.items()],
+            "schemes": [
+                {"name": f"{n}.weight", "bits": c.bits, "sym": c.sym}
+                for n, c in whole.codes.items()
+            ],
             "out": str(folder.absolute()),
         }
         (plain / "request.json").write_text(strict.dumps(request), encoding="utf-8")
-        # -P: the script's folder must not be searched for modules, this file would pass for the package.
+        # -P: the script's folder must not be searched for modules, this file would pass for the
+        # package.
         command = [str(converter_python()), "-P", str(CONVERTER), str(plain / "request.json")]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-    answer = _last_json(done.stdout) or {"error": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
+    answer = _last_json(done.stdout) or {
+        "error": (done.stderr.strip().splitlines() or ["no answer"])[-1]
+    }
     if not answer.get("ok"):
-        raise UserError(f"OpenVINO's converter failed on {whole.config['architectures'][0]}: {answer['error']}")
+        raise UserError(
+            f"OpenVINO's converter failed on {whole.config['architectures'][0]}: {answer['error']}"
+        )
     return _config(whole.layout)
 
 
@@ -93,7 +115,11 @@ def _floats(whole: Whole) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(codes: Codes) -> dict[str, Tensor]:
-    return {"codes": codes.q_OI, "scales": codes.scale_OG.float().contiguous(), "zeros": codes.zero_OG.contiguous()}
+    return {
+        "codes": codes.q_OI,
+        "scales": codes.scale_OG.float().contiguous(),
+        "zeros": codes.zero_OG.contiguous(),
+    }
 
 
 def _last_json(text: str) -> dict[str, Any] | None:
@@ -105,10 +131,16 @@ def _last_json(text: str) -> dict[str, Any] | None:
 
 
 def _config(layout: Layout) -> dict[str, Any]:
-    """What names the format, and the recipe's scheme for people: each weight's own is in the graphs."""
+    """What names the format, and the recipe's scheme for people: each weight's own is in the
+    graphs."""
     default = layout.default
     facts = {"bits": default.bits, "group_size": default.group_size, "sym": default.sym}
-    return {"quant_method": FORMAT.name, **facts, "provider": "auto_mmround", "auto_mmround": dict(layout.details)}
+    return {
+        "quant_method": FORMAT.name,
+        **facts,
+        "provider": "auto_mmround",
+        "auto_mmround": dict(layout.details),
+    }
 
 
 def _not_packed(*_: Any) -> NoReturn:
@@ -117,7 +149,10 @@ def _not_packed(*_: Any) -> NoReturn:
 
 FORMAT = Format(
     name="openvino",
-    summary="OpenVINO IR, 4 and 8 bits, of the language model and the towers of Qwen2-VL and LLaVA: OpenVINO",
+    summary=(
+        "OpenVINO IR, 4 and 8 bits, of the language model and the towers of Qwen2-VL and LLaVA:"
+        " OpenVINO"
+    ),
     bits=(4, 8),
     check=check,
     pack=_not_packed,

@@ -1,6 +1,7 @@
 """Weights out of OpenVINO's IR, without OpenVINO: the constants that `openvino_convert.py` named.
 
-An IR is an .xml with a layer a constant (element type, shape, offset and size) and a .bin with their values.
+An IR is an .xml with a layer a constant (element type, shape, offset and size) and a .bin with
+their values.
 """
 
 import mmap
@@ -20,18 +21,33 @@ LANGUAGE = ("openvino_model", "openvino_language_model")
 TOWER = ("openvino_vision_embeddings_model", "openvino_vision_embeddings_merger_model")
 GRAPHS = (*LANGUAGE, "openvino_text_embeddings_model", *TOWER)
 REST = "openvino_rest.safetensors"
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8, "u8": torch.uint8}
+DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+}
 FOUR_BITS = ("i4", "u4")
-# Constants of a checkpoint's tensors are called MARK + key; those of a packed weight MARK + key + "/" + part.
+# Constants of a checkpoint's tensors are called MARK + key; those of a packed weight MARK + key +
+# "/" + part.
 MARK, PARTS = "checkpoint/", ("codes", "scales", "zeros")
-DAMAGED = (ValueError, LookupError, RuntimeError, TypeError, OSError, ElementTree.ParseError, SafetensorError)
+DAMAGED = (
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    OSError,
+    ElementTree.ParseError,
+    SafetensorError,
+)
 
 
 def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint key, tensor) of all graphs of a folder, packed weights decoded.
 
-    dtype: None keeps stored ones and decodes to float32. Raises UserError for a damaged or missing file, and where two
-    graphs hold different values of one weight.
+    dtype: None keeps stored ones and decodes to float32. Raises UserError for a damaged or missing
+    file, and where two graphs hold different values of one weight.
     """
     seen: dict[str, Path] = {}
     if not any((folder / f"{name}.xml").is_file() for name in LANGUAGE):
@@ -47,11 +63,15 @@ def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]
                     yield key, tensor if dtype is None else tensor.to(dtype)
                 seen[key] = path
         except DAMAGED as error:
-            raise UserError(f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged") from error
+            raise UserError(
+                f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
+            ) from error
     try:
         rest = load_file(folder / REST)
         for key in sorted({name.partition("/")[0] for name in rest}):
-            tensor = rest[key] if key in rest else decoded(*(rest[f"{key}/{part}"] for part in PARTS))
+            tensor = (
+                rest[key] if key in rest else decoded(*(rest[f"{key}/{part}"] for part in PARTS))
+            )
             yield key, tensor if dtype is None else tensor.to(dtype)
     except DAMAGED as error:
         raise UserError(f"{folder / REST} cannot be read ({one_line(str(error))[:200]})") from error
@@ -72,7 +92,9 @@ class Constants:
             if data is not None and layer.get("type") == "Const" and name.startswith(MARK):
                 shape = [int(n) for n in data.get("shape", "").split(",") if n.strip()]
                 span = int(data.attrib["offset"]), int(data.attrib["size"])
-                self._found.setdefault(name.removeprefix(MARK), (data.attrib["element_type"], shape, *span))
+                self._found.setdefault(
+                    name.removeprefix(MARK), (data.attrib["element_type"], shape, *span)
+                )
         with path.with_suffix(".bin").open("rb") as file:
             self._values = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -85,15 +107,19 @@ class Constants:
         if key in self._found:
             values = self._constant(key)
             wide = [n for n in values.shape if n != 1]
-            return values.flatten() if len(wide) == 1 else values  # a graph may give a vector more axes
+            # a graph may give a vector more axes
+            return values.flatten() if len(wide) == 1 else values
         codes, scales = (self._constant(f"{key}/{part}") for part in PARTS[:2])
-        return decoded(codes, scales, self._constant(f"{key}/zeros") if f"{key}/zeros" in self._found else None)
+        return decoded(
+            codes, scales, self._constant(f"{key}/zeros") if f"{key}/zeros" in self._found else None
+        )
 
     def _constant(self, name: str) -> Tensor:
         kind, shape, offset, size = self._found[name]
         data = self._values[offset : offset + size]
         if kind in FOUR_BITS:
             pairs = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            values = torch.stack([pairs & 15, pairs >> 4], dim=-1)  # the first value in the low half
+            # the first value in the low half
+            values = torch.stack([pairs & 15, pairs >> 4], dim=-1)
             return (values.int() - 16 * (values > 7) if kind == "i4" else values).reshape(shape)
         return torch.frombuffer(bytearray(data), dtype=DTYPES[kind]).reshape(shape)
