@@ -23,7 +23,8 @@ from auto_mmround.model.loading import DEMO, load
 from auto_mmround.model.pairs import Pair, gain_offset, linear_pairs, norm_pairs, rescale
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics import equalize as numerics
-from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics import grids
+from auto_mmround.numerics.moments import output_error
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
@@ -59,7 +60,7 @@ def test_smoothquant_is_the_published_quotient_up_to_a_factor():
 
 def rounded_error(w, h, scale, bits=3, group_size=32):
     grid = grids.Grid(bits, True)
-    return gram.error(
+    return output_error(
         w, grids.dequantize(grids.round_to_nearest(w * scale, group_size, grid)) / scale, h
     )
 

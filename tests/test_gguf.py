@@ -26,8 +26,8 @@ from auto_mmround.export.gguf import towers as gguf_towers
 from auto_mmround.export.gguf.types import TYPES, exact_type, pack, unpack
 from auto_mmround.model.loading import load
 from auto_mmround.numerics import super_grids
-from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import SUPER, Codes, Grid, dequantize, round_to_nearest
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.recipe import Recipe

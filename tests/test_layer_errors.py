@@ -7,9 +7,8 @@ import torch
 from auto_mmround.model.chains import Chain, Kinds
 from auto_mmround.model.fisher import ROWS, Fisher, rows_of
 from auto_mmround.model.structure import Stage
-from auto_mmround.numerics import gram
-from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import Moments, output_error
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.numerics.tuner import TunedWeight
@@ -40,12 +39,12 @@ def test_errors_of_layers_are_those_under_their_second_moments(
 ):
     leaf, moments, weight_OI = layer(rows, columns, grid)
     hessian_II, zero_OI = moments.hessian(), torch.zeros_like(weight_OI)
-    whole = gram.error(weight_OI, zero_OI, hessian_II)
+    whole = output_error(weight_OI, zero_OI, hessian_II)
     errors, wanted = LayerErrors({"a": leaf, "unreached": leaf}, {"a": moments}), {}
     for when in ("nearest", "start"):
         if when == "start":
             closed_form([leaf.rounding], moments, StartConfig())
-        wanted[when] = gram.error(weight_OI, leaf.rounding.weight(), hessian_II) / whole
+        wanted[when] = output_error(weight_OI, leaf.rounding.weight(), hessian_II) / whole
         with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
             patch.setattr(Moments, "hessian", None)  # not made for this
             errors.note(when)

@@ -19,8 +19,8 @@ from auto_mmround.cli import main
 from auto_mmround.errors import UserError
 from auto_mmround.model.chains import Kinds
 from auto_mmround.model.divergence import Before
-from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form
 from auto_mmround.recipe.allocation import allocate

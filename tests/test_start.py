@@ -19,8 +19,9 @@ from auto_mmround.model.fisher import (
     spread,
 )
 from auto_mmround.model.structure import find_stages
-from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics import gptq, grids
 from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import Moments, output_error
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, collecting, in_turn
 from auto_mmround.recipe.recipe import Recipe
@@ -70,26 +71,26 @@ def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     mix = torch.randn(64, 64) * torch.linspace(2, 0.1, 64)
     x = torch.randn(500, 64) @ mix
     w = torch.randn(24, 64)
-    moments = gram.Moments(64)
+    moments = Moments(64)
     moments.add(x)
-    nearest = gram.error(
+    nearest = output_error(
         w, grids.dequantize(grids.round_to_nearest(w, 32, grid)), moments.hessian()
     )
     rounding = Rounding(w, 32, grid)
     closed_form([rounding], moments, StartConfig(order=order))
-    assert gram.error(w, rounding.weight(), moments.hessian()) < 0.5 * nearest
+    assert output_error(w, rounding.weight(), moments.hessian()) < 0.5 * nearest
     assert rounding.codes().zero_OG.min() >= grid.min_zero
     assert torch.equal(rounding.weight(), grids.dequantize(rounding.codes()))
 
 
 def test_groups_are_taken_whole_those_with_most_input_first():
     diagonal = torch.tensor([1.0, 2.0, 9.0, 0.5, 4.0, 4.0, 7.0])
-    assert gram._order(diagonal, "group", 3).tolist() == [2, 1, 0, 4, 5, 3, 6]
-    assert gram._order(diagonal, "weight", 3).tolist() == [2, 6, 4, 5, 1, 0, 3]
+    assert gptq._order(diagonal, "group", 3).tolist() == [2, 1, 0, 4, 5, 3, 6]
+    assert gptq._order(diagonal, "weight", 3).tolist() == [2, 6, 4, 5, 1, 0, 3]
 
 
 def test_layers_run_in_turns():
-    shared, other, mlp, down = (gram.Moments(4) for _ in range(4))
+    shared, other, mlp, down = (Moments(4) for _ in range(4))
     layers = {
         "q": shared,
         "k": shared,
@@ -99,11 +100,11 @@ def test_layers_run_in_turns():
     }
     layers |= {
         "mlp.experts.0.down": down,
-        "mlp.experts.1.gate": gram.Moments(4),
-        "mlp.experts.1.down": gram.Moments(4),
+        "mlp.experts.1.gate": Moments(4),
+        "mlp.experts.1.down": Moments(4),
     }
     named = {f"{block}.{name}": found for block in ("layers.0",) for name, found in layers.items()}
-    named["layers.1.q"] = gram.Moments(4)
+    named["layers.1.q"] = Moments(4)
     turns = in_turn(named, ["layers.0", "layers.1"])
     assert [[name.removeprefix("layers.") for name in turn] for turn in turns] == [
         ["0.q", "0.k"], ["0.o"], ["0.mlp.experts.0.gate", "0.mlp.experts.0.up",
@@ -141,7 +142,7 @@ def test_true_sequential_changes_what_comes_after_the_first_turn():
 
 def test_stacked_weights_are_solved_as_alone():
     torch.manual_seed(2)
-    moments = gram.Moments(32)
+    moments = Moments(32)
     moments.add(torch.randn(200, 32) @ torch.randn(32, 32))
     weights = [torch.randn(rows, 32) for rows in (6, 3)]
     stacked, alone = ([Rounding(w, 16, Grid(3, True)) for w in weights] for _ in range(2))
@@ -167,7 +168,7 @@ def test_the_start_is_the_same_under_autocast():
     """A model stored in float32 or float16 is tuned under autocast; the solve must not notice."""
     torch.manual_seed(0)
     w_OI, x_TI = torch.randn(8, 320), torch.randn(400, 320)  # wider than one block of columns
-    moments = gram.Moments(320)
+    moments = Moments(320)
     moments.add(x_TI)
     one, two = (Rounding(w_OI, 32, Grid(4, True)) for _ in range(2))
     closed_form([one], moments, StartConfig())

@@ -16,8 +16,8 @@ from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import Stage
-from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Grid, round_to_nearest
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics import grids, scale_search
 from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import output_error
 
 # smallest magnitude that a scale is computed from, as a share of the mean over channels
 FLOOR = 1e-5
@@ -87,7 +88,7 @@ def awq(
     )
     weight_C = _positive(_relative_weight(few, group_sizes))
     signals = [
-        max(sum(gram.error(w, torch.zeros_like(w), h) for w in few), 1e-30) for h in hessians
+        max(sum(output_error(w, torch.zeros_like(w), h) for w in few), 1e-30) for h in hessians
     ]
     importance_C = torch.stack(
         [h.diagonal() / signal for h, signal in zip(hessians, signals)]
@@ -98,7 +99,7 @@ def awq(
             q(w * scale_C, importance_C / scale_C.square()) / scale_C for w, q in zip(few, quantize)
         ]
         return max(
-            sum(gram.error(w, w_q, h) for w, w_q in zip(few, rounded)) / signal
+            sum(output_error(w, w_q, h) for w, w_q in zip(few, rounded)) / signal
             for h, signal in zip(hessians, signals)
         )
 
@@ -122,7 +123,7 @@ def quantizer(grid: Grid, group_size: int, searched: bool) -> Quantize:
         w_OGg = grids.to_groups(w_OC, columns if group_size == -1 else group_size)
         if searched:
             importance_Gg = grids.to_groups(importance_C[None], w_OGg.shape[-1])[0]
-            scale_OG, zero_OG = gram.search_scale(w_OGg, importance_Gg, grid)
+            scale_OG, zero_OG = scale_search.search_scale(w_OGg, importance_Gg, grid)
         else:
             scale_OG, zero_OG = grids.scale_and_zero(*grids.ranges(w_OGg, grid), grid)
         q_OGg = grids.quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid.top)

@@ -9,23 +9,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from auto_mmround.numerics import gram, grids, super_grids
+from auto_mmround.numerics import gptq, grids, scale_search, super_grids
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 
 
 @dataclass(frozen=True)
 class StartConfig:
     """dampening: share of the mean of diag(H) added to it. order, block: of the columns, see
-    `gram.solve`.
+    `gptq.solve`.
 
     refit: fit the scales to the solved integers at the end. margin: how far the start stays from
     the rounding edge, in steps of the grid; sign steps can flip what is close to it. retarget:
-    solve for the teacher's outputs, see `gram.retarget`; the moments must have been taken with
+    solve for the teacher's outputs, see `gptq.retarget`; the moments must have been taken with
     teacher inputs.
     """
 
     dampening: float = 0.05
-    order: gram.Order = "weight"
+    order: gptq.Order = "weight"
     block: int = 64
     refit: bool = True
     margin: float = 0.1
@@ -45,7 +46,7 @@ class Collector:
         self._weights, self._cross = weights, cross
         self._listening = False
         self._teacher: dict[str, Tensor] = {}
-        self._moments: dict[str, gram.Moments] = {}
+        self._moments: dict[str, Moments] = {}
         self._owner: dict[str, str] = {}
         # this pass's inputs, kept alive so that no id comes twice
         self._seen: dict[int, tuple[Tensor, str]] = {}
@@ -55,7 +56,7 @@ class Collector:
         self._seen.clear()
         self._listening = teacher
 
-    def moments(self) -> dict[str, gram.Moments]:
+    def moments(self) -> dict[str, Moments]:
         """Layer name -> moments, for every layer that was run."""
         return {name: self._moments[owner] for name, owner in self._owner.items()}
 
@@ -76,7 +77,7 @@ class Collector:
             weight = self._weights(name)
             whole = weight is not None and weight.numel() == x.shape[:-1].numel()
             moments = self._moments.setdefault(
-                name, gram.Moments(x.shape[-1], cross=self._cross, device=x.device)
+                name, Moments(x.shape[-1], cross=self._cross, device=x.device)
             )
             moments.add(
                 x.detach(), weight.to(x.device) if weight is not None and whole else None, teacher
@@ -102,7 +103,7 @@ def collecting(
             handle.remove()
 
 
-def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[list[str]]:
+def in_turn(moments: Mapping[str, Moments], blocks: Sequence[str]) -> list[list[str]]:
     """Layers in the order in which they run, those together that share an input (q, k, v; gate,
     up).
 
@@ -117,7 +118,7 @@ def in_turn(moments: Mapping[str, gram.Moments], blocks: Sequence[str]) -> list[
     return list(turns.values())
 
 
-def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> None:
+def closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartConfig) -> None:
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
     They are stacked along their outputs, which are independent, so one factorization serves all. In
@@ -127,18 +128,18 @@ def closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: St
         _closed_form(roundings, moments, config)
 
 
-def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: StartConfig) -> None:
+def _closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartConfig) -> None:
     hessian_II, grid = moments.hessian(), roundings[0].grid
     w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
     group_size, columns = w_OGg.shape[-1], roundings[0].columns
     w_OI = grids.from_groups(w_OGg, columns).float()
     if config.retarget:
-        w_OI = gram.retarget(w_OI, hessian_II, moments.cross(), config.dampening)
+        w_OI = gptq.retarget(w_OI, hessian_II, moments.cross(), config.dampening)
     target_OGg = grids.to_groups(w_OI, group_size)
     importance_Gg = grids.to_groups(hessian_II.diagonal()[None], group_size)[0]
     blocks: super_grids.Super | None = None
     if grid.scale_range is None:
-        scale_OG, zero_OG = gram.search_scale(target_OGg, importance_Gg, grid)
+        scale_OG, zero_OG = scale_search.search_scale(target_OGg, importance_Gg, grid)
     else:
         blocks = super_grids.search(target_OGg, importance_Gg, grid)
         scale_OG, zero_OG = blocks.scale_OG, super_grids.zeros(blocks, grid)
@@ -146,17 +147,17 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
             x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg)
         )
         w_OI = grids.from_groups(target_OGg, columns)  # on the grid that is left, see `super_grids`
-    q_OI = gram.solve(
+    q_OI = gptq.solve(
         w_OI, hessian_II, scale_OG, zero_OG, group_size, grid,
         dampening=config.dampening, order=config.order, block=config.block,
     )  # fmt: skip
     if config.refit:
         unit_OG = blocks.unit_OG if blocks else None
-        scale_OG = gram.refit_scale(
+        scale_OG = gptq.refit_scale(
             w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG
         )
     q_OGg = grids.to_groups(q_OI, group_size)
-    offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
+    offset_OGg = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
     rows = [len(rounding.w_OGg) for rounding in roundings]
     found = (scale_OG, zero_OG, offset_OGg, *(blocks or ()))
     for rounding, *parts in zip(roundings, *(part.split(rows) for part in found), strict=True):
@@ -165,17 +166,17 @@ def _closed_form(roundings: Sequence[Rounding], moments: gram.Moments, config: S
 
 
 def closed_forms(
-    roundings: Mapping[str, Rounding], moments: Mapping[str, gram.Moments], config: StartConfig
+    roundings: Mapping[str, Rounding], moments: Mapping[str, Moments], config: StartConfig
 ) -> None:
     """`closed_form` for the layers of a block; one that no token reached has inputs that all count
     alike."""
     stacks: dict[tuple[int, grids.Grid, int], list[Rounding]] = {}
     plain = replace(config, retarget=False)
-    found: dict[int, gram.Moments] = {}
+    found: dict[int, Moments] = {}
     for name, rounding in roundings.items():
         own = moments.get(name)
         if own is None:
-            own = gram.Moments(rounding.columns, device=rounding.w_OGg.device)
+            own = Moments(rounding.columns, device=rounding.w_OGg.device)
             own.add(torch.eye(rounding.columns, device=rounding.w_OGg.device))
         found[id(own)] = own
         stacks.setdefault((id(own), rounding.grid, rounding.w_OGg.shape[-1]), []).append(rounding)

@@ -32,7 +32,7 @@ from auto_mmround.model.chains import (
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
 from auto_mmround.numerics import equalize as numerics
-from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.out_of_memory import FEWER, phase

@@ -28,7 +28,7 @@ from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.model.stored import stored_tensors
-from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import closed_forms
 from auto_mmround.numerics.tuner import (
     TuneConfig,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.tuner import TunedWeight
 
 ROWS = 512  # outputs of a layer that its error is measured on

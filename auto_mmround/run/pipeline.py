@@ -17,8 +17,8 @@ from auto_mmround.model.capture import recapture
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.experts import separated
 from auto_mmround.model.streaming import Holder, InMemory, device_of
-from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Codes
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import closed_forms, in_turn
 from auto_mmround.numerics.tuner import TunedWeight, held_out_split, mean_error, tune_block
 from auto_mmround.recipe.recipe import Recipe

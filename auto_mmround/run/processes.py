@@ -23,8 +23,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import Stage
-from auto_mmround.numerics.gram import Moments
 from auto_mmround.numerics.grids import Codes
+from auto_mmround.numerics.moments import Moments
 
 T = TypeVar("T")
 # How launchers number their processes: torchrun and accelerate, Intel MPI, Open MPI.

@@ -23,7 +23,7 @@ from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import spread
 from auto_mmround.model.spool import Spool
-from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import closed_form
 from auto_mmround.numerics.tuner import asking_for_gradients

@@ -20,7 +20,7 @@ from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
-from auto_mmround.numerics.gram import Moments
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import Collector, StartConfig, collecting
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher
@@ -212,7 +212,7 @@ class Session:
         processes.
 
         names: the layers. weights: of their tokens; None: all count alike. size: samples at a time.
-        teacher: the cross moments with its inputs are taken too, see `gram.retarget`.
+        teacher: the cross moments with its inputs are taken too, see `gptq.retarget`.
         """
         with self.collecting(chain, window, names, weights, teacher) as (collected, begin):
             chain.passed(window.blocks, window.first, size, begin)

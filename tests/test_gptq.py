@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from auto_mmround.numerics import gram, grids
+from auto_mmround.numerics import gptq, grids, scale_search
 from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import PANEL, Moments, output_error
 
 GRIDS = [Grid(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 
@@ -38,7 +39,7 @@ def inputs(tokens: int, features: int, seed: int = 0, uneven: float = 0.5) -> Te
 
 
 def moments(x_TI: Tensor) -> Tensor:
-    running = gram.Moments(x_TI.shape[1])
+    running = Moments(x_TI.shape[1])
     running.add(x_TI)
     return running.hessian()
 
@@ -78,11 +79,11 @@ def slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, dampening, 
 # moments
 
 
-@pytest.mark.parametrize("features", [24, gram.PANEL + 40])
+@pytest.mark.parametrize("features", [24, PANEL + 40])
 def test_moments_are_the_weighted_mean_of_outer_products(features):
     x_BTI, weight_BT = torch.randn(3, 50, features), torch.rand(3, 50)
     weight_BT[:, -7:] = 0  # pads
-    running = gram.Moments(features)
+    running = Moments(features)
     running.add(x_BTI[:2], weight_BT[:2])
     running.add(x_BTI[2:], weight_BT[2:])
     expected_II = torch.einsum("bt,bti,btj->ij", weight_BT, x_BTI, x_BTI) / weight_BT.sum()
@@ -99,7 +100,7 @@ def test_bf16_inputs_are_added_up_in_float32_and_the_precision_setting_survives(
 
 
 def test_moments_do_not_keep_a_graph_and_are_zero_at_first():
-    running = gram.Moments(4)
+    running = Moments(4)
     assert not running.hessian().any()
     running.add(torch.randn(3, 4, requires_grad=True))
     assert not running.hessian().requires_grad
@@ -107,9 +108,9 @@ def test_moments_do_not_keep_a_graph_and_are_zero_at_first():
 
 def test_teacher_inputs_go_with_cross_moments_only():
     with pytest.raises(ValueError, match="cross"):
-        gram.Moments(4).add(torch.ones(1, 4), teacher=torch.ones(1, 4))
+        Moments(4).add(torch.ones(1, 4), teacher=torch.ones(1, 4))
     with pytest.raises(ValueError, match="cross"):
-        gram.Moments(4).cross()
+        Moments(4).cross()
 
 
 def test_retarget_brings_the_student_nearer_to_the_teachers_output():
@@ -117,19 +118,19 @@ def test_retarget_brings_the_student_nearer_to_the_teachers_output():
     student_TI = teacher_TI @ (
         torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     )
-    running = gram.Moments(16, cross=True)
+    running = Moments(16, cross=True)
     running.add(student_TI, teacher=teacher_TI)
     target_TO = teacher_TI @ w_OI.t()
 
     def distance(candidate_OI):
         return (student_TI @ candidate_OI.t() - target_TO).square().sum()
 
-    exact_OI = gram.retarget(w_OI, running.hessian(), running.cross(), dampening=1e-6)
+    exact_OI = gptq.retarget(w_OI, running.hessian(), running.cross(), dampening=1e-6)
     assert distance(exact_OI) < 1e-4 * distance(w_OI)
-    assert distance(gram.retarget(w_OI, running.hessian(), running.cross())) < distance(w_OI)
-    same = gram.Moments(16, cross=True)
+    assert distance(gptq.retarget(w_OI, running.hessian(), running.cross())) < distance(w_OI)
+    same = Moments(16, cross=True)
     same.add(teacher_TI, teacher=teacher_TI)
-    torch.testing.assert_close(gram.retarget(w_OI, same.hessian(), same.cross()), w_OI)
+    torch.testing.assert_close(gptq.retarget(w_OI, same.hessian(), same.cross()), w_OI)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,9 +142,12 @@ def test_retarget_brings_the_student_nearer_to_the_teachers_output():
 def test_search_is_never_worse_than_the_plain_scale(grid, heavy):
     w_OGg = grids.to_groups(weight(24, 128, heavy=heavy), 32)
     importance_Gg = torch.rand(4, 32) ** 3
-    found, before = gram.search_scale(w_OGg, importance_Gg, grid), plain(w_OGg.flatten(1), 32, grid)
-    better_OG = gram.weighted_error(w_OGg, importance_Gg, *found, grid)
-    worse_OG = gram.weighted_error(w_OGg, importance_Gg, *before, grid)
+    found, before = (
+        scale_search.search_scale(w_OGg, importance_Gg, grid),
+        plain(w_OGg.flatten(1), 32, grid),
+    )
+    better_OG = scale_search.weighted_error(w_OGg, importance_Gg, *found, grid)
+    worse_OG = scale_search.weighted_error(w_OGg, importance_Gg, *before, grid)
     assert (better_OG <= worse_OG).all()
     assert better_OG.sum() < (0.9 if grid.bits < 8 else 1.0) * worse_OG.sum()
 
@@ -162,7 +166,7 @@ def test_search_matches_the_fine_grid_of_two_hundred_scales(bits, heavy):
     zero_OG = torch.full_like(low_OG, grid.middle)
     full_OG = torch.stack(
         [
-            gram.weighted_error(
+            scale_search.weighted_error(
                 w_OGg,
                 importance_Gg,
                 grids.storable(-largest_OG / (grid.middle - step * i), grid),
@@ -172,8 +176,8 @@ def test_search_matches_the_fine_grid_of_two_hundred_scales(bits, heavy):
             for i in range(-span, span + 1)
         ]
     ).amin(0)
-    found_OG = gram.weighted_error(
-        w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid
+    found_OG = scale_search.weighted_error(
+        w_OGg, importance_Gg, *scale_search.search_scale(w_OGg, importance_Gg, grid), grid
     )
     assert found_OG.sum() <= 1.001 * full_OG.sum()
 
@@ -188,7 +192,7 @@ def test_asymmetric_search_matches_a_grid_of_ranges(heavy):
     low_OG, high_OG = grids.ranges(w_OGg, grid)
     full_OG = torch.stack(
         [
-            gram.weighted_error(
+            scale_search.weighted_error(
                 w_OGg,
                 importance_Gg,
                 *grids.scale_and_zero(low_OG * a / 20, high_OG * b / 20, grid),
@@ -198,8 +202,8 @@ def test_asymmetric_search_matches_a_grid_of_ranges(heavy):
             for b in range(6, 21)
         ]
     ).amin(0)
-    found_OG = gram.weighted_error(
-        w_OGg, importance_Gg, *gram.search_scale(w_OGg, importance_Gg, grid), grid
+    found_OG = scale_search.weighted_error(
+        w_OGg, importance_Gg, *scale_search.search_scale(w_OGg, importance_Gg, grid), grid
     )
     assert found_OG.sum() <= 1.003 * full_OG.sum()
 
@@ -209,7 +213,7 @@ def test_asymmetric_search_keeps_to_the_smallest_zero_point_and_positive_scales(
     grid = Grid(bits, False, min_zero=1)
     # all positive: the free zero point would be 0
     w_OGg = grids.to_groups(weight(16, 64).abs(), 32)
-    scale_OG, zero_OG = gram.search_scale(w_OGg, torch.ones(2, 32), grid)
+    scale_OG, zero_OG = scale_search.search_scale(w_OGg, torch.ones(2, 32), grid)
     assert (
         (zero_OG >= 1).all()
         and (zero_OG <= grid.top).all()
@@ -222,7 +226,7 @@ def test_asymmetric_search_keeps_to_the_smallest_zero_point_and_positive_scales(
 def test_searched_scales_are_what_the_file_holds(grid):
     w_OGg = grids.to_groups(weight(8, 64), 32)
     w_OGg[0, 0] = 0  # a group of zeros
-    scale_OG, _ = gram.search_scale(w_OGg, torch.rand(2, 32), grid)
+    scale_OG, _ = scale_search.search_scale(w_OGg, torch.rand(2, 32), grid)
     assert torch.equal(scale_OG, scale_OG.half().float())
     assert (scale_OG.abs() >= grid.bounds[0]).all()
 
@@ -233,16 +237,16 @@ def test_search_is_the_same_in_chunks_for_each_row_and_without_importance(monkey
         grids.to_groups(weight(20, 64), 32),
         torch.rand(2, 32),
     )
-    whole = gram.search_scale(w_OGg, importance_Gg, grid)
-    monkeypatch.setattr(gram, "CHUNK", 200)
-    chunked = gram.search_scale(w_OGg, importance_Gg.expand(20, 2, 32), grid)
+    whole = scale_search.search_scale(w_OGg, importance_Gg, grid)
+    monkeypatch.setattr(scale_search, "CHUNK", 200)
+    chunked = scale_search.search_scale(w_OGg, importance_Gg.expand(20, 2, 32), grid)
     assert all(torch.equal(a, b) for a, b in zip(whole, chunked, strict=True))
-    blank = gram.search_scale(w_OGg, torch.zeros(2, 32), grid)
-    assert torch.equal(blank[0], gram.search_scale(w_OGg, torch.ones(2, 32), grid)[0])
+    blank = scale_search.search_scale(w_OGg, torch.zeros(2, 32), grid)
+    assert torch.equal(blank[0], scale_search.search_scale(w_OGg, torch.ones(2, 32), grid)[0])
 
 
 def test_search_uses_both_signs():
-    scale_OG, _ = gram.search_scale(
+    scale_OG, _ = scale_search.search_scale(
         grids.to_groups(weight(32, 128), 32), torch.ones(4, 32), Grid(2, True)
     )
     assert (scale_OG < 0).any() and (scale_OG > 0).any()
@@ -253,8 +257,8 @@ def test_search_uses_both_signs():
 
 
 def solved_error(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order="none"):
-    q_OI = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order=order)
-    return gram.error(w_OI, values(q_OI, scale_OG, zero_OG, group_size), hessian_II)
+    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order=order)
+    return output_error(w_OI, values(q_OI, scale_OG, zero_OG, group_size), hessian_II)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -267,7 +271,7 @@ def test_solve_equals_the_published_algorithm(grid, order, block):
         hessian_II.diagonal().argsort(descending=True) if order == "weight" else torch.arange(64)
     )
     expected_OI = slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, 0.01, order_I)
-    q_OI = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, order=order, block=block)
+    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, order=order, block=block)
     assert torch.equal(q_OI.double(), expected_OI)
 
 
@@ -275,7 +279,7 @@ def test_solve_equals_the_published_algorithm(grid, order, block):
 def test_uncorrelated_inputs_are_rounded_to_nearest(grid):
     w_OI = weight(12, 64)
     codes = grids.round_to_nearest(w_OI, 16, grid)
-    q_OI = gram.solve(w_OI, torch.diag(torch.rand(64) + 0.1), *plain(w_OI, 16, grid), 16, grid)
+    q_OI = gptq.solve(w_OI, torch.diag(torch.rand(64) + 0.1), *plain(w_OI, 16, grid), 16, grid)
     assert torch.equal(q_OI.to(torch.uint8), codes.q_OI)
 
 
@@ -283,7 +287,9 @@ def test_uncorrelated_inputs_are_rounded_to_nearest(grid):
 def test_solve_halves_the_error_on_correlated_inputs(grid):
     w_OI, hessian_II = weight(32, 128), moments(inputs(1000, 128))
     scale_OG, zero_OG = plain(w_OI, 32, grid)
-    nearest = gram.error(w_OI, grids.dequantize(grids.round_to_nearest(w_OI, 32, grid)), hessian_II)
+    nearest = output_error(
+        w_OI, grids.dequantize(grids.round_to_nearest(w_OI, 32, grid)), hessian_II
+    )
     assert solved_error(w_OI, hessian_II, scale_OG, zero_OG, 32, grid) < 0.6 * nearest
 
 
@@ -302,11 +308,11 @@ def test_search_then_solve_then_refit_each_lower_the_error():
     grid, w_OI, hessian_II = Grid(3, True), weight(32, 128), moments(inputs(1000, 128))
     alone = solved_error(w_OI, hessian_II, *plain(w_OI, 32, grid), 32, grid)
     importance_Gg = hessian_II.diagonal().reshape(-1, 32)
-    scale_OG, zero_OG = gram.search_scale(grids.to_groups(w_OI, 32), importance_Gg, grid)
-    q_OI = gram.solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid)
-    refit_OG = gram.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 32, grid)
+    scale_OG, zero_OG = scale_search.search_scale(grids.to_groups(w_OI, 32), importance_Gg, grid)
+    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid)
+    refit_OG = gptq.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 32, grid)
     both, after = (
-        gram.error(w_OI, values(q_OI, s_OG, zero_OG, 32), hessian_II)
+        output_error(w_OI, values(q_OI, s_OG, zero_OG, 32), hessian_II)
         for s_OG in (scale_OG, refit_OG)
     )
     assert after < both < alone
@@ -319,12 +325,12 @@ def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():
     hessian_II, ranges = moments(x_TI), plain(w_OI, 16, grid)
     changed_OI = w_OI.clone()
     changed_OI[:, 3] *= -0.5
-    one, other = (gram.solve(w, hessian_II, *ranges, 16, grid) for w in (w_OI, changed_OI))
+    one, other = (gptq.solve(w, hessian_II, *ranges, 16, grid) for w in (w_OI, changed_OI))
     live_I = torch.arange(32) != 3
     assert torch.equal(one[:, live_I], other[:, live_I])
     nearest_OI = grids.round_to_nearest(w_OI, 16, grid).q_OI
     assert torch.equal(one[:, [3, 20]].to(torch.uint8), nearest_OI[:, [3, 20]])
-    unseen = gram.solve(w_OI, torch.zeros(32, 32), *ranges, 16, grid)
+    unseen = gptq.solve(w_OI, torch.zeros(32, 32), *ranges, 16, grid)
     assert torch.equal(unseen.to(torch.uint8), nearest_OI)
 
 
@@ -332,11 +338,11 @@ def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
     grid, w_OI = Grid(4, True), weight(8, 32)
     ranges, nearest_OI = plain(w_OI, 16, grid), grids.round_to_nearest(w_OI, 16, grid).q_OI
     with caplog.at_level(logging.WARNING, "auto_mmround"):
-        gram.solve(
+        gptq.solve(
             w_OI, moments(inputs(300, 32)) - 0.02 * torch.eye(32), *ranges, 16, grid, dampening=0
         )
         assert "dampening" in caplog.text and "nearest" not in caplog.text
-        broken = gram.solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
+        broken = gptq.solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
     assert "rounded to nearest" in caplog.text
     assert torch.equal(broken.to(torch.uint8), nearest_OI)
 
@@ -346,7 +352,7 @@ def test_solve_is_deterministic_and_leaves_its_arguments_alone():
     scale_OG, zero_OG = plain(w_OI, 16, grid)
     arguments = (w_OI, hessian_II, scale_OG, zero_OG)
     copies = [t.clone() for t in arguments]
-    results = [gram.solve(*arguments, 16, grid, order="weight") for _ in range(2)]
+    results = [gptq.solve(*arguments, 16, grid, order="weight") for _ in range(2)]
     assert torch.equal(*results)
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 
@@ -376,7 +382,7 @@ def test_start_gives_back_the_integers_with_the_smallest_offsets(
         zero_OG = torch.randint(0, grid.top + 1, (3, 2), generator=generator).float()
     w_OGg = torch.randn(3, 2, 8, generator=generator) * spread * scale
     q_OGg = torch.randint(0, grid.top + 1, (3, 2, 8), generator=generator).float()
-    offset_OGg = gram.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
+    offset_OGg = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
     scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
     assert torch.equal(grids.quantize(w_OGg, offset_OGg, scale_OG1, zero_OG1, grid.top), q_OGg)
 

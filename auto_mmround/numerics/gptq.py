@@ -1,0 +1,203 @@
+"""Integers that answer for each other's errors under all of H, for given scales (GPTQ); scales
+refitted to given integers; where sign steps start from.
+
+Shapes: O out, I in, G groups a row, g columns a group, B columns of a block.
+"""
+
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from auto_mmround.numerics import grids
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import bf16_products
+
+log = logging.getLogger("auto_mmround")
+
+Order = Literal["none", "weight", "group"]
+
+MOST_DAMPENING = 1.0
+
+
+def retarget(w_OI: Tensor, hessian_II: Tensor, cross_II: Tensor, dampening: float = 0.01) -> Tensor:
+    """The weight that makes most of the student's inputs: argmin |W' x_student - W x_teacher|^2,
+    drawn towards W.
+
+    W' = W + W (C - H)^T (H + d I)^-1 with C = E[x_student x_teacher^T], d = dampening * mean
+    diag(H). A solve for W' under H then is a solve against the teacher's outputs (the aim of GPTAQ,
+    arXiv 2504.02692). (out, in) float32.
+    """
+    diagonal_I = hessian_II.diagonal()
+    damp = (dampening * diagonal_I.mean()).clamp(min=1e-30)
+    damped_II = hessian_II + damp * torch.eye(len(diagonal_I), device=hessian_II.device)
+    change_IO = torch.linalg.solve(damped_II, (cross_II - hessian_II) @ w_OI.float().t())
+    return w_OI.float() + change_IO.t()
+
+
+def solve(
+    w_OI: Tensor,
+    hessian_II: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    group_size: int,
+    grid: Grid,
+    *,
+    dampening: float = 0.01,
+    order: Order = "none",
+    block: int = 64,
+) -> Tensor:
+    """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for
+    each other's errors.
+
+    Returns codes (out, in) as floats, 0 .. top. Columns are rounded in turn, in ``order``: "weight"
+    by falling diag(H), "group" by groups of falling sum of diag(H) and so within each; all groups
+    stay where they are. With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) =
+    |E R|^2, and column k of E R is zero for w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that
+    to the grid is GPTQ's step (QuIP, arXiv 2307.13304, section 3.2) without inverting H. Columns
+    without inputs are rounded to nearest.
+    """
+    order_I = _order(hessian_II.diagonal(), order, group_size)
+    feedback_II = _factor(hessian_II, order_I, dampening)
+    if feedback_II is None:
+        columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
+        scale_OI, zero_OI = scale_OG.float()[:, columns_I], zero_OG.float()[:, columns_I]
+        return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid.top)
+    w_IO = w_OI.float().t()[order_I].contiguous()
+    error_IO, q_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
+    zero_GO = zero_OG.float().t().contiguous()
+    groups = _Groups(scale_OG.float().t().contiguous(), -zero_GO, grid.top - zero_GO)
+    group_of = (order_I // group_size).tolist()
+    for i in range(0, len(w_IO), block):
+        part = slice(i, i + block)
+        w_BO, error_BO = w_IO[part], error_IO[part]
+        target_BO = torch.addmm(w_BO, feedback_II[part, :i], error_IO[:i])
+        _solve_block(
+            target_BO, w_BO, feedback_II[part, part], groups, group_of[part], error_BO, q_IO[part]
+        )
+    q_IO += zero_GO[group_of]
+    return q_IO[order_I.argsort()].t().contiguous()
+
+
+class _Groups(NamedTuple):
+    """Scale, and bounds of the centred integers q - z; transposed, so that a group's row is
+    contiguous."""
+
+    scale_GO: Tensor
+    low_GO: Tensor
+    high_GO: Tensor
+
+
+def _solve_block(
+    target_BO: Tensor,
+    w_BO: Tensor,
+    feedback_BB: Tensor,
+    groups: _Groups,
+    group_of: list[int],
+    error_BO: Tensor,
+    q_BO: Tensor,
+) -> None:
+    """Round the columns of one block in turn; fills ``error_BO`` and the centred ``q_BO``. Five
+    passes a column."""
+    rows = [table_GO.unbind() for table_GO in groups]
+    columns = zip(
+        target_BO.unbind(), w_BO.unbind(), error_BO.unbind(), q_BO.unbind(), group_of, strict=True
+    )
+    for k, (target_O, w_O, error_O, q_O, group) in enumerate(columns):
+        scale_O, low_O, high_O = (row[group] for row in rows)
+        if k:
+            target_O.addmv_(error_BO[:k].t(), feedback_BB[k, :k])
+        torch.div(target_O, scale_O, out=q_O).round_().clamp_(low_O, high_O)
+        torch.addcmul(w_O, scale_O, q_O, value=-1, out=error_O)
+
+
+def _order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
+    if order == "none":
+        return torch.arange(len(diagonal_I), device=diagonal_I.device)
+    falling_I = diagonal_I.argsort(descending=True, stable=True)
+    if order == "weight":
+        return falling_I
+    sum_G = grids.to_groups(diagonal_I[None], group_size)[0].sum(-1)
+    place_G = sum_G.argsort(descending=True, stable=True).argsort()
+    return falling_I[place_G[falling_I // group_size].argsort(stable=True)]
+
+
+def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:
+    """N_kj = R_jk / R_kk, unit lower triangular, of the damped H = R R^T in the given order:
+    Cholesky of H with both axes reversed makes R upper triangular. None: no luck.
+
+    ``dampening`` is a fraction of the mean of diag(H) over the columns that have inputs; it grows
+    tenfold where H is not positive definite.
+    """
+    diagonal_I, turned_I = hessian_II.diagonal()[order_I], order_I.flip(0)
+    live_I = diagonal_I > 0
+    mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
+    fraction = dampening
+    while True:
+        damp_I = torch.where(live_I, fraction, 1.0) * mean
+        damped_II = hessian_II[turned_I[:, None], turned_I]
+        damped_II.diagonal().add_(damp_I.flip(0))
+        upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
+        feedback_II = upper_II.flip(0, 1)
+        root_I = feedback_II.diagonal().clone()
+        if not failed and root_I.isfinite().all():
+            return feedback_II.div_(root_I[:, None])
+        log.warning("second moments are not positive definite with dampening %g", fraction)
+        fraction = max(10 * fraction, 1e-3)
+        if fraction > MOST_DAMPENING:
+            log.warning(
+                "no dampening up to %g helped: the weight is rounded to nearest", MOST_DAMPENING
+            )
+            return None
+
+
+def refit_scale(
+    w_OI: Tensor,
+    q_OI: Tensor,
+    hessian_II: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    group_size: int,
+    grid: Grid,
+    unit_OG: Tensor | None = None,
+) -> Tensor:
+    """Scales (out, G) that fit the given integers best under all of H, group after group
+    (Gauss-Seidel, one sweep).
+
+    With u = q - z of one group, zero elsewhere, and E the current error: ds = (E H u^T) / (u H
+    u^T).
+    """
+    scale_OG = scale_OG.float().clone()
+    columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
+    centred_OI = q_OI.float() - zero_OG.float()[:, columns_I]
+    error_OI = w_OI.float() - centred_OI * scale_OG[:, columns_I]
+    for group in range(scale_OG.shape[1]):
+        part = slice(group * group_size, (group + 1) * group_size)
+        u_Og = centred_OI[:, part]
+        with bf16_products(True):  # three digits of a small step are enough
+            along_O = ((error_OI @ hessian_II[:, part]) * u_Og).sum(-1)
+        length_O = ((u_Og @ hessian_II[part, part]) * u_Og).sum(-1)
+        step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0).nan_to_num(
+            0.0, 0.0, 0.0
+        )
+        unit_O = None if unit_OG is None else unit_OG[:, group]
+        scale_OG[:, group] = grids.storable(scale_OG[:, group] + step_O, grid, unit_O)
+        error_OI[:, part] = w_OI[:, part] - u_Og * scale_OG[:, group, None]
+    return scale_OG
+
+
+def place_start(
+    w_OGg: Tensor, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, margin: float = 0.1
+) -> Tensor:
+    """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, 0, top) = q and W/s + V
+    ``margin`` off the edges.
+
+    Edges are q - z -+ 1/2; beyond a bound of the clamp there is none. Small offsets let few sign
+    steps undo a choice.
+    """
+    ratio_OGg = w_OGg.float() / scale_OG[..., None]
+    centre_OGg = q_OGg.float() - zero_OG[..., None]
+    low_OGg = torch.where(q_OGg <= 0, -torch.inf, centre_OGg - (0.5 - margin))
+    high_OGg = torch.where(q_OGg >= grid.top, torch.inf, centre_OGg + (0.5 - margin))
+    return torch.clamp(ratio_OGg, low_OGg, high_OGg) - ratio_OGg

@@ -1,0 +1,134 @@
+"""Scales and zero points that lower the error weighted by diag(H), group by group.
+
+Shapes: O out, I in, G groups a row, g columns a group.
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from auto_mmround.numerics import grids
+from auto_mmround.numerics.grids import Grid
+
+# elements of a weight searched at a time: the temporaries stay in the processor's cache
+CHUNK = 2**16
+
+
+class Search(NamedTuple):
+    """Candidates: the plain scale times ``factors``, its zero point plus ``shifts``; then rounds
+    around the best."""
+
+    factors: tuple[float, ...]
+    shifts: tuple[int, ...]
+    rounds: tuple[tuple[tuple[float, ...], tuple[int, ...]], ...]
+
+
+def spread(low: float, high: float, count: int) -> tuple[float, ...]:
+    """``count`` numbers from ``low`` to ``high``, each the same multiple of the one before."""
+    return tuple(low * (high / low) ** (i / (count - 1)) for i in range(count))
+
+
+def search_plan(grid: Grid) -> Search:
+    """What `search_scale` tries: 22 to 46 candidates. A symmetric scale of the other sign wins
+    often up to 4 bits.
+
+    Integers move with steps of about 1 / top, so the last round's steps shrink with the bits.
+    """
+    fine = tuple(1 + i / (2 * grid.top) for i in (-3, -2, -1, 1, 2, 3))
+    if not grid.sym:
+        factors = spread(0.35, 1.0, 8)
+        return Search(factors, (-1, 0, 1), ((fine, (0,)),))
+    if grid.bits <= 4:
+        factors = spread(0.35, 1.3, 8)
+        return Search(factors + tuple(-f for f in factors), (0,), ((fine, (0,)),))
+    near = tuple(1 + i / 200 for i in (-4, -3, -2, -1, 1, 2, 3, 4))
+    return Search(spread(0.45, 1.15, 32), (0,), ((near, (0,)), (fine, (0,))))
+
+
+class _Best(NamedTuple):
+    gain_OG: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor
+
+
+def search_scale(w_OGg: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (out, G), float32 as the file will hold them, with small sum of
+    importance * (w - w~)^2.
+
+    ``importance`` is E[x^2], (G, g) or (out, G, g); a group without any is searched unweighted.
+    Candidates shrink the range, as SignRoundV2 does (arXiv 2512.04746), coarse steps first and
+    finer ones around the best. But a candidate's integers are judged with the scale that fits them
+    best, s = sum(iwq) / sum(iqq), which leaves the error sum(iww) - sum(iwq)^2 / sum(iqq): so a few
+    candidates find more than a fine grid of scales does. Never worse than the plain scale of
+    `grids.scale_and_zero`.
+    """
+    rows = max(1, (CHUNK if w_OGg.is_cpu else 256 * CHUNK) // w_OGg[0].numel())
+    found = []
+    for at in range(0, len(w_OGg), rows):
+        part = importance[at : at + rows] if importance.dim() == 3 else importance
+        found.append(_search(w_OGg[at : at + rows].float(), part.float(), grid, search_plan(grid)))
+    return torch.cat([scale_OG for scale_OG, _ in found]), torch.cat(
+        [zero_OG for _, zero_OG in found]
+    )
+
+
+def _search(w_OGg: Tensor, importance: Tensor, grid: Grid, plan: Search) -> tuple[Tensor, Tensor]:
+    importance = torch.where(importance.sum(-1, keepdim=True) > 0, importance, 1.0)
+    weighted_OGg = w_OGg * importance
+    plain = grids.scale_and_zero(*grids.ranges(w_OGg, grid), grid)
+    best = _Best(torch.zeros_like(plain[0]), *plain)
+    for factors, shifts in ((plan.factors, plan.shifts), *plan.rounds):
+        _, scale_OG, zero_OG = best
+        for factor, shift in product(factors, shifts):
+            zero_shifted_OG = (zero_OG + shift).clamp(grid.min_zero, grid.top)
+            best = _better(
+                best, w_OGg, weighted_OGg, importance, scale_OG * factor, zero_shifted_OG, grid
+            )
+    scale_OG = grids.storable(best.scale_OG, grid)
+    # Rounding the scale to its dtype may cost more than the search has won, or the group is all
+    # zeros.
+    kept_OG = weighted_error(w_OGg, importance, scale_OG, best.zero_OG, grid) <= weighted_error(
+        w_OGg, importance, *plain, grid
+    )
+    return torch.where(kept_OG, scale_OG, plain[0]), torch.where(kept_OG, best.zero_OG, plain[1])
+
+
+def _better(
+    best: _Best,
+    w_OGg: Tensor,
+    weighted_OGg: Tensor,
+    importance: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    grid: Grid,
+) -> _Best:
+    """The better of ``best`` and the integers that a candidate scale and zero point give, group by
+    group."""
+    if grid.sym:
+        q_OGg = (w_OGg / scale_OG[..., None]).round_().clamp_(-grid.middle, grid.top - grid.middle)
+    else:
+        q_OGg = (
+            (w_OGg / scale_OG[..., None])
+            .round_()
+            .clamp_(-zero_OG[..., None], grid.top - zero_OG[..., None])
+        )
+    along_OG = (weighted_OGg * q_OGg).sum(-1)
+    fit_OG = along_OG / q_OGg.square_().mul_(importance).sum(-1).clamp(min=1e-30)
+    gain_OG = along_OG * fit_OG
+    wins_OG = gain_OG > best.gain_OG
+    return _Best(
+        torch.where(wins_OG, gain_OG, best.gain_OG),
+        torch.where(wins_OG, fit_OG, best.scale_OG),
+        torch.where(wins_OG, zero_OG, best.zero_OG),
+    )
+
+
+def weighted_error(
+    w_OGg: Tensor, importance: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid
+) -> Tensor:
+    """sum of importance * (w - w~)^2 over each group, rounded to nearest; (out, G)."""
+    scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
+    q_OGg = grids.quantize(w_OGg, 0.0, scale_OG1, zero_OG1, grid.top)
+    return (w_OGg - scale_OG1 * (q_OGg - zero_OG1)).square_().mul_(importance).sum(-1)
