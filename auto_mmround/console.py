@@ -23,9 +23,9 @@ from auto_mmround.calibration.template import shipped
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.evaluate import evaluate, keep
 from auto_mmround.evaluate.generation import generate_sample
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.prompts import Data
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.evaluate.tasks import Findings
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model import devices

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import from_mapping
 from auto_mmround.run import job as jobs

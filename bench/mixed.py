@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model.chains import Kinds
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs

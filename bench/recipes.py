@@ -211,8 +211,8 @@ def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     from tuner import tokens
 
     from auto_mmround.calibration.inputs import TEXT, ModelInput
+    from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.metrics import measure
-    from auto_mmround.evaluate.samples import held_out
     from auto_mmround.run import job as jobs
 
     loaded, limit = prepared_job.loaded, job["rows"]
@@ -234,14 +234,15 @@ def speech_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     import jiwer
     from safetensors.torch import load_file, save_file
 
-    from auto_mmround.evaluate import prompts, samples
+    from auto_mmround.evaluate import prompts
+    from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.scoring import normaliser
 
     loaded, voices = prepared_job.loaded, {}
     normalise = normaliser(None, loaded.tokenizer)
     for voice, table in job["test"].items():
         clips = prompts.clips(loaded, prompts.Data(table))
-        hidden, heard = whisper.listen(loaded, clips, samples.held_out(loaded, table))
+        hidden, heard = whisper.listen(loaded, clips, held_out(loaded, table))
         stored = Path(job["work"]) / f"reference-{voice}.safetensors"
         if job["method"] == FULL:
             save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, stored)

@@ -152,8 +152,8 @@ def damage(model: Any, reference: Any, rows: Any) -> dict[str, float]:
 def bundled(job: dict[str, Any]) -> dict[str, Any]:
     """One method on the bundled vision-language model, text and images in its calibration; KL by
     modality."""
+    from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.metrics import measure
-    from auto_mmround.evaluate.samples import held_out
     from auto_mmround.recipe.recipe import Recipe
     from auto_mmround.run import job as jobs
     from auto_mmround.run.finished import Finished

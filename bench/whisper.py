@@ -103,7 +103,8 @@ def worker(job: dict[str, Any]) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
-    from auto_mmround.evaluate import prompts, samples
+    from auto_mmround.evaluate import prompts
+    from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.scoring import normaliser
 
     transformers.logging.set_verbosity_error()
@@ -115,7 +116,7 @@ def worker(job: dict[str, Any]) -> None:
     normalise = normaliser(None, loaded.tokenizer)
     for voice, table in job["test"].items():
         clips = prompts.clips(loaded, prompts.Data(table))
-        hidden, heard = listen(loaded, clips, samples.held_out(loaded, table))
+        hidden, heard = listen(loaded, clips, held_out(loaded, table))
         stored = Path(job["work"]) / f"reference-{voice}.safetensors"
         if job["method"] == "full precision":
             save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, stored)

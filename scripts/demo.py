@@ -24,9 +24,9 @@ from auto_mmround.console import (
     rows_as_markdown,
 )
 from auto_mmround.evaluate import evaluate, tasks
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics, measure
 from auto_mmround.evaluate.prompts import Data
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from auto_mmround.calibration import batches, media
+from auto_mmround.calibration import media, samples
 from auto_mmround.calibration.datasets import load_samples
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages, read_template, shipped
@@ -123,22 +123,13 @@ def _iterable(data: Any) -> Any:
 def datasets(work: Path) -> list[Reader]:
     (work / "given" / "a.png").write_bytes(picture("PNG"))
     processor = load_processor(DEMO)
-    options = {
-        "tokenizer": processor.tokenizer,
-        "processor": processor,
-        "config": read_config(DEMO),
-    }
+    preparers = samples.Preparers(
+        processor.tokenizer, processor, shipped()["qwen2_vl"], read_config(DEMO)
+    )
 
     def use(path: Path) -> None:
         for mode in ("skip", "error"):
-            batches.build(
-                str(path),
-                template=shipped()["qwen2_vl"],
-                nsamples=2,
-                seqlen=64,
-                on_bad_sample=mode,
-                **options,
-            )
+            samples.build(str(path), preparers, samples.Reading(2, 64, on_bad_sample=mode))
 
     json_rows, lines = damaged(*ROWS).map(written), damaged(ROWS[0]).map(_lines)
     return [

@@ -14,8 +14,8 @@ from tiny_models import FAMILIES, ids, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.checkpoint.reading import read_checkpoint
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model import devices
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe

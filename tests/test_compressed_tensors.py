@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from auto_mmround.checkpoint.loader import from_quantized, load_any
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import logits_of
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.export import formats
 from auto_mmround.export.compressed_tensors import format as ct
 from auto_mmround.export.formats import FORMATS, Layout

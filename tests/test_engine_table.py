@@ -21,7 +21,7 @@ from PIL import Image
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.console import rows_as_markdown
-from auto_mmround.evaluate.samples import HELD_OUT, held_out
+from auto_mmround.evaluate.held_out import HELD_OUT, held_out
 from auto_mmround.evaluate.scoring import exact_match
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe

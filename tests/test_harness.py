@@ -12,9 +12,9 @@ from PIL import Image
 
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate import harness
+from auto_mmround.evaluate.held_out import HELD_OUT
 from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.evaluate.prompts import answer, asked, log_likelihood
-from auto_mmround.evaluate.samples import HELD_OUT
 from auto_mmround.model.loading import load
 
 TEXTS = (

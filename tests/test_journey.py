@@ -10,8 +10,8 @@ import torch
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.checkpoint.loader import from_quantized, load_any
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.recipe.files import read

@@ -17,8 +17,8 @@ from auto_mmround.checkpoint.folder import write_config
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import logits_of
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.export import mlx
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.loading import load

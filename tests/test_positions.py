@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 import transformers
+from building import build
 from tiny_models import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from auto_mmround.calibration.batches import build
 from auto_mmround.calibration.template import Template
 from auto_mmround.cli import main
 from auto_mmround.model.positions import position_limit

@@ -6,10 +6,10 @@ import io
 import json
 
 import pytest
+from building import build
 from PIL import Image
 from tiny_models import tiny_tokenizer
 
-from auto_mmround.calibration.batches import build
 from auto_mmround.calibration.datasets import load_samples
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.rows import BadSample, parse_row

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 from auto_mmround import cli, untrusted
 from auto_mmround.calibration import (
-    batches,
     datasets,
     fetch,
     folders,
     media,
     processor,
+    samples,
     tables,
     template,
 )
@@ -502,8 +502,8 @@ def test_rows_of_token_ids_that_are_none(tmp_path, row):
 def test_what_is_no_tensor_beside_token_ids_is_named(tmp_path, beside):
     (tmp_path / "d.json").write_text(json.dumps([{"input_ids": [1, 2, 3] * 20, "odd": beside}]))
     with pytest.raises(UserError, match="'odd' beside input_ids is no tensor"):
-        batches.build(
-            str(tmp_path / "d.json"), tokenizer=None, template=Template(), seqlen=8, nsamples=1
+        samples.build(
+            str(tmp_path / "d.json"), samples.Preparers(None), samples.Reading(1, seqlen=8)
         )
 
 

@@ -13,8 +13,8 @@ from auto_mmround import cli
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate import tasks
 from auto_mmround.evaluate.evaluate import evaluate
+from auto_mmround.evaluate.held_out import HELD_OUT, held_out
 from auto_mmround.evaluate.prompts import Data, answer, clips, openings, questions
-from auto_mmround.evaluate.samples import HELD_OUT, held_out
 from auto_mmround.evaluate.scoring import error_rates, normaliser
 from auto_mmround.model.loading import load
 

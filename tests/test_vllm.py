@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.evaluate.held_out import HELD_OUT, held_out
 from auto_mmround.evaluate.metrics import logits_of
-from auto_mmround.evaluate.samples import HELD_OUT, held_out
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs

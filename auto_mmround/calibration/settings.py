@@ -15,7 +15,35 @@ from auto_mmround.errors import UserError
 TEXT_SEQLEN, MEDIA_SEQLEN = 2048, 512
 # A model that sees images sees the frames of a video.
 SEEN_AS = {"video": "image"}
-Kinds = frozenset[str]
+# kinds of media in a set of samples
+Media = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wrote; None where the data decide."""
+
+    nsamples: int = 128
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    seqlen: int | None = None
+    truncation: bool | None = None
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the model can read and must see.
+
+    text_only: it takes plain text without media. towers: some are quantized. needs: kinds of media
+    that the towers, or a model that can't take plain text, must meet. takes: kinds that the model
+    can read at all; None where nobody knows. positions: tokens that it has room for.
+    """
+
+    text_only: bool
+    towers: bool = False
+    needs: Sequence[str] = ("image",)
+    takes: Sequence[str] | None = None
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +61,7 @@ class Settings:
 
 def media_kinds(
     dataset: Any, load: Callable[[Any], list[Rows]] = load_rows, by_name: bool = True
-) -> list[Kinds]:
+) -> list[Media]:
     """For each set of a dataset argument the kinds of its media: known sets by name, all others by
     their content."""
     if not isinstance(dataset, str) or not by_name:
@@ -53,29 +81,17 @@ def media_kinds(
 def choose(
     dataset: Any,
     template: Template,
+    model: Reads,
+    asked: Asked = Asked(),
     *,
-    text_only: bool,
-    quant_nontext_module: bool = False,
-    needs: Sequence[str] = ("image",),
-    takes: Sequence[str] | None = None,
     by_name: bool = True,
-    nsamples: int = 128,
-    batch_size: int = 8,
-    gradient_accumulate_steps: int = 1,
-    seqlen: int | None = None,
-    truncation: bool | None = None,
     load: Callable[[Any], list[Rows]] = load_rows,
-    positions: int | None = None,
 ) -> tuple[Settings, tuple[str, ...]]:
     """The settings and one note, for the log, on each thing that is not as it was asked.
 
-    dataset: as given, or None for the template's own. text_only: the model takes plain text
-      without media.
-    needs: kinds of media that the towers to quantize, or a model that can't take plain text, must
-    meet. takes: kinds that the model can read at all; None where nobody knows. load: reads a set
-    whose kind its name doesn't tell;
-    by_name: a known name may tell it. positions: tokens that the model has room for. Raises
-    UserError as `load_rows` does, and when needs or takes can't be met.
+    dataset: as given, or None for the template's own. load: reads a set whose kind its name doesn't
+    tell; by_name: a known name may tell it. Raises UserError as `load_rows` does, and when what the
+    model needs or takes can't be met.
     """
     notes: list[str] = []
     if dataset is None:
@@ -84,65 +100,75 @@ def choose(
         dataset = str(dataset)
     elif not isinstance(dataset, Sized):
         dataset = list(islice(dataset, STREAM_ROWS))  # it can be read only once
-    media = media_kinds(dataset, load, by_name)
-    demanded = quant_nontext_module or not text_only
-    if demanded and not any(media):
-        why = (
-            "non-text modules are quantized"
-            if quant_nontext_module
-            else "this model can't take plain text"
+    dataset, media = _fitting(dataset, media_kinds(dataset, load, by_name), model, notes)
+    multimodal = any(media)
+    seqlen, truncation = _lengths(multimodal, model, asked, notes)
+    batch, steps = asked.batch_size, asked.gradient_accumulate_steps
+    if (multimodal or model.towers) and batch != 1:
+        steps *= batch
+        notes.append(f"batch_size {batch} becomes 1 with gradient_accumulate_steps {steps}")
+        batch = 1
+    nsamples = -(-asked.nsamples // batch) * batch
+    if nsamples != asked.nsamples:
+        notes.append(
+            f"nsamples {asked.nsamples} becomes {nsamples}, a multiple of batch_size {batch}"
         )
+    settings = Settings(dataset, multimodal, nsamples, seqlen, truncation, batch, steps)
+    return settings, tuple(notes)
+
+
+def _lengths(multimodal: bool, model: Reads, asked: Asked, notes: list[str]) -> tuple[int, bool]:
+    """Tokens of a sample, and whether longer ones are cut."""
+    seqlen = asked.seqlen
+    if seqlen is None:
+        seqlen = MEDIA_SEQLEN if multimodal else TEXT_SEQLEN
+    truncation = not multimodal and asked.truncation is not False
+    if multimodal and asked.truncation:
+        notes.append("truncation is off: the dataset carries media")
+    if multimodal and asked.seqlen is None:
+        notes.append(f"seqlen is {MEDIA_SEQLEN}: the dataset carries media")
+    if model.positions is not None and seqlen > model.positions:
+        notes.append(
+            f"seqlen {seqlen} becomes {model.positions}: the model has positions for no more tokens"
+        )
+        seqlen = model.positions
+    return seqlen, truncation
+
+
+def _fitting(
+    dataset: Any, media: list[Media], model: Reads, notes: list[str]
+) -> tuple[Any, list[Media]]:
+    """The dataset, another one where it lacks what is demanded, and the media of each of its sets.
+    Raises UserError if that can't be met."""
+    demanded = model.towers or not model.text_only
+    if demanded and not any(media):
+        if model.towers:
+            why = "non-text modules are quantized"
+        else:
+            why = "this model can't take plain text"
         if isinstance(dataset, str):
             # Only text sets are replaced: the embedded one by its sister, so that it stays offline.
-            offline = tuple(needs) == ("image",) and all(
+            offline = tuple(model.needs) == ("image",) and all(
                 source.name in DEMO for source in parse_spec(dataset)
             )
-            wanted = "demo-llava" if offline else ",".join(STAND_IN[kind] for kind in needs)
+            wanted = "demo-llava" if offline else ",".join(STAND_IN[kind] for kind in model.needs)
             notes.append(f"{why}: the dataset {dataset} has no media and is replaced by {wanted}")
-            dataset, media = wanted, [frozenset(needs)]
+            dataset, media = wanted, [frozenset(model.needs)]
         else:
             notes.append(f"{why}, but the given samples carry no media")
     elif isinstance(dataset, str):
-        dataset, media = _usable(dataset, media, text_only, takes, notes)
-    _check_kinds(dataset, media, needs if demanded else (), takes)
-    multimodal = any(media)
-    if multimodal:
-        resolved = MEDIA_SEQLEN if seqlen is None else seqlen
-        cut = False
-        if truncation:
-            notes.append("truncation is off: the dataset carries media")
-        if seqlen is None:
-            notes.append(f"seqlen is {MEDIA_SEQLEN}: the dataset carries media")
-    else:
-        resolved = TEXT_SEQLEN if seqlen is None else seqlen
-        cut = True if truncation is None else truncation
-    if positions is not None and resolved > positions:
-        notes.append(
-            f"seqlen {resolved} becomes {positions}: the model has positions for no more tokens"
-        )
-        resolved = positions
-    if (multimodal or quant_nontext_module) and batch_size != 1:
-        gradient_accumulate_steps *= batch_size
-        notes.append(
-            f"batch_size {batch_size} becomes 1 with gradient_accumulate_steps"
-            f" {gradient_accumulate_steps}"
-        )
-        batch_size = 1
-    rounded = -(-nsamples // batch_size) * batch_size
-    if rounded != nsamples:
-        notes.append(
-            f"nsamples {nsamples} becomes {rounded}, a multiple of batch_size {batch_size}"
-        )
-    return Settings(
-        dataset, multimodal, rounded, resolved, cut, batch_size, gradient_accumulate_steps
-    ), tuple(notes)
+        dataset, media = _usable(dataset, media, model, notes)
+    _check_kinds(dataset, media, model.needs if demanded else (), model.takes)
+    return dataset, media
 
 
 def _usable(
-    dataset: str, media: list[Kinds], text_only: bool, takes: Sequence[str] | None, notes: list[str]
-) -> tuple[str, list[Kinds]]:
+    dataset: str, media: list[Media], model: Reads, notes: list[str]
+) -> tuple[str, list[Media]]:
     """Without the sets of a mixture that the model can't read at all, where others are left."""
-    readable = [(text_only if not kinds else _foreign(kinds, takes) != kinds) for kinds in media]
+    readable = [
+        (model.text_only if not kinds else _foreign(kinds, model.takes) != kinds) for kinds in media
+    ]
     if all(readable) or not any(readable):
         return dataset, media
     sets = list(zip(parse_spec(dataset), media, strict=True))
@@ -158,7 +184,7 @@ def _usable(
     return ",".join(source.spec() for source, _ in kept), [kinds for _, kinds in kept]
 
 
-def _foreign(kinds: Kinds, takes: Sequence[str] | None) -> Kinds:
+def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
     """Those of the kinds that the model can't read."""
     if takes is None:
         return frozenset()
@@ -168,11 +194,11 @@ def _foreign(kinds: Kinds, takes: Sequence[str] | None) -> Kinds:
 
 
 def _check_kinds(
-    dataset: Any, media: Sequence[Kinds], needs: Sequence[str], takes: Sequence[str] | None
+    dataset: Any, media: Sequence[Media], needs: Sequence[str], takes: Sequence[str] | None
 ) -> None:
     """One line for a set with media that the model can't read, or when a tower would see no
     sample."""
-    found: Kinds = frozenset().union(*media)
+    found: Media = frozenset().union(*media)
     name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"
     if foreign := _foreign(found, takes):
         able = " and ".join(kind for kind in takes or ())

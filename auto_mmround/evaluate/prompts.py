@@ -3,25 +3,26 @@ openings of texts."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from auto_mmround.calibration import batches, media
+from auto_mmround.calibration import media
 from auto_mmround.calibration.datasets import Rows, load_rows
 from auto_mmround.calibration.inputs import PER_TOKEN
 from auto_mmround.calibration.rows import Sample
+from auto_mmround.calibration.samples import Reading, build
 from auto_mmround.calibration.turns import MARKER, Message
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate.held_out import MANY, parts
 from auto_mmround.evaluate.metrics import logits_of, moved
-from auto_mmround.evaluate.samples import MANY, parts
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import position_limit, room
-from auto_mmround.run.job import check_vocabulary, template_for
+from auto_mmround.run.job import check_vocabulary, preparers
 
 log = logging.getLogger("auto_mmround")
 
@@ -81,7 +82,7 @@ class Data:
 
     def chosen(self, rows: Rows) -> list[int]:
         """Which rows of a set are used: those that teacher-forced figures take too, see
-        `batches.pick`."""
+        `samples.pick`."""
         count = min(rows.source.num or MANY, self.limit or MANY)
         if len(rows) <= count:
             return list(range(len(rows)))
@@ -260,18 +261,11 @@ def answer(loaded: Loaded, prompt: Prompt) -> str:
 def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     if not samples:
         return []
-    made, _ = batches.build(
-        list(samples),
-        tokenizer=loaded.tokenizer,
-        processor=loaded.processor,
-        template=template_for(loaded.model, data.template),
-        config=loaded.model.config,
-        nsamples=len(samples),
-        seqlen=MANY,
-        truncation=False,
-        extra_data_dir=data.extra_data_dir,
-        prompt=True,
-        quiet=True,
+    reading = Reading(
+        len(samples), MANY, False, extra_data_dir=data.extra_data_dir, prompt=True, quiet=True
+    )
+    made, _ = build(
+        list(samples), replace(preparers(loaded, data.template), positions=None), reading
     )
     check_vocabulary(loaded.model, made)
     return [each.kwargs for each in made]

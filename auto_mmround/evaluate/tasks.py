@@ -15,9 +15,9 @@ from PIL import Image
 from auto_mmround.calibration.pictures import as_seen
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate import harness
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics, measure
 from auto_mmround.evaluate.prompts import Data, Prompt, answer, clips, openings, questions
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.evaluate.scoring import (
     Score,
     error_rates,

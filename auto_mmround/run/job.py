@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration import batches
-from auto_mmround.calibration.batches import ModelInput
 from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.dotted import collator
-from auto_mmround.calibration.inputs import PAD, TEXT, token_ids
-from auto_mmround.calibration.settings import choose
+from auto_mmround.calibration.inputs import PAD, TEXT, ModelInput, token_ids
+from auto_mmround.calibration.samples import Preparers, Reading, build
+from auto_mmround.calibration.settings import Asked, Reads, Settings, choose
 from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
@@ -75,6 +74,15 @@ def template_for(model: PreTrainedModel, name: str | None = None) -> Template:
     return load_template(name, family_of(model_type).template or model_type)
 
 
+def preparers(loaded: Loaded, template: str | None = None) -> Preparers:
+    """What turns rows into inputs of a model. template: the user's instead of the family's."""
+    model = loaded.model
+    return Preparers(
+        loaded.tokenizer, loaded.processor, template_for(model, template), model.config,
+        positions=position_limit(model),
+    )  # fmt: skip
+
+
 def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes = ALONE) -> Loaded:
     """The recipe's model on the recipe's device, or on this process's one of several. stream:
     instead of the recipe's, see `loading.load`."""
@@ -113,7 +121,7 @@ def prepare(
     """
     check_floating(loaded.model)
     check_head(loaded.model)
-    template = template_for(loaded.model, recipe.template)
+    template_for(loaded.model, recipe.template)  # complains of a name that no template has
     if loaded.source is not None:
         side_files(loaded.source)  # complains of what can't be copied
     plan = planned(recipe, loaded)
@@ -134,56 +142,12 @@ def prepare(
         return Job(
             recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",)
         )
-    towers = [stage.name for stage in plan.stages if stage.name != "text"]
-    takes = (
-        FAMILIES[kind].calibrates if (kind := loaded.model.config.model_type) in FAMILIES else None
-    )
-    collate = collator(recipe.collator) if recipe.collator else None
-    positions = position_limit(loaded.model)
-    settings, notes = choose(
-        recipe.dataset if dataset is None else dataset,
-        template,
-        text_only=family_of(kind).text_only,
-        quant_nontext_module=bool(towers),
-        needs=_needs(towers, family_of(kind).calibrates),
-        takes=takes,
-        by_name=collate is None,
-        load=partial(load_rows, collate=collate),
-        nsamples=recipe.nsamples,
-        batch_size=recipe.batch,
-        gradient_accumulate_steps=recipe.gradient_accumulate_steps,
-        seqlen=recipe.seqlen,
-        truncation=recipe.truncation,
-        positions=positions,
-    )
-    for note in notes:
-        log.warning(note)
-    recipe = replace(
-        recipe,
-        dataset=settings.dataset if isinstance(settings.dataset, str) else recipe.dataset,
-        nsamples=settings.nsamples,
-        seqlen=settings.seqlen,
-        truncation=settings.truncation,
-        batch_size=settings.batch_size,
-        gradient_accumulate_steps=settings.gradient_accumulate_steps,
-    )
-    inputs, report = batches.build(
-        settings.dataset,
-        tokenizer=loaded.tokenizer,
-        processor=loaded.processor,
-        image_processor=image_processor,
-        template=template,
-        config=loaded.model.config,
-        nsamples=settings.nsamples,
-        seqlen=settings.seqlen,
-        truncation=settings.truncation,
-        seed=recipe.seed,
-        extra_data_dir=recipe.extra_data_dir,
-        allow_url=recipe.allow_url,
-        processor_name=recipe.processor,
-        on_bad_sample=recipe.on_bad_sample,
-        collate=collate,
-        positions=positions,
+    chosen = choose_samples(recipe, loaded, plan, dataset)
+    recipe, ready = chosen.recipe, preparers(loaded, recipe.template)
+    inputs, report = build(
+        chosen.settings.dataset,
+        replace(ready, image_processor=image_processor, processor_name=recipe.processor),
+        chosen.reading,
     )
     check_vocabulary(loaded.model, inputs)
     mixed = None
@@ -192,7 +156,56 @@ def prepare(
             session = Session(loaded.model, recipe, plan, inputs)
             recipe, plan, mixed = choose_bits(session, on_measured)
         plan = within_ranges(loaded, plan)  # other bits need other scales
-    return Job(recipe, loaded, plan, inputs, asdict(report), notes, mixed)
+    return Job(recipe, loaded, plan, inputs, asdict(report), chosen.notes, mixed)
+
+
+class Chosen(NamedTuple):
+    """What the data ask of a run: its recipe with resolved values, and how samples are read."""
+
+    recipe: Recipe
+    settings: Settings
+    reading: Reading
+    notes: tuple[str, ...]
+
+
+def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = None) -> Chosen:
+    """Raises UserError as `choose` does. dataset: rows in memory instead of the recipe's name."""
+    kind = loaded.model.config.model_type
+    towers = [stage.name for stage in plan.stages if stage.name != "text"]
+    collate = collator(recipe.collator) if recipe.collator else None
+    settings, notes = choose(
+        recipe.dataset if dataset is None else dataset,
+        template_for(loaded.model, recipe.template),
+        Reads(
+            family_of(kind).text_only,
+            bool(towers),
+            _needs(towers, family_of(kind).calibrates),
+            FAMILIES[kind].calibrates if kind in FAMILIES else None,
+            position_limit(loaded.model),
+        ),
+        Asked(
+            recipe.nsamples,
+            recipe.batch,
+            recipe.gradient_accumulate_steps,
+            recipe.seqlen,
+            recipe.truncation,
+        ),
+        by_name=collate is None,
+        load=partial(load_rows, collate=collate),
+    )
+    for note in notes:
+        log.warning(note)
+    same = ("nsamples", "seqlen", "truncation", "batch_size", "gradient_accumulate_steps")
+    values: dict[str, Any] = {name: getattr(settings, name) for name in same}
+    if isinstance(settings.dataset, str):
+        values["dataset"] = settings.dataset
+    recipe = replace(recipe, **values)
+    reading = Reading(
+        settings.nsamples, settings.seqlen, settings.truncation, recipe.seed,
+        recipe.extra_data_dir, recipe.allow_url, on_bad_sample=recipe.on_bad_sample,
+        collate=collate,
+    )  # fmt: skip
+    return Chosen(recipe, settings, reading, notes)
 
 
 def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:

@@ -18,13 +18,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from auto_mmround.calibration import batches
+from auto_mmround.calibration import samples
 from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
 from auto_mmround.errors import UserError
 from auto_mmround.model.families import family_of
 from auto_mmround.model.loading import Loaded
-from auto_mmround.model.positions import position_limit
-from auto_mmround.run.job import template_for
+from auto_mmround.run.job import preparers
 
 TEXT = (
     "In the beginning was the word, and many other words came after it; some of them were numbers:"
@@ -97,18 +96,10 @@ def _heard(loaded: Loaded, path: Path) -> Probe:
 
 
 def _encode(loaded: Loaded, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    made, _ = batches.build(
+    made, _ = samples.build(
         [dict(row)],
-        tokenizer=loaded.tokenizer,
-        processor=loaded.processor,
-        template=template_for(loaded.model),
-        config=loaded.model.config,
-        nsamples=1,
-        truncation=False,
-        extra_data_dir=str(folder),
-        prompt=True,
-        quiet=True,
-        positions=position_limit(loaded.model),
+        preparers(loaded),
+        samples.Reading(1, truncation=False, extra_data_dir=str(folder), prompt=True, quiet=True),
     )
     return made[0].kwargs
 

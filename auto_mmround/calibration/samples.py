@@ -4,7 +4,7 @@ of them."""
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -212,77 +212,98 @@ def pick(
     return [full[i] for i in sorted(full)] + [short[i] for i in sorted(short)], len(short)
 
 
-def build(
-    dataset: Any,
-    *,
-    tokenizer: Any,
-    processor: Any = None,
-    template: Template,
-    config: Any = None,
-    nsamples: int = 128,
-    seqlen: int = 2048,
-    truncation: bool = True,
-    seed: int = 42,
-    image_processor: Any = None,
-    extra_data_dir: Any = None,
-    allow_url: bool = False,
-    processor_name: str | None = None,
-    prompt: bool = False,
-    on_bad_sample: str = "error",
-    quiet: bool = False,
-    collate: Collate | None = None,
-    positions: int | None = None,
-) -> tuple[list[ModelInput], Report]:
-    """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what
-    became of the rows.
+@dataclass(frozen=True)
+class Preparers:
+    """What turns rows into inputs of one model. processor_name: one of ours, by its name or file.
+    positions: tokens that the model has room for; longer samples are cut, and that is counted."""
+
+    tokenizer: Any
+    processor: Any = None
+    template: Template = field(default_factory=Template)
+    config: Any = None
+    image_processor: Any = None
+    processor_name: str | None = None
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which rows are read, and how.
 
     truncation: conversations are cut to seqlen too (plain text always is). prompt: stop at the
     opening of the last answer. on_bad_sample: "error" raises at the first damaged, missing or
-    malformed one, "skip" counts them. quiet: the report is only returned, not logged. collate: the
-    user's own way from a row to model inputs. positions: tokens that the model has room for; longer
-    samples are cut, and that is counted. Raises UserError for wrong arguments or when no sample can
-    be used.
+    malformed one, "skip" counts them. collate: the user's own way from a row to model inputs.
+    quiet: the report is only returned, not logged.
     """
-    if on_bad_sample not in ("error", "skip"):
-        raise UserError(f"on_bad_sample must be error or skip, not {on_bad_sample!r}")
-    if nsamples < 1 or seqlen < 1:
-        raise UserError(f"nsamples ({nsamples}) and seqlen ({seqlen}) must be at least 1")
-    family = get_processor(processor_name, template)(tokenizer, processor, image_processor, config)
-    roots = media.parse_roots(extra_data_dir, allow_url)
-    seqlen = min(seqlen, positions or seqlen)
-    encode = Encoder(
-        tokenizer, processor, family, template, config, roots, seqlen, truncation, prompt, positions
-    )
-    sets = load_rows(dataset, collate)
-    given, notes = shares(nsamples, sets)
-    tally = Tally(on_bad_sample == "error")
+
+    nsamples: int = 128
+    seqlen: int = 2048
+    truncation: bool = True
+    seed: int = 42
+    extra_data_dir: Any = None
+    allow_url: bool = False
+    prompt: bool = False
+    on_bad_sample: str = "error"
+    collate: Collate | None = None
+    quiet: bool = False
+
+
+def build(dataset: Any, preparers: Preparers, reading: Reading) -> tuple[list[ModelInput], Report]:
+    """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what
+    became of the rows. Raises UserError for wrong arguments or when no sample can be used."""
+    if reading.on_bad_sample not in ("error", "skip"):
+        raise UserError(f"on_bad_sample must be error or skip, not {reading.on_bad_sample!r}")
+    if reading.nsamples < 1 or reading.seqlen < 1:
+        raise UserError(
+            f"nsamples ({reading.nsamples}) and seqlen ({reading.seqlen}) must be at least 1"
+        )
+    encode = _encoder(preparers, reading)
+    sets = load_rows(dataset, reading.collate)
+    given, notes = shares(reading.nsamples, sets)
+    tally = Tally(reading.on_bad_sample == "error")
     inputs: list[ModelInput] = []
     of_sets: list[SetReport] = []
     short = 0
     for rows, wanted in zip(sets, given, strict=True):
-        made, few = pick(rows, wanted, encode, tally, seed)
+        made, few = pick(rows, wanted, encode, tally, reading.seed)
         inputs, short = inputs + made, short + few
         of_sets.append(SetReport(rows.name, wanted, len(made), token_counts(made)))
-    asked = nsamples if any(rows.source.num is None for rows in sets) else sum(given)
+    asked = reading.nsamples if any(rows.source.num is None for rows in sets) else sum(given)
     skipped = {reason: tuple(ids) for reason, ids in tally.skipped.items()}
-    chats = any(not bool(made.answer_T.all()) for made in inputs)
-    if chats and not template.extra_encode and chat_owner(tokenizer, processor) is None:
-        notes += ("no chat template: the contents of a conversation are joined as they are",)
-    left = Counter(name for made in inputs for name in made.left)
-    if left:
-        notes += ("left out: " + ", ".join(f"{name} ({count})" for name, count in left.items()),)
-    if tally.unread:
-        notes += (
-            "columns not read: "
-            + ", ".join(f"{name} ({n})" for name, n in tally.unread.most_common(12)),
-        )
+    notes += _remarks(encode, inputs, tally)
     report = Report(asked, len(inputs), short, skipped, token_counts(inputs), notes, tuple(of_sets))
     if not inputs:
-        raise UserError(f"no usable sample in the dataset {_name(dataset)}; {report.text()}")
-    level = logging.WARNING if report.used < report.asked or left else logging.INFO
-    log.log(logging.DEBUG if quiet else level, "%s", report.text())
+        name = repr(dataset) if isinstance(dataset, str) else "given"
+        raise UserError(f"no usable sample in the dataset {name}; {report.text()}")
+    loud = report.used < report.asked or any(made.left for made in inputs)
+    level = logging.DEBUG if reading.quiet else logging.WARNING if loud else logging.INFO
+    log.log(level, "%s", report.text())
     return inputs, report
 
 
-def _name(dataset: Any) -> str:
-    return repr(dataset) if isinstance(dataset, str) else "given"
+def _encoder(of: Preparers, reading: Reading) -> Encoder:
+    made = get_processor(of.processor_name, of.template)
+    family = made(of.tokenizer, of.processor, of.image_processor, of.config)
+    return Encoder(
+        of.tokenizer, of.processor, family, of.template, of.config,
+        media.parse_roots(reading.extra_data_dir, reading.allow_url),
+        min(reading.seqlen, of.positions or reading.seqlen),
+        reading.truncation, reading.prompt, of.positions,
+    )  # fmt: skip
+
+
+def _remarks(encode: Encoder, inputs: Sequence[ModelInput], tally: Tally) -> tuple[str, ...]:
+    """What the user should know of samples that were not taken as they are."""
+    notes: tuple[str, ...] = ()
+    chats = any(not bool(made.answer_T.all()) for made in inputs)
+    owner = chat_owner(encode.tokenizer, encode.processor)
+    if chats and not encode.template.extra_encode and owner is None:
+        notes += ("no chat template: the contents of a conversation are joined as they are",)
+    left = Counter(name for made in inputs for name in made.left)
+    for what, counted in (
+        ("left out", left.items()),
+        ("columns not read", tally.unread.most_common(12)),
+    ):
+        if counted:
+            notes += (f"{what}: " + ", ".join(f"{name} ({count})" for name, count in counted),)
+    return notes

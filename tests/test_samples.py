@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
+from building import build, chosen
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlavaConfig
 
-from auto_mmround.calibration import batches
-from auto_mmround.calibration.batches import build
+from auto_mmround.calibration import samples
 from auto_mmround.calibration.datasets import Rows, Source, load_samples
 from auto_mmround.calibration.inputs import (
     AUDIO,
@@ -22,7 +22,7 @@ from auto_mmround.calibration.inputs import (
     modality,
     placeholder_ids,
 )
-from auto_mmround.calibration.settings import Settings, choose
+from auto_mmround.calibration.settings import Settings
 from auto_mmround.calibration.template import Encoded, Template, load_template
 from auto_mmround.errors import UserError
 
@@ -76,7 +76,7 @@ CHAT = [{"image": "a.png", "text": "What?"}]
 
 
 def pick_settings(dataset, text_only=True, **kw):
-    return choose(dataset, load_template("qwen2_vl"), text_only=text_only, **kw)
+    return chosen(dataset, load_template("qwen2_vl"), text_only=text_only, **kw)
 
 
 def test_text_defaults():
@@ -110,7 +110,7 @@ def test_local_llava_file_is_known_by_its_content(llava):
     )
 
 
-@pytest.mark.parametrize("kw", [{"text_only": False}, {"quant_nontext_module": True}])
+@pytest.mark.parametrize("kw", [{"text_only": False}, {"towers": True}])
 def test_only_text_sets_are_replaced(kw, llava, tmp_path):
     settings, notes = pick_settings(None, **kw)
     assert settings.dataset == "liuhaotian/llava_conv_58k" and "NeelNanda/pile-10k" in notes[0]
@@ -135,12 +135,12 @@ CLIP = [{"video": "a.mp4", "text": "What?"}]
 
 
 def test_a_model_that_hears_alone_gets_speech():
-    settings, notes = choose(None, load_template("whisper"), **HEARS)
+    settings, notes = chosen(None, load_template("whisper"), **HEARS)
     assert settings.dataset == "MLCommons/peoples_speech" and settings.multimodal
     assert not any("replaced" in note for note in notes)
-    settings, notes = choose("demo-text", load_template("whisper"), **HEARS)
+    settings, notes = chosen("demo-text", load_template("whisper"), **HEARS)
     assert settings.dataset == "MLCommons/peoples_speech" and "replaced" in notes[0]
-    assert choose(SPEECH, load_template("whisper"), **HEARS)[0].dataset is SPEECH
+    assert chosen(SPEECH, load_template("whisper"), **HEARS)[0].dataset is SPEECH
 
 
 @pytest.mark.parametrize(
@@ -153,23 +153,20 @@ def test_a_model_that_hears_alone_gets_speech():
             "this model takes text: use a text set, such as demo-text"),
         (SPEECH, dict(text_only=True, takes=("text", "image")),
             "has audio samples, but this model takes text and im"),
-        (CHAT, dict(text_only=True, needs=("image", "audio"), quant_nontext_module=True),
+        (CHAT, dict(text_only=True, needs=("image", "audio"), towers=True),
          "no audio samples, and what is to be quantized reads audio: add some, "
          "such as MLCommons/peoples_speech"),
     ],
 )  # fmt: skip
 def test_kinds_of_media_that_do_not_fit_are_one_line(dataset, options, words):
     with pytest.raises(UserError, match=words) as caught:
-        choose(dataset, load_template("default"), **options)
+        chosen(dataset, load_template("default"), **options)
     assert "\n" not in str(caught.value)
 
 
 def test_kinds_of_media_that_fit():
     both = dict(
-        text_only=True,
-        needs=("image", "audio"),
-        takes=("text", "image", "audio"),
-        quant_nontext_module=True,
+        text_only=True, needs=("image", "audio"), takes=("text", "image", "audio"), towers=True
     )
     settings, notes = pick_settings(None, **both)
     assert settings.dataset == "liuhaotian/llava_conv_58k,MLCommons/peoples_speech"
@@ -189,7 +186,7 @@ def test_kinds_of_media_that_fit():
 def test_nsamples_is_a_multiple_of_batch_size_and_towers_take_one_at_a_time():
     settings, notes = pick_settings(None, nsamples=10, batch_size=4)
     assert settings.nsamples == 12 and "12" in notes[0]
-    settings, _ = pick_settings("demo-llava", quant_nontext_module=True, batch_size=4, nsamples=10)
+    settings, _ = pick_settings("demo-llava", towers=True, batch_size=4, nsamples=10)
     assert (settings.nsamples, settings.batch_size, settings.gradient_accumulate_steps) == (
         10,
         1,
@@ -272,7 +269,7 @@ def test_token_rows_and_ready_inputs(kit):
 
 def test_concat_packs_to_exact_length(kit):
     folder = Rows(Source("x", concat=True), [SHORT] * 20, name="x")
-    packed = batches.packed(folder, kit["tokenizer"], 100, 3, iter(range(20)))
+    packed = samples.packed(folder, kit["tokenizer"], 100, 3, iter(range(20)))
     assert [len(packed.sample(i).input_ids) for i in range(len(packed))] == [100, 100, 100]
     inputs, report = build("demo-text:concat:num=3", seqlen=700, **kit)
     assert [made.kwargs["input_ids"].shape[1] for made in inputs] == [700] * 3 and report.short == 0
@@ -280,7 +277,7 @@ def test_concat_packs_to_exact_length(kit):
 
 def test_shares():
     def of(*sets, nsamples=100):
-        return batches.shares(
+        return samples.shares(
             nsamples, [Rows(Source("x", num=num), range(size)) for num, size in sets]
         )[0]
 
@@ -290,7 +287,7 @@ def test_shares():
     assert of((10, 500), (20, 500)) == [10, 20]
     assert of((100, 500), (100, 500)) == [50, 50]
     assert sum(of((3, 9), (3, 9), (3, 9), nsamples=4)) == 4
-    assert "scaled down" in batches.shares(1, [Rows(Source("x", num=5), range(9))])[1][0]
+    assert "scaled down" in samples.shares(1, [Rows(Source("x", num=5), range(9))])[1][0]
 
 
 # ---- conversations and media

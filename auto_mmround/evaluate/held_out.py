@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from auto_mmround.calibration import batches
+from auto_mmround.calibration import samples
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.loading import DEMO, Loaded
-from auto_mmround.model.positions import position_limit
-from auto_mmround.run.job import check_vocabulary, template_for
+from auto_mmround.run.job import check_vocabulary, preparers
 
 HELD_OUT = DEMO.parent / "heldout"
 MANY = 10**9
@@ -34,18 +33,17 @@ def held_out(
     """
     inputs: list[ModelInput] = []
     for part in parts(dataset):
-        made, _ = batches.build(
+        beside = str(part.parent) if isinstance(part, Path) else None
+        made, _ = samples.build(
             part,
-            tokenizer=loaded.tokenizer,
-            processor=loaded.processor,
-            template=template_for(loaded.model, template),
-            config=loaded.model.config,
-            nsamples=limit or MANY,
-            seqlen=seqlen,
-            truncation=False,
-            extra_data_dir=extra_data_dir or (str(part.parent) if isinstance(part, Path) else None),
-            quiet=True,
-            positions=position_limit(loaded.model),
+            preparers(loaded, template),
+            samples.Reading(
+                limit or MANY,
+                seqlen,
+                truncation=False,
+                extra_data_dir=extra_data_dir or beside,
+                quiet=True,
+            ),
         )
         inputs += made
     check_vocabulary(loaded.model, inputs)
