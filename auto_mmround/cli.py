@@ -19,7 +19,7 @@ from auto_mmround.errors import NotProved, UserError
 from auto_mmround.recipe.fields import Key
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import HINTS, KEYS, Recipe, from_mapping
-from auto_mmround.recipe.schemes import PRESETS
+from auto_mmround.recipe.schemes import SCHEMES
 from auto_mmround.untrusted import one_line
 
 EPILOG = """\
@@ -40,7 +40,7 @@ examples:
 
 # Flags that are no field of the recipe: (name, type, help), by section.
 MORE: dict[str, list[tuple[str, type, str]]] = {
-    "scheme": [("scheme", str, f"bits, group_size and sym by a known name: {', '.join(PRESETS)}")],
+    "scheme": [("scheme", str, f"bits, group_size and sym by a known name: {', '.join(SCHEMES)}")],
     "result": [("eval_bs", int, "no effect: evaluation runs sample by sample")],
 }
 NEGATED = {key.off[0]: name for name, key in KEYS.items() if key.off}

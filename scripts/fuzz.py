@@ -2,7 +2,7 @@
 10`.
 
 A reader may answer with what it read or with one line (UserError and its kin). A traceback of any
-other kind, more than `Reader.patience` processor seconds for one input (or STUCK by the clock,
+other kind, more than `Target.patience` processor seconds for one input (or STUCK by the clock,
 which ends the process), a file touched outside the working folder, a read of the file that lies
 just outside the given folders, a program started or a connection tried: each is a problem, reported
 once for the place where it happens, with the input kept. Exit status: 0 without problems, else 1.
@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from fuzz_inputs import Reader
+from fuzz_inputs import Target
 
 from auto_mmround.errors import UserError
 
@@ -124,7 +124,7 @@ def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
     return [os.path.realpath(os.path.join(base, name)) for name in names]
 
 
-def attempt(reader: Reader, data: Any, work: Path, watch: Watch, tally: Tally) -> None:
+def attempt(reader: Target, data: Any, work: Path, watch: Watch, tally: Tally) -> None:
     """One input: what it leads to goes into the tally."""
     watch.seen.clear()
     begun = time.process_time()
@@ -161,7 +161,7 @@ class TimeIsUp(BaseException):
 
 
 def run(
-    reader: Reader,
+    reader: Target,
     work: Path,
     watch: Watch,
     seconds: float,

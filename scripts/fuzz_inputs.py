@@ -48,7 +48,7 @@ for _ in range(200):
 
 
 @dataclass(frozen=True)
-class Reader:
+class Target:
     """name; the inputs; read(work folder, input): what is done with one. accepted: how a reader may
     say no.
     patience: processor seconds for one input."""

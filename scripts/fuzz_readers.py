@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz_inputs import VALUES, WORDS, Reader, damaged, damaged_bytes, text_files, written
+from fuzz_inputs import VALUES, WORDS, Target, damaged, damaged_bytes, text_files, written
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from PIL import Image
@@ -92,7 +92,7 @@ def file_reader(name: str, read: Callable[[Path], object]) -> Callable[[Path, by
     return one
 
 
-def templates() -> Reader:
+def templates() -> Target:
     seeds = [
         {k: v for k, v in vars(t).items() if k != "replace_tokens"} for t in shipped().values()
     ]
@@ -104,12 +104,12 @@ def templates() -> Reader:
             prompt(CHAT)
 
     inputs = damaged(*seeds).map(written) | text_files(json.dumps(seeds[0]))
-    return Reader("template", inputs, file_reader("t.json", use))
+    return Target("template", inputs, file_reader("t.json", use))
 
 
-def messages() -> Reader:
+def messages() -> Target:
     template = shipped()["qwen2_vl"]
-    return Reader(
+    return Target(
         "messages",
         damaged(CHAT) | VALUES,
         lambda _, data: template.spans(parse_messages(_iterable(data))),
@@ -120,7 +120,7 @@ def _iterable(data: Any) -> Any:
     return data if isinstance(data, str | list | dict) else [data]
 
 
-def datasets(work: Path) -> list[Reader]:
+def datasets(work: Path) -> list[Target]:
     (work / "given" / "a.png").write_bytes(picture("PNG"))
     processor = load_processor(DEMO)
     preparers = samples.Preparers(
@@ -133,26 +133,26 @@ def datasets(work: Path) -> list[Reader]:
 
     json_rows, lines = damaged(*ROWS).map(written), damaged(ROWS[0]).map(_lines)
     return [
-        Reader(
+        Target(
             "dataset json", json_rows | text_files(json.dumps(ROWS[1])), file_reader("d.json", use)
         ),
-        Reader(
+        Target(
             "dataset csv",
             text_files("text,image\na b c,a.png\n", 'text\n"a, b"\n'),
             file_reader("d.csv", use),
         ),
-        Reader("dataset state", damaged(STATE).map(written), lambda work, data: _saved(work, data)),
-        Reader(
+        Target("dataset state", damaged(STATE).map(written), lambda work, data: _saved(work, data)),
+        Target(
             "dataset jsonl",
             lines | text_files("\n".join(map(json.dumps, ROWS[0]))),
             file_reader("d.jsonl", use),
         ),
-        Reader(
+        Target(
             "dataset arrow",
             damaged_bytes(arrow()),
             file_reader("d.arrow", lambda p: load_samples(str(p), 3)),
         ),
-        Reader(
+        Target(
             "dataset parquet",
             damaged_bytes(*parquet()),
             file_reader("d.parquet", lambda p: load_samples(str(p), 3)),
@@ -197,7 +197,7 @@ def parquet() -> list[bytes]:
     return made
 
 
-def recipes() -> list[Reader]:
+def recipes() -> list[Target]:
     def use(path: Path) -> None:
         from_mapping(read(path), "recipe file")
 
@@ -232,12 +232,12 @@ def recipes() -> list[Reader]:
         | st.sampled_from(odd).map(str.encode)
     )
     return [
-        Reader(
+        Target(
             "recipe toml",
             text_files(TOML, "a = " + "[" * 3000, "lr = 1" + "0" * 5000),
             file_reader("r.toml", use),
         ),
-        Reader("recipe yaml", yaml, file_reader("r.yaml", use)),
+        Target("recipe yaml", yaml, file_reader("r.yaml", use)),
     ]
 
 
@@ -291,7 +291,7 @@ def film() -> list[bytes]:
     ]
 
 
-def all_media(work: Path) -> list[Reader]:
+def all_media(work: Path) -> list[Target]:
     (work / "outside" / "secret").write_bytes(picture("PNG"))
     (work / "given" / "link.png").symlink_to(work / "outside" / "secret")
     roots, accepted = media.parse_roots(work / "given"), (UserError, media.MediaError)
@@ -308,11 +308,11 @@ def all_media(work: Path) -> list[Reader]:
     def by(kind: str) -> Callable[[Path], object]:
         return lambda path: media.load(path.name, kind, roots)
 
-    readers = [Reader("image", damaged_bytes(*images), file_reader("m.img", by("image")), accepted)]
+    readers = [Target("image", damaged_bytes(*images), file_reader("m.img", by("image")), accepted)]
     for kind, make, package in (("audio", sounds, "soundfile"), ("video", film, "av")):
         try:
             readers.append(
-                Reader(kind, damaged_bytes(*make()), file_reader(f"m.{kind}", by(kind)), accepted)
+                Target(kind, damaged_bytes(*make()), file_reader(f"m.{kind}", by(kind)), accepted)
             )
         except ImportError:
             print(f"{kind}: left out, the package {package} is not installed")
@@ -328,14 +328,14 @@ def all_media(work: Path) -> list[Reader]:
         | st.builds(dict, path=names)
         | st.builds(lambda a, r: {"array": a, "sampling_rate": r}, VALUES, VALUES)
     )
-    pairs = st.tuples(entry, st.sampled_from(media.KINDS))
+    pairs = st.tuples(entry, st.sampled_from(media.MEDIA))
     return [
         *readers,
-        Reader("media names", pairs, lambda _, pair: media.load(pair[0], pair[1], roots), accepted),
+        Target("media names", pairs, lambda _, pair: media.load(pair[0], pair[1], roots), accepted),
     ]
 
 
-def chat_templates() -> Reader:
+def chat_templates() -> Target:
     tokenizer = copy.deepcopy(load_processor(DEMO).tokenizer)
     turns = parse_messages(
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -356,7 +356,7 @@ def chat_templates() -> Reader:
         render(turns, Template(), tokenizer)
 
     inputs = text_files(*seeds) | st.sampled_from(seeds).map(str.encode)
-    return Reader("chat template", inputs, use, (UserError, TemplateError))
+    return Target("chat template", inputs, use, (UserError, TemplateError))
 
 
 def tiny_checkpoints(work: Path) -> tuple[Path, dict[str, Path]]:
@@ -393,7 +393,7 @@ def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
-def checkpoints(work: Path) -> list[Reader]:
+def checkpoints(work: Path) -> list[Target]:
     source, made = tiny_checkpoints(work)
     small = save({"a": torch.zeros(4, 4), "b": torch.ones(3, dtype=torch.int64)})
     head, body = header_of(small)
@@ -433,17 +433,17 @@ def checkpoints(work: Path) -> list[Reader]:
     demo = json.loads((DEMO / "config.json").read_text())
     files = st.sampled_from(sorted(made)).flatmap(lambda name: _file_of(name, made[name]))
     return [
-        Reader("safetensors", headers | damaged_bytes(small), weights),
-        Reader("index", damaged(maps).map(written) | text_files(json.dumps(maps)), index),
-        Reader(
+        Target("safetensors", headers | damaged_bytes(small), weights),
+        Target("index", damaged(maps).map(written) | text_files(json.dumps(maps)), index),
+        Target(
             "config.json", damaged(plain, demo).map(written) | text_files(json.dumps(plain)), config
         ),
-        Reader("verify", files, subject),
-        Reader("eval", files, load),
+        Target("verify", files, subject),
+        Target("eval", files, load),
     ]
 
 
-def gguf_files(work: Path) -> list[Reader]:
+def gguf_files(work: Path) -> list[Target]:
     """A file of the demo model; none without the package gguf."""
     if not find_spec("gguf"):
         print("gguf: left out, the package gguf is not installed")
@@ -467,7 +467,7 @@ def gguf_files(work: Path) -> list[Reader]:
         file.write_bytes(data)
         list(islice(dequantized_state_dict(folder), 10))
 
-    return [Reader("gguf", damaged_bytes(file.read_bytes()), use, patience=1.5 * gguf.HEAD_SECONDS)]
+    return [Target("gguf", damaged_bytes(file.read_bytes()), use, patience=1.5 * gguf.HEAD_SECONDS)]
 
 
 def _file_of(name: str, folder: Path) -> st.SearchStrategy[tuple[str, str, bytes]]:
@@ -514,7 +514,7 @@ def _broken(work: Path, made: dict[str, Path], change: tuple[str, str, bytes]) -
     return folder
 
 
-def make_readers(work: Path) -> dict[str, Reader]:
+def make_readers(work: Path) -> dict[str, Target]:
     """All readers by name; their folders and seeds are made below the working folder."""
     made = [
         templates(),

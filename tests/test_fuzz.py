@@ -34,7 +34,7 @@ def test_the_fuzzer_sees_what_it_is_to_see(tmp_path):
 import sys, os, socket, subprocess, pathlib, tempfile, time
 sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
 from fuzz import prepare, run
-from fuzz_inputs import Reader
+from fuzz_inputs import Target
 from auto_mmround.errors import UserError
 from hypothesis import strategies as st
 work = pathlib.Path({str(tmp_path)!r}) / "work"
@@ -62,7 +62,7 @@ readers = dict(
 )
 for name, read in readers.items():
     patience = 0.005 if name in ("slow", "waits") else 10
-    tally = run(Reader(name, st.integers(0, 3), read, patience=patience), work, watch, 0.4)
+    tally = run(Target(name, st.integers(0, 3), read, patience=patience), work, watch, 0.4)
     print(name, tally.inputs > 0, *tally.problems)
 """
     done = subprocess.run(

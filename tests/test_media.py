@@ -118,7 +118,7 @@ def test_urls_only_when_allowed(tree, web):
     site, asked = web({"/a.png": png("green"), "/train/z.png": png("green")})
     url, roots = (
         f"{site}/a.png",
-        Roots(dict.fromkeys(media.KINDS, ()), allow_url=True, permitted=lambda _: True),
+        Roots(dict.fromkeys(media.MEDIA, ()), allow_url=True, permitted=lambda _: True),
     )
     with pytest.raises(MediaError, match="not fetched unless allowed"):
         load(url, "image", replace(roots, allow_url=False))

@@ -18,7 +18,7 @@ from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.files import read, to_toml
 from auto_mmround.recipe.recipe import ALIASES, HINTS, Recipe, from_mapping
-from auto_mmround.recipe.schemes import PRESETS
+from auto_mmround.recipe.schemes import SCHEMES
 from auto_mmround.run.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -169,21 +169,21 @@ def test_names_of_other_tools_mean_our_keys():
 @pytest.mark.parametrize("name", ["FP8", "W8A8", "NVFP4", "W4A16_ASYM"])
 def test_the_api_takes_a_scheme_whole(name):
     recipe = AutoRoundMLLM("demo", scheme=name, format="compressed_tensors", device="cpu").recipe
-    assert {key: getattr(recipe, key) for key in PRESETS[name]} == PRESETS[name]
+    assert {key: getattr(recipe, key) for key in SCHEMES[name]} == SCHEMES[name]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_a_scheme_is_its_keys(name):
     recipe = from_mapping({"scheme": name})
-    assert {key: getattr(recipe, key) for key in PRESETS[name]} == PRESETS[name]
-    assert recipe == from_mapping(PRESETS[name]) == from_mapping({"scheme": name.lower()})
+    assert {key: getattr(recipe, key) for key in SCHEMES[name]} == SCHEMES[name]
+    assert recipe == from_mapping(SCHEMES[name]) == from_mapping({"scheme": name.lower()})
     assert recipe.calibrates == (recipe.data_type == "int")
 
 
 def test_names_of_schemes_mean_what_they_say():
     wanted = {"W8A8", "W4A16", "W8A16", "W3A16", "W2A16", "W4A8", "FP8", "NVFP4", "MXFP4"}
-    assert wanted <= PRESETS.keys()
-    for name, keys in PRESETS.items():
+    assert wanted <= SCHEMES.keys()
+    for name, keys in SCHEMES.items():
         if name[0] == "W":
             bits, inputs = name[1:].removesuffix("_ASYM").split("A")
             assert (keys["bits"], min(keys["act_bits"], 16)) == (int(bits), int(inputs))
@@ -205,7 +205,7 @@ def test_a_float_scheme_runs_from_a_recipe_of_three_lines(name, tmp_path):
         cli.main([str(path), "--dataset", "demo", "--nsamples", "8", "--output_dir", str(tmp_path)])
         == 0
     )
-    keys = PRESETS[name]
+    keys = SCHEMES[name]
     (folder,) = tmp_path.glob("demo-*")
     group = json.loads((folder / "config.json").read_text())["quantization_config"][
         "config_groups"

@@ -23,7 +23,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import make_plan
-from auto_mmround.run.processes import Processes, checksum, joined
+from auto_mmround.run.processes import Processes, codes_checksum, joined
 
 CPU = torch.device("cpu")
 IMAGE = 260
@@ -127,7 +127,7 @@ def tune(processes: Processes, dies: bool) -> dict:
     quantize(model, RECIPE, plan, mixed_inputs(), finished, Watcher(step=step), processes=processes)
     reports = finished.reports.values()
     sums = {
-        name: checksum({w.name: finished.codes[w.name] for w in plan.of_block(name)})
+        name: codes_checksum({w.name: finished.codes[w.name] for w in plan.of_block(name)})
         for name in finished.reports
     }
     state = {

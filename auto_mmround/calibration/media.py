@@ -26,7 +26,7 @@ from auto_mmround.calibration.template import did_you_mean
 from auto_mmround.errors import UserError
 from auto_mmround.untrusted import belongs, shown
 
-KINDS = ("image", "video", "audio")
+MEDIA = ("image", "video", "audio")
 # Rasters that Pillow decodes itself: its EPS reader would start another program. Those known by
 # less come last.
 IMAGE_FORMATS = (
@@ -98,17 +98,17 @@ def parse_roots(
         )
     else:
         items = [str(item) for item in extra_data_dir]
-    folders: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    folders: dict[str, list[Path]] = {kind: [] for kind in MEDIA}
     for item in items:
         kind, mark, name = item.partition("=")
         if mark and not Path(item).is_dir():
-            if kind not in KINDS:
+            if kind not in MEDIA:
                 raise UserError(
-                    f"extra_data_dir: unknown kind {kind!r} in {item!r}{did_you_mean(kind, KINDS)}"
+                    f"extra_data_dir: unknown kind {kind!r} in {item!r}{did_you_mean(kind, MEDIA)}"
                 )
             kinds: tuple[str, ...] = (kind,)
         else:
-            kinds, name = KINDS, item
+            kinds, name = MEDIA, item
         if not Path(name).is_dir():
             raise UserError(f"extra_data_dir: the folder {name!r} doesn't exist")
         for each in kinds:

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.recipe.schemes import PRESETS
+from auto_mmround.recipe.schemes import SCHEMES
 
 # Values that mean one of ours; YAML's null is None.
 VALUES: dict[str, dict[Any, Any]] = {
@@ -42,7 +42,7 @@ def resolve(
 
 def preset(name: Any, where: str) -> dict[str, Any]:
     """The keys of a scheme such as W4A16."""
-    found = PRESETS.get(name.upper()) if isinstance(name, str) else None
+    found = SCHEMES.get(name.upper()) if isinstance(name, str) else None
     if found is None:
-        raise UserError(f"{where}: scheme = {name!r} is unknown; there are {', '.join(PRESETS)}")
+        raise UserError(f"{where}: scheme = {name!r} is unknown; there are {', '.join(SCHEMES)}")
     return found

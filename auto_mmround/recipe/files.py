@@ -18,7 +18,7 @@ from auto_mmround.untrusted import TooLong, one_line, read_text, time_limit
 RECIPE_BYTES = 1 << 20
 RECIPE_VALUES = 100_000
 RECIPE_SECONDS = 5.0
-YAML = partial(yaml.load, Loader=llm_compressor.Reader)  # a SafeLoader
+YAML = partial(yaml.load, Loader=llm_compressor.RecipeLoader)  # a SafeLoader
 PARSERS: dict[str, Callable[[str], Any]] = {
     ".toml": tomllib.loads,
     ".yaml": YAML,

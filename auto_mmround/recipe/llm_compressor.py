@@ -45,7 +45,7 @@ RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP
            "NVFP4": None}  # fmt: skip
 
 
-class Reader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """YAML, and the members of llm-compressor's enumerations as it writes them: by their value,
     nothing is called."""
 
@@ -61,7 +61,7 @@ def _value_of_enumeration(loader: yaml.SafeLoader, name: str, node: yaml.Node) -
     return next(iter(loader.construct_sequence(node)), None)
 
 
-Reader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _value_of_enumeration)
+RecipeLoader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _value_of_enumeration)
 
 
 def is_recipe(tree: dict[str, Any]) -> bool:

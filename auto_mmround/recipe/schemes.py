@@ -60,7 +60,7 @@ def _floats(data_type: str, group_size: int, act_bits: int = 32) -> dict[str, An
 
 # Names as llm-compressor, vLLM and AutoRound use them -> keys of a recipe. Any of these keys beside
 # `scheme` wins.
-PRESETS: dict[str, dict[str, Any]] = {
+SCHEMES: dict[str, dict[str, Any]] = {
     "W2A16": _weights(2),
     "W3A16": _weights(3),
     "W4A16": _weights(4),

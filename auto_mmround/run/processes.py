@@ -138,7 +138,7 @@ class Processes:
         """Raises UserError where the processes hold different codes for a block."""
         if self.count == 1:
             return
-        sums = self.gather(checksum(codes))
+        sums = self.gather(codes_checksum(codes))
         odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
         if odd:
             raise UserError(
@@ -163,7 +163,7 @@ class Processes:
 ALONE = Processes()
 
 
-def checksum(codes: Mapping[str, Codes]) -> str:
+def codes_checksum(codes: Mapping[str, Codes]) -> str:
     """Over the integers, scales and zero points of some weights."""
     hashed = hashlib.blake2b(digest_size=8)
     for name, weight in codes.items():
