@@ -38,8 +38,10 @@ _WRITTEN: WeakKeyDictionary[PreTrainedModel, dict[str, str]] = WeakKeyDictionary
 class AutoRoundMLLM:
     """Quantize a multimodal model that is in memory.
 
-        autoround = AutoRoundMLLM(model, tokenizer, bits=4, group_size=128,
-        dataset="NeelNanda/pile-10k") autoround.quantize()
+        autoround = AutoRoundMLLM(
+            model, tokenizer, bits=4, group_size=128, dataset="NeelNanda/pile-10k"
+        )
+        autoround.quantize()
         autoround.save_quantized("./tmp_autoround", format="auto_round", inplace=True)
 
     model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer; a

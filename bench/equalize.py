@@ -3,8 +3,8 @@
 model by default.
 
     bench/equalize.py [--schemes W4g128 W3g128 ...] [--algorithms rtn gptq]
-                      [--limit 48] [--keep bench/results] [--model FOLDER --dataset TEXT.jsonl
-                      --held_out TEXT.jsonl]
+                      [--limit 48] [--keep bench/results]
+                      [--model FOLDER --dataset TEXT.jsonl --held_out TEXT.jsonl]
 
 Every row is one run over the calibration set (demo: text and images); nothing is written but the
 table.

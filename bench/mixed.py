@@ -1,8 +1,8 @@
 """Mixed bits against uniform ones: KL on held-out data at the same size.
 
-    python bench/mixed.py                                               the bundled model, towers
-    included python bench/mixed.py --model DIR --calibration a.txt:concat=true --held_out
-    b.txt:concat=true --seqlen 256
+    python bench/mixed.py              the bundled model, towers included
+    python bench/mixed.py --model DIR --calibration a.txt:concat=true
+                          --held_out b.txt:concat=true --seqlen 256
 
 The same algorithm rounds at the lower and at the higher uniform bits, and mixed between them. What
 uniform bits would do at the mixed size is interpolated twice: along a line, which is what a random

@@ -3,7 +3,7 @@
 its own.
 
     bench/planner.py [--demo] [--gemma FOLDER --text TEXT.txt] [--whisper FOLDER] [--processor]
-    [--keep bench/results]
+                     [--keep bench/results]
 
 Predicted and real minutes (after loading), peak memory of the process and bytes written. Whisper
 runs on made-up

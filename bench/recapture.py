@@ -5,9 +5,10 @@ model.
     bench/recapture.py [--schemes W4g128 W3g128] [--seeds 3] [--keep bench/results]
 
     clean      every block is tuned on what the untouched model gives it (enable_quanted_input off)
-    in stages  blocks are tuned on what the quantized blocks before them in their stage
-               give; the text still on the untouched tower captured   the default: between the
-               stages the text's inputs are captured again through the quantized tower
+    in stages  blocks are tuned on what the quantized blocks before them in their stage give;
+               the text still on the untouched tower
+    captured   the default: between the stages the text's inputs are captured again through the
+               quantized tower
 
 All three have the same W tower and the same W text, and differ in nothing else. KL is from full
 precision on held-out questions about images and texts, at the positions of each modality.

@@ -2,8 +2,8 @@
 """Recipes against llm-compressor's: GPTQ, and SmoothQuant + GPTQ at W8A8, with the same settings on
 the same samples.
 
-    bench/recipes.py --gemma FOLDER --calibration A.txt --held_out B.txt --whisper FOLDER [--work
-    DIR] [--keep DIR]
+    bench/recipes.py --gemma FOLDER --calibration A.txt --held_out B.txt --whisper FOLDER
+                     [--work DIR] [--keep DIR]
 
 Three models: a text model, Whisper (flite and espeak-ng speech, calibration in one voice, test in
 two), the bundled one. Each method runs in a process of its own, on one thread, the peer in its

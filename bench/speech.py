@@ -2,8 +2,9 @@
 """Speech by flite and espeak-ng with the words that are said, as sets that calibration and `eval`
 read.
 
-    bench/speech.py FOLDER --voices flite-slt flite-rms espeak-ng [--text SENTENCES.txt] [--per_clip
-    3] bench/speech.py FOLDER --voices flite-slt --passages 64
+    bench/speech.py FOLDER --voices flite-slt flite-rms espeak-ng
+                    [--text SENTENCES.txt] [--per_clip 3]
+    bench/speech.py FOLDER --voices flite-slt --passages 64
 
 One file a voice, FOLDER/flite-slt.jsonl, with rows {"id", "audio", "text"} and the sound beside it.
 --text: one sentence a line. --passages: so many passages of the bundled public-domain corpus

@@ -2,8 +2,9 @@
 """Our tuner against auto-round: same model, samples, token budget and machine, one run after the
 other.
 
-    bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt [--schemes W3g128
-    W2g64a ...] [--keep DIR] bench/tuner.py --model demo --methods rtn gptq sign_round auto
+    bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt
+                   [--schemes W3g128 W2g64a ...] [--keep DIR]
+    bench/tuner.py --model demo --methods rtn gptq sign_round auto
 
 Each method runs in a process of its own, which reports its seconds (quantizing only) and peak
 memory, then the perplexity of the quantized model on held-out text and its KL divergence from full

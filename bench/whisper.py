@@ -2,8 +2,8 @@
 """Whisper, encoder and decoder quantized: word error rate and KL, full precision against RTN, GPTQ
 and ours.
 
-    bench/whisper.py --model FOLDER [--schemes W4g64 W3g64] [--methods rtn gptq auto] [--keep
-    bench/results]
+    bench/whisper.py --model FOLDER [--schemes W4g64 W3g64] [--methods rtn gptq auto]
+                     [--keep bench/results]
 
 Calibration is one synthetic voice that reads passages of the bundled corpus; the test is other
 sentences in several voices, see speech.py. Every method runs in a process of its own; what is found

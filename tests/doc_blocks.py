@@ -1,8 +1,8 @@
 """The fenced blocks of the documentation, and what the comment above each says about running it.
 
     <!-- run -->
-    <!-- run: slow; with demo as ./my-model; quantize --iters 1; replace NeelNanda/pile-10k by
-    demo-text --> <!-- not run: why -->
+    <!-- run: slow; with demo as ./my-model; quantize --iters 1; replace A by demo-text -->
+    <!-- not run: why -->
 
 What a `run:` may say, between semicolons: `slow`; `with KIND as PATH` puts something there (`put`
 in test_docs.py knows the kinds); `quantize|plan|eval|verify ARGUMENTS` adds to these commands;
