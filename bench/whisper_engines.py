@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from auto_mmround.calibration import media
+from auto_mmround.calibration import media, roots
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.evaluate.prompts import Data, answer, clips
 from auto_mmround.evaluate.scoring import error_rates, normaliser
@@ -64,7 +64,7 @@ def by_vllm(folder: Path, tables: Sequence[Path], *, timeout: float = 1200) -> d
         for line in table.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             sounds[row["id"]] = media.load(
-                row["audio"], "audio", media.parse_roots(None), base=table.parent
+                row["audio"], "audio", roots.parse_roots(None), base=table.parent
             )
     with tempfile.TemporaryDirectory() as place:
         paths = [str(folder.resolve()), f"{place}/sounds.safetensors", f"{place}/answer.json"]

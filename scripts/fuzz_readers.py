@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from auto_mmround.calibration import media, samples
 from auto_mmround.calibration.datasets import load_samples
 from auto_mmround.calibration.processor import render
+from auto_mmround.calibration.roots import MEDIA, MediaError, parse_roots
 from auto_mmround.calibration.template import Template, parse_messages, read_template, shipped
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import dequantized_state_dict
@@ -294,7 +295,7 @@ def film() -> list[bytes]:
 def all_media(work: Path) -> list[Target]:
     (work / "outside" / "secret").write_bytes(picture("PNG"))
     (work / "given" / "link.png").symlink_to(work / "outside" / "secret")
-    roots, accepted = media.parse_roots(work / "given"), (UserError, media.MediaError)
+    roots, accepted = parse_roots(work / "given"), (UserError, MediaError)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "text"
     Image.init()
@@ -328,7 +329,7 @@ def all_media(work: Path) -> list[Target]:
         | st.builds(dict, path=names)
         | st.builds(lambda a, r: {"array": a, "sampling_rate": r}, VALUES, VALUES)
     )
-    pairs = st.tuples(entry, st.sampled_from(media.MEDIA))
+    pairs = st.tuples(entry, st.sampled_from(MEDIA))
     return [
         *readers,
         Target("media names", pairs, lambda _, pair: media.load(pair[0], pair[1], roots), accepted),

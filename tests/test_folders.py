@@ -9,7 +9,7 @@ import datasets as hf
 import pytest
 from PIL import Image
 
-from auto_mmround.calibration import media
+from auto_mmround.calibration import media, roots
 from auto_mmround.calibration.datasets import load_rows, load_samples
 from auto_mmround.errors import UserError
 
@@ -130,5 +130,5 @@ def test_media_lie_beside_their_table_or_below_the_folder(tmp_path, home):
     (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(row))
     (sample,) = load_samples(str(tmp_path))
     assert media.load(
-        sample.images[0], "image", media.parse_roots(None), base=sample.base
+        sample.images[0], "image", roots.parse_roots(None), base=sample.base
     ).size == (30, 30)

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from auto_mmround.calibration import media
-from auto_mmround.calibration.media import MediaError, Roots, load, parse_roots
+from auto_mmround.calibration import roots as roots_module
+from auto_mmround.calibration.media import load
+from auto_mmround.calibration.roots import MEDIA, MediaError, Roots, parse_roots
 from auto_mmround.errors import UserError
 
 
@@ -118,7 +120,7 @@ def test_urls_only_when_allowed(tree, web):
     site, asked = web({"/a.png": png("green"), "/train/z.png": png("green")})
     url, roots = (
         f"{site}/a.png",
-        Roots(dict.fromkeys(media.MEDIA, ()), allow_url=True, permitted=lambda _: True),
+        Roots(dict.fromkeys(MEDIA, ()), allow_url=True, permitted=lambda _: True),
     )
     with pytest.raises(MediaError, match="not fetched unless allowed"):
         load(url, "image", replace(roots, allow_url=False))
@@ -159,6 +161,7 @@ def test_bounds(tmp_path, monkeypatch):
     with pytest.raises(MediaError, match="300 x 300 pixels"):
         load("wide.png", "image", parse_roots(tmp_path))
     monkeypatch.setattr(media, "BYTES", {"image": 10})
+    monkeypatch.setattr(roots_module, "BYTES", {"image": 10})
     with pytest.raises(MediaError, match="larger than"):
         load("wide.png", "image", parse_roots(tmp_path))
     with pytest.raises(MediaError, match="larger than"):
@@ -167,6 +170,7 @@ def test_bounds(tmp_path, monkeypatch):
 
 def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(media, "BYTES", {"image": 1000})
+    monkeypatch.setattr(roots_module, "BYTES", {"image": 1000})
     (tmp_path / "a.png").write_bytes(png() + bytes(2000))
     with pytest.raises(MediaError, match="larger than"):
         load("a.png", "image", parse_roots(tmp_path))

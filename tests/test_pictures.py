@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageCms
 
 from auto_mmround.calibration import media, pictures
-from auto_mmround.calibration.media import MediaError, load, parse_roots
+from auto_mmround.calibration.media import load
+from auto_mmround.calibration.roots import MediaError, parse_roots
 
 ROWS, COLUMNS = np.mgrid[0:24, 0:32]
 RGB = np.stack([COLUMNS * 8, ROWS * 10, (ROWS + COLUMNS) * 4], -1).astype(np.uint8)

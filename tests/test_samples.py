@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlavaConfig
 
 from auto_mmround.calibration import samples
-from auto_mmround.calibration.datasets import Rows, Source, load_samples
+from auto_mmround.calibration.datasets import Rows, load_samples
 from auto_mmround.calibration.inputs import (
     AUDIO,
     IMAGE,
@@ -23,6 +23,7 @@ from auto_mmround.calibration.inputs import (
     placeholder_ids,
 )
 from auto_mmround.calibration.settings import Settings
+from auto_mmround.calibration.sources import Source
 from auto_mmround.calibration.template import Encoded, Template, load_template
 from auto_mmround.errors import UserError
 

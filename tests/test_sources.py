@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from auto_mmround import cli
-from auto_mmround.calibration import datasets, dotted, media
+from auto_mmround.calibration import datasets, dotted, media, roots
 from auto_mmround.calibration.datasets import load_rows, load_samples
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read, to_toml
@@ -54,7 +54,7 @@ def spoken(samples):
     """(sound, transcript) of samples, whose sound must be found and read."""
     for sample in samples:
         (audio,) = sample.audios
-        sound = media.load(audio, "audio", media.parse_roots(None), base=sample.base)
+        sound = media.load(audio, "audio", roots.parse_roots(None), base=sample.base)
         assert sound.dtype == np.float32 and len(sound) == 3200
         assert [turn.role for turn in sample.messages] == ["user", "assistant"]
         assert sample.messages[0].content == "<audio>"
@@ -245,7 +245,7 @@ def test_forms_of_public_image_sets(cache):
             sample.messages[0].content.startswith("<image>") and sample.messages[1].content == "A."
         )
         assert ("Q?" in sample.messages[0].content) == ("caption" not in row)
-        assert media.load(sample.images[0], "image", media.parse_roots(None)).size == (28, 28)
+        assert media.load(sample.images[0], "image", roots.parse_roots(None)).size == (28, 28)
 
 
 def test_a_llava_folder_with_images(tmp_path):
@@ -254,7 +254,7 @@ def test_a_llava_folder_with_images(tmp_path):
     put(tmp_path / "llava", {"train2017/1.png": (9, 9, 9), "llava_instruct.json": json.dumps(rows)})
     (sample,) = load_samples(str(tmp_path / "llava"))
     assert media.load(
-        sample.images[0], "image", media.parse_roots(None), base=sample.base
+        sample.images[0], "image", roots.parse_roots(None), base=sample.base
     ).size == (28, 28)
 
 

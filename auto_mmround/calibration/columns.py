@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from auto_mmround.calibration.media import find_file
+from auto_mmround.calibration.roots import find_file
 from auto_mmround.calibration.turns import (
     MARKERS,
     Message,

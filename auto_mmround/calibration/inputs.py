@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from auto_mmround.calibration import media
 from auto_mmround.calibration.processor import Processor, hearing, render
+from auto_mmround.calibration.roots import MediaError, Roots
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
 from auto_mmround.errors import UserError
@@ -237,7 +238,7 @@ class Encoder:
     family: Processor
     template: Template
     config: Any
-    roots: media.Roots
+    roots: Roots
     seqlen: int
     truncation: bool
     prompt: bool
@@ -259,7 +260,7 @@ class Encoder:
             return self._chat(self._read(sample))
         except BadSample:
             raise
-        except media.MediaError as error:
+        except MediaError as error:
             raise BadSample("missing or damaged media", f"sample {sample.id}: {error}") from error
         except CAUSES as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

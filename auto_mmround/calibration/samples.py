@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from auto_mmround.calibration import media
+from auto_mmround.calibration import roots
 from auto_mmround.calibration.datasets import Rows, load_rows
 from auto_mmround.calibration.dotted import Collate
 from auto_mmround.calibration.inputs import MODALITIES, Encoder, ModelInput
@@ -286,7 +286,7 @@ def _encoder(of: Preparers, reading: Reading) -> Encoder:
     family = made(of.tokenizer, of.processor, of.image_processor, of.config)
     return Encoder(
         of.tokenizer, of.processor, family, of.template, of.config,
-        media.parse_roots(reading.extra_data_dir, reading.allow_url),
+        roots.parse_roots(reading.extra_data_dir, reading.allow_url),
         min(reading.seqlen, of.positions or reading.seqlen),
         reading.truncation, reading.prompt, of.positions,
     )  # fmt: skip

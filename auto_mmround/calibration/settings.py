@@ -7,8 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.calibration.datasets import READY, STREAM_ROWS, Rows, load_rows, parse_spec
+from auto_mmround.calibration.datasets import READY, STREAM_ROWS, Rows, load_rows
 from auto_mmround.calibration.named import DEMO, DEMO_KINDS, LOCAL, NAMED, SHORT, STAND_IN
+from auto_mmround.calibration.sources import parse_spec
 from auto_mmround.calibration.template import Template
 from auto_mmround.errors import UserError
 

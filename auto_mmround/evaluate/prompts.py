@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from auto_mmround.calibration import media
+from auto_mmround.calibration import media, roots
 from auto_mmround.calibration.datasets import Rows, load_rows
 from auto_mmround.calibration.inputs import PER_TOKEN
 from auto_mmround.calibration.rows import Sample
@@ -88,9 +88,9 @@ class Data:
             return list(range(len(rows)))
         return sorted(np.random.default_rng(SEED).permutation(len(rows))[:count].tolist())
 
-    def roots(self) -> media.Roots:
+    def roots(self) -> roots.Roots:
         """Where media may lie."""
-        return media.parse_roots(self.extra_data_dir)
+        return roots.parse_roots(self.extra_data_dir)
 
 
 def questions(loaded: Loaded, data: Data) -> list[Prompt]:
@@ -152,7 +152,7 @@ def clips(loaded: Loaded, data: Data) -> list[Prompt]:
                 sound_T = media.load(
                     row["audio"], "audio", data.roots(), base=rows.folder(i), rate=rate
                 )
-            except media.MediaError as error:
+            except roots.MediaError as error:
                 raise UserError(f"{rows.name} row {i}: {error}") from error
             kwargs, options = make(loaded, data, sound_T, rate)
             seconds = f"{len(sound_T) / rate:.1f} s of speech"
@@ -200,7 +200,7 @@ def asked(
                 f"{loaded.model.config.model_type} hears one sound a question, and nothing else"
             )
         rate = loaded.processor.feature_extractor.sampling_rate
-        sound_T = media.load(audios[0], "audio", media.parse_roots(None), rate=rate)
+        sound_T = media.load(audios[0], "audio", roots.parse_roots(None), rate=rate)
         kwargs, more = _whisper(loaded, Data(), sound_T, rate)
         return Prompt("question", "", "", text, None, kwargs, options=more)
     given = {
@@ -219,9 +219,9 @@ def asked(
     return Prompt("question", "", "", MARKER.sub("", text).strip(), None, kwargs, options=options)
 
 
-def _beside(file: str | Path) -> media.Roots:
+def _beside(file: str | Path) -> roots.Roots:
     """A file that an outside harness names may lie where it lies."""
-    return media.parse_roots([Path(file).resolve().parent])
+    return roots.parse_roots([Path(file).resolve().parent])
 
 
 def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[float, bool]:
