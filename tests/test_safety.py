@@ -25,6 +25,7 @@ from auto_mmround.calibration import (
     folders,
     media,
     processor,
+    roots,
     samples,
     tables,
     template,
@@ -674,7 +675,8 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = re.findall(r"\| `(\w+)\.(\w+)` \| ([^|]+) \|", page)
     rooms = {"folders": folders, "tables": tables,
-             "media": media, "fetch": fetch, "untrusted": untrusted, "processor": processor,
+             "media": media, "roots": roots, "fetch": fetch, "untrusted": untrusted,
+             "processor": processor,
              "template": template,
              "recipe": files, "loading": loading, "gguf": gguf,
              "formats": sys.modules["auto_mmround.export.formats"]}  # fmt: skip

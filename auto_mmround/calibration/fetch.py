@@ -84,39 +84,46 @@ def fetch(
         timer.daemon = True
         timer.start()
         try:
-            connection = http.client.HTTPConnection(host, port)
             if secure:
-                line = (context or ssl.create_default_context()).wrap_socket(
-                    line, server_hostname=host
-                )
-            connection.sock = line
-            connection.request(
-                "GET", target, headers={"User-Agent": "auto_mmround", "Connection": "close"}
-            )
-            answer = connection.getresponse()
-            if answer.status in (301, 302, 303, 307, 308):
-                url = urllib.parse.urljoin(url, answer.getheader("Location") or "")
+                context = context or ssl.create_default_context()
+                line = context.wrap_socket(line, server_hostname=host)
+            found = _answer(http.client.HTTPConnection(host, port), line, target, limit)
+            if isinstance(found, str):
+                url = urllib.parse.urljoin(url, found)
                 continue
-            if answer.status != 200:
-                raise FetchError(f"the server answers {answer.status}")
-            data = answer.read(limit + 1)
-            if len(data) > limit:
-                raise FetchError(f"it is larger than {limit >> 20} MiB")
             if time.monotonic() < end:
-                return data
-            raise FetchError(f"it takes longer than {deadline:.0f} seconds")
+                return found
+            raise FetchError(_late(deadline))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            late = (
-                f"it takes longer than {deadline:.0f} seconds"
-                if time.monotonic() >= end
-                else str(error)
-            )
-            raise FetchError(f"the connection failed: {late or type(error).__name__}") from error
+            why = _late(deadline) if time.monotonic() >= end else str(error)
+            raise FetchError(f"the connection failed: {why or type(error).__name__}") from error
         finally:
             timer.cancel()
             cut.close()
             line.close()
     raise FetchError(f"more than {REDIRECTS} redirects")
+
+
+def _late(deadline: float) -> str:
+    return f"it takes longer than {deadline:.0f} seconds"
+
+
+def _answer(
+    connection: http.client.HTTPConnection, line: socket.socket, target: str, limit: int
+) -> bytes | str:
+    """The content, or where a redirect leads."""
+    connection.sock = line
+    headers = {"User-Agent": "auto_mmround", "Connection": "close"}
+    connection.request("GET", target, headers=headers)
+    answer = connection.getresponse()
+    if answer.status in (301, 302, 303, 307, 308):
+        return answer.getheader("Location") or ""
+    if answer.status != 200:
+        raise FetchError(f"the server answers {answer.status}")
+    data = answer.read(limit + 1)
+    if len(data) > limit:
+        raise FetchError(f"it is larger than {limit >> 20} MiB")
+    return data
 
 
 def _parts(url: str) -> tuple[str, int, bool, str]:

@@ -79,18 +79,7 @@ def parse_row(
 
     Raises BadSample (or a UserError of the messages) when no form fits.
     """
-    if isinstance(row, str):
-        row = {"text": row}
-    if isinstance(row, Tensor) or (
-        isinstance(row, list | tuple) and row and all(isinstance(i, int) for i in row)
-    ):
-        row = {"input_ids": row}
-    if isinstance(row, list | tuple):
-        row = {"messages": row}
-    if not isinstance(row, Mapping):
-        raise BadSample(
-            "form", f"sample {label}: a row must be text or a mapping, not {type(row).__name__}"
-        )
+    row = _named(row, label)
     if row.get("input_ids") is not None:
         return _tokens(row, label)
     if DECODER_KEYS & set(row) and ENCODER_KEYS & set(row):
@@ -123,6 +112,22 @@ def parse_row(
         options=options,
         unread=columns.unread,
         **kinds,
+    )
+
+
+def _named(row: Any, label: str) -> Mapping[str, Any]:
+    """The row as columns: bare text, token ids and messages under their own name."""
+    if isinstance(row, Mapping):
+        return row
+    if isinstance(row, str):
+        return {"text": row}
+    ids = isinstance(row, list | tuple) and row and all(isinstance(i, int) for i in row)
+    if ids or isinstance(row, Tensor):
+        return {"input_ids": row}
+    if isinstance(row, list | tuple):
+        return {"messages": row}
+    raise BadSample(
+        "form", f"sample {label}: a row must be text or a mapping, not {type(row).__name__}"
     )
 
 

@@ -4,6 +4,7 @@ it."""
 import dataclasses
 import typing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from auto_mmround.recipe import aliases
@@ -38,26 +39,35 @@ class Recipe(Fields):
                 self, field.name, coerce(field.name, getattr(self, field.name), HINTS[field.name])
             )
             KEYS[field.name].check(field.name, getattr(self, field.name))
-        require(2 <= self.bits <= 8, f"bits = {self.bits}: 2 to 8 are possible")
-        require(
-            self.group_size == -1 or self.group_size >= 1,
-            f"group_size = {self.group_size}: -1 or at least 1",
-        )
-        require(
-            self.act_bits in (8, 16, 32),
-            f"act_bits = {self.act_bits}: 8, quantized by the engine, or 16 and 32",
-        )
         if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
             object.__setattr__(self, "group_size", -1)  # the default, which no W8A8 kernel takes
-        require(
-            self.iters is None or self.iters >= 0,
-            f"iters = {self.iters}: 0 (round to nearest) or more",
-        )
-        require(self.dampening > 0, f"dampening = {self.dampening}: above 0")
-        require(
-            0 <= self.smoothing_strength <= 1,
-            f"smoothing_strength = {self.smoothing_strength}: from 0 to 1",
-        )
+        self._check_ranges()
+        self._check_names()
+        self._check_together()
+        self._check_mixed()
+        if self.data_type != "int":
+            self._check_float()
+
+    def _check_ranges(self) -> None:
+        """Values that are wrong by themselves."""
+        for name, fits, allowed in (
+            ("bits", 2 <= self.bits <= 8, "2 to 8 are possible"),
+            ("group_size", self.group_size == -1 or self.group_size >= 1, "-1 or at least 1"),
+            ("act_bits", self.act_bits in (8, 16, 32),
+             "8, quantized by the engine, or 16 and 32"),
+            ("iters", self.iters is None or self.iters >= 0, "0 (round to nearest) or more"),
+            ("dampening", self.dampening > 0, "above 0"),
+            ("smoothing_strength", 0 <= self.smoothing_strength <= 1, "from 0 to 1"),
+            ("batch_size", self.batch >= 1, "at least 1"),
+            ("trim", 0 <= self.trim < 0.5, "a share of the errors, from 0 to below 0.5"),
+        ):  # fmt: skip
+            require(fits, f"{name} = {getattr(self, name)}: {allowed}")
+        for name, (allowed, why) in REFUSED.items():
+            value = getattr(self, name)
+            require(value == allowed, f"{name} = {value!r} is refused: {why}")
+
+    def _check_names(self) -> None:
+        """The form of lists and tables of names, and of each pattern in them."""
         for name in ("ignore", "targets", "sequential_targets"):
             require(
                 all_strings(getattr(self, name) or []), f"{name}: a list of names or re: patterns"
@@ -77,55 +87,33 @@ class Recipe(Fields):
             tables,
             'layer_config: each entry is a pattern with a table, such as {"q_proj": {"bits": 8}}',
         )
-        patterns = [
-            *self.kept_patterns,
-            *(self.targets or []),
-            *(self.sequential_targets or []),
-            *layers,
-        ]
-        for pattern in [
-            *patterns,
-            *(name for pair in self.mappings or [] for name in [*pair[0], pair[1]]),
-        ]:
+        lists = (self.kept_patterns, self.targets or [], self.sequential_targets or [], layers)
+        mapped = ((*pair[0], pair[1]) for pair in self.mappings or [])
+        for pattern in chain(*lists, *mapped):
             require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
-        require(self.batch >= 1, f"batch_size = {self.batch_size}: at least 1")
-        for name, (allowed, why) in REFUSED.items():
-            require(
-                getattr(self, name) == allowed,
-                f"{name} = {getattr(self, name)!r} is refused: {why}",
-            )
 
-        static = (
+    def _check_together(self) -> None:
+        """Values that contradict each other."""
+        static_fp8 = (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1)
+        require(
+            self.act_dynamic or static_fp8,
             "act_dynamic = false is for FP8 by channel with act_bits = 8, as scheme = FP8_STATIC"
-            " has it"
+            " has it",
         )
-        require(
-            self.act_dynamic or (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1),
-            static,
-        )
-        static_inputs = ("act_dynamic = false", not self.act_dynamic)
-        for name, asked in (
-            ("equalize", self.equalize != "none"),
-            ("polish", self.polish),
-            static_inputs,
-        ):
-            require(
-                not (asked and self.streams),
-                f"{name} needs the whole model in memory: no streaming",
-            )
-        require(
-            not (self.retarget and self.in_turn), "retarget and true_sequential exclude one another"
-        )
-        require(
-            0 <= self.trim < 0.5, f"trim = {self.trim}: a share of the errors, from 0 to below 0.5"
-        )
+        whole = {
+            "equalize": self.equalize != "none",
+            "polish": self.polish,
+            "act_dynamic = false": not self.act_dynamic,
+        }
+        for name, asked in whole.items():
+            fits = not (asked and self.streams)
+            require(fits, f"{name} needs the whole model in memory: no streaming")
+        both = self.retarget and self.in_turn
+        require(not both, "retarget and true_sequential exclude one another")
         require(
             not self.polish or self.data_type == "int",
             "polish tunes scales of integers; data_type must be int",
         )
-        self._check_mixed()
-        if self.data_type != "int":
-            self._check_float()
 
     def _check_mixed(self) -> None:
         try:
