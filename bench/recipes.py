@@ -195,13 +195,13 @@ def by_us(prepared_job: Any) -> dict[str, Any]:
 def watch_activations(prepared_job: Any) -> None:
     """Round the inputs of the quantized layers to 8 bits, a scale a token, as engines do; for ours
     and the peer's."""
-    from auto_mmround.numerics.grids import quantize_tokens
+    from auto_mmround.numerics.activations import integers_a_token
 
     for name, scheme in prepared_job.plan.quantized.items():
         layer = prepared_job.loaded.model.get_submodule(name)
         bits = scheme.act_bits
         layer.register_forward_pre_hook(
-            lambda _, given, bits=bits: (quantize_tokens(given[0], bits), *given[1:])
+            lambda _, given, bits=bits: (integers_a_token(given[0], bits), *given[1:])
         )
 
 

@@ -21,8 +21,9 @@ from auto_mmround.export.compressed_tensors import format as ct
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
+from auto_mmround.numerics.activations import integers_a_token
 from auto_mmround.numerics.float_grids import Nearest
-from auto_mmround.numerics.grids import Codes, dequantize, quantize_tokens
+from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.aliases import preset
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -595,10 +596,10 @@ def test_other_formats_refuse_eight_bit_activations(tmp_path: Path) -> None:
 def test_tokens_are_rounded_each_on_its_own_scale() -> None:
     x = torch.tensor([[127.0, 63.4, -1.6], [0.0, 0.0, 0.0], [1e-3, -2e-3, 0.0]])
     assert (
-        quantize_tokens(x)[0].tolist() == [127.0, 63.0, -2.0]
-        and quantize_tokens(x)[1].abs().sum() == 0
+        integers_a_token(x)[0].tolist() == [127.0, 63.0, -2.0]
+        and integers_a_token(x)[1].abs().sum() == 0
     )
-    assert torch.allclose(quantize_tokens(x)[2], x[2], atol=2e-3 / 254)
+    assert torch.allclose(integers_a_token(x)[2], x[2], atol=2e-3 / 254)
 
 
 def test_a_checkpoint_of_llm_compressor(tmp_path: Path) -> None:

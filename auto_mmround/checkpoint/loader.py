@@ -2,8 +2,8 @@
 weights."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,7 @@ from auto_mmround.model.loading import (
     skeleton,
 )
 from auto_mmround.model.quantized import METHODS
-from auto_mmround.numerics.float_grids import (
-    quantize_inputs_e4m3,
-    quantize_tokens_as_rows,
-    quantize_tokens_e4m3,
-)
-from auto_mmround.numerics.grids import quantize_tokens
-from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.numerics.activations import rounded_inputs
 from auto_mmround.untrusted import one_line
 
 # How a source may be stored. Those of compressed-tensors are read as engines read them, activations
@@ -136,26 +130,11 @@ def _quantize_inputs(
                 if scheme.act_dynamic and scheme.data_type != "nvfp4"
                 else [f"{stored}.{measured}"]
             )
-            rounded = partial(
-                _rounded, scheme, *(tensor.to(device) for _, tensor in checkpoint.tensors(wholes))
-            )
+            how: tuple[Any, ...] = scheme.data_type, scheme.act_bits, scheme.group_size
+            how += tuple(tensor.to(device) for _, tensor in checkpoint.tensors(wholes))
             layer.register_forward_pre_hook(
-                lambda _, given, rounded=rounded: (rounded(given[0]), *given[1:])
+                lambda _, given, how=how: (rounded_inputs(given[0], *how), *given[1:])
             )
-
-
-def _rounded(scheme: Scheme, *given: Tensor) -> Tensor:
-    """given: what was measured of all inputs, if there is such a thing, then the inputs."""
-    *wholes, x_TI = given
-    if scheme.data_type == "int":
-        return quantize_tokens(x_TI, scheme.act_bits)
-    if scheme.data_type != "fp8":
-        return quantize_tokens_as_rows(x_TI, scheme.data_type, scheme.group_size, *wholes)
-    return (
-        quantize_inputs_e4m3(x_TI, *wholes)
-        if wholes
-        else quantize_tokens_e4m3(x_TI, scheme.group_size)
-    )
 
 
 def load_any(

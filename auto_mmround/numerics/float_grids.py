@@ -121,42 +121,6 @@ class Nearest:
         return dequantize(self._codes)
 
 
-def quantize_inputs_e4m3(x_TI: Tensor, input_scale: Tensor) -> Tensor:
-    """What engines make of an FP8 layer's inputs (.., in) under one static scale; beyond 448 scales
-    they stay there."""
-    return (
-        levels("e4m3").to(x_TI.device)[to_e4m3(x_TI.float() / input_scale).long()] * input_scale
-    ).to(x_TI.dtype)
-
-
-def quantize_tokens_as_rows(
-    x_TI: Tensor, data_type: str, group_size: int, global_scale: Tensor | None = None
-) -> Tensor:
-    """What engines make of an MX or NVFP4 layer's inputs (.., in): as of a weight's rows.
-    global_scale: NVFP4's."""
-    peak = None if global_scale is None else E4M3_TOP * E2M1_TOP / global_scale
-    return (
-        Nearest(x_TI.flatten(0, -2), data_type, group_size, peak)
-        .weight()
-        .reshape(x_TI.shape)
-        .to(x_TI.dtype)
-    )
-
-
-def quantize_tokens_e4m3(x_TI: Tensor, group_size: int = -1) -> Tensor:
-    """What engines make of an FP8 layer's inputs (.., in): a scale, max|x| / 448, a token or a
-    token and group."""
-    columns = x_TI.shape[-1]
-    x_TGg = to_groups(x_TI.float().flatten(0, -2), columns if group_size == -1 else group_size)
-    scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
-    rounded_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP).to(
-        torch.float8_e4m3fn
-    ).float() * scale_TG1
-    return from_groups(rounded_TGg, columns).reshape(x_TI.shape).to(x_TI.dtype)
-
-
 def _rows_of_blocks(peak_OG: Tensor, rows: int = BLOCK) -> Tensor:
     """The largest magnitude of each block of rows, repeated for its rows."""
     blocks = (

@@ -228,13 +228,3 @@ def make_codes(
         min_OG=min_OG,
         unit_OS2=unit_OS2,
     )
-
-
-def quantize_tokens(x_TI: Tensor, bits: int = 8) -> Tensor:
-    """What engines make of a layer's inputs (.., in) as they run: symmetric, one scale, max|x| /
-    top, a token."""
-    top = 2 ** (bits - 1) - 1
-    scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
-    return ((x_TI.float() / scale_T1).round().clamp(-top - 1, top) * scale_T1).to(x_TI.dtype)

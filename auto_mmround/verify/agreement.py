@@ -13,7 +13,7 @@ from auto_mmround.calibration.inputs import PER_TOKEN
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.model.loading import DTYPES
-from auto_mmround.numerics.grids import quantize_tokens
+from auto_mmround.numerics.activations import integers_a_token
 from auto_mmround.verify.engines import EngineResult
 
 # Readers compute in half precision where they offer nothing else; a wrong packing misses by orders
@@ -69,7 +69,7 @@ class Reference:
 
 
 def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (quantize_tokens(given[0].unflatten(-1, (-1, Q8_BLOCK)), 8).flatten(-2), *given[1:])
+    return (integers_a_token(given[0].unflatten(-1, (-1, Q8_BLOCK)), 8).flatten(-2), *given[1:])
 
 
 def make_reference(

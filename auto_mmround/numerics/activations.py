@@ -1,0 +1,58 @@
+"""What engines make of a layer's inputs where they quantize them as they run.
+
+Pure functions of (.., in) tensors, dtype kept: the loader's hooks, `verify` and the tuner see the
+same numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from auto_mmround.numerics.float_grids import E2M1_TOP, E4M3_TOP, TINY, Nearest, to_e4m3
+from auto_mmround.numerics.grids import from_groups, levels, to_groups
+
+
+def rounded_inputs(
+    x_TI: Tensor, data_type: str, bits: int, group_size: int, whole: Tensor | None = None
+) -> Tensor:
+    """The inputs of a layer whose weights have this data type and group size. bits: of an integer.
+
+    whole: what calibration measured of all inputs: the scale of static FP8, the divisor of NVFP4's
+    scales.
+    """
+    if data_type == "int":
+        return integers_a_token(x_TI, bits)
+    if data_type != "fp8":
+        return as_rows(x_TI, data_type, group_size, whole)
+    return e4m3_a_token(x_TI, group_size) if whole is None else e4m3_static(x_TI, whole)
+
+
+def integers_a_token(x_TI: Tensor, bits: int = 8) -> Tensor:
+    """Symmetric, one scale, max|x| / top, a token."""
+    top = 2 ** (bits - 1) - 1
+    scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(min=TINY)
+    return ((x_TI.float() / scale_T1).round().clamp(-top - 1, top) * scale_T1).to(x_TI.dtype)
+
+
+def e4m3_static(x_TI: Tensor, scale: Tensor) -> Tensor:
+    """FP8 under one scale for all inputs; beyond 448 scales they stay there."""
+    codes = to_e4m3(x_TI.float() / scale).long()
+    return (levels("e4m3").to(x_TI.device)[codes] * scale).to(x_TI.dtype)
+
+
+def e4m3_a_token(x_TI: Tensor, group_size: int = -1) -> Tensor:
+    """FP8 under a scale, max|x| / 448, a token or a token and group."""
+    columns = x_TI.shape[-1]
+    x_TGg = to_groups(x_TI.float().flatten(0, -2), columns if group_size == -1 else group_size)
+    scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(min=TINY)
+    ratio_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP)
+    rounded_TGg = ratio_TGg.to(torch.float8_e4m3fn).float() * scale_TG1
+    return from_groups(rounded_TGg, columns).reshape(x_TI.shape).to(x_TI.dtype)
+
+
+def as_rows(
+    x_TI: Tensor, data_type: str, group_size: int, global_scale: Tensor | None = None
+) -> Tensor:
+    """MX or NVFP4, as of a weight's rows. global_scale: NVFP4's."""
+    peak = None if global_scale is None else E4M3_TOP * E2M1_TOP / global_scale
+    rows = Nearest(x_TI.flatten(0, -2), data_type, group_size, peak)
+    return rows.weight().reshape(x_TI.shape).to(x_TI.dtype)
