@@ -1,201 +1,46 @@
-"""Ways to break a checkpoint: the static check must find every one and name the tensor, key or
-file."""
+"""Ways to break a checkpoint: the static check must find each and name the tensor, key or file."""
 
-import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mutations_formats
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from mutations import (
+    ATTENTION,
+    DOWN,
+    INDEX,
+    NORM,
+    SHARDS,
+    Mutation,
+    config,
+    copy_tensor,
+    drop,
+    edit,
+    index_says,
+    missing_pattern,
+    nibbles,
+    one,
+    poke,
+    pop,
+    put,
+    quantize,
+    rename,
+    sharded,
+    swap,
+    tensors,
+    truncate,
+)
 
-from auto_mmround.export import auto_awq, auto_gptq
 from auto_mmround.model.loading import DEMO
-from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify.static import check
 
-FORMATS = {"auto_round": "auto_round", "auto_gptq": "auto_gptq", "auto_awq": "auto_awq"}
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-INDEX = "model.safetensors.index.json"
-ATTENTION = "model.layers.1.self_attn"
-DOWN = "model.layers.2.mlp.down_proj"
-NORM = "model.layers.0.input_layernorm.weight"
 TOWER = "visual.blocks.0.attn.qkv"
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    out = tmp_path_factory.mktemp("base")
-    recipe = Recipe(
-        model="demo", iters=0, device="cpu", format=",".join(FORMATS), output_dir=str(out)
-    )
-    folders = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
-    return dict(zip(FORMATS, folders))
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    """A mutation of the weight file."""
-
-    def apply(folder: Path) -> None:
-        found = load_file(folder / "model.safetensors")
-        change(found)
-        save_file(
-            {k: t.clone().contiguous() for k, t in found.items()},
-            folder / "model.safetensors",
-            {"format": "pt"},
-        )
-
-    return apply
-
-
-def one(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
-    """A mutation of one tensor."""
-    return tensors(lambda found: found.update({name: change(found[name])}))
-
-
-def poke(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One element set to a value."""
-
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor.view(-1)[5] = value
-        return tensor
-
-    return change
-
-
-def config(change: Callable[[dict[str, Any]], Any], both: bool = True) -> Callable[[Path], None]:
-    """A mutation of the quantization configuration, in both files that hold it."""
-
-    def apply(folder: Path) -> None:
-        path, copy = folder / "config.json", folder / "quantization_config.json"
-        whole = json.loads(path.read_text())
-        change(whole["quantization_config"])
-        path.write_text(json.dumps(whole))
-        if both and copy.is_file():
-            copy.write_text(json.dumps(whole["quantization_config"]))
-
-    return apply
-
-
-def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """A mutation of any JSON file."""
-
-    def apply(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return apply
-
-
-def drop(name: str) -> Callable[[Path], None]:
-    """A file that is gone."""
-    return lambda folder: (folder / name).unlink()
-
-
-def sharded(change: Callable[[Path], Any] = lambda folder: None) -> Callable[[Path], None]:
-    """The weights in two shards with an index, which is what big models have; then a mutation of
-    those."""
-
-    def apply(folder: Path) -> None:
-        whole = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        names = sorted(whole)
-        halves = dict(zip(SHARDS, (names[: len(names) // 2], names[len(names) // 2 :])))
-        for shard, half in halves.items():
-            save_file({name: whole[name] for name in half}, folder / shard, {"format": "pt"})
-        weight_map = {name: shard for shard, half in halves.items() for name in half}
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
-        )
-        change(folder)
-
-    return apply
-
-
-def truncate(folder: Path) -> None:
-    with (folder / SHARDS[1]).open("r+b") as file:
-        file.truncate((folder / SHARDS[1]).stat().st_size - 1000)
-
-
-def copy_tensor(folder: Path) -> None:
-    """A tensor of the first shard in the second one too."""
-    first, second = (load_file(folder / shard) for shard in SHARDS)
-    save_file(second | {NORM: first[NORM]}, folder / SHARDS[1], {"format": "pt"})
-
-
-def index_says(shard: str) -> Callable[[Path], None]:
-    return edit(INDEX, lambda index: index["weight_map"].update({NORM: shard}))
-
-
-def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(found: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in found if name.startswith(old)]:
-            found[new + name.removeprefix(old)] = found.pop(name)
-
-    return change
-
-
-def swap(one: str, other: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(found: dict[str, torch.Tensor]) -> None:
-        found[one], found[other] = found[other], found[one]
-
-    return change
-
-
-def quantize(module: str, awq: bool = False) -> Callable[[dict[str, torch.Tensor]], None]:
-    """A weight packed that the configuration does not name."""
-
-    def change(found: dict[str, torch.Tensor]) -> None:
-        codes = round_to_nearest(found.pop(f"{module}.weight"), 128, Grid(4, True))
-        found |= auto_awq.pack(module, codes) if awq else auto_gptq.FORMAT.pack(module, codes)
-        if not awq:
-            found.pop(f"{module}.g_idx")
-
-    return change
-
-
-def nibbles(words: torch.Tensor) -> torch.Tensor:
-    """High and low half of every byte exchanged."""
-    as_bytes = words.contiguous().view(torch.uint8)
-    return ((as_bytes << 4) | (as_bytes >> 4)).view(torch.int32)
-
-
-def pop(key: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda content: content.pop(key)
-
-
-def put(**values: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda content: content.update(values)
-
-
-def missing_pattern(key: str, old: str, new: str) -> Callable[[dict[str, Any]], None]:
-    """A pattern that fits nothing any more, in a list or as a key."""
-
-    def change(content: dict[str, Any]) -> None:
-        text = json.dumps(content[key])
-        assert old in text
-        content[key] = json.loads(text.replace(old, new))
-
-    return change
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """name; break it; what a finding must name in `where`; the formats it is tried on."""
-
-    name: str
-    apply: Callable[[Path], Any]
-    named: str
-    formats: tuple[str, ...] = ("auto_round",)
-
-
-ALL = tuple(FORMATS)
+ALL = ("auto_round", "auto_gptq", "auto_awq")
 QZEROS, SCALES, QWEIGHT = f"{DOWN}.qzeros", f"{DOWN}.scales", f"{DOWN}.qweight"
 GPTQ, AWQ = ("auto_gptq",), ("auto_awq",)
 
@@ -329,7 +174,31 @@ MUTATIONS = [
         "quantization_config.json"),
 ]  # fmt: skip
 
-CASES = [(mutation, name) for mutation in MUTATIONS for name in mutation.formats]
+CASES = [
+    (mutation, name)
+    for mutation in (*MUTATIONS, *mutations_formats.MUTATIONS)
+    for name in mutation.formats
+]
+# names of checkpoints -> the run that writes them
+RUNS: dict[tuple[str, ...], dict[str, Any]] = {
+    ALL: {"format": ",".join(ALL)},
+    mutations_formats.WORDS: {"format": "compressed_tensors", "sym": False},
+    mutations_formats.INT8: {
+        "format": "compressed_tensors", "bits": 8, "act_bits": 8, "group_size": -1
+    },
+    mutations_formats.MLX: {"format": "mlx", "group_size": 64},
+    mutations_formats.GGUF: {"format": "gguf:q4_0", "group_size": 32},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for names, changes in RUNS.items():
+        out = tmp_path_factory.mktemp(names[0])
+        recipe = Recipe(model="demo", algorithm="rtn", device="cpu", output_dir=str(out), **changes)
+        found |= zip(names, jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))))
+    return found
 
 
 @pytest.mark.parametrize("mutation, name", CASES, ids=[f"{m.name}: {name}" for m, name in CASES])
@@ -347,9 +216,13 @@ def test_enough_ways():
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 30
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_unbroken_checkpoints_are_right(name, checkpoints, tmp_path):
+@pytest.mark.parametrize("name", [name for names in RUNS for name in names])
+def test_unbroken_checkpoints_are_right(name, checkpoints):
     assert check(checkpoints[name]) == [] == check(checkpoints[name], source=DEMO)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shards_are_right_too(name, checkpoints, tmp_path):
     shutil.copytree(checkpoints[name], tmp_path / "sharded")
     sharded()(tmp_path / "sharded")
     assert check(tmp_path / "sharded") == []
