@@ -1,8 +1,12 @@
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+
+from auto_mmround import cli
+from auto_mmround.model.loading import load
 
 # The tests' models are tiny: one thread each is faster than two that wait for each other, also
 # under `pytest -n 2`.
@@ -13,6 +17,35 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whisper", help="folder of Whisper base, for its rows in the table of engines"
     )
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled model. Tests read it only."""
+    return load("demo")
+
+
+@pytest.fixture(scope="session")
+def exact_demo():
+    """The bundled model in float32. Tests read it only."""
+    return load("demo", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """A checkpoint of the bundled model, rounded to nearest. Tests change copies of it only."""
+    out = tmp_path_factory.mktemp("demo")
+    command = ["--model", "demo", "--iters", "0", "--device", "cpu", "--output_dir", str(out)]
+    assert cli.main(command) == 0
+    return out / "demo-w4g128-auto_round"
+
+
+@pytest.fixture
+def fast_disk():
+    """Nothing waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture

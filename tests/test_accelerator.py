@@ -63,10 +63,9 @@ def differing(one, other, block=""):
 
 
 @pytest.fixture(scope="module")
-def original():
+def original(exact_demo):
     """(the model in float32, samples that no run calibrates on)."""
-    loaded = load("demo", dtype="float32")
-    return loaded.model, held_out(loaded, "demo", limit=4)
+    return exact_demo.model, held_out(exact_demo, "demo", limit=4)
 
 
 def error(job, original):

@@ -7,7 +7,6 @@ here (models of many gigabytes) are at least understood by our own argument pars
 
 import ast
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -37,6 +36,7 @@ MEDIA = {
     "whisper": "WhisperFeatureExtractor",
     "qwen2_audio": "WhisperFeatureExtractor",
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def runs_here(block: Block, slow: bool) -> bool:
@@ -51,11 +51,6 @@ SESSIONS = [
     for page, found in CODES.items()
     if any(runs_here(block, slow) and block.mark.slow == slow for block in found)
 ]
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)

@@ -354,7 +354,7 @@ def run(out, **changes):
 
 
 @pytest.mark.parametrize("method", ["smoothquant", "awq"])
-def test_changed_norms_and_kept_layers_reach_the_checkpoint(method, tmp_path):
+def test_changed_norms_and_kept_layers_reach_the_checkpoint(method, demo, tmp_path):
     job, (folder,) = run(
         tmp_path, bits=8, equalize=method, ignore=["up_proj", "gate_proj"], format="auto_gptq"
     )
@@ -368,7 +368,6 @@ def test_changed_norms_and_kept_layers_reach_the_checkpoint(method, tmp_path):
     assert "post_attention_layernorm.weight" not in ends  # none of its readers is quantized
     tuned, decoded = job.loaded.model.state_dict(), from_quantized(folder).model.state_dict()
     assert all(torch.equal(decoded[name], tuned[name]) for name in tuned)
-    demo = load("demo")
     (kept,) = measure([job.loaded.model], held_out(demo, "demo", limit=3), reference=demo.model)
     assert all(value < 0.01 for value in kept.kl.values())
 

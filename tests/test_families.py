@@ -2,7 +2,6 @@
 compare."""
 
 import json
-import os
 import re
 import shlex
 from dataclasses import replace
@@ -31,15 +30,12 @@ from auto_mmround.run.plan import grid_of, make_plan
 from auto_mmround.verify.engines import interpreter, run_transformers
 from auto_mmround.verify.proof import prove
 
+pytestmark = pytest.mark.usefixtures("fast_disk")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def journey(family: Tiny, tokenizer, folder: Path) -> tuple[jobs.Job, list[Path]]:

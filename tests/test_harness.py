@@ -15,7 +15,6 @@ from auto_mmround.evaluate import harness
 from auto_mmround.evaluate.held_out import HELD_OUT
 from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.evaluate.prompts import answer, asked, log_likelihood
-from auto_mmround.model.loading import load
 
 TEXTS = (
     "And God said, Let there be",
@@ -52,30 +51,29 @@ metric_list:
 """
 
 
-def preferred(loaded, text):
+def preferred(demo, text):
     """The choice whose tokens the model finds more likely after the text."""
     scores = []
     for choice in CHOICES:
-        before = loaded.tokenizer(text, return_tensors="pt")["input_ids"].shape[1]
-        ids = loaded.tokenizer(f"{text} {choice}", return_tensors="pt")["input_ids"]
-        logs = logits_of(loaded.model, {"input_ids": ids}).log_softmax(-1)
+        before = demo.tokenizer(text, return_tensors="pt")["input_ids"].shape[1]
+        ids = demo.tokenizer(f"{text} {choice}", return_tensors="pt")["input_ids"]
+        logs = logits_of(demo.model, {"input_ids": ids}).log_softmax(-1)
         scores.append(logs[before - 1 : -1].gather(1, ids[0, before:, None]).sum().item())
     return scores.index(max(scores))
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_a_local_task(tmp_path, monkeypatch):
+def test_lm_eval_scores_a_local_task(demo, tmp_path, monkeypatch):
     pytest.importorskip(
         "lm_eval", reason='lm_eval is not installed: pip install "auto_mmround[lm-eval]"'
     )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    loaded = load("demo")
-    rows = [{"text": text, "choices": CHOICES, "label": preferred(loaded, text)} for text in TEXTS]
+    rows = [{"text": text, "choices": CHOICES, "label": preferred(demo, text)} for text in TEXTS]
     rows[2]["label"] = 1 - rows[2]["label"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "words.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     scores = harness.run(
-        "lm_eval", str(tmp_path / "words.yaml"), {"reference": loaded, "quantized": loaded}, None
+        "lm_eval", str(tmp_path / "words.yaml"), {"reference": demo, "quantized": demo}, None
     )
     (score,) = [score for score in scores if score.metric == "acc"]
     assert (score.benchmark, score.quantized, score.reference, score.count) == (
@@ -86,7 +84,7 @@ def test_lm_eval_scores_a_local_task(tmp_path, monkeypatch):
     )
     assert score.recovery == 100 and not score.lower_is_better
     with pytest.raises(UserError, match="no such file"):
-        harness.run("lm_eval", str(tmp_path / "none.yaml"), {"quantized": loaded}, None)
+        harness.run("lm_eval", str(tmp_path / "none.yaml"), {"quantized": demo}, None)
 
 
 def pictured(count):
@@ -100,15 +98,14 @@ def pictured(count):
 
 
 @pytest.mark.slow
-def test_lmms_eval_scores_local_tasks_with_pictures(tmp_path, monkeypatch):
+def test_lmms_eval_scores_local_tasks_with_pictures(demo, tmp_path, monkeypatch):
     pytest.importorskip(
         "lmms_eval", reason='lmms_eval is not installed: pip install "auto_mmround[lmms-eval]"'
     )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    loaded = load("demo")
     rows = []
     for path, question in pictured(4):
-        said = answer(loaded, asked(loaded, question, [Image.open(path)]))
+        said = answer(demo, asked(demo, question, [Image.open(path)]))
         rows.append(
             {
                 "path": path,
@@ -133,7 +130,7 @@ def test_lmms_eval_scores_local_tasks_with_pictures(tmp_path, monkeypatch):
             text = text.replace('doc_to_choice: "{{choices}}"\n', "")
         (tmp_path / f"{name}.yaml").write_text(text)
     scores = harness.run(
-        "lmms", str(tmp_path / "spoken.yaml"), {"reference": loaded, "quantized": loaded}, None
+        "lmms", str(tmp_path / "spoken.yaml"), {"reference": demo, "quantized": demo}, None
     )
     (score,) = [score for score in scores if score.metric == "exact_match"]
     assert (score.benchmark, score.quantized, score.reference, score.count) == (
@@ -142,27 +139,27 @@ def test_lmms_eval_scores_local_tasks_with_pictures(tmp_path, monkeypatch):
         0.75,
         4,
     )
-    scores = harness.run("lmms", str(tmp_path / "chosen.yaml"), {"quantized": loaded}, 2)
+    scores = harness.run("lmms", str(tmp_path / "chosen.yaml"), {"quantized": demo}, 2)
     (score,) = [score for score in scores if score.metric == "acc"]
     assert (score.quantized, score.count) == (1.0, 2)
 
 
 @pytest.mark.slow
-def test_vlmeval_scores_a_local_set(tmp_path):
+def test_vlmeval_scores_a_local_set(demo, tmp_path):
     # importing it here would change the whole process
     if importlib.util.find_spec("vlmeval") is None:
         pytest.skip('vlmeval is not installed: pip install "auto_mmround[vlmeval]"')
-    loaded, context = load("demo"), ssl._create_default_https_context
+    context = ssl._create_default_https_context
     with (tmp_path / "shapes.tsv").open("w", newline="") as file:
         table = csv.writer(file, delimiter="\t")
         table.writerow(["index", "image", "question", "A", "B", "answer"])
         for i, (path, question) in enumerate(pictured(4)):
             with open(path, "rb") as image:
                 data = base64.b64encode(image.read()).decode()
-            said = answer(loaded, asked(loaded, question, [Image.open(path)]))
+            said = answer(demo, asked(demo, question, [Image.open(path)]))
             table.writerow([i, data, question, said, "No answer at all.", "B" if i == 3 else "A"])
     scores = harness.run(
-        "vlmeval", str(tmp_path / "shapes.tsv"), {"reference": loaded, "quantized": loaded}, None
+        "vlmeval", str(tmp_path / "shapes.tsv"), {"reference": demo, "quantized": demo}, None
     )
     (score,) = [score for score in scores if score.metric == "Overall"]
     assert score.benchmark == "shapes" and score.count == 4 and score.quantized == score.reference
@@ -170,19 +167,18 @@ def test_vlmeval_scores_a_local_set(tmp_path):
     assert ssl._create_default_https_context is context and torch.is_grad_enabled()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes.tsv"]
     with pytest.raises(UserError, match="no such file"):
-        harness.run("vlmeval", str(tmp_path / "none.tsv"), {"quantized": loaded}, None)
+        harness.run("vlmeval", str(tmp_path / "none.tsv"), {"quantized": demo}, None)
 
 
-def test_questions_from_outside_are_asked_as_our_own():
-    loaded = load("demo")
+def test_questions_from_outside_are_asked_as_our_own(demo):
     path, question = pictured(1)[0]
-    first = asked(loaded, question, [Image.open(path)])
-    assert answer(loaded, first) == answer(
-        loaded, asked(loaded, f"<image>\n{question}", [Image.open(path)])
+    first = asked(demo, question, [Image.open(path)])
+    assert answer(demo, first) == answer(
+        demo, asked(demo, f"<image>\n{question}", [Image.open(path)])
     )
-    said = answer(loaded, first)
-    likely, greedy = log_likelihood(loaded, first, said)
-    unlikely, _ = log_likelihood(loaded, first, "zebra zebra")
+    said = answer(demo, first)
+    likely, greedy = log_likelihood(demo, first, said)
+    unlikely, _ = log_likelihood(demo, first, "zebra zebra")
     assert greedy and unlikely < likely < 0
 
 

@@ -13,18 +13,13 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.model.loading import DEMO, load
+from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.plan import make_plan
 
 FAST = Recipe(model="demo", dataset="demo", iters=2, nsamples=8, seqlen=64, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load("demo")
 
 
 def run(out, **changes):

@@ -271,15 +271,14 @@ def test_verify_asks_llamacpp_about_text_and_image(tmp_path):
     assert verdict.status == "right", verdict.line()
 
 
-def test_prompts_lose_what_llamacpp_adds_by_itself():
-    loaded = load("demo")
+def test_prompts_lose_what_llamacpp_adds_by_itself(demo):
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
     text += "What?<|im_end|>\n"
-    ids = loaded.tokenizer(text).input_ids
+    ids = demo.tokenizer(text).input_ids
     wanted = ["<|im_start|>user\n", {"image": "a.png"}, "What?<|im_end|>\n"]
-    assert pieces(ids, loaded.tokenizer, loaded.model.config, [Path("a.png")]) == wanted
+    assert pieces(ids, demo.tokenizer, demo.model.config, [Path("a.png")]) == wanted
     with pytest.raises(ValueError, match="2 images, but places for 1"):
-        pieces(ids, loaded.tokenizer, loaded.model.config, [Path("a.png"), Path("b.png")])
+        pieces(ids, demo.tokenizer, demo.model.config, [Path("a.png"), Path("b.png")])
 
 
 def test_a_missing_engine_is_an_answer(tmp_path):

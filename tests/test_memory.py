@@ -2,7 +2,6 @@
 kept where."""
 
 import json
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +33,7 @@ from auto_mmround.run import sensitivity as choosing
 from auto_mmround.run.loss_weights import kinds_of
 from auto_mmround.run.out_of_memory import Graph, Places
 
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,7 @@ from auto_mmround.verify.proof import Filled, prove
 LLAMA = replace(FAMILIES["llama"], config=TEXT | {"num_hidden_layers": 3})
 NAME = "model-w4g32-auto_gptq"
 MIXTURE = dict(num_local_experts=4, num_experts_per_tok=2)
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 @pytest.fixture(scope="module")

@@ -27,17 +27,6 @@ needs_browser = pytest.mark.skipif(
 VOID = {"meta", "link", "img", "br"}
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A run that rounds to nearest, as the command line leaves it."""
-    out = tmp_path_factory.mktemp("plain")
-    assert (
-        cli.main(["--model", "demo", "--iters", "0", "--output_dir", str(out), "--device", "cpu"])
-        == 0
-    )
-    return out / "demo-w4g128-auto_round"
-
-
 def evaluation(**changes):
     scores = [
         Score(
@@ -78,10 +67,10 @@ def evaluation(**changes):
 
 
 @pytest.fixture(scope="module")
-def full(plain, tmp_path_factory):
+def full(demo_folder, tmp_path_factory):
     """The same folder with errors of forty blocks in two stages, an evaluation, and verdicts."""
     folder = tmp_path_factory.mktemp("full") / "model-w4g128-auto_round"
-    shutil.copytree(plain, folder)
+    shutil.copytree(demo_folder, folder)
     run = json.loads((folder / "run.json").read_text())
     names = [f"model.visual.blocks.{i}" for i in range(8)] + [
         f"model.language_model.layers.{i}" for i in range(32)
@@ -158,7 +147,7 @@ def checked(page):
     return text, checker
 
 
-@pytest.mark.parametrize("which", ["plain", "full"])
+@pytest.mark.parametrize("which", ["demo_folder", "full"])
 def test_a_page_needs_nothing_but_itself(which, request):
     page = request.getfixturevalue(which) / "report.html"
     text, found = checked(page)
@@ -207,18 +196,18 @@ def test_the_same_figures_as_json(full):
     assert found["chosen"]["model"] == "demo" and "seed" not in found["chosen"]
 
 
-def test_packed_and_plain_bytes_are_those_of_the_tensors(plain):
+def test_packed_and_plain_bytes_are_those_of_the_tensors(demo_folder):
     from safetensors import safe_open
 
     wanted = {"packed": 0, "plain": 0}
-    with safe_open(plain / "model.safetensors", "pt") as file:
+    with safe_open(demo_folder / "model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(key)
             kind = (
                 "packed" if key.rpartition(".")[2] in ("qweight", "qzeros", "scales") else "plain"
             )
             wanted[kind] += tensor.numel() * tensor.element_size()
-    sizes = report.collect(plain)["sizes"]
+    sizes = report.collect(demo_folder)["sizes"]
     assert {kind: sizes[kind] for kind in wanted} == wanted
 
 
@@ -233,9 +222,9 @@ def test_a_newer_evaluation_takes_the_place_of_the_older(tmp_path):
     assert found["figures"]["quantized"]["kl"] and found["samples"]
 
 
-def test_eval_of_a_checkpoint_lands_in_its_report(plain, tmp_path, capsys):
-    folder = tmp_path / plain.name
-    shutil.copytree(plain, folder)
+def test_eval_of_a_checkpoint_lands_in_its_report(demo_folder, tmp_path, capsys):
+    folder = tmp_path / demo_folder.name
+    shutil.copytree(demo_folder, folder)
     assert "Damage by modality" not in (folder / "report.html").read_text()
     command = [
         "eval",
@@ -254,19 +243,19 @@ def test_eval_of_a_checkpoint_lands_in_its_report(plain, tmp_path, capsys):
     assert "| text | " in (folder / "README.md").read_text()
 
 
-def test_several_runs_on_one_page(plain, full, tmp_path, capsys):
+def test_several_runs_on_one_page(demo_folder, full, tmp_path, capsys):
     page = tmp_path / "deep" / "both.html"
-    assert cli.main(["report", str(plain), str(full), "--output", str(page)]) == 0
+    assert cli.main(["report", str(demo_folder), str(full), "--output", str(page)]) == 0
     text, found = checked(page)
     assert all(reference.startswith("data:") for reference in found.references)
     assert "/".join(full.parts[-2:]) in text and "speech clean (WER)" in text
 
 
 @pytest.mark.parametrize("damage", ["nothing", "no json"])
-def test_a_folder_that_is_no_run_is_one_line(damage, tmp_path, plain, capsys):
+def test_a_folder_that_is_no_run_is_one_line(damage, tmp_path, demo_folder, capsys):
     folder = tmp_path / "run"
     if damage == "no json":
-        shutil.copytree(plain, folder)
+        shutil.copytree(demo_folder, folder)
         (folder / "run.json").write_text("{")
     assert cli.main(["report", str(folder)]) == 2
     assert "run.json" in capsys.readouterr().err
@@ -321,9 +310,9 @@ def test_card_takes_licence_and_base_model_from_the_source(full, tmp_path):
     assert front_matter(card.write(folder).read_text())[0]["base_model"] == "maker/model-2b"
 
 
-def test_a_readme_of_somebody_else_stays(plain, tmp_path):
+def test_a_readme_of_somebody_else_stays(demo_folder, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(plain, folder)
+    shutil.copytree(demo_folder, folder)
     (folder / "README.md").write_text("mine")
     with pytest.raises(UserError, match="was not written by"):
         card.write(folder)
@@ -408,14 +397,14 @@ def test_screenshot(full, width, options, tmp_path):
 
 
 @needs_browser
-def test_nothing_is_wider_than_a_phone(plain, full, tmp_path):
+def test_nothing_is_wider_than_a_phone(demo_folder, full, tmp_path):
     # The browser narrows its window to less than 500 pixels only for the screenshot itself, so the
     # page looks then.
     probe = """<script>onresize = () => {
         const d = document.documentElement, fits = d.scrollWidth <= 390 && innerWidth == 390
         d.style.background = document.body.style.background = fits ? 'rgb(0,255,0)' : 'rgb(255,0,0)'
     }</script></body>"""
-    for page in (full / "report.html", report.compare([plain, full], tmp_path / "both.html")):
+    for page in (full / "report.html", report.compare([demo_folder, full], tmp_path / "both.html")):
         text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
         (tmp_path / "probe.html").write_text(text.replace("</body>", probe))
         assert shoot(tmp_path / "probe.html", tmp_path, 390).getpixel((1, 1)) == (0, 255, 0)

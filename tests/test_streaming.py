@@ -2,7 +2,6 @@
 of memory."""
 
 import gc
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.out_of_memory import BatchSize
 
 KINDS = ["llama", "gpt2", "qwen3_moe", "llama4", "qwen2_vl", "qwen3_vl", "whisper", "gemma4"]
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +238,6 @@ def test_fewer_samples_at_a_time_where_memory_ends(folder, tmp_path, monkeypatch
     run(model, tmp_path / "whole", family, format="auto_round", algorithm="sign_round")
     assert max(sizes) == 8
     monkeypatch.undo()
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(type(family), "samples", lambda self: same_length(self, 8))
     sizes = crowd(monkeypatch, 2, error)
     run(model, tmp_path / "narrow", family, format="auto_round", algorithm="sign_round")

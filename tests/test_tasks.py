@@ -27,11 +27,6 @@ needs_sound = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return load("demo")
-
-
-@pytest.fixture(scope="module")
 def own_answers(demo, tmp_path_factory):
     """A set whose expected answers are the model's own, but for the last row."""
     folder = tmp_path_factory.mktemp("sets") / "pictures"

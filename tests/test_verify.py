@@ -13,7 +13,7 @@ from auto_mmround import cli
 from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.model.loading import DEMO, load
+from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
@@ -36,24 +36,11 @@ TEXT = "model.language_model.layers.0.mlp.up_proj"
 TOWER = "model.visual.blocks.0.mlp.fc1"
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load("demo", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    recipe = Recipe(
-        model="demo", iters=0, device="cpu", output_dir=str(tmp_path_factory.mktemp("out"))
-    )
-    return jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))[0]
-
-
 @pytest.fixture
-def mismatched(folder, tmp_path):
+def mismatched(demo_folder, tmp_path):
     """The name mismatch of released exports: blocks by the checkpoint's spelling alone."""
     broken = tmp_path / "mismatched"
-    shutil.copytree(folder, broken)
+    shutil.copytree(demo_folder, broken)
     for name in ("config.json", "quantization_config.json"):
         content = json.loads((broken / name).read_text())
         content.get("quantization_config", content)["block_name_to_quantize"] = "model.layers"
@@ -153,13 +140,12 @@ def answer(reference: Reference, offset: float, **changes) -> EngineResult:
     )
 
 
-def test_judgement(demo):
+def test_judgement(exact_demo):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    reference = make_reference(DEMO, demo.model, [{"input_ids": ids}])
-    tokens, margins = greedy(demo.model, {"input_ids": ids}, 4)
-    made = demo.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[
-        0, 6:
-    ].tolist()
+    reference = make_reference(DEMO, exact_demo.model, [{"input_ids": ids}])
+    tokens, margins = greedy(exact_demo.model, {"input_ids": ids}, 4)
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=[-1])
+    made = exact_demo.model.generate(input_ids=ids, **options)[0, 6:].tolist()
     assert tokens[:2] == made[:2] and len(margins) == 4 and min(margins) >= 0
     assert judge(answer(reference, 0), reference, 35)["status"] == "right"
     assert judge(answer(reference, 0), reference, 36)["reason"] == "35 quantized layers, 36 planned"
@@ -176,8 +162,8 @@ def test_judgement(demo):
         )
 
 
-def test_engines_that_give_next_log_probabilities_only(demo):
-    reference = make_reference(DEMO, demo.model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
+def test_engines_that_give_next_log_probabilities_only(exact_demo):
+    reference = make_reference(DEMO, exact_demo.model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
     top = reference.logits[0][-1].log_softmax(-1).topk(20)
     given = dict(zip(top.indices.tolist(), top.values.tolist()))
     assert judge(EngineResult(True, logprobs=[given]), reference, 35)["status"] == "right"
@@ -186,13 +172,13 @@ def test_engines_that_give_next_log_probabilities_only(demo):
     assert judge(EngineResult(True, logprobs=[{}]), reference, 35)["status"] == "wrong"
 
 
-def test_probes_need_nothing_but_the_folder(demo, tmp_path):
-    probes, notes = make_probes(demo, tmp_path)
+def test_probes_need_nothing_but_the_folder(exact_demo, tmp_path):
+    probes, notes = make_probes(exact_demo, tmp_path)
     assert [probe.kind for probe in probes] == ["text", "image"] and notes == []
     assert "pixel_values" in probes[1].kwargs and probes[1].media["image0"].dtype == torch.uint8
 
 
-def test_a_probe_for_speech_recognition(demo, tmp_path):
+def test_a_probe_for_speech_recognition(exact_demo, tmp_path):
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     size = {
@@ -207,7 +193,7 @@ def test_a_probe_for_speech_recognition(demo, tmp_path):
     ) = 3
     model = WhisperForConditionalGeneration(config).eval()
     processor = SimpleNamespace(feature_extractor=WhisperFeatureExtractor())
-    loaded = SimpleNamespace(model=model, processor=processor, tokenizer=demo.tokenizer)
+    loaded = SimpleNamespace(model=model, processor=processor, tokenizer=exact_demo.tokenizer)
     (probe,), _ = make_probes(loaded, tmp_path)
     reference = make_reference(tmp_path, model, [probe.kwargs])
     assert (
@@ -218,13 +204,9 @@ def test_a_probe_for_speech_recognition(demo, tmp_path):
     assert len(greedy(model, probe.kwargs, 3)[0]) == 3
 
 
-def test_the_command_on_a_right_folder(folder, capsys):
-    assert (
-        cli.main(
-            ["verify", str(folder), "--engine", "transformers", "--source", str(DEMO), "--json"]
-        )
-        == 0
-    )
+def test_the_command_on_a_right_folder(demo_folder, capsys):
+    words = ["--engine", "transformers", "--source", str(DEMO), "--json"]
+    assert cli.main(["verify", str(demo_folder), *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["right"] and found["static"] == [] and found["format"] == "auto_round:auto_gptq"
     (engine,) = found["engines"]
@@ -271,10 +253,10 @@ def test_an_engine_that_is_not_installed_is_named_with_its_command(tmp_path):
         (["--engin", "x"], "did you mean --engine"),
     ],
 )
-def test_mistakes_are_one_line(words, said, folder, capsys):
-    assert cli.main(["verify", str(folder), *words]) == 2
+def test_mistakes_are_one_line(words, said, demo_folder, capsys):
+    assert cli.main(["verify", str(demo_folder), *words]) == 2
     assert said in capsys.readouterr().err
-    assert cli.main(["verify", str(folder / "no")]) == 2
+    assert cli.main(["verify", str(demo_folder / "no")]) == 2
 
 
 def test_what_engines_are_known_to_refuse():
