@@ -15,20 +15,8 @@ from auto_mmround import cli
 from auto_mmround.model.loading import DEMO
 
 ROOT = Path(__file__).parents[1]
-FAST = [
-    "--model",
-    "demo",
-    "--dataset",
-    "demo",
-    "--iters",
-    "1",
-    "--nsamples",
-    "8",
-    "--seqlen",
-    "64",
-    "--device",
-    "cpu",
-]
+SHORT = ["--iters", "1", "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]
+FAST = ["--model", "demo", "--dataset", "demo", *SHORT]
 
 
 def test_the_original_command_with_other_names(tmp_path, capsys):
@@ -37,22 +25,7 @@ def test_the_original_command_with_other_names(tmp_path, capsys):
         f"--model demo --bits 4 --group_size 128 --format auto_round --output_dir {out} --dataset"
         " demo-text"
     )
-    assert (
-        cli.main(
-            [
-                *command.split(),
-                "--iters",
-                "1",
-                "--nsamples",
-                "8",
-                "--seqlen",
-                "64",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    assert cli.main([*command.split(), *SHORT]) == 0
     assert (out / "demo-w4g128-auto_round" / "config.json").is_file()
     printed = capsys.readouterr()
     assert "done in" in printed.out and "loss" in printed.err and "Traceback" not in printed.err

@@ -316,22 +316,11 @@ def test_what_cannot_be_mixed_is_one_line(words, part, capsys):
 
 @pytest.mark.slow
 def test_plan_prints_the_chosen_bits(capsys, tmp_path):
-    words = [
-        "--model",
-        "demo",
-        "--dataset",
-        "demo",
-        "--nsamples",
-        "8",
-        "--seqlen",
-        "64",
-        "--device",
-        "cpu",
-    ]
-    assert (
-        main(["plan", *words, "--group_size", "32", "--target_bits", "4", "--quant_nontext_module"])
-        == 0
+    command = (
+        "plan --model demo --dataset demo --nsamples 8 --seqlen 64 --device cpu --group_size 32"
+        " --target_bits 4 --quant_nontext_module"
     )
+    assert main(command.split()) == 0
     printed = capsys.readouterr().out
     (chosen,) = re.findall(r"mixed bits: ([^;]+);", printed)
     widths = set(re.findall(r"\d+ at (\d)", chosen))

@@ -31,18 +31,7 @@ def unloaded(monkeypatch):
 
 
 def run(model: Path, out: Path | str, *more: str) -> int:
-    words = [
-        "--model",
-        str(model),
-        "--output_dir",
-        str(out),
-        "--iters",
-        "0",
-        "--group_size",
-        "32",
-        "--device",
-        "cpu",
-    ]
+    words = f"--model {model} --output_dir {out} --iters 0 --group_size 32 --device cpu".split()
     return cli.main([*words, *more])
 
 

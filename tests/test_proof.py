@@ -36,18 +36,7 @@ def model(tmp_path_factory):
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    words = [
-        "--model",
-        str(model),
-        "--output_dir",
-        str(out),
-        "--iters",
-        "0",
-        "--group_size",
-        "32",
-        "--device",
-        "cpu",
-    ]
+    words = f"--model {model} --output_dir {out} --iters 0 --group_size 32 --device cpu".split()
     return [*words, "--format", "auto_gptq", *more]
 
 

@@ -22,12 +22,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 from auto_mmround.model.devices import Traits
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "accelerator.cpp"
+TORCH = Path(torch.__file__).parent
+HEADERS = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
 NAME = "accel"
 DEVICES = 2
 KINDS = ("launch", "wait", "to host", "to device")
@@ -44,8 +45,9 @@ torch._register_device_module(NAME, MODULE)
 
 
 def compiler() -> str | None:
-    """The machine's C++ compiler, as torch's build tools choose it."""
-    return shutil.which(cpp_extension.get_cxx_compiler())
+    """The machine's C++ compiler, chosen as by torch.utils.cpp_extension. That one isn't imported:
+    it warns of a missing GPU."""
+    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def build() -> Path:
@@ -53,9 +55,8 @@ def build() -> Path:
     than last time."""
     command = [str(compiler()), "-O1", "-w", "-std=c++20", "-fPIC", "-shared"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    where = [f"-L{path}" for path in cpp_extension.library_paths()]
-    libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]
+    command += [f"-isystem{path}" for path in HEADERS]
+    libraries = [f"-L{TORCH / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
     text = b"".join(path.read_bytes() for path in sorted([*HERE.glob("*.h"), SOURCE]))
     key = hashlib.sha256(
         text + f"{torch.__version__} {command} {sys.platform}".encode()
@@ -66,7 +67,7 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one test run start together
         if not made.exists():
             fresh = made.with_suffix(".partial")
-            done = subprocess.run([*command, str(SOURCE), *where, *libraries, "-o", str(fresh)],
+            done = subprocess.run([*command, str(SOURCE), *libraries, "-o", str(fresh)],
                                   capture_output=True, text=True, check=False)  # fmt: skip
             if done.returncode:
                 raise RuntimeError(f"the stand-in does not compile: {done.stderr[-3000:]}")
