@@ -3,6 +3,7 @@ is wrong."""
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,11 +180,18 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(_: int, __: FrameType | None) -> None:
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    # Again every second: Python drops what a finalizer or a hook of the garbage collector raises.
+    def told(dropped: Any) -> None:
+        if dropped.exc_type is not TooLong:
+            tell(dropped)
+
+    before, tell = signal.signal(signal.SIGALRM, stop), sys.unraisablehook
+    # Python drops what a finalizer or a hook of the garbage collector raises, and prints it. So the
+    # alarm comes again every second, and what was dropped is not printed.
+    sys.unraisablehook = told
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = tell

@@ -685,8 +685,10 @@ def test_the_bounds_in_the_documentation_are_those_of_the_code():
         assert str(getattr(rooms[room], name)) == text.strip(), f"{room}.{name}"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_limit_is_raised_again_where_python_dropped_it():
+def test_a_limit_is_raised_again_where_python_dropped_it(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
     class Dropping:
         def __del__(self):
             deadline = time.monotonic() + 0.5
@@ -700,3 +702,4 @@ def test_a_limit_is_raised_again_where_python_dropped_it():
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             pass
+    assert not printed and sys.unraisablehook == printed.append
