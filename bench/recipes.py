@@ -226,7 +226,7 @@ def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
         ]
     reference = jobs.load_model(prepared_job.recipe).model
     (found,) = measure([loaded.model], inputs, reference=reference)
-    return found.as_dict() | {"next_token": found.next_token, "tokens": found.tokens}
+    return found.as_dict() | {"next_token": found.hits / found.tokens, "tokens": found.tokens}
 
 
 def speech_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:

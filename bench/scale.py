@@ -21,7 +21,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from auto_mmround.checkpoint.folder import write_config
-from auto_mmround.console import rows_as_markdown
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -132,12 +131,11 @@ def main() -> int:
         f"{date.today()}, {machine()['system']}, torch {torch.__version__}. Random Llamas of "
         "equal blocks, W4 g128, rounded to nearest and 5 sign steps on 4 samples of 32 tokens; "
         f"`bench/scale.py --gigabytes {' '.join(f'{size:g}' for size in found.gigabytes)}`.",
-        rows_as_markdown(
-            ["layers", "model (GB)", "block (GB)", "peak resident (GB)", "seconds"],
-            [[run["layers"], *(f"{run[key]:.2f}" for key in ("size", "block", "peak")),
-                f"{run['seconds']:.0f}"]
-             for run in runs],
-        ),
+        "\n".join([
+            "| layers | model (GB) | block (GB) | peak resident (GB) | seconds |", "|---" * 5 + "|",
+            *("| {layers} | {size:.2f} | {block:.2f} | {peak:.2f} | {seconds:.0f} |".format(**run)
+              for run in runs),
+        ]),
         f"Peaks differ by {spread:.1%} (allowed {ALLOWED_SPREAD:.0%}); the largest is "
         f"{max(peaks):.2f} GB (allowed {ALLOWED_GB:g} GB + {ALLOWED_BLOCKS} blocks = "
         f"{bound:.2f} GB): {'right' if right else 'WRONG'}.",

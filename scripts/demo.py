@@ -13,16 +13,11 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from auto_mmround.console import (
-    BlockProgress,
-    console,
-    metrics_table,
-    percent,
-    quiet_libraries,
-    rows_as_markdown,
-)
+import torch
+
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries
 from auto_mmround.evaluate import evaluate, tasks
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics, measure
@@ -34,7 +29,7 @@ from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.journal import machine
 from auto_mmround.verify import proof
-from auto_mmround.verify.verify import same_weights, verify_transformers
+from auto_mmround.verify.verify import verify
 
 FORMATS = "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
 
@@ -48,20 +43,22 @@ def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
         return job, jobs.run(job, bar.watcher(), prove=proof.prove)
 
 
-def prove(job: jobs.Job, folders: list[Path], inputs: list[dict[str, Any]]) -> list[str]:
+def prove(job: jobs.Job, folders: list[Path]) -> list[str]:
     """A line an export, which keeps its verdict; raises SystemExit if one is not what was tuned."""
     state = job.loaded.model.state_dict()
     tuned = {f"{name}.weight": state[f"{name}.weight"] for name in job.plan.quantized}
     lines, failed = [], False
     for folder in folders:
-        wrong = same_weights(folder, tuned)
-        verdict = verify_transformers(folder, inputs, planned=len(tuned))
+        state = from_quantized(folder).model.state_dict()
+        wrong = [name for name in tuned if not torch.equal(state[name], tuned[name])]
+        found = verify(folder, ["transformers"])
+        (verdict,) = found.verdicts
         line = (
             f"{folder.name}: {len(wrong)} weights differ from the tuned ones"
             if wrong
             else verdict.line()
         )
-        failed |= bool(wrong or verdict.error)
+        failed |= bool(wrong or verdict.error or not found.right)
         report.keep_verdicts(folder, [asdict(verdict)])
         console.print(line, highlight=False, soft_wrap=True)
         lines.append(line)
@@ -99,7 +96,8 @@ def as_markdown(results: dict[str, Metrics], lines: list[str], seconds: float, p
     ]
     facts = machine()
     versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    table = rows_as_markdown(["weights", "accuracy", "perplexity", "KL text", "KL image"], rows)
+    heads = ["weights", "accuracy", "perplexity", "KL text", "KL image"]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * 5, *rows])
     return (
         f"# `make demo`, {datetime.date.today()}\n\n{table}\n\n"
         + "".join(f"- {line}\n" for line in lines)
@@ -137,9 +135,8 @@ def main() -> None:
         f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False
     )
     results = dict(zip(names, measure(models, inputs, reference=full.model), strict=True))
-    text, image = inputs[0], next(sample for sample in inputs if "pixel_values" in sample.kwargs)
     console.print("loading the four W4 exports in Transformers", highlight=False)
-    lines = prove(*exported, [text.kwargs, image.kwargs])
+    lines = prove(*exported)
     for bits, (folders, three) in loaded.items():
         wanted = ("full precision", f"W{bits} round to nearest", f"W{bits} tuned")
         fill_reports(

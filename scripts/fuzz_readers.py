@@ -23,7 +23,7 @@ from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from auto_mmround.calibration import media, samples
-from auto_mmround.calibration.datasets import load_samples
+from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.roots import MEDIA, MediaError, parse_roots
 from auto_mmround.calibration.template import Template, parse_messages, read_template, shipped
@@ -148,17 +148,17 @@ def datasets(work: Path) -> list[Target]:
             lines | text_files("\n".join(map(json.dumps, ROWS[0]))),
             file_reader("d.jsonl", use),
         ),
+        Target("dataset arrow", damaged_bytes(arrow()), file_reader("d.arrow", first_samples)),
         Target(
-            "dataset arrow",
-            damaged_bytes(arrow()),
-            file_reader("d.arrow", lambda p: load_samples(str(p), 3)),
-        ),
-        Target(
-            "dataset parquet",
-            damaged_bytes(*parquet()),
-            file_reader("d.parquet", lambda p: load_samples(str(p), 3)),
+            "dataset parquet", damaged_bytes(*parquet()), file_reader("d.parquet", first_samples)
         ),
     ]
+
+
+def first_samples(path: Path) -> None:
+    for rows in load_rows(str(path)):
+        for i in range(min(3, len(rows))):
+            rows.sample(i)
 
 
 def _saved(work: Path, state: bytes) -> None:
@@ -167,7 +167,7 @@ def _saved(work: Path, state: bytes) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "data.arrow").write_bytes(arrow())
     (folder / "state.json").write_bytes(state)
-    load_samples(str(folder), 3)
+    first_samples(folder)
 
 
 def arrow() -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import run_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from auto_mmround.export.formats import Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.verify.engines import EngineResult, interpreter, run_transformers
+from auto_mmround.verify.engines import EngineResult, interpreter
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "model.language_model.layers"

@@ -12,9 +12,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from rows import load_samples
 
 from auto_mmround.calibration import datasets
-from auto_mmround.calibration.datasets import load_rows, load_samples
+from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.rows import BadSample, parse_row
 from auto_mmround.calibration.sources import Source, parse_source, parse_spec
 from auto_mmround.errors import UserError

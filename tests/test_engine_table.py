@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import same_weights
 from PIL import Image
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.loader import from_quantized
-from auto_mmround.console import rows_as_markdown
 from auto_mmround.evaluate.held_out import HELD_OUT, held_out
 from auto_mmround.evaluate.scoring import exact_match
 from auto_mmround.model.loading import load
@@ -29,7 +29,6 @@ from auto_mmround.run import job as jobs
 from auto_mmround.verify.agreement import Reference, judge, make_reference
 from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, python_of, run_llamacpp
 from auto_mmround.verify.engines import ask as ask_engine
-from auto_mmround.verify.verify import same_weights
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "formats.md"
@@ -239,7 +238,8 @@ def with_rows(page: str, row: Row) -> str:
         for engine, weights, name in [*ROWS, *SPEECH]
         if (key := (engine, name, weights)) in found
     ]
-    table = rows_as_markdown(HEADS, [found[key] for key in order])
+    rows = [HEADS, ["---"] * len(HEADS), *(found[key] for key in order)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
 
 

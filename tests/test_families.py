@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from asking import run_transformers
 from tiny_models import FAMILIES, TEXT, Tiny, conversation, tiny_tokenizer
 from transformers import WhisperFeatureExtractor, WhisperProcessor
 
@@ -27,7 +28,7 @@ from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.plan import grid_of, make_plan
-from auto_mmround.verify.engines import interpreter, run_transformers
+from auto_mmround.verify.engines import interpreter
 from auto_mmround.verify.proof import prove
 
 pytestmark = pytest.mark.usefixtures("fast_disk")

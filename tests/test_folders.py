@@ -8,9 +8,10 @@ from contextlib import suppress
 import datasets as hf
 import pytest
 from PIL import Image
+from rows import load_samples
 
 from auto_mmround.calibration import media, roots
-from auto_mmround.calibration.datasets import load_rows, load_samples
+from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.errors import UserError
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from asking import same_weights
 from tiny_gguf import CONFIGS, VOCABULARY, byte_level_tokenizer, export, source_tensors, tiny
 from tokenizers import pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -36,7 +37,6 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.verify.static import check
-from auto_mmround.verify.verify import same_weights
 
 gguf = pytest.importorskip("gguf")
 

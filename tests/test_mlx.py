@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import run_engine
 from safetensors.torch import load_file
 from tiny_models import sliding_gemma
 from torch import Tensor
@@ -26,7 +27,7 @@ from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
-from auto_mmround.verify.engines import interpreter, run_engine
+from auto_mmround.verify.engines import interpreter
 from auto_mmround.verify.verify import verify
 
 ROOT = Path(__file__).parent.parent

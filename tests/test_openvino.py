@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import run_engine, same_weights
 from tiny_models import FAMILIES, sliding_gemma, tiny_tokenizer
 
 from auto_mmround.checkpoint.loader import from_quantized
@@ -21,9 +22,9 @@ from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
-from auto_mmround.verify.engines import interpreter, run_engine
+from auto_mmround.verify.engines import interpreter
 from auto_mmround.verify.static import check
-from auto_mmround.verify.verify import same_weights, verify
+from auto_mmround.verify.verify import verify
 
 ROOT = Path(__file__).parent.parent
 PYTHON = interpreter("openvino", ROOT)

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from asking import run_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.model.loading import DEMO
-from auto_mmround.verify.engines import python_of, root, run_transformers
+from auto_mmround.verify.engines import python_of, root
 from auto_mmround.verify.static import check
 
 pytestmark = pytest.mark.slow

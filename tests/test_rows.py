@@ -8,9 +8,9 @@ import json
 import pytest
 from building import build
 from PIL import Image
+from rows import load_samples
 from tiny_models import tiny_tokenizer
 
-from auto_mmround.calibration.datasets import load_samples
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.rows import BadSample, parse_row
 from auto_mmround.calibration.template import Template, load_template, parse_template

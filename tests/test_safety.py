@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets as hf
 import pytest
 import torch
+from rows import load_samples
 from safetensors.torch import save_file
 
 from auto_mmround import cli, untrusted
@@ -30,7 +31,7 @@ from auto_mmround.calibration import (
     tables,
     template,
 )
-from auto_mmround.calibration.datasets import load_rows, load_samples
+from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.hub import check_origin
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages

@@ -8,10 +8,11 @@ import pytest
 import torch
 from building import build, chosen
 from PIL import Image
+from rows import load_samples
 from transformers import AutoConfig, AutoProcessor, LlavaConfig
 
 from auto_mmround.calibration import samples
-from auto_mmround.calibration.datasets import Rows, load_samples
+from auto_mmround.calibration.datasets import Rows
 from auto_mmround.calibration.inputs import (
     AUDIO,
     IMAGE,

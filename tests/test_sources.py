@@ -13,10 +13,11 @@ import torch
 from doc_blocks import ROOT, blocks
 from huggingface_hub import constants
 from PIL import Image
+from rows import load_samples
 
 from auto_mmround import cli
 from auto_mmround.calibration import datasets, dotted, media, roots
-from auto_mmround.calibration.datasets import load_rows, load_samples
+from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read, to_toml
 from auto_mmround.recipe.recipe import Recipe, from_mapping

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import run_engine
 from PIL import Image
 
 from auto_mmround.checkpoint.loader import load_any
@@ -17,7 +18,7 @@ from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.verify.engines import EngineResult, python_of, run_engine
+from auto_mmround.verify.engines import EngineResult, python_of
 from auto_mmround.verify.verify import verify
 
 PYTHON = python_of("vllm", Path(__file__).parents[1])

@@ -296,16 +296,3 @@ def load_rows(dataset: Any, collate: dotted.Collate | None = None) -> list[Rows]
         if not len(each):
             raise UserError(f"dataset {each.source.name!r} is empty")
     return [replace(each, collate=collate) for each in found] if collate else found
-
-
-def load_samples(dataset: Any, limit: int | None = None) -> list[Sample]:
-    """The first `limit` samples of a dataset argument (all without one), in its order; media not
-    read yet.
-
-    Raises UserError (BadSample for a row whose form isn't known).
-    """
-    sets = load_rows(dataset)
-    every = (
-        each.sample(i) for each in sets for i in range(min(len(each), each.source.num or len(each)))
-    )
-    return list(islice(every, limit))

@@ -42,11 +42,6 @@ class Metrics:
         )
 
     @property
-    def next_token(self) -> float | None:
-        """Share of the tokens that perplexity is over which the model finds most likely."""
-        return self.hits / self.tokens if self.tokens else None
-
-    @property
     def accuracy(self) -> float | None:
         """Share of answers that greedy decoding gives exactly."""
         return self.right / self.answers if self.answers else None

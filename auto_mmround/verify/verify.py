@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor
 
@@ -188,33 +187,6 @@ def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
     row = ENGINES[engine]
     kinds = row.kinds if row.tower is None or (folder / row.tower).is_file() else ("text",)
     return [i for i, probe in enumerate(probes) if probe.kind in kinds]
-
-
-def verify_transformers(
-    folder: Path,
-    inputs: Sequence[Mapping[str, Any]],
-    planned: int,
-    *,
-    root: Path = Path(),
-    timeout: float = 600,
-) -> Verdict:
-    """Load the checkpoint in the real Transformers path of its format and compare logits with the
-    decoded weights."""
-    subject = read_subject(folder)
-    assert subject.fmt is not None
-    reference = make_reference(folder, from_quantized(folder, dtype="float32").model, inputs)
-    return _verdict("transformers", subject.fmt.name, reference, planned, root, timeout)
-
-
-def same_weights(folder: Path, tuned: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that the checkpoint, decoded, does not hold bit for bit as ``tuned``
-    (by module name)."""
-    state = from_quantized(folder).model.state_dict()
-    return [
-        name
-        for name, wanted in tuned.items()
-        if not torch.equal(state[name].to(wanted.dtype), wanted)
-    ]
 
 
 def _verdict(

@@ -348,14 +348,6 @@ def _in_order(targets: Iterable[str]) -> list[str]:
     )
 
 
-def _fits(target: str, name: str) -> bool:
-    return (
-        re.match(target[3:], name) is not None
-        if target.startswith("re:")
-        else target in (name, "Linear")
-    )
-
-
 WORDS = Format(
     name="compressed_tensors",
     summary=(
