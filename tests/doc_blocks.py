@@ -12,6 +12,7 @@ once, says it for all blocks of a page that run.
 
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,6 +120,16 @@ def outside(page: Path) -> str:
     return re.sub(
         r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
     )
+
+
+def sentences(page: Path) -> Iterator[str]:
+    """The prose of a page, sentence by sentence; code and formulas in it count as one word."""
+    text = re.sub(r"<!--.*?-->", "", outside(page), flags=re.DOTALL)
+    text = re.sub(r"^(\||#| {4}(?! *([-*]|\d+\.) )).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "Code", text, flags=re.DOTALL)
+    for part in re.split(r"\n\s*\n|^ *(?:[-*]|\d+\.) ", text, flags=re.MULTILINE):
+        yield from re.split(r"(?<=[.!?·])[)\"*]*\s+(?=[\w(\"*])", " ".join(part.split()))
 
 
 def _place(page: Path, line: int) -> str:

@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outside
+from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outside, sentences
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +28,7 @@ from auto_mmround.model.loading import DEMO
 from auto_mmround.verify.engines import python_of
 
 CODES = {page: [block for block in blocks(page) if block.language in CODE] for page in PAGES}
+GUIDES = [page for page in PAGES if page.stem != "architecture"]  # a plan, not a guide
 BLOCKS = [block for found in CODES.values() for block in found]
 # what reads the media of tiny models, for its file; the pages calibrate these with text or not at
 # all
@@ -166,6 +167,23 @@ def test_pages_link_to_files_that_exist():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", outside(page)):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_sentences_are_short(page):
+    found = list(sentences(page))
+    assert found and not [sentence for sentence in found if len(sentence.split()) > 30]
+
+
+def test_sentences_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title\n\nOne [link](x.md) here. Two `a b c` is\nlong (see $x + 1$). (Three.)\n\n"
+        "- four; five\n  goes on\n- six\n\n| a | table |\n\n    indented code\n\n```bash\nmake\n```\n"
+    )
+    found = [sentence for sentence in sentences(page) if sentence]
+    assert found[:2] == ["One link here.", "Two Code is long (see Code)."]
+    assert found[2:] == ["(Three.)", "four; five goes on", "six"]
 
 
 def test_the_readme_counts_families_right():
