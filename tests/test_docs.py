@@ -178,8 +178,9 @@ def test_sentences_are_short(page):
 def test_sentences_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# A title\n\nOne [link](x.md) here. Two `a b c` is\nlong (see $x + 1$). (Three.)\n\n"
-        "- four; five\n  goes on\n- six\n\n| a | table |\n\n    indented code\n\n```bash\nmake\n```\n"
+        "# A title\n\nOne [link](x.md) here. Two `a b c` is\nlong (see $x + 1$). (Three.)"
+        "\n\n- four; five\n  goes on\n- six\n\n| a | table |\n\n    indented code"
+        "\n\n```bash\nmake\n```\n"
     )
     found = [sentence for sentence in sentences(page) if sentence]
     assert found[:2] == ["One link here.", "Two Code is long (see Code)."]

@@ -1,5 +1,5 @@
-"""Does an engine compute what the decoded weights compute? Logits within a tolerance, tokens up to
-a near tie."""
+"""Does an engine agree with the decoded weights? Logits within a tolerance, tokens up to a near
+tie."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,23 +16,25 @@ from auto_mmround.model.loading import DTYPES
 from auto_mmround.numerics.activations import integers_a_token
 from auto_mmround.verify.engines import EngineResult
 
-# Readers compute in half precision where they offer nothing else; a wrong packing misses by orders
-# of magnitude more.
+# Some readers compute in half precision only. A wrong packing gives errors that are larger by orders
+# of magnitude.
 TOLERANCE = 0.05
-# What an engine's own dtype does to the decoded weights is no fault of the file: NOISE times that
-# is allowed, but never more than this share of the logits' spread.
+# The effect of an engine's own dtype is no fault of the file. NOISE times that effect is allowed,
+# but never more than this share of the logits' spread.
 NOISE, WIDEST = 5, 0.5
 Q8_BLOCK = 32  # columns that share a scale when llama.cpp rounds the inputs of a quantized layer
-# Below this margin between the two best logits, or NOISE times the measured difference, either
-# choice is right.
+# If the margin between the two best logits is below this, or below NOISE times the measured
+# difference, either choice is right.
 NEAR_TIE = 0.15
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The decoded weights in float32 and what they make of each input. logits: (T, vocabulary) an
-    input. activations: whether the model quantizes the inputs of layers where the checkpoint says
-    so."""
+    """The decoded weights in float32, and their logits for each input.
+
+    logits: (T, vocabulary) for each input. activations: the model quantizes the inputs of layers
+    where the checkpoint asks for it.
+    """
 
     folder: Path
     model: Any
@@ -46,11 +48,10 @@ class Reference:
         return torch.cat([each.flatten() for each in self.logits]).std().item()
 
     def noise(self, dtype: str) -> float:
-        """Largest difference to the logits when the same weights are computed with in another
-        dtype; 0 in float32.
+        """Largest difference to the logits with the same weights in another dtype; 0 in float32.
 
-        "q8_0": in float32, but the inputs of the text model's layers rounded to 8 bits in blocks,
-        as llama.cpp does.
+        "q8_0": float32, but the inputs of the text model's layers are rounded to 8 bits in blocks,
+        as in llama.cpp.
         """
         if DTYPES.get(dtype, torch.float32) == torch.float32 and dtype != "q8_0":
             return 0.0
@@ -75,8 +76,7 @@ def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor
 def make_reference(
     folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]], activations: bool = False
 ) -> Reference:
-    """Run the decoded model on every input; ``activations``: it is one that quantizes the inputs of
-    layers."""
+    """Run the decoded model on every input. activations: it quantizes the inputs of layers."""
     return Reference(
         folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs], activations
     )
@@ -89,10 +89,10 @@ def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
 
 
 def largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Between logits (.., t, v) and (T, V), over the last t positions; engines may pad the
-    vocabulary (v > V).
+    """Largest difference between logits (.., t, v) and (T, V) over the last t positions.
 
-    NaN where there is nothing to compare, and where a logit is NaN.
+    Engines may pad the vocabulary (v > V). NaN where there is nothing to compare, and where a logit
+    is NaN.
     """
     if len(found) != len(wanted):
         return float("nan")
@@ -105,8 +105,8 @@ def largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> flo
 
 
 def greedy(model: Any, kwargs: Mapping[str, Any], count: int) -> tuple[list[int], list[float]]:
-    """``count`` most likely next tokens, whatever they are (end tokens too), and the margin each
-    was chosen by."""
+    """``count`` most likely next tokens, end tokens too, and the margin of each over the second
+    best."""
     tokens: list[int] = []
     margins: list[float] = []
     ids = "decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"
@@ -119,7 +119,7 @@ def greedy(model: Any, kwargs: Mapping[str, Any], count: int) -> tuple[list[int]
 
 
 def _longer(kwargs: Mapping[str, Any], ids: str, token: int) -> dict[str, Tensor]:
-    """The outputs with one entry a token, a text token longer."""
+    """The inputs with one more text token, in every entry that has one value per token."""
     length = kwargs[ids].shape[1]
     values = {ids: token, "attention_mask": 1}
     return {
@@ -135,8 +135,10 @@ def _longer(kwargs: Mapping[str, Any], ids: str, token: int) -> dict[str, Tensor
 def agreed(
     tokens: Sequence[int], margins: Sequence[float], found: Sequence[int], tie: float
 ) -> tuple[int, bool]:
-    """(tokens that agree from the start, whether that is right: all of them, or the next choice was
-    a near tie)."""
+    """(tokens that agree from the start, whether that is right).
+
+    It is right if all agree, or if the next choice was a near tie.
+    """
     for i, (token, margin, other) in enumerate(zip(tokens, margins, found)):
         if token != other:
             return i, margin < tie
@@ -144,7 +146,7 @@ def agreed(
 
 
 def judge(result: EngineResult, reference: Reference, planned: int) -> dict[str, Any]:
-    """The figures of a verdict, with its status "right" or "wrong" and the reason."""
+    """The figures of a verdict, with the status "right" or "wrong" and the reason."""
     worst = largest_difference(result.logits, reference.logits)
     if result.logprobs:
         worst = _next_difference(result.logprobs, reference.logits)
@@ -171,8 +173,7 @@ def _problem(result: EngineResult, planned: int) -> str | None:
 
 
 def _next_difference(found: Sequence[Mapping[int, float]], wanted: Sequence[Tensor]) -> float:
-    """Largest difference of the given log probabilities of next tokens; NaN where there is nothing
-    to compare."""
+    """Largest difference of the given log probabilities of next tokens; NaN without any."""
     if len(found) != len(wanted) or not all(found):
         return float("nan")
     scores = [want[-1].log_softmax(-1) for want in wanted]

@@ -1,5 +1,4 @@
-"""The parent's side of engine checks: which interpreter reads which format, and one subprocess a
-question."""
+"""Which interpreter reads which format, and one subprocess for each question to an engine."""
 
 import json
 import os
@@ -19,9 +18,9 @@ from torch import Tensor
 from auto_mmround import strict
 from auto_mmround.programs import program
 
-# llama.cpp says it in its log only
+# only llama.cpp's log says it
 LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")
-MADE = ("logits", "tokens")  # what a worker may write for each input
+MADE = ("logits", "tokens")  # results that a worker may write for each input
 FOLDER = Path(".engines")
 RUNNER = program("engine_main")
 # no debugger on a crash of llama.cpp
@@ -30,12 +29,14 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
 
 @dataclass(frozen=True)
 class Engine:
-    """formats: those it reads, each with the environment below `.engines` that can; None is the one
-    this program runs in. dtype: what it is asked to compute in. kinds: of inputs it takes, see
-    `Probe`; tower: the file without which it takes texts only. own_media: it processes media
-    itself, and gets token ids, images and sounds as they are.
-    rounds_inputs: it always quantizes activations where the checkpoint says so. The
-    worker is engine_<name>.py on the shelf."""
+    """One engine; its worker is engine_<name>.py on the shelf.
+
+    formats: the formats that it reads, each with the environment below `.engines` that can; None is
+    the environment of this program. dtype: of its computation. kinds: of inputs, see `Probe`.
+    tower: without this file it takes texts only. own_media: it processes media itself, and gets
+    token ids, images and sounds. rounds_inputs: it always quantizes activations where the
+    checkpoint asks for it.
+    """
 
     formats: Mapping[str, str | None]
     dtype: str = "float32"
@@ -54,7 +55,7 @@ ENGINES: dict[str, Engine] = {
             **dict.fromkeys(_GPTQ, "gptqmodel"),
         }
     ),
-    # In float16 vLLM keeps the scales as they are stored.
+    # In float16, vLLM keeps the stored scales.
     "vllm": Engine(
         dict.fromkeys(("auto_round:auto_gptq", *_GPTQ, *_COMPRESSED), "vllm"),
         dtype="float16",
@@ -74,14 +75,15 @@ ENGINES: dict[str, Engine] = {
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one engine made of one checkpoint.
+    """The answer of one engine on one checkpoint.
 
-    quantized: layers, None where the engine does not tell. logits: one (1, t, vocabulary) float32
-    tensor an input, for its last t positions. tokens: (1, n) greedy tokens an input, where asked
-    for. llama.cpp gives no logits, but
-    logprobs: {token id: log probability} of the likeliest next tokens an input; answers: {"text",
-    "prompt_tokens", "logprobs" of its first token} a question; and its dtype is "q8_0" where it
-    rounds the inputs of layers so.
+    quantized: number of layers, None if the engine does not tell. logits: for each input a float32
+    tensor (1, t, vocabulary) of its last t positions. tokens: for each input (1, n) greedy tokens,
+    if asked for.
+
+    llama.cpp gives no logits. logprobs: for each input {token id: log probability} of the most
+    likely next tokens. answers: for each question {"text", "prompt_tokens", "logprobs" of its first
+    token}. Its dtype is "q8_0" if it rounds the inputs of layers in that way.
     """
 
     ok: bool
@@ -109,8 +111,8 @@ def worker(engine: str) -> Path:
 
 
 def interpreter(format_name: str, root: Path = Path(), engine: str | None = None) -> Path:
-    """The Python in which ``engine``, or the first that can, reads the format; it may not exist
-    yet."""
+    """The Python in which ``engine`` reads the format; None: the first engine that can. It may not
+    exist."""
     readers = (
         [ENGINES[engine]]
         if engine
@@ -121,12 +123,12 @@ def interpreter(format_name: str, root: Path = Path(), engine: str | None = None
 
 
 def python_of(environment: str, root: Path = Path()) -> Path:
-    """The Python of an environment that `scripts/engines.sh` builds; it may not exist yet."""
+    """The Python of an environment that `scripts/engines.sh` builds. It may not exist."""
     return root / FOLDER / environment / "bin" / "python"
 
 
 def not_installed(python: Path) -> str | None:
-    """What to do about an interpreter that isn't there; None for one that is."""
+    """What to do about a missing interpreter; None if it is there."""
     if python.is_file():
         return None
     name = python.parent.parent.name
@@ -144,7 +146,7 @@ def ask(
 ) -> EngineResult:
     """One question to an engine's worker in its own interpreter.
 
-    Never raises for what the engine does: a crash, a time-out or a missing environment is a result
+    Never raises for a fault of the engine: a crash, a time-out or a missing environment is a result
     with an error.
     """
     if problem := not_installed(python):
@@ -177,12 +179,11 @@ def run_llamacpp(
     template: str | None = None,
     timeout: float = 600,
 ) -> EngineResult:
-    """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in another
-    interpreter.
+    """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in its interpreter.
 
     prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image":
-    file}], "max_tokens"}. top: as many most likely tokens. template: of the conversation; None is
-    the file's own. Never raises for what the engine does.
+    file}], "max_tokens"}. top: number of most likely tokens. template: of the conversation; None is
+    the file's own. Never raises for a fault of the engine.
     """
     if problem := not_installed(python):
         return EngineResult(False, problem)
@@ -219,7 +220,7 @@ def _result(answer: Mapping[str, Any]) -> EngineResult:
 def _answer(
     program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float
 ) -> dict[str, Any]:
-    """The worker's answer; {"ok": False, "error": ..} where there is none."""
+    """The worker's answer; {"ok": False, "error": ..} if there is none."""
     request_file = folder / "request.json"
     request_file.write_text(strict.dumps(request), encoding="utf-8")
     # In an empty folder, and -P: the worker must find neither this package's modules nor those of

@@ -1,7 +1,7 @@
-"""What engines refuse of the formats they read, with their own messages: data for `plan`, `verify`
-and the support matrix.
+"""What engines refuse of the formats that they read, in their own messages.
 
-Measured with the versions in docs/formats.md, vLLM in its build for processors.
+A table for `plan`, `verify` and `formats`. Measured with the versions in docs/formats.md; vLLM in
+its build for processors.
 """
 
 from collections.abc import Callable, Collection
@@ -20,10 +20,9 @@ from auto_mmround.verify.engines import ENGINES
 @dataclass(frozen=True)
 class Limit:
     """``engine`` refuses ``what`` of these formats: checkpoints whose schemes pass ``test``.
-    message: in its words.
 
-    experts: words of `experts_of` that must all be true of the model. families: model types, but
-      for ``spared``.
+    message: in its words. experts: words of `experts_of` that must all be true of the model.
+    families: model types, without the ``spared`` ones.
     """
 
     engine: str
@@ -173,14 +172,16 @@ LIMITS = (
         "its source has no kernels for them there",
     ),
 )
-# Of which build the limits of an engine are.
+# The build of an engine that was measured.
 BUILDS = {"vllm": "vllm on processors"}
 
 
 def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
-    """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed",
-    where it does not say gate_proj, up_proj, down_proj; "kept", where they stay as one parameter a
-    layer."""
+    """Words that are true of a model's experts.
+
+    "quantized"; "stacked" in the checkpoint; "renamed": not called gate_proj, up_proj, down_proj
+    there; "kept": they stay as one parameter for each layer.
+    """
     experts = separable(model)
     chosen = [expert for name, expert in experts.items() if name in plan.quantized]
     usual = {*HALVES, "down_proj"}
@@ -195,8 +196,8 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
 
 
 def refusals(model: PreTrainedModel, plan: Plan) -> list[str]:
-    """A line for each engine that is known not to load a format of the plan, though it reads it as
-    such."""
+    """A line for each engine that reads a format of the plan, but is known not to load this
+    checkpoint."""
     # no configuration names it
     schemes = {replace(scheme, scale_dtype="fp16") for scheme in plan.quantized.values()}
     experts = experts_of(model, plan)
@@ -215,10 +216,9 @@ def refusal(
     experts: Collection[str] = (),
     family: str = "",
 ) -> str | None:
-    """Why an engine that reads the format takes no checkpoint with these schemes; None if it takes
-    it.
+    """Why an engine that reads the format refuses these schemes; None if it does not.
 
-    experts: words of `experts_of`; family: the model type.
+    experts: words of `experts_of`. family: the model type.
     """
     for limit in LIMITS:
         if (
@@ -234,8 +234,8 @@ def refusal(
 
 
 def support(format_name: str) -> dict[str, str]:
-    """Engine -> "-" where it does not read the format, else "yes", with the numbers of its limits,
-    counted from 1."""
+    """Engine -> "-" if it does not read the format, else "yes" with the numbers of its limits, from
+    1."""
     root = format_name.partition(":")[0]
     found = {}
     for engine, row in ENGINES.items():

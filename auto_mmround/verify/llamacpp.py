@@ -1,5 +1,4 @@
-"""Inputs of a model in the form in which llama.cpp takes them: token ids, or text with pictures in
-it."""
+"""Inputs of a model as llama.cpp takes them: token ids, or text with pictures in it."""
 
 import re
 import tempfile
@@ -16,8 +15,8 @@ from auto_mmround.export.gguf.towers import tower_of
 from auto_mmround.verify.agreement import Reference
 from auto_mmround.verify.engines import EngineResult, run_llamacpp
 
-# A conversation that is its text: what the reference read already went through the model's own
-# template.
+# The template writes the text of a conversation alone: the reference's inputs already went through
+# the model's own template.
 AS_IT_IS = (
     "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
 )
@@ -26,17 +25,17 @@ AS_IT_IS = (
 def pieces(
     ids: Sequence[int], tokenizer: Any, config: Any, images: Sequence[Path]
 ) -> list[str | dict[str, str]]:
-    """Texts and images in order for ids with placeholders, without the words that llama.cpp puts
-    around images itself.
+    """Texts and images, in order, for ids with placeholders.
 
-    ValueError where the ids hold another number of images.
+    llama.cpp puts words around images itself; these are left out. ValueError if the ids hold
+    another number of images.
     """
     tower = tower_of(config.model_type, config)
     assert tower is not None  # there are placeholders
     mark = next(token for token, kind in placeholder_ids(config).items() if kind == IMAGE)
     text = tokenizer.decode(ids)
     start = tokenizer.bos_token or ""
-    # llama.cpp puts it there too
+    # llama.cpp also puts it there
     if start and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         text = text.removeprefix(start)
     place = re.escape(tokenizer.decode([mark]))
@@ -57,11 +56,10 @@ def ask_llamacpp(
     python: Path,
     timeout: float,
 ) -> EngineResult:
-    """Log probabilities after every input, in the order of the reference's. media: its images, as
-    `Probe.media`.
+    """Log probabilities after every input, in the order of the reference's inputs.
 
-    An image of which llama.cpp makes another number of tokens is an error: the two would not see
-    the same.
+    media: its images, as `Probe.media`. It is an error if llama.cpp makes another number of tokens
+    from an image: the two would see different inputs.
     """
     with tempfile.TemporaryDirectory() as folder:
         prompts, questions = [], []

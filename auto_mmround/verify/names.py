@@ -1,10 +1,9 @@
-"""Which linear layers an engine will build as quantized ones, judged as the engine judges: by their
-names.
+"""Which linear layers an engine will quantize: found from names alone, by the engine's own rules.
 
-A quantization configuration is a list of names and patterns, and every reader matches it in its own
-way against its own module names. A layer that is packed in the file but plain in the engine starts
-from random numbers, mostly without a word. The rules below restate those of Transformers 5.23 (with
-auto-round 0.16, optimum 2.3, gptqmodel 7.7) and vLLM 0.32; vLLM's renaming tables are those of its
+A quantization configuration is a list of names and patterns. Every reader matches it in its own way
+with its own module names. If a layer is packed in the file but plain in the engine, it starts from
+random numbers, mostly without a warning. The rules below are those of Transformers 5.23 (with
+auto-round 0.16, optimum 2.3, gptqmodel 7.7) and vLLM 0.32. vLLM's renaming tables come from its
 model classes.
 """
 
@@ -19,7 +18,7 @@ from auto_mmround.export.patterns import tails
 Config = Mapping[str, Any]
 Overrides = Mapping[str, Any]
 Rename = tuple[str, str]
-SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")  # what makes vLLM take a name for a pattern
+SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")  # vLLM takes a name with one of these for a pattern
 DEFAULTS: Overrides = MappingProxyType({})
 
 _HEAD: Rename = (r"^lm_head\.", "language_model.lm_head.")
@@ -43,7 +42,7 @@ VLLM_NAMES: dict[str, tuple[Rename, ...]] = {
     "lfm2_vl": _TOWERS,
     "whisper": (_FC,),
 }
-# Where optimum looks for the blocks of a GPTQ checkpoint that does not name them.
+# optimum looks here for the blocks if a GPTQ checkpoint does not name them.
 GPTQ_BLOCKS = (
     "transformer.h",
     "model.decoder.layers",
@@ -55,9 +54,12 @@ GPTQ_BLOCKS = (
 
 @dataclass(frozen=True)
 class Question:
-    """names: linear layers as the engine spells them. head: the output head's name. packed: those
-    packed in the file.
-    rename: a name of the configuration as the engine rewrites it before matching."""
+    """What a rule needs to know.
+
+    names: linear layers in the engine's spelling. head: the name of the output head. packed: layers
+    that are packed in the file. rename: turns a name of the configuration into the name that the
+    engine matches.
+    """
 
     config: Config
     names: Sequence[str]
@@ -66,7 +68,7 @@ class Question:
     rename: Callable[[str], str] = str
 
     def listed(self, key: str) -> list[str]:
-        """A list of the configuration, flattened (a string is split at commas) and rewritten."""
+        """A list of the configuration, flat and renamed; a string is split at commas."""
         value = self.config.get(key) or []
         return [
             self.rename(item)
@@ -74,12 +76,12 @@ class Question:
         ]
 
 
-# The answer: the quantized layers, with what the configuration says of each beyond its defaults.
+# The answer: the quantized layers, each with its entries in the configuration beyond the defaults.
 Reader = Callable[[Question], Mapping[str, Overrides]]
 
 
 def vllm_rename(model_type: str, name: str) -> str:
-    """A name or a prefix of one, from the checkpoint or the configuration, in vLLM's spelling."""
+    """A name from the checkpoint or the configuration, or its beginning, in vLLM's spelling."""
     for pattern, new in VLLM_NAMES.get(model_type, ()):
         name = re.sub(pattern, new, name, count=1)
     return name
@@ -92,7 +94,7 @@ def vllm_module(model_type: str, name: str) -> str:
 
 def _auto_round_transformers(q: Question) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize") or q.listed("to_quant_block_names"))
-    # Without prefixes all numbered blocks count, those of towers too.
+    # Without prefixes, all numbered blocks count, in towers too.
     inside = [
         n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))
     ]
@@ -135,8 +137,7 @@ def _awq_transformers(q: Question) -> Mapping[str, Overrides]:
 
 
 def _compressed_tensors(q: Question) -> Mapping[str, Overrides]:
-    """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both
-    engines."""
+    """Exact names, `re:` patterns from the start, or the class "Linear"; for both engines."""
     ignored = [
         item if item.startswith("re:") else q.rename(item) for item in q.config.get("ignore") or ()
     ]
@@ -183,7 +184,7 @@ def _auto_round_vllm(q: Question) -> Mapping[str, Overrides]:
 
 
 def _gptq_vllm(q: Question) -> Mapping[str, Overrides]:
-    # by substring; without a list, whatever is packed in the file
+    # by substring; without a list, all layers that are packed in the file
     listed = q.listed("modules_in_block_to_quantize")
     dynamic = q.config.get("dynamic") or {}
     answer = {}
@@ -219,7 +220,7 @@ READERS: dict[tuple[str, str], Reader] = {
 
 
 def vllm_reads(config: Config) -> bool:
-    """Whether vLLM takes such checkpoints at all; if not, its names do not matter."""
+    """Whether vLLM takes such checkpoints at all. If not, its names do not matter."""
     method, bits = config.get("quant_method"), config.get("bits")
     if method == "gptq":
         return bits in (4, 8) and bool(config.get("sym"))
@@ -229,8 +230,8 @@ def vllm_reads(config: Config) -> bool:
 
 
 def entries(config: Config) -> list[str]:
-    """Every name, prefix and pattern that the configuration uses to say what is quantized and what
-    is not."""
+    """Every name, prefix and pattern in the configuration that says what is quantized and what is
+    not."""
     lists = (
         "block_name_to_quantize",
         "to_quant_block_names",
@@ -250,8 +251,7 @@ def entries(config: Config) -> list[str]:
 
 
 def names_something(entry: str, names: Iterable[str]) -> bool:
-    """Whether any reader could take an entry for one of the names: as part of it, or as a
-    pattern."""
+    """Whether some reader could match an entry with one of the names, as a part or as a pattern."""
     if entry == "Linear":
         return True
     for mark in ("re:", "+:", "-:"):

@@ -1,8 +1,7 @@
-"""Inputs to ask engines with, made from a checkpoint folder alone: its own tokenizer, processor and
-chat template.
+"""Inputs to ask engines about, made from a checkpoint folder: its tokenizer, processor, template.
 
-A line of text, and where the model takes them a drawn image and a synthetic sound. What they show
-does not matter: an engine must only make of them what the decoded weights do.
+A line of text and, if the model takes them, a drawn image and a synthetic sound. Their content does
+not matter: an engine must only agree with the decoded weights.
 """
 
 import math
@@ -35,10 +34,12 @@ RATE = 16000
 
 @dataclass(frozen=True)
 class Probe:
-    """One input. kind: "text", "image", "audio" (a question about a sound) or "speech" (a sound to
-    write down). kwargs: as `model(**kwargs)` takes it, up to where an answer would begin. media:
-    for engines that process it themselves, `image0` as uint8 (height, width, 3), `audio0` as
-    float32 (T,) at 16 kHz."""
+    """One input.
+
+    kind: "text", "image", "audio" (a question about a sound) or "speech" (a sound to write down).
+    kwargs: for `model(**kwargs)`, up to the beginning of the answer. media: for engines that
+    process it themselves, `image0` as uint8 (height, width, 3), `audio0` as float32 (T,) at 16 kHz.
+    """
 
     kind: str
     kwargs: Mapping[str, Any]
@@ -46,10 +47,9 @@ class Probe:
 
 
 def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
-    """(probes, notes on kinds that could not be made); media files are written to ``folder`` and
-    stay there.
+    """(probes, notes on kinds that could not be made). Media files are written to ``folder``.
 
-    Raises UserError when none can be made.
+    Raises UserError if no probe can be made.
     """
     config = loaded.model.config
     if config.is_encoder_decoder and loaded.model.main_input_name == "input_features":
@@ -83,7 +83,7 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
 
 
 def _heard(loaded: Loaded, path: Path) -> Probe:
-    """A sound for a speech recogniser, with the beginning of any text."""
+    """A sound for a speech recogniser, with the beginning of a text."""
     with wave.open(str(path), "rb") as file:
         samples = struct.unpack(f"<{RATE}h", file.readframes(RATE))
     extract = loaded.processor.feature_extractor

@@ -1,7 +1,6 @@
-"""Is a checkpoint that was just written what was tuned? Its files, and the model that they fill, a
-block at a time.
+"""Does a new checkpoint hold the tuned values? Checks its files, and a reload block by block.
 
-`prove` is handed to `run.job.run` and `run.job.save`, which mark a folder that it finds wrong.
+`run.job.run` and `run.job.save` take `prove` and mark a folder that it finds wrong.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,16 +30,15 @@ from auto_mmround.untrusted import one_line
 from auto_mmround.verify.static import run_checks, several
 from auto_mmround.verify.values import PIECE
 
-GROUP = 2**28  # bytes of what lies in no block that are read together
+GROUP = 2**28  # bytes of tensors outside blocks that are read together
 
 Read = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
-    """What is wrong with a folder, a line each: what `static` finds, then what a reload makes of
-    it.
+    """One line for each fault of a folder: first the findings of `static`, then those of a reload.
 
-    result: what the folder was made of. Memory: about a block of the model.
+    result: what the folder was made of. Memory: about one block of the model.
     """
     subject = read_subject(folder, remote_code=result.recipe.trust_remote_code)
     found = [finding for finding in run_checks(subject) if finding.severity == "error"]
@@ -53,8 +51,8 @@ def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
 
 
 def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
-    """The class of the model, filled by Transformers' own reader, has every parameter, and each is
-    what was tuned."""
+    """Fill the model's class by Transformers' own reader: every parameter must have its tuned
+    value."""
     model = _empty(subject.folder, result.names.model)
     given = result.names.model
     tied = head_is_tied(given) if result.names.given else None
@@ -84,8 +82,8 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
 
 
 def _empty(folder: Path, made: PreTrainedModel) -> PreTrainedModel:
-    """A model of the folder's configuration without weights; of the classes that are in memory, so
-    no code runs."""
+    """A model of the folder's configuration without weights. Its classes are in memory: no code
+    runs."""
     try:
         config = type(made.config).from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -98,8 +96,8 @@ def _empty(folder: Path, made: PreTrainedModel) -> PreTrainedModel:
 
 
 def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Keys of a configuration that are read back with another value, but for what a loader writes
-    down about itself."""
+    """Keys of a configuration that read back with another value, without a loader's notes on
+    itself."""
     for key, value in made.items():
         if str(key).startswith("_") or key in OF_THE_FILE:
             continue
@@ -110,7 +108,7 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
 
 
 class Decoder(Mapping[str, bool]):
-    """The tensors of a checkpoint with packed weights decoded to ``dtype``: key -> whether it was
+    """The tensors of a checkpoint, packed weights decoded to ``dtype``. keys: whether one was
     packed."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype):
@@ -128,15 +126,14 @@ class Decoder(Mapping[str, bool]):
         return len(self._keys)
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors; packed weights (out, in). Raises what unpacking raises for one that
-        contradicts its scheme."""
+        """These tensors; packed weights are (out, in). Raises the errors of unpacking."""
         s = self._subject
         assert s.fmt is not None or not self._packed
         parts = {key: list(s.parts(self._packed[key])) for key in keys if self[key]}
         names = [key for key in keys if not self[key]] + [
             name for part in parts.values() for name in part
         ]
-        found = dict(s.read(names))  # every file is opened once
+        found = dict(s.read(names))  # opens every file once
         for key, part in parts.items():
             module, own = self._packed[key], {name: found.pop(name) for name in part}
             codes = s.fmt.unpack(module, own, s.schemes[module])  # type: ignore[union-attr]
@@ -145,8 +142,8 @@ class Decoder(Mapping[str, bool]):
 
 
 class Streamed(Decoder):
-    """The same of files of another kind, which their format reads in its own order, with keys as
-    the run wrote them."""
+    """The same for files of another kind: their format reads them in its own order, with the run's
+    keys."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype):
         super().__init__(subject, dtype)
@@ -156,7 +153,7 @@ class Streamed(Decoder):
         self._keys = {**dict.fromkeys(subject.journal.get("tensors") or (), False), **packed}
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors; what comes before them in the files waits in memory."""
+        """These tensors; earlier ones in the files wait in memory."""
         while absent := next((key for key in keys if key not in self._held), None):
             key, tensor = next(self._stream, (None, None))
             if key is None or tensor is None:
@@ -166,18 +163,17 @@ class Streamed(Decoder):
 
 
 class Filled:
-    """A model without weights that is filled group by group, as Transformers fills it; nothing
-    stays in memory.
+    """A model without weights that is filled group by group as Transformers fills it.
 
-    keys: of the checkpoint -> whether the weight was packed, (out, in). blocks: names of modules,
-      each one group.
+    Nothing stays in memory. keys: of the checkpoint -> whether the weight was packed, (out, in).
+    blocks: names of modules, each one group.
     """
 
     def __init__(self, model: PreTrainedModel, keys: Mapping[str, bool], blocks: Collection[str]):
         self._model, self._keys, self._blocks = model, keys, set(blocks)
         self._name = {key: name for key, name, _ in renamed_keys(model, sorted(keys))}
         self._own = dict(model.state_dict(keep_vars=True))
-        # tied modules share theirs
+        # tied modules share parameters
         self._same = {name: id(tensor) for name, tensor in self._own.items()}
         self._turned = {
             f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
@@ -191,7 +187,8 @@ class Filled:
         )
 
     def groups(self, read: Read) -> Iterator[list[str]]:
-        """The names of the parameters that hold their values until the next group comes."""
+        """The names of the parameters of each group; they hold their values until the next group
+        comes."""
         for keys in self._grouped():
             state = restack(self._model, read(keys), self._stacks)
             for key in state:
@@ -208,18 +205,20 @@ class Filled:
                 self._empty(name)
 
     def missing(self) -> list[str]:
-        """Parameters that no tensor has filled, nor filled what they are tied to."""
+        """Parameters that no tensor has filled, directly or by a tie."""
         return sorted(self._adjusted().missing_keys)
 
     def unknown(self, source: Collection[str] = ()) -> list[str]:
-        """Tensors that are no parameter, in the model's spelling, but for those of the ``source``:
-        what its class does not read there, such as layers that predict further tokens, comes along
-        bit for bit."""
+        """Tensors that are no parameter, in the model's spelling.
+
+        Tensors of the ``source`` that its class does not read, such as layers that predict further
+        tokens, are copied bit for bit and do not count.
+        """
         carried = {self._name.get(key, key) for key in source}
         return sorted(self._adjusted().unexpected_keys - carried)
 
     def _adjusted(self) -> LoadStateDictInfo:
-        """Without what the model's class says is of no account."""
+        """Without the names that the model's class ignores."""
         there = {self._same[name] for name in self._own.keys() - self._missing}
         tied = self._model.all_tied_weights_keys
         partners = {**tied, **{origin: name for name, origin in tied.items()}}
@@ -233,7 +232,7 @@ class Filled:
         return info
 
     def _grouped(self) -> Iterator[list[str]]:
-        """The keys of each block, then the others by size; those of one parameter stay together."""
+        """The keys of each block, then the others by size. Keys of one parameter stay together."""
         blocks: dict[str, list[str]] = {}
         others: dict[str, list[str]] = {}
         for key, name in self._name.items():
@@ -265,12 +264,11 @@ class Filled:
 
 
 class Expected:
-    """What the parameters of a model must be: codes as tuned, all else as the model in memory holds
-    it."""
+    """The right values of a model's parameters: codes as tuned, all else as in memory."""
 
     def __init__(self, fmt: Format, result: Result):
         self._codes = result.codes
-        # `static` has compared sums of what such formats hold exactly
+        # `static` has compared checksums of the values that such formats hold exactly
         self._same = _alike if fmt.write else _same
         self._memory = result.names.model.state_dict()
         self._turned = {
@@ -281,8 +279,8 @@ class Expected:
             self._experts.setdefault(expert.parameter, {})[name] = expert
 
     def holds(self, name: str, value: Tensor) -> bool:
-        """Whether a parameter has its value, up to a cast between what is stored and what is
-        computed with."""
+        """Whether a parameter has its value, up to a cast between the stored dtype and the dtype in
+        memory."""
         module = name.removesuffix(".weight")
         if module in self._codes:
             wanted = dequantize(self._codes[module], value.dtype)
@@ -301,7 +299,7 @@ class Expected:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """The same tensor, rounded otherwise: not another one, and not another order of its rows."""
+    """Whether two tensors are the same up to rounding, with the same order of rows."""
     if one.shape != other.shape:
         return False
     pairs = zip(one.reshape(-1).split(PIECE), other.reshape(-1).split(PIECE))
@@ -313,7 +311,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal in the dtype of one of them; a NaN equals a NaN, which `static` has judged."""
+    """Equal in the dtype of one of them. A NaN equals a NaN: `static` judges NaNs."""
     if one.shape != other.shape:
         return False
     return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)

@@ -1,7 +1,6 @@
-"""Is a checkpoint folder right, judged without any engine? A table of small checks, each giving its
-findings.
+"""Is a checkpoint folder right? A table of small checks without any engine, each with its findings.
 
-Errors are what some reader would stumble over, or get wrong without a word. Warnings are what can't
+An error: some reader would fail, or read wrong values without a warning. A warning: something can't
 be checked, or may be a habit of the tool that wrote the files.
 """
 
@@ -41,7 +40,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def several(found: Sequence[str]) -> str:
-    """The number of things beside the first, in words."""
+    """The number of further things beside the first, in words."""
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
@@ -50,7 +49,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
     if s.quantization is not None and s.fmt is None:
         return
     if s.skeleton is not None:
-        unread = s.journal.get("unread") or ()  # nor did the class read them in the source
+        unread = s.journal.get("unread") or ()  # the class did not read them in the source either
         for text, group in (
             ("no tensor fills it", s.skeleton.missing),
             (
@@ -100,7 +99,7 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
 
 
 def check_layout(s: Subject) -> Iterator[Finding]:
-    """Parts, dtypes and shapes of every packed weight are what its scheme and its layer ask for."""
+    """Parts, dtypes and shapes of every packed weight fit its scheme and its layer."""
     expected: dict[tuple[Scheme, int, int], dict[str, Stored]] = {}
     for module in sorted(s.packed):
         layer = s.skeleton.linears.get(module) if s.skeleton else None
@@ -121,8 +120,10 @@ def check_layout(s: Subject) -> Iterator[Finding]:
 def _expected_parts(
     fmt: Format, wanted: Scheme, out_features: int, in_features: int
 ) -> dict[str, Stored]:
-    """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells
-    enough."""
+    """The parts that our own packer makes of a weight of zeros; nothing for floats.
+
+    Unpacking checks floats well enough.
+    """
     if wanted.data_type != "int":
         return {}
     group = in_features if wanted.group_size == -1 else wanted.group_size
@@ -141,8 +142,7 @@ def _expected_parts(
 
 
 def _alike(s: Subject) -> set[str]:
-    """The dtypes that pass for each other: MLX takes any float; other tools' scales may be either
-    half."""
+    """Dtypes that count as equal: MLX takes any float; other tools' scales may be either half."""
     return (
         {"F16", "BF16", "F32"}
         if s.fmt and s.fmt.any_float
@@ -157,7 +157,7 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> I
         name = module + part
         found = s.tensors.get(name)
         if found is None:
-            if part != ".g_idx" or s.journal:  # other tools leave it out where it says nothing
+            if part != ".g_idx" or s.journal:  # other tools leave it out if it has no effect
                 yield Finding("error", name, "is missing")
         elif found.shape != wanted.shape:
             yield Finding(
@@ -172,8 +172,8 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> I
 
 
 def check_names(s: Subject) -> Iterator[Finding]:
-    """Transformers and vLLM, each by its own names and rules, quantize exactly the packed layers,
-    with their scheme."""
+    """Transformers and vLLM, each by its own rules, quantize exactly the packed layers, each as
+    packed."""
     if s.quantization is None or s.fmt is None or s.skeleton is None:
         return
     model_type = str(s.config.get("model_type"))
@@ -242,7 +242,7 @@ def _compare_names(
 
 
 def check_entries(s: Subject) -> Iterator[Finding]:
-    """Every name and pattern of the configuration means something."""
+    """Every name and pattern of the configuration fits a layer."""
     if s.quantization is None or s.skeleton is None:
         return
     model_type = str(s.config.get("model_type"))
@@ -267,7 +267,7 @@ def check_entries(s: Subject) -> Iterator[Finding]:
 
 
 def check_copies(s: Subject) -> Iterator[Finding]:
-    """config.json and quantization_config.json say the same."""
+    """config.json and quantization_config.json agree."""
     path = s.folder / "quantization_config.json"
     if s.quantization is not None and path.is_file():
         findings: list[Finding] = []
@@ -309,7 +309,7 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
     # Transformers 5 saves the image processor in processor_config.json
     for name in sorted(wanted - there):
         yield Finding(s.hygiene, name, "is missing")
-    # A run copies what there is, so a folder of ours without any comes from a model without any.
+    # A run copies all side files, so a folder of ours without any comes from a model without any.
     none_of = {
         names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names}
         for names in SIDES
@@ -341,8 +341,8 @@ def _has_template(folder: Path) -> bool:
 
 
 def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterator[Finding]:
-    """Python files named in `auto_map` ("module.Class"; with "repo--" before it the code lies
-    elsewhere)."""
+    """Python files named in `auto_map` ("module.Class"). With "repo--" before it, the code is
+    elsewhere."""
     table = content.get("auto_map")
     for value in table.values() if isinstance(table, dict) else ():
         for reference in value if isinstance(value, list) else [value]:
@@ -392,7 +392,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 
 
 def run_checks(subject: Subject) -> list[Finding]:
-    """What reading the folder ran into, and what each check of the table found."""
+    """Findings of reading the folder, then of each check in the table."""
     found = [*subject.findings, *(finding for run in CHECKS for finding in run(subject))]
     return list(dict.fromkeys(found))
 
@@ -400,7 +400,7 @@ def run_checks(subject: Subject) -> list[Finding]:
 def check(folder: Path, source: Path | None = None, remote_code: bool = False) -> list[Finding]:
     """All findings on a checkpoint folder.
 
-    source: the folder of the model before quantization, compared with if given. remote_code: the
-    model's own code may run to tell its layers. Raises UserError for a folder that isn't there.
+    source: the folder of the model before quantization, compared if given. remote_code: the model's
+    own code may run, to show its layers. Raises UserError for a missing folder.
     """
     return run_checks(read_subject(folder, source, remote_code))

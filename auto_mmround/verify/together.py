@@ -1,4 +1,4 @@
-"""Do the vocabulary, the configuration and the tokenizer of a checkpoint belong together?"""
+"""Do the vocabulary, the configuration and the tokenizer of a checkpoint fit each other?"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from auto_mmround.checkpoint.subject import Finding, Subject, read_json
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# Older spelling of a configuration -> where Transformers 5 has the same.
+# Older spelling of a configuration -> the place of the same value in Transformers 5.
 ROPE = {
     "rope_theta": ("rope_parameters", "rope_theta"),
     "rope_type": ("rope_parameters", "rope_type"),
@@ -16,7 +16,7 @@ ROPE = {
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The level of the configuration that describes the text model."""
+    """The part of the configuration that describes the text model."""
     nested = (
         config.get(key) for key in ("text_config", "llm_config", "decoder", "language_config")
     )
@@ -26,13 +26,13 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rows(s: Subject) -> int | None:
-    """Rows of the embedding as the configuration has it."""
+    """Rows of the embedding by the configuration."""
     size = _text(s.config).get("vocab_size", s.config.get("vocab_size"))
     return size if type(size) is int and size > 0 else None
 
 
 def _highest(tokenizer: Mapping[str, Any]) -> tuple[int, str]:
-    """The largest token id of a `tokenizer.json`, and its token; -1 where there is none."""
+    """The largest token id of a `tokenizer.json`, and its token; -1 if there is none."""
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     found: list[tuple[int, str]] = []
@@ -60,7 +60,7 @@ def check_vocabulary(s: Subject) -> Iterator[Finding]:
 
 
 def check_special_tokens(s: Subject) -> Iterator[Finding]:
-    """Special tokens that configurations name by number are in the vocabulary."""
+    """Special tokens that configurations give as numbers are in the vocabulary."""
     rows = _rows(s)
     path = s.folder / "generation_config.json"
     settings = read_json(path, []) if path.is_file() else None
@@ -84,8 +84,7 @@ def _numbers(value: Any) -> Iterable[int]:
 
 
 def check_tied(s: Subject) -> Iterator[Finding]:
-    """What the configuration ties is not there twice with different values: engines would leave one
-    unread."""
+    """Tied tensors are not there twice with different values: engines would ignore one of them."""
     for name, origin in s.skeleton.tied.items() if s.skeleton else ():
         here = [
             each
@@ -98,7 +97,7 @@ def check_tied(s: Subject) -> Iterator[Finding]:
 
 
 def check_rope(s: Subject) -> Iterator[Finding]:
-    """Old and new spellings of rotary positions say the same."""
+    """Old and new spellings of rotary positions agree."""
     for level in {id(each): each for each in (s.config, _text(s.config))}.values():
         for old, (group, new) in ROPE.items():
             table = level.get(group)
@@ -114,7 +113,7 @@ def check_rope(s: Subject) -> Iterator[Finding]:
 
 
 def check_layer_count(s: Subject) -> Iterator[Finding]:
-    """A list with an entry a layer has as many as there are layers."""
+    """Lists with one entry per layer have as many entries as there are layers."""
     text = _text(s.config)
     layers, kinds = text.get("num_hidden_layers"), text.get("layer_types")
     if type(layers) is int and isinstance(kinds, list) and len(kinds) != layers:

@@ -1,7 +1,7 @@
-"""Are the numbers in a checkpoint right? Plain tensors and packed ones, each read once.
+"""Are the numbers in a checkpoint right? Plain and packed tensors, each read once.
 
-What is compared with is as much as there is: ranges always; the checksums that a run of ours left
-in `run.json`; the model before quantization, if its folder is given.
+They are compared with all that is there: always with ranges; with the checksums of our run in
+`run.json`; with the model before quantization, if its folder is given.
 """
 
 import re
@@ -18,8 +18,8 @@ from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.journal import checksum, codes_record
 
-# Decoded with the right layout a weight of 2 bits still has a correlation above 0.7 with its
-# source; misread, about 0.
+# With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
+# wrong one about 0.
 LEAST_CORRELATION = 0.5
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
@@ -33,7 +33,7 @@ HOLDERS = {
 
 
 def scheme(s: Subject, module: str) -> Scheme | None:
-    """The scheme of a packed module as the configuration has it; None where that can't be read."""
+    """The scheme of a packed module by the configuration; None if that can't be read."""
     return s.schemes.get(module)
 
 
@@ -42,7 +42,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def check_plain_values(s: Subject) -> Iterator[Finding]:
-    """Plain tensors are finite, and those that the run wrote, or the source has."""
+    """Plain tensors are finite, and equal those of the run, or of the source."""
     with Reader(s.weights()) as originals:
         yield from _check_plain_values(s, originals)
 
@@ -62,14 +62,13 @@ def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. A piece at a time: embeddings are the largest tensors of many
-    models."""
+    """Whether all values are finite. It looks at pieces, since embeddings can be very large."""
     return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(PIECE))
 
 
 def check_codes(s: Subject) -> Iterator[Finding]:
-    """Packed weights decode to sound scales and zero points, to just what the run tuned, to the
-    source's likeness."""
+    """Packed weights have sound scales and zero points, equal the tuned codes, and resemble the
+    source."""
     with Shards() as shards, Reader(s.weights()) as originals:
         yield from _check_codes(s, shards, originals)
 
@@ -108,8 +107,8 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
-    """Files of another kind, decoded by their format, hold finite values, and the very weights that
-    the run wrote."""
+    """Files of another kind, decoded by their format, hold finite values, equal to those of the
+    run."""
     if not s.whole or s.fmt is None:
         return
     rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
@@ -222,8 +221,7 @@ def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Find
 
 
 def _part(tensors: Iterable[str], key: str, module: str) -> str:
-    """The tensor of a module that holds what a key of `HOLDERS` stands for; the module where there
-    is none."""
+    """The tensor of a module for a key of `HOLDERS`; the module itself if there is none."""
     return next(
         (f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module
     )

@@ -1,4 +1,4 @@
-"""Is an exported checkpoint what was tuned, and do real engines agree? Findings, and a verdict an
+"""Does a checkpoint hold the tuned values, and do engines agree? Findings, and one verdict per
 engine."""
 
 import tempfile
@@ -26,14 +26,13 @@ NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one engine makes of one folder.
+    """The verdict of one engine on one folder.
 
     status: "right", "wrong" or "not run". reason: why it is wrong or did not run. version: of the
-      engine's packages.
-    layers: quantized layers the engine made, None if it does not tell; planned: as many as should
-    be. gap: largest logit difference to the decoded weights, relative to the logits' standard
-    deviation. tokens: (greedy tokens that agree up to a near tie, of how many), from engines that
-    generate.
+    engine's packages. layers: quantized layers in the engine, None if it does not tell. planned:
+    the right number of them. gap: largest logit difference to the decoded weights, relative to the
+    logits' standard deviation. tokens: (greedy tokens that agree up to a near tie, of how many),
+    from engines that generate.
     """
 
     folder: Path
@@ -50,7 +49,7 @@ class Verdict:
 
     @property
     def error(self) -> str | None:
-        """Why the engine did not prove the checkpoint; None where it did."""
+        """Why the engine did not prove the checkpoint; None if it did."""
         return None if self.status == "right" else self.reason
 
     def line(self) -> str:
@@ -75,7 +74,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Verification:
-    """All that was found about one folder. notes: what could not be asked, and why."""
+    """All findings on one folder. notes: questions that could not be asked, and why."""
 
     folder: Path
     format: str
@@ -90,7 +89,7 @@ class Verification:
         return not errors and all(verdict.status != "wrong" for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; figures that there are none of are left out."""
+        """Plain values for JSON, without missing figures."""
         verdicts = [
             {k: v for k, v in asdict(each).items() if k != "folder" and v == v}
             for each in self.verdicts
@@ -112,13 +111,12 @@ def verify(
     root: Path | None = None,
     timeout: float = 600,
 ) -> Verification:
-    """The static check, then every engine that reads the format, or the ``chosen`` ones (an empty
-    list: none).
+    """The static check, then every engine that reads the format, or the ``chosen`` ones.
 
-    source: the folder of the model before quantization. root: where `.engines` lies. Files that the
-    static check found wrong are shown to engines only where these were chosen. Raises UserError for
-    a folder that isn't there, and for a chosen engine that is unknown, not installed, or does not
-    read the format.
+    chosen: an empty list asks no engine. source: the folder of the model before quantization. root:
+    where `.engines` lies. If the static check finds errors, only chosen engines are asked. Raises
+    UserError for a missing folder, and for a chosen engine that is unknown, not installed, or does
+    not read the format.
     """
     root = engines.root() if root is None else root
     subject = read_subject(folder, source, remote_code)
@@ -183,7 +181,7 @@ def verify(
 
 
 def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
-    """Which inputs an engine takes, of this folder."""
+    """Indices of the inputs that an engine takes, for this folder."""
     row = ENGINES[engine]
     kinds = row.kinds if row.tower is None or (folder / row.tower).is_file() else ("text",)
     return [i for i, probe in enumerate(probes) if probe.kind in kinds]
@@ -199,8 +197,10 @@ def _verdict(
     media: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: Any = None,
 ) -> Verdict:
-    """media: of each input, for an engine that processes it itself and gets no other keyword
-    arguments but the ids."""
+    """media: one mapping for each input, for an engine that processes media itself.
+
+    Such an engine gets no other keyword arguments than the ids.
+    """
     kind = type(reference.model).__name__
     cls = kind if hasattr(transformers, kind) else "AutoModelForImageTextToText"
     asked = {
@@ -238,7 +238,7 @@ def _require(engine: str, name: str, root: Path) -> None:
 
 
 def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
-    """Why an engine can't be asked about a folder that is right for others; None if it can."""
+    """Why an engine can't be asked about this folder; None if it can."""
     name = subject.fmt.name if subject.fmt else "fake"
     schemes = frozenset(subject.schemes.values())
     return refusal(engine, name, schemes) or engines.not_installed(interpreter(name, root, engine))
