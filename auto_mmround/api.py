@@ -30,8 +30,8 @@ from auto_mmround.verify.proof import prove
 
 log = logging.getLogger("auto_mmround")
 
-# What quantize() has left in models that are still alive. A weight on an 8-bit grid in bfloat16
-# looks like any other: only a note taken when it was written tells.
+# The marks of quantized models that are still alive. A weight on an 8-bit grid in bfloat16 looks
+# like any other, so `quantize` notes what it wrote.
 _WRITTEN: WeakKeyDictionary[PreTrainedModel, dict[str, str]] = WeakKeyDictionary()
 
 
@@ -44,11 +44,11 @@ class AutoRoundMLLM:
         autoround.quantize()
         autoround.save_quantized("./tmp_autoround", format="auto_round", inplace=True)
 
-    model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer; a
-    processor may hang on it as ``tokenizer.processor``, as the original's users write it. dataset:
-    a name, a file, a list of rows or a DataLoader. bits, group_size, sym: 4, 128 and True, or those
-    of a `scheme`. layer_config: pattern -> {"bits", "group_size", "sym"}. All other options are
-    those of `Recipe`; unknown ones raise UserError with the nearest name.
+    model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer;
+    ``tokenizer.processor`` may hold a processor, as in the original. dataset: a name, a file, a
+    list of rows or a DataLoader. bits, group_size, sym: 4, 128 and True, or those of a `scheme`.
+    layer_config: pattern -> {"bits", "group_size", "sym"}. All other options are those of `Recipe`.
+    Unknown ones raise UserError with the nearest name.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class AutoRoundMLLM:
             "sym": sym,
             "dataset": None if in_memory else dataset,
         }
-        # a `scheme` has its own
+        # a `scheme` sets these
         values = {key: value for key, value in values.items() if value is not None}
         origin = (
             "" if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
@@ -106,11 +106,10 @@ class AutoRoundMLLM:
     def quantize(
         self, watcher: Watcher | None = None
     ) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
-        """Tune; returns the model, whose weights now hold the quantized values, and what was done
-        to every layer.
+        """Tune. Returns the model, whose weights now hold the quantized values, and `layer_config`.
 
-        All else of the model is afterwards as it was, also after a failure. Raises UserError for a
-        model whose weights were quantized before.
+        All else in the model is as before, also after a failure. Raises UserError for a model whose
+        weights were quantized before.
         """
         model, marks = self.loaded.model, _marks(self.loaded.model)
         again = next(
@@ -139,15 +138,14 @@ class AutoRoundMLLM:
 
     @property
     def reports(self) -> list[BlockReport]:
-        """What happened to every block: errors, seconds, memory. Raises UserError before
-        `quantize`."""
+        """The report of each block: errors, seconds, memory. Raises UserError before `quantize`."""
         if self._done is None:
             raise UserError("call quantize() first")
         return list(self._done[1].reports.values())
 
     @property
     def layer_config(self) -> dict[str, dict[str, Any]]:
-        """Module name -> bits, group_size, sym and data_type; kept layers have 16 bits and the
+        """Module name -> bits, group_size, sym and data_type; kept layers have 16 bits and a
         reason."""
         if self._done is None:
             raise UserError("call quantize() first")
@@ -170,12 +168,11 @@ class AutoRoundMLLM:
     def save_quantized(
         self, output_dir: str | Path | None = None, format: str = "auto_round", inplace: bool = True
     ) -> list[Path]:
-        """Write one checkpoint a format. One format goes to ``output_dir`` itself, several to
-        folders below it.
+        """Write one checkpoint per format, into ``output_dir`` or, if there are several, below it.
 
-        ``inplace`` is accepted as in the original; the model in memory is never changed by saving.
-        Raises NotProved for a checkpoint that is not what was tuned, which lies in
-        ``<folder>.wrong`` then; ``check=False`` leaves that out.
+        ``inplace`` is accepted as in the original; saving never changes the model in memory. Raises
+        NotProved for a checkpoint that does not hold the tuned values; it then lies in
+        ``<folder>.wrong``. ``check=False`` leaves this check out.
         """
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
@@ -205,8 +202,10 @@ class AutoRoundMLLM:
 def _around(
     model: PreTrainedModel, tokenizer: Any, processor: Any, origin: str, remote_code: bool
 ) -> Loaded:
-    """The user's objects, with the folder that the model came from, if its weights are from there.
-    What they have not is read from that folder."""
+    """The user's objects, with the folder of the model if its weights come from there.
+
+    Missing objects are read from that folder.
+    """
     source = _source_of(origin) if origin else None
     if source is not None and not is_from(model, source):
         log.warning(
@@ -221,7 +220,7 @@ def _around(
 
 
 def _source_of(name: str) -> Path | None:
-    """The folder of that name, None if there is none."""
+    """The folder of that name; None if there is none."""
     try:
         return find_folder(name, offline=True)
     except UserError:

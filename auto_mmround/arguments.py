@@ -1,5 +1,4 @@
-"""What users hand to `AutoRoundMLLM`: told apart by kind, put right where it is clear, else refused
-in one line."""
+"""Arguments of `AutoRoundMLLM`: told apart by kind, corrected if that is clear, else refused."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +15,7 @@ PATHS = ("extra_data_dir", "template", "processor", "output_dir")
 
 
 def checked_model(model: Any) -> PreTrainedModel | str:
-    """A model, or a folder or hub name. Raises UserError for anything else, adapters that are not
-    merged included."""
+    """A model, or a folder or hub name. Raises UserError for others, and for unmerged adapters."""
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, nn.Module):
@@ -55,8 +53,10 @@ def checked_model(model: Any) -> PreTrainedModel | str:
 
 
 def told_apart(tokenizer: Any, processor: Any, image_processor: Any) -> tuple[Any, Any]:
-    """(tokenizer, processor). A processor may stand in the tokenizer's place or hang on it, a
-    tokenizer in the processor's. Raises UserError for anything that is neither."""
+    """(tokenizer, processor). A processor may stand in the tokenizer's place or be its attribute.
+
+    A tokenizer may stand in the processor's place. Raises UserError for other objects.
+    """
     if isinstance(processor, PreTrainedTokenizerBase) and (
         tokenizer is None or isinstance(tokenizer, ProcessorMixin)
     ):
@@ -80,8 +80,7 @@ def told_apart(tokenizer: Any, processor: Any, image_processor: Any) -> tuple[An
 
 
 def checked_dataset(dataset: Any) -> Any:
-    """A name or path as text, or rows that can be iterated over. Raises UserError for what can be
-    neither."""
+    """A name or path as text, or rows to iterate over. Raises UserError for other objects."""
     if dataset is None or isinstance(dataset, str | Path):
         return None if dataset is None else str(dataset)
     if isinstance(dataset, Mapping):
@@ -100,8 +99,7 @@ def checked_dataset(dataset: Any) -> Any:
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as recipes have them: devices as text (also given as torch.device or number), paths
-    too."""
+    """Options as recipes have them: devices (also torch.device or number) and paths as text."""
     found = {
         key: value for key, value in options.items() if not (key == "device" and value is None)
     }

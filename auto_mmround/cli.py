@@ -38,7 +38,7 @@ examples:
   auto-round-mllm --model ./model --dataset pairs.json:num=64,text.jsonl:num=64
 """
 
-# Flags that are no field of the recipe: (name, type, help), by section.
+# Flags that are not fields of the recipe: (name, type, help), by section.
 MORE: dict[str, list[tuple[str, type, str]]] = {
     "scheme": [("scheme", str, f"bits, group_size and sym by a known name: {', '.join(SCHEMES)}")],
     "result": [("eval_bs", int, "no effect: evaluation runs sample by sample")],
@@ -63,8 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Every field of the recipe that has a help text, as a flag; only flags that are given appear
-    in the result."""
+    """A flag for every field of the recipe with a help text; the result holds given flags only."""
     for section in dict.fromkeys(key.section for key in KEYS.values()):
         group = parser.add_argument_group(section)
         for name, kind, text in MORE.get(section, []):
@@ -77,7 +76,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_flags(group: Any, name: str, key: Key) -> None:
-    """The flags of one field: by its own name and the others, and the one that means False."""
+    """The flags of one field: its own name, other names, and the flag that means False."""
     hint, default = HINTS[name], getattr(Recipe(), name)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     shared: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -101,7 +100,7 @@ def _add_flags(group: Any, name: str, key: Key) -> None:
 
 
 def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:
-    """Flags laid over a recipe."""
+    """A recipe with flags laid over it."""
     values = {
         NEGATED.get(key, key): not value if key in NEGATED else value
         for key, value in given.items()
@@ -112,7 +111,7 @@ def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:
 
 
 def normalise(arguments: Sequence[str]) -> list[str]:
-    """`--group-size` as `--group_size`; typographic dashes, as pasted from web pages, are named."""
+    """`--group-size` as `--group_size`; a typographic dash, as web pages show it, is named."""
     result = []
     for word in arguments:
         if word.startswith(LONG_DASHES):
@@ -146,7 +145,7 @@ def plan_command(arguments: Sequence[str]) -> int:
 
 
 def parse_recipe(arguments: Sequence[str], prog: str) -> tuple[Recipe, argparse.Namespace]:
-    """The recipe of a command line: a file, if one is given first, under the flags."""
+    """The recipe of a command line: a file, if the first argument is one, under the flags."""
     parser = Parser(
         prog=prog,
         description="Quantize a multimodal model to 2-8 bits and export it.",
@@ -341,8 +340,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 our fault, or the result is wrong, 2 the user's input is wrong (one
-    line on stderr)."""
+    """Exit status: 0 done; 1 our fault, or a wrong result; 2 wrong input (one line on stderr)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("auto_mmround").setLevel(logging.INFO)
     try:

@@ -1,5 +1,4 @@
-"""What the command line shows: progress, tables, JSON. Everything here only prints; the work is
-done elsewhere."""
+"""What the command line prints: progress, tables, JSON. Other modules do the work."""
 
 import argparse
 import logging
@@ -51,7 +50,7 @@ notices = Console(stderr=True)
 
 
 def quiet_libraries() -> None:
-    """One voice on the terminal: our log through rich, no bars or advice from the libraries."""
+    """Our log through rich alone, without bars or advice from the libraries."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     handler = RichHandler(
@@ -158,7 +157,7 @@ def prepare_with_progress(recipe: Recipe, loaded: Loaded) -> jobs.Job:
 
 
 def mixed_lines(mixed: Mapping[str, Any] | None) -> list[str]:
-    """What the choice of bits expects; nothing where nothing was measured."""
+    """What the choice of bits expects; nothing if nothing was measured."""
     if mixed is None:
         return []
     counts = Counter(layer["bits"] for layer in mixed["layers"].values())
@@ -181,7 +180,7 @@ def mixed_lines(mixed: Mapping[str, Any] | None) -> list[str]:
 
 
 def show_sample(job: jobs.Job) -> None:
-    """What the quantized model, still in memory, answers to a sample of the recipe's data."""
+    """The answer of the quantized model, still in memory, to a sample of the recipe's data."""
     dataset = job.recipe.dataset
     inputs = job.inputs or (
         dataset and held_out(job.loaded, dataset, limit=1, template=job.recipe.template)
@@ -213,7 +212,7 @@ def summary(plan: Plan) -> str:
 
 @phase("planning")
 def show_plan(recipe: Recipe) -> int:
-    """The plan as a table; equal rows of different blocks are shown once, with their count."""
+    """The plan as a table. Equal rows of different blocks are one row, with their number."""
     quiet_libraries()
     loaded = jobs.load_model(recipe)
     # Mixed bits depend on the calibration samples; other plans do not.
@@ -245,8 +244,7 @@ def show_plan(recipe: Recipe) -> int:
 
 
 def show_estimate(found: Estimate) -> int:
-    """Minutes, memory and disk; raises UserError with flags that would help if the run can't
-    fit."""
+    """Minutes, memory and disk. Raises UserError with helpful flags if the run can't fit."""
     parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in found.seconds.items())
     console.print(
         f"time: {sum(found.seconds.values()) / 60:.1f} minutes after loading ({parts})",
@@ -300,8 +298,7 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
 
 
 def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
-    """Tables of what was measured: figures by modality, scores with recovery, answers side by
-    side."""
+    """Tables of the results: figures by modality, scores with recovery, answers side by side."""
     roles = [role for role in ("reference", "baseline") if record[role]] + ["quantized"]
     if findings.figures:
         names = roles if len(roles) > 1 else [str(record["model"])]
@@ -334,7 +331,7 @@ def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
 
 
 def show_report(folders: Sequence[str], output: str | None) -> int:
-    """Write a run's report again, or the comparison of several runs, and name the page."""
+    """Write a run's report again, or a comparison of several runs, and name the page."""
     quiet_libraries()
     if len(folders) == 1 and output is None:
         page = report.write(Path(folders[0]))
@@ -345,7 +342,7 @@ def show_report(folders: Sequence[str], output: str | None) -> int:
 
 
 def verify_and_show(found: argparse.Namespace) -> int:
-    """The findings on a folder and a line an engine, or JSON; 1 if something is wrong."""
+    """The findings on a folder and one line per engine, or JSON; 1 if something is wrong."""
     quiet_libraries()
     engines = (
         None
@@ -375,7 +372,7 @@ def verify_and_show(found: argparse.Namespace) -> int:
 
 
 def metrics_table(results: Mapping[str, Metrics], title: str | None = None) -> Table:
-    """A row a model: accuracy, perplexity, and KL and agreement by modality."""
+    """One row per model: accuracy, perplexity, and KL and agreement by modality."""
     modalities = list(dict.fromkeys(name for metrics in results.values() for name in metrics.kl))
     columns = [
         "accuracy",
@@ -396,12 +393,12 @@ def metrics_table(results: Mapping[str, Metrics], title: str | None = None) -> T
 
 
 def percent(share: float | None) -> str:
-    """A share as people read it; a dash where there is none."""
+    """A share in percent; a dash if there is none."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def show_formats() -> int:
-    """The export formats: what they hold, which engines read them, and what those refuse."""
+    """The export formats: their schemes, the engines that read them, and what those refuse."""
     table, matrix = Table("format", "bits", "what it is"), Table("format", *ENGINES)
     for fmt in FORMATS.values():
         table.add_row(fmt.name, ", ".join(map(str, fmt.bits)), fmt.summary)
@@ -417,8 +414,7 @@ def show_formats() -> int:
 
 
 def show_families() -> int:
-    """The family table: what calibrates each, which stages can be quantized, and who writes its
-    conversations."""
+    """The table of families: calibration data, stages, and the writer of conversations."""
     templates = shipped()
     table = Table("model_type", "family", "calibrates with", "stages", "template", "note")
     for model_type, family in FAMILIES.items():

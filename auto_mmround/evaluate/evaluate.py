@@ -1,4 +1,4 @@
-"""One evaluation: load the models, run the tasks, and keep the record beside the checkpoint."""
+"""One evaluation: load the models, run the tasks, keep the record beside the checkpoint."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,11 @@ def evaluate(
     remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> tuple[tasks.Findings, dict[str, Any]]:
-    """What the tasks found, and the record of it. names: a comma list; default is ppl, with a
-    reference kl too.
+    """The findings of the tasks, and their record.
 
-    reference: the model before quantization. baseline: another checkpoint to compare with. Raises
-    UserError for unknown tasks, models or sets, and for sets without a row that a task needs.
+    names: a comma list; default is ppl, and kl if there is a reference. reference: the model before
+    quantization. baseline: another checkpoint to compare with. Raises UserError for unknown tasks,
+    models or sets, and for sets without a row that a task needs.
     """
     wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
     started = time.perf_counter()
@@ -56,7 +56,7 @@ def record(
     wanted: Sequence[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """Findings with what they belong to, as plain values. names and models: by role."""
+    """Findings with models, data and machine, as plain values. names and models: by role."""
     reference = models.get("reference")
     return {
         "model": names["quantized"],
@@ -74,8 +74,10 @@ def record(
 
 
 def keep(folder: Path, made: Mapping[str, Any]) -> Path | None:
-    """Store the record in a result of ours and write its report again; None for any other or
-    read-only folder."""
+    """Store the record in a result of ours and write its report again.
+
+    None for any other folder, or a read-only one.
+    """
     if not report.ours(folder):
         return None
     report.keep_evaluation(folder, made)

@@ -1,4 +1,4 @@
-"""What a model says: one greedy answer, as a look at the result beside the figures."""
+"""One greedy answer of a model, to look at beside the figures."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import room
 
-OPENING = 16  # tokens of a plain text that are given as its beginning
+OPENING = 16  # tokens of a plain text that the model gets as its beginning
 
 
 class Generated(NamedTuple):
@@ -46,8 +46,10 @@ def generate_sample(
 
 
 def prompt_of(sample: ModelInput, encoder_decoder: bool = False) -> tuple[dict[str, Any], int]:
-    """The model's arguments up to the first answer, and how many tokens that is (0: the encoder has
-    it all)."""
+    """The model's arguments up to the first answer, and their number of tokens.
+
+    0 tokens: the encoder has all of it.
+    """
     if encoder_decoder:
         return {
             key: value

@@ -1,5 +1,4 @@
-"""The big evaluation harnesses through their own packages: each is handed our loaded model by its
-public interface."""
+"""The big evaluation harnesses: each gets our loaded model through its public interface."""
 
 import importlib.util
 import re
@@ -58,13 +57,13 @@ def lmms_eval(
 
 
 def _located(make: Callable[..., Any], task: str, prefix: str, command: str) -> tuple[Any, str]:
-    """A task manager that knows the task, and its name; UserError where there is no such task."""
+    """A task manager that knows the task, and its name. Raises UserError for an unknown task."""
     file = Path(task)
     if file.suffix in (".yaml", ".yml"):
         if not file.is_file():
             raise UserError(f"{prefix} task {task}: there is no such file")
         manager = make(include_path=str(file.resolve().parent), include_defaults=False)
-        # tags such as !function are for the package to read
+        # only the package reads tags such as !function
         named = TASK.search(file.read_text(encoding="utf-8"))
         task = named[1] if named else file.stem
     else:
@@ -86,8 +85,7 @@ def vlmeval(
 
 
 def _rows(found: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, int, bool]]:
-    """The figures of a result in the form that lm-eval and its kin share: `metric,filter` ->
-    value."""
+    """The figures of a result of lm-eval or lmms-eval: `metric,filter` -> value."""
     for name, figures in found["results"].items():
         higher = found.get("higher_is_better", {}).get(name, {})
         samples = found.get("n-samples", {}).get(name, {}).get("effective", 0)
@@ -106,7 +104,7 @@ HARNESSES = {
 
 
 def require(prefix: str) -> None:
-    """Raises UserError when the package of a harness is missing."""
+    """Raises UserError if the package of a harness is missing."""
     harness = HARNESSES[prefix]
     if importlib.util.find_spec(harness.package) is None:
         raise UserError(f"{prefix} tasks need the package {harness.package}: {harness.install}")

@@ -1,4 +1,4 @@
-"""Samples to measure on: whole conversations and texts, untouched by calibration's choices."""
+"""Samples to measure on: whole conversations and texts, without calibration's changes."""
 
 from pathlib import Path
 
@@ -12,8 +12,7 @@ MANY = 10**9
 
 
 def parts(dataset: str) -> list[str | Path]:
-    """The sets of a dataset argument that is measured on; `demo` is the held-out one of the demo
-    model."""
+    """The sets of a dataset argument to measure on; `demo` is the demo model's held-out set."""
     return [HELD_OUT / "text.jsonl", HELD_OUT / "vqa.json"] if dataset == "demo" else [dataset]
 
 
@@ -26,10 +25,9 @@ def held_out(
     limit: int | None = None,
     seqlen: int = 4096,
 ) -> list[ModelInput]:
-    """Model inputs for a dataset argument; `demo` is the held-out set of the demo model, not its
-    calibration set.
+    """Model inputs for a dataset argument; `demo` is the demo model's held-out set.
 
-    limit: at most so many samples of each file. Raises UserError as calibration does.
+    limit: most samples of each file. Raises UserError as calibration does.
     """
     inputs: list[ModelInput] = []
     for part in parts(dataset):

@@ -1,7 +1,6 @@
-"""lmms-eval through its own package: our loaded model behind the interface that its evaluator
-calls.
+"""lmms-eval: our loaded model behind the interface that its evaluator calls.
 
-Imported only where the package is installed.
+Imported only if the package is installed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,11 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.prompts import Prompt, answer, asked, log_likelihood
 from auto_mmround.model.loading import Loaded
 
-ANSWER = 1024  # tokens, where a task names no limit
+ANSWER = 1024  # tokens, if a task names no limit
 
 
 class Ours(lmms):
-    """A loaded model; every answer is greedy, whatever temperature a task asks for."""
+    """A loaded model. Every answer is greedy, even if a task asks for a temperature."""
 
     def __init__(self, loaded: Loaded):
         super().__init__()
@@ -44,11 +43,11 @@ class Ours(lmms):
         return found
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Of a choice, given the question with its media: (loss, whether greedy).
+        """For a choice, given the question with its media: (loss, whether greedy).
 
-        The package scores what its models return, a loss, the smaller the better, whatever the
-        method is called. And its evaluator (0.7.3) makes text of every pair that does not come in
-        its own type.
+        In spite of the method's name, the package scores the loss that its models return: smaller
+        is better. Its evaluator (0.7.3) turns every pair into text unless the pair has its own
+        type.
         """
         found = []
         for request in requests:

@@ -1,9 +1,8 @@
-"""How much of a model is left: perplexity, KL to the reference by modality, agreement, answer
-accuracy.
+"""Perplexity, KL to the reference by modality, agreement and answer accuracy.
 
-Everything comes from one teacher-forced forward pass a sample. An answer counts as right when every
-token of it, the closing one included, is the most likely one; greedy decoding gives exactly the
-same verdict, since it agrees with teacher forcing up to the first wrong token.
+All figures come from one teacher-forced forward pass per sample. An answer is right if each of its
+tokens, the closing one included, is the most likely one. Greedy decoding gives exactly the same
+verdict, since it agrees with teacher forcing up to the first wrong token.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +19,7 @@ from auto_mmround.model.chains import as_dtype
 
 @dataclass
 class Metrics:
-    """Sums over samples; the properties are the figures. kl is in nats a token, by modality of the
-    position."""
+    """Sums over samples; the properties are the figures. kl: nats per token, by modality."""
 
     tokens: int = 0
     log_loss: float = 0.0
@@ -34,7 +32,7 @@ class Metrics:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean log loss over plain text (over answers, where there is no plain text)."""
+        """exp of the mean log loss over plain text; over answers if there is no plain text."""
         return (
             float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp())
             if self.tokens
@@ -85,10 +83,9 @@ def measure(
     reference: Any = None,
     on_sample: Callable[[int], None] = lambda i: None,
 ) -> list[Metrics]:
-    """Figures of several models over the same samples, with KL where a ``reference`` model is
-    given.
+    """Figures of several models over the same samples, with KL if a ``reference`` model is given.
 
-    The reference runs once a sample for all of them.
+    The reference runs once per sample for all of them.
     """
     inputs = list(inputs)
     plain_text = any(bool(sample.answer_T.all()) for sample in inputs)

@@ -1,5 +1,4 @@
-"""Prompts from local sets, and a model's greedy answers to them: questions on images, speech,
-openings of texts."""
+"""Prompts from local sets, and greedy answers: questions on images, speech, openings of texts."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +35,11 @@ WINDOW = 30  # seconds that Whisper hears at once
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a model is given (kwargs, batch 1, and options for `generate`), and what people read:
-    the question, the images, the expected answer (None for an opening)."""
+    """What a model gets and what people read.
+
+    kwargs: batch 1; options: for `generate`. The question, the images, and the expected answer
+    (None for an opening).
+    """
 
     id: str
     benchmark: str
@@ -51,8 +53,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Data:
-    """The sets to ask about. limit: at most so many rows of each; language: of speech, a code such
-    as `en`."""
+    """The sets to ask about. limit: most rows of each. language: of speech, a code such as `en`."""
 
     dataset: str = "demo"
     template: str | None = None
@@ -62,11 +63,11 @@ class Data:
 
     @property
     def title(self) -> str:
-        """The whole argument, short: a file by its bare name."""
+        """A short form of the whole argument: a file by its bare name."""
         return Path(self.dataset).stem if Path(self.dataset).is_file() else self.dataset
 
     def sets(self) -> Iterator[tuple[Rows, str, str]]:
-        """(rows, benchmark, split) of every set: `librispeech/test-clean.jsonl` is a split of
+        """(rows, benchmark, split) of every set. `librispeech/test-clean.jsonl` is a split of
         librispeech."""
         for part in parts(self.dataset):
             for rows in load_rows(part):
@@ -81,22 +82,21 @@ class Data:
                     yield rows, path.name, rows.source.split or ""
 
     def chosen(self, rows: Rows) -> list[int]:
-        """Which rows of a set are used: those that teacher-forced figures take too, see
-        `samples.pick`."""
+        """The rows of a set to use: the same as for teacher-forced figures, see `samples.pick`."""
         count = min(rows.source.num or MANY, self.limit or MANY)
         if len(rows) <= count:
             return list(range(len(rows)))
         return sorted(np.random.default_rng(SEED).permutation(len(rows))[:count].tolist())
 
     def roots(self) -> roots.Roots:
-        """Where media may lie."""
+        """Folders in which media may lie."""
         return roots.parse_roots(self.extra_data_dir)
 
 
 def questions(loaded: Loaded, data: Data) -> list[Prompt]:
-    """Conversations that end in an answer, cut before it. Raises UserError when there are none."""
+    """Conversations that end in an answer, cut before it. Raises UserError if there are none."""
     found = []
-    # Whisper writes down what it hears, see `clips`
+    # Whisper only writes down speech, see `clips`
     asks = loaded.model.main_input_name != "input_features"
     for rows, benchmark, split in data.sets() if asks else ():
         samples = [rows.sample(i) for i in data.chosen(rows)]
@@ -133,8 +133,7 @@ def questions(loaded: Loaded, data: Data) -> list[Prompt]:
 
 
 def clips(loaded: Loaded, data: Data) -> list[Prompt]:
-    """Rows with `audio` and the text that is said in it. Raises UserError when there are none, or
-    sound is damaged."""
+    """Rows with `audio` and its spoken text. Raises UserError without any, or for damaged sound."""
     make = _whisper if loaded.model.main_input_name == "input_features" else _audio_chat
     rate = getattr(getattr(loaded.processor, "feature_extractor", None), "sampling_rate", 16000)
     found = []
@@ -162,7 +161,7 @@ def clips(loaded: Loaded, data: Data) -> list[Prompt]:
 
 
 def openings(loaded: Loaded, data: Data) -> list[Prompt]:
-    """The first tokens of plain texts, to be continued."""
+    """The first tokens of plain texts, which a model continues."""
     found = []
     for rows, benchmark, split in data.sets():
         for i in data.chosen(rows):
@@ -188,10 +187,10 @@ def asked(
     audios: Sequence[Any] = (),
     max_new_tokens: int = ANSWER,
 ) -> Prompt:
-    """One question from outside, media before it unless the text has a marker for each. Whisper
-    hears the one sound.
+    """One question from outside. Whisper hears the one sound.
 
-    Raises UserError where the model can't take them.
+    Media stand before the text, unless it has a marker for each. Raises UserError if the model
+    can't take them.
     """
     options = {"max_new_tokens": max_new_tokens}
     if loaded.model.main_input_name == "input_features":
@@ -220,13 +219,12 @@ def asked(
 
 
 def _beside(file: str | Path) -> roots.Roots:
-    """A file that an outside harness names may lie where it lies."""
+    """The folder of a file is allowed if an outside harness names the file."""
     return roots.parse_roots([Path(file).resolve().parent])
 
 
 def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[float, bool]:
-    """Summed log probability of a text after the prompt, and whether greedy decoding would give
-    it."""
+    """Summed log probability of a text after the prompt, and whether greedy decoding gives it."""
     ids_T = torch.tensor(loaded.tokenizer(continuation, add_special_tokens=False)["input_ids"])
     filled = {"input_ids": ids_T[None], "attention_mask": torch.ones_like(ids_T)[None]}
     length = prompt.kwargs["input_ids"].shape[1]
@@ -246,7 +244,7 @@ def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[f
 
 
 def answer(loaded: Loaded, prompt: Prompt) -> str:
-    """The greedy answer, special tokens left out."""
+    """The greedy answer, without special tokens."""
     kwargs, options = moved(loaded.model, prompt.kwargs), dict(prompt.options)
     if not loaded.model.config.is_encoder_decoder:
         options["max_new_tokens"] = room(
@@ -274,8 +272,10 @@ def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict
 def _whisper(
     loaded: Loaded, data: Data, sound_T: Any, rate: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Log-mel features; a clip longer than a window is heard in several, which needs time stamps
-    and a mask."""
+    """Log-mel features of a sound.
+
+    A clip longer than a window is heard in several windows. This needs time stamps and a mask.
+    """
     long = len(sound_T) > WINDOW * rate
     more: dict[str, Any] = (
         {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}

@@ -1,5 +1,7 @@
-"""Answers and transcripts against what was expected: pure functions of texts, and recovery as model
-cards print it."""
+"""Answers and transcripts compared with expected ones, and recovery as in model cards.
+
+Pure functions of texts.
+"""
 
 import re
 import unicodedata
@@ -16,11 +18,11 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 @dataclass(frozen=True)
 class Score:
-    """One line of a recovery table. reference: of the model before quantization, None if it was not
-    measured.
+    """One line of a recovery table.
 
-    baseline: of a third checkpoint to compare with, such as one rounded to nearest. unit: "%" or
-      "". count: samples.
+    reference: the score of the model before quantization, None if it was not measured. baseline: of
+    a third checkpoint to compare with, such as one rounded to nearest. unit: "%" or "". count:
+    samples.
     """
 
     benchmark: str
@@ -39,16 +41,18 @@ class Score:
         return recovery(self.reference, self.quantized, self.lower_is_better)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain figures for JSON, the recovery among them."""
+        """Plain figures for JSON, with the recovery."""
         return asdict(self) | {"recovery": self.recovery}
 
 
 def recovery(
     reference: float | None, quantized: float, lower_is_better: bool = False
 ) -> float | None:
-    """Percent of the reference that is left: 100 x quantized / reference for scores, 100 x
-    reference / quantized for errors and perplexities, so that 100 is even and less is worse. None
-    without a reference, or where it means nothing, as when the reference has nothing right.
+    """Percent of the reference's quality that is left; 100 is even, less is worse.
+
+    100 x quantized / reference for scores, 100 x reference / quantized for errors and perplexities.
+    None without a reference, or if the quotient means nothing, as when the reference has nothing
+    right.
     """
     if reference is None or (reference == 0 and not lower_is_better):
         return None
@@ -59,7 +63,7 @@ def recovery(
 
 
 def number(text: str) -> float | None:
-    """The number that a text is as a whole: `1,200`, `$3.50`, `12 %`; None for anything else."""
+    """The number that the whole text is: `1,200`, `$3.50`, `12 %`; None for any other text."""
     bare = text.strip().rstrip(".").strip("$€£% ")
     return float(bare.replace(",", "")) if NUMBER.fullmatch(bare) else None
 
@@ -74,7 +78,7 @@ def normalised(text: str) -> str:
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """The same text but for blanks around it."""
+    """The same text, apart from blanks around it."""
     return answer.strip() == expected.strip()
 
 
@@ -94,8 +98,11 @@ def share(
 
 
 def normaliser(language: str | None, tokenizer: Any = None) -> Callable[[str], str]:
-    """Whisper's normaliser: for English the English one, with the tokenizer's table of spellings if
-    it has one; for other languages the basic one. language: a code or a name; None is English."""
+    """Whisper's normaliser for a language, a code or a name; None is English.
+
+    For English it is the English one, with the tokenizer's table of spellings if there is one; else
+    the basic one.
+    """
     from transformers.models.whisper.english_normalizer import (
         BasicTextNormalizer,
         EnglishTextNormalizer,
@@ -109,10 +116,10 @@ def normaliser(language: str | None, tokenizer: Any = None) -> Callable[[str], s
 def error_rates(
     said: Sequence[str], heard: Sequence[str], normalise: Callable[[str], str]
 ) -> tuple[float, float]:
-    """(word, character) error rate in percent over all samples: edits / length of what was said,
-    after normalising.
+    """(word, character) error rate in percent over all samples, after normalising.
 
-    Needs the package jiwer. Raises UserError when nothing was said.
+    A rate is edits / length of the said text. Needs the package jiwer. Raises UserError if nothing
+    was said.
     """
     import jiwer
 

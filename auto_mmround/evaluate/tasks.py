@@ -1,5 +1,4 @@
-"""The tasks of `eval`, as a table: what each measures on which rows. Everything is local and
-greedy."""
+"""The tasks of `eval`, as a table: measure and rows of each. All are local and greedy."""
 
 import base64
 import difflib
@@ -34,8 +33,11 @@ PICTURE = 320  # pixels, the longer side of a picture kept with an answer
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on what. models: by role; `quantized` is the checkpoint, `reference` what it
-    was made from, `baseline` another checkpoint to compare with."""
+    """Models and data of an evaluation.
+
+    models: by role. `quantized` is the checkpoint, `reference` its source, `baseline` another
+    checkpoint to compare with.
+    """
 
     models: Mapping[str, Loaded]
     data: Data
@@ -45,14 +47,16 @@ class Setting:
 
     @property
     def loaded(self) -> Loaded:
-        """The checkpoint, whose tokenizer and processor prepare the inputs of all models."""
+        """The checkpoint. Its tokenizer and processor prepare the inputs of all models."""
         return self.models["quantized"]
 
 
 @dataclass
 class Findings:
-    """scores: lines of the recovery table. figures: teacher-forced ones by role. samples: answers
-    side by side, with small pictures as data URIs."""
+    """scores: lines of the recovery table. figures: teacher-forced ones by role.
+
+    samples: answers side by side, with small pictures as data URIs.
+    """
 
     scores: list[Score] = field(default_factory=list)
     figures: dict[str, Metrics] = field(default_factory=dict)
@@ -66,8 +70,7 @@ class Findings:
 
 
 def teacher_forced(setting: Setting) -> Findings:
-    """Perplexity, teacher-forced accuracy, KL and top-1 agreement by modality, from one pass over
-    the set."""
+    """Perplexity, teacher-forced accuracy, KL and top-1 agreement by modality, in one pass."""
     data = setting.data
     inputs = held_out(
         setting.loaded,
@@ -114,7 +117,7 @@ def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
 
 
 def question_answering(setting: Setting) -> Findings:
-    """Share of greedy answers to questions on images that match, exactly and relaxed."""
+    """Share of greedy answers to questions on images that match, exact and relaxed."""
     prompts = questions(setting.loaded, setting.data)
     given = _ask(setting, prompts, "answering")
     scores = []
@@ -148,8 +151,10 @@ def speech(setting: Setting) -> Findings:
 
 
 def side_by_side(setting: Setting) -> Findings:
-    """A few answers of all models, spread evenly over the set: on images if there are any, else
-    speech, else text."""
+    """A few answers of all models, spread evenly over the set.
+
+    They are on images if there are any, else on speech, else on text.
+    """
     prompts: list[Prompt] = []
     for make in (questions, clips, openings):
         try:
@@ -178,8 +183,10 @@ def side_by_side(setting: Setting) -> Findings:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table. against: it needs a reference model. package: what it needs from the
-    extra `eval`."""
+    """One row of the table.
+
+    against: it needs a reference model. package: it needs this package of the extra `eval`.
+    """
 
     summary: str
     run: Callable[[Setting], Findings]
@@ -203,8 +210,10 @@ TASKS = {
 
 
 def parse(names: str, has_reference: bool) -> list[str]:
-    """Task names from a comma list. Raises UserError for unknown ones, and for those that lack
-    their reference or package."""
+    """Task names from a comma list.
+
+    Raises UserError for unknown names, and for tasks whose reference or package is missing.
+    """
     found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in found:
         prefix, colon, _ = name.partition(":")
@@ -233,7 +242,7 @@ def parse(names: str, has_reference: bool) -> list[str]:
 
 
 def run(names: Sequence[str], setting: Setting) -> Findings:
-    """All tasks, those that share a pass once; outside harnesses (`lm_eval:NAME`) last."""
+    """All tasks. Tasks that share a pass run once; outside harnesses (`lm_eval:NAME`) run last."""
     found = Findings()
     for job in dict.fromkeys(TASKS[name].run for name in names if name in TASKS):
         made = job(setting)
@@ -260,7 +269,7 @@ def picture(image: Image.Image) -> str:
 
 
 def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, list[str]]:
-    """role -> answers."""
+    """role -> its answers."""
     total, done = len(prompts) * len(setting.models), 0
     found: dict[str, list[str]] = {}
     for role, loaded in setting.models.items():

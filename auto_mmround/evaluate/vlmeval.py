@@ -1,8 +1,8 @@
-"""VLMEvalKit through its own package: its sets, prompts and scoring, answers from our loaded model.
+"""VLMEvalKit: its sets, prompts and scoring, with answers of our loaded model.
 
-Imported only where the package is installed. Its command line and inference loop are left out: they
-load models by name, and keep answers as pickles. Scoring is by exact matching; no judge in the
-network is asked.
+Imported only if the package is installed. Its command line and its inference loop are not used:
+they load models by name, and store answers as pickles. Scoring is by exact matching; no judge in
+the network is asked.
 """
 
 import os
@@ -24,8 +24,7 @@ from auto_mmround.model.loading import Loaded
 _context, _gradients = ssl._create_default_https_context, torch.is_grad_enabled()
 from vlmeval.dataset import build_dataset  # noqa: E402
 
-# Importing the package switches off, for the whole process, the checking of certificates, and
-# gradients.
+# The import switches off the checking of certificates, and gradients, for the whole process.
 ssl._create_default_https_context = _context
 torch.set_grad_enabled(_gradients)
 
@@ -36,10 +35,10 @@ ANSWER = 512  # tokens
 def evaluate(
     loaded: Loaded, task: str, limit: int | None
 ) -> Iterable[tuple[str, str, str, float, int, bool]]:
-    """Figures of a set by name, or of a .tsv file: (set, split, metric, value, samples, lower is
-    better).
+    """Figures of a set by name, or of a .tsv file.
 
-    Raises UserError for an unknown set, and for one that only a judge model can score.
+    Each is (set, split, metric, value, samples, lower is better). Raises UserError for an unknown
+    set, and for one that only a judge model can score.
     """
     file = Path(task)
     if file.suffix == ".tsv" and not file.is_file():
@@ -71,7 +70,7 @@ def evaluate(
 
 @contextmanager
 def _root(folder: str | None) -> Iterator[None]:
-    """The folder of the package's sets while open; None leaves the user's own."""
+    """The folder of the package's sets inside the context; None leaves the user's own."""
     before = os.environ.get(ROOT)
     os.environ.update({ROOT: folder} if folder else {})
     try:
@@ -99,7 +98,7 @@ def _answer(loaded: Loaded, parts: Iterable[Mapping[str, str]]) -> str:
 
 
 def _figures(found: Any, name: str, count: int) -> Iterator[tuple[str, str, str, float, int, bool]]:
-    """The numbers in what a set returns: a table with a row a split, or a mapping."""
+    """The numbers in a set's result: a table with one row per split, or a mapping."""
     rows = found.to_dict("records") if isinstance(found, pd.DataFrame) else [found]
     for row in rows:
         split = str(row.get("split") or "")

@@ -1,5 +1,4 @@
-"""A README for the hub: how a checkpoint was made, how to serve it where that was verified, and
-what is left of it."""
+"""A README for the hub: how a checkpoint was made, how to serve it, and its evaluation."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.report import report
 
 MARK = "<!-- written by auto_mmround -->"
-# keys that don't belong to others, or are no line
+# keys that are of no use to others, or need more than a line
 PLACE = ("output_dir", "overwrite", "device", "layer_config")
 FROM_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -54,8 +53,8 @@ LLAMA = (
     ' shown?"\n'
 )
 
-# Engine -> input of the model -> (language of the code, code). What was verified but has no code
-# here is only named.
+# Engine -> input of the model -> (language of the code, code). A verified engine without code here
+# is only named.
 CODE: dict[str, dict[str, tuple[str, str]]] = {
     "transformers": {
         "image": ("python", CHAT),
@@ -72,8 +71,8 @@ CODE: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def write(folder: Path) -> Path:
-    """README.md of a checkpoint of ours. Raises UserError if one that we did not write is in the
-    way."""
+    """README.md of a checkpoint of ours. Raises UserError if a README that we did not write is
+    there."""
     path = folder / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         raise UserError(
@@ -102,8 +101,7 @@ def write(folder: Path) -> Path:
 
 
 def _bare(value: Any) -> Any:
-    """Without the folders above it, if it is a path on this machine: they are nobody else's
-    business."""
+    """A path without the folders above it: a card does not show this machine's folders."""
     local = (
         isinstance(value, str)
         and "/" in value
@@ -113,7 +111,7 @@ def _bare(value: Any) -> Any:
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    """What goes in beside text."""
+    """The inputs of the model besides text."""
     names = config.keys() | {"audio_config"} if "num_mel_bins" in config else config.keys()
     return next(
         (
@@ -126,7 +124,7 @@ def _kind(config: Mapping[str, Any]) -> str:
 
 
 def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Metadata for the hub; licence and language are the source's own, if its README names them."""
+    """Metadata for the hub. Licence and language come from the source's README, if it has them."""
     model = str(found["recipe"]["model"])
     tags = dict.fromkeys((found["scheme"].lower(), found["numbers"].lower(), kind))
     matter: dict[str, Any] = {"tags": list(tags), "library_name": "transformers"}
@@ -144,7 +142,7 @@ def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _deployments(
     found: Mapping[str, Any], config: Mapping[str, Any], kind: str
 ) -> list[dict[str, Any]]:
-    """The engines that verified the checkpoint, each with code if we have some."""
+    """The engines that verified the checkpoint, with code if we have some."""
     result = []
     packed = (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
     for row in found["verify"]:

@@ -1,5 +1,7 @@
-"""Charts as inline SVG: horizontal places in percent, so that a chart fits any width while its text
-keeps its size."""
+"""Charts as inline SVG.
+
+Horizontal places are in percent, so that a chart fits any width while its text keeps its size.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +31,10 @@ class Scale:
         return round(height - BOTTOM - min(part, 1.0) * (height - TOP - BOTTOM), 1)
 
     def ticks(self) -> list[float]:
-        """Round values to label: powers of ten (with 2 and 5 between few of them), or three to six
-        even steps."""
+        """Round values to label.
+
+        Powers of ten (with 2 and 5 between a few of them), or three to six even steps.
+        """
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if len(powers) <= 3 else (1,)
@@ -41,7 +45,7 @@ class Scale:
 
 
 def scale(values: Iterable[float]) -> Scale:
-    """Logarithmic when positive values lie more than a factor of 20 apart."""
+    """Logarithmic if positive values lie more than a factor of 20 apart."""
     found = [value for value in values if math.isfinite(value)]
     top, small = max(found, default=1.0), min((value for value in found if value > 0), default=1.0)
     if top > 20 * small:
@@ -55,7 +59,7 @@ def _round_step(step: float) -> float:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number in few significant digits, as people read it; a dash for none."""
+    """A number in few significant digits; a dash for none."""
     if value is None:
         return "–"
     if value == 0 or 1e-4 <= abs(value) < 1e5:
@@ -67,8 +71,7 @@ def figure(value: float | None, digits: int = 3) -> str:
 def chart(
     title: str, summary: str, body: Iterable[str], axis: Scale, labels: Sequence[str]
 ) -> Markup:
-    """A plot with its axis and a few of the labels below; title and summary are read out by screen
-    readers."""
+    """A plot with its axis and a few labels below. Screen readers read out title and summary."""
     grid = []
     for tick in axis.ticks():
         y = axis.y(tick)
@@ -98,7 +101,7 @@ def center(i: int, count: int) -> float:
 
 
 def _some(count: int) -> list[int]:
-    """At most five places, first and last among them."""
+    """At most five places, with the first and the last."""
     return (
         sorted({round(i * (count - 1) / 4) for i in range(5)}) if count > 5 else list(range(count))
     )
@@ -111,7 +114,7 @@ def drops(
     start: Sequence[float],
     end: Sequence[float],
 ) -> Markup:
-    """A column a block: a ring where rounding to nearest is, a dash at the start, a dot at the
+    """One column per block: a ring for rounding to nearest, a dash for the start, a dot for the
     end."""
     axis = scale([*nearest, *start, *end])
     marks = []
@@ -134,7 +137,7 @@ def drops(
 
 
 def columns(title: str, labels: Sequence[str], values: Sequence[float], unit: str) -> Markup:
-    """A bar a block."""
+    """One bar per block."""
     axis = scale([0.0, *values]) if not values else Scale(0.0, max(values) * 1.05 or 1.0, False)
     width = 100 / max(len(values), 1)
     bars = []
@@ -156,7 +159,7 @@ def line(
     unit: str = "",
     from_zero: bool = False,
 ) -> Markup:
-    """A line a series, with a dot a block. series: name -> (number of its colour, values)."""
+    """One line per series, one dot per block. series: name -> (number of its colour, values)."""
     values = [value for _, found in series.values() for value in found]
     axis = Scale(0.0, max(values) * 1.05 or 1.0, False) if from_zero else scale(values)
     marks = []
@@ -182,7 +185,7 @@ def line(
 
 
 def bar(value: float, largest: float, kind: str = "end") -> Markup:
-    """One bar inside a table row, whose figure stands beside it."""
+    """One bar inside a table row; its figure stands beside it."""
     width = 100 * value / largest if largest > 0 else 0.0
     return Markup(
         f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1"'

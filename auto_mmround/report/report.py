@@ -1,8 +1,7 @@
-"""The report of a run: everything a checkpoint folder knows about itself, as `report.json` and one
-`report.html`.
+"""The report of a run, as `report.json` and one `report.html`.
 
-Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if there `eval.json` and
-`verify.json`.
+It is read from the folder alone: `recipe.toml`, `run.json`, weight files, and if they exist
+`eval.json` and `verify.json`.
 """
 
 import json
@@ -42,7 +41,7 @@ WORST = 10
 
 
 def ours(folder: Path) -> bool:
-    """Whether a folder is the result of a run of ours that can be written to."""
+    """Whether a folder is a writable result of a run of ours."""
     return (
         (folder / "run.json").is_file()
         and (folder / "recipe.toml").is_file()
@@ -51,7 +50,7 @@ def ours(folder: Path) -> bool:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """What the report says, as plain values. Raises UserError if the folder is no output of
+    """The content of the report, as plain values. Raises UserError if the folder is no output of
     ours."""
     if not (folder / "run.json").is_file() or not (folder / "recipe.toml").is_file():
         raise UserError(
@@ -92,12 +91,12 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def _measured(row: Mapping[str, Any]) -> bool:
-    """Whether a block or a layer has its errors; one that was not finite is null."""
+    """Whether a block or a layer has its errors; null stands for one that was not finite."""
     return all(row.get(key) is not None for key in ERRORS)
 
 
 def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The layers that lose most of their own output."""
+    """The layers whose own output loses most."""
     layers = [
         {"name": name, **found}
         for block in blocks
@@ -108,8 +107,8 @@ def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where bits differ: how many weights have how many, and for each kind of layer its bits block
-    by block."""
+    """Where bits differ: the number of weights by bits, and each kind of layer's bits block by
+    block."""
     bits = {name: layer["bits"] for name, layer in run.get("codes", {}).items() if "bits" in layer}
     if len(set(bits.values())) < 2:
         return None
@@ -132,7 +131,7 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def scheme_label(recipe: Mapping[str, Any]) -> str:
-    """`W4A16`, or the name of a float grid, as model cards name a scheme."""
+    """`W4A16`, or the name of a float grid, as in model cards."""
     if recipe.get("data_type", "int") != "int":
         return str(recipe["data_type"]).upper()
     bits = (
@@ -142,7 +141,7 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
 
 
 def number_label(recipe: Mapping[str, Any]) -> str:
-    """`INT4`, `FP8`: what a weight is stored as."""
+    """`INT4`, `FP8`: the number format of a weight."""
     return (
         scheme_label(recipe)
         if recipe.get("data_type", "int") != "int"
@@ -151,8 +150,10 @@ def number_label(recipe: Mapping[str, Any]) -> str:
 
 
 def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Store what `verify` found: engine, version, status, reason, layers, planned, gap. The newest
-    verdict of an engine counts; one that did not run takes no other's place."""
+    """Store the verdicts of `verify`: engine, version, status, reason, layers, planned, gap.
+
+    The newest verdict of an engine counts. A verdict that did not run replaces no other.
+    """
     kept = {row["engine"]: row for row in _verdicts(folder / VERDICTS)}
     for verdict in verdicts:
         if verdict["status"] != "not run" or verdict["engine"] not in kept:
@@ -161,8 +162,7 @@ def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add an evaluation to the folder's own record; it takes the place of an older one of the same
-    question."""
+    """Add an evaluation to the folder's record. It replaces an older one of the same question."""
     path = folder / EVALUATION
     old = _json(path)["evaluations"] if path.is_file() else []
     key = ("reference", "baseline", "dataset", "limit", "language", "tasks")
@@ -171,7 +171,7 @@ def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def evaluation(folder: Path) -> dict[str, Any] | None:
-    """All evaluations of a folder as one: for the same figure the newest one counts."""
+    """All evaluations of a folder as one: the newest value of each figure counts."""
     if not (folder / EVALUATION).is_file():
         return None
     scores: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -193,7 +193,7 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path) -> Path:
-    """`report.json` and `report.html` of a run, into its folder; returns the page."""
+    """Write `report.json` and `report.html` of a run into its folder; returns the page."""
     report = collect(folder)
     put(folder / "report.json", _dumped(report))
     page = folder / "report.html"
@@ -202,7 +202,7 @@ def write(folder: Path) -> Path:
 
 
 def compare(folders: Sequence[Path], page: Path) -> Path:
-    """One page on several runs side by side, as A, B, ..; returns its path."""
+    """One page with several runs side by side, as A, B, ..; returns its path."""
     reports = [collect(folder) for folder in folders]
     names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
     letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(folders))]
@@ -221,7 +221,7 @@ def compare(folders: Sequence[Path], page: Path) -> Path:
 
 
 def environment() -> Environment:
-    """The templates of this room, with their filters."""
+    """The page templates, with their filters."""
     made = Environment(
         loader=PackageLoader("auto_mmround.report", "pages"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
@@ -237,7 +237,7 @@ def environment() -> Environment:
 
 
 def view(report: dict[str, Any]) -> dict[str, Any]:
-    """What the templates need beside the report itself."""
+    """The values that the templates need beside the report."""
     evaluated = report["evaluation"] or {}
     return {
         "report": report,
@@ -270,7 +270,7 @@ def _axis_label(block: Mapping[str, Any], stages: int) -> str:
 
 
 def short_name(block: str) -> str:
-    """A block's number in its list, for axes; another name stays whole."""
+    """A block's number in its list, for axes. Other names stay whole."""
     head, _, number = block.rpartition(".")
     return number if head and number.isdigit() else block
 
@@ -282,7 +282,7 @@ def _chosen(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Reason -> how many weights, and their names with a star for block numbers."""
+    """Reason -> number of weights, and their names with a star for block numbers."""
     found: dict[str, list[str]] = {}
     for name, reason in kept.items():
         found.setdefault(reason, []).append(
@@ -295,8 +295,7 @@ def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _sizes(folder: Path, model: str) -> dict[str, Any]:
-    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
-    source."""
+    """Bytes on disk: all weights, packed ones with scales, the rest; and those of the source."""
     packed = plain = 0
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -323,15 +322,14 @@ def _sizes(folder: Path, model: str) -> dict[str, Any]:
 
 
 def _verdicts(path: Path) -> list[dict[str, Any]]:
-    """What `verify` found, a row an engine."""
+    """The findings of `verify`, one row per engine."""
     if not path.is_file():
         return []
     return [{key: row.get(key) for key in VERDICT} for row in _json(path)["verdicts"]]
 
 
 def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:
-    """(title, a value a run, kind) of every line of the comparison; lines that no run has are left
-    out."""
+    """(title, one value per run, kind) of every line of the comparison, without empty lines."""
     rows: list[tuple[str, list[Any], str]] = [
         ("model", [report["model"] for report in reports], "text"),
         ("scheme", [report["scheme"] for report in reports], "text"),
@@ -371,8 +369,7 @@ def _label(score: Mapping[str, Any]) -> str:
 def _lines(
     letters: Sequence[str], reports: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Stage -> the end error of each of its blocks in every run that tuned it with equally many
-    blocks."""
+    """Stage -> end errors of its blocks, for every run with the same number of blocks there."""
     found: dict[str, dict[str, Any]] = {}
     for i, report in enumerate(reports):
         for stage, blocks in _tuned(report["blocks"]).items():
@@ -393,19 +390,19 @@ def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def size(count: float | None) -> str:
-    """Bytes as people read them."""
+    """Bytes in a unit that fits."""
     if count is None:
         return "–"
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def percent(value: float | None, places: int = 2) -> str:
-    """A figure that is in percent already."""
+    """A figure that is already in percent."""
     return "–" if value is None else f"{value:.{places}f} %"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people read them."""
+    """Seconds in a unit that fits."""
     if seconds is None:
         return "–"
     if seconds < 100:
@@ -431,7 +428,7 @@ def _dumped(value: Any) -> str:
 
 
 def put(path: Path, text: str) -> None:
-    """At once or not at all."""
+    """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

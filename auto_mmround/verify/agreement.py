@@ -16,8 +16,8 @@ from auto_mmround.model.loading import DTYPES
 from auto_mmround.numerics.activations import integers_a_token
 from auto_mmround.verify.engines import EngineResult
 
-# Some readers compute in half precision only. A wrong packing gives errors that are larger by orders
-# of magnitude.
+# Some readers compute in half precision only. Errors of a wrong packing are larger by orders of
+# magnitude.
 TOLERANCE = 0.05
 # The effect of an engine's own dtype is no fault of the file. NOISE times that effect is allowed,
 # but never more than this share of the logits' spread.
