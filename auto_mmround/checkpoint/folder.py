@@ -1,5 +1,4 @@
-"""A checkpoint folder: under another name while it is written; side files, and the configuration
-last."""
+"""A checkpoint folder: it has another name until it is whole; `config.json` comes last."""
 
 import shutil
 from collections.abc import Mapping
@@ -15,22 +14,22 @@ _WEIGHTS = (
     ".onnx_data", ".ot", ".npz",
     ".index.json", ".partial", ".pkl", ".pickle", ".joblib",
 )  # fmt: skip
-# Of one checkpoint only: configurations, and what a run, `eval` and `verify` write down about its
-# weights. With an adapter's configuration beside merged weights loaders would look for the adapter.
+# Files of one checkpoint only: configurations, and the records of a run, `eval` and `verify`. An
+# adapter's configuration beside merged weights would make loaders look for the adapter.
 _OWN_FILES = (
     "config.json", "quantization_config.json", "quantize_config.json", "quant_config.json",
     "hf_quant_config.json",
     "adapter_config.json",
     "recipe.toml", "run.json", "eval.json", "verify.json", "report.json", "report.html",
 )  # fmt: skip
-_UNDERWAY = (".partial", ".unfinished", ".wrong")  # endings of folders of ours that are no results
+_UNDERWAY = (".partial", ".unfinished", ".wrong")  # endings of our folders that are no results
 
 
 def check_free(out: Path, overwrite: bool = False) -> None:
     """Raises UserError if a checkpoint can't be put at ``out``.
 
-    overwrite: an existing checkpoint is replaced by :func:`commit`; a folder that holds something
-      else never is.
+    overwrite: :func:`commit` replaces an existing checkpoint. It never replaces a folder with other
+    content.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, no folder: choose another")
@@ -46,13 +45,12 @@ def check_free(out: Path, overwrite: bool = False) -> None:
 
 
 def wrong_name(out: Path) -> Path:
-    """Where a checkpoint goes that is not what was tuned."""
+    """The place of a checkpoint that does not hold the tuned values."""
     return out.with_name(out.name + ".wrong")
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
-    """A fresh empty ``<out>.partial`` to write into. Raises UserError if ``out`` is in the way, see
-    `check_free`."""
+    """A fresh empty ``<out>.partial`` to write into. Raises UserError as `check_free` does."""
     check_free(out, overwrite)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
@@ -62,7 +60,7 @@ def begin(out: Path, overwrite: bool = False) -> Path:
 
 
 def commit(partial: Path, out: Path) -> None:
-    """Puts the finished folder in its place; what was there before goes away only after that."""
+    """Put the finished folder in its place, and then remove the one that was there before."""
     old = out.with_name(out.name + ".old.partial")
     if out.exists():
         out.rename(old)
@@ -73,8 +71,10 @@ def commit(partial: Path, out: Path) -> None:
 
 
 def write_side_files(source: Path, out: Path) -> list[str]:
-    """Copy everything of the source but weights and configuration, byte for byte, hidden files and
-    README left out; returns the names written, relative to ``out``."""
+    """Copy all of the source but weights and configuration, byte for byte; returns the names.
+
+    Hidden files and README are left out. Names are relative to ``out``.
+    """
     chosen = side_files(source)
     for path in chosen:
         target = out / path.relative_to(source)
@@ -87,7 +87,7 @@ def write_side_files(source: Path, out: Path) -> list[str]:
 def write_config(
     out: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None
 ) -> None:
-    """config.json, the file that makes the folder a checkpoint; None writes an unquantized one."""
+    """Write config.json, which makes the folder a checkpoint; None writes an unquantized one."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if quantization_config is None:
         write_json(out / "config.json", plain)
@@ -110,8 +110,10 @@ def side_files(source: Path) -> list[Path]:
 
 
 def is_side_file(path: Path, source: Path) -> bool:
-    """Whether a file of a model folder belongs into every checkpoint made from it, unchanged;
-    earlier results that lie in it do not."""
+    """Whether a file of a model folder belongs unchanged into every checkpoint of the model.
+
+    Earlier results in the folder do not.
+    """
     parts = path.relative_to(source).parts
     hidden = any(
         part.startswith(".") or part == "__pycache__" or part.endswith(_UNDERWAY) for part in parts

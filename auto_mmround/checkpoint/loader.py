@@ -1,5 +1,4 @@
-"""Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized
-weights."""
+"""Our own reader: a checkpoint of ours becomes a plain Transformers model with decoded weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,8 +30,8 @@ from auto_mmround.model.quantized import METHODS
 from auto_mmround.numerics.activations import rounded_inputs
 from auto_mmround.untrusted import one_line
 
-# How a source may be stored. Those of compressed-tensors are read as engines read them, activations
-# too.
+# Formats in which a source may be stored. Those of compressed-tensors are read as by engines, with
+# activations.
 SOURCES = tuple(method for method in METHODS if method != "compressed-tensors")
 
 
@@ -44,13 +43,11 @@ def from_quantized(
     remote_code: bool = False,
     activations: bool = False,
 ) -> Loaded:
-    """Load a quantized checkpoint without any engine: packed weights are decoded, the rest is as
-    stored.
+    """Load a quantized checkpoint without any engine: decode packed weights, keep the rest.
 
-    dtype: of all weights; None is the configuration's. activations: where the configuration asks
-    engines to quantize a layer's inputs, do so in a hook; without it only the weights are as an
-    engine has them. Raises UserError for a folder that can't be read, or whose tensors don't fit
-    the model exactly.
+    dtype: of all weights; None is the configuration's. activations: if the configuration asks
+    engines to quantize a layer's inputs, a hook does so. Raises UserError for a folder that can't
+    be read, and for tensors that don't fit the model exactly.
     """
     folder = Path(folder)
     config = read_config(folder, remote_code)
@@ -95,8 +92,7 @@ def from_quantized(
 def _as_the_model_keeps_them(
     model: PreTrainedModel, folder: Path, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Packed weights are (out, in), GPT-2's Conv1D keeps them the other way round; some families
-    stack experts."""
+    """Packed weights are (out, in). GPT-2's Conv1D is (in, out); some families stack experts."""
     state = restacked(model, state)
     turned = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
@@ -112,7 +108,7 @@ def _as_the_model_keeps_them(
 def _quantize_inputs(
     model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str], device: str | torch.device
 ) -> None:
-    """Hooks for the layers whose inputs engines quantize. keys: those of the decoded checkpoint."""
+    """Hooks for layers whose inputs engines quantize. keys: of the decoded checkpoint."""
     quantization = checkpoint.quantization_config
     if quantization is None:
         return
@@ -144,8 +140,7 @@ def load_any(
     device: str | torch.device = "cpu",
     remote_code: bool = False,
 ) -> Loaded:
-    """A plain model, or a quantized checkpoint decoded by `from_quantized`, activations as an
-    engine quantizes them.
+    """A plain model, or a quantized checkpoint with activations as an engine quantizes them.
 
     On a processor float16 becomes float32, as in `load`.
     """

@@ -1,5 +1,8 @@
-"""Tokenizer, processors and generation settings that a user hands over: what the source has not, or
-otherwise, is saved; the files of what is unchanged stay the source's, byte for byte."""
+"""Tokenizer, processors and generation settings from the user.
+
+Those that differ from the source, or are missing there, are saved. The files of the others are
+copied from the source, byte for byte.
+"""
 
 import copy
 import json
@@ -14,8 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from auto_mmround import strict
 from auto_mmround.atomic import write_json, write_whole
 
-# Files that say the same thing together: where one of them differs all are written anew, older
-# spellings go.
+# Files that belong together: if one differs, all are written anew, and older spellings go.
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
         "vocab.json",
@@ -24,7 +26,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"),
     ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )  # fmt: skip
-# How an object was loaded, not what it is.
+# Notes on how an object was loaded.
 ASIDE = {"is_local", "local_files_only", "name_or_path", "transformers_version", "processor_class",
     "backend",
          "_from_model_config"}  # fmt: skip
@@ -42,11 +44,10 @@ def write_objects(
     image_processor: Any = None,
     generation_config: Any = None,
 ) -> list[str]:
-    """Save what of the objects is not in the source's files, over their copies in ``out``; returns
-    the names of all side files there. ``copied``: those of the copies.
+    """Save new or changed objects over their copies in ``out``; returns all side files' names.
 
-    Tokenizers are saved with neither truncation nor padding left in them. Generation settings are
-    written as they are, also where Transformers would refuse to save them.
+    copied: names of the copies. Tokenizers are saved without truncation and padding. Generation
+    settings are written as they are, also where Transformers would refuse to save them.
     """
     names = set(copied)
     for thing in (processor, tokenizer):
@@ -66,8 +67,7 @@ def write_objects(
 
 
 def write_code(out: Path, model: Any) -> dict[str, Any]:
-    """Save the Python code of a model that is no part of Transformers; returns what config.json
-    says of it."""
+    """Save the Python code of a model outside Transformers; returns its entries for config.json."""
     config = copy.deepcopy(model.config)
     for thing in (model.config, model):
         if thing._auto_class is not None:
@@ -76,8 +76,10 @@ def write_code(out: Path, model: Any) -> dict[str, Any]:
 
 
 def _saved(thing: Any) -> Files:
-    """What the object saves, by name; of a whole processor the part that older readers look for in
-    a file of its own as well."""
+    """The files that the object saves, by name.
+
+    For a whole processor, also the part that older readers expect in its own file.
+    """
     thing = _untruncated(thing)
     with tempfile.TemporaryDirectory() as scratch:
         thing.save_pretrained(scratch)
@@ -91,12 +93,11 @@ def _saved(thing: Any) -> Files:
 
 
 def _from_source(thing: Any, source: Path | None) -> Files:
-    """What the same object would save as the source has it; nothing where the source has none."""
+    """The files that the source's own object would save; none if the source has no such object."""
     if source is None:
         return {}
     try:
-        # A processor loads parts by what the source says of them: no code of its own runs, and
-        # nobody is asked.
+        # A processor loads the parts that the source names: none of its code runs, nobody is asked.
         quiet = {"trust_remote_code": False} if isinstance(thing, ProcessorMixin) else {}
         return _saved(type(thing).from_pretrained(source, **quiet))
     except UNREAD:
@@ -104,7 +105,7 @@ def _from_source(thing: Any, source: Path | None) -> Files:
 
 
 def _update(out: Path, mine: Files, theirs: Files) -> set[str]:
-    """Write the groups of files in which the two differ; returns the names written."""
+    """Write the groups of files in which the two differ; returns their names."""
     differ = {name for name in {*mine, *theirs} if _content(name, mine) != _content(name, theirs)}
     groups = [group for group in GROUPS if differ & set(group)]
     grouped = {name for group in GROUPS for name in group}
@@ -120,8 +121,7 @@ def _update(out: Path, mine: Files, theirs: Files) -> set[str]:
 
 
 def _pictures(out: Path, mine: Files) -> set[str]:
-    """Write an image processor's own file, and over its part of the whole processor's; returns the
-    names written."""
+    """Write an image processor's own file and its part of the whole one's; returns the names."""
     whole, part = out / "processor_config.json", mine.get("preprocessor_config.json")
     if part is not None and whole.is_file():
         found = json.loads(whole.read_bytes())
@@ -133,7 +133,7 @@ def _pictures(out: Path, mine: Files) -> set[str]:
 
 
 def _content(name: str, files: Files) -> Any:
-    """What a file says, without how its object was loaded."""
+    """The content of a file, without notes on how its object was loaded."""
     content = files.get(name)
     if content is None or not name.endswith("_config.json"):
         return content
@@ -141,8 +141,7 @@ def _content(name: str, files: Files) -> Any:
 
 
 def _settings_differ(settings: Any, source: Path | None) -> bool:
-    """Whether generation settings are not those that the source states; without a file it states
-    the model's own."""
+    """Whether generation settings differ from the source's file; without it, from the model's."""
     if source is None or not (source / "generation_config.json").is_file():
         return source is None or not settings._from_model_config
     stated = GenerationConfig.from_pretrained(source)
@@ -153,8 +152,7 @@ def _settings_differ(settings: Any, source: Path | None) -> bool:
 
 
 def _untruncated(thing: Any) -> Any:
-    """A copy of a tokenizer or processor whose fast tokenizer neither truncates nor pads: both are
-    saved otherwise."""
+    """A copy of a tokenizer or processor that neither truncates nor pads: files hold both."""
     thing = copy.deepcopy(thing)
     backend = getattr(getattr(thing, "tokenizer", thing), "backend_tokenizer", None)
     if backend is not None:

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds: its tensors, read one by one, and the weights they decode to."""
+"""The tensors of a checkpoint folder, read one by one, and the weights that they decode to."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -15,13 +15,13 @@ from auto_mmround.export import config_check, formats
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.untrusted import read_object, weight_files
 
-# What unpacking raises for tensors that aren't what their configuration says.
+# Errors of unpacking if tensors contradict their configuration.
 CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
 
 
 class Shards(ExitStack):
-    """Weight files, each opened once, and closed with the context. Raises UserError for what can't
-    be read."""
+    """Weight files, each opened once, until the context ends. Raises UserError for unreadable
+    files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,8 +40,10 @@ class Shards(ExitStack):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder; tensors are read one by one. files: tensor name -> shard file name;
-    empty for a format that reads files of its own kind."""
+    """A checkpoint folder; tensors are read one by one.
+
+    files: tensor name -> shard file name; empty for a format with files of its own kind.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -49,8 +51,8 @@ class Checkpoint:
     files: Mapping[str, str] = field(repr=False)
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of these or all tensors, in that order. Raises UserError for a damaged or
-        missing shard."""
+        """(name, tensor) of these tensors, or all, in that order. Raises UserError for unreadable
+        shards."""
         with Shards() as shards:
             for name in self.files if names is None else names:
                 yield name, shards.tensor(self.folder / self.files[name], name)
@@ -74,7 +76,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _reader(quantization: Mapping[str, Any]) -> Any:
-    """How a format reads files of its own kind, None for safetensors."""
+    """The reader of a format with files of its own kind, None for safetensors."""
     own = {fmt.name: fmt.read for fmt in formats.FORMATS.values() if fmt.read}
     return own.get(str(quantization.get("quant_method")))
 
@@ -82,12 +84,11 @@ def _reader(quantization: Mapping[str, Any]) -> Any:
 def dequantized_state_dict(
     folder: Path, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint tensor name, tensor), every packed weight as a plain ``X.weight`` (out, in); the
-    order is by name.
+    """(checkpoint tensor name, tensor) by name; packed weights become plain ``X.weight`` (out, in).
 
     dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to
-    float32. Raises UserError for a folder or quantization method that cannot be read, or tensors
-    that contradict the configuration.
+    float32. Raises UserError for a folder or quantization method that cannot be read, and for
+    tensors that contradict the configuration.
     """
     checkpoint = read_checkpoint(folder)
     quantization = checkpoint.quantization_config

@@ -1,8 +1,6 @@
-"""A checkpoint folder as the static check sees it: headers, configuration, and the model it claims
-to hold.
+"""A checkpoint folder as the static check sees it: headers, configuration, and its model.
 
-Reading never raises for what is wrong with the folder: it notes a finding and goes on with what is
-left.
+Reading never raises for a fault of the folder. It notes a finding and goes on.
 """
 
 import re
@@ -29,7 +27,7 @@ from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
 
 CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
-# Keys without which readers guess, and guess differently.
+# Without these keys readers guess, each in its own way.
 REQUIRED = {
     "auto-round": ("bits", "group_size", "sym", "packing_format"),
     "gptq": ("bits", "group_size", "sym", "desc_act"),
@@ -40,8 +38,10 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Finding:
-    """severity: "error" or "warning". where: a tensor, module, file or configuration key. message:
-    what is wrong."""
+    """severity: "error" or "warning". where: a tensor, module, file or configuration key.
+
+    message: the fault.
+    """
 
     severity: str
     where: str
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file's header has it: file name, safetensors dtype (`F16`), shape."""
+    """A tensor in its file's header: file name, safetensors dtype (`F16`), shape."""
 
     file: str
     dtype: str
@@ -63,8 +63,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the model: Transformers' name and its features; tied: its weight is another
-    module's."""
+    """A linear layer: Transformers' name and its features. tied: its weight is another module's."""
 
     name: str
     out_features: int
@@ -74,12 +73,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What the configured model needs, by checkpoint names. missing: parameters that no tensor
-    fills. unknown: tensors that fill none. shapes: of tensors that are one whole parameter.
-    linears: module -> layer. head: the output head.
-    respelled: tensors of the source -> their names here, where the tool that wrote the folder
-    changed them. tied: tensors that the configuration ties to another that is here too. mixtures:
-    experts and routers, which are no linear layers in Transformers, in every spelling."""
+    """The tensors that the configured model needs, by checkpoint names.
+
+    missing: parameters that no tensor fills. unknown: tensors that fill none. shapes: of tensors
+    that are one whole parameter. linears: module -> layer. head: the output head. respelled:
+    tensors of the source -> their names here, if the tool that wrote the folder changed them. tied:
+    tensors that the configuration ties to another one in the folder. mixtures: experts and routers,
+    which are no linear layers in Transformers, in every spelling.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]
@@ -93,11 +94,13 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Subject:
-    """tensors: by name; a name that lies in several files counts for the first. packed: modules
-    with a packed weight, by checkpoint name. fmt: None for a plain or unreadable format. journal:
-    `run.json`, empty for other tools' files.
-    source: the folder of the model before quantization. schemes: of the packed modules that the
-    configuration has one for. findings: what reading itself ran into."""
+    """All facts on a folder but the values.
+
+    tensors: by name; if several files hold a name, the first counts. packed: modules with a packed
+    weight, by checkpoint name. fmt: None for a plain or unreadable format. journal: `run.json`,
+    empty for other tools' files. source: the folder of the model before quantization. schemes: of
+    packed modules, if the configuration has one. findings: of the reading itself.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -113,13 +116,12 @@ class Subject:
 
     @property
     def whole(self) -> bool:
-        """Whether the weights lie in files of another kind, which only the format itself can
-        read."""
+        """Whether the weights lie in files of another kind, which only the format reads."""
         return self.fmt is not None and self.fmt.write is not None
 
     @property
     def hygiene(self) -> str:
-        """Severity of what is surely wrong in our own files, but may be a habit of another tool."""
+        """The severity of a fault in our own files that may be a habit of another tool."""
         return "error" if self.journal else "warning"
 
     def parts(self, module: str) -> dict[str, Stored]:
@@ -153,7 +155,7 @@ class Subject:
 
 
 def read_subject(folder: Path, source: Path | None = None, remote_code: bool = False) -> Subject:
-    """Everything but the values. Raises UserError only for a folder that isn't there."""
+    """All facts on a folder but the values. Raises UserError only for a missing folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     findings: list[Finding] = []
@@ -166,7 +168,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
     if config_check.problem(quantization):
-        quantization = None  # a finding of its own by now; nothing else may lean on it
+        quantization = None  # it has a finding of its own now; other checks must not use it
     whole = fmt is not None and fmt.write is not None
     tensors = {} if whole else _headers(folder, weight_map, findings)
     mark = f".{fmt.parts[0]}" if fmt else None
@@ -206,8 +208,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
 def _schemes(
     quantization: Mapping[str, Any], packed: frozenset[str], findings: list[Finding]
 ) -> dict[str, Scheme]:
-    """Of every packed module that has one which is read here; a warning says which have none, and
-    why the first."""
+    """The schemes of packed modules. One warning names modules without a readable one, and why."""
     try:
         found = formats.schemes_of(quantization, packed)
     except UserError as error:
@@ -224,7 +225,7 @@ def _schemes(
 
 
 def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
-    """`run.json`, if it has the form that a run gives it; empty without one."""
+    """`run.json`, if it has the form that a run writes; else empty."""
     found = read_json(path, findings) if path.is_file() else None
     texts = found is None or all(isinstance(name, str) for name in found.get("files") or ())
     sums = found is None or all(isinstance(s, str) for s in _values(found.get("tensors")))
@@ -238,7 +239,7 @@ def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
 
 
 def _values(table: Any) -> list[Any]:
-    """Of a table; of anything else one that nothing takes."""
+    """The values of a table; anything else becomes a value that no check accepts."""
     return list(table.values()) if isinstance(table, dict) else [None] if table else []
 
 
@@ -259,7 +260,7 @@ def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
 def _headers(
     folder: Path, weight_map: Mapping[str, str] | None, findings: list[Finding]
 ) -> dict[str, Stored]:
-    """Every tensor of every weight file, with what is wrong between files and index."""
+    """Every tensor of every weight file, with faults between files and index."""
     tensors: dict[str, Stored] = {}
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     wanted = sorted(set(weight_map.values())) if weight_map is not None else ["model.safetensors"]
@@ -328,11 +329,10 @@ def _skeleton(
     remote_code: bool,
     packs: bool,
 ) -> Skeleton | None:
-    """The model of the configuration without its weights (on the meta device), and how the keys
-    fill it.
+    """The configuration's model without weights (on the meta device), and how keys fill it.
 
-    original: the keys of the source. packs: the format packs weights; engines take experts one by
-      one then.
+    original: the keys of the source. packs: the format packs weights, so engines take experts one
+    by one.
     """
     try:
         config = read_config(folder, remote_code)
@@ -390,8 +390,10 @@ def _skeleton(
 def _mixtures(
     model: PreTrainedModel, spelled: Mapping[str, str], parts: Iterable[str]
 ) -> frozenset[str]:
-    """Names of routers and experts. spelled: parameter -> key. parts: keys that are a part of a
-    parameter."""
+    """Names of routers and experts.
+
+    spelled: parameter -> key. parts: keys that are a part of a parameter.
+    """
     experts = find_experts(model)
     names = [*experts.fused, *(f"{name}.weight" for name in (*experts.routers, *separable(model)))]
     found = [*names, *(spelled[name] for name in names if name in spelled), *parts]
@@ -401,8 +403,7 @@ def _mixtures(
 def _linears(
     model: PreTrainedModel, spelled: Mapping[str, str], tied: set[str]
 ) -> tuple[dict[str, Linear], str | None]:
-    """Layers by checkpoint name; a tied head has no tensor of its own and keeps Transformers'
-    name."""
+    """Layers by checkpoint name. A tied head has no tensor and keeps Transformers' name."""
     found, head = {}, None
     for name, module in linears(model):
         weight = module.get_parameter("weight")

@@ -1,12 +1,11 @@
-"""The algorithms, one row each: how codes are found, and what that needs."""
+"""The algorithms, one row each: the way to find codes, and what it needs."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 
 class Steps(NamedTuple):
-    """Sign steps a block, first learning rate (None: 1/steps), samples that run together and make a
-    step."""
+    """Sign steps per block, first learning rate (None: 1/steps), samples per step."""
 
     iters: int
     lr: float | None
@@ -14,12 +13,13 @@ class Steps(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """text: for help. start: where sign steps begin: "nearest", or "closed_form", which needs
-    second moments of every layer's inputs and samples that are kept for the choice of the best
-    step. presets: steps where the recipe says nothing, by the name of a preset. steps: whether it
-    takes sign steps; then 0 of them mean round to nearest.
-    tower_bound: fewer samples a step where each has a thousand tokens or more, see
-      `run.weights.accumulated`.
+    """One algorithm.
+
+    text: for help. start: of the sign steps: "nearest" or "closed_form". The closed form needs
+    second moments of every layer's inputs, and held-out samples to choose the best step. presets:
+    steps if the recipe sets none, by the name of a preset. steps: whether it takes sign steps; 0
+    steps then mean round to nearest. tower_bound: fewer samples per step if each has a thousand
+    tokens or more, see `run.loss_weights.accumulated`.
     """
 
     text: str
@@ -29,8 +29,8 @@ class Algorithm(NamedTuple):
     tower_bound: bool = False
 
 
-# The presets of `auto`; docs/tuner.md has the table of time and damage. The closed form is near:
-# few steps do.
+# The presets of `auto`; docs/tuner.md has the table of time and damage. After the closed form, few
+# steps are enough.
 _AUTO = {"light": Steps(16, 0.02, 4), "default": Steps(20, 0.02, 8), "best": Steps(60, 0.01, 8)}
 PRESETS = tuple(_AUTO)
 _NONE = {"default": Steps(0, None, 8)}

@@ -1,5 +1,4 @@
-"""Keys, values and schemes under the names that users of llm-compressor, GPTQModel and AutoRound
-know."""
+"""Names of llm-compressor, GPTQModel and AutoRound for our keys, values and schemes."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -9,7 +8,7 @@ from typing import Any
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.schemes import SCHEMES
 
-# Values that mean one of ours; YAML's null is None.
+# Values with another name for one of ours; YAML's null is None.
 VALUES: dict[str, dict[Any, Any]] = {
     "actorder": {"static": "weight", None: "none"},
     "equalize": {None: "none"},
@@ -19,9 +18,9 @@ VALUES: dict[str, dict[Any, Any]] = {
 def resolve(
     values: dict[str, Any], where: str, known: Collection[str], others: Mapping[str, str]
 ) -> dict[str, Any]:
-    """``values`` with our names only, `scheme` spelt out. others: other name -> ours.
+    """``values`` with our names only, and with the keys of its `scheme`. others: name -> ours.
 
-    Raises UserError for a key that is unknown, with the nearest name, or given twice, and for an
+    Raises UserError for an unknown key, with the nearest name, for a key given twice, and for an
     unknown scheme.
     """
     resolved: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Which option for which item under one budget: the multiple-choice knapsack, nearly exactly."""
+"""The multiple-choice knapsack, nearly exact: one option for each item under one budget."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,13 +7,12 @@ from collections.abc import Sequence
 def allocate(
     sizes: Sequence[Sequence[float]], damages: Sequence[Sequence[float]], budget: float
 ) -> list[int] | None:
-    """For each item the index of its option, so that the sizes add up to at most ``budget`` with
-    little damage.
+    """For each item the index of its option: sizes sum to at most ``budget``, with little damage.
 
-    sizes and damages: of every option of every item. Each item begins at its smallest option; then
-    the step that saves most damage for its size is taken, over and over, if it still fits. Steps go
-    along the lower convex hull of an item's options, so the result is optimal for the size that it
-    uses; what stays unused is less than the smallest step left. None: not even the smallest options
+    sizes and damages: of every option of every item. Each item begins at its smallest option. Then
+    the step that saves most damage for its size is taken, again and again, if it still fits. Steps
+    go along the lower convex hull of an item's options. So the result is optimal for the size that
+    it uses, and less than the smallest step stays unused. None: even the smallest options do not
     fit.
     """
     hulls = [_hull(*item) for item in zip(sizes, damages, strict=True)]

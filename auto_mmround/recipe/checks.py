@@ -1,4 +1,4 @@
-"""Checks of values that a recipe is given."""
+"""Checks of a recipe's values."""
 
 import math
 import types
@@ -19,8 +19,7 @@ def all_strings(values: list[Any]) -> bool:
 
 
 def mapping_pairs(mappings: Any) -> list[Any]:
-    """Entries that have the outer form of a mapping; others as an empty one, which has the wrong
-    length."""
+    """Mappings of the right outer form; others as empty ones, which have the wrong length."""
     return [
         m if isinstance(m, list) and m and isinstance(m[0], list) and m[0] else []
         for m in mappings or []
@@ -28,8 +27,7 @@ def mapping_pairs(mappings: Any) -> list[Any]:
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """Check ``value`` against the field's type; an int is welcome where a float is expected,
-    nothing else bends."""
+    """Check ``value`` against the field's type. Only an int for a float is converted."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(option) or option for option in options)
     if (

@@ -1,4 +1,4 @@
-"""The keys of a recipe: type, default, help, other names, and what a value must be."""
+"""The keys of a recipe: type, default, help, other names, and allowed values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ SCALE_DTYPES = ("fp16", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a field of `Recipe` beside its type and default.
+    """Facts on a field of `Recipe` beside its type and default.
 
-    section: where help shows it. text: its help; without one it has no flag. names: other names for
-    it, in files and as flags. off: the flag that means False, and its help. choices, least: what a
-    value must be, unless it is None.
+    section: of the help. text: the help; without it the field has no flag. names: other names, in
+    files and as flags. off: the flag that means False, and its help. choices, least: allowed
+    values, besides None.
     """
 
     section: str
@@ -31,7 +31,7 @@ class Key:
     least: int | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raises UserError for a value that is none of the choices, or too small."""
+        """Raises UserError for a value outside the choices, or too small."""
         if value is not None:
             fits = not self.choices or value in self.choices
             require(fits, f"{name} = {value!r}: one of {', '.join(self.choices)}")
@@ -49,8 +49,7 @@ _model, _scheme, _equalization, _tuning, _calibration, _machine, _result = (
 
 @dataclass(frozen=True)
 class Fields:
-    """The keys of a recipe. Defaults are those of the original; the command line is made from the
-    help."""
+    """The keys of a recipe, with the original's defaults. The command line is made from them."""
 
     model: Annotated[
         str,

@@ -25,16 +25,14 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     ".yml": YAML,
     ".json": YAML,
 }
-# TOML's and YAML's own errors, and what YAML's constructors raise for a date or a number that is
-# none.
+# TOML's and YAML's own errors, and the errors of YAML's constructors for a bad date or number.
 MISREAD = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The keys of a TOML, YAML or JSON recipe file; sections only group keys, and `layer_config` is
-    a table.
+    """The keys of a TOML, YAML or JSON recipe file.
 
-    A recipe of llm-compressor is translated.
+    Sections only group keys; `layer_config` is a table. A recipe of llm-compressor is translated.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,8 +66,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _small(tree: Any) -> bool:
-    """Whether a tree, its repeated parts counted each time, has no more than RECIPE_VALUES
-    values."""
+    """Whether a tree has at most RECIPE_VALUES values; repeated parts count each time."""
     left, count = [tree], 0
     while left and count <= RECIPE_VALUES:
         value, count = left.pop(), count + 1
@@ -84,8 +81,7 @@ def _small(tree: Any) -> bool:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe, every key, as TOML that `read` takes back unchanged (unset keys are left
-    out)."""
+    """The resolved recipe as TOML that `read` takes back unchanged; unset keys are left out."""
     values = dataclasses.asdict(recipe)
     layers = values.pop("layer_config") or {}
     lines = [f"{key} = {_literal(value)}" for key, value in values.items() if value is not None]
@@ -96,6 +92,5 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _literal(value: Any) -> str:
-    # A JSON string is a TOML basic string; repr gives shortest floats, which TOML reads except for
-    # "1e-05"-like ones without a point, and those it reads too.
+    # A JSON string is a TOML basic string. repr gives the shortest floats; TOML reads them all.
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -1,8 +1,7 @@
-"""Recipes of llm-compressor (YAML) in the terms of ours: GPTQ, SmoothQuant, AWQ and plain
-quantization modifiers.
+"""Recipes of llm-compressor (YAML) as our keys: GPTQ, SmoothQuant, AWQ, plain quantization.
 
 Such a recipe names neither model nor data: give them as flags. Its targets are the linear layers of
-the whole model, towers included, less what it ignores; with `sequential_targets` only the blocks of
+the whole model, with towers, without the ignored ones. With `sequential_targets`, only blocks of
 these classes are quantized.
 """
 
@@ -38,21 +37,22 @@ NO_EFFECT = {
 }
 
 
-# Names that mean something else there, None: that we do not have. Their FP8 has one weight scale,
-# ours one a channel.
+# Names with another meaning there; None: we do not have it. Their FP8 has one scale per weight,
+# ours one per channel.
 RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP4A16": "NVFP4",
     "MXFP4": None,
            "NVFP4": None}  # fmt: skip
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML, and the members of llm-compressor's enumerations as it writes them: by their value,
-    nothing is called."""
+    """YAML, with the enumerations of llm-compressor read as their values. Nothing is called."""
 
 
 def _value_of_enumeration(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
-    """The first argument of `!!python/object/apply:compressed_tensors...`. Other classes raise
-    ConstructorError."""
+    """The first argument of `!!python/object/apply:compressed_tensors...`.
+
+    Raises ConstructorError for other classes.
+    """
     if not name.startswith(("compressed_tensors.", "llmcompressor.")) or not isinstance(
         node, yaml.SequenceNode
     ):
@@ -65,14 +65,12 @@ RecipeLoader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _va
 
 
 def is_recipe(tree: dict[str, Any]) -> bool:
-    """Whether a file's content has llm-compressor's form: stages, groups of modifiers, or
-    modifiers."""
+    """Whether content has llm-compressor's form: stages, groups of modifiers, or modifiers."""
     return any(str(key).endswith(("_stage", "_modifiers", "Modifier")) for key in tree)
 
 
 def translate(tree: dict[str, Any], where: str) -> Values:
-    """Keys of our recipe. Raises UserError for modifiers, keys and values that have no
-    counterpart."""
+    """Our keys. Raises UserError for modifiers, keys and values without a counterpart."""
     values: Values = {}
     seen: list[str] = []
     for name, options in _modifiers(tree, where):
@@ -126,8 +124,7 @@ def _known(key: Any, table: dict[str, Any], where: str, what: str) -> Any:
 
 
 def _merge(values: Values, more: Values) -> None:
-    """Lay keys over those there are; patterns of layers to keep, and overrides of layers, add
-    up."""
+    """Lay keys over others; patterns of kept layers and overrides of layers add up."""
     for key, value in more.items():
         if key == "ignore":
             value = list(dict.fromkeys([*values.get(key, []), *value]))
@@ -167,7 +164,7 @@ def _only(*allowed: Any) -> Take:
 
 
 def _targets(value: Any, where: str) -> Values:
-    """All linear layers are what we quantize anyway."""
+    """All linear layers: we quantize these anyway."""
     return {} if value in (None, "Linear", ["Linear"]) else _patterns("targets")(value, where)
 
 
@@ -208,8 +205,7 @@ def _mappings(value: Any, where: str) -> Values:
 
 
 def _config_groups(value: Any, where: str) -> Values:
-    """The group of all linear layers, or the only one, sets the scheme; others override it for
-    their targets."""
+    """The group of all linear layers, or the only one, sets the scheme; others override it."""
     groups = []
     for name, options in _mapping(value, where).items():
         inside = f"{where}: config_groups: {name}"
@@ -294,7 +290,7 @@ QUANTIZING: dict[str, Take] = {
     "sequential_targets": _patterns("sequential_targets"),
 }
 SMOOTHING: dict[str, Take] = {"mappings": _mappings}
-# Modifier -> (what it means by itself, how its keys are taken).
+# Modifier -> (the keys that it stands for, how its own keys are taken).
 MODIFIERS: dict[str, tuple[Values, dict[str, Take]]] = {
     "GPTQModifier": (
         {"algorithm": "gptq"},

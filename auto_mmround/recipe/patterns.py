@@ -1,4 +1,4 @@
-"""How users name layers."""
+"""Patterns of layer names."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ def is_pattern(pattern: str) -> bool:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """`re:` patterns match anywhere from the start, others must be the name, its end after a dot,
-    or its class.
+    """Whether a pattern names a layer.
 
-    The original matched any substring; whole dotted parts keep `--fp_layers q_proj` working without
-    surprises.
+    `re:` patterns match from the start of the name. Others must be the name, its end after a dot,
+    or its class. The original matched any substring; with whole dotted parts, `--fp_layers q_proj`
+    gives no surprises.
     """
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
@@ -25,8 +25,10 @@ def matches(pattern: str, name: str) -> bool:
 
 
 class Patterns:
-    """Which of many patterns name a layer, without trying each: dotted parts of names, and classes,
-    lie in a table; only `re:` ones are tried in turn."""
+    """Which of many patterns name a layer, without a trial of each.
+
+    Dotted parts of names, and classes, lie in a table; only `re:` patterns are tried in turn.
+    """
 
     def __init__(self, patterns: Iterable[str]):
         self.all = list(dict.fromkeys(patterns))
@@ -38,7 +40,7 @@ class Patterns:
         ]
 
     def of(self, name: str, classes: Sequence[str] = ()) -> list[str]:
-        """Those that name a layer, or with ``classes`` one of these, in their order."""
+        """The patterns that name a layer, or with ``classes`` one of these, in their order."""
         parts = name.split(".")
         runs = {
             ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)

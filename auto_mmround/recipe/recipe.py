@@ -1,5 +1,4 @@
-"""The one typed configuration. Flags, keyword arguments, TOML and YAML are four ways to write
-it."""
+"""The one typed configuration: flags, keyword arguments, TOML and YAML write the same recipe."""
 
 import dataclasses
 import typing
@@ -15,8 +14,7 @@ from auto_mmround.recipe.patterns import is_pattern
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 LAYER = "Linear"
-# Flags of the original whose effect upstream was nothing, or that we refuse on purpose: said, never
-# swallowed.
+# Flags of the original that had no effect there, or that we refuse. Each gives a message.
 REFUSED: dict[str, tuple[Any, str]] = {
     "adam": (False, "only sign descent is implemented; the original reports Adam slightly worse"),
     "enable_norm_bias_tuning": (
@@ -28,9 +26,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Recipe(Fields):
-    """What to quantize, how, on which samples, and where the result goes.
+    """Model, scheme, algorithm, samples and output of a run.
 
-    Raises UserError for values that are wrong, or that contradict each other.
+    Raises UserError for wrong values, and for values that contradict each other.
     """
 
     def __post_init__(self) -> None:
@@ -40,7 +38,7 @@ class Recipe(Fields):
             )
             KEYS[field.name].check(field.name, getattr(self, field.name))
         if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
-            object.__setattr__(self, "group_size", -1)  # the default, which no W8A8 kernel takes
+            object.__setattr__(self, "group_size", -1)  # no W8A8 kernel takes the default
         self._check_ranges()
         self._check_names()
         self._check_together()
@@ -147,7 +145,7 @@ class Recipe(Fields):
 
     @property
     def formats(self) -> list[str]:
-        """Names of the export formats, in the order given, without repeats."""
+        """Names of the export formats in the given order, each once."""
         return list(dict.fromkeys(part.strip() for part in self.format.split(",") if part.strip()))
 
     @property
@@ -161,7 +159,7 @@ class Recipe(Fields):
 
     @property
     def steps(self) -> int:
-        """Sign steps a block."""
+        """Sign steps per block."""
         return self._usual.iters if self.iters is None or not self.how.steps else self.iters
 
     @property
@@ -192,13 +190,13 @@ class Recipe(Fields):
 
     @property
     def streams(self) -> bool | None:
-        """Whether blocks are read when their turn comes; None: where the model does not fit."""
+        """Whether blocks are read when their turn comes; None: if the model does not fit."""
         asked = self.low_cpu_mem_usage or self.low_cpu_mem_mode != 0
         return True if asked and self.stream is None else self.stream
 
     @property
     def mixable(self) -> tuple[int, ...]:
-        """`bit_options`, growing."""
+        """`bit_options` in growing order."""
         options = (
             self.bit_options.split(",") if isinstance(self.bit_options, str) else self.bit_options
         )
@@ -206,14 +204,12 @@ class Recipe(Fields):
 
     @property
     def needs_samples(self) -> bool:
-        """Whether calibration samples are read: to tune, to choose bits, or to see which channels,
-        or inputs, are large."""
+        """Whether calibration samples are read: to tune, to choose bits, or to measure inputs."""
         return self.calibrates or self.whole_passes
 
     @property
     def whole_passes(self) -> bool:
-        """Whether something works all over the model, before any block is quantized or after all
-        are."""
+        """Whether some step works on the whole model, before the first or after the last block."""
         return (
             self.polish
             or self.equalize != "none"
@@ -223,14 +219,18 @@ class Recipe(Fields):
 
     @property
     def block_classes(self) -> list[str]:
-        """Classes of the blocks to quantize, of `sequential_targets`; none: stages are chosen by
-        other keys."""
+        """Classes of the blocks to quantize, from `sequential_targets`.
+
+        Empty if other keys choose the stages.
+        """
         return [name for name in self.sequential_targets or [] if name != LAYER]
 
     @property
     def in_turn(self) -> bool:
-        """Whether the closed form takes a block's layers one after another: llm-compressor says it
-        by a layer's class among the `sequential_targets`."""
+        """Whether the closed form takes a block's layers one after another.
+
+        llm-compressor asks for this by a layer's class among the `sequential_targets`.
+        """
         return self.true_sequential or LAYER in (self.sequential_targets or [])
 
     @property
@@ -240,8 +240,7 @@ class Recipe(Fields):
 
     @property
     def details(self) -> dict[str, Any]:
-        """How weights are rounded, for information in configurations; what is not used is left
-        out."""
+        """How weights are rounded, for information in configurations; without unused keys."""
         solve = {
             "dampening": self.dampening,
             "actorder": self.actorder,
@@ -253,8 +252,7 @@ class Recipe(Fields):
 
     @property
     def calibrates(self) -> bool:
-        """False when the weights are only rounded to nearest: `rtn`, or as in the original 0
-        iterations."""
+        """False if weights are only rounded to nearest: `rtn`, or 0 iterations."""
         return self.steps > 0 or (self.how.start == "closed_form" and not self.how.steps)
 
 
@@ -269,6 +267,8 @@ ALIASES = {other: name for name, key in KEYS.items() for other in key.names}
 def from_mapping(
     values: dict[str, Any], where: str = "recipe", base: Recipe | None = None
 ) -> Recipe:
-    """A recipe from plain values; names of other tools are welcome (`aliases`). Unknown keys raise
-    UserError with the nearest known name."""
+    """A recipe from plain values, also with other tools' names (`aliases`).
+
+    Unknown keys raise UserError with the nearest known name.
+    """
     return dataclasses.replace(base or Recipe(), **aliases.resolve(values, where, HINTS, ALIASES))

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-# Float grids: bits, and the group sizes they exist for. -1: a scale an output channel; FP8's 128:
-# blocks of 128 x 128.
+# Float grids: bits and possible group sizes. -1: one scale per output channel; FP8's 128: blocks of
+# 128 x 128.
 FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
     "fp8": (8, (-1, 128)),
     "nvfp4": (4, (16,)),
@@ -17,14 +17,15 @@ FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
 class Scheme:
     """How one weight is stored.
 
-    bits: 2..8. group_size: columns that share a scale, -1 for one per output channel. sym:
+    bits: 2..8. group_size: columns that share a scale, -1 for one scale per output channel. sym:
     full-range symmetric (zero point 2**(bits-1)) or asymmetric. scale_dtype: "fp16", "bf16" or
-    "fp32". min_zero: smallest zero point the file format can hold (1 for layouts that store zero -
-    1). scale_bits: significant bits of a scale or None.
-    act_bits: 8 where the engine is to quantize the inputs, symmetric; 16 for none. act_dynamic:
-    with a scale a token, computed as it runs, or with one for all, measured beforehand. data_type:
-    "int" or one of FLOATS. scale_range: in super-blocks of 256 columns, bounds of the integers that
-    scales are multiples by.
+    "fp32". min_zero: smallest zero point that the file format can hold (1 for layouts that store
+    zero - 1). scale_bits: significant bits of a scale, or None.
+
+    act_bits: 8 if the engine quantizes the inputs, symmetric; 16 if not. act_dynamic: True for one
+    scale per token, which the engine computes; False for one scale measured beforehand. data_type:
+    "int" or one of FLOATS. scale_range: in super-blocks of 256 columns, scales are integers times a
+    unit; these are the bounds of the integers.
     """
 
     bits: int = 4
@@ -52,14 +53,13 @@ def _weights(
 
 
 def _floats(data_type: str, group_size: int, act_bits: int = 32) -> dict[str, Any]:
-    """Of a float grid; rounded to nearest, since no tuner works on one."""
+    """The keys of a float grid. They are rounded to nearest, since no tuner works on one."""
     return _weights(FLOATS[data_type][0], group_size, True, act_bits, data_type) | {
         "algorithm": "rtn"
     }
 
 
-# Names as llm-compressor, vLLM and AutoRound use them -> keys of a recipe. Any of these keys beside
-# `scheme` wins.
+# Names in llm-compressor, vLLM and AutoRound -> keys of a recipe. A key beside `scheme` overrides.
 SCHEMES: dict[str, dict[str, Any]] = {
     "W2A16": _weights(2),
     "W3A16": _weights(3),
