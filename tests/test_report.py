@@ -281,7 +281,9 @@ def test_card_has_the_shape_of_the_released_one(full):
 
 
 def test_code_of_the_card_is_python(full):
-    for code in re.findall(r"```python\n(.*?)```", card.write(full).read_text(), re.DOTALL):
+    codes = re.findall(r"```python\n(.*?)```", card.write(full).read_text(), re.DOTALL)
+    assert codes
+    for code in codes:
         compile(code, "card", "exec")
     for kinds in card.CODE.values():
         for language, code in kinds.values():

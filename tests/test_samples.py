@@ -325,6 +325,7 @@ def test_demo_answers_are_exact(kit):
 
 def test_chat_templates_answers_are_exact_too(kit):
     inputs, _ = build("demo-llava:num=5", **{**kit, "template": Template()})
+    assert inputs
     for made in inputs:
         text = kit["tokenizer"].decode(made.kwargs["input_ids"][0][made.answer_T])
         assert text.endswith("<|im_end|>") and "<|im_start|>" not in text
