@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""Files that are whole or not there, also after a crash."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there as a whole or not at all, whenever the machine stops."""
+    """Write a file that is whole or not there, even if the machine stops at any moment."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_bytes(content)
     sync_file(temporary)
@@ -28,7 +28,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """What was created, renamed and removed in the folder stays so when the machine stops."""
+    """Files that were created, renamed and removed in the folder stay so if the machine stops."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,20 +1,18 @@
-"""What a run may end with besides success: the user's input is wrong, or what it wrote is."""
+"""Failures of a run: wrong input from the user, or a wrong result."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 class UserError(Exception):
-    """One line for the user: what is wrong, where, and what to do. The command line prints it and
-    exits with 2."""
+    """One line for the user: the fault, its place, what to do. The command line exits with 2."""
 
 
 class NotProved(Exception):
-    """A checkpoint was written that is not what was tuned; the command line prints one line and
-    exits with 1.
+    """A checkpoint does not hold the tuned values. The command line prints it and exits with 1.
 
-    folder: where it lies, marked by its name. findings: what is wrong, a line each. folders: all
-      such of one run.
+    folder: its place, marked by its name. findings: one line for each fault. folders: all such
+    folders of one run.
     """
 
     def __init__(

@@ -1,12 +1,11 @@
-"""The shelf `engines/`: programs that run in an engine's own environment and do not import this
-package."""
+"""The shelf `engines/`: programs for engines' environments, which do not import this package."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def program(name: str) -> Path:
-    """The file of a program, by its name without the ending."""
+    """The file of a program; its name has no ending."""
     spec = find_spec("auto_mmround.engines")
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / f"{name}.py"

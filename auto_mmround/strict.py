@@ -1,4 +1,4 @@
-"""JSON as the standard has it: NaN and infinity, which Python writes as bare words, become null."""
+"""JSON by the standard: NaN and infinity, which Python writes as bare words, become null."""
 
 import json
 import math
@@ -9,14 +9,12 @@ WORDS = ("Infinity", "-Infinity", "NaN")
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """`json.dumps`; what comes out is read by any parser. Characters beyond ASCII stay as they
-    are."""
+    """`json.dumps` with a result that any parser reads. Characters beyond ASCII stay."""
     return json.dumps(finite(value), allow_nan=False, ensure_ascii=False, **options)
 
 
 def tagged(value: Any) -> Any:
-    """The same as Transformers writes it into configurations: infinity as {"__float__":
-    "Infinity"}."""
+    """The same as Transformers writes it: infinity as {"__float__": "Infinity"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"__float__": {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
     if isinstance(value, Mapping):
@@ -35,7 +33,7 @@ def untagged(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for every float that is not finite, in mappings and lists too."""
+    """The same with None for every float that is not finite, also in mappings and lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,5 +1,4 @@
-"""What others wrote, read with bounds: text, JSON, the names of weight files. One line for whatever
-is wrong."""
+"""Bounded reading of files from others: text, JSON, names of weight files. One line for a fault."""
 
 import json
 import re
@@ -21,8 +20,8 @@ SINGLE, INDEX = f"model{SAFE}", f"model{INDEX_END}"
 
 
 def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
-    """A UTF-8 file of at most `limit` bytes. Raises UserError, which opens with `what`, for any
-    other."""
+    """A UTF-8 file of at most `limit` bytes. Raises UserError, which begins with `what`, for
+    others."""
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -34,9 +33,11 @@ def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:
 
 
 def parse_json(text: str, what: str, once: bool = False) -> Any:
-    """The value of a JSON text. Raises UserError also for numbers and nesting beyond what Python
-    takes. once: for a key with two values too, since another reader may take the one that was not
-    looked at."""
+    """The value of a JSON text.
+
+    Raises UserError for bad JSON, and for numbers or nesting beyond Python's limits. once: also for
+    a key with two values, since another reader may take the other value.
+    """
     try:
         return json.loads(text, object_pairs_hook=_once if once else None)
     except ValueError as error:
@@ -63,13 +64,12 @@ def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files that Transformers reads of a folder, in its order; of a tensor in two of
-    them the later counts.
+    """The weight files that Transformers reads of a folder, in its order.
 
-    These are the file, or the files of the index, that `config.json` names as
-    `transformers_weights`; else `model.safetensors`; else the files of
-    `model.safetensors.index.json`. Whatever else lies beside is not read. Raises UserError where
-    there are none, and for names of anything but safetensors files in the folder.
+    If two files hold a tensor, the later one counts. `config.json` may name the file, or the index,
+    as `transformers_weights`. Else it is `model.safetensors`, else the files of
+    `model.safetensors.index.json`. Other files are not read. Raises UserError if there are none,
+    and for names of anything but safetensors files in the folder.
     """
     config = folder / "config.json"
     named = read_object(config).get("transformers_weights") if config.is_file() else None
@@ -115,8 +115,8 @@ def _shards(index: Path) -> list[Path]:
 
 
 def index_problem(found: Any) -> str | None:
-    """What is wrong with an index's `weight_map` by itself: its form, or a file that can't be one
-    of the folder."""
+    """The fault of an index's `weight_map` by itself: its form, or a name that is no file of the
+    folder."""
     if not isinstance(found, Mapping) or not found:
         return "holds no weight_map"
     for name, shard in found.items():
@@ -129,29 +129,29 @@ def index_problem(found: Any) -> str | None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in a folder, without any way to another folder."""
+    """Whether a name is the name of a file in a folder, without a path to another folder."""
     return Path(name).name == name and name.isprintable() and len(name) < 256 and "\\" not in name
 
 
 def belongs(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder after all links are followed; the hub's cache keeps the files
-    of a snapshot in `blobs` beside it and links to them."""
+    """Whether a file lies in a folder after all links are followed.
+
+    The hub's cache keeps the files of a snapshot in `blobs` beside it and links to them.
+    """
     home, real = folder.resolve(), path.resolve()
     cached = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     return real.is_relative_to(home) or real.is_relative_to(cached)
 
 
 def one_line(message: str) -> str:
-    """A message as the terminal may have it: one line, of bounded length, without control
-    characters."""
+    """A message for the terminal: one line of bounded length, without control characters."""
     text = " ".join(message[: 4 * LINE].split())
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= LINE else f"{text[:LINE]} .."
 
 
 def shown(value: Any) -> str:
-    """A value as a message has it: short, objects without the address in memory where they happen
-    to lie."""
+    """A value for a message: short, and without the memory address of an object."""
     text = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", repr(value))
     return text if len(text) <= 80 else f"{text[:80]} .."
 
@@ -162,10 +162,9 @@ class TooLong(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooLong in the body after so many seconds; in other threads than the main one it does
-    nothing.
+    """Raises TooLong in the body after so many seconds; in threads other than the main one, never.
 
-    For what can be kept busy by data alone: chat templates, and patterns from a checkpoint's
+    Data alone can keep some work busy: chat templates, and patterns from a checkpoint's
     configuration.
     """
     import signal
