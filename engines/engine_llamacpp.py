@@ -1,14 +1,15 @@
-"""Loads one GGUF model in llama.cpp and answers with log probabilities and texts; run by the
-engine's interpreter.
+"""Loads one GGUF model in llama.cpp and answers with log probabilities and texts.
 
-Standalone on purpose (standard library and xllamacpp): it must run where this package is not
-installed.
+The engine's interpreter runs it. It is standalone (standard library and xllamacpp), because this
+package is not installed there.
+
 request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top":
-next tokens to report, "filler": id of a token of plain text, "questions": [{"content": [text or
-{"image": file}], "max_tokens": ..}], "template": of the questions' conversation, null for the
-model's own, "context": tokens}.
-answer: "logprobs": [a prompt's next tokens, {id: log probability}], "answers": [{"text",
-"prompt_tokens", "logprobs" of the first token}]. llama.cpp writes its own log to standard error.
+number of next tokens to report, "filler": id of a token of plain text, "questions": [{"content":
+[text or {"image": file}], "max_tokens": ..}], "template": of the questions' conversation, null for
+the model's own, "context": tokens}.
+
+answer: {"logprobs": for each prompt {id: log probability} of the next tokens, "answers": [{"text",
+"prompt_tokens", "logprobs" of the first token}]}. llama.cpp writes its own log to standard error.
 """
 
 import base64
@@ -22,8 +23,10 @@ import xllamacpp
 
 
 def load(request: dict[str, Any], mmproj: str | None = None) -> Any:
-    """A server object in this process (it also listens on a free loopback port). RuntimeError if it
-    cannot load."""
+    """A server object in this process; it also listens on a free loopback port.
+
+    RuntimeError if it cannot load.
+    """
     params = xllamacpp.CommonParams()
     params.model.path = request["model"]
     if mmproj:
@@ -50,8 +53,11 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def forced(filler: int | None) -> dict[str, Any]:
-    """Makes the server generate ``filler``, a token of plain text: it reports no values for tokens
-    without text, and those it reports are the model's own, before the force."""
+    """Make the server generate ``filler``, a token of plain text.
+
+    It reports no values for tokens without text. The values that it reports are the model's own,
+    from before this change.
+    """
     return {} if filler is None else {"logit_bias": [[filler, 1e4]]}
 
 
@@ -83,7 +89,7 @@ def part(piece: str | dict[str, str]) -> dict[str, Any]:
 
 
 def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> dict[str, Any]:
-    """Greedy answer to one question; one token is only asked for its values."""
+    """Greedy answer to one question. One more token is generated only for its values."""
     content = [part(piece) for piece in question["content"]]
     asked = {
         "messages": [{"role": "user", "content": content}],

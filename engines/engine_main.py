@@ -1,9 +1,10 @@
-"""Runs one engine's worker in that engine's interpreter: python -P engine_main.py WORKER.py
-request.json
+"""Runs one engine's worker in that engine's interpreter.
+
+    python -P engine_main.py WORKER.py request.json
 
 Standard library only. WORKER.py defines `answer(request) -> dict`. The last line of standard output
-is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}; whatever a worker raises, an
-import that fails too, is such an answer.
+is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}. Every error of a worker
+becomes such an answer, also a failed import.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ LONGEST = 600  # characters of an error
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever an engine raises is its answer."""
+    """An error of the engine is its answer."""
     traceback.print_exception(kind, error, trace)
     text = f"{kind.__name__}: {' '.join(str(error).split())}"
     print(json.dumps({"ok": False, "error": text[:LONGEST]}), flush=True)

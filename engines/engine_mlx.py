@@ -1,10 +1,10 @@
-"""Loads one checkpoint through mlx-vlm or mlx-lm and answers with logits; run by the engine's own
-interpreter.
+"""Loads one checkpoint through mlx-vlm or mlx-lm and answers with logits.
 
-Standalone like `engine_transformers.py`, with the same request and answer; models with a vision or
-audio configuration go through mlx-vlm, others through mlx-lm. "dtype": every stored float is
-widened to it after loading. "new_tokens": so many greedy tokens an input, as "<i>.tokens" in the
-output file. Both loaders are strict: a tensor too many or too few is an error.
+The engine's interpreter runs it. It is standalone like `engine_transformers.py`, with the same
+request and answer. Models with a vision or audio configuration go through mlx-vlm, others through
+mlx-lm. "dtype": every stored float is widened to it after loading. "new_tokens": number of greedy
+tokens for each input, as "<i>.tokens" in the output file. Both loaders are strict: one tensor too
+many or too few is an error.
 """
 
 import json
@@ -60,7 +60,7 @@ def logits_of(model: nn.Module, kwargs: dict[str, mx.array]) -> mx.array:
 
 
 def greedy(model: nn.Module, kwargs: dict[str, mx.array], count: int) -> mx.array:
-    """The most likely next tokens, one after the other without a cache; (1, count)."""
+    """The most likely next tokens (1, count), one after the other without a cache."""
     for _ in range(count):
         best = mx.argmax(logits_of(model, kwargs)[:, -1:], axis=-1).astype(
             kwargs["input_ids"].dtype

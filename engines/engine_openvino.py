@@ -1,10 +1,10 @@
-"""Loads one IR folder in OpenVINO's CPU plugin and answers with logits; run by the engine's own
-interpreter.
+"""Loads one IR folder in OpenVINO's CPU plugin and answers with logits.
 
-Standalone like `engine_transformers.py`, with the same request and answer; texts, and images where
-the folder holds a tower. "dtype" float32 switches off what the plugin rounds by itself: bfloat16
-kernels, and the activations of packed weights to 8 bits (2 % of a matrix product). "new_tokens": so
-many greedy tokens an input, with the cache, as "<i>.tokens".
+The engine's interpreter runs it. It is standalone like `engine_transformers.py`, with the same
+request and answer. It takes texts, and images if the folder holds a tower. "dtype" float32 switches
+off the plugin's own rounding: bfloat16 kernels, and activations of packed weights in 8 bits (2 % of
+a matrix product). "new_tokens": number of greedy tokens for each input, with the cache, as
+"<i>.tokens".
 """
 
 import json
@@ -53,7 +53,7 @@ class Graphs:
         ).copy()
 
     def tokens(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """What the language model takes for (1, T) ids."""
+        """The language model's input for (1, T) ids."""
         text = "openvino_text_embeddings_model.xml"
         if text not in self.compiled:
             return {"input_ids": ids.astype(np.int64)}
@@ -72,7 +72,7 @@ class Graphs:
 
 
 def patch_places(grid_thw: np.ndarray, vision: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Qwen2-VL's angles of every patch, and the mask that keeps frames and images apart.
+    """Qwen2-VL's angles of every patch, and the mask that separates frames and images.
 
     Patches come in squares of merge x merge. Angles: position / 10000^(2 i / (head width / 2)),
     rows before columns.
@@ -99,10 +99,10 @@ def patch_places(grid_thw: np.ndarray, vision: Mapping[str, Any]) -> dict[str, n
 def positions_of(
     ids: np.ndarray, place: int, grid_thw: np.ndarray | None, merge: int
 ) -> np.ndarray:
-    """Qwen2-VL's (3, 1, T): text counts on in all axes; an image has frame, row and column, from
-    where text stopped.
+    """Qwen2-VL's positions (3, 1, T).
 
-    place: the id that stands for a merged patch.
+    Text counts on in all axes. An image has frame, row and column, from the end of the text before
+    it. place: the id of a merged patch.
     """
     rows: list[np.ndarray] = []
     start, grids = 0, iter(grid_thw.tolist() if grid_thw is not None else ())
@@ -119,10 +119,10 @@ def positions_of(
 
 
 def linear_classes(graphs: Graphs) -> tuple[dict[str, int], int]:
-    """(weight type -> count of matrix products by a constant in the plugin's own graphs, number of
-    packed weights).
+    """(weight type -> number of matrix products with a constant, number of packed weights).
 
-    Those that the model leaves out of its graphs lie beside them, and count.
+    They are counted in the plugin's own graphs. Weights beside the graphs, which the model leaves
+    out of them, count too.
     """
     kinds: Counter[str] = Counter()
     for compiled in graphs.compiled.values():
@@ -133,7 +133,7 @@ def linear_classes(graphs: Graphs) -> tuple[dict[str, int], int]:
 
 
 class Text:
-    """One text, fed piece by piece; the cache is the request's state."""
+    """One text, given piece by piece; the request's state is the cache."""
 
     def __init__(self, graphs: Graphs) -> None:
         self.graphs, self.request = graphs, graphs.language.create_infer_request()
@@ -143,8 +143,10 @@ class Text:
     def feed(
         self, tokens: Mapping[str, np.ndarray], position_ids: np.ndarray | None = None
     ) -> np.ndarray:
-        """What `Graphs.tokens` gives, T long -> (1, T, vocabulary) float32. position_ids: None
-        counts on."""
+        """Logits (1, T, vocabulary) float32 for T results of `Graphs.tokens`.
+
+        position_ids: None counts on.
+        """
         count = next(iter(tokens.values())).shape[1]
         if position_ids is None:
             position_ids = np.arange(self.next, self.next + count)[None]
@@ -162,8 +164,10 @@ class Text:
 def run_input(
     graphs: Graphs, kwargs: dict[str, np.ndarray], new_tokens: int
 ) -> dict[str, np.ndarray]:
-    """One unpadded input, then so many greedy tokens. Raises ValueError for what the folder's
-    graphs don't take."""
+    """One unpadded input, then some greedy tokens.
+
+    Raises ValueError for inputs that the folder's graphs don't take.
+    """
     media = {"pixel_values", "image_grid_thw"} if TOWER in graphs.compiled else set()
     unknown = kwargs.keys() - {"input_ids", *DERIVED, *media}
     if unknown or not kwargs.get("attention_mask", np.ones(1)).all():

@@ -1,11 +1,12 @@
-"""Loads one checkpoint through Transformers' own path and answers with logits; run by an engine's
-own interpreter.
+"""Loads one checkpoint through Transformers' own path and answers with logits.
 
-Standalone on purpose (standard library, torch, safetensors, transformers): it must run where this
-package is not installed. request: {"model": folder, "inputs": safetensors with tensors
-"<i>.<kwarg>", "output": safetensors to write with "<i>.logits" float32, "dtype": "float32",
-"class": "AutoModelForImageTextToText", "quantization": {overrides}, "activations": false};
-activations: whether layers quantize their inputs where the checkpoint says so.
+An engine's interpreter runs it. It is standalone (standard library, torch, safetensors,
+transformers), because this package is not installed there.
+
+request: {"model": folder, "inputs": safetensors with tensors "<i>.<kwarg>", "output": safetensors
+to write with "<i>.logits" float32, "dtype": "float32", "class": "AutoModelForImageTextToText",
+"quantization": {overrides}, "activations": false}. activations: whether layers quantize their
+inputs where the checkpoint asks for it.
 """
 
 import json
@@ -34,8 +35,7 @@ PACKAGES = {
 
 
 def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
-    """(model, loading info, quantization method) by `from_pretrained`, with the portable kernels
-    asked for."""
+    """(model, loading info, quantization method) by `from_pretrained`, with portable kernels."""
     config = transformers.AutoConfig.from_pretrained(request["model"])
     quantization = getattr(config, "quantization_config", None)
     method = quantization["quant_method"] if quantization else "none"
@@ -69,8 +69,10 @@ def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
 
 
 def decoded_weights(folder: Path) -> int:
-    """How many packed weights were decoded while loading, where the configuration asks for it: all
-    that are stored."""
+    """The number of packed weights that loading decoded, if the configuration asks for that.
+
+    These are all stored ones.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not config["quantization_config"].get("dequantize", False):
         return 0

@@ -1,12 +1,13 @@
-"""Loads one checkpoint in vLLM on the processor and answers with logits; run by the engine's own
-interpreter.
+"""Loads one checkpoint in vLLM on the processor and answers with logits.
 
-Standalone like `engine_transformers.py`, with the same request and answer. Of the inputs
-"<i>.input_ids" is used, and "<i>.image<j>", uint8 (height, width, 3): vLLM processes images itself
-and puts as many placeholders as they need, which must give the ids of the request again. A speech
-recogniser gets "<i>.decoder_input_ids" and "<i>.audio0", float32 (T,) at 16 kHz. "dtype": what vLLM
-computes in and rounds scales to. "new_tokens": so many greedy tokens an input, as "<i>.tokens" in
-the output file. "quantized" counts the checkpoint's matrices: vLLM fuses.
+The engine's interpreter runs it. It is standalone like `engine_transformers.py`, with the same
+request and answer. It uses the inputs "<i>.input_ids" and "<i>.image<j>", uint8 (height, width, 3).
+vLLM processes images itself and makes their placeholders; the ids must then equal those of the
+request. A speech recogniser gets "<i>.decoder_input_ids" and "<i>.audio0", float32 (T,) at 16 kHz.
+
+"dtype": of vLLM's computation and scales. "new_tokens": number of greedy tokens for each input, as
+"<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices, since vLLM fuses
+them.
 """
 
 import os
@@ -35,10 +36,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def import_vllm() -> Any:
-    """The package, beside a torchvision whose compiled half does not fit a processor-only torch.
+    """The package, with a torchvision whose compiled half does not fit a processor-only torch.
 
-    Importing that torchvision needs two operators to exist, not to work. vLLM inspects a model's
-    class in another process, where they would be missing, so here it does so in this one.
+    The import of that torchvision needs two operators to exist, not to work. vLLM inspects a
+    model's class in another process, where they are missing, so here this process does it.
     """
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
@@ -52,8 +53,10 @@ def import_vllm() -> Any:
 
 
 def load(vllm: Any, request: dict[str, Any], longest: int, sound: bool) -> tuple[Any, Any]:
-    """(vLLM's engine, the torch module inside it). sound: the inputs hold some, which an encoder
-    takes as a whole."""
+    """(vLLM's engine, the torch module inside it).
+
+    sound: some inputs hold sound, which an encoder takes as a whole.
+    """
     length = longest + request.get("new_tokens", 0) + 1
     engine = vllm.LLM(
         model=request["model"],
@@ -71,8 +74,7 @@ def load(vllm: Any, request: dict[str, Any], longest: int, sound: bool) -> tuple
 
 
 def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
-    """("class, method" -> count of linear modules, number of quantized matrices of the
-    checkpoint)."""
+    """("class, method" -> number of linear modules, number of quantized matrices in the file)."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
@@ -94,10 +96,9 @@ def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
 
 
 def prompts(inputs: dict[str, torch.Tensor], placeholder: int | None) -> dict[str, dict[str, Any]]:
-    """vLLM's prompts by input; a run of placeholders stands for one image, which vLLM expands
-    itself.
+    """vLLM's prompts, one per input; vLLM expands one placeholder for each image itself.
 
-    A sound goes to the encoder, the ids beside it to the decoder.
+    A sound goes to the encoder, and the ids beside it to the decoder.
     """
     made: dict[str, dict[str, Any]] = {}
     for key in sorted(inputs):

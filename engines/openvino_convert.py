@@ -1,20 +1,20 @@
-"""Turns a float model and the codes of its weights into OpenVINO's IR; run by the OpenVINO
-environment's interpreter.
+"""Turns a float model and the codes of its weights into OpenVINO's IR.
 
     python openvino_convert.py request.json
 
-Standalone on purpose (numpy, torch, safetensors, transformers, openvino). request: {"model": folder
-of a float checkpoint, "class": its class in Transformers, "codes": safetensors with "<i>.codes"
-uint8 (out, in), "<i>.scales" (out, G) float32, "<i>.zeros" uint8 (out, G), "schemes": [{"name",
-"bits", "sym"}, ..], "out": folder for the graphs}. The last line of standard output is one JSON
-object, {"ok": true, "weights": n, "differences": {part: ..}} or {"ok": false, "error": ".."}.
+The OpenVINO environment's interpreter runs it. It is standalone (numpy, torch, safetensors,
+transformers, openvino). request: {"model": folder of a float checkpoint, "class": its class in
+Transformers, "codes": safetensors with "<i>.codes" uint8 (out, in), "<i>.scales" (out, G) float32,
+"<i>.zeros" uint8 (out, G), "schemes": [{"name", "bits", "sym"}, ..], "out": folder for the graphs}.
+The last line of standard output is one JSON object, {"ok": true, "weights": n, "differences":
+{part: ..}} or {"ok": false, "error": ".."}.
 
-`openvino_model` goes from input_ids, attention_mask, position_ids and beam_idx to logits, its
-key-value cache a state. A model with a tower of `TOWERS` becomes `openvino_language_model`, the
-same from inputs_embeds, `openvino_text_embeddings_model` and the tower's parts; the files' and the
-inputs' names are those of optimum-intel and OpenVINO GenAI. Each weight's constant is found by its
-exact values, and named as in the checkpoint. What is in no graph as it is in the checkpoint goes to
-`openvino_rest.safetensors`, packed weights by codes, scales and zeros.
+`openvino_model` takes input_ids, attention_mask, position_ids and beam_idx and gives logits; its
+key-value cache is a state. A model with a tower of `TOWERS` becomes `openvino_language_model`,
+which takes inputs_embeds instead, `openvino_text_embeddings_model` and the tower's parts. Names of
+files and inputs are as in optimum-intel and OpenVINO GenAI. Each weight's constant is found by its
+exact values, and gets the checkpoint's name. Tensors that no graph holds unchanged go to
+`openvino_rest.safetensors`, packed weights as codes, scales and zeros.
 """
 
 import hashlib
@@ -57,8 +57,10 @@ MARK = "checkpoint/"  # before the names of constants that are tensors of the ch
 
 
 class TextPath(torch.nn.Module):
-    """The model with its cache as plain tensors, in and out: key and value of each layer. given:
-    what it starts from, "input_ids" or "inputs_embeds"."""
+    """The model with its cache as plain tensors, in and out: key and value of each layer.
+
+    given: its first input, "input_ids" or "inputs_embeds".
+    """
 
     def __init__(self, model: Any, given: str) -> None:
         super().__init__()
@@ -89,11 +91,10 @@ class TextPath(torch.nn.Module):
 
 
 class MergedPatches(torch.nn.Module):
-    """Qwen2-VL's tower behind its patch embedding: (N, width) of all images' patches to (N / 4,
-    hidden size).
+    """Qwen2-VL's tower after its patch embedding: all images' patches.
 
-    attention_mask (1, N, N): 0 within an image, minus infinity elsewhere. rotary_pos_emb (N, head
-    width / 2): angles.
+    (N, width) to (N / 4, hidden size). attention_mask (1, N, N): 0 within an image, minus infinity
+    elsewhere. rotary_pos_emb (N, head width / 2): angles.
     """
 
     def __init__(self, tower: Any) -> None:
@@ -125,8 +126,10 @@ class MergedPatches(torch.nn.Module):
 
 
 class Projected(torch.nn.Module):
-    """A tower for images of one size, with its projector: (1, 3, height, width) to (1, tokens,
-    hidden size)."""
+    """A tower for images of one size, with its projector.
+
+    (1, 3, height, width) to (1, tokens, hidden size).
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -138,8 +141,11 @@ class Projected(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A module that becomes a graph. inputs: name -> (example, shape, -1 where it may vary).
-    wanted: by the model itself, of the examples. output: its name."""
+    """A module that becomes a graph.
+
+    inputs: name -> (example, shape, -1 where it may vary). wanted: the model's own results for the
+    examples. output: its name.
+    """
 
     module: torch.nn.Module
     inputs: dict[str, tuple[torch.Tensor, list[int]]]
@@ -148,7 +154,7 @@ class Part:
 
 
 def embeddings(model: Any) -> dict[str, Part]:
-    """Token ids to what the language model starts from."""
+    """Token ids to the language model's inputs."""
     ids = torch.arange(5)[None]
     module = model.get_input_embeddings()
     return {
@@ -159,7 +165,7 @@ def embeddings(model: Any) -> dict[str, Part]:
 
 
 def patch_tower(model: Any) -> dict[str, Part]:
-    """Two images of other sizes as the example."""
+    """The tower of Qwen2-VL; two images of different sizes are the example."""
     tower, config = model.model.visual, model.config.vision_config
     grid = torch.tensor([[1, 4, 6], [1, 2, 4]])
     size = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -186,7 +192,7 @@ def patch_tower(model: Any) -> dict[str, Part]:
 
 
 def pixel_tower(model: Any) -> dict[str, Part]:
-    """One image at a time."""
+    """The tower of LLaVA: one image at a time."""
     size, module = model.config.vision_config.image_size, Projected(model)
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return {
@@ -214,8 +220,10 @@ def convert_part(part: Part) -> ov.Model:
 
 
 def trace(model: Any, given: str, axes: int) -> ov.Model:
-    """The converter's own graph of the language model, float32 weights, stateful. axes: of a
-    position."""
+    """The converter's own graph of the language model, float32 weights, with state.
+
+    axes: of a position.
+    """
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -267,9 +275,11 @@ def make_stateful(graph: ov.Model, given: str, count: int, heads: int, size: int
 
 
 class Weights:
-    """What constants are looked up in by their values: packed weights, then the checkpoint's other
-    tensors. found: packed weights that have been placed; named: tensors that a constant is called
-    after, with all their values."""
+    """Tensors by their values, for constants: packed weights, then the checkpoint's others.
+
+    found: packed weights that have been placed. named: tensors whose name a constant has, with all
+    their values.
+    """
 
     def __init__(
         self,
@@ -286,7 +296,7 @@ class Weights:
         self.named: set[str] = set()
 
     def place(self, graph: ov.Model) -> None:
-        """Each float constant that is a quantized weight becomes its codes; others are named and
+        """Each float constant of a quantized weight becomes its codes; others are named and
         shortened."""
         for node in list(graph.get_ordered_ops()):
             if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
@@ -302,8 +312,10 @@ class Weights:
         graph.validate_nodes_and_infer_types()
 
     def plainly(self, node: ov.Node, values: np.ndarray) -> ov.Output:
-        """Named as the checkpoint does; a second constant with the same values gets the next name
-        that has them."""
+        """Give a constant the checkpoint's name.
+
+        A second constant with the same values gets the next name with these values.
+        """
         names = self.plain.get(key_of(values.reshape(shape_in_checkpoint(values.shape))), [])
         left = [name for name in names if name not in self.named] or names[:1]
         self.named |= set(left[:1])
@@ -313,7 +325,7 @@ class Weights:
         return node.output(0) if short is None else op.convert(short, "f32").output(0)
 
     def parts(self, index: int) -> dict[str, torch.Tensor]:
-        """A packed weight as it goes to the rest: (out, G, columns), (out, G, 1), (out, G, 1)."""
+        """A packed weight for the rest: (out, G, columns), (out, G, 1), (out, G, 1)."""
         q_OI, scale_OG, zero_OG = (
             self.codes[f"{index}.{part}"] for part in ("codes", "scales", "zeros")
         )
@@ -325,8 +337,10 @@ class Weights:
         }
 
     def compressed(self, index: int) -> ov.Output:
-        """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: what the plugins keep packed.
-        Exact in float32."""
+        """Constant -> Convert -> [Subtract] -> Multiply -> Reshape: plugins keep this packed.
+
+        Exact in float32.
+        """
         q_OI, scale_OG, zero_OG = (
             self.codes[f"{index}.{part}"].numpy() for part in ("codes", "scales", "zeros")
         )
@@ -348,13 +362,14 @@ class Weights:
 
 
 def shape_in_checkpoint(shape: Any) -> tuple[int, ...]:
-    """Of a constant that a graph may have given more axes: a vector has one."""
+    """The shape in the checkpoint of a constant that may have more axes in a graph: a vector has
+    one."""
     wide = [n for n in shape if n != 1]
     return tuple(wide) if len(wide) == 1 else tuple(shape)
 
 
 def decoded(codes: dict[str, torch.Tensor], index: int) -> np.ndarray:
-    """float32 (out, in), by the formula that made the float checkpoint: scale * (code - zero)."""
+    """float32 (out, in) by the formula of the float checkpoint: scale * (code - zero)."""
     q_OI, scale_OG, zero_OG = (
         codes[f"{index}.{part}"].float() for part in ("codes", "scales", "zeros")
     )
@@ -367,7 +382,7 @@ def key_of(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
 
 
 def constant(values: np.ndarray, shape: list[int], kind: ov.Type) -> ov.Node:
-    """A constant that owns its memory. 4 bits: two values a byte, the first in the low half."""
+    """A constant that owns its memory. 4 bits: two values in a byte, the first in the low half."""
     flat = values.reshape(-1)
     if kind.bitwidth == 4:
         flat = (flat[0::2] & 15) | ((flat[1::2] & 15) << 4)
@@ -377,8 +392,10 @@ def constant(values: np.ndarray, shape: list[int], kind: ov.Type) -> ov.Node:
 
 
 def shortened(values: np.ndarray) -> ov.Node | None:
-    """A float32 array as a bfloat16 or float16 constant where that loses nothing; None where it
-    does, and for few."""
+    """A float32 array as a bfloat16 or float16 constant.
+
+    None if that loses something, and for small arrays.
+    """
     words, shape = values.view(np.uint32), list(values.shape)
     if values.size < SMALL:
         return None
@@ -394,8 +411,10 @@ def shortened(values: np.ndarray) -> ov.Node | None:
 
 
 def used(model: Any, parts: dict[str, Part], keys: Collection[Any]) -> bool:
-    """Whether anything depends on these weights (LLaVA has a last layer in its tower for nothing).
-    They stay NaN."""
+    """Whether anything depends on these weights. They stay NaN.
+
+    The last layer of LLaVA's tower has no effect.
+    """
     for parameter in model.parameters():
         if key_of(parameter.numpy()) in keys:
             parameter.fill_(float("nan"))
@@ -409,8 +428,8 @@ def used(model: Any, parts: dict[str, Part], keys: Collection[Any]) -> bool:
 def differences(
     model: Any, folder: Path, parts: dict[str, Part], given: str, axes: int
 ) -> dict[str, float]:
-    """Largest difference of every graph to the float model, over the standard deviation of what the
-    model gives."""
+    """Largest difference of every graph to the float model, over the standard deviation of its
+    results."""
     core, options = ov.Core(), EXACT | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
     def compiled(name: str) -> Any:
@@ -432,11 +451,10 @@ def differences(
 
 
 def prompt(model: Any, given: str, axes: int) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs of a prompt at once and of three single tokens; the first holds the "logits" of all
-    too.
+    """Inputs of a prompt at once and of three single tokens; the first also holds all "logits".
 
-    It is longer than a sliding window where that is affordable: a trace that forgot the window is
-    caught. Axes of a position differ, as behind an image.
+    It is longer than a sliding window if that is affordable: so a trace without the window is
+    found. Axes of a position differ, as after an image.
     """
     text = model.config.get_text_config()
     length = min((getattr(text, "sliding_window", None) or 24) + 8, 1024)
@@ -465,7 +483,7 @@ def shards(folder: str) -> Iterator[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def convert(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request; the graphs lie in its folder, wrong ones too."""
+    """The answer to a request. The graphs lie in its folder, also wrong ones."""
     cls, out = getattr(transformers, request["class"]), Path(request["out"])
     model = cls.from_pretrained(request["model"], dtype=torch.float32).eval()
     tower, axes = TOWERS.get(model.config.model_type, (None, 1))
@@ -506,7 +524,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Whatever the converter raises is its answer."""
+    """An error of the converter is its answer."""
     traceback.print_exception(kind, error, trace)
     print(
         json.dumps(
