@@ -249,8 +249,10 @@ class Reading:
 
 
 def build(dataset: Any, preparers: Preparers, reading: Reading) -> tuple[list[ModelInput], Report]:
-    """Model inputs for a dataset argument (a spec, rows, or Samples of `load_samples`), and what
-    became of the rows. Raises UserError for wrong arguments or when no sample can be used."""
+    """Model inputs for a dataset argument (a spec, rows, or Samples), and a report on the rows.
+
+    Raises UserError for wrong arguments, and if no sample can be used.
+    """
     if reading.on_bad_sample not in ("error", "skip"):
         raise UserError(f"on_bad_sample must be error or skip, not {reading.on_bad_sample!r}")
     if reading.nsamples < 1 or reading.seqlen < 1:
