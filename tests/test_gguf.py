@@ -208,17 +208,17 @@ def test_check_names_the_flags_that_help():
 
 
 def test_the_tuner_knows_how_precise_scales_may_be():
-    assert formats.scale_bits(["auto_round", "gguf:q4_1"], Scheme(4, 32, False)) == 7
-    assert formats.scale_bits(["auto_round"], Scheme(4, 32, False)) is None
-    assert formats.scale_bits(["gguf"], Scheme(4, 32, True)) is None
-    assert (
-        formats.scale_range(["gguf:q4_k"]) == formats.scale_range(["fake", "gguf:q4_k"]) == (0, 63)
-    )
-    assert (
-        formats.scale_range(["gguf:q4_k", "auto_round"])
-        is None
-        is formats.scale_range(["gguf:q4_0"])
-    )
+    asym = Scheme(4, 32, False)
+    assert formats.fitted(["auto_round", "gguf:q4_1"], asym).scale_bits == 7
+    assert formats.fitted(["auto_round"], asym).scale_bits is None
+    assert formats.fitted(["gguf"], Scheme(4, 32, True)).scale_bits is None
+    for names, wanted in (
+        (["gguf:q4_k"], (0, 63)),
+        (["fake", "gguf:q4_k"], (0, 63)),
+        (["gguf:q4_k", "auto_round"], None),
+        (["gguf:q4_0"], None),
+    ):
+        assert formats.fitted(names, asym).scale_range == wanted
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"numerics", "recipe", "calibration", "model"}
-COMMON = {"atomic", "errors", "programs", "strict", "untrusted"}
+COMMON = {"atomic", "errors", "headers", "programs", "strict", "untrusted"}
 # Room -> rooms below it that it may use.
 BELOW = {
     **{room: set[str]() for room in GROUND},
     "export": {"recipe", "numerics"},
     "checkpoint": {"export", "model", "recipe", "numerics"},
     "run": {"checkpoint", "export", *GROUND},
-    "report": {"model", "recipe"},
+    "report": {"export", "model", "recipe"},
     "evaluate": {"report", "run", "checkpoint", "export", *GROUND},
     "verify": {"evaluate", "run", "checkpoint", "export", *GROUND},
 }

@@ -116,10 +116,11 @@ def _quantize_inputs(
     quantization = checkpoint.quantization_config
     if quantization is None:
         return
-    first, scheme_of = formats.from_config(quantization).parts[:1], formats.reader(quantization)
+    packed = formats.from_config(quantization).packed(checkpoint.files)
+    scheme_of = formats.reader(quantization)
     for parameter, key in parameter_names(model, keys).items():
         stored = key.removesuffix(".weight")
-        if not any(f"{stored}.{part}" in checkpoint.files for part in first):
+        if stored not in packed:
             continue
         scheme = scheme_of(stored)
         if scheme.act_bits < 16:

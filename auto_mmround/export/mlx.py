@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.format import Format, Layout, both_spellings, check_int, differences
+from auto_mmround.export.format import Format, Layout, both_spellings, check_integers, differences
+from auto_mmround.export.method import Method
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -85,17 +86,6 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     )
 
 
-def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why MLX could not hold this weight, or None. Outputs: mlx-vlm skips weights whose size is no
-    multiple of 64."""
-    if scheme.group_size not in GROUP_SIZES:
-        return (
-            f"MLX's kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
-            f" {scheme.group_size}"
-        )
-    return check_int(scheme, out_features, in_features, FORMAT.bits, (2, 1), SCALE_DTYPES)
-
-
 def config(layout: Layout) -> dict[str, Any]:
     """The default scheme, and by module name what differs from it. Bare, as MLX's readers in Swift
     want it."""
@@ -164,11 +154,15 @@ FORMAT = Format(
     name="mlx",
     summary="MLX checkpoint, affine: mlx-vlm, mlx-lm",
     bits=(2, 3, 4, 5, 6, 8),
-    check=check,
+    # two outputs: mlx-vlm skips weights whose size is no multiple of 64
+    check=check_integers((2, 3, 4, 5, 6, 8), (2, 1), SCALE_DTYPES, GROUP_SIZES),
     pack=pack,
     unpack=unpack,
     config=config,
-    parts=("scales", "weight", "biases"),
-    model_config=model_config,
+    parts={"scales": "scale", "weight": "q", "biases": "zero"},
     any_float=True,
+    model_config=model_config,
+    method=Method("affine"),
+    engines={"mlx": "mlx"},
 )
+FORMATS = (FORMAT,)

@@ -7,7 +7,6 @@ Read from the folder alone: `recipe.toml`, `run.json`, weight files, and if ther
 
 import json
 import os
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.headers import read_header
 from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
@@ -27,17 +28,6 @@ from auto_mmround.untrusted import weight_files
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
 VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")
-SCALES = (
-    "scales",
-    "qzeros",
-    "g_idx",
-    "biases",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-    "weight_shape",
-)
-PLAIN = ("F64", "F32", "F16", "BF16")
 WORST = 10
 
 
@@ -297,18 +287,14 @@ def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
 def _sizes(folder: Path, model: str) -> dict[str, Any]:
     """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
     source."""
-    packed = plain = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            size_ = entry["data_offsets"][1] - entry["data_offsets"][0]
-            scales = name.rpartition(".")[2] in SCALES
-            packed += size_ if scales or entry["dtype"] not in PLAIN else 0
-            plain += 0 if scales or entry["dtype"] not in PLAIN else size_
+    quantization = _json(folder / "config.json").get("quantization_config")
+    headers = [read_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    found = {name: header for file in headers for name, header in file.items()}
+    fmt = formats.from_config(quantization) if quantization else None
+    modules = fmt.packed(found) if fmt else ()
+    parts = {f"{module}.{part}" for module in modules for part in (fmt.parts if fmt else ())}
+    packed = sum(header.nbytes for name, header in found.items() if name in parts)
+    plain = sum(header.nbytes for name, header in found.items() if name not in parts)
     weights = sum(
         path.stat().st_size
         for pattern in ("*.safetensors", "*.gguf")

@@ -344,13 +344,9 @@ def save(
     fmt = formats.resolve(format_name, set(job.plan.quantized.values()))
     for weight in job.plan.weights:
         if weight.scheme:
-            problem = fmt.check(weight.scheme, weight.out_features, weight.in_features)
-            if not weight.scheme.sym and weight.scheme.min_zero < fmt.min_zero:
-                problem = f"stores no zero point below {fmt.min_zero}"
-            if weight.scheme.scale_bits is None and formats.scale_bits([fmt.name], weight.scheme):
-                problem = "stores scale * zero as one number"
-            if weight.scheme.scale_range not in (None, fmt.scale_range) and fmt.parts:
-                problem = "cannot hold what was tuned on the grid of another format"
+            problem = fmt.holds(weight.scheme) or fmt.check(
+                weight.scheme, weight.out_features, weight.in_features
+            )
             if problem:
                 raise UserError(
                     f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before"

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from auto_mmround.checkpoint.folder import is_side_file
-from auto_mmround.checkpoint.subject import Finding, Stored, Subject, read_json, read_subject
-from auto_mmround.export.formats import PATTERN_SECONDS, Format, resolve
+from auto_mmround.checkpoint.subject import Finding, Subject, read_json, read_subject
+from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
+from auto_mmround.export.method import Overrides, Question
+from auto_mmround.headers import TYPE_NAMES, Header
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
@@ -24,9 +26,6 @@ from auto_mmround.verify import names
 from auto_mmround.verify.together import TOGETHER
 from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
 
-DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64",
-    torch.uint32: "U32",
-          torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # fmt: skip
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -101,7 +100,7 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
 
 def check_layout(s: Subject) -> Iterator[Finding]:
     """Parts, dtypes and shapes of every packed weight are what its scheme and its layer ask for."""
-    expected: dict[tuple[Scheme, int, int], dict[str, Stored]] = {}
+    expected: dict[tuple[Scheme, int, int], dict[str, Header]] = {}
     for module in sorted(s.packed):
         layer = s.skeleton.linears.get(module) if s.skeleton else None
         wanted = scheme(s, module)
@@ -120,7 +119,7 @@ def check_layout(s: Subject) -> Iterator[Finding]:
 
 def _expected_parts(
     fmt: Format, wanted: Scheme, out_features: int, in_features: int
-) -> dict[str, Stored]:
+) -> dict[str, Header]:
     """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells
     enough."""
     if wanted.data_type != "int":
@@ -136,7 +135,8 @@ def _expected_parts(
         wanted.sym,
     )
     return {
-        name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in fmt.pack("", codes).items()
+        name: Header("", TYPE_NAMES[t.dtype], tuple(t.shape))
+        for name, t in fmt.pack("", codes).items()
     }
 
 
@@ -152,7 +152,7 @@ def _alike(s: Subject) -> set[str]:
     )
 
 
-def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> Iterator[Finding]:
+def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> Iterator[Finding]:
     for part, wanted in expected.items():
         name = module + part
         found = s.tensors.get(name)
@@ -182,10 +182,10 @@ def check_names(s: Subject) -> Iterator[Finding]:
         "vLLM": {names.vllm_module(model_type, stored): stored for stored in s.skeleton.linears},
     }
     for engine, spelled in spellings.items():
-        reader = names.READERS.get((engine, str(s.quantization.get("quant_method"))))
-        if reader is None or (engine == "vLLM" and not names.vllm_reads(s.quantization)):
+        reader = s.fmt.method.readers.get(engine) if s.fmt.method else None
+        if reader is None:
             continue
-        question = names.Question(
+        question = Question(
             s.quantization,
             list(spelled),
             next((name for name, stored in spelled.items() if stored == s.skeleton.head), None),
@@ -201,11 +201,12 @@ def check_names(s: Subject) -> Iterator[Finding]:
             )
             yield Finding("error", "quantization_config", text)
             continue
-        yield from _compare_names(s, engine, spelled, answer)
+        if answer is not None:
+            yield from _compare_names(s, engine, spelled, answer)
 
 
 def _compare_names(
-    s: Subject, engine: str, spelled: Mapping[str, str], answer: Mapping[str, names.Overrides]
+    s: Subject, engine: str, spelled: Mapping[str, str], answer: Mapping[str, Overrides]
 ) -> Iterator[Finding]:
     assert s.skeleton is not None and s.quantization is not None
     plain = [name for name, stored in spelled.items() if stored in s.packed and name not in answer]
@@ -254,7 +255,7 @@ def check_entries(s: Subject) -> Iterator[Finding]:
         with time_limit(PATTERN_SECONDS):
             idle = [
                 entry
-                for entry in names.entries(s.quantization)
+                for entry in entries(s.quantization)
                 if not names.names_something(entry, known)
             ]
     except TooLong:

@@ -16,7 +16,7 @@ from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
-from auto_mmround.verify.engines import ENGINES, ask, interpreter
+from auto_mmround.verify.engines import ENGINES, ask, interpreter, reads
 from auto_mmround.verify.limits import refusal
 from auto_mmround.verify.llamacpp import ask_llamacpp
 from auto_mmround.verify.probes import Probe, make_probes
@@ -131,9 +131,7 @@ def verify(
     findings = run_checks(subject)
     verification = Verification(folder, name, tuple(findings))
     wanted = (
-        [engine for engine in ENGINES if name in ENGINES[engine].formats]
-        if chosen is None
-        else list(chosen)
+        [engine for engine in ENGINES if name in reads(engine)] if chosen is None else list(chosen)
     )
     if chosen is None and not verification.right:
         return Verification(
@@ -256,10 +254,9 @@ def _verdict(
 def _require(engine: str, name: str, root: Path) -> None:
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
-    if name not in ENGINES[engine].formats:
+    if name not in reads(engine):
         raise UserError(
-            f"{engine} does not read the format {name}; it reads"
-            f" {', '.join(ENGINES[engine].formats)}"
+            f"{engine} does not read the format {name}; it reads {', '.join(reads(engine))}"
         )
     if problem := engines.not_installed(interpreter(name, root, engine)):
         raise UserError(problem)

@@ -13,19 +13,19 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Layout, Whole, check_int
+from auto_mmround.export.format import Format, Layout, Whole, check_integers
+from auto_mmround.export.method import Method
 from auto_mmround.export.openvino.read import read
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
 from auto_mmround.programs import program
-from auto_mmround.recipe.schemes import Scheme
 
 log = logging.getLogger(__name__)
 CONVERTER = program("openvino_convert")
@@ -43,11 +43,6 @@ def converter_python() -> Path:
             " install openvino"
         )
     return Path(sys.executable)
-
-
-def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why the IR could not hold this weight, or None."""
-    return check_int(scheme, out_features, in_features, FORMAT.bits, (1, 2), SCALE_DTYPES)
 
 
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
@@ -143,10 +138,6 @@ def _config(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _not_packed(*_: Any) -> NoReturn:
-    raise UserError("an OpenVINO folder holds graphs, not packed tensors")
-
-
 FORMAT = Format(
     name="openvino",
     summary=(
@@ -154,12 +145,13 @@ FORMAT = Format(
         " OpenVINO"
     ),
     bits=(4, 8),
-    check=check,
-    pack=_not_packed,
-    unpack=_not_packed,
+    check=check_integers((4, 8), (1, 2), SCALE_DTYPES),
     config=_config,
     write=write,
-    ready=converter_python,
     read=read,
+    ready=converter_python,
     check_model=check_model,
+    method=Method("openvino"),
+    engines={"openvino": "openvino"},
 )
+FORMATS = (FORMAT,)
