@@ -199,22 +199,23 @@ class Format:
     def holds(self, scheme: Scheme) -> str | None:
         """Why codes that were tuned under this scheme cannot be stored, whatever their shape; None
         if they can."""
-        size = 8192 * max(scheme.group_size, 1)  # a multiple of all that formats ask for
-        if problem := self.check(scheme, size, size):
-            return problem
-        fused = not scheme.sym and self.fused_zero
         rules = (
-            (
-                not scheme.sym and scheme.min_zero < self.min_zero,
-                f"stores no zero point below {self.min_zero}",
-            ),
-            (fused and scheme.scale_bits is None, "stores scale * zero as one number"),
             (
                 self.packs and scheme.scale_range not in (None, self.scale_range),
                 "cannot hold what was tuned on the grid of another format",
             ),
+            (
+                not scheme.sym and self.fused_zero and scheme.scale_bits is None,
+                "stores scale * zero as one number",
+            ),
+            (
+                not scheme.sym and scheme.min_zero < self.min_zero,
+                f"stores no zero point below {self.min_zero}",
+            ),
         )
-        return next((reason for broken, reason in rules if broken), None)
+        size = 8192 * max(scheme.group_size, 1)  # a multiple of all that formats ask for
+        found = next((reason for broken, reason in rules if broken), None)
+        return found or self.check(scheme, size, size)
 
 
 def check_integers(
