@@ -16,6 +16,7 @@ from auto_mmround import cli
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.scoring import Score
 from auto_mmround.evaluate.tasks import picture
+from auto_mmround.export.formats import FORMATS
 from auto_mmround.report import card, charts, report
 
 BROWSER = next(
@@ -297,8 +298,7 @@ def test_code_of_the_card_is_python(full):
     for kinds in card.CODE.values():
         for language, code in kinds.values():
             filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"',
-                imports="pipeline",
-                                 options=card.UNPACKED)  # fmt: skip
+                **FORMATS["compressed_tensors"].card)  # fmt: skip
             assert language == "bash" or compile(filled, "card", "exec")
 
 

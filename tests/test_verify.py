@@ -128,7 +128,8 @@ def test_module_names_in_vllm(model_type, name, spelled):
     ],
 )
 def test_readers(engine, method, config, quantized):
-    question = Question(config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
+    stated = {"bits": 4, "sym": True, "packing_format": "auto_round:auto_gptq"}
+    question = Question(stated | config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
     (found, *_) = formats.of_method({"quant_method": method})
     assert set(found.method.readers[engine](question)) == quantized
 

@@ -2,10 +2,8 @@
 activations, or floats; their configuration, and how it is read."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check
 from auto_mmround.export.compressed_tensors import floats, integers
+from auto_mmround.export.compressed_tensors.targets import ends_of, targets_of
 from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
@@ -26,11 +25,10 @@ from auto_mmround.export.format import (
     tower_patterns,
 )
 from auto_mmround.export.method import Method, Overrides, Question
-from auto_mmround.export.patterns import Lookup, as_pattern, folded, tails, templates
+from auto_mmround.export.patterns import Lookup
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 
-Ends = dict[str, set[Scheme]]
 # weight_scale first: the part that every quantized module has and no other.
 PARTS = {
     "weight_scale": "scale", "weight_packed": "q", "weight": "q", "weight_shape": "",
@@ -69,7 +67,7 @@ def config(layout: Layout) -> dict[str, Any]:
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
     # vLLM puts a prefix before the output head of some models, but not before its name here.
     ignore += [f"re:.*{single}$" for single in singles if "." not in single]
-    kind, ends = _kind(largest), _ends(layout, by_scheme)
+    kind, ends = _kind(largest), ends_of(layout, by_scheme)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for
     # Transformers, which then refuses ours; asked to dequantize at once Transformers reads them,
     # but with one scheme for all layers.
@@ -83,7 +81,7 @@ def config(layout: Layout) -> dict[str, Any]:
         "ignore": ignore,
         "config_groups": {
             f"group_{i}": _group(
-                scheme, _targets(layout, by_scheme, scheme, ends, scheme == largest), kind
+                scheme, targets_of(layout, by_scheme, scheme, ends, scheme == largest), kind
             )
             for i, scheme in enumerate(sorted(by_scheme, key=lambda scheme: scheme != largest))
         },
@@ -122,101 +120,6 @@ def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
         "input_activations": activations if scheme.act_bits < 16 else None,
         "output_activations": None,
     }
-
-
-def _targets(
-    layout: Layout,
-    by_scheme: Mapping[Scheme, list[str]],
-    scheme: Scheme,
-    ends: Ends,
-    everything: bool,
-) -> list[str]:
-    """How readers find these modules: all by their class, a whole block list by a pattern, else one
-    by one, those that differ in numbers only by one pattern.
-
-    Both Transformers and vLLM try names before classes, and vLLM tries the members of a matrix that
-    it fuses.
-    """
-    names, blocks = by_scheme[scheme], {name: _block(layout, name) for name in layout.quantized}
-    outside = [name for name in names if blocks[name] is None]
-    if everything:  # vLLM's output head is no Linear: it goes by name
-        return [
-            "Linear",
-            *(target for name in outside for target in _by_name(layout, name, name, scheme, ends)),
-        ]
-    sizes, mine = Counter(blocks.values()), Counter(blocks[name] for name in names)
-    whole = {
-        block: pattern
-        for block in layout.blocks
-        if mine[block] == sizes[block] > 0
-        and (pattern := _block_pattern(layout, block, by_scheme, scheme))
-    }
-    targets = dict.fromkeys(whole.values())
-    single = [name for name in names if blocks[name] not in whole]
-    for template, members in folded(single, layout.quantized).items():
-        found = _by_name(layout, template, members[0], scheme, ends)
-        if "#" in template and not found[0].startswith("re:"):
-            found = [
-                target
-                for member in members
-                for target in _by_name(layout, member, member, scheme, ends)
-            ]
-        targets |= dict.fromkeys(found)
-    return list(targets)
-
-
-def _block(layout: Layout, name: str) -> str | None:
-    return next((block for block in layout.blocks if name.startswith(block + ".")), None)
-
-
-def _ends(layout: Layout, by_scheme: Mapping[Scheme, list[str]]) -> Ends:
-    """What spellings of the modules end in, numbers also as ``#`` -> the schemes of those that
-    do."""
-    found: Ends = {}
-    for scheme, names in by_scheme.items():
-        for name in names:
-            for spelling in both_spellings(layout, name):
-                for form in (spelling, *templates(spelling)):
-                    for tail in tails(form):
-                        found.setdefault(tail, set()).add(scheme)
-    return found
-
-
-def _by_name(layout: Layout, template: str, name: str, scheme: Scheme, ends: Ends) -> list[str]:
-    """A pattern of what all spellings end in, or where it takes modules of other schemes, the
-    spellings of ``name``."""
-    shared = _shared_end(layout, name)
-    end = ".".join(template.split(".")[-len(shared) :]) if shared else ""
-    if not shared or _differs(template, name, shared) or ends[end] != {scheme}:
-        return both_spellings(layout, name)
-    return [rf"re:(.*\.)?{as_pattern(end)}$"]
-
-
-def _differs(template: str, name: str, shared: list[str]) -> bool:
-    """Whether a template has numbers in front of the end that all spellings share: the pattern
-    would be too wide."""
-    front = len(name.split(".")) - len(shared)
-    return "#" in template.split(".")[:front]
-
-
-def _shared_end(layout: Layout, name: str) -> list[str]:
-    spellings = [reversed(spelling.split(".")) for spelling in both_spellings(layout, name)]
-    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*spellings))]
-    return common[::-1]
-
-
-def _block_pattern(
-    layout: Layout, block: str, by_scheme: Mapping[Scheme, list[str]], scheme: Scheme
-) -> str | None:
-    """``re:`` pattern of everything below a block list in all spellings; None if it takes modules
-    of other schemes."""
-    shared = _shared_end(layout, block)
-    pattern = re.compile(rf"(.*\.)?{re.escape('.'.join(shared))}\.")
-    others = (name for other, names in by_scheme.items() if other != scheme for name in names)
-    taken = any(
-        pattern.match(spelling) for name in others for spelling in both_spellings(layout, name)
-    )
-    return f"re:{pattern.pattern}" if shared and not taken else None
 
 
 def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:

@@ -28,7 +28,7 @@ from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
 from auto_mmround.programs import program
 
 log = logging.getLogger(__name__)
-CONVERTER = program("openvino_convert")
+CONVERTER = [str(program(name)) for name in ("engine_main", "openvino_convert")]
 TOWERS = ("qwen2_vl", "llava")  # as in openvino_convert.py
 ENVIRONMENT = Path(".engines/openvino/bin/python")
 
@@ -90,9 +90,8 @@ def write(folder: Path, whole: Whole) -> dict[str, Any]:
             "out": str(folder.absolute()),
         }
         (plain / "request.json").write_text(strict.dumps(request), encoding="utf-8")
-        # -P: the script's folder must not be searched for modules, this file would pass for the
-        # package.
-        command = [str(converter_python()), "-P", str(CONVERTER), str(plain / "request.json")]
+        # -P: the script's folder must not be searched before the packages.
+        command = [str(converter_python()), "-P", *CONVERTER, str(plain / "request.json")]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
     answer = _last_json(done.stdout) or {
         "error": (done.stderr.strip().splitlines() or ["no answer"])[-1]
