@@ -28,8 +28,8 @@ from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.export.formats import FORMATS
+from auto_mmround.families import FAMILIES
 from auto_mmround.model import devices
-from auto_mmround.model.families import FAMILIES
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report

@@ -25,7 +25,7 @@ from auto_mmround import cli, console, export
 from auto_mmround.calibration.template import parse_template
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.export import formats
-from auto_mmround.model.families import FAMILIES
+from auto_mmround.families import FAMILIES
 from auto_mmround.model.loading import DEMO
 from auto_mmround.verify.engines import python_of
 

@@ -17,6 +17,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.scoring import Score
 from auto_mmround.evaluate.tasks import picture
 from auto_mmround.export.formats import FORMATS
+from auto_mmround.model.loading import find_folder
 from auto_mmround.report import card, charts, report
 
 BROWSER = next(
@@ -304,7 +305,7 @@ def test_code_of_the_card_is_python(full):
 
 def test_card_takes_licence_and_base_model_from_the_source(full, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(report.find_folder("demo"), source)
+    shutil.copytree(find_folder("demo"), source)
     (source / "README.md").write_text(
         "---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Source\n"
     )

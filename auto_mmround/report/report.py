@@ -17,13 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.export import formats
-from auto_mmround.headers import read_header
-from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
-from auto_mmround.untrusted import weight_files
+from auto_mmround.report.sizes import sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
@@ -66,7 +63,7 @@ def collect(folder: Path) -> dict[str, Any]:
             "bits_per_weight": run["bits_per_weight"],
             "stages": dict(Counter(block["stage"] for block in blocks)),
         },
-        "sizes": _sizes(folder, str(recipe["model"])),
+        "sizes": sizes(folder, str(recipe["model"])),
         "machine": measured.get("machine", {}),
         "seconds": measured.get("seconds"),
         "peak_gb": measured.get("peak_gb"),
@@ -282,30 +279,6 @@ def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
         {"reason": reason, "count": len(names), "names": list(dict.fromkeys(names))}
         for reason, names in found.items()
     ]
-
-
-def _sizes(folder: Path, model: str) -> dict[str, Any]:
-    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
-    source."""
-    quantization = _json(folder / "config.json").get("quantization_config")
-    headers = [read_header(path) for path in sorted(folder.glob("*.safetensors"))]
-    found = {name: header for file in headers for name, header in file.items()}
-    fmt = formats.from_config(quantization) if quantization else None
-    modules = fmt.packed(found) if fmt else ()
-    parts = {f"{module}.{part}" for module in modules for part in (fmt.parts if fmt else ())}
-    packed = sum(header.nbytes for name, header in found.items() if name in parts)
-    plain = sum(header.nbytes for name, header in found.items() if name not in parts)
-    weights = sum(
-        path.stat().st_size
-        for pattern in ("*.safetensors", "*.gguf")
-        for path in folder.glob(pattern)
-    )
-    try:
-        source = find_folder(model, offline=True)
-        before = sum(path.stat().st_size for path in weight_files(source)) or None
-    except UserError:
-        before = None
-    return {"weights": weights, "packed": packed, "plain": plain, "source": before}
 
 
 def _verdicts(path: Path) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
+from auto_mmround.families import FAMILIES, family_of
 from auto_mmround.model import devices
-from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit

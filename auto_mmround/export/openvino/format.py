@@ -24,12 +24,12 @@ from auto_mmround.export.format import Format, Layout, Whole, check_integers
 from auto_mmround.export.method import Method
 from auto_mmround.export.openvino.read import read
 from auto_mmround.export.shards import ShardWriter
+from auto_mmround.families import FAMILIES, family_of
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
 from auto_mmround.programs import program
 
 log = logging.getLogger(__name__)
 CONVERTER = [str(program(name)) for name in ("engine_main", "openvino_convert")]
-TOWERS = ("qwen2_vl", "llava")  # as in openvino_convert.py
 ENVIRONMENT = Path(".engines/openvino/bin/python")
 
 
@@ -52,10 +52,12 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
         raise UserError(
             f"format openvino holds decoders of text, with or without a tower, not {kind}"
         )
-    if kind not in TOWERS and any(key in config for key in ("vision_config", "audio_config")):
+    if not family_of(str(kind)).openvino and any(
+        key in config for key in ("vision_config", "audio_config")
+    ):
         log.warning(
             f"openvino: of {kind} only the language model is converted; towers are for"
-            f" {', '.join(TOWERS)}"
+            f" {', '.join(name for name, row in FAMILIES.items() if row.openvino)}"
         )
 
 
