@@ -21,6 +21,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.gguf import k as gguf_k
 from auto_mmround.export.gguf import models as gguf_models
+from auto_mmround.export.gguf import read as gguf_read
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.gguf import towers as gguf_towers
 from auto_mmround.export.gguf.types import TYPES, exact_type, pack, unpack
@@ -233,6 +234,19 @@ def test_every_tensor_has_one_place_and_comes_back(case, tmp_path):
     check_model = formats.FORMATS["gguf"].check_model
     assert check_model is not None
     check_model(json.loads((source / "config.json").read_text()), wanted, source)
+
+
+def test_tensors_are_decoded_one_by_one_when_they_are_asked_for(tmp_path, monkeypatch):
+    """The proof asks block by block: what comes earlier in the file must not wait in memory."""
+    out = export(tiny("qwen2_vl", tmp_path / "source"), tmp_path / "out", quantize=True)
+    decoded, decode = [], gguf_read._decode
+    monkeypatch.setattr(
+        gguf_read, "_decode", lambda part: decoded.append(part.name) or decode(part)
+    )
+    tensors = gguf_read.read(out)
+    assert len(tensors) > 20 and not decoded
+    assert tensors["model.layers.1.mlp.down_proj.weight"].ndim == 2
+    assert decoded == ["blk.1.ffn_down.weight"]
 
 
 @pytest.mark.parametrize("case", CONFIGS)
