@@ -106,8 +106,8 @@ def test_json_is_written_in_one_place():
     """Python's own `dumps` writes NaN. Excepted: workers that talk to us, names and strings, what
     only we read."""
     excepted = {
-        "strict.py", "recipe/files.py", "verify/side_files.py", "report/card.py", "export/shards.py",
-        "run/finished.py",
+        "strict.py", "recipe/files.py", "verify/side_files.py", "report/card.py",
+        "export/shards.py", "run/finished.py",
     }  # fmt: skip
     found = {
         str(path.relative_to(ROOT / "auto_mmround"))

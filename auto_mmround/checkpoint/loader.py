@@ -1,7 +1,7 @@
 """Our own reader: any checkpoint of ours back to a plain Transformers model with dequantized
 weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,7 @@ def from_quantized(
         )
     except NONSENSE as error:
         raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
-    wrong = sorted(
-        {
-            *info["missing_keys"],
-            *info["unexpected_keys"],
-            *(key for key, *_ in info["mismatched_keys"]),
-        }
-    )
-    if wrong:
-        raise UserError(
-            f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first"
-            f" {wrong[0]}"
-        )
+    _check_filled(folder, info)
     named(model)
     if activations:
         _quantize_inputs(model, read_checkpoint(folder), state, device)
@@ -90,6 +79,17 @@ def from_quantized(
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
+
+
+def _check_filled(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raises UserError if not every tensor filled one parameter."""
+    mismatched = (key for key, *_ in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *mismatched})
+    if wrong:
+        raise UserError(
+            f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first"
+            f" {wrong[0]}"
+        )
 
 
 def _as_the_model_keeps_them(

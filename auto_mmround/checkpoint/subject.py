@@ -161,28 +161,12 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     }
     original = stored_tensors(source).files if source is not None else ()
     packs = fmt is not None and fmt.packs
-    skeleton = (
-        _skeleton(folder, keys, original, findings, remote_code, packs)
-        if config and not whole
-        else None
-    )
-    schemes = (
-        _schemes(quantization, packed, findings)
-        if fmt is not None and quantization is not None
-        else {}
-    )
+    made = None
+    if config and not whole:
+        made = _skeleton(folder, keys, original, findings, remote_code, packs)
+    schemes = _schemes(quantization, packed, findings) if fmt and quantization else {}
     return Subject(
-        folder,
-        config,
-        quantization,
-        fmt,
-        tensors,
-        packed,
-        skeleton,
-        journal,
-        source,
-        schemes,
-        findings,
+        folder, config, quantization, fmt, tensors, packed, made, journal, source, schemes, findings
     )
 
 
@@ -313,19 +297,8 @@ def _skeleton(
     original: the keys of the source. packs: the format packs weights; engines take experts one by
       one then.
     """
-    try:
-        config = read_config(folder, remote_code)
-        model = skeleton(config, folder, remote_code)
-    except UserError as error:
-        text = (
-            "the model can't be built, so names and shapes are not checked"
-            f" ({' '.join(str(error).split())[:200]})"
-        )
-        findings.append(
-            Finding(
-                "error" if isinstance(error.__cause__, KeyError) else "warning", "config.json", text
-            )
-        )
+    model = _built(folder, remote_code, findings)
+    if model is None:
         return None
     names = loaded_names(model, sorted(keys))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -336,34 +309,52 @@ def _skeleton(
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
     unknown = [
-        key for key, (name, whole) in names.items() if name is None and whole and key not in members
+        key
+        for key, (name, entire) in names.items()
+        if name is None and entire and key not in members
     ]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
-    keys_here = {name: key for key, (name, whole) in names.items() if whole and name is not None}
-    before = {
-        key: name
-        for key, (name, whole) in loaded_names(model, original).items()
-        if whole and name is not None
-    }
+    whole = _whole(names)
+    keys_here = {name: key for key, name in whole.items()}
     return Skeleton(
-        shapes={
-            key: own[name] for key, (name, whole) in names.items() if name is not None and whole
-        },
+        shapes={key: own[name] for key, name in whole.items()},
         linears=layers,
         missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
-        respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
+        respelled={
+            key: keys_here[name]
+            for key, name in _whole(loaded_names(model, original)).items()
+            if name in keys_here
+        },
         tied={
             keys_here[n]: keys_here[origin]
             for n, origin in tied.items()
             if n in keys_here and origin in keys_here
         },
         mixtures=_mixtures(
-            model, spelled, {*members, *(key for key, (_, whole) in names.items() if not whole)}
+            model, spelled, {*members, *(key for key, (_, entire) in names.items() if not entire)}
         ),
     )
+
+
+def _whole(names: Mapping[str, tuple[str | None, bool]]) -> dict[str, str]:
+    """Key -> parameter, of the keys that are one whole parameter."""
+    return {key: name for key, (name, entire) in names.items() if entire and name is not None}
+
+
+def _built(folder: Path, remote_code: bool, findings: list[Finding]) -> PreTrainedModel | None:
+    try:
+        return skeleton(read_config(folder, remote_code), folder, remote_code)
+    except UserError as error:
+        text = (
+            "the model can't be built, so names and shapes are not checked"
+            f" ({' '.join(str(error).split())[:200]})"
+        )
+        severity = "error" if isinstance(error.__cause__, KeyError) else "warning"
+        findings.append(Finding(severity, "config.json", text))
+        return None
 
 
 def _mixtures(

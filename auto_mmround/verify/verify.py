@@ -147,38 +147,47 @@ def verify(
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
     if asked:
-        exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
-        with tempfile.TemporaryDirectory() as made:
-            probes, notes = make_probes(exact, Path(made))
-        planned = len(subject.packed or subject.journal.get("codes") or ())
-        inputs = [probe.kwargs for probe in probes]
-        references = {False: make_reference(folder, exact.model, inputs)}
-        if rounds_inputs(subject.quantization) and any(
-            ENGINES[engine].rounds_inputs for engine in asked
-        ):
-            rounding = from_quantized(
-                folder, dtype="float32", remote_code=remote_code, activations=True
-            )
-            references[True] = make_reference(folder, rounding.model, inputs, activations=True)
-        for engine in asked:
-            reference = references.get(ENGINES[engine].rounds_inputs, references[False])
-            taken = _taken(engine, folder, probes)
-            if not taken:
-                kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
-                verdicts[engine] = replace(
-                    verdicts[engine], reason=f"{engine} is asked nothing: it takes no {kinds}"
-                )
-                continue
-            part = replace(
-                reference,
-                inputs=[reference.inputs[i] for i in taken],
-                logits=[reference.logits[i] for i in taken],
-            )
-            media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
-            verdicts[engine] = _verdict(
-                engine, name, part, planned, root, timeout, media, exact.tokenizer
-            )
+        found, notes = _ask_all(asked, subject, name, root, timeout, remote_code)
+        verdicts |= found
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
+
+
+def _ask_all(
+    asked: Sequence[str], subject: Subject, name: str, root: Path, timeout: float, remote_code: bool
+) -> tuple[dict[str, Verdict], list[str]]:
+    """A verdict of each engine, and what could not be asked."""
+    folder, verdicts = subject.folder, dict[str, Verdict]()
+    exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
+    with tempfile.TemporaryDirectory() as made:
+        probes, notes = make_probes(exact, Path(made))
+    planned = len(subject.packed or subject.journal.get("codes") or ())
+    inputs = [probe.kwargs for probe in probes]
+    references = {False: make_reference(folder, exact.model, inputs)}
+    if rounds_inputs(subject.quantization) and any(
+        ENGINES[engine].rounds_inputs for engine in asked
+    ):
+        rounding = from_quantized(
+            folder, dtype="float32", remote_code=remote_code, activations=True
+        )
+        references[True] = make_reference(folder, rounding.model, inputs, activations=True)
+    for engine in asked:
+        reference = references.get(ENGINES[engine].rounds_inputs, references[False])
+        taken = _taken(engine, folder, probes)
+        if not taken:
+            kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
+            reason = f"{engine} is asked nothing: it takes no {kinds}"
+            verdicts[engine] = Verdict(folder, name, engine, "not run", reason)
+            continue
+        part = replace(
+            reference,
+            inputs=[reference.inputs[i] for i in taken],
+            logits=[reference.logits[i] for i in taken],
+        )
+        media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
+        verdicts[engine] = _verdict(
+            engine, name, part, planned, root, timeout, media, exact.tokenizer
+        )
+    return verdicts, notes
 
 
 def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:

@@ -101,10 +101,9 @@ def write(ggml: Blocks | None, folder: Path, whole: Whole) -> dict[str, Any]:
             )
             moved.append(distance)
     if ggml is not None and any(moved):
-        share = sum(moved) / len(moved)
         log.warning(
-            f"gguf:{ggml.name.lower()}: fitted to super-blocks, weights moved by {share:.1%} of a"
-            " step (rms)"
+            f"gguf:{ggml.name.lower()}: fitted to super-blocks, weights moved by"
+            f" {sum(moved) / len(moved):.1%} of a step (rms)"
         )
     for key, tensor in whole.rest:
         for part, target, plain in _pieces(parts, key, tensor):
