@@ -308,11 +308,9 @@ def _skeleton(
     tied = model.all_tied_weights_keys
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
-    unknown = [
-        key
-        for key, (name, entire) in names.items()
-        if name is None and entire and key not in members
-    ]
+    parts = {key for key, (_, entire) in names.items() if not entire}
+    lost = [key for key, (name, _) in names.items() if name is None]
+    unknown = [key for key in lost if key not in members | parts]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
     whole = _whole(names)
@@ -333,9 +331,7 @@ def _skeleton(
             for n, origin in tied.items()
             if n in keys_here and origin in keys_here
         },
-        mixtures=_mixtures(
-            model, spelled, {*members, *(key for key, (_, entire) in names.items() if not entire)}
-        ),
+        mixtures=_mixtures(model, spelled, members | parts),
     )
 
 
