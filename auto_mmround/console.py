@@ -25,10 +25,10 @@ from auto_mmround.evaluate.generation import generate_sample
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.prompts import Data
-from auto_mmround.evaluate.tasks import Findings
+from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.export.formats import FORMATS
+from auto_mmround.families import FAMILIES
 from auto_mmround.model import devices
-from auto_mmround.model.families import FAMILIES
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report
@@ -291,14 +291,15 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
         flat = findings.figures["quantized"].as_dict() if findings.figures else {}
         print(strict.dumps(flat | record, indent=1))
         return 0
-    show_findings(findings, record)
+    show_measured(findings, record)
     for path in filter(None, (page, card_file)):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
 
 
-def show_findings(findings: Findings, record: Mapping[str, Any]) -> None:
-    """Tables of the results: figures by modality, scores with recovery, answers side by side."""
+def show_measured(findings: Measured, record: Mapping[str, Any]) -> None:
+    """Tables of what was measured: figures by modality, scores with recovery, answers side by
+    side."""
     roles = [role for role in ("reference", "baseline") if record[role]] + ["quantized"]
     if findings.figures:
         names = roles if len(roles) > 1 else [str(record["model"])]

@@ -26,6 +26,8 @@ def report_crash(kind: type[BaseException], error: BaseException, trace: Any) ->
 
 def main(worker: str, request: str) -> int:
     sys.excepthook = report_crash
+    # behind all else: a worker's second file is found, and none passes for a package
+    sys.path.append(str(Path(worker).parent))
     spec = importlib.util.spec_from_file_location(Path(worker).stem, worker)
     assert spec is not None and spec.loader is not None  # a path that ends in .py always has both
     module = importlib.util.module_from_spec(spec)

@@ -30,7 +30,7 @@ from auto_mmround.calibration.template import Template, parse_messages, read_tem
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.errors import UserError
-from auto_mmround.export.gguf import format as gguf
+from auto_mmround.export.gguf import read as gguf
 from auto_mmround.model.loading import DEMO, load_processor, read_config, skeleton
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping

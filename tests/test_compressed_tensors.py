@@ -20,6 +20,7 @@ from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.export import formats
 from auto_mmround.export.compressed_tensors import format as ct
+from auto_mmround.export.compressed_tensors import integers
 from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
@@ -89,7 +90,7 @@ def test_packed_words_are_what_compressed_tensors_packs_and_reads(
 ) -> None:
     scheme, columns = Scheme(bits, group, sym), 29 if group == -1 else group * groups
     codes = random_codes(out, columns, scheme, seed, dtype)
-    tensors = ct.pack_words("m", codes)
+    tensors = integers.pack_words("m", codes)
     assert same(ct.unpack("m", tensors, scheme), codes)
     signed, middle = codes.q_OI.to(torch.int16), 2 ** (bits - 1)
     assert torch.equal(
@@ -108,7 +109,7 @@ def test_packed_words_are_what_compressed_tensors_packs_and_reads(
 )
 def test_int8_is_what_compressed_tensors_reads(scheme: Scheme) -> None:
     codes = random_codes(5, 48, scheme, 0)
-    tensors = ct.pack_int8("m", codes)
+    tensors = integers.pack_int8("m", codes)
     assert same(ct.unpack("m", tensors, scheme), codes) and tensors["m.weight"].dtype == torch.int8
     local = {key.removeprefix("m."): tensor for key, tensor in tensors.items()}
     group = group_of(scheme)
@@ -119,7 +120,7 @@ def test_int8_is_what_compressed_tensors_reads(scheme: Scheme) -> None:
 
 def test_refusals() -> None:
     codes = random_codes(4, 32, Scheme(4, 16), 0)
-    tensors = ct.pack_words("m", codes)
+    tensors = integers.pack_words("m", codes)
     for scheme, word in (
         (Scheme(4, 32), "contradicts"),
         (Scheme(3, 16), "words"),
@@ -147,7 +148,7 @@ def test_refusals() -> None:
             Scheme(8, -1),
         )
     with pytest.raises(ValueError, match="symmetric"):
-        ct.pack_int8("m", random_codes(4, 32, Scheme(8, -1, False), 0))
+        integers.pack_int8("m", random_codes(4, 32, Scheme(8, -1, False), 0))
 
 
 # Float grids, against compressed-tensors' own scales, rounding and packing
@@ -242,9 +243,10 @@ def test_one_scale_for_a_whole_weight_is_read() -> None:
     }
     float8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     config = {
+        "quant_method": "compressed-tensors",
         "config_groups": {
             "group_0": {"targets": ["m"], "weights": float8, "input_activations": float8}
-        }
+        },
     }
     scheme = formats.scheme_of(config, "m")
     assert (scheme.act_bits, scheme.act_dynamic, scheme.data_type, scheme.group_size) == (

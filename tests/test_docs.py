@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from auto_mmround import cli, console
+from auto_mmround import cli, console, export
 from auto_mmround.calibration.template import parse_template
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.export import formats
-from auto_mmround.model.families import FAMILIES
+from auto_mmround.families import FAMILIES
 from auto_mmround.model.loading import DEMO
 from auto_mmround.verify.engines import python_of
 
@@ -201,16 +202,16 @@ def test_marks_are_understood_or_refused():
 
 
 def test_the_format_of_the_new_format_page(tmp_path, monkeypatch):
-    """The file of docs/new-format.md, a row in the registry, and a run: what is read back is what
-    `fake` holds."""
+    """The file of docs/new-format.md in the room of the formats, and a run: what is read back is
+    what `fake` holds."""
     found = [
         block.code for block in blocks(ROOT / "docs/new-format.md") if block.language == "python"
     ]
-    names: dict[str, object] = {"__name__": "nibbles"}
-    for code in found:
-        exec(code, names)
-    monkeypatch.setitem(formats.FORMATS, "nibbles", names["FORMAT"])
-    monkeypatch.setitem(formats._BY_METHOD, "nibbles", "nibbles")
+    (tmp_path / "nibbles.py").write_text("\n".join(found))
+    monkeypatch.setattr(export, "__path__", [*export.__path__, str(tmp_path)])
+    for name, fmt in formats.found().items():
+        monkeypatch.setitem(formats.FORMATS, name, fmt)
+    monkeypatch.delitem(sys.modules, "auto_mmround.export.nibbles")
     out = tmp_path / "out"
     assert (
         cli.main(

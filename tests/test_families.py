@@ -19,10 +19,10 @@ from auto_mmround import cli
 from auto_mmround.calibration.inputs import with_decoder_ids
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import read_checkpoint
+from auto_mmround.families import FAMILIES as KNOWN
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
 from auto_mmround.model.experts import separated
-from auto_mmround.model.families import FAMILIES as KNOWN
 from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe

@@ -228,8 +228,37 @@ def test_resolve_and_min_zero() -> None:
         formats.resolve("compressed_tensors", [Scheme(8, -1, act_bits=8)]).name
         == "compressed_tensors:int8"
     )
-    assert formats.min_zero(["auto_round", "auto_awq"], ASYM) == 0
-    assert formats.min_zero(["auto_round", "auto_gptq"], ASYM) == 1
+    assert formats.fitted(["auto_round", "auto_awq"], ASYM).min_zero == 0
+    assert formats.fitted(["auto_round", "auto_gptq"], ASYM).min_zero == 1
+
+
+def test_a_format_says_what_it_does_not_hold() -> None:
+    """Whatever the shape; codes that were tuned for another grid too."""
+    said = {
+        ("auto_gptq", ASYM): "stores no zero point below 1",
+        ("gguf", Scheme(4, 32, False)): "stores scale * zero as one number",
+        ("auto_gptq", Scheme(5)): "holds 2, 3, 4, 8 bits, not 5",
+        ("auto_awq", Scheme(4, 48)): "has kernels for group sizes -1, 16, 32, 64, 128, not 48",
+        ("mlx", Scheme(4, 32, False, scale_range=(0, 63))): "the grid of another format",
+    }
+    for (name, scheme), reason in said.items():
+        assert reason in str(FORMATS[name].holds(scheme)), name
+        if not scheme.sym and scheme.scale_range is None:
+            assert FORMATS[name].holds(formats.fitted([name], scheme)) is None
+    assert FORMATS["fake"].holds(Scheme(4, 32, False, scale_range=(0, 63))) is None
+    assert all(FORMATS[name].holds(SYM) is None for name in ("auto_round", "auto_awq", "mlx"))
+
+
+def test_every_format_declares_what_others_ask() -> None:
+    for name, fmt in FORMATS.items():
+        assert fmt.engines and {limit.engine for limit in fmt.limits} <= fmt.engines.keys(), name
+        assert {"q", "scale", "zero"} <= {*fmt.parts.values()} or not fmt.parts, name
+        assert fmt.method or name == "fake"
+        if fmt.method:
+            assert {*fmt.method.listed} <= fmt.method.form.keys(), name
+            stated = {"quant_method": fmt.method.name, **{k: v[0] for k, v in fmt.told.items()}}
+            root = name if name.startswith("auto_round") else name.partition(":")[0]
+            assert formats.from_config(stated).name == root
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.gguf import k as gguf_k
 from auto_mmround.export.gguf import models as gguf_models
+from auto_mmround.export.gguf import read as gguf_read
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.gguf import towers as gguf_towers
 from auto_mmround.export.gguf.types import TYPES, exact_type, pack, unpack
@@ -208,17 +209,17 @@ def test_check_names_the_flags_that_help():
 
 
 def test_the_tuner_knows_how_precise_scales_may_be():
-    assert formats.scale_bits(["auto_round", "gguf:q4_1"], Scheme(4, 32, False)) == 7
-    assert formats.scale_bits(["auto_round"], Scheme(4, 32, False)) is None
-    assert formats.scale_bits(["gguf"], Scheme(4, 32, True)) is None
-    assert (
-        formats.scale_range(["gguf:q4_k"]) == formats.scale_range(["fake", "gguf:q4_k"]) == (0, 63)
-    )
-    assert (
-        formats.scale_range(["gguf:q4_k", "auto_round"])
-        is None
-        is formats.scale_range(["gguf:q4_0"])
-    )
+    asym = Scheme(4, 32, False)
+    assert formats.fitted(["auto_round", "gguf:q4_1"], asym).scale_bits == 7
+    assert formats.fitted(["auto_round"], asym).scale_bits is None
+    assert formats.fitted(["gguf"], Scheme(4, 32, True)).scale_bits is None
+    for names, wanted in (
+        (["gguf:q4_k"], (0, 63)),
+        (["fake", "gguf:q4_k"], (0, 63)),
+        (["gguf:q4_k", "auto_round"], None),
+        (["gguf:q4_0"], None),
+    ):
+        assert formats.fitted(names, asym).scale_range == wanted
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -233,6 +234,19 @@ def test_every_tensor_has_one_place_and_comes_back(case, tmp_path):
     check_model = formats.FORMATS["gguf"].check_model
     assert check_model is not None
     check_model(json.loads((source / "config.json").read_text()), wanted, source)
+
+
+def test_tensors_are_decoded_one_by_one_when_they_are_asked_for(tmp_path, monkeypatch):
+    """The proof asks block by block: what comes earlier in the file must not wait in memory."""
+    out = export(tiny("qwen2_vl", tmp_path / "source"), tmp_path / "out", quantize=True)
+    decoded, decode = [], gguf_read._decode
+    monkeypatch.setattr(
+        gguf_read, "_decode", lambda part: decoded.append(part.name) or decode(part)
+    )
+    tensors = gguf_read.read(out)
+    assert len(tensors) > 20 and not decoded
+    assert tensors["model.layers.1.mlp.down_proj.weight"].ndim == 2
+    assert decoded == ["blk.1.ffn_down.weight"]
 
 
 @pytest.mark.parametrize("case", CONFIGS)

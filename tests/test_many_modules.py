@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from auto_mmround import headers
 from auto_mmround.checkpoint import reading
 from auto_mmround.export import formats
 from auto_mmround.export.format import Layout
@@ -172,7 +174,9 @@ def test_decoding_opens_each_file_once(tmp_path, monkeypatch):
     save_file({key: t.clone() for key, t in tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     opened = []
-    plain = reading._open
-    monkeypatch.setattr(reading, "_open", lambda path: opened.append(path) or plain(path))
+    for module in (headers, reading):
+        monkeypatch.setattr(
+            module, "safe_open", lambda *given: opened.append(given[0]) or safe_open(*given)
+        )
     assert len(dict(reading.dequantized_state_dict(tmp_path))) == len(all_)
     assert len(opened) == 2  # for the names, and for the tensors

@@ -126,7 +126,7 @@ def test_unpack_refuses_what_it_cannot_say() -> None:
     ],
 )
 def test_check(scheme: Scheme, shape: tuple[int, int], reason: str | None) -> None:
-    found = mlx.check(scheme, *shape)
+    found = mlx.FORMAT.check(scheme, *shape)
     assert found is None if reason is None else reason in str(found)
 
 

@@ -45,7 +45,7 @@ RECIPE = Recipe(model="demo", iters=0, device="cpu", format="openvino", group_si
     ],
 )
 def test_check(scheme: Scheme, shape: tuple[int, int], reason: str | None) -> None:
-    found = openvino.check(scheme, *shape)
+    found = openvino.FORMAT.check(scheme, *shape)
     assert found is None if reason is None else reason in str(found)
 
 
@@ -70,7 +70,7 @@ def test_damaged_graphs_are_one_line(graph: str | None, said: str, tmp_path: Pat
     if graph is not None:
         (tmp_path / "openvino_model.xml").write_text(graph)
     with pytest.raises(UserError, match=said):
-        list(openvino.read(tmp_path, None))
+        dict(openvino.read(tmp_path))
 
 
 def test_without_the_converter_nothing_is_tuned(

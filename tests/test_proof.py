@@ -181,7 +181,7 @@ class Written:
 
     @property
     def plain(self) -> bool:
-        return not self.fmt.parts
+        return not self.fmt.packs
 
 
 # the run's own lie in a folder that is gone by now

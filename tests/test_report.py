@@ -16,6 +16,8 @@ from auto_mmround import cli
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.scoring import Score
 from auto_mmround.evaluate.tasks import picture
+from auto_mmround.export.formats import FORMATS
+from auto_mmround.model.loading import find_folder
 from auto_mmround.report import card, charts, report
 
 BROWSER = next(
@@ -288,14 +290,13 @@ def test_code_of_the_card_is_python(full):
     for kinds in card.CODE.values():
         for language, code in kinds.values():
             filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"',
-                imports="pipeline",
-                                 options=card.UNPACKED)  # fmt: skip
+                **FORMATS["compressed_tensors"].card)  # fmt: skip
             assert language == "bash" or compile(filled, "card", "exec")
 
 
 def test_card_takes_licence_and_base_model_from_the_source(full, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(report.find_folder("demo"), source)
+    shutil.copytree(find_folder("demo"), source)
     (source / "README.md").write_text(
         "---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Source\n"
     )

@@ -39,7 +39,7 @@ from auto_mmround.checkpoint.folder import write_side_files
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
-from auto_mmround.export.gguf import format as gguf
+from auto_mmround.export.gguf import read as gguf
 from auto_mmround.model import loading
 from auto_mmround.model.loading import DEMO, load, load_processor, read_config, skeleton
 from auto_mmround.recipe import files

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from auto_mmround import cli
 from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.errors import UserError
+from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS
+from auto_mmround.export.method import Question
 from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -113,8 +115,10 @@ def test_module_names_in_vllm(model_type, name, spelled):
     ],
 )
 def test_readers(engine, method, config, quantized):
-    question = names.Question(config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
-    assert set(names.READERS[engine, method](question)) == quantized
+    stated = {"bits": 4, "sym": True, "packing_format": "auto_round:auto_gptq"}
+    question = Question(stated | config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
+    (found, *_) = formats.of_method({"quant_method": method})
+    assert set(found.method.readers[engine](question)) == quantized
 
 
 def test_tokens_agree_up_to_a_near_tie():
@@ -265,10 +269,7 @@ def test_what_engines_are_known_to_refuse():
     assert refusal("vllm", "compressed_tensors", {Scheme(4), Scheme(4, sym=False)}) is None
     assert refusal("vllm", "compressed_tensors:int8", {Scheme(8, -1, act_bits=8)}) is None
     assert "mismatched sizes" in str(refusal("transformers", "auto_gptq", {Scheme(4), Scheme(8)}))
-    assert all(
-        limit.formats and set(limit.formats) <= set(ENGINES[limit.engine].formats)
-        for limit in LIMITS
-    )
+    assert len(LIMITS) == len({limit for fmt in FORMATS.values() for limit in fmt.limits}) == 17
 
 
 def test_the_support_matrix_has_a_reader_for_every_format():

@@ -7,6 +7,7 @@ from typing import Any
 
 from auto_mmround.atomic import sync_file, sync_folder, write_json
 from auto_mmround.errors import UserError
+from auto_mmround.export import formats
 from auto_mmround.untrusted import belongs
 
 _WEIGHTS = (
@@ -92,7 +93,7 @@ def write_config(
     if quantization_config is None:
         write_json(out / "config.json", plain)
         return
-    if quantization_config.get("quant_method") == "auto-round":
+    if any(fmt.method and fmt.method.copied for fmt in formats.of_method(quantization_config)):
         write_json(out / "quantization_config.json", quantization_config)
     write_json(out / "config.json", {**plain, "quantization_config": dict(quantization_config)})
 

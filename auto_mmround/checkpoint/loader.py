@@ -1,6 +1,6 @@
 """Our own reader: a checkpoint of ours becomes a plain Transformers model with decoded weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,7 @@ def from_quantized(
         )
     except NONSENSE as error:
         raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
-    wrong = sorted(
-        {
-            *info["missing_keys"],
-            *info["unexpected_keys"],
-            *(key for key, *_ in info["mismatched_keys"]),
-        }
-    )
-    if wrong:
-        raise UserError(
-            f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first"
-            f" {wrong[0]}"
-        )
+    _check_filled(folder, info)
     named(model)
     if activations:
         _quantize_inputs(model, read_checkpoint(folder), state, device)
@@ -87,6 +76,17 @@ def from_quantized(
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
+
+
+def _check_filled(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raises UserError if not every tensor filled one parameter."""
+    mismatched = (key for key, *_ in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *mismatched})
+    if wrong:
+        raise UserError(
+            f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first"
+            f" {wrong[0]}"
+        )
 
 
 def _as_the_model_keeps_them(
@@ -112,10 +112,11 @@ def _quantize_inputs(
     quantization = checkpoint.quantization_config
     if quantization is None:
         return
-    first, scheme_of = formats.from_config(quantization).parts[:1], formats.reader(quantization)
+    packed = formats.from_config(quantization).packed(checkpoint.files)
+    scheme_of = formats.reader(quantization)
     for parameter, key in parameter_names(model, keys).items():
         stored = key.removesuffix(".weight")
-        if not any(f"{stored}.{part}" in checkpoint.files for part in first):
+        if stored not in packed:
             continue
         scheme = scheme_of(stored)
         if scheme.act_bits < 16:

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint folder, read one by one, and the weights that they decode to."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import config_check, formats
+from auto_mmround.export import formats
+from auto_mmround.headers import DAMAGED, read_header
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.untrusted import read_object, weight_files
 
@@ -30,7 +31,8 @@ class Shards(ExitStack):
     def tensor(self, path: Path, name: str) -> Tensor:
         """A tensor of a file."""
         if path not in self._opened:
-            self._opened[path] = self.enter_context(_open(path))
+            with _readable(path):
+                self._opened[path] = self.enter_context(safe_open(path, "pt"))
         try:
             found: Tensor = self._opened[path].get_tensor(name)
         except (SafetensorError, OSError, KeyError) as error:
@@ -64,21 +66,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     config = read_object(folder / "config.json")
     quantization = config.get("quantization_config")
-    if quantization is not None and (wrong := config_check.problem(quantization)):
+    if quantization is not None and (wrong := formats.problem(quantization)):
         raise UserError(f"{folder / 'config.json'}: {wrong}")
     if quantization is not None and _reader(quantization) is not None:
         return Checkpoint(folder, config, quantization, {})
     files: dict[str, str] = {}
     for path in weight_files(folder):
-        with _open(path) as handle:
-            files |= dict.fromkeys(handle.keys(), path.name)
+        with _readable(path):
+            files |= dict.fromkeys(read_header(path), path.name)
     return Checkpoint(folder, config, quantization, dict(sorted(files.items())))
 
 
 def _reader(quantization: Mapping[str, Any]) -> Any:
-    """The reader of a format with files of its own kind, None for safetensors."""
-    own = {fmt.name: fmt.read for fmt in formats.FORMATS.values() if fmt.read}
-    return own.get(str(quantization.get("quant_method")))
+    """How a format reads files of its own kind, None for safetensors."""
+    return next((fmt.read for fmt in formats.of_method(quantization) if fmt.read), None)
 
 
 def dequantized_state_dict(
@@ -94,11 +95,11 @@ def dequantized_state_dict(
     quantization = checkpoint.quantization_config
     own = _reader(quantization) if quantization is not None else None
     if own is not None:
-        yield from own(folder, dtype)
+        for name, tensor in own(folder).items():
+            yield name, tensor if dtype is None else tensor.to(dtype)
         return
     fmt = formats.from_config(quantization) if quantization is not None else None
-    first = f".{fmt.parts[0]}" if fmt else ""
-    packed = {n.removesuffix(first) for n in checkpoint.files if fmt and n.endswith(first)}
+    packed = fmt.packed(checkpoint.files) if fmt else frozenset()
     schemes = formats.schemes_of(quantization, packed) if quantization is not None else {}
     with Shards() as shards:
         for name in checkpoint.files:
@@ -113,7 +114,7 @@ def dequantized_state_dict(
                         else tensor
                     ),
                 )
-            elif part == fmt.parts[0]:
+            elif part == next(iter(fmt.parts)):
                 own_names = [n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]
                 parts = {n: shards.tensor(folder / checkpoint.files[n], n) for n in own_names}
                 try:
@@ -127,10 +128,11 @@ def dequantized_state_dict(
                 yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        yield
+    except DAMAGED as error:
         raise UserError(
             f"{path} cannot be read ({error}): the file is damaged or cut off, copy it again"
         ) from error

@@ -10,30 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import config_check, formats
+from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
+from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.experts import separable, stacking
 from auto_mmround.model.loading import filled_parameters, loaded_names, read_config, skeleton
-from auto_mmround.model.stored import Stored as Weights
-from auto_mmround.model.stored import stored_tensors
+from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
 
 CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
-# Without these keys readers guess, each in its own way.
-REQUIRED = {
-    "auto-round": ("bits", "group_size", "sym", "packing_format"),
-    "gptq": ("bits", "group_size", "sym", "desc_act"),
-    "awq": ("bits", "group_size", "zero_point"),
-    "compressed-tensors": ("format", "config_groups"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,15 +43,6 @@ class Finding:
     def line(self) -> str:
         """One line for people."""
         return one_line(f"{self.severity}: {self.where}: {self.message}")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in its file's header: file name, safetensors dtype (`F16`), shape."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,7 @@ class Subject:
     config: Mapping[str, Any]
     quantization: Mapping[str, Any] | None
     fmt: Format | None
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, Header]
     packed: frozenset[str]
     skeleton: Skeleton | None
     journal: Mapping[str, Any]
@@ -124,7 +108,7 @@ class Subject:
         """The severity of a fault in our own files that may be a habit of another tool."""
         return "error" if self.journal else "warning"
 
-    def parts(self, module: str) -> dict[str, Stored]:
+    def parts(self, module: str) -> dict[str, Header]:
         """The tensors of a packed module."""
         names = [f"{module}.{part}" for part in self.fmt.parts] if self.fmt else []
         return {name: self.tensors[name] for name in names if name in self.tensors}
@@ -134,11 +118,11 @@ class Subject:
         taken = {name for module in self.packed for name in self.parts(module)}
         return [name for name in self.tensors if name not in taken]
 
-    def weights(self) -> Weights:
+    def weights(self) -> Stored:
         """The tensors of the source; none without a source."""
-        return stored_tensors(self.source) if self.source is not None else Weights({})
+        return stored_tensors(self.source) if self.source is not None else Stored({})
 
-    def originals(self, weights: Weights) -> dict[str, str]:
+    def originals(self, weights: Stored) -> dict[str, str]:
         """Tensor by its name here -> its name in the source."""
         names = self.skeleton.respelled if self.skeleton is not None else {}
         return {names.get(key, key): key for key in weights.files}
@@ -167,41 +151,24 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
         weight_map = None
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
-    if config_check.problem(quantization):
-        quantization = None  # it has a finding of its own now; other checks must not use it
+    if formats.problem(quantization):
+        quantization = None  # a finding of its own by now; nothing else may lean on it
     whole = fmt is not None and fmt.write is not None
     tensors = {} if whole else _headers(folder, weight_map, findings)
-    mark = f".{fmt.parts[0]}" if fmt else None
-    packed = frozenset(name.removesuffix(mark) for name in tensors if mark and name.endswith(mark))
+    packed = fmt.packed(tensors) if fmt else frozenset()
     journal = _journal(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {
         f"{module}.weight" for module in packed
     }
     original = stored_tensors(source).files if source is not None else ()
-    packs = fmt is not None and bool(fmt.parts)
-    skeleton = (
-        _skeleton(folder, keys, original, findings, remote_code, packs)
-        if config and not whole
-        else None
-    )
-    schemes = (
-        _schemes(quantization, packed, findings)
-        if fmt is not None and quantization is not None
-        else {}
-    )
+    packs = fmt is not None and fmt.packs
+    made = None
+    if config and not whole:
+        made = _skeleton(folder, keys, original, findings, remote_code, packs)
+    schemes = _schemes(quantization, packed, findings) if fmt and quantization else {}
     return Subject(
-        folder,
-        config,
-        quantization,
-        fmt,
-        tensors,
-        packed,
-        skeleton,
-        journal,
-        source,
-        schemes,
-        findings,
+        folder, config, quantization, fmt, tensors, packed, made, journal, source, schemes, findings
     )
 
 
@@ -259,9 +226,9 @@ def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
 
 def _headers(
     folder: Path, weight_map: Mapping[str, str] | None, findings: list[Finding]
-) -> dict[str, Stored]:
-    """Every tensor of every weight file, with faults between files and index."""
-    tensors: dict[str, Stored] = {}
+) -> dict[str, Header]:
+    """Every tensor of every weight file, with what is wrong between files and index."""
+    tensors: dict[str, Header] = {}
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     wanted = sorted(set(weight_map.values())) if weight_map is not None else ["model.safetensors"]
     for file in [*wanted, *files]:
@@ -287,32 +254,28 @@ def _headers(
     return tensors
 
 
-def _add_file(path: Path, tensors: dict[str, Stored], findings: list[Finding]) -> None:
+def _add_file(path: Path, tensors: dict[str, Header], findings: list[Finding]) -> None:
     try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                header = file.get_slice(name)
-                if name in tensors:
-                    findings.append(
-                        Finding("error", name, f"lies in {tensors[name].file} and in {path.name}")
-                    )
-                else:
-                    tensors[name] = Stored(path.name, header.get_dtype(), tuple(header.get_shape()))
-    except (SafetensorError, OSError, ValueError) as error:
+        found = read_header(path)
+    except DAMAGED as error:
         findings.append(Finding("error", path.name, f"is damaged or cut off ({error})"))
+        return
+    findings += [
+        Finding("error", name, f"lies in {tensors[name].file} and in {path.name}")
+        for name in found
+        if name in tensors
+    ]
+    tensors |= {name: header for name, header in found.items() if name not in tensors}
 
 
 def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> Format | None:
     if quantization is None:
         return None
-    if wrong := config_check.problem(quantization):
+    if wrong := formats.problem(quantization):
         findings.append(Finding("error", "config.json", wrong))
         return None
-    missing = [
-        key
-        for key in REQUIRED.get(str(quantization.get("quant_method")), ())
-        if key not in quantization
-    ]
+    method = next((fmt.method for fmt in formats.of_method(quantization)), None)
+    missing = [key for key in (method.required if method else ()) if key not in quantization]
     findings += [Finding("error", f"quantization_config.{key}", "is missing") for key in missing]
     try:
         return None if missing else formats.from_config(quantization)
@@ -334,19 +297,8 @@ def _skeleton(
     original: the keys of the source. packs: the format packs weights, so engines take experts one
     by one.
     """
-    try:
-        config = read_config(folder, remote_code)
-        model = skeleton(config, folder, remote_code)
-    except UserError as error:
-        text = (
-            "the model can't be built, so names and shapes are not checked"
-            f" ({' '.join(str(error).split())[:200]})"
-        )
-        findings.append(
-            Finding(
-                "error" if isinstance(error.__cause__, KeyError) else "warning", "config.json", text
-            )
-        )
+    model = _built(folder, remote_code, findings)
+    if model is None:
         return None
     names = loaded_names(model, sorted(keys))
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -356,35 +308,49 @@ def _skeleton(
     tied = model.all_tied_weights_keys
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
-    unknown = [
-        key for key, (name, whole) in names.items() if name is None and whole and key not in members
-    ]
+    parts = {key for key, (_, entire) in names.items() if not entire}
+    lost = [key for key, (name, _) in names.items() if name is None]
+    unknown = [key for key in lost if key not in members | parts]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
-    keys_here = {name: key for key, (name, whole) in names.items() if whole and name is not None}
-    before = {
-        key: name
-        for key, (name, whole) in loaded_names(model, original).items()
-        if whole and name is not None
-    }
+    whole = _whole(names)
+    keys_here = {name: key for key, name in whole.items()}
     return Skeleton(
-        shapes={
-            key: own[name] for key, (name, whole) in names.items() if name is not None and whole
-        },
+        shapes={key: own[name] for key, name in whole.items()},
         linears=layers,
         missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
-        respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
+        respelled={
+            key: keys_here[name]
+            for key, name in _whole(loaded_names(model, original)).items()
+            if name in keys_here
+        },
         tied={
             keys_here[n]: keys_here[origin]
             for n, origin in tied.items()
             if n in keys_here and origin in keys_here
         },
-        mixtures=_mixtures(
-            model, spelled, {*members, *(key for key, (_, whole) in names.items() if not whole)}
-        ),
+        mixtures=_mixtures(model, spelled, members | parts),
     )
+
+
+def _whole(names: Mapping[str, tuple[str | None, bool]]) -> dict[str, str]:
+    """Key -> parameter, of the keys that are one whole parameter."""
+    return {key: name for key, (name, entire) in names.items() if entire and name is not None}
+
+
+def _built(folder: Path, remote_code: bool, findings: list[Finding]) -> PreTrainedModel | None:
+    try:
+        return skeleton(read_config(folder, remote_code), folder, remote_code)
+    except UserError as error:
+        text = (
+            "the model can't be built, so names and shapes are not checked"
+            f" ({' '.join(str(error).split())[:200]})"
+        )
+        severity = "error" if isinstance(error.__cause__, KeyError) else "warning"
+        findings.append(Finding(severity, "config.json", text))
+        return None
 
 
 def _mixtures(

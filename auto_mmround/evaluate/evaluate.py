@@ -28,8 +28,9 @@ def evaluate(
     device: str = "0",
     remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda title, done, total: None,
-) -> tuple[tasks.Findings, dict[str, Any]]:
-    """The findings of the tasks, and their record.
+) -> tuple[tasks.Measured, dict[str, Any]]:
+    """What the tasks found, and the record of it. names: a comma list; default is ppl, with a
+    reference kl too.
 
     names: a comma list; default is ppl, and kl if there is a reference. reference: the model before
     quantization. baseline: another checkpoint to compare with. Raises UserError for unknown tasks,
@@ -49,14 +50,14 @@ def evaluate(
 
 
 def record(
-    found: tasks.Findings,
+    found: tasks.Measured,
     names: Mapping[str, str | None],
     models: Mapping[str, Loaded],
     data: Data,
     wanted: Sequence[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """Findings with models, data and machine, as plain values. names and models: by role."""
+    """Measured with what they belong to, as plain values. names and models: by role."""
     reference = models.get("reference")
     return {
         "model": names["quantized"],

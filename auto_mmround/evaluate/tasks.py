@@ -52,11 +52,9 @@ class Setting:
 
 
 @dataclass
-class Findings:
-    """scores: lines of the recovery table. figures: teacher-forced ones by role.
-
-    samples: answers side by side, with small pictures as data URIs.
-    """
+class Measured:
+    """scores: lines of the recovery table. figures: teacher-forced ones by role. samples: answers
+    side by side, with small pictures as data URIs."""
 
     scores: list[Score] = field(default_factory=list)
     figures: dict[str, Metrics] = field(default_factory=dict)
@@ -69,8 +67,9 @@ class Findings:
         return {"scores": scores, "figures": figures, "samples": self.samples}
 
 
-def teacher_forced(setting: Setting) -> Findings:
-    """Perplexity, teacher-forced accuracy, KL and top-1 agreement by modality, in one pass."""
+def teacher_forced(setting: Setting) -> Measured:
+    """Perplexity, teacher-forced accuracy, KL and top-1 agreement by modality, from one pass over
+    the set."""
     data = setting.data
     inputs = held_out(
         setting.loaded,
@@ -87,7 +86,7 @@ def teacher_forced(setting: Setting) -> Findings:
         on_sample=lambda i: setting.progress("measuring", i + 1, len(inputs)),
     )
     found = dict(zip(setting.models, results, strict=True))
-    return Findings(list(forced_scores(found, data.title)), found)
+    return Measured(list(forced_scores(found, data.title)), found)
 
 
 def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
@@ -116,8 +115,8 @@ def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
             )
 
 
-def question_answering(setting: Setting) -> Findings:
-    """Share of greedy answers to questions on images that match, exact and relaxed."""
+def question_answering(setting: Setting) -> Measured:
+    """Share of greedy answers to questions on images that match, exactly and relaxed."""
     prompts = questions(setting.loaded, setting.data)
     given = _ask(setting, prompts, "answering")
     scores = []
@@ -129,10 +128,10 @@ def question_answering(setting: Setting) -> Findings:
                 for role, texts in given.items()
             }
             scores.append(_score(prompts[part[0]], metric, len(part), figures))
-    return Findings(scores)
+    return Measured(scores)
 
 
-def speech(setting: Setting) -> Findings:
+def speech(setting: Setting) -> Measured:
     """Word and character error rate of transcripts, after Whisper's normaliser."""
     prompts = clips(setting.loaded, setting.data)
     given = _ask(setting, prompts, "transcribing")
@@ -147,14 +146,12 @@ def speech(setting: Setting) -> Findings:
         for k, metric in enumerate(("WER", "CER")):
             figures = {role: pair[k] for role, pair in rates.items()}
             scores.append(_score(prompts[part[0]], metric, len(part), figures, lower=True))
-    return Findings(scores)
+    return Measured(scores)
 
 
-def side_by_side(setting: Setting) -> Findings:
-    """A few answers of all models, spread evenly over the set.
-
-    They are on images if there are any, else on speech, else on text.
-    """
+def side_by_side(setting: Setting) -> Measured:
+    """A few answers of all models, spread evenly over the set: on images if there are any, else
+    speech, else text."""
     prompts: list[Prompt] = []
     for make in (questions, clips, openings):
         try:
@@ -167,7 +164,7 @@ def side_by_side(setting: Setting) -> Findings:
     count = min(SAMPLES, len(prompts))
     chosen = [prompts[i * len(prompts) // count] for i in range(count)]
     given = _ask(setting, chosen, "sampling")
-    return Findings(
+    return Measured(
         samples=[
             {
                 "id": prompt.id,
@@ -189,7 +186,7 @@ class Task:
     """
 
     summary: str
-    run: Callable[[Setting], Findings]
+    run: Callable[[Setting], Measured]
     against: bool = False
     package: str | None = None
 
@@ -241,9 +238,9 @@ def parse(names: str, has_reference: bool) -> list[str]:
     return found
 
 
-def run(names: Sequence[str], setting: Setting) -> Findings:
-    """All tasks. Tasks that share a pass run once; outside harnesses (`lm_eval:NAME`) run last."""
-    found = Findings()
+def run(names: Sequence[str], setting: Setting) -> Measured:
+    """All tasks, those that share a pass once; outside harnesses (`lm_eval:NAME`) last."""
+    found = Measured()
     for job in dict.fromkeys(TASKS[name].run for name in names if name in TASKS):
         made = job(setting)
         found.scores += made.scores

@@ -1,6 +1,7 @@
 """The AWQ layout ("gemm"): 4 bits, eight output columns a word in a fixed order; zero points as
 they are."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,15 +9,20 @@ import torch
 from torch import Tensor
 
 from auto_mmround.errors import UserError
+from auto_mmround.export import config_check
 from auto_mmround.export.format import (
+    MADE_UP,
+    NO_EXPERTS,
+    WORDS,
     Format,
     Layout,
     both_spellings,
-    check_int,
+    check_integers,
     differences,
     kept_groups,
     tower_substrings,
 )
+from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
 from auto_mmround.export.packing import pack_awq, unpack_awq
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -52,16 +58,6 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     return Codes(q_IO.T.contiguous(), scale_GO.T.contiguous(), zero_OG, 4, group, scheme.sym)
 
 
-def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why AWQ readers could not hold this weight, or None."""
-    if scheme.group_size not in GROUP_SIZES:
-        return (
-            f"AWQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
-            f" {scheme.group_size}"
-        )
-    return check_int(scheme, out_features, in_features, FORMAT.bits, (8, 1))
-
-
 def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config``. AWQ states one scheme for all: UserError if the layout has
     several."""
@@ -88,12 +84,43 @@ def config(layout: Layout) -> dict[str, Any]:
     }
 
 
+def _transformers(q: Question) -> Mapping[str, Overrides]:
+    keep = q.listed("modules_to_not_convert")
+    matches = [re.compile(rf"(?:{key})(?:(?<=\.)|(?=\.|$))") for key in keep]
+    kept = {n for n in q.names if n.endswith(tuple(keep)) or any(m.match(n) for m in matches)}
+    return dict.fromkeys((n for n in q.names if n not in kept and n != q.head), DEFAULTS)
+
+
+def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+    if q.config.get("bits") != 4:
+        return None
+    keep = q.listed("modules_to_not_convert")
+    skipped = {
+        n for n in q.names if (any(part in n for part in keep) if keep else n not in q.packed)
+    }
+    head = q.head if not q.config.get("lm_head") else None
+    return dict.fromkeys((n for n in q.names if n not in skipped and n != head), DEFAULTS)
+
+
 FORMAT = Format(
     name="auto_awq",
     summary="AWQ checkpoint, 4 bits: Transformers (gptqmodel), vLLM, SGLang",
     bits=(4,),
-    check=check,
+    check=check_integers((4,), (8, 1), group_sizes=GROUP_SIZES),
     pack=pack,
     unpack=unpack,
     config=config,
+    parts=WORDS,
+    method=Method(
+        "awq",
+        required=("bits", "group_size", "zero_point"),
+        form={"modules_to_not_convert": config_check.names},
+        listed=("modules_to_not_convert",),
+        readers={"Transformers": _transformers, "vLLM": _vllm},
+    ),
+    # AutoAWQ says version, GPTQModel both
+    told={"checkpoint_format": ("gemm", ""), "version": ("gemm", "")},
+    engines={"transformers": "gptqmodel", "vllm": "vllm"},
+    limits=(MADE_UP, NO_EXPERTS),
 )
+FORMATS = (FORMAT,)

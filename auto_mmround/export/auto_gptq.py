@@ -10,20 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_mmround.export import config_check
 from auto_mmround.export.format import (
+    MADE_UP,
+    NO_EXPERTS,
+    WORDS,
     Format,
     Layout,
-    check_int,
+    Limit,
+    any_scheme,
+    check_integers,
     differences,
     kept_groups,
     tower_patterns,
 )
+from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel's kernels take
+# Where optimum looks for the blocks of a checkpoint that does not name them.
+BLOCKS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+)
 
 
 def pack_gptq(name: str, codes: Codes, *, zero_offset: int, g_idx: bool) -> dict[str, Tensor]:
@@ -80,16 +95,6 @@ def unpack_gptq(
     return Codes(
         q_OI, scale_GO.T.contiguous(), zero_GO.T.contiguous(), scheme.bits, group, scheme.sym
     )
-
-
-def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why GPTQ readers could not hold this weight, or None."""
-    if scheme.group_size not in GROUP_SIZES:
-        return (
-            f"GPTQ kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
-            f" {scheme.group_size}"
-        )
-    return check_int(scheme, out_features, in_features, FORMAT.bits, (32, 32))
 
 
 def config(layout: Layout) -> dict[str, Any]:
@@ -172,13 +177,77 @@ def _tail(layout: Layout, name: str) -> str:
     return rf".*{as_pattern(name[block.rfind('.') + 1 :])}$"
 
 
+def _transformers(q: Question) -> Mapping[str, Overrides]:
+    """optimum reads the block prefix and the endings, but not ``dynamic``."""
+    prefix = q.config.get("block_name_to_quantize")
+    if prefix is None:
+        prefix = next(
+            (block for block in BLOCKS if any(name.startswith(block) for name in q.names)), "\0"
+        )
+    prefix = prefix if isinstance(prefix, str) else "\0"  # optimum takes one name, no list
+    endings = tuple(q.listed("modules_in_block_to_quantize")) or ("",)
+    return dict.fromkeys(
+        (n for n in q.names if n.startswith(prefix) and n.endswith(endings)), DEFAULTS
+    )
+
+
+def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+    if q.config.get("bits") not in (4, 8) or not q.config.get("sym"):
+        return None
+    # by substring; without a list, whatever is packed in the file
+    listed = q.listed("modules_in_block_to_quantize")
+    dynamic = q.config.get("dynamic") or {}
+    answer = {}
+    for name in q.names:
+        rule = next(
+            (k for k in dynamic if re.match(k.removeprefix("-:").removeprefix("+:"), name)), ""
+        )
+        inside = any(part in name for part in listed) if listed else name in q.packed
+        if inside and not rule.startswith("-:") and (name != q.head or q.config.get("lm_head")):
+            answer[name] = dynamic.get(rule, {})
+    return answer
+
+
 FORMAT = Format(
     name="auto_gptq",
     summary="GPTQ checkpoint: Transformers (gptqmodel), vLLM, SGLang; no zero point 0",
     bits=(2, 3, 4, 8),
-    check=check,
+    check=check_integers((2, 3, 4, 8), (32, 32), group_sizes=GROUP_SIZES),
     pack=partial(pack_gptq, zero_offset=1, g_idx=True),
     unpack=partial(unpack_gptq, zero_offset=1),
     config=config,
+    parts=WORDS,
     min_zero=1,
+    method=Method(
+        "gptq",
+        required=("bits", "group_size", "sym", "desc_act"),
+        form={
+            "block_name_to_quantize": config_check.names,
+            "modules_in_block_to_quantize": config_check.names,
+            "dynamic": config_check.maybe(config_check.overrides(lambda key: key[2:])),
+        },
+        listed=("block_name_to_quantize", "modules_in_block_to_quantize", "dynamic"),
+        readers={"Transformers": _transformers, "vLLM": _vllm},
+    ),
+    told={"checkpoint_format": ("gptq", "")},
+    engines={"transformers": "gptqmodel", "vllm": "vllm"},
+    limits=(
+        Limit("transformers", "several schemes", "mismatched sizes", lambda s: len(s) > 1),
+        MADE_UP,
+        Limit(
+            "vllm",
+            "asymmetric weights",
+            "Unsupported quantization config: bits=4, sym=False",
+            any_scheme(lambda s: not s.sym),
+        ),
+        Limit(
+            "vllm",
+            "other than 4 bits",
+            "Marlin does not support weight_bits = uint8b128. Only types = [ScalarType.uint4b8] are"
+            " supported",
+            any_scheme(lambda s: s.bits != 4),
+        ),
+        NO_EXPERTS,
+    ),
 )
+FORMATS = (FORMAT,)

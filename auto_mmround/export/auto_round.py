@@ -4,31 +4,34 @@
 plain ``auto_round`` is GPTQ's with zero points as they are.
 """
 
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from auto_mmround.export import auto_awq
+from auto_mmround.export import auto_awq, config_check
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
 from auto_mmround.export.format import (
+    NO_EXPERTS,
+    WORDS,
     Format,
     Layout,
+    Limit,
+    any_scheme,
     both_spellings,
-    check_int,
+    check_integers,
     differences,
     kept_groups,
     tower_patterns,
 )
+from auto_mmround.export.method import Method, Overrides, Question, searched
+from auto_mmround.export.patterns import tails
 from auto_mmround.recipe.schemes import Scheme
 
 KEPT = {"bits": 16, "data_type": "float"}
-
-
-def _check(
-    bits: tuple[int, ...], sym_only: bool, scheme: Scheme, out_features: int, in_features: int
-) -> str | None:
-    if sym_only and not scheme.sym:
-        return "auto-round reads this packing as symmetric only; use plain auto_round"
-    return check_int(scheme, out_features, in_features, bits, (32, 32))
+SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")  # what makes vLLM take a name for a pattern
+SYMMETRIC = "auto-round reads this packing as symmetric only; use plain auto_round"
 
 
 def _config(packing: str, layout: Layout) -> dict[str, Any]:
@@ -60,35 +63,162 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
     }
 
 
+def _transformers(q: Question) -> Mapping[str, Overrides]:
+    prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
+    # Without prefixes all numbered blocks count, those of towers too.
+    inside = [
+        n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))
+    ]
+    extra = q.config.get("extra_config") or {}
+    names = set(q.names)
+    found = {key: options for key, options in extra.items() if key in names}
+    for key, options in extra.items():
+        if key not in found:
+            matched = [n for n in inside if searched(key, n)] or [
+                n for n in q.names if searched(key, n)
+            ]
+            found |= {n: options for n in matched if n not in found}
+    return {
+        n: found.get(n, {})
+        for n in dict.fromkeys([*inside, *found])
+        if found.get(n, {}).get("bits", 0) < 16
+    }
+
+
+def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+    if q.config.get("packing_format") not in (GPTQ.name, AWQ.name):
+        return None
+    prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
+    extra = {
+        q.rename(key): options for key, options in (q.config.get("extra_config") or {}).items()
+    }
+    places, patterns = (
+        {key: i for i, key in enumerate(extra)},
+        [k for k in extra if SPECIAL.search(k)],
+    )
+    answer = {}
+    for name in q.names:
+        ends = (end for end in list(tails(name))[1:] if end in places)
+        key = name if name in extra else min(ends, key=places.__getitem__, default=None)
+        inside = name.startswith(prefixes) if prefixes else name != q.head
+        if key is None:
+            key = next((k for k in patterns if searched(k, name)), None)
+            options = {"bits": 0 if inside else 16} | (extra[key] if key is not None else {})
+        else:
+            options = extra[key]
+        if options.get("bits", 0) < 16:
+            answer[name] = {k: v for k, v in options.items() if (k, v) != ("bits", 0)}
+    return answer
+
+
+def _choose(schemes: Collection[Scheme]) -> Format:
+    """All symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero
+    points as they are."""
+    if schemes and all(scheme.sym for scheme in schemes):
+        return GPTQ
+    awq_holds = all(
+        s.bits == 4 and not s.sym and s.group_size in auto_awq.GROUP_SIZES for s in schemes
+    )
+    return AWQ if schemes and awq_holds else PLAIN
+
+
+METHOD = Method(
+    "auto-round",
+    required=("bits", "group_size", "sym", "packing_format"),
+    form={
+        "packing_format": config_check.text,
+        "block_name_to_quantize": config_check.names,
+        "to_quant_block_names": config_check.names,
+        "extra_config": config_check.maybe(
+            config_check.overrides(lambda key: key if "*" in key else "")
+        ),
+    },
+    listed=("block_name_to_quantize", "to_quant_block_names", "extra_config"),
+    readers={"Transformers": _transformers, "vLLM": _vllm},
+    copied=True,
+)
+_LIMITS = (
+    Limit(
+        "transformers",
+        "experts that the checkpoint names w1, w2, w3",
+        "parameters were made up: [.. experts.0.down_proj.qweight ..]",
+        experts=("quantized", "renamed"),
+    ),
+    Limit(
+        "transformers",
+        "experts that stay",
+        "parameters were made up: [.. experts.0.down_proj.weight ..]",
+        experts=("kept",),
+    ),
+    Limit(
+        "transformers",
+        "Qwen3-Omni's experts",
+        "'Qwen3OmniMoeThinkerTextExperts' object has no attribute 'gate_up_proj'",
+        experts=("quantized",),
+        families=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+    ),
+    Limit(
+        "transformers",
+        "a tower whose q, k, v are one tensor",
+        "tensors were not used: ['model.vision_tower.layers.0.wqkv.bias', ..]",
+        families=("kimi_k25",),
+    ),
+)
+_INTEGERS = check_integers(range(2, 9), (32, 32))
 PLAIN = Format(
     name="auto_round",
     summary="AutoRound checkpoint, zero points as they are: Transformers (auto-round)",
     bits=(2, 3, 4, 5, 6, 7, 8),
-    check=partial(_check, (2, 3, 4, 5, 6, 7, 8), False),
+    check=_INTEGERS,
     pack=partial(pack_gptq, zero_offset=0, g_idx=False),
     unpack=partial(unpack_gptq, zero_offset=0),
     config=partial(_config, "auto_round"),
+    parts=WORDS,
+    choose=_choose,
+    method=METHOD,
+    told={"packing_format": ("auto_round",)},
+    engines={"transformers": None},
+    limits=_LIMITS,
 )
-GPTQ = Format(
+GPTQ = replace(
+    PLAIN,
     name="auto_round:auto_gptq",
     summary=(
         "AutoRound checkpoint in GPTQ's packing, symmetric: Transformers (auto-round), vLLM, SGLang"
     ),
-    bits=(2, 3, 4, 5, 6, 7, 8),
-    check=partial(_check, (2, 3, 4, 5, 6, 7, 8), True),
+    check=lambda scheme, *shape: SYMMETRIC if not scheme.sym else _INTEGERS(scheme, *shape),
     pack=partial(pack_gptq, zero_offset=1, g_idx=False),
     unpack=partial(unpack_gptq, zero_offset=1),
     config=partial(_config, "auto_round:auto_gptq"),
     min_zero=1,
+    choose=None,
+    told={"packing_format": ("auto_round:auto_gptq", "")},
+    engines={"transformers": None, "vllm": "vllm"},
+    limits=(
+        Limit(
+            "vllm",
+            "other than 4 bits",
+            "INC on CPU: unsupported config INCLayerConfig(bits=8, ..)",
+            any_scheme(lambda s: s.bits != 4),
+        ),
+        *_LIMITS,
+        NO_EXPERTS,
+    ),
 )
-AWQ = Format(
+AWQ = replace(
+    PLAIN,
     name="auto_round:auto_awq",
     summary=(
         "AutoRound checkpoint in AWQ's packing, 4 bits: Transformers (auto-round + gptqmodel), vLLM"
     ),
     bits=(4,),
-    check=auto_awq.check,
+    check=auto_awq.FORMAT.check,
     pack=auto_awq.pack,
     unpack=auto_awq.unpack,
     config=partial(_config, "auto_round:auto_awq"),
+    choose=None,
+    told={"packing_format": ("auto_round:auto_awq",)},
+    engines={"transformers": "gptqmodel", "vllm": "vllm"},
+    limits=(*_LIMITS, NO_EXPERTS),
 )
+FORMATS = (PLAIN, GPTQ, AWQ)

@@ -1,13 +1,7 @@
 """Dequantized weights in the source's dtype: a plain Transformers checkpoint that loads
 anywhere."""
 
-from collections.abc import Mapping
-from typing import NoReturn
-
-from torch import Tensor
-
 from auto_mmround.export.format import Format, Layout
-from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
 
@@ -20,23 +14,13 @@ def config(layout: Layout) -> None:
     """No ``quantization_config``: readers must see an ordinary model."""
 
 
-def pack(name: str, codes: Codes) -> NoReturn:
-    """Not called: the weights are written as the tuned model holds them."""
-    raise NotImplementedError(name)
-
-
-def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> NoReturn:
-    """Not called: nothing is packed."""
-    raise NotImplementedError(name)
-
-
-FORMAT = Format(
-    name="fake",
-    summary="dequantized weights in the source's dtype: everything that reads the source",
-    bits=(2, 3, 4, 5, 6, 7, 8),
-    check=check,
-    pack=pack,
-    unpack=unpack,
-    config=config,
-    parts=(),
+FORMATS = (
+    Format(
+        name="fake",
+        summary="dequantized weights in the source's dtype: everything that reads the source",
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        check=check,
+        config=config,
+        engines={"transformers": None},
+    ),
 )

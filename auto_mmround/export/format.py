@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
+from auto_mmround.export.method import Method
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -66,86 +66,202 @@ class Whole:
     source: Path | None
 
 
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _no_tensors(*_: Any) -> NoReturn:
+    """Not called: what has no `parts` is not written as packed tensors."""
+    raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``engine``, which reads the format, refuses ``what`` of it: checkpoints whose schemes pass
+    ``test``. message: in its words, seen with the versions in docs/formats.md, vLLM in its build
+    for processors.
+
+    experts: words of `verify.limits.experts_of` that must all be true of the model. families: model
+    types, but for ``spared``.
+    """
+
+    engine: str
+    what: str
+    message: str
+    test: Callable[[Collection[Scheme]], bool] = lambda schemes: True
+    experts: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
+
+    def hits(self, schemes: Collection[Scheme], experts: Collection[str], family: str) -> bool:
+        """Whether a checkpoint is refused."""
+        here = family not in self.spared and (not self.families or family in self.families)
+        return here and set(self.experts) <= set(experts) and self.test(schemes)
+
+
+def any_scheme(test: Callable[[Scheme], bool]) -> Callable[[Collection[Scheme]], bool]:
+    """For `Limit.test`: one of the schemes passes."""
+    return lambda schemes: any(map(test, schemes))
+
+
+# Of mixtures of experts.
+MADE_UP = Limit(
+    "transformers",
+    "quantized experts",
+    "parameters were made up: [.. experts.gate_up_proj ..]",
+    experts=("quantized",),
+)
+NO_EXPERTS = Limit(
+    "vllm", "quantized experts", "its source has no kernels for them there", experts=("quantized",)
+)
+# Parts of a weight as GPTQ and AWQ name them, and what each holds.
+WORDS = {"qweight": "q", "qzeros": "zero", "scales": "scale", "g_idx": ""}
+
+
 @dataclass(frozen=True)
 class Format:
-    """One export format; four pure functions and what the tuner must know beforehand.
+    """One export format: functions on weights, and what others must know of it, as data.
 
-    check(scheme, out, in): why this weight cannot be held, or None. pack(module name, codes):
-    tensors by full name. unpack(module name, tensors, scheme): the exact inverse, ValueError on
-    tensors that contradict the scheme. config(layout): the ``quantization_config``, None for none.
-    min_zero: smallest zero point an asymmetric weight may have.
+    Weights. check(scheme, out, in): why this weight cannot be held, or None. pack(module name,
+    codes): tensors by full name. unpack(module name, tensors, scheme): the exact inverse,
+    ValueError on tensors that contradict the scheme. parts: endings of the tensors that make one
+    weight -> what each holds ("q", "scale", "zero", "input_scale" or nothing of these); no
+    unquantized Linear has the first. any_float: floating parts may be float16, bfloat16 or float32,
+    whatever the scheme says. min_zero: smallest zero point an asymmetric weight may have.
     fused_zero: stores scale * zero as one float16, which is exact only for scales of 11 - bits
-    significant bits. write(folder, whole): for files of another kind (GGUF, OpenVINO): writes them,
-    and returns what `config` would; pack is not called then. ready(): raises UserError if a program
-    that writing needs is not installed; asked before anything is tuned.
-    parts: endings of the tensors that make one weight; no unquantized Linear has the first. Empty:
-    nothing is packed, weights are written as the model in memory holds them. model_config(source's
-    config.json, layout): `config.json` but for ``quantization_config``, if readers need more than
-    the source's. read(folder, dtype): (checkpoint key, decoded tensor) of a folder that `write`
-    made. check_model(config, checkpoint keys, source folder): UserError for a model it cannot
-    write, asked before tuning. any_float: floating parts may be float16, bfloat16 or float32,
-    whatever the scheme says. scale_range: holds super-blocks, with such bounds of the scales'
-    integers (`Grid`); what was tuned on another grid is fitted once more. exact_rest: tensors that
-    are not quantized are read back to the bit, of formats with `read`.
+    significant bits. scale_range: holds super-blocks, with such bounds of the scales' integers
+    (`Grid`); what was tuned on another grid is fitted once more. choose(schemes): the format of
+    several under one name that holds them.
+
+    Files. config(layout): the ``quantization_config``, None for none. model_config(source's
+    config.json, layout): `config.json` but for that, if readers need more than the source's.
+    write(folder, whole): for files of another kind (GGUF, OpenVINO): writes them, and returns what
+    `config` would; pack is not called then. read(folder): checkpoint key -> decoded tensor of what
+    `write` made, each read when it is asked for. exact_rest: there, tensors that are not quantized
+    are read back to the bit. ready(): raises UserError if a program that writing needs is not
+    installed. check_model(config, checkpoint keys, source folder): UserError for a model it cannot
+    write. Both are asked before anything is tuned.
+
+    Readers. method: what its configurations say. told: their keys that tell it from other formats
+    of the method -> the values it may have, "" for a key that is not there. engines: those that
+    read it -> the environment below `.engines` that can, None for the one this program runs in.
+    limits: what they refuse of it. card: words for the code of a model card.
     """
 
     name: str
     summary: str
     bits: tuple[int, ...]
     check: Callable[[Scheme, int, int], str | None]
-    pack: Callable[[str, Codes], dict[str, Tensor]]
-    unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
     config: Callable[[Layout], dict[str, Any] | None]
+    pack: Callable[[str, Codes], dict[str, Tensor]] = _no_tensors
+    unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes] = _no_tensors
+    parts: Mapping[str, str] = field(default_factory=dict)
+    any_float: bool = False
     min_zero: int = 0
     fused_zero: bool = False
-    write: Callable[[Path, Whole], dict[str, Any]] | None = None
-    ready: Callable[[], object] | None = None
-    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
-    model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
-    read: Callable[[Path, torch.dtype | None], Iterator[tuple[str, Tensor]]] | None = None
-    check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
-    any_float: bool = False
     scale_range: tuple[int, int] | None = None
+    choose: Callable[[Collection[Scheme]], "Format"] | None = None
+    model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
+    write: Callable[[Path, Whole], dict[str, Any]] | None = None
+    read: Callable[[Path], Mapping[str, Tensor]] | None = None
     exact_rest: bool = True
+    ready: Callable[[], object] | None = None
+    check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
+    method: Method | None = None
+    told: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    engines: Mapping[str, str | None] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+    card: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def packs(self) -> bool:
+        """Whether weights are stored as codes; else they are written as the model holds them."""
+        return bool(self.parts) or self.write is not None
+
+    def packed(self, names: Iterable[str]) -> frozenset[str]:
+        """The modules of a checkpoint whose weight is packed in tensors."""
+        mark = next((f".{part}" for part in self.parts), None)
+        ours = (name for name in names if mark and name.endswith(mark))
+        return frozenset(name.removesuffix(mark or "") for name in ours)
+
+    def holds(self, scheme: Scheme) -> str | None:
+        """Why codes that were tuned under this scheme cannot be stored, whatever their shape; None
+        if they can."""
+        rules = (
+            (
+                self.packs and scheme.scale_range not in (None, self.scale_range),
+                "cannot hold what was tuned on the grid of another format",
+            ),
+            (
+                not scheme.sym and self.fused_zero and scheme.scale_bits is None,
+                "stores scale * zero as one number",
+            ),
+            (
+                not scheme.sym and scheme.min_zero < self.min_zero,
+                f"stores no zero point below {self.min_zero}",
+            ),
+        )
+        size = 8192 * max(scheme.group_size, 1)  # a multiple of all that formats ask for
+        found = next((reason for broken, reason in rules if broken), None)
+        return found or self.check(scheme, size, size)
 
 
-def check_int(
-    scheme: Scheme,
-    out_features: int,
-    in_features: int,
+def check_integers(
     bits: Iterable[int],
     multiples: tuple[int, int],
     scale_dtypes: Collection[str] = ("fp16",),
-) -> str | None:
-    """The rules all integer layouts share. multiples: what out and in features must be multiples
-    of."""
-    group = in_features if scheme.group_size == -1 else scheme.group_size
+    group_sizes: Collection[int] = (),
+) -> Callable[[Scheme, int, int], str | None]:
+    """`Format.check` of an integer layout. multiples: what out and in features must be multiples
+    of. group_sizes: those that readers have kernels for; empty: all."""
     held = sorted(bits)
-    rules = (
-        (
-            scheme.data_type != "int",
-            f"holds integers, not {scheme.data_type}, which compressed_tensors does",
-        ),
-        (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
-        (
-            scheme.scale_dtype not in scale_dtypes,
-            f"stores scales as {' or '.join(scale_dtypes)}, not {scheme.scale_dtype}",
-        ),
-        (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
-        (
-            group < 1 or in_features % group != 0,
-            f"{in_features} inputs are no multiple of the group size {group}",
-        ),
-        (
-            in_features % multiples[1] != 0,
-            f"{in_features} inputs are no multiple of {multiples[1]}",
-        ),
-        (
-            out_features % multiples[0] != 0,
-            f"{out_features} outputs are no multiple of {multiples[0]}",
-        ),
-    )
-    return next((reason for broken, reason in rules if broken), None)
+
+    def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+        group = in_features if scheme.group_size == -1 else scheme.group_size
+        rules = (
+            (
+                bool(group_sizes) and scheme.group_size not in group_sizes,
+                f"has kernels for group sizes {', '.join(map(str, group_sizes))}, not"
+                f" {scheme.group_size}",
+            ),
+            (
+                scheme.data_type != "int",
+                f"holds integers, not {scheme.data_type}, which compressed_tensors does",
+            ),
+            (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
+            (
+                scheme.scale_dtype not in scale_dtypes,
+                f"stores scales as {' or '.join(scale_dtypes)}, not {scheme.scale_dtype}",
+            ),
+            (scheme.bits not in held, f"holds {', '.join(map(str, held))} bits, not {scheme.bits}"),
+            (
+                group < 1 or in_features % group != 0,
+                f"{in_features} inputs are no multiple of the group size {group}",
+            ),
+            (
+                in_features % multiples[1] != 0,
+                f"{in_features} inputs are no multiple of {multiples[1]}",
+            ),
+            (
+                out_features % multiples[0] != 0,
+                f"{out_features} outputs are no multiple of {multiples[0]}",
+            ),
+        )
+        return next((reason for broken, reason in rules if broken), None)
+
+    return check
 
 
 def both_spellings(layout: Layout, name: str) -> list[str]:

@@ -1,18 +1,19 @@
-"""The registry of export formats: by name, by a run's schemes, and by what a checkpoint says of
-itself."""
+"""All export formats: by name, by a run's schemes, and by what a checkpoint says of itself.
+
+A format is a file here, or a folder with a file `format`, that has its `FORMATS`.
+"""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from auto_mmround.errors import UserError
-from auto_mmround.export import auto_awq, auto_gptq, auto_round, config_check, fake, mlx
-from auto_mmround.export.compressed_tensors import format as compressed_tensors
+from auto_mmround.export import config_check, method
 from auto_mmround.export.format import Format, Layout
-from auto_mmround.export.gguf import format as gguf
-from auto_mmround.export.openvino import format as openvino
-from auto_mmround.export.patterns import Lookup
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit
 
@@ -20,36 +21,30 @@ __all__ = [
     "FORMATS",
     "Format",
     "Layout",
+    "entries",
+    "fitted",
     "from_config",
     "get",
-    "min_zero",
+    "of_method",
+    "problem",
     "reader",
     "resolve",
-    "scale_bits",
-    "scale_range",
     "scheme_of",
+    "schemes_of",
 ]
-
-FORMATS: dict[str, Format] = {
-    fmt.name: fmt
-    for fmt in (
-        auto_round.PLAIN,
-        auto_round.GPTQ,
-        auto_round.AWQ,
-        auto_gptq.FORMAT,
-        auto_awq.FORMAT,
-        compressed_tensors.WORDS,
-        compressed_tensors.INT8,
-        compressed_tensors.FLOAT,
-        fake.FORMAT,
-        mlx.FORMAT,
-        openvino.FORMAT,
-        *gguf.FORMATS,
-    )
-}
-
-
 PATTERN_SECONDS = 30.0
+
+
+def found() -> dict[str, Format]:
+    """All by name, AutoRound's own first: they are the default."""
+    room = iter_modules(import_module(str(__package__)).__path__)
+    files = [f"{file.name}.format" if file.ispkg else file.name for file in room]
+    modules = [import_module(f"{__package__}.{name}") for name in files if name != "formats"]
+    every = [fmt for module in modules for fmt in getattr(module, "FORMATS", ())]
+    return {fmt.name: fmt for fmt in sorted(every, key=lambda fmt: "auto_round" not in fmt.name)}
+
+
+FORMATS: dict[str, Format] = found()
 
 
 def get(name: str) -> Format:
@@ -62,91 +57,76 @@ def get(name: str) -> Format:
 
 
 def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
-    """The format to write for these schemes: ``auto_round`` and ``compressed_tensors`` choose their
-    packing.
+    """The format to write for these schemes: under ``auto_round`` and ``compressed_tensors`` there
+    are several."""
+    fmt = get(name)
+    return fmt.choose(set(schemes)) if fmt.choose else fmt
 
-    ``auto_round``, all symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's;
-    else zero points as they are. ``compressed_tensors``: packed words, int8 beside 8-bit
-    activations, or floats.
+
+def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:
+    """The scheme with the grid that every one of these formats stores exactly: its smallest zero
+    point, the significant bits of its scales, and their range in super-blocks.
+
+    A float16 has 11 bits: scale * zero keeps them if the scale leaves room for those of the zero
+    point. Formats that pack nothing hold whatever was tuned. A range is set where all others have
+    that one.
     """
-    fmt, used = get(name), set(schemes)
-    if fmt is compressed_tensors.WORDS and any(scheme.data_type != "int" for scheme in used):
-        return compressed_tensors.FLOAT
-    if fmt is compressed_tensors.WORDS and any(scheme.act_bits < 16 for scheme in used):
-        return compressed_tensors.INT8
-    if fmt is not auto_round.PLAIN or not used:
-        return fmt
-    if all(scheme.sym for scheme in used):
-        return auto_round.GPTQ
-    awq_holds = all(
-        s.bits == 4 and not s.sym and s.group_size in auto_awq.GROUP_SIZES for s in used
+    targets = [resolve(name, [scheme]) for name in names]
+    ranges = {fmt.scale_range for fmt in targets if fmt.packs}
+    scheme = replace(scheme, scale_range=ranges.pop() if len(ranges) == 1 else None)
+    if scheme.sym:
+        return scheme
+    return replace(
+        scheme,
+        min_zero=max((fmt.min_zero for fmt in targets), default=0),
+        scale_bits=11 - scheme.bits if any(fmt.fused_zero for fmt in targets) else None,
     )
-    return auto_round.AWQ if awq_holds else auto_round.PLAIN
 
 
-def min_zero(names: Iterable[str], scheme: Scheme) -> int:
-    """The smallest zero point that every one of these formats can hold, for the tuner's grid."""
-    return max((resolve(name, [scheme]).min_zero for name in names), default=0)
+def problem(quantization_config: Any) -> str | None:
+    """Why this can't be the configuration of a quantized checkpoint, whatever its method; None if
+    it can."""
+    methods = [fmt.method for fmt in FORMATS.values() if fmt.method]
+    form = {key: test for each in methods for key, test in each.form.items()}
+    return config_check.problem(quantization_config, form)
 
 
-def scale_bits(names: Iterable[str], scheme: Scheme) -> int | None:
-    """How many significant bits a scale may have so that every one of these formats stores it
-    exactly; None: all.
-
-    A float16 has 11: scale * zero keeps them if the scale leaves room for the bits of the zero
-    point.
-    """
-    fused = not scheme.sym and any(resolve(name, [scheme]).fused_zero for name in names)
-    return 11 - scheme.bits if fused else None
-
-
-def scale_range(names: Iterable[str]) -> tuple[int, int] | None:
-    """Bounds of the scales' integers in super-blocks, for the tuner's grid; None unless all of
-    these formats have such.
-
-    Formats that pack nothing hold whatever was tuned.
-    """
-    found = {fmt.scale_range for fmt in map(get, names) if fmt.parts}
-    return found.pop() if len(found) == 1 else None
-
-
-_BY_METHOD = {
-    "gptq": "auto_gptq",
-    "awq": "auto_awq",
-    "affine": "mlx",
-    "gguf": "gguf",
-    "openvino": "openvino",
-    "compressed-tensors": "compressed_tensors",
-}
-
-# Keys by which a method names its layouts, and the one that is read. AutoAWQ says version,
-# GPTQModel both.
-_LAYOUTS = {
-    "gptq": {"checkpoint_format": "gptq"},
-    "awq": {"checkpoint_format": "gemm", "version": "gemm"},
-}
+def of_method(quantization_config: Mapping[str, Any]) -> list[Format]:
+    """The formats of the method that a configuration names; none for one that is not known."""
+    # MLX names a mode only
+    name = quantization_config.get("quant_method", quantization_config.get("mode"))
+    return [fmt for fmt in FORMATS.values() if fmt.method and fmt.method.name == name]
 
 
 def from_config(quantization_config: Mapping[str, Any]) -> Format:
     """The format a checkpoint's ``quantization_config`` announces. Raises UserError for one we
     cannot read."""
-    if wrong := config_check.problem(quantization_config):
+    if wrong := problem(quantization_config):
         raise UserError(wrong)
-    # MLX names a mode only
-    method = quantization_config.get("quant_method", quantization_config.get("mode"))
-    packing = quantization_config.get("packing_format", "auto_round:auto_gptq")
-    name = packing if method == "auto-round" else _BY_METHOD.get(str(method))
-    for key, layout in _LAYOUTS.get(str(method), {}).items():
-        if (stated := str(quantization_config.get(key) or layout).lower()) != layout:
-            raise UserError(
-                f"cannot read quant_method {method!r} with {key} {stated!r}, only {layout!r}"
-            )
-    if name not in FORMATS:
-        raise UserError(
-            f"cannot read quantization method {method!r}, packing {packing!r}; known:"
-            f" {', '.join(FORMATS)}"
-        )
-    return FORMATS[name]
+    candidates = of_method(quantization_config)
+    said = quantization_config.get("quant_method", quantization_config.get("mode"))
+    if not candidates:
+        known = dict.fromkeys(fmt.method.name for fmt in FORMATS.values() if fmt.method)
+        raise UserError(f"cannot read quantization method {said!r}; known: {', '.join(known)}")
+    stated = {
+        key: str(quantization_config.get(key) or "").lower()
+        for fmt in candidates
+        for key in fmt.told
+    }
+    for fmt in candidates:
+        if all(stated[key] in values for key, values in fmt.told.items()):
+            return fmt
+    may = {key: [v for fmt in candidates for v in fmt.told.get(key, ())] for key in stated}
+    key = next((key for key, values in may.items() if stated[key] not in values), next(iter(may)))
+    only = ", ".join(repr(value) for value in may[key] if value)
+    raise UserError(f"cannot read quant_method {said!r} with {key} {stated[key]!r}, only {only}")
+
+
+def entries(quantization_config: Mapping[str, Any]) -> list[str]:
+    """Every name, prefix and pattern that the configuration uses to say what is quantized and what
+    is not."""
+    keys = [key for fmt in of_method(quantization_config)[:1] for key in _method(fmt).listed]
+    return method.entries(quantization_config, keys)
 
 
 def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
@@ -156,32 +136,13 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
 
 
 def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
-    """`scheme_of` for many names: the configuration's default with the first override that fits;
-    groups in the order of `compressed-tensors`: name, pattern, class."""
-    if "config_groups" in quantization_config:
-        return compressed_tensors.reader(quantization_config)
-    base = {
-        "bits": quantization_config["bits"],
-        "group_size": quantization_config["group_size"],
-        "sym": quantization_config.get("sym", not quantization_config.get("zero_point", False)),
-    }
-    extra = quantization_config.get("extra_config") or {}
-    dynamic = quantization_config.get("dynamic") or {}
-    named = {
-        **{key: value for key, value in quantization_config.items() if isinstance(value, Mapping)},
-        **extra,
-    }
-    names, patterns = list(named), [key for key in extra if "*" in key]
-    rules = [key for key in dynamic if key[:2] == "+:"]
-    found = [*named.values(), *(extra[key] for key in patterns)]
-    places, later = Lookup(names, patterns, anywhere=True), Lookup([], [key[2:] for key in rules])
+    """`scheme_of` for many names. Raises UserError for a method that is not known."""
+    return _method(from_config(quantization_config)).schemes(quantization_config)
 
-    def scheme(name: str) -> Scheme:
-        place, rule = places.first(name), later.first(name)
-        own = found[place] if place is not None else {} if rule is None else dynamic[rules[rule]]
-        return Scheme(**{key: own.get(key, value) for key, value in base.items()})
 
-    return scheme
+def _method(fmt: Format) -> method.Method:
+    assert fmt.method is not None  # it was found by it
+    return fmt.method
 
 
 def schemes_of(quantization_config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:

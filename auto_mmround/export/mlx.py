@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.format import Format, Layout, both_spellings, check_int, differences
+from auto_mmround.export.format import Format, Layout, both_spellings, check_integers, differences
+from auto_mmround.export.method import Method
 from auto_mmround.export.packing import pack_bits, unpack_bits
+from auto_mmround.families import family_of
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -30,9 +32,6 @@ PREFIXES = {
     "model.connector.": "connector.",
     "lm_head": "language_model.lm_head",
 }
-# model_type -> the vision model_type mlx-vlm insists on; it reads the text configuration of these
-# flat from the root.
-FLAT = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 
 
 def pack(name: str, codes: Codes) -> dict[str, Tensor]:
@@ -85,17 +84,6 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     )
 
 
-def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why MLX could not hold this weight, or None. Outputs: mlx-vlm skips weights whose size is no
-    multiple of 64."""
-    if scheme.group_size not in GROUP_SIZES:
-        return (
-            f"MLX's kernels take group sizes {', '.join(map(str, GROUP_SIZES))}, not"
-            f" {scheme.group_size}"
-        )
-    return check_int(scheme, out_features, in_features, FORMAT.bits, (2, 1), SCALE_DTYPES)
-
-
 def config(layout: Layout) -> dict[str, Any]:
     """The default scheme, and by module name what differs from it. Bare, as MLX's readers in Swift
     want it."""
@@ -121,13 +109,14 @@ def mlx_name(name: str) -> str:
 def model_config(source: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """``config.json`` for readers that predate Transformers 5: what it nests is repeated flat;
     nothing is removed."""
-    text, kind = source.get("text_config"), str(source.get("model_type"))
-    made = {**_flat_rope(source, kind), **source}
+    text = source.get("text_config")
+    vision_type = family_of(str(source.get("model_type"))).mlx_vision
+    made = {**_flat_rope(source, vision_type), **source}
     if isinstance(text, Mapping):
-        made["text_config"] = {**_flat_rope(text, kind), **text}
-        made = {**made["text_config"], **made} if kind in FLAT else made
-    if kind in FLAT and isinstance(source.get("vision_config"), Mapping):
-        made["vision_config"] = {**source["vision_config"], "model_type": FLAT[kind]}
+        made["text_config"] = {**_flat_rope(text, vision_type), **text}
+        made = {**made["text_config"], **made} if vision_type else made
+    if vision_type and isinstance(source.get("vision_config"), Mapping):
+        made["vision_config"] = {**source["vision_config"], "model_type": vision_type}
     return {**made, "quantization": config(layout)}
 
 
@@ -135,7 +124,7 @@ def model_config(source: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 FLAT_ROPES = ("mrope", "linear", "dynamic", "yarn", "longrope", "llama3", "su")
 
 
-def _flat_rope(level: Mapping[str, Any], family: str) -> dict[str, Any]:
+def _flat_rope(level: Mapping[str, Any], vision_type: str | None) -> dict[str, Any]:
     """rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern out of Transformers
     5's keys."""
     rope = level.get("rope_parameters") or {}
@@ -145,7 +134,7 @@ def _flat_rope(level: Mapping[str, Any], family: str) -> dict[str, Any]:
     # only.
     known = (
         {"rope_type": main.get("rope_type", "default")}
-        if kind == "mrope" and family not in FLAT
+        if kind == "mrope" and vision_type is None
         else {}
     )
     scaling = {"type": kind, **known} | {
@@ -164,11 +153,15 @@ FORMAT = Format(
     name="mlx",
     summary="MLX checkpoint, affine: mlx-vlm, mlx-lm",
     bits=(2, 3, 4, 5, 6, 8),
-    check=check,
+    # two outputs: mlx-vlm skips weights whose size is no multiple of 64
+    check=check_integers((2, 3, 4, 5, 6, 8), (2, 1), SCALE_DTYPES, GROUP_SIZES),
     pack=pack,
     unpack=unpack,
     config=config,
-    parts=("scales", "weight", "biases"),
-    model_config=model_config,
+    parts={"scales": "scale", "weight": "q", "biases": "zero"},
     any_float=True,
+    model_config=model_config,
+    method=Method("affine"),
+    engines={"mlx": "mlx"},
 )
+FORMATS = (FORMAT,)

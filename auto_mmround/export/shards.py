@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from auto_mmround.atomic import sync_file, sync_folder, write_json
+from auto_mmround.headers import TYPE_NAMES
 
 COPIED = 2**24  # bytes copied at a time
-# torch's types as safetensors names them.
-DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-}  # fmt: skip
 
 
 class ShardWriter:
@@ -118,7 +110,7 @@ def _header(spans: Mapping[str, _Span]) -> bytes:
     at = 0
     for name, span in spans.items():
         fields[name] = {
-            "dtype": DTYPES[span.dtype],
+            "dtype": TYPE_NAMES[span.dtype],
             "shape": span.shape,
             "data_offsets": (at, at + span.size),
         }

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
+from auto_mmround.headers import DAMAGED, read_header
 from auto_mmround.model.quantized import FLOATS, METHODS, Block, block_sizes, told
 from auto_mmround.untrusted import one_line, weight_files
 
@@ -118,10 +119,10 @@ def stored_tensors(folder: Path) -> Stored:
     kinds: dict[str, str] = {}
     try:
         for path in weight_files(folder):
-            with safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-                kinds |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            headers = read_header(path)
+            files |= dict.fromkeys(headers, path)
+            kinds |= {key: header.dtype for key, header in headers.items()}
+    except DAMAGED as error:
         raise UserError(
             f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}"
         ) from None

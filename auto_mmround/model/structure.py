@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.families import family_of
+from auto_mmround.families import family_of
 
 LINEAR = (nn.Linear, Conv1D)
 

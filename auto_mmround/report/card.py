@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from auto_mmround.errors import UserError
+from auto_mmround.export import formats
 from auto_mmround.model.loading import find_folder
 from auto_mmround.report import report
 
@@ -35,9 +36,7 @@ from transformers import {imports}
 listen = pipeline("automatic-speech-recognition", model="{name}"{options})
 print(listen("speech.wav")["text"])
 """
-# Transformers unpacks these weights in the model's first forward pass, but transcribing calls the
-# encoder alone first.
-UNPACKED = ', model_kwargs={"quantization_config": CompressedTensorsConfig(dequantize=True)}'
+PIPELINE = {"imports": "pipeline", "options": ""}  # unless the format has other words
 TEXT = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,20 +143,21 @@ def _deployments(
 ) -> list[dict[str, Any]]:
     """The engines that verified the checkpoint, with code if we have some."""
     result = []
-    packed = (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
+    quantization = config.get("quantization_config")
+    words = formats.from_config(quantization).card if quantization else {}
     for row in found["verify"]:
         if row["status"] != "right":
             continue
         language, code = CODE.get(row["engine"], {}).get(kind, ("", ""))
         names = {
             "name": found["name"],
-            "imports": "CompressedTensorsConfig, pipeline" if packed else "pipeline",
-            "options": UNPACKED if packed else "",
             "cls": (config.get("architectures") or ["AutoModelForImageTextToText"])[0],
             "lm": "vlm" if kind == "image" else "lm",
             "prompt": (
                 '"What is shown?" --image picture.png' if kind == "image" else '"The first thing"'
             ),
+            **PIPELINE,
+            **words,
         }
         title = row["version"] or row["engine"]
         result.append(

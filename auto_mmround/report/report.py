@@ -6,7 +6,6 @@ It is read from the folder alone: `recipe.toml`, `run.json`, weight files, and i
 
 import json
 import os
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,26 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
-from auto_mmround.untrusted import weight_files
+from auto_mmround.report.sizes import sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
 VERDICT = ("engine", "version", "status", "reason", "layers", "planned", "gap")
-SCALES = (
-    "scales",
-    "qzeros",
-    "g_idx",
-    "biases",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-    "weight_shape",
-)
-PLAIN = ("F64", "F32", "F16", "BF16")
 WORST = 10
 
 
@@ -75,7 +62,7 @@ def collect(folder: Path) -> dict[str, Any]:
             "bits_per_weight": run["bits_per_weight"],
             "stages": dict(Counter(block["stage"] for block in blocks)),
         },
-        "sizes": _sizes(folder, str(recipe["model"])),
+        "sizes": sizes(folder, str(recipe["model"])),
         "machine": measured.get("machine", {}),
         "seconds": measured.get("seconds"),
         "peak_gb": measured.get("peak_gb"),
@@ -292,33 +279,6 @@ def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
         {"reason": reason, "count": len(names), "names": list(dict.fromkeys(names))}
         for reason, names in found.items()
     ]
-
-
-def _sizes(folder: Path, model: str) -> dict[str, Any]:
-    """Bytes on disk: all weights, packed ones with scales, the rest; and those of the source."""
-    packed = plain = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            size_ = entry["data_offsets"][1] - entry["data_offsets"][0]
-            scales = name.rpartition(".")[2] in SCALES
-            packed += size_ if scales or entry["dtype"] not in PLAIN else 0
-            plain += 0 if scales or entry["dtype"] not in PLAIN else size_
-    weights = sum(
-        path.stat().st_size
-        for pattern in ("*.safetensors", "*.gguf")
-        for path in folder.glob(pattern)
-    )
-    try:
-        source = find_folder(model, offline=True)
-        before = sum(path.stat().st_size for path in weight_files(source)) or None
-    except UserError:
-        before = None
-    return {"weights": weights, "packed": packed, "plain": plain, "source": before}
 
 
 def _verdicts(path: Path) -> list[dict[str, Any]]:

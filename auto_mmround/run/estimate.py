@@ -354,7 +354,7 @@ def _sizes(job: Job) -> dict[str, int]:
     quantized = sum(w.out_features * w.in_features for w in plan.weights if w.scheme)
     rest = whole * (1 - quantized / max(count, 1)) + side
     packed = quantized * plan.bits_per_weight() / 8
-    return {fmt.name: round(rest + packed if fmt.parts else whole + side) for fmt in plan.formats}
+    return {fmt.name: round(rest + packed if fmt.packs else whole + side) for fmt in plan.formats}
 
 
 def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], float]:

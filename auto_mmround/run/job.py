@@ -20,8 +20,8 @@ from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
+from auto_mmround.families import FAMILIES, family_of
 from auto_mmround.model import devices
-from auto_mmround.model.families import FAMILIES, family_of
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
@@ -344,13 +344,9 @@ def save(
     fmt = formats.resolve(format_name, set(job.plan.quantized.values()))
     for weight in job.plan.weights:
         if weight.scheme:
-            problem = fmt.check(weight.scheme, weight.out_features, weight.in_features)
-            if not weight.scheme.sym and weight.scheme.min_zero < fmt.min_zero:
-                problem = f"stores no zero point below {fmt.min_zero}"
-            if weight.scheme.scale_bits is None and formats.scale_bits([fmt.name], weight.scheme):
-                problem = "stores scale * zero as one number"
-            if weight.scheme.scale_range not in (None, fmt.scale_range) and fmt.parts:
-                problem = "cannot hold what was tuned on the grid of another format"
+            problem = fmt.holds(weight.scheme) or fmt.check(
+                weight.scheme, weight.out_features, weight.in_features
+            )
             if problem:
                 raise UserError(
                     f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before"

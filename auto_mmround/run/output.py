@@ -291,7 +291,7 @@ def check_names(names: Names, plan: Plan) -> None:
         if expert.stacked and expert.parameter not in names.apart
     )
     odd = next((name for name in stacked if name in plan.quantized), None)
-    if odd is not None and any(fmt.parts for fmt in plan.formats):
+    if odd is not None and any(fmt.packs for fmt in plan.formats):
         stack = names.stacks[names.experts[odd].parameter]
         raise UserError(
             f"{odd}: no reader takes the experts of {stack} one by one; keep them with "
@@ -397,7 +397,7 @@ def _write_record(folder: Path, more: Mapping[str, Any]) -> None:
 def _fill(folder: Path, fmt: Format, result: Result) -> None:
     names, plan, recipe, source = result.names, result.plan, result.recipe, result.source
     records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
-    packed = plan.quantized if fmt.parts else {}
+    packed = plan.quantized if fmt.packs else {}
     layout = Layout(
         quantized=plan.quantized,
         kept=list(plan.kept),
@@ -412,9 +412,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         result.codes, {names.module(name): name for name in result.codes} if packed else {}
     )
     without = {f"{name}.weight" for name in packed}
-    rest = _recorded(
-        names.unchanged(without, result.codes, apart=bool(fmt.parts)), records["tensors"]
-    )
+    rest = _recorded(names.unchanged(without, result.codes, apart=fmt.packs), records["tensors"])
     if fmt.write:
         records["codes"] = {
             key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()

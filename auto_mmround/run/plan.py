@@ -121,7 +121,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     wanted = [formats.get(name) for name in recipe.formats]
     if not wanted:
         raise UserError("format is empty: name at least one export format")
-    if recipe.polish and formats.scale_range(recipe.formats):
+    if recipe.polish and formats.fitted(recipe.formats, recipe.scheme).scale_range:
         raise UserError(
             f"polish tunes scales, which {recipe.format} holds as integers of few bits; leave"
             " it out"
@@ -270,13 +270,7 @@ def _decide(
             )
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
     if scheme is not None:
-        scheme = replace(scheme, scale_range=formats.scale_range(recipe.formats))
-    if scheme is not None and not scheme.sym:
-        limits = (
-            formats.min_zero(recipe.formats, scheme),
-            formats.scale_bits(recipe.formats, scheme),
-        )
-        scheme = replace(scheme, min_zero=limits[0], scale_bits=limits[1])
+        scheme = formats.fitted(recipe.formats, scheme)
     return WeightPlan(name, out_features, in_features, block, None if reason else scheme, reason)
 
 

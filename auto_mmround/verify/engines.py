@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from auto_mmround import strict
+from auto_mmround.export.formats import FORMATS
 from auto_mmround.programs import program
 
 # only llama.cpp's log says it
@@ -29,16 +30,12 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine; its worker is engine_<name>.py on the shelf.
+    """dtype: what it is asked to compute in. kinds: of inputs it takes, see
+    `Probe`; tower: the file without which it takes texts only. own_media: it processes media
+    itself, and gets token ids, images and sounds as they are.
+    rounds_inputs: it always quantizes activations where the checkpoint says so. The
+    worker is engine_<name>.py on the shelf."""
 
-    formats: the formats that it reads, each with the environment below `.engines` that can; None is
-    the environment of this program. dtype: of its computation. kinds: of inputs, see `Probe`.
-    tower: without this file it takes texts only. own_media: it processes media itself, and gets
-    token ids, images and sounds. rounds_inputs: it always quantizes activations where the
-    checkpoint asks for it.
-    """
-
-    formats: Mapping[str, str | None]
     dtype: str = "float32"
     kinds: tuple[str, ...] = ("text", "image", "audio", "speech")
     tower: str | None = None
@@ -46,31 +43,22 @@ class Engine:
     rounds_inputs: bool = False
 
 
-_COMPRESSED = ("compressed_tensors", "compressed_tensors:int8", "compressed_tensors:float")
-_GPTQ = ("auto_round:auto_awq", "auto_gptq", "auto_awq")
+# What they read is said by the formats.
 ENGINES: dict[str, Engine] = {
-    "transformers": Engine(
-        {
-            **dict.fromkeys(("auto_round", "auto_round:auto_gptq", "fake", *_COMPRESSED), None),
-            **dict.fromkeys(_GPTQ, "gptqmodel"),
-        }
-    ),
-    # In float16, vLLM keeps the stored scales.
+    "transformers": Engine(),
+    # In float16 vLLM keeps the scales as they are stored.
     "vllm": Engine(
-        dict.fromkeys(("auto_round:auto_gptq", *_GPTQ, *_COMPRESSED), "vllm"),
-        dtype="float16",
-        kinds=("text", "image", "speech"),
-        own_media=True,
-        rounds_inputs=True,
+        dtype="float16", kinds=("text", "image", "speech"), own_media=True, rounds_inputs=True
     ),
-    "llamacpp": Engine({"gguf": "llamacpp"}, kinds=("text", "image"), own_media=True),
-    "mlx": Engine({"mlx": "mlx"}, kinds=("text", "image")),
-    "openvino": Engine(
-        {"openvino": "openvino"},
-        kinds=("text", "image"),
-        tower="openvino_vision_embeddings_model.xml",
-    ),
+    "llamacpp": Engine(kinds=("text", "image"), own_media=True),
+    "mlx": Engine(kinds=("text", "image")),
+    "openvino": Engine(kinds=("text", "image"), tower="openvino_vision_embeddings_model.xml"),
 }
+
+
+def reads(engine: str) -> list[str]:
+    """The formats that an engine reads."""
+    return [name for name, fmt in FORMATS.items() if engine in fmt.engines]
 
 
 @dataclass(frozen=True)
@@ -111,14 +99,10 @@ def worker(engine: str) -> Path:
 
 
 def interpreter(format_name: str, root: Path = Path(), engine: str | None = None) -> Path:
-    """The Python in which ``engine`` reads the format; None: the first engine that can. It may not
-    exist."""
-    readers = (
-        [ENGINES[engine]]
-        if engine
-        else [each for each in ENGINES.values() if format_name in each.formats]
-    )
-    environment = readers[0].formats[format_name]
+    """The Python in which ``engine``, or the first that can, reads the format; it may not exist
+    yet."""
+    readers = FORMATS[format_name].engines
+    environment = readers[engine or next(each for each in ENGINES if each in readers)]
     return Path(sys.executable) if environment is None else python_of(environment, root)
 
 

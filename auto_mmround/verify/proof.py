@@ -62,7 +62,7 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
         yield Finding(
             "error", f"config.json: {changed[0]}", "is not that of the model" + several(changed)
         )
-    decoder = Streamed(subject, model.dtype) if subject.whole else Decoder(subject, model.dtype)
+    decoder = OtherFiles(subject, model.dtype) if subject.whole else Decoder(subject, model.dtype)
     filled = Filled(
         model, decoder, [block for stage in result.plan.stages for block in stage.blocks]
     )
@@ -141,25 +141,22 @@ class Decoder(Mapping[str, bool]):
         return found
 
 
-class Streamed(Decoder):
-    """The same for files of another kind: their format reads them in its own order, with the run's
-    keys."""
+class OtherFiles(Decoder):
+    """The same of files of another kind, which their format reads, with keys as the run wrote
+    them."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype):
         super().__init__(subject, dtype)
         assert subject.fmt is not None and subject.fmt.read is not None
-        self._stream, self._held = subject.fmt.read(subject.folder, dtype), dict[str, Tensor]()
+        self._tensors = subject.fmt.read(subject.folder)
         packed = {f"{module}.weight": True for module in subject.journal.get("codes") or ()}
         self._keys = {**dict.fromkeys(subject.journal.get("tensors") or (), False), **packed}
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors; earlier ones in the files wait in memory."""
-        while absent := next((key for key in keys if key not in self._held), None):
-            key, tensor = next(self._stream, (None, None))
-            if key is None or tensor is None:
-                raise UserError(f"{absent} is not in the files")
-            self._held[key] = tensor
-        return {key: self._held.pop(key) for key in keys}
+        """These tensors."""
+        for absent in (key for key in keys if key not in self._tensors):
+            raise UserError(f"{absent} is not in the files")
+        return {key: self._tensors[key].to(self._dtype) for key in keys}
 
 
 class Filled:

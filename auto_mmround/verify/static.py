@@ -4,39 +4,24 @@ An error: some reader would fail, or read wrong values without a warning. A warn
 be checked, or may be a habit of the tool that wrote the files.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from auto_mmround.checkpoint.folder import is_side_file
-from auto_mmround.checkpoint.subject import Finding, Stored, Subject, read_json, read_subject
-from auto_mmround.export.formats import PATTERN_SECONDS, Format, resolve
+from auto_mmround.checkpoint.subject import Finding, Subject, read_json, read_subject
+from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
+from auto_mmround.export.method import Overrides, Question
+from auto_mmround.headers import TYPE_NAMES, Header
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
 from auto_mmround.untrusted import TooLong, time_limit
 from auto_mmround.verify import names
+from auto_mmround.verify.side_files import check_side_files, check_tokenizer
 from auto_mmround.verify.together import TOGETHER
 from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
-
-DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64",
-    torch.uint32: "U32",
-          torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # fmt: skip
-TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-SIDES = (TOKENIZERS, PROCESSORS)
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def several(found: Sequence[str]) -> str:
@@ -99,8 +84,8 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
 
 
 def check_layout(s: Subject) -> Iterator[Finding]:
-    """Parts, dtypes and shapes of every packed weight fit its scheme and its layer."""
-    expected: dict[tuple[Scheme, int, int], dict[str, Stored]] = {}
+    """Parts, dtypes and shapes of every packed weight are what its scheme and its layer ask for."""
+    expected: dict[tuple[Scheme, int, int], dict[str, Header]] = {}
     for module in sorted(s.packed):
         layer = s.skeleton.linears.get(module) if s.skeleton else None
         wanted = scheme(s, module)
@@ -119,11 +104,9 @@ def check_layout(s: Subject) -> Iterator[Finding]:
 
 def _expected_parts(
     fmt: Format, wanted: Scheme, out_features: int, in_features: int
-) -> dict[str, Stored]:
-    """The parts that our own packer makes of a weight of zeros; nothing for floats.
-
-    Unpacking checks floats well enough.
-    """
+) -> dict[str, Header]:
+    """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells
+    enough."""
     if wanted.data_type != "int":
         return {}
     group = in_features if wanted.group_size == -1 else wanted.group_size
@@ -137,7 +120,8 @@ def _expected_parts(
         wanted.sym,
     )
     return {
-        name: Stored("", DTYPES[t.dtype], tuple(t.shape)) for name, t in fmt.pack("", codes).items()
+        name: Header("", TYPE_NAMES[t.dtype], tuple(t.shape))
+        for name, t in fmt.pack("", codes).items()
     }
 
 
@@ -152,7 +136,7 @@ def _alike(s: Subject) -> set[str]:
     )
 
 
-def _compare_parts(s: Subject, module: str, expected: Mapping[str, Stored]) -> Iterator[Finding]:
+def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> Iterator[Finding]:
     for part, wanted in expected.items():
         name = module + part
         found = s.tensors.get(name)
@@ -182,10 +166,10 @@ def check_names(s: Subject) -> Iterator[Finding]:
         "vLLM": {names.vllm_module(model_type, stored): stored for stored in s.skeleton.linears},
     }
     for engine, spelled in spellings.items():
-        reader = names.READERS.get((engine, str(s.quantization.get("quant_method"))))
-        if reader is None or (engine == "vLLM" and not names.vllm_reads(s.quantization)):
+        reader = s.fmt.method.readers.get(engine) if s.fmt.method else None
+        if reader is None:
             continue
-        question = names.Question(
+        question = Question(
             s.quantization,
             list(spelled),
             next((name for name, stored in spelled.items() if stored == s.skeleton.head), None),
@@ -201,11 +185,12 @@ def check_names(s: Subject) -> Iterator[Finding]:
             )
             yield Finding("error", "quantization_config", text)
             continue
-        yield from _compare_names(s, engine, spelled, answer)
+        if answer is not None:
+            yield from _compare_names(s, engine, spelled, answer)
 
 
 def _compare_names(
-    s: Subject, engine: str, spelled: Mapping[str, str], answer: Mapping[str, names.Overrides]
+    s: Subject, engine: str, spelled: Mapping[str, str], answer: Mapping[str, Overrides]
 ) -> Iterator[Finding]:
     assert s.skeleton is not None and s.quantization is not None
     plain = [name for name, stored in spelled.items() if stored in s.packed and name not in answer]
@@ -254,7 +239,7 @@ def check_entries(s: Subject) -> Iterator[Finding]:
         with time_limit(PATTERN_SECONDS):
             idle = [
                 entry
-                for entry in names.entries(s.quantization)
+                for entry in entries(s.quantization)
                 if not names.names_something(entry, known)
             ]
     except TooLong:
@@ -295,79 +280,6 @@ def check_fused(s: Subject) -> Iterator[Finding]:
                 " alike"
             )
             yield Finding("error", f"{parent}.{(odd or sorted(found))[0]}", text)
-
-
-def check_side_files(s: Subject) -> Iterator[Finding]:
-    """Tokenizer, processor, chat template and code are there; every JSON file can be read."""
-    there = {str(path.relative_to(s.folder)) for path in s.folder.rglob("*") if path.is_file()}
-    wanted, processors = set(s.journal.get("files") or ()), set(PROCESSORS)
-    if s.source is not None:
-        beside = {
-            str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)
-        }
-        wanted, processors = wanted | beside, processors & beside
-    # Transformers 5 saves the image processor in processor_config.json
-    for name in sorted(wanted - there):
-        yield Finding(s.hygiene, name, "is missing")
-    # A run copies all side files, so a folder of ours without any comes from a model without any.
-    none_of = {
-        names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names}
-        for names in SIDES
-    }
-    if not there & set(TOKENIZERS):
-        severity = "warning" if none_of[TOKENIZERS] else "error"
-        yield Finding(severity, "tokenizer.json", "is missing: the folder holds no tokenizer")
-    towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get(
-        "num_mel_bins"
-    )
-    if towers and processors and not there & set(PROCESSORS):
-        # A model's own code may need none (CogVLM2).
-        severity = "warning" if s.config.get("auto_map") or none_of[PROCESSORS] else "error"
-        text = "is missing: the model takes images or audio, the folder holds no processor"
-        yield Finding(severity, PROCESSORS[0], text)
-    if "vision_config" in s.config and not there & set(TEMPLATES) and not _has_template(s.folder):
-        yield Finding("warning", TEMPLATES[0], "the folder holds no chat template")
-    for name in sorted(there):
-        findings: list[Finding] = []
-        if name.endswith("_config.json") or name == "tokenizer.json":
-            content = read_json(s.folder / name, findings) or {}
-            yield from findings if name != "quantization_config.json" else ()
-            yield from _code(content, name, there)
-    yield from _code(s.config, "config.json", there)
-
-
-def _has_template(folder: Path) -> bool:
-    return "chat_template" in (read_json(folder / "tokenizer_config.json", []) or {})
-
-
-def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterator[Finding]:
-    """Python files named in `auto_map` ("module.Class"). With "repo--" before it, the code is
-    elsewhere."""
-    table = content.get("auto_map")
-    for value in table.values() if isinstance(table, dict) else ():
-        for reference in value if isinstance(value, list) else [value]:
-            if (
-                isinstance(reference, str)
-                and "--" not in reference
-                and f"{reference.split('.')[0]}.py" not in there
-            ):
-                yield Finding(
-                    "error",
-                    f"{reference.split('.')[0]}.py",
-                    f"is missing: {file} names it in auto_map",
-                )
-
-
-def check_tokenizer(s: Subject) -> Iterator[Finding]:
-    """Neither truncation nor padding of the calibration is left in the tokenizer."""
-    tokenizer = read_json(s.folder / "tokenizer.json", []) or {}
-    for key in ("truncation", "padding"):
-        if tokenizer.get(key) is not None:
-            yield Finding(
-                "error",
-                "tokenizer.json",
-                f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}",
-            )
 
 
 def _is_packed(s: Subject, name: str) -> bool:

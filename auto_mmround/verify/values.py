@@ -23,13 +23,7 @@ from auto_mmround.run.journal import checksum, codes_record
 LEAST_CORRELATION = 0.5
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
-# Codes, scales and zero points -> the tensors that may hold them, in any layout.
-HOLDERS = {
-    "q": ("qweight", "weight_packed", "weight"),
-    "scale": ("scales", "weight_scale"),
-    "zero": ("qzeros", "weight_zero_point", "biases"),
-    "input_scale": ("input_scale",),
-}
+HELD = ("q", "scale", "zero", "input_scale")  # by the tensors of a weight, see `Format.parts`
 
 
 def scheme(s: Subject, module: str) -> Scheme | None:
@@ -162,10 +156,11 @@ def _ranges(
         if tensor.is_floating_point() and not _is_finite(tensor):
             yield Finding("error", name, "holds NaN or infinite values")
     if bool((codes.scale_OG == 0).any()):
-        yield Finding(s.hygiene, _part(tensors, "scale", module), "holds scales of zero")
+        yield Finding(s.hygiene, _part(s, tensors, "scale", module), "holds scales of zero")
     if codes.data_type != "int":
         return
-    middle, top, where = 2 ** (codes.bits - 1), 2**codes.bits - 1, _part(tensors, "zero", module)
+    middle, top = 2 ** (codes.bits - 1), 2**codes.bits - 1
+    where = _part(s, tensors, "zero", module)
     if int(codes.zero_OG.max()) > top:
         yield Finding(
             "error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}"
@@ -197,9 +192,9 @@ def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]
                 f" {written[key]}"
             )
             yield Finding("error", f"{module}: quantization_config", text)
-    for key in HOLDERS:
+    for key in HELD:
         if now.get(key) != written.get(key):
-            where = _part(s.parts(module), key, module)
+            where = _part(s, s.parts(module), key, module)
             yield Finding(
                 "error",
                 where,
@@ -220,8 +215,9 @@ def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Find
         )
 
 
-def _part(tensors: Iterable[str], key: str, module: str) -> str:
-    """The tensor of a module for a key of `HOLDERS`; the module itself if there is none."""
-    return next(
-        (f"{module}.{part}" for part in HOLDERS[key] if f"{module}.{part}" in tensors), module
-    )
+def _part(s: Subject, tensors: Iterable[str], held: str, module: str) -> str:
+    """The tensor of a module that holds its scales, or whatever is asked for; the module where
+    there is none."""
+    parts = s.fmt.parts.items() if s.fmt else ()
+    names = (f"{module}.{part}" for part, what in parts if what == held)
+    return next((name for name in names if name in tensors), module)

@@ -15,7 +15,7 @@ from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
-from auto_mmround.verify.engines import ENGINES, ask, interpreter
+from auto_mmround.verify.engines import ENGINES, ask, interpreter, reads
 from auto_mmround.verify.limits import refusal
 from auto_mmround.verify.llamacpp import ask_llamacpp
 from auto_mmround.verify.probes import Probe, make_probes
@@ -128,9 +128,7 @@ def verify(
     findings = run_checks(subject)
     verification = Verification(folder, name, tuple(findings))
     wanted = (
-        [engine for engine in ENGINES if name in ENGINES[engine].formats]
-        if chosen is None
-        else list(chosen)
+        [engine for engine in ENGINES if name in reads(engine)] if chosen is None else list(chosen)
     )
     if chosen is None and not verification.right:
         return Verification(
@@ -146,38 +144,47 @@ def verify(
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
     if asked:
-        exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
-        with tempfile.TemporaryDirectory() as made:
-            probes, notes = make_probes(exact, Path(made))
-        planned = len(subject.packed or subject.journal.get("codes") or ())
-        inputs = [probe.kwargs for probe in probes]
-        references = {False: make_reference(folder, exact.model, inputs)}
-        if rounds_inputs(subject.quantization) and any(
-            ENGINES[engine].rounds_inputs for engine in asked
-        ):
-            rounding = from_quantized(
-                folder, dtype="float32", remote_code=remote_code, activations=True
-            )
-            references[True] = make_reference(folder, rounding.model, inputs, activations=True)
-        for engine in asked:
-            reference = references.get(ENGINES[engine].rounds_inputs, references[False])
-            taken = _taken(engine, folder, probes)
-            if not taken:
-                kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
-                verdicts[engine] = replace(
-                    verdicts[engine], reason=f"{engine} is asked nothing: it takes no {kinds}"
-                )
-                continue
-            part = replace(
-                reference,
-                inputs=[reference.inputs[i] for i in taken],
-                logits=[reference.logits[i] for i in taken],
-            )
-            media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
-            verdicts[engine] = _verdict(
-                engine, name, part, planned, root, timeout, media, exact.tokenizer
-            )
+        found, notes = _ask_all(asked, subject, name, root, timeout, remote_code)
+        verdicts |= found
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
+
+
+def _ask_all(
+    asked: Sequence[str], subject: Subject, name: str, root: Path, timeout: float, remote_code: bool
+) -> tuple[dict[str, Verdict], list[str]]:
+    """A verdict of each engine, and what could not be asked."""
+    folder, verdicts = subject.folder, dict[str, Verdict]()
+    exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
+    with tempfile.TemporaryDirectory() as made:
+        probes, notes = make_probes(exact, Path(made))
+    planned = len(subject.packed or subject.journal.get("codes") or ())
+    inputs = [probe.kwargs for probe in probes]
+    references = {False: make_reference(folder, exact.model, inputs)}
+    if rounds_inputs(subject.quantization) and any(
+        ENGINES[engine].rounds_inputs for engine in asked
+    ):
+        rounding = from_quantized(
+            folder, dtype="float32", remote_code=remote_code, activations=True
+        )
+        references[True] = make_reference(folder, rounding.model, inputs, activations=True)
+    for engine in asked:
+        reference = references.get(ENGINES[engine].rounds_inputs, references[False])
+        taken = _taken(engine, folder, probes)
+        if not taken:
+            kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
+            reason = f"{engine} is asked nothing: it takes no {kinds}"
+            verdicts[engine] = Verdict(folder, name, engine, "not run", reason)
+            continue
+        part = replace(
+            reference,
+            inputs=[reference.inputs[i] for i in taken],
+            logits=[reference.logits[i] for i in taken],
+        )
+        media = [probes[i].media for i in taken] if ENGINES[engine].own_media else None
+        verdicts[engine] = _verdict(
+            engine, name, part, planned, root, timeout, media, exact.tokenizer
+        )
+    return verdicts, notes
 
 
 def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
@@ -228,10 +235,9 @@ def _verdict(
 def _require(engine: str, name: str, root: Path) -> None:
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
-    if name not in ENGINES[engine].formats:
+    if name not in reads(engine):
         raise UserError(
-            f"{engine} does not read the format {name}; it reads"
-            f" {', '.join(ENGINES[engine].formats)}"
+            f"{engine} does not read the format {name}; it reads {', '.join(reads(engine))}"
         )
     if problem := engines.not_installed(interpreter(name, root, engine)):
         raise UserError(problem)

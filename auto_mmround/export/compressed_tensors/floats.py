@@ -11,7 +11,7 @@ from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 BLOCK = 128
-KINDS = {
+LAYOUTS = {
     "fp8": "float-quantized",
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",

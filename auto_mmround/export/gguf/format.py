@@ -10,76 +10,65 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Layout, Whole, check_int
+from auto_mmround.export.format import Format, Layout, Whole, check_integers
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.gguf.k import SUPER_TYPES, SuperType, onto
 from auto_mmround.export.gguf.k import pack as pack_super
-from auto_mmround.export.gguf.models import (
-    Part,
-    architecture,
-    extra_tensors,
-    text_metadata,
-    text_part,
-)
-from auto_mmround.export.gguf.towers import ROW_END, tower_metadata, tower_of, tower_part
+from auto_mmround.export.gguf.models import Part, architecture, extra_tensors, text_metadata
+from auto_mmround.export.gguf.read import config_of, parts_of, read
+from auto_mmround.export.gguf.towers import ROW_END, tower_metadata, tower_of
 from auto_mmround.export.gguf.types import BLOCK, TYPES, BlockType, exact_type, pack
+from auto_mmround.export.method import Method
+from auto_mmround.headers import TYPE_NAMES
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.untrusted import TooLong, one_line, time_limit
-
-# a head that claims one long list makes the reader walk through the whole file, byte by byte
-HEAD_SECONDS = 30.0
 
 log = logging.getLogger("auto_mmround")
-Kind = BlockType | SuperType
+Blocks = BlockType | SuperType
 ROWS = ("q_OI", "scale_OG", "zero_OG", "min_OG", "unit_OS2")  # parts of `Codes` that go by outputs
 FILE_TYPES = {  # gguf.LlamaFileType, for display only
     "F32": 0, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
     "Q4_K": 14, "Q5_K": 16,
     "Q6_K": 18,
 }  # fmt: skip
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # ggml calls them as safetensors does
 _FLOAT32 = ("v.position_embd.weight", "mm.input_projection.weight", "v.class_embd")
 
 
-def check(kind: Kind | None, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def check(ggml: Blocks | None, scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why the block type (None: the smallest that is exact) could not hold this weight exactly, or
     None."""
     if importlib.util.find_spec("gguf") is None:
         return 'needs the package gguf: pip install "auto_mmround[gguf]"'
     group = in_features if scheme.group_size == -1 else scheme.group_size
-    if kind is not None and (scheme.bits, scheme.sym, group) != (kind.bits, kind.sym, kind.group):
-        symmetry = "" if kind.sym else " --asym"
-        return f"holds one scheme, which is --bits {kind.bits} --group_size {kind.group}{symmetry}"
-    if kind is None and exact_type(scheme.bits, scheme.sym) is None:
+    if ggml is not None and (scheme.bits, scheme.sym, group) != (ggml.bits, ggml.sym, ggml.group):
+        symmetry = "" if ggml.sym else " --asym"
+        return f"holds one scheme, which is --bits {ggml.bits} --group_size {ggml.group}{symmetry}"
+    if ggml is None and exact_type(scheme.bits, scheme.sym) is None:
         return (
             f"has no block type for asymmetric {scheme.bits} bits: use 2 to 5 bits, or symmetric"
             " ones"
         )
-    if kind is None and group % BLOCK:
+    if ggml is None and group % BLOCK:
         return f"stores scales for {BLOCK} columns: group size {group} is no multiple"
-    return check_int(
-        scheme, out_features, in_features, range(2, 9), (1, kind.columns if kind else BLOCK)
-    )
+    rules = check_integers(range(2, 9), (1, ggml.columns if ggml else BLOCK))
+    return rules(scheme, out_features, in_features)
 
 
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
     """UserError for a model that llama.cpp, or our tables, could not take; before any work is
     done."""
-    made = _config(config)
-    parts = _parts(made)
+    made = config_of(config)
+    parts = parts_of(made)
     tower = tower_of(made.model_type, made)
     if tower is not None and tower.caution:
         log.warning(f"gguf: {tower.caution}")
@@ -89,15 +78,15 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
         gguf_tokens.read_tokenizer(source)
 
 
-def write(kind: Kind | None, folder: Path, whole: Whole) -> dict[str, Any]:
+def write(ggml: Blocks | None, folder: Path, whole: Whole) -> dict[str, Any]:
     """The files of a model; returns its ``quantization_config``. The folder holds the tokenizer's
     files already."""
     import gguf
 
-    config = _config(whole.config)
+    config = config_of(whole.config)
     text = config.get_text_config()
-    parts = _parts(config)
-    label = kind.name if kind else _common_type(whole.codes.values())
+    parts = parts_of(config)
+    label = ggml.name if ggml else _common_type(whole.codes.values())
     paths = {"text": folder / f"model-{label}.gguf", "tower": folder / "mmproj-model.gguf"}
     names = {"text": architecture(text).name, "tower": "clip"}
     writers = {
@@ -106,16 +95,15 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> dict[str, Any]:
     rows, moved, row_end = 0, [], _row_end(config, folder)
     for module, codes in whole.codes.items():
         for part, target, piece in _pieces(parts, f"{module}.weight", codes):
-            name, blocks, distance = _blocks(piece, kind)
+            name, blocks, distance = _blocks(piece, ggml)
             writers[part].add_tensor(
                 target, blocks.cpu().numpy(), raw_dtype=gguf.GGMLQuantizationType[name]
             )
             moved.append(distance)
-    if kind is not None and any(moved):
-        share = sum(moved) / len(moved)
+    if ggml is not None and any(moved):
         log.warning(
-            f"gguf:{kind.name.lower()}: fitted to super-blocks, weights moved by {share:.1%} of a"
-            " step (rms)"
+            f"gguf:{ggml.name.lower()}: fitted to super-blocks, weights moved by"
+            f" {sum(moved) / len(moved):.1%} of a step (rms)"
         )
     for key, tensor in whole.rest:
         for part, target, plain in _pieces(parts, key, tensor):
@@ -140,106 +128,6 @@ def write(kind: Kind | None, folder: Path, whole: Whole) -> dict[str, Any]:
         writer.write_tensors_to_file()
         writer.close()
     return _quantization_config(whole.layout, label, [paths[part].name for part in parts])
-
-
-def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
-    if "files" not in raw["quantization_config"]:
-        raise UserError(f"{folder}: quantization_config names no GGUF files")
-    files = raw["quantization_config"]["files"]
-    if not isinstance(files, list) or not all(
-        isinstance(f, str) and Path(f).name == f for f in files
-    ):
-        raise UserError(
-            f"{folder}: quantization_config names files that are not in the folder:"
-            f" {str(files)[:200]}"
-        )
-    return files
-
-
-def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint key, tensor) of all files of a folder, decoded; names as `tower_part` and
-    `text_part` spell them.
-
-    dtype: None keeps 16-bit tensors and gives float32 for the rest. UserError for unknown tensors
-      or a missing file.
-    """
-    import gguf
-
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = _config(raw)
-    parts, extra = _parts(config), extra_tensors(config.get_text_config())
-    for file in _files(raw, folder):
-        if not (folder / file).is_file():
-            raise UserError(
-                f"{folder} lacks {file}, which its config.json names: copy the folder again"
-            )
-        with _readable(folder / file), time_limit(HEAD_SECONDS):
-            reader = gguf.GGUFReader(folder / file)
-            field = reader.get_field("general.architecture")
-            part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
-            stored = {tensor.name: tensor for tensor in reader.tensors}
-        for key, rule in part.sources(
-            [name for name in stored if name not in (*extra, ROW_END)]
-        ).items():
-            absent = [target for target in rule.targets if target not in stored]
-            if absent:
-                raise UserError(
-                    f"{folder / file} lacks the tensor {absent[0]}: the file is damaged"
-                )
-            with _readable(folder / file):
-                tensor = rule.step.inverse([_decode(stored[target]) for target in rule.targets])
-            yield key, tensor if dtype is None else tensor.to(dtype)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What the reader and the decoders raise for a damaged file, as a UserError."""
-    try:
-        yield
-    except TooLong:
-        raise UserError(
-            f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds"
-        ) from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-        ArithmeticError,
-        OSError,
-        MemoryError,
-    ) as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
-        ) from error
-
-
-def _decode(stored: Any) -> Tensor:
-    import gguf
-
-    plain = {"F16": torch.float16, "BF16": torch.bfloat16}
-    values = gguf.quants.dequantize(stored.data, stored.tensor_type)
-    return torch.from_numpy(np.array(values, dtype=np.float32)).to(
-        plain.get(stored.tensor_type.name, torch.float32)
-    )
-
-
-def _config(config: Mapping[str, Any]) -> Any:
-    """The configuration with all defaults filled in; UserError for a model type transformers does
-    not know."""
-    model_type = str(config.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(f"GGUF export: no table for {model_type}")
-    return CONFIG_MAPPING[model_type].from_dict(
-        {k: v for k, v in config.items() if k != "quantization_config"}
-    )
-
-
-def _parts(config: Any) -> dict[str, Part]:
-    """The files of a model; the tower first: its names are the more special ones."""
-    tower = tower_part(config.model_type, config)
-    text = text_part(config.model_type, config.get_text_config())
-    return ({"tower": tower} if tower else {}) | {"text": text}
 
 
 def _route(parts: Mapping[str, Part], key: str) -> tuple[str, str]:
@@ -272,24 +160,24 @@ def _pieces(parts: Mapping[str, Part], key: str, whole: Any) -> Iterator[tuple[s
         yield name, target, piece
 
 
-def _blocks(codes: Codes, kind: Kind | None) -> tuple[str, Tensor, float]:
+def _blocks(codes: Codes, ggml: Blocks | None) -> tuple[str, Tensor, float]:
     """(type, blocks, how far the weights moved, rms in steps of the grid: 0 unless they were
     fitted)."""
-    if not isinstance(kind, SuperType):
-        chosen = kind or exact_type(codes.bits, codes.sym)
+    if not isinstance(ggml, SuperType):
+        chosen = ggml or exact_type(codes.bits, codes.sym)
         assert chosen is not None  # `check` has seen to it
         return chosen.name, pack(codes, chosen), 0.0
-    codes, moved = (codes, 0.0) if codes.unit_OS2 is not None else onto(codes, kind)
-    return kind.name, pack_super(codes, kind), moved
+    codes, moved = (codes, 0.0) if codes.unit_OS2 is not None else onto(codes, ggml)
+    return ggml.name, pack_super(codes, ggml), moved
 
 
 def _add_plain(writer: Any, name: str, tensor: Tensor) -> None:
     import gguf
 
-    keep = tensor.ndim == 2 and tensor.dtype in _DTYPES and name not in _FLOAT32
+    keep = tensor.ndim == 2 and tensor.dtype in PLAIN and name not in _FLOAT32
     tensor = (tensor if keep else tensor.float()).cpu().contiguous()
     data = tensor.view(torch.uint8).numpy()
-    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[_DTYPES[tensor.dtype]])
+    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[TYPE_NAMES[tensor.dtype]])
 
 
 def _add_fact(writer: Any, name: str, value: Any) -> None:
@@ -348,9 +236,9 @@ def _row_end(config: Any, folder: Path) -> int | None:
 def _common_type(codes: Iterable[Codes]) -> str:
     sizes: dict[str, int] = {}
     for weight in codes:
-        kind = exact_type(weight.bits, weight.sym)
-        if kind is not None:
-            sizes[kind.name] = sizes.get(kind.name, 0) + weight.q_OI.numel()
+        ggml = exact_type(weight.bits, weight.sym)
+        if ggml is not None:
+            sizes[ggml.name] = sizes.get(ggml.name, 0) + weight.q_OI.numel()
     return max(sizes, key=lambda name: sizes[name], default="F32")
 
 
@@ -367,31 +255,30 @@ def _quantization_config(layout: Layout, label: str, files: Sequence[str]) -> di
     }
 
 
-def _no_pack(*_: Any) -> Any:
-    raise ValueError("GGUF files are written and read whole")
+METHOD = Method("gguf")
 
 
-def _format(kind: Kind | None) -> Format:
+def _format(ggml: Blocks | None) -> Format:
     chosen = (
         "the smallest blocks that hold the weights exactly"
-        if kind is None
-        else f"{kind.name} blocks"
+        if ggml is None
+        else f"{ggml.name} blocks"
     )
     return Format(
-        name="gguf" if kind is None else f"gguf:{kind.name.lower()}",
+        name="gguf" if ggml is None else f"gguf:{ggml.name.lower()}",
         summary=f"llama.cpp: {chosen}; a vision tower as mmproj",
-        bits=(2, 3, 4, 5, 6, 7, 8) if kind is None else (kind.bits,),
-        check=partial(check, kind),
-        pack=_no_pack,
-        unpack=_no_pack,
+        bits=(2, 3, 4, 5, 6, 7, 8) if ggml is None else (ggml.bits,),
+        check=partial(check, ggml),
         config=lambda layout: _quantization_config(layout, "", ()),
-        fused_zero=kind is None or (isinstance(kind, BlockType) and not kind.sym),
-        write=partial(write, kind),
+        fused_zero=ggml is None or (isinstance(ggml, BlockType) and not ggml.sym),
+        write=partial(write, ggml),
         read=read,
         check_model=check_model,
-        scale_range=kind.grid.scale_range if isinstance(kind, SuperType) else None,
+        scale_range=ggml.grid.scale_range if isinstance(ggml, SuperType) else None,
         exact_rest=False,  # Gemma's norms are stored plus one
+        method=METHOD,
+        engines={"llamacpp": "llamacpp"},
     )
 
 
-FORMATS = tuple(_format(kind) for kind in (None, *TYPES.values(), *SUPER_TYPES.values()))
+FORMATS = tuple(_format(ggml) for ggml in (None, *TYPES.values(), *SUPER_TYPES.values()))

@@ -44,11 +44,11 @@ SUPER_TYPES: Mapping[str, SuperType] = {
 }
 
 
-def onto(codes: Codes, kind: SuperType) -> tuple[Codes, float]:
+def onto(codes: Codes, ggml: SuperType) -> tuple[Codes, float]:
     """The nearest weight on the super-block grid that starts from a plain grid's scales and minima,
     and how far it is: rms, in steps of the plain grid."""
-    w_OI, grid = grids.dequantize(codes), kind.grid
-    w_OGg, scale_OG = grids.to_groups(w_OI, kind.group), codes.scale_OG.float()
+    w_OI, grid = grids.dequantize(codes), ggml.grid
+    w_OGg, scale_OG = grids.to_groups(w_OI, ggml.group), codes.scale_OG.float()
     min_OG = torch.zeros_like(scale_OG) if codes.sym else scale_OG * codes.zero_OG
     found = super_grids.fit(w_OGg, torch.ones_like(w_OGg[0]), grid, scale_OG, min_OG)
     zero_OG, own_OG = super_grids.zeros(found, grid), None if grid.sym else found.min_OG
@@ -62,42 +62,42 @@ def onto(codes: Codes, kind: SuperType) -> tuple[Codes, float]:
     fitted = grids.make_codes(
         q_OGg, found.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, found.unit_OS2
     )
-    moved_OGg = grids.to_groups(grids.dequantize(fitted) - w_OI, kind.group) / scale_OG[..., None]
+    moved_OGg = grids.to_groups(grids.dequantize(fitted) - w_OI, ggml.group) / scale_OG[..., None]
     return fitted, float(moved_OGg.square().mean().sqrt())
 
 
-def pack(codes: Codes, kind: SuperType) -> Tensor:
+def pack(codes: Codes, ggml: SuperType) -> Tensor:
     """Blocks as ggml stores them, (out, bytes of a row) uint8.
 
     Raises ValueError where the image would not be exact: another scheme, or scales and minima that
     are not the units times integers within the type's bounds.
     """
     scheme = (codes.bits, codes.sym, codes.group_size)
-    if scheme != (kind.bits, kind.sym, kind.group) or codes.unit_OS2 is None:
+    if scheme != (ggml.bits, ggml.sym, ggml.group) or codes.unit_OS2 is None:
         raise ValueError(
-            f"{kind.name} does not hold {codes.bits} bits by {codes.group_size} columns without"
+            f"{ggml.name} does not hold {codes.bits} bits by {codes.group_size} columns without"
             " units"
         )
-    groups = kind.columns // kind.group
+    groups = ggml.columns // ggml.group
     d, dmin = codes.unit_OS2.unbind(-1)
-    k = _multiples(codes.scale_OG, d, groups, kind.low, kind.high)
-    m = k * 0 if codes.min_OG is None else _multiples(codes.min_OG, dmin, groups, 0, kind.high)
-    n = codes.q_OI.unflatten(1, (-1, kind.columns))
+    k = _multiples(codes.scale_OG, d, groups, ggml.low, ggml.high)
+    m = k * 0 if codes.min_OG is None else _multiples(codes.min_OG, dmin, groups, 0, ggml.high)
+    n = codes.q_OI.unflatten(1, (-1, ggml.columns))
     d, dmin = (x.contiguous().unsqueeze(-1).view(torch.uint8) for x in (d, dmin))
     # chunks of 64: the first 32 in low nibbles, the others in high ones
     pairs = n.unflatten(-1, (4, 2, 32))
     # halves of 128, each of four runs that share their bytes
     quarters = n.unflatten(-1, (2, 4, 32))
-    if kind.name == "Q2_K":
+    if ggml.name == "Q2_K":
         fields = [_bytes(k | m << 4), _layers(quarters & 3, 2).flatten(2), d, dmin]
-    elif kind.name == "Q3_K":
+    elif ggml.name == "Q3_K":
         fields = [
             _layers((quarters >> 2).flatten(2, 3), 1),
             _layers(quarters & 3, 2).flatten(2),
             _six_bits(k + 32),
             d,
         ]
-    elif kind.name == "Q6_K":
+    elif ggml.name == "Q6_K":
         low = quarters & 15
         nibbles = torch.cat(
             [low[..., 0, :] | low[..., 2, :] << 4, low[..., 1, :] | low[..., 3, :] << 4], -1
@@ -109,7 +109,7 @@ def pack(codes: Codes, kind: SuperType) -> Tensor:
             d,
         ]
     else:
-        high = [_layers((pairs >> 4).flatten(2, 3), 1)] if kind.bits == 5 else []
+        high = [_layers((pairs >> 4).flatten(2, 3), 1)] if ggml.bits == 5 else []
         nibbles = (pairs[..., 0, :] & 15 | (pairs[..., 1, :] & 15) << 4).flatten(2)
         fields = [d, dmin, _scales_and_minima(k, m), *high, nibbles]
     return torch.cat(fields, -1).flatten(1).contiguous()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.errors import UserError
+from auto_mmround.families import family_of
 
 
 class Step(NamedTuple):
@@ -173,21 +174,6 @@ ARCHITECTURES = {
         "gemma3", _GEMMA, shifted=True, activation="gelu_pytorch_tanh", windows=6
     ),
 }
-# How checkpoints spell the text model's names, by the whole model's model_type; others as `_PLAIN`.
-_PLAIN = {"model.language_model.": "", "model.": "", "lm_head.": "lm_head."}
-_WRAPPED = {
-    "model.language_model.": "", "language_model.model.": "",
-    "lm_head.": "lm_head.", "language_model.lm_head.": "lm_head.",
-}  # fmt: skip
-_INNER = {"model.language_model.": "", "lm_head.": "lm_head."}
-SPELLINGS = {
-    "qwen3_vl": _INNER,
-    "gemma3": _WRAPPED,
-    "mistral3": _WRAPPED,
-    "llava": _WRAPPED,
-    "smolvlm": {"model.text_model.": "", "lm_head.": "lm_head."},
-    "idefics3": {"model.text_model.": "", "lm_head.": "lm_head."},
-}
 
 
 def architecture(text: Any) -> Architecture:
@@ -248,9 +234,7 @@ def text_part(model_type: str, text: Any) -> Part:
         heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
         steps |= {f"layers.{{}}.self_attn.{name}": rotary(count) for name, count in heads.items()}
     return Part(
-        SPELLINGS.get(model_type, _PLAIN),
-        rules(arch.names, steps),
-        ("layers.{}.self_attn.rotary_emb",),
+        family_of(model_type).gguf, rules(arch.names, steps), ("layers.{}.self_attn.rotary_emb",)
     )
 
 

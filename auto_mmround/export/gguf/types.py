@@ -46,7 +46,7 @@ def exact_type(bits: int, sym: bool) -> BlockType | None:
     return min(held, key=lambda t: t.bits, default=None)
 
 
-def pack(codes: Codes, kind: BlockType) -> Tensor:
+def pack(codes: Codes, ggml: BlockType) -> Tensor:
     """Codes of any group size that is a multiple of 32 -> blocks, (out, bytes) uint8; scales repeat
     within a group.
 
@@ -55,52 +55,52 @@ def pack(codes: Codes, kind: BlockType) -> Tensor:
     cannot hold.
     """
     rows, columns = codes.q_OI.shape
-    if codes.bits > kind.bits or codes.sym != kind.sym:
+    if codes.bits > ggml.bits or codes.sym != ggml.sym:
         raise ValueError(
-            f"{kind.name} does not hold {codes.bits} bits, {'sym' if codes.sym else 'asym'}"
+            f"{ggml.name} does not hold {codes.bits} bits, {'sym' if codes.sym else 'asym'}"
         )
     if codes.scale_OG.dtype != torch.float16:
         raise ValueError(
-            f"{kind.name}: scales are {codes.scale_OG.dtype}, the blocks store float16"
+            f"{ggml.name}: scales are {codes.scale_OG.dtype}, the blocks store float16"
         )
     if columns % BLOCK or codes.group_size % BLOCK:
         raise ValueError(
-            f"{kind.name}: {columns} columns in groups of {codes.group_size} are not blocks of"
+            f"{ggml.name}: {columns} columns in groups of {codes.group_size} are not blocks of"
             f" {BLOCK}"
         )
     group_B = torch.arange(columns // BLOCK, device=codes.q_OI.device) * BLOCK // codes.group_size
     d_OB, zero_OB = codes.scale_OG[:, group_B], codes.zero_OG[:, group_B]
     n_OBg = codes.q_OI.reshape(rows, -1, BLOCK)
     parts = [_half_bytes(d_OB)]
-    if kind.sym:
-        n_OBg = n_OBg + 2 ** (kind.bits - 1) - 2 ** (codes.bits - 1)
+    if ggml.sym:
+        n_OBg = n_OBg + 2 ** (ggml.bits - 1) - 2 ** (codes.bits - 1)
     else:
         minimum_OB = -(d_OB.float() * zero_OB.float())
         if not torch.equal(minimum_OB.half().float(), minimum_OB):
             raise ValueError(
-                f"{kind.name}: scale * zero is not a float16 number; tune for this format"
+                f"{ggml.name}: scale * zero is not a float16 number; tune for this format"
             )
         parts.append(_half_bytes(minimum_OB))
-    return torch.cat([*parts, *_code_bytes(n_OBg, kind.bits)], -1).reshape(rows, -1)
+    return torch.cat([*parts, *_code_bytes(n_OBg, ggml.bits)], -1).reshape(rows, -1)
 
 
-def unpack(blocks: Tensor, kind: BlockType) -> Codes:
+def unpack(blocks: Tensor, ggml: BlockType) -> Codes:
     """The inverse of :func:`pack`, group size 32. Raises ValueError if a minimum is no multiple of
     its scale."""
-    rows, size = blocks.shape[0], 2 + 2 * (not kind.sym) + 4 * kind.bits
+    rows, size = blocks.shape[0], 2 + 2 * (not ggml.sym) + 4 * ggml.bits
     blocks_OBb = blocks.reshape(rows, -1, size)
     d_OB = blocks_OBb[..., :2].contiguous().view(torch.float16)[..., 0]
-    n_OBg = _codes_from_bytes(blocks_OBb[..., 2 if kind.sym else 4 :], kind.bits)
-    zero_OB = torch.full_like(d_OB, 2 ** (kind.bits - 1), dtype=torch.float32)
-    if not kind.sym:
+    n_OBg = _codes_from_bytes(blocks_OBb[..., 2 if ggml.sym else 4 :], ggml.bits)
+    zero_OB = torch.full_like(d_OB, 2 ** (ggml.bits - 1), dtype=torch.float32)
+    if not ggml.sym:
         minimum_OB = blocks_OBb[..., 2:4].contiguous().view(torch.float16)[..., 0].float()
         zero_OB = (-minimum_OB / d_OB.float()).round()
         if (
             not torch.equal(-(d_OB.float() * zero_OB), minimum_OB)
             or not 0 <= float(zero_OB.min()) <= 255
         ):
-            raise ValueError(f"{kind.name}: a minimum is not a multiple of its scale")
-    return Codes(n_OBg.reshape(rows, -1), d_OB, zero_OB.to(torch.uint8), kind.bits, BLOCK, kind.sym)
+            raise ValueError(f"{ggml.name}: a minimum is not a multiple of its scale")
+    return Codes(n_OBg.reshape(rows, -1), d_OB, zero_OB.to(torch.uint8), ggml.bits, BLOCK, ggml.sym)
 
 
 def _half_bytes(x_OB: Tensor) -> Tensor:

@@ -13,23 +13,23 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Layout, Whole, check_int
+from auto_mmround.export.format import Format, Layout, Whole, check_integers
+from auto_mmround.export.method import Method
 from auto_mmround.export.openvino.read import read
 from auto_mmround.export.shards import ShardWriter
+from auto_mmround.families import FAMILIES, family_of
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
 from auto_mmround.programs import program
-from auto_mmround.recipe.schemes import Scheme
 
 log = logging.getLogger(__name__)
-CONVERTER = program("openvino_convert")
-TOWERS = ("qwen2_vl", "llava")  # as in openvino_convert.py
+CONVERTER = [str(program(name)) for name in ("engine_main", "openvino_convert")]
 ENVIRONMENT = Path(".engines/openvino/bin/python")
 
 
@@ -45,11 +45,6 @@ def converter_python() -> Path:
     return Path(sys.executable)
 
 
-def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why the IR could not hold this weight, or None."""
-    return check_int(scheme, out_features, in_features, FORMAT.bits, (1, 2), SCALE_DTYPES)
-
-
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
     """Raises UserError for a model that is no decoder of text; says which towers stay behind."""
     kind = config.get("model_type")
@@ -57,10 +52,12 @@ def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | N
         raise UserError(
             f"format openvino holds decoders of text, with or without a tower, not {kind}"
         )
-    if kind not in TOWERS and any(key in config for key in ("vision_config", "audio_config")):
+    if not family_of(str(kind)).openvino and any(
+        key in config for key in ("vision_config", "audio_config")
+    ):
         log.warning(
             f"openvino: of {kind} only the language model is converted; towers are for"
-            f" {', '.join(TOWERS)}"
+            f" {', '.join(name for name, row in FAMILIES.items() if row.openvino)}"
         )
 
 
@@ -95,9 +92,8 @@ def write(folder: Path, whole: Whole) -> dict[str, Any]:
             "out": str(folder.absolute()),
         }
         (plain / "request.json").write_text(strict.dumps(request), encoding="utf-8")
-        # -P: the script's folder must not be searched for modules, this file would pass for the
-        # package.
-        command = [str(converter_python()), "-P", str(CONVERTER), str(plain / "request.json")]
+        # -P: the script's folder must not be searched before the packages.
+        command = [str(converter_python()), "-P", *CONVERTER, str(plain / "request.json")]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
     answer = _last_json(done.stdout) or {
         "error": (done.stderr.strip().splitlines() or ["no answer"])[-1]
@@ -143,10 +139,6 @@ def _config(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _not_packed(*_: Any) -> NoReturn:
-    raise UserError("an OpenVINO folder holds graphs, not packed tensors")
-
-
 FORMAT = Format(
     name="openvino",
     summary=(
@@ -154,12 +146,13 @@ FORMAT = Format(
         " OpenVINO"
     ),
     bits=(4, 8),
-    check=check,
-    pack=_not_packed,
-    unpack=_not_packed,
+    check=check_integers((4, 8), (1, 2), SCALE_DTYPES),
     config=_config,
     write=write,
-    ready=converter_python,
     read=read,
+    ready=converter_python,
     check_model=check_model,
+    method=Method("openvino"),
+    engines={"openvino": "openvino"},
 )
+FORMATS = (FORMAT,)

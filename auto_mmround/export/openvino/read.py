@@ -5,7 +5,9 @@ their values.
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
+from auto_mmround.export.format import Tensors
 from auto_mmround.untrusted import one_line, read_text
 
 LANGUAGE = ("openvino_model", "openvino_language_model")
 TOWER = ("openvino_vision_embeddings_model", "openvino_vision_embeddings_merger_model")
 GRAPHS = (*LANGUAGE, "openvino_text_embeddings_model", *TOWER)
 REST = "openvino_rest.safetensors"
-DTYPES = {
+ELEMENTS = {
     "f32": torch.float32,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
@@ -43,38 +46,58 @@ DAMAGED = (
 )
 
 
-def read(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint key, tensor) of all graphs of a folder, packed weights decoded.
+def read(folder: Path) -> Tensors:
+    """Checkpoint key -> tensor of all graphs of a folder, as stored, packed weights in float32.
 
-    dtype: None keeps stored ones and decodes to float32. Raises UserError for a damaged or missing
-    file, and where two graphs hold different values of one weight.
+    Raises UserError for a damaged or missing file; so does asking for a tensor of which two graphs
+    hold different values.
     """
-    seen: dict[str, Path] = {}
+    holders: dict[str, list[tuple[Path, Constants]]] = {}
     if not any((folder / f"{name}.xml").is_file() for name in LANGUAGE):
         raise UserError(f"{folder} has no {LANGUAGE[0]}.xml: copy the folder again")
     for path in [folder / f"{name}.xml" for name in GRAPHS if (folder / f"{name}.xml").is_file()]:
-        try:
+        with _readable(path):
             constants = Constants(path)
             for key in constants.names():
-                tensor = constants.tensor(key)
-                if key in seen and not torch.equal(tensor, Constants(seen[key]).tensor(key)):
-                    raise ValueError(f"{key} has other values than in {seen[key].name}")
-                if key not in seen:
-                    yield key, tensor if dtype is None else tensor.to(dtype)
-                seen[key] = path
-        except DAMAGED as error:
-            raise UserError(
-                f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
-            ) from error
-    try:
+                holders.setdefault(key, []).append((path, constants))
+    makers = {key: partial(_equal, key, graphs) for key, graphs in holders.items()}
+    with _readable(folder / REST):
         rest = load_file(folder / REST)
-        for key in sorted({name.partition("/")[0] for name in rest}):
-            tensor = (
-                rest[key] if key in rest else decoded(*(rest[f"{key}/{part}"] for part in PARTS))
-            )
-            yield key, tensor if dtype is None else tensor.to(dtype)
+        return Tensors(
+            makers
+            | {
+                key: partial(_rest, folder / REST, rest, key)
+                for key in sorted({name.partition("/")[0] for name in rest})
+            }
+        )
+
+
+def _equal(key: str, graphs: Sequence[tuple[Path, "Constants"]]) -> Tensor:
+    """A tensor that all these graphs hold."""
+    (first, constants), *others = graphs
+    with _readable(first):
+        tensor = constants.tensor(key)
+    for path, other in others:
+        with _readable(path):
+            if not torch.equal(tensor, other.tensor(key)):
+                raise ValueError(f"{key} has other values than in {first.name}")
+    return tensor
+
+
+def _rest(path: Path, rest: Mapping[str, Tensor], key: str) -> Tensor:
+    with _readable(path):
+        return rest[key] if key in rest else decoded(*(rest[f"{key}/{part}"] for part in PARTS))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What reading a damaged file raises, as a UserError."""
+    try:
+        yield
     except DAMAGED as error:
-        raise UserError(f"{folder / REST} cannot be read ({one_line(str(error))[:200]})") from error
+        raise UserError(
+            f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
+        ) from error
 
 
 def decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -122,4 +145,4 @@ class Constants:
             # the first value in the low half
             values = torch.stack([pairs & 15, pairs >> 4], dim=-1)
             return (values.int() - 16 * (values > 7) if kind == "i4" else values).reshape(shape)
-        return torch.frombuffer(bytearray(data), dtype=DTYPES[kind]).reshape(shape)
+        return torch.frombuffer(bytearray(data), dtype=ELEMENTS[kind]).reshape(shape)

@@ -7,6 +7,27 @@ A family that is missing here has no quirk and is read by its structure, see doc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+Rename = tuple[str, str]
+# G_: the text model's names begin with nothing in GGUF's tables. V_: vLLM's renamings.
+G_PLAIN = {"model.language_model.": "", "model.": "", "lm_head.": "lm_head."}
+G_WRAPPED = {
+    "model.language_model.": "", "language_model.model.": "",
+    "lm_head.": "lm_head.", "language_model.lm_head.": "lm_head.",
+}  # fmt: skip
+G_INNER = {"model.language_model.": "", "lm_head.": "lm_head."}
+G_CONNECTED = {"model.text_model.": "", "lm_head.": "lm_head."}
+
+V_HEAD: Rename = (r"^lm_head\.", "language_model.lm_head.")
+V_TEXT: Rename = (r"^model\.language_model\.", "language_model.model.")
+V_VISUAL: Rename = (r"^model\.visual\.", "visual.")
+V_REST: Rename = (r"^model\.", "language_model.model.")
+V_QWEN2 = (V_TEXT, V_VISUAL, V_HEAD, V_REST)
+V_TOWER = (
+    V_TEXT,
+    *((rf"^model\.{w}\.", f"{w}.") for w in ("vision_tower", "multi_modal_projector")),
+    V_HEAD,
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -20,6 +41,12 @@ class Family:
     runs from one to the next. towers: part of a module name -> stage name, where the code does not
     declare what a tower reads. note: what users should know. Rows with stages are tested on tiny
     models, from plan to reload, towers included.
+
+    Names in engines. vllm: renamings from the checkpoint's names to those of vLLM's model class, in
+    order; without any vLLM keeps the checkpoint's. gguf: how checkpoints begin the text model's
+    names -> how the tables of `export/gguf` do. mlx_vision: the vision model_type that mlx-vlm
+    insists on; it reads the text configuration of these flat from the root. openvino: the converter
+    has a way for its tower. What llama.cpp computes stands in `export/gguf`: it is code.
     """
 
     title: str
@@ -29,6 +56,10 @@ class Family:
     connectors: tuple[str, ...] = ()
     towers: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    vllm: tuple[Rename, ...] = ()
+    gguf: Mapping[str, str] = field(default_factory=lambda: G_PLAIN)
+    mlx_vision: str | None = None
+    openvino: bool = False
 
     @property
     def text_only(self) -> bool:
@@ -40,10 +71,14 @@ TEXT, HEARING = ("text",), ("text", "audio")
 SHARED = "keys and values shared between layers"
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family("Qwen2-VL"),
-    "qwen2_5_vl": Family("Qwen2.5-VL", template="qwen2_vl"),
+    "qwen2_vl": Family("Qwen2-VL", vllm=V_QWEN2, mlx_vision="qwen2_vl", openvino=True),
+    "qwen2_5_vl": Family("Qwen2.5-VL", template="qwen2_vl", vllm=V_QWEN2, mlx_vision="qwen2_5_vl"),
     "qwen3_vl": Family(
-        "Qwen3-VL", connectors=("deepstack_merger_list",), note="deep-stacked vision features"
+        "Qwen3-VL",
+        connectors=("deepstack_merger_list",),
+        note="deep-stacked vision features",
+        vllm=(V_VISUAL, V_HEAD, V_TEXT),
+        gguf=G_INNER,
     ),
     "qwen3_vl_moe": Family(
         "Qwen3-VL-MoE",
@@ -54,24 +89,24 @@ FAMILIES: dict[str, Family] = {
         "Llama-3.2-Vision", ("image",), note="cross attention; every sample needs an image"
     ),
     "phi3_v": Family("Phi-3.5-vision", note="its own code; tested on a stand-in"),
-    "llava": Family("LLaVA-1.5"),
-    "llava_next": Family("LLaVA-NeXT"),
-    "llava_onevision": Family("LLaVA-OneVision"),
+    "llava": Family("LLaVA-1.5", vllm=V_TOWER, gguf=G_WRAPPED, openvino=True),
+    "llava_next": Family("LLaVA-NeXT", vllm=V_TOWER),
+    "llava_onevision": Family("LLaVA-OneVision", vllm=V_TOWER),
     "cogvlm2": Family(
         "CogVLM2", towers={"vision": "vision"}, note="its own code; tested on a stand-in"
     ),
-    "gemma3": Family("Gemma 3"),
+    "gemma3": Family("Gemma 3", vllm=V_TOWER, gguf=G_WRAPPED),
     "gemma4": Family("Gemma 4", note=SHARED),
-    "smolvlm": Family("SmolVLM"),
-    "idefics3": Family("Idefics3"),
-    "mistral3": Family("Mistral 3 (Pixtral)"),
+    "smolvlm": Family("SmolVLM", gguf=G_CONNECTED),
+    "idefics3": Family("Idefics3", gguf=G_CONNECTED),
+    "mistral3": Family("Mistral 3 (Pixtral)", vllm=(*V_TOWER, V_REST), gguf=G_WRAPPED),
     "internvl": Family("InternVL"),
-    "glm4v": Family("GLM-4V"),
+    "glm4v": Family("GLM-4V", vllm=(V_VISUAL, V_HEAD, V_TEXT)),
     "llama4": Family(
         "Llama 4",
         note="experts; auto-round 0.16.1 in Transformers weighs their outputs, not their inputs",
     ),
-    "lfm2_vl": Family("LFM2-VL"),
+    "lfm2_vl": Family("LFM2-VL", vllm=V_TOWER),
     "deepseek_vl": Family("DeepSeek-VL"),
     "kimi_k25": Family(
         "Kimi K2.5",
@@ -80,7 +115,9 @@ FAMILIES: dict[str, Family] = {
             " misses it"
         ),
     ),
-    "whisper": Family("Whisper", ("audio",), ("encoder", "text")),
+    "whisper": Family(
+        "Whisper", ("audio",), ("encoder", "text"), vllm=((r"\.fc([12])\.", r".mlp.fc\1."),)
+    ),
     "qwen2_audio": Family("Qwen2-Audio", HEARING, ("audio", "text")),
     "voxtral": Family("Voxtral", HEARING, ("audio", "text")),
     "granite_speech": Family(
@@ -106,6 +143,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Families that no test goes through, whose names are known.
+UNTESTED = {"paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER)}
+
+
 def family_of(model_type: str) -> Family:
     """The family's entry, or one without quirks."""
-    return FAMILIES.get(model_type, Family(model_type, stages=()))
+    known = {**FAMILIES, **UNTESTED}
+    return known.get(model_type, Family(model_type, stages=()))

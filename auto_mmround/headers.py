@@ -1,0 +1,44 @@
+"""The headers of safetensors files: what tensors a file says it holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# torch's types as safetensors names them.
+TYPE_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
+BYTES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
+# What reading a file that is damaged or cut off raises.
+DAMAGED = (SafetensorError, OSError, ValueError)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A tensor as its file's header has it: file name, safetensors dtype (`F16`), shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values."""
+        return torch.Size(self.shape).numel() * BYTES[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, Header]:
+    """Every tensor of a file. Raises what `DAMAGED` lists."""
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: Header(path.name, found.get_dtype(), tuple(found.get_shape()))
+            for name, found in slices.items()
+        }

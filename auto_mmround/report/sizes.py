@@ -1,0 +1,34 @@
+"""What a checkpoint takes on disk."""
+
+from pathlib import Path
+from typing import Any
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.headers import read_header
+from auto_mmround.model.loading import find_folder
+from auto_mmround.untrusted import read_object, weight_files
+
+
+def sizes(folder: Path, model: str) -> dict[str, Any]:
+    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
+    source."""
+    quantization = read_object(folder / "config.json").get("quantization_config")
+    headers = [read_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    found = {name: header for file in headers for name, header in file.items()}
+    fmt = formats.from_config(quantization) if quantization else None
+    modules = fmt.packed(found) if fmt else ()
+    parts = {f"{module}.{part}" for module in modules for part in (fmt.parts if fmt else ())}
+    packed = sum(header.nbytes for name, header in found.items() if name in parts)
+    plain = sum(header.nbytes for name, header in found.items() if name not in parts)
+    weights = sum(
+        path.stat().st_size
+        for pattern in ("*.safetensors", "*.gguf")
+        for path in folder.glob(pattern)
+    )
+    try:
+        source = find_folder(model, offline=True)
+        before = sum(path.stat().st_size for path in weight_files(source)) or None
+    except UserError:
+        before = None
+    return {"weights": weights, "packed": packed, "plain": plain, "source": before}

@@ -1,0 +1,94 @@
+"""Is what lies beside the weights in order: tokenizer, processor, chat template, code?"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from auto_mmround.checkpoint.folder import is_side_file
+from auto_mmround.checkpoint.subject import Finding, Subject, read_json
+
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+SIDES = (TOKENIZERS, PROCESSORS)
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def check_side_files(s: Subject) -> Iterator[Finding]:
+    """Tokenizer, processor, chat template and code are there; every JSON file can be read."""
+    there = {str(path.relative_to(s.folder)) for path in s.folder.rglob("*") if path.is_file()}
+    wanted, processors = set(s.journal.get("files") or ()), set(PROCESSORS)
+    if s.source is not None:
+        beside = {
+            str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)
+        }
+        wanted, processors = wanted | beside, processors & beside
+    # Transformers 5 saves the image processor in processor_config.json
+    for name in sorted(wanted - there):
+        yield Finding(s.hygiene, name, "is missing")
+    # A run copies what there is, so a folder of ours without any comes from a model without any.
+    none_of = {
+        names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names}
+        for names in SIDES
+    }
+    if not there & set(TOKENIZERS):
+        severity = "warning" if none_of[TOKENIZERS] else "error"
+        yield Finding(severity, "tokenizer.json", "is missing: the folder holds no tokenizer")
+    towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get(
+        "num_mel_bins"
+    )
+    if towers and processors and not there & set(PROCESSORS):
+        # A model's own code may need none (CogVLM2).
+        severity = "warning" if s.config.get("auto_map") or none_of[PROCESSORS] else "error"
+        text = "is missing: the model takes images or audio, the folder holds no processor"
+        yield Finding(severity, PROCESSORS[0], text)
+    if "vision_config" in s.config and not there & set(TEMPLATES) and not _has_template(s.folder):
+        yield Finding("warning", TEMPLATES[0], "the folder holds no chat template")
+    for name in sorted(there):
+        findings: list[Finding] = []
+        if name.endswith("_config.json") or name == "tokenizer.json":
+            content = read_json(s.folder / name, findings) or {}
+            yield from findings if name != "quantization_config.json" else ()
+            yield from _code(content, name, there)
+    yield from _code(s.config, "config.json", there)
+
+
+def _has_template(folder: Path) -> bool:
+    return "chat_template" in (read_json(folder / "tokenizer_config.json", []) or {})
+
+
+def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterator[Finding]:
+    """Python files named in `auto_map` ("module.Class"; with "repo--" before it the code lies
+    elsewhere)."""
+    table = content.get("auto_map")
+    for value in table.values() if isinstance(table, dict) else ():
+        for reference in value if isinstance(value, list) else [value]:
+            if (
+                isinstance(reference, str)
+                and "--" not in reference
+                and f"{reference.split('.')[0]}.py" not in there
+            ):
+                yield Finding(
+                    "error",
+                    f"{reference.split('.')[0]}.py",
+                    f"is missing: {file} names it in auto_map",
+                )
+
+
+def check_tokenizer(s: Subject) -> Iterator[Finding]:
+    """Neither truncation nor padding of the calibration is left in the tokenizer."""
+    tokenizer = read_json(s.folder / "tokenizer.json", []) or {}
+    for key in ("truncation", "padding"):
+        if tokenizer.get(key) is not None:
+            yield Finding(
+                "error",
+                "tokenizer.json",
+                f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}",
+            )
