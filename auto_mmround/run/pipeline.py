@@ -299,6 +299,7 @@ class _Journey:
                 else None
             )
             errors.note("start")
+            errors.rest()
             result = tune_block(
                 list(leaves.values()),
                 forward,
