@@ -172,8 +172,8 @@ class _Stack(NamedTuple):
 
 
 def _batches(stacks: Sequence[_Stack]) -> list[list[_Stack]]:
-    """Stacks of one shape together, as many as `sweeps.MOST` elements are. Super-blocks are searched
-    under one diagonal, so they stay apart."""
+    """Stacks of one shape together, as many as `sweeps.MOST` elements are. Super-blocks are
+    searched under one diagonal, so they stay apart."""
     batches: list[list[_Stack]] = []
     open_: dict[tuple[Any, ...], list[_Stack]] = {}
     for stack in stacks:
