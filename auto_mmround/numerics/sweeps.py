@@ -72,7 +72,8 @@ class Sweeping:
                 q_NIO[:, part],
             )
             q_NIO[:, part] += zero_NBO
-        return torch.empty_like(q_NIO).scatter_(1, place_NIO, q_NIO).mT.flatten(0, 1)
+        back_NIO = self._order_NI.argsort(-1)[..., None].expand_as(place_NIO)
+        return q_NIO.gather(1, back_NIO).mT.flatten(0, 1)
 
     def _block(
         self,
