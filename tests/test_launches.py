@@ -169,6 +169,21 @@ def test_waits_and_copies_of_a_run():
 
 
 @there
+def test_states_in_host_memory_come_by_copies_that_nobody_waits_for():
+    recipe = Recipe(model="demo", dataset="demo", bits=4, iters=1, nsamples=8, seqlen=32,
+                    device=NAME, offload_states=True)  # fmt: skip
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    with watched() as seen:
+        quantize(job.loaded.model, job.recipe, job.plan, job.inputs, Finished())
+    copies = {
+        kind: sum(n for (what, name, where), n in seen.events.items()
+                  if what == "to device" and name == kind and "devices.py" in where)
+        for kind in ("copy", "copy, non-blocking")
+    }  # fmt: skip
+    assert copies["copy"] == 0 and copies["copy, non-blocking"] > len(job.inputs)
+
+
+@there
 def test_a_sign_step_waits_for_nothing_and_starts_few_kernels():
     layer = nn.Linear(64, 48, bias=False).to(HERE, torch.bfloat16).requires_grad_(False)
     leaf = TunedWeight(layer.weight, Rounding(layer.weight.data.clone(), 32, GRID))
