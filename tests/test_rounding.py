@@ -59,7 +59,7 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
     torch.manual_seed(seed)
     w = torch.randn(3, columns) + 0.3 * torch.randn(1)
     rounding = Rounding(w, g, grid._replace(scale_dtype=torch.float32))
-    rounding.offset_OGg.uniform_(-0.6, 0.6)
+    rounding.offset_OGg = torch.empty(rounding.w_OGg.shape).uniform_(-0.6, 0.6)
     rounding.ranges.factors_2OG.uniform_(0.5, 1)
     leaves = [t.clone().requires_grad_() for t in state_of(rounding)]
     weight = reference(rounding, leaves[0], *leaves[1])
@@ -86,7 +86,7 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     torch.manual_seed(1)
     grid = Grid(bits, sym=scale_range[0] < 0, scale_range=scale_range)
     rounding = Rounding(torch.randn(3, 512), g, grid)
-    rounding.offset_OGg.uniform_(-0.6, 0.6)
+    rounding.offset_OGg = torch.empty(rounding.w_OGg.shape).uniform_(-0.6, 0.6)
     rounding.ranges.factors_2OG.uniform_(0.7, 1.3)
     offset, factors = (t.clone().requires_grad_() for t in state_of(rounding))
     first, now = rounding.ranges.blocks, rounding.ranges.super_blocks()

@@ -107,7 +107,10 @@ def _divergence(
 
     Logits are made a few positions at a time.
     """
-    total, slope_TD = torch.zeros((), device=hidden_TD.device), torch.zeros_like(hidden_TD)
+    # not every accelerator has doubles
+    dtype = torch.float64 if hidden_TD.is_cpu else torch.float32
+    total = torch.zeros((), dtype=dtype, device=hidden_TD.device)
+    slope_TD = torch.zeros_like(hidden_TD)
     for part_TD, was_TD, into_TD in zip(
         *(parts(each, head) for each in (hidden_TD, before_TD, slope_TD)), strict=True
     ):

@@ -245,6 +245,7 @@ def _solved(
     solve = sweeping or partial(
         gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, block=config.block, **how
     )
+    del hessians
     parts = []
     for part_OGg in w_OGg.split(sweeping.rows(columns) if sweeping else len(w_OGg)):
         scale_OG, zero_OG, blocks = _searched(part_OGg, importance, grid)

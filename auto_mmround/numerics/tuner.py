@@ -112,6 +112,7 @@ def _mean_error(
                 sums[0] += squared_error(output, target, weight)
                 sums[1] += weight.sum().to(sums.dtype) * output.shape[-1] / weight.shape[-1]
     if add_up:
+        sums = sums.cpu().double()  # a process that has none of the samples has them there
         add_up([sums])
     return sums[0] / sums[1].clamp(min=1.0)
 
