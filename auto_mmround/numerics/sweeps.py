@@ -17,7 +17,7 @@ from torch import Tensor
 from auto_mmround.numerics import gptq
 from auto_mmround.numerics.grids import Grid
 
-BLOCK, SWEEPS = 128, 24
+BLOCK, SWEEPS = 128, 32
 MOST = 2**25  # elements of weights that are worked on at a time
 
 
@@ -85,14 +85,15 @@ class Sweeping:
         q_NBO: Tensor,
     ) -> None:
         """Round the columns of one block; fills errors and centred codes. grid_NBO: scales, and
-        bounds of the codes. Five kernels a sweep."""
+        bounds of the codes. Four kernels a sweep: the nearest code is the floor half a step up."""
         scale_NBO, *bounds = grid_NBO
+        target_NBO = target_NBO.add(scale_NBO, alpha=0.5)
         answer_NBO, last_NBO = target_NBO, q_NBO
         sweeps = min(SWEEPS, w_NBO.shape[1] + 1)  # behind that nothing can move
         for sweep in range(sweeps):
             if sweep:
                 answer_NBO = torch.baddbmm(target_NBO, among_NBB, error_NBO)
                 last_NBO = q_NBO.clone() if sweep == sweeps - 1 else q_NBO
-            torch.div(answer_NBO, scale_NBO, out=q_NBO).round_().clamp_(*bounds)
+            torch.div(answer_NBO, scale_NBO, rounding_mode="floor", out=q_NBO).clamp_(*bounds)
             torch.addcmul(w_NBO, scale_NBO, q_NBO, value=-1, out=error_NBO)
         self._moving_N += (q_NBO != last_NBO).sum((1, 2))
