@@ -49,6 +49,11 @@ def inputs(kind, columns=320):
     return x_TI @ torch.randn(columns, columns) if kind == "mixed" else x_TI
 
 
+def reads(seen, line=""):
+    """How often the host waits for what the device has."""
+    return seen.count("wait", line) + seen.count("to host", line)
+
+
 def plain(w_OI, group_size, grid):
     return scale_and_zero(*ranges(to_groups(w_OI, group_size), grid), grid)
 
@@ -88,7 +93,7 @@ def moments_of(x_TI, place):
 @there
 @pytest.mark.parametrize("grid", [GRID, Grid(3, False), Grid(4, True, scale_range=(-32, 31))])
 def test_the_start_is_that_of_the_processor_also_where_sweeps_are_not_sure(grid, monkeypatch):
-    def found(place, sweeps_=24):
+    def found(place, sweeps_=32):
         monkeypatch.setattr(sweeps, "SWEEPS", sweeps_)
         torch.manual_seed(1)
         group = 16 if grid.scale_range else 32
@@ -99,7 +104,7 @@ def test_the_start_is_that_of_the_processor_also_where_sweeps_are_not_sure(grid,
         return [each.codes().q_OI.cpu() for each in made.values()]
 
     wanted = found("cpu")
-    for count in (24, 2):
+    for count in (32, 2):
         for one, two in zip(wanted, found(HERE, count), strict=True):
             assert (one != two).float().mean() < 0.01
 
@@ -112,10 +117,9 @@ def test_launches_of_a_solve():
     made = {"a": Rounding(w_OI.to(HERE), 128, GRID)}
     with watched() as seen:
         closed_forms(made, {"a": own}, StartConfig())
-    assert seen.count("launch", "numerics/sweeps.py") < 1.15 * 1024
+    assert seen.count("launch", "numerics/sweeps.py") < 1.35 * 1024
     assert seen.count("launch", "numerics/scale_search.py") < 150
-    assert seen.count("wait") == 1 and seen.count("launch") < 1.8 * 1024
-    assert seen.count("to host") <= 1  # the wait's own
+    assert reads(seen) == 1 and seen.count("launch") < 2 * 1024
 
 
 @there
@@ -125,7 +129,7 @@ def test_experts_are_solved_together():
         own = {name: moments_of(torch.randn(300, 256), HERE) for name in made}
         with watched() as seen:
             closed_forms(made, own, StartConfig())
-        assert seen.count("wait") == 1
+        assert reads(seen) == 1
         return seen.count("launch")
 
     assert launches(16) - launches(1) < 15 * 80  # what each has of its own: factor and offsets
@@ -155,11 +159,12 @@ def test_waits_and_copies_of_a_run():
         quantize(job.loaded.model, job.recipe, job.plan, job.inputs, finished)
 
     def waits(*files):
-        return sum(seen.count("wait", file) for file in files) / blocks
+        return sum(reads(seen, file) for file in files) / blocks
 
-    assert waits("numerics/tuner.py") <= 4  # the look at nearest, and three numbers at the end
+    assert waits("numerics/tuner.py") <= 3  # the look at nearest, and two behind the steps
     assert waits("run/layers.py") <= 1 and waits("numerics/start.py") <= 1
-    assert waits("numerics/gptq.py", "numerics/moments.py", "numerics/sweeps.py") == 0
+    assert waits("numerics/moments.py", "numerics/sweeps.py") <= 4  # second moments that rest
+    assert waits("numerics/gptq.py") <= 1  # where sweeps were not sure
     assert waits("run/block_loss.py", "run/loss_weights.py", "numerics/rounding.py") == 0
     assert seen.count("to device", "numerics/tuner.py") == 0
     assert seen.count("to device", "run/block_loss.py") == 0
@@ -197,7 +202,7 @@ def test_a_sign_step_waits_for_nothing_and_starts_few_kernels():
     def launches(steps):
         with watched() as seen:
             tune_block([leaf], forward, 8, TuneConfig(iters=steps, batch_size=2, checks=1))
-        assert seen.count("wait") <= 4
+        assert reads(seen) <= 2
         return seen.count("launch", "numerics/rounding.py")
 
     assert (launches(12) - launches(4)) / 8 < 45  # a weight and step
@@ -257,7 +262,6 @@ def test_bytes_a_weight_at_the_start_and_in_a_step(monkeypatch):
     tune_block(list(leaves.values()), forward, 8,
                TuneConfig(iters=2, batch_size=1, accumulate=2))  # fmt: skip
     found = {kind: max(size for name, size in peaks if name == kind) for kind, _ in peaks}
-    print(found)
     assert found["start_from"] < 8 and found["step"] < 8
 
 

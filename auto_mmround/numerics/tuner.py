@@ -103,14 +103,17 @@ def _mean_error(
     forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None
 ) -> Tensor:
     """The same on the outputs' device, which nothing waits for."""
-    sums = torch.zeros(2, dtype=torch.float64)  # squares, elements
+    sums: Tensor | None = None  # squares, elements
     with torch.no_grad():
         for at in range(0, len(indices), batch_size):
             for output, target, weight in forward(indices[at : at + batch_size]):
-                if output.device != sums.device:  # not every accelerator has doubles
-                    sums = sums.to(output.device, torch.float32)
+                if sums is None:  # not every accelerator has doubles
+                    dtype = torch.float64 if output.is_cpu else torch.float32
+                    sums = torch.zeros(2, dtype=dtype, device=output.device)
                 sums[0] += squared_error(output, target, weight)
                 sums[1] += weight.sum().to(sums.dtype) * output.shape[-1] / weight.shape[-1]
+    if sums is None:
+        sums = torch.zeros(2, dtype=torch.float64)
     if add_up:
         sums = sums.cpu().double()  # a process that has none of the samples has them there
         add_up([sums])
