@@ -217,9 +217,10 @@ class _Found(NamedTuple):
         """Of all rows."""
         if len(parts) == 1:
             return parts[0]
-        *own, blocks = zip(*parts, strict=True)
+        scales, zeros, codes, blocks = zip(*parts, strict=True)
         many = [torch.cat(part) for part in zip(*blocks, strict=True)] if blocks[0] else []
-        return cls(*map(torch.cat, own), super_grids.Super(*many) if many else None)
+        super_ = super_grids.Super(*many) if many else None
+        return cls(torch.cat(scales), torch.cat(zeros), torch.cat(codes), super_)
 
 
 def _solved(
@@ -242,7 +243,7 @@ def _solved(
     )
     how: dict[str, Any] = dict(dampening=config.dampening, order=config.order)
     sweeping = sweeps.Sweeping(hessians, group_size, grid, **how) if in_sweeps else None
-    solve = sweeping or partial(
+    solve: Callable[..., Tensor] = sweeping or partial(
         gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, block=config.block, **how
     )
     del hessians
@@ -255,10 +256,10 @@ def _solved(
         q_OI = solve(w_OI, scale_OG=scale_OG, zero_OG=zero_OG)
         if config.refit:
             unit_OG = blocks.unit_OG if blocks else None
+            w_q_NOI, s_z_NOG = _apart(count, w_OI, q_OI), _apart(count, scale_OG, zero_OG)
             scale_OG = gptq.refit_scale(
-                *_apart(count, w_OI, q_OI), hessian, *_apart(count, scale_OG, zero_OG),
-                group_size, grid, unit_OG,
-            ).flatten(0, -2)  # fmt: skip
+                w_q_NOI[0], w_q_NOI[1], hessian, s_z_NOG[0], s_z_NOG[1], group_size, grid, unit_OG
+            ).flatten(0, -2)
         q_OGg = grids.to_groups(q_OI.to(torch.uint8), group_size)
         parts.append(_Found(scale_OG, zero_OG, q_OGg, blocks))
     return _Found.joined(parts), sweeping.doubtful() if sweeping else torch.zeros(count)
