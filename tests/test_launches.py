@@ -166,6 +166,7 @@ def test_waits_and_copies_of_a_run():
     assert waits("numerics/moments.py", "numerics/sweeps.py") <= 4  # second moments that rest
     assert waits("numerics/gptq.py") <= 3  # two a weight of which sweeps are not sure
     assert waits("run/block_loss.py", "numerics/rounding.py") == 0
+    assert waits("run/loss_weights.py") <= 1  # the block's table, before its steps
     assert seen.count("to device", "numerics/tuner.py") == 0
     assert seen.count("to device", "run/block_loss.py") == 0
     assert seen.count("to device", "run/session.py") <= 4 * blocks  # of layers that share an input
