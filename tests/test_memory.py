@@ -404,8 +404,8 @@ def test_a_device_map_that_spills_is_refused_before_anything_is_loaded(llama, mo
 
 def test_the_head_may_lie_on_another_device_than_the_embeddings(monkeypatch):
     """The model begins on a device that is none: what is indexed with tensors from there raises."""
-    from auto_mmround.model.fisher import _Passes
     from auto_mmround.model import divergence
+    from auto_mmround.model.fisher import _Passes
 
     for place in (model_fisher, divergence):
         monkeypatch.setattr(place, "device_of", lambda model: torch.device("meta"))
