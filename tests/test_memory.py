@@ -75,7 +75,7 @@ PHASES = {
         "choosing bits"),
     "bits, rounding": (choosing, "closed_form", "--target_bits 4.7", "choosing bits"),
     "listening": (pipeline, "listen", "--polish", "polish"),
-    "polish": ("auto_mmround.run.polish", "_backward", "--polish", "polish"),
+    "polish": ("auto_mmround.model.divergence", "_divergence", "--polish", "polish"),
     "static": ("auto_mmround.run.static_inputs", "run_without_logits",
         "--scheme FP8_STATIC --group_size=-1 --iters 0 "
                "--format compressed_tensors", "scales of static inputs"),
@@ -122,7 +122,7 @@ def test_planning_says_so_too(llama, tmp_path, monkeypatch, capsys):
     [
         (session, "capture", {}),
         (model_fisher, "_sampled_gradient", {}),
-        ("auto_mmround.run.polish", "_backward", {"polish": True}),
+        ("auto_mmround.model.divergence", "_divergence", {"polish": True}),
         ("auto_mmround.run.equalize", "_watched_pass", {"equalize": "awq"}),
         ("auto_mmround.model.divergence", "_divergence", {"target_bits": 4.7, "group_size": 16}),
     ],
@@ -400,19 +400,19 @@ def test_a_device_map_that_spills_is_refused_before_anything_is_loaded(llama, mo
 
 def test_the_head_may_lie_on_another_device_than_the_embeddings(monkeypatch):
     """The model begins on a device that is none: what is indexed with tensors from there raises."""
+    from auto_mmround.model import divergence
     from auto_mmround.model.fisher import _Passes
-    from auto_mmround.run import polish as polishing
 
-    for place in (model_fisher, polishing):
+    for place in (model_fisher, divergence):
         monkeypatch.setattr(place, "device_of", lambda model: torch.device("meta"))
     spoken_T, head = torch.tensor([True, True, False, True]), torch.nn.Linear(8, 50)
     hidden_TD = torch.randn(4, 8, requires_grad=True)
     grad_TD = _Passes(head, {0: {}}, {0: spoken_T}, 1, nullcontext)._gradient(0, hidden_TD, head)
     assert grad_TD[spoken_T].abs().sum(1).min() > 0 and not grad_TD[2].any()
-    said = polishing.Likely(spoken_T, torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, 6))
-    teacher = polishing.Teacher(
-        lambda model, kwargs: (hidden_TD * 1, head), [{}], [said], nullcontext
-    )
-    polishing._backward(head, teacher, 0)
+    before = divergence.Before(
+        [{}], [torch.randn(3, 8)], lambda model, kwargs: (hidden_TD * 1, head), nullcontext,
+        [spoken_T],
+    )  # fmt: skip
+    (found,) = before.divergences(head, gradients=True)
     assert hidden_TD.grad is not None and hidden_TD.grad[0].any() and not hidden_TD.grad[2].any()
-    assert polishing._held_out(head, teacher, [0]) != 0
+    assert found > 0

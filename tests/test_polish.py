@@ -7,14 +7,14 @@ import torch
 from test_journey import run
 from test_start import tiny_text_model
 
-from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import polish as polishing
 from auto_mmround.run.plan import Plan
-from auto_mmround.run.polish import divergence, listen, norm_weights, polish
+from auto_mmround.run.polish import listen, norm_weights, polish
 from auto_mmround.run.session import Session
 
 SYM3 = Grid(3, True)
@@ -77,7 +77,7 @@ def test_gradients_of_factors_are_those_of_autograd():
     held = leaves(model, codes, SYM3)
     norms = [polishing._Norm.of(p) for p in norm_weights(model)]
     with polishing._learning([*held.values(), *norms]):
-        polishing._backward(model, teacher, 3)
+        teacher.only([3]).divergences(model, gradients=True, mean=True)
     name = next(iter(held))
     factor = torch.ones_like(held[name].factor, requires_grad=True)
     scale = codes[name].scale_OG.float() * factor
@@ -85,16 +85,22 @@ def test_gradients_of_factors_are_those_of_autograd():
     logits = torch.func.functional_call(
         model, {f"{name}.weight": weight}, kwargs=dict(teacher.inputs[3])
     ).logits[0]
-    (divergence(logits, teacher.said[3].word_TK, teacher.said[3].log_TK) / 12).backward()
+    wanted = model.lm_head(teacher.hidden_TD[3]).log_softmax(-1)
+    (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).mean().backward()
     torch.testing.assert_close(held[name].factor.grad, factor.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_divergence_is_exact_when_all_words_are_known():
-    torch.manual_seed(1)
-    mine, other = torch.randn(5, 40), torch.randn(5, 40)
-    word_TK, log_TK = polishing._likely(mine)  # all words but one
-    exact = (mine.softmax(-1) * (mine.log_softmax(-1) - other.log_softmax(-1))).sum()
-    torch.testing.assert_close(divergence(other, word_TK, log_TK), exact, rtol=1e-4, atol=1e-5)
+def test_padding_does_not_count():
+    model, _, _ = subject()
+    kinds = torch.tensor([0] * 8 + [PAD] * 4, dtype=torch.int8)
+    kwargs = {"input_ids": torch.randint(0, 50, (1, 12))}
+    padded = ModelInput("0", kwargs, kinds, torch.zeros(12, dtype=torch.bool))
+    before = listen(Session(model, Recipe(amp=False), Plan((), (), ()), [padded]))
+    was = model(**kwargs).logits[0].log_softmax(-1)
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(1.3)
+    kl_T = (was.exp() * (was - model(**kwargs).logits[0].log_softmax(-1))).sum(-1)
+    assert before.positions == 8
+    assert before.divergences(model) == [pytest.approx(kl_T[:8].sum().item(), rel=1e-3)]
 
 
 def test_the_checkpoint_holds_what_was_polished(tmp_path, monkeypatch):

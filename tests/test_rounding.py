@@ -28,6 +28,11 @@ def inclusive_clamp(x, low, high):
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
+def state_of(rounding):
+    """A copy of everything that steps change."""
+    return rounding.offset_OGg.clone(), rounding.ranges.factors_2OG.clone()
+
+
 def reference(rounding, offset, low_factor, high_factor):
     """W~ by the published formulas with a straight-through round, for autograd (float32, scale
     dtype float32)."""
@@ -54,16 +59,16 @@ def test_analytic_step_is_the_autograd_step(seed, grid, shape):
     torch.manual_seed(seed)
     w = torch.randn(3, columns) + 0.3 * torch.randn(1)
     rounding = Rounding(w, g, grid._replace(scale_dtype=torch.float32))
-    rounding.offset_OGg.uniform_(-0.6, 0.6)
+    rounding.offset_OGg = torch.empty(rounding.w_OGg.shape).uniform_(-0.6, 0.6)
     rounding.ranges.factors_2OG.uniform_(0.5, 1)
-    leaves = [t.clone().requires_grad_() for t in rounding.snapshot()]
+    leaves = [t.clone().requires_grad_() for t in state_of(rounding)]
     weight = reference(rounding, leaves[0], *leaves[1])
     torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(weight)
     expected = torch.autograd.grad(weight, leaves, grad)
-    before = rounding.snapshot()
+    before = state_of(rounding)
     rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
-    for old, new, slope in zip(before, rounding.snapshot(), expected):
+    for old, new, slope in zip(before, state_of(rounding), expected):
         moved = old - new
         # Factors in the stack of two are held in [0, 1].
         clear = (
@@ -81,9 +86,9 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     torch.manual_seed(1)
     grid = Grid(bits, sym=scale_range[0] < 0, scale_range=scale_range)
     rounding = Rounding(torch.randn(3, 512), g, grid)
-    rounding.offset_OGg.uniform_(-0.6, 0.6)
+    rounding.offset_OGg = torch.empty(rounding.w_OGg.shape).uniform_(-0.6, 0.6)
     rounding.ranges.factors_2OG.uniform_(0.7, 1.3)
-    offset, factors = (t.clone().requires_grad_() for t in rounding.snapshot())
+    offset, factors = (t.clone().requires_grad_() for t in state_of(rounding))
     first, now = rounding.ranges.blocks, rounding.ranges.super_blocks()
 
     def held(free, value):
@@ -99,9 +104,9 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(weight)
     expected = torch.autograd.grad(weight, (offset, factors), grad)
-    before = rounding.snapshot()
+    before = state_of(rounding)
     rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
-    for old, new, slope in zip(before, rounding.snapshot(), expected):
+    for old, new, slope in zip(before, state_of(rounding), expected):
         clear = slope.abs() > 1e-3
         assert clear.float().mean() > 0.5 and torch.equal(
             (old - new)[clear].sign(), slope[clear].sign()
@@ -154,16 +159,16 @@ def test_scale_factor_step_is_the_autograd_step(seed, grid):
     rounding = Rounding(torch.randn(3, 16), 8, grid)
     scale, zero = rounding.scale_and_zero()
     rounding.start_at(scale * 0.9, zero, torch.empty(3, 2, 8).uniform_(-0.6, 0.6))
-    offset, factor = (t.clone().requires_grad_() for t in rounding.snapshot())
+    offset, factor = (t.clone().requires_grad_() for t in state_of(rounding))
     s, z = (scale * 0.9 * factor[0])[..., None], zero[..., None]
     code = inclusive_clamp(straight_through(rounding.w_OGg / s + offset) + z, 0, grid.top)
     weight = grids.from_groups((code - z) * s, 16)
     torch.testing.assert_close(weight, rounding.weight())
     grad = torch.randn_like(weight)
     expected = torch.autograd.grad(weight, (offset, factor), grad)
-    before = rounding.snapshot()
+    before = state_of(rounding)
     rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
-    for old, new, slope in zip(before, rounding.snapshot(), expected):
+    for old, new, slope in zip(before, state_of(rounding), expected):
         clear = slope.abs() > 1e-4
         assert torch.equal((old - new)[clear].sign(), slope[clear].sign())
 
@@ -182,7 +187,7 @@ def test_a_step_in_pieces_is_the_step_at_once(grid, closed_form, monkeypatch):
         for grad_OI in grads:
             state.step(grad_OI, 0.2, 0.05, into_OI)
         assert torch.equal(into_OI, state.weight())
-        results.append((into_OI, *state.snapshot()))
+        results.append((into_OI, *state_of(state)))
     assert not torch.equal(results[0][0], Rounding(w_OI, 8, grid).weight())
     assert all(
         torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)

@@ -85,8 +85,8 @@ def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
 
 def test_groups_are_taken_whole_those_with_most_input_first():
     diagonal = torch.tensor([1.0, 2.0, 9.0, 0.5, 4.0, 4.0, 7.0])
-    assert gptq._order(diagonal, "group", 3).tolist() == [2, 1, 0, 4, 5, 3, 6]
-    assert gptq._order(diagonal, "weight", 3).tolist() == [2, 6, 4, 5, 1, 0, 3]
+    assert gptq.column_order(diagonal, "group", 3).tolist() == [2, 1, 0, 4, 5, 3, 6]
+    assert gptq.column_order(diagonal, "weight", 3).tolist() == [2, 6, 4, 5, 1, 0, 3]
 
 
 def test_layers_run_in_turns():

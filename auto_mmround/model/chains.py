@@ -193,7 +193,7 @@ class Chain:
             )
             if own != device:
                 # a copy for these blocks to fill
-                device, hidden, state = own, hidden.to(own), moved(state, own)
+                device, hidden, state = own, devices.sent(hidden, own), moved(state, own)
             call = to_device(merge([self.calls[i][first + offset] for i in group]), device)
             hidden = replace(call, kwargs=call.kwargs | state).run(block, hidden, self.runner)
         if device and not torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.products import Float32Products
@@ -184,6 +185,14 @@ def fast_bf16(device: torch.device) -> bool:
     # missing in older releases
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type != "cpu" or not known or any(known.get(name) for name in BF16)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; out of host memory by way of pinned pages, so that nobody waits for
+    the copy, and the next one can be made ready while the device works."""
+    if tensor.is_cpu and device.type != "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def out_of_memory(error: BaseException) -> bool:

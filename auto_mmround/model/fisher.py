@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -104,14 +104,23 @@ def measure_fisher(
     tokens = {name: _Tokens(lengths) for name in present}
     again: set[str] = set()
 
+    # of one sample, until it is through: then they come to the host together
+    waiting: list[tuple[_Tokens, int, Tensor]] = []
+
+    @lru_cache(maxsize=2 * len(stages))  # the blocks of a stage are given the same tokens
+    def one_hot(stage: Stage, i: int, count: int, device: torch.device) -> Tensor:
+        rows_T = rows_of(stage, modalities[i], count)
+        return nn.functional.one_hot(rows_T, ROWS).float().to(device)
+
     def add(name: str, i: int, grad_TD: Tensor) -> None:
+        if waiting and waiting[0][1] != i:
+            _put(waiting)
         if name in tokens:
             again.update([name] if i in tokens[name].seen else [])
-            tokens[name].put(i, grad_TD.square().mean(-1))
+            tokens[name].seen.add(i)
+            waiting.append((tokens[name], i, grad_TD.square().mean(-1)))
             return
-        one_hot_TR = nn.functional.one_hot(
-            rows_of(stage_of[name], modalities[i], len(grad_TD)), ROWS
-        ).to(grad_TD)
+        one_hot_TR = one_hot(stage_of[name], i, len(grad_TD), grad_TD.device)
         fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
         sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
@@ -137,6 +146,7 @@ def measure_fisher(
                 if side is None
                 else passes.side_by_side(run, side, stages, current)
             )
+    _put(waiting)
     found_tokens = {name: part.by_sample() for name, part in tokens.items()}
     for name, found in found_tokens.items():
         # padding has no gradient
@@ -162,6 +172,17 @@ def _is_there(model: nn.Module, name: str) -> bool:
     return True
 
 
+def _put(waiting: list[tuple["_Tokens", int, Tensor]]) -> None:
+    """Bring what waits to the host, in one copy from each device, and forget it."""
+    for device in {value_T.device for _, _, value_T in waiting}:
+        here = [each for each in waiting if each[2].device == device]
+        sizes = [len(value_T) for _, _, value_T in here]
+        values = torch.cat([value_T for _, _, value_T in here]).cpu().split(sizes)
+        for (tokens, i, _), value_T in zip(here, values, strict=True):
+            tokens.put(i, value_T)
+    waiting.clear()
+
+
 class _Tokens:
     """A number a token and sample, in one piece of memory for samples of the expected ``lengths``:
     thousands of small tensors, kept between large ones that come and go, would hold the heap at
@@ -176,14 +197,13 @@ class _Tokens:
         self.seen: set[int] = set()
 
     def put(self, i: int, value_T: Tensor) -> None:
-        """Those of a sample; the last ones count."""
-        self.seen.add(i)
+        """Those of a sample, in host memory; the last ones count."""
         into_T = self._room[self._places[i]]
         if len(into_T) == len(value_T):
             into_T.copy_(value_T)
             self._others.pop(i, None)
         else:
-            self._others[i] = value_T.cpu()
+            self._others[i] = value_T.clone()
 
     def by_sample(self) -> dict[int, Tensor]:
         """Sample -> (tokens,)."""

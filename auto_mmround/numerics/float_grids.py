@@ -120,6 +120,10 @@ class Nearest:
         """W~, float32 (out, in)."""
         return dequantize(self._codes)
 
+    def write(self, into_OI: Tensor) -> None:
+        """Put W~ into ``into_OI``, in its dtype."""
+        into_OI.copy_(self.weight())
+
 
 def _rows_of_blocks(peak_OG: Tensor, rows: int = BLOCK) -> Tensor:
     """The largest magnitude of each block of rows, repeated for its rows."""

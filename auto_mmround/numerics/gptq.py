@@ -58,8 +58,8 @@ def solve(
     to the grid is GPTQ's step (QuIP, arXiv 2307.13304, section 3.2) without inverting H. Columns
     without inputs are rounded to nearest.
     """
-    order_I = _order(hessian_II.diagonal(), order, group_size)
-    feedback_II = _factor(hessian_II, order_I, dampening)
+    order_I = column_order(hessian_II.diagonal(), order, group_size)
+    feedback_II = _damped(hessian_II, order_I, dampening)
     if feedback_II is None:
         columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
         scale_OI, zero_OI = scale_OG.float()[:, columns_I], zero_OG.float()[:, columns_I]
@@ -112,7 +112,8 @@ def _solve_block(
         torch.addcmul(w_O, scale_O, q_O, value=-1, out=error_O)
 
 
-def _order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
+def column_order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
+    """The columns in the order in which they are rounded, see `solve`."""
     if order == "none":
         return torch.arange(len(diagonal_I), device=diagonal_I.device)
     falling_I = diagonal_I.argsort(descending=True, stable=True)
@@ -123,26 +124,33 @@ def _order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
     return falling_I[place_G[falling_I // group_size].argsort(stable=True)]
 
 
-def _factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:
+def factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     """N_kj = R_jk / R_kk, unit lower triangular, of the damped H = R R^T in the given order:
-    Cholesky of H with both axes reversed makes R upper triangular. None: no luck.
+    Cholesky of H with both axes reversed makes R upper triangular. And whether that went well, a
+    bool of the device that nothing here waits for.
 
-    ``dampening`` is a fraction of the mean of diag(H) over the columns that have inputs; it grows
-    tenfold where H is not positive definite.
+    ``dampening`` is a fraction of the mean of diag(H) over the columns that have inputs.
     """
     diagonal_I, turned_I = hessian_II.diagonal()[order_I], order_I.flip(0)
     live_I = diagonal_I > 0
     mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
+    damp_I = torch.where(live_I, dampening, 1.0) * mean
+    damped_II = hessian_II[turned_I[:, None], turned_I]
+    damped_II.diagonal().add_(damp_I.flip(0))
+    upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
+    del damped_II
+    feedback_II = upper_II.flip(0, 1)
+    root_I = feedback_II.diagonal().clone()
+    return feedback_II.div_(root_I[:, None]), (failed == 0) & root_I.isfinite().all()
+
+
+def _damped(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:
+    """The `factor` with dampening that grows tenfold until it goes well. None: no luck."""
     fraction = dampening
     while True:
-        damp_I = torch.where(live_I, fraction, 1.0) * mean
-        damped_II = hessian_II[turned_I[:, None], turned_I]
-        damped_II.diagonal().add_(damp_I.flip(0))
-        upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
-        feedback_II = upper_II.flip(0, 1)
-        root_I = feedback_II.diagonal().clone()
-        if not failed and root_I.isfinite().all():
-            return feedback_II.div_(root_I[:, None])
+        feedback_II, sound = factor(hessian_II, order_I, fraction)
+        if sound:
+            return feedback_II
         log.warning("second moments are not positive definite with dampening %g", fraction)
         fraction = max(10 * fraction, 1e-3)
         if fraction > MOST_DAMPENING:
@@ -166,24 +174,24 @@ def refit_scale(
     (Gauss-Seidel, one sweep).
 
     With u = q - z of one group, zero elsewhere, and E the current error: ds = (E H u^T) / (u H
-    u^T).
+    u^T). All arguments may have a dimension more in front, of weights with second moments each.
     """
     scale_OG = scale_OG.float().clone()
-    columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
-    centred_OI = q_OI.float() - zero_OG.float()[:, columns_I]
-    error_OI = w_OI.float() - centred_OI * scale_OG[:, columns_I]
-    for group in range(scale_OG.shape[1]):
+    columns_I = torch.arange(w_OI.shape[-1], device=w_OI.device) // group_size
+    centred_OI = q_OI.float() - zero_OG.float()[..., columns_I]
+    error_OI = w_OI.float() - centred_OI * scale_OG[..., columns_I]
+    for group in range(scale_OG.shape[-1]):
         part = slice(group * group_size, (group + 1) * group_size)
-        u_Og = centred_OI[:, part]
+        u_Og = centred_OI[..., part]
         with bf16_products(True):  # three digits of a small step are enough
-            along_O = ((error_OI @ hessian_II[:, part]) * u_Og).sum(-1)
-        length_O = ((u_Og @ hessian_II[part, part]) * u_Og).sum(-1)
+            along_O = ((error_OI @ hessian_II[..., part]) * u_Og).sum(-1)
+        length_O = ((u_Og @ hessian_II[..., part, part]) * u_Og).sum(-1)
         step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0).nan_to_num(
             0.0, 0.0, 0.0
         )
-        unit_O = None if unit_OG is None else unit_OG[:, group]
-        scale_OG[:, group] = grids.storable(scale_OG[:, group] + step_O, grid, unit_O)
-        error_OI[:, part] = w_OI[:, part] - u_Og * scale_OG[:, group, None]
+        unit_O = None if unit_OG is None else unit_OG[..., group]
+        scale_OG[..., group] = grids.storable(scale_OG[..., group] + step_O, grid, unit_O)
+        error_OI[..., part] = w_OI[..., part] - u_Og * scale_OG[..., group, None]
     return scale_OG
 
 

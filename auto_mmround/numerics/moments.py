@@ -19,14 +19,19 @@ class Moments:
     def __init__(
         self, features: int, *, cross: bool = False, device: torch.device | str | None = None
     ):
-        self._sum_II = torch.zeros(features, features, device=device)
+        # on and above the diagonal: H is symmetric
+        self._panels_PI = [
+            torch.zeros(min(PANEL, features - i), features - i, device=device)
+            for i in range(0, features, PANEL)
+        ]
+        self._features, self._device = features, device
         self._cross_II = torch.zeros(features, features, device=device) if cross else None
         self._total = torch.zeros((), device=device)
 
     @property
     def features(self) -> int:
         """Size of an input."""
-        return len(self._sum_II)
+        return self._features
 
     @property
     def crossed(self) -> bool:
@@ -35,7 +40,8 @@ class Moments:
 
     def sums(self) -> list[Tensor]:
         """What adds up over parts of the tokens, in its own memory."""
-        return [part for part in (self._sum_II, self._cross_II, self._total) if part is not None]
+        cross = [] if self._cross_II is None else [self._cross_II]
+        return [*self._panels_PI, *cross, self._total]
 
     def add(self, x: Tensor, weight: Tensor | None = None, teacher: Tensor | None = None) -> None:
         """Add tokens ``x`` (..., in) with weights (...), default 1, pads 0; ``teacher``: the inputs
@@ -49,33 +55,41 @@ class Moments:
         self._total += x.shape[:-1].numel() if weight is None else weight.detach().float().sum()
         x_TI = _rows(x, root_T1)
         with bf16_products(all(t.dtype == torch.bfloat16 for t in (x, teacher) if t is not None)):
-            for i in range(0, x_TI.shape[1], PANEL):
-                self._sum_II[i : i + PANEL, i:].addmm_(x_TI[:, i : i + PANEL].t(), x_TI[:, i:])
+            for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
+                _add_product(panel_PI, x_TI[:, i : i + PANEL], x_TI[:, i:])
             if self._cross_II is not None and teacher is not None:
-                self._cross_II.addmm_(x_TI.t(), _rows(teacher, root_T1))
+                _add_product(self._cross_II, x_TI, _rows(teacher, root_T1))
 
     def hessian(self) -> Tensor:
         """H = mean_t w_t x_t x_t^T, (in, in), symmetric; its diagonal is E[x^2]. Zero before the
         first token."""
-        h_II = self._sum_II / self._total.clamp(min=1e-30)
-        for i in range(0, len(h_II), PANEL):
+        total = self._total.clamp(min=1e-30)
+        h_II = torch.empty(self.features, self.features, device=total.device)
+        for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
             part, behind = slice(i, i + PANEL), slice(i + PANEL, None)
+            torch.div(panel_PI, total, out=h_II[part, i:])
             upper = h_II[part, part].triu()
             h_II[part, part] = upper + upper.triu(1).t()
             h_II[behind, part] = h_II[part, behind].t()
         return h_II
 
-    def error(self, error_OI: Tensor) -> float:
+    def rest(self) -> None:
+        """Keep what `error` reads, in host memory and bf16; nothing else can be asked any more."""
+        flat = [panel_PI.flatten().bfloat16() for panel_PI in self._panels_PI]
+        shapes = [panel_PI.shape for panel_PI in self._panels_PI]
+        kept = torch.cat(flat).cpu().split([shape.numel() for shape in shapes])
+        self._panels_PI = [part.view(shape) for part, shape in zip(kept, shapes, strict=True)]
+        self._cross_II = None
+
+    def error(self, error_OI: Tensor) -> Tensor:
         """tr(E H E^T), summed over the outputs, as `output_error` gives it; to a thousandth,
-        without H made whole."""
+        without H made whole. On the errors' device, nothing waits for it."""
         found = torch.zeros((), device=error_OI.device)
         with bf16_products(True):
-            for i in range(0, len(self._sum_II), PANEL):
-                along_OI = (
-                    error_OI[:, i : i + PANEL] @ self._sum_II[i : i + PANEL, i:]
-                ) * error_OI[:, i:]
+            for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
+                along_OI = error_OI[:, i : i + PANEL] @ panel_PI.to(error_OI) * error_OI[:, i:]
                 found += along_OI[:, :PANEL].sum() + 2 * along_OI[:, PANEL:].sum()  # H is symmetric
-        return (found / self._total.clamp(min=1e-30)).item()
+        return found / self._total.clamp(min=1e-30)
 
     def cross(self) -> Tensor:
         """C = mean_t w_t x_student x_teacher^T, (in, in). Raises ValueError if they were not asked
@@ -86,9 +100,19 @@ class Moments:
 
 
 def _rows(x: Tensor, root_T1: Tensor | None) -> Tensor:
-    """Tokens as rows in float32, times the square roots of their weights."""
-    x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-    return x_TI if root_T1 is None else x_TI * root_T1
+    """Tokens as rows, times the square roots of their weights; float32, but on CUDA, whose products
+    of bf16 factors can be summed and given in float32, those stay bf16."""
+    x_TI = x.detach().reshape(-1, x.shape[-1])
+    dtype = torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
+    return x_TI.to(dtype) if root_T1 is None else (x_TI.float() * root_T1).to(dtype)
+
+
+def _add_product(sum_PI: Tensor, x_TP: Tensor, y_TI: Tensor) -> None:
+    """Add x^T y in float32."""
+    if x_TP.dtype == y_TI.dtype == torch.bfloat16:
+        sum_PI.add_(torch.mm(x_TP.t(), y_TI, out_dtype=torch.float32))
+    else:
+        sum_PI.addmm_(x_TP.float().t(), y_TI.float())
 
 
 @contextmanager

@@ -13,17 +13,21 @@ to what is tuned: `RangeFactors` as published, or `ScaleFactor` after a start fo
 """
 
 import copy
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import grids, super_grids
+from auto_mmround.numerics import gptq, grids, super_grids
 from auto_mmround.numerics.grids import Codes, Grid
 from auto_mmround.numerics.super_grids import Super
 
 # of the rate of factors where scales are integers times a unit: a step of these is a jump
 COARSE = 0.5
-CHUNK = 2**18  # elements of a weight worked on at a time
+# Elements of a weight worked on at a time: they stay in a processor's cache; on an accelerator a
+# kernel takes as long as its start, and what lies in between is small beside a block.
+CHUNK, CHUNK_THERE = 2**18, 2**22
 
 
 def leaf_gradients(
@@ -153,6 +157,13 @@ class ScaleFactor:
         )
 
 
+class Kept(NamedTuple):
+    """Of a `Rounding` all that its result depends on: codes, uint8 (out, G, g), and factors."""
+
+    q_OGg: Tensor
+    factors_2OG: Tensor
+
+
 class Rounding:
     """Offsets V of one weight, and what gives its scales and zero points.
 
@@ -167,15 +178,14 @@ class Rounding:
         self.columns = w_OI.shape[1]
         self.w_OGg = grids.to_groups(w_OI, self.columns if group_size == -1 else group_size)
         self.ranges: RangeFactors | ScaleFactor
-        offset_OGg = torch.zeros_like(self.w_OGg, dtype=torch.float32)
+        # without memory until a step, or a better start, makes others of them
+        self.offset_OGg = torch.zeros((), device=w_OI.device).expand(self.w_OGg.shape)
         if grid.scale_range is None:
-            self.ranges, self.offset_OGg = (
-                RangeFactors(*grids.ranges(self.w_OGg, grid), grid),
-                offset_OGg,
-            )
+            self.ranges = RangeFactors(*grids.ranges(self.w_OGg, grid), grid)
         else:
-            found = super_grids.search(self.w_OGg, torch.ones_like(offset_OGg[0]), grid)
-            self.start_at(found.scale_OG, super_grids.zeros(found, grid), offset_OGg, found)
+            alike_Gg = torch.ones(self.w_OGg.shape[1:], device=w_OI.device)
+            found = super_grids.search(self.w_OGg, alike_Gg, grid)
+            self.start_at(found.scale_OG, super_grids.zeros(found, grid), self.offset_OGg, found)
 
     def start_at(
         self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None
@@ -188,6 +198,27 @@ class Rounding:
         self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks)
         self.offset_OGg = offset_OGg.half()
 
+    def start_from(
+        self,
+        scale_OG: Tensor,
+        zero_OG: Tensor,
+        q_OGg: Tensor,
+        blocks: Super | None = None,
+        margin: float = 0.1,
+    ) -> None:
+        """`start_at` with offsets that give these codes, see `gptq.place_start`."""
+        self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks)
+        self.offset_OGg = torch.empty(self.w_OGg.shape, dtype=torch.half, device=q_OGg.device)
+        self._place(q_OGg, margin)
+
+    def _place(self, q_OGg: Tensor, margin: float = 0.1) -> None:
+        for part, view in self._pieces():
+            view.offset_OGg.copy_(
+                gptq.place_start(
+                    view._on_grid(), q_OGg[part], *view.scale_and_zero(), self.grid, margin
+                )
+            )
+
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32."""
         return self.ranges.scale_and_zero()
@@ -195,7 +226,7 @@ class Rounding:
     def codes(self) -> Codes:
         """The integers, scales and zero points as they go to disk."""
         scale_OG, zero_OG = self.scale_and_zero()
-        q_OGg, blocks = self._quantize(scale_OG, zero_OG), self.ranges.super_blocks()
+        q_OGg, blocks = self.kept().q_OGg, self.ranges.super_blocks()
         own = (None if self.grid.sym else blocks.min_OG, blocks.unit_OS2) if blocks else ()
         return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, *own)
 
@@ -204,7 +235,7 @@ class Rounding:
         return grids.from_groups(self.w_OGg, self.columns)
 
     def weight(self) -> Tensor:
-        """W~ (out, in), float32."""
+        """W~ (out, in), float32; see `write` for large ones."""
         scale_OG, zero_OG = self.scale_and_zero()
         w_OGg = (self._quantize(scale_OG, zero_OG) - zero_OG[..., None]) * scale_OG[..., None]
         blocks = self.ranges.super_blocks()
@@ -212,19 +243,29 @@ class Rounding:
             w_OGg - blocks.min_OG[..., None] if blocks else w_OGg, self.columns
         )
 
+    def write(self, into_OI: Tensor) -> None:
+        """Put W~ into ``into_OI``, in its dtype."""
+        for part, view in self._pieces():
+            into_OI[part].copy_(view.weight())
+
     def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
         """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own
         dtype.
 
-        ``factor_lr`` 0 leaves the scales alone. A few rows at a time on a processor: every
+        ``factor_lr`` 0 leaves the scales alone. A few rows at a time: on a processor every
         intermediate stays in its cache, and no page of memory is asked for and given back.
         """
-        rows = max(1, CHUNK // self.columns) if grad_OI.is_cpu else len(grad_OI)
-        for at in range(0, len(grad_OI), rows):
-            part = slice(at, at + rows)
-            view = self.rows(part)
+        if 0 in self.offset_OGg.stride():
+            self.offset_OGg = self.offset_OGg.clone(memory_format=torch.contiguous_format)
+        for part, view in self._pieces():
             view._step(grad_OI[part], lr, factor_lr)
             into_OI[part].copy_(view.weight())
+
+    def _pieces(self) -> Iterator[tuple[slice, "Rounding"]]:
+        rows = max(1, (CHUNK if self.w_OGg.is_cpu else CHUNK_THERE) // self.columns)
+        for at in range(0, len(self.w_OGg), rows):
+            part = slice(at, at + rows)
+            yield part, self.rows(part)
 
     def rows(self, part: slice) -> "Rounding":
         """The state of some rows, in the same memory."""
@@ -250,13 +291,28 @@ class Rounding:
         if factor_lr:
             self.ranges.step(scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
 
-    def snapshot(self) -> tuple[Tensor, Tensor]:
-        """A copy of everything that steps change."""
-        return self.offset_OGg.clone(), self.ranges.factors_2OG.clone()
+    def keep(self, into: "Kept", better: Tensor) -> None:
+        """Where ``better``, a bool of the device, ``into`` holds the state from now on. Nothing
+        waits for it."""
+        for part, view in self._pieces():
+            q_OGg = view._quantize(*view.scale_and_zero()).to(torch.uint8)
+            torch.where(better, q_OGg, into.q_OGg[part], out=into.q_OGg[part])
+        factors_2OG = self.ranges.factors_2OG
+        torch.where(better, factors_2OG, into.factors_2OG, out=into.factors_2OG)
 
-    def restore(self, snapshot: tuple[Tensor, Tensor]) -> None:
-        """Go back to a `snapshot`."""
-        self.offset_OGg, self.ranges.factors_2OG = (t.clone() for t in snapshot)
+    def kept(self) -> "Kept":
+        """What `keep` writes into: the state as it is now."""
+        q_OGg = torch.empty(self.w_OGg.shape, dtype=torch.uint8, device=self.w_OGg.device)
+        made = Kept(q_OGg, self.ranges.factors_2OG.clone())
+        self.keep(made, torch.ones((), dtype=torch.bool, device=q_OGg.device))
+        return made
+
+    def restore(self, kept: "Kept") -> None:
+        """Go back to codes and factors that were kept."""
+        self.ranges.factors_2OG.copy_(kept.factors_2OG)
+        if 0 in self.offset_OGg.stride():
+            return  # no step was taken
+        self._place(kept.q_OGg)
 
     def _quantize(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         return grids.quantize(

@@ -4,7 +4,7 @@ Shapes: O out, I in, G groups a row, g columns a group.
 """
 
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Grid
 
-# elements of a weight searched at a time: the temporaries stay in the processor's cache
-CHUNK = 2**16
+# elements of a weight searched at a time: the temporaries stay in the processor's cache; on an
+# accelerator so many times as much, candidates that fit into that at once
+CHUNK, THERE = 2**16, 256
 
 
 class Search(NamedTuple):
@@ -64,24 +65,32 @@ def search_scale(w_OGg: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor,
     candidates find more than a fine grid of scales does. Never worse than the plain scale of
     `grids.scale_and_zero`.
     """
-    rows = max(1, (CHUNK if w_OGg.is_cpu else 256 * CHUNK) // w_OGg[0].numel())
+    rows = max(1, (CHUNK if w_OGg.is_cpu else THERE * CHUNK) // w_OGg[0].numel())
     found = []
     for at in range(0, len(w_OGg), rows):
         part = importance[at : at + rows] if importance.dim() == 3 else importance
-        found.append(_search(w_OGg[at : at + rows].float(), part.float(), grid, search_plan(grid)))
+        w_PGg = w_OGg[at : at + rows].float()
+        together = 1 if w_OGg.is_cpu else max(1, THERE * CHUNK // w_PGg.numel())
+        found.append(_search(w_PGg, part.float(), grid, search_plan(grid), together))
     return torch.cat([scale_OG for scale_OG, _ in found]), torch.cat(
         [zero_OG for _, zero_OG in found]
     )
 
 
-def _search(w_OGg: Tensor, importance: Tensor, grid: Grid, plan: Search) -> tuple[Tensor, Tensor]:
+def _search(
+    w_OGg: Tensor, importance: Tensor, grid: Grid, plan: Search, together: int
+) -> tuple[Tensor, Tensor]:
     importance = torch.where(importance.sum(-1, keepdim=True) > 0, importance, 1.0)
     weighted_OGg = w_OGg * importance
     plain = grids.scale_and_zero(*grids.ranges(w_OGg, grid), grid)
     best = _Best(torch.zeros_like(plain[0]), *plain)
     for factors, shifts in ((plan.factors, plan.shifts), *plan.rounds):
         _, scale_OG, zero_OG = best
-        for factor, shift in product(factors, shifts):
+        tried: Any = tuple(product(factors, shifts))
+        if together > 1:  # (2, C, 1, 1)
+            tried_2C = torch.tensor(tried, device=w_OGg.device).t()[..., None, None]
+            tried = zip(*(part.split(together) for part in tried_2C), strict=True)
+        for factor, shift in tried:
             zero_shifted_OG = (zero_OG + shift).clamp(grid.min_zero, grid.top)
             best = _better(
                 best, w_OGg, weighted_OGg, importance, scale_OG * factor, zero_shifted_OG, grid
@@ -105,7 +114,7 @@ def _better(
     grid: Grid,
 ) -> _Best:
     """The better of ``best`` and the integers that a candidate scale and zero point give, group by
-    group."""
+    group; or several candidates, (C, O, G)."""
     if grid.sym:
         q_OGg = (w_OGg / scale_OG[..., None]).round_().clamp_(-grid.middle, grid.top - grid.middle)
     else:
@@ -117,6 +126,9 @@ def _better(
     along_OG = (weighted_OGg * q_OGg).sum(-1)
     fit_OG = along_OG / q_OGg.square_().mul_(importance).sum(-1).clamp(min=1e-30)
     gain_OG = along_OG * fit_OG
+    if gain_OG.dim() > 2:
+        gain_OG, first_OG = gain_OG.max(0)
+        fit_OG, zero_OG = (x.gather(0, first_OG[None])[0] for x in (fit_OG, zero_OG))
     wins_OG = gain_OG > best.gain_OG
     return _Best(
         torch.where(wins_OG, gain_OG, best.gain_OG),

@@ -1,15 +1,18 @@
 """The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, offsets
 that say it."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from auto_mmround.numerics import gptq, grids, scale_search, super_grids
+from auto_mmround.numerics import gptq, grids, scale_search, super_grids, sweeps
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 
@@ -124,61 +127,153 @@ def closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartCo
     They are stacked along their outputs, which are independent, so one factorization serves all. In
     float32, whatever the caller computes blocks in.
     """
-    with torch.autocast(roundings[0].w_OGg.device.type, enabled=False):
-        _closed_form(roundings, moments, config)
-
-
-def _closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartConfig) -> None:
-    hessian_II, grid = moments.hessian(), roundings[0].grid
-    w_OGg = torch.cat([rounding.w_OGg for rounding in roundings])
-    group_size, columns = w_OGg.shape[-1], roundings[0].columns
-    w_OI = grids.from_groups(w_OGg, columns).float()
-    if config.retarget:
-        w_OI = gptq.retarget(w_OI, hessian_II, moments.cross(), config.dampening)
-    target_OGg = grids.to_groups(w_OI, group_size)
-    importance_Gg = grids.to_groups(hessian_II.diagonal()[None], group_size)[0]
-    blocks: super_grids.Super | None = None
-    if grid.scale_range is None:
-        scale_OG, zero_OG = scale_search.search_scale(target_OGg, importance_Gg, grid)
-    else:
-        blocks = super_grids.search(target_OGg, importance_Gg, grid)
-        scale_OG, zero_OG = blocks.scale_OG, super_grids.zeros(blocks, grid)
-        w_OGg, target_OGg = (
-            x_OGg.float() + blocks.min_OG[..., None] for x_OGg in (w_OGg, target_OGg)
-        )
-        w_OI = grids.from_groups(target_OGg, columns)  # on the grid that is left, see `super_grids`
-    q_OI = gptq.solve(
-        w_OI, hessian_II, scale_OG, zero_OG, group_size, grid,
-        dampening=config.dampening, order=config.order, block=config.block,
-    )  # fmt: skip
-    if config.refit:
-        unit_OG = blocks.unit_OG if blocks else None
-        scale_OG = gptq.refit_scale(
-            w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid, unit_OG
-        )
-    q_OGg = grids.to_groups(q_OI, group_size)
-    offset_OGg = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, config.margin)
-    rows = [len(rounding.w_OGg) for rounding in roundings]
-    found = (scale_OG, zero_OG, offset_OGg, *(blocks or ()))
-    for rounding, *parts in zip(roundings, *(part.split(rows) for part in found), strict=True):
-        scale, zero, offset, *own = (part.clone() for part in parts)
-        rounding.start_at(scale, zero, offset, super_grids.Super(*own) if own else None)
+    _place([_Stack(list(roundings), moments)], config)
 
 
 def closed_forms(
     roundings: Mapping[str, Rounding], moments: Mapping[str, Moments], config: StartConfig
 ) -> None:
     """`closed_form` for the layers of a block; one that no token reached has inputs that all count
-    alike."""
-    stacks: dict[tuple[int, grids.Grid, int], list[Rounding]] = {}
-    plain = replace(config, retarget=False)
-    found: dict[int, Moments] = {}
+    alike. On accelerators by `sweeps`, stacks of one shape (experts) together; the host asks once
+    which have to be solved in turn all the same."""
+    stacks: dict[tuple[int, grids.Grid, int], _Stack] = {}
     for name, rounding in roundings.items():
         own = moments.get(name)
         if own is None:
             own = Moments(rounding.columns, device=rounding.w_OGg.device)
             own.add(torch.eye(rounding.columns, device=rounding.w_OGg.device))
-        found[id(own)] = own
-        stacks.setdefault((id(own), rounding.grid, rounding.w_OGg.shape[-1]), []).append(rounding)
-    for (identity, *_), stack in stacks.items():
-        closed_form(stack, found[identity], config if found[identity].crossed else plain)
+        key = id(own), rounding.grid, rounding.w_OGg.shape[-1]
+        stacks.setdefault(key, _Stack([], own)).roundings.append(rounding)
+    waiting = list(stacks.values())
+    batches = _batches([stack for stack in waiting if stack.sweepable(config)])
+    doubts = [_place(batch, config, in_sweeps=True).to(batches[0][0].device) for batch in batches]
+    bad = torch.cat(doubts).tolist() if doubts else []
+    swept = [stack for batch in batches for stack in batch]
+    good = {id(stack) for stack, doubted in zip(swept, bad, strict=True) if not doubted}
+    for stack in waiting:
+        if id(stack) not in good:
+            _place([stack], config)
+
+
+class _Stack(NamedTuple):
+    """Weights of one grid that read the same input."""
+
+    roundings: list[Rounding]
+    moments: Moments
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.roundings[0].w_OGg.device
+
+    def sweepable(self, config: StartConfig) -> bool:
+        """Whether rounding by `sweeps` is quicker."""
+        return self.device.type != "cpu" and not (config.retarget and self.moments.crossed)
+
+
+def _batches(stacks: Sequence[_Stack]) -> list[list[_Stack]]:
+    """Stacks of one shape together, as many as `sweeps.MOST` elements are. Super-blocks are
+    searched under one diagonal, so they stay apart."""
+    batches: list[list[_Stack]] = []
+    open_: dict[tuple[Any, ...], list[_Stack]] = {}
+    for stack in stacks:
+        first = stack.roundings[0]
+        shape = sum(len(rounding.w_OGg) for rounding in stack.roundings), *first.w_OGg.shape[1:]
+        key = shape, first.columns, first.grid, stack.device
+        batch = open_.get(key)
+        size = math.prod(shape)
+        if batch is None or first.grid.scale_range or (len(batch) + 1) * size > sweeps.MOST:
+            batch = open_[key] = []
+            batches.append(batch)
+        batch.append(stack)
+    return batches
+
+
+def _place(stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool = False) -> Tensor:
+    """Put stacks of one shape at their start; only one, unless ``in_sweeps``. bool (N,): those of
+    which the sweeps are not sure."""
+    with torch.autocast(stacks[0].device.type, enabled=False):
+        found, doubtful_N = _solved(stacks, config, in_sweeps)
+        roundings = [rounding for stack in stacks for rounding in stack.roundings]
+        rows = [len(rounding.w_OGg) for rounding in roundings]
+        blocks = found.blocks or ()
+        split = [part.split(rows) for part in (found.scale_OG, found.zero_OG, found.q_OGg, *blocks)]
+        for rounding, scale, zero, q, *own in zip(roundings, *split, strict=True):
+            super_ = super_grids.Super(*(part.clone() for part in own)) if own else None
+            rounding.start_from(scale.clone(), zero.clone(), q, super_, config.margin)
+        return doubtful_N
+
+
+class _Found(NamedTuple):
+    """Scales, zero points (out, G), codes uint8 (out, G, g), super-blocks."""
+
+    scale_OG: Tensor
+    zero_OG: Tensor
+    q_OGg: Tensor
+    blocks: super_grids.Super | None
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Found"]) -> "_Found":
+        """Of all rows."""
+        if len(parts) == 1:
+            return parts[0]
+        scales, zeros, codes, blocks = zip(*parts, strict=True)
+        many = [torch.cat(part) for part in zip(*blocks, strict=True)] if blocks[0] else []
+        super_ = super_grids.Super(*many) if many else None
+        return cls(torch.cat(scales), torch.cat(zeros), torch.cat(codes), super_)
+
+
+def _solved(
+    stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool
+) -> tuple[_Found, Tensor]:
+    """What `_place` puts there. On accelerators a part of the rows at a time."""
+    first, count = stacks[0].roundings[0], len(stacks)
+    grid, columns, group_size = first.grid, first.columns, first.w_OGg.shape[-1]
+    weights = [rounding.w_OGg for stack in stacks for rounding in stack.roundings]
+    w_OGg = torch.cat(weights) if len(weights) > 1 else weights[0]
+    hessians = [stack.moments.hessian() for stack in stacks]
+    hessian = torch.stack(hessians) if count > 1 else hessians[0]
+    if config.retarget and stacks[0].moments.crossed:
+        w_OI, cross_II = grids.from_groups(w_OGg, columns), stacks[0].moments.cross()
+        w_OI = gptq.retarget(w_OI, hessian, cross_II, config.dampening)
+        w_OGg = grids.to_groups(w_OI, group_size)
+    importance = torch.stack([grids.to_groups(h.diagonal()[None], group_size)[0] for h in hessians])
+    importance = (
+        importance[0] if count == 1 else importance.repeat_interleave(len(w_OGg) // count, 0)
+    )
+    how: dict[str, Any] = dict(dampening=config.dampening, order=config.order)
+    sweeping = sweeps.Sweeping(hessians, group_size, grid, **how) if in_sweeps else None
+    solve: Callable[..., Tensor] = sweeping or partial(
+        gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, block=config.block, **how
+    )
+    del hessians
+    parts = []
+    for part_OGg in w_OGg.split(sweeping.rows(columns) if sweeping else len(w_OGg)):
+        scale_OG, zero_OG, blocks = _searched(part_OGg, importance, grid)
+        if blocks:  # on the grid that is left, see `super_grids`
+            part_OGg = part_OGg.float() + blocks.min_OG[..., None]
+        w_OI = grids.from_groups(part_OGg, columns).float()
+        q_OI = solve(w_OI, scale_OG=scale_OG, zero_OG=zero_OG)
+        if config.refit:
+            unit_OG = blocks.unit_OG if blocks else None
+            w_q_NOI, s_z_NOG = _apart(count, w_OI, q_OI), _apart(count, scale_OG, zero_OG)
+            scale_OG = gptq.refit_scale(
+                w_q_NOI[0], w_q_NOI[1], hessian, s_z_NOG[0], s_z_NOG[1], group_size, grid, unit_OG
+            ).flatten(0, -2)
+        q_OGg = grids.to_groups(q_OI.to(torch.uint8), group_size)
+        parts.append(_Found(scale_OG, zero_OG, q_OGg, blocks))
+    return _Found.joined(parts), sweeping.doubtful() if sweeping else torch.zeros(count)
+
+
+def _searched(
+    w_OGg: Tensor, importance: Tensor, grid: grids.Grid
+) -> tuple[Tensor, Tensor, super_grids.Super | None]:
+    if not grid.scale_range:
+        return *scale_search.search_scale(w_OGg, importance, grid), None
+    blocks = super_grids.search(w_OGg, importance, grid)
+    return blocks.scale_OG, super_grids.zeros(blocks, grid), blocks
+
+
+def _apart(count: int, *tensors: Tensor) -> list[Tensor]:
+    """Rows of several weights of one shape with a dimension for the weights."""
+    return [x.unflatten(0, (count, -1)) if count > 1 else x for x in tensors]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from auto_mmround.numerics import grids, scale_search
 from auto_mmround.numerics.grids import Grid, integers
-from auto_mmround.numerics.scale_search import CHUNK
+from auto_mmround.numerics.scale_search import CHUNK, THERE
 
 TINY, HUGE = 2.0**-24, torch.finfo(torch.float16).max  # of float16
 BELOW = (0, 1, 2, 3, -1)  # the bound: where the largest scale of a super-block may come to lie
@@ -54,7 +54,7 @@ class Super(NamedTuple):
 def search(w_OGg: Tensor, importance_Gg: Tensor, grid: Grid) -> Super:
     """Small sum of importance * (w - w~)^2: every group on its own first, then under the units of
     its super-block."""
-    rows = max(1, (CHUNK if w_OGg.is_cpu else 256 * CHUNK) // w_OGg[0].numel())
+    rows = max(1, (CHUNK if w_OGg.is_cpu else THERE * CHUNK) // w_OGg[0].numel())
     weight_Gg = torch.where(importance_Gg.sum(-1, keepdim=True) > 0, importance_Gg.float(), 1.0)
     parts = [
         fit(part, weight_Gg, grid, *_alone(part, weight_Gg, grid))

@@ -73,7 +73,7 @@ class TunedWeight:
 
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
-        self.rows(self.parameter.data).copy_(self.rounding.weight())
+        self.rounding.write(self.rows(self.parameter.data))
 
 
 def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
@@ -96,15 +96,28 @@ def mean_error(
     forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None
 ) -> float:
     """Weighted mean squared error per element over the samples, in float32, without gradients."""
-    sums = torch.zeros(2, dtype=torch.float64)  # squares, elements
+    return _mean_error(forward, indices, batch_size, add_up).item()
+
+
+def _mean_error(
+    forward: Forward, indices: Sequence[int], batch_size: int, add_up: AddUp | None = None
+) -> Tensor:
+    """The same on the outputs' device, which nothing waits for."""
+    sums: Tensor | None = None  # squares, elements
     with torch.no_grad():
         for at in range(0, len(indices), batch_size):
             for output, target, weight in forward(indices[at : at + batch_size]):
-                sums[0] += squared_error(output, target, weight).item()
-                sums[1] += weight.sum().item() * output.shape[-1] / weight.shape[-1]
+                if sums is None:  # not every accelerator has doubles
+                    dtype = torch.float64 if output.is_cpu else torch.float32
+                    sums = torch.zeros(2, dtype=dtype, device=output.device)
+                sums[0] += squared_error(output, target, weight)
+                sums[1] += weight.sum().to(sums.dtype) * output.shape[-1] / weight.shape[-1]
+    if sums is None:
+        sums = torch.zeros(2, dtype=torch.float64)
     if add_up:
+        sums = sums.cpu().double()  # a process that has none of the samples has them there
         add_up([sums])
-    return (sums[0] / sums[1].clamp(min=1.0)).item()
+    return sums[0] / sums[1].clamp(min=1.0)
 
 
 def squared_error(output: Tensor, target: Tensor, weight: Tensor, trim: float = 0.0) -> Tensor:
@@ -135,11 +148,11 @@ def tune_block(
     for weight in weights:
         weight.refresh()
     train, held = held_out_split(sample_count)
-    start = mean_error(forward, held, config.batch_size, add_up)
+    start = _mean_error(forward, held, config.batch_size, add_up)
     if config.iters == 0 or not weights:
-        return TuneResult(start, start, 0, len(held))
+        return TuneResult(start.item(), start.item(), 0, len(held))
     started = time.perf_counter()
-    best = (start, 0, [weight.rounding.snapshot() for weight in weights])
+    best = _Best(start, weights)
     draw = _draws(train, config)
     with _sign_descent(weights, config, add_up) as learn:
         for step in range(1, config.iters + 1):
@@ -147,15 +160,43 @@ def tune_block(
             on_step(step)
             if not looked_at(step, config.iters, config.checks):
                 continue
-            loss = mean_error(forward, held, config.batch_size, add_up)
-            if loss < best[0] or (step == config.iters and not config.keep_best):
-                best = (loss, step, [weight.rounding.snapshot() for weight in weights])
-            if 0 < config.patience <= step - best[1]:
+            loss = _mean_error(forward, held, config.batch_size, add_up)
+            best.offer(loss, step, always=step == config.iters and not config.keep_best)
+            if 0 < config.patience <= step - best.read()[1]:
                 break
-    for weight, snapshot in zip(weights, best[2], strict=True):
-        weight.rounding.restore(snapshot)
-        weight.refresh()
-    return TuneResult(start, best[0], best[1], len(held), time.perf_counter() - started)
+    best.restore()
+    end, step = best.read()
+    seconds = time.perf_counter() - started
+    return TuneResult(start.item(), end, int(step), len(held), seconds)
+
+
+class _Best:
+    """The best parameters so far; on an accelerator the host learns which only by asking."""
+
+    def __init__(self, loss: Tensor, weights: Sequence[TunedWeight]):
+        self._loss_step = torch.stack([loss, torch.zeros_like(loss)])
+        self._kept = [(weight, weight.rounding.kept()) for weight in weights]
+
+    def offer(self, loss: Tensor, step: int, always: bool) -> None:
+        """Keep the parameters as they are now, if this is better."""
+        better = (loss < self._loss_step[0]) | always
+        if better.is_cpu and not better:
+            return
+        now = torch.stack([loss, torch.full_like(loss, step)])
+        self._loss_step = torch.where(better, now, self._loss_step)
+        for weight, kept in self._kept:
+            weight.rounding.keep(kept, better.to(kept.q_OGg.device))
+
+    def read(self) -> tuple[float, int]:
+        """Loss, and the step it belongs to."""
+        loss, step = self._loss_step.tolist()
+        return loss, int(step)
+
+    def restore(self) -> None:
+        """Go back to them."""
+        for weight, kept in self._kept:
+            weight.rounding.restore(kept)
+            weight.refresh()
 
 
 def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain
 from auto_mmround.numerics.tuner import TuneConfig
 from auto_mmround.recipe.recipe import Recipe
@@ -36,7 +37,7 @@ def forward_of(
             # broadcasts.
             batch, *rest = student.hidden[group[0]].shape[:-1]
             weights = loss_weights.of(group, (len(group) * batch, *rest))
-            yield output, wanted.to(output.device), weights.to(output.device)
+            yield output, devices.sent(wanted, output.device), weights.to(output.device)
 
     return forward
 

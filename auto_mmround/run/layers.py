@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.tuner import TunedWeight
@@ -22,8 +23,8 @@ class LayerErrors:
     def __init__(self, leaves: Mapping[str, TunedWeight], moments: Mapping[str, Moments]):
         self._leaves = {name: leaf for name, leaf in leaves.items() if name in moments}
         self._moments = moments
-        self._whole: dict[str, float] = {}
-        self._found: dict[str, dict[str, float]] = {name: {} for name in self._leaves}
+        self._whole: dict[str, Tensor] = {}
+        self._found: dict[str, dict[str, Tensor]] = {name: {} for name in self._leaves}
 
     def note(self, when: str, same: str = "") -> None:
         """Measure all weights as they are now; ``same``: nothing has changed since then."""
@@ -36,9 +37,22 @@ class LayerErrors:
             w_OI = rows.original().float()
             with torch.autocast(w_OI.device.type, enabled=False):
                 if name not in self._whole:
-                    self._whole[name] = max(moments.error(w_OI), 1e-30)
-                found[when] = moments.error(w_OI - rows.weight()) / self._whole[name]
+                    self._whole[name] = moments.error(w_OI)
+                found[when] = moments.error(w_OI - rows.weight())
+
+    def rest(self) -> None:
+        """Of the second moments only what `note` reads is needed from now on."""
+        for moments in {id(own): own for own in self._moments.values()}.values():
+            moments.rest()
 
     def of(self, names: Mapping[str, TunedWeight]) -> dict[str, dict[str, float]]:
-        """Weight -> when -> error, of some weights."""
-        return {name: self._found[name] for name in names if name in self._found}
+        """Weight -> when -> error, of some weights; the host waits for all of them at once."""
+        known = [name for name in names if name in self._found]
+        parts = [x for name in known for x in (self._whole[name], *self._found[name].values())]
+        device = parts[0].device if parts else None
+        numbers = iter(torch.stack([x.to(device) for x in parts]).tolist() if parts else ())
+        found = {}
+        for name in known:
+            whole = max(next(numbers), 1e-30)
+            found[name] = {when: next(numbers) / whole for when in self._found[name]}
+        return found

@@ -15,6 +15,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import recapture
 from auto_mmround.model.chains import Chain
+from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.numerics.grids import Codes
@@ -31,7 +32,7 @@ from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
 from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
-from auto_mmround.run.polish import STEPS, Teacher, listen, polish
+from auto_mmround.run.polish import STEPS, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import check_equalized
 from auto_mmround.run.session import Session, Window
@@ -138,7 +139,7 @@ class _Journey:
                 # What the quantized stage gets wrong must reach the stages that it feeds.
                 students = self.session.record(stages[position + 1 :], self.watcher.captured)
 
-    def polish(self, teacher: Teacher) -> None:
+    def polish(self, teacher: Before) -> None:
         """Tune scales and norms on the whole model's output."""
         session = self.session
         grids = {
@@ -299,6 +300,7 @@ class _Journey:
                 else None
             )
             errors.note("start")
+            errors.rest()
             result = tune_block(
                 list(leaves.values()),
                 forward,

@@ -2,8 +2,8 @@
 model.
 
 The integers stay. What is learned is one factor a group and one a norm's channel (start 1), by Adam
-on KL(teacher || student) over the teacher's most likely words and one bin for all others; the
-teacher's are noted before anything is quantized. It is kept only if KL on held-out samples falls.
+on KL(teacher || student); what the teacher's output head reads is noted before anything is
+quantized. It is kept only if KL on held-out samples falls.
 Scales are rounded to what the file can hold at every step.
 """
 
@@ -11,16 +11,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration.inputs import PAD
-from auto_mmround.model.chains import moved
-from auto_mmround.model.head import ToHead, parts, to_head
-from auto_mmround.model.streaming import device_of
+from auto_mmround.model.divergence import Before
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Grid
 from auto_mmround.numerics.tuner import asking_for_gradients, held_out_split
@@ -29,76 +26,15 @@ from auto_mmround.run.session import Session
 
 log = logging.getLogger("auto_mmround")
 
-WORDS = 64  # of the teacher's distribution that are kept, a position
 STEPS, RATE = 16, 5e-4  # of Adam; the rate falls linearly to 0
 
-Precision = Callable[[], AbstractContextManager]
 
-
-@dataclass(frozen=True)
-class Likely:
-    """A sample's most likely words by the teacher. spoken_T: bool, positions that count; of those,
-    word_TK: int32, and
-    log_TK: float32, the log of the probabilities, the last column that of all other words
-      together."""
-
-    spoken_T: Tensor
-    word_TK: Tensor
-    log_TK: Tensor
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """How to run the model up to its head, what it takes, and what it said before anything was
-    quantized."""
-
-    run: ToHead
-    inputs: Sequence[Mapping[str, Any]]
-    said: Sequence[Likely]
-    precision: Precision
-
-
-def listen(session: Session) -> Teacher:
+def listen(session: Session) -> Before:
     """Note what the untouched model says to every sample; padding is left out."""
-    model, inputs, said = session.model, session.batches, []
-    with session.precision(), torch.no_grad():
-        run = to_head(model, moved(dict(inputs[0]), device_of(model)))
-        for sample, own in zip(inputs, session.kinds, strict=True):
-            hidden_TD, head = run(model, moved(dict(sample), device_of(model)))
-            counted_T = own.text_T != PAD
-            spoken_T = (
-                counted_T
-                if len(counted_T) == len(hidden_TD)
-                else torch.ones(len(hidden_TD), dtype=torch.bool)
-            )
-            found = [
-                _likely(head(part_TD))
-                for part_TD in parts(hidden_TD[spoken_T.to(hidden_TD.device)], head)
-            ]
-            word_TK, log_TK = (torch.cat(column).cpu() for column in zip(*found, strict=True))
-            said.append(Likely(spoken_T, word_TK.int(), log_TK))
-    return Teacher(run, inputs, said, session.precision)
-
-
-def _likely(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    all_TV = logits_TV.float().log_softmax(-1)
-    log_TK, word_TK = all_TV.topk(min(WORDS, all_TV.shape[1] - 1), dim=-1)
-    return word_TK, _with_rest(log_TK)
-
-
-def _with_rest(log_TK: Tensor) -> Tensor:
-    """Another column: the log of what the given probabilities leave."""
-    rest_T1 = (1 - log_TK.exp().sum(-1, keepdim=True)).clamp(min=1e-8).log()
-    return torch.cat([log_TK, rest_T1], -1)
-
-
-def divergence(logits_TV: Tensor, word_TK: Tensor, log_TK: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student), nats, in the bins of the teacher's likely words
-    and the rest."""
-    logits_TV = logits_TV.float()
-    word_TK, log_TK = word_TK.to(logits_TV.device), log_TK.to(logits_TV.device)
-    own_TK = _with_rest(logits_TV.gather(1, word_TK.long()) - logits_TV.logsumexp(-1, keepdim=True))
-    return (log_TK.exp() * (log_TK - own_TK)).sum()
+    counted = [own.text_T != PAD for own in session.kinds]
+    return Before.of(
+        session.model, session.batches, session.precision, counted=counted, place=Tensor.cpu
+    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +51,7 @@ def polish(
     model: PreTrainedModel,
     codes: Mapping[str, Codes],
     grid_of: Mapping[str, Grid],
-    teacher: Teacher,
+    teacher: Before,
     *,
     batch_size: int = 8,
     steps: int = STEPS,
@@ -135,7 +71,7 @@ def polish(
     norms = [_Norm.of(parameter) for parameter in norm_weights(model)]
     learners: list[_Leaf | _Norm] = [*leaves.values(), *norms]
     factors = [learner.factor for learner in learners]
-    before = _held_out(model, teacher, held)
+    before = _held_out(model, teacher.only(held))
     best, kept = before, [factor.clone() for factor in factors]
     adam = torch.optim.Adam(factors, lr=rate)
     generator = torch.Generator().manual_seed(seed)
@@ -143,16 +79,15 @@ def polish(
         for step in range(1, steps + 1):
             adam.param_groups[0]["lr"] = rate * (1 - (step - 1) / steps)
             order = torch.randperm(len(train), generator=generator)[:batch_size].tolist()
-            for i in order:
-                with graph():
-                    _backward(model, teacher, train[i])
+            batch = teacher.only([train[i] for i in order])
+            batch.divergences(model, gradients=True, mean=True, graph=graph)
             adam.step()
             adam.zero_grad()
             for learner in learners:
                 learner.refresh()
             on_step(step)
             if step % max(1, steps // 4) == 0 or step == steps:
-                found = _held_out(model, teacher, held)
+                found = _held_out(model, teacher.only(held))
                 if found < best:
                     best, kept = found, [factor.clone() for factor in factors]
         for factor, value in zip(factors, kept, strict=True):
@@ -280,39 +215,6 @@ def _learning(learners: Sequence[_Leaf | _Norm]) -> Iterator[None]:
         undo.pop_all()
 
 
-def _backward(model: PreTrainedModel, teacher: Teacher, i: int) -> None:
-    """Gradients of one sample's mean KL; logits a few positions at a time."""
-    said = teacher.said[i]
-    with teacher.precision(), torch.enable_grad():
-        hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device_of(model)))
-        spoken_T = said.spoken_T.to(hidden_TD.device)
-        leaf_TD = hidden_TD.detach()[spoken_T]
-        rows = [torch.empty_like(leaf_TD[:0])]
-        for part_TD, word_TK, log_TK in _aligned(leaf_TD, head, said):
-            part_TD = part_TD.clone().requires_grad_()
-            loss = divergence(head(part_TD), word_TK, log_TK) / len(leaf_TD)
-            rows.append(torch.autograd.grad(loss, part_TD)[0])
-        grad_TD = torch.zeros_like(hidden_TD)
-        grad_TD[spoken_T] = torch.cat(rows)
-        hidden_TD.backward(grad_TD)
-
-
-def _held_out(model: PreTrainedModel, teacher: Teacher, held: Sequence[int]) -> float:
+def _held_out(model: PreTrainedModel, before: Before) -> float:
     """Mean KL a position over the samples."""
-    total, count = 0.0, 0
-    with teacher.precision(), torch.no_grad():
-        for i in held:
-            hidden_TD, head = teacher.run(model, moved(dict(teacher.inputs[i]), device_of(model)))
-            hidden_TD = hidden_TD[teacher.said[i].spoken_T.to(hidden_TD.device)]
-            for part_TD, word_TK, log_TK in _aligned(hidden_TD, head, teacher.said[i]):
-                total += divergence(head(part_TD), word_TK, log_TK).item()
-            count += len(hidden_TD)
-    return total / max(count, 1)
-
-
-def _aligned(
-    hidden_TD: Tensor, head: nn.Module, said: Likely
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    pieces = parts(hidden_TD, head)
-    sizes = [len(piece) for piece in pieces]
-    return zip(pieces, said.word_TK.split(sizes), said.log_TK.split(sizes), strict=True)
+    return sum(before.divergences(model)) / max(before.positions, 1)

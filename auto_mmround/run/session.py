@@ -4,7 +4,7 @@ stage."""
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -232,8 +232,18 @@ class Session:
         layers = {name: self.model.get_submodule(name) for name in names}
         current: list[int] = []
 
+        @cache  # the layers that are asked about are few: of those that share an input, one
+        def all_of(name: str) -> Sequence[Tensor]:
+            assert weights is not None
+            parts_T = weights.of_tokens(chain, name)
+            whole = torch.cat(parts_T).to(chain.device or parts_T[0].device)  # one copy for all
+            return whole.split([len(part_T) for part_T in parts_T])
+
         def weigh(name: str) -> Tensor | None:
-            return torch.cat(weights.of_tokens(chain, name, current)) if weights else None
+            if weights is None:
+                return None
+            parts_T = [all_of(name)[i] for i in current]
+            return torch.cat(parts_T) if len(parts_T) > 1 else parts_T[0]
 
         with torch.no_grad(), collecting(layers, weigh, teacher is not None) as collected:
 
