@@ -4,19 +4,21 @@ is refused here."""
 import json
 import logging
 import os
+from dataclasses import replace
 
 import accelerator
 import pytest
 import torch
 from accelerate import dispatch_model
 from accelerator import NAME, limited, memory
-from tiny_models import FAMILIES, ids, tiny_tokenizer
+from tiny_models import FAMILIES, TEXT, ids, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.checkpoint.reading import read_checkpoint
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.model import devices
+from auto_mmround.model.borrowed import borrowed
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -166,20 +168,16 @@ def test_options(name, original):
 TINY = ("llama", "qwen3_moe", "whisper")
 
 
+SMALL = dict(dataset=None, group_size=32, nsamples=16, seqlen=12, amp=False)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """tiny(name, **options): a run of a random model of the family, and what it was made from."""
 
     def run(name, place=NAME, **options):
         FAMILIES[name].save(tmp_path / name, tiny_tokenizer())
-        given = dict(
-            model=str(tmp_path / name),
-            dataset=None,
-            group_size=32,
-            nsamples=16,
-            seqlen=12,
-            amp=False,
-        )
+        given = SMALL | dict(model=str(tmp_path / name))
         return tune(place, FAMILIES[name].samples(), **(given | options))
 
     return run
@@ -196,6 +194,26 @@ def test_families(name, tiny):
     (here, _), (there, _) = tiny(name, **towers), tiny(name, "cpu", **towers)
     for one, two in zip(here.reports.values(), there.reports.values(), strict=True):
         assert one.end is None or one.end == pytest.approx(two.end, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)],
+)
+def test_blocks_that_come_one_by_one_become_what_they_become_together(name):
+    if FAMILIES[name].standin:
+        pytest.skip("goes from rows of its own, in test_families.py")
+    found = []
+    for whole in (True, False):
+        model, recipe = FAMILIES[name].build(), Recipe(**SMALL, iters=1, quant_nontext_module=True)
+        before = places(model)
+        with borrowed(model, torch.device(NAME, 0), whole) as holder:
+            loaded = jobs.Loaded(model, tiny_tokenizer(), None, None)
+            job = jobs.prepare(recipe, loaded, dataset=FAMILIES[name].samples())
+            found.append(Finished())
+            quantize(model, job.recipe, job.plan, job.inputs, found[-1], holder=holder)
+        assert places(model) == before
+    assert differing(*found) == 0
 
 
 def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
@@ -235,20 +253,94 @@ def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
     assert "kl" in capsys.readouterr().out.lower()
 
 
-def test_a_model_in_memory_is_tuned_on_the_device_and_ends_where_it_was(tmp_path):
+class Gone(BaseException):
+    """The process ends."""
+
+
+def in_memory(**options):
+    """(what quantizes the bundled model, which lies on the processor; where its weights lie)."""
     loaded = load("demo")
-    options = {key: value for key, value in SHORT.items() if key != "model"} | dict(device=NAME)
-    made = AutoRoundMLLM(loaded.model, loaded.tokenizer, loaded.processor, **options)
+    given = {key: value for key, value in SHORT.items() if key != "model"} | options
+    made = AutoRoundMLLM(loaded.model, loaded.tokenizer, loaded.processor, **given)
+    return made, places(loaded.model)
+
+
+def places(model):
+    """Name of every tensor -> (its device, its address)."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: (tensor.device, tensor.data_ptr()) for name, tensor in tensors}
+
+
+# by name, and by itself; as a whole, and block by block where there is not that much room
+HERE = {
+    "named": dict(device=NAME),
+    "default": {},
+    "little memory": dict(low_gpu_mem_usage=True),
+    "a tower too": dict(low_gpu_mem_usage=True, quant_nontext_module=True),
+}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_model_in_memory_is_tuned_on_the_device_and_ends_where_it_was(name, tmp_path):
+    made, before = in_memory(**HERE[name])
     accelerator.forget_peak()
     model, _ = made.quantize()
     assert memory().count > 1000  # allocations of the block loop
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert places(model) == before and {place.type for place, _ in before.values()} == {"cpu"}
     (folder,) = made.save_quantized(tmp_path / "out", format="auto_gptq")
     assert read_checkpoint(folder).files
 
 
-class Gone(BaseException):
-    """The process ends."""
+def test_a_device_that_is_named_is_the_one():
+    made, _ = in_memory(device="cpu", iters=0)
+    accelerator.forget_peak()
+    made.quantize()
+    assert memory().count == 0
+    other, _ = in_memory(device=f"{NAME}:1", iters=0)
+    accelerator.forget_peak(1)
+    other.quantize()
+    assert memory(0).count == 0 and memory(1).count > 100
+
+
+def test_a_model_that_the_device_has_no_room_for_visits_it():
+    """The same codes as of a model that lies there as a whole, with less of it there."""
+    deep = replace(FAMILIES["llama"], config=TEXT | dict(num_hidden_layers=24))
+    rows = FAMILIES["llama"].samples(4)
+    options = dict(iters=1, nsamples=4, seqlen=12, group_size=32, amp=False, dataset=rows)
+
+    def made(**more):
+        return AutoRoundMLLM(deep.build(), tiny_tokenizer(), **options, **more)
+
+    whole, guest = made(), made()
+    size = sum(parameter.nbytes for parameter in guest.loaded.model.parameters())
+    before = places(guest.loaded.model)
+    whole.quantize()
+    accelerator.forget_peak()
+    with limited(int(0.9 * size)):
+        guest.quantize()
+    assert places(guest.loaded.model) == before
+    assert differing(whole._done[1], guest._done[1]) == 0
+
+
+@pytest.mark.parametrize("options", [{}, dict(low_gpu_mem_usage=True)])
+def test_a_model_that_fails_on_the_device_is_back_where_it_was(options):
+    made, before = in_memory(**options)
+
+    def end(report):
+        raise Gone
+
+    with pytest.raises(Gone):
+        made.quantize(Watcher(block=end))
+    assert places(made.loaded.model) == before
+    fresh, before = in_memory(**options)
+    values = {name: value.clone() for name, value in fresh.loaded.model.state_dict().items()}
+    with (
+        limited(1 << 20),
+        pytest.raises(devices.UserError, match=r"quantizing: not enough memory") as caught,
+    ):
+        fresh.quantize()
+    assert "\n" not in str(caught.value) and places(fresh.loaded.model) == before
+    assert all(torch.equal(values[n], v) for n, v in fresh.loaded.model.state_dict().items())
 
 
 def test_a_run_that_ends_early_goes_on_to_the_same_bits(tmp_path):

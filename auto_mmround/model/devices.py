@@ -54,7 +54,7 @@ class Traits:
 
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this
     machine. synchronize: waits for all work. mark_step: ends a graph that gathers operations
-    lazily. peak, free: bytes used at most so far, bytes that can be had. release: gives memory that
+    lazily. name: of the hardware. peak, free: bytes used at most so far, bytes that can be had. release: gives memory that
     is kept for later back. padded: shapes are compiled, so lengths are padded to few. doubles:
     computes in float64. compiler: of torch.compile. prepare: called before the device is used.
     repeatable: while open, the same work gives the same bits each time, as far as the device has
@@ -66,6 +66,7 @@ class Traits:
     count: Callable[[], int]
     synchronize: Callable[[torch.device], None] = lambda device: None
     mark_step: Callable[[], None] = lambda: None
+    name: Callable[[], str | None] = lambda: None
     peak: Callable[[torch.device], int] | None = None
     free: Callable[[torch.device], int] = lambda device: psutil.virtual_memory().available
     release: Callable[[], None] = lambda: None
@@ -86,6 +87,7 @@ TABLE: dict[str, Traits] = {
         "cpu:gloo,cuda:nccl",
         torch.cuda.device_count,
         torch.cuda.synchronize,
+        name=lambda: torch.cuda.get_device_name(),
         peak=torch.cuda.max_memory_allocated,
         free=lambda device: torch.cuda.mem_get_info(device)[0],
         repeatable=_deterministic,
@@ -96,6 +98,7 @@ TABLE: dict[str, Traits] = {
         lambda: _habana("hpu").device_count() if _has_gaudi() else 0,
         lambda device: _habana("hpu").synchronize(),
         lambda: _habana("core").mark_step(),
+        name=lambda: _habana("hpu").get_device_name(),
         peak=lambda device: _habana("hpu").max_memory_allocated(device),
         free=lambda device: _habana("hpu").mem_get_info(device)[0],
         padded=True,
@@ -115,6 +118,12 @@ def traits(device: torch.device) -> Traits:
 
 def _accelerator() -> str | None:
     return next((kind for kind, row in TABLE.items() if kind != "cpu" and row.count()), None)
+
+
+def accelerator_name() -> str | None:
+    """Of the machine's first accelerator; None without one."""
+    kind = _accelerator()
+    return TABLE[kind].name() if kind else None
 
 
 def resolve(name: str, local_rank: int | None = None) -> torch.device:
