@@ -208,6 +208,24 @@ def test_waits_copies_and_launches_are_counted():
     assert quiet.count("wait") == 1
 
 
+def test_shapes_that_depend_on_values_can_be_refused():
+    y = on_host().to(HERE)
+    refused = (
+        lambda: y.nonzero(),
+        lambda: y[y > 0],
+        lambda: y.int().unique(),
+        lambda: y.masked_select(y > 0),
+        lambda: y.index_put_((y > 0,), torch.ones(int((y > 0).sum()), device=HERE)),
+    )
+    with accelerator.static_shapes():
+        for work in refused:
+            with pytest.raises(RuntimeError, match="depend on values"):
+                work()
+        y[y > 0] = 0  # one number: nothing to be counted
+        assert y[torch.tensor([1], device=HERE)].shape == (1, 8)
+    assert not y.nonzero().numel() == 0
+
+
 def test_other_tests_see_no_accelerator():
     assert torch.accelerator.is_available() and torch.accelerator.device_count() == 2
     accelerator.library().accel_show(0)

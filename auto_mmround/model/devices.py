@@ -54,12 +54,13 @@ class Traits:
 
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this
     machine. synchronize: waits for all work. mark_step: ends a graph that gathers operations
-    lazily. name: of the hardware. peak, free: bytes used at most so far, bytes that can be had. release: gives memory that
-    is kept for later back. padded: shapes are compiled, so lengths are padded to few. doubles:
-    computes in float64. compiler: of torch.compile. prepare: called before the device is used.
-    repeatable: while open, the same work gives the same bits each time, as far as the device has
-    kernels for that; nothing to do where it always does, or where nothing is known of it. alone: a
-    process has one, always of number 0. absent: why there may be none.
+    lazily. name: of the hardware. peak, free: bytes used at most so far, bytes that can be had.
+    release: gives memory that is kept for later back. padded: shapes are compiled, so lengths are
+    padded to few. doubles: computes in float64. compiler: of torch.compile. compiles: it pays off
+    without being asked for. prepare: called before the device is used. repeatable: while open, the
+    same work gives the same bits each time, as far as the device has kernels for that; nothing to
+    do where it always does, or where nothing is known of it. alone: a process has one, always of
+    number 0. absent: why there may be none.
     """
 
     backend: str
@@ -72,7 +73,8 @@ class Traits:
     release: Callable[[], None] = lambda: None
     padded: bool = False
     doubles: bool = True
-    compiler: str = "inductor"
+    compiler: str | Callable[..., Any] = "inductor"
+    compiles: bool = False
     prepare: Callable[[], Any] = lambda: None
     repeatable: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     alone: bool = False
@@ -90,6 +92,7 @@ TABLE: dict[str, Traits] = {
         name=lambda: torch.cuda.get_device_name(),
         peak=torch.cuda.max_memory_allocated,
         free=lambda device: torch.cuda.mem_get_info(device)[0],
+        compiles=True,
         repeatable=_deterministic,
         release=torch.cuda.empty_cache,  # does nothing before CUDA is in use
     ),
@@ -104,6 +107,7 @@ TABLE: dict[str, Traits] = {
         padded=True,
         doubles=False,
         compiler="hpu_backend",
+        compiles=True,
         prepare=lambda: [_habana("core"), _habana("distributed.hccl")],
         alone=True,
         absent="the package habana-frameworks is missing; install it or",

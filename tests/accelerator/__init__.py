@@ -153,6 +153,17 @@ def limited(more: int, device: object = 0) -> Iterator[None]:
         library().accel_limit(_index(device), 0)
 
 
+@contextmanager
+def static_shapes() -> Iterator[None]:
+    """Operations whose result's shape depends on values (nonzero, masks as indices) are refused
+    meanwhile."""
+    library().accel_refuse(1)
+    try:
+        yield
+    finally:
+        library().accel_refuse(0)
+
+
 @dataclass
 class Seen:
     """Counts of (kind, operation, line) of what the device was asked for; lines are those of the
@@ -201,6 +212,7 @@ ROW = Traits(
     backend=f"cpu:gloo,{NAME}:gloo",
     count=lambda: library().accel_shown(),
     synchronize=lambda device: None,
+    name=lambda: "a stand-in",
     peak=lambda device: memory(device).peak,
     free=lambda device: (memory(device).limit or 8 << 30) - memory(device).used,
 )

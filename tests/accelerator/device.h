@@ -37,6 +37,7 @@ struct Memory {
   std::atomic<int64_t> used{0}, peak{0}, limit{0}, count{0};
 };
 std::array<Memory, DEVICES> memory;
+std::atomic<bool> refusing{false};  // shapes that depend on values, as a device that compiles graphs has it
 std::atomic<int> visible{0};  // devices; none while no test wants them
 thread_local DeviceIndex current = 0;
 
