@@ -24,6 +24,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
+from auto_mmround.run.session import Session
 
 pytestmark = pytest.mark.skipif(
     accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
@@ -163,6 +164,56 @@ def test_options(name, original):
     assert all(report.end <= report.nearest for report in blocks)
     if not job.recipe.streams:
         assert error(job, original) < (0.2 if job.recipe.bits == 2 else 0.02)
+
+
+@pytest.fixture
+def gaudi(monkeypatch):
+    """The stand-in as a device that compiles graphs: the row of Gaudi, no float64, and between
+    capture and report no shape that depends on values. Gives the steps that were marked."""
+    marks, walk = [], Session.walk
+    row = replace(
+        accelerator.ROW,
+        padded=True,
+        doubles=False,
+        alone=True,
+        mark_step=lambda: marks.append(1),
+        compiler="eager",
+    )
+
+    def static(self, *args, **named):
+        with accelerator.refusing(accelerator.SHAPES | accelerator.DOUBLES):
+            return walk(self, *args, **named)
+
+    monkeypatch.setitem(devices.TABLE, NAME, row)
+    monkeypatch.setattr(Session, "walk", static)
+    with accelerator.refusing(accelerator.DOUBLES):
+        yield marks
+
+
+GAUDI = ("towers, little memory", "awq")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *GAUDI,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*RUNS, *SLOW]
+            if name not in GAUDI
+        ),
+    ],
+)
+def test_options_on_a_device_that_compiles_graphs(name, original, gaudi):
+    assert devices.resolve("auto") == torch.device(NAME) or torch.cuda.is_available()
+    test_options(name, original)
+    assert gaudi or not (RUNS | SLOW)[name].get("iters", 2)
+
+
+def test_a_model_in_memory_visits_a_device_that_compiles_graphs(gaudi):
+    made, before = in_memory(device=NAME, low_gpu_mem_usage=True, enable_torch_compile=True)
+    model, _ = made.quantize()
+    assert places(model) == before and gaudi
 
 
 TINY = ("llama", "qwen3_moe", "whisper")

@@ -217,13 +217,17 @@ def test_shapes_that_depend_on_values_can_be_refused():
         lambda: y.masked_select(y > 0),
         lambda: y.index_put_((y > 0,), torch.ones(int((y > 0).sum()), device=HERE)),
     )
-    with accelerator.static_shapes():
+    with accelerator.refusing(accelerator.SHAPES):
         for work in refused:
             with pytest.raises(RuntimeError, match="depend on values"):
                 work()
         y[y > 0] = 0  # one number: nothing to be counted
         assert y[torch.tensor([1], device=HERE)].shape == (1, 8)
-    assert not y.nonzero().numel() == 0
+    assert y.nonzero().numel() > 0
+    double = y.double()
+    with accelerator.refusing(accelerator.DOUBLES), pytest.raises(RuntimeError, match="float64"):
+        double + 1
+    assert (double + 1).dtype == torch.float64
 
 
 def test_other_tests_see_no_accelerator():

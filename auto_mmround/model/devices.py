@@ -124,6 +124,12 @@ def _accelerator() -> str | None:
     return next((kind for kind, row in TABLE.items() if kind != "cpu" and row.count()), None)
 
 
+def accelerators() -> list[torch.device]:
+    """Those of this machine, of the kind that "auto" means."""
+    kind = _accelerator()
+    return [torch.device(kind, index) for index in range(TABLE[kind].count())] if kind else []
+
+
 def accelerator_name() -> str | None:
     """Of the machine's first accelerator; None without one."""
     kind = _accelerator()

@@ -26,6 +26,7 @@ def visiting(model: PreTrainedModel, device: torch.device, whole: bool) -> Itera
     """While open, the model computes on ``device``; if not ``whole``, its blocks come one by one.
     Afterwards it holds the tensors that it held, at home, with what was changed in them."""
     blocks = [] if whole else [block for stage in find_stages(model) for block in stage.blocks]
+    device = torch.empty(0, device=device).device  # with its number
     guest = Visiting(model, device, blocks)
     try:
         guest.arrive()

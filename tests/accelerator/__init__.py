@@ -29,6 +29,7 @@ from auto_mmround.model.devices import Traits
 HERE = Path(__file__).parent
 SOURCE = HERE / "accelerator.cpp"
 NAME = "accel"
+GROUP = "host_copies"  # of several processes, see __main__
 DEVICES = 2
 KINDS = ("launch", "wait", "to host", "to device")
 Listener = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)
@@ -153,15 +154,18 @@ def limited(more: int, device: object = 0) -> Iterator[None]:
         library().accel_limit(_index(device), 0)
 
 
+SHAPES, DOUBLES = 1, 2
+
+
 @contextmanager
-def static_shapes() -> Iterator[None]:
-    """Operations whose result's shape depends on values (nonzero, masks as indices) are refused
-    meanwhile."""
-    library().accel_refuse(1)
+def refusing(what: int) -> Iterator[None]:
+    """SHAPES: operations whose result's shape depends on values (nonzero, masks as indices) are
+    refused meanwhile. DOUBLES: tensors in float64."""
+    before = library().accel_refuse(what)
     try:
         yield
     finally:
-        library().accel_refuse(0)
+        library().accel_refuse(before)
 
 
 @dataclass
@@ -209,7 +213,7 @@ def watched() -> Iterator[Seen]:
 
 
 ROW = Traits(
-    backend=f"cpu:gloo,{NAME}:gloo",
+    backend=f"cpu:gloo,{NAME}:{GROUP}",
     count=lambda: library().accel_shown(),
     synchronize=lambda device: None,
     name=lambda: "a stand-in",

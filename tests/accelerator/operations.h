@@ -113,6 +113,8 @@ struct Call {
                 "device, but found at least two devices, ", *device, " and ", t.device(), "! (", name, ")");
     TORCH_CHECK(!NO_INTEGERS.count(name) || !at::isIntegralType(t.scalar_type(), true), name,
                 ": the stand-in, like CUDA, has no products of integers");
+    TORCH_CHECK(!(refused & REFUSED_DOUBLES) || t.scalar_type() != at::kDouble || t.dim() == 0, name,
+                ": float64 is refused now");
     device = t.device();
     bytes += t.nbytes();
     masked |= listed && sets && t.scalar_type() == at::kBool;
@@ -166,7 +168,7 @@ IValue for_host(const IValue& value, Views& views) {
 
 void any(const OperatorHandle& op, Stack* stack) {
   const Call call(op, *stack);
-  TORCH_CHECK(!refusing || !(call.masked || SHAPES.count(call.name)), call.name,
+  TORCH_CHECK(!(refused & REFUSED_SHAPES) || !(call.masked || SHAPES.count(call.name)), call.name,
               ": shapes that depend on values are refused now");
   c10::DeviceGuard guard(*call.device);
   tell(call.waits ? WAIT : LAUNCH, call.name, call.bytes);
