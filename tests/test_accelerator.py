@@ -241,10 +241,12 @@ def tiny(tmp_path):
 def test_families(name, tiny):
     if FAMILIES[name].standin:
         pytest.skip("goes from rows of its own, in test_families.py")
-    towers = dict(quant_nontext_module=True)
-    (here, _), (there, _) = tiny(name, **towers), tiny(name, "cpu", **towers)
+    # Each block by itself: four samples leave a solve so free that errors handed on from block to
+    # block differ by half between two kernels of one processor.
+    options = dict(quant_nontext_module=True, enable_quanted_input=False)
+    (here, _), (there, _) = tiny(name, **options), tiny(name, "cpu", **options)
     for one, two in zip(here.reports.values(), there.reports.values(), strict=True):
-        assert one.end is None or one.end == pytest.approx(two.end, rel=0.3)
+        assert one.end is None or one.end == pytest.approx(two.end, rel=0.15)
 
 
 @pytest.mark.parametrize(
