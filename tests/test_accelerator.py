@@ -26,9 +26,7 @@ from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.session import Session
 
-pytestmark = pytest.mark.skipif(
-    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
-)
+pytestmark = accelerator.NEEDED
 SHORT = dict(model="demo", dataset="demo", bits=4, iters=2, nsamples=8, seqlen=32)
 
 
@@ -81,6 +79,7 @@ def error(job, original):
     return sum(found.kl_sum.values()) / sum(found.positions.values())
 
 
+@accelerator.STRICT
 def test_names_of_the_device():
     assert devices.resolve(NAME) == devices.resolve(f"{NAME}:0") == torch.device(NAME, 0)
     assert devices.resolve(f"{NAME}:1") == devices.resolve(NAME, 1) == torch.device(NAME, 1)
@@ -193,6 +192,7 @@ def gaudi(monkeypatch):
 GAUDI = ("towers, little memory", "awq")
 
 
+@accelerator.STRICT
 @pytest.mark.parametrize(
     "name",
     [
@@ -210,6 +210,7 @@ def test_options_on_a_device_that_compiles_graphs(name, original, gaudi):
     assert gaudi or not (RUNS | SLOW)[name].get("iters", 2)
 
 
+@accelerator.STRICT
 def test_a_model_in_memory_visits_a_device_that_compiles_graphs(gaudi):
     made, before = in_memory(device=NAME, low_gpu_mem_usage=True, enable_torch_compile=True)
     model, _ = made.quantize()
@@ -344,6 +345,7 @@ def test_a_model_in_memory_is_tuned_on_the_device_and_ends_where_it_was(name, tm
     assert read_checkpoint(folder).files
 
 
+@accelerator.STRICT
 def test_a_device_that_is_named_is_the_one():
     made, _ = in_memory(device="cpu", iters=0)
     accelerator.forget_peak()
@@ -355,6 +357,7 @@ def test_a_device_that_is_named_is_the_one():
     assert memory(0).count == 0 and memory(1).count > 100
 
 
+@accelerator.STRICT
 def test_a_model_that_the_device_has_no_room_for_visits_it():
     """The same codes as of a model that lies there as a whole, with less of it there."""
     deep = replace(FAMILIES["llama"], config=TEXT | dict(num_hidden_layers=24))
@@ -375,6 +378,7 @@ def test_a_model_that_the_device_has_no_room_for_visits_it():
     assert differing(whole._done[1], guest._done[1]) == 0
 
 
+@accelerator.STRICT
 @pytest.mark.parametrize("options", [{}, dict(low_gpu_mem_usage=True)])
 def test_a_model_that_fails_on_the_device_is_back_where_it_was(options):
     made, before = in_memory(**options)
@@ -416,6 +420,7 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(tmp_path):
     assert run("broken") == run("whole")
 
 
+@accelerator.STRICT
 def test_memory_that_runs_out_in_the_block_loop(tmp_path, caplog):
     """Fewer samples at a time, and the same result up to the order of sums; with no room at all one
     line."""
@@ -451,6 +456,7 @@ def spread(model):
     )
 
 
+@accelerator.STRICT
 def test_a_model_on_two_devices():
     def run(model):
         recipe = Recipe(group_size=32, nsamples=4, seqlen=12, iters=2, amp=False, device=NAME)

@@ -17,9 +17,7 @@ from auto_mmround.run import pipeline
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.session import Session
 
-pytestmark = pytest.mark.skipif(
-    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
-)
+pytestmark = [accelerator.NEEDED, accelerator.STRICT]
 NOTHING = 1024  # bytes: no tensor of a model
 
 

@@ -17,9 +17,7 @@ from accelerator import NAME, memory
 from auto_mmround import cli
 from auto_mmround.model import devices
 
-pytestmark = pytest.mark.skipif(
-    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
-)
+pytestmark = [accelerator.NEEDED, accelerator.STRICT]
 HERE = Path(__file__).parent
 OPTIONS = dict(model="demo", dataset="demo", iters=1, nsamples=4, seqlen=32, device=NAME)
 

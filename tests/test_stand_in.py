@@ -10,9 +10,7 @@ from accelerator import NAME, limited, memory, watched
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.skipif(
-    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
-)
+pytestmark = [accelerator.NEEDED, accelerator.STRICT]
 HERE, OTHER = torch.device(NAME, 0), torch.device(NAME, 1)
 
 
