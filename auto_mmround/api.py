@@ -91,7 +91,7 @@ class AutoRoundMLLM:
             values | plain_options(options) | {"model": name}, "AutoRoundMLLM"
         )
         if isinstance(model, str):
-            self.loaded = jobs.load_model(self.recipe, stream=False)
+            self.loaded = jobs.load_model(self.recipe, kept=True)
             mine = {"tokenizer": tokenizer, "processor": processor}
             self.loaded = replace(
                 self.loaded, **{name: thing for name, thing in mine.items() if thing is not None}

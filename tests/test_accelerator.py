@@ -358,7 +358,7 @@ def test_a_device_that_is_named_is_the_one():
 
 
 @accelerator.STRICT
-def test_a_model_that_the_device_has_no_room_for_visits_it():
+def test_a_model_that_the_device_has_no_room_for_visits_it(tmp_path):
     """The same codes as of a model that lies there as a whole, with less of it there."""
     deep = replace(FAMILIES["llama"], config=TEXT | dict(num_hidden_layers=24))
     rows = FAMILIES["llama"].samples(4)
@@ -367,6 +367,7 @@ def test_a_model_that_the_device_has_no_room_for_visits_it():
     def made(**more):
         return AutoRoundMLLM(deep.build(), tiny_tokenizer(), **options, **more)
 
+    deep.save(tmp_path, tiny_tokenizer())
     whole, guest = made(), made()
     size = sum(parameter.nbytes for parameter in guest.loaded.model.parameters())
     before = places(guest.loaded.model)
@@ -374,8 +375,12 @@ def test_a_model_that_the_device_has_no_room_for_visits_it():
     accelerator.forget_peak()
     with limited(int(0.9 * size)):
         guest.quantize()
+        named = AutoRoundMLLM(str(tmp_path), **options)
+        named.quantize()
     assert places(guest.loaded.model) == before
     assert differing(whole._done[1], guest._done[1]) == 0
+    assert {place.type for place, _ in places(named.loaded.model).values()} == {"cpu"}
+    assert differing(whole._done[1], named._done[1]) == 0
 
 
 @accelerator.STRICT

@@ -334,7 +334,10 @@ class Fields:
         bool,
         _machine("keep calibration states in files, which the system holds in memory as it can"),
     ] = False
-    low_gpu_mem_usage: Annotated[bool, _machine("keep calibration states in host memory")] = False
+    low_gpu_mem_usage: Annotated[
+        bool,
+        _machine("keep calibration states in host memory, and from Python the model's blocks too"),
+    ] = False
     enable_torch_compile: Annotated[
         bool | None,
         _machine(
