@@ -22,6 +22,7 @@ from auto_mmround.model.borrowed import borrowed
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run import session
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.session import Session
@@ -270,41 +271,79 @@ def test_blocks_that_come_one_by_one_become_what_they_become_together(name):
     assert differing(*found) == 0
 
 
+def command(*words, **options):
+    """The command line's answer."""
+    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    return cli.main([*words, *given])
+
+
 def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
     """Two packings, the checkpoint read back and measured on the device."""
-    options = {
-        **SHORT,
-        "device": NAME,
-        "format": "auto_round,mlx",
-        "output_dir": tmp_path,
-        "group_size": 64,
-    }
-    assert (
-        cli.main([part for key, value in options.items() for part in (f"--{key}", str(value))]) == 0
-    )
+    options = SHORT | dict(device=NAME, format="auto_round,mlx", group_size=64)
+    assert command("--sample_generation", **options, output_dir=tmp_path) == 0
+    assert "sample generation" in capsys.readouterr().out
     folders = sorted(tmp_path.iterdir())
     assert [folder.name for folder in folders] == ["demo-w4g64-auto_round", "demo-w4g64-mlx"]
     assert read_checkpoint(folders[0]).files and read_checkpoint(folders[1]).files
-    blocks = json.loads((folders[0] / "run.json").read_text())["measured"]["blocks"]
-    assert blocks
+    run = json.loads((folders[0] / "run.json").read_text())["measured"]
+    assert run["blocks"] and run["machine"]["accelerator"]
+    assert command("verify", str(folders[0]), engine="none") == 0
     capsys.readouterr()
-    assert (
-        cli.main(
-            [
-                "eval",
-                "--model",
-                str(folders[0]),
-                "--reference",
-                "demo",
-                "--device",
-                NAME,
-                "--limit",
-                "2",
-            ]
-        )
-        == 0
-    )
+    measured = dict(model=folders[0], reference="demo", device=NAME, limit=2)
+    assert command("eval", **measured) == 0
     assert "kl" in capsys.readouterr().out.lower()
+
+
+PACKINGS = {
+    "integers": dict(
+        format="auto_round,auto_round:auto_gptq,auto_round:auto_awq,auto_gptq,auto_awq,"
+        "compressed_tensors,mlx,openvino,fake",
+        group_size=64,
+    ),
+    "gguf": dict(format="gguf:q4_0", group_size=32),
+    "gguf, K types": dict(format="gguf:q4_k", group_size=32),
+    "fp8": dict(format="compressed_tensors", scheme="FP8", iters=0),
+    "nvfp4": dict(format="compressed_tensors", scheme="NVFP4", iters=0),
+    "mxfp4": dict(format="compressed_tensors", scheme="MXFP4", iters=0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKINGS)
+def test_every_packing_is_proved_right_after_a_run_on_the_device(name, tmp_path):
+    options = SHORT | dict(device=NAME, output_dir=tmp_path) | PACKINGS[name]
+    if "scheme" in options:
+        del options["bits"]
+    assert command(*(["--asym"] if name == "gguf, K types" else []), **options) == 0
+    assert len(list(tmp_path.iterdir())) == len(options["format"].split(","))
+
+
+@accelerator.STRICT
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_what_plain_ones_give(compiler, monkeypatch):
+    """By default where many are of a class; for a model whose blocks visit the device too."""
+    torch.compiler.reset()
+    made = []
+    work = torch._dynamo.lookup_backend(compiler)
+
+    def counting(graph, inputs, **named):
+        made.append(graph)
+        return work(graph, inputs, **named)
+
+    row = replace(accelerator.ROW, compiler=counting, compiles=True)
+    monkeypatch.setitem(devices.TABLE, NAME, row)
+    monkeypatch.setattr(session, "MANY", 3)
+    (plain, _), before = tune(enable_torch_compile=False), len(made)
+    (compiled, _), by_default = tune(), len(made)
+    guest, _ = in_memory(low_gpu_mem_usage=True)
+    guest.quantize()
+    assert before == 0 and 0 < by_default == len(made)  # one compilation served both
+    for found in (compiled, guest._done[1]):
+        if compiler == "eager":  # the same operations
+            assert differing(plain, found) == 0
+        for one, two in zip(plain.reports.values(), found.reports.values(), strict=True):
+            assert two.start == pytest.approx(one.start, rel=0.05) and two.start < two.nearest
+            assert two.layers.keys() == one.layers.keys() and two.unreached == 0
 
 
 class Gone(BaseException):
@@ -338,7 +377,8 @@ HERE = {
 def test_a_model_in_memory_is_tuned_on_the_device_and_ends_where_it_was(name, tmp_path):
     made, before = in_memory(**HERE[name])
     accelerator.forget_peak()
-    model, _ = made.quantize()
+    with torch.inference_mode():  # as users have it
+        model, _ = made.quantize()
     assert memory().count > 1000  # allocations of the block loop
     assert places(model) == before and {place.type for place, _ in before.values()} == {"cpu"}
     (folder,) = made.save_quantized(tmp_path / "out", format="auto_gptq")

@@ -59,7 +59,7 @@ def test_operations_are_those_that_torch_counts(kit):
     layer.register_forward_pre_hook(
         lambda block, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
     )
-    model(torch.zeros(1, tokens, dtype=torch.long))
+    model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     with FlopCounterMode(display=False) as counter:
         layer(*seen["args"], **seen["kwargs"])
     recipe = kit.Recipe(iters=1, batch_size=1)

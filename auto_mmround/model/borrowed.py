@@ -49,7 +49,7 @@ def borrowed(
         for parameter in model.parameters():
             parameter.grad = None  # an old gradient would add itself to the first step
         named(model)
-        with there as holder, torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), there as holder:
             yield holder
     finally:
         for config, answer in answers:
