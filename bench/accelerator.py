@@ -33,8 +33,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import logits_of
-from auto_mmround.evaluate.samples import held_out
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain, difference
 from auto_mmround.model.loading import load
