@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_tokenizer
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import mixed_inputs, tiny_model
 
@@ -90,6 +92,23 @@ def test_a_failure_is_said_once_and_costs_nothing_but_speed(caplog):
         got, chain.advanced([model.model.layers[0]], 0, 1).hidden, rtol=0, atol=0
     )
     assert len([r for r in caplog.records if "uncompiled" in r.message]) == 1
+
+
+def test_a_failure_in_the_backward_pass_costs_a_second_try(monkeypatch, caplog):
+    """Code of a backward pass is made when the first one is run, far from where blocks are called."""
+
+    def broken(graph, inputs):
+        raise TorchDynamoException("no compiler for gradients")
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=broken)
+    monkeypatch.setitem(devices.TABLE, "cpu", replace(devices.TABLE["cpu"], compiler=backend))
+    with caplog.at_level(logging.WARNING):
+        compiled = quantized(enable_torch_compile=True, quant_nontext_module=False)
+    assert len([r for r in caplog.records if "uncompiled" in r.message]) == 1
+    plain = quantized(quant_nontext_module=False)
+    for name, report in plain.reports.items():
+        assert compiled.reports[name].end == pytest.approx(report.end, rel=0.05)
 
 
 RECIPE = Recipe(bits=3, group_size=32, iters=2, batch_size=4, amp=False, quant_nontext_module=True)

@@ -208,7 +208,13 @@ class Session:
     ) -> T:
         """The result of ``attempt(samples at a time)``, tried with fewer, then with the chains'
         states moved away, until memory suffices. Raises UserError when nothing helps."""
-        return self.batch.fitting(what, attempt, partial(moved_away, chains, self.disk), helps)
+
+        def compiled(size: int) -> T:
+            runner = self.runner
+            work = partial(attempt, size)
+            return runner.or_plainly(work) if isinstance(runner, Compiled) else work()
+
+        return self.batch.fitting(what, compiled, partial(moved_away, chains, self.disk), helps)
 
     def moments(
         self,
