@@ -297,7 +297,7 @@ def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
 PACKINGS = {
     "integers": dict(
         format="auto_round,auto_round:auto_gptq,auto_round:auto_awq,auto_gptq,auto_awq,"
-        "compressed_tensors,mlx,openvino,fake",
+        "compressed_tensors,mlx,fake",
         group_size=64,
     ),
     "gguf": dict(format="gguf:q4_0", group_size=32),

@@ -95,7 +95,7 @@ def test_a_failure_is_said_once_and_costs_nothing_but_speed(caplog):
 
 
 def test_a_failure_in_the_backward_pass_costs_a_second_try(monkeypatch, caplog):
-    """Code of a backward pass is made when the first one is run, far from where blocks are called."""
+    """Its code is made when the first one is run, far from where blocks are called."""
 
     def broken(graph, inputs):
         raise TorchDynamoException("no compiler for gradients")

@@ -13,7 +13,7 @@ from . import GROUP, NAME, ROW, shown
 
 
 class ByHost(dist.ProcessGroup):
-    """Sums of a stand-in's tensors, by way of host memory, where gloo takes them."""
+    """Gloo, which takes no tensor of a stand-in: those go by way of host memory."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, patience: timedelta):
         super().__init__(rank, size)
@@ -27,6 +27,10 @@ class ByHost(dist.ProcessGroup):
         for tensor, copy in zip(tensors, copies, strict=True):
             tensor.copy_(copy)
         return work
+
+    def allgather(self, lists, tensors, options=None):
+        """Of tensors in host memory."""
+        return self._inner.allgather(lists, tensors, options or dist.AllgatherOptions())
 
     def getBackendName(self) -> str:
         """As torch asks for it."""
