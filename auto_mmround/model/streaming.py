@@ -81,7 +81,7 @@ class InTurn:
             self._hooks[block].remove()
         try:
             for block in wanted:
-                self._fetch(block)
+                self._read(block)
             yield
         finally:
             for block in wanted:
@@ -92,7 +92,7 @@ class InTurn:
         """See `Holder.replace`."""
         self._writers[block] = write
 
-    def _fetch(self, block: str) -> None:
+    def _read(self, block: str) -> None:
         raise NotImplementedError
 
     def _release(self, block: str, changed: bool = False) -> None:
@@ -104,7 +104,7 @@ class InTurn:
                 self._release_passing()
                 self._passing = block
                 try:
-                    self._fetch(block)
+                    self._read(block)
                     self._writers.get(block, lambda: None)()
                 except BaseException:  # not to be taken for a block that is there
                     self._release_passing()
@@ -144,7 +144,7 @@ class Streamed(InTurn):
             if owner is not None:
                 self._keys[owner].append(key)
 
-    def _fetch(self, block: str) -> None:
+    def _read(self, block: str) -> None:
         conversions = getattr(self._model, "_weight_conversions", None)
         standing_in = self._model.get_submodule(block)  # what is read belongs to the block itself
         self._model.set_submodule(block, self._blocks[block])

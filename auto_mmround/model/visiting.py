@@ -77,7 +77,7 @@ class Visiting(InTurn):
             self._release(block, changed=True)
         devices.release_cache()
 
-    def _fetch(self, block: str) -> None:
+    def _read(self, block: str) -> None:
         self._send(block, self._blocks[block].modules(), lambda tensor: True)
 
     def _send(
