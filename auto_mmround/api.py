@@ -1,13 +1,13 @@
 """The Python API, with the names and defaults of the original."""
 
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import PreTrainedModel
 
 from auto_mmround.arguments import checked_dataset, checked_model, plain_options, told_apart
@@ -16,19 +16,25 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed
+from auto_mmround.model.devices import HOST
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
+from auto_mmround.model.streaming import Holder
+from auto_mmround.model.visiting import fits_whole
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.given import is_from
 from auto_mmround.run.journal import BlockReport, checksum
+from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, folder_name, model_label
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 
 log = logging.getLogger("auto_mmround")
+
+DEFAULT = Recipe().device  # nobody has named a device
 
 # The marks of quantized models that are still alive. A weight on an 8-bit grid in bfloat16 looks
 # like any other, so `quantize` notes what it wrote.
@@ -85,7 +91,7 @@ class AutoRoundMLLM:
             values | plain_options(options) | {"model": name}, "AutoRoundMLLM"
         )
         if isinstance(model, str):
-            self.loaded = jobs.load_model(self.recipe, stream=False)
+            self.loaded = jobs.load_model(self.recipe, kept=True)
             mine = {"tokenizer": tokenizer, "processor": processor}
             self.loaded = replace(
                 self.loaded, **{name: thing for name, thing in mine.items() if thing is not None}
@@ -121,20 +127,33 @@ class AutoRoundMLLM:
                 f"{again} holds what quantize() wrote: this model was quantized before; load it"
                 " anew"
             )
-        device = devices.resolve(self.recipe.device) if self.recipe.device != "0" else None
         finished = Finished()
-        with borrowed(model, None if device is None else torch.device(device)):
+        with phase("quantizing"), self._lent() as holder:
             job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:
-                quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
+                quantize(model, job.recipe, job.plan, job.inputs, finished, watcher, holder)
             finally:
                 _WRITTEN[model] = {
                     name: mark for name, mark in _marks(model).items() if marks.get(name) != mark
                 }
         self._done = (job, finished)
         return model, self.layer_config
+
+    def _lent(self) -> AbstractContextManager[Holder]:
+        """The model on the device that it is tuned on. Without a word from the user that is where
+        it lies, or for a model in host memory an accelerator of this machine. There its blocks come
+        one by one where all of it takes too much room, unless something works on the whole."""
+        model, recipe = self.loaded.model, self.recipe
+        given = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+        if recipe.device == DEFAULT and given != {HOST.type}:
+            return borrowed(model)
+        device = devices.resolve(recipe.device)
+        whole = recipe.whole_passes or not (
+            recipe.low_gpu_mem_usage or recipe.streams or not fits_whole(model, device)
+        )
+        return borrowed(model, device, whole)
 
     @property
     def reports(self) -> list[BlockReport]:

@@ -259,6 +259,7 @@ def show_estimate(found: Estimate) -> int:
     return 0
 
 
+@phase("evaluating", "use --device cpu, or a larger machine")
 def evaluate_and_show(found: argparse.Namespace) -> int:
     """Measure, keep the record beside a checkpoint of ours, and print tables or JSON."""
     quiet_libraries()
@@ -342,6 +343,7 @@ def show_report(folders: Sequence[str], output: str | None) -> int:
     return 0
 
 
+@phase("verifying", "use a larger machine")
 def verify_and_show(found: argparse.Namespace) -> int:
     """The findings on a folder and one line per engine, or JSON; 1 if something is wrong."""
     quiet_libraries()

@@ -2,6 +2,7 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import chosen_device
 import pytest
 import torch
 
@@ -17,6 +18,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whisper", help="folder of Whisper base, for its rows in the table of engines"
     )
+    parser.addoption(
+        "--accelerator", default=chosen_device.NAME, help="a real one instead of the stand-in: cuda"
+    )
+
+
+def pytest_configure(config):
+    chosen_device.NAME = config.getoption("--accelerator")
 
 
 @pytest.fixture(scope="session")

@@ -4,28 +4,30 @@ is refused here."""
 import json
 import logging
 import os
+from dataclasses import replace
 
 import accelerator
 import pytest
 import torch
 from accelerate import dispatch_model
 from accelerator import NAME, limited, memory
-from tiny_models import FAMILIES, ids, tiny_tokenizer
+from tiny_models import FAMILIES, TEXT, ids, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.checkpoint.reading import read_checkpoint
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.model import devices
+from auto_mmround.model.borrowed import borrowed
 from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run import session
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import Watcher, quantize
+from auto_mmround.run.session import Session
 
-pytestmark = pytest.mark.skipif(
-    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
-)
+pytestmark = accelerator.NEEDED
 SHORT = dict(model="demo", dataset="demo", bits=4, iters=2, nsamples=8, seqlen=32)
 
 
@@ -77,6 +79,7 @@ def error(job, original):
     return sum(found.kl_sum.values()) / sum(found.positions.values())
 
 
+@accelerator.STRICT
 def test_names_of_the_device():
     assert devices.resolve(NAME) == devices.resolve(f"{NAME}:0") == torch.device(NAME, 0)
     assert devices.resolve(f"{NAME}:1") == devices.resolve(NAME, 1) == torch.device(NAME, 1)
@@ -162,7 +165,62 @@ def test_options(name, original):
         assert error(job, original) < (0.2 if job.recipe.bits == 2 else 0.02)
 
 
+@pytest.fixture
+def gaudi(monkeypatch):
+    """The stand-in as a device that compiles graphs: the row of Gaudi, no float64, and between
+    capture and report no shape that depends on values. Gives the steps that were marked."""
+    marks, walk = [], Session.walk
+    row = replace(
+        accelerator.ROW,
+        padded=True,
+        doubles=False,
+        alone=True,
+        mark_step=lambda: marks.append(1),
+        compiler="eager",
+    )
+
+    def static(self, *args, **named):
+        with accelerator.refusing(accelerator.SHAPES | accelerator.DOUBLES):
+            return walk(self, *args, **named)
+
+    monkeypatch.setitem(devices.TABLE, NAME, row)
+    monkeypatch.setattr(Session, "walk", static)
+    with accelerator.refusing(accelerator.DOUBLES):
+        yield marks
+
+
+GAUDI = ("towers, little memory", "awq")
+
+
+@accelerator.STRICT
+@pytest.mark.parametrize(
+    "name",
+    [
+        *GAUDI,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*RUNS, *SLOW]
+            if name not in GAUDI
+        ),
+    ],
+)
+def test_options_on_a_device_that_compiles_graphs(name, original, gaudi):
+    assert devices.resolve("auto") == torch.device(NAME) or torch.cuda.is_available()
+    test_options(name, original)
+    assert gaudi or not (RUNS | SLOW)[name].get("iters", 2)
+
+
+@accelerator.STRICT
+def test_a_model_in_memory_visits_a_device_that_compiles_graphs(gaudi):
+    made, before = in_memory(device=NAME, low_gpu_mem_usage=True, enable_torch_compile=True)
+    model, _ = made.quantize()
+    assert places(model) == before and gaudi
+
+
 TINY = ("llama", "qwen3_moe", "whisper")
+
+
+SMALL = dict(dataset=None, group_size=32, nsamples=16, seqlen=12, amp=False)
 
 
 @pytest.fixture
@@ -171,14 +229,7 @@ def tiny(tmp_path):
 
     def run(name, place=NAME, **options):
         FAMILIES[name].save(tmp_path / name, tiny_tokenizer())
-        given = dict(
-            model=str(tmp_path / name),
-            dataset=None,
-            group_size=32,
-            nsamples=16,
-            seqlen=12,
-            amp=False,
-        )
+        given = SMALL | dict(model=str(tmp_path / name))
         return tune(place, FAMILIES[name].samples(), **(given | options))
 
     return run
@@ -191,63 +242,206 @@ def tiny(tmp_path):
 def test_families(name, tiny):
     if FAMILIES[name].standin:
         pytest.skip("goes from rows of its own, in test_families.py")
-    towers = dict(quant_nontext_module=True)
-    (here, _), (there, _) = tiny(name, **towers), tiny(name, "cpu", **towers)
+    # Each block by itself: four samples leave a solve so free that errors handed on from block to
+    # block differ by half between two kernels of one processor.
+    options = dict(quant_nontext_module=True, enable_quanted_input=False)
+    (here, _), (there, _) = tiny(name, **options), tiny(name, "cpu", **options)
     for one, two in zip(here.reports.values(), there.reports.values(), strict=True):
-        assert one.end is None or one.end == pytest.approx(two.end, rel=0.3)
+        assert one.end is None or one.end == pytest.approx(two.end, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)],
+)
+def test_blocks_that_come_one_by_one_become_what_they_become_together(name):
+    if FAMILIES[name].standin:
+        pytest.skip("goes from rows of its own, in test_families.py")
+    found = []
+    for whole in (True, False):
+        model, recipe = FAMILIES[name].build(), Recipe(**SMALL, iters=1, quant_nontext_module=True)
+        before = places(model)
+        with borrowed(model, torch.device(NAME, 0), whole) as holder:
+            loaded = jobs.Loaded(model, tiny_tokenizer(), None, None)
+            job = jobs.prepare(recipe, loaded, dataset=FAMILIES[name].samples())
+            found.append(Finished())
+            quantize(model, job.recipe, job.plan, job.inputs, found[-1], holder=holder)
+        assert places(model) == before
+    assert differing(*found) == 0
+
+
+def command(*words, **options):
+    """The command line's answer."""
+    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    return cli.main([*words, *given])
 
 
 def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
     """Two packings, the checkpoint read back and measured on the device."""
-    options = {
-        **SHORT,
-        "device": NAME,
-        "format": "auto_round,mlx",
-        "output_dir": tmp_path,
-        "group_size": 64,
-    }
-    assert (
-        cli.main([part for key, value in options.items() for part in (f"--{key}", str(value))]) == 0
-    )
+    options = SHORT | dict(device=NAME, format="auto_round,mlx", group_size=64)
+    assert command("--sample_generation", **options, output_dir=tmp_path) == 0
+    assert "sample generation" in capsys.readouterr().out
     folders = sorted(tmp_path.iterdir())
     assert [folder.name for folder in folders] == ["demo-w4g64-auto_round", "demo-w4g64-mlx"]
     assert read_checkpoint(folders[0]).files and read_checkpoint(folders[1]).files
-    blocks = json.loads((folders[0] / "run.json").read_text())["measured"]["blocks"]
-    assert blocks
+    run = json.loads((folders[0] / "run.json").read_text())["measured"]
+    assert run["blocks"] and run["machine"]["accelerator"]
+    assert command("verify", str(folders[0]), engine="none") == 0
     capsys.readouterr()
-    assert (
-        cli.main(
-            [
-                "eval",
-                "--model",
-                str(folders[0]),
-                "--reference",
-                "demo",
-                "--device",
-                NAME,
-                "--limit",
-                "2",
-            ]
-        )
-        == 0
-    )
+    measured = dict(model=folders[0], reference="demo", device=NAME, limit=2)
+    assert command("eval", **measured) == 0
     assert "kl" in capsys.readouterr().out.lower()
 
 
-def test_a_model_in_memory_is_tuned_on_the_device_and_ends_where_it_was(tmp_path):
-    loaded = load("demo")
-    options = {key: value for key, value in SHORT.items() if key != "model"} | dict(device=NAME)
-    made = AutoRoundMLLM(loaded.model, loaded.tokenizer, loaded.processor, **options)
-    accelerator.forget_peak()
-    model, _ = made.quantize()
-    assert memory().count > 1000  # allocations of the block loop
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    (folder,) = made.save_quantized(tmp_path / "out", format="auto_gptq")
-    assert read_checkpoint(folder).files
+PACKINGS = {
+    "integers": dict(
+        format="auto_round,auto_round:auto_gptq,auto_round:auto_awq,auto_gptq,auto_awq,"
+        "compressed_tensors,mlx,fake",
+        group_size=64,
+    ),
+    "gguf": dict(format="gguf:q4_0", group_size=32),
+    "gguf, K types": dict(format="gguf:q4_k", group_size=32),
+    "fp8": dict(format="compressed_tensors", scheme="FP8", iters=0),
+    "nvfp4": dict(format="compressed_tensors", scheme="NVFP4", iters=0),
+    "mxfp4": dict(format="compressed_tensors", scheme="MXFP4", iters=0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKINGS)
+def test_every_packing_is_proved_right_after_a_run_on_the_device(name, tmp_path):
+    options = SHORT | dict(device=NAME, output_dir=tmp_path) | PACKINGS[name]
+    if "scheme" in options:
+        del options["bits"]
+    assert command(*(["--asym"] if name == "gguf, K types" else []), **options) == 0
+    assert len(list(tmp_path.iterdir())) == len(options["format"].split(","))
+
+
+@accelerator.STRICT
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_what_plain_ones_give(compiler, monkeypatch):
+    """By default where many are of a class; for a model whose blocks visit the device too."""
+    torch.compiler.reset()
+    made = []
+    work = torch._dynamo.lookup_backend(compiler)
+
+    def counting(graph, inputs, **named):
+        made.append(graph)
+        return work(graph, inputs, **named)
+
+    row = replace(accelerator.ROW, compiler=counting, compiles=True)
+    monkeypatch.setitem(devices.TABLE, NAME, row)
+    monkeypatch.setattr(session, "MANY", 3)
+    (plain, _), before = tune(enable_torch_compile=False), len(made)
+    (compiled, _), by_default = tune(), len(made)
+    guest, _ = in_memory(low_gpu_mem_usage=True)
+    guest.quantize()
+    assert before == 0 and 0 < by_default == len(made)  # one compilation served both
+    for found in (compiled, guest._done[1]):
+        if compiler == "eager":  # the same operations
+            assert differing(plain, found) == 0
+        for one, two in zip(plain.reports.values(), found.reports.values(), strict=True):
+            assert two.start == pytest.approx(one.start, rel=0.05) and two.start < two.nearest
+            assert two.layers.keys() == one.layers.keys() and two.unreached == 0
 
 
 class Gone(BaseException):
     """The process ends."""
+
+
+def in_memory(**options):
+    """(what quantizes the bundled model, which lies on the processor; where its weights lie)."""
+    loaded = load("demo")
+    given = {key: value for key, value in SHORT.items() if key != "model"} | options
+    made = AutoRoundMLLM(loaded.model, loaded.tokenizer, loaded.processor, **given)
+    return made, places(loaded.model)
+
+
+def places(model):
+    """Name of every tensor -> (its device, its address)."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: (tensor.device, tensor.data_ptr()) for name, tensor in tensors}
+
+
+# by name, and by itself; as a whole, and block by block where there is not that much room
+HERE = {
+    "named": dict(device=NAME),
+    "default": {},
+    "little memory": dict(low_gpu_mem_usage=True),
+    "a tower too": dict(low_gpu_mem_usage=True, quant_nontext_module=True),
+}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_model_in_memory_is_tuned_on_the_device_and_ends_where_it_was(name, tmp_path):
+    made, before = in_memory(**HERE[name])
+    accelerator.forget_peak()
+    with torch.inference_mode():  # as users have it
+        model, _ = made.quantize()
+    assert memory().count > 1000  # allocations of the block loop
+    assert places(model) == before and {place.type for place, _ in before.values()} == {"cpu"}
+    (folder,) = made.save_quantized(tmp_path / "out", format="auto_gptq")
+    assert read_checkpoint(folder).files
+
+
+@accelerator.STRICT
+def test_a_device_that_is_named_is_the_one():
+    made, _ = in_memory(device="cpu", iters=0)
+    accelerator.forget_peak()
+    made.quantize()
+    assert memory().count == 0
+    other, _ = in_memory(device=f"{NAME}:1", iters=0)
+    accelerator.forget_peak(1)
+    other.quantize()
+    assert memory(0).count == 0 and memory(1).count > 100
+
+
+@accelerator.STRICT
+def test_a_model_that_the_device_has_no_room_for_visits_it(tmp_path):
+    """The same codes as of a model that lies there as a whole, with less of it there."""
+    deep = replace(FAMILIES["llama"], config=TEXT | dict(num_hidden_layers=24))
+    rows = FAMILIES["llama"].samples(4)
+    options = dict(iters=1, nsamples=4, seqlen=12, group_size=32, amp=False, dataset=rows)
+
+    def made(**more):
+        return AutoRoundMLLM(deep.build(), tiny_tokenizer(), **options, **more)
+
+    deep.save(tmp_path, tiny_tokenizer())
+    whole, guest = made(), made()
+    size = sum(parameter.nbytes for parameter in guest.loaded.model.parameters())
+    before = places(guest.loaded.model)
+    whole.quantize()
+    accelerator.forget_peak()
+    with limited(int(0.9 * size)):
+        guest.quantize()
+        named = AutoRoundMLLM(str(tmp_path), **options)
+        named.quantize()
+    assert places(guest.loaded.model) == before
+    assert differing(whole._done[1], guest._done[1]) == 0
+    assert {place.type for place, _ in places(named.loaded.model).values()} == {"cpu"}
+    assert differing(whole._done[1], named._done[1]) == 0
+
+
+@accelerator.STRICT
+@pytest.mark.parametrize("options", [{}, dict(low_gpu_mem_usage=True)])
+def test_a_model_that_fails_on_the_device_is_back_where_it_was(options):
+    made, before = in_memory(**options)
+
+    def end(report):
+        raise Gone
+
+    with pytest.raises(Gone):
+        made.quantize(Watcher(block=end))
+    assert places(made.loaded.model) == before
+    fresh, before = in_memory(**options)
+    values = {name: value.clone() for name, value in fresh.loaded.model.state_dict().items()}
+    with (
+        limited(1 << 20),
+        pytest.raises(devices.UserError, match=r"quantizing: not enough memory") as caught,
+    ):
+        fresh.quantize()
+    assert "\n" not in str(caught.value) and places(fresh.loaded.model) == before
+    assert all(torch.equal(values[n], v) for n, v in fresh.loaded.model.state_dict().items())
 
 
 def test_a_run_that_ends_early_goes_on_to_the_same_bits(tmp_path):
@@ -270,6 +464,7 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(tmp_path):
     assert run("broken") == run("whole")
 
 
+@accelerator.STRICT
 def test_memory_that_runs_out_in_the_block_loop(tmp_path, caplog):
     """Fewer samples at a time, and the same result up to the order of sums; with no room at all one
     line."""
@@ -305,6 +500,7 @@ def spread(model):
     )
 
 
+@accelerator.STRICT
 def test_a_model_on_two_devices():
     def run(model):
         recipe = Recipe(group_size=32, nsamples=4, seqlen=12, iters=2, amp=False, device=NAME)

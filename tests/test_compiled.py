@@ -7,15 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_tokenizer
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import mixed_inputs, tiny_model
 
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
+from auto_mmround.model.chains import run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.loading import load
 from auto_mmround.model.structure import find_stages
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import session
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
@@ -90,6 +94,23 @@ def test_a_failure_is_said_once_and_costs_nothing_but_speed(caplog):
     assert len([r for r in caplog.records if "uncompiled" in r.message]) == 1
 
 
+def test_a_failure_in_the_backward_pass_costs_a_second_try(monkeypatch, caplog):
+    """Its code is made when the first one is run, far from where blocks are called."""
+
+    def broken(graph, inputs):
+        raise TorchDynamoException("no compiler for gradients")
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=broken)
+    monkeypatch.setitem(devices.TABLE, "cpu", replace(devices.TABLE["cpu"], compiler=backend))
+    with caplog.at_level(logging.WARNING):
+        compiled = quantized(enable_torch_compile=True, quant_nontext_module=False)
+    assert len([r for r in caplog.records if "uncompiled" in r.message]) == 1
+    plain = quantized(quant_nontext_module=False)
+    for name, report in plain.reports.items():
+        assert compiled.reports[name].end == pytest.approx(report.end, rel=0.05)
+
+
 RECIPE = Recipe(bits=3, group_size=32, iters=2, batch_size=4, amp=False, quant_nontext_module=True)
 
 
@@ -123,6 +144,27 @@ def test_a_compiled_run_gives_the_codes_of_a_plain_one(changes, monkeypatch):
             compiled.reports[name].layers == report.layers
             and compiled.reports[name].end == report.end
         )
+
+
+@pytest.mark.parametrize(
+    "many, asked, compiles", [(2, None, True), (3, None, False), (2, False, False), (3, True, True)]
+)
+def test_where_compiling_pays_off_it_is_the_default(many, asked, compiles, monkeypatch):
+    row = replace(devices.TABLE["cpu"], compiler="eager", compiles=True)
+    monkeypatch.setitem(devices.TABLE, "cpu", row)
+    monkeypatch.setattr(session, "MANY", many)  # the text has two blocks of a class
+    model, recipe = tiny_model(), replace(RECIPE, enable_torch_compile=asked)
+    made = session.Session(model, recipe, make_plan(model, recipe), mixed_inputs())
+    assert isinstance(made.runner, Compiled) == compiles
+
+
+def test_experts_are_not_compiled_unasked(monkeypatch):
+    row = replace(devices.TABLE["cpu"], compiler="eager", compiles=True)
+    monkeypatch.setitem(devices.TABLE, "cpu", row)
+    monkeypatch.setattr(session, "MANY", 1)
+    model = FAMILIES["qwen3_moe"].build()
+    made = session.Session(model, Recipe(), make_plan(model, Recipe(group_size=32)), [])
+    assert made.runner is run_plainly
 
 
 def test_watched_layers_are_seen_by_hooks_that_come_after_compiling():

@@ -31,6 +31,7 @@ HPU_PACKAGE = {
         """
 from habana_frameworks import calls
 def device_count(): return 8
+def get_device_name(): return 'GAUDI2'
 def synchronize(): calls.append('synchronize')
 def max_memory_allocated(device): return 3 * 10**9
 def mem_get_info(device): return 5 * 10**9, 96 * 10**9
@@ -66,7 +67,7 @@ def test_gaudi_is_found_and_asked_by_its_own_names(gaudi, monkeypatch):
         and found.compiler == "hpu_backend"
     )
     assert found.free(device) == 5 * 10**9 and devices.peak_memory(device)["device"] == 3.0
-    assert found.backend.endswith("hpu:hccl")
+    assert found.backend.endswith("hpu:hccl") and devices.accelerator_name() == "GAUDI2"
 
 
 def test_each_process_takes_its_own_accelerator(monkeypatch):

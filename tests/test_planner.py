@@ -10,6 +10,7 @@ import torch
 from auto_mmround import cli
 from auto_mmround.console import show_estimate
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.tuner import (
@@ -54,6 +55,25 @@ def test_the_model_stays_and_pieces_are_counted(job):
     difference = more.seconds["text blocks"] - short.seconds["text blocks"]
     assert difference == pytest.approx(5 * (6 * 0.125 + 1 * 2 * 0.25), rel=0.05)
     assert short.fits and not short.advice
+
+
+def test_compiling_is_counted_apart_and_once_a_kind(job, monkeypatch):
+    made, tick = [], count()
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    def clock():  # on which every compilation takes 100 seconds
+        return float(next(tick)) + 100 * len(made)
+
+    torch.compiler.reset()
+    monkeypatch.setitem(devices.TABLE, "cpu", replace(devices.TABLE["cpu"], compiler=counting))
+    recipe = replace(job.recipe, enable_torch_compile=True)
+    found = planner.estimate(replace(job, recipe=recipe), clock=clock)
+    assert made and found.seconds["compiling"] == pytest.approx(100 * len(made), rel=0.1)
+    plain = planner.estimate(job, clock=ticks())
+    assert found.seconds["text blocks"] == pytest.approx(plain.seconds["text blocks"], rel=0.1)
 
 
 def test_sizes_are_those_of_the_files(job, tmp_path):

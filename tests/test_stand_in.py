@@ -10,9 +10,7 @@ from accelerator import NAME, limited, memory, watched
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.skipif(
-    accelerator.compiler() is None, reason="no C++ compiler: c++, or what CXX names"
-)
+pytestmark = [accelerator.NEEDED, accelerator.STRICT]
 HERE, OTHER = torch.device(NAME, 0), torch.device(NAME, 1)
 
 
@@ -206,6 +204,28 @@ def test_waits_copies_and_launches_are_counted():
     with watched() as quiet:
         y[y > 0]
     assert quiet.count("wait") == 1
+
+
+def test_shapes_that_depend_on_values_can_be_refused():
+    y = on_host().to(HERE)
+    refused = (
+        lambda: y.nonzero(),
+        lambda: y[y > 0],
+        lambda: y.int().unique(),
+        lambda: y.masked_select(y > 0),
+        lambda: y.index_put_((y > 0,), torch.ones(int((y > 0).sum()), device=HERE)),
+    )
+    with accelerator.refusing(accelerator.SHAPES):
+        for work in refused:
+            with pytest.raises(RuntimeError, match="depend on values"):
+                work()
+        y[y > 0] = 0  # one number: nothing to be counted
+        assert y[torch.tensor([1], device=HERE)].shape == (1, 8)
+    assert y.nonzero().numel() > 0
+    double = y.double()
+    with accelerator.refusing(accelerator.DOUBLES), pytest.raises(RuntimeError, match="float64"):
+        double + 1
+    assert (double + 1).dtype == torch.float64
 
 
 def test_other_tests_see_no_accelerator():

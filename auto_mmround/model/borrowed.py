@@ -2,20 +2,25 @@
 weights."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.streaming import Holder, InMemory
+from auto_mmround.model.visiting import visiting
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
+def borrowed(
+    model: PreTrainedModel, device: torch.device | None = None, whole: bool = True
+) -> Iterator[Holder]:
     """While open, the model is in evaluation mode on ``device`` (None: where it is), its parameters
     have no gradients, and it gives its outputs by name; gradients can be asked for, whatever the
-    caller has switched off.
+    caller has switched off. Gives who has its blocks: not ``whole``, they visit the device one by
+    one.
 
     Raises UserError for a model that lies on several devices, and is to be moved.
     """
@@ -25,11 +30,15 @@ def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iter
         for name, parameter in model.named_parameters()
     }
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    moves = device is not None and places != {device}
+    # Gaudi's has a number where tensors lie, and none where it is named
+    moves = device is not None and places != {torch.empty(0, device=device).device}
     if moves and len(places) > 1:
         raise UserError(
             f"device {device}: the model lies on {len(places)} devices already; leave device out"
         )
+    there: AbstractContextManager[Holder] = nullcontext(InMemory())
+    if moves and device is not None:
+        there = visiting(model, device, whole)
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     answers = [
         (config, config.return_dict)
@@ -40,13 +49,9 @@ def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iter
         for parameter in model.parameters():
             parameter.grad = None  # an old gradient would add itself to the first step
         named(model)
-        if moves:
-            model.to(device)  # type: ignore[arg-type]
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        with torch.inference_mode(False), torch.enable_grad(), there as holder:
+            yield holder
     finally:
-        if moves:
-            model.to(places.pop())  # type: ignore[arg-type]
         for config, answer in answers:
             config.return_dict = answer
         for module, flag in training.items():

@@ -187,10 +187,7 @@ class Chain:
         )
         state, device = self.shared[group[0]], None
         for offset, block in enumerate(blocks):
-            own = next(
-                (p.device for p in block.parameters() if not p.is_meta),
-                self.device or hidden.device,
-            )
+            own = self._place_of(block) or hidden.device
             if own != device:
                 # a copy for these blocks to fill
                 device, hidden, state = own, devices.sent(hidden, own), moved(state, own)
@@ -199,6 +196,12 @@ class Chain:
         if device and not torch.is_grad_enabled():
             devices.traits(device).mark_step()
         return hidden, state
+
+    def _place_of(self, block: nn.Module) -> torch.device | None:
+        """Where a block runs: where it lies, but for one that comes from files or host memory."""
+        lies = next((p.device for p in block.parameters() if not p.is_meta), None)
+        comes = lies is None or lies.type == devices.HOST.type
+        return self.device or lies if comes else lies
 
     def groups(self, indices: Iterable[int], first: int) -> list[list[int]]:
         """Samples cut into those that can run together."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from auto_mmround.model.chains import run_plainly
 
 log = logging.getLogger("auto_mmround")
 
+T = TypeVar("T")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -31,8 +32,13 @@ class Compiled:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _watched(block):
             return run_plainly(block, args, kwargs)
+        return self.or_plainly(lambda: self._run(block, args, kwargs))
+
+    def or_plainly(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives; if compiling fails in it, in the backward pass perhaps, once more
+        with blocks as they are."""
         try:
-            return self._run(block, args, kwargs)
+            return work()
         except TorchDynamoException as error:
             if self._run is run_plainly:
                 raise
@@ -40,7 +46,7 @@ class Compiled:
                 "torch.compile failed, blocks run uncompiled: %s", str(error).strip().split("\n")[0]
             )
             self._run = run_plainly
-            return run_plainly(block, args, kwargs)
+        return work()
 
 
 def _watched(block: nn.Module) -> bool:

@@ -55,24 +55,27 @@ class Traits:
 
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this
     machine. synchronize: waits for all work. mark_step: ends a graph that gathers operations
-    lazily. peak, free: bytes used at most so far, bytes that can be had. release: gives memory that
-    is kept for later back. padded: shapes are compiled, so lengths are padded to few. doubles:
-    computes in float64. compiler: of torch.compile. prepare: called before the device is used.
-    repeatable: while open, the same work gives the same bits each time, as far as the device has
-    kernels for that; nothing to do where it always does, or where nothing is known of it. alone: a
-    process has one, always of number 0. absent: why there may be none.
+    lazily. name: of the hardware. peak, free: bytes used at most so far, bytes that can be had.
+    release: gives memory that is kept for later back. padded: shapes are compiled, so lengths are
+    padded to few. doubles: computes in float64. compiler: of torch.compile. compiles: it pays off
+    without being asked for. prepare: called before the device is used. repeatable: while open, the
+    same work gives the same bits each time, as far as the device has kernels for that; nothing to
+    do where it always does, or where nothing is known of it. alone: a process has one, always of
+    number 0. absent: why there may be none.
     """
 
     backend: str
     count: Callable[[], int]
     synchronize: Callable[[torch.device], None] = lambda device: None
     mark_step: Callable[[], None] = lambda: None
+    name: Callable[[], str | None] = lambda: None
     peak: Callable[[torch.device], int] | None = None
     free: Callable[[torch.device], int] = lambda device: psutil.virtual_memory().available
     release: Callable[[], None] = lambda: None
     padded: bool = False
     doubles: bool = True
-    compiler: str = "inductor"
+    compiler: str | Callable[..., Any] = "inductor"
+    compiles: bool = False
     prepare: Callable[[], Any] = lambda: None
     repeatable: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     alone: bool = False
@@ -87,8 +90,10 @@ TABLE: dict[str, Traits] = {
         "cpu:gloo,cuda:nccl",
         torch.cuda.device_count,
         torch.cuda.synchronize,
+        name=lambda: torch.cuda.get_device_name(),
         peak=torch.cuda.max_memory_allocated,
         free=lambda device: torch.cuda.mem_get_info(device)[0],
+        compiles=True,
         repeatable=_deterministic,
         release=torch.cuda.empty_cache,  # does nothing before CUDA is in use
     ),
@@ -97,11 +102,13 @@ TABLE: dict[str, Traits] = {
         lambda: _habana("hpu").device_count() if _has_gaudi() else 0,
         lambda device: _habana("hpu").synchronize(),
         lambda: _habana("core").mark_step(),
+        name=lambda: _habana("hpu").get_device_name(),
         peak=lambda device: _habana("hpu").max_memory_allocated(device),
         free=lambda device: _habana("hpu").mem_get_info(device)[0],
         padded=True,
         doubles=False,
         compiler="hpu_backend",
+        compiles=True,
         prepare=lambda: [_habana("core"), _habana("distributed.hccl")],
         alone=True,
         absent="the package habana-frameworks is missing; install it or",
@@ -116,6 +123,18 @@ def traits(device: torch.device) -> Traits:
 
 def _accelerator() -> str | None:
     return next((kind for kind, row in TABLE.items() if kind != "cpu" and row.count()), None)
+
+
+def accelerators() -> list[torch.device]:
+    """Those of this machine, of the kind that "auto" means."""
+    kind = _accelerator()
+    return [torch.device(kind, index) for index in range(TABLE[kind].count())] if kind else []
+
+
+def accelerator_name() -> str | None:
+    """Of the machine's first accelerator; None without one."""
+    kind = _accelerator()
+    return TABLE[kind].name() if kind else None
 
 
 def resolve(name: str, local_rank: int | None = None) -> torch.device:

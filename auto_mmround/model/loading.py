@@ -28,6 +28,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.borrowed import named
+from auto_mmround.model.devices import HOST
 from auto_mmround.model.placement import check_present, placed
 from auto_mmround.model.quantized import forget
 from auto_mmround.model.stored import stored_tensors
@@ -148,6 +149,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     remote_code: bool = False,
     stream: bool | None = False,
+    may_stay: bool = False,
 ) -> Loaded:
     """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None
     keeps the files' dtype, but for float16 on a processor, which becomes float32.
@@ -155,7 +157,8 @@ def load(
     device_map: as accelerate knows them; the model is spread over all devices then, instead of
       lying on ``device``.
     stream: leave the blocks of all stages in the files, see `streaming`; None: where the model
-    takes most of the free memory. Weights in FP8 are decoded while they are read. Raises UserError
+    takes most of the free memory. may_stay: in host memory, where the device has no room for it.
+    Weights in FP8 are decoded while they are read. Raises UserError
     for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized in another way and for weights that don't fit the model's class.
     """
@@ -184,6 +187,8 @@ def load(
         streams = stream or (
             stream is None and not device_map and not fits(tensors, device, stated)
         )
+        if may_stay and not device_map and not fits(tensors, device, stated):
+            device = HOST
         merged = (folder / "adapter_config.json").is_file() and not device_map
         if merged:  # Transformers would add the adapter, or look for it
             log.warning(

@@ -97,13 +97,11 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     device = own if devices.traits(own).doubles else torch.device("cpu")
     # those of a device map would move its inputs
     twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)
-    twin = twin.to(device, torch.float64)
+    twin = twin.to(device).to(torch.float64)  # first away from a device that has no float64
     layers = dict(linears(twin))
-    call = to_device(
-        Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot),
-        device,
-    )
-    hidden = hidden.to(device, torch.float64)
+    call = to_device(Call(call.args, call.kwargs, call.slot), device)
+    call = Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot)
+    hidden = hidden.to(device).to(torch.float64)
     order: list[str] = []
     handles = [
         layer.register_forward_pre_hook(_append(order, name)) for name, layer in layers.items()

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 
 OUTSIDE = {"cpu", "disk"}  # what an accelerator has no room for
 HELP = (
@@ -23,15 +24,18 @@ def placed(
 
     Raises UserError where a part would lie in host memory beside accelerators, or on disk.
     """
-    whole = model._no_split_modules
-    if name == "sequential":
-        memory = get_max_memory()
-    else:
+    whole, memory = model._no_split_modules, get_max_memory()
+    ours = [] if any(isinstance(key, int) for key in memory) else devices.accelerators()
+    memory |= {device.index: devices.free_memory(device) for device in ours}
+    memory["cpu"] = memory.pop("cpu", 0)  # the last one to be filled
+    if name != "sequential":
         low = name == "balanced_low_0"
-        memory = get_balanced_memory(model, get_max_memory(), whole, dtype=dtype, low_zero=low)
+        memory = get_balanced_memory(model, memory, whole, dtype=dtype, low_zero=low)
     places = infer_auto_device_map(
         model, max_memory=memory, no_split_module_classes=whole, dtype=dtype
     )
+    kinds = {device.index: str(device) for device in ours}  # that accelerate has no number for
+    places = {module: kinds.get(place, place) for module, place in places.items()}
     used = {str(place) for place in places.values()}
     left = [
         module

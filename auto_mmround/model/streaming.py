@@ -56,60 +56,47 @@ class InMemory:
         """Nothing to do."""
 
 
-class Streamed:
-    """Reads the blocks of a model whose block parameters are on the meta device.
+class InTurn:
+    """Blocks that are at hand one by one; a subclass says how they come and go.
 
-    A block that is run in a forward pass of the whole model is read then, and stays until the next
-    one is. The parameters of `resident` ones are new objects each time.
+    A block that is run in a forward pass of the whole model comes then, and stays until the next
+    one does.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        stored: Stored,
-        names: Mapping[str, str],
-        config: LoadStateDictConfig,
-    ):
-        """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or
-        a part of."""
-        self._model, self._stored, self._config = model, stored, config
-        self.blocks: Sequence[str] = [
-            block for stage in find_stages(model) for block in stage.blocks
-        ]
-        self._keys: dict[str, list[str]] = {block: [] for block in self.blocks}
-        owners = {f"{block}.": block for block in self._keys}
-        for key, name in names.items():
-            owner = next(
-                (block for prefix, block in owners.items() if name.startswith(prefix)), None
-            )
-            if owner is not None:
-                self._keys[owner].append(key)
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str]):
+        self._model, self.blocks = model, blocks
         self._passing: str | None = None
         self._writers: dict[str, Callable[[], None]] = {}
         # something may stand in for them
-        self._blocks = {name: model.get_submodule(name) for name in self._keys}
-        self._hooks = {name: self._listen(name) for name in self._blocks}
+        self._blocks = {name: model.get_submodule(name) for name in blocks}
+        self._hooks = {name: self._listen(name) for name in blocks}
 
     @contextmanager
     def resident(self, blocks: Sequence[str]) -> Iterator[None]:
         """See `Holder.resident`. A block that is not one of a stage's is in memory anyway."""
         self._release_passing()
-        streamed = [block for block in blocks if block in self._keys]
-        for block in streamed:
-            # nothing to read, nothing that differs between blocks for a compiler
+        wanted = [block for block in blocks if block in self._blocks]
+        for block in wanted:
+            # nothing to fetch, nothing that differs between blocks for a compiler
             self._hooks[block].remove()
         try:
-            for block in streamed:
+            for block in wanted:
                 self._read(block)
             yield
         finally:
-            for block in streamed:
-                self._release(block)
+            for block in wanted:
+                self._release(block, changed=True)
                 self._hooks[block] = self._listen(block)
 
     def replace(self, block: str, write: Callable[[], None]) -> None:
         """See `Holder.replace`."""
         self._writers[block] = write
+
+    def _read(self, block: str) -> None:
+        raise NotImplementedError
+
+    def _release(self, block: str, changed: bool = False) -> None:
+        raise NotImplementedError
 
     def _listen(self, block: str) -> RemovableHandle:
         def hook(module: nn.Module, args: Any) -> None:
@@ -130,6 +117,33 @@ class Streamed:
             self._release(self._passing)
             self._passing = None
 
+
+class Streamed(InTurn):
+    """Reads the blocks of a model whose block parameters are on the meta device.
+
+    The parameters of `resident` ones are new objects each time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stored: Stored,
+        names: Mapping[str, str],
+        config: LoadStateDictConfig,
+    ):
+        """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or
+        a part of."""
+        self._stored, self._config = stored, config
+        super().__init__(model, [block for stage in find_stages(model) for block in stage.blocks])
+        self._keys: dict[str, list[str]] = {block: [] for block in self.blocks}
+        owners = {f"{block}.": block for block in self._keys}
+        for key, name in names.items():
+            owner = next(
+                (block for prefix, block in owners.items() if name.startswith(prefix)), None
+            )
+            if owner is not None:
+                self._keys[owner].append(key)
+
     def _read(self, block: str) -> None:
         conversions = getattr(self._model, "_weight_conversions", None)
         standing_in = self._model.get_submodule(block)  # what is read belongs to the block itself
@@ -143,7 +157,7 @@ class Streamed:
         self._model._weight_conversions = conversions  # type: ignore[assignment]  # those of the whole model
         self._blocks[block].requires_grad_(False)
 
-    def _release(self, block: str) -> None:
+    def _release(self, block: str, changed: bool = False) -> None:
         for module in self._blocks[block].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

@@ -126,8 +126,15 @@ def squared_error(output: Tensor, target: Tensor, weight: Tensor, trim: float = 
     errors = (output.float() - target.float()).square() * weight
     if trim:
         few = errors.detach().flatten()[:: max(1, errors.numel() // SUBSAMPLE)]
-        errors = errors * (errors.detach() <= few.quantile(1 - trim))
+        errors = errors * (errors.detach() <= quantile(few, 1 - trim))
     return errors.sum()
+
+
+def quantile(values_N: Tensor, share: float) -> Tensor:
+    """As torch's, which computes its rank in float64 on the device."""
+    at, sorted_N = share * (len(values_N) - 1), values_N.sort().values
+    low = int(at)
+    return torch.lerp(sorted_N[low], sorted_N[min(low + 1, len(values_N) - 1)], at - low)
 
 
 def tune_block(

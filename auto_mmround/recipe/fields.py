@@ -333,10 +333,17 @@ class Fields:
         bool,
         _machine("keep calibration states in files, which the system holds in memory as it can"),
     ] = False
-    low_gpu_mem_usage: Annotated[bool, _machine("keep calibration states in host memory")] = False
-    enable_torch_compile: Annotated[
-        bool, _machine("compile the blocks, once a class: pays off on accelerators")
+    low_gpu_mem_usage: Annotated[
+        bool,
+        _machine("keep calibration states in host memory, and from Python the model's blocks too"),
     ] = False
+    enable_torch_compile: Annotated[
+        bool | None,
+        _machine(
+            "compile the blocks, once a class; default on accelerators where many are of one class",
+            off=("no_torch_compile", "run the blocks as they are"),
+        ),
+    ] = None
     low_cpu_mem_usage: Annotated[bool, _machine()] = False
     low_cpu_mem_mode: Annotated[int, _machine("1, 2: the same as --stream")] = 0
     low_cpu_mem_tmp_dir: Annotated[

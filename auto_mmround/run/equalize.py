@@ -146,15 +146,12 @@ class _Statistics:
         """x: (..., C). kind_T: modality of its tokens; where their number differs all count as one
         kind."""
         x_TC = x.detach().reshape(-1, x.shape[-1])
-        kind_T = (
-            kind_T.to(x.device)
-            if len(kind_T) == len(x_TC)
-            else torch.zeros(len(x_TC), device=x.device)
-        )
+        # On the host: a device does not know beforehand how many of a kind there are.
+        kind_T = kind_T.cpu() if len(kind_T) == len(x_TC) else torch.zeros(len(x_TC))
         for kind in kind_T.unique().tolist():
             if kind == PAD:
                 continue
-            part_TC = x_TC[kind_T == kind]
+            part_TC = x_TC[(kind_T == kind).nonzero()[:, 0].to(x.device)]
             largest_C = part_TC.abs().amax(0).float()
             self.largest[kind] = torch.maximum(self.largest.get(kind, largest_C), largest_C)
             if self.with_moments:

@@ -24,6 +24,7 @@ from auto_mmround.checkpoint.folder import is_side_file
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain, map_tensors
+from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.pairs import shape_signature
@@ -71,12 +72,13 @@ class Estimate:
 @dataclass
 class BlockCost:
     """Seconds of one block: a sample through it, the same while moments are added up, a step, what
-    comes once."""
+    comes once; and what the first block of its kind takes longer to be compiled."""
 
     forward: float = 0.0
     moments: float = 0.0
     step: float = 0.0
     once: float = 0.0
+    compiling: float = 0.0
 
     def seconds(self, passes: int, samples: float, measured: float, steps: int) -> float:
         """passes: over all samples. measured: samples run to measure held-out errors, all times
@@ -165,11 +167,17 @@ class _Probe:
         return chain.stage.path, shape_signature(self.session.model.get_submodule(name))
 
     def _measure(self, chain: Chain, window: Window) -> BlockCost:
-        session, recipe, count = self.session, self.session.recipe, len(chain)
+        session, recipe, count, started = (
+            self.session,
+            self.session.recipe,
+            len(chain),
+            self.clock(),
+        )
         planned = [weight for name in window.names for weight in session.plan.of_block(name)]
         run = partial(chain.advanced, window.blocks, window.first, recipe.batch)
-        target = run()  # the first time is not the usual one
+        target, first = run(), self.clock() - started  # the first time is not the usual one
         cost = BlockCost(self.timed(run) / count)
+        cost.compiling = self._compiling(first - cost.forward * count)
         moments: dict[str, Moments] = {}
         if recipe.closed_form:
             started = self.clock()
@@ -185,8 +193,19 @@ class _Probe:
                 closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, plain)
             cost.once = self.clock() - started
             if recipe.steps:
-                cost.step = self._step(chain, window, leaves, target, cost.forward * count)
+                steps = partial(self._step, chain, window, leaves, target, cost.forward * count)
+                first = steps() if self.compiled else 0.0
+                cost.step = steps()
+                cost.compiling += self._compiling(2 * (first - cost.step))
         return cost
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled when they first run."""
+        return isinstance(self.session.runner, Compiled)
+
+    def _compiling(self, more: float) -> float:
+        return max(0.0, more) if self.compiled else 0.0
 
     def _step(
         self,
@@ -295,6 +314,8 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
             cost.seconds(passes, entries, looks * held, recipe.steps) for cost in costs
         )
         states += round(_bytes_kept(chain, 2 * passes) / count * samples)
+    if probe.compiled:
+        seconds["compiling"] = sum(cost.compiling for cost in probe.known.values())
     return seconds, states
 
 

@@ -83,9 +83,9 @@ def preparers(loaded: Loaded, template: str | None = None) -> Preparers:
     )  # fmt: skip
 
 
-def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes = ALONE) -> Loaded:
-    """The recipe's model on the recipe's device, or on this process's one of several. stream:
-    instead of the recipe's, see `loading.load`."""
+def load_model(recipe: Recipe, kept: bool = False, processes: Processes = ALONE) -> Loaded:
+    """The recipe's model on the recipe's device, or on this process's one of several. kept: by the
+    caller, so it is in memory as a whole, in the host's where the device has no room for it."""
     device = devices.resolve(recipe.device, processes.local_rank)
     if recipe.device_map and processes.count > 1:
         raise UserError(
@@ -93,11 +93,10 @@ def load_model(recipe: Recipe, stream: bool | None = None, processes: Processes 
         )
     if recipe.polish and processes.count > 1:
         raise UserError("polish is for one process; leave one of the two out")
-    stream = recipe.streams if stream is None else stream
-    stream = False if recipe.whole_passes else stream
+    stream = False if kept or recipe.whole_passes else recipe.streams
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
-        remote_code=recipe.trust_remote_code, stream=stream,
+        remote_code=recipe.trust_remote_code, stream=stream, may_stay=kept,
     )  # fmt: skip
 
 

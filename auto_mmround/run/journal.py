@@ -107,7 +107,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": devices.accelerator_name(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
     }
 

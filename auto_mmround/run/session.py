@@ -1,6 +1,7 @@
 """A model with its calibration samples, and the one walk that takes them through the blocks of a
 stage."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,10 @@ from auto_mmround.run.loss_weights import Weights, kinds_of
 from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import ALONE, Processes
+
+# Blocks of a class that are worth compiling it unasked: a minute or so, against a second a block.
+# Experts that run one after another are not: their code is as many pieces as there are experts.
+MANY = 12
 
 T = TypeVar("T")
 Told = Callable[[int, int], None]  # (done, total)
@@ -86,10 +91,16 @@ class Session:
     @cached_property
     def runner(self) -> Runner:
         """How blocks are called."""
-        return (
-            Compiled(devices.traits(self.device).compiler)
-            if self.recipe.enable_torch_compile
-            else run_plainly
+        asked, traits = self.recipe.enable_torch_compile, devices.traits(self.device)
+        if asked is None:
+            asked = traits.compiles and not self.experts and self._alike() >= MANY
+        return Compiled(traits.compiler) if asked else run_plainly
+
+    def _alike(self) -> int:
+        """How many of the blocks are of one class."""
+        names = [name for stage in self.plan.stages for name in stage.blocks]
+        return max(
+            Counter(type(self.model.get_submodule(name)) for name in names).values(), default=0
         )
 
     @property
@@ -197,7 +208,13 @@ class Session:
     ) -> T:
         """The result of ``attempt(samples at a time)``, tried with fewer, then with the chains'
         states moved away, until memory suffices. Raises UserError when nothing helps."""
-        return self.batch.fitting(what, attempt, partial(moved_away, chains, self.disk), helps)
+
+        def compiled(size: int) -> T:
+            runner = self.runner
+            work = partial(attempt, size)
+            return runner.or_plainly(work) if isinstance(runner, Compiled) else work()
+
+        return self.batch.fitting(what, compiled, partial(moved_away, chains, self.disk), helps)
 
     def moments(
         self,

@@ -3,7 +3,8 @@ compiler, then loaded.
 
 Tensors of it and of the processor (or of two stand-ins) do not meet; its memory is counted and can
 be limited; every launch, wait of the host and copy is told with the line of the project that made
-it. See accelerator.cpp.
+it. See accelerator.cpp. With `pytest --accelerator cuda` the tests run on a real device instead,
+see real.py.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import chosen_device
+import pytest
 import torch
 
 from auto_mmround.model.devices import Traits
@@ -29,19 +32,21 @@ HERE = Path(__file__).parent
 SOURCE = HERE / "accelerator.cpp"
 TORCH = Path(torch.__file__).parent
 HEADERS = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
-NAME = "accel"
+OURS = "accel"
+NAME = chosen_device.NAME
+GROUP = "host_copies"  # of several processes, see __main__
 DEVICES = 2
 KINDS = ("launch", "wait", "to host", "to device")
 Listener = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)
 SILENCE = ctypes.cast(None, Listener)
-torch.utils.rename_privateuse1_backend(NAME)  # torch.device(NAME) can be written
+torch.utils.rename_privateuse1_backend(OURS)  # torch.device(OURS) can be written
 # what torch asks: no device, until the library is there and shows some
-MODULE = types.ModuleType(f"torch.{NAME}")
+MODULE = types.ModuleType(f"torch.{OURS}")
 vars(MODULE).update(
     is_available=lambda: False, device_count=lambda: 0, _is_in_bad_fork=lambda: False,
     manual_seed_all=lambda seed: None
 )  # fmt: skip
-torch._register_device_module(NAME, MODULE)
+torch._register_device_module(OURS, MODULE)
 
 
 def compiler() -> str | None:
@@ -117,6 +122,7 @@ def _answers(made: ctypes.CDLL) -> dict[str, Callable[..., object]]:
         set_rng_state=lambda state, device=None: torch.ops.accel.set_random_state(
             _index(device), state
         ),
+        reset_peak_memory_stats=forget_peak,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     )
 
@@ -134,6 +140,8 @@ class Memory:
 
 def memory(device: object = 0) -> Memory:
     """What one device holds."""
+    if NAME != OURS:
+        return Memory(*real.counts(_index(device)))
     found = (ctypes.c_int64 * 4)()
     library().accel_memory(_index(device), found)
     return Memory(*found)
@@ -141,17 +149,37 @@ def memory(device: object = 0) -> Memory:
 
 def forget_peak(device: object = 0) -> None:
     """Measure from now on."""
+    if NAME != OURS:
+        return real.forget_peak(_index(device))
     library().accel_forget_peak(_index(device))
 
 
 @contextmanager
 def limited(more: int, device: object = 0) -> Iterator[None]:
     """So many bytes more than now, then torch.OutOfMemoryError."""
+    if NAME != OURS:
+        with real.limited(more, _index(device)):
+            yield
+        return
     library().accel_limit(_index(device), memory(device).used + more)
     try:
         yield
     finally:
         library().accel_limit(_index(device), 0)
+
+
+SHAPES, DOUBLES = 1, 2
+
+
+@contextmanager
+def refusing(what: int) -> Iterator[None]:
+    """SHAPES: operations whose result's shape depends on values (nonzero, masks as indices) are
+    refused meanwhile. DOUBLES: tensors in float64."""
+    before = library().accel_refuse(what)
+    try:
+        yield
+    finally:
+        library().accel_refuse(before)
 
 
 @dataclass
@@ -199,9 +227,10 @@ def watched() -> Iterator[Seen]:
 
 
 ROW = Traits(
-    backend=f"cpu:gloo,{NAME}:gloo",
+    backend=f"cpu:gloo,{OURS}:{GROUP}",
     count=lambda: library().accel_shown(),
     synchronize=lambda device: None,
+    name=lambda: "a stand-in",
     peak=lambda device: memory(device).peak,
     free=lambda device: (memory(device).limit or 8 << 30) - memory(device).used,
 )
@@ -210,6 +239,9 @@ ROW = Traits(
 @contextmanager
 def shown() -> Iterator[None]:
     """The devices are there meanwhile; outside, other tests see a machine without them."""
+    if NAME != OURS:
+        yield
+        return
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     # torch lets a parameter change its device in place only for devices of its own; ours are
     # swapped, ties are kept.
@@ -222,6 +254,15 @@ def shown() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
 
 
-# before the first backward pass of the process, when the autograd engine makes a thread a device
-if compiler():
+if NAME != OURS:
+    from . import real
+
+    ROW = real.ROW
+elif compiler():
+    # before the first backward pass of the process: then the autograd engine makes its threads
     library()
+
+NEEDED = pytest.mark.skipif(
+    NAME == OURS and compiler() is None, reason="no C++ compiler: c++, or what CXX names"
+)
+STRICT = pytest.mark.skipif(NAME != OURS, reason="asks what only the stand-in knows")

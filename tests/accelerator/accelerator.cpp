@@ -133,6 +133,7 @@ void accel_register() {
   at::RegisterPrivateUse1HooksInterface(new accel::Hooks());
 }
 void accel_show(int devices) { accel::visible = devices; }
+int accel_refuse(int what) { return accel::refused.exchange(what); }
 int accel_shown() { return accel::visible; }
 void accel_listen(accel::Listener told) { accel::listener = told; }
 int accel_current() { return accel::current; }

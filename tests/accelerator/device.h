@@ -37,6 +37,9 @@ struct Memory {
   std::atomic<int64_t> used{0}, peak{0}, limit{0}, count{0};
 };
 std::array<Memory, DEVICES> memory;
+// What a device that compiles graphs may lack: shapes that depend on values, float64.
+enum Refused { REFUSED_SHAPES = 1, REFUSED_DOUBLES = 2 };
+std::atomic<int> refused{0};
 std::atomic<int> visible{0};  // devices; none while no test wants them
 thread_local DeviceIndex current = 0;
 

@@ -62,6 +62,8 @@ const Names WITH_NUMBERS{  // kernels of CUDA that take a tensor of one number i
 const Names NO_INTEGERS{"addbmm", "addmm", "addmv", "baddbmm", "bmm", "dot", "mm", "mv"};  // products of cuBLAS
 const Names WAITS{"_linalg_eigh", "_linalg_svd", "_unique2", "bincount", "equal", "is_set_to", "linalg_eig",
                   "masked_select", "nonzero", "repeat_interleave", "unique_consecutive", "unique_dim"};
+const Names SHAPES{"_unique2", "bincount", "masked_select", "nonzero", "repeat_interleave", "unique_consecutive",
+                   "unique_dim"};  // whose result's shape depends on values
 const Names INDEXING{"_index_put_impl", "_unsafe_index", "_unsafe_index_put", "index", "index_put"};
 
 std::string bare(const OperatorHandle& op) {  // aten::mul_.Tensor -> mul
@@ -77,6 +79,7 @@ struct Call {
   std::optional<Device> device;
   int64_t bytes = 0;
   bool waits;
+  bool masked = false;
   bool sets = false;  // values at places: a mask must be counted first; for reading, nonzero was called before
 
   Call(const OperatorHandle& handle, const Stack& stack) : op(handle), name(bare(handle)), waits(WAITS.count(name)) {
@@ -110,9 +113,12 @@ struct Call {
                 "device, but found at least two devices, ", *device, " and ", t.device(), "! (", name, ")");
     TORCH_CHECK(!NO_INTEGERS.count(name) || !at::isIntegralType(t.scalar_type(), true), name,
                 ": the stand-in, like CUDA, has no products of integers");
+    TORCH_CHECK(!(refused & REFUSED_DOUBLES) || t.scalar_type() != at::kDouble || t.dim() == 0, name,
+                ": float64 is refused now");
     device = t.device();
     bytes += t.nbytes();
-    waits |= listed && sets && t.scalar_type() == at::kBool;
+    masked |= listed && sets && t.scalar_type() == at::kBool;
+    waits |= masked;
   }
 
   void refuse_host(const Tensor& t, bool listed, bool written) {
@@ -162,6 +168,8 @@ IValue for_host(const IValue& value, Views& views) {
 
 void any(const OperatorHandle& op, Stack* stack) {
   const Call call(op, *stack);
+  TORCH_CHECK(!(refused & REFUSED_SHAPES) || !(call.masked || SHAPES.count(call.name)), call.name,
+              ": shapes that depend on values are refused now");
   c10::DeviceGuard guard(*call.device);
   tell(call.waits ? WAIT : LAUNCH, call.name, call.bytes);
 

@@ -1,0 +1,123 @@
+"""The stand-in's memory runs out in one phase of a run after the other: the run goes on with less,
+or ends with one line, and the weights are as they were."""
+
+import accelerator
+import pytest
+import torch
+from accelerator import NAME, limited
+from tiny_models import FAMILIES, tiny_tokenizer
+
+from auto_mmround import cli
+from auto_mmround.errors import UserError
+from auto_mmround.model import devices
+from auto_mmround.model.chains import Chain
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+from auto_mmround.run import pipeline
+from auto_mmround.run.finished import Finished
+from auto_mmround.run.session import Session
+
+pytestmark = [accelerator.NEEDED, accelerator.STRICT]
+NOTHING = 1024  # bytes: no tensor of a model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def device():
+    with accelerator.shown(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(devices.TABLE, NAME, accelerator.ROW)
+        yield
+
+
+MIXED = dict(target_bits=4.0, bit_options="3,4,8")
+STATIC = dict(
+    data_type="fp8",
+    bits=8,
+    act_bits=8,
+    group_size=-1,
+    act_dynamic=False,
+    iters=0,
+    format="compressed_tensors",
+)
+# phase -> (who does the work, under what name, options that ask for it, what the line says,
+# whether one failure is mended)
+PHASES = {
+    "capture": (Session, "record", {}, "capturing inputs", False),
+    "Fisher information": (Session, "fisher", {}, "Fisher information", False),
+    "teacher": (Chain, "advanced", {}, "layers.0", True),
+    "second moments": (Session, "moments", {}, "layers.0", True),
+    "weights under rounding": (pipeline, "leaves_of", {}, "layers.0", True),
+    "solve": (pipeline, "closed_forms", {}, "layers.0", True),
+    "steps": (pipeline, "tune_block", {}, "layers.0", True),
+    "nearest": (pipeline, "leaves_of", dict(iters=0), "layers.0", False),
+    "what the teacher says": (pipeline, "listen", dict(polish=True), "polish", False),
+    "polish": (pipeline, "polish", dict(polish=True), "polish", True),
+    "equalizing": (pipeline, "equalize", dict(equalize="awq"), "equalizing", False),
+    "static inputs": (pipeline, "input_scales", STATIC, "static inputs", False),
+    "choosing bits": (jobs, "choose_bits", MIXED, "", False),
+}
+
+
+def run(model, options):
+    """What is finished of a run on the device."""
+    recipe = Recipe(
+        **(dict(group_size=32, nsamples=4, seqlen=12, iters=2, batch_size=2, amp=False) | options),
+        device=NAME,
+    )
+    loaded = jobs.Loaded(model, tiny_tokenizer(), None, None)
+    job = jobs.prepare(recipe, loaded, dataset=FAMILIES["llama"].samples(4))
+    finished = Finished()
+    quantize = pipeline.quantize
+    quantize(model, job.recipe, job.plan, job.inputs, finished)
+    return finished
+
+
+def without_memory(monkeypatch, owner, name, times):
+    """From now on the first ``times`` calls find no memory on the device."""
+    work, calls = getattr(owner, name), []
+
+    def starved(*args, **named):
+        calls.append(1)
+        if len(calls) > times:
+            return work(*args, **named)
+        with limited(NOTHING):
+            return work(*args, **named)
+
+    monkeypatch.setattr(owner, name, starved)
+    return calls
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_without_memory_ends_the_run_with_one_line(phase, monkeypatch):
+    owner, name, options, word, _ = PHASES[phase]
+    model = FAMILIES["llama"].build().to(NAME)
+    before = {key: value.cpu() for key, value in model.state_dict().items()}
+    calls = without_memory(monkeypatch, owner, name, 1000)
+    with pytest.raises(UserError) as caught:
+        run(model, options)
+    assert "not enough memory" in str(caught.value) and word in str(caught.value)
+    assert "\n" not in str(caught.value) and calls
+    if phase != "polish":  # there all blocks are finished
+        after = model.state_dict()
+        assert all(torch.equal(value, after[key].cpu()) for key, value in before.items())
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("phase", [name for name in PHASES if PHASES[name][-1]])
+def test_a_phase_that_finds_no_memory_once_is_tried_again(phase, monkeypatch):
+    owner, name, options, *_ = PHASES[phase]
+    usual = run(FAMILIES["llama"].build().to(NAME), options)
+    assert without_memory(monkeypatch, owner, name, 1) == []
+    found = run(FAMILIES["llama"].build().to(NAME), options)
+    monkeypatch.undo()
+    for one, other in zip(usual.reports.values(), found.reports.values(), strict=True):
+        assert one.end == pytest.approx(other.end, rel=0.05)
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "eval"])
+def test_a_model_that_the_device_has_no_room_for_is_one_line(command, tmp_path, capsys):
+    words = ["--model", "demo", "--dataset", "demo", "--device", NAME]
+    words += [] if command == "eval" else ["--output_dir", str(tmp_path / "out"), "--no_stream"]
+    with limited(NOTHING):
+        assert cli.main([*([] if command == "quantize" else [command]), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "not enough memory" in line and not (tmp_path / "out").exists()
