@@ -21,7 +21,14 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import separable, stacking
-from auto_mmround.model.loading import filled_parameters, loaded_names, read_config, skeleton
+from auto_mmround.model.loading import (
+    filled_parameters,
+    further_layers,
+    loaded_names,
+    read_config,
+    skeleton,
+)
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored as Weights
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.structure import find_experts, linears
@@ -79,7 +86,8 @@ class Skeleton:
     linears: module -> layer. head: the output head.
     respelled: tensors of the source -> their names here, where the tool that wrote the folder
     changed them. tied: tensors that the configuration ties to another that is here too. mixtures:
-    experts and routers, which are no linear layers in Transformers, in every spelling."""
+    experts and routers, which are no linear layers in Transformers, in every spelling. unread:
+    modules of tensors that the class does not load, such as layers that predict further tokens."""
 
     shapes: Mapping[str, tuple[int, ...]]
     linears: Mapping[str, Linear]
@@ -89,6 +97,7 @@ class Skeleton:
     respelled: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     mixtures: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -356,11 +365,15 @@ def _skeleton(
     tied = model.all_tied_weights_keys
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
+    unread = further_layers(model, sorted(keys))
     unknown = [
-        key for key, (name, whole) in names.items() if name is None and whole and key not in members
+        key
+        for key, (name, whole) in names.items()
+        if name is None and whole and key not in members and key not in unread
     ]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
+    idle = [key for key, (name, _) in names.items() if name is None and key not in members]
     keys_here = {name: key for key, (name, whole) in names.items() if whole and name is not None}
     before = {
         key: name
@@ -375,6 +388,7 @@ def _skeleton(
         missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
+        unread=frozenset(key.removesuffix(".weight") for key in idle),
         respelled={key: keys_here[name] for key, name in before.items() if name in keys_here},
         tied={
             keys_here[n]: keys_here[origin]
@@ -410,7 +424,7 @@ def _linears(
         stored = spelled.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         is_tied = f"{name}.weight" in tied and f"{name}.weight" not in spelled
         found[stored] = Linear(name, out_features, in_features, is_tied)
-        if module is model.get_output_embeddings():
+        if module is speaking(model).get_output_embeddings():
             head = stored
     return found, head
 

@@ -32,6 +32,7 @@ from auto_mmround.model.chains import (
     moved,
     with_hidden,
 )
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
@@ -300,6 +301,7 @@ class _Recorder:
 def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
     """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
     of all."""
+    model = speaking(model)  # type: ignore[arg-type]  # any module with such a forward pass
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
         model(**moved(dict(kwargs), device_of(model)), use_cache=False)

@@ -1,6 +1,7 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,11 @@ from auto_mmround.errors import UserError
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.placement import check_present, placed
 from auto_mmround.model.quantized import forget
+from auto_mmround.model.speaking import is_several
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
-from auto_mmround.untrusted import INDEX, SINGLE, one_line, read_object, weight_files
+from auto_mmround.model.structure import find_stages
+from auto_mmround.untrusted import ARRAYS, INDEX, SINGLE, one_line, read_object, weight_files
 
 log = logging.getLogger("auto_mmround")
 
@@ -56,6 +59,10 @@ DEPTHS = {
     "num_nextn_predict_layers",
 }
 DEEPEST = 1000
+# How checkpoints call layers that predict further tokens.
+FURTHER = re.compile(r"(^|\.)(mtp\w*|\w*_mtp|nextn\w*|multi_token_pred\w*)\.")
+# Towers that put a token for the whole picture before its patches.
+CLASS_TOKENS = ("clip_vision_model",)
 # What Transformers raises for a configuration that makes no sense to it.
 NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
     ArithmeticError, ImportError,
@@ -121,6 +128,9 @@ def find_folder(name: str, offline: bool = False) -> Path:
 def _from_hub(name: str, offline: bool) -> Path:
     unread = ["*.bin", "*.pt", "*.pth", "*.onnx*"]
     try:
+        huggingface_hub.snapshot_download(
+            name, allow_patterns=list(ARRAYS), local_files_only=offline
+        )
         return Path(
             huggingface_hub.snapshot_download(
                 name, ignore_patterns=unread, local_files_only=offline
@@ -199,9 +209,7 @@ def load(
             )
         else:
             options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": places}
-            model, info = cls.from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, **options
-            )
+            model, info = read_by(cls, folder, use_safetensors=True, **options)
             absent = sorted(
                 set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
             )
@@ -217,6 +225,19 @@ def load(
     named(model)
     processor = load_processor(folder, remote_code)
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
+
+
+def read_by(
+    cls: Any, folder: Path | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model and what its loading met. A class of several models is read by Transformers' own
+    reader alone: Qwen2.5-Omni's unpickles its voices (`spk_dict.pt`), for which quantizing has no
+    use, and loses what loading met."""
+    reader: Any = PreTrainedModel if is_several(cls) else cls
+    found: tuple[PreTrainedModel, dict[str, Any]] = reader.from_pretrained.__func__(
+        cls, folder, output_loading_info=True, **options
+    )
+    return found
 
 
 def _trust(remote_code: bool) -> dict[str, Any]:
@@ -305,7 +326,24 @@ def load_processor(folder: Path, remote_code: bool = False) -> Any:
         raise UserError(
             f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}"
         ) from None
-    return processor if hasattr(processor, "tokenizer") else None
+    if not hasattr(processor, "tokenizer"):
+        return None
+    if getattr(processor, "patch_size", 0) is None:
+        _complete(processor, read_config(folder, remote_code))
+    return processor
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """Old folders have no `processor_config.json`: how many tokens a picture becomes is told by the
+    model's configuration alone. A tower with a class token gives one more."""
+    vision = getattr(config, "vision_config", None)
+    processor.patch_size = getattr(vision, "patch_size", None)
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    if getattr(processor, "vision_feature_select_strategy", strategy) is None:
+        processor.vision_feature_select_strategy = strategy
+    if getattr(processor, "num_additional_image_tokens", None) == 0:
+        with_class = getattr(vision, "model_type", "") in CLASS_TOKENS
+        processor.num_additional_image_tokens = int(with_class)
 
 
 def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> Any:
@@ -364,6 +402,19 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
         first, *others = targets.get(pattern or "", [""])
         found |= {name, *(name.replace(first, other) for other in others)}
     return found & own
+
+
+def further_layers(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
+    """Those of the keys that belong to layers behind the model's own, which predict further tokens:
+    told by their prefix, since the lists of classes name the numbers of one published model."""
+    own, text = set(model.state_dict()), find_stages(model)[-1]
+    number = re.compile(rf"{re.escape(text.path)}\.(\d+)\.")
+    return {
+        key
+        for key, name, _ in renamed_keys(model, keys)
+        if name not in own
+        and (FURTHER.search(key) or ((n := number.match(name)) and int(n[1]) >= text.depth))
+    }
 
 
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -31,6 +31,11 @@ _TOWERS = (
     *((rf"^model\.{w}\.", f"{w}.") for w in ("vision_tower", "multi_modal_projector")),
     _HEAD,
 )
+_THINKER = (
+    (r"^thinker\.lm_head\.", "language_model.lm_head."),
+    (r"^thinker\.model\.", "language_model.model."),
+    (r"^thinker\.", ""),
+)
 _FC: Rename = (r"\.fc([12])\.", r".mlp.fc\1.")
 
 # config.model_type -> renamings from checkpoint or Transformers names to vLLM's, applied in order.
@@ -42,6 +47,7 @@ VLLM_NAMES: dict[str, tuple[Rename, ...]] = {
     "mistral3": (*_TOWERS, _REST),
     "lfm2_vl": _TOWERS,
     "whisper": (_FC,),
+    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), _THINKER),
 }
 # Where optimum looks for the blocks of a GPTQ checkpoint that does not name them.
 GPTQ_BLOCKS = (
