@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from test_media import film
 from tiny_models import FAMILIES, tiny_tokenizer
 from tiny_processors import omni, omni3
 
@@ -19,7 +20,7 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.verify import static
 
 WHOLE = {"qwen2_5_omni": omni, "qwen3_omni_moe": omni3}
-OPTIONS = "--iters 1 --nsamples 4 --seqlen 200 --group_size 32 --device cpu --disable_amp"
+OPTIONS = "--iters 1 --nsamples 5 --seqlen 300 --group_size 32 --device cpu --disable_amp"
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -33,13 +34,14 @@ def saved(name: str, folder: Path) -> Path:
 
 
 def rows(folder: Path) -> Path:
-    """Questions about a picture, two pictures, a sound, and plain text."""
+    """Questions about a picture, two pictures, a sound, a film, and plain text."""
     for i in range(2):
         Image.new("RGB", (24, 24), (90 * i, 40, 200)).save(folder / f"{i}.png")
     with wave.open(str(folder / "a.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         noise = np.random.default_rng(0).normal(size=6400) * 3000
         file.writeframes(noise.astype("<i2").tobytes())
+    film(folder / "v.mp4")
     answer = {"from": "gpt", "value": "w30 w31 w32 w33 w34 w35"}
     found = [
         {"image": "0.png", "conversations": [{"from": "human", "value": "<image>\nw5 w6"}, answer]},
@@ -48,6 +50,7 @@ def rows(folder: Path) -> Path:
             "conversations": [{"from": "human", "value": "<image>\n<image>\nw5 w7"}, answer],
         },
         {"audio": "a.wav", "conversations": [{"from": "human", "value": "<audio>\nw8"}, answer]},
+        {"video": "v.mp4", "conversations": [{"from": "human", "value": "<video>\nw8"}, answer]},
         {"conversations": [{"from": "human", "value": "w9 " * 40}, answer]},
     ]
     (folder / "rows.json").write_text(json.dumps(found))

@@ -7,8 +7,9 @@ blocks (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the
 joins two hidden states (`eh_proj`) is a plain layer to them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,34 +19,41 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.loading import renamed_keys
 from auto_mmround.model.quantized import FLOATS
-from auto_mmround.model.stored import Reader, Stored
+from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, to_groups
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.scale_search import search_scale
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.run.plan import Plan, WeightPlan, grid_of
+from auto_mmround.run.given import pruned
+from auto_mmround.run.plan import Plan, WeightPlan, fused_set, grid_of
 
 BITS = 8  # with 4 fewer of the tokens that such layers propose are right
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embedding")
 END = ".weight"
 
 
-def unread_keys(model: PreTrainedModel, stored: Stored) -> list[str]:
-    """Keys of the source that become no parameter of the model, nor a part of one."""
+def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Those of the keys that become no parameter of the model, nor a part of one -> what
+    Transformers would call it."""
     own = set(model.state_dict())
-    return sorted(key for key, name, _ in renamed_keys(model, stored.files) if name not in own)
+    return {
+        key: key if converted else name
+        for key, name, converted in renamed_keys(model, keys)
+        if name not in own
+    }
 
 
-def carried_modules(model: PreTrainedModel, stored: Stored) -> dict[str, str]:
+def carried_modules(
+    model: PreTrainedModel, stored: Stored, gone: Collection[str]
+) -> dict[str, str]:
     """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
-    layers that the class does not load."""
-    own, found = set(model.state_dict()), {}
-    for key, name, converted in renamed_keys(model, stored.files):
-        if name not in own and _may_be_linear(key, stored):
-            module = key if converted else name
-            found[module.removesuffix(END)] = key.removesuffix(END)
-    return found
+    layers that the class does not load. gone: keys that a user's own model has left behind."""
+    return {
+        name.removesuffix(END): key.removesuffix(END)
+        for key, name in unread_keys(model, stored.files).items()
+        if key not in gone and _may_be_linear(key, stored)
+    }
 
 
 def _may_be_linear(key: str, stored: Stored) -> bool:
@@ -54,21 +62,23 @@ def _may_be_linear(key: str, stored: Stored) -> bool:
     return key.endswith(END) and module.rpartition(".")[2] not in EMBEDDINGS and known
 
 
-def with_carried(plan: Plan, model: PreTrainedModel, stored: Stored, recipe: Recipe) -> Plan:
+def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recipe) -> Plan:
     """The plan with what becomes of the weights that the class does not load. Raises UserError
     where `quant_mtp` meets no such weight, or a format that can't hold it."""
+    stored = stored_tensors(source)
+    modules = carried_modules(model, stored, pruned(model, stored, source))
     scheme = _scheme(recipe) if recipe.quant_mtp else None
     kinds = {kind for name in plan.quantized for kind in _kinds(name)}
     weights = []
     with Reader(stored) as reader:
-        for module, key in carried_modules(model, stored).items():
+        for module, key in modules.items():
             shape = reader.plain(f"{key}{END}").get_shape()
             if len(shape) == 2:
                 wanted = scheme if kinds.intersection(_kinds(module)) else None
                 reason = None if wanted else f"{type(model).__name__} does not load it"
                 weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
     if scheme is not None:
-        weights = [_held(weight, recipe) for weight in weights]
+        weights = _together([_held(weight, recipe) for weight in weights])
         if not any(weight.scheme for weight in weights):
             raise UserError(
                 "quant_mtp: the model has no layers that its class does not load, of a kind with"
@@ -104,6 +114,18 @@ def _held(weight: WeightPlan, recipe: Recipe) -> WeightPlan:
         if problem:
             return replace(weight, scheme=None, reason=f"{target.name} {problem}")
     return weight
+
+
+def _together(weights: Sequence[WeightPlan]) -> list[WeightPlan]:
+    """Weights that engines load as one matrix stay if one of them does."""
+    apart = {fused_set(weight.name) for weight in weights if weight.scheme is None}
+    reason = "engines load it with one that stays"
+    return [
+        replace(weight, scheme=None, reason=reason)
+        if weight.scheme and fused_set(weight.name) in apart
+        else weight
+        for weight in weights
+    ]
 
 
 def _kinds(name: str) -> Iterator[str]:

@@ -27,7 +27,6 @@ from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
 from auto_mmround.model.speaking import speaking
-from auto_mmround.model.stored import stored_tensors
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import Finished, identity, unfinished
@@ -114,7 +113,7 @@ def _whole(recipe: Recipe, loaded: Loaded, plan: Plan) -> Plan:
     plan = within_ranges(loaded, plan)
     if loaded.source is None:
         return plan
-    return with_carried(plan, loaded.model, stored_tensors(loaded.source), recipe)
+    return with_carried(plan, loaded.model, loaded.source, recipe)
 
 
 def prepare(

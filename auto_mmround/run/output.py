@@ -63,7 +63,7 @@ class Names:
             )
             if expert.stacked or self.keys[f"{name}.weight"] in self.files:
                 self._covered.add(expert.parameter)
-        self.carried = carried_modules(model, self.stored)
+        self.carried = carried_modules(model, self.stored, self.gone)
         self.keys |= {f"{name}.weight": f"{key}.weight" for name, key in self.carried.items()}
         self.parameters = {key: name for name, key in self.keys.items()}
         singles = {
@@ -81,7 +81,7 @@ class Names:
     def unread(self) -> list[str]:
         """Keys of the source that the model's class does not read, such as layers that predict
         further tokens."""
-        return unread_keys(self.model, self.stored)
+        return sorted(unread_keys(self.model, self.stored.files).keys() - self.gone)
 
     @cached_property
     def made(self) -> list[tuple[list[str], list[str]]]:
