@@ -104,3 +104,26 @@ def test_the_five_families_of_the_original(name, towers, tmp_path):
     assert code_files == {path.name for path in folder.glob("*.py")}
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pth")]
     from_quantized(folder, remote_code=bool(code))
+
+
+OUTDATED = {
+    "a package that is not there": ("import torch\n", "import torch\nimport no_such_package_x\n"),
+    "a name that is gone": ("import torch\n", "import torch\nfrom torch import no_such_name_x\n"),
+    "no Python": ("import torch\n", "import torch\ndef (\n"),
+    "a method that is gone": ("    def forward(", "    def forward(self, *_, **__):\n"
+                              "        return self.no_such_method_x()\n\n    def forward_(",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", OUTDATED)
+def test_code_for_another_version_is_one_line(fault, tmp_path, capsys):
+    FAMILIES["phi3_v"].save(tmp_path / "model", tiny_tokenizer())
+    (code,) = (tmp_path / "model").glob("phi3_v*.py")
+    old, new = OUTDATED[fault]
+    code.write_text(code.read_text().replace(old, new))
+    words = ["--model", str(tmp_path / "model"), "--dataset", str(rows(tmp_path)), "--output_dir"]
+    options = "--iters 1 --nsamples 4 --group_size 32 --device cpu --trust_remote_code"
+    assert cli.main([*words, str(tmp_path / "out"), *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert "_x" in said or "def" in said or "syntax" in said
+    assert not (tmp_path / "out").exists()

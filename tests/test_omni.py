@@ -29,6 +29,9 @@ def saved(name: str, folder: Path) -> Path:
     family.save(folder, tiny_tokenizer())
     WHOLE[name]().save_pretrained(folder)
     if name == "qwen2_5_omni":
+        config = json.loads((folder / "config.json").read_text())
+        published = json.dumps(config | {"architectures": ["Qwen2_5OmniModel"]})
+        (folder / "config.json").write_text(published)
         torch.save({"Chelsie": {"cond": torch.ones(1, 4)}}, folder / "spk_dict.pt")
     return folder
 

@@ -61,12 +61,14 @@ DEPTHS = {
 DEEPEST = 1000
 # How checkpoints call layers that predict further tokens.
 FURTHER = re.compile(r"(^|\.)(mtp\w*|\w*_mtp|nextn\w*|multi_token_pred\w*)\.")
+# Architectures as published -> the class that Transformers has for them.
+PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}
 # Towers that put a token for the whole picture before its patches.
 CLASS_TOKENS = ("clip_vision_model",)
 # What Transformers raises for a configuration that makes no sense to it.
 NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
     ArithmeticError, ImportError,
-            MemoryError, AssertionError, StrictDataclassError)  # fmt: skip
+            MemoryError, AssertionError, NameError, SyntaxError, StrictDataclassError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
     stated = config.architectures if isinstance(config.architectures, list) else []
     architectures = [name for name in stated if isinstance(name, str)]
     for architecture in architectures:
-        cls = getattr(transformers, architecture, None)
+        cls = getattr(transformers, PUBLISHED.get(architecture, architecture), None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
     remote = getattr(config, "auto_map", None) or {}
@@ -293,7 +295,11 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
                     f"model {folder} needs Python code that comes with it: --trust_remote_code"
                     " runs it"
                 )
-            return get_class_from_dynamic_module(remote[name], folder)
+            try:
+                return get_class_from_dynamic_module(remote[name], folder)
+            except NONSENSE as error:
+                reason = one_line(str(error))[:300]
+                raise UserError(f"model {folder}: its code can't be read: {reason}") from None
     raise UserError(
         f"architecture {architectures}: unknown to transformers {transformers.__version__}"
     )
