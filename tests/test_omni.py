@@ -64,28 +64,21 @@ def run(model: Path, out: Path, more: str = "") -> Path:
     data = rows(model.parent)
     words = ["--model", str(model), "--dataset", str(data), "--output_dir", str(out)]
     assert cli.main([*words, *OPTIONS.split(), *more.split()]) == 0
-    (folder,) = out.iterdir()
-    return folder
+    return next(folder for folder in out.iterdir())
 
 
 def own(name: str, folder: Path, **options):
     return getattr(transformers, FAMILIES[name].architecture).from_pretrained(folder, **options)
 
 
-@pytest.mark.parametrize("towers", [False, True])
-@pytest.mark.parametrize("name", WHOLE)
-def test_the_thinker_is_tuned_and_the_rest_is_kept(name, towers, tmp_path):
-    model = saved(name, tmp_path / "model")
-    more = "--format fake" + " --quant_nontext_module" * towers
-    folder = run(model, tmp_path / "out", more)
+def check_kept(name: str, model: Path, folder: Path, tuned: set[str]) -> None:
+    """Only weights of these parts of the thinker are others, and the class loads the whole."""
     before, after = load_file(model / "model.safetensors"), load_file(folder / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    tuned = ("thinker.model.layers.", "thinker.audio_tower.layers.", "thinker.visual.blocks.")
-    assert changed and all(key.startswith(tuned if towers else tuned[:1]) for key in changed)
-    assert {key.split(".")[1] for key in changed} == (
-        {"model", "audio_tower", "visual"} if towers else {"model"}
-    )
+    blocks = ("thinker.model.layers.", "thinker.audio_tower.layers.", "thinker.visual.blocks.")
+    assert changed and all(key.startswith(blocks) for key in changed)
+    assert {key.split(".")[1] for key in changed} == tuned
     whole = own(name, folder)
     assert not torch.equal(
         speaking(whole)(**FAMILIES[name].samples(1)[0]).logits,
@@ -94,22 +87,31 @@ def test_the_thinker_is_tuned_and_the_rest_is_kept(name, towers, tmp_path):
     if name == "qwen2_5_omni":
         assert (folder / "spk_dict.pt").read_bytes() == (model / "spk_dict.pt").read_bytes()
         assert list(whole.speaker_map) == ["Chelsie"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_towers_too(name, tmp_path):
+    model = saved(name, tmp_path / "model")
+    folder = run(model, tmp_path / "out", "--format fake --quant_nontext_module")
+    check_kept(name, model, folder, {"model", "audio_tower", "visual"})
     assert static.check(folder, model) == []
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize(
-    "fmt", ["auto_round", "auto_gptq", "auto_awq", "compressed_tensors", "mlx"]
-)
-def test_every_format_names_what_stays(name, fmt, tmp_path):
+def test_the_thinker_is_tuned_and_every_format_names_the_rest(name, tmp_path):
     model = saved(name, tmp_path / "model")
-    folder = run(model, tmp_path / "out", f"--format {fmt}")
-    assert static.check(folder, model) == []
-    loaded = from_quantized(folder)
-    assert type(loaded.model).__name__ == FAMILIES[name].architecture
-    talker = {k: v for k, v in own(name, model).state_dict().items() if k.startswith("talker")}
-    state = loaded.model.state_dict()
-    assert talker and all(torch.equal(state[key], value) for key, value in talker.items())
+    formats = ("fake", "auto_round", "auto_gptq", "auto_awq", "compressed_tensors", "mlx")
+    run(model, tmp_path / "out", f"--format {','.join(formats)}")
+    before = own(name, model).state_dict()
+    talker = {key: value for key, value in before.items() if key.startswith("talker")}
+    for fmt in formats:
+        folder = tmp_path / "out" / f"model-w4g32-{fmt}"
+        assert static.check(folder, model) == []
+        loaded = from_quantized(folder).model
+        assert type(loaded).__name__ == FAMILIES[name].architecture
+        state = loaded.state_dict()
+        assert talker and all(torch.equal(state[key], value) for key, value in talker.items())
+    check_kept(name, model, tmp_path / "out/model-w4g32-fake", {"model"})
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -129,9 +131,8 @@ def test_a_whole_model_in_memory(name, tmp_path):
     assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_streamed_is_the_same(name, tmp_path):
-    model = saved(name, tmp_path / "model")
+def test_streamed_is_the_same(tmp_path):
+    model = saved("qwen3_omni_moe", tmp_path / "model")
     whole = run(model, tmp_path / "a", "--no_stream")
     streamed = run(model, tmp_path / "b", "--stream")
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, streamed))
