@@ -1,6 +1,7 @@
 """Layers that a checkpoint has and its class does not load: named, copied, or rounded to 8 bits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,15 @@ def test_copied_and_named(name, fmt, tmp_path, capsys):
     quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     prefix = FURTHER[name][2].partition(".layers.0")[0].removesuffix(".")
     keys = {
-        "auto_round": "extra_config", "auto_gptq": "dynamic", "auto_awq": "modules_to_not_convert",
+        "auto_round": "extra_config", "auto_gptq": "modules_to_not_convert", "auto_awq": "modules_to_not_convert",
         "compressed_tensors": "ignore", "mlx": f"{prefix}.",
     }  # fmt: skip
     if fmt == "mlx":
         assert any(key.startswith(prefix) and value is False for key, value in quantization.items())
     elif fmt != "fake":
+        if fmt == "auto_gptq":
+            rules = [rule[2:] for rule in quantization["dynamic"] if rule.startswith("-:")]
+            assert any(re.match(rule, f"{prefix}.mtp_block.self_attn.q_proj") for rule in rules)
         listed = json.dumps(quantization[keys[fmt]]).replace("\\", "")
         assert prefix in listed
     assert static.check(folder, model) == []

@@ -360,6 +360,9 @@ CODE2WAV = dict(
 )
 
 
+MROPE_GLM = dict(
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+)
 GLM_MARKS = dict(
     image_start_token_id=116,
     image_end_token_id=117,
@@ -561,17 +564,13 @@ FAMILIES: dict[str, Tiny] = {family.model_type: family for family in (
         audio_config=SPEECH | dict(output_dim=64, n_window=50, n_window_infer=100,
             downsample_hidden_size=8),
         text_config=TEXT | dict(model_type="qwen3"),
-    ), sound(4, 1, 8, 32, input_features_mask=torch.ones(1, 32, dtype=torch.long)), HEARD),
+    ), sound(13, 1, 8, 100, input_features_mask=torch.ones(1, 100, dtype=torch.long)), HEARD),
     Tiny("glm4v_moe", "Glm4vMoeForConditionalGeneration", PLACEHOLDERS | GLM_MARKS
-         | text_and_vision(QWEN_VISION | dict(image_size=16), **MROPE, **EXPERTS,
+         | text_and_vision(QWEN_VISION | dict(image_size=16), **MROPE_GLM, **EXPERTS,
              n_routed_experts=4), patches(96), BOTH),
     Tiny("glm46v", "Glm46VForConditionalGeneration", PLACEHOLDERS | GLM_MARKS | text_and_vision(
-        QWEN_VISION | dict(image_size=16), **MROPE), patches(96), BOTH),
+        QWEN_VISION | dict(image_size=16), **MROPE_GLM), patches(96), BOTH),
     Tiny("ministral3", "Ministral3ForCausalLM", TEXT),
-    Tiny("granitemoehybrid", "GraniteMoeHybridForCausalLM", TEXT | dict(
-        num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32,
-        layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16,
-        mamba_chunk_size=16)),
     Tiny("paddleocr_vl", "PaddleOCRVLForConditionalGeneration", PLACEHOLDERS | text_and_vision(
         VISION, **MROPE), dict(image=media(4, IMAGE, lambda seed: {
             "pixel_values": pixels(16, 3, 4, 4, seed=seed), **GRID}, "mm_token_type_ids")), BOTH),

@@ -117,7 +117,6 @@ FAMILIES: dict[str, Family] = {
     "glm4v_moe": Family("GLM-4.5V", note="experts"),
     "glm46v": Family("GLM-4.6V"),
     "ministral3": Family("Ministral 3 text", TEXT, TEXT),
-    "granitemoehybrid": Family("Granite 4 hybrid", TEXT, TEXT, note="Mamba layers; experts"),
     "paddleocr_vl": Family("PaddleOCR-VL"),
     "phi4_multimodal": Family(
         "Phi-4-multimodal", ("text", "image", "audio"), ("vision", "audio", "text")
