@@ -80,7 +80,8 @@ def test_copied_and_named(name, fmt, tmp_path, capsys):
     quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     prefix = FURTHER[name][2].partition(".layers.0")[0].removesuffix(".")
     keys = {
-        "auto_round": "extra_config", "auto_gptq": "modules_to_not_convert", "auto_awq": "modules_to_not_convert",
+        "auto_round": "extra_config", "auto_gptq": "modules_to_not_convert",
+        "auto_awq": "modules_to_not_convert",
         "compressed_tensors": "ignore", "mlx": f"{prefix}.",
     }  # fmt: skip
     if fmt == "mlx":

@@ -7,6 +7,7 @@ Families whose code comes with the checkpoint have a stand-in under `standins/`,
 with images through our own calibration.
 """
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -105,7 +106,8 @@ class Tiny:
                 getattr(code, self.architecture).config_class(**self.config)
             )
         else:
-            config = AutoConfig.for_model(self.model_type, **self.config)
+            # configurations write into dictionaries that families share
+            config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config))
             model = getattr(transformers, self.architecture)(config)
         # as large as trained weights are, and no norm or gate at its neutral start
         with torch.no_grad():
@@ -361,7 +363,7 @@ CODE2WAV = dict(
 
 
 MROPE_GLM = dict(
-    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 )
 GLM_MARKS = dict(
     image_start_token_id=116,
@@ -569,7 +571,7 @@ FAMILIES: dict[str, Tiny] = {family.model_type: family for family in (
          | text_and_vision(QWEN_VISION | dict(image_size=16), **MROPE_GLM, **EXPERTS,
              n_routed_experts=4), patches(96), BOTH),
     Tiny("glm46v", "Glm46VForConditionalGeneration", PLACEHOLDERS | GLM_MARKS | text_and_vision(
-        QWEN_VISION | dict(image_size=16), **MROPE_GLM), patches(96), BOTH),
+        QWEN_VISION | dict(image_size=16), **MROPE), patches(96), BOTH),
     Tiny("ministral3", "Ministral3ForCausalLM", TEXT),
     Tiny("paddleocr_vl", "PaddleOCRVLForConditionalGeneration", PLACEHOLDERS | text_and_vision(
         VISION, **MROPE), dict(image=media(4, IMAGE, lambda seed: {
