@@ -170,7 +170,7 @@ class AutoRoundMLLM:
             raise UserError("call quantize() first")
         plan = self._done[0].plan
         found: dict[str, dict[str, Any]] = {}
-        for weight in plan.weights:
+        for weight in plan.all:
             scheme = weight.scheme
             found[weight.name] = (
                 {"bits": 16, "data_type": "float", "reason": weight.reason}

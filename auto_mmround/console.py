@@ -201,12 +201,13 @@ def show_sample(job: jobs.Job) -> None:
 
 def summary(plan: Plan) -> str:
     """One line on what will be quantized."""
-    kept = Counter(plan.kept.values())
+    kept = Counter(weight.reason for weight in plan.all if weight.reason)
+    quantized = sum(1 for weight in plan.all if weight.scheme)
     reasons = ", ".join(f"{count} {reason}" for reason, count in kept.most_common(3))
     stages = ", ".join(f"{stage.depth} {stage.name} blocks" for stage in plan.stages)
     return (
-        f"{len(plan.quantized)} weights in {stages} at {plan.bits_per_weight():.2f} bits a weight; "
-        f"{len(plan.kept)} stay{f' ({reasons})' if reasons else ''}"
+        f"{quantized} weights in {stages} at {plan.bits_per_weight():.2f} bits a weight; "
+        f"{kept.total()} stay{f' ({reasons})' if reasons else ''}"
     )
 
 
@@ -220,7 +221,7 @@ def show_plan(recipe: Recipe) -> int:
     plan = job.plan if job else jobs.planned(recipe, loaded)
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
     rows: dict[tuple[str, str, str], int] = {}
-    for weight in plan.weights:
+    for weight in plan.all:
         scheme = weight.scheme
         fate = f"stays: {weight.reason}"
         if scheme:

@@ -27,6 +27,11 @@ V_TOWER = (
     *((rf"^model\.{w}\.", f"{w}.") for w in ("vision_tower", "multi_modal_projector")),
     V_HEAD,
 )
+V_THINKER = (
+    (r"^thinker\.lm_head\.", "language_model.lm_head."),
+    (r"^thinker\.model\.", "language_model.model."),
+    (r"^thinker\.", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,34 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_omni_thinker": Family(
         "Qwen2.5-Omni thinker", ("text", "image", "audio"), ("audio", "vision", "text")
     ),
+    "qwen2_5_omni": Family(
+        "Qwen2.5-Omni",
+        ("text", "image", "audio"),
+        ("audio", "vision", "text"),
+        note="its thinker is quantized; talker, vocoder and voices come along",
+        vllm=V_THINKER,
+    ),
+    "qwen3_omni_moe_thinker": Family(
+        "Qwen3-Omni thinker",
+        ("text", "image", "audio"),
+        ("audio", "vision", "text"),
+        connectors=("merger_list",),
+        note="deep-stacked vision features; experts",
+    ),
+    "qwen3_omni_moe": Family(
+        "Qwen3-Omni",
+        ("text", "image", "audio"),
+        ("audio", "vision", "text"),
+        note="its thinker is quantized; talker and vocoder come along",
+        vllm=V_THINKER,
+    ),
+    "qwen3_5": Family("Qwen3.5", note="a hybrid of linear and full attention"),
+    "qwen3_next": Family("Qwen3-Next", TEXT, TEXT, note="linear and full attention; experts"),
+    "qwen3_asr": Family("Qwen3-ASR", HEARING, ("audio", "text")),
+    "glm4v_moe": Family("GLM-4.5V", note="experts"),
+    "glm46v": Family("GLM-4.6V"),
+    "ministral3": Family("Ministral 3 text", TEXT, TEXT),
+    "paddleocr_vl": Family("PaddleOCR-VL"),
     "phi4_multimodal": Family(
         "Phi-4-multimodal", ("text", "image", "audio"), ("vision", "audio", "text")
     ),

@@ -17,6 +17,9 @@ DATASET_BYTES = 4 << 30
 LINE = 2000  # characters of a message for the terminal
 SAFE, INDEX_END = ".safetensors", ".safetensors.index.json"
 SINGLE, INDEX = f"model{SAFE}", f"model{INDEX_END}"
+# Arrays that classes read beside the weights, though they are called like weights: the voices of
+# Qwen2.5-Omni, the filters of Qwen-Audio. We copy them and never open them.
+ARRAYS = ("spk_dict.pt", "mel_filters.npz")
 
 
 def read_text(path: Path, what: str, limit: int = SETTINGS_BYTES) -> str:

@@ -23,6 +23,7 @@ from auto_mmround.families import FAMILIES as KNOWN
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import difference
 from auto_mmround.model.experts import separated
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
@@ -64,7 +65,8 @@ def test_the_table_says_what_is_tested():
 
 
 def logits(model, job) -> list[torch.Tensor]:
-    return [model(**sample.kwargs, use_cache=False).logits for sample in job.inputs]
+    part = speaking(model)
+    return [part(**sample.kwargs, use_cache=False).logits for sample in job.inputs]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

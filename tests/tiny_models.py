@@ -7,6 +7,7 @@ Families whose code comes with the checkpoint have a stand-in under `standins/`,
 with images through our own calibration.
 """
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -105,7 +106,8 @@ class Tiny:
                 getattr(code, self.architecture).config_class(**self.config)
             )
         else:
-            config = AutoConfig.for_model(self.model_type, **self.config)
+            # configurations write into dictionaries that families share
+            config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config))
             model = getattr(transformers, self.architecture)(config)
         # as large as trained weights are, and no norm or gate at its neutral start
         with torch.no_grad():
@@ -271,6 +273,118 @@ def sound(count: int, *shape: int, **more: Tensor) -> dict[str, Callable[..., In
     }
 
 
+OMNI_IDS = dict(audio_start_token_id=114, position_id_per_seconds=25)
+THINKER = dict(
+    audio_token_index=AUDIO,
+    image_token_index=IMAGE,
+    video_token_index=VIDEO,
+    vision_start_token_id=119,
+    audio_config=SPEECH | dict(output_dim=64, n_window=8),
+    text_config=TEXT | MROPE,
+    vision_config=WINDOWS,
+)
+TALKER = dict(
+    {key: TEXT[key] for key in TEXT if not key.endswith("token_id")},
+    embedding_size=64,
+    audio_token_index=AUDIO,
+    image_token_index=IMAGE,
+    video_token_index=VIDEO,
+    vision_start_token_id=119,
+    **MROPE,
+)
+TOKEN2WAV = dict(
+    dit_config=dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=16,
+        emb_dim=16,
+        num_embeds=32,
+        mel_dim=8,
+        enc_emb_dim=8,
+        enc_dim=8,
+        enc_channels=[16, 16, 16, 16, 32],
+        enc_attention_channels=8,
+        enc_se_channels=8,
+        look_ahead_layers=[0],
+        look_backward_layers=[0],
+    ),
+    bigvgan_config=dict(
+        mel_dim=8,
+        upsample_initial_channel=16,
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3, 5]],
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+    ),
+)
+MROPE3 = dict(
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [6, 5, 5],
+        "mrope_interleaved": True,
+    }
+)
+MIXTURE = {key: TEXT[key] for key in TEXT if key != "head_dim"} | EXPERTS | dict(num_experts=4)
+THINKER3 = dict(
+    audio_token_id=AUDIO,
+    image_token_id=IMAGE,
+    video_token_id=VIDEO,
+    vision_start_token_id=119,
+    **OMNI_IDS,
+    audio_config=SPEECH
+    | dict(output_dim=64, n_window=50, n_window_infer=100, downsample_hidden_size=8),
+    text_config=MIXTURE | MROPE3,
+    vision_config=DEEPSTACK,
+)
+TALKER3 = dict(
+    thinker_hidden_size=64,
+    accept_hidden_layer=1,
+    spatial_merge_size=2,
+    num_code_groups=2,
+    text_config=MIXTURE | MROPE3 | dict(shared_expert_intermediate_size=32),
+    code_predictor_config={key: TEXT[key] for key in TEXT if not key.endswith("token_id")}
+    | dict(num_code_groups=2),
+    speaker_id={"ethan": 5},
+)
+CODE2WAV = dict(
+    codebook_size=16,
+    hidden_size=32,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_quantizers=2,
+    upsample_rates=[2, 2],
+    upsampling_ratios=[2],
+    decoder_dim=32,
+)
+
+
+MROPE_GLM = dict(
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+)
+GLM_MARKS = dict(
+    image_start_token_id=116,
+    image_end_token_id=117,
+    video_start_token_id=118,
+    video_end_token_id=119,
+)
+LINEAR_ATTENTION = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=2,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    layer_types=["linear_attention", "full_attention"],
+)
+
+
+def omni_sound(frames: int) -> dict[str, Callable[..., Inputs]]:
+    """Sound of 32 frames that becomes ``frames`` tokens."""
+    return sound(frames, 1, 8, 32, feature_attention_mask=torch.ones(1, 32, dtype=torch.long))
+
+
 def gemma4_image(seed: int) -> Inputs:
     return {
         "pixel_values": torch.rand(1, 16, 48, generator=torch.Generator().manual_seed(seed)),
@@ -432,14 +546,36 @@ FAMILIES: dict[str, Tiny] = {family.model_type: family for family in (
         ),
     ), sound(4, 1, 8, 16, input_features_mask=torch.ones(1, 4, dtype=torch.bool)), ("audio",
     "nontext", "text")),
-    Tiny("qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", dict(
-        audio_token_index=AUDIO, image_token_index=IMAGE, video_token_index=VIDEO,
-        vision_start_token_id=119,
-        audio_config=SPEECH | dict(output_dim=64, n_window=8), text_config=TEXT | MROPE,
-        vision_config=WINDOWS,
-    ), patches(96, None) | sound(8, 1, 8, 32, feature_attention_mask=torch.ones(1, 32,
-        dtype=torch.long)),
-        ("audio", "vision", "text")),
+    Tiny("qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", THINKER,
+         patches(96, None) | omni_sound(8), ("audio", "vision", "text")),
+    Tiny("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration",
+         dict(thinker_config=THINKER, talker_config=TALKER, token2wav_config=TOKEN2WAV),
+         patches(96, None) | omni_sound(8), ("audio", "vision", "text")),
+    Tiny("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", THINKER3,
+         patches(96, None) | omni_sound(4), ("audio", "vision", "text")),
+    Tiny("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration",
+         dict(thinker_config=THINKER3, talker_config=TALKER3, code2wav_config=CODE2WAV),
+         patches(96, None) | omni_sound(4), ("audio", "vision", "text")),
+    Tiny("qwen3_5", "Qwen3_5ForConditionalGeneration", PLACEHOLDERS | text_and_vision(
+        QWEN_VISION | dict(num_position_embeddings=16), **MROPE, **LINEAR_ATTENTION),
+        patches(96), BOTH),
+    Tiny("qwen3_next", "Qwen3NextForCausalLM", TEXT | EXPERTS | LINEAR_ATTENTION | dict(
+        num_experts=4, shared_expert_intermediate_size=32)),
+    Tiny("qwen3_asr", "Qwen3ASRForConditionalGeneration", dict(
+        audio_token_id=AUDIO, pad_token_id=0, eos_token_id=2,
+        audio_config=SPEECH | dict(output_dim=64, n_window=50, n_window_infer=100,
+            downsample_hidden_size=8),
+        text_config=TEXT | dict(model_type="qwen3"),
+    ), sound(13, 1, 8, 100, input_features_mask=torch.ones(1, 100, dtype=torch.long)), HEARD),
+    Tiny("glm4v_moe", "Glm4vMoeForConditionalGeneration", PLACEHOLDERS | GLM_MARKS
+         | text_and_vision(QWEN_VISION | dict(image_size=16), **MROPE_GLM, **EXPERTS,
+             n_routed_experts=4), patches(96), BOTH),
+    Tiny("glm46v", "Glm46VForConditionalGeneration", PLACEHOLDERS | GLM_MARKS | text_and_vision(
+        QWEN_VISION | dict(image_size=16), **MROPE), patches(96), BOTH),
+    Tiny("ministral3", "Ministral3ForCausalLM", TEXT),
+    Tiny("paddleocr_vl", "PaddleOCRVLForConditionalGeneration", PLACEHOLDERS | text_and_vision(
+        VISION, **MROPE), dict(image=media(4, IMAGE, lambda seed: {
+            "pixel_values": pixels(16, 3, 4, 4, seed=seed), **GRID}, "mm_token_type_ids")), BOTH),
     Tiny("phi4_multimodal", "Phi4MultimodalForCausalLM", TEXT | dict(
         vision_config=VISION | dict(crop_size=16, image_token_id=IMAGE),
         audio_config=dict(

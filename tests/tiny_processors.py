@@ -19,6 +19,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3OmniMoeProcessor,
     VoxtralProcessor,
     WhisperFeatureExtractor,
     WhisperProcessor,
@@ -109,6 +110,12 @@ def qwen2_vl() -> Any:
 
 def omni() -> Any:
     return Qwen2_5OmniProcessor(
+        **eyes(), feature_extractor=ears(), tokenizer=words(), chat_template=CHAT
+    )
+
+
+def omni3() -> Any:
+    return Qwen3OmniMoeProcessor(
         **eyes(), feature_extractor=ears(), tokenizer=words(), chat_template=CHAT
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from auto_mmround.atomic import sync_file, sync_folder, write_json
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.untrusted import belongs
+from auto_mmround.untrusted import ARRAYS, belongs
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
@@ -123,4 +123,5 @@ def is_side_file(path: Path, source: Path) -> bool:
         (above / "run.json").is_file() for above in path.parents[: len(parts) - 1]
     )
     own = len(parts) == 1 and (path.name in _OWN_FILES or path.name.upper().startswith("README"))
-    return path.is_file() and not hidden and not own and not path.name.endswith(_WEIGHTS)
+    weights = path.name.endswith(_WEIGHTS) and parts[-1] not in ARRAYS
+    return path.is_file() and not hidden and not own and not weights

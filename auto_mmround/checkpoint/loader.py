@@ -18,17 +18,19 @@ from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,
     Loaded,
+    further_layers,
     load,
     load_processor,
     load_tokenizer,
     model_class,
     parameter_names,
+    read_by,
     read_config,
     skeleton,
 )
 from auto_mmround.model.quantized import METHODS
 from auto_mmround.numerics.activations import rounded_inputs
-from auto_mmround.untrusted import one_line
+from auto_mmround.untrusted import one_line, read_object
 
 # Formats in which a source may be stored. Those of compressed-tensors are read as by engines, with
 # activations.
@@ -56,13 +58,16 @@ def from_quantized(
     wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
     decoded = dict(dequantized_state_dict(folder, wanted))
     try:
-        state = _as_the_model_keeps_them(skeleton(config, folder, remote_code), folder, decoded)
-        model, info = model_class(config, folder, remote_code).from_pretrained(
+        empty = skeleton(config, folder, remote_code)
+        for key in _carried(empty, folder, decoded):
+            del decoded[key]
+        state = _as_the_model_keeps_them(empty, folder, decoded)
+        model, info = read_by(
+            model_class(config, folder, remote_code),
             None,
             config=config,
             state_dict=state,
             dtype=wanted,
-            output_loading_info=True,
             trust_remote_code=remote_code,
         )
     except NONSENSE as error:
@@ -75,7 +80,17 @@ def from_quantized(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
-    return Loaded(model.to(device).eval().requires_grad_(False), tokenizer, processor, folder)
+    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return Loaded(model, tokenizer, processor, folder)
+
+
+def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[str]:
+    """Those of the keys that the model's class does not load, and did not in the source either:
+    layers behind its own, and what `run.json` names."""
+    journal = folder / "run.json"
+    unread = read_object(journal).get("unread") if journal.is_file() else None
+    known = set(map(str, unread)) if isinstance(unread, list) else set()
+    return further_layers(model, keys) | (known & set(keys))
 
 
 def _check_filled(folder: Path, info: Mapping[str, Any]) -> None:

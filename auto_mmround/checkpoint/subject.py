@@ -20,7 +20,14 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.experts import separable, stacking
-from auto_mmround.model.loading import filled_parameters, loaded_names, read_config, skeleton
+from auto_mmround.model.loading import (
+    filled_parameters,
+    further_layers,
+    loaded_names,
+    read_config,
+    skeleton,
+)
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
@@ -63,7 +70,8 @@ class Skeleton:
     that are one whole parameter. linears: module -> layer. head: the output head. respelled:
     tensors of the source -> their names here, if the tool that wrote the folder changed them. tied:
     tensors that the configuration ties to another one in the folder. mixtures: experts and routers,
-    which are no linear layers in Transformers, in every spelling.
+    which are no linear layers in Transformers, in every spelling. unread: modules of tensors that
+    the class does not load, such as layers that predict further tokens.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -74,6 +82,7 @@ class Skeleton:
     respelled: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     mixtures: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -310,7 +319,9 @@ def _skeleton(
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
     parts = {key for key, (_, entire) in names.items() if not entire}
     lost = [key for key, (name, _) in names.items() if name is None]
-    unknown = [key for key in lost if key not in members | parts]
+    unread = further_layers(model, sorted(keys))
+    unknown = [key for key in lost if key not in members | parts and key not in unread]
+    idle = [key for key in lost if key not in members]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
     whole = _whole(names)
@@ -321,6 +332,7 @@ def _skeleton(
         missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
+        unread=frozenset(key.removesuffix(".weight") for key in idle),
         respelled={
             key: keys_here[name]
             for key, name in _whole(loaded_names(model, original)).items()
@@ -377,7 +389,7 @@ def _linears(
         stored = spelled.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         is_tied = f"{name}.weight" in tied and f"{name}.weight" not in spelled
         found[stored] = Linear(name, out_features, in_features, is_tied)
-        if module is model.get_output_embeddings():
+        if module is speaking(model).get_output_embeddings():
             head = stored
     return found, head
 

@@ -11,6 +11,7 @@ from auto_mmround.evaluate.metrics import moved
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import room
+from auto_mmround.model.speaking import speaking
 
 OPENING = 16  # tokens of a plain text that the model gets as its beginning
 
@@ -37,7 +38,7 @@ def generate_sample(
     kwargs, start = prompt_of(sample, bool(loaded.model.config.is_encoder_decoder))
     count = room(loaded.model, start, max_new_tokens)
     with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        ids = loaded.model.generate(
+        ids = speaking(loaded.model).generate(
             **moved(loaded.model, kwargs), max_new_tokens=count, do_sample=False
         )  # type: ignore[operator]
     shown = sample.modality_T[:start] == TEXT

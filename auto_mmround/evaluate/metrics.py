@@ -15,6 +15,7 @@ from torch import Tensor
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
+from auto_mmround.model.speaking import speaking
 
 
 @dataclass
@@ -73,7 +74,7 @@ def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
     with torch.inference_mode(), devices.products(model.device, model.dtype):
-        return model(**moved(model, kwargs), use_cache=False).logits[0].float()
+        return speaking(model)(**moved(model, kwargs), use_cache=False).logits[0].float()
 
 
 def measure(

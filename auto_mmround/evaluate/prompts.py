@@ -21,6 +21,7 @@ from auto_mmround.evaluate.metrics import logits_of, moved
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import position_limit, room
+from auto_mmround.model.speaking import speaking
 from auto_mmround.run.job import check_vocabulary, preparers
 
 log = logging.getLogger("auto_mmround")
@@ -251,7 +252,7 @@ def answer(loaded: Loaded, prompt: Prompt) -> str:
             loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"]
         )
     with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        made = loaded.model.generate(**kwargs, do_sample=False, **options)  # type: ignore[operator]
+        made = speaking(loaded.model).generate(**kwargs, do_sample=False, **options)  # type: ignore[operator]
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
     return str(loaded.tokenizer.decode(made[0][given:], skip_special_tokens=True)).strip()
 

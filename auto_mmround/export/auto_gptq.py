@@ -19,6 +19,7 @@ from auto_mmround.export.format import (
     Layout,
     Limit,
     any_scheme,
+    carried_names,
     check_integers,
     differences,
     kept_groups,
@@ -127,6 +128,7 @@ def config(layout: Layout) -> dict[str, Any]:
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layout.quantized),
         "block_name_to_quantize": _common_prefix([*layout.blocks, *_outside_blocks(layout)]),
         **_only_modules(layout),
+        **({"modules_to_not_convert": names} if (names := carried_names(layout)) else {}),
         "dynamic": dynamic,
         "provider": "auto_mmround",
         "auto_mmround": dict(layout.details),
@@ -161,6 +163,7 @@ def _outside_blocks(layout: Layout) -> list[str]:
         name
         for name in layout.quantized
         if not any(name.startswith(block + ".") for block in layout.blocks)
+        and name not in layout.carried
     ]
 
 

@@ -20,6 +20,7 @@ from auto_mmround.export.format import (
     Limit,
     any_scheme,
     both_spellings,
+    carried_names,
     check_integers,
     differences,
     kept_groups,
@@ -46,6 +47,7 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
         extra |= {spelling: keys for spelling in both_spellings(layout, name) if keys}
     extra |= {pattern: KEPT for group in groups for pattern in tower_patterns(layout, group)}
     extra |= {spelling: KEPT for single in singles for spelling in both_spellings(layout, single)}
+    extra |= dict.fromkeys(carried_names(layout), KEPT)
     blocks = dict.fromkeys(
         spelling for block in layout.blocks for spelling in both_spellings(layout, block)
     )

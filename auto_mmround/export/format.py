@@ -9,7 +9,7 @@ pattern without an anchored prefix.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,8 @@ class Layout:
     quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits.
     blocks: prefixes of the quantized block lists ("model.language_model.layers"). checkpoint_name:
     Transformers module name -> name in the checkpoint files. default: the recipe's scheme. details:
-    facts recorded for information (iters, algorithm ..).
+    facts recorded for information (iters, algorithm ..). carried: those of the modules that the
+    model's class does not load, and engines do.
     """
 
     quantized: Mapping[str, Scheme]
@@ -37,6 +38,7 @@ class Layout:
     checkpoint_name: Callable[[str], str]
     default: Scheme
     details: Mapping[str, Any] = field(default_factory=dict)
+    carried: Sequence[str] = ()
 
     @cached_property
     def members(self) -> dict[str, str]:
@@ -297,8 +299,8 @@ def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
 def tower_patterns(layout: Layout, group: str) -> list[str]:
     """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group, in any
     engine's spelling."""
-    word = rf".*{re.escape(group.rpartition('.')[2])}\..*"
-    if not group[-1].isdigit() and not _hits(layout, lambda name: re.match(word, name) is not None):
+    word = rf".*{re.escape(_short(group))}\..*"
+    if not _hits(layout, lambda name: re.match(word, name) is not None):
         return [word]
     return [rf".*{re.escape(spelling)}\..*" for spelling in both_spellings(layout, group)]
 
@@ -306,9 +308,25 @@ def tower_patterns(layout: Layout, group: str) -> list[str]:
 def tower_substrings(layout: Layout, group: str) -> list[str]:
     """The same for readers that look for substrings: prefixes with a closing dot (`encoder.` spares
     `encoder_attn`)."""
-    word = group.rpartition(".")[2] + "."
-    short = [] if group[-1].isdigit() or _hits(layout, lambda name: word in name) else [word]
+    word = _short(group) + "."
+    short = [] if _hits(layout, lambda name: word in name) else [word]
     return list(dict.fromkeys([s + "." for s in both_spellings(layout, group)] + short))
+
+
+def carried_names(layout: Layout) -> list[str]:
+    """The layers that the model's class does not load and that stay, by the shortest prefixes that
+    hold nothing quantized, in both spellings; for readers and people that look for a plain name."""
+    kept = [name for name in layout.carried if name not in layout.quantized]
+    groups, singles = kept_groups(replace(layout, kept=kept))
+    names = dict.fromkeys(s for name in (*groups, *singles) for s in both_spellings(layout, name))
+    quantized = [s for name in layout.quantized for s in (name, layout.checkpoint_name(name))]
+    return [name for name in names if not any(name in other for other in quantized)]
+
+
+def _short(group: str) -> str:
+    """The last part of a group's name; a number with what it counts."""
+    *_, parent, last = f".{group}".split(".")
+    return f"{parent}.{last}" if last.isdigit() and parent else last
 
 
 def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:

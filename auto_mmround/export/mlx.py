@@ -87,17 +87,23 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
 def config(layout: Layout) -> dict[str, Any]:
     """The default scheme, and by module name what differs from it. Bare, as MLX's readers in Swift
     want it."""
-    overrides = {
+    overrides: dict[str, Any] = {
         spelling: {"group_size": scheme.group_size, "bits": scheme.bits}
         for name, scheme in layout.quantized.items()
         if {"bits", "group_size"} & differences(scheme, layout.default).keys()
         for spelling in (*both_spellings(layout, name), mlx_name(name))
     }
+    plain = {
+        spelling: False
+        for name in layout.carried
+        if name not in layout.quantized
+        for spelling in both_spellings(layout, name)
+    }
     return {
         "group_size": layout.default.group_size,
         "bits": layout.default.bits,
         "mode": "affine",
-    } | overrides
+    } | (overrides | plain)
 
 
 def mlx_name(name: str) -> str:

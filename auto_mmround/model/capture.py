@@ -16,6 +16,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
@@ -32,14 +33,19 @@ from auto_mmround.model.chains import (
     moved,
     with_hidden,
 )
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
+from auto_mmround.untrusted import one_line
 
 log = logging.getLogger("auto_mmround")
 
 Precision = Callable[[], AbstractContextManager]
 Inputs = Mapping[str, Any]
+# Where Transformers puts code that comes with a model, and how it fails once what it uses is gone.
+OWN_CODE = "transformers_modules."
+OUTDATED = (AttributeError, TypeError, ImportError, NameError, LookupError)
 DISTURBANCE = 0.1  # of the hidden state's own size
 
 
@@ -300,6 +306,7 @@ class _Recorder:
 def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
     """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
     of all."""
+    model = speaking(model)  # type: ignore[arg-type]  # any module with such a forward pass
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
         model(**moved(dict(kwargs), device_of(model)), use_cache=False)
@@ -311,8 +318,17 @@ def _run(
     with ExitStack() as stack, torch.no_grad(), precision():
         for recorder in recorders:
             stack.callback(recorder.remove)
-        with suppress(_ReachedError):
+        try:
             run_without_logits(model, kwargs)
+        except _ReachedError:
+            return
+        except OUTDATED as error:
+            if not type(model).__module__.startswith(OWN_CODE):
+                raise
+            raise UserError(
+                f"the code that comes with the model fails: {one_line(str(error))[:300]}; it may be"
+                f" written for another version of Transformers than {transformers.__version__}"
+            ) from error
 
 
 def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.capture import stopping_at
+from auto_mmround.model.speaking import speaking
 
 LOGITS = 2**23  # logits in memory at a time
 # model, what it takes -> hidden states (T, D), and the module that turns them into logits (T, V)
@@ -28,6 +29,7 @@ def check_head(model: PreTrainedModel) -> None:
 
     Code that comes with a model need not say where its head is.
     """
+    model = speaking(model)
     if type(model).__module__.startswith("transformers.") and model.get_output_embeddings() is None:
         like = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "LlamaForCausalLM")
         raise UserError(
@@ -51,7 +53,7 @@ def parts(hidden_TD: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _at_head(model: PreTrainedModel, hook: Callable[..., None]) -> Iterator[None]:
-    handle = model.get_output_embeddings().register_forward_hook(hook)
+    handle = speaking(model).get_output_embeddings().register_forward_hook(hook)
     try:
         yield
     finally:
@@ -60,6 +62,7 @@ def _at_head(model: PreTrainedModel, hook: Callable[..., None]) -> Iterator[None
 
 def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
     """Whether the logits are what the output head gives: no soft cap or scale comes after it."""
+    model = speaking(model)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         return False
     made: list[Tensor] = []
@@ -76,6 +79,7 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
 
 def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
     """The last hidden states (T, D), and the head that turns them into logits."""
+    model = speaking(model)
     head = model.get_output_embeddings()
     with stopping_at(head) as reached:
         model(**kwargs, use_cache=False)
@@ -84,4 +88,4 @@ def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tens
 
 def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
     """For models that change the head's output: the logits themselves."""
-    return model(**kwargs, use_cache=False).logits[0], nn.Identity()
+    return speaking(model)(**kwargs, use_cache=False).logits[0], nn.Identity()

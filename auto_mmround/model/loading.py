@@ -1,6 +1,7 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,11 @@ from auto_mmround.model.borrowed import named
 from auto_mmround.model.devices import HOST
 from auto_mmround.model.placement import check_present, placed
 from auto_mmround.model.quantized import forget
+from auto_mmround.model.speaking import is_several
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
-from auto_mmround.untrusted import INDEX, SINGLE, one_line, read_object, weight_files
+from auto_mmround.model.structure import find_stages
+from auto_mmround.untrusted import ARRAYS, INDEX, SINGLE, one_line, read_object, weight_files
 
 log = logging.getLogger("auto_mmround")
 
@@ -57,10 +60,16 @@ DEPTHS = {
     "num_nextn_predict_layers",
 }
 DEEPEST = 1000
+# How checkpoints call layers that predict further tokens.
+FURTHER = re.compile(r"(^|\.)(mtp\w*|\w*_mtp|nextn\w*|multi_token_pred\w*)\.")
+# Architectures as published -> the class that Transformers has for them.
+PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}
+# Towers that put a token for the whole picture before its patches.
+CLASS_TOKENS = ("clip_vision_model",)
 # What Transformers raises for a configuration that makes no sense to it.
 NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
     ArithmeticError, ImportError,
-            MemoryError, AssertionError, StrictDataclassError)  # fmt: skip
+            MemoryError, AssertionError, NameError, SyntaxError, StrictDataclassError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,9 @@ def find_folder(name: str, offline: bool = False) -> Path:
 def _from_hub(name: str, offline: bool) -> Path:
     unread = ["*.bin", "*.pt", "*.pth", "*.onnx*"]
     try:
+        huggingface_hub.snapshot_download(
+            name, allow_patterns=list(ARRAYS), local_files_only=offline
+        )
         return Path(
             huggingface_hub.snapshot_download(
                 name, ignore_patterns=unread, local_files_only=offline
@@ -204,9 +216,7 @@ def load(
             )
         else:
             options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": places}
-            model, info = cls.from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, **options
-            )
+            model, info = read_by(cls, folder, use_safetensors=True, **options)
             absent = sorted(
                 set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
             )
@@ -222,6 +232,19 @@ def load(
     named(model)
     processor = load_processor(folder, remote_code)
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
+
+
+def read_by(
+    cls: Any, folder: Path | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model and what its loading met. A class of several models is read by Transformers' own
+    reader alone: Qwen2.5-Omni's unpickles its voices (`spk_dict.pt`), for which quantizing has no
+    use, and loses what loading met."""
+    reader: Any = PreTrainedModel if is_several(cls) else cls
+    found: tuple[PreTrainedModel, dict[str, Any]] = reader.from_pretrained.__func__(
+        cls, folder, output_loading_info=True, **options
+    )
+    return found
 
 
 def _trust(remote_code: bool) -> dict[str, Any]:
@@ -264,7 +287,7 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
     stated = config.architectures if isinstance(config.architectures, list) else []
     architectures = [name for name in stated if isinstance(name, str)]
     for architecture in architectures:
-        cls = getattr(transformers, architecture, None)
+        cls = getattr(transformers, PUBLISHED.get(architecture, architecture), None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
     remote = getattr(config, "auto_map", None) or {}
@@ -277,7 +300,11 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
                     f"model {folder} needs Python code that comes with it: --trust_remote_code"
                     " runs it"
                 )
-            return get_class_from_dynamic_module(remote[name], folder)
+            try:
+                return get_class_from_dynamic_module(remote[name], folder)
+            except NONSENSE as error:
+                reason = one_line(str(error))[:300]
+                raise UserError(f"model {folder}: its code can't be read: {reason}") from None
     raise UserError(
         f"architecture {architectures}: unknown to transformers {transformers.__version__}"
     )
@@ -310,7 +337,24 @@ def load_processor(folder: Path, remote_code: bool = False) -> Any:
         raise UserError(
             f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}"
         ) from None
-    return processor if hasattr(processor, "tokenizer") else None
+    if not hasattr(processor, "tokenizer"):
+        return None
+    if getattr(processor, "patch_size", 0) is None:
+        _complete(processor, read_config(folder, remote_code))
+    return processor
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """Old folders have no `processor_config.json`: how many tokens a picture becomes is told by the
+    model's configuration alone. A tower with a class token gives one more."""
+    vision = getattr(config, "vision_config", None)
+    processor.patch_size = getattr(vision, "patch_size", None)
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    if getattr(processor, "vision_feature_select_strategy", strategy) is None:
+        processor.vision_feature_select_strategy = strategy
+    if getattr(processor, "num_additional_image_tokens", None) == 0:
+        with_class = getattr(vision, "model_type", "") in CLASS_TOKENS
+        processor.num_additional_image_tokens = int(with_class)
 
 
 def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> Any:
@@ -369,6 +413,19 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
         first, *others = targets.get(pattern or "", [""])
         found |= {name, *(name.replace(first, other) for other in others)}
     return found & own
+
+
+def further_layers(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
+    """Those of the keys that belong to layers behind the model's own, which predict further tokens:
+    told by their prefix, since the lists of classes name the numbers of one published model."""
+    own, text = set(model.state_dict()), find_stages(model)[-1]
+    number = re.compile(rf"{re.escape(text.path)}\.(\d+)\.")
+    return {
+        key
+        for key, name, _ in renamed_keys(model, keys)
+        if name not in own
+        and (FURTHER.search(key) or ((n := number.match(name)) and int(n[1]) >= text.depth))
+    }
 
 
 def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import find_stages
 
 # What configurations call the number of positions. It alone is no limit: rotary models run beyond
@@ -30,6 +31,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     Found by size: an embedding or a buffer of the text part, beside the one of the vocabulary, as
     long as the configuration says. Some keep their first entries for padding (OPT, RoBERTa).
     """
+    model = speaking(model)
     config = model.config.get_text_config(decoder=True)
     if config.model_type in COMPUTED:
         return int(getattr(config, COMPUTED[config.model_type]))

@@ -8,7 +8,7 @@ seen when inputs are captured (`capture`).
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.families import family_of
+from auto_mmround.model.speaking import speaking_path
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -101,7 +102,12 @@ def _routers(
 
 
 def find_stages(model: PreTrainedModel) -> list[Stage]:
-    """All stages, text last. Raises UserError when the model has no text blocks."""
+    """All stages of the part that predicts text, which comes last. Raises UserError when the model
+    has no text blocks."""
+    whole = speaking_path(model)
+    if whole:
+        found = find_stages(model.get_submodule(whole))  # type: ignore[arg-type]
+        return [replace(stage, path=f"{whole}.{stage.path}") for stage in found]
     connectors = family_of(model.config.model_type).connectors
     lists = {
         path: found

@@ -126,6 +126,13 @@ class Fields:
         bool,
         _scheme("quantize the output head too, rounded to nearest, if it has a weight of its own"),
     ] = False
+    quant_mtp: Annotated[
+        bool,
+        _scheme(
+            "round layers that the model's class does not load (MTP) to 8 bits; otherwise they"
+            " are copied"
+        ),
+    ] = False
     to_quant_block_names: Annotated[
         str | None, _scheme("comma list of regular expressions for the block lists to quantize")
     ] = None

@@ -9,7 +9,7 @@ import yaml
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.model.loading import find_folder
+from auto_mmround.model.loading import PUBLISHED, find_folder
 from auto_mmround.report import report
 
 MARK = "<!-- written by auto_mmround -->"
@@ -148,10 +148,11 @@ def _deployments(
     for row in found["verify"]:
         if row["status"] != "right":
             continue
+        stated = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
         language, code = CODE.get(row["engine"], {}).get(kind, ("", ""))
         names = {
             "name": found["name"],
-            "cls": (config.get("architectures") or ["AutoModelForImageTextToText"])[0],
+            "cls": PUBLISHED.get(stated, stated),
             "lm": "vlm" if kind == "image" else "lm",
             "prompt": (
                 '"What is shown?" --image picture.png' if kind == "image" else '"The first thing"'

@@ -26,7 +26,9 @@ from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
+from auto_mmround.model.speaking import speaking
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
 from auto_mmround.run.mixed import choose_bits, units
@@ -78,7 +80,7 @@ def preparers(loaded: Loaded, template: str | None = None) -> Preparers:
     """What turns rows into inputs of a model. template: the user's instead of the family's."""
     model = loaded.model
     return Preparers(
-        loaded.tokenizer, loaded.processor, template_for(model, template), model.config,
+        loaded.tokenizer, loaded.processor, template_for(model, template), speaking(model).config,
         positions=position_limit(model),
     )  # fmt: skip
 
@@ -102,7 +104,15 @@ def load_model(recipe: Recipe, kept: bool = False, processes: Processes = ALONE)
 
 def planned(recipe: Recipe, loaded: Loaded) -> Plan:
     """What becomes of every weight. Raises UserError as `make_plan` and `within_ranges` do."""
-    return within_ranges(loaded, make_plan(loaded.model, recipe))
+    return _whole(recipe, loaded, make_plan(loaded.model, recipe))
+
+
+def _whole(recipe: Recipe, loaded: Loaded, plan: Plan) -> Plan:
+    """The plan within what scales hold, and with what only the files have."""
+    plan = within_ranges(loaded, plan)
+    if loaded.source is None:
+        return plan
+    return with_carried(plan, loaded.model, loaded.source, recipe)
 
 
 def prepare(
@@ -130,12 +140,13 @@ def prepare(
     check_formats(plan.formats, names, loaded.source)
     check_names(names, plan)
     if names.unread:
-        kind, count = type(loaded.model).__name__, len(names.unread)
+        count = sum(1 for weight in plan.carried if weight.scheme)
         log.warning(
-            "%s does not read %d tensors, first %s: copied as they are",
-            kind,
-            count,
+            "%s does not read %d tensors, first %s: copied as they are%s",
+            type(loaded.model).__name__,
+            len(names.unread),
             names.unread[0],
+            f", but for {count} that are rounded to 8 bits" if count else "",
         )
     if not recipe.needs_samples:
         return Job(
@@ -154,7 +165,7 @@ def prepare(
         with phase(WHAT, HELPS):
             session = Session(loaded.model, recipe, plan, inputs)
             recipe, plan, mixed = choose_bits(session, on_measured)
-        plan = within_ranges(loaded, plan)  # other bits need other scales
+        plan = _whole(recipe, loaded, plan)  # other bits need other scales
     return Job(recipe, loaded, plan, inputs, asdict(report), chosen.notes, mixed)
 
 
@@ -211,7 +222,7 @@ def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> No
     """Raises UserError for a sample whose text has token ids that the model has no embedding for.
     Ids of media are the model's own affair: it need not embed them."""
     try:
-        embedding = model.get_input_embeddings()
+        embedding = speaking(model).get_input_embeddings()
     except NotImplementedError:  # code that comes with a model may leave it out
         return
     weight = getattr(embedding, "weight", None)
@@ -340,8 +351,8 @@ def save(
     Raises UserError if the format can't hold what was tuned; name it in the recipe's `format`
     before tuning. prove: as in `run`.
     """
-    fmt = formats.resolve(format_name, set(job.plan.quantized.values()))
-    for weight in job.plan.weights:
+    fmt = formats.resolve(format_name, job.plan.schemes)
+    for weight in job.plan.all:
         if weight.scheme:
             problem = fmt.holds(weight.scheme) or fmt.check(
                 weight.scheme, weight.out_features, weight.in_features

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,11 +25,12 @@ from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.experts import Expert, separable, stacking
-from auto_mmround.model.loading import converted_keys, loaded_names, parameter_names
+from auto_mmround.model.loading import converted_keys, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.carried import CarriedCodes, carried_modules, unread_keys
 from auto_mmround.run.given import aliases, config_of, newest, pruned
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.plan import Plan
@@ -61,6 +63,8 @@ class Names:
             )
             if expert.stacked or self.keys[f"{name}.weight"] in self.files:
                 self._covered.add(expert.parameter)
+        self.carried = carried_modules(model, self.stored, self.gone)
+        self.keys |= {f"{name}.weight": f"{key}.weight" for name, key in self.carried.items()}
         self.parameters = {key: name for name, key in self.keys.items()}
         singles = {
             self.keys[f"{name}.weight"] for name, expert in self.experts.items() if expert.stacked
@@ -77,8 +81,7 @@ class Names:
     def unread(self) -> list[str]:
         """Keys of the source that the model's class does not read, such as layers that predict
         further tokens."""
-        found = loaded_names(self.model, self.files).items()
-        return sorted(key for key, (name, whole) in found if name is None and whole)
+        return sorted(unread_keys(self.model, self.stored.files).keys() - self.gone)
 
     @cached_property
     def made(self) -> list[tuple[list[str], list[str]]]:
@@ -224,8 +227,10 @@ class Names:
         module = parameter.removesuffix(".weight")
         expert = self.experts.get(module)
         tensor = state.get(parameter) if expert is None else expert.of(state[expert.parameter])
-        if tensor is None or not tensor.is_meta:
-            return None if tensor is None else tensor.cpu()
+        if tensor is None:
+            return dequantize(codes[module]) if module in self.carried and module in codes else None
+        if not tensor.is_meta:
+            return tensor.cpu()
         if module not in codes:
             return None
         decoded_OI = dequantize(codes[module], tensor.dtype)
@@ -397,10 +402,13 @@ def _write_record(folder: Path, more: Mapping[str, Any]) -> None:
 def _fill(folder: Path, fmt: Format, result: Result) -> None:
     names, plan, recipe, source = result.names, result.plan, result.recipe, result.source
     records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
-    packed = plan.quantized if fmt.packs else {}
+    carried = CarriedCodes(plan.carried, names.carried, names.stored)
+    schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
+    packed = schemes if fmt.packs else {}
     layout = Layout(
-        quantized=plan.quantized,
-        kept=list(plan.kept),
+        quantized=schemes,
+        kept=[*plan.kept, *(w.name for w in plan.carried if w.reason)],
+        carried=[w.name for w in plan.carried],
         blocks=[stage.path for stage in plan.stages],
         checkpoint_name=names.module,
         default=recipe.scheme,
@@ -408,11 +416,10 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     )
     config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
-    codes = ByKey(
-        result.codes, {names.module(name): name for name in result.codes} if packed else {}
-    )
+    made: Mapping[str, Codes] = ChainMap({}, carried, result.codes)  # type: ignore[arg-type]
+    codes = ByKey(made, {names.module(n): n for n in (*result.codes, *carried)} if packed else {})
     without = {f"{name}.weight" for name in packed}
-    rest = _recorded(names.unchanged(without, result.codes, apart=fmt.packs), records["tensors"])
+    rest = _recorded(names.unchanged(without, made, apart=fmt.packs), records["tensors"])
     if fmt.write:
         records["codes"] = {
             key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()

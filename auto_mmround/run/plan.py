@@ -15,6 +15,7 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import converted_parameters
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import (
     LINEAR,
     Stage,
@@ -68,11 +69,23 @@ def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: those to quantize, in forward order. formats: what will be written."""
+    """stages: those to quantize, in forward order. formats: what will be written. carried: weights
+    of layers that the model's class does not load."""
 
     stages: tuple[Stage, ...]
     weights: tuple[WeightPlan, ...]
     formats: tuple[Format, ...]
+    carried: tuple[WeightPlan, ...] = ()
+
+    @property
+    def all(self) -> tuple[WeightPlan, ...]:
+        """All weights, carried ones too."""
+        return self.weights + self.carried
+
+    @property
+    def schemes(self) -> set[Scheme]:
+        """All schemes that a checkpoint has."""
+        return {weight.scheme for weight in self.all if weight.scheme}
 
     @cached_property
     def quantized(self) -> dict[str, Scheme]:
@@ -275,6 +288,7 @@ def _decide(
 
 
 def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
+    model = speaking(model)
     if layer is not model.get_output_embeddings():
         return "outside the quantized blocks"
     if model.get_input_embeddings().weight is layer.weight:

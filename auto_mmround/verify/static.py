@@ -231,9 +231,11 @@ def check_entries(s: Subject) -> Iterator[Finding]:
     if s.quantization is None or s.skeleton is None:
         return
     model_type = str(s.config.get("model_type"))
-    known = {
-        n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)
-    } | s.skeleton.mixtures
+    known = (
+        {n for stored, layer in s.skeleton.linears.items() for n in (stored, layer.name)}
+        | s.skeleton.mixtures
+        | s.skeleton.unread
+    )
     known |= {names.vllm_module(model_type, name) for name in known}
     try:
         with time_limit(PATTERN_SECONDS):

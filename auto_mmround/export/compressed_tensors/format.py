@@ -20,6 +20,7 @@ from auto_mmround.export.format import (
     Limit,
     any_scheme,
     both_spellings,
+    carried_names,
     check_integers,
     kept_groups,
     tower_patterns,
@@ -65,8 +66,9 @@ def config(layout: Layout) -> dict[str, Any]:
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
+    ignore += carried_names(layout)
     # vLLM puts a prefix before the output head of some models, but not before its name here.
-    ignore += [f"re:.*{single}$" for single in singles if "." not in single]
+    ignore += [f"re:.*{leaf}$" for leaf in _outside_lists(layout, singles)]
     kind, ends = _kind(largest), ends_of(layout, by_scheme)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for
     # Transformers, which then refuses ours; asked to dequantize at once Transformers reads them,
@@ -89,6 +91,15 @@ def config(layout: Layout) -> dict[str, Any]:
         "provider": "auto_mmround",
         "auto_mmround": dict(layout.details),
     }
+
+
+def _outside_lists(layout: Layout, singles: Iterable[str]) -> list[str]:
+    """Last parts of single modules that lie in no list (the output head), where no quantized module
+    ends so."""
+    leaves = {
+        s.rpartition(".")[2]: None for s in singles if not any(map(str.isdigit, s.split(".")))
+    }
+    return [leaf for leaf in leaves if not any(name.endswith(leaf) for name in layout.quantized)]
 
 
 def _kind(scheme: Scheme) -> str:

@@ -1,0 +1,166 @@
+"""Linear weights that a checkpoint has and the model's class does not load: layers that predict
+further tokens (MTP), extra heads, teachers.
+
+They come along bit for bit, and every format names them among what is not quantized, since engines
+build them. `quant_mtp` rounds those to 8 bits that are of a kind with a quantized layer of the
+blocks (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the configuration; what
+joins two hidden states (`eh_proj`) is a plain layer to them.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from auto_mmround.errors import UserError
+from auto_mmround.export import formats
+from auto_mmround.model.loading import renamed_keys
+from auto_mmround.model.quantized import FLOATS
+from auto_mmround.model.stored import Reader, Stored, stored_tensors
+from auto_mmround.numerics.grids import Codes, to_groups
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.scale_search import search_scale
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.run.given import pruned
+from auto_mmround.run.plan import Plan, WeightPlan, fused_set, grid_of
+
+BITS = 8  # with 4 fewer of the tokens that such layers propose are right
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embedding")
+END = ".weight"
+
+
+def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Those of the keys that become no parameter of the model, nor a part of one -> what
+    Transformers would call it."""
+    own = set(model.state_dict())
+    return {
+        key: key if converted else name
+        for key, name, converted in renamed_keys(model, keys)
+        if name not in own
+    }
+
+
+def carried_modules(
+    model: PreTrainedModel, stored: Stored, gone: Collection[str]
+) -> dict[str, str]:
+    """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
+    layers that the class does not load. gone: keys that a user's own model has left behind."""
+    return {
+        name.removesuffix(END): key.removesuffix(END)
+        for key, name in unread_keys(model, stored.files).items()
+        if key not in gone and _may_be_linear(key, stored)
+    }
+
+
+def _may_be_linear(key: str, stored: Stored) -> bool:
+    module = key.removesuffix(END)
+    known = key in stored.scales or stored.kinds.get(key) in FLOATS
+    return key.endswith(END) and module.rpartition(".")[2] not in EMBEDDINGS and known
+
+
+def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recipe) -> Plan:
+    """The plan with what becomes of the weights that the class does not load. Raises UserError
+    where `quant_mtp` meets no such weight, or a format that can't hold it."""
+    stored = stored_tensors(source)
+    modules = carried_modules(model, stored, pruned(model, stored, source))
+    scheme = _scheme(recipe) if recipe.quant_mtp else None
+    kinds = {kind for name in plan.quantized for kind in _kinds(name)}
+    weights = []
+    with Reader(stored) as reader:
+        for module, key in modules.items():
+            shape = reader.plain(f"{key}{END}").get_shape()
+            if len(shape) == 2:
+                wanted = scheme if kinds.intersection(_kinds(module)) else None
+                reason = None if wanted else f"{type(model).__name__} does not load it"
+                weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
+    if scheme is not None:
+        weights = _together([_held(weight, recipe) for weight in weights])
+        if not any(weight.scheme for weight in weights):
+            raise UserError(
+                "quant_mtp: the model has no layers that its class does not load, of a kind with"
+                " those that are quantized; leave it off"
+            )
+    used = {*plan.quantized.values(), *(w.scheme for w in weights if w.scheme)}
+    targets = tuple(formats.resolve(name, used) for name in recipe.formats)
+    return replace(plan, carried=tuple(weights), formats=targets)
+
+
+def _scheme(recipe: Recipe) -> Scheme:
+    base = formats.fitted(recipe.formats, replace(recipe.scheme, bits=BITS))
+    if base.data_type != "int" or base.act_bits < 16 or base.scale_range:
+        raise UserError(
+            f"quant_mtp: 8-bit integers beside {recipe.format} of this scheme are not possible;"
+            " leave it off"
+        )
+    for name in recipe.formats:
+        fmt = formats.get(name)
+        if fmt.write or (BITS not in fmt.bits and fmt.packs):
+            raise UserError(
+                f"quant_mtp: {name} holds no {BITS}-bit layers beside others; leave it off, or"
+                " write auto_round, auto_gptq, compressed_tensors or mlx"
+            )
+    return base
+
+
+def _held(weight: WeightPlan, recipe: Recipe) -> WeightPlan:
+    if weight.scheme is None:
+        return weight
+    for target in (formats.resolve(name, {weight.scheme}) for name in recipe.formats):
+        problem = target.check(weight.scheme, weight.out_features, weight.in_features)
+        if problem:
+            return replace(weight, scheme=None, reason=f"{target.name} {problem}")
+    return weight
+
+
+def _together(weights: Sequence[WeightPlan]) -> list[WeightPlan]:
+    """Weights that engines load as one matrix stay if one of them does."""
+    apart = {fused_set(weight.name) for weight in weights if weight.scheme is None}
+    reason = "engines load it with one that stays"
+    return [
+        replace(weight, scheme=None, reason=reason)
+        if weight.scheme and fused_set(weight.name) in apart
+        else weight
+        for weight in weights
+    ]
+
+
+def _kinds(name: str) -> Iterator[str]:
+    """What a layer is called below its block, such as `self_attn.q_proj`; experts are all alike."""
+    parts = ["#" if part.isdigit() else part for part in name.split(".")]
+    if "#" in parts:
+        yield ".".join(parts[parts.index("#") + 1 :])
+
+
+class CarriedCodes(Mapping[str, Codes]):
+    """Module -> codes of the weights that `quant_mtp` rounds, made when they are asked for."""
+
+    def __init__(self, weights: Sequence[WeightPlan], keys: Mapping[str, str], stored: Stored):
+        """keys: module -> as the checkpoint calls it."""
+        self._planned = {weight.name: weight for weight in weights if weight.scheme}
+        self._keys, self._stored = keys, stored
+
+    def __getitem__(self, module: str) -> Codes:
+        scheme = self._planned[module].scheme
+        assert scheme is not None
+        with Reader(self._stored) as reader:
+            return nearest(reader.tensor(f"{self._keys[module]}{END}"), scheme)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planned)
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+
+def nearest(w_OI: Tensor, scheme: Scheme) -> Codes:
+    """Rounded to nearest, with scales that are searched for the least squared error."""
+    grid = grid_of(scheme)
+    rounding = Rounding(w_OI, scheme.group_size, grid)
+    w_OGg = to_groups(w_OI, w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size)
+    scale_OG, zero_OG = search_scale(w_OGg, torch.ones_like(w_OGg[0], dtype=torch.float32), grid)
+    rounding.start_at(scale_OG, zero_OG, torch.zeros_like(w_OGg, dtype=torch.float32))
+    return rounding.codes()

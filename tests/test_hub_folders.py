@@ -1,0 +1,129 @@
+"""Folders as people upload them: old processor files, pickled weights beside, no generation
+settings, several configurations, code of their own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import FAMILIES, conversation, tiny_tokenizer
+from tiny_processors import eyes, words
+from transformers import (
+    CLIPImageProcessor,
+    LlavaProcessor,
+    MllamaImageProcessor,
+    MllamaProcessor,
+    Qwen2VLProcessor,
+)
+
+from auto_mmround import cli
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.verify import static
+
+MARKS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>",
+             vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>")  # fmt: skip
+
+
+def llava():
+    picture = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(picture, words(image_token="<image>"), patch_size=4,
+                          vision_feature_select_strategy="default", image_token="<image>",
+                          num_additional_image_tokens=1)  # fmt: skip
+
+
+def mllama():
+    size = {"height": 16, "width": 16}
+    return MllamaProcessor(MllamaImageProcessor(size=size, max_image_tiles=2),
+                           words(image_token="<|image|>"))  # fmt: skip
+
+
+def qwen():
+    return Qwen2VLProcessor(**eyes(), tokenizer=words(**MARKS))
+
+
+PROCESSORS = {"qwen2_vl": qwen, "llava": llava, "mllama": mllama}
+FIVE = ("qwen2_vl", "llava", "phi3_v", "cogvlm2", "mllama")
+
+
+def uploaded(name: str, folder: Path) -> Path:
+    """As of the year of the family: one `preprocessor_config.json`, weights in two forms."""
+    FAMILIES[name].save(folder, tiny_tokenizer())
+    if name in PROCESSORS:
+        made = PROCESSORS[name]()
+        made.image_processor.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+        old = json.loads((folder / "preprocessor_config.json").read_text())
+        old["processor_class"] = type(made).__name__
+        (folder / "preprocessor_config.json").write_text(json.dumps(old))
+        (folder / "processor_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    torch.save({"a": torch.zeros(1)}, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save({"a": torch.zeros(1)}, folder / "training_args.bin")
+    index = {"metadata": {}, "weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "params.json").write_text('{"dim": 64}')
+    (folder / "mel_filters.npz").write_bytes(b"PK")
+    (folder / "original").mkdir()
+    (folder / "original/params.json").write_text('{"dim": 64}')
+    (folder / "original/consolidated.00.pth").write_bytes(b"x")
+    (folder / "configs").mkdir()
+    (folder / "configs/config.json").write_text('{"model_type": "other"}')
+    (folder / "tokenizer.model.v3").write_bytes(b"v3")
+    (folder / "examples").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "examples/one.png")
+    return folder
+
+
+def rows(folder: Path) -> Path:
+    found = []
+    for i in range(4):
+        row = conversation(i)
+        row["image"].save(folder / f"{i}.png")
+        found.append(row | {"image": f"{i}.png"})
+    (folder / "rows.json").write_text(json.dumps(found))
+    return folder / "rows.json"
+
+
+@pytest.mark.parametrize("towers", ["", "--quant_nontext_module"])
+@pytest.mark.parametrize("name", FIVE)
+def test_the_five_families_of_the_original(name, towers, tmp_path):
+    model = uploaded(name, tmp_path / "model")
+    words = ["--model", str(model), "--dataset", str(rows(tmp_path)), "--output_dir"]
+    options = "--iters 1 --nsamples 4 --seqlen 400 --group_size 32 --device cpu --disable_amp"
+    code = "--trust_remote_code" if FAMILIES[name].standin else ""
+    out = tmp_path / "out"
+    assert cli.main([*words, str(out), *f"{options} {code} {towers}".split()]) == 0
+    (folder,) = out.iterdir()
+    found = static.check(folder, model, remote_code=bool(code))
+    assert [f for f in found if "no chat template" not in f.message] == []
+    for file in ("params.json", "configs/config.json", "original/params.json", "mel_filters.npz",
+                 "tokenizer.model.v3", "examples/one.png"):  # fmt: skip
+        assert (folder / file).read_bytes() == (model / file).read_bytes(), file
+    code_files = {path.name for path in model.glob("*.py")}
+    assert code_files == {path.name for path in folder.glob("*.py")}
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pth")]
+    from_quantized(folder, remote_code=bool(code))
+
+
+OUTDATED = {
+    "a package that is not there": ("import torch\n", "import torch\nimport no_such_package_x\n"),
+    "a name that is gone": ("import torch\n", "import torch\nfrom torch import no_such_name_x\n"),
+    "no Python": ("import torch\n", "import torch\ndef (\n"),
+    "a method that is gone": ("    def forward(", "    def forward(self, *_, **__):\n"
+                              "        return self.no_such_method_x()\n\n    def forward_(",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", OUTDATED)
+def test_code_for_another_version_is_one_line(fault, tmp_path, capsys):
+    FAMILIES["phi3_v"].save(tmp_path / "model", tiny_tokenizer())
+    (code,) = (tmp_path / "model").glob("phi3_v*.py")
+    old, new = OUTDATED[fault]
+    code.write_text(code.read_text().replace(old, new))
+    words = ["--model", str(tmp_path / "model"), "--dataset", str(rows(tmp_path)), "--output_dir"]
+    options = "--iters 1 --nsamples 4 --group_size 32 --device cpu --trust_remote_code"
+    assert cli.main([*words, str(tmp_path / "out"), *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert "_x" in said or "def" in said or "syntax" in said
+    assert not (tmp_path / "out").exists()
