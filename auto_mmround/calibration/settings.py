@@ -211,9 +211,10 @@ def _check_kinds(
             f" {wanted}"
         )
     seen = {SEEN_AS.get(kind, kind) for kind in found}
-    for kind in needs:
-        if found and READY not in seen and kind not in seen:
-            raise UserError(
-                f"{name} has no {kind} samples, and what is to be quantized reads {kind}: add some,"
-                f" such as {STAND_IN[kind]}, or choose the stages with to_quant_block_names"
-            )
+    # Of several towers those are quantized that samples reach.
+    if needs and found and READY not in seen and not seen & {*needs}:
+        kinds = " or ".join(needs)
+        raise UserError(
+            f"{name} has no {kinds} samples, and what is to be quantized reads {kinds}: add some,"
+            f" such as {STAND_IN[needs[0]]}, or choose the stages with to_quant_block_names"
+        )

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 from threading import get_ident
 from typing import Any
 
@@ -96,6 +97,34 @@ def capture(
     return {path: chain for path, chain in chains.items() if len(chain)}
 
 
+def reached(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    inputs: Sequence[Inputs],
+    precision: Precision = nullcontext,
+) -> set[str]:
+    """Paths of the stages that the first input of each kind runs through. A pass ends at the last
+    stage, once all others were reached."""
+    found: set[str] = set()
+    waiting = {stage.path for stage in stages}
+
+    def seen(path: str) -> None:
+        found.add(path)
+        waiting.discard(path)
+        if not waiting:
+            raise _ReachedError
+
+    for kwargs in {frozenset(kwargs): kwargs for kwargs in reversed(inputs)}.values():
+        with ExitStack() as stack, suppress(_ReachedError), torch.no_grad(), precision():
+            for stage in stages:
+                block = model.get_submodule(stage.blocks[0])
+                hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
+                stack.callback(hook.remove)
+            waiting = {stage.path for stage in stages}
+            run_without_logits(model, kwargs)
+    return found
+
+
 def recapture(
     model: nn.Module,
     chain: Chain,
@@ -165,12 +194,20 @@ def _without_blocks(
             raise
         log.info("%s: blocks run for every sample (%s)", stage.path, error)
         rests = None
-    if rests is not None and len(quiet) == len(seen.passes):
+    if rests is not None and _start_alike(quiet, seen.passes):
         if max(_gaps(model, chain, quiet, seen.passes, kwargs, precision), default=1.0) <= 1.0:
             return quiet, rests
         log.info("%s: blocks run for every sample: what they are given depends on them", stage.path)
     _prove(model, chain, seen.passes, seen.passes, kwargs, precision)
     return seen.passes, None
+
+
+def _start_alike(found: Sequence["_Pass"], expected: Sequence["_Pass"]) -> bool:
+    """Whether passes begin with the same hidden states: later ones may read what earlier ones
+    gave."""
+    return len(found) == len(expected) and all(
+        torch.equal(one.first, other.first) for one, other in zip(found, expected)
+    )
 
 
 @dataclass
@@ -297,12 +334,21 @@ class _Recorder:
             handle.remove()
 
 
+def run_model(model: Any, kwargs: Inputs) -> Any:
+    """The model's answer; without a cache, where it makes one."""
+    takes = signature(model.forward).parameters
+    others = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
+    generates = others and getattr(model, "can_generate", lambda: True)()
+    cached = "use_cache" in takes or generates
+    return model(**kwargs, **({"use_cache": False} if cached else {}))
+
+
 def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
     """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
     of all."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
-        model(**moved(dict(kwargs), device_of(model)), use_cache=False)
+        run_model(model, moved(dict(kwargs), device_of(model)))
 
 
 def _run(
@@ -388,6 +434,8 @@ def _gaps(
     recorder = _Recorder(model, stage, expected[0].first.device, disturb=True)
     _run(model, kwargs, [recorder], precision)
     disturbed = gap(recorder.passes)
+    if _starts_follow(recorder.passes, expected):
+        disturbed = float("inf")  # a loop: what a later pass begins with depends on earlier ones
     if max(exact, disturbed) <= 1.0:
         log.info(
             "%s: replay of %d blocks equals the model (%.2f of what rounding explains, "
@@ -398,6 +446,15 @@ def _gaps(
             disturbed,
         )
     return exact, disturbed
+
+
+def _starts_follow(passes: Sequence[_Pass], expected: Sequence[_Pass]) -> bool:
+    """Whether passes begin otherwise than ``expected`` and disturbed."""
+    return any(
+        one.first.shape != other.first.shape
+        or difference(one.first, _disturbed(other.first)) > TOLERANCE[one.first.dtype]
+        for one, other in zip(passes[1:], expected[1:])
+    )
 
 
 def _disturbed(hidden: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ A family that is missing here has no quirk and is read by its structure, see doc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
+
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Family:
         return "text" in self.calibrates
 
 
+# What models read that read no words.
+WORDLESS = {"input_features", "input_values", "pixel_values", "flattened_patches"}
 TEXT, HEARING = ("text",), ("text", "audio")
 SHARED = "keys and values shared between layers"
 
@@ -109,3 +114,14 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The family's entry, or one without quirks."""
     return FAMILIES.get(model_type, Family(model_type, stages=()))
+
+
+def calibrates(model: PreTrainedModel) -> tuple[str, ...]:
+    """Kinds of samples that a model takes: by its family's row, else as its class declares."""
+    if model.config.model_type in FAMILIES:
+        return FAMILIES[model.config.model_type].calibrates
+    declared = model.input_modalities
+    kinds = (declared,) if isinstance(declared, str) else tuple(declared)
+    takes = signature(model.forward).parameters
+    words = ("text",) if "input_ids" in takes or not WORDLESS & set(takes) else ()
+    return (*words, *(kind for kind in kinds if kind in ("image", "audio")))

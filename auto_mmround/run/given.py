@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from auto_mmround.model.loading import NONSENSE, loaded_names, parameter_names
 from auto_mmround.model.quantized import plain
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
+from auto_mmround.model.structure import input_weight
 from auto_mmround.strict import untagged
 from auto_mmround.untrusted import read_object
 
@@ -54,10 +55,7 @@ def aliases(model: PreTrainedModel, whole: Iterable[str]) -> set[str]:
     whole: those that the source has a tensor for; the others are the second names.
     """
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    ends = [
-        getattr(end(), "weight", None)
-        for end in (model.get_input_embeddings, model.get_output_embeddings)
-    ]
+    ends = [input_weight(model), getattr(model.get_output_embeddings(), "weight", None)]
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in tied or any(parameter is end for end in ends):
@@ -128,8 +126,7 @@ def newest(stored: Tensor, current: Tensor | None, given: bool, tuned: bool) -> 
 
 def head_is_tied(model: PreTrainedModel) -> bool | None:
     """Whether head and embedding are one parameter; None where there is no head."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    one, other = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    one, other = input_weight(model), getattr(model.get_output_embeddings(), "weight", None)
     return None if one is None or other is None or one.shape != other.shape else one is other
 
 

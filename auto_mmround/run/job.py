@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration.datasets import load_rows
@@ -21,11 +20,13 @@ from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
 from auto_mmround.model import devices
-from auto_mmround.model.families import FAMILIES, family_of
+from auto_mmround.model.capture import reached
+from auto_mmround.model.families import FAMILIES, calibrates, family_of
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
+from auto_mmround.model.structure import READS, input_weight
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
@@ -47,9 +48,6 @@ from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import within_ranges
 from auto_mmround.run.sensitivity import HELPS, WHAT
 from auto_mmround.run.session import Session
-
-# What the towers read, by the name of their stage.
-READS = {"vision": "image", "audio": "audio"}
 
 log = logging.getLogger("auto_mmround")
 
@@ -150,6 +148,8 @@ def prepare(
         chosen.reading,
     )
     check_vocabulary(loaded.model, inputs)
+    if any(stage.name != "text" for stage in plan.stages):
+        plan = met(Session(loaded.model, recipe, plan, inputs))
     mixed = None
     if recipe.target_bits is not None:
         with phase(WHAT, HELPS):
@@ -172,14 +172,16 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
     """Raises UserError as `choose` does. dataset: rows in memory instead of the recipe's name."""
     kind = loaded.model.config.model_type
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
+    kinds = calibrates(loaded.model)
+    needs = _needs(towers, kinds)
     collate = collator(recipe.collator) if recipe.collator else None
     settings, notes = choose(
         recipe.dataset if dataset is None else dataset,
         template_for(loaded.model, recipe.template),
         Reads(
-            family_of(kind).text_only,
-            bool(towers),
-            _needs(towers, family_of(kind).calibrates),
+            "text" in kinds,
+            bool(towers and needs),
+            needs,
             FAMILIES[kind].calibrates if kind in FAMILIES else None,
             position_limit(loaded.model),
         ),
@@ -211,17 +213,14 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
 def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
     """Raises UserError for a sample whose text has token ids that the model has no embedding for.
     Ids of media are the model's own affair: it need not embed them."""
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:  # code that comes with a model may leave it out
-        return
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    weight = input_weight(model)
+    if weight is None or weight.ndim != 2:
         return
     for sample in inputs:
-        read_T = token_ids(sample.kwargs)[0][
-            (sample.modality_T == TEXT) | (sample.modality_T == PAD)
-        ]
+        ids_T = token_ids(sample.kwargs)[0]
+        if not len(ids_T):
+            continue
+        read_T = ids_T[(sample.modality_T == TEXT) | (sample.modality_T == PAD)]
         wrong = read_T[(read_T < 0) | (read_T >= len(weight))]
         if wrong.numel():
             raise UserError(
@@ -235,8 +234,36 @@ def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
     """Kinds of media that the stages to quantize must meet, or without towers the model itself."""
     media = tuple(kind for kind in calibrates if kind != "text")
     found = tuple(dict.fromkeys(READS[name] for name in towers if name in READS))
-    # An encoder reads what its model is given: sound in all families that are known.
-    return found or media[:1] or ("image",)
+    # An encoder reads what its model is given, which may be words.
+    return found or media[:1] or (("image",) if "nontext" in towers else ())
+
+
+def met(session: Session) -> Plan:
+    """The plan without the towers that no sample reaches, which is said; all of it where none is
+    reached, which the run refuses."""
+    plan = session.plan
+    with phase("looking for the stages that samples reach"):
+        found = reached(session.model, plan.stages, session.batches, session.precision)
+    missed = [stage for stage in plan.stages if stage.path not in found]
+    if not any(stage.path in found and stage.name != "text" for stage in plan.stages):
+        return plan
+    for stage in missed:
+        log.warning(
+            "%s: no calibration sample reaches this %s stage, which stays as it is; add samples"
+            " with %s input to quantize it too",
+            stage.path, stage.name, READS.get(stage.name, stage.name),
+        )  # fmt: skip
+    blocks = {block for stage in missed for block in stage.blocks}
+    reason = "no calibration sample reaches its stage"
+    weights = [
+        replace(w, scheme=None, reason=reason) if w.block in blocks and w.scheme else w
+        for w in plan.weights
+    ]
+    return replace(
+        plan,
+        stages=tuple(stage for stage in plan.stages if stage.path in found),
+        weights=tuple(weights),
+    )
 
 
 def run(

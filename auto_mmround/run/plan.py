@@ -20,8 +20,10 @@ from auto_mmround.model.structure import (
     Stage,
     find_experts,
     find_stages,
+    input_weight,
     linears,
     select_stages,
+    used_twice,
 )
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
 from auto_mmround.recipe.patterns import Patterns, matches
@@ -32,6 +34,8 @@ from auto_mmround.untrusted import shown
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 OVERRIDES = ("bits", "group_size", "sym")
+OTHER_FORM = "the checkpoint stores it in another form"
+SHARED = "used in several places"
 
 
 def fused_set(name: str) -> tuple[str, Any]:
@@ -137,9 +141,11 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
-    other_form = "the checkpoint stores it in another form"
+    stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
+    twice = used_twice(model, find_stages(model))
+    stays |= {name: SHARED for name, layer in layers.items() if id(layer.weight) in twice}
     weights = [
-        replace(w, scheme=None, reason=other_form) if f"{w.name}.weight" in converted else w
+        replace(w, scheme=None, reason=stays[w.name]) if w.scheme and w.name in stays else w
         for w in weights
     ]
     weights = [_hold(weight, targets) for weight in weights]
@@ -283,7 +289,7 @@ def _decide(
 def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
     if layer is not model.get_output_embeddings():
         return "outside the quantized blocks"
-    if model.get_input_embeddings().weight is layer.weight:
+    if input_weight(model) is layer.weight:
         if recipe.quant_lm_head:
             raise UserError(
                 "quant_lm_head: the output head shares its weight with the input embedding; leave"
