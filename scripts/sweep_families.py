@@ -2,7 +2,7 @@
 
     python scripts/sweep_families.py                  all, 20 minutes on two cores
     python scripts/sweep_families.py qwen3_vl llama   some, by model type
-    python scripts/sweep_families.py --write          all, and the table into the docs and the package
+    python scripts/sweep_families.py --write          all, and the table into docs and package
 
 Each class goes with text alone, with its media, and with its towers quantized. Its verdict is
 passed, refused (one line), traceback, or wrong (silently). Exit 1 if one is wrong or ends in a
@@ -27,7 +27,6 @@ import transformers
 from safetensors.torch import load_file
 from sweep_models import Case, Finder, NotBuiltError, block_lists, build, cases, logits_of, samples
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from auto_mmround.checkpoint.loader import from_quantized
@@ -121,8 +120,8 @@ def journey(
     say("ways", way)
 
 
-def reloaded(model: PreTrainedModel, out: Path, fmt: str) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The checkpoint as our loader and, of floating-point weights, as plain Transformers reads it."""
+def reloaded(model: Any, out: Path, fmt: str) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The checkpoint as our loader and, of floating-point weights, plain Transformers reads it."""
     yield "by our loader", from_quantized(out).model
     if fmt == "fake":
         plain, info = type(model).from_pretrained(out, output_loading_info=True)
@@ -187,8 +186,8 @@ def kind_of(sample: dict[str, Any]) -> str:
 
 
 def changed_in_turn(model: PreTrainedModel, given: list[dict[str, Any]]) -> None:
-    """Blocks change one after the other, as quantizing does: where the chain ends, the changed model
-    must be."""
+    """Blocks change one after the other, as quantizing does: where the chain ends, the changed
+    model must be."""
     for stage in find_stages(model):
         chain = capture(model, [stage], given).get(stage.path)
         if chain is None:

@@ -18,150 +18,22 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from sweep_table import AUDIO, IMAGE, KINDS, NEEDED, ROWS, SIZES, VIDEO, WORDS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_models import FAMILIES  # noqa: E402
+from tiny_models import FAMILIES
 
 MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "RNNT", "TDT")
 TEXTS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
-WORDS, IMAGE, VIDEO, AUDIO = 100, 120, 121, 122
 TOKENS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 MOST = 4_000_000  # parameters of what may still be called tiny
 
-# Small values by the names of fields, of those that hold a number.
-SIZES: dict[int, str] = {
-    64: """hidden_size d_model n_embd embed_dim embedding_dim dim hidden_dim width projection_dim
-        projector_hidden_size projection_hidden_size out_hidden_size output_dim encoder_hidden_size
-        vision_output_dim projector_input_dim projector_output_dim decoder_hidden_size
-        cross_attention_hidden_size word_embed_proj_dim emb_dim embedding_size proj_dim attn_dim
-        text_hidden_size audio_hidden_size vision_hidden_size llm_hidden_size output_hidden_size
-        state_size_out lru_width attention_hidden_size n_embed conv_hidden_size fc_hidden_size
-        linear_hidden_size q_lora_rank_out hidden_size_per_layer_input_out projection_dimension
-        audio_projector_hidden_size alignment_intermediate_size encoder_dim output_proj_dims
-        ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels conv_channels
-        shared_input_size backbone_hidden_size cross_hidden_size downsample_hidden_size
-        input_embedding_size output_embedding_size lang_embed_dim unit_embed_dim spkr_embed_dim
-        patch_embed_hidden_size moe_hidden_size ple_embed_dim projection_hidden_dim classifier_proj_size
-        router_hidden_size hidden_size_global image_text_hidden_size codebook_dim enc_dim conv_dim
-        subsampling_conv_channels num_pos_feats_out vector_quantization_hidden_dimension text_dim
-        upsample_initial_channel speaker_embedding_dim thinker_hidden_size share_dim
-        pronunciation_embed_dim shape_embed_dim speech_decoder_prenet_units decoder_dim d_embeds
-        speech_decoder_postnet_units encoder_projection_dim decoder_embed_dim encoder_embed_dim d_embed adapter_hidden_size""",
-    96: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner ffn_hidden_size
-        mlp_dim d_inner dim_feedforward intermediate_size_mlp encoder_intermediate_size
-        decoder_intermediate_size speech_encoder_intermediate_size adapter_intermediate_size
-        shared_intermediate_size block_auto_adjust_ff_dim dense_intermediate_size
-        projector_intermediate_size inner_dim ffn_hidden_dim share_expert_dim dff dim_ff
-        feed_forward_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim projection_intermediate_size
-        prompt_intermediate_size centroid_intermediate""",
-    2: """num_hidden_layers num_layers n_layer n_layers depth encoder_layers decoder_layers
-        num_decoder_layers num_encoder_layers conf_num_hidden_layers num_blocks num_heads n_head
-        num_attention_heads encoder_attention_heads decoder_attention_heads attention_heads n_heads
-        num_key_value_heads num_kv_heads encoder_num_key_value_heads conf_num_attention_heads
-        decoder_num_key_value_heads encoder_num_attention_heads decoder_num_attention_heads
-        encoder_num_hidden_layers decoder_num_hidden_layers num_global_layers heads
-        speech_encoder_layers t2u_encoder_layers t2u_decoder_layers speech_encoder_attention_heads
-        num_experts_per_tok moe_topk moe_k num_experts_per_token top_k_experts moe_top_k
-        t2u_encoder_attention_heads t2u_decoder_attention_heads adapter_layers vision_depth
-        num_adapter_layers resampler_depth resampler_n_heads hidden_act_layers num_kv_heads_total
-        num_mem_blocks num_hidden_groups cross_num_key_value_heads num_query_heads_per_group
-        n_kv_heads num_attention_groups attention_num_heads attention_num_kv_heads
-        decoder_num_heads linear_num_key_heads depth_decoder_layers num_codebooks
-        num_prediction_layers num_query_heads sa_num_heads num_encoder_attention_heads num_decoder_attention_heads
-        layers cross_num_attention_heads swa_num_attention_heads swa_num_key_value_heads kv_n_heads
-        num_sliding_attention_heads resampler_n_latents_out num_quantizers num_code_groups attn_layers
-        num_layers_per_stack index_n_heads linear_num_heads num_conv_pos_embedding_groups
-        vocoder_num_langs vocoder_num_spkrs num_groups_out max_symbols_per_step""",
-    4: """num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts patch_size
-        patch_size_out linear_num_value_heads mamba_n_heads mamba_num_heads n_experts
-        num_queries query_length num_query_tokens
-        latent_query_num resampler_n_latents resampler_num_latents pos_emb_height pos_emb_width
-        mm_tokens_per_image num_centroids num_negatives prompt_length num_global_tokens
-        num_codevectors_per_group window_size index_topk_blocks posemb_grid_size""",
-    1: """n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts
-        first_k_dense_replace mamba_n_groups n_groups num_zero_experts_out
-        pad_token_id_out num_dense_layers moe_layer_start_index_out zero_expert_num""",
-    16: """image_size mamba_d_state ssm_state_size state_size qk_rope_head_dim qk_nope_head_dim
-        linear_key_head_dim linear_value_head_dim chunk_size mamba_chunk_size max_source_positions
-        num_position_embeddings position_embedding_size crop_size index_head_dim
-        time_step_rank_out index_topk adapter_rank max_pos_emb codebook_size
-        latent_size n_window max_action_dim max_state_dim feature_projection_input_dim
-        d_rel index_block_size num_embeddings frequency_embedding_size dim_head_out
-        conv_pos_kernel_size num_conv_pos_embeddings hc_lowrank base_channels output_channels
-        num_image_tokens context_size prompt_mid_dim""",
-    32: """head_dim moe_intermediate_size mamba_d_head mamba_head_dim q_lora_rank kv_lora_rank
-        v_head_dim attention_head_dim d_kv moe_shared_expert_intermediate_size
-        shared_expert_intermediate_size hidden_size_per_layer_input kv_channels d_head
-        global_head_dim key_length_out expert_ffn_hidden_size swa_head_dim time_mix_extra_dim
-        laurel_rank o_lora_rank attention_head_size
-        cross_head_dim dim_head linear_head_dim qk_head_dim resampler_dim_head resampler_head_dim
-        query_pre_attn_scalar mamba_dt_rank time_step_rank codevector_dim proj_codevector_dim
-        num_filters time_mix_dim rotary_dim""",
-    8: """num_mel_bins sliding_window attention_window num_mels input_feat_per_channel n_mels
-        feature_size attention_window_size local_attention_window input_size input_feat_size n_mel_bins mel_dim mel_bins sliding_window_size""",
-    128: """vocab_size vocab_size_per_layer_input text_vocab_size decoder_vocab_size
-        src_vocab_size tgt_vocab_size mamba_d_ssm dim_att_out t2u_vocab_size unit_vocab_size char_vocab_size
-        audio_vocab_size codebook_vocab_size mel_vocab_size shape_vocab_size unit_hifi_gan_vocab_size
-        composer_vocab_size pronunciation_vocab_size ngram_vocab_size_base unpadded_vocab_size
-        encoder_hash_byte_group_vocab max_num_patches seq_len
-        additional_vocab_size_out""",
-    256: """max_position_embeddings n_positions max_target_positions max_seq_len n_ctx
-        max_sequence_length seq_length max_text_len max_speech_positions max_text_positions context_length
-        max_decoder_position_embeddings max_encoder_position_embeddings mask_length
-        max_2d_position_embeddings t2u_max_position_embeddings original_max_position_embeddings""",
-}
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 MARKS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 3, "unk": 3, **TOKENS}
-PARTS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
-         "partial_rotary_factor": 1.0}  # fmt: skip
-NEEDED = {"head_dim": 32, "num_key_value_heads": 2, "num_local_experts": 4}  # even where None
-KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "layers_types")
-# Model type -> fields, where small numbers alone give no model; "text_config.head_dim" is deeper.
-ROWS: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-              "expert_layer_offset": 1},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
-    "mamba2": {"num_heads": 4, "head_dim": 32},
-    "zaya": {"num_experts_per_tok": 1},
-    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 8],
-        "axial_pos_embds_dim": [16, 48], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
-        "num_buckets": 2},
-    "codegen": {"rotary_dim": 16, "n_head": 4},
-    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "emu3_vqgan": {"base_channels": 32},
-    "deepseek_v2": {"mlp_layer_types": ["dense", "sparse"]},
-    "mimo_v2_flash": {"num_key_value_heads": 1},
-    "wav2vec2-bert": {"vocab_size": 128}, "wav2vec2-conformer": {"vocab_size": 128},
-    "molmo2": {"adapter_config.vision_feature_layers": [-1, -2]},
-    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
-    "emu3": {"vq_config.base_channels": 32}, "janus": {"vq_config.base_channels": 32},
-    "chameleon": {"vocabulary_map": {"<image>": 120}, "vq_config.base_channels": 32},
-    "glm46v": {"text_config.rope_parameters": PARTS},
-    "glm4v_moe": {"text_config.rope_parameters": PARTS},
-    "glm_ocr": {"text_config.rope_parameters": PARTS},
-    "qwen3_omni_moe_thinker": {"text_config.rope_parameters": PARTS},
-    "glm5_next": {"text_config.qk_rope_head_dim": 0},
-    "dots1": {"num_local_experts": 4}, "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "blip-2": {"image_token_index": IMAGE}, "instructblip": {"image_token_index": IMAGE},
-    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
-    "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
-        "text_config.rope_parameters": PARTS, "text_config.mlp_layer_types": ["dense", "sparse"]},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 1, 1, 1],
-        "spatial_vision_layer": -1},
-    "kyutai_speech_to_text": {"codec_config.upsample_groups": 64, "num_codebooks": 4},
-    "dia": {"decoder_config.num_channels": 3, "delay_pattern": [0, 1, 2]},
-    "moonshine_streaming": {"num_key_value_heads": 2},
-}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -251,9 +123,9 @@ def _layers(default: Any, made: dict[str, Any], rows: dict[str, Any]) -> dict[st
 def build(case: Case) -> PreTrainedModel:
     """A random model, the same each time. Raises NotBuiltError for one that is not tiny."""
     cls = getattr(transformers, case.architecture)
-    if row := FAMILIES.get(case.model_type):
-        if row.architecture == case.architecture:
-            return row.build()
+    row = FAMILIES.get(case.model_type)
+    if row and row.architecture == case.architecture:
+        return row.build()
     default = (cls.config_class or CONFIG_MAPPING[case.model_type])()
     config = type(default)(**small(default, ROWS.get(default.model_type, {})))
     with torch.device("meta"):
@@ -307,6 +179,7 @@ def picture_shapes(config: Any) -> Iterator[tuple[int, ...]]:
     for p, frames in product(patch[:2], (1, 2)):
         yield (16, 3 * frames * p * p)
         yield (1, 16, 3 * frames * p * p)
+        yield (1, 3, p, 16 * p)
     yield from ((16, 3, patch[0], patch[0]), (1, 16, 3, patch[0], patch[0]))
 
 
@@ -347,6 +220,16 @@ def companions(name: str, shape: tuple[int, ...]) -> list[Any]:
     return known.get(name, [])
 
 
+def others(tokens: int, seed: int) -> list[tuple[str, Tensor]]:
+    """What some classes want beside words, for as many tokens."""
+    box = torch.tensor([[0, 0, 5, 5]]).expand(tokens, 4)[None]
+    return [
+        ("qformer_input_ids", words(6, seed)), ("bbox", box.clone()),
+        ("state", noise((1, 16), seed)), ("noise", noise((1, 16, 16), seed)),
+        ("timestep", torch.tensor([0.5])),
+    ]  # fmt: skip
+
+
 class Finder:
     """Looks for inputs that a model takes."""
 
@@ -375,6 +258,7 @@ class Finder:
         made: dict[str, Any] = {"input_ids": row}
         if "attention_mask" in self.takes:
             made["attention_mask"] = torch.ones_like(row)
+        made |= {name: value for name, value in others(row.shape[1], seed) if name in self.takes}
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in self.takes and count:
                 made[name] = (row == token).long() * (3 if token == AUDIO else 1)
@@ -382,7 +266,12 @@ class Finder:
 
     def decoded(self, seed: int) -> dict[str, Any]:
         """What the decoder of an encoder-decoder reads."""
-        return {"decoder_input_ids": words(8 + 2 * seed, seed + 7)} if self.pairs else {}
+        if not self.pairs:
+            return {}
+        made = words(8 + 2 * seed, seed + 7)
+        if self.config.model_type == "dia":  # a row of codebooks for each token
+            made = torch.stack([made, made, made], -1)
+        return {"decoder_input_ids": made}
 
     def plain(self) -> list[dict[str, Any]] | None:
         """Two samples of text alone."""
@@ -452,7 +341,7 @@ class Finder:
 
 MEDIA = {
     "image": "pixel_values|image_pixel_values|images|flattened_patches|pixel_values_images",
-    "audio": "input_features|input_values|audio_input_features|audio_values|audio_features|input_audio_embeds",
+    "audio": "input_(features|values|audio_embeds)|audio_(input_features|values|features)",
 }
 
 
@@ -481,12 +370,14 @@ def samples(model: PreTrainedModel) -> dict[str, list[dict[str, Any]]]:
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Lists of modules with linear weights, those inside of others left out."""
+
+    def weighty(block: nn.Module) -> bool:
+        plain = isinstance(block, nn.Linear | nn.ModuleList)
+        return not plain and any(isinstance(m, nn.Linear) for m in block.modules())
+
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in found):
-            if len(module) and all(
-                not isinstance(b, nn.Linear) and any(isinstance(m, nn.Linear) for m in b.modules())
-                for b in module
-            ):
-                found[path] = module
+        inside = any(path.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and not inside and len(module):
+            found |= {path: module} if all(map(weighty, module)) else {}
     return found
