@@ -28,6 +28,7 @@ setup(
     package_dir={f"auto_mmround.{name}": name for name in SHELVES},
     package_data={
         "auto_mmround.templates": ["*.json"],
+        "auto_mmround.model": ["*.json"],
         "auto_mmround.report": ["pages/*"],
         "auto_mmround": [
             "demo/*.md",

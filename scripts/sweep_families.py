@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +33,7 @@ from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import TOLERANCE, difference
+from auto_mmround.model.families import Swept
 from auto_mmround.model.structure import find_stages, linears
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -48,18 +49,6 @@ MARKS = "<!-- swept -->\n", "<!-- swept: end -->\n"
 
 class WrongError(Exception):
     """Something came out wrong, and nobody said so."""
-
-
-class Row(NamedTuple):
-    """What became of a class. ways: those that passed. stages: their names, if it was planned."""
-
-    model_type: str
-    architecture: str
-    group: str
-    verdict: str
-    line: str
-    ways: list[str]
-    stages: list[str]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -84,39 +73,50 @@ def go(case: Case, say: Any) -> None:
         folder = Path(place)
         model.save_pretrained(folder / "model")
         tokenizer().save_pretrained(folder / "model")
-        if "text" in inputs:
-            journey(model, folder, "text", inputs["text"], "auto_round", say)
-        journey(model, folder, "media" if len(inputs) > 1 else "text", given, "fake", say)
-        if len(find_stages(model)) > 1:
-            journey(model, folder, "towers", given, "auto_round", say)
+        for way, chosen, formats in ways(model, inputs):
+            journey(model, folder, way, chosen, formats, say)
     changed_in_turn(model, given)
 
 
+def ways(model: PreTrainedModel, inputs: dict[str, list[Any]]) -> Iterator[tuple[str, Any, str]]:
+    """(text alone, with media or with towers; samples; formats), floats and packed codes at least
+    once."""
+    given = [one for made in inputs.values() for one in made]
+    names = {stage.name for stage in find_stages(model)} - {"text"}
+    media = set(inputs) - {"text"}
+    towers = names and (names <= {"encoder"} or media)
+    if "text" in inputs:
+        yield "text", inputs["text"], "auto_round" if media else "auto_round,fake"
+    if media:
+        yield "media", given, "fake" if towers else "auto_round,fake"
+    if towers:
+        yield "towers", given, "auto_round"
+
+
 def journey(
-    model: PreTrainedModel, place: Path, way: str, given: list[Any], fmt: str, say: Any
+    model: PreTrainedModel, place: Path, way: str, given: list[Any], formats: str, say: Any
 ) -> None:
     """One run; raises WrongError for what no check of the product has noticed."""
     recipe = Recipe(
-        model=str(place / "model"), output_dir=str(place / f"{way}-{fmt}"), format=fmt, bits=4,
-        group_size=32, iters=1, nsamples=len(given), seqlen=64, amp=False, device="cpu",
+        model=str(place / "model"), output_dir=str(place / way), format=formats, bits=4,
+        group_size=32, iters=1, nsamples=len(given), seqlen=12, amp=False, device="cpu",
         quant_nontext_module=way == "towers",
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=given)
     say("stages", [stage.name for stage in find_stages(model)])
     check_stages(job.loaded.model, given)
-    (out,) = jobs.run(job, prove=prove)
+    outs = dict(zip(formats.split(","), jobs.run(job, prove=prove), strict=True))
     quantized = set(job.plan.quantized)
-    if not any(w.block and w.block.startswith(job.plan.stages[-1].path) for w in job.plan.weights):
-        raise WrongError("no weight of the text is in the plan")
+    others = [(fmt, found) for fmt, out in outs.items() for found in reloaded(model, out, fmt)]
     for sample in (one.kwargs for one in job.inputs):
         tuned, before = (logits_of(m(**sample)) for m in (job.loaded.model, model))
         if tuned is None or before is None or torch.equal(tuned, before):
             raise WrongError(f"{way}: the logits have not changed")
-        for name, other in reloaded(model, out, fmt):
+        for fmt, (name, other) in others:
             if difference(logits_of(other(**sample)), tuned) > TOLERANCE[torch.float32]:
                 raise WrongError(f"{way}: {fmt} reloaded {name}: other logits")
-    if fmt == "fake":
-        compare_files(place / "model", out, len(quantized))
+    if "fake" in outs:
+        compare_files(place / "model", outs["fake"], len(quantized))
     say("ways", way)
 
 
@@ -236,7 +236,7 @@ def alone(case: Case, notes: Path) -> None:
         sys.exit(UNBUILT)
 
 
-def verdict(case: Case, notes: Path, code: int | None) -> Row:
+def verdict(case: Case, notes: Path, code: int | None) -> Swept:
     """What a class' process has left."""
     known = json.loads(notes.read_text()) if notes.exists() else {}
     tail = notes.with_suffix(".log").read_text(errors="replace").strip().splitlines() or [""]
@@ -245,10 +245,10 @@ def verdict(case: Case, notes: Path, code: int | None) -> Row:
         code = UNBUILT  # Transformers' own complaint of our configuration
     word = "traceback" if code is None else WORDS.get(code, "traceback")
     line = f"nothing after {SECONDS} seconds" if code is None else line
-    return Row(*case, word, line[:400], known.get("ways", []), known.get("stages", []))
+    return Swept(*case, word, line[:400], known.get("ways", []), known.get("stages", []))
 
 
-def sweep(chosen: list[Case], workers: int, keep: Path) -> Iterator[Row]:
+def sweep(chosen: list[Case], workers: int, keep: Path) -> Iterator[Swept]:
     """The rows as they are finished."""
     context, waiting = multiprocessing.get_context("fork"), list(chosen)
     running: dict[Any, tuple[Case, Path, float]] = {}
@@ -272,7 +272,7 @@ def sweep(chosen: list[Case], workers: int, keep: Path) -> Iterator[Row]:
             yield verdict(case, notes, None if late else process.exitcode)
 
 
-def totals(rows: list[Row]) -> dict[str, str]:
+def totals(rows: list[Swept]) -> dict[str, str]:
     """Group -> how many classes of each verdict."""
     return {
         group: ", ".join(
@@ -283,7 +283,7 @@ def totals(rows: list[Row]) -> dict[str, str]:
     }
 
 
-def write(rows: list[Row]) -> None:
+def write(rows: list[Swept]) -> None:
     """The table into the docs, and what `auto-round-mllm families` prints into the package."""
     DATA.write_text("[\n" + ",\n".join(json.dumps(row._asdict()) for row in sorted(rows)) + "\n]\n")
     table = "| class | verdict | stages | line |\n|---|---|---|---|\n" + "".join(

@@ -72,7 +72,7 @@ def small(default: Any, rows: dict[str, Any]) -> dict[str, Any]:
             made[name] = rows[name]
         elif dataclasses.is_dataclass(value) and hasattr(value, "model_type"):
             made[name] = small(value, deeper) | {"model_type": value.model_type}
-        elif token and isinstance(value, int | list):
+        elif token and (isinstance(value, int | list) or token[1] in TOKENS):
             id_ = MARKS.get(token[1], next(free) if token[1] not in MARKS else 0)
             made[name] = [id_] if isinstance(value, list) else id_
         elif value is None and name in NEEDED:
@@ -85,6 +85,8 @@ def small(default: Any, rows: dict[str, Any]) -> dict[str, Any]:
             and all(isinstance(n, int) for n in value)
         ):
             made[name] = [SMALL[name]] * len(value)
+        elif name == "image_grid_pinpoints" and value:
+            made[name] = [[16, 32], [32, 16]]
         elif name == "rope_parameters" and isinstance(value, dict):
             made |= _rope(value)
     return _layers(default, made, rows)
@@ -174,8 +176,9 @@ def picture_shapes(config: Any) -> Iterator[tuple[int, ...]]:
     """Shapes that pictures may have: whole, in tiles, as flat patches."""
     side = _numbers(config, ("image_size", "crop_size")) or [16]
     patch = _numbers(config, ("patch_size",)) or [4]
+    yield from ((1, 16, 2 + size) for size in _numbers(config, ("patch_embed_hidden_size",)))
     for size in [*side[:2], 32]:
-        yield from ((*lead, 3, size, size) for lead in ((1,), (1, 1), (1, 2), (1, 1, 2)))
+        yield from ((*lead, 3, size, size) for lead in ((1,), (1, 1), (1, 2), (1, 3), (1, 1, 2)))
     for p, frames in product(patch[:2], (1, 2)):
         yield (16, 3 * frames * p * p)
         yield (1, 16, 3 * frames * p * p)
@@ -208,7 +211,9 @@ def companions(name: str, shape: tuple[int, ...]) -> list[Any]:
         "target_sizes": [torch.tensor([[4, 4]])],
         "spatial_shapes": [torch.tensor([[4, 4]])],
         "image_position_ids": [grid], "pixel_position_ids": [grid],
-        "pixel_attention_mask": [ones(1, 16, dtype=torch.long)] if len(shape) == 3 else [],
+        "pixel_attention_mask": {3: [ones(1, 16, dtype=torch.long)],
+            5: [ones(*shape[:2], *shape[3:], dtype=torch.long)]}.get(len(shape), []),
+        "high_res_pixel_values": [noise((1, 3, side, side), 3)],
         "feature_attention_mask": [ones(1, frames, dtype=torch.long)],
         "input_features_mask": [ones(1, frames, dtype=torch.long)],
         "audio_attention_mask": [ones(1, frames, dtype=torch.long)],
@@ -253,7 +258,7 @@ class Finder:
 
     def text(self, seed: int, count: int = 0, token: int = 0) -> dict[str, Any]:
         """Words, with ``count`` placeholders among them."""
-        row = words(10 + 3 * seed, seed)
+        row = words(12 + 3 * seed, seed)
         row = torch.cat([row[:, :3], torch.full((1, count), token), row[:, 3:]], 1)
         made: dict[str, Any] = {"input_ids": row}
         if "attention_mask" in self.takes:
@@ -262,6 +267,8 @@ class Finder:
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in self.takes and count:
                 made[name] = (row == token).long() * (3 if token == AUDIO else 1)
+        if "image_embeds_position_mask" in self.takes and count:
+            made["image_embeds_position_mask"] = row == token
         return made | self.decoded(seed)
 
     def decoded(self, seed: int) -> dict[str, Any]:

@@ -59,10 +59,10 @@ SIZES: dict[int, str] = {
         num_centroids num_codevectors_per_group num_experts num_global_tokens
         num_local_experts num_moe_experts num_negatives num_queries num_query_tokens
         patch_size pos_emb_height pos_emb_width posemb_grid_size prompt_length query_length
-        resampler_n_latents resampler_num_latents window_size""",
+        resampler_n_latents resampler_num_latents""",
     1: """first_k_dense_replace mamba_n_groups moe_num_shared_experts n_group n_groups
         n_shared_experts num_dense_layers num_shared_experts topk_group zero_expert_num""",
-    16: """adapter_rank base_channels chunk_size codebook_size context_size
+    16: """window_size adapter_rank base_channels chunk_size codebook_size context_size
         conv_pos_kernel_size crop_size d_rel feature_projection_input_dim
         frequency_embedding_size hc_lowrank image_size index_block_size index_head_dim
         index_topk latent_size linear_key_head_dim linear_value_head_dim mamba_chunk_size
@@ -109,6 +109,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "glmasr": {"audio_config.intermediate_size": 256},
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 8],
         "axial_pos_embds_dim": [16, 48], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
@@ -119,7 +121,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"mlp_layer_types": ["dense", "sparse"]},
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "wav2vec2-bert": {"vocab_size": 128}, "wav2vec2-conformer": {"vocab_size": 128},
-    "molmo2": {"adapter_config.vision_feature_layers": [-1, -2]},
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "emu3": {"vq_config.base_channels": 32}, "janus": {"vq_config.base_channels": 32},
     "chameleon": {"vocabulary_map": {"<image>": 120}, "vq_config.base_channels": 32},
@@ -134,10 +136,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
         "text_config.rope_parameters": PARTS, "text_config.mlp_layer_types": ["dense", "sparse"]},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 1, 1, 1],
-        "spatial_vision_layer": -1},
+        "spatial_vision_layer": -1, "downsample_rate": "2/4"},
     "kyutai_speech_to_text": {"codec_config.upsample_groups": 64, "num_codebooks": 4},
     "dia": {"decoder_config.num_channels": 3, "delay_pattern": [0, 1, 2]},
-    "zamba": {"num_hidden_layers": 5, "layers_block_type": HYBRID},
+    "zamba": {"num_hidden_layers": 5, "layers_block_type": HYBRID, "attention_hidden_size": 128,
+        "attention_head_dim": 64},
     "zamba2": {"num_hidden_layers": 5, "layers_block_type": HYBRID, "num_mem_blocks": 1,
         "hybrid_layer_ids": [1, 3]},
     "hrm_text": {"num_layers_per_stack": None, "layer_types": None, "num_hidden_layers": 2},

@@ -1,5 +1,5 @@
-"""The sweep over Transformers' classes: some of them in every run, all of them marked slow; and what
-it has found."""
+"""The sweep over Transformers' classes: some of them in every run, all of them marked slow; and
+what it has found."""
 
 import importlib
 import logging
@@ -115,7 +115,7 @@ def test_towers_that_no_sample_reaches_stay_and_are_named(tmp_path, caplog):
 
 def test_an_unreached_audio_stage_asks_for_sound(tmp_path):
     job = omni(tmp_path, [])
-    with pytest.raises(UserError, match="audio input, e.g. --dataset MLCommons/peoples_speech"):
+    with pytest.raises(UserError, match=r"audio input, e\.g\. --dataset MLCommons/peoples_speech"):
         jobs.run(job)
 
 

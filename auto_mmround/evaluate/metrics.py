@@ -81,7 +81,7 @@ def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
     with torch.inference_mode(), devices.products(model.device, model.dtype):
-        return run_model(model, moved(model, kwargs)).logits[0].float()
+        return run_model(model, moved(model, kwargs)).logits[0].flatten(0, -2).float()
 
 
 def measure(

@@ -4,9 +4,12 @@ structure cannot tell.
 A family that is missing here has no quirk and is read by its structure, see docs/new-model.md.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -114,6 +117,28 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The family's entry, or one without quirks."""
     return FAMILIES.get(model_type, Family(model_type, stages=()))
+
+
+class Swept(NamedTuple):
+    """What became of a class of Transformers in the sweep (`scripts/sweep_families.py`).
+
+    verdict: passed, refused, not built, or a fault. line: why it did not pass. ways: how it went:
+    with text alone, with its media, with towers quantized. stages: their names.
+    """
+
+    model_type: str
+    architecture: str
+    group: str
+    verdict: str
+    line: str
+    ways: list[str]
+    stages: list[str]
+
+
+def swept() -> list[Swept]:
+    """Every class of the last sweep, by model type."""
+    rows = json.loads(Path(__file__).with_name("swept.json").read_text())
+    return [Swept(**row) for row in rows]
 
 
 def calibrates(model: PreTrainedModel) -> tuple[str, ...]:

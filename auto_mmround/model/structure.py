@@ -119,8 +119,8 @@ def find_stages(model: PreTrainedModel) -> list[Stage]:
             f"{type(model).__name__}: found no list of text blocks; see docs/new-model.md"
         )
     # A tower may hang below the decoder (Phi-3-vision); the decoder's own layers are the list
-    # nearest to it.
-    text = min(inside, key=lambda path: (path.count("."), -len(lists[path])))
+    # nearest to it, and of several as near the one that comes last.
+    text = min(reversed(inside), key=lambda path: (path.count("."), -len(lists[path])))
     towers = [
         Stage(_tower_name(model, path), path, len(lists[path])) for path in lists if path != text
     ]
@@ -145,11 +145,12 @@ def input_weight(model: PreTrainedModel) -> Tensor | None:
 
 
 def used_twice(model: nn.Module, stages: Sequence[Stage]) -> set[int]:
-    """Ids of weights that two blocks, or two layers of one, have in common."""
+    """Ids of parameters that two blocks, or two modules of one, have in common."""
     users: dict[int, set[tuple[str, int]]] = {}
     for block in (block for stage in stages for block in stage.blocks):
-        for _, layer in linears(model.get_submodule(block)):
-            users.setdefault(id(layer.weight), set()).add((block, id(layer)))
+        for module in model.get_submodule(block).modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), set()).add((block, id(module)))
     return {weight for weight, found in users.items() if len(found) > 1}
 
 

@@ -112,7 +112,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     overrides that contradict each other or the formats, and when no weight is left to quantize."""
     chosen = _stages(model, recipe)
     experts = find_experts(model)
-    stacked = {expert.parameter for expert in separable(model).values()}
+    single = separable(model)
+    stacked = {expert.parameter for expert in single.values()}
     with separated(model):
         layers = {name: layer for name, layer in linears(model) if name not in experts.routers}
         classes = {name: _classes(model, name) for name in layers}
@@ -144,6 +145,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
     twice = used_twice(model, find_stages(model))
     stays |= {name: SHARED for name, layer in layers.items() if id(layer.weight) in twice}
+    stays |= {n: SHARED for n, e in single.items() if id(model.get_parameter(e.parameter)) in twice}
     weights = [
         replace(w, scheme=None, reason=stays[w.name]) if w.scheme and w.name in stays else w
         for w in weights
