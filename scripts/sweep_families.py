@@ -34,7 +34,7 @@ from auto_mmround.errors import NotProved, UserError
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import TOLERANCE, difference
 from auto_mmround.model.families import Swept
-from auto_mmround.model.structure import find_stages, linears
+from auto_mmround.model.structure import find_stages, linears, used_twice
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify.proof import prove
@@ -188,14 +188,16 @@ def kind_of(sample: dict[str, Any]) -> str:
 def changed_in_turn(model: PreTrainedModel, given: list[dict[str, Any]]) -> None:
     """Blocks change one after the other, as quantizing does: where the chain ends, the changed
     model must be."""
-    for stage in find_stages(model):
+    stages = find_stages(model)
+    twice = used_twice(model, stages)
+    for stage in stages:
         chain = capture(model, [stage], given).get(stage.path)
         if chain is None:
             continue
         for index, path in enumerate(stage.blocks):
             block = model.get_submodule(path)
-            for _, layer in linears(block):
-                layer.weight.data *= 1.1
+            for _, layer in linears(block):  # but for what other blocks use too, which stays
+                layer.weight.data *= 1.0 if id(layer.weight) in twice else 1.1
             chain = chain.advanced([block], index, 1)
             if chain.live and index + 1 < stage.depth:
                 chain = recapture(model, chain, index + 1, given)

@@ -30,10 +30,14 @@ from tiny_models import FAMILIES
 MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "RNNT", "TDT")
 TEXTS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
 TOKENS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
-MOST = 4_000_000  # parameters of what may still be called tiny
+MOST = 8_000_000  # parameters of what may still be called tiny
 
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 MARKS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 3, "unk": 3, **TOKENS}
+
+
+# Rows of codebooks that stand for a token.
+CODEBOOKS = {"kyutai_speech_to_text": 5, "csm": 2}
 
 
 class Case(NamedTuple):
@@ -261,6 +265,8 @@ class Finder:
         row = words(12 + 3 * seed, seed)
         row = torch.cat([row[:, :3], torch.full((1, count), token), row[:, 3:]], 1)
         made: dict[str, Any] = {"input_ids": row}
+        if self.config.model_type in CODEBOOKS:
+            made["input_ids"] = row[..., None].repeat(1, 1, CODEBOOKS[self.config.model_type])
         if "attention_mask" in self.takes:
             made["attention_mask"] = torch.ones_like(row)
         made |= {name: value for name, value in others(row.shape[1], seed) if name in self.takes}
@@ -276,8 +282,8 @@ class Finder:
         if not self.pairs:
             return {}
         made = words(8 + 2 * seed, seed + 7)
-        if self.config.model_type == "dia":  # a row of codebooks for each token
-            made = torch.stack([made, made, made], -1)
+        if self.config.model_type == "dia":
+            made = made[..., None].repeat(1, 1, 3)
         return {"decoder_input_ids": made}
 
     def plain(self) -> list[dict[str, Any]] | None:

@@ -335,19 +335,31 @@ class _Recorder:
 
 
 def run_model(model: Any, kwargs: Inputs) -> Any:
-    """The model's answer; without a cache, where it makes one."""
+    """The model's answer; without a cache, where it makes one. What it draws is the same in each
+    pass, so that teacher and student see the same noise."""
     takes = signature(model.forward).parameters
     others = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
     generates = others and getattr(model, "can_generate", lambda: True)()
     cached = "use_cache" in takes or generates
-    return model(**kwargs, **({"use_cache": False} if cached else {}))
+    with _same_noise(device_of(model)):
+        return model(**kwargs, **({"use_cache": False} if cached else {}))
+
+
+@contextmanager
+def _same_noise(device: torch.device) -> Iterator[None]:
+    """Random numbers that begin anew, and leave those of the caller as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
     """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
     of all."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
+    # FSMT names the table of its decoder's words, which is read at the start
+    behind = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
+    with stopping_at(head) if behind else nullcontext():
         run_model(model, moved(dict(kwargs), device_of(model)))
 
 
