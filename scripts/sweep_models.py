@@ -27,7 +27,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import FAMILIES
 
-MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "RNNT", "TDT")
+MULTIMODAL = (
+    "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "RNNT", "TDT",
+    "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM",
+)  # fmt: skip
 TEXTS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
 TOKENS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 MOST = 8_000_000  # parameters of what may still be called tiny

@@ -88,7 +88,7 @@ FAMILIES: dict[str, Family] = {
             " misses it"
         ),
     ),
-    "whisper": Family("Whisper", ("audio",), ("encoder", "text")),
+    "whisper": Family("Whisper", ("audio",), ("encoder", "text"), towers={"encoder": "encoder"}),
     "qwen2_audio": Family("Qwen2-Audio", HEARING, ("audio", "text")),
     "voxtral": Family("Voxtral", HEARING, ("audio", "text")),
     "granite_speech": Family(

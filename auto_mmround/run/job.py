@@ -184,6 +184,7 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
             needs,
             FAMILIES[kind].calibrates if kind in FAMILIES else None,
             position_limit(loaded.model),
+            some=True,  # of several towers those are quantized that samples reach
         ),
         Asked(
             recipe.nsamples,
