@@ -96,6 +96,7 @@ def small(default: Any, rows: dict[str, Any]) -> dict[str, Any]:
             made[name] = [[16, 32], [32, 16]]
         elif name == "rope_parameters" and isinstance(value, dict):
             made |= _rope(value)
+    made |= {name: value for name, value in rows.items() if "." not in name}
     return _layers(default, made, rows)
 
 
@@ -340,7 +341,7 @@ class Finder:
                 AssertionError, ArithmeticError, NotImplementedError):  # fmt: skip
             return None
         found = getattr(found, "pooler_output", found)
-        rows = [found] if isinstance(found, Tensor) else list(found)
+        rows = [found] if isinstance(found, Tensor) else list(found or ())
         return sum(r.numel() // r.shape[-1] for r in rows if isinstance(r, Tensor))
 
     def _sample(

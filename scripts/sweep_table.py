@@ -94,6 +94,15 @@ SIZES: dict[int, str] = {
 }
 PARTS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
          "partial_rotary_factor": 1.0}  # fmt: skip
+DONUT = dict(model_type="donut-swin", image_size=[32, 32], patch_size=4, embed_dim=32,
+    depths=[2, 2], num_heads=[2, 2], window_size=2)  # fmt: skip
+WAV2VEC = dict(model_type="wav2vec2", hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=96, conv_dim=[32] * 3, conv_kernel=[10, 3, 3], conv_stride=[5, 2, 2],
+    num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
+MBART = dict(model_type="mbart", d_model=64, decoder_layers=2, decoder_attention_heads=2,
+    decoder_ffn_dim=96, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=96,
+    vocab_size=128, max_position_embeddings=64, is_decoder=True, add_cross_attention=True,
+    is_encoder_decoder=False)  # fmt: skip
 HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
 NEEDED = {"head_dim": 32, "num_key_value_heads": 2, "num_local_experts": 4}  # even where None
 KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "layers_types")
@@ -143,6 +152,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 64},
     "zamba2": {"num_hidden_layers": 5, "layers_block_type": HYBRID, "num_mem_blocks": 1,
         "hybrid_layer_ids": [1, 3]},
+    "vision-encoder-decoder": {"encoder": DONUT, "decoder": MBART},
+    "speech-encoder-decoder": {"encoder": WAV2VEC, "decoder": MBART},
     "hrm_text": {"num_layers_per_stack": None, "layer_types": None, "num_hidden_layers": 2},
     "minicpmv4_6": {"insert_layer_id": 0, "vision_config.insert_layer_id": 0},
     "minicpmv4_7": {"insert_layer_id": 0, "vision_config.insert_layer_id": 0},
