@@ -147,6 +147,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 1, 1, 1],
         "spatial_vision_layer": -1, "downsample_rate": "2/4"},
     "kyutai_speech_to_text": {"codec_config.upsample_groups": 64, "num_codebooks": 4},
+    "csm": {"codec_config.upsample_groups": 64, "num_codebooks": 2,
+        "depth_decoder_config.num_codebooks": 2},
     "dia": {"decoder_config.num_channels": 3, "delay_pattern": [0, 1, 2]},
     "zamba": {"num_hidden_layers": 5, "layers_block_type": HYBRID, "attention_hidden_size": 128,
         "attention_head_dim": 64},

@@ -45,7 +45,6 @@ def _predicting() -> set[str]:
         modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_RNNT_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_TDT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     )
     return {name for table in tables for name in table.values()}
 
