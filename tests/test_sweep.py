@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.capture import capture
+from auto_mmround.model.capture import capture, run_model
 from auto_mmround.model.structure import find_stages
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -28,6 +29,9 @@ USED = [
     "BartForConditionalGeneration",
     "T5ForConditionalGeneration",
     "ModernBertDecoderForCausalLM",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "FSMTForConditionalGeneration",
+    "KyutaiSpeechToTextForConditionalGeneration",
     "ZambaForCausalLM",
     "OlmoForCausalLM",
     "Mamba2ForCausalLM",
@@ -117,6 +121,47 @@ def test_an_unreached_audio_stage_asks_for_sound(tmp_path):
     job = omni(tmp_path, [])
     with pytest.raises(UserError, match=r"audio input, e\.g\. --dataset MLCommons/peoples_speech"):
         jobs.run(job)
+
+
+def test_an_encoder_decoder_reads_plain_text(sweep, tmp_path):
+    made(sweep, "T5ForConditionalGeneration").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=1,
+        nsamples=2, seqlen=12, amp=False, device="cpu", quant_nontext_module=True,
+    )  # fmt: skip
+    rows = [" ".join(f"w{5 + (i * 7 + seed) % 90}" for i in range(14)) for seed in range(2)]
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
+    given = job.inputs[0].kwargs
+    assert given["decoder_input_ids"][0, 1:].tolist() == given["input_ids"][0, :-1].tolist()
+    assert [stage.name for stage in job.plan.stages] == ["encoder", "text"]
+    assert jobs.run(job)[0].is_dir()
+
+
+def test_a_model_that_reads_no_words_refuses_text_in_one_line(sweep, tmp_path):
+    made(sweep, "ParakeetForCTC").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=1,
+        nsamples=2, seqlen=12, amp=False, device="cpu",
+    )  # fmt: skip
+    rows = [" ".join(f"w{5 + i}" for i in range(14))] * 2
+    with pytest.raises(UserError, match="no words"):
+        jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
+
+
+def test_what_a_model_draws_is_the_same_in_each_pass():
+    family = FAMILIES["llama"]
+    model, inputs = family.build(), family.samples()[0]
+    model.get_input_embeddings().register_forward_hook(
+        lambda m, a, out: out + torch.randn_like(out)
+    )
+    torch.manual_seed(5)
+    first = run_model(model, inputs).logits
+    drawn = torch.rand(1)
+    assert torch.equal(run_model(model, inputs).logits, first)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn)  # the caller's own numbers go on
 
 
 @pytest.mark.slow

@@ -141,12 +141,19 @@ def swept() -> list[Swept]:
     return [Swept(**row) for row in rows]
 
 
+def reads_words(model: PreTrainedModel) -> bool:
+    """Whether a model takes ids of words, beside those that its decoder writes."""
+    takes = signature(model.forward).parameters
+    return "input_ids" in takes or not WORDLESS & set(takes)
+
+
 def calibrates(model: PreTrainedModel) -> tuple[str, ...]:
     """Kinds of samples that a model takes: by its family's row, else as its class declares."""
     if model.config.model_type in FAMILIES:
         return FAMILIES[model.config.model_type].calibrates
     declared = model.input_modalities
     kinds = (declared,) if isinstance(declared, str) else tuple(declared)
-    takes = signature(model.forward).parameters
-    words = ("text",) if "input_ids" in takes or not WORDLESS & set(takes) else ()
-    return (*words, *(kind for kind in kinds if kind in ("image", "audio")))
+    return (
+        *(("text",) if reads_words(model) else ()),
+        *(kind for kind in kinds if kind in ("image", "audio")),
+    )

@@ -21,7 +21,7 @@ from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.capture import reached
-from auto_mmround.model.families import FAMILIES, calibrates, family_of
+from auto_mmround.model.families import FAMILIES, calibrates, family_of, reads_words
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
@@ -147,6 +147,7 @@ def prepare(
         replace(ready, image_processor=image_processor, processor_name=recipe.processor),
         chosen.reading,
     )
+    check_words(loaded.model, inputs)
     check_vocabulary(loaded.model, inputs)
     if any(stage.name != "text" for stage in plan.stages):
         plan = met(Session(loaded.model, recipe, plan, inputs))
@@ -209,6 +210,18 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
         collate=collate,
     )  # fmt: skip
     return Chosen(recipe, settings, reading, notes)
+
+
+def check_words(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
+    """Raises UserError for plain text given to a model that reads no words."""
+    if reads_words(model):
+        return
+    for sample in inputs:
+        if {*sample.kwargs} <= {"input_ids", "attention_mask"}:
+            raise UserError(
+                f"sample {sample.id} is plain text, and {type(model).__name__} reads no words:"
+                f" calibrate with {' or '.join(calibrates(model)) or 'its own inputs'}"
+            )
 
 
 def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
