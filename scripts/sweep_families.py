@@ -204,6 +204,9 @@ def changed_in_turn(model: PreTrainedModel, given: list[dict[str, Any]]) -> None
         fresh = capture(model, [stage], given)[stage.path]
         blocks = [model.get_submodule(path) for path in stage.blocks]
         for i, hidden in enumerate(chain.hidden):
+            # What a later pass of a loop reads, the block that was changed last has changed too.
+            if chain.live and chain.sample[i] in chain.sample[:i]:
+                continue
             if difference(hidden, fresh.run_group(blocks, 0, [i])) > 1e-3:
                 raise WrongError(f"{stage.path}: tuned on inputs that the model does not give")
 
