@@ -11,7 +11,8 @@ import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.capture import capture, run_model
+from auto_mmround.model.capture import capture
+from auto_mmround.model.passes import run_model
 from auto_mmround.model.structure import find_stages
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs

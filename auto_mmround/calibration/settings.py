@@ -196,9 +196,7 @@ def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
     )
 
 
-def _check_kinds(
-    dataset: Any, media: Sequence[Media], model: Reads, demanded: bool
-) -> None:
+def _check_kinds(dataset: Any, media: Sequence[Media], model: Reads, demanded: bool) -> None:
     """One line for a set with media that the model can't read, or when a tower would see no
     sample; where `some` is enough, when all would see none."""
     needs, takes = (model.needs if demanded else ()), model.takes

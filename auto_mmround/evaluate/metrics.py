@@ -15,8 +15,8 @@ from torch import Tensor
 
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
 from auto_mmround.model import chains, devices
-from auto_mmround.model.capture import run_model
 from auto_mmround.model.chains import as_dtype
+from auto_mmround.model.passes import run_model
 
 
 @dataclass

@@ -9,11 +9,9 @@ captured anew after each tuned block.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from inspect import Parameter, signature
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -30,17 +28,15 @@ from auto_mmround.model.chains import (
     first_tensor,
     hidden_of,
     map_tensors,
-    moved,
     with_hidden,
 )
+from auto_mmround.model.passes import Inputs, Precision, ReachedError, run_without_logits
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 log = logging.getLogger("auto_mmround")
 
-Precision = Callable[[], AbstractContextManager]
-Inputs = Mapping[str, Any]
 DISTURBANCE = 0.1  # of the hidden state's own size
 
 
@@ -95,34 +91,6 @@ def capture(
         with precision():
             chain.check_batching(model.get_submodule(chain.stage.blocks[0]))
     return {path: chain for path, chain in chains.items() if len(chain)}
-
-
-def reached(
-    model: nn.Module,
-    stages: Sequence[Stage],
-    inputs: Sequence[Inputs],
-    precision: Precision = nullcontext,
-) -> set[str]:
-    """Paths of the stages that the first input of each kind runs through. A pass ends at the last
-    stage, once all others were reached."""
-    found: set[str] = set()
-    waiting = {stage.path for stage in stages}
-
-    def seen(path: str) -> None:
-        found.add(path)
-        waiting.discard(path)
-        if not waiting:
-            raise _ReachedError
-
-    for kwargs in {frozenset(kwargs): kwargs for kwargs in reversed(inputs)}.values():
-        with ExitStack() as stack, suppress(_ReachedError), torch.no_grad(), precision():
-            for stage in stages:
-                block = model.get_submodule(stage.blocks[0])
-                hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
-                stack.callback(hook.remove)
-            waiting = {stage.path for stage in stages}
-            run_without_logits(model, kwargs)
-    return found
 
 
 def recapture(
@@ -230,31 +198,6 @@ class _Pass:
         }
 
 
-class _ReachedError(Exception):
-    """All that was wanted of a forward pass has been seen."""
-
-
-@contextmanager
-def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Forward passes of the model around ``module``, by this thread, end before it; yields a list
-    that gets what it would be given."""
-    reached: list[Tensor] = []
-    owner = get_ident()
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if get_ident() != owner:
-            return
-        reached.append(hidden_of(args, kwargs)[0])
-        raise _ReachedError
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_ReachedError):
-            yield reached
-    finally:
-        handle.remove()
-
-
 class _Recorder:
     """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first
     hidden state."""
@@ -304,7 +247,7 @@ class _Recorder:
                     found.first if self.output is None else self.output.to(self.store)
                 )
                 if self.stop:
-                    raise _ReachedError
+                    raise ReachedError
             return with_hidden(args, kwargs, slot, hidden) if self.disturb and index == 0 else None
 
         return hook
@@ -334,42 +277,13 @@ class _Recorder:
             handle.remove()
 
 
-def run_model(model: Any, kwargs: Inputs) -> Any:
-    """The model's answer; without a cache, where it makes one. What it draws is the same in each
-    pass, so that teacher and student see the same noise."""
-    takes = signature(model.forward).parameters
-    others = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
-    generates = others and getattr(model, "can_generate", lambda: True)()
-    cached = "use_cache" in takes or generates
-    with _same_noise(device_of(model)):
-        return model(**kwargs, **({"use_cache": False} if cached else {}))
-
-
-@contextmanager
-def _same_noise(device: torch.device) -> Iterator[None]:
-    """Random numbers that begin anew, and leave those of the caller as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
-
-
-def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
-    """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
-    of all."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    # FSMT names the table of its decoder's words, which is read at the start
-    behind = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
-    with stopping_at(head) if behind else nullcontext():
-        run_model(model, moved(dict(kwargs), device_of(model)))
-
-
 def _run(
     model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision
 ) -> None:
     with ExitStack() as stack, torch.no_grad(), precision():
         for recorder in recorders:
             stack.callback(recorder.remove)
-        with suppress(_ReachedError):
+        with suppress(ReachedError):
             run_without_logits(model, kwargs)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.capture import run_model, stopping_at
+from auto_mmround.model.passes import run_model, stopping_at
 
 LOGITS = 2**23  # logits in memory at a time
 # model, what it takes -> hidden states (T, D), and the module that turns them into logits (T, V)

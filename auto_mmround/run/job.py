@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.dotted import collator
-from auto_mmround.calibration.inputs import PAD, TEXT, ModelInput, token_ids
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.samples import Preparers, Reading, build
 from auto_mmround.calibration.settings import Asked, Reads, Settings, choose
 from auto_mmround.calibration.template import Template, load_template
@@ -20,16 +20,16 @@ from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
 from auto_mmround.model import devices
-from auto_mmround.model.capture import reached
-from auto_mmround.model.families import FAMILIES, calibrates, family_of, reads_words
+from auto_mmround.model.families import FAMILIES, calibrates, family_of
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
-from auto_mmround.model.structure import READS, input_weight
+from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
+from auto_mmround.run.met import check_vocabulary, check_words, met
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.output import (
@@ -212,72 +212,12 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
     return Chosen(recipe, settings, reading, notes)
 
 
-def check_words(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
-    """Raises UserError for plain text given to a model that reads no words."""
-    if reads_words(model):
-        return
-    for sample in inputs:
-        if {*sample.kwargs} <= {"input_ids", "attention_mask"}:
-            raise UserError(
-                f"sample {sample.id} is plain text, and {type(model).__name__} reads no words:"
-                f" calibrate with {' or '.join(calibrates(model)) or 'its own inputs'}"
-            )
-
-
-def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
-    """Raises UserError for a sample whose text has token ids that the model has no embedding for.
-    Ids of media are the model's own affair: it need not embed them."""
-    weight = input_weight(model)
-    if weight is None or weight.ndim != 2:
-        return
-    for sample in inputs:
-        ids_T = token_ids(sample.kwargs)[0]
-        if not len(ids_T):
-            continue
-        read_T = ids_T[(sample.modality_T == TEXT) | (sample.modality_T == PAD)]
-        wrong = read_T[(read_T < 0) | (read_T >= len(weight))]
-        if wrong.numel():
-            raise UserError(
-                f"sample {sample.id}: its token id {int(wrong[0])} is not in the model's "
-                f"vocabulary of {len(weight)}; give the model's own "
-                "tokenizer, or resize its embeddings to the tokenizer"
-            )
-
-
 def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
     """Kinds of media that the stages to quantize must meet, or without towers the model itself."""
     media = tuple(kind for kind in calibrates if kind != "text")
     found = tuple(dict.fromkeys(READS[name] for name in towers if name in READS))
     # An encoder reads what its model is given, which may be words.
     return found or media[:1] or (("image",) if "nontext" in towers else ())
-
-
-def met(session: Session) -> Plan:
-    """The plan without the towers that no sample reaches, which is said; all of it where none is
-    reached, which the run refuses."""
-    plan = session.plan
-    with phase("looking for the stages that samples reach"):
-        found = reached(session.model, plan.stages, session.batches, session.precision)
-    missed = [stage for stage in plan.stages if stage.path not in found]
-    if not any(stage.path in found and stage.name != "text" for stage in plan.stages):
-        return plan
-    for stage in missed:
-        log.warning(
-            "%s: no calibration sample reaches this %s stage, which stays as it is; add samples"
-            " with %s input to quantize it too",
-            stage.path, stage.name, READS.get(stage.name, stage.name),
-        )  # fmt: skip
-    blocks = {block for stage in missed for block in stage.blocks}
-    reason = "no calibration sample reaches its stage"
-    weights = [
-        replace(w, scheme=None, reason=reason) if w.block in blocks and w.scheme else w
-        for w in plan.weights
-    ]
-    return replace(
-        plan,
-        stages=tuple(stage for stage in plan.stages if stage.path in found),
-        weights=tuple(weights),
-    )
 
 
 def run(
