@@ -30,7 +30,13 @@ from auto_mmround.model.chains import (
     map_tensors,
     with_hidden,
 )
-from auto_mmround.model.passes import Inputs, Precision, ReachedError, run_without_logits
+from auto_mmround.model.passes import (
+    Inputs,
+    Precision,
+    ReachedError,
+    empty_cache,
+    run_without_logits,
+)
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
@@ -216,6 +222,8 @@ class _Recorder:
         # a tensor given to every block is kept once
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.output: Tensor | None = None  # of the block before
+        # Caches that a pass begins with empty: blocks fill them for passes that never come.
+        self.sinks: set[int] = set()
         # block -> its hidden state and what it returned, shapes alone
         self.outputs: dict[int, tuple[Tensor, Any]] = {}
         self.handles = []
@@ -234,6 +242,7 @@ class _Recorder:
                     hidden = _disturbed(hidden)
                 self.passes.append(_Pass(hidden.detach().to(self.store, copy=True)))
                 self.output = None
+                self.sinks = {id(v) for v in (*args, *kwargs.values()) if empty_cache(v)}
             found = self.passes[-1]
             found.order.append(index)
             glue = None if self.output is None else Glue.between(self.output, hidden.detach())
@@ -241,6 +250,8 @@ class _Recorder:
                 rows = None if glue.rows is None else glue.rows.to(self.store)
                 glue = Glue(rows, glue.values.to(self.store, copy=True), glue.tokens)
             others, named = _without(args, kwargs, slot)
+            others = tuple(None if id(value) in self.sinks else value for value in others)
+            named = {k: None if id(v) in self.sinks else v for k, v in named.items()}
             found.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
             if index == self.depth - 1:
                 found.before_last = (

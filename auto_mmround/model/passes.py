@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from auto_mmround.model.chains import hidden_of, moved
 from auto_mmround.model.streaming import device_of
@@ -97,3 +98,12 @@ def reached(
             waiting = {stage.path for stage in stages}
             run_without_logits(model, kwargs)
     return found
+
+
+def empty_cache(value: Any) -> bool:
+    """Whether this is a cache of keys and values, and nothing in it yet."""
+    if isinstance(value, EncoderDecoderCache):
+        return empty_cache(value.self_attention_cache)
+    return isinstance(value, Cache) and not any(
+        getattr(layer, "is_initialized", True) for layer in value.layers
+    )
