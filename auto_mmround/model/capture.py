@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
-from auto_mmround.model import devices
+from auto_mmround.model import devices, passes
 from auto_mmround.model.chains import (
     TOLERANCE,
     Call,
@@ -30,19 +30,12 @@ from auto_mmround.model.chains import (
     map_tensors,
     with_hidden,
 )
-from auto_mmround.model.passes import (
-    Inputs,
-    Precision,
-    ReachedError,
-    empty_cache,
-    run_without_logits,
-)
+from auto_mmround.model.passes import Inputs, Precision, ReachedError
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 log = logging.getLogger("auto_mmround")
-
 DISTURBANCE = 0.1  # of the hidden state's own size
 
 
@@ -179,9 +172,8 @@ def _without_blocks(
 def _start_alike(found: Sequence["_Pass"], expected: Sequence["_Pass"]) -> bool:
     """Whether passes begin with the same hidden states: later ones may read what earlier ones
     gave."""
-    return len(found) == len(expected) and all(
-        torch.equal(one.first, other.first) for one, other in zip(found, expected)
-    )
+    ours, own = ([one.first for one in each] for each in (found, expected))
+    return len(ours) == len(own) and all(map(torch.equal, ours, own))
 
 
 @dataclass
@@ -242,7 +234,7 @@ class _Recorder:
                     hidden = _disturbed(hidden)
                 self.passes.append(_Pass(hidden.detach().to(self.store, copy=True)))
                 self.output = None
-                self.sinks = {id(v) for v in (*args, *kwargs.values()) if empty_cache(v)}
+                self.sinks = {id(v) for v in (*args, *kwargs.values()) if passes.empty_cache(v)}
             found = self.passes[-1]
             found.order.append(index)
             glue = None if self.output is None else Glue.between(self.output, hidden.detach())
@@ -295,7 +287,7 @@ def _run(
         for recorder in recorders:
             stack.callback(recorder.remove)
         with suppress(ReachedError):
-            run_without_logits(model, kwargs)
+            passes.run_without_logits(model, kwargs)
 
 
 def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
