@@ -139,8 +139,9 @@ def test_an_encoder_decoder_reads_plain_text(sweep, tmp_path):
     assert jobs.run(job)[0].is_dir()
 
 
-def test_a_model_that_reads_no_words_refuses_text_in_one_line(sweep, tmp_path):
-    made(sweep, "ParakeetForCTC").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("name", ["ParakeetForCTC", "WhisperForConditionalGeneration"])
+def test_a_model_that_reads_no_words_refuses_text_in_one_line(name, sweep, tmp_path):
+    made(sweep, name).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     recipe = Recipe(
         model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), group_size=32, iters=1,

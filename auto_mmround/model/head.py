@@ -29,7 +29,9 @@ def check_head(model: PreTrainedModel) -> None:
     Code that comes with a model need not say where its head is.
     """
     own = type(model).__module__.startswith("transformers.")
-    if own and model.get_output_embeddings() is None and type(model).__name__ not in _predicting():
+    # Some that write do not say where their head is (BLIP).
+    tells = model.get_output_embeddings() is not None or model.can_generate()
+    if own and not tells and type(model).__name__ not in _predicting():
         known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         like = known.get(model.config.model_type, "LlamaForCausalLM")
         raise UserError(
