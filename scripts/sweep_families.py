@@ -33,7 +33,7 @@ from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import TOLERANCE, difference
-from auto_mmround.model.families import Swept
+from auto_mmround.model.families import Swept, swept
 from auto_mmround.model.structure import find_stages, linears, used_twice
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -288,13 +288,16 @@ def totals(rows: list[Swept]) -> dict[str, str]:
     }
 
 
-def write(rows: list[Swept]) -> None:
-    """The table into the docs, and what `auto-round-mllm families` prints into the package."""
-    DATA.write_text("[\n" + ",\n".join(json.dumps(row._asdict()) for row in sorted(rows)) + "\n]\n")
+def write(tried: list[Swept]) -> None:
+    """The table into the docs, and what `auto-round-mllm families` prints into the package. Rows of
+    classes that were not tried this time stay."""
+    known = {row.architecture: row for row in [*swept(), *tried]}
+    rows = sorted(known[case.architecture] for case in cases() if case.architecture in known)
+    DATA.write_text("[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]\n")
     table = "| class | verdict | stages | line |\n|---|---|---|---|\n" + "".join(
         f"| {r.architecture} | {r.verdict}: {', '.join(r.ways) or '-'} |"
         f" {', '.join(dict.fromkeys(r.stages))} | {r.line.replace('|', '/')[:160]} |\n"
-        for r in sorted(rows)
+        for r in rows
     )
     text = "".join(f"- {group}: {found}\n" for group, found in totals(rows).items())
     page = PAGE.read_text()
