@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -250,6 +251,7 @@ def verdict(case: Case, notes: Path, code: int | None) -> Swept:
         code = UNBUILT  # Transformers' own complaint of our configuration
     word = "traceback" if code is None else WORDS.get(code, "traceback")
     line = f"nothing after {SECONDS} seconds" if code is None else line
+    line = re.sub(r"(/[\w.-]+)+/", "", line)  # folders of this run
     return Swept(*case, word, line[:400], known.get("ways", []), known.get("stages", []))
 
 

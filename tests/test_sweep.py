@@ -16,7 +16,7 @@ from auto_mmround.model.passes import run_model
 from auto_mmround.model.structure import find_stages
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.run.plan import SHARED, make_plan
+from auto_mmround.run.plan import OTHER_FORM, SHARED, make_plan
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # What people use, but for the families of `tiny_models`, which go further in `test_families`.
@@ -86,6 +86,14 @@ def test_weights_that_several_blocks_use_stay(sweep):
     shared = {name for name, reason in plan.kept.items() if reason == SHARED}
     assert shared and all(".shared_transf." in name for name in shared)
     assert not any(".shared_transf." in name for name in plan.quantized)
+
+
+def test_what_engines_fuse_stays_together(sweep):
+    """Mistral Large 4 turns q and k of its tower while loading, and v not."""
+    recipe = Recipe(group_size=32, quant_nontext_module=True)
+    kept = make_plan(made(sweep, "MistralLarge4ForConditionalGeneration"), recipe).kept
+    tower = {name.rpartition(".")[2]: why for name, why in kept.items() if "vision_tower" in name}
+    assert {tower[name] for name in ("q_proj", "k_proj", "v_proj")} == {OTHER_FORM}
 
 
 def test_a_loop_is_captured_anew(sweep):

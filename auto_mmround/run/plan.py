@@ -146,6 +146,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     twice = used_twice(model, find_stages(model))
     stays |= {name: SHARED for name, layer in layers.items() if id(layer.weight) in twice}
     stays |= {n: SHARED for n, e in single.items() if id(model.get_parameter(e.parameter)) in twice}
+    # What engines load as one matrix stays as a whole.
+    whole = {fused_set(name): reason for name, reason in stays.items()}
+    stays = {w.name: whole[fused_set(w.name)] for w in weights if fused_set(w.name) in whole}
     weights = [
         replace(w, scheme=None, reason=stays[w.name]) if w.scheme and w.name in stays else w
         for w in weights
