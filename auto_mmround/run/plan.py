@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
-from auto_mmround.model.experts import separable, separated
+from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.loading import converted_parameters
 from auto_mmround.model.structure import (
     LINEAR,
@@ -141,18 +141,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     ]
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
-    converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
-    stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
-    twice = used_twice(model, find_stages(model))
-    stays |= {name: SHARED for name, layer in layers.items() if id(layer.weight) in twice}
-    stays |= {n: SHARED for n, e in single.items() if id(model.get_parameter(e.parameter)) in twice}
-    # What engines load as one matrix stays as a whole.
-    whole = {fused_set(name): reason for name, reason in stays.items()}
-    stays = {w.name: whole[fused_set(w.name)] for w in weights if fused_set(w.name) in whole}
-    weights = [
-        replace(w, scheme=None, reason=stays[w.name]) if w.scheme and w.name in stays else w
-        for w in weights
-    ]
+    weights = _without_staying(model, weights, layers, single)
     weights = [_hold(weight, targets) for weight in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
@@ -165,6 +154,29 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
     return assembled(chosen, weights, targets)
+
+
+def _without_staying(
+    model: PreTrainedModel,
+    weights: Sequence[WeightPlan],
+    layers: Mapping[str, Any],
+    experts: Mapping[str, Expert],
+) -> list[WeightPlan]:
+    """The weights without those that checkpoints hold in another form, and those that are used
+    twice. What engines load as one matrix stays as a whole."""
+    converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
+    stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
+    twice = used_twice(model, find_stages(model))
+    parameters = {name: layer.weight for name, layer in layers.items()} | {
+        name: model.get_parameter(expert.parameter) for name, expert in experts.items()
+    }
+    stays |= {name: SHARED for name, weight in parameters.items() if id(weight) in twice}
+    whole = {fused_set(name): reason for name, reason in stays.items()}
+    reasons = {w.name: whole.get(fused_set(w.name)) for w in weights if w.scheme}
+    return [
+        replace(w, scheme=None, reason=reason) if (reason := reasons.get(w.name)) else w
+        for w in weights
+    ]
 
 
 def assembled(
