@@ -224,8 +224,8 @@ def _declared(model: PreTrainedModel, path: str) -> tuple[str | None, bool]:
     parents = [".".join(path.split(".")[:depth]) for depth in range(path.count("."), 0, -1)]
     for parent in map(model.get_submodule, parents):
         if isinstance(parent, PreTrainedModel):
-            kinds = parent.input_modalities
-            kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+            told = parent.input_modalities
+            kinds = (told,) if isinstance(told, str) else tuple(told)
             # the latter says nothing
             known = kinds[0] in model.input_modalities or model.input_modalities == "text"
             words = "input_ids" in signature(parent.forward).parameters
