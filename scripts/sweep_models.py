@@ -305,7 +305,9 @@ class Finder:
                     made = [self._sample(name, shape, extra, text, seed) for seed in range(2)]
                     first = self.answer(made[0])
                     if first is not None and self._depends(made[0], name, first):
-                        return made
+                        # Some want as many words as there are frames, so the same number again.
+                        again = made[0] | {name: made[1][name]}
+                        return made if self.answer(made[1]) is not None else [made[0], again]
         return None
 
     def _extras(self, name: str, shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:

@@ -120,6 +120,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "glmasr": {"audio_config.intermediate_size": 256},
+    "qwen3_asr": {"eos_token_id": 2, "pad_token_id": 0},
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 8],
         "axial_pos_embds_dim": [16, 48], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,

@@ -67,8 +67,8 @@ def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
     of all."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # FSMT names the table of its decoder's words, which is read at the start
-    table = not isinstance(head, nn.Module) or isinstance(head, nn.Embedding)
-    with nullcontext() if table else stopping_at(head):  # type: ignore[arg-type]
+    behind = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
+    with stopping_at(head) if behind and head is not None else nullcontext():
         run_model(model, moved(dict(kwargs), device_of(model)))
 
 
