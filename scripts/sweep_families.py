@@ -247,10 +247,10 @@ def verdict(case: Case, notes: Path, code: int | None) -> Swept:
     known = json.loads(notes.read_text()) if notes.exists() else {}
     tail = notes.with_suffix(".log").read_text(errors="replace").strip().splitlines() or [""]
     line = known.get("line") or ("" if code == PASSED else tail[-1])
-    if code == 1 and "media" not in known:
-        code = UNBUILT  # Transformers' own complaint of our configuration
-    word = "traceback" if code is None else WORDS.get(code, "traceback")
     line = f"nothing after {SECONDS} seconds" if code is None else line
+    if code in (1, None) and "media" not in known:
+        code = UNBUILT  # Transformers' own complaint of our configuration, or a long search
+    word = "traceback" if code is None else WORDS.get(code, "traceback")
     line = re.sub(r"(/[\w.-]+)+/", "", line)  # folders of this run
     return Swept(*case, word, line[:400], known.get("ways", []), known.get("stages", []))
 
