@@ -32,6 +32,7 @@ setup(
         "auto_mmround": [
             "demo/*.md",
             "demo/model/*",
+            "*.json",
             "demo/*/*.json",
             "demo/*/*.jsonl",
             "demo/*/images/*",

@@ -27,7 +27,7 @@ from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.families import FAMILIES
+from auto_mmround.families import FAMILIES, swept
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
@@ -436,4 +436,19 @@ def show_families() -> int:
         " refused with one line. See docs/new-model.md.",
         highlight=False,
     )
+    _show_swept()
     return 0
+
+
+def _show_swept() -> None:
+    """What became of every class of Transformers, and how many of each verdict."""
+    rows = swept()
+    table = Table("class", "verdict", "went", "stages", "why not", title="Every class, tiny")
+    for row in rows:
+        stages = ", ".join(dict.fromkeys(row.stages))
+        table.add_row(row.architecture, row.verdict, ", ".join(row.ways), stages, row.line[:160])
+    console.print(table)
+    for group in dict.fromkeys(row.group for row in rows):
+        counts = Counter(row.verdict for row in rows if row.group == group).most_common()
+        told = ", ".join(f"{count} {word}" for word, count in counts)
+        console.print(f"{group}: {told}", highlight=False)

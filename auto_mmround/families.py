@@ -4,8 +4,14 @@ structure cannot tell.
 A family that is missing here has no quirk and is read by its structure, see docs/new-model.md.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
 
 Rename = tuple[str, str]
 # G_: the text model's names begin with nothing in GGUF's tables. V_: vLLM's renamings.
@@ -72,6 +78,8 @@ class Family:
         return "text" in self.calibrates
 
 
+# What models read that read no words.
+WORDLESS = {"input_features", "input_values", "pixel_values", "flattened_patches"}
 TEXT, HEARING = ("text",), ("text", "audio")
 SHARED = "keys and values shared between layers"
 
@@ -121,7 +129,11 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "whisper": Family(
-        "Whisper", ("audio",), ("encoder", "text"), vllm=((r"\.fc([12])\.", r".mlp.fc\1."),)
+        "Whisper",
+        ("audio",),
+        ("encoder", "text"),
+        towers={"encoder": "encoder"},
+        vllm=((r"\.fc([12])\.", r".mlp.fc\1."),),
     ),
     "qwen2_audio": Family("Qwen2-Audio", HEARING, ("audio", "text")),
     "voxtral": Family("Voxtral", HEARING, ("audio", "text")),
@@ -184,3 +196,43 @@ def family_of(model_type: str) -> Family:
     """The family's entry, or one without quirks."""
     known = {**FAMILIES, **UNTESTED}
     return known.get(model_type, Family(model_type, stages=()))
+
+
+class Swept(NamedTuple):
+    """What became of a class of Transformers in the sweep (`scripts/sweep_families.py`).
+
+    verdict: passed, refused, not built, or a fault. line: why it did not pass. ways: how it went:
+    with text alone, with its media, with towers quantized. stages: their names.
+    """
+
+    model_type: str
+    architecture: str
+    group: str
+    verdict: str
+    line: str
+    ways: list[str]
+    stages: list[str]
+
+
+def swept() -> list[Swept]:
+    """Every class of the last sweep, by model type."""
+    rows = json.loads(Path(__file__).with_name("swept.json").read_text())
+    return [Swept(**row) for row in rows]
+
+
+def reads_words(model: PreTrainedModel) -> bool:
+    """Whether a model takes ids of words, beside those that its decoder writes."""
+    takes = signature(model.forward).parameters
+    return "input_ids" in takes or not WORDLESS & set(takes)
+
+
+def calibrates(model: PreTrainedModel) -> tuple[str, ...]:
+    """Kinds of samples that a model takes: by its family's row, else as its class declares."""
+    if model.config.model_type in FAMILIES:
+        return FAMILIES[model.config.model_type].calibrates
+    declared = model.input_modalities
+    kinds = (declared,) if isinstance(declared, str) else tuple(declared)
+    return (
+        *(("text",) if reads_words(model) else ()),
+        *(kind for kind in kinds if kind in ("image", "audio")),
+    )

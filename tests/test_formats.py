@@ -190,6 +190,29 @@ def test_a_tower_word_that_occurs_in_quantized_names_is_spelled_out() -> None:
     }
 
 
+def test_a_kept_encoder_is_not_the_decoders_own() -> None:
+    """Encoder-decoders of two models: the name of the kept one stands in the quantized one's."""
+    quantized = [f"decoder.bert.encoder.layer.{i}.output.dense" for i in range(2)]
+    kept = [f"encoder.encoder.layer.{i}.output.dense" for i in range(2)]
+    plan = Layout(dict.fromkeys(quantized, SYM), kept, ["decoder.bert.encoder.layer"], str, SYM)
+    for name in ("auto_round", "auto_gptq", "auto_awq", "compressed_tensors"):
+        config, reads = FORMATS[name].config(plan), READERS[name][0]
+        assert [n for n in (*quantized, *kept) if reads(config, n)] == quantized, name
+
+
+def test_a_layer_of_one_list_is_not_that_of_another_in_gptq() -> None:
+    """Encoder and decoder call their lists alike: what is said of one must not hold for both."""
+    wide = Scheme(8, 32, True)
+    names = [f"model.{part}.layers.{i}.fc1" for part in ("encoder", "decoder") for i in range(2)]
+    quantized = {name: wide if name == "model.encoder.layers.1.fc1" else SYM for name in names[1:]}
+    plan = Layout(quantized, names[:1], ["model.encoder.layers", "model.decoder.layers"], str, SYM)
+    config = FORMATS["auto_gptq"].config(plan)
+    out = [rule[2:] for rule in config["dynamic"] if rule.startswith("-:")]
+    assert [n for n in names if any(re.match(rule, n) for rule in out)] == names[:1]
+    for name, scheme in quantized.items():
+        assert formats.scheme_of(config, name) == scheme, name
+
+
 def test_mixed_schemes_are_stated_and_read_back() -> None:
     plan = layout(down_proj=Scheme(8, 64, True))
     for name in ("auto_round:auto_gptq", "auto_gptq"):

@@ -68,9 +68,15 @@ class ModelInput:
     left: tuple[str, ...] = ()
 
 
+# What a model without words reads instead -> its modality.
+WORDLESS = {"input_features": AUDIO, "input_values": AUDIO, "pixel_values": IMAGE,
+    "flattened_patches": IMAGE}  # fmt: skip
+
+
 def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
-    """int64 (1, T): the ids that the text model reads; an encoder-decoder's are the decoder's."""
-    ids: Tensor = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"]
+    """int64 (1, T), or (1, T, codebooks): the ids that the text model reads; an encoder-decoder's
+    are the decoder's. (1, 0) where it reads no words."""
+    ids: Tensor = kwargs.get("decoder_input_ids", kwargs.get("input_ids", torch.empty(1, 0).long()))
     return ids
 
 
@@ -85,11 +91,18 @@ def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
         or not getattr(config, "is_encoder_decoder", False)
     ):
         return found
-    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
-    found["decoder_input_ids"] = torch.cat(
-        [start, labels[:, :-1].masked_fill(labels[:, :-1] < 0, config.pad_token_id)], 1
-    )
+    start = torch.full_like(labels[:, :1], _token(config, "decoder_start", "bos", "pad"))
+    words = labels[:, :-1].masked_fill(labels[:, :-1] < 0, _token(config, "pad", "eos"))
+    found["decoder_input_ids"] = torch.cat([start, words], 1)
     return found
+
+
+def _token(config: Any, *names: str) -> int:
+    """The first of some special tokens that a configuration names, itself or for its text; 0
+    without any."""
+    places = (config, config.get_text_config(decoder=True))
+    ids = (getattr(place, f"{name}_token_id", None) for name in names for place in places)
+    return next((found for found in ids if isinstance(found, int)), 0)
 
 
 def placeholder_ids(config: Any) -> dict[int, int]:
@@ -107,9 +120,16 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
     """int8 (T,): the processor's own `mm_token_type_ids` if it gives them, else by the placeholder
     ids in config.
 
-    Negative ids stand for image features (Phi-3-vision); masked tokens are PAD.
+    Negative ids stand for image features (Phi-3-vision); masked tokens are PAD. Without ids (CTC)
+    one entry stands for the medium, since its number of tokens is the model's affair.
     """
     ids_T = token_ids(kwargs)[0]
+    if ids_T.ndim > 1:  # a row of codebooks for each token
+        ids_T = torch.zeros_like(ids_T[:, 0])
+    if not len(ids_T):
+        return torch.tensor([next(WORDLESS[key] for key in kwargs if key in WORDLESS)]).to(
+            torch.int8
+        )
     given = kwargs.get("mm_token_type_ids")
     if given is not None:
         kinds_T = given[0].to(torch.int8)
@@ -196,6 +216,8 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
     """The sample with masked tokens at its end, up to ``length``: for devices that compile every
     shape anew."""
     kwargs, tokens = dict(sample.kwargs), len(sample.modality_T)
+    if token_ids(kwargs).shape[1] != tokens:
+        return sample
     decoder = "decoder_" if "decoder_input_ids" in kwargs else ""
     kwargs.setdefault(f"{decoder}attention_mask", torch.ones_like(token_ids(kwargs)))
     word = int((sample.modality_T == TEXT).int().argmax())  # never a placeholder
@@ -281,6 +303,8 @@ class Encoder:
             )
         ids = ids[None, : self.seqlen]
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(self.config, "is_encoder_decoder", False):  # a decoder that writes what it reads
+            kwargs = with_decoder_ids({**kwargs, "labels": ids}, self.config)
         kinds_T = modality(kwargs, self.config)
         if not ids.numel():
             raise BadSample("too short", f"sample {sample.id} is empty")

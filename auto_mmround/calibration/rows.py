@@ -19,7 +19,7 @@ from auto_mmround.errors import UserError
 TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "labels"}
 # A row with one of each is ready inputs of an encoder-decoder.
 DECODER_KEYS = {"decoder_input_ids", "labels"}
-ENCODER_KEYS = {"input_features", "input_values", "pixel_values"}
+ENCODER_KEYS = {"input_features", "input_values", "pixel_values", "flattened_patches"}
 
 
 class BadSample(UserError):
@@ -86,6 +86,8 @@ def parse_row(
         return Sample(label, inputs={**row})
     columns = Columns(row, base)
     turns = columns.turns
+    if turns is None and any(isinstance(row.get(key), Tensor) for key in ENCODER_KEYS):
+        return Sample(label, inputs={**row})  # of a model that reads no words
     if turns is None and any(isinstance(row.get(key), list | tuple) for key in CHATS):
         raise BadSample("too short", f"sample {label}: its conversation has no turns")
     if turns is None:
@@ -158,6 +160,8 @@ def _placed(messages: list[Message], media: Mapping[str, list[Any]], label: str)
 def _tokens(row: Mapping[str, Any], label: str) -> Sample:
     """A row of token ids (padding left out) or, with more in it, ready inputs of the model."""
     ids = _integers(row["input_ids"], "input_ids", label)
+    if ids.ndim == 3 and len(ids) == 1 and ids.numel():  # a row of codebooks for each token
+        return Sample(label, inputs={**row, "input_ids": ids})
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
         raise BadSample(
             "form",

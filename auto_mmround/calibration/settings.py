@@ -36,8 +36,9 @@ class Reads:
     """What the model can read and must see.
 
     text_only: it takes plain text without media. towers: some are quantized. needs: kinds of media
-    that the towers, or a model that can't take plain text, must meet. takes: kinds that the model
-    can read at all; None where nobody knows. positions: tokens that it has room for.
+    that the towers, or a model that can't take plain text, must meet; some: one of them is enough.
+    takes: kinds that the model can read at all; None where nobody knows. positions: tokens that it
+    has room for.
     """
 
     text_only: bool
@@ -45,6 +46,7 @@ class Reads:
     needs: Sequence[str] = ("image",)
     takes: Sequence[str] | None = None
     positions: int | None = None
+    some: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _fitting(
             notes.append(f"{why}, but the given samples carry no media")
     elif isinstance(dataset, str):
         dataset, media = _usable(dataset, media, model, notes)
-    _check_kinds(dataset, media, model.needs if demanded else (), model.takes)
+    _check_kinds(dataset, media, model, demanded)
     return dataset, media
 
 
@@ -194,11 +196,10 @@ def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
     )
 
 
-def _check_kinds(
-    dataset: Any, media: Sequence[Media], needs: Sequence[str], takes: Sequence[str] | None
-) -> None:
+def _check_kinds(dataset: Any, media: Sequence[Media], model: Reads, demanded: bool) -> None:
     """One line for a set with media that the model can't read, or when a tower would see no
-    sample."""
+    sample; where `some` is enough, when all would see none."""
+    needs, takes = (model.needs if demanded else ()), model.takes
     found: Media = frozenset().union(*media)
     name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"
     if foreign := _foreign(found, takes):
@@ -211,9 +212,10 @@ def _check_kinds(
             f" {wanted}"
         )
     seen = {SEEN_AS.get(kind, kind) for kind in found}
-    for kind in needs:
-        if found and READY not in seen and kind not in seen:
-            raise UserError(
-                f"{name} has no {kind} samples, and what is to be quantized reads {kind}: add some,"
-                f" such as {STAND_IN[kind]}, or choose the stages with to_quant_block_names"
-            )
+    missing = [kind for kind in needs if kind not in seen]
+    if found and READY not in seen and missing and not (model.some and len(missing) < len(needs)):
+        kinds = " and ".join(missing)
+        raise UserError(
+            f"{name} has no {kinds} samples, and what is to be quantized reads {kinds}: add some,"
+            f" such as {STAND_IN[missing[0]]}, or choose the stages with to_quant_block_names"
+        )

@@ -5,7 +5,8 @@ from pathlib import Path
 from auto_mmround.calibration import samples
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.loading import DEMO, Loaded
-from auto_mmround.run.job import check_vocabulary, preparers
+from auto_mmround.run.job import preparers
+from auto_mmround.run.met import check_vocabulary
 
 HELD_OUT = DEMO.parent / "heldout"
 MANY = 10**9

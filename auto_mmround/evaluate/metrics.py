@@ -15,7 +15,7 @@ from torch import Tensor
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
-from auto_mmround.model.speaking import speaking
+from auto_mmround.model.passes import run_model
 
 
 @dataclass
@@ -74,7 +74,7 @@ def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
     with torch.inference_mode(), devices.products(model.device, model.dtype):
-        return speaking(model)(**moved(model, kwargs), use_cache=False).logits[0].float()
+        return run_model(model, moved(model, kwargs)).logits[0].flatten(0, -2).float()
 
 
 def measure(
@@ -107,8 +107,9 @@ def _add_sample(
     answer_T = sample.answer_T.to(scores_TV.device)
     is_text = bool(answer_T.all())
     best_T = scores_TV.argmax(-1)
-    wanted, hits = answer_T[1:], best_T[:-1] == ids_T[1:]
-    if is_text == text:
+    told = ids_T.shape == best_T.shape  # not of models that hear and write no word for a word
+    wanted, hits = answer_T[1:], best_T[:-1] == ids_T[1:] if told else best_T[:0]
+    if told and is_text == text:
         losses = -scores_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
         metrics.log_loss += losses[wanted].double().sum().item()
         metrics.tokens += int(wanted.sum())
@@ -120,10 +121,12 @@ def _add_sample(
     if teacher_TV is not None:
         kl_T = (teacher_TV.exp() * (teacher_TV - scores_TV)).sum(-1)
         same_T = best_T == teacher_TV.argmax(-1)
-        for code in sample.modality_T.unique().tolist():
+        kind_T = sample.modality_T.to(kl_T.device)
+        kind_T = kind_T if len(kind_T) == len(kl_T) else kind_T[:1].expand(len(kl_T))
+        for code in kind_T.unique().tolist():
             if code == PAD:
                 continue
-            here, name = sample.modality_T.to(kl_T.device) == code, MODALITIES[code]
+            here, name = kind_T == code, MODALITIES[code]
             metrics.positions[name] = metrics.positions.get(name, 0) + int(here.sum())
             metrics.kl_sum[name] = metrics.kl_sum.get(name, 0.0) + kl_T[here].double().sum().item()
             metrics.agreed[name] = metrics.agreed.get(name, 0) + int(same_T[here].sum())

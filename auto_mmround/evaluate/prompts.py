@@ -22,7 +22,8 @@ from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import position_limit, room
 from auto_mmround.model.speaking import speaking
-from auto_mmround.run.job import check_vocabulary, preparers
+from auto_mmround.run.job import preparers
+from auto_mmround.run.met import check_vocabulary
 
 log = logging.getLogger("auto_mmround")
 

@@ -2,6 +2,7 @@
 minus one."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from itertools import takewhile
@@ -27,7 +28,7 @@ from auto_mmround.export.format import (
 )
 from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
 from auto_mmround.export.packing import pack_bits, unpack_bits
-from auto_mmround.export.patterns import as_pattern, folded
+from auto_mmround.export.patterns import as_pattern, folded, tails, templates
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -101,8 +102,9 @@ def unpack_gptq(
 def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config`` for optimum + GPTQModel, vLLM and AutoGPTQ's heirs."""
     groups, singles = kept_groups(layout)
+    ends = _ends(layout)
     excludes = [p for group in groups for p in tower_patterns(layout, group)] + [
-        _tail(layout, s) for s in singles
+        _tail(layout, ends, s) for s in singles
     ]
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
     by_scheme: dict[Scheme, list[str]] = {}
@@ -111,7 +113,8 @@ def config(layout: Layout) -> dict[str, Any]:
     for scheme, names in by_scheme.items():
         if keys := differences(scheme, layout.default):
             dynamic |= {
-                f"+:{_tail(layout, template)}": keys for template in folded(names, layout.quantized)
+                f"+:{_tail(layout, ends, template)}": keys
+                for template in folded(names, layout.quantized)
             }
     return {
         "quant_method": "gptq",
@@ -173,11 +176,26 @@ def _common_prefix(names: list[str]) -> str:
     return ".".join(parts[0] for parts in same)
 
 
-def _tail(layout: Layout, name: str) -> str:
+def _ends(layout: Layout) -> Counter[str]:
+    """How many modules end in each dotted tail of a name or template."""
+    return Counter(
+        tail
+        for name in (*layout.quantized, *layout.kept)
+        for form in (name, *templates(name))
+        for tail in tails(form)
+    )
+
+
+def _tail(layout: Layout, ends: Counter[str], name: str) -> str:
     """A regex for one module in any spelling, or those of a template: from its block list's own
-    name on ("layers.3.mlp.down_proj")."""
+    name on ("layers.3.mlp.down_proj"), or as much before that as it takes to meet no other."""
     block = next((b for b in layout.blocks if name.startswith(b + ".")), "")
-    return rf".*{as_pattern(name[block.rfind('.') + 1 :])}$"
+    whole = [*tails(name)]
+    own = whole[block.count(".") if block else 0]
+    end = next(
+        tail for tail in reversed(whole) if len(tail) >= len(own) and ends[tail] == ends[name]
+    )
+    return rf"(.*\.)?{as_pattern(end)}$"
 
 
 def _transformers(q: Question) -> Mapping[str, Overrides]:

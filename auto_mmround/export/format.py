@@ -297,20 +297,29 @@ def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
 
 
 def tower_patterns(layout: Layout, group: str) -> list[str]:
-    """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group, in any
-    engine's spelling."""
-    word = rf".*{re.escape(_short(group))}\..*"
-    if not _hits(layout, lambda name: re.match(word, name) is not None):
-        return [word]
-    return [rf".*{re.escape(spelling)}\..*" for spelling in both_spellings(layout, group)]
+    """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group: in any
+    engine's spelling, if that hits no quantized module, else from the start of a name."""
+    spelled = [re.escape(spelling) for spelling in both_spellings(layout, group)]
+    word = [rf".*{re.escape(_short(group))}\..*"]
+    choices = [word, *([head + name + r"\..*" for name in spelled] for head in (".*", r"(^|.*\.)"))]
+    return next(
+        (found for found in choices if not _hits(layout, found)),
+        [rf"^{name}\..*" for name in spelled],
+    )
 
 
 def tower_substrings(layout: Layout, group: str) -> list[str]:
     """The same for readers that look for substrings: prefixes with a closing dot (`encoder.` spares
-    `encoder_attn`)."""
-    word = _short(group) + "."
-    short = [] if _hits(layout, lambda name: word in name) else [word]
-    return list(dict.fromkeys([s + "." for s in both_spellings(layout, group)] + short))
+    `encoder_attn`). One that stands in a quantized module's name too gets the start of the name
+    before it, for those that read patterns."""
+    spelled = [spelling + "." for spelling in both_spellings(layout, group)]
+    short = [_short(group) + "."]
+    free = [word for word in short if not _hits(layout, [".*" + re.escape(word)])]
+    found = [
+        "^" + re.escape(word) if _hits(layout, [".*" + re.escape(word)]) else word
+        for word in spelled
+    ]
+    return list(dict.fromkeys(found + free))
 
 
 def carried_names(layout: Layout) -> list[str]:
@@ -335,8 +344,14 @@ def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:
     return {key: getattr(scheme, key) for key in keys if getattr(scheme, key) != getattr(base, key)}
 
 
-def _hits(layout: Layout, test: Callable[[str], bool]) -> list[str]:
-    return [name for name in layout.quantized if test(name) or test(layout.checkpoint_name(name))]
+def _hits(layout: Layout, patterns: Sequence[str]) -> bool:
+    """Whether a quantized module is met by one of the patterns, in either spelling."""
+    return any(
+        re.match(pattern, spelling)
+        for pattern in patterns
+        for name in layout.quantized
+        for spelling in (name, layout.checkpoint_name(name))
+    )
 
 
 def _ancestors(name: str) -> list[str]:

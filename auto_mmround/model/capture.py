@@ -9,10 +9,9 @@ captured anew after each tuned block.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
-from auto_mmround.model import devices
+from auto_mmround.model import devices, passes
 from auto_mmround.model.chains import (
     TOLERANCE,
     Call,
@@ -30,19 +29,15 @@ from auto_mmround.model.chains import (
     first_tensor,
     hidden_of,
     map_tensors,
-    moved,
     with_hidden,
 )
-from auto_mmround.model.speaking import speaking
+from auto_mmround.model.passes import Inputs, Precision, ReachedError
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.untrusted import one_line
 
 log = logging.getLogger("auto_mmround")
-
-Precision = Callable[[], AbstractContextManager]
-Inputs = Mapping[str, Any]
 # Where Transformers puts code that comes with a model, and how it fails once what it uses is gone.
 OWN_CODE = "transformers_modules."
 OUTDATED = (AttributeError, TypeError, ImportError, NameError, LookupError)
@@ -171,12 +166,19 @@ def _without_blocks(
             raise
         log.info("%s: blocks run for every sample (%s)", stage.path, error)
         rests = None
-    if rests is not None and len(quiet) == len(seen.passes):
+    if rests is not None and _start_alike(quiet, seen.passes):
         if max(_gaps(model, chain, quiet, seen.passes, kwargs, precision), default=1.0) <= 1.0:
             return quiet, rests
         log.info("%s: blocks run for every sample: what they are given depends on them", stage.path)
     _prove(model, chain, seen.passes, seen.passes, kwargs, precision)
     return seen.passes, None
+
+
+def _start_alike(found: Sequence["_Pass"], expected: Sequence["_Pass"]) -> bool:
+    """Whether passes begin with the same hidden states: later ones may read what earlier ones
+    gave."""
+    ours, own = ([one.first for one in each] for each in (found, expected))
+    return len(ours) == len(own) and all(map(torch.equal, ours, own))
 
 
 @dataclass
@@ -199,31 +201,6 @@ class _Pass:
         }
 
 
-class _ReachedError(Exception):
-    """All that was wanted of a forward pass has been seen."""
-
-
-@contextmanager
-def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Forward passes of the model around ``module``, by this thread, end before it; yields a list
-    that gets what it would be given."""
-    reached: list[Tensor] = []
-    owner = get_ident()
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if get_ident() != owner:
-            return
-        reached.append(hidden_of(args, kwargs)[0])
-        raise _ReachedError
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_ReachedError):
-            yield reached
-    finally:
-        handle.remove()
-
-
 class _Recorder:
     """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first
     hidden state."""
@@ -242,6 +219,8 @@ class _Recorder:
         # a tensor given to every block is kept once
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.output: Tensor | None = None  # of the block before
+        # Caches that a pass begins with empty: blocks fill them for passes that never come.
+        self.sinks: set[int] = set()
         # block -> its hidden state and what it returned, shapes alone
         self.outputs: dict[int, tuple[Tensor, Any]] = {}
         self.handles = []
@@ -260,6 +239,7 @@ class _Recorder:
                     hidden = _disturbed(hidden)
                 self.passes.append(_Pass(hidden.detach().to(self.store, copy=True)))
                 self.output = None
+                self.sinks = {id(v) for v in (*args, *kwargs.values()) if passes.empty_cache(v)}
             found = self.passes[-1]
             found.order.append(index)
             glue = None if self.output is None else Glue.between(self.output, hidden.detach())
@@ -267,13 +247,15 @@ class _Recorder:
                 rows = None if glue.rows is None else glue.rows.to(self.store)
                 glue = Glue(rows, glue.values.to(self.store, copy=True), glue.tokens)
             others, named = _without(args, kwargs, slot)
+            others = tuple(None if id(value) in self.sinks else value for value in others)
+            named = {k: None if id(v) in self.sinks else v for k, v in named.items()}
             found.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
             if index == self.depth - 1:
                 found.before_last = (
                     found.first if self.output is None else self.output.to(self.store)
                 )
                 if self.stop:
-                    raise _ReachedError
+                    raise ReachedError
             return with_hidden(args, kwargs, slot, hidden) if self.disturb and index == 0 else None
 
         return hook
@@ -303,15 +285,6 @@ class _Recorder:
             handle.remove()
 
 
-def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
-    """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
-    of all."""
-    model = speaking(model)  # type: ignore[arg-type]  # any module with such a forward pass
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    with stopping_at(head) if isinstance(head, nn.Module) else nullcontext():
-        model(**moved(dict(kwargs), device_of(model)), use_cache=False)
-
-
 def _run(
     model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision
 ) -> None:
@@ -319,8 +292,8 @@ def _run(
         for recorder in recorders:
             stack.callback(recorder.remove)
         try:
-            run_without_logits(model, kwargs)
-        except _ReachedError:
+            passes.run_without_logits(model, kwargs)
+        except ReachedError:
             return
         except OUTDATED as error:
             if not type(model).__module__.startswith(OWN_CODE):
@@ -404,6 +377,8 @@ def _gaps(
     recorder = _Recorder(model, stage, expected[0].first.device, disturb=True)
     _run(model, kwargs, [recorder], precision)
     disturbed = gap(recorder.passes)
+    if _starts_follow(recorder.passes, expected):
+        disturbed = float("inf")  # a loop: what a later pass begins with depends on earlier ones
     if max(exact, disturbed) <= 1.0:
         log.info(
             "%s: replay of %d blocks equals the model (%.2f of what rounding explains, "
@@ -414,6 +389,15 @@ def _gaps(
             disturbed,
         )
     return exact, disturbed
+
+
+def _starts_follow(passes: Sequence[_Pass], expected: Sequence[_Pass]) -> bool:
+    """Whether passes begin otherwise than ``expected`` and disturbed."""
+    return any(
+        one.first.shape != other.first.shape
+        or difference(one.first, _disturbed(other.first)) > TOLERANCE[one.first.dtype]
+        for one, other in zip(passes[1:], expected[1:])
+    )
 
 
 def _disturbed(hidden: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.capture import stopping_at
+from auto_mmround.model.passes import run_model, stopping_at
 from auto_mmround.model.speaking import speaking
 
 LOGITS = 2**23  # logits in memory at a time
@@ -30,13 +30,27 @@ def check_head(model: PreTrainedModel) -> None:
     Code that comes with a model need not say where its head is.
     """
     model = speaking(model)
-    if type(model).__module__.startswith("transformers.") and model.get_output_embeddings() is None:
-        like = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "LlamaForCausalLM")
+    own = type(model).__module__.startswith("transformers.")
+    # Some that write do not say where their head is (BLIP).
+    tells = model.get_output_embeddings() is not None or model.can_generate()
+    if own and not tells and type(model).__name__ not in _predicting():
+        known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        like = known.get(model.config.model_type, "LlamaForCausalLM")
         raise UserError(
             f"{type(model).__name__} has no head that predicts tokens, which quantizing is measured"
             f" by: give a model with one, and a class like {like} in architectures of its"
             " config.json"
         )
+
+
+def _predicting() -> set[str]:
+    """Classes that hear or see, and give logits, by a head of their own: CTC and transducers."""
+    tables = (
+        modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_RNNT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TDT_MAPPING_NAMES,
+    )
+    return {name for table in tables for name in table.values()}
 
 
 def to_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> ToHead:
@@ -69,7 +83,7 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
     # The last position is enough: logits of a whole sample would be the largest tensor of a run.
     few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.no_grad(), _at_head(model, lambda head, args, output: made.append(output)):
-        logits = model(**kwargs, **few, use_cache=False).logits
+        logits = run_model(model, {**kwargs, **few}).logits
     return (
         len(made) == 1
         and made[0].shape == logits.shape
@@ -82,10 +96,11 @@ def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tens
     model = speaking(model)
     head = model.get_output_embeddings()
     with stopping_at(head) as reached:
-        model(**kwargs, use_cache=False)
+        run_model(model, kwargs)
     return reached[0][0], head
 
 
 def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
-    """For models that change the head's output: the logits themselves."""
-    return speaking(model)(**kwargs, use_cache=False).logits[0], nn.Identity()
+    """For models that change the head's output: the logits themselves. Of a transducer, or of
+    several codebooks, all of a sample's in one list."""
+    return run_model(model, kwargs).logits[0].flatten(0, -2), nn.Identity()

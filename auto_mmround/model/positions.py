@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.speaking import speaking
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.structure import find_stages, input_weight
 
 # What configurations call the number of positions. It alone is no limit: rotary models run beyond
 # it.
@@ -56,7 +56,7 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
     part of a model."""
     stages = find_stages(model)
     text, towers = stages[-1].path, [stage.path for stage in stages[:-1]]
-    words = getattr(model.get_input_embeddings(), "weight", None)
+    words = input_weight(model)
     for path, module in model.named_modules():
         if _elsewhere(path, text, towers):
             continue

@@ -7,18 +7,21 @@ seen when inputs are captured (`capture`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.families import family_of
-from auto_mmround.model.speaking import speaking_path
+from auto_mmround.model.speaking import speaking, speaking_path
 
 LINEAR = (nn.Linear, Conv1D)
+TOWERS = {"image": "vision", "audio": "audio"}  # what a tower reads -> name of its stage
+READS = {name: kind for kind, name in TOWERS.items()}
 
 
 @dataclass(frozen=True)
@@ -114,19 +117,47 @@ def find_stages(model: PreTrainedModel) -> list[Stage]:
         for path, found in _block_lists(model)
         if path.rpartition(".")[2] not in connectors
     }
-    decoder = _prefix_of(model, model.get_decoder())
-    inside = [path for path in lists if _is_inside(path, decoder)]
+    decoder = _prefix_of(model, _decoder(model))
+    # A decoder without blocks of its own (a transducer's, or a head of that name) tells nothing.
+    inside = [path for path in lists if _is_inside(path, decoder)] or list(lists)
     if not inside:
         raise UserError(
             f"{type(model).__name__}: found no list of text blocks; see docs/new-model.md"
         )
     # A tower may hang below the decoder (Phi-3-vision); the decoder's own layers are the list
-    # nearest to it.
-    text = min(inside, key=lambda path: (path.count("."), -len(lists[path])))
+    # nearest to it, and of several as near the one that comes last.
+    text = min(reversed(inside), key=lambda path: (path.count("."), -len(lists[path])))
     towers = [
         Stage(_tower_name(model, path), path, len(lists[path])) for path in lists if path != text
     ]
     return [*towers, Stage("text", text, len(lists[text]))]
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """What makes the logits: of a model that holds an encoder-decoder, that one's decoder."""
+    found = model.get_decoder()
+    while isinstance(found, PreTrainedModel) and (inner := found.get_decoder()) is not found:
+        found = inner
+    return found
+
+
+def input_weight(model: PreTrainedModel) -> Tensor | None:
+    """The table of a model's words; None where it has several, or none that it tells of."""
+    try:
+        weight = getattr(speaking(model).get_input_embeddings(), "weight", None)
+    except (NotImplementedError, AttributeError):
+        return None
+    return weight if isinstance(weight, Tensor) else None
+
+
+def used_twice(model: nn.Module, stages: Sequence[Stage]) -> set[int]:
+    """Ids of parameters that two blocks, or two modules of one, have in common."""
+    users: dict[int, set[tuple[str, int]]] = {}
+    for block in (block for stage in stages for block in stage.blocks):
+        for module in model.get_submodule(block).modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), set()).add((block, id(module)))
+    return {weight for weight, found in users.items() if len(found) > 1}
 
 
 def select_stages(stages: list[Stage], nontext: bool, names: str | None) -> list[Stage]:
@@ -163,7 +194,8 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
         # Classes may differ (mllama mixes self and cross attention), but each is a block with
         # weights of its own.
         if all(
-            not isinstance(block, LINEAR) and any(True for _ in linears(block)) for block in module
+            not isinstance(block, (*LINEAR, nn.ModuleList)) and any(True for _ in linears(block))
+            for block in module
         ):
             taken.append(path)
             yield path, module
@@ -173,10 +205,15 @@ def _tower_name(model: PreTrainedModel, path: str) -> str:
     for part, name in family_of(model.config.model_type).towers.items():
         if part in path.split("."):
             return name
-    for modality, name in (("image", "vision"), ("audio", "audio")):
-        tower = model.get_encoder(modality=modality)
-        if tower is not model and _is_inside(path, _prefix_of(model, tower)):
+    towers = {name: model.get_encoder(modality=kind) for kind, name in TOWERS.items()}
+    for name, tower in towers.items():
+        # A class that answers alike for all it reads does not tell what this one reads.
+        own = sum(other is tower for other in towers.values()) == 1
+        if own and tower is not model and _is_inside(path, _prefix_of(model, tower)):
             return name
+    declared, alone = _declared(model, path)
+    if declared and alone:
+        return declared
     encoder = model.get_encoder()
     if (
         model.config.is_encoder_decoder
@@ -184,21 +221,23 @@ def _tower_name(model: PreTrainedModel, path: str) -> str:
         and _is_inside(path, _prefix_of(model, encoder))
     ):
         return "encoder"
-    return _declared(model, path)
+    return declared or "nontext"
 
 
-def _declared(model: PreTrainedModel, path: str) -> str:
+def _declared(model: PreTrainedModel, path: str) -> tuple[str | None, bool]:
     """By the input modality that the nearest model around the list declares, if the whole model has
-    it too."""
+    it too, and if it reads no words; and whether it declares no text beside that."""
     parents = [".".join(path.split(".")[:depth]) for depth in range(path.count("."), 0, -1)]
     for parent in map(model.get_submodule, parents):
         if isinstance(parent, PreTrainedModel):
-            kinds = parent.input_modalities
-            kind = kinds if isinstance(kinds, str) else kinds[0]
+            told = parent.input_modalities
+            kinds = (told,) if isinstance(told, str) else tuple(told)
             # the latter says nothing
-            known = kind in model.input_modalities or model.input_modalities == "text"
-            return {"image": "vision", "audio": "audio"}.get(kind if known else "", "nontext")
-    return "nontext"
+            known = kinds[0] in model.input_modalities or model.input_modalities == "text"
+            words = "input_ids" in signature(parent.forward).parameters
+            name = TOWERS.get(kinds[0]) if known and not words else None
+            return name, "text" not in kinds
+    return None, False
 
 
 def _prefix_of(model: nn.Module, part: nn.Module) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain
@@ -36,10 +36,19 @@ def forward_of(
             # In the shape of what the blocks read: a query that all windows of a sound share
             # broadcasts.
             batch, *rest = student.hidden[group[0]].shape[:-1]
-            weights = loss_weights.of(group, (len(group) * batch, *rest))
-            yield output, devices.sent(wanted, output.device), weights.to(output.device)
+            weights = loss_weights.of(group, (len(group) * batch, *rest)).to(output.device)
+            yield output, devices.sent(wanted, output.device), _fitting(weights, output)
 
     return forward
+
+
+def _fitting(weights: Tensor, output: Tensor) -> Tensor:
+    """The weights of tokens that are read, for those that are given: on average, where a block
+    merges tokens."""
+    read, given = weights.shape[:-1], output.shape[:-1]
+    if len(read) == len(given) and all(a in (1, b) for a, b in zip(read, given)):
+        return weights
+    return weights.flatten(0, -2).mean(0).expand(*given, -1)
 
 
 def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:

@@ -15,6 +15,7 @@ from auto_mmround.model.loading import NONSENSE, loaded_names, parameter_names
 from auto_mmround.model.quantized import plain
 from auto_mmround.model.speaking import is_several, speaking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
+from auto_mmround.model.structure import input_weight
 from auto_mmround.strict import untagged
 from auto_mmround.untrusted import read_object
 
@@ -55,11 +56,8 @@ def aliases(model: PreTrainedModel, whole: Iterable[str]) -> set[str]:
     whole: those that the source has a tensor for; the others are the second names.
     """
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    part = speaking(model)
-    ends = [
-        getattr(end(), "weight", None)
-        for end in (part.get_input_embeddings, part.get_output_embeddings)
-    ]
+    head = getattr(speaking(model).get_output_embeddings(), "weight", None)
+    ends = [input_weight(model), head]
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in tied or any(parameter is end for end in ends):
@@ -133,8 +131,7 @@ def head_is_tied(model: PreTrainedModel) -> bool | None:
     of the model has it, whose own configuration says so."""
     if is_several(type(model)):
         return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    one, other = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    one, other = input_weight(model), getattr(model.get_output_embeddings(), "weight", None)
     return None if one is None or other is None or one.shape != other.shape else one is other
 
 

@@ -8,29 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.dotted import collator
-from auto_mmround.calibration.inputs import PAD, TEXT, ModelInput, token_ids
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.samples import Preparers, Reading, build
 from auto_mmround.calibration.settings import Asked, Reads, Settings, choose
 from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
-from auto_mmround.families import FAMILIES, family_of
+from auto_mmround.families import FAMILIES, calibrates, family_of
 from auto_mmround.model import devices
 from auto_mmround.model.head import check_head
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
 from auto_mmround.model.speaking import speaking
+from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import Finished, identity, unfinished
 from auto_mmround.run.journal import journal
+from auto_mmround.run.met import check_vocabulary, check_words, met
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.output import (
@@ -49,9 +50,6 @@ from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import within_ranges
 from auto_mmround.run.sensitivity import HELPS, WHAT
 from auto_mmround.run.session import Session
-
-# What the towers read, by the name of their stage.
-READS = {"vision": "image", "audio": "audio"}
 
 log = logging.getLogger("auto_mmround")
 
@@ -159,7 +157,10 @@ def prepare(
         replace(ready, image_processor=image_processor, processor_name=recipe.processor),
         chosen.reading,
     )
+    check_words(loaded.model, inputs)
     check_vocabulary(loaded.model, inputs)
+    if any(stage.name != "text" for stage in plan.stages):
+        plan = met(Session(loaded.model, recipe, plan, inputs))
     mixed = None
     if recipe.target_bits is not None:
         with phase(WHAT, HELPS):
@@ -182,16 +183,19 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
     """Raises UserError as `choose` does. dataset: rows in memory instead of the recipe's name."""
     kind = loaded.model.config.model_type
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
+    kinds = calibrates(loaded.model)
+    needs = _needs(towers, kinds)
     collate = collator(recipe.collator) if recipe.collator else None
     settings, notes = choose(
         recipe.dataset if dataset is None else dataset,
         template_for(loaded.model, recipe.template),
         Reads(
-            family_of(kind).text_only,
-            bool(towers),
-            _needs(towers, family_of(kind).calibrates),
+            "text" in kinds,
+            bool(towers and needs),
+            needs,
             FAMILIES[kind].calibrates if kind in FAMILIES else None,
             position_limit(loaded.model),
+            some=True,  # of several towers those are quantized that samples reach
         ),
         Asked(
             recipe.nsamples,
@@ -218,35 +222,12 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
     return Chosen(recipe, settings, reading, notes)
 
 
-def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
-    """Raises UserError for a sample whose text has token ids that the model has no embedding for.
-    Ids of media are the model's own affair: it need not embed them."""
-    try:
-        embedding = speaking(model).get_input_embeddings()
-    except NotImplementedError:  # code that comes with a model may leave it out
-        return
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        return
-    for sample in inputs:
-        read_T = token_ids(sample.kwargs)[0][
-            (sample.modality_T == TEXT) | (sample.modality_T == PAD)
-        ]
-        wrong = read_T[(read_T < 0) | (read_T >= len(weight))]
-        if wrong.numel():
-            raise UserError(
-                f"sample {sample.id}: its token id {int(wrong[0])} is not in the model's "
-                f"vocabulary of {len(weight)}; give the model's own "
-                "tokenizer, or resize its embeddings to the tokenizer"
-            )
-
-
 def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
     """Kinds of media that the stages to quantize must meet, or without towers the model itself."""
     media = tuple(kind for kind in calibrates if kind != "text")
     found = tuple(dict.fromkeys(READS[name] for name in towers if name in READS))
-    # An encoder reads what its model is given: sound in all families that are known.
-    return found or media[:1] or ("image",)
+    # An encoder reads what its model is given, which may be words.
+    return found or media[:1] or (("image",) if "nontext" in towers else ())
 
 
 def run(

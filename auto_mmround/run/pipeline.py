@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration.inputs import ModelInput, bucket, padded
+from auto_mmround.calibration.named import STAND_IN
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import recapture
@@ -18,6 +19,7 @@ from auto_mmround.model.chains import Chain
 from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
 from auto_mmround.model.streaming import Holder, InMemory, device_of
+from auto_mmround.model.structure import READS, Stage
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import closed_forms, in_turn
@@ -106,6 +108,16 @@ def quantize(
         journey.polish(teacher)
 
 
+def _unreached(stage: Stage) -> str:
+    kind = READS.get(stage.name, "")
+    wanted = f", e.g. --dataset {STAND_IN[kind]}" if kind else ""
+    return (
+        f"{stage.path}: no calibration sample reaches this {stage.name} stage; calibrate with"
+        f" samples that have {kind or stage.name} input{wanted}, or choose the stages with"
+        " to_quant_block_names"
+    )
+
+
 @dataclass(frozen=True)
 class _Journey:
     """What every stage of one run shares."""
@@ -129,11 +141,7 @@ class _Journey:
         _ = self.weights  # of the untouched model
         for position, stage in enumerate(stages):
             if stage.path not in teachers:
-                raise UserError(
-                    f"{stage.path}: no calibration sample reaches this {stage.name} stage;"
-                    f" calibrate with samples that have {stage.name} input, e.g. --dataset"
-                    " liuhaotian/llava_conv_58k"
-                )
+                raise UserError(_unreached(stage))
             self._tune_stage(teachers.pop(stage.path), students.pop(stage.path))
             if stages[position + 1 :] and self.session.recipe.enable_quanted_input:
                 # What the quantized stage gets wrong must reach the stages that it feeds.

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
-from auto_mmround.model.experts import separable, separated
+from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.loading import converted_parameters
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import (
@@ -21,8 +21,10 @@ from auto_mmround.model.structure import (
     Stage,
     find_experts,
     find_stages,
+    input_weight,
     linears,
     select_stages,
+    used_twice,
 )
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
 from auto_mmround.recipe.patterns import Patterns, matches
@@ -33,6 +35,8 @@ from auto_mmround.untrusted import shown
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 OVERRIDES = ("bits", "group_size", "sym")
+OTHER_FORM = "the checkpoint stores it in another form"
+SHARED = "used in several places"
 
 
 def fused_set(name: str) -> tuple[str, Any]:
@@ -121,7 +125,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     overrides that contradict each other or the formats, and when no weight is left to quantize."""
     chosen = _stages(model, recipe)
     experts = find_experts(model)
-    stacked = {expert.parameter for expert in separable(model).values()}
+    single = separable(model)
+    stacked = {expert.parameter for expert in single.values()}
     with separated(model):
         layers = {name: layer for name, layer in linears(model) if name not in experts.routers}
         classes = {name: _classes(model, name) for name in layers}
@@ -149,12 +154,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     ]
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
-    converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
-    other_form = "the checkpoint stores it in another form"
-    weights = [
-        replace(w, scheme=None, reason=other_form) if f"{w.name}.weight" in converted else w
-        for w in weights
-    ]
+    weights = _without_staying(model, weights, layers, single)
     weights = [_hold(weight, targets) for weight in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
@@ -167,6 +167,29 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
     return assembled(chosen, weights, targets)
+
+
+def _without_staying(
+    model: PreTrainedModel,
+    weights: Sequence[WeightPlan],
+    layers: Mapping[str, Any],
+    experts: Mapping[str, Expert],
+) -> list[WeightPlan]:
+    """The weights without those that checkpoints hold in another form, and those that are used
+    twice. What engines load as one matrix stays as a whole."""
+    converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
+    stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
+    twice = used_twice(model, find_stages(model))
+    parameters = {name: layer.weight for name, layer in layers.items()} | {
+        name: model.get_parameter(expert.parameter) for name, expert in experts.items()
+    }
+    stays |= {name: SHARED for name, weight in parameters.items() if id(weight) in twice}
+    whole = {fused_set(name): reason for name, reason in stays.items()}
+    reasons = {w.name: whole.get(fused_set(w.name)) for w in weights if w.scheme}
+    return [
+        replace(w, scheme=None, reason=reason) if (reason := reasons.get(w.name)) else w
+        for w in weights
+    ]
 
 
 def assembled(
@@ -291,7 +314,7 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
     model = speaking(model)
     if layer is not model.get_output_embeddings():
         return "outside the quantized blocks"
-    if model.get_input_embeddings().weight is layer.weight:
+    if input_weight(model) is layer.weight:
         if recipe.quant_lm_head:
             raise UserError(
                 "quant_lm_head: the output head shares its weight with the input embedding; leave"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from auto_mmround.model.capture import run_without_logits
 from auto_mmround.model.experts import separated
+from auto_mmround.model.passes import run_without_logits
 from auto_mmround.numerics.float_grids import E4M3_TOP
 from auto_mmround.run.out_of_memory import SHORTER, phase
 from auto_mmround.run.session import Session, Told

@@ -1,0 +1,112 @@
+"""Forward passes of the whole model: to its end, to its head, or to a stage."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from inspect import Parameter, signature
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from auto_mmround.model.chains import hidden_of, moved
+from auto_mmround.model.speaking import speaking
+from auto_mmround.model.streaming import device_of
+from auto_mmround.model.structure import Stage
+
+Precision = Callable[[], AbstractContextManager]
+Inputs = Mapping[str, Any]
+
+
+class ReachedError(Exception):
+    """All that was wanted of a forward pass has been seen."""
+
+
+@contextmanager
+def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Forward passes of the model around ``module``, by this thread, end before it; yields a list
+    that gets what it would be given."""
+    reached: list[Tensor] = []
+    owner = get_ident()
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != owner:
+            return
+        reached.append(hidden_of(args, kwargs)[0])
+        raise ReachedError
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(ReachedError):
+            yield reached
+    finally:
+        handle.remove()
+
+
+def run_model(model: Any, kwargs: Inputs) -> Any:
+    """The model's answer; without a cache, where it makes one. What it draws is the same in each
+    pass, so that teacher and student see the same noise."""
+    model = speaking(model)
+    takes = signature(model.forward).parameters
+    others = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
+    generates = others and getattr(model, "can_generate", lambda: True)()
+    cached = "use_cache" in takes or generates
+    with _same_noise(device_of(model)):
+        return model(**kwargs, **({"use_cache": False} if cached else {}))
+
+
+@contextmanager
+def _same_noise(device: torch.device) -> Iterator[None]:
+    """Random numbers that begin anew, and leave those of the caller as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
+    """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
+    of all."""
+    model = speaking(model)  # type: ignore[arg-type]  # any module with such a forward pass
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    # FSMT names the table of its decoder's words, which is read at the start
+    behind = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
+    with stopping_at(head) if behind and head is not None else nullcontext():
+        run_model(model, moved(dict(kwargs), device_of(model)))
+
+
+def reached(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    inputs: Sequence[Inputs],
+    precision: Precision = nullcontext,
+) -> set[str]:
+    """Paths of the stages that the first input of each kind runs through. A pass ends at the last
+    stage, once all others were reached."""
+    found: set[str] = set()
+    waiting = {stage.path for stage in stages}
+
+    def seen(path: str) -> None:
+        found.add(path)
+        waiting.discard(path)
+        if not waiting:
+            raise ReachedError
+
+    for kwargs in {frozenset(kwargs): kwargs for kwargs in reversed(inputs)}.values():
+        with ExitStack() as stack, suppress(ReachedError), torch.no_grad(), precision():
+            for stage in stages:
+                block = model.get_submodule(stage.blocks[0])
+                hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
+                stack.callback(hook.remove)
+            waiting = {stage.path for stage in stages}
+            run_without_logits(model, kwargs)
+    return found
+
+
+def empty_cache(value: Any) -> bool:
+    """Whether this is a cache of keys and values, and nothing in it yet."""
+    if isinstance(value, EncoderDecoderCache):
+        return empty_cache(value.self_attention_cache)
+    return isinstance(value, Cache) and not any(
+        getattr(layer, "is_initialized", True) for layer in value.layers
+    )
