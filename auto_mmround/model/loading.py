@@ -1,7 +1,8 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -389,6 +391,30 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str,
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
         yield key, name, pattern
+
+
+def loaded_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What Transformers makes of these tensors of a checkpoint while loading: by the parameter's
+    name. All that it merges must be among them."""
+    transforms = get_model_conversion_mapping(model)
+    of_pattern = {
+        pattern: transform
+        for transform in transforms
+        if isinstance(transform, WeightConverter)
+        for pattern in transform.source_patterns
+    }
+    made: dict[str, Tensor] = {}
+    merged: dict[str, WeightConverter] = {}
+    for key, name, pattern in _renamed(model, state):
+        if pattern is None:
+            made[name] = state[key]
+        else:
+            converter = merged.setdefault(name, deepcopy(of_pattern[pattern]))
+            converter.add_tensor(name, key, pattern, state[key])  # type: ignore[arg-type]
+    for name, converter in merged.items():
+        for target, tensor in converter.convert(name, model=model, config=model.config).items():
+            made[target] = tensor[0] if isinstance(tensor, list) else tensor
+    return made
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

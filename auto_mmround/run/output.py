@@ -24,7 +24,12 @@ from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.experts import Expert, separable, stacking
-from auto_mmround.model.loading import converted_keys, loaded_names, parameter_names
+from auto_mmround.model.loading import (
+    converted_keys,
+    loaded_names,
+    loaded_tensors,
+    parameter_names,
+)
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
@@ -51,15 +56,16 @@ class Names:
         self.experts = separable(model)
         # The tables of Transformers go one way: what they make of a file's key is sure, what they
         # would save is not.
-        converted = converted_keys(model, self.files)
-        stored = {(name, _tail(key)): key for key, name in converted.items()}
-        self.stacks = {name: key for key, name in converted.items()} | self.keys
+        self.converted = converted_keys(model, self.files)
+        self.stacks = self._stacks()  # parameter of stacked experts -> the keys that hold it
+        tails = {(name, _tail(key)): key for key, name in self.converted.items()}
         for name, expert in self.experts.items():
-            prefix = self._prefix(expert)
-            self.keys[f"{name}.weight"] = stored.get(
-                (expert.parameter, _tail(expert.tail)), f"{prefix}.{expert.tail}"
-            )
-            if expert.stacked or self.keys[f"{name}.weight"] in self.files:
+            key = tails.get((expert.parameter, expert.tail), expert.key)
+            if expert.stacked:
+                prefix = self.stacks[expert.parameter][0].rpartition(".")[0]
+                key = f"{prefix}.{expert.tail}"
+            self.keys[f"{name}.weight"] = key
+            if expert.stacked or key in self.files:
                 self._covered.add(expert.parameter)
         self.parameters = {key: name for name, key in self.keys.items()}
         singles = {
@@ -117,7 +123,7 @@ class Names:
             name: e for name, e in self.experts.items() if e.stacked and e.parameter in self.apart
         }
         stacked = [self.key(f"{name}.weight") for name in apart]
-        stacks = {self.stacks[expert.parameter] for expert in apart.values()}
+        stacks = {key for expert in apart.values() for key in self.stacks[expert.parameter]}
         found = [*self.files, *sorted(self.added), *stacked]
         return [key for key in dict.fromkeys(found) if key not in self.gone and key not in stacks]
 
@@ -125,17 +131,17 @@ class Names:
         """`config.json`, but for what formats add."""
         return config_of(self.model, self.source, self.given)
 
-    def _prefix(self, expert: Expert) -> str:
-        """The checkpoint's name of the module that holds an expert."""
-        if expert.parameter not in self.stacks:
-            placeholder = {
-                expert.parameter: torch.empty(
-                    self.model.get_parameter(expert.parameter).shape, device="meta"
-                )
-            }
-            key = next(iter(revert_weight_conversion(self.model, placeholder)))
-            self.stacks[expert.parameter] = key if expert.stacked else ".".join(key.split(".")[:-2])
-        return self.stacks[expert.parameter].rpartition(".")[0]
+    def _stacks(self) -> dict[str, tuple[str, ...]]:
+        """As the source has them, else as Transformers would save them."""
+        held: dict[str, list[str]] = {}
+        for key, name in [*self.converted.items(), *((k, n) for n, k in self.keys.items())]:
+            held.setdefault(name, []).append(key)
+        found = {}
+        for name in {expert.parameter for expert in self.experts.values() if expert.stacked}:
+            empty = torch.empty(self.model.get_parameter(name).shape, device="meta")
+            saved = held.get(name) or revert_weight_conversion(self.model, {name: empty})
+            found[name] = tuple(saved)
+        return found
 
     def key(self, parameter: str) -> str:
         """The checkpoint's key of a parameter."""
@@ -170,23 +176,22 @@ class Names:
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without} | self.gone
-        stacks: dict[str, dict[str, Expert]] = {}
+        whole: dict[str, dict[str, Expert]] = {}  # experts of stacks that are written as such
         for name, expert in self.experts.items():
-            if expert.stacked and not (apart and expert.parameter in self.apart):
-                stacks.setdefault(self.stacks[expert.parameter], {})[name] = expert
-            elif expert.stacked:
-                skip.add(self.stacks[expert.parameter])
-                if f"{name}.weight" not in without:
-                    current = self._current(f"{name}.weight", state, codes)
-                    yield (
-                        self.key(f"{name}.weight"),
-                        self._stored(expert) if current is None else current.contiguous(),
-                    )
+            if not expert.stacked:
+                continue
+            skip.update(self.stacks[expert.parameter])
+            if not (apart and expert.parameter in self.apart):
+                whole.setdefault(expert.parameter, {})[name] = expert
+            elif f"{name}.weight" not in without:
+                current = self._current(f"{name}.weight", state, codes)
+                yield (
+                    self.key(f"{name}.weight"),
+                    self._stored(expert) if current is None else current.contiguous(),
+                )
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
-                if key in stacks:
-                    yield key, self._stack(reader.tensor(key), stacks[key], state, codes)
-                elif key not in skip and key not in self.added:
+                if key not in skip and key not in self.added:
                     name, stored = self.parameters.get(key, ""), reader.tensor(key)
                     current = self._current(name, state, codes)
                     tensor = newest(
@@ -195,8 +200,8 @@ class Names:
                     # what is tied by now is written once
                     if tensor is stored or name not in self.aliases:
                         yield key, tensor
-            for key in stacks.keys() - self.files.keys():
-                yield key, self._stack(None, stacks[key], state, codes)
+            for parameter, experts in whole.items():
+                yield from self._stack(parameter, experts, reader, state, codes)
             for names, keys in self.made:
                 kept = {name: state[name] for name in names if name not in without}
                 for key, tensor in self._remade(kept, keys, reader):
@@ -234,41 +239,47 @@ class Names:
 
     def _stack(
         self,
-        stored: Tensor | None,
+        parameter: str,
         experts: Mapping[str, Expert],
+        reader: Reader,
         state: Mapping[str, Tensor],
         codes: Mapping[str, Codes],
-    ) -> Tensor:
+    ) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts as the source has it, with what the model holds by now."""
-        parameter = next(iter(experts.values())).parameter
+        keys = self.stacks[parameter]
+        stored = {key: reader.tensor(key) for key in keys if key in self.files}
         whole = state[parameter]
-        if whole.is_meta and stored is not None:  # streamed
-            whole = torch.empty_like(whole, device="cpu")
-            for name, expert in experts.items():
-                expert.of(whole).copy_(
-                    dequantize(codes[name]) if name in codes else expert.of(stored)
-                )
-        (current,) = revert_weight_conversion(self.model, {parameter: whole.cpu()}).values()
+        if whole.is_meta and stored:  # streamed
+            whole = loaded_tensors(self.model, stored)[parameter].clone()
+            for name in codes.keys() & experts.keys():
+                experts[name].of(whole).copy_(dequantize(codes[name]))
+        undone = revert_weight_conversion(self.model, {parameter: whole.cpu()})
         tuned = not codes.keys().isdisjoint(experts)
-        return (
-            current.contiguous()
-            if stored is None
-            else newest(stored, current.contiguous(), self.given, tuned)
-        )
+        for key in keys:
+            # what it would be saved as may begin otherwise
+            same = (k for k in undone if len(keys) == 1 or _tail(k, 2) == _tail(key, 2))
+            current = undone[next(same)].contiguous()
+            yield (
+                key,
+                newest(stored[key], current, self.given, tuned) if key in stored else current,
+            )
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
-        key = self.stacks[expert.parameter]
+        (key,) = self.stacks[expert.parameter]
         with Reader(self.stored) as reader:
+            if key in self.converted:
+                whole = loaded_tensors(self.model, {key: reader.tensor(key)})
+                return expert.of(whole[expert.parameter]).contiguous()
             if key in self.stored.scales:
                 return expert.of(reader.tensor(key)).contiguous()
             own_1OI = reader.plain(key)[expert.index : expert.index + 1]
             return replace(expert, index=0).of(own_1OI).contiguous()
 
 
-def _tail(key: str) -> str:
+def _tail(key: str, parts: int = 3) -> str:
     """`3.gate_proj.weight` of an expert's key."""
-    return ".".join(key.split(".")[-3:])
+    return ".".join(key.split(".")[-parts:])
 
 
 def check_formats(formats: Sequence[Format], names: Names, source: Path | None) -> None:
@@ -292,7 +303,7 @@ def check_names(names: Names, plan: Plan) -> None:
     )
     odd = next((name for name in stacked if name in plan.quantized), None)
     if odd is not None and any(fmt.parts for fmt in plan.formats):
-        stack = names.stacks[names.experts[odd].parameter]
+        stack = names.stacks[names.experts[odd].parameter][0]
         raise UserError(
             f"{odd}: no reader takes the experts of {stack} one by one; keep them with "
             "--ignore 're:.*experts.*', or write --format fake"
