@@ -34,7 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "axk1": NARROW,
     "bailing_hybrid": HYBRID | NARROW,
     "beam": dict(mlp_layer_types=["dense", "sparse"], layer_types=["sliding_attention", "full_attention"]),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4), ffn_config=dict(hidden_size=64, ffn_hidden_size=64, moe_top_k=2)),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0), ffn_config=dict(hidden_size=64, ffn_hidden_size=64, moe_top_k=2)),
     "deepseek_v2": NARROW | dict(num_experts_per_tok=2),
     "deepseek_v3": NARROW,
     "deepseek_ocr2": dict(text_config=dict(mlp_layer_types=["dense", "sparse"], num_experts_per_tok=2)),
@@ -62,7 +62,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "llama4": dict(text_config=dict(num_experts_per_tok=1)),
     "llama4_text": dict(num_experts_per_tok=1),
     "longcat_flash": NARROW | dict(zero_expert_num=2, ffn_hidden_size=64),
-    "mimo_v2_flash": dict(sliding_window=64, v_head_dim=32, layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"]),
+    "mimo_v2_flash": dict(sliding_window=64, v_head_dim=32, num_key_value_heads=1, layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"]),
     "muse_spark": dict(
         text_config=dict(moe_hidden_size=32, mlp_layer_types=["sparse", "dense"], layer_types=["sliding_attention", "full_attention"], layer_rope_theta=[1e4, 0]),
         audio_config=dict(patch_sizes=(4, 2), hidden_sizes=(16, 32), depths=(1, 1), num_hidden_layers=2, out_hidden_size=64),
@@ -71,6 +71,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": dict(text_config=HYBRID),
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
+    "qwen4_exp": dict(text_config=dict(layer_types=["linear_attention", "linear_attention"])),
     "qwen3_omni_moe_thinker": dict(
         audio_config=dict(encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, downsample_hidden_size=32, output_dim=64, num_mel_bins=8),
         text_config=dict(rope_parameters=dict(rope_theta=1e4, rope_type="default", mrope_section=[6, 5, 5])),

@@ -36,7 +36,7 @@ from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.given import aliases, config_of, newest, pruned
 from auto_mmround.run.journal import checksum, codes_record
-from auto_mmround.run.plan import Plan
+from auto_mmround.run.plan import NO_LAYER, Plan
 
 
 class Names:
@@ -411,7 +411,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     packed = plan.quantized if fmt.parts else {}
     layout = Layout(
         quantized=plan.quantized,
-        kept=list(plan.kept),
+        kept=[name for name, reason in plan.kept.items() if reason != NO_LAYER],
         blocks=[stage.path for stage in plan.stages],
         checkpoint_name=names.module,
         default=recipe.scheme,
