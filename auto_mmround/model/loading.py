@@ -388,8 +388,11 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str,
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     meta = dict.fromkeys(model.state_dict(), True)
+    prefix = model.base_model_prefix
     for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
+        if name not in meta and key in meta:  # renamed by a pattern that is meant for another one
+            name, pattern = rename_source_key(key, [], [], prefix, meta)
         yield key, name, pattern
 
 
