@@ -126,7 +126,7 @@ class AutoRoundMLLM:
         finished = Finished()
         with borrowed(model, None if device is None else torch.device(device)):
             job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
-            for line in refusals(model, job.plan):
+            for line in refusals(model, job.plan, job.recipe.read_by):
                 log.warning(line)
             try:
                 quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)

@@ -1,6 +1,8 @@
-"""Tiny models of every family of Transformers that holds experts, built from its configuration class: what `tests/test_experts.py` takes through plan, export and reload.
+"""Tiny models of every family of Transformers that holds experts, built from its configuration
+class: what `tests/test_experts.py` takes through plan, export and reload.
 
-`SMALL` says how large a field of that name is, in any configuration; families whose fields contradict each other so get a row in `ROWS`.
+`SMALL` says how large a field of that name is, in any configuration; families whose fields
+contradict each other so get a row in `ROWS`.
 """
 
 from collections.abc import Mapping
@@ -33,50 +35,136 @@ SPARSE = dict(mlp_layer_types=["dense", "sparse"])
 ROWS: dict[str, dict[str, Any]] = {
     "axk1": NARROW,
     "bailing_hybrid": HYBRID | NARROW,
-    "beam": dict(mlp_layer_types=["dense", "sparse"], layer_types=["sliding_attention", "full_attention"]),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0), ffn_config=dict(hidden_size=64, ffn_hidden_size=64, moe_top_k=2)),
+    "beam": dict(
+        mlp_layer_types=["dense", "sparse"], layer_types=["sliding_attention", "full_attention"]
+    ),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
+        ffn_config=dict(hidden_size=64, ffn_hidden_size=64, moe_top_k=2),
+    ),
     "deepseek_v2": NARROW | dict(num_experts_per_tok=2),
     "deepseek_v3": NARROW,
-    "deepseek_ocr2": dict(text_config=dict(mlp_layer_types=["dense", "sparse"], num_experts_per_tok=2)),
+    "deepseek_ocr2": dict(
+        text_config=dict(mlp_layer_types=["dense", "sparse"], num_experts_per_tok=2)
+    ),
     "doge": dict(is_moe=True, num_experts=16, num_experts_per_tok=4),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     "ernie4_5_vl_moe": dict(
-        text_config=dict(moe_intermediate_size=[32, 16], mlp_layer_types=["dense", "sparse"], hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
-                         rope_parameters=dict(rope_theta=1e4, rope_type="default", mrope_section=[4, 4, 8])),
+        text_config=dict(
+            moe_intermediate_size=[64, 32],
+            mlp_layer_types=["dense", "sparse"],
+            hidden_size=64,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            rope_parameters=dict(rope_theta=1e4, rope_type="default", mrope_section=[4, 4, 8]),
+        )
     ),
     "flint": dict(mlp_only_layers=[0], layer_types=["full_attention", "sliding_attention"]),
     "gemma4": dict(
-        text_config=dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32, vocab_size_per_layer_input=128,
-                         hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"]),
+        text_config=dict(
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=32,
+            vocab_size_per_layer_input=128,
+            hidden_size_per_layer_input=0,
+            layer_types=["sliding_attention", "full_attention"],
+        )
     ),
-    "glm4v_moe": dict(text_config=dict(rope_parameters=dict(rope_theta=1e4, rope_type="default", partial_rotary_factor=0.5, mrope_section=[4, 2, 2]))),
+    "glm4v_moe": dict(
+        text_config=dict(
+            rope_parameters=dict(
+                rope_theta=1e4,
+                rope_type="default",
+                partial_rotary_factor=0.5,
+                mrope_section=[4, 2, 2],
+            )
+        )
+    ),
     "glm5_next": dict(
-        text_config=dict(index_topk=16, qk_rope_head_dim=0, qk_nope_head_dim=32, v_head_dim=32, qk_head_dim=32, head_dim=0, linear_head_dim=32, linear_num_heads=2,
-                         mlp_layer_types=["dense", "sparse"], layer_types=["linear_attention", "full_attention"], indexer_types=["full", "full"], hc_mult=2),
+        text_config=dict(
+            index_topk=16,
+            qk_rope_head_dim=0,
+            qk_nope_head_dim=32,
+            v_head_dim=32,
+            qk_head_dim=32,
+            head_dim=0,
+            linear_head_dim=32,
+            linear_num_heads=2,
+            mlp_layer_types=["dense", "sparse"],
+            layer_types=["linear_attention", "full_attention"],
+            indexer_types=["full", "full"],
+            hc_mult=2,
+        )
     ),
     "granitemoehybrid": HYBRID,
     "hunyuan_v1_moe": dict(head_dim=32, num_experts=4, moe_topk=2),
-    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_dt_rank=8, use_mamba_kernels=False),
-    "kimi_linear": HYBRID | NARROW | dict(linear_head_dim=32, linear_num_heads=2, mlp_layer_types=["dense", "sparse"]),
+    "jamba": dict(
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+    ),
+    "kimi_linear": HYBRID
+    | NARROW
+    | dict(linear_head_dim=32, linear_num_heads=2, mlp_layer_types=["dense", "sparse"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "llama4": dict(text_config=dict(num_experts_per_tok=1)),
     "llama4_text": dict(num_experts_per_tok=1),
     "longcat_flash": NARROW | dict(zero_expert_num=2, ffn_hidden_size=64),
-    "mimo_v2_flash": dict(sliding_window=64, v_head_dim=32, num_key_value_heads=1, layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"]),
+    "mimo_v2_flash": dict(
+        sliding_window=64,
+        v_head_dim=32,
+        num_key_value_heads=1,
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse"],
+    ),
     "muse_spark": dict(
-        text_config=dict(moe_hidden_size=32, mlp_layer_types=["sparse", "dense"], layer_types=["sliding_attention", "full_attention"], layer_rope_theta=[1e4, 0]),
-        audio_config=dict(patch_sizes=(4, 2), hidden_sizes=(16, 32), depths=(1, 1), num_hidden_layers=2, out_hidden_size=64),
-        vision_config=dict(layer_types=["window_attention", "full_attention"], pos_emb_height=4, pos_emb_width=4),
+        text_config=dict(
+            moe_hidden_size=32,
+            mlp_layer_types=["sparse", "dense"],
+            layer_types=["sliding_attention", "full_attention"],
+            layer_rope_theta=[1e4, 0],
+        ),
+        audio_config=dict(
+            patch_sizes=(4, 2),
+            hidden_sizes=(16, 32),
+            depths=(1, 1),
+            num_hidden_layers=2,
+            out_hidden_size=64,
+        ),
+        vision_config=dict(
+            layer_types=["window_attention", "full_attention"], pos_emb_height=4, pos_emb_width=4
+        ),
     ),
     "qwen3_5_moe": dict(text_config=HYBRID),
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
     "qwen4_exp": dict(text_config=dict(layer_types=["linear_attention", "linear_attention"])),
     "qwen3_omni_moe_thinker": dict(
-        audio_config=dict(encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, downsample_hidden_size=32, output_dim=64, num_mel_bins=8),
-        text_config=dict(rope_parameters=dict(rope_theta=1e4, rope_type="default", mrope_section=[6, 5, 5])),
+        audio_config=dict(
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            downsample_hidden_size=32,
+            output_dim=64,
+            num_mel_bins=8,
+        ),
+        text_config=dict(
+            rope_parameters=dict(rope_theta=1e4, rope_type="default", mrope_section=[6, 5, 5])
+        ),
     ),
-    "step3p7": dict(text_config=dict(mlp_layer_types=["dense", "sparse"], layer_types=["full_attention", "sliding_attention"], sliding_window=64, share_expert_dim=32, num_sliding_attention_heads=2)),
+    "step3p7": dict(
+        text_config=dict(
+            mlp_layer_types=["dense", "sparse"],
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=64,
+            share_expert_dim=32,
+            num_sliding_attention_heads=2,
+        )
+    ),
     "zaya": dict(num_experts_per_tok=1, router_hidden_size=32, layer_types=["hybrid", "hybrid"]),
 }
 
@@ -116,7 +204,13 @@ def shrunk(config: Any) -> dict[str, Any]:
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    return {**one, **{k: _merged(one[k], v) if isinstance(v, dict) and isinstance(one.get(k), dict) else v for k, v in other.items()}}
+    return {
+        **one,
+        **{
+            k: _merged(one[k], v) if isinstance(v, dict) and isinstance(one.get(k), dict) else v
+            for k, v in other.items()
+        },
+    }
 
 
 def config_of(kind: str) -> Any:

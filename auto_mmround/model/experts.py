@@ -9,7 +9,7 @@ a view into the stacked parameter: what is written into it is written into the m
 
 import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -135,8 +135,8 @@ def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -
 def _keys(
     model: PreTrainedModel, stacks: Sequence[Stack]
 ) -> dict[str, dict[str, tuple[int, Tensor]]]:
-    """Parameter -> key that Transformers saves of it -> (element where it begins, the elements), all
-    elements numbered. How it stacks is found out by undoing it."""
+    """Parameter -> key that Transformers saves of it -> (element where it begins, the elements).
+    All elements are numbered; how it stacks is found out by undoing it."""
     sizes = [stack.shape[0] * ROWS for stack in stacks]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     numbered = {
@@ -158,16 +158,14 @@ def _keys(
     return found
 
 
-def _matrices(
-    stack: Stack, keys: Mapping[str, tuple[int, Tensor]]
-) -> Iterator[tuple[str, Expert]]:
+def _matrices(stack: Stack, keys: Mapping[str, tuple[int, Tensor]]) -> Iterator[tuple[str, Expert]]:
     """(name of the matrix, where it lies) of all matrices in a stacked parameter, in their order.
     keys: of `_keys`."""
     size = stack.shape[2 if stack.transposed else 1]
     parts = [part for _, part in keys.values()]
     if len(parts) <= len(stack.leaves) and all(part.ndim == 3 for part in parts):
-        alone = stack.alone and len(parts) == 1
-        prefix = next(iter(keys)).rpartition(".")[0]
+        prefix, _, last = next(iter(keys)).rpartition(".")
+        alone = stack.alone and last == stack.parameter.rpartition(".")[2]
         for i in range(stack.shape[0]):
             for at, leaf in enumerate(stack.leaves):
                 key = f"{prefix}.{i}.{leaf}.weight" if leaf else f"{prefix}.{i}.weight"

@@ -19,7 +19,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -418,6 +421,38 @@ def loaded_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[
         for target, tensor in converter.convert(name, model=model, config=model.config).items():
             made[target] = tensor[0] if isinstance(tensor, list) else tensor
     return made
+
+
+def merged_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Parameters that Transformers splits, fuses or permutes out of a checkpoint's tensors -> the
+    patterns of those tensors."""
+    there = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    sources = {
+        pattern: tuple(t._original_source_patterns)
+        for t in there
+        for pattern in t._original_target_patterns
+    }
+    back = [t.reverse_transform() for t in there]
+    found = {}
+    for name in model.state_dict():
+        _, pattern = apply_converters(name, back)
+        if pattern is not None:
+            found[name] = sources.get(pattern, ())
+    return found
+
+
+def own_merges(model: PreTrainedModel) -> set[str]:
+    """Those of `merged_parameters` that the table of the model's own type makes, not one of its
+    parts."""
+    own = get_checkpoint_conversion_mapping(model.config.model_type) or []
+    patterns = {
+        source
+        for transform in own
+        if isinstance(transform, WeightConverter)
+        for source in transform._original_source_patterns
+    }
+    merged = merged_parameters(model).items()
+    return {name for name, sources in merged if not patterns.isdisjoint(sources)}
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

@@ -24,12 +24,7 @@ from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.experts import Expert, separable, stacking
-from auto_mmround.model.loading import (
-    converted_keys,
-    loaded_names,
-    loaded_tensors,
-    parameter_names,
-)
+from auto_mmround.model.loading import converted_keys, loaded_names, loaded_tensors, parameter_names
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
@@ -101,16 +96,21 @@ class Names:
                 groups.setdefault(".".join(name.split(".")[:-2]) if self.files else "", []).append(
                     name
                 )
-        shapes = {
-            name: torch.empty(state[name].shape, device="meta")
-            for group in groups.values()
-            for name in group
-        }
-        undone = [
-            revert_weight_conversion(self.model, {n: shapes[n] for n in group})
-            for group in groups.values()
-        ]
-        return [(group, list(keys)) for group, keys in zip(groups.values(), undone, strict=True)]
+        return self._undone(list(groups.values()))
+
+    def _undone(self, groups: list[list[str]]) -> list[tuple[list[str], list[str]]]:
+        """Groups with the keys they are saved under; those that share a key are one."""
+        state = self.model.state_dict()
+        made: list[tuple[list[str], list[str]]] = []
+        for group in groups:
+            shapes = {name: torch.empty(state[name].shape, device="meta") for name in group}
+            keys = list(revert_weight_conversion(self.model, shapes))
+            same = [each for each in made if not set(keys).isdisjoint(each[1])]
+            made = [each for each in made if each not in same]
+            names = [name for each in same for name in each[0]] + group
+            found = [key for each in same for key in each[1]] + keys
+            made.append((names, list(dict.fromkeys(found))))
+        return made
 
     @cached_property
     def added(self) -> set[str]:
