@@ -1,8 +1,7 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,8 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    get_model_conversion_mapping,
-)
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -365,7 +360,7 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
         for pattern in transform.source_patterns
     }
     found = set()
-    for _, name, pattern in _renamed(model, sorted(keys)):  # some renamings go by the order
+    for _, name, pattern in renamed_by(model, sorted(keys)):  # some renamings go by the order
         first, *others = targets.get(pattern or "", [""])
         found |= {name, *(name.replace(first, other) for other in others)}
     return found & own
@@ -380,11 +375,13 @@ def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str
 def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     """(key in the checkpoint, parameter in the model, whether it is more than renamed on the
     way)."""
-    for key, name, pattern in _renamed(model, keys):
+    for key, name, pattern in renamed_by(model, keys):
         yield key, name, pattern is not None
 
 
-def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+def renamed_by(
+    model: PreTrainedModel, keys: Iterable[str]
+) -> Iterator[tuple[str, str, str | None]]:
     """The same with the pattern by which Transformers converts the tensor, None where it only
     renames it."""
     transforms = get_model_conversion_mapping(model)
@@ -397,62 +394,6 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str,
         if name not in meta and key in meta:  # renamed by a pattern that is meant for another one
             name, pattern = rename_source_key(key, [], [], prefix, meta)
         yield key, name, pattern
-
-
-def loaded_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What Transformers makes of these tensors of a checkpoint while loading: by the parameter's
-    name. All that it merges must be among them."""
-    transforms = get_model_conversion_mapping(model)
-    of_pattern = {
-        pattern: transform
-        for transform in transforms
-        if isinstance(transform, WeightConverter)
-        for pattern in transform.source_patterns
-    }
-    made: dict[str, Tensor] = {}
-    merged: dict[str, WeightConverter] = {}
-    for key, name, pattern in _renamed(model, state):
-        if pattern is None:
-            made[name] = state[key]
-        else:
-            converter = merged.setdefault(name, deepcopy(of_pattern[pattern]))
-            converter.add_tensor(name, key, pattern, state[key])  # type: ignore[arg-type]
-    for name, converter in merged.items():
-        for target, tensor in converter.convert(name, model=model, config=model.config).items():
-            made[target] = tensor[0] if isinstance(tensor, list) else tensor
-    return made
-
-
-def merged_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Parameters that Transformers splits, fuses or permutes out of a checkpoint's tensors -> the
-    patterns of those tensors."""
-    there = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
-    sources = {
-        pattern: tuple(t._original_source_patterns)
-        for t in there
-        for pattern in t._original_target_patterns
-    }
-    back = [t.reverse_transform() for t in there]
-    found = {}
-    for name in model.state_dict():
-        _, pattern = apply_converters(name, back)
-        if pattern is not None:
-            found[name] = sources.get(pattern, ())
-    return found
-
-
-def own_merges(model: PreTrainedModel) -> set[str]:
-    """Those of `merged_parameters` that the table of the model's own type makes, not one of its
-    parts."""
-    own = get_checkpoint_conversion_mapping(model.config.model_type) or []
-    patterns = {
-        source
-        for transform in own
-        if isinstance(transform, WeightConverter)
-        for source in transform._original_source_patterns
-    }
-    merged = merged_parameters(model).items()
-    return {name for name, sources in merged if not patterns.isdisjoint(sources)}
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.experts import HALVES, separable
-from auto_mmround.model.loading import merged_parameters, own_merges
+from auto_mmround.model.merging import merged_parameters, own_merges
 from auto_mmround.model.structure import find_experts
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan
