@@ -24,7 +24,7 @@ from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.experts import Expert, separable, stacking
-from auto_mmround.model.loading import converted_keys, loaded_names, loaded_tensors, parameter_names
+from auto_mmround.model.loading import converted_keys, loaded_names, parameter_names
 from auto_mmround.model.merging import loaded_tensors
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
