@@ -16,6 +16,7 @@ from auto_mmround.export.format import (
     check_int,
     differences,
     kept_groups,
+    part_patterns,
     tower_patterns,
 )
 from auto_mmround.export.packing import pack_bits, unpack_bits
@@ -98,6 +99,7 @@ def config(layout: Layout) -> dict[str, Any]:
     excludes = [p for group in groups for p in tower_patterns(layout, group)] + [
         _tail(layout, s) for s in singles
     ]
+    excludes += part_patterns(layout)
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in layout.quantized.items():

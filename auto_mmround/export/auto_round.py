@@ -16,6 +16,7 @@ from auto_mmround.export.format import (
     check_int,
     differences,
     kept_groups,
+    part_patterns,
     tower_patterns,
 )
 from auto_mmround.recipe.schemes import Scheme
@@ -43,6 +44,7 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
         extra |= {spelling: keys for spelling in both_spellings(layout, name) if keys}
     extra |= {pattern: KEPT for group in groups for pattern in tower_patterns(layout, group)}
     extra |= {spelling: KEPT for single in singles for spelling in both_spellings(layout, single)}
+    extra |= dict.fromkeys(part_patterns(layout), KEPT)
     blocks = dict.fromkeys(
         spelling for block in layout.blocks for spelling in both_spellings(layout, block)
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -28,7 +29,8 @@ class Layout:
     quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits.
     blocks: prefixes of the quantized block lists ("model.language_model.layers"). checkpoint_name:
     Transformers module name -> name in the checkpoint files. default: the recipe's scheme. details:
-    facts recorded for information (iters, algorithm ..).
+    facts recorded for information (iters, algorithm ..). parts: what the checkpoint calls kept
+    modules that it stores in several, or under a name unlike Transformers'.
     """
 
     quantized: Mapping[str, Scheme]
@@ -37,6 +39,7 @@ class Layout:
     checkpoint_name: Callable[[str], str]
     default: Scheme
     details: Mapping[str, Any] = field(default_factory=dict)
+    parts: Sequence[str] = ()
 
     @cached_property
     def members(self) -> dict[str, str]:
@@ -199,6 +202,12 @@ def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:
     """The configuration keys in which a module's scheme differs from the default."""
     keys = ("bits", "group_size", "sym")
     return {key: getattr(scheme, key) for key in keys if getattr(scheme, key) != getattr(base, key)}
+
+
+def part_patterns(layout: Layout) -> list[str]:
+    """Regexes of the `parts`, those that differ in numbers only by one."""
+    everything = [layout.checkpoint_name(name) for name in layout.quantized]
+    return [rf".*{as_pattern(t)}$" for t in folded(layout.parts, [*layout.parts, *everything])]
 
 
 def _hits(layout: Layout, test: Callable[[str], bool]) -> list[str]:

@@ -165,6 +165,24 @@ class Names:
             return self.keys.get(name, name)
         return self.key(f"{name}.weight").removesuffix(".weight")
 
+    def parts(self, kept: Sequence[str]) -> list[str]:
+        """What the checkpoint calls those of the kept modules that it stores in several tensors, or
+        under a name that ends otherwise."""
+        several: dict[str, list[str]] = {}
+        for key, name in self.converted.items():
+            several.setdefault(name.removesuffix(".weight"), []).append(key)
+        stored = {
+            name: several.get(name) or [self.keys[f"{name}.weight"]]
+            for name in kept
+            if name in several or f"{name}.weight" in self.keys
+        }
+        return [
+            key.removesuffix(".weight")
+            for name, keys in stored.items()
+            for key in keys
+            if _tail(key.removesuffix(".weight"), 1) != _tail(name, 1)
+        ]
+
     def unchanged(
         self, without: set[str], codes: Mapping[str, Codes], apart: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
@@ -410,9 +428,11 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     names, plan, recipe, source = result.names, result.plan, result.recipe, result.source
     records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
     packed = plan.quantized if fmt.parts else {}
+    kept = [name for name, reason in plan.kept.items() if reason != NO_LAYER]
     layout = Layout(
         quantized=plan.quantized,
-        kept=[name for name, reason in plan.kept.items() if reason != NO_LAYER],
+        kept=kept,
+        parts=names.parts(kept),
         blocks=[stage.path for stage in plan.stages],
         checkpoint_name=names.module,
         default=recipe.scheme,

@@ -182,7 +182,11 @@ LIMITS = (
     _wrong(_COMPRESSED, "experts of several schemes", {"several"}, "it takes one for all"),
     _wrong(_COMPRESSED, "experts of another scheme than most layers", {"other"}, "it takes one"),
     _wrong(_COMPRESSED, "asymmetric experts", {"asymmetric"}, "zero points are dropped"),
-    _wrong(_COMPRESSED[1:2], "8-bit integer experts", {"quantized"}, _DROPPED),
+    _wrong(_COMPRESSED[1:2], "experts beside 8-bit activations", {"quantized"}, _DROPPED),
+    _wrong(_COMPRESSED[2:], "experts in blocks or MXFP8", {"blocks"}, "CONVERSION entries"),
+    _wrong(
+        _COMPRESSED[2:], "tensors of 4 bits beside some it merges", {"left", "4 bits"}, _DROPPED
+    ),
     _mixture(
         "vllm",
         (*_AUTO_ROUND[1:], "auto_gptq", "auto_awq", *_COMPRESSED),
@@ -199,10 +203,10 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed",
     where it does not say gate_proj, up_proj, down_proj; "kept", where those that auto-round takes
     apart stay as one parameter a layer; "asymmetric"; of "several" schemes; "other", where what
-    they share with all tokens has another one.
+    they share with all tokens has another one; in 8-bit floats by "blocks".
 
     And of all weights: "merged", where Transformers merges or splits some that auto-round expects
-    as they are stored; "left", where it merges some that stay beside packed ones.
+    as they are stored; "left", where it merges some that stay beside packed ones; "4 bits", where floats of 4 bits are packed.
     """
     experts = separable(model)
     chosen = {name: expert for name, expert in experts.items() if name in plan.quantized}
@@ -227,6 +231,8 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
         "kept": any(_taken_apart(model, name) for name in fused),
         "asymmetric": any(not scheme.sym for scheme in schemes),
         "several": len(schemes) > 1,
+        "blocks": any(s.data_type in ("fp8", "mxfp8") and s.group_size > 0 for s in schemes),
+        "4 bits": any(s.data_type in ("nvfp4", "mxfp4") for s in plan.quantized.values()),
         "other": bool(schemes) and not others <= schemes,
         "merged": bool(switched_off - single),
         "left": any(

@@ -24,6 +24,7 @@ from auto_mmround.export.format import (
     both_spellings,
     check_int,
     kept_groups,
+    part_patterns,
     tower_patterns,
 )
 from auto_mmround.export.packing import pack_bits, unpack_bits
@@ -137,6 +138,7 @@ def config(layout: Layout) -> dict[str, Any]:
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
+    ignore += [f"re:{pattern}" for pattern in part_patterns(layout)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
     # vLLM puts a prefix before the output head of some models, but not before its name here.
     ignore += [f"re:.*{single}$" for single in singles if "." not in single]
