@@ -206,7 +206,8 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     they share with all tokens has another one; in 8-bit floats by "blocks".
 
     And of all weights: "merged", where Transformers merges or splits some that auto-round expects
-    as they are stored; "left", where it merges some that stay beside packed ones; "4 bits", where floats of 4 bits are packed.
+    as they are stored; "left", where it merges some that stay beside packed ones; "4 bits", where
+    floats of 4 bits are packed.
     """
     experts = separable(model)
     chosen = {name: expert for name, expert in experts.items() if name in plan.quantized}
@@ -221,7 +222,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     apart = {e.parameter for e in experts.values() if not e.stacked or e.alone}
     whole = {e.parameter for n, e in experts.items() if not e.stacked and n not in chosen}
     fused = [name for name in find_experts(model).fused if name not in apart]
-    merged, switched_off = merged_parameters(model), set(own_merges(model))
+    merged = merged_parameters(model)
     single = {e.parameter for e in experts.values() if not e.stacked}
     packed = single - whole
     words = {
@@ -234,7 +235,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
         "blocks": any(s.data_type in ("fp8", "mxfp8") and s.group_size > 0 for s in schemes),
         "4 bits": any(s.data_type in ("nvfp4", "mxfp4") for s in plan.quantized.values()),
         "other": bool(schemes) and not others <= schemes,
-        "merged": bool(switched_off - single),
+        "merged": bool(own_merges(model) - apart),
         "left": any(
             name not in packed and all(source.endswith(".weight") for source in sources)
             for name, sources in merged.items()
