@@ -212,11 +212,10 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     experts = separable(model)
     chosen = {name: expert for name, expert in experts.items() if name in plan.quantized}
     schemes = {replace(plan.quantized[name], scale_dtype="fp16") for name in chosen}
-    others = {
-        replace(s, scale_dtype="fp16")
-        for n, s in plan.quantized.items()
-        if n not in chosen
-        and any(part.endswith("experts") or part.endswith("expert") for part in n.split("."))
+    others = {  # Transformers looks for the word in names
+        replace(scheme, scale_dtype="fp16")
+        for name, scheme in plan.quantized.items()
+        if name not in chosen and "experts" in name
     }
     usual = {*HALVES, "down_proj"}
     apart = {e.parameter for e in experts.values() if not e.stacked or e.alone}
