@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, TEXT, Tiny, conversation, tiny_tokenizer
+from tiny_models import FAMILIES, Tiny, conversation, tiny_tokenizer
 from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 from auto_mmround import cli

@@ -53,12 +53,13 @@ class Names:
         # The tables of Transformers go one way: what they make of a file's key is sure, what they
         # would save is not.
         self.converted = converted_keys(model, self.files)
-        self.stacks = self._stacks()  # parameter of stacked experts -> the keys that hold it
+        self.held = self._held()  # parameter of stacked experts -> the keys that hold it
+        self.stacks = {name: keys[0] for name, keys in self.held.items()}
         tails = {(name, _tail(key)): key for key, name in self.converted.items()}
         for name, expert in self.experts.items():
             key = tails.get((expert.parameter, expert.tail), expert.key)
             if expert.stacked:
-                prefix = self.stacks[expert.parameter][0].rpartition(".")[0]
+                prefix = self.stacks[expert.parameter].rpartition(".")[0]
                 key = f"{prefix}.{expert.tail}"
             self.keys[f"{name}.weight"] = key
             if expert.stacked or key in self.files:
@@ -124,7 +125,7 @@ class Names:
             name: e for name, e in self.experts.items() if e.stacked and e.parameter in self.apart
         }
         stacked = [self.key(f"{name}.weight") for name in apart]
-        stacks = {key for expert in apart.values() for key in self.stacks[expert.parameter]}
+        stacks = {key for expert in apart.values() for key in self.held[expert.parameter]}
         found = [*self.files, *sorted(self.added), *stacked]
         return [key for key in dict.fromkeys(found) if key not in self.gone and key not in stacks]
 
@@ -132,7 +133,7 @@ class Names:
         """`config.json`, but for what formats add."""
         return config_of(self.model, self.source, self.given)
 
-    def _stacks(self) -> dict[str, tuple[str, ...]]:
+    def _held(self) -> dict[str, tuple[str, ...]]:
         """As the source has them, else as Transformers would save them."""
         held: dict[str, list[str]] = {}
         for key, name in [*self.converted.items(), *((k, n) for n, k in self.keys.items())]:
@@ -199,7 +200,7 @@ class Names:
         for name, expert in self.experts.items():
             if not expert.stacked:
                 continue
-            skip.update(self.stacks[expert.parameter])
+            skip.update(self.held[expert.parameter])
             if not (apart and expert.parameter in self.apart):
                 whole.setdefault(expert.parameter, {})[name] = expert
             elif f"{name}.weight" not in without:
@@ -265,7 +266,7 @@ class Names:
         codes: Mapping[str, Codes],
     ) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts as the source has it, with what the model holds by now."""
-        keys = self.stacks[parameter]
+        keys = self.held[parameter]
         stored = {key: reader.tensor(key) for key in keys if key in self.files}
         whole = state[parameter]
         if whole.is_meta and stored:  # streamed
@@ -285,7 +286,7 @@ class Names:
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
-        (key,) = self.stacks[expert.parameter]
+        key = self.stacks[expert.parameter]
         with Reader(self.stored) as reader:
             if key in self.converted:
                 whole = loaded_tensors(self.model, {key: reader.tensor(key)})
@@ -322,7 +323,7 @@ def check_names(names: Names, plan: Plan) -> None:
     )
     odd = next((name for name in stacked if name in plan.quantized), None)
     if odd is not None and any(fmt.parts for fmt in plan.formats):
-        stack = names.stacks[names.experts[odd].parameter][0]
+        stack = names.stacks[names.experts[odd].parameter]
         raise UserError(
             f"{odd}: no reader takes the experts of {stack} one by one; keep them with "
             "--ignore 're:.*experts.*', or write --format fake"
