@@ -126,7 +126,7 @@ class AutoRoundMLLM:
         finished = Finished()
         with borrowed(model, None if device is None else torch.device(device)):
             job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
-            for line in refusals(model, job.plan, job.recipe.read_by):
+            for line in refusals(model, job.plan):
                 log.warning(line)
             try:
                 quantize(model, job.recipe, job.plan, job.inputs, finished, watcher)
@@ -174,7 +174,8 @@ class AutoRoundMLLM:
         folders below it.
 
         ``inplace`` is accepted as in the original; the model in memory is never changed by saving.
-        Raises NotProved for a checkpoint that is not what was tuned, which lies in
+        Raises UserError for a format that one of the recipe's `engines` would load otherwise, and
+        NotProved for a checkpoint that is not what was tuned, which lies in
         ``<folder>.wrong`` then; ``check=False`` leaves that out.
         """
         if self._done is None:
@@ -189,6 +190,8 @@ class AutoRoundMLLM:
             else [root / folder_name(label, self.recipe, name) for name in names]
         )
         check_places(folders, job.loaded.source)
+        targets = [formats.resolve(name, job.plan.quantized.values()) for name in names]
+        refusals(self.loaded.model, replace(job.plan, formats=tuple(targets)), self.recipe.read_by)
         for folder in folders:
             check_free(folder, self.recipe.overwrite)
         settings = self.loaded.model.generation_config if self.loaded.given else None

@@ -11,7 +11,7 @@ from tiny_models import tiny_tokenizer
 from torch import nn
 from transformers import Mxfp4Config
 
-from auto_mmround import cli
+from auto_mmround import AutoRoundMLLM, UserError, cli
 from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import NONSENSE, load
 from auto_mmround.model.structure import LINEAR
@@ -202,3 +202,14 @@ def test_transformers_reads_experts_with_compressed_tensors(kind, tmp_path):
 def test_an_engine_that_there_is_not(tmp_path, capfd):
     assert cli.main(["plan", "--model", "demo", "--engines", "vlm"]) == 2
     assert "engines: no engine 'vlm'" in capfd.readouterr().err
+
+
+def test_a_format_that_is_named_when_saving(tmp_path):
+    job = AutoRoundMLLM(
+        mixtures.build("mixtral"), tiny_tokenizer(), iters=0, group_size=32, device="cpu"
+    )
+    job.quantize()
+    with pytest.raises(UserError, match="names w1, w2, w3"):
+        job.save_quantized(tmp_path / "a", format="auto_round")
+    assert not (tmp_path / "a").exists()
+    assert job.save_quantized(tmp_path / "b", format="compressed_tensors")[0].is_dir()
