@@ -41,7 +41,7 @@ def saved(kind: str, folder: Path) -> Path:
 
 def command(model: Path, out: Path, fmt: str, *more: str) -> list[str]:
     words = ["--model", str(model), "--output_dir", str(out), "--iters", "0", "--format", fmt]
-    return [*words, "--group_size", "32", "--device", "cpu", "--no_amp", *more]
+    return [*words, "--group_size", "32", "--device", "cpu", *more]
 
 
 def logits(model) -> torch.Tensor:
@@ -150,7 +150,7 @@ REFUSED = [
     ("lfm2_moe", "auto_round", (), "names w1, w2, w3"),
     ("llama4_text", "auto_round", (), "with Llama 4's experts"),
     ("gpt_oss", "auto_round", ("--ignore", "re:.*experts.*"), "with experts that stay"),
-    ("kimi_linear", "auto_round", (), "merges while loading"),
+    ("bailing_hybrid", "auto_round", (), "merges while loading"),
     ("longcat_flash", "auto_round", (), "merges while loading"),
     ("kimi_linear", "compressed_tensors", (), "merges while loading"),
     ("qwen3_moe", "compressed_tensors", ("--ignore", "re:.*experts.*"), "merges while loading"),
