@@ -199,6 +199,14 @@ def test_transformers_reads_experts_with_compressed_tensors(kind, tmp_path):
     assert torch.allclose(*found, atol=5e-3)
 
 
+def test_what_stays_is_named_as_the_checkpoint_has_it(tmp_path):
+    """Step-3.7's `share_expert` is `mlp.shared_experts` in Transformers, MiniMax-M3's shared gate
+    and up are one layer there: engines know them by either name."""
+    for kind, more in (("step3p7", ("--ignore", "re:.*experts.*")), ("minimax_m3_vl", ())):
+        words = command(saved(kind, tmp_path / kind), tmp_path / "out", "compressed_tensors", *more)
+        assert cli.main([*words, "--engines", "vllm"]) == 0
+
+
 def test_an_engine_that_there_is_not(tmp_path, capfd):
     assert cli.main(["plan", "--model", "demo", "--engines", "vlm"]) == 2
     assert "engines: no engine 'vlm'" in capfd.readouterr().err

@@ -340,6 +340,10 @@ def test_stacks_that_no_reader_takes_apart_are_refused_before_tuning(tmp_path, c
         "input_linear.weight one by one" in capfd.readouterr().err
         and not (tmp_path / "out").exists()
     )
+    # auto-round would take those that stay apart, too
+    assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 2
+    assert "with experts that stay" in capfd.readouterr().err
+    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", "compressed_tensors"]
     assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 0
 
 

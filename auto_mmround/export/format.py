@@ -205,9 +205,17 @@ def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:
 
 
 def part_patterns(layout: Layout) -> list[str]:
-    """Regexes of the `parts`, those that differ in numbers only by one."""
+    """Regexes of the `parts`, and of kept modules that the checkpoint calls by names which the
+    patterns of their group do not take; those that differ in numbers only by one."""
+    groups = {group: tower_patterns(layout, group) for group in kept_groups(layout)[0]}
+    names = list(layout.parts)
+    for name in layout.kept:
+        group = next((a for a in (*_ancestors(name), name) if a in groups), None)
+        stored = layout.checkpoint_name(name)
+        if group and not any(re.match(pattern, stored) for pattern in groups[group]):
+            names.append(stored)
     everything = [layout.checkpoint_name(name) for name in layout.quantized]
-    return [rf".*{as_pattern(t)}$" for t in folded(layout.parts, [*layout.parts, *everything])]
+    return [rf".*{as_pattern(t)}$" for t in folded(names, [*names, *everything])]
 
 
 def _hits(layout: Layout, test: Callable[[str], bool]) -> list[str]:

@@ -307,7 +307,8 @@ class Separate(nn.Module):
 
     def __init__(self, stacked: Any, experts: Mapping[str, Mapping[str, nn.Linear]]):
         super().__init__()
-        self.act_fn, self.count = getattr(stacked, "act_fn", None), len(experts)
+        self.act_fn: Any = getattr(stacked, "act_fn", None)
+        self.count = len(experts)
         self.own_gate = getattr(stacked, "_apply_gate", None)
         self.mixed = not getattr(stacked, "is_concatenated", True)
         # Llama 4 sorts tokens beforehand

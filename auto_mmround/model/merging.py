@@ -47,7 +47,7 @@ def merged_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
         for t in there
         for pattern in t._original_target_patterns
     }
-    back = [t.reverse_transform() for t in there]
+    back = [r for t in there if isinstance(r := t.reverse_transform(), WeightConverter)]
     found = {}
     for name in model.state_dict():
         _, pattern = apply_converters(name, back)

@@ -160,10 +160,13 @@ class Names:
         return known or bool(expert and expert.stacked)
 
     def module(self, name: str) -> str:
-        """The checkpoint's name of a module that has a weight; fused experts, which are parameters,
-        keep theirs."""
+        """The checkpoint's name of a module that has a weight, or of the stack that it lies in;
+        fused experts, which are parameters, keep theirs."""
         if f"{name}.weight" not in self.keys and name in self.model.state_dict():
             return self.keys.get(name, name)
+        expert = self.experts.get(name)
+        if expert and expert.stacked and expert.parameter not in self.apart:
+            return self.stacks[expert.parameter].removesuffix(".weight")
         return self.key(f"{name}.weight").removesuffix(".weight")
 
     def parts(self, kept: Sequence[str]) -> list[str]:
