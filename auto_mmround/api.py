@@ -190,6 +190,7 @@ class AutoRoundMLLM:
         """Write one checkpoint per format, into ``output_dir`` or, if there are several, below it.
 
         ``inplace`` is accepted as in the original; saving never changes the model in memory. Raises
+        UserError for a format that one of the recipe's `engines` would load otherwise. Raises
         NotProved for a checkpoint that does not hold the tuned values; it then lies in
         ``<folder>.wrong``. ``check=False`` leaves this check out.
         """
@@ -205,6 +206,8 @@ class AutoRoundMLLM:
             else [root / folder_name(label, self.recipe, name) for name in names]
         )
         check_places(folders, job.loaded.source)
+        targets = [formats.resolve(name, job.plan.quantized.values()) for name in names]
+        refusals(self.loaded.model, replace(job.plan, formats=tuple(targets)), self.recipe.read_by)
         for folder in folders:
             check_free(folder, self.recipe.overwrite)
         settings = self.loaded.model.generation_config if self.loaded.given else None

@@ -120,7 +120,8 @@ def quantize_with_progress(recipe: Recipe) -> int:
             check_before_loading(recipe)
         loaded = jobs.load_model(recipe, processes=processes)
         job = prepare_with_progress(recipe, loaded)
-        for line in (summary(job.plan), *mixed_lines(job.mixed), *refusals(loaded.model, job.plan)):
+        refused = refusals(loaded.model, job.plan, recipe.read_by)
+        for line in (summary(job.plan), *mixed_lines(job.mixed), *refused):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         check_disk(job)
         bar = BlockProgress(job.plan, job.recipe)
@@ -236,7 +237,7 @@ def show_plan(recipe: Recipe) -> int:
     for line in (summary(plan), *mixed_lines(job.mixed if job else None)):
         console.print(line, highlight=False)
     console.print(f"formats: {', '.join(fmt.name for fmt in plan.formats)}", highlight=False)
-    for line in refusals(loaded.model, plan):
+    for line in refusals(loaded.model, plan, recipe.read_by):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if job is None and recipe.needs_samples and recipe.dataset is None:
         console.print("name --dataset for an estimate of time and memory", highlight=False)

@@ -325,47 +325,57 @@ def test_stacks_that_no_reader_takes_apart_are_refused_before_tuning(tmp_path, c
         "input_linear.weight one by one" in capfd.readouterr().err
         and not (tmp_path / "out").exists()
     )
+    # auto-round would take those that stay apart, too
+    assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 2
+    assert "with experts that stay" in capfd.readouterr().err
+    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", "compressed_tensors"]
     assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 0
 
 
 @pytest.mark.parametrize(
-    "family, fmt, said",
+    "family, fmt, more, said",
     [
         (
             "qwen3_moe",
             "auto_gptq",
+            ["--engines", "vllm"],
             "transformers takes no auto_gptq with quantized experts: parameters were made up",
         ),
         (
             "qwen3_moe",
             "auto_round",
+            [],
             "vllm on processors takes no auto_round:auto_gptq with quantized experts",
         ),
         (
             "qwen3_vl_moe",
             "compressed_tensors",
+            ["--engines", "vllm"],
             "transformers takes no compressed_tensors with experts that the source",
         ),
         (
             "kimi_k25",
             "auto_round",
+            ["--engines", "vllm"],
             "transformers takes no auto_round:auto_gptq with a tower whose q, k, v",
         ),
         (
             "mixtral",
             "auto_round",
+            ["--engines", "vllm"],
             "transformers takes no auto_round:auto_gptq with experts that the checkpoint names",
         ),
         (
             "gpt_oss",
             "auto_round",
+            ["--engines", "vllm", "--ignore", "re:.*experts.*"],
             "transformers takes no auto_round:auto_gptq with experts that stay",
         ),
-        ("llama", "auto_round", None),
+        ("llama", "auto_round", [], None),
     ],
 )
-def test_what_engines_do_not_load_is_said_at_plan_time(family, fmt, said, tmp_path, capsys):
-    more = {
+def test_what_engines_do_not_load_is_said_at_plan_time(family, fmt, more, said, tmp_path, capsys):
+    others = {
         "mixtral": Tiny(
             "mixtral", "MixtralForCausalLM", TEXT | MIXTURE | {"intermediate_size": 32}
         ),
@@ -373,8 +383,8 @@ def test_what_engines_do_not_load_is_said_at_plan_time(family, fmt, said, tmp_pa
             "gpt_oss", "GptOssForCausalLM", TEXT | MIXTURE | {"layer_types": ["full_attention"] * 2}
         ),
     }
-    (more.get(family) or FAMILIES[family]).save(tmp_path / "model", tiny_tokenizer())
-    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", fmt]
+    (others.get(family) or FAMILIES[family]).save(tmp_path / "model", tiny_tokenizer())
+    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", fmt, *more]
     for each in (["plan", *words], words):
         assert cli.main(each) == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if " takes no " in line]

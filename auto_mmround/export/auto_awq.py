@@ -71,6 +71,7 @@ def config(layout: Layout) -> dict[str, Any]:
         )
     groups, singles = kept_groups(layout)
     names = [s for group in groups for s in tower_substrings(layout, group)]
+    names += layout.parts
     names += [spelling for single in singles for spelling in both_spellings(layout, single)]
     return {
         "quant_method": "awq",

@@ -24,6 +24,7 @@ from auto_mmround.export.format import (
     check_integers,
     differences,
     kept_groups,
+    part_patterns,
     tower_patterns,
 )
 from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
@@ -106,6 +107,7 @@ def config(layout: Layout) -> dict[str, Any]:
     excludes = [p for group in groups for p in tower_patterns(layout, group)] + [
         _tail(layout, ends, s) for s in singles
     ]
+    excludes += part_patterns(layout)
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in layout.quantized.items():

@@ -24,7 +24,9 @@ from auto_mmround.export.format import (
     check_integers,
     differences,
     kept_groups,
+    part_patterns,
     tower_patterns,
+    wrong,
 )
 from auto_mmround.export.method import Method, Overrides, Question, searched
 from auto_mmround.export.patterns import tails
@@ -48,6 +50,7 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
     extra |= {pattern: KEPT for group in groups for pattern in tower_patterns(layout, group)}
     extra |= {spelling: KEPT for single in singles for spelling in both_spellings(layout, single)}
     extra |= dict.fromkeys(carried_names(layout), KEPT)
+    extra |= dict.fromkeys(part_patterns(layout), KEPT)
     blocks = dict.fromkeys(
         spelling for block in layout.blocks for spelling in both_spellings(layout, block)
     )
@@ -140,32 +143,39 @@ METHOD = Method(
     copied=True,
 )
 _LIMITS = (
-    Limit(
-        "transformers",
+    wrong(
         "experts that the checkpoint names w1, w2, w3",
         "parameters were made up: [.. experts.0.down_proj.qweight ..]",
-        experts=("quantized", "renamed"),
+        "quantized", "renamed",
     ),
-    Limit(
-        "transformers",
+    wrong(
         "experts that stay",
         "parameters were made up: [.. experts.0.down_proj.weight ..]",
-        experts=("kept",),
+        "kept",
     ),
-    Limit(
-        "transformers",
+    wrong(
+        "Llama 4's experts",
+        "auto-round weighs what they give where the model weighs what they are given",
+        "quantized",
+        families=("llama4", "llama4_text"),
+    ),
+    wrong(
         "Qwen3-Omni's experts",
         "'Qwen3OmniMoeThinkerTextExperts' object has no attribute 'gate_up_proj'",
-        experts=("quantized",),
+        "quantized",
         families=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
     ),
-    Limit(
-        "transformers",
+    wrong(
         "a tower whose q, k, v are one tensor",
         "tensors were not used: ['model.vision_tower.layers.0.wqkv.bias', ..]",
         families=("kimi_k25",),
     ),
-)
+    wrong(
+        "tensors that it merges while loading",
+        "parameters were made up: auto-round switches the merging off",
+        "merged",
+    ),
+)  # fmt: skip
 _INTEGERS = check_integers(range(2, 9), (32, 32))
 PLAIN = Format(
     name="auto_round",

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from auto_mmround.export.method import Method
+from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -29,7 +30,8 @@ class Layout:
     blocks: prefixes of the quantized block lists ("model.language_model.layers"). checkpoint_name:
     Transformers module name -> name in the checkpoint files. default: the recipe's scheme. details:
     facts recorded for information (iters, algorithm ..). carried: those of the modules that the
-    model's class does not load, and engines do.
+    model's class does not load, and engines do. parts: what the checkpoint calls kept modules that
+    it stores in several, or under a name unlike Transformers'.
     """
 
     quantized: Mapping[str, Scheme]
@@ -39,6 +41,7 @@ class Layout:
     default: Scheme
     details: Mapping[str, Any] = field(default_factory=dict)
     carried: Sequence[str] = ()
+    parts: Sequence[str] = ()
 
     @cached_property
     def members(self) -> dict[str, str]:
@@ -96,7 +99,8 @@ class Limit:
     for processors.
 
     experts: words of `verify.limits.experts_of` that must all be true of the model. families: model
-    types, but for ``spared``.
+    types, but for ``spared``. fatal: a recipe whose `engines` name the engine is refused, for what
+    it would load is not what was tuned.
     """
 
     engine: str
@@ -106,6 +110,7 @@ class Limit:
     experts: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
+    fatal: bool = False
 
     def hits(self, schemes: Collection[Scheme], experts: Collection[str], family: str) -> bool:
         """Whether a checkpoint is refused."""
@@ -118,12 +123,14 @@ def any_scheme(test: Callable[[Scheme], bool]) -> Callable[[Collection[Scheme]],
     return lambda schemes: any(map(test, schemes))
 
 
+def wrong(what: str, message: str, *experts: str, **of: Any) -> Limit:
+    """What Transformers would load otherwise than it was tuned, or not at all."""
+    return Limit("transformers", what, message, experts=experts, fatal=True, **of)
+
+
 # Of mixtures of experts.
-MADE_UP = Limit(
-    "transformers",
-    "quantized experts",
-    "parameters were made up: [.. experts.gate_up_proj ..]",
-    experts=("quantized",),
+MADE_UP = wrong(
+    "quantized experts", "parameters were made up: [.. experts.gate_up_proj ..]", "quantized"
 )
 NO_EXPERTS = Limit(
     "vllm", "quantized experts", "its source has no kernels for them there", experts=("quantized",)
@@ -342,6 +349,20 @@ def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:
     """The configuration keys in which a module's scheme differs from the default."""
     keys = ("bits", "group_size", "sym")
     return {key: getattr(scheme, key) for key in keys if getattr(scheme, key) != getattr(base, key)}
+
+
+def part_patterns(layout: Layout) -> list[str]:
+    """Regexes of the `parts`, and of kept modules that the checkpoint calls by names which the
+    patterns of their group do not take; those that differ in numbers only by one."""
+    groups = {group: tower_patterns(layout, group) for group in kept_groups(layout)[0]}
+    names = list(layout.parts)
+    for name in layout.kept:
+        group = next((a for a in (*_ancestors(name), name) if a in groups), None)
+        stored = layout.checkpoint_name(name)
+        if group and not any(re.match(pattern, stored) for pattern in groups[group]):
+            names.append(stored)
+    everything = [layout.checkpoint_name(name) for name in layout.quantized]
+    return [rf".*{as_pattern(t)}$" for t in folded(names, [*names, *everything])]
 
 
 def _hits(layout: Layout, patterns: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from auto_mmround.model.structure import find_experts
 
 HALVES = ("gate_proj", "up_proj")  # of gate_up_proj, in this order
 SINGLE = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+ROWS = 4  # of a numbered expert: of whatever conversions split or exchange, each part has some
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,22 @@ class Expert:
     """One matrix (out, in) of one expert: ``rows`` of ``parameter[index]``, which is (in, out)
     where ``transposed``.
 
-    tail: the end of its checkpoint key, "3.gate_proj.weight". stacked: the original checkpoint
-      has no such key.
+    key: its checkpoint key, as Transformers would save it. stacked: the original checkpoint has no
+      such key. alone: of a stack that readers take one by one too.
     """
 
-    tail: str
+    key: str
     parameter: str
     index: int
     rows: slice
     transposed: bool
     stacked: bool
+    alone: bool = True
+
+    @property
+    def tail(self) -> str:
+        """The end of its key, "3.gate_proj.weight"."""
+        return ".".join(self.key.split(".")[-3:])
 
     def of(self, stack_EOI: Tensor) -> Tensor:
         """The matrix as a view into the stacked parameter."""
@@ -49,66 +56,137 @@ class Expert:
         return (matrix.t() if self.transposed else matrix)[self.rows]
 
 
+class Stack(NamedTuple):
+    """A parameter that holds a matrix of every expert, or two, of ``leaves``: one below the other,
+    or ``mixed``, line by line."""
+
+    parameter: str
+    shape: tuple[int, int, int]
+    leaves: tuple[str, ...]
+    transposed: bool = False
+    mixed: bool = False
+    alone: bool = True
+
+    def lines(self, at: int, size: int) -> slice:
+        """Of ``size`` rows an expert, those of leaf number ``at``."""
+        count = len(self.leaves)
+        if self.mixed:
+            return slice(at, None, count)
+        return slice(at * size // count, (at + 1) * size // count)
+
+
 def separable(model: PreTrainedModel) -> dict[str, Expert]:
     """Module name as if experts were modules (`..experts.3.up_proj`) -> where its weight lies.
 
-    Interleaved and biased experts are left out, as are those that are stacked in a way that is not
-    understood.
+    Experts that are stacked in a way that is not understood are left out, as are those that compute
+    something else than `Separate`.
     """
-    found: dict[str, Expert] = {}
-    fused = find_experts(model).fused
+    fused, stacks = find_experts(model).fused, dict[str, list[Stack]]()
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
-        module: Any = model.get_submodule(path)
-        odd = [getattr(module, flag, False) for flag in ("has_bias", "has_post_expert_norm")]
-        if (
-            any(odd)
-            or not getattr(module, "is_concatenated", True)
-            or not getattr(module, "has_gate", True)
-        ):
-            continue
-        into, out = (fused.get(f"{path}.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
-        if into is None or out is None or len(list(module.parameters(recurse=False))) != 2:
-            continue
-        transposed = into[2] == 2 * out[1] and into[1] == out[2]
-        if not transposed and into[1] != 2 * out[2]:
-            continue
-        for leaf in ("gate_up_proj", "down_proj"):
-            for expert in _matrices(model, f"{path}.{leaf}", fused[f"{path}.{leaf}"], transposed):
-                found[f"{path}.{expert.tail.removesuffix('.weight')}"] = expert
+        stacks[path] = _stacks(model.get_submodule(path), path, fused)
+    keys = _keys(model, [stack for each in stacks.values() for stack in each])
+    found: dict[str, Expert] = {}
+    checked: dict[tuple[type, int], bool] = {}
+    for path, each in stacks.items():
+        experts = {
+            f"{path}.{expert.index}{leaf and '.'}{leaf}": expert
+            for stack in each
+            for leaf, expert in _matrices(stack, keys[stack.parameter])
+        }
+        module = model.get_submodule(path)
+        kind = type(module), len(experts)
+        if experts and kind not in checked:
+            checked[kind] = _same(module, Separate(module, _layers(module, path, experts)))
+        if experts and checked[kind]:
+            found |= experts
     return found
 
 
-def _matrices(
-    model: PreTrainedModel, name: str, shape: tuple[int, int, int], transposed: bool
-) -> list[Expert]:
-    """The matrices in a stacked parameter, in their order. How Transformers stacks them is found
-    out by undoing it on numbered elements."""
-    count, rows = shape[0], shape[2 if transposed else 1]
-    numbered = torch.arange(count * 4).reshape(count, 4, 1).expand(-1, -1, 2).contiguous()
-    undone = revert_weight_conversion(model, {name: numbered})
-    if len(undone) == 1:
-        leaves = HALVES if name.endswith("gate_up_proj") else ("down_proj",)
-        size = rows // len(leaves)
-        return [
-            Expert(
-                f"{i}.{leaf}.weight", name, i, slice(at * size, (at + 1) * size), transposed, True
-            )
-            for i in range(count)
-            for at, leaf in enumerate(leaves)
-        ]
+def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -> list[Stack]:
+    """The stacked parameters of a module; none where they are not the ones that `Separate` knows:
+    gate and up with down, up with down, a single one."""
+    leaves = [name for name, _ in module.named_parameters(recurse=False)]
+    shapes = {leaf: fused[f"{path}.{leaf}"] for leaf in leaves if f"{path}.{leaf}" in fused}
+    biases = {f"{leaf}_bias" for leaf in shapes}
+    if leaves == ["weight"]:
+        return [Stack(f"{path}.weight", shapes["weight"], ("",), alone=False)]
+    gated = "gate_up_proj" in shapes
+    wanted = {"gate_up_proj" if gated else "up_proj", "down_proj"}
+    if set(shapes) != wanted or not set(leaves) <= wanted | biases:
+        return []
+    into, out = shapes["gate_up_proj" if gated else "up_proj"], shapes["down_proj"]
+    parts = 2 if gated else 1
+    turned = gated and into[2] == 2 * out[1] and into[1] == out[2]
+    transposed = bool(getattr(module, "is_transposed", turned))
+    rows, columns = (into[2], into[1]) if transposed else (into[1], into[2])
+    back = (out[2], out[1]) if transposed else (out[1], out[2])
+    if into[0] != out[0] or rows != parts * back[1] or columns != back[0]:
+        return []
+    mixed = gated and not getattr(module, "is_concatenated", True)
+    alone = gated and not mixed and len(leaves) == 2 and not hasattr(module, "post_expert_norm")
+    names = HALVES if gated else ("up_proj",)
+    first = next(leaf for leaf in shapes if leaf != "down_proj")
+    return [
+        Stack(f"{path}.{first}", into, names, transposed, mixed, alone),
+        Stack(f"{path}.down_proj", out, ("down_proj",), transposed, False, alone),
+    ]
+
+
+def _keys(
+    model: PreTrainedModel, stacks: Sequence[Stack]
+) -> dict[str, dict[str, tuple[int, Tensor]]]:
+    """Parameter -> key that Transformers saves of it -> (element where it begins, the elements).
+    All elements are numbered; how it stacks is found out by undoing it."""
+    sizes = [stack.shape[0] * ROWS for stack in stacks]
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    numbered = {
+        stack.parameter: torch.arange(start, start + size)
+        .reshape(-1, ROWS, 1)
+        .expand(-1, -1, 2)
+        .contiguous()
+        for stack, size, start in zip(stacks, sizes, starts)
+    }
+    owner = {
+        start + i: (stack.parameter, start)
+        for stack, size, start in zip(stacks, sizes, starts)
+        for i in range(size)
+    }
+    found: dict[str, dict[str, tuple[int, Tensor]]] = {name: {} for name in numbered}
+    for key, part in revert_weight_conversion(model, numbered).items():
+        parameter, start = owner[int(part.flatten()[0])]
+        found[parameter][key] = start, part - start
+    return found
+
+
+def _matrices(stack: Stack, keys: Mapping[str, tuple[int, Tensor]]) -> Iterator[tuple[str, Expert]]:
+    """(name of the matrix, where it lies) of all matrices in a stacked parameter, in their order.
+    keys: of `_keys`."""
+    size = stack.shape[2 if stack.transposed else 1]
+    parts = [part for _, part in keys.values()]
+    if len(parts) <= len(stack.leaves) and all(part.ndim == 3 for part in parts):
+        prefix, _, last = next(iter(keys)).rpartition(".")
+        alone = stack.alone and last == stack.parameter.rpartition(".")[2]
+        for i in range(stack.shape[0]):
+            for at, leaf in enumerate(stack.leaves):
+                key = f"{prefix}.{i}.{leaf}.weight" if leaf else f"{prefix}.{i}.weight"
+                lines = stack.lines(at, size)
+                yield leaf, Expert(key, stack.parameter, i, lines, stack.transposed, True, alone)
+        return
     found = []
-    for key, part in undone.items():
+    numbered = torch.arange(stack.shape[0] * ROWS).reshape(-1, ROWS, 1).expand(-1, -1, 2)
+    for key, part in ((key, part) for key, (_, part) in keys.items()):
         first = int(part.flatten()[0])
-        at = first % 4
-        if (
-            transposed
-            or part.ndim != 2
-            or not torch.equal(part, numbered[first // 4, at : at + len(part)])
-        ):
-            return []
-        lines = slice(at * rows // 4, (at + len(part)) * rows // 4)
-        found.append(Expert(".".join(key.split(".")[-3:]), name, first // 4, lines, False, False))
-    return sorted(found, key=lambda expert: (expert.index, expert.rows.start))
+        index, at = divmod(first, ROWS)
+        if stack.transposed or stack.mixed or part.ndim != 2:
+            return
+        if not torch.equal(part, numbered[index, at : at + len(part)]):
+            return
+        lines = slice(at * size // ROWS, (at + len(part)) * size // ROWS)
+        leaf = key.split(".")[-2]
+        expert = Expert(key, stack.parameter, index, lines, False, False)
+        found.append((index, lines.start, leaf, expert))
+    for _, _, leaf, expert in sorted(found, key=lambda each: each[:2]):
+        yield leaf, expert
 
 
 def stacking(
@@ -122,7 +200,7 @@ def stacking(
     """
     stacks: dict[str, dict[str, Expert]] = {}
     for expert in separable(model).values():
-        if expert.stacked:
+        if expert.stacked and expert.alone:
             stacks.setdefault(expert.parameter, {})[expert.tail] = expert
     if not stacks:
         return {}
@@ -174,19 +252,16 @@ def separated(
     experts: those of `separable`, if it is known. blocks: names of modules, to separate nothing
     outside of them. Raises UserError where the model's own experts compute something else.
     """
-    layers: dict[str, dict[int, dict[str, nn.Linear]]] = {}
+    inside: dict[str, dict[str, Expert]] = {}
     for name, expert in (separable(model) if experts is None else experts).items():
-        if not any(not block or name.startswith(f"{block}.") for block in blocks):
-            continue
-        path, leaf = expert.parameter.rpartition(".")[0], name.rpartition(".")[2]
-        weight = expert.of(model.get_parameter(expert.parameter).data)
-        layers.setdefault(path, {}).setdefault(expert.index, {})[leaf] = _linear(weight)
+        if any(not block or name.startswith(f"{block}.") for block in blocks):
+            inside.setdefault(expert.parameter.rpartition(".")[0], {})[name] = expert
     originals: dict[str, nn.Module] = {}
     checked: set[type] = set()
     try:
-        for path, matrices in layers.items():
+        for path, members in inside.items():
             original = model.get_submodule(path)
-            separate = Separate(original, matrices)
+            separate = Separate(original, _layers(original, path, members))
             if type(original) not in checked and not _same(original, separate):
                 raise UserError(
                     f"{path}: its experts are not the usual gate, up and down; see"
@@ -201,10 +276,28 @@ def separated(
             model.set_submodule(path, module)
 
 
-def _linear(weight_OI: Tensor) -> nn.Linear:
+def _layers(
+    module: nn.Module, path: str, experts: Mapping[str, Expert]
+) -> dict[str, dict[str, nn.Linear]]:
+    """Number of an expert -> name of the matrix, empty for a single one -> layer."""
+    layers: dict[str, dict[str, nn.Linear]] = {}
+    for name, expert in experts.items():
+        index, _, leaf = name[len(path) + 1 :].partition(".")
+        stored = expert.parameter.rpartition(".")[2]
+        bias_EO = getattr(module, f"{stored}_bias", None)
+        layers.setdefault(index, {})[leaf] = _linear(
+            expert.of(module.get_parameter(stored).data),
+            None if bias_EO is None else bias_EO.data[expert.index][expert.rows],
+        )
+    return layers
+
+
+def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
     with torch.device("meta"):
         layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
     layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    if bias_O is not None:
+        layer.bias = nn.Parameter(bias_O, requires_grad=False)
     return layer
 
 
@@ -212,23 +305,31 @@ class Separate(nn.Module):
     """Stands for a stacked experts module: the same tokens through the same matrices, one expert
     after the other."""
 
-    def __init__(self, stacked: Any, experts: Mapping[int, Mapping[str, nn.Linear]]):
+    def __init__(self, stacked: Any, experts: Mapping[str, Mapping[str, nn.Linear]]):
         super().__init__()
-        self.act_fn, self.count = stacked.act_fn, len(experts)
+        self.act_fn: Any = getattr(stacked, "act_fn", None)
+        self.count = len(experts)
         self.own_gate = getattr(stacked, "_apply_gate", None)
+        self.mixed = not getattr(stacked, "is_concatenated", True)
         # Llama 4 sorts tokens beforehand
         self.routed = len(inspect.signature(type(stacked).forward).parameters) != 2
         # two that read the token, then the one that reads them
         for index, layers in experts.items():
-            self.add_module(str(index), nn.ModuleDict(layers))
+            self.add_module(index, layers[""] if "" in layers else nn.ModuleDict(layers))
+        if hasattr(stacked, "post_expert_norm"):
+            self.post_expert_norm = stacked.post_expert_norm
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         """hidden_states (T, D), top_k_index and top_k_weights (T, k): the weighted sum of the
         chosen experts; without them (E T, D), the tokens of every expert, zero where it was not
-        chosen."""
+        chosen. With a single matrix an expert (T, D) and how many of the tokens are each expert's.
+        """
+        if isinstance(self.get_submodule("0"), nn.Linear):
+            parts = hidden_states.split(*routing, **named)
+            return torch.cat([self.get_submodule(str(i))(part) for i, part in enumerate(parts)])
         result = torch.zeros_like(hidden_states)
         if self.routed or routing or named:
-            return self._routed(hidden_states, result, *routing, **named)
+            return self._routed(hidden_states, result, *routing, *named.values())
         size = len(hidden_states) // self.count
         for index in range(self.count):
             part = hidden_states[index * size : (index + 1) * size]
@@ -248,23 +349,33 @@ class Separate(nn.Module):
         return result
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
-        gate, up, down = self.get_submodule(str(index)).children()
-        if self.own_gate is not None:
-            return down(self.own_gate(torch.cat([gate(x), up(x)], -1)))
-        return down(self.act_fn(gate(x)) * up(x))
+        *into, down = self.get_submodule(str(index)).children()
+        y = down(self._gated([layer(x) for layer in into]))
+        norm = getattr(self, "post_expert_norm", None)
+        return y if norm is None else norm(y)
+
+    def _gated(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return self.act_fn(parts[0])
+        if self.own_gate is None:
+            return self.act_fn(parts[0]) * parts[1]
+        whole = torch.stack(parts, -1).flatten(-2) if self.mixed else torch.cat(parts, -1)
+        return self.own_gate(whole)
 
 
-def _same(original: nn.Module, separate: Separate) -> bool:
-    """Whether both give the same for two tokens an expert."""
-    weight = next(original.parameters())
+def _same(original: Any, separate: Separate) -> bool:
+    """Whether both give the same for two tokens an expert; without weights there is nothing to
+    try."""
+    weight, first = next(original.parameters()), separate.get_submodule("0")
     if weight.is_meta:
         return True
-    first: Any = next(iter(separate.get_submodule("0").children()))
-    x = torch.randn(
-        2 * separate.count, first.in_features, generator=torch.Generator().manual_seed(0)
-    ).to(weight)
-    routing: tuple[Tensor, ...] = ()
-    if separate.routed:
+    into: Any = first if isinstance(first, nn.Linear) else next(iter(first.children()))
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * separate.count, into.in_features, generator=draw).to(weight)
+    routing: tuple[Any, ...] = ()
+    if into is first:
+        routing = ([2] * separate.count,)
+    elif separate.routed:
         index = torch.arange(2 * separate.count, device=weight.device)[:, None] % separate.count
         routing = (index, torch.ones_like(index, dtype=weight.dtype))
     with torch.no_grad():

@@ -409,7 +409,7 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
         for pattern in transform.source_patterns
     }
     found = set()
-    for _, name, pattern in _renamed(model, sorted(keys)):  # some renamings go by the order
+    for _, name, pattern in renamed_by(model, sorted(keys)):  # some renamings go by the order
         first, *others = targets.get(pattern or "", [""])
         found |= {name, *(name.replace(first, other) for other in others)}
     return found & own
@@ -437,19 +437,24 @@ def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str
 def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     """(key in the checkpoint, parameter in the model, whether it is more than renamed on the
     way)."""
-    for key, name, pattern in _renamed(model, keys):
+    for key, name, pattern in renamed_by(model, keys):
         yield key, name, pattern is not None
 
 
-def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+def renamed_by(
+    model: PreTrainedModel, keys: Iterable[str]
+) -> Iterator[tuple[str, str, str | None]]:
     """The same with the pattern by which Transformers converts the tensor, None where it only
     renames it."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     meta = dict.fromkeys(model.state_dict(), True)
+    prefix = model.base_model_prefix
     for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
+        if name not in meta and key in meta:  # renamed by a pattern that is meant for another one
+            name, pattern = rename_source_key(key, [], [], prefix, meta)
         yield key, name, pattern
 
 

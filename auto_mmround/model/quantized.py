@@ -16,11 +16,11 @@ from auto_mmround.untrusted import read_object
 # Keys of `config.json`, at any depth: a multimodal model may tell it of its text model alone.
 KEYS = ("quantization_config", "compression_config")
 MODELOPT = "hf_quant_config.json"  # ModelOpt's own file, beside a config.json that may say nothing
-# All of them multiply what is stored in FP8 by the scale beside it. ModelOpt's file and
-# configuration name no other.
+# All but the last multiply what is stored in FP8 by the scale beside it. ModelOpt's file and
+# configuration name no other. The last is gpt-oss'.
 # key -> who writes it, often unnamed
 UNNAMED = {"config_groups": "compressed-tensors", "quant_algo": "modelopt"}
-METHODS = ("fp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "quark")
+METHODS = ("fp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "quark", "mxfp4")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 GIVE = "give one with its original weights, or the name of its folder"
 Block = tuple[int, int]

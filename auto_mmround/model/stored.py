@@ -5,6 +5,9 @@ Beside a weight in FP8 lies its scale, a multiplier a tensor, a row or a block: 
 in the files of DeepSeek and Transformers, `weight_scale` in those of compressed-tensors, ModelOpt
 and others. W = q s, rounded to bfloat16. The tensors decide, not the configuration, which may tell
 it anywhere or have been lost.
+
+gpt-oss stores its experts in MXFP4: `X_blocks`, two numbers a byte, and `X_scales`, an exponent for
+32 of them. They are read as `X`, the way Transformers holds it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,24 +40,30 @@ SMOOTHED = ".pre_quant_scale"
 LEFT_OUT = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".q_scale",
     ".k_scale", ".v_scale",
             ".kv_scale", ".prob_scale", ".prob_output_scale")  # fmt: skip
+BLOCKS, EXPONENTS_OF = "_blocks", "_scales"  # ends of keys of MXFP4
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # then the same below zero
 USUAL: Block = (128, 128)  # where blocks are stored, but their size isn't told
 
 
 @dataclass(frozen=True)
 class Stored:
     """files: the file of every tensor, scales left out. kinds: its type as safetensors names it.
-    scales: key of an FP8 tensor -> (key, file) of its scale. blocks: sizes (rows, columns) of what
-    shares a scale, as far as told."""
+    scales: key of an FP8 or MXFP4 tensor -> (key, file) of its scale. blocks: sizes (rows, columns)
+    of what shares a scale, as far as told. packed: key of an MXFP4 tensor -> that in its file."""
 
     files: Mapping[str, Path]
     scales: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, str] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors, decoded."""
         with Reader(self) as reader:
-            count = sum(torch.Size(reader.plain(key).get_shape()).numel() for key in self.scales)
+            count = sum(
+                torch.Size(reader.plain(key).get_shape()).numel() * (3 if key in self.packed else 1)
+                for key in self.scales
+            )
         return sum(path.stat().st_size for path in set(self.files.values())) + count
 
     def dtype(self) -> torch.dtype | None:
@@ -84,15 +93,16 @@ class Reader:
         path = path or self.stored.files[key]
         if path not in self._opened:
             self._opened[path] = self._stack.enter_context(safe_open(path, "pt"))
-        return self._opened[path].get_slice(key)
+        return self._opened[path].get_slice(self.stored.packed.get(key, key))
 
     def slice(self, key: str) -> Any:
         """Something that gives the tensor when it is asked for ``[...]``."""
         if key not in self.stored.scales:
             return self.plain(key)
-        return _Encoded(
-            key, self.plain(key), self.plain(*self.stored.scales[key]), self.stored.blocks
-        )
+        scale = self.plain(*self.stored.scales[key])
+        if key in self.stored.packed:
+            return _Packed(key, self.plain(key), scale)
+        return _Encoded(key, self.plain(key), scale, self.stored.blocks)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
@@ -109,6 +119,16 @@ class _Encoded:
 
     def __getitem__(self, _: Any) -> Tensor:
         return decoded(self.key, self.q[...], self.scale[...], self.blocks)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    key: str
+    q: Any
+    scale: Any
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return unpacked(self.key, self.q[...], self.scale[...])
 
 
 def stored_tensors(folder: Path) -> Stored:
@@ -132,14 +152,32 @@ def stored_tensors(folder: Path) -> Stored:
         for key, kind in kinds.items()
         if kind in FP8 and (found := _scale_of(key, kinds))
     }
+    pairs = {
+        key.removesuffix(BLOCKS): key
+        for key, kind in kinds.items()
+        if kind == "U8"
+        and key.endswith(BLOCKS)
+        and kinds.get(key.removesuffix(BLOCKS) + EXPONENTS_OF) == "U8"
+    }
+    names |= {stem: stem + EXPONENTS_OF for stem in pairs}
+    for stem, key in pairs.items():
+        files[stem] = files.pop(key)
+        kinds[stem] = kinds.pop(key)
     of_scales = set(names.values())
-    packed = any(kind in PACKED and key not in of_scales for key, kind in kinds.items())
+    packed = any(
+        kind in PACKED and key not in of_scales and key not in pairs for key, kind in kinds.items()
+    )
     for method in (config.get("quant_method") for config in configs):
         if method not in METHODS or packed:
             raise UserError(
                 f"model {folder} is quantized already ({method}); give the original weights, or FP8"
             )
-    problem = next(filter(None, (_problem(key, kinds, of_scales) for key in _ordered(kinds))), None)
+    problem = next(
+        filter(
+            None, (_problem(key, kinds, of_scales) for key in _ordered(kinds) if key not in pairs)
+        ),
+        None,
+    )
     if problem:
         raise UserError(
             f"model {folder}: {problem}; give the original weights, or FP8 with its scales"
@@ -154,6 +192,7 @@ def stored_tensors(folder: Path) -> Stored:
         {key: (name, files[name]) for key, name in names.items()},
         tuple(sorted(blocks)),
         kinds,
+        pairs,
     )
 
 
@@ -217,6 +256,24 @@ def decoded(key: str, q: Tensor, scale: Tensor, blocks: Sequence[Block] = ()) ->
     for dim, size, step in zip((-2, -1), sizes, steps, strict=True):
         s = s.repeat_interleave(step, dim).narrow(dim, 0, size)
     return (q.float() * s).to(torch.bfloat16)
+
+
+def unpacked(key: str, q_EOGb: Tensor, exponent_EOG: Tensor) -> Tensor:
+    """bfloat16 (E, I, O) of MXFP4: bytes with the even column in the low half, and biased exponents
+    of their blocks. Raises UserError where their shapes differ."""
+    if q_EOGb.shape[:-1] != exponent_EOG.shape or q_EOGb.ndim != 4:
+        raise UserError(
+            f"{key}: its exponents, {tuple(exponent_EOG.shape)}, do not fit its blocks,"
+            f" {tuple(q_EOGb.shape)}"
+        )
+    levels = torch.tensor([*E2M1, *(-level for level in E2M1)], dtype=torch.bfloat16)
+    experts, rows, groups, half = q_EOGb.shape
+    found = torch.empty(experts, 2 * groups * half, rows, dtype=torch.bfloat16)
+    for i in range(experts):
+        codes = torch.stack([q_EOGb[i] & 15, q_EOGb[i] >> 4], -1).flatten(-2)
+        values = torch.ldexp(levels[codes.int()], exponent_EOG[i, ..., None].int() - 127)
+        found[i] = values.flatten(1).t()
+    return found
 
 
 def _steps(sizes: Sequence[int], counts: Sequence[int], blocks: Sequence[Block]) -> Block | None:

@@ -59,8 +59,8 @@ class Experts:
 
 
 def find_experts(model: nn.Module) -> Experts:
-    """Fused expert weights, known by their size and their module's ``num_experts``; routers, by one
-    output an expert beside them."""
+    """Fused expert weights, known by their size and what their module says of its experts; routers,
+    by one output an expert beside them, or beside the module around them."""
     found = Experts({}, {})
     for path, module in model.named_modules():
         counts = {
@@ -69,12 +69,14 @@ def find_experts(model: nn.Module) -> Experts:
             if (count := _expert_count(child))
         }
         for name, count in counts.items():
-            child = module.get_submodule(name)
             prefix = f"{path}.{name}".lstrip(".")
-            for key, weight in child.named_parameters(recurse=False):
-                if weight.ndim == 3:
-                    found.fused[f"{prefix}.{key}"] = tuple(weight.shape)  # type: ignore[assignment]
-            found.routers.update(_routers(module, path, set(counts), count))
+            stacks = _stacks(module.get_submodule(name))
+            found.fused.update({f"{prefix}.{key}": shape for key, shape in stacks.items()})
+            beside = dict(_routers(module, path, set(counts), count))
+            if not beside and path:
+                outside, _, inner = path.rpartition(".")
+                beside = dict(_routers(model.get_submodule(outside), outside, {inner}, count))
+            found.routers.update(beside)
     return found
 
 
@@ -85,9 +87,22 @@ def _expert_count(module: nn.Module) -> int:
             True for _ in linears(module[0])
         )
         return len(module) if blocks else 0
-    count = getattr(module, "num_experts", 0)
-    fused = any(p.ndim == 3 and len(p) == count for p in module.parameters(recurse=False))
-    return count if isinstance(count, int) and fused else 0
+    return next((shape[0] for shape in _stacks(module).values()), 0)
+
+
+def _stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """A module's own weights with a matrix of each expert: (experts, rows, columns). They lie in a
+    dimension of their own or, in several weights alike, one below the other."""
+    said = {n for key, n in vars(module).items() if key.endswith("experts") and type(n) is int}
+    own = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
+    found = {key: shape for key, shape in own if len(shape) == 3 and shape[0] in said}
+    flat = {key: shape for key, shape in own if len(shape) == 2}
+    for count in sorted(said - {0, 1}):
+        if not found and len(flat) > 1 and len(set(flat.values())) == 1:
+            rows, columns = next(iter(flat.values()))
+            if rows % count == 0 and rows > count:
+                found = dict.fromkeys(flat, (count, rows // count, columns))
+    return found  # type: ignore[return-value]
 
 
 def _routers(

@@ -12,6 +12,7 @@ ORDERS = ("none", "weight", "group")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
+READERS = ("transformers", "vllm", "sglang", "llamacpp", "mlx", "openvino")
 
 
 @dataclass(frozen=True)
@@ -366,6 +367,13 @@ class Fields:
             "parent folder; each format gets <model>-w4g128-<format> below it", names=("save_dir",)
         ),
     ] = "./tmp_autoround"
+    engines: Annotated[
+        str,
+        _result(
+            "engines that must read what is written, such as transformers,vllm: a format of which"
+            " one would load something else is refused"
+        ),
+    ] = "transformers"
     overwrite: Annotated[bool, _result("replace checkpoints that exist there")] = False
     check: Annotated[
         bool,

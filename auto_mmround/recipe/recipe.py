@@ -9,9 +9,10 @@ from typing import Any
 from auto_mmround.recipe import aliases
 from auto_mmround.recipe.algorithms import ALGORITHMS, Algorithm, Steps
 from auto_mmround.recipe.checks import all_strings, coerce, mapping_pairs, require
-from auto_mmround.recipe.fields import Fields, Key
+from auto_mmround.recipe.fields import READERS, Fields, Key
 from auto_mmround.recipe.patterns import is_pattern
 from auto_mmround.recipe.schemes import FLOATS, Scheme
+from auto_mmround.untrusted import shown
 
 LAYER = "Linear"
 # Flags of the original that had no effect there, or that we refuse. Each gives a message.
@@ -89,6 +90,9 @@ class Recipe(Fields):
         mapped = ((*pair[0], pair[1]) for pair in self.mappings or [])
         for pattern in chain(*lists, *mapped):
             require(is_pattern(pattern), f"{pattern[:80]!r} is no regular expression after re:")
+        for name in self.read_by:
+            known = name in READERS
+            require(known, f"engines: no engine {shown(name)}; there are {', '.join(READERS)}")
 
     def _check_together(self) -> None:
         """Values that contradict each other."""
@@ -147,6 +151,11 @@ class Recipe(Fields):
     def formats(self) -> list[str]:
         """Names of the export formats in the given order, each once."""
         return list(dict.fromkeys(part.strip() for part in self.format.split(",") if part.strip()))
+
+    @property
+    def read_by(self) -> list[str]:
+        """Names of the engines that must read the result."""
+        return list(dict.fromkeys(part.strip() for part in self.engines.split(",") if part.strip()))
 
     @property
     def scheme(self) -> Scheme:

@@ -345,7 +345,7 @@ def save(
                 )
     loaded, source = job.loaded, job.loaded.source
     names = Names(loaded.model, source, loaded.given)
-    check_names(names, job.plan)
+    check_names(names, replace(job.plan, formats=(fmt,)))
     check_tuned(names, finished.result)
     result = Result(
         names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {}

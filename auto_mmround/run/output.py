@@ -26,6 +26,7 @@ from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.experts import Expert, separable, stacking
 from auto_mmround.model.loading import converted_keys, parameter_names
+from auto_mmround.model.merging import loaded_tensors
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.files import to_toml
@@ -33,7 +34,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import CarriedCodes, carried_modules, unread_keys
 from auto_mmround.run.given import aliases, config_of, newest, pruned
 from auto_mmround.run.journal import checksum, codes_record
-from auto_mmround.run.plan import Plan
+from auto_mmround.run.plan import NO_LAYER, Plan
 
 
 class Names:
@@ -53,15 +54,17 @@ class Names:
         self.experts = separable(model)
         # The tables of Transformers go one way: what they make of a file's key is sure, what they
         # would save is not.
-        converted = converted_keys(model, self.files)
-        stored = {(name, _tail(key)): key for key, name in converted.items()}
-        self.stacks = {name: key for key, name in converted.items()} | self.keys
+        self.converted = converted_keys(model, self.files)
+        self.held = self._held()  # parameter of stacked experts -> the keys that hold it
+        self.stacks = {name: keys[0] for name, keys in self.held.items()}
+        tails = {(name, _tail(key)): key for key, name in self.converted.items()}
         for name, expert in self.experts.items():
-            prefix = self._prefix(expert)
-            self.keys[f"{name}.weight"] = stored.get(
-                (expert.parameter, _tail(expert.tail)), f"{prefix}.{expert.tail}"
-            )
-            if expert.stacked or self.keys[f"{name}.weight"] in self.files:
+            key = tails.get((expert.parameter, expert.tail), expert.key)
+            if expert.stacked:
+                prefix = self.stacks[expert.parameter].rpartition(".")[0]
+                key = f"{prefix}.{expert.tail}"
+            self.keys[f"{name}.weight"] = key
+            if expert.stacked or key in self.files:
                 self._covered.add(expert.parameter)
         self.carried = carried_modules(model, self.stored, self.gone)
         self.keys |= {f"{name}.weight": f"{key}.weight" for name, key in self.carried.items()}
@@ -98,16 +101,21 @@ class Names:
                 groups.setdefault(".".join(name.split(".")[:-2]) if self.files else "", []).append(
                     name
                 )
-        shapes = {
-            name: torch.empty(state[name].shape, device="meta")
-            for group in groups.values()
-            for name in group
-        }
-        undone = [
-            revert_weight_conversion(self.model, {n: shapes[n] for n in group})
-            for group in groups.values()
-        ]
-        return [(group, list(keys)) for group, keys in zip(groups.values(), undone, strict=True)]
+        return self._undone(list(groups.values()))
+
+    def _undone(self, groups: list[list[str]]) -> list[tuple[list[str], list[str]]]:
+        """Groups with the keys they are saved under; those that share a key are one."""
+        state = self.model.state_dict()
+        made: list[tuple[list[str], list[str]]] = []
+        for group in groups:
+            shapes = {name: torch.empty(state[name].shape, device="meta") for name in group}
+            keys = list(revert_weight_conversion(self.model, shapes))
+            same = [each for each in made if not set(keys).isdisjoint(each[1])]
+            made = [each for each in made if each not in same]
+            names = [name for each in same for name in each[0]] + group
+            found = [key for each in same for key in each[1]] + keys
+            made.append((names, list(dict.fromkeys(found))))
+        return made
 
     @cached_property
     def added(self) -> set[str]:
@@ -120,7 +128,7 @@ class Names:
             name: e for name, e in self.experts.items() if e.stacked and e.parameter in self.apart
         }
         stacked = [self.key(f"{name}.weight") for name in apart]
-        stacks = {self.stacks[expert.parameter] for expert in apart.values()}
+        stacks = {key for expert in apart.values() for key in self.held[expert.parameter]}
         found = [*self.files, *sorted(self.added), *stacked]
         return [key for key in dict.fromkeys(found) if key not in self.gone and key not in stacks]
 
@@ -128,17 +136,17 @@ class Names:
         """`config.json`, but for what formats add."""
         return config_of(self.model, self.source, self.given)
 
-    def _prefix(self, expert: Expert) -> str:
-        """The checkpoint's name of the module that holds an expert."""
-        if expert.parameter not in self.stacks:
-            placeholder = {
-                expert.parameter: torch.empty(
-                    self.model.get_parameter(expert.parameter).shape, device="meta"
-                )
-            }
-            key = next(iter(revert_weight_conversion(self.model, placeholder)))
-            self.stacks[expert.parameter] = key if expert.stacked else ".".join(key.split(".")[:-2])
-        return self.stacks[expert.parameter].rpartition(".")[0]
+    def _held(self) -> dict[str, tuple[str, ...]]:
+        """As the source has them, else as Transformers would save them."""
+        held: dict[str, list[str]] = {}
+        for key, name in [*self.converted.items(), *((k, n) for n, k in self.keys.items())]:
+            held.setdefault(name, []).append(key)
+        found = {}
+        for name in {expert.parameter for expert in self.experts.values() if expert.stacked}:
+            empty = torch.empty(self.model.get_parameter(name).shape, device="meta")
+            saved = held.get(name) or revert_weight_conversion(self.model, {name: empty})
+            found[name] = tuple(saved)
+        return found
 
     def key(self, parameter: str) -> str:
         """The checkpoint's key of a parameter."""
@@ -155,11 +163,32 @@ class Names:
         return known or bool(expert and expert.stacked)
 
     def module(self, name: str) -> str:
-        """The checkpoint's name of a module that has a weight; fused experts, which are parameters,
-        keep theirs."""
+        """The checkpoint's name of a module that has a weight, or of the stack that it lies in;
+        fused experts, which are parameters, keep theirs."""
         if f"{name}.weight" not in self.keys and name in self.model.state_dict():
             return self.keys.get(name, name)
+        expert = self.experts.get(name)
+        if expert and expert.stacked and expert.parameter not in self.apart:
+            return self.stacks[expert.parameter].removesuffix(".weight")
         return self.key(f"{name}.weight").removesuffix(".weight")
+
+    def parts(self, kept: Sequence[str]) -> list[str]:
+        """What the checkpoint calls those of the kept modules that it stores in several tensors, or
+        under a name that ends otherwise."""
+        several: dict[str, list[str]] = {}
+        for key, name in self.converted.items():
+            several.setdefault(name.removesuffix(".weight"), []).append(key)
+        stored = {
+            name: several.get(name) or [self.keys[f"{name}.weight"]]
+            for name in kept
+            if name in several or f"{name}.weight" in self.keys
+        }
+        return [
+            key.removesuffix(".weight")
+            for name, keys in stored.items()
+            for key in keys
+            if _tail(key.removesuffix(".weight"), 1) != _tail(name, 1)
+        ]
 
     def unchanged(
         self, without: set[str], codes: Mapping[str, Codes], apart: bool = True
@@ -173,23 +202,22 @@ class Names:
         """
         state = self.model.state_dict()
         skip = {self.key(name) for name in without} | self.gone
-        stacks: dict[str, dict[str, Expert]] = {}
+        whole: dict[str, dict[str, Expert]] = {}  # experts of stacks that are written as such
         for name, expert in self.experts.items():
-            if expert.stacked and not (apart and expert.parameter in self.apart):
-                stacks.setdefault(self.stacks[expert.parameter], {})[name] = expert
-            elif expert.stacked:
-                skip.add(self.stacks[expert.parameter])
-                if f"{name}.weight" not in without:
-                    current = self._current(f"{name}.weight", state, codes)
-                    yield (
-                        self.key(f"{name}.weight"),
-                        self._stored(expert) if current is None else current.contiguous(),
-                    )
+            if not expert.stacked:
+                continue
+            skip.update(self.held[expert.parameter])
+            if not (apart and expert.parameter in self.apart):
+                whole.setdefault(expert.parameter, {})[name] = expert
+            elif f"{name}.weight" not in without:
+                current = self._current(f"{name}.weight", state, codes)
+                yield (
+                    self.key(f"{name}.weight"),
+                    self._stored(expert) if current is None else current.contiguous(),
+                )
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
-                if key in stacks:
-                    yield key, self._stack(reader.tensor(key), stacks[key], state, codes)
-                elif key not in skip and key not in self.added:
+                if key not in skip and key not in self.added:
                     name, stored = self.parameters.get(key, ""), reader.tensor(key)
                     current = self._current(name, state, codes)
                     tensor = newest(
@@ -198,8 +226,8 @@ class Names:
                     # what is tied by now is written once
                     if tensor is stored or name not in self.aliases:
                         yield key, tensor
-            for key in stacks.keys() - self.files.keys():
-                yield key, self._stack(None, stacks[key], state, codes)
+            for parameter, experts in whole.items():
+                yield from self._stack(parameter, experts, reader, state, codes)
             for names, keys in self.made:
                 kept = {name: state[name] for name in names if name not in without}
                 for key, tensor in self._remade(kept, keys, reader):
@@ -239,41 +267,47 @@ class Names:
 
     def _stack(
         self,
-        stored: Tensor | None,
+        parameter: str,
         experts: Mapping[str, Expert],
+        reader: Reader,
         state: Mapping[str, Tensor],
         codes: Mapping[str, Codes],
-    ) -> Tensor:
+    ) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts as the source has it, with what the model holds by now."""
-        parameter = next(iter(experts.values())).parameter
+        keys = self.held[parameter]
+        stored = {key: reader.tensor(key) for key in keys if key in self.files}
         whole = state[parameter]
-        if whole.is_meta and stored is not None:  # streamed
-            whole = torch.empty_like(whole, device="cpu")
-            for name, expert in experts.items():
-                expert.of(whole).copy_(
-                    dequantize(codes[name]) if name in codes else expert.of(stored)
-                )
-        (current,) = revert_weight_conversion(self.model, {parameter: whole.cpu()}).values()
+        if whole.is_meta and stored:  # streamed
+            whole = loaded_tensors(self.model, stored)[parameter].clone()
+            for name in codes.keys() & experts.keys():
+                experts[name].of(whole).copy_(dequantize(codes[name]))
+        undone = revert_weight_conversion(self.model, {parameter: whole.cpu()})
         tuned = not codes.keys().isdisjoint(experts)
-        return (
-            current.contiguous()
-            if stored is None
-            else newest(stored, current.contiguous(), self.given, tuned)
-        )
+        for key in keys:
+            # what it would be saved as may begin otherwise
+            same = (k for k in undone if len(keys) == 1 or _tail(k, 2) == _tail(key, 2))
+            current = undone[next(same)].contiguous()
+            yield (
+                key,
+                newest(stored[key], current, self.given, tuned) if key in stored else current,
+            )
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
         key = self.stacks[expert.parameter]
         with Reader(self.stored) as reader:
+            if key in self.converted:
+                whole = loaded_tensors(self.model, {key: reader.tensor(key)})
+                return expert.of(whole[expert.parameter]).contiguous()
             if key in self.stored.scales:
                 return expert.of(reader.tensor(key)).contiguous()
             own_1OI = reader.plain(key)[expert.index : expert.index + 1]
             return replace(expert, index=0).of(own_1OI).contiguous()
 
 
-def _tail(key: str) -> str:
+def _tail(key: str, parts: int = 3) -> str:
     """`3.gate_proj.weight` of an expert's key."""
-    return ".".join(key.split(".")[-3:])
+    return ".".join(key.split(".")[-parts:])
 
 
 def check_formats(formats: Sequence[Format], names: Names, source: Path | None) -> None:
@@ -405,10 +439,12 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     carried = CarriedCodes(plan.carried, names.carried, names.stored)
     schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
     packed = schemes if fmt.packs else {}
+    kept = [name for name, reason in plan.kept.items() if reason != NO_LAYER]
     layout = Layout(
         quantized=schemes,
-        kept=[*plan.kept, *(w.name for w in plan.carried if w.reason)],
+        kept=[*kept, *(w.name for w in plan.carried if w.reason)],
         carried=[w.name for w in plan.carried],
+        parts=names.parts(kept),
         blocks=[stage.path for stage in plan.stages],
         checkpoint_name=names.module,
         default=recipe.scheme,

@@ -2,11 +2,12 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +38,7 @@ FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 OVERRIDES = ("bits", "group_size", "sym")
 OTHER_FORM = "the checkpoint stores it in another form"
 SHARED = "used in several places"
+NO_LAYER = "no linear layer"  # the reason of matrices that no configuration has to name
 
 
 def fused_set(name: str) -> tuple[str, Any]:
@@ -166,6 +168,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     weights += [
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
+    weights += _others(model, {*(w.name for w in weights), *stacked})
     return assembled(chosen, weights, targets)
 
 
@@ -190,6 +193,17 @@ def _without_staying(
         replace(w, scheme=None, reason=reason) if (reason := reasons.get(w.name)) else w
         for w in weights
     ]
+
+
+def _others(model: PreTrainedModel, known: set[str]) -> Iterator[WeightPlan]:
+    """The matrices of the model that are in no linear layer, embedding, convolution or stack."""
+    for path, module in model.named_modules():
+        if isinstance(module, (*LINEAR, nn.Embedding, nn.modules.conv._ConvNd)):
+            continue
+        for key, weight in module.named_parameters(path, recurse=False):
+            if weight.ndim > 1 and not {key, key.removesuffix(".weight")} & known:
+                rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
+                yield WeightPlan(key, rows, columns, None, None, NO_LAYER)
 
 
 def assembled(

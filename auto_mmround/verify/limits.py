@@ -9,8 +9,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
+from auto_mmround.errors import UserError
+from auto_mmround.export.format import Limit
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.experts import HALVES, separable
+from auto_mmround.model.merging import merged_parameters, own_merges
 from auto_mmround.model.structure import find_experts
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan
@@ -23,36 +26,77 @@ BUILDS = {"vllm": "vllm on processors"}
 
 
 def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
-    """Words that are true of a model's experts.
+    """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed",
+    where it does not say gate_proj, up_proj, down_proj; "kept", where those that auto-round takes
+    apart stay as one parameter a layer; "asymmetric"; of "several" schemes; "other", where what
+    they share with all tokens has another one; in 8-bit floats by "blocks".
 
-    "quantized"; "stacked" in the checkpoint; "renamed": not called gate_proj, up_proj, down_proj
-    there; "kept": they stay as one parameter for each layer.
+    And of all weights: "merged", where Transformers merges or splits some that auto-round expects
+    as they are stored; "left", where it merges some that stay beside packed ones; "4 bits", where
+    floats of 4 bits are packed.
     """
     experts = separable(model)
-    chosen = [expert for name, expert in experts.items() if name in plan.quantized]
+    chosen = {name: expert for name, expert in experts.items() if name in plan.quantized}
+    schemes = {replace(plan.quantized[name], scale_dtype="fp16") for name in chosen}
+    others = {  # Transformers looks for the word in names
+        replace(scheme, scale_dtype="fp16")
+        for name, scheme in plan.quantized.items()
+        if name not in chosen and "experts" in name
+    }
     usual = {*HALVES, "down_proj"}
-    apart = {expert.parameter for expert in experts.values()}
+    apart = {e.parameter for e in experts.values() if not e.stacked or e.alone}
+    whole = {e.parameter for n, e in experts.items() if not e.stacked and n not in chosen}
+    fused = [name for name in find_experts(model).fused if name not in apart]
+    merged = merged_parameters(model)
+    single = {e.parameter for e in experts.values() if not e.stacked}
+    packed = single - whole
     words = {
         "quantized": bool(chosen),
-        "stacked": any(expert.stacked for expert in chosen),
-        "renamed": any(expert.tail.split(".")[1] not in usual for expert in chosen),
-        "kept": any(name not in apart for name in find_experts(model).fused),
+        "stacked": any(expert.stacked for expert in chosen.values()),
+        "renamed": any(expert.key.split(".")[-2] not in usual for expert in chosen.values()),
+        "kept": any(_taken_apart(model, name) for name in fused),
+        "asymmetric": any(not scheme.sym for scheme in schemes),
+        "several": len(schemes) > 1,
+        "blocks": any(s.data_type in ("fp8", "mxfp8") and s.group_size > 0 for s in schemes),
+        "4 bits": any(s.data_type in ("nvfp4", "mxfp4") for s in plan.quantized.values()),
+        "other": bool(schemes) and not others <= schemes,
+        "merged": bool(own_merges(model) - apart),
+        "left": any(
+            name not in packed and all(source.endswith(".weight") for source in sources)
+            for name, sources in merged.items()
+        ),
     }
     return frozenset(word for word, true in words.items() if true)
 
 
-def refusals(model: PreTrainedModel, plan: Plan) -> list[str]:
-    """A line for each engine that reads a format of the plan, but is known not to load this
-    checkpoint."""
+def _taken_apart(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether auto-round makes linear layers of it: its module is one whose kernel Transformers
+    can exchange."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    return hasattr(module, "is_concatenated") and model.get_parameter(parameter).ndim == 3
+
+
+def refusals(model: PreTrainedModel, plan: Plan, engines: Collection[str] = ()) -> list[str]:
+    """A line for each engine that is known not to load a format of the plan, though it reads it as
+    such.
+
+    engines: those that have to. Raises UserError where one of them would load something else.
+    """
     # no configuration names it
     schemes = {replace(scheme, scale_dtype="fp16") for scheme in plan.quantized.values()}
-    experts = experts_of(model, plan)
-    lines = [
-        refusal(engine, fmt.name, schemes, experts, model.config.model_type)
-        for fmt in plan.formats
-        for engine in ENGINES
-    ]
-    return [line for line in lines if line is not None]
+    experts, lines = experts_of(model, plan), []
+    for fmt in plan.formats:
+        for engine in ENGINES:
+            found = _limit(engine, fmt.name, schemes, experts, model.config.model_type)
+            if found is None:
+                continue
+            line = _line(found, fmt.name)
+            if found.fatal and engine in engines:
+                others = ", ".join(e for e in ENGINES if e != engine and e in fmt.engines)
+                hint = f", or --engines {others} if {engine} need not read it" if others else ""
+                raise UserError(f"{line}; write another --format (fake loads anywhere){hint}")
+            lines.append(line)
+    return lines
 
 
 def refusal(
@@ -66,13 +110,24 @@ def refusal(
 
     experts: words of `experts_of`. family: the model type.
     """
-    for limit in FORMATS[format_name].limits:
-        if limit.engine == engine and limit.hits(schemes, experts, family):
-            return (
-                f"{BUILDS.get(engine, engine)} takes no {format_name} with {limit.what}:"
-                f" {limit.message}"
-            )
-    return None
+    found = _limit(engine, format_name, schemes, experts, family)
+    return None if found is None else _line(found, format_name)
+
+
+def _limit(
+    engine: str,
+    format_name: str,
+    schemes: Collection[Scheme],
+    experts: Collection[str],
+    family: str,
+) -> Limit | None:
+    mine = (limit for limit in FORMATS[format_name].limits if limit.engine == engine)
+    return next((limit for limit in mine if limit.hits(schemes, experts, family)), None)
+
+
+def _line(limit: Limit, format_name: str) -> str:
+    engine = BUILDS.get(limit.engine, limit.engine)
+    return f"{engine} takes no {format_name} with {limit.what}: {limit.message}"
 
 
 def support(format_name: str) -> dict[str, str]:

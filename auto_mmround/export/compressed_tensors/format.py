@@ -23,7 +23,9 @@ from auto_mmround.export.format import (
     carried_names,
     check_integers,
     kept_groups,
+    part_patterns,
     tower_patterns,
+    wrong,
 )
 from auto_mmround.export.method import Method, Overrides, Question
 from auto_mmround.export.patterns import Lookup
@@ -65,6 +67,7 @@ def config(layout: Layout) -> dict[str, Any]:
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
     groups, singles = kept_groups(layout)
     ignore = [f"re:{pattern}" for group in groups for pattern in tower_patterns(layout, group)]
+    ignore += [f"re:{pattern}" for pattern in part_patterns(layout)]
     ignore += [spelling for single in singles for spelling in both_spellings(layout, single)]
     ignore += carried_names(layout)
     # vLLM puts a prefix before the output head of some models, but not before its name here.
@@ -245,19 +248,16 @@ _BASE = Format(
     ),
     engines={"transformers": None, "vllm": "vllm"},
     limits=(
-        Limit(
-            "transformers",
-            "Nemotron-H's experts",
-            "parameters were made up: ['model.layers.1.mixer.experts.down_proj', ..]",
-            families=("nemotron_h",),
-        ),
-        Limit(
-            "transformers",
+        wrong(
             "experts that the source stacks",
             MADE_UP.message,
-            experts=("quantized", "stacked"),
-            spared=("llama4",),
+            "quantized",
+            "stacked",
+            spared=("llama4", "llama4_text"),
         ),
+        wrong("experts of several schemes", "it takes one for all", "several"),
+        wrong("experts of another scheme than most layers", "it takes one", "other"),
+        wrong("asymmetric experts", "zero points are dropped", "asymmetric"),
         NO_EXPERTS,
     ),
     card={
@@ -268,6 +268,12 @@ _BASE = Format(
     },
 )
 _KERNEL = "Failed to find a kernel that can implement the"
+_DROPPED = "the tensors of these experts are dropped while it merges them"
+_LEFT = wrong(
+    "tensors that stay and that it merges while loading",
+    "RuntimeError: CONVERSION entries, for what is not packed is dropped there",
+    "left",
+)
 WORDS = replace(
     _BASE,
     choose=_choose,
@@ -285,6 +291,7 @@ WORDS = replace(
             any_scheme(lambda s: s.bits != 4 and s.act_bits == 16 and s.data_type == "int"),
         ),
         *_BASE.limits,
+        _LEFT,
     ),
 )
 INT8 = replace(
@@ -296,6 +303,7 @@ INT8 = replace(
     bits=(4, 8),
     check=check_int8,
     pack=integers.pack_int8,
+    limits=(*_BASE.limits, _LEFT, wrong("experts beside 8-bit activations", _DROPPED, "quantized")),
 )
 FLOAT = replace(
     _BASE,
@@ -329,6 +337,8 @@ FLOAT = replace(
             any_scheme(lambda s: s.data_type == "mxfp4"),
         ),
         *_BASE.limits,
+        wrong("experts in blocks or MXFP8", "CONVERSION entries", "blocks"),
+        wrong("tensors of 4 bits beside some it merges", _DROPPED, "left", "4 bits"),
     ),
 )
 FORMATS = (WORDS, INT8, FLOAT)

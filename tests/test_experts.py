@@ -1,0 +1,223 @@
+"""Experts of every family: in the plan, the same model when they are separated, exports that
+Transformers reads, and a line before anything is tuned where it does not."""
+
+from pathlib import Path
+
+import mixtures
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_tokenizer
+from torch import nn
+from transformers import Mxfp4Config
+
+from auto_mmround import AutoRoundMLLM, UserError, cli
+from auto_mmround.model.experts import separable, separated
+from auto_mmround.model.loading import NONSENSE, load
+from auto_mmround.model.structure import LINEAR
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run.plan import make_plan
+
+# Each stacks its experts in a way of its own, or computes something else with them.
+KINDS = (
+    "qwen3_moe", "mixtral", "qwen3_vl_moe", "llama4", "granitemoehybrid", "aria", "inkling_text",
+    "gpt_oss", "nemotron_h", "jetmoe", "muse_spark", "hy_v4", "minimax_m3_vl_text", "glm5_next",
+    "step3p7", "ernie4_5_vl_moe", "lfm2_moe", "zaya", "mistral4",
+)  # fmt: skip
+KEPT = ("dbrx", "longcat_flash")  # their experts stay
+IDS = torch.randint(3, 110, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+def saved(kind: str, folder: Path) -> Path:
+    mixtures.build(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, out: Path, fmt: str, *more: str) -> list[str]:
+    words = ["--model", str(model), "--output_dir", str(out), "--iters", "0", "--format", fmt]
+    return [*words, "--group_size", "32", "--device", "cpu", *more]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def missing_from_plan(model, plan) -> list[str]:
+    """Matrices that are neither in the plan nor in an embedding or convolution."""
+    known = {weight.name for weight in plan.weights}
+    stacked = {expert.parameter for expert in separable(model).values()}
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+            continue
+        for name, weight in module.named_parameters(path, recurse=False):
+            names = {path} if isinstance(module, LINEAR) else {name, name.removesuffix(".weight")}
+            if weight.ndim > 1 and not names & known and name not in stacked:
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *KEPT])
+def test_experts_are_separable_and_every_matrix_is_in_the_plan(kind):
+    model = mixtures.build(kind)
+    plan = make_plan(model, Recipe(group_size=32, format="fake"))
+    assert missing_from_plan(model, plan) == []
+    assert set(separable(model)) <= {weight.name for weight in plan.weights}
+    assert any("experts" in name for name in plan.kept) == (kind in KEPT) or kind not in KEPT
+    before = logits(model)
+    with separated(model):
+        after = logits(model)
+    assert torch.allclose(before, after, atol=1e-5)
+    quantized = {name for name in separable(model) if name in plan.quantized}
+    assert bool(quantized) == (kind not in KEPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", mixtures.families())
+def test_every_matrix_of_every_class_is_in_the_plan(kind):
+    try:
+        model = mixtures.build(kind)
+    except NONSENSE as error:  # a configuration that needs a row of its own
+        pytest.skip(str(error)[:80])
+    if sum(p.numel() for p in model.parameters()) > 5e7:
+        pytest.skip("large")
+    plan = make_plan(model, Recipe(group_size=32, format="fake"))
+    assert missing_from_plan(model, plan) == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *KEPT])
+@pytest.mark.parametrize("stream", ["--stream", "--no_stream"])
+def test_transformers_reads_the_dequantized_checkpoint(kind, stream, tmp_path):
+    """No parameter is made up, and each holds what was tuned: streamed or not, the logits are those
+    of the decoded codes."""
+    source = saved(kind, tmp_path / "model")
+    assert cli.main(command(source, tmp_path / "out", "fake", stream)) == 0
+    cls = mixtures.class_of(kind)
+    folder = tmp_path / "out" / "model-w4g32-fake"
+    loaded, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    original = cls.from_pretrained(source, dtype=torch.float32)
+    experts = separable(original)
+    states = loaded.state_dict(), original.state_dict()
+    for name, expert in experts.items():
+        new, old = (expert.of(state[expert.parameter]) for state in states)
+        error = float((new - old).norm() / old.norm())
+        assert 0.01 < error < 0.2, name  # rounded to 4 bits, not made up and not untouched
+    assert torch.isfinite(logits(loaded.eval())).all()
+
+
+def test_gpt_oss_is_read_in_mxfp4(tmp_path):
+    """As it is published: the values are those of Transformers, and an export holds them."""
+    folder = saved("gpt_oss", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(
+            256, (*shape, 16), generator=draw, dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            118, 123, shape, generator=draw, dtype=torch.uint8
+        )
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = mixtures.class_of("gpt_oss")
+    config = (folder / "config.json").read_text()
+    method = '"quantization_config": {"quant_method": "mxfp4"},'
+    (folder / "config.json").write_text(config.replace("{", "{" + method, 1))
+    theirs = model.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    ours = load(str(folder)).model
+    for name, value in theirs.state_dict().items():
+        if name.endswith("_proj"):
+            assert torch.equal(value.float(), ours.state_dict()[name].float()), name
+    assert cli.main(command(folder, tmp_path / "out", "fake", "--ignore", "re:.*experts.*")) == 0
+    again = model.from_pretrained(tmp_path / "out" / "model-w4g32-fake")
+    for name, value in again.state_dict().items():
+        if name.endswith("experts.down_proj"):
+            assert torch.equal(value.float(), theirs.state_dict()[name].float())
+
+
+REFUSED = [
+    ("qwen3_moe", "auto_gptq", (), "takes no auto_gptq with quantized experts"),
+    ("mixtral", "auto_round", (), "names w1, w2, w3"),
+    ("lfm2_moe", "auto_round", (), "names w1, w2, w3"),
+    ("llama4_text", "auto_round", (), "with Llama 4's experts"),
+    ("gpt_oss", "auto_round", ("--ignore", "re:.*experts.*"), "with experts that stay"),
+    ("bailing_hybrid", "auto_round", (), "merges while loading"),
+    ("longcat_flash", "auto_round", (), "merges while loading"),
+    ("kimi_linear", "compressed_tensors", (), "merges while loading"),
+    ("qwen3_moe", "compressed_tensors", ("--ignore", "re:.*experts.*"), "merges while loading"),
+    ("qwen3_moe", "compressed_tensors", ("--ignore", "re:.*experts.2.*"), "merges while loading"),
+    ("qwen3_vl_moe", "compressed_tensors", (), "that the source stacks"),
+    ("qwen3_moe", "compressed_tensors", ("--asym",), "asymmetric experts"),
+]
+
+
+@pytest.mark.parametrize("kind, fmt, more, said", REFUSED)
+def test_what_transformers_would_load_otherwise_is_refused(kind, fmt, more, said, tmp_path, capfd):
+    words = command(saved(kind, tmp_path / "model"), tmp_path / "out", fmt, *more)
+    assert cli.main(words) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert any(said in line and "--engines vllm" in line for line in lines), lines
+    assert not list((tmp_path / "out").glob("model*"))
+    assert cli.main(["plan", *words]) == 2
+    assert cli.main(["plan", *words, "--engines", "vllm"]) == 0
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "compressed_tensors"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoehybrid", "step3p7", "jetmoe"])
+def test_stacks_that_no_reader_takes_apart_are_refused(kind, fmt, tmp_path, capfd):
+    words = command(saved(kind, tmp_path / "model"), tmp_path / "out", fmt)
+    assert cli.main(words) == 2
+    assert "one by one; keep them with --ignore" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen3_moe", "mixtral", "minimax_m2", "lfm2_moe", "deepseek_v3", "nemotron_h", "glm4v_moe"],
+)
+def test_transformers_reads_experts_with_compressed_tensors(kind, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = saved(kind, tmp_path / "model")
+    for fmt in ("compressed_tensors", "fake"):
+        assert cli.main(command(source, tmp_path / "out", fmt)) == 0
+    cls = mixtures.class_of(kind)
+    found = []
+    for fmt in ("compressed_tensors", "fake"):
+        loaded, info = cls.from_pretrained(
+            tmp_path / "out" / f"model-w4g32-{fmt}", output_loading_info=True, dtype=torch.float32
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        found.append(logits(loaded.eval()))
+    assert torch.allclose(*found, atol=5e-3)
+
+
+def test_what_stays_is_named_as_the_checkpoint_has_it(tmp_path):
+    """Step-3.7's `share_expert` is `mlp.shared_experts` in Transformers, MiniMax-M3's shared gate
+    and up are one layer there: engines know them by either name."""
+    for kind, more in (("step3p7", ("--ignore", "re:.*experts.*")), ("minimax_m3_vl", ())):
+        words = command(saved(kind, tmp_path / kind), tmp_path / "out", "compressed_tensors", *more)
+        assert cli.main([*words, "--engines", "vllm"]) == 0
+
+
+def test_an_engine_that_there_is_not(tmp_path, capfd):
+    assert cli.main(["plan", "--model", "demo", "--engines", "vlm"]) == 2
+    assert "engines: no engine 'vlm'" in capfd.readouterr().err
+
+
+def test_a_format_that_is_named_when_saving(tmp_path):
+    job = AutoRoundMLLM(
+        mixtures.build("mixtral"), tiny_tokenizer(), iters=0, group_size=32, device="cpu"
+    )
+    job.quantize()
+    with pytest.raises(UserError, match="names w1, w2, w3"):
+        job.save_quantized(tmp_path / "a", format="auto_round")
+    assert not (tmp_path / "a").exists()
+    assert job.save_quantized(tmp_path / "b", format="compressed_tensors")[0].is_dir()
