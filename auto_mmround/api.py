@@ -206,7 +206,7 @@ class AutoRoundMLLM:
             else [root / folder_name(label, self.recipe, name) for name in names]
         )
         check_places(folders, job.loaded.source)
-        targets = [formats.resolve(name, job.plan.quantized.values()) for name in names]
+        targets = [formats.resolve(name, job.plan.schemes) for name in names]
         refusals(self.loaded.model, replace(job.plan, formats=tuple(targets)), self.recipe.read_by)
         for folder in folders:
             check_free(folder, self.recipe.overwrite)

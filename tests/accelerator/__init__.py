@@ -200,7 +200,7 @@ class Seen:
 def _line() -> str:
     """File and line of the innermost frame of the project; of a thread without one, that of
     autograd."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(1)
     while frame is not None:
         _, mark, rest = frame.f_code.co_filename.rpartition("/auto_mmround/")
         if mark:
