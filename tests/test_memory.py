@@ -359,7 +359,7 @@ def test_a_live_chain_is_captured_again_to_where_it_lies(tmp_path):
 def test_one_expert_is_read_out_of_a_stack(tmp_path, monkeypatch):
     from auto_mmround.model.experts import separable
     from auto_mmround.model.stored import Reader
-    from auto_mmround.run.output import Names
+    from auto_mmround.run.names import Names
 
     family = FAMILIES["llama4"]
     family.save(tmp_path / "llama4", tiny_tokenizer())

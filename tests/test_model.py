@@ -15,7 +15,8 @@ from auto_mmround.model import devices
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import as_dtype, difference
 from auto_mmround.model.devices import autocast, resolve
-from auto_mmround.model.loading import find_folder, load, parameter_names
+from auto_mmround.model.keys import parameter_names
+from auto_mmround.model.loading import find_folder, load
 from auto_mmround.model.structure import Stage, find_stages, select_stages
 
 IMAGE = 260

@@ -14,16 +14,15 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.experts import restacked
+from auto_mmround.model.keys import further_layers, parameter_names
 from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,
     Loaded,
-    further_layers,
     load,
     load_processor,
     load_tokenizer,
     model_class,
-    parameter_names,
     read_by,
     read_config,
     skeleton,

@@ -20,13 +20,8 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.experts import separable, stacking
-from auto_mmround.model.loading import (
-    filled_parameters,
-    further_layers,
-    loaded_names,
-    read_config,
-    skeleton,
-)
+from auto_mmround.model.keys import filled_parameters, further_layers, loaded_names
+from auto_mmround.model.loading import read_config, skeleton
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears

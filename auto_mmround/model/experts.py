@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.loading import renamed_keys
+from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.structure import find_experts
 
 HALVES = ("gate_proj", "up_proj")  # of gate_up_proj, in this order

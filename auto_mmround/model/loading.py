@@ -1,8 +1,6 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
 import logging
-import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,17 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    rename_source_key,
-)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.devices import HOST
+from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.placement import check_present, placed
 from auto_mmround.model.quantized import forget
 from auto_mmround.model.speaking import is_several
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
-from auto_mmround.model.structure import find_stages
 from auto_mmround.untrusted import ARRAYS, INDEX, SINGLE, one_line, read_object, weight_files
 
 log = logging.getLogger("auto_mmround")
@@ -60,8 +51,6 @@ DEPTHS = {
     "num_nextn_predict_layers",
 }
 DEEPEST = 1000
-# How checkpoints call layers that predict further tokens.
-FURTHER = re.compile(r"(^|\.)(mtp\w*|\w*_mtp|nextn\w*|multi_token_pred\w*)\.")
 # Architectures as published -> the class that Transformers has for them.
 PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}
 # Towers that put a token for the whole picture before its patches.
@@ -369,100 +358,3 @@ def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> A
         raise UserError(
             f"model {folder}: its tokenizer can't be read: {one_line(str(error))[:300]}"
         ) from None
-
-
-def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name of the parameter in the model -> key in the checkpoint, for keys that hold exactly one
-    parameter.
-
-    Keys that are fused or split on the way are left out.
-    """
-    return {
-        name: key
-        for key, (name, whole) in loaded_names(model, keys).items()
-        if whole and name is not None
-    }
-
-
-def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
-    """Key in the checkpoint -> (name of the parameter it ends up in, or None; whether it is the
-    whole of it).
-
-    Transformers renames while loading (`model.layers` -> `model.language_model.layers`); the same
-    tables are applied here.
-    """
-    own = dict.fromkeys(model.state_dict())
-    return {
-        key: (name if name in own else None, not converted)
-        for key, name, converted in renamed_keys(model, keys)
-    }
-
-
-def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
-    """The parameters that a checkpoint with these keys fills, those that several are split into
-    included."""
-    own = set(model.state_dict())
-    targets = {
-        pattern: transform.target_patterns
-        for transform in get_model_conversion_mapping(model)
-        if isinstance(transform, WeightConverter)
-        for pattern in transform.source_patterns
-    }
-    found = set()
-    for _, name, pattern in renamed_by(model, sorted(keys)):  # some renamings go by the order
-        first, *others = targets.get(pattern or "", [""])
-        found |= {name, *(name.replace(first, other) for other in others)}
-    return found & own
-
-
-def further_layers(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
-    """Those of the keys that belong to layers behind the model's own, which predict further tokens:
-    told by their prefix, since the lists of classes name the numbers of one published model."""
-    own, text = set(model.state_dict()), find_stages(model)[-1]
-    number = re.compile(rf"{re.escape(text.path)}\.(\d+)\.")
-    return {
-        key
-        for key, name, _ in renamed_keys(model, keys)
-        if name not in own
-        and (FURTHER.search(key) or ((n := number.match(name)) and int(n[1]) >= text.depth))
-    }
-
-
-def converted_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Key in the checkpoint -> parameter that it becomes a part of, for the keys that
-    `parameter_names` leaves out."""
-    return {key: name for key, name, converted in renamed_keys(model, keys) if converted}
-
-
-def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(key in the checkpoint, parameter in the model, whether it is more than renamed on the
-    way)."""
-    for key, name, pattern in renamed_by(model, keys):
-        yield key, name, pattern is not None
-
-
-def renamed_by(
-    model: PreTrainedModel, keys: Iterable[str]
-) -> Iterator[tuple[str, str, str | None]]:
-    """The same with the pattern by which Transformers converts the tensor, None where it only
-    renames it."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    meta = dict.fromkeys(model.state_dict(), True)
-    prefix = model.base_model_prefix
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
-        if name not in meta and key in meta:  # renamed by a pattern that is meant for another one
-            name, pattern = rename_source_key(key, [], [], prefix, meta)
-        yield key, name, pattern
-
-
-def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Those of the parameters that Transformers splits, fuses or permutes on the way from the
-    checkpoint's tensors."""
-    transforms = getattr(model, "_weight_conversions", None)
-    if transforms is None:
-        transforms = get_model_conversion_mapping(model, add_legacy=False)
-    back = [back for t in transforms if isinstance(back := t.reverse_transform(), WeightConverter)]
-    return {name for name in names if apply_converters(name, back)[1] is not None}

@@ -11,7 +11,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightConverter, apply_converters
 
-from auto_mmround.model.loading import renamed_by
+from auto_mmround.model.keys import renamed_by
 
 
 def loaded_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.model.loading import renamed_keys
+from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, to_groups

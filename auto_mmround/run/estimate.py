@@ -4,10 +4,8 @@ One block of each kind is run, measured, solved and tuned as the run would do it
 all the rest is counting how often. The model is left as it was.
 """
 
-import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,15 +18,12 @@ from typing import Any
 import psutil
 import torch
 
-from auto_mmround.checkpoint.folder import is_side_file
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain, map_tensors
 from auto_mmround.model.compiled import Compiled
-from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.pairs import shape_signature
-from auto_mmround.model.stored import stored_tensors
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import closed_forms
 from auto_mmround.numerics.tuner import (
@@ -39,15 +34,14 @@ from auto_mmround.numerics.tuner import (
     tune_block,
 )
 from auto_mmround.run.job import Job
-from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.leaves import leaves_of, rounded
 from auto_mmround.run.loss_weights import accumulated, tower_tokens
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.session import Session, Window
+from auto_mmround.run.writing_cost import sizes_of, standing, writing
 
 BUDGET = 20.0  # seconds that measuring may take, about
 SHARE = 0.9  # of what is free that a run may plan to use
-TRIAL = 2**25  # bytes written and read to see how fast the disk is
 
 
 @dataclass(frozen=True)
@@ -243,7 +237,7 @@ def estimate(
     """
     place = job.loaded.model.device
     traits = devices.traits(place)
-    sizes, writing = _writing(job, clock)
+    sizes, seconds_writing = writing(job, clock)
     seconds: dict[str, float] = {}
     states = 0
     with _high_water(place) as peak:
@@ -256,11 +250,11 @@ def estimate(
     memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
     found = Estimate(
-        seconds=seconds | {"writing": writing},
+        seconds=seconds | {"writing": seconds_writing},
         memory=memory,
         free_memory=int(SHARE * (traits.free(place) + own)),
         sizes=sizes,
-        free_disk=int(SHARE * shutil.disk_usage(_standing(Path(job.recipe.output_dir))).free),
+        free_disk=int(SHARE * shutil.disk_usage(standing(Path(job.recipe.output_dir))).free),
     )
     return replace(found, advice=tuple(_advice(job, found, states)))
 
@@ -268,8 +262,8 @@ def estimate(
 def check_disk(job: Job) -> None:
     """Raises UserError before any work is done if the folders that a run writes can't fit on their
     disk."""
-    where = _standing(Path(job.recipe.output_dir))
-    wanted, free = sum(_sizes(job).values()), shutil.disk_usage(where).free
+    where = standing(Path(job.recipe.output_dir))
+    wanted, free = sum(sizes_of(job).values()), shutil.disk_usage(where).free
     if wanted > free:
         raise UserError(
             f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB,"
@@ -360,56 +354,6 @@ def _peak() -> int:
 
 # --------------------------------------------------------------------------------------------------
 # disk
-
-
-def _sizes(job: Job) -> dict[str, int]:
-    """Bytes of every folder that the run writes."""
-    source, plan = job.loaded.source, job.plan
-    state = {tensor.data_ptr(): tensor for tensor in job.loaded.model.state_dict().values()}
-    whole = sum(tensor.nbytes for tensor in state.values())
-    side = 0
-    if source is not None:
-        whole = stored_tensors(source).nbytes()
-        side = sum(path.stat().st_size for path in source.rglob("*") if is_side_file(path, source))
-    count = sum(tensor.numel() for tensor in state.values())
-    quantized = sum(w.out_features * w.in_features for w in plan.weights if w.scheme)
-    rest = whole * (1 - quantized / max(count, 1)) + side
-    packed = quantized * plan.bits_per_weight() / 8
-    return {fmt.name: round(rest + packed if fmt.packs else whole + side) for fmt in plan.formats}
-
-
-def _writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], float]:
-    """Sizes, and seconds to pack and write them: by the rates of one weight and of one small
-    file."""
-    sizes = _sizes(job)
-    planned = [weight for weight in job.plan.weights if weight.scheme]
-    weight = min(planned, key=lambda w: w.out_features * w.in_features)
-    block = [weight.block or ""]
-    with job.loaded.holder.resident(block), separated(job.loaded.model, blocks=block):
-        (leaf,) = leaves_of(job.loaded.model, [weight]).values()
-        codes = leaf.rounding.codes()
-    started = clock()
-    codes_record(codes)
-    for fmt in job.plan.formats:
-        if not fmt.write:
-            fmt.pack(weight.name, codes)
-    each = (clock() - started) / codes.q_OI.numel()
-    blob = torch.zeros(TRIAL, dtype=torch.uint8)
-    started = clock()
-    checksum(blob)
-    with tempfile.NamedTemporaryFile(dir=_standing(Path(job.recipe.output_dir))) as file:
-        file.write(blob.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    rate = TRIAL / (clock() - started)
-    elements = sum(w.out_features * w.in_features for w in planned)
-    return sizes, each * elements + sum(sizes.values()) / rate
-
-
-def _standing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 # --------------------------------------------------------------------------------------------------

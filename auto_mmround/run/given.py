@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auto_mmround.model.loading import NONSENSE, loaded_names, parameter_names
+from auto_mmround.model.keys import loaded_names, parameter_names
+from auto_mmround.model.loading import NONSENSE
 from auto_mmround.model.quantized import plain
 from auto_mmround.model.speaking import is_several, speaking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors

@@ -19,6 +19,7 @@ from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
+from auto_mmround.export.formats import Format
 from auto_mmround.families import FAMILIES, calibrates, family_of
 from auto_mmround.model import devices
 from auto_mmround.model.head import check_head
@@ -29,20 +30,13 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
-from auto_mmround.run.finished import Finished, identity, unfinished
+from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
 from auto_mmround.run.journal import journal
 from auto_mmround.run.met import check_vocabulary, check_words, met
 from auto_mmround.run.mixed import choose_bits, units
+from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
 from auto_mmround.run.out_of_memory import phase
-from auto_mmround.run.output import (
-    Names,
-    Prove,
-    Result,
-    check_formats,
-    check_names,
-    check_tuned,
-    write_checkpoint,
-)
+from auto_mmround.run.output import Prove, Result, write_checkpoint
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, places
 from auto_mmround.run.plan import Plan, make_plan
@@ -261,40 +255,34 @@ def run(
     check_places([place, *outs], source)
     with unfinished(place, known, recipe.restart) as finished:
         checked = prove is not None and recipe.check
-        pending = [
-            (fmt, out)
-            for fmt, out in zip(job.plan.formats, outs, strict=True)
-            if not finished.wrote(out, checked)
-        ]
-        for _, out in pending:
+        targets = zip(job.plan.formats, outs, strict=True)
+        pending = {out: fmt for fmt, out in targets if not finished.wrote(out, checked)}
+        for out in pending:
             check_free(out, recipe.overwrite or finished.wrote(out))
         names = Names(model, source)
         check_names(names, job.plan)
         work(finished, watcher)
-        record = _record(job, finished)
-        result = Result(
-            names, job.plan, recipe, source, finished.result, record | {"run": finished.run}
-        )
-        write_all(
-            (
-                phase(
-                    f"writing {fmt.name}",
-                    "the finished blocks are kept, the same command goes on with them",
-                )(
-                    partial(
-                        write_checkpoint,
-                        fmt,
-                        out,
-                        result,
-                        prove,
-                        recipe.overwrite or finished.wrote(out),
-                    )
-                )
-                for fmt, out in pending
-            ),
-            f"; the finished blocks are kept in {finished.folder}",
-        )
+        record = _record(job, finished) | {"run": finished.run}
+        result = Result(names, job.plan, recipe, source, finished.result, record)
+        _write(pending, result, finished, prove)
     return outs
+
+
+def _write(
+    pending: Mapping[Path, Format], result: Result, finished: Unfinished, prove: Prove | None
+) -> None:
+    """All folders that wait. Raises NotProved as `run` does."""
+    kept = "the finished blocks are kept, the same command goes on with them"
+    writes = [
+        phase(f"writing {fmt.name}", kept)(
+            partial(
+                write_checkpoint, fmt, out, result, prove,
+                result.recipe.overwrite or finished.wrote(out),
+            )
+        )
+        for out, fmt in pending.items()
+    ]  # fmt: skip
+    write_all(writes, f"; the finished blocks are kept in {finished.folder}")
 
 
 def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path]:

@@ -15,7 +15,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.loading import converted_parameters
+from auto_mmround.model.keys import converted_parameters
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import (
     LINEAR,

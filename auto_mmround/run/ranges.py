@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.loading import Loaded, loaded_names
+from auto_mmround.model.keys import loaded_names
+from auto_mmround.model.loading import Loaded
 from auto_mmround.model.stored import Reader, stored_tensors
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import float_grids, grids
