@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from auto_mmround.model.chains import Chain, Kinds
-from auto_mmround.model.fisher import ROWS, Fisher, rows_of
+from auto_mmround.model.fisher import Fisher
+from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import Moments, output_error

@@ -20,7 +20,7 @@ from auto_mmround.model import capture as capturing
 from auto_mmround.model import devices, placement
 from auto_mmround.model import fisher as model_fisher
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import SideBySide, measure_fisher
+from auto_mmround.model.fisher import FisherPasses, SideBySide, measure_fisher
 from auto_mmround.model.spool import Spool
 from auto_mmround.model.streaming import Streamed
 from auto_mmround.model.structure import find_stages, linears
@@ -190,7 +190,10 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
     ]
     for found in (
         again,
-        *(measure_fisher(model, stages, inputs, kinds, layers, side=side) for side in sides),
+        *(
+            measure_fisher(model, stages, inputs, kinds, layers, FisherPasses(side=side))
+            for side in sides
+        ),
     ):
         assert (
             found.channels.keys() == whole.channels.keys()
@@ -224,7 +227,7 @@ def test_an_error_in_one_of_several_samples_ends_them_all():
     handle = layer.register_forward_pre_hook(short)
     with pytest.raises(torch.OutOfMemoryError):
         side = SideBySide(4, stages[0].blocks, torch.clone)
-        measure_fisher(model, stages, inputs, kinds, side=side, enough=10**9)
+        measure_fisher(model, stages, inputs, kinds, how=FisherPasses(side=side, enough=10**9))
     handle.remove()
     assert threading.active_count() == before and model.model.layers[1] is layer
     assert not any(module._forward_hooks for module in model.model.layers[0].modules())

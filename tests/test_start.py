@@ -10,14 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.chains import Kinds, token_kinds
-from auto_mmround.model.fisher import (
-    BOUNDS,
-    _draw,
-    _sampled_gradient,
-    measure_fisher,
-    rows_of,
-    spread,
-)
+from auto_mmround.model.fisher import _draw, _sampled_gradient, measure_fisher, spread
+from auto_mmround.model.squares import BOUNDS, rows_of
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gptq, grids
 from auto_mmround.numerics.grids import Grid

@@ -9,12 +9,10 @@ state is a thousand times as large as the others' and hardly matters to the outp
 """
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,25 +21,12 @@ from transformers import PreTrainedModel
 
 from auto_mmround.model import devices
 from auto_mmround.model.abreast import abreast
-from auto_mmround.model.chains import (
-    Kinds,
-    first_tensor,
-    hidden_of,
-    moved,
-    token_kinds,
-    with_hidden,
-)
+from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, with_hidden
 from auto_mmround.model.head import ToHead, parts, to_head
+from auto_mmround.model.squares import KINDS, Readers, Squares
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
-KINDS = 5  # modalities of tokens: text, image, video, audio, pad
-# tokens at the beginning of a text, each with a row of its own after those of the modalities
-FIRST = 4
-ROWS = KINDS + FIRST
-# Of a token's weight: one of a heavy tail must not stand for all, nor a sink of attention, huge as
-# it is, for nothing.
-BOUNDS = (0.001, 20.0)
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
 
 Precision = Callable[[], AbstractContextManager]
@@ -68,100 +53,60 @@ class Fisher:
     tokens: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class FisherPasses:
+    """How samples are run.
+
+    enough: tokens of text that suffice where no layer's tokens are weighed. side: how several
+    samples go through the blocks together, where blocks are dear to come by; the result is the
+    same. Of several processes ``share`` gives one's part of the samples, ``add_up`` the sums by
+    block over all.
+    """
+
+    seed: int = 42
+    precision: Precision = nullcontext
+    enough: int = ENOUGH
+    side: SideBySide | None = None
+    share: Callable[[list[int]], list[int]] = list
+    add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+
+
 def measure_fisher(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     inputs: Sequence[Mapping[str, Any]],
     modalities: Sequence[Kinds],
     layers: Iterable[str] = (),
-    *,
-    seed: int = 42,
-    precision: Precision = nullcontext,
-    enough: int = ENOUGH,
-    share: Callable[[list[int]], list[int]] = list,
-    add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-    side: SideBySide | None = None,
+    how: FisherPasses = FisherPasses(),
 ) -> Fisher:
     """Run the model forward and backward over the samples; one in memory at a time, logits a few
     positions at a time.
 
     A tower's tokens all count as the first row, unless their kinds are known; modalities without
     tokens are zero. No gradient of a weight is ever made. ``layers``: those whose tokens are
-    weighed; then all samples are run, else as many, evenly spread, as hold ``enough`` tokens of
+    weighed; then all samples are run, else as many, evenly spread, as hold ``how.enough`` tokens of
     text. A layer that runs more than once a sample (one image after another) gets no weights of
-    tokens, nor does one that only stands in for a part of a weight (fused experts). Several
-    processes: ``share`` gives one's part of the samples, ``add_up`` the sums by block over all of
-    them. side: how several samples go through the blocks together, where blocks are dear to come
-    by; the result is the same.
+    tokens, nor does one that only stands in for a part of a weight (fused experts).
     """
-    # squares (ROWS, channels), then a column with the number of tokens
-    sums: dict[str, Tensor] = {}
-    stage_of = {name: stage for stage in stages for name in stage.blocks}
-
     present = [name for name in layers if _is_there(model, name)]
-    chosen = share(list(range(len(inputs))) if present else spread(modalities, enough))
-    lengths = {i: len(modalities[i].text_T) for i in chosen}
-    tokens = {name: _Tokens(lengths) for name in present}
-    again: set[str] = set()
-
-    # of one sample, until it is through: then they come to the host together
-    waiting: list[tuple[_Tokens, int, Tensor]] = []
-
-    @lru_cache(maxsize=2 * len(stages))  # the blocks of a stage are given the same tokens
-    def one_hot(stage: Stage, i: int, count: int, device: torch.device) -> Tensor:
-        rows_T = rows_of(stage, modalities[i], count)
-        return nn.functional.one_hot(rows_T, ROWS).float().to(device)
-
-    def add(name: str, i: int, grad_TD: Tensor) -> None:
-        if waiting and waiting[0][1] != i:
-            _put(waiting)
-        if name in tokens:
-            again.update([name] if i in tokens[name].seen else [])
-            tokens[name].seen.add(i)
-            waiting.append((tokens[name], i, grad_TD.square().mean(-1)))
-            return
-        one_hot_TR = one_hot(stage_of[name], i, len(grad_TD), grad_TD.device)
-        fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
-        counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
-        sums.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
-
-    readers = _Readers()
-    watched = [*stage_of, *tokens]
+    every = list(range(len(inputs)))
+    chosen = how.share(every if present else spread(modalities, how.enough))
+    squares, readers = Squares(stages, modalities, present, chosen), Readers()
     spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
     if chosen:
-        passes, current = (
-            _Passes(model, {i: inputs[i] for i in chosen}, spoken, seed, precision),
-            [0],
-        )
+        mine = {i: inputs[i] for i in chosen}
+        passes, current = _Passes(model, mine, spoken, how.seed, how.precision), [0]
         run = passes.to_head()  # before anything watches
-        with _watching(
-            model,
-            stages,
-            watched,
-            lambda name, grad: add(name, current[0], _flat(grad)),
-            readers.see,
-        ):
-            (
+
+        def see(name: str, grad: Tensor) -> None:
+            squares.add(name, current[0], _flat(grad))
+
+        with _watching(model, stages, squares.watched, see, readers.see):
+            if how.side is None:
                 passes.one_by_one(run, current)
-                if side is None
-                else passes.side_by_side(run, side, stages, current)
-            )
-    _put(waiting)
-    found_tokens = {name: part.by_sample() for name, part in tokens.items()}
-    for name, found in found_tokens.items():
-        # padding has no gradient
-        counted = [t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in found.items()]
-        sums[name] = torch.tensor(
-            [sum(t.sum().item() for t in counted), float(sum(map(len, counted)))]
-        )
-    whole = add_up(sums)
-    channels = {
-        name: _means(whole[name][:, :-1], whole[name][:, -1:]) for name in whole if name in stage_of
-    }
-    means = {
-        name: whole[name][0] / whole[name][1].clamp(min=1) for name in tokens if name not in again
-    }
-    return Fisher(channels, _shared(found_tokens, means, readers.groups))
+            else:
+                passes.side_by_side(run, how.side, stages, current)
+    return Fisher(*squares.means(how.add_up, spoken, readers.groups))
 
 
 def _is_there(model: nn.Module, name: str) -> bool:
@@ -170,93 +115,6 @@ def _is_there(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _put(waiting: list[tuple["_Tokens", int, Tensor]]) -> None:
-    """Bring what waits to the host, in one copy from each device, and forget it."""
-    for device in {value_T.device for _, _, value_T in waiting}:
-        here = [each for each in waiting if each[2].device == device]
-        sizes = [len(value_T) for _, _, value_T in here]
-        values = torch.cat([value_T for _, _, value_T in here]).cpu().split(sizes)
-        for (tokens, i, _), value_T in zip(here, values, strict=True):
-            tokens.put(i, value_T)
-    waiting.clear()
-
-
-class _Tokens:
-    """A number a token and sample, in one piece of memory for samples of the expected ``lengths``:
-    thousands of small tensors, kept between large ones that come and go, would hold the heap at
-    several times its size."""
-
-    def __init__(self, lengths: Mapping[int, int]) -> None:
-        ends = list(accumulate(lengths.values()))
-        self._places = {
-            i: slice(end - lengths[i], end) for i, end in zip(lengths, ends, strict=True)
-        }
-        self._room, self._others = torch.empty(ends[-1] if ends else 0), dict[int, Tensor]()
-        self.seen: set[int] = set()
-
-    def put(self, i: int, value_T: Tensor) -> None:
-        """Those of a sample, in host memory; the last ones count."""
-        into_T = self._room[self._places[i]]
-        if len(into_T) == len(value_T):
-            into_T.copy_(value_T)
-            self._others.pop(i, None)
-        else:
-            self._others[i] = value_T.clone()
-
-    def by_sample(self) -> dict[int, Tensor]:
-        """Sample -> (tokens,)."""
-        return {
-            i: self._others[i] if i in self._others else self._room[self._places[i]]
-            for i in sorted(self.seen)
-        }
-
-
-class _Readers:
-    """Layers that are given the same tensor, in the order in which they run."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[weakref.ref[Tensor], tuple[str, ...]]] = {}
-        self.groups: dict[str, tuple[str, ...]] = {}
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Note that the layer reads ``x``."""
-        known = self._seen.get(id(x))
-        names = known[1] if known and known[0]() is x else ()
-        names = (*names, name) if name not in names else names
-        self._seen[id(x)] = (weakref.ref(x), names)
-        for member in names:  # a block that is computed again may stop halfway
-            self.groups[member] = max(self.groups.get(member, ()), names, key=len)
-
-
-def _shared(
-    tokens: Mapping[str, Mapping[int, Tensor]],
-    means: Mapping[str, Tensor],
-    groups: Mapping[str, Sequence[str]],
-) -> dict[str, dict[int, Tensor]]:
-    """Relative to the layer's mean, within BOUNDS, 1 where that is zero; then the mean over the
-    layers of a group."""
-    made: dict[tuple[str, ...], dict[int, Tensor]] = {}
-    found: dict[str, dict[int, Tensor]] = {}
-    for name in means:
-        group = tuple(other for other in groups.get(name, (name,)) if other in means)
-        if group not in made:
-            parts = [
-                {
-                    i: (t / means[n].cpu()).nan_to_num(1.0).clamp(*BOUNDS)
-                    for i, t in tokens[n].items()
-                }
-                for n in group
-            ]
-            samples = [
-                i
-                for i in parts[0]
-                if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)
-            ]
-            made[group] = {i: torch.stack([part[i] for part in parts]).mean(0) for i in samples}
-        found[name] = made[group]
-    return found
 
 
 @dataclass(frozen=True)
@@ -334,32 +192,6 @@ class _Passes:
 
 def _flat(grad: Tensor) -> Tensor:
     return grad.float().reshape(-1, grad.shape[-1])
-
-
-def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
-    """Row (tokens,) of the table for each of a stage's tokens: its modality, or its place among the
-    first of a text."""
-    rows_T = token_kinds(stage, kinds, tokens)
-    if stage.name == "text" and len(kinds.text_T) == tokens:
-        first_F = rows_T[:FIRST]
-        rows_T = torch.cat(
-            [
-                torch.where(first_F == KINDS - 1, first_F, KINDS + torch.arange(len(first_F))),
-                rows_T[FIRST:],
-            ]
-        )
-    return rows_T
-
-
-def _means(squares_RD: Tensor, counts_R1: Tensor) -> Tensor:
-    """Mean squares by row. The first tokens are few: of each only the size is its own, the channels
-    are all tokens'."""
-    means_RD = squares_RD / counts_R1.clamp(min=1)
-    all_D = squares_RD.sum(0) / counts_R1.sum()
-    means_RD[KINDS:] = (
-        means_RD[KINDS:].mean(1, keepdim=True) * all_D / all_D.mean().clamp(min=1e-30)
-    )
-    return means_RD
 
 
 def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:

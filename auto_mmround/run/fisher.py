@@ -2,6 +2,7 @@
 its files."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.model import devices, fisher
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import Fisher, Precision, SideBySide
+from auto_mmround.model.fisher import Fisher, FisherPasses, Precision, SideBySide
 from auto_mmround.model.streaming import Holder, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
@@ -41,18 +42,18 @@ def measure_fisher(
     ``disk`` does. Raises UserError where memory does not suffice for one sample.
     """
     device = device_of(model)
-    measure = partial(
-        fisher.measure_fisher, model, stages, batches, kinds, list(layers), seed=recipe.seed,
-        precision=precision,
-        share=processes.share, add_up=lambda sums: processes.add_named(sums, device),
+    how = FisherPasses(
+        recipe.seed, precision, share=processes.share,
+        add_up=lambda sums: processes.add_named(sums, device),
     )  # fmt: skip
+    measure = partial(fisher.measure_fisher, model, stages, batches, kinds, list(layers))
     longest = max((len(own.text_T) for own in kinds), default=0)
     if not holder.blocks:
         graph = Graph(model, longest)
 
         def in_memory(size: int) -> Fisher:
             with graph():
-                return measure()
+                return measure(how)
 
         return BatchSize().fitting(WHAT, in_memory, graph.relieve, HELPS)
     memory: Callable[[Tensor], Tensor] = _as_it_is if device.type == "cpu" else Tensor.cpu
@@ -60,7 +61,7 @@ def measure_fisher(
     count = MOST if places[0] is disk else _side_by_side(model, holder.blocks, longest)
 
     def streamed(size: int) -> Fisher:
-        return measure(side=SideBySide(size, holder.blocks, places[0]))
+        return measure(replace(how, side=SideBySide(size, holder.blocks, places[0])))
 
     def to_disk() -> bool:
         return len(places) > 1 and bool(places.pop(0))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from auto_mmround.calibration.inputs import PAD, ModelInput
 from auto_mmround.model.chains import Chain, Kinds, token_kinds
-from auto_mmround.model.fisher import ROWS, Fisher, rows_of
+from auto_mmround.model.fisher import Fisher
+from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
