@@ -249,9 +249,9 @@ def test_blocks_are_read_a_few_times_however_many_samples(llama, monkeypatch):
         kinds = kinds_of(job.inputs)
         reads.clear()
         found = fishing.measure_fisher(
-            job.loaded.model, recipe, job.plan.stages, [one.kwargs for one in job.inputs], kinds,
-            job.plan.quantized,
-            holder=job.loaded.holder, precision=nullcontext,
+            job.loaded.model, job.plan.stages, [one.kwargs for one in job.inputs], kinds,
+            job.plan.quantized, FisherPasses(), job.loaded.holder,
+            fishing.places_of(torch.device("cpu"), None, False),
         )  # fmt: skip
         assert all(len(by_sample) == samples for by_sample in found.tokens.values())
         counts.append(len(reads))

@@ -6,46 +6,44 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from auto_mmround.model import devices, fisher
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import Fisher, FisherPasses, Precision, SideBySide
-from auto_mmround.model.streaming import Holder, device_of
+from auto_mmround.model.fisher import Fisher, FisherPasses, SideBySide
+from auto_mmround.model.streaming import Holder
 from auto_mmround.model.structure import Stage
-from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.out_of_memory import FEWER, SHARE, BatchSize, Graph
-from auto_mmround.run.processes import ALONE, Processes
 
 WHAT, HELPS = "Fisher information", f"--disable_fisher leaves it out, or {FEWER}"
 MOST = 64  # samples side by side: each has a thread
+Keep = Callable[[Tensor], Tensor]  # where a block's inputs lie until the backward pass
+
+
+def places_of(device: torch.device, disk: Keep | None, offload: bool) -> list[Keep]:
+    """Host memory, then the disk; the disk alone where states are to be offloaded."""
+    memory: Keep = _as_it_is if device.type == "cpu" else Tensor.cpu
+    return [place for place in (memory if not (disk and offload) else None, disk) if place]
 
 
 def measure_fisher(
     model: PreTrainedModel,
-    recipe: Recipe,
     stages: Sequence[Stage],
     batches: Sequence[Mapping[str, Any]],
     kinds: Sequence[Kinds],
     layers: Iterable[str],
-    *,
+    how: FisherPasses,
     holder: Holder,
-    precision: Precision,
-    disk: Callable[[Tensor], Tensor] | None = None,
-    processes: Processes = ALONE,
+    places: Sequence[Keep],
 ) -> Fisher:
-    """`fisher.measure_fisher` by the recipe.
+    """`fisher.measure_fisher` within the memory that there is.
 
     Of a model in memory a sample at a time; where its graph does not fit, blocks are computed
-    again. Of a streamed one as many side by side as memory holds what their blocks are given, or
-    ``disk`` does. Raises UserError where memory does not suffice for one sample.
+    again. Of a streamed one as many side by side as the first of ``places`` holds what their blocks
+    are given, or the next one does. Raises UserError where memory does not suffice for one sample.
     """
-    device = device_of(model)
-    how = FisherPasses(
-        recipe.seed, precision, share=processes.share,
-        add_up=lambda sums: processes.add_named(sums, device),
-    )  # fmt: skip
     measure = partial(fisher.measure_fisher, model, stages, batches, kinds, list(layers))
     longest = max((len(own.text_T) for own in kinds), default=0)
     if not holder.blocks:
@@ -56,15 +54,15 @@ def measure_fisher(
                 return measure(how)
 
         return BatchSize().fitting(WHAT, in_memory, graph.relieve, HELPS)
-    memory: Callable[[Tensor], Tensor] = _as_it_is if device.type == "cpu" else Tensor.cpu
-    places = [disk] if disk and recipe.offload_states else [memory, *([disk] if disk else [])]
-    count = MOST if places[0] is disk else _side_by_side(model, holder.blocks, longest)
+    left = list(places)
+    in_host = left[0] in (_as_it_is, Tensor.cpu)
+    count = _side_by_side(model, holder.blocks, longest) if in_host else MOST
 
     def streamed(size: int) -> Fisher:
-        return measure(replace(how, side=SideBySide(size, holder.blocks, places[0])))
+        return measure(replace(how, side=SideBySide(size, holder.blocks, left[0])))
 
     def to_disk() -> bool:
-        return len(places) > 1 and bool(places.pop(0))
+        return len(left) > 1 and bool(left.pop(0))
 
     return BatchSize(count).fitting(WHAT, streamed, to_disk, HELPS)
 

@@ -18,13 +18,13 @@ from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, Kinds, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.fisher import Fisher
+from auto_mmround.model.fisher import Fisher, FisherPasses
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import Collector, StartConfig, collecting
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.fisher import measure_fisher
+from auto_mmround.run.fisher import measure_fisher, places_of
 from auto_mmround.run.loss_weights import Weights, kinds_of
 from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
 from auto_mmround.run.plan import Plan
@@ -132,10 +132,14 @@ class Session:
 
     def fisher(self, layers: Iterable[str]) -> Fisher:
         """The Fisher information at the blocks' outputs, and at those of some layers."""
-        return measure_fisher(
-            self.model, self.recipe, self.plan.stages, self.batches, self.kinds, layers,
-            holder=self.holder, precision=self.precision, disk=self.disk, processes=self.processes,
+        how = FisherPasses(
+            self.recipe.seed, self.precision, share=self.processes.share,
+            add_up=lambda sums: self.processes.add_named(sums, self.device),
         )  # fmt: skip
+        places = places_of(self.device, self.disk, self.recipe.offload_states)
+        return measure_fisher(
+            self.model, self.plan.stages, self.batches, self.kinds, layers, how, self.holder, places
+        )
 
     def record(
         self,
