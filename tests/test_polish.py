@@ -14,7 +14,7 @@ from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import polish as polishing
 from auto_mmround.run.plan import Plan
-from auto_mmround.run.polish import listen, norm_weights, polish
+from auto_mmround.run.polish import PolishSteps, listen, norm_weights, polish
 from auto_mmround.run.session import Session
 
 SYM3 = Grid(3, True)
@@ -52,7 +52,7 @@ def leaves(model, codes, grid):
 def test_held_out_divergence_falls_and_integers_stay(grid):
     model, codes, teacher = subject(grid)
     norms = [p.clone() for p in norm_weights(model)]
-    found = polish(model, codes, dict.fromkeys(codes, grid), teacher, steps=12, rate=5e-3)
+    found = polish(model, codes, dict.fromkeys(codes, grid), teacher, PolishSteps(12, 5e-3))
     assert found.after < found.before if grid.bits < 8 else found.after <= found.before
     for name in codes:
         mine = found.codes[name]
@@ -66,7 +66,7 @@ def test_held_out_divergence_falls_and_integers_stay(grid):
 def test_what_does_not_help_is_taken_back():
     model, codes, teacher = subject()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = polish(model, codes, dict.fromkeys(codes, SYM3), teacher, steps=2, rate=30.0)
+    found = polish(model, codes, dict.fromkeys(codes, SYM3), teacher, PolishSteps(2, 30.0))
     assert found.after == found.before
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert all(torch.equal(found.codes[name].scale_OG, codes[name].scale_OG) for name in codes)

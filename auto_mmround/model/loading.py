@@ -180,35 +180,31 @@ def load(
             " memory",
             name,
         )
-    holder: Holder = InMemory()
-    places: Any = device_map
-    if isinstance(device_map, str):
-        places = placed(skeleton(config, folder, remote_code), device_map, kind)
-    try:
-        streams = stream or (
-            stream is None and not device_map and not fits(tensors, device, stated)
+    streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
+    if may_stay and not device_map and not fits(tensors, device, stated):
+        device = HOST
+    merged = (folder / "adapter_config.json").is_file() and not device_map
+    if merged:  # Transformers would add the adapter, or look for it
+        log.warning(
+            "%s: adapter_config.json is left aside, the weights are taken as merged", folder
         )
-        if may_stay and not device_map and not fits(tensors, device, stated):
-            device = HOST
-        merged = (folder / "adapter_config.json").is_file() and not device_map
-        if merged:  # Transformers would add the adapter, or look for it
-            log.warning(
-                "%s: adapter_config.json is left aside, the weights are taken as merged", folder
-            )
+    holder: Holder = InMemory()
+    try:
         if streams or tensors.scales or merged:
-            log.info(
-                "%s: blocks are read when their turn comes" if streams else "%s: read by tensors",
-                name,
-            )
+            how = "blocks are read when their turn comes" if streams else "read by tensors"
+            log.info("%s: %s", name, how)
             model, holder, absent = load_streamed(
                 cls, config, tensors, kind, device, renamed_keys, whole=not streams
             )
         else:
-            options = _trust(remote_code) | {"config": config, "dtype": kind, "device_map": places}
-            model, info = read_by(cls, folder, use_safetensors=True, **options)
-            absent = sorted(
-                set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+            options = _trust(remote_code) | {"config": config, "dtype": kind}
+            if isinstance(device_map, str):
+                device_map = placed(skeleton(config, folder, remote_code), device_map, kind)
+            model, info = read_by(
+                cls, folder, use_safetensors=True, device_map=device_map, **options
             )
+            wrong = {key for key, *_ in info["mismatched_keys"]}
+            absent = sorted({*info["missing_keys"]} | wrong)
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     if absent:

@@ -34,7 +34,7 @@ from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
 from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
-from auto_mmround.run.polish import STEPS, listen, polish
+from auto_mmround.run.polish import PolishSteps, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import check_equalized
 from auto_mmround.run.session import Session, Window
@@ -154,14 +154,13 @@ class _Journey:
             weight.name: grid_of(weight.scheme) for weight in session.plan.weights if weight.scheme
         }
         graph = Graph(session.model, max(len(sample.modality_T) for sample in session.inputs))
+        steps = PolishSteps(batch=session.recipe.batch, seed=session.recipe.seed)
         with separated(session.model, session.experts):
             self.finished.polished = BatchSize().fitting(
                 "polish",
                 lambda size: polish(
-                    session.model, self.finished.codes, grids, teacher,
-                    batch_size=session.recipe.batch,
-                    seed=session.recipe.seed, on_step=partial(self._stepped, "polish", STEPS),
-                    graph=graph,
+                    session.model, self.finished.codes, grids, teacher, steps,
+                    on_step=partial(self._stepped, "polish", steps.count), graph=graph,
                 ),
                 graph.relieve,
                 f"finished blocks are kept; leave --polish out, or {SHORTER}",

@@ -47,16 +47,23 @@ class Polished:
     after: float
 
 
+@dataclass(frozen=True)
+class PolishSteps:
+    """Adam's steps, each on ``batch`` samples; the rate falls to 0."""
+
+    count: int = STEPS
+    rate: float = RATE
+    batch: int = 8
+    seed: int = 42
+
+
 def polish(
     model: PreTrainedModel,
     codes: Mapping[str, Codes],
     grid_of: Mapping[str, Grid],
     teacher: Before,
+    steps: PolishSteps = PolishSteps(),
     *,
-    batch_size: int = 8,
-    steps: int = STEPS,
-    rate: float = RATE,
-    seed: int = 42,
     on_step: Callable[[int], None] = lambda step: None,
     graph: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Polished:
@@ -73,12 +80,12 @@ def polish(
     factors = [learner.factor for learner in learners]
     before = _held_out(model, teacher.only(held))
     best, kept = before, [factor.clone() for factor in factors]
-    adam = torch.optim.Adam(factors, lr=rate)
-    generator = torch.Generator().manual_seed(seed)
+    adam = torch.optim.Adam(factors, lr=steps.rate)
+    generator = torch.Generator().manual_seed(steps.seed)
     with _learning(learners):
-        for step in range(1, steps + 1):
-            adam.param_groups[0]["lr"] = rate * (1 - (step - 1) / steps)
-            order = torch.randperm(len(train), generator=generator)[:batch_size].tolist()
+        for step in range(1, steps.count + 1):
+            adam.param_groups[0]["lr"] = steps.rate * (1 - (step - 1) / steps.count)
+            order = torch.randperm(len(train), generator=generator)[: steps.batch].tolist()
             batch = teacher.only([train[i] for i in order])
             batch.divergences(model, gradients=True, mean=True, graph=graph)
             adam.step()
@@ -86,18 +93,16 @@ def polish(
             for learner in learners:
                 learner.refresh()
             on_step(step)
-            if step % max(1, steps // 4) == 0 or step == steps:
-                found = _held_out(model, teacher.only(held))
-                if found < best:
-                    best, kept = found, [factor.clone() for factor in factors]
+            if step % max(1, steps.count // 4) == 0 or step == steps.count:
+                now = _held_out(model, teacher.only(held))
+                if now < best:
+                    best, kept = now, [factor.clone() for factor in factors]
         for factor, value in zip(factors, kept, strict=True):
             factor.copy_(value)
         for learner in learners:
             learner.refresh()
         if best == before:
-            log.warning(
-                "polish: held-out KL did not fall below %.4g; scales and norms stay", before
-            )
+            log.warning("polish: held-out KL stays at %.4g; so do scales and norms", before)
         return Polished({name: leaf.codes() for name, leaf in leaves.items()}, before, best)
 
 
