@@ -83,9 +83,8 @@ class AutoRoundMLLM:
         }
         # a `scheme` sets these
         values = {key: value for key, value in values.items() if value is not None}
-        origin = (
-            "" if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
-        )
+        named = None if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
+        origin = str(named or "")
         name = model if isinstance(model, str) else origin or "model"
         self.recipe: Recipe = from_mapping(
             values | plain_options(options) | {"model": name}, "AutoRoundMLLM"
@@ -97,9 +96,8 @@ class AutoRoundMLLM:
                 self.loaded, **{name: thing for name, thing in mine.items() if thing is not None}
             )
         else:
-            self.loaded = _around(
-                model, tokenizer, processor, origin, self.recipe.trust_remote_code
-            )
+            trusted = self.recipe.trust_remote_code
+            self.loaded = _around(model, tokenizer, processor, origin, trusted)
         self._rows = dataset if in_memory else None
         self._image_processor = image_processor
         self._objects = {

@@ -183,50 +183,42 @@ def parse_recipe(arguments: Sequence[str], prog: str) -> tuple[Recipe, argparse.
     return to_recipe(given, base), found
 
 
+EVAL_FLAGS: dict[str, dict[str, Any]] = {
+    "model": {"required": True, "help": "folder of a model or of a checkpoint of ours, or demo"},
+    "reference": {"help": "the model before quantization: adds KL, agreement and recovery"},
+    "baseline": {"help": "another checkpoint to compare with, such as one rounded to nearest"},
+    "tasks": {"help": "comma list of ppl, kl, vqa, wer, samples, lm_eval:NAME (default: kl,ppl)"},
+    "lmms": {
+        "metavar": "TASKS", "help": "comma list of tasks of lmms-eval, by name or .yaml file",
+    },
+    "vlmeval": {
+        "metavar": "SETS", "help": "comma list of sets of VLMEvalKit, by name or .tsv file",
+    },
+    "dataset": {
+        "default": "demo", "help": "rows to measure on; demo: the held-out set of the demo model",
+    },
+    "extra_data_dir": {"help": "where the media lie"},
+    "template": {"help": "chat template, as for quantizing"},
+    "limit": {"type": int, "help": "at most so many samples of each set"},
+    "language": {
+        "help": "of the speech, a code such as en: for transcripts and their normaliser",
+    },
+    "device": {"default": "0"},
+    "trust_remote_code": {
+        "action": "store_true", "help": "run Python code that comes with the model",
+    },
+    "json": {"action": "store_true", "help": "print JSON"},
+    "model_card": {"action": "store_true", "help": "write README.md into the checkpoint"},
+}  # fmt: skip
+
+
 def eval_command(arguments: Sequence[str]) -> int:
     """Measure a model, alone or against a reference."""
     parser = Parser(
         prog="auto-round-mllm eval", description=eval_command.__doc__, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model", required=True, help="folder of a model or of a checkpoint of ours, or demo"
-    )
-    parser.add_argument(
-        "--reference", help="the model before quantization: adds KL, agreement and recovery"
-    )
-    parser.add_argument(
-        "--baseline", help="another checkpoint to compare with, such as one rounded to nearest"
-    )
-    parser.add_argument(
-        "--tasks", help="comma list of ppl, kl, vqa, wer, samples, lm_eval:NAME (default: kl,ppl)"
-    )
-    parser.add_argument(
-        "--lmms", metavar="TASKS", help="comma list of tasks of lmms-eval, by name or .yaml file"
-    )
-    parser.add_argument(
-        "--vlmeval", metavar="SETS", help="comma list of sets of VLMEvalKit, by name or .tsv file"
-    )
-    parser.add_argument(
-        "--dataset",
-        default="demo",
-        help="rows to measure on; demo: the held-out set of the demo model",
-    )
-    parser.add_argument("--extra_data_dir", help="where the media lie")
-    parser.add_argument("--template", help="chat template, as for quantizing")
-    parser.add_argument(
-        "--limit", type=int, default=None, help="at most so many samples of each set"
-    )
-    parser.add_argument(
-        "--language", help="of the speech, a code such as en: for transcripts and their normaliser"
-    )
-    parser.add_argument("--device", default="0")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--model_card", action="store_true", help="write README.md into the checkpoint"
-    )
+    for flag, options in EVAL_FLAGS.items():
+        parser.add_argument(f"--{flag}", **options)
     found = parser.parse_args(normalise(arguments))
     if found.limit is not None and found.limit < 1:
         raise UserError(f"limit = {found.limit}: at least 1")

@@ -10,38 +10,23 @@ captured anew after each tuned block.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
-from auto_mmround.model import devices, passes
-from auto_mmround.model.chains import (
-    TOLERANCE,
-    Call,
-    Chain,
-    Glue,
-    difference,
-    first_tensor,
-    hidden_of,
-    map_tensors,
-    with_hidden,
-)
-from auto_mmround.model.passes import Inputs, Precision, ReachedError
+from auto_mmround.model import devices
+from auto_mmround.model.chains import TOLERANCE, Chain, difference
+from auto_mmround.model.passes import Inputs, Precision
+from auto_mmround.model.recorder import Pass, Recorder, disturbed_hidden, run_recording
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
-from auto_mmround.untrusted import one_line
 
 log = logging.getLogger("auto_mmround")
-# Where Transformers puts code that comes with a model, and how it fails once what it uses is gone.
-OWN_CODE = "transformers_modules."
-OUTDATED = (AttributeError, TypeError, ImportError, NameError, LookupError)
-DISTURBANCE = 0.1  # of the hidden state's own size
 
 
 def capture(
@@ -112,8 +97,8 @@ def recapture(
     hidden, calls = [], []
     once = len(set(chain.sample)) == len(chain.sample)
     for i in dict.fromkeys(chain.sample):
-        recorder = _Recorder(model, stage, store, stop=once)
-        _run(model, inputs[i], [recorder], precision)
+        recorder = Recorder(model, stage, store, stop=once)
+        run_recording(model, inputs[i], [recorder], precision)
         states = [found.before_last for found in recorder.passes]
         hidden += [place(state) for state in states] if place else states
         calls += [found.calls for found in recorder.passes]
@@ -131,23 +116,23 @@ def _record(
     precision: Precision,
     store: torch.device | str,
     quiet: Rests | None = None,
-) -> list["_Recorder"]:
+) -> list["Recorder"]:
     """One pass of the whole model, with a recorder for each stage. quiet: blocks that do
     nothing."""
     with idle(model, quiet or {}):
-        recorders = [_Recorder(model, stage, store) for stage in stages]
-        _run(model, kwargs, recorders, precision)
+        recorders = [Recorder(model, stage, store) for stage in stages]
+        run_recording(model, kwargs, recorders, precision)
     return recorders
 
 
 def _without_blocks(
     model: nn.Module,
     chain: Chain,
-    seen: "_Recorder",
+    seen: "Recorder",
     kwargs: Inputs,
     precision: Precision,
     store: torch.device | str,
-) -> tuple[list["_Pass"], Rests | None]:
+) -> tuple[list["Pass"], Rests | None]:
     """What the model does around the blocks of the chain's stage: as recorded while they do
     nothing, and their answers then, if a replay of that is the model; else as it was ``seen``, and
     None, if that is. UserError if neither is."""
@@ -174,137 +159,14 @@ def _without_blocks(
     return seen.passes, None
 
 
-def _start_alike(found: Sequence["_Pass"], expected: Sequence["_Pass"]) -> bool:
+def _start_alike(found: Sequence["Pass"], expected: Sequence["Pass"]) -> bool:
     """Whether passes begin with the same hidden states: later ones may read what earlier ones
     gave."""
     ours, own = ([one.first for one in each] for each in (found, expected))
     return len(ours) == len(own) and all(map(torch.equal, ours, own))
 
 
-@dataclass
-class _Pass:
-    """One run through a stage's blocks. last: the output of the last block."""
-
-    first: Tensor
-    calls: list[Call] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-    last: Tensor = field(default_factory=lambda: torch.empty(0))
-    before_last: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def shared(self) -> dict[str, Any]:
-        """Mappings that the blocks fill on the way, as the first block found them."""
-        first, last = self.calls[0].kwargs, self.calls[-1].kwargs
-        return {
-            name: value
-            for name, value in first.items()
-            if isinstance(value, Mapping) and set(value) != set(last.get(name, value))
-        }
-
-
-class _Recorder:
-    """Hooks on the blocks of one stage for one forward pass. disturb: adds noise to the first
-    hidden state."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        stage: Stage,
-        store: torch.device | str,
-        *,
-        disturb: bool = False,
-        stop: bool = False,
-    ):
-        self.store, self.disturb, self.depth, self.stop = store, disturb, stage.depth, stop
-        self.passes: list[_Pass] = []
-        # a tensor given to every block is kept once
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self.output: Tensor | None = None  # of the block before
-        # Caches that a pass begins with empty: blocks fill them for passes that never come.
-        self.sinks: set[int] = set()
-        # block -> its hidden state and what it returned, shapes alone
-        self.outputs: dict[int, tuple[Tensor, Any]] = {}
-        self.handles = []
-        for index, name in enumerate(stage.blocks):
-            block = model.get_submodule(name)
-            self.handles.append(
-                block.register_forward_pre_hook(self._before(index), with_kwargs=True)
-            )
-            self.handles.append(block.register_forward_hook(self._after(index), with_kwargs=True))
-
-    def _before(self, index: int) -> Callable[..., Any]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, slot = hidden_of(args, kwargs)
-            if not self.passes or index <= self.passes[-1].order[-1]:
-                if self.disturb:
-                    hidden = _disturbed(hidden)
-                self.passes.append(_Pass(hidden.detach().to(self.store, copy=True)))
-                self.output = None
-                self.sinks = {id(v) for v in (*args, *kwargs.values()) if passes.empty_cache(v)}
-            found = self.passes[-1]
-            found.order.append(index)
-            glue = None if self.output is None else Glue.between(self.output, hidden.detach())
-            if glue is not None:
-                rows = None if glue.rows is None else glue.rows.to(self.store)
-                glue = Glue(rows, glue.values.to(self.store, copy=True), glue.tokens)
-            others, named = _without(args, kwargs, slot)
-            others = tuple(None if id(value) in self.sinks else value for value in others)
-            named = {k: None if id(v) in self.sinks else v for k, v in named.items()}
-            found.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
-            if index == self.depth - 1:
-                found.before_last = (
-                    found.first if self.output is None else self.output.to(self.store)
-                )
-                if self.stop:
-                    raise ReachedError
-            return with_hidden(args, kwargs, slot, hidden) if self.disturb and index == 0 else None
-
-        return hook
-
-    def _after(self, index: int) -> Callable[..., None]:
-        def hook(
-            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            # A copy: some models change it in place before the next block.
-            self.output = self.passes[-1].last = first_tensor(output).detach().clone()
-            self.outputs[index] = map_tensors(
-                (hidden_of(args, kwargs)[0], output), lambda tensor: tensor.to("meta")
-            )
-
-        return hook
-
-    def _keep(self, value: Any) -> Any:
-        def keep(tensor: Tensor) -> Tensor:
-            if id(tensor) not in self.seen:
-                self.seen[id(tensor)] = (tensor, tensor.detach().to(self.store))
-            return self.seen[id(tensor)][1]
-
-        return map_tensors(value, keep)
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _run(
-    model: nn.Module, kwargs: Inputs, recorders: Sequence[_Recorder], precision: Precision
-) -> None:
-    with ExitStack() as stack, torch.no_grad(), precision():
-        for recorder in recorders:
-            stack.callback(recorder.remove)
-        try:
-            passes.run_without_logits(model, kwargs)
-        except ReachedError:
-            return
-        except OUTDATED as error:
-            if not type(model).__module__.startswith(OWN_CODE):
-                raise
-            raise UserError(
-                f"the code that comes with the model fails: {one_line(str(error))[:300]}; it may be"
-                f" written for another version of Transformers than {transformers.__version__}"
-            ) from error
-
-
-def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
+def _check_order(stage: Stage, passes: Sequence[Pass], sample: int) -> None:
     """In each pass each block exactly once, in order; everything else needs code of its own."""
     orders = [found.order for found in passes]
     if all(order == list(range(stage.depth)) for order in orders):
@@ -325,8 +187,8 @@ def _check_order(stage: Stage, passes: Sequence[_Pass], sample: int) -> None:
 def _prove(
     model: nn.Module,
     chain: Chain,
-    found: Sequence[_Pass],
-    expected: Sequence[_Pass],
+    found: Sequence[Pass],
+    expected: Sequence[Pass],
     kwargs: Inputs,
     precision: Precision,
 ) -> None:
@@ -350,8 +212,8 @@ def _prove(
 def _gaps(
     model: nn.Module,
     chain: Chain,
-    found: Sequence[_Pass],
-    expected: Sequence[_Pass],
+    found: Sequence[Pass],
+    expected: Sequence[Pass],
     kwargs: Inputs,
     precision: Precision,
 ) -> tuple[float, float]:
@@ -361,7 +223,7 @@ def _gaps(
     blocks = [model.get_submodule(name) for name in stage.blocks]
     calls, shared = [one.calls for one in found], [one.shared() for one in found]
 
-    def gap(passes: Sequence[_Pass]) -> float:
+    def gap(passes: Sequence[Pass]) -> float:
         clean = replace(
             chain, hidden=[one.first for one in passes], calls=calls, shared=shared, batched=False
         )
@@ -374,8 +236,8 @@ def _gaps(
         return max(gaps) / TOLERANCE[passes[0].last.dtype]
 
     exact = gap(expected)
-    recorder = _Recorder(model, stage, expected[0].first.device, disturb=True)
-    _run(model, kwargs, [recorder], precision)
+    recorder = Recorder(model, stage, expected[0].first.device, disturb=True)
+    run_recording(model, kwargs, [recorder], precision)
     disturbed = gap(recorder.passes)
     if _starts_follow(recorder.passes, expected):
         disturbed = float("inf")  # a loop: what a later pass begins with depends on earlier ones
@@ -391,24 +253,10 @@ def _gaps(
     return exact, disturbed
 
 
-def _starts_follow(passes: Sequence[_Pass], expected: Sequence[_Pass]) -> bool:
+def _starts_follow(passes: Sequence[Pass], expected: Sequence[Pass]) -> bool:
     """Whether passes begin otherwise than ``expected`` and disturbed."""
     return any(
         one.first.shape != other.first.shape
-        or difference(one.first, _disturbed(other.first)) > TOLERANCE[one.first.dtype]
+        or difference(one.first, disturbed_hidden(other.first)) > TOLERANCE[one.first.dtype]
         for one, other in zip(passes[1:], expected[1:])
     )
-
-
-def _disturbed(hidden: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden.shape, generator=generator).to(hidden)
-    return hidden + DISTURBANCE * hidden.detach().float().std().to(hidden.dtype) * noise
-
-
-def _without(
-    args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(slot, int):
-        return args[:slot] + args[slot + 1 :], kwargs
-    return args, {key: value for key, value in kwargs.items() if key != slot}

@@ -135,17 +135,7 @@ def stored_tensors(folder: Path) -> Stored:
     """What lies in a checkpoint folder. Raises UserError for files that can't be read, where it is
     quantized in another way than FP8, and for a tensor in FP8 or packed whose scale is not
     known."""
-    files: dict[str, Path] = {}
-    kinds: dict[str, str] = {}
-    try:
-        for path in weight_files(folder):
-            headers = read_header(path)
-            files |= dict.fromkeys(headers, path)
-            kinds |= {key: header.dtype for key, header in headers.items()}
-    except DAMAGED as error:
-        raise UserError(
-            f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}"
-        ) from None
+    files, kinds = _headers(folder)
     configs = told(folder)
     names = {
         key: found
@@ -172,12 +162,8 @@ def stored_tensors(folder: Path) -> Stored:
             raise UserError(
                 f"model {folder} is quantized already ({method}); give the original weights, or FP8"
             )
-    problem = next(
-        filter(
-            None, (_problem(key, kinds, of_scales) for key in _ordered(kinds) if key not in pairs)
-        ),
-        None,
-    )
+    problems = (_problem(key, kinds, of_scales) for key in _ordered(kinds) if key not in pairs)
+    problem = next(filter(None, problems), None)
     if problem:
         raise UserError(
             f"model {folder}: {problem}; give the original weights, or FP8 with its scales"
@@ -194,6 +180,22 @@ def stored_tensors(folder: Path) -> Stored:
         kinds,
         pairs,
     )
+
+
+def _headers(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The file and the safetensors dtype of each tensor."""
+    files: dict[str, Path] = {}
+    kinds: dict[str, str] = {}
+    try:
+        for path in weight_files(folder):
+            headers = read_header(path)
+            files |= dict.fromkeys(headers, path)
+            kinds |= {key: header.dtype for key, header in headers.items()}
+    except DAMAGED as error:
+        raise UserError(
+            f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}"
+        ) from None
+    return files, kinds
 
 
 def _scale_of(key: str, kinds: Mapping[str, str]) -> str | None:

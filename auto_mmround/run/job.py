@@ -131,15 +131,7 @@ def prepare(
     names = Names(loaded.model, loaded.source, loaded.given)
     check_formats(plan.formats, names, loaded.source)
     check_names(names, plan)
-    if names.unread:
-        count = sum(1 for weight in plan.carried if weight.scheme)
-        log.warning(
-            "%s does not read %d tensors, first %s: copied as they are%s",
-            type(loaded.model).__name__,
-            len(names.unread),
-            names.unread[0],
-            f", but for {count} that are rounded to 8 bits" if count else "",
-        )
+    _say_unread(loaded, names, plan)
     if not recipe.needs_samples:
         return Job(
             recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",)
@@ -162,6 +154,18 @@ def prepare(
             recipe, plan, mixed = choose_bits(session, on_measured)
         plan = _whole(recipe, loaded, plan)  # other bits need other scales
     return Job(recipe, loaded, plan, inputs, asdict(report), chosen.notes, mixed)
+
+
+def _say_unread(loaded: Loaded, names: Names, plan: Plan) -> None:
+    if names.unread:
+        count = sum(1 for weight in plan.carried if weight.scheme)
+        log.warning(
+            "%s does not read %d tensors, first %s: copied as they are%s",
+            type(loaded.model).__name__,
+            len(names.unread),
+            names.unread[0],
+            f", but for {count} that are rounded to 8 bits" if count else "",
+        )
 
 
 class Chosen(NamedTuple):

@@ -21,6 +21,7 @@ from auto_mmround.export.shards import ShardWriter
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.carried import CarriedCodes
 from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.names import Names
@@ -94,22 +95,12 @@ def _write_record(folder: Path, more: Mapping[str, Any]) -> None:
 
 
 def _fill(folder: Path, fmt: Format, result: Result) -> None:
-    names, plan, recipe, source = result.names, result.plan, result.recipe, result.source
+    names, plan, source = result.names, result.plan, result.source
     records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
     carried = CarriedCodes(plan.carried, names.carried, names.stored)
     schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
     packed = schemes if fmt.packs else {}
-    kept = [name for name, reason in plan.kept.items() if reason != NO_LAYER]
-    layout = Layout(
-        quantized=schemes,
-        kept=[*kept, *(w.name for w in plan.carried if w.reason)],
-        carried=[w.name for w in plan.carried],
-        parts=names.parts(kept),
-        blocks=[stage.path for stage in plan.stages],
-        checkpoint_name=names.module,
-        default=recipe.scheme,
-        details=recipe.details,
-    )
+    layout = _layout(result, schemes)
     config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
     made: Mapping[str, Codes] = ChainMap({}, carried, result.codes)  # type: ignore[arg-type]
@@ -132,7 +123,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
         config |= write_code(folder, names.model)
     copied = write_side_files(source, folder) if source is not None else []
     files = write_objects(folder, source, copied, **result.objects)
-    (folder / "recipe.toml").write_text(to_toml(recipe))
+    (folder / "recipe.toml").write_text(to_toml(result.recipe))
     whole = Whole(codes, rest, config, layout, source)
     write_config(folder, config, fmt.write(folder, whole) if fmt.write else fmt.config(layout))
     _write_record(
@@ -144,6 +135,22 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
             "unread": names.unread,
             **records,
         },
+    )
+
+
+def _layout(result: Result, schemes: Mapping[str, Scheme]) -> Layout:
+    """What formats are told of the names. schemes: of all modules that are quantized."""
+    names, plan, recipe = result.names, result.plan, result.recipe
+    kept = [name for name, reason in plan.kept.items() if reason != NO_LAYER]
+    return Layout(
+        quantized=schemes,
+        kept=[*kept, *(w.name for w in plan.carried if w.reason)],
+        carried=[w.name for w in plan.carried],
+        parts=names.parts(kept),
+        blocks=[stage.path for stage in plan.stages],
+        checkpoint_name=names.module,
+        default=recipe.scheme,
+        details=recipe.details,
     )
 
 
