@@ -306,7 +306,7 @@ def formats_command(arguments: Sequence[str]) -> int:
     Parser(prog="auto-round-mllm formats", description=formats_command.__doc__).parse_args(
         arguments
     )
-    from auto_mmround.console import show_formats
+    from auto_mmround.lists import show_formats
 
     return show_formats()
 
@@ -316,7 +316,7 @@ def families_command(arguments: Sequence[str]) -> int:
     Parser(prog="auto-round-mllm families", description=families_command.__doc__).parse_args(
         arguments
     )
-    from auto_mmround.console import show_families
+    from auto_mmround.lists import show_families
 
     return show_families()
 

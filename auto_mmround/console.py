@@ -18,7 +18,6 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from auto_mmround import strict
-from auto_mmround.calibration.template import shipped
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.evaluate import evaluate, keep
 from auto_mmround.evaluate.generation import generate_sample
@@ -26,8 +25,6 @@ from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.evaluate.tasks import Measured
-from auto_mmround.export.formats import FORMATS
-from auto_mmround.families import FAMILIES, swept
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
@@ -40,8 +37,7 @@ from auto_mmround.run.pipeline import Watcher
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
-from auto_mmround.verify.engines import ENGINES
-from auto_mmround.verify.limits import LIMITS, refusals, support
+from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.verify import verify
 
@@ -400,56 +396,3 @@ def metrics_table(results: Mapping[str, Metrics], title: str | None = None) -> T
 def percent(share: float | None) -> str:
     """A share in percent; a dash if there is none."""
     return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def show_formats() -> int:
-    """The export formats: their schemes, the engines that read them, and what those refuse."""
-    table, matrix = Table("format", "bits", "what it is"), Table("format", *ENGINES)
-    for fmt in FORMATS.values():
-        table.add_row(fmt.name, ", ".join(map(str, fmt.bits)), fmt.summary)
-        matrix.add_row(fmt.name, *support(fmt.name).values())
-    console.print(table, "Which engines read them (vLLM: on processors):", matrix)
-    for i, limit in enumerate(LIMITS, 1):
-        console.print(
-            f"({i}) {limit.engine} refuses {limit.what}: {limit.message}",
-            highlight=False,
-            markup=False,
-        )
-    return 0
-
-
-def show_families() -> int:
-    """The table of families: calibration data, stages, and the writer of conversations."""
-    templates = shipped()
-    table = Table("model_type", "family", "calibrates with", "stages", "template", "note")
-    for model_type, family in FAMILIES.items():
-        name = family.template or model_type
-        stages = ", ".join(dict.fromkeys(family.stages))
-        writer = name if name in templates else "the model's own" if len(family.stages) > 1 else "-"
-        table.add_row(
-            model_type, family.title, ", ".join(family.calibrates), stages, writer, family.note
-        )
-    console.print(table)
-    console.print(
-        f"{len(FAMILIES)} families, each tested on a tiny random model with --quant_nontext_module:"
-        " plan, calibrate, tune, export to auto_round and auto_gptq, read back, equal logits."
-        " Others work by structure if the replay of their blocks proves right; else they are"
-        " refused with one line. See docs/new-model.md.",
-        highlight=False,
-    )
-    _show_swept()
-    return 0
-
-
-def _show_swept() -> None:
-    """What became of every class of Transformers, and how many of each verdict."""
-    rows = swept()
-    table = Table("class", "verdict", "went", "stages", "why not", title="Every class, tiny")
-    for row in rows:
-        stages = ", ".join(dict.fromkeys(row.stages))
-        table.add_row(row.architecture, row.verdict, ", ".join(row.ways), stages, row.line[:160])
-    console.print(table)
-    for group in dict.fromkeys(row.group for row in rows):
-        counts = Counter(row.verdict for row in rows if row.group == group).most_common()
-        told = ", ".join(f"{count} {word}" for word, count in counts)
-        console.print(f"{group}: {told}", highlight=False)

@@ -328,18 +328,15 @@ def _skeleton(
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
         unread=frozenset(key.removesuffix(".weight") for key in idle),
-        respelled={
-            key: keys_here[name]
-            for key, name in _whole(loaded_names(model, original)).items()
-            if name in keys_here
-        },
-        tied={
-            keys_here[n]: keys_here[origin]
-            for n, origin in tied.items()
-            if n in keys_here and origin in keys_here
-        },
+        respelled=_followed(_whole(loaded_names(model, original)), keys_here),
+        tied={keys_here[n]: key for n, key in _followed(tied, keys_here).items() if n in keys_here},
         mixtures=_mixtures(model, spelled, members | parts),
     )
+
+
+def _followed(names: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, str]:
+    """One mapping after the other, where both go on."""
+    return {key: keys[name] for key, name in names.items() if name in keys}
 
 
 def _whole(names: Mapping[str, tuple[str | None, bool]]) -> dict[str, str]:

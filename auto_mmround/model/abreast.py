@@ -281,9 +281,7 @@ def abreast(
         try:
             for one in passings.values():
                 one.start(threads)
-            while waiting := {
-                i: rank[one.wants] for i, one in passings.items() if one.wants is not None
-            }:
+            while waiting := {i: rank[one.wants] for i, one in passings.items() if one.wants}:
                 first = min(waiting.values())
                 for i in [i for i, at in waiting.items() if at == first]:
                     with precision():

@@ -64,12 +64,11 @@ def capture(
             passes = recorder.passes
             if passes and (stage.path, kind) not in proven:
                 proven.add((stage.path, kind))
+                given = kwargs, precision
                 if stage.name == "text":
-                    passes, quiet[kind] = _without_blocks(
-                        model, chain, recorder, kwargs, precision, store
-                    )
+                    passes, quiet[kind] = _without_blocks(model, chain, recorder, *given, store)
                 else:
-                    _prove(model, chain, passes, passes, kwargs, precision)
+                    _prove(model, chain, passes, passes, *given)
             for one in passes:
                 chain.hidden.append(place(one.first) if place else one.first)
                 chain.calls.append(one.calls)

@@ -172,14 +172,8 @@ def load(
         raise UserError(f"device_map {device_map}: not for weights in FP8; leave it out")
     cls, stated = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
     kind = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
-    if device.type == "cpu" and not device_map and kind == torch.float16:
-        # few processors compute in float16, and gradients vanish in it
-        stated = kind = torch.float32
-        log.info(
-            "%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the"
-            " memory",
-            name,
-        )
+    if (computed := _as_computed(name, kind, device, device_map)) != kind:
+        stated = kind = computed
     streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
     if may_stay and not device_map and not fits(tensors, device, stated):
         device = HOST
@@ -198,13 +192,7 @@ def load(
             )
         else:
             options = _trust(remote_code) | {"config": config, "dtype": kind}
-            if isinstance(device_map, str):
-                device_map = placed(skeleton(config, folder, remote_code), device_map, kind)
-            model, info = read_by(
-                cls, folder, use_safetensors=True, device_map=device_map, **options
-            )
-            wrong = {key for key, *_ in info["mismatched_keys"]}
-            absent = sorted({*info["missing_keys"]} | wrong)
+            model, absent = _read_whole(cls, folder, device_map, options)
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     if absent:
@@ -217,6 +205,32 @@ def load(
     named(model)
     processor = load_processor(folder, remote_code)
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
+
+
+def _read_whole(
+    cls: Any, folder: Path, device_map: str | dict[str, Any] | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the weights that the files lack or have in another shape."""
+    if isinstance(device_map, str):
+        remote_code = bool(options.get("trust_remote_code"))
+        device_map = placed(
+            skeleton(options["config"], folder, remote_code), device_map, options["dtype"]
+        )
+    model, info = read_by(cls, folder, use_safetensors=True, device_map=device_map, **options)
+    return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+
+def _as_computed(
+    name: str, kind: torch.dtype, device: torch.device, device_map: Any
+) -> torch.dtype:
+    """float32 for float16 on a processor: few compute in it, and gradients vanish in it."""
+    if device.type != "cpu" or device_map or kind != torch.float16:
+        return kind
+    log.info(
+        "%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory",
+        name,
+    )
+    return torch.float32
 
 
 def read_by(

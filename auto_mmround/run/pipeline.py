@@ -76,15 +76,9 @@ def quantize(
         inputs = [padded(sample, bucket(len(sample.modality_T))) for sample in inputs]
     watcher = watcher or Watcher()
     session = Session(
-        model,
-        recipe,
-        plan,
-        inputs,
-        finished.spool,
-        holder or InMemory(),
-        processes,
+        model, recipe, plan, inputs, finished.spool, holder or InMemory(), processes,
         BatchSize(recipe.batch),
-    )
+    )  # fmt: skip
     if recipe.equalize != "none":
         with phase("equalizing"):
             equalize(session, watcher.captured)
@@ -106,6 +100,13 @@ def quantize(
             journey.nearest("outside the blocks", "text", outside)
     if teacher:
         journey.polish(teacher)
+
+
+def _say_unreached(block: str, count: int) -> None:
+    if count:
+        log.warning(
+            "%s: %d weights saw no calibration token: searched scales, not tuned", block, count
+        )
 
 
 def _unreached(stage: Stage) -> str:
@@ -284,9 +285,8 @@ class _Journey:
         names, first, blocks = window
         loss_weights = self.weights.of_errors(student, names[-1])
         count, places = session.processes.numbered(student)
-        accumulate = accumulated(
-            recipe, sum(session.processes.gather(tower_tokens(student))) // count
-        )
+        heard = sum(session.processes.gather(tower_tokens(student)))
+        accumulate = accumulated(recipe, heard // count)
         measure = partial(
             session.moments, student, window, weights=self.weights, size=batch_size,
             teacher=teacher if recipe.retarget else None,
@@ -324,12 +324,7 @@ class _Journey:
                 )
                 missed = len(unreached & set(tuned[name]))
                 reports.append(replace(report, layers=errors.of(tuned[name]), unreached=missed))
-                if missed:
-                    log.warning(
-                        "%s: %d weights saw no calibration token: searched scales, not tuned",
-                        name,
-                        missed,
-                    )
+                _say_unreached(name, missed)
             self._finish(reports, codes_of(leaves))
 
     def _stepped(self, block: str, total: int, step: int) -> None:
