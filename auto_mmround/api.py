@@ -25,10 +25,10 @@ from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.given import is_from
-from auto_mmround.run.journal import BlockReport, checksum
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, folder_name, model_label
+from auto_mmround.run.record import BlockReport, checksum
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 

@@ -31,12 +31,12 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.estimate import Estimate, check_disk, estimate
-from auto_mmround.run.journal import BlockReport
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
+from auto_mmround.run.record import BlockReport
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.verify import verify

@@ -27,8 +27,8 @@ from auto_mmround.model.loading import load
 from auto_mmround.recipe.recipe import from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
-from auto_mmround.run.journal import machine
 from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.record import machine
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -144,7 +144,7 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     if found.keep:
-        from auto_mmround.run.journal import machine
+        from auto_mmround.run.record import machine
 
         today, table = datetime.date.today(), "\n".join(lines)
         text = (

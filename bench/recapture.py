@@ -29,7 +29,7 @@ from auto_mmround import AutoRoundMLLM
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.model.loading import load
-from auto_mmround.run.journal import machine
+from auto_mmround.run.record import machine
 
 WAYS = ("clean", "in stages", "captured")
 TOWER, TEXT = "visual", "language_model"  # of the bundled model

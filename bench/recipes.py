@@ -453,7 +453,7 @@ def keep(
     asked: argparse.Namespace, found: dict[tuple[str, str, str], dict[str, Any]], text: str
 ) -> None:
     """The dated file of results."""
-    from auto_mmround.run.journal import machine
+    from auto_mmround.run.record import machine
 
     today = datetime.date.today()
     peers = next(

@@ -24,7 +24,7 @@ from auto_mmround.checkpoint.folder import write_config
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.run.journal import machine
+from auto_mmround.run.record import machine
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = dict(

@@ -294,7 +294,7 @@ def main() -> None:
             lines.append(f"| {scheme} | {method} | {' | '.join(cells(result))} |")
             print(lines[-1], flush=True)
     if found.keep:
-        from auto_mmround.run.journal import machine
+        from auto_mmround.run.record import machine
 
         today, table, command = datetime.date.today(), "\n".join(lines), " ".join(sys.argv)
         text = f"# Tuner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"

@@ -245,7 +245,7 @@ def main() -> None:
 
 def keep(asked: argparse.Namespace, texts: Sequence[str], text: str) -> None:
     """The dated file of results."""
-    from auto_mmround.run.journal import machine
+    from auto_mmround.run.record import machine
 
     today, words = datetime.date.today(), sum(len(t.split()) for t in texts)
     said = sum(1 for line in asked.text.read_text().splitlines() if line.strip())

@@ -27,7 +27,7 @@ from auto_mmround.model.loading import Loaded
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import report
 from auto_mmround.run import job as jobs
-from auto_mmround.run.journal import machine
+from auto_mmround.run.record import machine
 from auto_mmround.verify import proof
 from auto_mmround.verify.verify import verify
 

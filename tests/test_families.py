@@ -76,9 +76,9 @@ def test_journey(name, tokenizer, tmp_path):
     job, folders = journey(family, tokenizer, tmp_path)
     assert tuple(stage.name for stage in job.plan.stages) == family.stages
     assert job.plan.quantized and len(job.inputs) == len(family.samples())
-    journal = json.loads((folders[0] / "run.json").read_text())
-    assert len(journal["blocks"]) == sum(stage.depth for stage in job.plan.stages)
-    assert all(block["end"] <= block["start"] for block in journal["blocks"])
+    record = json.loads((folders[0] / "run.json").read_text())
+    assert len(record["blocks"]) == sum(stage.depth for stage in job.plan.stages)
+    assert all(block["end"] <= block["start"] for block in record["blocks"])
     tuned = job.loaded.model
     untouched, expected = logits(family.build(), job), logits(tuned, job)
     assert not any(torch.equal(one, two) for one, two in zip(untouched, expected, strict=True))

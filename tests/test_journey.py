@@ -81,25 +81,23 @@ def test_the_stored_recipe_reproduces_the_run(exported, tmp_path):
         assert first.keys() == second.keys()
         for name in first.keys() - {"run.json", "recipe.toml"}:
             assert first[name] == second[name], name
-        journals = [json.loads(f["run.json"]) for f in (first, second)]
-        for journal in journals:
-            assert journal.pop("measured")["seconds"] > 0
+        records = [json.loads(f["run.json"]) for f in (first, second)]
+        for record in records:
+            assert record.pop("measured")["seconds"] > 0
             # the stored recipe has the adjusted values, so nothing is left to say
-            journal.pop("notes")
-        assert journals[0] == journals[1]
+            record.pop("notes")
+        assert records[0] == records[1]
 
 
-def test_journal_counts(exported):
+def test_record_counts(exported):
     job, folders = exported
-    journal = json.loads((folders[0] / "run.json").read_text())
-    assert journal["quantized"] == len(job.plan.quantized) == 35
+    record = json.loads((folders[0] / "run.json").read_text())
+    assert record["quantized"] == len(job.plan.quantized) == 35
+    assert len(record["blocks"]) == 5 and sum(block["weights"] for block in record["blocks"]) == 35
+    assert all(block["end"] <= block["start"] for block in record["blocks"])
     assert (
-        len(journal["blocks"]) == 5 and sum(block["weights"] for block in journal["blocks"]) == 35
-    )
-    assert all(block["end"] <= block["start"] for block in journal["blocks"])
-    assert (
-        journal["calibration"]["used"] == 8
-        and journal["kept"]["lm_head"] == "tied to the input embedding"
+        record["calibration"]["used"] == 8
+        and record["kept"]["lm_head"] == "tied to the input embedding"
     )
 
 
@@ -120,8 +118,8 @@ def test_measuring_against_itself_and_a_coarse_copy(demo, tmp_path):
 def test_towers_on_request_and_recapture(tmp_path):
     job, folders = run(tmp_path, quant_nontext_module=True, dataset="demo-llava")
     assert [stage.name for stage in job.plan.stages] == ["vision", "text"]
-    journal = json.loads((folders[0] / "run.json").read_text())
-    assert {block["stage"] for block in journal["blocks"]} == {"vision", "text"}
+    record = json.loads((folders[0] / "run.json").read_text())
+    assert {block["stage"] for block in record["blocks"]} == {"vision", "text"}
     assert from_quantized(folders[0]).model.dtype == torch.bfloat16
 
 

@@ -252,24 +252,24 @@ def test_other_schemes_are_right_too(changes, tmp_path):
         assert [finding.line() for finding in check(folder, source=DEMO)] == []
 
 
-def without_journal(folder: Path, target: Path) -> Path:
+def without_record(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     (target / "run.json").unlink()
     return target
 
 
 def test_other_tools_files_are_checked_as_far_as_they_can_be(checkpoints, tmp_path):
-    folder = without_journal(checkpoints["auto_gptq"], tmp_path / "foreign")
+    folder = without_record(checkpoints["auto_gptq"], tmp_path / "foreign")
     assert check(folder) == []
     one(QWEIGHT, nibbles)(folder)
     assert check(folder) == []  # nothing in the folder tells
     assert [finding.where for finding in check(folder, source=DEMO)] == [f"{DOWN}.weight"]
 
 
-def test_what_the_model_itself_tells_needs_no_journal(checkpoints, tmp_path):
+def test_what_the_model_itself_tells_needs_no_record(checkpoints, tmp_path):
     """The same on files without `run.json`: what contradicts the model or the configuration is
     found all the same."""
-    journal_only = {
+    record_only = {
         "nibble order swapped", "one code bit flipped", "scale is zero", "scale of the wrong sign",
         "sym flipped",
         "scales off by the last bit", "scales in the wrong order",
@@ -281,9 +281,9 @@ def test_what_the_model_itself_tells_needs_no_journal(checkpoints, tmp_path):
         "generation config dropped", "ignore pattern misses", "dynamic pattern misses",
         "the two configurations differ",
     }  # fmt: skip
-    assert journal_only <= {mutation.name for mutation in MUTATIONS}
-    for i, mutation in enumerate(m for m in MUTATIONS if m.name not in journal_only):
-        folder = without_journal(checkpoints[mutation.formats[0]], tmp_path / str(i))
+    assert record_only <= {mutation.name for mutation in MUTATIONS}
+    for i, mutation in enumerate(m for m in MUTATIONS if m.name not in record_only):
+        folder = without_record(checkpoints[mutation.formats[0]], tmp_path / str(i))
         mutation.apply(folder)
         assert any(finding.severity == "error" for finding in check(folder)), mutation.name
         shutil.rmtree(folder)

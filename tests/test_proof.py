@@ -17,9 +17,9 @@ from auto_mmround.model.loading import load
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.run.journal import checksum
 from auto_mmround.run.names import Names
 from auto_mmround.run.output import Result
+from auto_mmround.run.record import checksum
 from auto_mmround.verify import proof
 from auto_mmround.verify.proof import Filled, prove
 

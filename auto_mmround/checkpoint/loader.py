@@ -86,8 +86,8 @@ def from_quantized(
 def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[str]:
     """Those of the keys that the model's class does not load, and did not in the source either:
     layers behind its own, and what `run.json` names."""
-    journal = folder / "run.json"
-    unread = read_object(journal).get("unread") if journal.is_file() else None
+    record = folder / "run.json"
+    unread = read_object(record).get("unread") if record.is_file() else None
     known = set(map(str, unread)) if isinstance(unread, list) else set()
     return further_layers(model, keys) | (known & set(keys))
 

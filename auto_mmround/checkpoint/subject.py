@@ -85,7 +85,7 @@ class Subject:
     """All facts on a folder but the values.
 
     tensors: by name; if several files hold a name, the first counts. packed: modules with a packed
-    weight, by checkpoint name. fmt: None for a plain or unreadable format. journal: `run.json`,
+    weight, by checkpoint name. fmt: None for a plain or unreadable format. record: `run.json`,
     empty for other tools' files. source: the folder of the model before quantization. schemes: of
     packed modules, if the configuration has one. findings: of the reading itself.
     """
@@ -97,7 +97,7 @@ class Subject:
     tensors: Mapping[str, Header]
     packed: frozenset[str]
     skeleton: Skeleton | None
-    journal: Mapping[str, Any]
+    record: Mapping[str, Any]
     source: Path | None
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Subject:
     @property
     def hygiene(self) -> str:
         """The severity of a fault in our own files that may be a habit of another tool."""
-        return "error" if self.journal else "warning"
+        return "error" if self.record else "warning"
 
     def parts(self, module: str) -> dict[str, Header]:
         """The tensors of a packed module."""
@@ -160,7 +160,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     whole = fmt is not None and fmt.write is not None
     tensors = {} if whole else _headers(folder, weight_map, findings)
     packed = fmt.packed(tensors) if fmt else frozenset()
-    journal = _journal(folder / "run.json", findings)
+    record = _record(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
     keys = {name for name in tensors if name not in parts} | {
         f"{module}.weight" for module in packed
@@ -172,7 +172,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
         made = _skeleton(folder, keys, original, findings, remote_code, packs)
     schemes = _schemes(quantization, packed, findings) if fmt and quantization else {}
     return Subject(
-        folder, config, quantization, fmt, tensors, packed, made, journal, source, schemes, findings
+        folder, config, quantization, fmt, tensors, packed, made, record, source, schemes, findings
     )
 
 
@@ -195,7 +195,7 @@ def _schemes(
     return found
 
 
-def _journal(path: Path, findings: list[Finding]) -> dict[str, Any]:
+def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
     """`run.json`, if it has the form that a run writes; else empty."""
     found = read_json(path, findings) if path.is_file() else None
     texts = found is None or all(isinstance(name, str) for name in found.get("files") or ())

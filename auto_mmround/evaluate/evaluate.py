@@ -13,7 +13,7 @@ from auto_mmround.evaluate.prompts import Data
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.report import report
-from auto_mmround.run.journal import machine
+from auto_mmround.run.record import machine
 
 WIDTHS = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 

@@ -33,8 +33,8 @@ from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.model.spool import Spool
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.journal import BlockReport, checksum
 from auto_mmround.run.polish import Polished
+from auto_mmround.run.record import BlockReport, checksum
 from auto_mmround.untrusted import weight_files
 
 log = logging.getLogger("auto_mmround")

@@ -31,7 +31,6 @@ from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
-from auto_mmround.run.journal import journal
 from auto_mmround.run.met import check_vocabulary, check_words, met
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
@@ -42,6 +41,7 @@ from auto_mmround.run.places import check_places, places
 from auto_mmround.run.plan import Plan, make_plan
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import within_ranges
+from auto_mmround.run.record import run_record
 from auto_mmround.run.sensitivity import HELPS, WHAT
 from auto_mmround.run.session import Session
 
@@ -308,7 +308,7 @@ def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path
 
 def _record(job: Job, finished: Finished) -> dict[str, Any]:
     blocks = list(finished.reports.values())
-    return journal(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
+    return run_record(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
 
 
 def save(

@@ -23,9 +23,9 @@ from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.carried import CarriedCodes
-from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.names import Names
 from auto_mmround.run.plan import NO_LAYER, Plan
+from auto_mmround.run.record import checksum, codes_record
 
 
 @dataclass(frozen=True)

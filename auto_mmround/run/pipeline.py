@@ -28,7 +28,6 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.block_loss import forward_of, tune_config
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
-from auto_mmround.run.journal import BlockReport, block_report
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
 from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
@@ -37,6 +36,7 @@ from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import PolishSteps, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import check_equalized
+from auto_mmround.run.record import BlockReport, block_report
 from auto_mmround.run.session import Session, Window
 from auto_mmround.run.static_inputs import input_scales
 

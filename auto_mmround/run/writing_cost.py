@@ -11,8 +11,8 @@ from auto_mmround.checkpoint.folder import is_side_file
 from auto_mmround.model.experts import separated
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.run.job import Job
-from auto_mmround.run.journal import checksum, codes_record
 from auto_mmround.run.leaves import leaves_of
+from auto_mmround.run.record import checksum, codes_record
 
 TRIAL = 2**25  # bytes written and read to see how fast the disk is
 

@@ -150,8 +150,8 @@ class OtherFiles(Decoder):
         super().__init__(subject, dtype)
         assert subject.fmt is not None and subject.fmt.read is not None
         self._tensors = subject.fmt.read(subject.folder)
-        packed = {f"{module}.weight": True for module in subject.journal.get("codes") or ()}
-        self._keys = {**dict.fromkeys(subject.journal.get("tensors") or (), False), **packed}
+        packed = {f"{module}.weight": True for module in subject.record.get("codes") or ()}
+        self._keys = {**dict.fromkeys(subject.record.get("tensors") or (), False), **packed}
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """These tensors."""

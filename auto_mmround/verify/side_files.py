@@ -24,7 +24,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 def check_side_files(s: Subject) -> Iterator[Finding]:
     """Tokenizer, processor, chat template and code are there; every JSON file can be read."""
     there = {str(path.relative_to(s.folder)) for path in s.folder.rglob("*") if path.is_file()}
-    wanted, processors = set(s.journal.get("files") or ()), set(PROCESSORS)
+    wanted, processors = set(s.record.get("files") or ()), set(PROCESSORS)
     if s.source is not None:
         beside = {
             str(p.relative_to(s.source)) for p in s.source.rglob("*") if is_side_file(p, s.source)
@@ -35,8 +35,7 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
         yield Finding(s.hygiene, name, "is missing")
     # A run copies what there is, so a folder of ours without any comes from a model without any.
     none_of = {
-        names: bool(s.journal) and not set(s.journal.get("files") or ()) & {*names}
-        for names in SIDES
+        names: bool(s.record) and not set(s.record.get("files") or ()) & {*names} for names in SIDES
     }
     if not there & set(TOKENIZERS):
         severity = "warning" if none_of[TOKENIZERS] else "error"

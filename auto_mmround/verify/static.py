@@ -34,7 +34,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
     if s.quantization is not None and s.fmt is None:
         return
     if s.skeleton is not None:
-        unread = s.journal.get("unread") or ()  # the class did not read them in the source either
+        unread = s.record.get("unread") or ()  # the class did not read them in the source either
         for text, group in (
             ("no tensor fills it", s.skeleton.missing),
             (
@@ -50,8 +50,8 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
                 yield Finding(
                     "error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}"
                 )
-    if s.journal.get("tensors") and not s.whole:
-        plain, written = set(s.plain()), set(s.journal["tensors"])
+    if s.record.get("tensors") and not s.whole:
+        plain, written = set(s.plain()), set(s.record["tensors"])
         for text, some in (
             ("is gone", sorted(written - plain)),
             ("was not written", sorted(plain - written)),
@@ -72,7 +72,7 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
     """The packed weights are those that the run wrote."""
     if s.fmt is None or s.whole:  # a plain checkpoint holds the tuned values as ordinary weights
         return
-    written = set(s.journal.get("codes") or s.packed)
+    written = set(s.record.get("codes") or s.packed)
     for text, some in (
         ("its packed weight is gone", written - s.packed),
         ("was not packed", s.packed - written),
@@ -131,7 +131,7 @@ def _alike(s: Subject) -> set[str]:
         {"F16", "BF16", "F32"}
         if s.fmt and s.fmt.any_float
         else set()
-        if s.journal
+        if s.record
         else {"F16", "BF16"}
     )
 
@@ -141,7 +141,7 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> I
         name = module + part
         found = s.tensors.get(name)
         if found is None:
-            if part != ".g_idx" or s.journal:  # other tools leave it out if it has no effect
+            if part != ".g_idx" or s.record:  # other tools leave it out if it has no effect
                 yield Finding("error", name, "is missing")
         elif found.shape != wanted.shape:
             yield Finding(

@@ -16,7 +16,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.run.journal import checksum, codes_record
+from auto_mmround.run.record import checksum, codes_record
 
 # With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
 # wrong one about 0.
@@ -42,7 +42,7 @@ def check_plain_values(s: Subject) -> Iterator[Finding]:
 
 
 def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
-    written, source = s.journal.get("tensors") or {}, s.originals(originals.stored)
+    written, source = s.record.get("tensors") or {}, s.originals(originals.stored)
     for name, tensor in s.read(s.plain()):
         if tensor.is_floating_point() and not _is_finite(tensor):
             yield Finding("error", name, "holds NaN or infinite values")
@@ -92,7 +92,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
             yield Finding("error", f"{module}.g_idx", text)
             continue
         broken = list(_ranges(s, module, codes, tensors))
-        yield from broken or _against_journal(s, module, codes)
+        yield from broken or _against_record(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
             yield from _against_source(
@@ -105,9 +105,9 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
     run."""
     if not s.whole or s.fmt is None:
         return
-    rest: dict[str, str] = dict(s.journal.get("tensors") or {}) if s.fmt.exact_rest else {}
+    rest: dict[str, str] = dict(s.record.get("tensors") or {}) if s.fmt.exact_rest else {}
     written: dict[str, str] = {
-        n: r["weight"] for n, r in (s.journal.get("codes") or {}).items() if "weight" in r
+        n: r["weight"] for n, r in (s.record.get("codes") or {}).items() if "weight" in r
     }
     weights = s.weights()
     source = s.originals(weights)
@@ -172,7 +172,7 @@ def _ranges(
             where,
             f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}",
         )
-    elif not codes.sym and bool((codes.zero_OG == middle).all()) and not s.journal:
+    elif not codes.sym and bool((codes.zero_OG == middle).all()) and not s.record:
         yield Finding(
             "warning",
             where,
@@ -180,8 +180,8 @@ def _ranges(
         )
 
 
-def _against_journal(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
-    written = (s.journal.get("codes") or {}).get(module)
+def _against_record(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
+    written = (s.record.get("codes") or {}).get(module)
     if written is None:
         return
     now = codes_record(codes)

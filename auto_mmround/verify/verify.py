@@ -157,7 +157,7 @@ def _ask_all(
     exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
     with tempfile.TemporaryDirectory() as made:
         probes, notes = make_probes(exact, Path(made))
-    planned = len(subject.packed or subject.journal.get("codes") or ())
+    planned = len(subject.packed or subject.record.get("codes") or ())
     inputs = [probe.kwargs for probe in probes]
     references = {False: make_reference(folder, exact.model, inputs)}
     if rounds_inputs(subject.quantization) and any(

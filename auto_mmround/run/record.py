@@ -112,7 +112,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def journal(
+def run_record(
     plan: Plan,
     blocks: Sequence[BlockReport],
     notes: Sequence[str],
