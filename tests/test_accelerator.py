@@ -1,6 +1,7 @@
 """The pipeline on a strict stand-in accelerator (`accelerator/`): what a device of its own refuses
 is refused here."""
 
+import gc
 import json
 import logging
 import os
@@ -420,6 +421,20 @@ def test_a_model_that_the_device_has_no_room_for_visits_it(tmp_path):
     assert differing(whole._done[1], guest._done[1]) == 0
     assert {place.type for place, _ in places(named.loaded.model).values()} == {"cpu"}
     assert differing(whole._done[1], named._done[1]) == 0
+
+
+@accelerator.STRICT
+def test_what_a_run_leaves_on_the_device_waits_for_no_collector():
+    """Objects that hold each other would keep memory there until they are collected."""
+    made, _ = in_memory(algorithm="auto", iters=1)
+    gc.collect()
+    gc.disable()
+    try:
+        before = memory().used
+        made.quantize()
+        assert memory().used == before
+    finally:
+        gc.enable()
 
 
 @accelerator.STRICT

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
@@ -125,6 +125,14 @@ def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
     return rows_T
 
 
+def _one_hot(
+    modalities: Sequence[Kinds], stage: Stage, i: int, count: int, device: torch.device
+) -> Tensor:
+    """`rows_of` sample ``i``'s tokens as (T, ROWS), one in each row's column."""
+    rows_T = rows_of(stage, modalities[i], count)
+    return nn.functional.one_hot(rows_T, ROWS).float().to(device)
+
+
 def means_of(squares_RD: Tensor, counts_R1: Tensor) -> Tensor:
     """Mean squares by row. The first tokens are few: of each only the size is its own, the channels
     are all tokens'."""
@@ -154,11 +162,12 @@ class Squares:
         lengths = {i: len(modalities[i].text_T) for i in samples}
         self.tokens = {name: Tokens(lengths) for name in layers}
         self._stage_of = {name: stage for stage in stages for name in stage.blocks}
-        self._modalities, self._again = modalities, set[str]()
+        self._again = set[str]()
         # of one sample, until it is through: then they come to the host together
         self._waiting: list[tuple[Tokens, int, Tensor]] = []
-        # the blocks of a stage are given the same tokens
-        self._one_hot = lru_cache(maxsize=2 * len(stages))(self._rows)
+        # The blocks of a stage are given the same tokens. No bound method here: what it belongs to
+        # would hold itself, and tensors on a device would wait for the garbage collector.
+        self._one_hot = lru_cache(maxsize=2 * len(stages))(partial(_one_hot, modalities))
 
     @property
     def watched(self) -> list[str]:
@@ -178,10 +187,6 @@ class Squares:
         fresh = torch.zeros(ROWS, grad_TD.shape[1] + 1, device=grad_TD.device)
         counted_TD1 = torch.cat([grad_TD.square(), torch.ones_like(grad_TD[:, :1])], 1)
         self.blocks.setdefault(name, fresh).add_(one_hot_TR.t() @ counted_TD1)
-
-    def _rows(self, stage: Stage, i: int, count: int, device: torch.device) -> Tensor:
-        rows_T = rows_of(stage, self._modalities[i], count)
-        return nn.functional.one_hot(rows_T, ROWS).float().to(device)
 
     def means(
         self,

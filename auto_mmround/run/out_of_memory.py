@@ -1,6 +1,7 @@
 """Out of memory is no reason to lose a run: fewer samples at a time, then what takes room out of
 the way, then one line that names the phase and the flags that help."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -54,7 +55,8 @@ class BatchSize:
             except (MemoryError, RuntimeError) as error:
                 reason = _reason(error)
             # Here, not in the clause above, where the traceback still holds what the attempt had
-            # allocated.
+            # allocated. Objects that hold each other keep their tensors until they are collected.
+            gc.collect()
             devices.release_cache()
             if self.size > 1:
                 self.size = max(size for size in range(1, self.size) if self.size % size == 0)
