@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
@@ -25,7 +25,7 @@ from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.placement import check_present, placed
 from auto_mmround.model.quantized import forget
 from auto_mmround.model.speaking import is_several
-from auto_mmround.model.stored import stored_tensors
+from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
 from auto_mmround.untrusted import ARRAYS, INDEX, SINGLE, one_line, read_object, weight_files
 
@@ -177,22 +177,44 @@ def load(
     streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
     if may_stay and not device_map and not fits(tensors, device, stated):
         device = HOST
-    merged = (folder / "adapter_config.json").is_file() and not device_map
+    how = _How(kind, device, device_map, streams, remote_code)
+    model, holder = _read(name, cls, folder, config, tensors, how)
+    named(model)
+    processor = load_processor(folder, remote_code)
+    return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
+
+
+class _How(NamedTuple):
+    """How weights are read: their dtype, and where they come to lie."""
+
+    dtype: torch.dtype
+    device: torch.device
+    device_map: str | dict[str, Any] | None
+    streams: bool
+    remote_code: bool
+
+
+def _read(
+    name: str, cls: Any, folder: Path, config: PretrainedConfig, tensors: Stored, how: _How
+) -> tuple[PreTrainedModel, Holder]:
+    """The model with its weights, and who holds them. Raises UserError where the files don't fit
+    the class."""
+    merged = (folder / "adapter_config.json").is_file() and not how.device_map
     if merged:  # Transformers would add the adapter, or look for it
         log.warning(
             "%s: adapter_config.json is left aside, the weights are taken as merged", folder
         )
     holder: Holder = InMemory()
     try:
-        if streams or tensors.scales or merged:
-            how = "blocks are read when their turn comes" if streams else "read by tensors"
-            log.info("%s: %s", name, how)
+        if how.streams or tensors.scales or merged:
+            said = "blocks are read when their turn comes" if how.streams else "read by tensors"
+            log.info("%s: %s", name, said)
             model, holder, absent = load_streamed(
-                cls, config, tensors, kind, device, renamed_keys, whole=not streams
+                cls, config, tensors, how.dtype, how.device, renamed_keys, whole=not how.streams
             )
         else:
-            options = _trust(remote_code) | {"config": config, "dtype": kind}
-            model, absent = _read_whole(cls, folder, device_map, options)
+            options = _trust(how.remote_code) | {"config": config, "dtype": how.dtype}
+            model, absent = _read_whole(cls, folder, how.device_map, options)
     except (*NONSENSE, SafetensorError) as error:
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     if absent:
@@ -201,10 +223,8 @@ def load(
             f" {absent[0]}"
         )
     if isinstance(holder, InMemory):
-        model = (model if device_map else model.to(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
-    named(model)
-    processor = load_processor(folder, remote_code)
-    return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
+        model = (model if how.device_map else model.to(how.device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return model, holder
 
 
 def _read_whole(
