@@ -9,8 +9,9 @@ from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround import cli
 from auto_mmround.errors import UserError
-from auto_mmround.model import devices
+from auto_mmround.model import devices, fisher
 from auto_mmround.model.chains import Chain
+from auto_mmround.model.head import parts
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
@@ -121,3 +122,20 @@ def test_a_model_that_the_device_has_no_room_for_is_one_line(command, tmp_path, 
         assert cli.main([*([] if command == "quantize" else [command]), *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "not enough memory" in line and not (tmp_path / "out").exists()
+
+
+def test_logits_are_made_in_pieces_that_the_device_has_room_for():
+    """The labels that are drawn do not depend on the pieces."""
+    torch.manual_seed(0)
+    head, hidden_TD = torch.nn.Linear(8, 3000).to(NAME), torch.randn(300, 8).to(NAME)
+
+    def gradient():
+        drawn = torch.Generator().manual_seed(0)
+        return fisher._sampled_gradient(hidden_TD, head.requires_grad_(False), drawn).cpu()
+
+    assert len(list(parts(head, hidden_TD))) == 1
+    whole = gradient()
+    with limited(8 << 20):
+        pieces = [len(piece) for (piece,) in parts(head, hidden_TD)]
+        assert max(pieces) * 3000 * 4 < (8 << 20) / 8 and sum(pieces) == 300
+        assert torch.equal(gradient(), whole)

@@ -111,9 +111,7 @@ def _divergence(
     dtype = torch.float64 if hidden_TD.is_cpu else torch.float32
     total = torch.zeros((), dtype=dtype, device=hidden_TD.device)
     slope_TD = torch.zeros_like(hidden_TD)
-    for part_TD, was_TD, into_TD in zip(
-        *(parts(each, head) for each in (hidden_TD, before_TD, slope_TD)), strict=True
-    ):
+    for part_TD, was_TD, into_TD in parts(head, hidden_TD, before_TD, slope_TD):
         leaf_TD = part_TD.clone().requires_grad_(gradients)
         logits_TV = head(leaf_TD)
         own_TV = logits_TV.detach().float().log_softmax(-1)

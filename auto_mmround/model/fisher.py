@@ -212,7 +212,7 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
     """
     grad_TD = torch.empty_like(hidden_TD)
     with torch.no_grad():
-        for part_TD, into_TD in zip(parts(hidden_TD, head), parts(grad_TD, head), strict=True):
+        for part_TD, into_TD in parts(head, hidden_TD, grad_TD):
             logits_TV = head(part_TD)
             weight_TV = (logits_TV - logits_TV.amax(-1, keepdim=True)).exp_()
             one_T, other_T = _draw(weight_TV, generator, 2).unbind(1)

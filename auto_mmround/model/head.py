@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.model.passes import run_model, stopping_at
 from auto_mmround.model.speaking import speaking
 
-LOGITS = 2**23  # logits in memory at a time
+# Logits in memory at a time: on a processor few enough for its cache to help. On an accelerator
+# pieces cost launches: as many as an eighth of the free memory holds, with what is made of them.
+LOGITS, EACH, ROOM = 2**23, 16, 8
 # model, what it takes -> hidden states (T, D), and the module that turns them into logits (T, V)
 ToHead = Callable[[PreTrainedModel, Mapping[str, Any]], tuple[Tensor, nn.Module]]
 
@@ -59,10 +62,13 @@ def to_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> ToHead:
     return _until_head if _head_is_last(model, kwargs) else _whole
 
 
-def parts(hidden_TD: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
-    """Rows of the hidden states, in the same memory, as many at a time as LOGITS logits come
-    from."""
-    return hidden_TD.split(max(1, LOGITS // getattr(head, "out_features", hidden_TD.shape[-1])))
+def parts(head: nn.Module, *hidden_TD: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors side by side, in the same memory, as many at a time as there is room for
+    their logits."""
+    device, width = hidden_TD[0].device, hidden_TD[0].shape[-1]
+    room = LOGITS if device.type == "cpu" else devices.free_memory(device) // (ROOM * EACH)
+    rows = max(1, room // getattr(head, "out_features", width))
+    return zip(*(each_TD.split(rows) for each_TD in hidden_TD), strict=True)
 
 
 @contextmanager
