@@ -198,3 +198,14 @@ def text_files(*seeds: str) -> st.SearchStrategy[bytes]:
         | st.sampled_from(deep)
         | st.binary(max_size=60)
     )
+
+
+def file_reader(name: str, read: Callable[[Path], object]) -> Callable[[Path, bytes], object]:
+    """Writes the input under a name in the given folder and reads it."""
+
+    def one(work: Path, data: bytes) -> object:
+        path = work / "given" / name
+        path.write_bytes(data)
+        return read(path)
+
+    return one

@@ -1,41 +1,26 @@
-"""The readers that the fuzzer feeds, each with seeds of its own kind: small files that are right,
-to be damaged."""
+"""All readers that the fuzzer feeds. Those of templates, rows and recipes are here, each with seeds
+of its own kind: small files that are right, to be damaged."""
 
 import copy
 import io
 import json
-import shutil
-import struct
-import wave
-from collections.abc import Callable
-from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from fuzz_inputs import VALUES, WORDS, Target, damaged, damaged_bytes, text_files, written
+from fuzz_checkpoints import checkpoints, gguf_files
+from fuzz_inputs import VALUES, Target, damaged, damaged_bytes, file_reader, text_files, written
+from fuzz_media import all_media, picture
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
-from PIL import Image
-from safetensors.torch import save
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from auto_mmround.calibration import media, samples
+from auto_mmround.calibration import samples
 from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.processor import render
-from auto_mmround.calibration.roots import MEDIA, MediaError, parse_roots
 from auto_mmround.calibration.template import Template, parse_messages, read_template, shipped
-from auto_mmround.checkpoint.loader import from_quantized
-from auto_mmround.checkpoint.reading import dequantized_state_dict
 from auto_mmround.errors import UserError
-from auto_mmround.export.gguf import read as gguf
-from auto_mmround.model.loading import DEMO, load_processor, read_config, skeleton
+from auto_mmround.model.loading import DEMO, load_processor, read_config
 from auto_mmround.recipe.files import read
-from auto_mmround.recipe.recipe import Recipe, from_mapping
-from auto_mmround.run import job as jobs
-from auto_mmround.verify import static
+from auto_mmround.recipe.recipe import from_mapping
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
 CHAT = [
@@ -80,17 +65,6 @@ MODIFIERS = {
         }
     }
 }  # fmt: skip
-
-
-def file_reader(name: str, read: Callable[[Path], object]) -> Callable[[Path, bytes], object]:
-    """Writes the input under a name in the given folder and reads it."""
-
-    def one(work: Path, data: bytes) -> object:
-        path = work / "given" / name
-        path.write_bytes(data)
-        return read(path)
-
-    return one
 
 
 def templates() -> Target:
@@ -242,100 +216,6 @@ def recipes() -> list[Target]:
     ]
 
 
-PARTICULAR = ("XBM", "MSP", "BLP", "SPIDER")  # written from other modes only
-
-
-def picture(kind: str, size: tuple[int, int] = (16, 12), **options: Any) -> bytes:
-    sink = io.BytesIO()
-    pixels = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)
-    Image.fromarray(pixels).save(sink, kind, **options)
-    return sink.getvalue()
-
-
-def sounds() -> list[bytes]:
-    import soundfile
-
-    sink, made = io.BytesIO(), []
-    with wave.open(sink, "wb") as file:
-        file.setparams((1, 2, 8000, 0, "NONE", ""))
-        file.writeframes(bytes(800))
-    for kind in ("FLAC", "OGG", "AIFF", "AU"):
-        other = io.BytesIO()
-        soundfile.write(other, np.sin(np.arange(400) / 9).astype(np.float32), 8000, format=kind)
-        made.append(other.getvalue())
-    return [sink.getvalue(), *made]
-
-
-def film() -> list[bytes]:
-    import av
-
-    made = []
-    for kind, codec in (
-        ("mp4", "mpeg4"),
-        ("matroska", "mpeg4"),
-        ("avi", "mpeg4"),
-        ("mpegts", "mpeg2video"),
-    ):
-        sink = io.BytesIO()
-        with av.open(sink, "w", format=kind) as file:
-            stream = file.add_stream(codec, rate=10)
-            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-            for i in range(10):
-                pixels = np.full((32, 32, 3), i * 20, np.uint8)
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            file.mux(stream.encode())
-        made.append(sink.getvalue())
-    return [
-        *made,
-        b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n",
-        b"ffconcat version 1.0\nfile 'secret'\n",
-    ]
-
-
-def all_media(work: Path) -> list[Target]:
-    (work / "outside" / "secret").write_bytes(picture("PNG"))
-    (work / "given" / "link.png").symlink_to(work / "outside" / "secret")
-    roots, accepted = parse_roots(work / "given"), (UserError, MediaError)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "text"
-    Image.init()
-    images = [
-        picture(kind)
-        for kind in media.IMAGE_FORMATS
-        if kind in Image.SAVE and kind not in PARTICULAR
-    ]
-    images.append(picture("JPEG", exif=exif))
-
-    def by(kind: str) -> Callable[[Path], object]:
-        return lambda path: media.load(path.name, kind, roots)
-
-    readers = [Target("image", damaged_bytes(*images), file_reader("m.img", by("image")), accepted)]
-    for kind, make, package in (("audio", sounds, "soundfile"), ("video", film, "av")):
-        try:
-            readers.append(
-                Target(kind, damaged_bytes(*make()), file_reader(f"m.{kind}", by(kind)), accepted)
-            )
-        except ImportError:
-            print(f"{kind}: left out, the package {package} is not installed")
-    names = (
-        st.sampled_from(
-            [*WORDS, "a.png", "link.png", "../outside/secret", str(work / "outside" / "secret")]
-        )
-        | st.text()
-    )
-    entry = (
-        VALUES
-        | names
-        | st.builds(dict, path=names)
-        | st.builds(lambda a, r: {"array": a, "sampling_rate": r}, VALUES, VALUES)
-    )
-    pairs = st.tuples(entry, st.sampled_from(MEDIA))
-    return [
-        *readers,
-        Target("media names", pairs, lambda _, pair: media.load(pair[0], pair[1], roots), accepted),
-    ]
-
-
 def chat_templates() -> Target:
     tokenizer = copy.deepcopy(load_processor(DEMO).tokenizer)
     turns = parse_messages(
@@ -358,161 +238,6 @@ def chat_templates() -> Target:
 
     inputs = text_files(*seeds) | st.sampled_from(seeds).map(str.encode)
     return Target("chat template", inputs, use, (UserError, TemplateError))
-
-
-def tiny_checkpoints(work: Path) -> tuple[Path, dict[str, Path]]:
-    """A random Llama of two layers, and its exports by format."""
-    options = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    torch.manual_seed(0)
-    source = work / "source"
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **options)).save_pretrained(
-        source
-    )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, source)
-    names = ["auto_round", "auto_gptq", "auto_awq", "compressed_tensors", "mlx"]
-    recipe = Recipe(
-        model=str(source),
-        iters=0,
-        device="cpu",
-        group_size=32,
-        format=",".join(names),
-        output_dir=str(work / "made"),
-    )
-    return source, dict(
-        zip(names, jobs.run(jobs.prepare(recipe, jobs.load_model(recipe))), strict=True)
-    )
-
-
-def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    size = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
-def checkpoints(work: Path) -> list[Target]:
-    source, made = tiny_checkpoints(work)
-    small = save({"a": torch.zeros(4, 4), "b": torch.ones(3, dtype=torch.int64)})
-    head, body = header_of(small)
-    headers = (
-        damaged(head).map(written).map(lambda text: struct.pack("<Q", len(text)) + text + body)
-    )
-    shard = work / "given" / "model.safetensors"
-
-    def weights(work: Path, data: bytes) -> None:
-        (work / "given" / "config.json").write_text("{}")
-        shard.write_bytes(data)
-        list(dequantized_state_dict(work / "given"))
-
-    def index(work: Path, data: bytes) -> None:
-        folder = _fresh(work, source)
-        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-        (folder / "model.safetensors.index.json").write_bytes(data)
-        list(dequantized_state_dict(folder))
-
-    def config(work: Path, data: bytes) -> None:
-        folder = _fresh(work, source)
-        (folder / "config.json").write_bytes(data)
-        skeleton(read_config(folder), folder)
-
-    def subject(work: Path, change: tuple[str, str, bytes]) -> None:
-        static.check(_broken(work, made, change))
-
-    def load(work: Path, change: tuple[str, str, bytes]) -> None:
-        from_quantized(_broken(work, made, change))
-
-    tensors = list(header_of((source / "model.safetensors").read_bytes())[0])
-    maps = {
-        "metadata": {"total_size": 1},
-        "weight_map": dict.fromkeys(tensors[1:], "model-1.safetensors"),
-    }
-    plain = json.loads((source / "config.json").read_text())
-    demo = json.loads((DEMO / "config.json").read_text())
-    files = st.sampled_from(sorted(made)).flatmap(lambda name: _file_of(name, made[name]))
-    return [
-        Target("safetensors", headers | damaged_bytes(small), weights),
-        Target("index", damaged(maps).map(written) | text_files(json.dumps(maps)), index),
-        Target(
-            "config.json", damaged(plain, demo).map(written) | text_files(json.dumps(plain)), config
-        ),
-        Target("verify", files, subject),
-        Target("eval", files, load),
-    ]
-
-
-def gguf_files(work: Path) -> list[Target]:
-    """A file of the demo model; none without the package gguf."""
-    if not find_spec("gguf"):
-        print("gguf: left out, the package gguf is not installed")
-        return []
-    recipe = Recipe(
-        model="demo",
-        iters=0,
-        device="cpu",
-        bits=8,
-        group_size=32,
-        format="gguf:q8_0",
-        output_dir=str(work / "gguf"),
-    )
-    (folder,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)))
-    # The file that is read first: a damaged one behind it might never be reached.
-    file = (
-        folder / json.loads((folder / "config.json").read_text())["quantization_config"]["files"][0]
-    )
-
-    def use(_: Path, data: bytes) -> None:
-        file.write_bytes(data)
-        list(islice(dequantized_state_dict(folder), 10))
-
-    return [Target("gguf", damaged_bytes(file.read_bytes()), use, patience=1.5 * gguf.HEAD_SECONDS)]
-
-
-def _file_of(name: str, folder: Path) -> st.SearchStrategy[tuple[str, str, bytes]]:
-    """(format, file, its damaged content) for one of the files that are read; settings more often
-    than weights."""
-    found = []
-    for file in (
-        "config.json",
-        "config.json",
-        "quantization_config.json",
-        "run.json",
-        "tokenizer_config.json",
-    ):
-        if (folder / file).is_file():
-            content = json.loads((folder / file).read_text())
-            inner = content.get("quantization_config")
-            seeds = damaged(content).map(written)
-            if inner:
-                seeds |= damaged(inner).map(
-                    lambda v, whole=content: written({**whole, "quantization_config": v})
-                )
-            found.append(st.tuples(st.just(name), st.just(file), seeds))
-    weights = (folder / "model.safetensors").read_bytes()
-    head, body = header_of(weights)
-    headers = (
-        damaged(head).map(written).map(lambda text: struct.pack("<Q", len(text)) + text + body)
-    )
-    found.append(
-        st.tuples(st.just(name), st.just("model.safetensors"), headers | damaged_bytes(weights))
-    )
-    return st.one_of(found)
-
-
-def _fresh(work: Path, source: Path) -> Path:
-    folder = work / "given" / "model"
-    shutil.rmtree(folder, ignore_errors=True)
-    return Path(shutil.copytree(source, folder))
-
-
-def _broken(work: Path, made: dict[str, Path], change: tuple[str, str, bytes]) -> Path:
-    name, file, data = change
-    folder = _fresh(work, made[name])
-    (folder / file).write_bytes(data)
-    return folder
 
 
 def make_readers(work: Path) -> dict[str, Target]:

@@ -14,223 +14,24 @@ image-text pretraining of real towers, without which the model takes hours to st
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_data import GRID, ChatEncoder, patchify, read_documents, stream, write_data
+from demo_model import VOCABULARY, build_model, build_processor, causal_attention, image_tokens
 from demo_report import evaluate, write_readme
-from demo_scenes import COLOR_NAMES, COLUMNS, DIGITS, KINDS, ROWS, conversation, random_scene
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from demo_scenes import COLOR_NAMES, COLUMNS, DIGITS, KINDS, ROWS, random_scene
+from transformers import Qwen2VLProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from transformers.vision_utils import get_vision_position_ids
 
-VOCABULARY = 2048
 SHARDS = 2  # threads that train, one core each
-SPECIAL_TOKENS = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
-    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-]
-CHAT_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for"
-    " message in messages %}{% if loop.first and message['role'] != 'system'"
-    " %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{"
-    " message['role'] }}\n{% if message['content'] is string %}{{ message['content']"
-    " }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] =="
-    " 'image' or 'image' in content or 'image_url' in content %}{% set image_count.value ="
-    " image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif"
-    " %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in"
-    " content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{"
-    " video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in"
-    " content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{%"
-    " if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-# ---------------------------------------------------------------------------------- text,
-# tokenizer, configuration
-
-
-def build_processor(documents: list[str], seed: int) -> Qwen2VLProcessor:
-    """Learn the byte-level BPE merges and put them in the real Qwen2-VL processor classes."""
-    rng = stream(seed, "order")
-    # Question words must be frequent enough to become single tokens.
-    chats = [
-        f"{q}\n{a}"
-        for _ in range(1500)
-        for q, a in conversation(rng, int(rng.integers(1, 3)), 4)[1]
-    ]
-    chats += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 500
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
-    )
-    learner.train_from_iterator(documents + chats, trainer)
-    bpe = json.loads(learner.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=bpe["vocab"],
-        merges=[tuple(merge) for merge in bpe["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        model_max_length=4096,
-        additional_special_tokens=SPECIAL_TOKENS,
-    )
-    assert len(tokenizer) == VOCABULARY
-    pixels = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
-    return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(size=dict(pixels)),
-        tokenizer,
-        Qwen2VLVideoProcessor(size=dict(pixels)),
-        CHAT_TEMPLATE,
-    )
-
-
-def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
-    token = processor.tokenizer.convert_tokens_to_ids
-    ids = {"bos_token_id": token("<|endoftext|>"), "eos_token_id": token("<|im_end|>")}
-    config = Qwen2VLConfig(
-        text_config=dict(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=5,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-6,
-            initializer_range=0.05,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [4, 6, 6],
-            },
-            tie_word_embeddings=True,
-            **ids,
-        ),
-        vision_config={
-            "depth": 4,
-            "embed_dim": 128,
-            "hidden_size": 256,
-            "num_heads": 4,
-            "initializer_range": 0.05,
-        },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True,
-        **ids,
-    )
-    model = Qwen2VLForConditionalGeneration(config)
-    attend_to_alike(model)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        bos_token_id=ids["bos_token_id"],
-        eos_token_id=[ids["eos_token_id"], ids["bos_token_id"]],
-        pad_token_id=ids["bos_token_id"],
-    )
-    return model
-
-
-def attend_to_alike(model: Qwen2VLForConditionalGeneration) -> None:
-    """Start the text layers with attention to tokens of like content, which it copies.
-
-    Queries start equal to keys, and output projections as the transpose of the values.  Image
-    tokens are made similar to the words for what they show (stage 1), so a question about the star
-    looks at the star from the first step. From the usual random start, finding that out takes most
-    of the training.
-    """
-    for layer in model.model.language_model.layers:
-        attention = layer.self_attn
-        groups, width = attention.num_key_value_groups, attention.head_dim
-
-        def spread(weight, groups=groups, width=width):  # of the key/value heads to all heads
-            return (
-                weight.view(-1, width, weight.shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
-            )
-
-        with torch.no_grad():
-            attention.k_proj.weight.mul_(1.5)
-            attention.q_proj.weight.copy_(spread(attention.k_proj.weight))
-            attention.o_proj.weight.copy_(spread(attention.v_proj.weight).T)
-
-
-# -------------------------------------------------------------------------------------------
-# images, the fast way
-
-
-def attend(query, key, value, scaling: float, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention in plain matrix products: at these lengths several times as fast on a CPU as the
-    fused kernel."""
-    batch, heads, length, width = query.shape
-    query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
-    mask = query.new_zeros(1, 1, 1) if mask is None else mask.to(query.dtype)
-    weights = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
-    return torch.bmm(weights, value).view(batch, heads, length, width).transpose(1, 2)
-
-
-def causal_attention(module, query, key, value, attention_mask, scaling, **_):
-    """`attend` behind the library's attention interface; causal unless a mask (batch, length,
-    length) is given."""
-    groups = module.num_key_value_groups
-    key, value = (x.repeat_interleave(groups, dim=1).to(query.dtype) for x in (key, value))
-    length = query.shape[2]
-    if attention_mask is None:
-        mask = torch.full((1, length, length), -math.inf).triu(1)
-    else:
-        mask = attention_mask.to(query.dtype).repeat_interleave(query.shape[1], dim=0)
-    return attend(query, key, value.to(query.dtype), scaling, mask), None
-
-
-def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The vision tower's forward pass for images of one size, batched.
-
-    The library's own pass calls attention for one image after the other, and a slow 3d convolution.
-    """
-    images, patches, _ = pixels.shape
-    side = 2 * GRID
-    hidden = F.linear(pixels, tower.patch_embed.proj.weight.flatten(1))
-    cos, sin = tower.rotary_pos_emb(
-        hidden, get_vision_position_ids(torch.tensor([[1, side, side]]), 2)
-    )
-    half = cos.shape[-1] // 2
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-    for block in tower.blocks:
-        attention = block.attn
-        qkv = attention.qkv(block.norm1(hidden)).view(images, patches, 3, attention.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = attend(
-            rotate(query).to(value.dtype), rotate(key).to(value.dtype), value, attention.scaling
-        )
-        hidden = hidden + attention.proj(mixed.flatten(2))
-        hidden = hidden + block.mlp(block.norm2(hidden))
-    return tower.merger(hidden.flatten(0, 1)).view(images, GRID**2, -1)
 
 
 def token_labels(scenes: list) -> torch.Tensor:
@@ -278,10 +79,6 @@ class Namer:
                 F.cross_entropy(torch.cat([logits[:, :1] + bias, logits[:, 1:]], 1), label)
             )
         return values
-
-
-# --------------------------------------------------------------------------------------------------
-# training
 
 
 def optimizer_and_schedule(parts: list, peak: float, steps: int, warmup: int):
@@ -365,6 +162,36 @@ def text_stretches(tokens: list[list[int]], end: int, length: int, order: np.ran
             yield torch.tensor([joined[start : start + length]])
 
 
+def shard_losses(model, processor, namer: Namer, shard) -> tuple[torch.Tensor, ...]:
+    """Answers, questions, text and names, each times its weight, of a batch of conversations and a
+    stretch of text or None."""
+    batch, text = shard
+    seen = image_tokens(model.model.visual, patchify(batch["scenes"], processor))
+    hidden = model.model(
+        input_ids=batch["ids"],
+        attention_mask={"full_attention": batch["mask"]},
+        position_ids=batch["positions"],
+        mm_encoder_outputs={
+            "image": BaseModelOutputWithPooling(pooler_output=(seen.flatten(0, 1),))
+        },
+        use_cache=False,
+    ).last_hidden_state
+    target, learn, asked = (batch[name][:, 1:] for name in ("ids", "learn", "asked"))
+    answers, questions = (model.lm_head(hidden[:, :-1][mask]).float() for mask in (learn, asked))
+    prose = torch.zeros(())
+    if text is not None:
+        words = model.lm_head(
+            model.model(input_ids=text[:, :-1], use_cache=False).last_hidden_state[0]
+        ).float()
+        prose = F.cross_entropy(words, text[0, 1:])
+    return (
+        F.cross_entropy(answers, target[learn]),
+        0.2 * F.cross_entropy(questions, target[asked]),
+        0.5 * prose,
+        0.5 * sum(namer.losses(seen, batch["scenes"])),
+    )
+
+
 def train_model(
     model, processor, namer: Namer, documents: list[str], seed: int, steps: int
 ) -> None:
@@ -386,35 +213,7 @@ def train_model(
         processor.tokenizer(documents)["input_ids"], end, 513, stream(seed, "order")
     )
 
-    def losses(shard):
-        batch, text = shard
-        seen = image_tokens(model.model.visual, patchify(batch["scenes"], processor))
-        hidden = model.model(
-            input_ids=batch["ids"],
-            attention_mask={"full_attention": batch["mask"]},
-            position_ids=batch["positions"],
-            mm_encoder_outputs={
-                "image": BaseModelOutputWithPooling(pooler_output=(seen.flatten(0, 1),))
-            },
-            use_cache=False,
-        ).last_hidden_state
-        target, learn, asked = (batch[name][:, 1:] for name in ("ids", "learn", "asked"))
-        answers, questions = (
-            model.lm_head(hidden[:, :-1][mask]).float() for mask in (learn, asked)
-        )
-        prose = torch.zeros(())
-        if text is not None:
-            words = model.lm_head(
-                model.model(input_ids=text[:, :-1], use_cache=False).last_hidden_state[0]
-            ).float()
-            prose = F.cross_entropy(words, text[0, 1:])
-        return (
-            F.cross_entropy(answers, target[learn]),
-            0.2 * F.cross_entropy(questions, target[asked]),
-            0.5 * prose,
-            0.5 * sum(namer.losses(seen, batch["scenes"])),
-        )
-
+    losses = partial(shard_losses, model, processor, namer)
     model.model.language_model.set_attn_implementation("train_demo")
     averages, began = np.zeros(4), time.time()
     for step in range(steps):
