@@ -50,6 +50,7 @@ setup(
         "pillow>=11",
         "jinja2>=3.1",
         "rich>=14",
+        "argcomplete>=3.5",
         "pyyaml>=6",
     ],
     extras_require={

@@ -2,6 +2,8 @@
 own."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from auto_mmround import cli
+from auto_mmround import cli, flags
 from auto_mmround.model.loading import DEMO
+from auto_mmround.recipe.recipe import KEYS
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--iters", "1", "--nsamples", "8", "--seqlen", "64", "--device", "cpu"]
@@ -212,3 +215,67 @@ def test_patterns_that_match_nothing_name_the_nearest(flag, pattern, near, capsy
     assert cli.main(["plan", "--model", "demo", "--device", "cpu", flag, pattern]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"layer pattern '{pattern}' matches no linear layer; nearest:" in line and near in line
+
+
+def told(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_first_help_screen_is_short_and_the_other_has_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    short, every = told(capsys, "-h"), told(capsys, "--help-all")
+    assert len(short.splitlines()) <= 55 and max(map(len, short.splitlines())) <= 90
+    named = set(re.findall(r"^  --(\w+)", short, re.MULTILINE))
+    assert named == {*flags.USUAL, "help_all", "version"}
+    assert len(re.findall(r"^  auto-round-mllm ", short, re.MULTILINE)) == 3
+    assert all(re.search(rf"^  {name} ", short, re.MULTILINE) for name in [*flags.COMMANDS][1:])
+    for name, key in KEYS.items():
+        own = re.findall(rf"^  --{name}(?: |$)", every, re.MULTILINE)
+        assert len(own) == bool(key.text), name
+        assert all(f"--{other}" in every for other in (*key.names, *(key.off or ())[:1])), name
+        assert f"\n{key.section}:\n" in every
+    assert told(capsys, "plan", "-h").count("--") < 30
+
+
+def test_every_command_has_flags_help_and_a_way_to_run(capsys):
+    assert cli.RUN.keys() == flags.COMMANDS.keys()
+    for name in flags.COMMANDS:
+        assert flags.COMMANDS[name].text.rstrip(".") in " ".join(told(capsys, name, "-h").split())
+
+
+def completed(line: str) -> set[str]:
+    """What a shell offers for the line, asked as bash asks."""
+    answer = "import os, sys; sys.path.insert(0, '.'); from auto_mmround.cli import main; main()"
+    asking = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asking |= {
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_TYPE": "9",
+        "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", answer], cwd=ROOT, env=os.environ | asking,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {word.strip() for word in done.stdout.split("\n") if word.strip()}
+
+
+def test_a_shell_completes_commands_flags_and_values(capsys):
+    pytest.importorskip("argcomplete", reason="pip install argcomplete")
+    assert {"eval", "verify", "plan"} <= completed("auto-round-mllm ")
+    assert completed("auto-round-mllm --group") == {"--group_size"}
+    assert completed("auto-round-mllm plan --act_s") == {"--act_static"}
+    assert completed("auto-round-mllm verify . --eng") == {"--engine"}
+    assert {"auto", "gptq", "rtn"} <= completed("auto-round-mllm --algorithm ")
+    for shell, word in (("bash", "complete "), ("zsh", "compdef"), ("fish", "complete --command")):
+        assert cli.main(["completion", shell]) == 0
+        code = capsys.readouterr().out
+        assert word in code and "auto-round-mllm" in code and "auto_round_mllm" in code
+
+
+def test_completion_without_its_library_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "argcomplete", None)  # as if it were not installed
+    assert cli.main(["completion", "bash"]) == 2
+    assert "pip install argcomplete" in capsys.readouterr().err

@@ -90,6 +90,8 @@ def test_nothing_imports_the_shelves_by_name():
 def test_mistakes_are_answered_before_heavy_imports():
     for path in (
         "cli.py",
+        "flags.py",
+        "completion.py",
         "__init__.py",
         "errors.py",
         "untrusted.py",

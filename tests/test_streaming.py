@@ -180,7 +180,7 @@ def test_models_are_streamed_where_they_take_most_of_the_memory(folder, monkeypa
         "--seed=1": None,
         "--low_cpu_mem_mode=2": True,
     }
-    assert {word: parse_recipe([word], "x")[0].streams for word in words} == words
+    assert {word: parse_recipe([word])[0].streams for word in words} == words
 
 
 def test_states_in_files_vanish_with_their_tensors(tmp_path):
