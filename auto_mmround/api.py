@@ -25,6 +25,7 @@ from auto_mmround.report import report
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.given import is_from
+from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, folder_name, model_label
@@ -131,7 +132,8 @@ class AutoRoundMLLM:
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:
-                quantize(model, job.recipe, job.plan, job.inputs, finished, watcher, holder)
+                with naming(job.inputs):
+                    quantize(model, job.recipe, job.plan, job.inputs, finished, watcher, holder)
             finally:
                 _WRITTEN[model] = {
                     name: mark for name, mark in _marks(model).items() if marks.get(name) != mark

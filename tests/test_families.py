@@ -17,7 +17,7 @@ from tiny_models import FAMILIES, Tiny, conversation, tiny_tokenizer
 from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 from auto_mmround import cli
-from auto_mmround.calibration.inputs import with_decoder_ids
+from auto_mmround.calibration.ready import with_decoder_ids
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import read_checkpoint
 from auto_mmround.families import FAMILIES as KNOWN

@@ -38,16 +38,20 @@ def told(what: str) -> Iterator[None]:
     except UserError:
         raise
     except MISTAKES as error:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename != __file__
-        ]
-        frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
-        inside = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
-        where = f" ({Path(inside[-1].filename).name} line {inside[-1].lineno})" if inside else ""
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{what} failed{where}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{what} failed{blamed(error)}") from error
+
+
+def blamed(error: BaseException) -> str:
+    """Where an error was raised, and why: " (file.py line 3): KeyError: 'text'"."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith("<frozen importlib")
+    ]
+    inside = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
+    where = f" ({Path(inside[-1].filename).name} line {inside[-1].lineno})" if inside else ""
+    reason = (str(error).splitlines() or [""])[0]
+    return f"{where}: {type(error).__name__}: {reason}"
 
 
 def find(path: str, what: str) -> Any:

@@ -2,7 +2,7 @@
 among its tokens."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 
 from auto_mmround.calibration import media
+from auto_mmround.calibration.dotted import MISTAKES, blamed
 from auto_mmround.calibration.processor import Processor, hearing, render
+from auto_mmround.calibration.ready import PER_TOKEN, check_lengths, tensors, with_decoder_ids
 from auto_mmround.calibration.roots import MediaError, Roots
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
@@ -32,17 +34,6 @@ TOKEN_IDS = {
     "audio_token_id": AUDIO,
     "audio_token_index": AUDIO,
 }
-# Outputs of a processor with one entry a token along dimension 1: they are cut together.
-PER_TOKEN = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "position_ids",
-    "cross_attention_mask",
-    "decoder_input_ids",
-    "decoder_attention_mask",
-)
 MIN_TOKENS = 32
 BEHIND = "text behind the model's last position"
 CAUSES = (TemplateError, ValueError, IndexError)
@@ -78,31 +69,6 @@ def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
     are the decoder's. (1, 0) where it reads no words."""
     ids: Tensor = kwargs.get("decoder_input_ids", kwargs.get("input_ids", torch.empty(1, 0).long()))
     return ids
-
-
-def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first
-    token."""
-    found = dict(kwargs)
-    labels = found.pop("labels", None)
-    if (
-        labels is None
-        or "decoder_input_ids" in found
-        or not getattr(config, "is_encoder_decoder", False)
-    ):
-        return found
-    start = torch.full_like(labels[:, :1], _token(config, "decoder_start", "bos", "pad"))
-    words = labels[:, :-1].masked_fill(labels[:, :-1] < 0, _token(config, "pad", "eos"))
-    found["decoder_input_ids"] = torch.cat([start, words], 1)
-    return found
-
-
-def _token(config: Any, *names: str) -> int:
-    """The first of some special tokens that a configuration names, itself or for its text; 0
-    without any."""
-    places = (config, config.get_text_config(decoder=True))
-    ids = (getattr(place, f"{name}_token_id", None) for name in names for place in places)
-    return next((found for found in ids if isinstance(found, int)), 0)
 
 
 def placeholder_ids(config: Any) -> dict[int, int]:
@@ -236,24 +202,10 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
     )
 
 
-def _tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Ready inputs of the model as tensors; BadSample names what is none."""
-    found: dict[str, Tensor] = {}
-    for key, value in values.items():
-        try:
-            found |= {} if value is None else {key: torch.as_tensor(value)}
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise BadSample(
-                "form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})"
-            ) from None
-    return found
-
-
 @dataclass(frozen=True)
 class Encoder:
     """Everything needed to turn one sample into a ModelInput. positions: tokens that the model has
-    room for at all."""
+    room for at all. accept: see `Preparers`."""
 
     tokenizer: Any
     processor: Any
@@ -265,15 +217,17 @@ class Encoder:
     truncation: bool
     prompt: bool
     positions: int | None = None
+    accept: Callable[[ModelInput], None] = lambda made: None
 
     def __call__(self, sample: Sample) -> ModelInput:
         """Raises BadSample with the reason when the sample can't be used."""
+        made = self._made(sample)
+        self.accept(made)
+        return made
+
+    def _made(self, sample: Sample) -> ModelInput:
         if sample.inputs is not None:
-            kwargs = with_decoder_ids(_tensors(sample.id, sample.inputs), self.config)
-            kinds_T = modality(kwargs, self.config)
-            return self._bounded(
-                ModelInput(sample.id, kwargs, kinds_T, torch.ones(len(kinds_T), dtype=torch.bool))
-            )
+            return self._ready(sample.id, sample.inputs)
         if self.tokenizer is None and sample.input_ids is None:
             raise UserError(f"sample {sample.id} is text, and there is no tokenizer: give one")
         if sample.text is not None or sample.input_ids is not None:
@@ -287,6 +241,9 @@ class Encoder:
         except CAUSES as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadSample("refused by the processor", f"sample {sample.id}: {reason}") from error
+        except MISTAKES as error:
+            message = f"sample {sample.id}: the processor fails on it{blamed(error)}"
+            raise BadSample("refused by the processor", message) from error
 
     def long_enough(self, sample: Sample) -> ModelInput:
         """As calling it; a sample of fewer than MIN_TOKENS tokens is a bad one."""
@@ -294,6 +251,13 @@ class Encoder:
         if len(made.modality_T) < min(MIN_TOKENS, self.seqlen):
             raise BadSample("too short", f"sample {made.id} has fewer than {MIN_TOKENS} tokens")
         return made
+
+    def _ready(self, label: str, inputs: Mapping[str, Any]) -> ModelInput:
+        kwargs = with_decoder_ids(tensors(label, inputs), self.config)
+        kinds_T = modality(kwargs, self.config)
+        return self._bounded(
+            ModelInput(label, kwargs, kinds_T, torch.ones(len(kinds_T), dtype=torch.bool))
+        )
 
     def _plain(self, sample: Sample) -> ModelInput:
         ids = sample.input_ids
@@ -332,6 +296,7 @@ class Encoder:
 
     def _chat(self, sample: Sample) -> ModelInput:
         kwargs = self.family.encode(sample, self.template, prompt=self.prompt)
+        check_lengths(sample.id, kwargs)
         ids = token_ids(kwargs)
         own = getattr(self.family, "modality", None)
         kinds_T = own(kwargs) if own else modality(kwargs, self.config)

@@ -215,7 +215,8 @@ def pick(
 @dataclass(frozen=True)
 class Preparers:
     """What turns rows into inputs of one model. processor_name: one of ours, by its name or file.
-    positions: tokens that the model has room for; longer samples are cut, and that is counted."""
+    positions: tokens that the model has room for; longer samples are cut, and that is counted.
+    accept: is shown each input, and raises BadSample for one that the model does not take."""
 
     tokenizer: Any
     processor: Any = None
@@ -224,6 +225,7 @@ class Preparers:
     image_processor: Any = None
     processor_name: str | None = None
     positions: int | None = None
+    accept: Callable[[ModelInput], None] = lambda made: None
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,7 @@ def _encoder(of: Preparers, reading: Reading) -> Encoder:
         of.tokenizer, of.processor, family, of.template, of.config,
         roots.parse_roots(reading.extra_data_dir, reading.allow_url),
         min(reading.seqlen, of.positions or reading.seqlen),
-        reading.truncation, reading.prompt, of.positions,
+        reading.truncation, reading.prompt, of.positions, of.accept,
     )  # fmt: skip
 
 

@@ -1,15 +1,18 @@
 """One greedy answer of a model, to look at beside the figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import PER_TOKEN, TEXT, ModelInput
+from auto_mmround.calibration.inputs import TEXT, ModelInput
+from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.evaluate.metrics import moved
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.passes import taking
 from auto_mmround.model.positions import room
 from auto_mmround.model.speaking import speaking
 
@@ -37,13 +40,18 @@ def generate_sample(
     )
     kwargs, start = prompt_of(sample, bool(loaded.model.config.is_encoder_decoder))
     count = room(loaded.model, start, max_new_tokens)
-    with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        ids = speaking(loaded.model).generate(
-            **moved(loaded.model, kwargs), max_new_tokens=count, do_sample=False
-        )  # type: ignore[operator]
+    ids = generated(loaded.model, moved(loaded.model, kwargs), max_new_tokens=count)
     shown = sample.modality_T[:start] == TEXT
     prompt = loaded.tokenizer.decode(sample.kwargs["input_ids"][0, :start][shown]) if start else ""
     return Generated(prompt, loaded.tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+
+
+def generated(model: PreTrainedModel, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
+    """Ids (1, T) that the model writes greedily, behind those it was given. Raises NotTaken."""
+    own: Any = speaking(model)
+    with torch.inference_mode(), devices.products(model.device, model.dtype), taking(model, kwargs):
+        made: Tensor = own.generate(**kwargs, do_sample=False, **options)
+        return made
 
 
 def prompt_of(sample: ModelInput, encoder_decoder: bool = False) -> tuple[dict[str, Any], int]:

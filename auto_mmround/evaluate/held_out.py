@@ -6,7 +6,7 @@ from auto_mmround.calibration import samples
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.loading import DEMO, Loaded
 from auto_mmround.run.job import preparers
-from auto_mmround.run.met import check_vocabulary
+from auto_mmround.run.met import check_inputs
 
 HELD_OUT = DEMO.parent / "heldout"
 MANY = 10**9
@@ -45,5 +45,5 @@ def held_out(
             ),
         )
         inputs += made
-    check_vocabulary(loaded.model, inputs)
+    check_inputs(loaded.model, inputs)
     return inputs

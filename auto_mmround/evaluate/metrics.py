@@ -16,6 +16,7 @@ from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_i
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
 from auto_mmround.model.passes import run_model
+from auto_mmround.run.met import naming
 
 
 @dataclass
@@ -92,10 +93,12 @@ def measure(
     plain_text = any(bool(sample.answer_T.all()) for sample in inputs)
     found = [Metrics() for _ in models]
     for i, sample in enumerate(inputs):
-        teacher = None if reference is None else logits_of(reference, sample.kwargs).log_softmax(-1)
-        for model, metrics in zip(models, found, strict=True):
-            scores = logits_of(model, sample.kwargs).log_softmax(-1)
-            _add_sample(metrics, scores, teacher, sample, plain_text)
+        with naming([sample]):
+            teacher = None if reference is None else logits_of(reference, sample.kwargs)
+            teacher = None if teacher is None else teacher.log_softmax(-1)
+            for model, metrics in zip(models, found, strict=True):
+                scores = logits_of(model, sample.kwargs).log_softmax(-1)
+                _add_sample(metrics, scores, teacher, sample, plain_text)
         on_sample(i)
     return found
 

@@ -11,19 +11,18 @@ import torch
 
 from auto_mmround.calibration import media, roots
 from auto_mmround.calibration.datasets import Rows, load_rows
-from auto_mmround.calibration.inputs import PER_TOKEN
+from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.samples import Reading, build
 from auto_mmround.calibration.turns import MARKER, Message
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate.generation import generated
 from auto_mmround.evaluate.held_out import MANY, parts
 from auto_mmround.evaluate.metrics import logits_of, moved
-from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import position_limit, room
-from auto_mmround.model.speaking import speaking
 from auto_mmround.run.job import preparers
-from auto_mmround.run.met import check_vocabulary
+from auto_mmround.run.met import check_inputs
 
 log = logging.getLogger("auto_mmround")
 
@@ -252,8 +251,7 @@ def answer(loaded: Loaded, prompt: Prompt) -> str:
         options["max_new_tokens"] = room(
             loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"]
         )
-    with torch.inference_mode(), devices.products(loaded.model.device, loaded.model.dtype):
-        made = speaking(loaded.model).generate(**kwargs, do_sample=False, **options)  # type: ignore[operator]
+    made = generated(loaded.model, kwargs, **options)
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
     return str(loaded.tokenizer.decode(made[0][given:], skip_special_tokens=True)).strip()
 
@@ -267,7 +265,7 @@ def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict
     made, _ = build(
         list(samples), replace(preparers(loaded, data.template), positions=None), reading
     )
-    check_vocabulary(loaded.model, made)
+    check_inputs(loaded.model, made)
     return [each.kwargs for each in made]
 
 

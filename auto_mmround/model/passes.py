@@ -3,20 +3,43 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from inspect import Parameter, signature
+from itertools import dropwhile
 from threading import get_ident
+from traceback import walk_tb
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.model.chains import hidden_of, moved
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
+from auto_mmround.untrusted import one_line
 
 Precision = Callable[[], AbstractContextManager]
 Inputs = Mapping[str, Any]
+# What the code of models raises for inputs that it does not take.
+REFUSES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+# Where Transformers puts code that comes with a model, and how it fails once what it uses is gone.
+OWN_CODE = "transformers_modules."
+OUTDATED = (AttributeError, TypeError, ImportError, NameError, LookupError)
+OURS = __name__.partition(".")[0] + "."
+
+
+class NotTaken(UserError):
+    """The model's own code fails on what it is given. kwargs: that."""
+
+    def __init__(self, message: str, kwargs: Inputs):
+        super().__init__(message)
+        self.kwargs = kwargs
 
 
 class ReachedError(Exception):
@@ -52,8 +75,48 @@ def run_model(model: Any, kwargs: Inputs) -> Any:
     others = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
     generates = others and getattr(model, "can_generate", lambda: True)()
     cached = "use_cache" in takes or generates
-    with _same_noise(device_of(model)):
+    with _same_noise(device_of(model)), taking(model, kwargs):
         return model(**kwargs, **({"use_cache": False} if cached else {}))
+
+
+@contextmanager
+def taking(model: nn.Module, kwargs: Inputs) -> Iterator[None]:
+    """To be open while the model runs on ``kwargs``. Raises NotTaken where the model's own code
+    fails; what our hooks raise goes on."""
+    try:
+        yield
+    except REFUSES as error:
+        if devices.out_of_memory(error) or _in_our_code(error):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        if type(model).__module__.startswith(OWN_CODE) and isinstance(error, OUTDATED):
+            line = (
+                f"the code that comes with the model fails ({reason}); it may be written for"
+                f" another version of Transformers than {transformers.__version__}"
+            )
+        else:
+            given = ", ".join(f"{name} {_size(value)}" for name, value in kwargs.items())
+            line = (
+                f"{type(model).__name__} fails on it ({reason}); it was given {given}: make"
+                " samples with the model's own processor"
+            )
+        raise NotTaken(line, kwargs) from error
+
+
+def _size(value: Any) -> str:
+    """1x12 for a tensor, else its class."""
+    if isinstance(value, Tensor):
+        return "x".join(map(str, value.shape)) or "number"
+    return type(value).__name__
+
+
+def _in_our_code(error: BaseException) -> bool:
+    """Whether the error was raised by code of ours that the model has called: a hook, a stand-in
+    for a block."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    called = dropwhile(lambda name: name.startswith(OURS), names)
+    inner = [name for name in called if not name.startswith("torch.")]
+    return bool(inner) and inner[-1].startswith(OURS)
 
 
 @contextmanager
@@ -76,30 +139,23 @@ def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
 
 
 def reached(
-    model: nn.Module,
-    stages: Sequence[Stage],
-    inputs: Sequence[Inputs],
-    precision: Precision = nullcontext,
+    model: nn.Module, stages: Sequence[Stage], kwargs: Inputs, precision: Precision = nullcontext
 ) -> set[str]:
-    """Paths of the stages that the first input of each kind runs through. A pass ends at the last
-    stage, once all others were reached."""
+    """Paths of the stages that an input runs through. The pass ends at the last stage, once all
+    others were reached. Raises NotTaken."""
     found: set[str] = set()
-    waiting = {stage.path for stage in stages}
 
     def seen(path: str) -> None:
         found.add(path)
-        waiting.discard(path)
-        if not waiting:
+        if len(found) == len(stages):
             raise ReachedError
 
-    for kwargs in {frozenset(kwargs): kwargs for kwargs in reversed(inputs)}.values():
-        with ExitStack() as stack, suppress(ReachedError), torch.no_grad(), precision():
-            for stage in stages:
-                block = model.get_submodule(stage.blocks[0])
-                hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
-                stack.callback(hook.remove)
-            waiting = {stage.path for stage in stages}
-            run_without_logits(model, kwargs)
+    with ExitStack() as stack, suppress(ReachedError), torch.no_grad(), precision():
+        for stage in stages:
+            block = model.get_submodule(stage.blocks[0])
+            hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
+            stack.callback(hook.remove)
+        run_without_logits(model, kwargs)
     return found
 
 

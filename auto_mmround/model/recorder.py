@@ -6,20 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from auto_mmround.errors import UserError
 from auto_mmround.model import passes
 from auto_mmround.model.chains import Call, Glue, first_tensor, hidden_of, map_tensors, with_hidden
 from auto_mmround.model.passes import Inputs, Precision, ReachedError
 from auto_mmround.model.structure import Stage
-from auto_mmround.untrusted import one_line
-
-# Where Transformers puts code that comes with a model, and how it fails once what it uses is gone.
-OWN_CODE = "transformers_modules."
-
-OUTDATED = (AttributeError, TypeError, ImportError, NameError, LookupError)
 
 DISTURBANCE = 0.1  # of the hidden state's own size
 
@@ -138,13 +130,6 @@ def run_recording(
             passes.run_without_logits(model, kwargs)
         except ReachedError:
             return
-        except OUTDATED as error:
-            if not type(model).__module__.startswith(OWN_CODE):
-                raise
-            raise UserError(
-                f"the code that comes with the model fails: {one_line(str(error))[:300]}; it may be"
-                f" written for another version of Transformers than {transformers.__version__}"
-            ) from error
 
 
 def disturbed_hidden(hidden: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from auto_mmround.numerics.tuner import (
 from auto_mmround.run.job import Job
 from auto_mmround.run.leaves import leaves_of, rounded
 from auto_mmround.run.loss_weights import accumulated, tower_tokens
+from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.session import Session, Window
 from auto_mmround.run.writing_cost import sizes_of, standing, writing
@@ -245,7 +246,8 @@ def estimate(
             session = Session(
                 job.loaded.model, job.recipe, job.plan, job.inputs, holder=job.loaded.holder
             )
-            with phase("planning", "lower --batch_size or --seqlen, or use a larger machine"):
+            helps = "lower --batch_size or --seqlen, or use a larger machine"
+            with phase("planning", helps), naming(job.inputs):
                 seconds, states = _calibrated(_Probe(session, clock() + budget, clock), budget)
     memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0

@@ -31,7 +31,7 @@ from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
-from auto_mmround.run.met import check_vocabulary, check_words, met
+from auto_mmround.run.met import Trial, met, naming
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
 from auto_mmround.run.out_of_memory import phase
@@ -138,18 +138,19 @@ def prepare(
         )
     chosen = choose_samples(recipe, loaded, plan, dataset)
     recipe, ready = chosen.recipe, preparers(loaded, recipe.template)
+    skip = chosen.reading.on_bad_sample == "skip"
+    trial = Trial(Session(loaded.model, recipe, plan, ()), every=skip)
     inputs, report = build(
         chosen.settings.dataset,
-        replace(ready, image_processor=image_processor, processor_name=recipe.processor),
+        replace(
+            ready, image_processor=image_processor, processor_name=recipe.processor, accept=trial
+        ),
         chosen.reading,
     )
-    check_words(loaded.model, inputs)
-    check_vocabulary(loaded.model, inputs)
-    if any(stage.name != "text" for stage in plan.stages):
-        plan = met(Session(loaded.model, recipe, plan, inputs))
+    plan = met(plan, trial.found)
     mixed = None
     if recipe.target_bits is not None:
-        with phase(WHAT, HELPS):
+        with phase(WHAT, HELPS), naming(inputs):
             session = Session(loaded.model, recipe, plan, inputs)
             recipe, plan, mixed = choose_bits(session, on_measured)
         plan = _whole(recipe, loaded, plan)  # other bits need other scales
@@ -265,7 +266,8 @@ def run(
             check_free(out, recipe.overwrite or finished.wrote(out))
         names = Names(model, source)
         check_names(names, job.plan)
-        work(finished, watcher)
+        with naming(job.inputs):
+            work(finished, watcher)
         record = _record(job, finished) | {"run": finished.run}
         result = Result(names, job.plan, recipe, source, finished.result, record)
         _write(pending, result, finished, prove)

@@ -1,29 +1,92 @@
 """Do the samples fit the model: do they reach its stages, does it know their words?"""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import PAD, TEXT, ModelInput, token_ids
+from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT, ModelInput, token_ids
+from auto_mmround.calibration.ready import PER_TOKEN
+from auto_mmround.calibration.rows import BadSample
 from auto_mmround.errors import UserError
 from auto_mmround.families import calibrates, reads_words
-from auto_mmround.model.passes import reached
+from auto_mmround.model.chains import as_dtype
+from auto_mmround.model.passes import NotTaken, reached
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import READS, input_weight
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.session import Session
 
+FEATURES = re.compile("pixel|image|video|audio|input_features|input_values")  # of names of inputs
+
 log = logging.getLogger("auto_mmround")
 
 
-def met(session: Session) -> Plan:
+class Trial:
+    """Runs samples up to the last stage's blocks: does the model take them, and which stages do
+    they reach?
+
+    every: not only the first of each kind. found: paths of the stages that were reached.
+    """
+
+    def __init__(self, session: Session, every: bool) -> None:
+        self._session, self._every = session, every
+        self._kinds: set[frozenset[str]] = set()
+        self.found: set[str] = set()
+
+    def __call__(self, made: ModelInput) -> None:
+        """Raises BadSample for a sample that the model does not take, and UserError for one whose
+        words it does not know."""
+        model, kind = self._session.model, frozenset(made.kwargs)
+        check_words(model, [made])
+        check_vocabulary(model, [made])
+        if missing := no_features(model, made):
+            raise BadSample("markers", missing)
+        if kind in self._kinds and not self._every:
+            return
+        self._kinds.add(kind)
+        kwargs = as_dtype(made.kwargs, self._session.dtype)
+        try:
+            with phase("looking for the stages that samples reach"):
+                self.found |= reached(
+                    model, self._session.plan.stages, kwargs, self._session.precision
+                )
+        except NotTaken as error:
+            raise BadSample("refused by the model", f"sample {made.id}: {error}") from error
+
+
+@contextmanager
+def naming(inputs: Sequence[ModelInput]) -> Iterator[None]:
+    """To be open while samples run through a model: what it does not take is named."""
+    try:
+        yield
+    except NotTaken as error:
+        for made in inputs:
+            if all(_alike(value, error.kwargs.get(key)) for key, value in made.kwargs.items()):
+                raise UserError(f"sample {made.id}: {error}") from error
+        raise
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether this may be the same input, on another device and in another dtype."""
+    if not isinstance(value, Tensor):
+        return True
+    if not isinstance(other, Tensor) or value.shape != other.shape:
+        return False
+    return value.is_floating_point() or torch.equal(value.cpu(), other.cpu())
+
+
+def met(plan: Plan, found: Collection[str]) -> Plan:
     """The plan without the towers that no sample reaches, which is said; all of it where none is
-    reached, which the run refuses."""
-    plan = session.plan
-    with phase("looking for the stages that samples reach"):
-        found = reached(session.model, plan.stages, session.batches, session.precision)
+    reached, which the run refuses. found: paths of the stages that samples reach."""
     missed = [stage for stage in plan.stages if stage.path not in found]
     if not any(stage.path in found and stage.name != "text" for stage in plan.stages):
         return plan
@@ -56,6 +119,34 @@ def check_words(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
                 f"sample {sample.id} is plain text, and {type(model).__name__} reads no words:"
                 f" calibrate with {' or '.join(calibrates(model)) or 'its own inputs'}"
             )
+
+
+def check_inputs(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:
+    """Raises UserError for token ids and media that the model can't read."""
+    check_vocabulary(model, inputs)
+    for missing in filter(None, (no_features(model, made) for made in inputs)):
+        raise UserError(missing)
+
+
+def no_features(model: PreTrainedModel, made: ModelInput) -> str | None:
+    """One line where places for media stand in the text, and no input that the model reads has
+    their features: most classes swallow a key that they don't know, and read the places as
+    words."""
+    kinds = {MODALITIES[kind] for kind in made.modality_T.tolist()} - {"text", "pad"}
+    takes = [key for key in signature(speaking(model).forward).parameters if key not in PER_TOKEN]
+    given = [key for key, value in made.kwargs.items() if key in takes and not _counts(value)]
+    if not kinds or given:
+        return None
+    return (
+        f"sample {made.id}: places for {' and '.join(sorted(kinds))} in its text, and no features"
+        f" that {type(model).__name__} reads among its keys ({', '.join(made.kwargs)}); it reads"
+        f" {', '.join(key for key in takes if FEATURES.search(key))}"
+    )
+
+
+def _counts(value: Any) -> bool:
+    """Whether these are ids, sizes or a mask."""
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.bool)
 
 
 def check_vocabulary(model: PreTrainedModel, inputs: Sequence[ModelInput]) -> None:

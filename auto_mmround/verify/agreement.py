@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.calibration.inputs import PER_TOKEN
+from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.model.loading import DTYPES

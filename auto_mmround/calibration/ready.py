@@ -1,0 +1,83 @@
+"""Rows that hold the model's inputs ready: ids, features, labels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_mmround.calibration.rows import BadSample
+
+# Outputs of a processor with one entry a token along dimension 1: they are cut together.
+PER_TOKEN = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "position_ids",
+    "cross_attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+)
+# Ids -> what has an entry for each of them.
+BESIDE = {
+    "input_ids": ("attention_mask", "mm_token_type_ids", "token_type_ids"),
+    "decoder_input_ids": ("decoder_attention_mask",),
+}
+
+
+def tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A row's own inputs of the model as tensors. Raises BadSample, which names what is none."""
+    found: dict[str, Tensor] = {}
+    for key, value in values.items():
+        try:
+            found |= {} if value is None else {key: torch.as_tensor(value)}
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise BadSample(
+                "form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})"
+            ) from None
+    for key in (*PER_TOKEN, "labels"):
+        if key in found and found[key].ndim == 1:
+            found[key] = found[key][None]
+    check_lengths(label, found)
+    return found
+
+
+def check_lengths(label: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises BadSample for a mask, or kinds of tokens, of another length than the ids."""
+    for ids, keys in BESIDE.items():
+        for key in keys:
+            if ids not in kwargs or not isinstance(kwargs.get(key), Tensor):
+                continue
+            wanted, got = kwargs[ids].shape[:2], kwargs[key].shape
+            if len(got) == 2 and got != wanted:
+                raise BadSample(
+                    "form",
+                    f"sample {label}: {key} has the shape {tuple(got)}, {ids} {tuple(wanted)}",
+                )
+
+
+def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first
+    token."""
+    found = dict(kwargs)
+    labels = found.pop("labels", None)
+    if (
+        labels is None
+        or "decoder_input_ids" in found
+        or not getattr(config, "is_encoder_decoder", False)
+    ):
+        return found
+    start = torch.full_like(labels[:, :1], _token(config, "decoder_start", "bos", "pad"))
+    words = labels[:, :-1].masked_fill(labels[:, :-1] < 0, _token(config, "pad", "eos"))
+    found["decoder_input_ids"] = torch.cat([start, words], 1)
+    return found
+
+
+def _token(config: Any, *names: str) -> int:
+    """The first of some special tokens that a configuration names, itself or for its text; 0
+    without any."""
+    places = (config, config.get_text_config(decoder=True))
+    ids = (getattr(place, f"{name}_token_id", None) for name in names for place in places)
+    return next((found for found in ids if isinstance(found, int)), 0)
