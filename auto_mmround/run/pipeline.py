@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -88,7 +89,8 @@ def quantize(
         teacher = listen(session) if recipe.polish else None
     done = all(finished.has(stage.blocks) for stage in plan.stages)
     if recipe.calibrates and not processes.gather(done)[0]:
-        journey.run()
+        with closing(session.served):
+            journey.run()
     else:
         for stage in plan.stages:
             for block in stage.blocks:
@@ -252,9 +254,9 @@ class _Journey:
         read = self._compared(teacher)
         target = fitting(lambda size: teacher.advanced(blocks, first, size, read))
         chains.append(target)
-        if not self._taken(
-            names, [weight for name in names for weight in session.plan.of_block(name)]
-        ):
+        planned = [weight for name in names for weight in session.plan.of_block(name)]
+        session.served.begin(session.model, planned)
+        if not self._taken(names, planned):
             tune = partial(self._tune, teacher, student, target, window)
             # Several processes measure together: one alone can't start a block again.
             fitting(tune) if session.processes.count == 1 else tune(session.batch.size)
