@@ -4,6 +4,9 @@ Pure functions of (.., in) tensors, dtype kept: the loader's hooks, `verify` and
 same numbers.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,3 +59,19 @@ def as_rows(
     peak = None if global_scale is None else E4M3_TOP * E2M1_TOP / global_scale
     rows = Nearest(x_TI.flatten(0, -2), data_type, group_size, peak)
     return rows.weight().reshape(x_TI.shape).to(x_TI.dtype)
+
+
+def straight_through(x: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``function(x, *args)``, to the bit; gradients pass as if it did nothing."""
+    found: Tensor = _StraightThrough.apply(x, function, args)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[..., Tensor], args: Any) -> Tensor:
+        return function(x, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None

@@ -39,6 +39,12 @@ class Scheme:
     act_dynamic: bool = True
     scale_range: tuple[int, int] | None = None
 
+    @property
+    def inputs_measured(self) -> bool:
+        """Whether engines round inputs by what calibration found of them: a static scale, or what
+        NVFP4 divides its scales by."""
+        return self.act_bits < 16 and (not self.act_dynamic or self.data_type == "nvfp4")
+
 
 def _weights(
     bits: int, group_size: int = 128, sym: bool = True, act_bits: int = 32, data_type: str = "int"

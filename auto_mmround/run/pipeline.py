@@ -2,12 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from auto_mmround.calibration.inputs import ModelInput, bucket, padded
@@ -38,7 +38,7 @@ from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import check_equalized
 from auto_mmround.run.record import BlockReport, block_report
 from auto_mmround.run.session import Session, Window
-from auto_mmround.run.static_inputs import input_scales
+from auto_mmround.run.static_inputs import input_scales, scales_of_window
 
 KEPT = f"finished blocks are kept, {SHORTER}"
 
@@ -83,7 +83,9 @@ def quantize(
         with phase("equalizing"):
             equalize(session, watcher.captured)
         check_equalized(model, plan)
-    journey = _Journey(session, finished, watcher, input_scales(session, watcher.captured))
+    early = plan.weights if not recipe.calibrates else [w for w in plan.weights if not w.block]
+    session.served.measured |= input_scales(session, early, watcher.captured)
+    journey = _Journey(session, finished, watcher)
     with phase("polish", f"leave --polish out, or {SHORTER}"):
         teacher = listen(session) if recipe.polish else None
     done = all(finished.has(stage.blocks) for stage in plan.stages)
@@ -126,7 +128,6 @@ class _Journey:
     session: Session
     finished: Finished
     watcher: Watcher
-    input_scales: Mapping[str, Tensor]
 
     @cached_property
     def weights(self) -> Weights:
@@ -146,7 +147,22 @@ class _Journey:
             self._tune_stage(teachers.pop(stage.path), students.pop(stage.path))
             if stages[position + 1 :] and self.session.recipe.enable_quanted_input:
                 # What the quantized stage gets wrong must reach the stages that it feeds.
-                students = self.session.record(stages[position + 1 :], self.watcher.captured)
+                before = [block for passed in stages[: position + 1] for block in passed.blocks]
+                with self._served(before):
+                    students = self.session.record(stages[position + 1 :], self.watcher.captured)
+
+    @contextmanager
+    def _served(self, blocks: Sequence[str]) -> Iterator[None]:
+        """Layers of these blocks, which are finished, round their inputs while the whole model
+        runs."""
+        session = self.session
+        planned = [weight for block in blocks for weight in session.plan.of_block(block)]
+        planned = [w for w in planned if w.scheme and w.scheme.act_bits < 16]
+        with ExitStack() as stack:
+            if any(w.name in session.experts for w in planned) and not session.holder.blocks:
+                stack.enter_context(separated(session.model, session.experts, blocks))
+            stack.enter_context(session.served.rounding(session.model, planned))
+            yield
 
     def polish(self, teacher: Before) -> None:
         """Tune scales and norms on the whole model's output."""
@@ -156,7 +172,10 @@ class _Journey:
         }
         graph = Graph(session.model, max(len(sample.modality_T) for sample in session.inputs))
         steps = PolishSteps(batch=session.recipe.batch, seed=session.recipe.seed)
-        with separated(session.model, session.experts):
+        with (
+            separated(session.model, session.experts),
+            session.served.rounding(session.model, session.plan.weights),
+        ):
             self.finished.polished = BatchSize().fitting(
                 "polish",
                 lambda size: polish(
@@ -173,7 +192,7 @@ class _Journey:
         with session.holder.resident([name]), separated(session.model, session.experts, [name]):
             if not self._taken([name], planned):
                 started = time.perf_counter()
-                tuned = leaves_of(session.model, planned, self.input_scales)
+                tuned = leaves_of(session.model, planned, session.served.measured)
                 with rounded(tuned):
                     self._finish(
                         [block_report(session.device, name, stage, tuned, None, started)],
@@ -191,6 +210,7 @@ class _Journey:
         found = self.session.processes.gather(mine)[0]
         if found is not None:
             write_back(self.session.model, planned, found[1])
+            self.session.served.take(found[1])
             if not self.session.processes.first:
                 self.finished.add(*found)
         return found is not None
@@ -239,7 +259,8 @@ class _Journey:
                     recapture, session.model, student, following, session.batches, session.precision
                 )
                 relieve = partial(moved_away, [student], session.disk)
-                student = BatchSize().fitting(window.names[-1], again, relieve)
+                with self._served(self._before(student.stage, following)):
+                    student = BatchSize().fitting(window.names[-1], again, relieve)
 
         session.walk(teacher.stage, visit, behind, recipe.nblocks)
 
@@ -252,15 +273,25 @@ class _Journey:
         read = self._compared(teacher)
         target = fitting(lambda size: teacher.advanced(blocks, first, size, read))
         chains.append(target)
-        if not self._taken(
-            names, [weight for name in names for weight in session.plan.of_block(name)]
-        ):
-            tune = partial(self._tune, teacher, student, target, window)
-            # Several processes measure together: one alone can't start a block again.
-            fitting(tune) if session.processes.count == 1 else tune(session.batch.size)
-        if not session.recipe.enable_quanted_input or names[-1] == student.stage.blocks[-1]:
-            return target, target  # nobody reads what the last block gives
-        return target, fitting(lambda size: student.advanced(blocks, first, size))
+        planned = [weight for name in names for weight in session.plan.of_block(name)]
+        # Several processes measure together: one alone can't start a block again.
+        alone = fitting if session.processes.count == 1 else lambda work: work(session.batch.size)
+        taken = self._taken(names, planned)
+        if not taken:
+            measure = partial(scales_of_window, session, student, window, planned)
+            session.served.measured |= alone(measure)
+        with session.served.rounding(session.model, planned):
+            if not taken:
+                alone(partial(self._tune, teacher, student, target, window))
+            if not session.recipe.enable_quanted_input or names[-1] == student.stage.blocks[-1]:
+                return target, target  # nobody reads what the last block gives
+            return target, fitting(lambda size: student.advanced(blocks, first, size))
+
+    def _before(self, stage: Stage, count: int) -> list[str]:
+        """Blocks of earlier stages, and the first ``count`` of this one."""
+        stages = self.session.plan.stages
+        earlier = stages[: next(i for i, own in enumerate(stages) if own.path == stage.path)]
+        return [*(block for own in earlier for block in own.blocks), *stage.blocks[:count]]
 
     def _compared(self, teacher: Chain) -> list[int] | None:
         """Entries of a chain whose outputs the student's are compared with: without sign steps only
@@ -293,7 +324,10 @@ class _Journey:
         )  # fmt: skip
         planned = [weight.name for name in names for weight in session.plan.of_block(name)]
         moments = measure(planned) if recipe.closed_form else {}
-        tuned = {name: leaves_of(session.model, session.plan.of_block(name)) for name in names}
+        tuned = {
+            name: leaves_of(session.model, session.plan.of_block(name), session.served.measured)
+            for name in names
+        }
         leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
         forward = forward_of(student, blocks, first, target, loss_weights, places)
         turns = in_turn(moments, names) if recipe.in_turn else []

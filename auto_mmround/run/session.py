@@ -29,6 +29,7 @@ from auto_mmround.run.loss_weights import Weights, kinds_of
 from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import ALONE, Processes
+from auto_mmround.run.served import ServedInputs
 
 # Blocks of a class that are worth compiling it unasked: a minute or so, against a second a block.
 # Experts that run one after another are not: their code is as many pieces as there are experts.
@@ -51,7 +52,7 @@ class Session:
     """What everything that runs calibration samples through a model needs.
 
     inputs: the samples. disk: puts a hidden state into a file. batch: how many samples run
-      together.
+      together. served: what rounds the inputs of the student's layers.
     """
 
     model: PreTrainedModel
@@ -62,6 +63,7 @@ class Session:
     holder: Holder = field(default_factory=InMemory)
     processes: Processes = ALONE
     batch: BatchSize = field(default_factory=BatchSize)
+    served: ServedInputs = field(default_factory=ServedInputs)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -272,7 +274,8 @@ class Session:
                 current[:] = group
                 if teacher is not None:
                     collected.next_pass(teacher=True)
-                    teacher.run_group(window.blocks, window.first, group)
+                    with self.served.untouched():
+                        teacher.run_group(window.blocks, window.first, group)
                 collected.next_pass()
 
             yield collected, begin

@@ -1,0 +1,308 @@
+"""Where engines round the inputs of layers, the student is tuned on rounded inputs, and the teacher
+never sees any."""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from test_undone import OUT, Calls, places_in, samples, tiny_llama
+from tiny_models import FAMILIES
+from two_processes import mixed_inputs, tiny_model
+
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.errors import UserError
+from auto_mmround.model import devices
+from auto_mmround.model.capture import capture
+from auto_mmround.model.experts import separated
+from auto_mmround.numerics.activations import rounded_inputs, straight_through
+from auto_mmround.numerics.start import Collector
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import pipeline as pipelines
+from auto_mmround.run.finished import Finished
+from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.plan import make_plan
+
+W8A8 = Recipe(
+    bits=8, group_size=-1, act_bits=8, format="compressed_tensors", iters=2, batch_size=4,
+    gradient_accumulate_steps=1, amp=False, quant_nontext_module=True,
+)  # fmt: skip
+W4A8 = replace(W8A8, bits=4, group_size=16)
+
+
+def tuned(model, inputs, recipe=W4A8, finished=None):
+    finished = Finished() if finished is None else finished
+    plan = make_plan(model, recipe)
+    quantize(model, recipe, plan, inputs, finished)
+    return finished, plan
+
+
+def hooks_of(model):
+    return [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+@contextmanager
+def served(model, plan):
+    """The model with the inputs of all quantized layers rounded, by plain hooks."""
+    with ExitStack() as stack:
+        stack.enter_context(separated(model))
+        for name, scheme in plan.quantized.items():
+            how = scheme.data_type, scheme.act_bits, scheme.group_size
+            stack.callback(
+                model.get_submodule(name)
+                .register_forward_pre_hook(
+                    lambda _, args, how=how: (rounded_inputs(args[0], *how), *args[1:])
+                )
+                .remove
+            )
+        yield
+
+
+def family_inputs(name):
+    found = []
+    for i, kwargs in enumerate(FAMILIES[name].samples(4)):
+        kind_T = torch.zeros(kwargs["input_ids"].shape[1], dtype=torch.int8)
+        found.append(ModelInput(str(i), kwargs, kind_T, torch.ones(len(kind_T), dtype=torch.bool)))
+    return found
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What tuning is given: (stage, first block) -> hidden states of student and of target."""
+    seen = {}
+    forward_of = pipelines.forward_of
+
+    def spy(student, blocks, first, target, *rest):
+        before = [hidden.clone() for hidden in student.hidden]
+        behind = [hidden.clone() for hidden in target.hidden]
+        seen[student.stage.path, first] = before, behind
+        return forward_of(student, blocks, first, target, *rest)
+
+    monkeypatch.setattr(pipelines, "forward_of", spy)
+    return seen
+
+
+def blocks_in(model, path, inputs):
+    """Block -> inputs and outputs of the model as it is, for each sample that reaches the stage."""
+    found = {}
+
+    def hook(i, _, args, kwargs, output):
+        x = args[0] if args else kwargs["hidden_states"]
+        y = output if isinstance(output, torch.Tensor) else output[0]
+        found.setdefault(i, []).append((x, y))
+
+    blocks = model.get_submodule(path)
+    handles = [b.register_forward_hook(partial(hook, i), with_kwargs=True)
+               for i, b in enumerate(blocks)]  # fmt: skip
+    with torch.no_grad():
+        for sample in inputs:
+            model(**sample.kwargs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_rounding_is_the_engines_to_the_bit_and_gradients_pass():
+    x = (torch.randn(3, 40) * torch.rand(40) * 9).bfloat16().requires_grad_(True)
+    for how in (("int", 8, -1), ("fp8", 8, -1), ("mxfp8", 8, 32)):
+        out = straight_through(x, rounded_inputs, *how)
+        assert torch.equal(out, rounded_inputs(x.detach(), *how))
+        (grad,) = torch.autograd.grad((out * torch.arange(40)).sum(), x)
+        assert torch.equal(grad, torch.arange(40.0).bfloat16().expand(3, 40))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"nblocks": 2}, {"retarget": True}, {"true_sequential": True}, {"algorithm": "gptq"},
+     {"algorithm": "sign_round"}, {"enable_torch_compile": True}],
+)  # fmt: skip
+def test_the_student_is_given_what_the_served_model_gives_and_the_teacher_is_untouched(
+    changes, given, monkeypatch
+):
+    row = replace(devices.TABLE["cpu"], compiler="eager")
+    monkeypatch.setitem(devices.TABLE, "cpu", row)
+    model, inputs = tiny_model(), mixed_inputs()
+    teacher = {path: blocks_in(model, path, inputs)
+               for path in ("model.visual.blocks", "model.language_model.layers")}  # fmt: skip
+    _, plan = tuned(model, inputs, replace(W4A8, **changes))
+    assert not hooks_of(model)
+    with served(model, plan):
+        student = {path: blocks_in(model, path, inputs) for path in teacher}
+    width = changes.get("nblocks", 1)
+    assert len(given) == 4 // width
+    for (path, first), (before, behind) in given.items():
+        for i, (x, y) in enumerate(zip(before, behind, strict=True)):
+            wanted = student[path][first][i][0]
+            torch.testing.assert_close(x.view_as(wanted), wanted, rtol=1e-3, atol=1e-3)
+            plain = teacher[path][first + width - 1][i][1]
+            if y.numel():  # without sign steps only some are compared with
+                torch.testing.assert_close(y.view_as(plain), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3n_text", "gpt2", "qwen3_vl", "whisper"])
+def test_families_hand_on_rounded_inputs(name, given):
+    """Experts, keys that later blocks read, features that join between blocks, Conv1D."""
+    inputs = [
+        ModelInput(str(i), kwargs, kind_T := torch.zeros(n, dtype=torch.int8), kind_T == 0)
+        for i, kwargs in enumerate(FAMILIES[name].samples(4))
+        for n in [next(v.shape[1] for k, v in kwargs.items() if k.endswith("input_ids"))]
+    ]
+    model = FAMILIES[name].build()
+    _, plan = tuned(model, inputs, W4A8)
+    with served(model, plan):
+        chains = capture(model, plan.stages, [sample.kwargs for sample in inputs])
+        for path, chain in chains.items():
+            blocks = [model.get_submodule(block) for block in chain.stage.blocks]
+            for first in range(len(blocks)):
+                for i, x in enumerate(given[path, first][0]):
+                    wanted = chain.run_group(blocks[:first], 0, [i]) if first else chain.hidden[i]
+                    torch.testing.assert_close(x, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_solving_for_the_teachers_outputs_reads_the_teachers_own_inputs(monkeypatch):
+    kinds = {True: 0, False: 0}
+    see = Collector.see
+
+    def spy(self, name, x):
+        if name.startswith("model.layers"):
+            again = rounded_inputs(x, "int", 8, -1)
+            rounded = torch.allclose(x, again, rtol=1e-5, atol=1e-6)
+            assert rounded is not self._listening
+            kinds[self._listening] += 1
+        see(self, name, x)
+
+    monkeypatch.setattr(Collector, "see", spy)
+    tuned(tiny_llama(2), samples(), replace(W4A8, retarget=True, algorithm="gptq"))
+    assert kinds[True] == kinds[False] > 0
+
+
+def test_layers_that_read_one_tensor_share_their_moments(monkeypatch):
+    seen = []
+    moments = Collector.moments
+
+    def spy(self):
+        seen.append({name: id(found) for name, found in moments(self).items()})
+        return moments(self)
+
+    monkeypatch.setattr(Collector, "moments", spy)
+    tuned(tiny_llama(), samples())
+    assert len(seen[0]) == 7 and len(set(seen[0].values())) == 4
+
+
+PASS = pipelines._Journey._pass
+
+
+@pytest.mark.parametrize("error", [OUT, KeyboardInterrupt(), UserError("stop")])
+@pytest.mark.parametrize("part", range(4))
+def test_no_hook_is_left_whatever_happens(error, part):
+    places = places_in(PASS, lambda: tuned(tiny_llama(), samples()))
+    model, at = tiny_llama(), (2 * part + 1) * len(places) // 8
+    with Calls(PASS, error, at):
+        if error is OUT:  # tried again with fewer samples
+            tuned(model, samples())
+        else:
+            with pytest.raises(type(error)):
+                tuned(model, samples())
+    assert not hooks_of(model)
+
+
+def test_after_a_lack_of_memory_inputs_are_rounded_once(given, monkeypatch):
+    """Codes are those of a run with fewer samples at a time from the start."""
+    narrow = replace(W4A8, batch_size=2, gradient_accumulate_steps=2)
+    wanted, _ = tuned(tiny_llama(2), samples(), narrow)
+    places = places_in(pipelines._Journey._tune, lambda: tuned(tiny_llama(2), samples()))
+    with Calls(pipelines._Journey._tune, OUT, len(places) // 2):
+        found, _ = tuned(tiny_llama(2), samples())
+    assert_same_codes(found, wanted)
+
+
+def assert_same_codes(found, wanted):
+    assert list(found.codes) == list(wanted.codes)
+    for name, codes in wanted.codes.items():
+        for one, other in zip(found.codes[name], codes, strict=True):
+            same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+            assert same, name
+
+
+@pytest.mark.parametrize("changes", [{}, {"nblocks": 2}, {"retarget": True}])
+def test_a_run_that_goes_on_hands_over_rounded_inputs(changes):
+    recipe = replace(W4A8, **changes)
+    whole, _ = tuned(tiny_llama(4), samples(), recipe)
+    half = Finished()
+    for report in list(whole.reports.values())[:2]:
+        names = [name for name in whole.codes if name.startswith(f"{report.name}.")]
+        half.add([report], {name: whole.codes[name] for name in names})
+    tuned(tiny_llama(4), samples(), recipe, half)
+    assert_same_codes(half, whole)
+
+
+def test_compiled_blocks_round_their_inputs_too(monkeypatch):
+    made = []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    plain, _ = tuned(tiny_llama(2), samples())
+    row = replace(devices.TABLE["cpu"], compiler=counting)
+    monkeypatch.setitem(devices.TABLE, "cpu", row)
+    compiled, _ = tuned(tiny_llama(2), samples(), replace(W4A8, enable_torch_compile=True))
+    assert made  # the teacher's passes
+    assert_same_codes(compiled, plain)
+
+
+def loss(model, teacher, inputs, kind):
+    """Mean squared error of the logits at tokens of this kind."""
+    total = count = 0.0
+    with torch.no_grad():
+        for sample in inputs:
+            at_T = sample.modality_T == kind
+            gap = model(**sample.kwargs).logits[0] - teacher(**sample.kwargs).logits[0]
+            total += gap[at_T].square().sum().item()
+            count += at_T.sum().item()
+    return total / count
+
+
+@pytest.mark.parametrize("recipe", [W8A8, W4A8])
+def test_an_outlier_channel_of_one_modality_is_repaired(recipe):
+    """Images come with a channel forty times as large: a token's one scale leaves the other channels
+    of theirs few steps. SmoothQuant moves it into the weights, by modality; tuning goes on there."""
+
+    def model():
+        made = tiny_model()
+        with torch.no_grad():  # what the tower hands to the text
+            made.model.visual.merger.mlp[2].bias[7] = 40.0
+        return made
+
+    recipe = replace(recipe, quant_nontext_module=False, iters=10)
+    inputs, teacher, found = mixed_inputs(), model(), {}
+    for way, changes in {
+        "nearest": {"algorithm": "rtn"},
+        "tuned": {"equalize": "smoothquant"},
+    }.items():
+        student = model()
+        _, plan = tuned(student, inputs, replace(recipe, **changes))
+        with served(student, plan):
+            found[way] = [loss(student, teacher, inputs, kind) for kind in (0, 1)]
+    assert found["tuned"][1] < 0.5 * found["nearest"][1]
+    assert found["tuned"][0] < found["nearest"][0]
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "sign_round"])
+@pytest.mark.parametrize("recipe", [W8A8, W4A8])
+def test_it_is_never_worse_than_where_it_starts(recipe, algorithm):
+    model = tiny_llama(2)
+    untouched = tiny_llama(2)
+    finished, plan = tuned(model, samples(24), replace(recipe, algorithm=algorithm, iters=8))
+    for report in finished.reports.values():
+        assert report.end <= report.start
+    # and the reports speak of rounded inputs: the last block's error is that of the served model
+    inputs = [sample for i, sample in enumerate(samples(24)) if i in (0, 8, 16)]
+    with served(model, plan):
+        found = blocks_in(model, "model.layers", inputs)[1]
+    wanted = blocks_in(untouched, "model.layers", inputs)[1]
+    gaps = [(one[1] - two[1]).square() for one, two in zip(found, wanted, strict=True)]
+    error = torch.cat([gap.flatten() for gap in gaps]).mean().item()
+    assert report.end == pytest.approx(error, rel=0.05)
