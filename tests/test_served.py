@@ -267,8 +267,8 @@ def loss(model, teacher, inputs, kind):
 
 @pytest.mark.parametrize("recipe", [W8A8, W4A8])
 def test_an_outlier_channel_of_one_modality_is_repaired(recipe):
-    """Images come with a channel forty times as large: a token's one scale leaves the other channels
-    of theirs few steps. SmoothQuant moves it into the weights, by modality; tuning goes on there."""
+    """Images come with a channel forty times as large: a token's one scale leaves the others
+    few steps. SmoothQuant moves it into the weights, by modality; tuning goes on there."""
 
     def model():
         made = tiny_model()
