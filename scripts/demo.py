@@ -11,7 +11,7 @@ import datetime
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from auto_mmround.run.record import machine
 from auto_mmround.verify import proof
 from auto_mmround.verify.verify import verify
 
+BASE = Recipe(model="demo", dataset="demo", output_dir=".demo", overwrite=True)
 FORMATS = "auto_round,auto_round:auto_awq,auto_gptq,auto_awq"
 
 
@@ -106,69 +107,91 @@ def as_markdown(results: dict[str, Metrics], lines: list[str], seconds: float, p
     )
 
 
+@dataclass
+class Run:
+    """One width: the bits, its folders, and the models that its report compares."""
+
+    bits: int
+    job: jobs.Job
+    folders: list[Path]
+    models: dict[str, Loaded]
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What the tables call the models."""
+        return "full precision", f"W{self.bits} round to nearest", f"W{self.bits} tuned"
+
+
+def run(bits: int, full: Loaded) -> Run:
+    """Tune at that width, and round to nearest for comparison."""
+    recipe = replace(BASE, bits=bits, format=FORMATS if bits == 4 else "auto_round")
+    plain, _ = quantized(replace(recipe, iters=0, format="auto_round", output_dir=".demo/rtn"))
+    job, folders = quantized(recipe)
+    models = {"reference": full, "baseline": plain.loaded, "quantized": job.loaded}
+    return Run(bits, job, folders, models)
+
+
+def measured(full: Loaded, runs: list[Run]) -> dict[str, Metrics]:
+    """Figures of all models on held-out data, by name."""
+    models = {name: model for each in runs for name, model in zip(each.names, each.models.values())}
+    inputs = held_out(full, "demo")
+    console.print(
+        f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False
+    )
+    found = measure([each.model for each in models.values()], inputs, reference=full.model)
+    return dict(zip(models, found, strict=True))
+
+
+def keep(
+    folder: Path | None, results: dict[str, Metrics], lines: list[str], seconds: float, peak: float
+) -> None:
+    """What was found, into `.demo/result.json`, and with the date into a folder if there is one."""
+    console.print(f"{seconds:.0f} s, peak memory {peak:.1f} GB", highlight=False)
+    record = {name: metrics.as_dict() for name, metrics in results.items()}
+    found = {"results": record, "exports": lines, "seconds": seconds, "peak_gb": peak}
+    Path(".demo/result.json").write_text(json.dumps(found, indent=1) + "\n")
+    if folder:
+        path = folder / f"demo-{datetime.date.today()}.md"
+        path.write_text(as_markdown(results, lines, seconds, peak))
+        console.print(f"kept in {path}", highlight=False)
+
+
+def not_better(results: dict[str, Metrics], each: Run) -> str | None:
+    """A complaint, if tuning did not lower every KL."""
+    _, nearest, tuned = (results[name].kl for name in each.names)
+    worse = [name for name in nearest if tuned[name] >= nearest[name]]
+    lost = ", ".join(worse)
+    return f"demo: at {each.bits} bits tuning did not lower the KL of {lost}" if worse else None
+
+
 def main() -> None:
     """Everything, in order."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file of the result")
-    keep = parser.parse_args().keep
+    folder = parser.parse_args().keep
     quiet_libraries()
     started = time.perf_counter()
-    base = Recipe(model="demo", dataset="demo", output_dir=".demo", overwrite=True)
-    full = jobs.load_model(base)
-    inputs = held_out(full, "demo")
-    names, models, loaded = ["full precision"], [full.model], {}
-    for bits in (4, 3):
-        recipe = replace(base, bits=bits, format=FORMATS if bits == 4 else "auto_round")
-        plain, _ = quantized(replace(recipe, iters=0, format="auto_round", output_dir=".demo/rtn"))
-        job, folders = quantized(recipe)
-        names += [f"W{bits} round to nearest", f"W{bits} tuned"]
-        models += [plain.loaded.model, job.loaded.model]
-        loaded[bits] = (
-            folders,
-            {"reference": full, "baseline": plain.loaded, "quantized": job.loaded},
-        )
-        if bits == 4:
-            exported = (job, folders)
-    console.print(
-        f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False
-    )
-    results = dict(zip(names, measure(models, inputs, reference=full.model), strict=True))
+    full = jobs.load_model(BASE)
+    runs = [run(bits, full) for bits in (4, 3)]
+    results = measured(full, runs)
     console.print("loading the four W4 exports in Transformers", highlight=False)
-    lines = prove(*exported)
-    for bits, (folders, three) in loaded.items():
-        wanted = ("full precision", f"W{bits} round to nearest", f"W{bits} tuned")
-        fill_reports(
-            folders, three, dict(zip(three, (results[name] for name in wanted), strict=True))
-        )
+    lines = prove(runs[0].job, runs[0].folders)
+    for each in runs:
+        figures = (results[name] for name in each.names)
+        fill_reports(each.folders, each.models, dict(zip(each.models, figures, strict=True)))
     console.print(
         metrics_table(results, title="the demo model on held-out text and questions on images")
     )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    seconds, peak = (
-        time.perf_counter() - started,
-        max(devices.peak_memory(full.model.device).values()),
-    )
-    console.print(f"{seconds:.0f} s, peak memory {peak:.1f} GB", highlight=False)
-    record = {name: metrics.as_dict() for name, metrics in results.items()}
-    Path(".demo/result.json").write_text(
-        json.dumps(
-            {"results": record, "exports": lines, "seconds": seconds, "peak_gb": peak}, indent=1
-        )
-        + "\n"
-    )
-    if keep:
-        path = keep / f"demo-{datetime.date.today()}.md"
-        path.write_text(as_markdown(results, lines, seconds, peak))
-        console.print(f"kept in {path}", highlight=False)
-    console.print(f"to look at: {exported[1][0] / 'report.html'}", highlight=False, soft_wrap=True)
-    for bits in (4, 3):
-        tuned, nearest = results[f"W{bits} tuned"], results[f"W{bits} round to nearest"]
-        worse = [name for name in nearest.kl if tuned.kl[name] >= nearest.kl[name]]
-        if worse:
-            sys.exit(f"demo: at {bits} bits tuning did not lower the KL of {', '.join(worse)}")
+    peak = max(devices.peak_memory(full.model.device).values())
+    keep(folder, results, lines, time.perf_counter() - started, peak)
+    page = runs[0].folders[0] / "report.html"
+    console.print(f"to look at: {page}", highlight=False, soft_wrap=True)
+    for complaint in filter(None, (not_better(results, each) for each in runs)):
+        sys.exit(complaint)
 
 
 if __name__ == "__main__":
