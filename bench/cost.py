@@ -9,12 +9,10 @@ straight line through the first and the last point predicts the middle one; the 
 how much it misses.
 """
 
-import argparse
-import datetime
 import sys
 import time
-from pathlib import Path
 
+import kept
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,17 +76,10 @@ def table() -> str:
 
 def main() -> None:
     """Print the table; keep it with the date if asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--keep", type=Path, help="folder for a dated file")
-    arguments = parser.parse_args()
-    found, today = table(), datetime.date.today().isoformat()
-    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    title = f"# Cost of tuning, {today}\n\n`bench/cost.py`, {machine}\n\n"
+    folder = kept.options(__doc__).parse_args().keep
+    found = table()
     print(found)
-    if arguments.keep:
-        (arguments.keep / f"cost-{today}.md").write_text(title + found + "\n")
+    kept.keep(folder, "cost", "Cost of tuning", found)
 
 
 if __name__ == "__main__":

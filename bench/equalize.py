@@ -10,15 +10,13 @@ Every row is one run over the calibration set (demo: text and images); nothing i
 table.
 """
 
-import argparse
-import datetime
-import json
 import logging
-import re
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import kept
 import torch
 
 from auto_mmround.evaluate.held_out import held_out
@@ -28,7 +26,6 @@ from auto_mmround.recipe.recipe import from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
-from auto_mmround.run.record import machine
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -39,68 +36,34 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def seconds_of(job: jobs.Job) -> float:
+    """Quantize in memory."""
+    started = time.perf_counter()
+    quantize(job.loaded.model, job.recipe, job.plan, job.inputs, Finished())
+    return time.perf_counter() - started
+
+
 def main() -> None:
     """Every scheme and algorithm by every method."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--held_out", default="demo")
-    parser.add_argument("--seqlen", type=int, default=128)
+    parser = kept.held_out_options(__doc__)
     parser.add_argument("--schemes", nargs="+", default=["W4g128", "W4g-1", "W3g128", "W3g-1"])
     parser.add_argument("--algorithms", nargs="+", default=["rtn"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument(
-        "--limit", type=int, default=48, help="held-out texts, and as many questions about images"
-    )
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     logging.disable(logging.WARNING)
     reference = load(found.model)
     inputs = held_out(reference, found.held_out, limit=found.limit)
-    lines = [
-        "| scheme | algorithm | equalize | KL text | KL image | perplexity | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))
-    for scheme in found.schemes:
-        bits, group_size, asym = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme).groups()  # type: ignore[union-attr]
-        for algorithm in found.algorithms:
-            for method in found.methods:
-                values = {
-                    "model": found.model,
-                    "dataset": found.dataset,
-                    "device": "cpu",
-                    "nsamples": found.samples,
-                }
-                values |= {"seqlen": found.seqlen}
-                values |= {
-                    "bits": int(bits),
-                    "group_size": int(group_size),
-                    "sym": not asym,
-                    "algorithm": algorithm,
-                }
-                recipe = from_mapping(values | METHODS[method])
-                job = jobs.prepare(recipe, jobs.load_model(recipe))
-                started = time.perf_counter()
-                quantize(job.loaded.model, job.recipe, job.plan, job.inputs, Finished())
-                seconds = time.perf_counter() - started
-                (figures,) = measure([job.loaded.model], inputs, reference=reference.model)
-                cells = [
-                    f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-"
-                    for kind in ("text", "image")
-                ]
-                cells.append(f"{figures.perplexity:.3f}")
-                lines.append(
-                    f"| {scheme} | {algorithm} | {method} | {' | '.join(cells)} | {seconds:.1f} |"
-                )
-                print(lines[-1], flush=True)
-    if found.keep:
-        today, table = datetime.date.today(), "\n".join(lines)
-        text = f"# Equalization on the demo model, {today}\n\n{table}\n\n{json.dumps(machine())}\n"
-        (found.keep / f"equalize-{today}.md").write_text(text)
+    table = kept.Table(
+        "scheme", "algorithm", "equalize", "KL text", "KL image", "perplexity", "seconds"
+    )
+    for scheme, algorithm, method in product(found.schemes, found.algorithms, found.methods):
+        values = kept.held_out_values(found) | kept.scheme(scheme) | METHODS[method]
+        recipe = from_mapping(values | {"algorithm": algorithm})
+        job = jobs.prepare(recipe, jobs.load_model(recipe))
+        seconds = seconds_of(job)
+        (figures,) = measure([job.loaded.model], inputs, reference=reference.model)
+        table.add(scheme, algorithm, method, *kept.kl_cells(figures), f"{seconds:.1f}")
+    kept.keep(found.keep, "equalize", f"Equalization on {Path(found.model).name}", table)
 
 
 if __name__ == "__main__":

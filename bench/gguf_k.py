@@ -10,14 +10,14 @@ integer zero point a group, which no K type can hold. Values are those of the fi
 (tests/test_gguf.py); none is written here.
 """
 
-import argparse
-import datetime
-import json
 import logging
-import resource
+import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import kept
 import torch
 
 from auto_mmround.evaluate.held_out import held_out
@@ -29,94 +29,52 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.leaves import write_back
 from auto_mmround.run.pipeline import quantize
-from auto_mmround.run.record import machine
+
+
+def trials(
+    values: dict[str, Any], kind: SuperType, weights: str
+) -> Iterator[tuple[Any, list[str]]]:
+    """(model, cells of its row) of the plain grid and of what is fitted to it, or of the K type's
+    own grid. The second model is the first, changed."""
+    name = "fake" if weights == "plain" else f"gguf:{kind.name.lower()}"
+    scheme = {"bits": kind.bits, "group_size": kind.group, "sym": kind.sym, "format": name}
+    recipe = from_mapping(values | scheme)
+    job, done = jobs.prepare(recipe, jobs.load_model(recipe)), Finished()
+    started = time.process_time()
+    quantize(job.loaded.model, job.recipe, job.plan, job.inputs, done)
+    yield job.loaded.model, [weights, "", f"{time.process_time() - started:.0f}"]
+    if weights == "plain":
+        planned = [w for w in job.plan.weights if w.scheme]
+        fitted = {w.name: onto(done.codes[w.name], kind) for w in planned}
+        write_back(job.loaded.model, planned, {n: codes for n, (codes, _) in fitted.items()})
+        moved = sum(share for _, share in fitted.values()) / len(fitted)
+        yield job.loaded.model, ["fitted", f"{moved:.1%}", ""]
 
 
 def main() -> None:
     """Every type and algorithm: plain, fitted, on the grid."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--held_out", default="demo")
-    parser.add_argument("--seqlen", type=int, default=128)
+    parser = kept.held_out_options(__doc__)
     parser.add_argument("--types", nargs="+", default=["q4_k", "q3_k", "q2_k"])
     parser.add_argument("--algorithms", nargs="+", default=["rtn", "auto"])
     parser.add_argument("--tuned", nargs="+", choices=["plain", "grid"], default=["plain", "grid"])
     parser.add_argument(
         "--minmax_lr", type=float, help="another rate of the scales' factors than the default"
     )
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument(
-        "--limit", type=int, default=48, help="held-out texts, and as many questions about images"
-    )
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     logging.disable(logging.WARNING)
     reference = load(found.model)
     inputs = held_out(reference, found.held_out, limit=found.limit)
-    lines = [
-        "| type | algorithm | weights | KL text | KL image | perplexity | moved | processor s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))
-
-    def row(kind: SuperType, algorithm: str, weights: str, model: Any, *rest: str) -> None:
-        (figures,) = measure([model], inputs, reference=reference.model)
-        cells = [
-            f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-" for kind in ("text", "image")
-        ]
-        cells += [f"{figures.perplexity:.3f}", *rest]
-        lines.append(f"| {kind.name} | {algorithm} | {weights} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-
-    for kind in (SUPER_TYPES[name.upper()] for name in found.types):
-        for algorithm in found.algorithms:
-            for weights in found.tuned:
-                name = "fake" if weights == "plain" else f"gguf:{kind.name.lower()}"
-                values = {
-                    "model": found.model,
-                    "dataset": found.dataset,
-                    "device": "cpu",
-                    "nsamples": found.samples,
-                }
-                values |= {"seqlen": found.seqlen, "format": name, "algorithm": algorithm}
-                values |= {"bits": kind.bits, "group_size": kind.group, "sym": kind.sym}
-                recipe = from_mapping(
-                    values | ({} if found.minmax_lr is None else {"minmax_lr": found.minmax_lr})
-                )
-                job, done = jobs.prepare(recipe, jobs.load_model(recipe)), Finished()
-                started = _processor_seconds()
-                quantize(job.loaded.model, job.recipe, job.plan, job.inputs, done)
-                row(
-                    kind,
-                    algorithm,
-                    weights,
-                    job.loaded.model,
-                    "",
-                    f"{_processor_seconds() - started:.0f}",
-                )
-                if weights == "plain":
-                    planned = [w for w in job.plan.weights if w.scheme]
-                    fitted = {w.name: onto(done.codes[w.name], kind) for w in planned}
-                    write_back(
-                        job.loaded.model, planned, {n: codes for n, (codes, _) in fitted.items()}
-                    )
-                    moved = sum(share for _, share in fitted.values()) / len(fitted)
-                    row(kind, algorithm, "fitted", job.loaded.model, f"{moved:.1%}", "")
-    if found.keep:
-        today, table = datetime.date.today(), "\n".join(lines)
-        text = (
-            f"# GGUF's K types on {Path(found.model).name},"
-            f" {today}\n\n{table}\n\n{json.dumps(machine())}\n"
-        )
-        (found.keep / f"gguf-k-{today}.md").write_text(text)
-
-
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    table = kept.Table(
+        "type", "algorithm", "weights", "KL text", "KL image", "perplexity", "moved", "processor s"
+    )
+    rate = {} if found.minmax_lr is None else {"minmax_lr": found.minmax_lr}
+    for name, algorithm, weights in product(found.types, found.algorithms, found.tuned):
+        kind = SUPER_TYPES[name.upper()]
+        values = kept.held_out_values(found) | {"algorithm": algorithm} | rate
+        for model, (title, *rest) in trials(values, kind, weights):
+            (figures,) = measure([model], inputs, reference=reference.model)
+            table.add(kind.name, algorithm, title, *kept.kl_cells(figures), *rest)
+    kept.keep(found.keep, "gguf-k", f"GGUF's K types on {Path(found.model).name}", table)
 
 
 if __name__ == "__main__":

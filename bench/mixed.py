@@ -11,14 +11,15 @@ fraction of a bit would give (KL falls by a constant factor a bit); the second i
 """
 
 import argparse
-import datetime
 import json
-import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import kept
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.evaluate.held_out import held_out
@@ -28,7 +29,6 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
-from auto_mmround.run.record import machine
 from auto_mmround.run.sensitivity import Sets
 
 
@@ -99,8 +99,8 @@ def table(results: dict[str, dict[str, Any]], low: str, high: str, mixed: str) -
 
 def main() -> None:
     """Three runs on one model; the table is printed, and added to a dated file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = kept.options(
+        __doc__, "folder for a dated Markdown file, which grows by a section a run"
     )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", default="demo")
@@ -116,9 +116,6 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=None)
     parser.add_argument("--limit", type=int, default=16, help="held-out samples of each set")
     parser.add_argument("--text_only", action="store_true", help="leave the towers in 16 bits")
-    parser.add_argument(
-        "--keep", type=Path, help="folder for a dated Markdown file, which grows by a section a run"
-    )
     found = parser.parse_args()
     low, high = (int(bits) for bits in found.uniform.split(","))
     recipe = Recipe(
@@ -145,28 +142,17 @@ def main() -> None:
         )
     lines = table(results, f"uniform {low}", f"uniform {high}", mixed)
     print("\n".join(lines))
-    if found.keep:
-        keep(found.keep, found, lines, results[mixed]["mixed"])
+    keep(found, lines, results[mixed]["mixed"])
 
 
-def keep(
-    folder: Path, found: argparse.Namespace, lines: Sequence[str], record: dict[str, Any]
-) -> None:
-    """A section of the day's file: the table, how many weights got how many bits, the command."""
-    path = folder / f"mixed-{datetime.date.today()}.md"
-    text = path.read_text() if path.is_file() else f"# Mixed bits, {datetime.date.today()}\n"
-    counts: dict[int, int] = {}
-    for layer in record["layers"].values():
-        counts[layer["bits"]] = counts.get(layer["bits"], 0) + 1
+def keep(found: argparse.Namespace, lines: Sequence[str], record: dict[str, Any]) -> None:
+    """A section of the day's file: the table, and how many weights got how many bits."""
+    counts = Counter(layer["bits"] for layer in record["layers"].values())
     chosen = ", ".join(f"{counts[bits]} at {bits}" for bits in sorted(counts))
     size = "one scale a channel" if found.group_size == -1 else f"groups of {found.group_size}"
     settings = f"{found.algorithm}, {size}, symmetric, {found.nsamples} samples"
-    text += (
-        f"\n## {Path(found.model).name}\n\n{settings}. Weights by bits: {chosen}.\n\n"
-        + "\n".join(lines)
-    )
-    text += f"\n\nCommand: `{' '.join(['python', *sys.argv])}`, {json.dumps(machine())}\n"
-    path.write_text(text)
+    parts = f"{settings}. Weights by bits: {chosen}.", "\n".join(lines)
+    kept.keep(found.keep, "mixed", "Mixed bits", *parts, section=Path(found.model).name)
 
 
 if __name__ == "__main__":

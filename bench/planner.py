@@ -11,7 +11,6 @@ spectrograms: what they say changes no figure here.
 """
 
 import argparse
-import datetime
 import json
 import logging
 import subprocess
@@ -20,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import kept
 
 JOBS: dict[str, dict[str, Any]] = {
     "demo": {"model": "demo", "dataset": "demo", "nsamples": 32, "seqlen": 64, "iters": 8},
@@ -103,9 +104,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Every model that is named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = kept.options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--gemma")
@@ -116,13 +115,11 @@ def main() -> None:
         action="store_true",
         help="processor seconds, for machines that do other work",
     )
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     if found.worker:
         worker(json.loads(found.worker))
         return
-    lines = ["| model | figure | predicted | real | predicted / real |", "|---|---|---|---|---|"]
-    print("\n".join(lines))
+    table = kept.Table("model", "figure", "predicted", "real", "predicted / real")
     for name, values in JOBS.items():
         if not getattr(found, name):
             continue
@@ -139,19 +136,8 @@ def main() -> None:
             ("disk", 1e6, "MB"),
         ):
             one, two = guess[figure] / scale, real[figure] / scale
-            lines.append(
-                f"| {name} | {figure} ({unit}) | {one:.2f} | {two:.2f} | {one / two:.2f} |"
-            )
-            print(lines[-1], flush=True)
-    if found.keep:
-        from auto_mmround.run.record import machine
-
-        today, table = datetime.date.today(), "\n".join(lines)
-        text = (
-            f"# Planner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand:"
-            f" `{' '.join(sys.argv)}`\n"
-        )
-        (found.keep / f"planner-{today}.md").write_text(text)
+            table.add(name, f"{figure} ({unit})", *(f"{x:.2f}" for x in (one, two, one / two)))
+    kept.keep(found.keep, "planner", "Planner", table)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ All three have the same W tower and the same W text, and differ in nothing else.
 precision on held-out questions about images and texts, at the positions of each modality.
 """
 
-import argparse
-import datetime
-import json
 import logging
-import re
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+import kept
 import torch
 
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.model.loading import load
-from auto_mmround.run.record import machine
 
 WAYS = ("clean", "in stages", "captured")
 TOWER, TEXT = "visual", "language_model"  # of the bundled model
@@ -58,11 +54,16 @@ def model_of(way: str, options: dict[str, Any], seed: int) -> Any:
     return model
 
 
+def times_clean(clean: Sequence[Any], other: Sequence[Any]) -> list[str]:
+    """Mean, least and most over the seeds of other / clean; a cell a modality."""
+    ratio_SK = torch.tensor(other) / torch.tensor(clean)
+    columns = ratio_SK.unbind(1)
+    return [f"{k_S.mean():.3f} ({k_S.min():.3f} to {k_S.max():.3f})" for k_S in columns]
+
+
 def main() -> None:
     """Every scheme, seed and way; then the means."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = kept.options(__doc__)
     parser.add_argument("--schemes", nargs="+", default=["W4g128", "W3g128"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
@@ -72,45 +73,24 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=96, help="held-out texts, and as many questions about images"
     )
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     ways = [way for way in WAYS if way == WAYS[0] or way in found.ways]
     logging.disable(logging.WARNING)
     reference = load("demo")
     inputs = held_out(reference, "demo", limit=found.limit)
-    lines = ["| scheme | seed | way | KL text | KL image |", "|---|---|---|---|---|"]
-    print("\n".join(lines))
+    table = kept.Table("scheme", "seed", "way", "KL text", "KL image")
     for scheme in found.schemes:
-        bits, group_size = map(int, re.fullmatch(r"W(\d)g(\d+)", scheme).groups())  # type: ignore[union-attr]
-        options = {"bits": bits, "group_size": group_size, "nsamples": found.samples}
+        options = kept.scheme(scheme) | {"nsamples": found.samples}
         kl: dict[str, list[list[float]]] = {way: [] for way in ways}
         for seed in range(found.seeds):
             for way in ways:
-                (figures,) = measure(
-                    [model_of(way, options, seed)], inputs, reference=reference.model
-                )
+                model = model_of(way, options, seed)
+                (figures,) = measure([model], inputs, reference=reference.model)
                 kl[way].append([figures.kl["text"], figures.kl["image"]])
-                lines.append(
-                    f"| {scheme} | {seed} | {way} | {kl[way][-1][0]:.5f} | {kl[way][-1][1]:.5f} |"
-                )
-                print(lines[-1], flush=True)
-        clean_SK = torch.tensor(kl["clean"])
+                table.add(scheme, seed, way, *(f"{value:.5f}" for value in kl[way][-1]))
         for way in ways:
-            ratio_SK = torch.tensor(kl[way]) / clean_SK
-            cells = [
-                f"{ratio_SK[:, k].mean():.3f} ({ratio_SK[:, k].min():.3f} to"
-                f" {ratio_SK[:, k].max():.3f})"
-                for k in (0, 1)
-            ]
-            lines.append(f"| {scheme} | all | {way}, times clean | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    if found.keep:
-        today, table, command = datetime.date.today(), "\n".join(lines), " ".join(sys.argv)
-        text = (
-            "# Recapture on the demo model,"
-            f" {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
-        )
-        (found.keep / f"recapture-{today}.md").write_text(text)
+            table.add(scheme, "all", f"{way}, times clean", *times_clean(kl["clean"], kl[way]))
+    kept.keep(found.keep, "recapture", "Recapture on the demo model", table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ worth of luck.
 """
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -23,52 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kept
 import speech
 import whisper
+from recipes_cases import CASES, METHODS, SAME, SCHEMES, THEIRS
+from recipes_tables import tables
+from whisper import FULL
 
 HERE = Path(__file__).parent
 PEER = HERE.parent / ".engines" / "llmcompressor" / "bin" / "python"
-SAME = {"dampening": 0.01, "actorder": "weight"}  # of all methods; llm-compressor's own defaults
-W4, W3, W4G64 = (
-    {"bits": bits, "group_size": size, "act_bits": 16}
-    for bits, size in ((4, 128), (3, 128), (4, 64))
-)
-W8A8 = {"bits": 8, "group_size": -1, "act_bits": 8}
-SCHEMES = {"W4g128": W4, "W3g128": W3, "W8A8": W8A8, "W4g64": W4G64, "-": W4}
-FULL, THEIRS = "full precision", "llm-compressor"
-METHODS: dict[str, dict[str, Any]] = {
-    "gptq, no Fisher": {"algorithm": "gptq", "fisher": False} | SAME,
-    "gptq": {"algorithm": "gptq"} | SAME,
-    "auto": {"algorithm": "auto"},
-}
-COMPARED = [THEIRS, "gptq, no Fisher", "gptq"]
-# Of each model: what both are told, and what is compared. norms: those that SmoothQuant's mappings
-# read from.
-CASES: dict[str, dict[str, Any]] = {
-    "gemma": {
-        "class": "AutoModelForCausalLM", "norms": ("input_layernorm", "pre_feedforward_layernorm"),
-        "recipe": {"sequential_targets": ["Gemma3DecoderLayer"], "ignore": ["lm_head"],
-            "seqlen": 256},
-        "runs": {"W4g128": COMPARED, "W3g128": COMPARED, "W8A8": COMPARED[:2]},
-    },
-    "demo": {
-        "class": "Qwen2VLForConditionalGeneration", "norms": ("input_layernorm",
-            "post_attention_layernorm"),
-        "recipe": {"sequential_targets": ["Qwen2VLDecoderLayer"], "ignore": ["re:.*lm_head",
-            "re:.*visual.*"],
-                   "seqlen": 256, "dataset": "demo-llava"},
-        "runs": {"W4g128": COMPARED, "W3g128": COMPARED, "W8A8": COMPARED[:2]},
-    },
-    "whisper": {
-        "class": "WhisperForConditionalGeneration", "norms": (),
-        "recipe": {"sequential_targets": ["WhisperEncoderLayer", "WhisperDecoderLayer"],
-            "ignore": ["proj_out"],
-                   "seqlen": 448},
-        # llm-compressor 0.14's sequential one ends with "No statistics available" on Whisper
-        "pipeline": "basic",
-        "runs": {"W4g64": [THEIRS, *METHODS]},
-    },
-}  # fmt: skip
 VOICES = ("flite-slt", "espeak-ng")
 FIRST_ROW = 40  # of the held-out text: earlier rows served to choose defaults
 
@@ -115,42 +77,40 @@ def prepared(job: dict[str, Any]) -> Any:
     return jobs.prepare(recipe, loaded, rows)
 
 
+def order_of(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
+    """What recipes_peer.py is asked; its files lie beside the job's result."""
+    stem = Path(job["result"]).with_suffix("")
+    case, recipe = CASES[job["case"]], prepared_job.recipe
+    return {
+        "model": str(prepared_job.loaded.source),
+        "class": case["class"],
+        "ignore": recipe.ignore,
+        "dtype": job["dtype"],
+        "pipeline": case.get("pipeline", "sequential"),
+        "scheme": {"sym": True} | SCHEMES[job["scheme"]],
+        "dampening": recipe.dampening,
+        "length": recipe.seqlen,
+        "smoothing": recipe.smoothing_strength if job["mappings"] else None,
+        "mappings": job["mappings"],
+        "sequential_targets": recipe.sequential_targets,
+        "samples": f"{stem}-samples.safetensors",
+        "weights": f"{stem}-weights.safetensors",
+        "result": f"{stem}-peer.json",
+    }
+
+
 def by_peer(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     """llm-compressor's figures; our copy of the model gets the weights that it has found."""
     from safetensors.torch import load_file, save_file
 
     from auto_mmround.model.chains import as_dtype
 
-    stem, case, recipe = (
-        Path(job["result"]).with_suffix(""),
-        CASES[job["case"]],
-        prepared_job.recipe,
-    )
-    model = prepared_job.loaded.model
+    stem, model = Path(job["result"]).with_suffix(""), prepared_job.loaded.model
+    order = order_of(job, prepared_job)
     samples = {}
     for i, sample in enumerate(prepared_job.inputs):
         for name, value in as_dtype(sample.kwargs, model.dtype).items():
             samples[f"{i}.{name}"] = value.contiguous().clone()
-    order = {
-        "model": str(prepared_job.loaded.source),
-        "class": case["class"],
-        "ignore": recipe.ignore,
-    }
-    order |= {"dtype": job["dtype"], "pipeline": case.get("pipeline", "sequential")}
-    order |= {
-        "scheme": {"sym": True} | SCHEMES[job["scheme"]],
-        "dampening": recipe.dampening,
-        "length": recipe.seqlen,
-    }
-    order |= {
-        "smoothing": recipe.smoothing_strength if job["mappings"] else None,
-        "mappings": job["mappings"],
-    }
-    order |= {
-        "sequential_targets": recipe.sequential_targets,
-        "samples": f"{stem}-samples.safetensors",
-    }
-    order |= {"weights": f"{stem}-weights.safetensors", "result": f"{stem}-peer.json"}
     save_file(samples, order["samples"])
     Path(f"{stem}-job.json").write_text(json.dumps(order))
     with open(f"{stem}-log.txt", "w") as log:
@@ -175,7 +135,7 @@ def by_us(prepared_job: Any) -> dict[str, Any]:
     from auto_mmround.run.finished import Finished
     from auto_mmround.run.pipeline import quantize
 
-    wall, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+    wall, spent = time.perf_counter(), time.process_time()
     quantize(
         prepared_job.loaded.model,
         prepared_job.recipe,
@@ -183,12 +143,10 @@ def by_us(prepared_job: Any) -> dict[str, Any]:
         prepared_job.inputs,
         Finished(),
     )
-    now = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime
     return {
         "seconds": time.perf_counter() - wall,
-        "cpu_seconds": cpu,
-        "peak_gb": now.ru_maxrss / 1e6,
+        "cpu_seconds": time.process_time() - spent,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
 
@@ -229,32 +187,6 @@ def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
     return found.as_dict() | {"next_token": found.hits / found.tokens, "tokens": found.tokens}
 
 
-def speech_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
-    """KL along the transcripts and word errors, clip by clip."""
-    import jiwer
-    from safetensors.torch import load_file, save_file
-
-    from auto_mmround.evaluate import prompts
-    from auto_mmround.evaluate.held_out import held_out
-    from auto_mmround.evaluate.scoring import normaliser
-
-    loaded, voices = prepared_job.loaded, {}
-    normalise = normaliser(None, loaded.tokenizer)
-    for voice, table in job["test"].items():
-        clips = prompts.clips(loaded, prompts.Data(table))
-        hidden, heard = whisper.listen(loaded, clips, held_out(loaded, table))
-        stored = Path(job["work"]) / f"reference-{voice}.safetensors"
-        if job["method"] == FULL:
-            save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, stored)
-        reference = load_file(stored)
-        kl = whisper.divergence(loaded, [reference[str(i)] for i in range(len(hidden))], hidden)
-        said = [normalise(clip.expected or "") for clip in clips]
-        found = [jiwer.process_words(a, normalise(b)) for a, b in zip(said, heard, strict=True)]
-        errors = [each.substitutions + each.deletions + each.insertions for each in found]
-        voices[voice] = {"kl": kl, "errors": errors, "words": [len(a.split()) for a in said]}
-    return {"voices": voices}
-
-
 def worker(job: dict[str, Any]) -> None:
     """One method; the result goes to a file."""
     import logging
@@ -272,80 +204,11 @@ def worker(job: dict[str, Any]) -> None:
         if SCHEMES[job["scheme"]]["act_bits"] == 8:
             watch_activations(found)
     with torch.no_grad():
-        result |= (speech_figures if job["case"] == "whisper" else text_figures)(job, found)
-    Path(job["result"]).write_text(json.dumps(result, indent=1))
-
-
-# --------------------------------------------------------------------------------------------------
-# the tables
-
-
-def cell(value: float | None, form: str) -> str:
-    """A cell; empty for nothing."""
-    return "" if value is None else f"{value:{form}}"
-
-
-def text_row(title: str, found: dict[str, Any], full: dict[str, Any]) -> str:
-    """One line of a text model's table. Recovery is the share of full precision's accuracy that is
-    left."""
-    recovered = [
-        f"{100 * found[key]:.2f} ({100 * found[key] / full[key]:.2f} %)" if full.get(key) else ""
-        for key in ("next_token", "accuracy")
-    ]
-    cells = [title, *(cell(found["kl"].get(kind), ".5f") for kind in ("text", "image")),
-             cell(found["perplexity"], ".3f"), *recovered, *costs(found)]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
-def costs(found: dict[str, Any]) -> list[str]:
-    """Cells of time and memory."""
-    forms = (("seconds", ".0f"), ("cpu_seconds", ".1f"), ("peak_gb", ".2f"))
-    return [cell(found.get(key), form) for key, form in forms]
-
-
-def speech_row(
-    title: str, found: dict[str, Any], full: dict[str, Any], card: dict[str, Any] | None
-) -> str:
-    """One line of Whisper's table; ``card``: the released recipe by llm-compressor at the same
-    bits."""
-    voices = list(found["voices"].values())
-    kl = [value for voice in voices for value in voice["kl"]]
-    cells = [
-        title,
-        *(f"{whisper.rate([voice]):.2f}" for voice in voices),
-        f"{whisper.rate(voices):.2f}",
-    ]
-    for other in (full, card):
-        same = other is None or other is found
-        cells.append("" if same else "{:+.2f} to {:+.2f}".format(*whisper.interval(other, found)))
-    return f"| {' | '.join([*cells, f'{sum(kl) / len(kl):.5f}', *costs(found)])} |"
-
-
-def tables(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
-    """Markdown tables of all results, one a model."""
-    text = []
-    for case in [case for case, _, method in found if method == FULL]:
-        full = found[case, "-", FULL]
-        time_columns = ["seconds", "CPU seconds", "peak GB"]
-        if case == "whisper":
-            columns = [*(f"WER {voice}" for voice in full["voices"]), "WER",
-                "against full precision",
-                       "against llm-compressor", "KL"]  # fmt: skip
+        if job["case"] == "whisper":
+            result["voices"] = whisper.by_voice(job, found.loaded)
         else:
-            columns = ["KL text", "KL image", "perplexity", "next token right", "answers right"]
-        columns = ["weights", "method", *columns, *time_columns]
-        lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-        for (model, scheme, method), result in found.items():
-            if model == case:
-                title = f"{scheme} | {method}"
-                card = found.get((case, scheme, THEIRS))
-                lines.append(
-                    speech_row(title, result, full, card)
-                    if case == "whisper"
-                    else text_row(title, result, full)
-                )
-        text.append(f"## {case}\n\n" + "\n".join(lines))
-    return "\n\n".join(text)
+            result |= text_figures(job, found)
+    Path(job["result"]).write_text(json.dumps(result, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,10 +235,7 @@ def jobs_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
             }
             said = speech.passages(asked.samples)
             job["speech"] = str(speech.speak(asked.work / "calibration", VOICES[0], said))
-        for scheme, method in [
-            ("-", FULL),
-            *((s, m) for s, ms in CASES[case]["runs"].items() for m in ms),
-        ]:
+        for scheme, method in [("-", FULL), *runs_of(case)]:
             path = asked.work / f"{case}-{scheme}-{method}.json".replace(" ", "-").replace(",", "")
             norms = CASES[case]["norms"] if SCHEMES[scheme]["act_bits"] == 8 else ()
             readers = (
@@ -389,6 +249,11 @@ def jobs_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
     return jobs
 
 
+def runs_of(case: str) -> list[tuple[str, str]]:
+    """(scheme, method) of all that is compared on a model."""
+    return [(scheme, m) for scheme, methods in CASES[case]["runs"].items() for m in methods]
+
+
 def held_out_passages(count: int) -> list[str]:
     """Passages of the bundled held-out text, as long as those of calibration."""
     corpus = speech.CORPUS.parent.parent / "heldout" / "text.jsonl"
@@ -398,11 +263,9 @@ def held_out_passages(count: int) -> list[str]:
     return [" ".join(row[: speech.PASSAGE]) for row in words[:count]]
 
 
-def main() -> None:
-    """Every job that has no result yet, then the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = kept.options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--gemma", help="folder of Gemma 3 270M")
@@ -424,8 +287,12 @@ def main() -> None:
     parser.add_argument(
         "--no_runs", action="store_true", help="tables of the results that are there"
     )
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Every job that has no result yet, then the tables."""
+    asked = options()
     if asked.worker:
         return worker(json.loads(asked.worker))
     if not PEER.is_file():
@@ -433,32 +300,22 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     found = {}
     for job in jobs_of(asked):
-        path = Path(job["result"])
-        if asked.no_runs and not path.is_file():
-            continue
-        if not path.is_file():
-            print(f"{job['case']} {job['scheme']} {job['method']}", flush=True)
-            variables = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(
-                [sys.executable, __file__, "--worker", json.dumps(job)], check=True, env=variables
-            )
-        found[job["case"], job["scheme"], job["method"]] = json.loads(path.read_text())
+        key, there = (job["case"], job["scheme"], job["method"]), Path(job["result"]).is_file()
+        if not there:
+            if asked.no_runs:
+                continue
+            print(*key, flush=True)
+        found[key] = kept.result(__file__, job, os.environ | {"OMP_NUM_THREADS": "1"})
     text = tables(found)
     print(text)
-    if asked.keep:
-        keep(asked, found, text)
+    keep(asked, found, text)
 
 
 def keep(
     asked: argparse.Namespace, found: dict[tuple[str, str, str], dict[str, Any]], text: str
 ) -> None:
     """The dated file of results."""
-    from auto_mmround.run.record import machine
-
-    today = datetime.date.today()
-    peers = next(
-        (result["versions"] for (_, _, method), result in found.items() if method == THEIRS), {}
-    )
+    peers = next((found[key]["versions"] for key in found if key[2] == THEIRS), {})
     explained = (
         f"{asked.samples} calibration samples (256 tokens; 64-word passages in one voice for"
         f" Whisper), the same for all. Dampening {SAME['dampening']}, activation order"
@@ -469,15 +326,11 @@ def keep(
         " points, 95 %, bootstrap over clips. llm-compressor's sequential pipeline fails on"
         " Whisper: its basic one there, in which no layer sees what those before it got wrong."
     )
-    facts = [f"# Recipes, {today}", explained, text, json.dumps({"ours": machine(), THEIRS: peers})]
-    missing = [
-        f"{c} {s} {m}" for c in asked.cases for s, ms in CASES[c]["runs"].items() for m in ms
-    ]
-    missing = [title for title in missing if title not in {" ".join(key) for key in found}]
-    facts += [f"Not run: {', '.join(missing)}."] if missing else []
-    facts.append(f"Command: `{' '.join(sys.argv)}`")
-    asked.keep.mkdir(exist_ok=True)
-    (asked.keep / f"recipes-{today}.md").write_text("\n\n".join(facts) + "\n")
+    wanted = [(case, *run) for case in asked.cases for run in runs_of(case)]
+    missing = [" ".join(key) for key in wanted if key not in found]
+    parts = [explained, text, f"{THEIRS}: {json.dumps(peers)}"]
+    parts += [f"Not run: {', '.join(missing)}."] if missing else []
+    kept.keep(asked.keep, "recipes", "Recipes", *parts)
 
 
 if __name__ == "__main__":

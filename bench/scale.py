@@ -13,9 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
+import kept
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +24,6 @@ from auto_mmround.checkpoint.folder import write_config
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
-from auto_mmround.run.record import machine
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = dict(
@@ -121,28 +120,27 @@ def main() -> int:
     if found.worker:
         worker(found.worker)
         return 0
-    runs = [measure(found.scratch, gigabytes) for gigabytes in found.gigabytes]
+    runs = []
+    table = kept.Table("layers", "model (GB)", "block (GB)", "peak resident (GB)", "seconds")
+    for gigabytes in found.gigabytes:
+        runs.append(run := measure(found.scratch, gigabytes))
+        sizes = (f"{run[key]:.2f}" for key in ("size", "block", "peak"))
+        table.add(run["layers"], *sizes, f"{run['seconds']:.0f}")
     peaks = [run["peak"] for run in runs]
     spread = max(peaks) / min(peaks) - 1
     bound = ALLOWED_GB + ALLOWED_BLOCKS * max(run["block"] for run in runs)
     right = spread <= ALLOWED_SPREAD and max(peaks) <= bound
-    lines = [
-        "# Peak memory of streamed runs",
-        f"{date.today()}, {machine()['system']}, torch {torch.__version__}. Random Llamas of "
-        "equal blocks, W4 g128, rounded to nearest and 5 sign steps on 4 samples of 32 tokens; "
-        f"`bench/scale.py --gigabytes {' '.join(f'{size:g}' for size in found.gigabytes)}`.",
-        "\n".join([
-            "| layers | model (GB) | block (GB) | peak resident (GB) | seconds |", "|---" * 5 + "|",
-            *("| {layers} | {size:.2f} | {block:.2f} | {peak:.2f} | {seconds:.0f} |".format(**run)
-              for run in runs),
-        ]),
-        f"Peaks differ by {spread:.1%} (allowed {ALLOWED_SPREAD:.0%}); the largest is "
-        f"{max(peaks):.2f} GB (allowed {ALLOWED_GB:g} GB + {ALLOWED_BLOCKS} blocks = "
-        f"{bound:.2f} GB): {'right' if right else 'WRONG'}.",
-    ]  # fmt: skip
-    text = "\n\n".join(lines) + "\n"
-    print(text)
-    (RESULTS / f"scale-{date.today()}.md").write_text(text)
+    about = (
+        "Random Llamas of equal blocks, W4 g128, rounded to nearest and 5 sign steps on 4 samples"
+        " of 32 tokens."
+    )
+    verdict = (
+        f"Peaks differ by {spread:.1%} (allowed {ALLOWED_SPREAD:.0%}); the largest is"
+        f" {max(peaks):.2f} GB (allowed {ALLOWED_GB:g} GB + {ALLOWED_BLOCKS} blocks ="
+        f" {bound:.2f} GB): {'right' if right else 'WRONG'}."
+    )
+    print(f"\n{verdict}")
+    kept.keep(RESULTS, "scale", "Peak memory of streamed runs", about, table, verdict)
     return 0 if right else 1
 
 

@@ -13,16 +13,16 @@ precision. A scheme ending in `a` is asymmetric. Results go to standard output a
 """
 
 import argparse
-import datetime
 import json
 import math
-import re
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import kept
 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"algorithm": "rtn"},
@@ -228,26 +228,24 @@ def cells(result: dict[str, Any]) -> list[str]:
     return ["" if math.isnan(value) else f"{value:{form}}" for value, form in values]
 
 
-def run(job: dict[str, Any], kept: Path) -> dict[str, Any]:
+def run(job: dict[str, Any], path: Path) -> dict[str, Any]:
     """The worker's result, from a file of an earlier run where there is one; else its last line of
     complaint."""
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    if path.is_file():
+        return json.loads(path.read_text())
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(lines[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines[-1])
     return json.loads(lines[-1])
 
 
-def main() -> None:
-    """Every scheme by every method."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def asked() -> argparse.Namespace:
+    """The command line."""
+    parser = kept.options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model")
     parser.add_argument("--calibration")
@@ -270,35 +268,24 @@ def main() -> None:
     parser.add_argument(
         "--options", type=json.loads, default={}, help="more options of every method, JSON"
     )
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
-    found = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Full precision, then every scheme by every method."""
+    found = asked()
     if found.worker:
         worker(json.loads(found.worker))
         return
-    base = {
-        key: value
-        for key, value in vars(found).items()
-        if key not in ("worker", "schemes", "methods", "keep", "work")
-    }
-    lines = [f"| scheme | method | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
-    print("\n".join(lines))
-    for scheme in ["-", *found.schemes]:
-        parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
-        values = (
-            {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]}
-            if parts
-            else {}
-        )
-        for method in found.methods if parts else ["full precision"]:
-            result = run(base | values | {"method": method}, found.work / f"{scheme} {method}.json")
-            lines.append(f"| {scheme} | {method} | {' | '.join(cells(result))} |")
-            print(lines[-1], flush=True)
-    if found.keep:
-        from auto_mmround.run.record import machine
-
-        today, table, command = datetime.date.today(), "\n".join(lines), " ".join(sys.argv)
-        text = f"# Tuner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
-        (found.keep / f"tuner-{today}.md").write_text(text)
+    names = ("model", "calibration", "held_out", "samples", "length", "held_rows", "held_from")
+    base = {name: getattr(found, name) for name in (*names, "options")}
+    schemes: dict[str, dict[str, Any]] = {name: kept.scheme(name) for name in found.schemes}
+    table = kept.Table("scheme", "method", *FIGURES)
+    for scheme, values in ({"-": {}} | schemes).items():
+        for method in found.methods if values else ["full precision"]:
+            job = base | values | {"method": method}
+            table.add(scheme, method, *cells(run(job, found.work / f"{scheme} {method}.json")))
+    kept.keep(found.keep, "tuner", "Tuner", table)
 
 
 if __name__ == "__main__":

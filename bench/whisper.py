@@ -12,18 +12,18 @@ are added to the table.
 """
 
 import argparse
-import datetime
 import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import kept
 import speech
 
+FULL = "full precision"
 VOICES = ["flite-slt", "flite-rms", "espeak-ng"]
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"algorithm": "rtn"},
@@ -49,7 +49,7 @@ def quantized(job: dict[str, Any]) -> Any:
         nsamples=job["samples"],
         seqlen=448, quant_nontext_module=True, format="compressed_tensors", **scheme,
     )  # fmt: skip
-    if job["method"] != "full precision":
+    if job["method"] != FULL:
         ours.quantize()
         ours.save_quantized(job["folder"], format="compressed_tensors")
     return ours.loaded
@@ -97,40 +97,46 @@ def divergence(loaded: Any, reference: Sequence[Any], hidden: Sequence[Any]) -> 
     return [(wanted.exp() * (wanted - got)).sum(-1).mean().item() for wanted, got in pairs]
 
 
-def worker(job: dict[str, Any]) -> None:
-    """One method in this process; the result goes to a file."""
+def by_voice(job: dict[str, Any], loaded: Any) -> dict[str, dict[str, list[Any]]]:
+    """Voice -> KL along the transcripts, word errors, words and what was heard, clip by clip. Full
+    precision leaves its hidden states in the job's "work" for the others."""
     import jiwer
-    import transformers
     from safetensors.torch import load_file, save_file
 
     from auto_mmround.evaluate import prompts
     from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.scoring import normaliser
 
+    normalise, voices = normaliser(None, loaded.tokenizer), {}
+    for voice, table in job["test"].items():
+        clips = prompts.clips(loaded, prompts.Data(table))
+        hidden, heard = listen(loaded, clips, held_out(loaded, table))
+        stored = Path(job["work"]) / f"reference-{voice}.safetensors"
+        if job["method"] == FULL:
+            save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, stored)
+        reference = load_file(stored)
+        said = [normalise(clip.expected or "") for clip in clips]
+        found = [jiwer.process_words(a, normalise(b)) for a, b in zip(said, heard, strict=True)]
+        voices[voice] = {
+            "kl": divergence(loaded, [reference[str(i)] for i in range(len(hidden))], hidden),
+            "errors": [each.substitutions + each.deletions + each.insertions for each in found],
+            "words": [len(a.split()) for a in said],
+            "heard": heard,
+        }
+    return voices
+
+
+def worker(job: dict[str, Any]) -> None:
+    """One method in this process; the result goes to a file."""
+    import transformers
+
     transformers.logging.set_verbosity_error()
     started = time.perf_counter(), time.process_time()
     loaded = quantized(job)
     result: dict[str, Any] = {"seconds": time.perf_counter() - started[0]}
     result |= {"cpu_seconds": time.process_time() - started[1]}
-    result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "voices": {}}
-    normalise = normaliser(None, loaded.tokenizer)
-    for voice, table in job["test"].items():
-        clips = prompts.clips(loaded, prompts.Data(table))
-        hidden, heard = listen(loaded, clips, held_out(loaded, table))
-        stored = Path(job["work"]) / f"reference-{voice}.safetensors"
-        if job["method"] == "full precision":
-            save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, stored)
-        reference = load_file(stored)
-        kl = divergence(loaded, [reference[str(i)] for i in range(len(hidden))], hidden)
-        said = [normalise(clip.expected or "") for clip in clips]
-        found = [jiwer.process_words(a, normalise(b)) for a, b in zip(said, heard, strict=True)]
-        errors = [each.substitutions + each.deletions + each.insertions for each in found]
-        result["voices"][voice] = {
-            "kl": kl,
-            "errors": errors,
-            "words": [len(a.split()) for a in said],
-            "heard": heard,
-        }
+    result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    result |= {"voices": by_voice(job, loaded)}
     Path(job["result"]).write_text(json.dumps(result, indent=1))
 
 
@@ -174,7 +180,7 @@ def row(
 
 def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     """The Markdown table of all results."""
-    full = found["-", "full precision"]
+    full = found["-", FULL]
     columns = ["weights", "method", *(f"WER {voice}" for voice in full["voices"]), "WER, all"]
     columns += ["against full precision", "against gptq", "KL", "seconds", "CPU seconds", "peak GB"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -184,11 +190,9 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Every scheme by every method, then the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def asked() -> argparse.Namespace:
+    """The command line."""
+    parser = kept.options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model")
     parser.add_argument("--work", type=Path, default=Path(".bench/whisper"))
@@ -203,69 +207,55 @@ def main() -> None:
     )
     parser.add_argument("--per_clip", type=int, default=6)
     parser.add_argument("--samples", type=int, default=32, help="calibration clips")
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
-    asked = parser.parse_args()
-    if asked.worker:
-        return worker(json.loads(asked.worker))
-    texts = speech.sentences(asked.text, asked.per_clip)
-    test = {voice: str(speech.speak(asked.work / "test", voice, texts)) for voice in asked.voices}
-    calibration = speech.speak(
-        asked.work / "calibration", asked.voices[0], speech.passages(asked.samples)
-    )
+    return parser.parse_args()
+
+
+def jobs_of(given: argparse.Namespace, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What there is to run, full precision first; the speech is made."""
+    spoken = speech.passages(given.samples)
+    base = {
+        "model": given.model,
+        "samples": given.samples,
+        "work": str(given.work),
+        "test": {voice: str(speech.speak(given.work / "test", voice, texts))
+                 for voice in given.voices},
+        "calibration": str(speech.speak(given.work / "calibration", given.voices[0], spoken)),
+    }  # fmt: skip
+    jobs = []
+    for scheme, method in [("-", FULL), *product(given.schemes, given.methods)]:
+        path = given.work / f"{scheme}-{method}.json".replace(" ", "-")
+        job = base | kept.scheme("W4g64" if method == FULL else scheme)
+        job |= {"scheme": scheme, "method": method}
+        jobs.append(job | {"result": str(path), "folder": str(path.with_suffix(""))})
+    return jobs
+
+
+def main() -> None:
+    """Every scheme by every method, then the table."""
+    given = asked()
+    if given.worker:
+        return worker(json.loads(given.worker))
+    texts = speech.sentences(given.text, given.per_clip)
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for scheme, method in [
-        ("-", "full precision"),
-        *((s, m) for s in asked.schemes for m in asked.methods),
-    ]:
-        bits, group_size = (int(n) for n in scheme[1:].split("g")) if method in METHODS else (4, 64)
-        path = asked.work / f"{scheme}-{method}.json".replace(" ", "-")
-        job = {
-            "model": asked.model,
-            "method": method,
-            "bits": bits,
-            "group_size": group_size,
-            "work": str(asked.work),
-        }
-        job |= {
-            "calibration": str(calibration),
-            "test": test,
-            "samples": asked.samples,
-            "result": str(path),
-        }
-        job |= {"folder": str(path.with_suffix(""))}
-        if not path.is_file():
-            subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], check=True)
-        found[scheme, method] = json.loads(path.read_text())
+    for job in jobs_of(given, texts):
+        found[job["scheme"], job["method"]] = kept.result(__file__, job)
         print(table(found)[-1], flush=True)
     text = "\n".join(table(found))
     print(f"\n{text}")
-    if asked.keep:
-        keep(asked, texts, text)
+    kept.keep(given.keep, "whisper", "Whisper base", explained(given, texts), text)
 
 
-def keep(asked: argparse.Namespace, texts: Sequence[str], text: str) -> None:
-    """The dated file of results."""
-    from auto_mmround.run.record import machine
-
-    today, words = datetime.date.today(), sum(len(t.split()) for t in texts)
-    said = sum(1 for line in asked.text.read_text().splitlines() if line.strip())
-    test = (
-        f"{said} sentences ({words} words) in {len(texts)} clips, by each of"
-        f" {', '.join(asked.voices)}"
+def explained(given: argparse.Namespace, texts: Sequence[str]) -> str:
+    """What the table means."""
+    words = sum(len(text.split()) for text in texts)
+    said = sum(1 for line in given.text.read_text().splitlines() if line.strip())
+    return (
+        f"Test: {said} sentences ({words} words) in {len(texts)} clips, by each of"
+        f" {', '.join(given.voices)}. Calibration: {given.samples} passages of another text, by"
+        f" {given.voices[0]}. Encoder and decoder quantized, the output head not. WER in percent"
+        " after Whisper's normaliser; the 95 % intervals are of differences in points (bootstrap"
+        " over clips); KL in nats a token, along the true transcripts."
     )
-    calibration = f"{asked.samples} passages of another text, by {asked.voices[0]}"
-    explained = (
-        "Encoder and decoder quantized, the output head not. WER in percent after Whisper's"
-        " normaliser; the 95 % intervals are of differences in points (bootstrap over clips); KL in"
-        " nats a token, along the true transcripts."
-    )
-    facts = [
-        f"# Whisper base, {today}",
-        f"Test: {test}. Calibration: {calibration}. {explained}",
-        text,
-    ]
-    facts += [json.dumps(machine()), f"Command: `{' '.join(sys.argv)}`"]
-    (asked.keep / f"whisper-{today}.md").write_text("\n\n".join(facts) + "\n")
 
 
 if __name__ == "__main__":

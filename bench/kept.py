@@ -1,0 +1,103 @@
+"""What benches share: their options, their tables, and what stays on disk of a run."""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def options(doc: str | None, keep: str = "folder for a dated Markdown file") -> Any:
+    """A parser with the text of the bench, and its option --keep."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keep", type=Path, help=keep)
+    return parser
+
+
+def held_out_options(doc: str | None) -> Any:
+    """`options`, and what both calibration and held-out data are told."""
+    parser = options(doc)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dataset", default="demo")
+    parser.add_argument("--held_out", default="demo")
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument(
+        "--limit", type=int, default=48, help="held-out texts, and as many questions about images"
+    )
+    return parser
+
+
+def held_out_values(found: argparse.Namespace) -> dict[str, Any]:
+    """Keys of a recipe, of `held_out_options`."""
+    values = {"model": found.model, "dataset": found.dataset, "nsamples": found.samples}
+    return values | {"seqlen": found.seqlen, "device": "cpu"}
+
+
+def scheme(name: str) -> dict[str, Any]:
+    """Of `W4g128`, or `W4g128a` for asymmetric: the keys of a recipe. Exits where it is none."""
+    found = re.fullmatch(r"W(\d)g(-?\d+)(a?)", name)
+    if found is None:
+        sys.exit(f"scheme {name}: W4g128 for 4 bits in groups of 128, W4g128a for asymmetric")
+    return {"bits": int(found[1]), "group_size": int(found[2]), "sym": not found[3]}
+
+
+class Table:
+    """A Markdown table, printed line by line as it grows."""
+
+    def __init__(self, *columns: str) -> None:
+        self.lines: list[str] = []
+        self.add(*columns)
+        self._say("|" + "---|" * len(columns))
+
+    def add(self, *cells: object) -> None:
+        self._say(f"| {' | '.join(map(str, cells))} |")
+
+    def _say(self, line: str) -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def kl_cells(figures: Any) -> list[str]:
+    """KL on text and on images, `-` where there are none, and perplexity."""
+    kinds = ("text", "image")
+    kl = [f"{figures.kl[kind]:.5f}" if kind in figures.kl else "-" for kind in kinds]
+    return [*kl, f"{figures.perplexity:.3f}"]
+
+
+def result(
+    program: str, job: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Any:
+    """What is in the file `job["result"]`; where it is missing, `program --worker` writes it first,
+    in a process of its own."""
+    path = Path(job["result"])
+    if not path.is_file():
+        command = [sys.executable, program, "--worker", json.dumps(job)]
+        subprocess.run(command, check=True, env=environment)
+    return json.loads(path.read_text())
+
+
+def keep(folder: Path | None, name: str, title: str, *parts: object, section: str = "") -> None:
+    """NAME-DATE.md, if there is a folder: the title with the date, the parts, the machine and the
+    command, a paragraph each. A section is added to what the file of the day has."""
+    if folder is None:
+        return
+    from auto_mmround.run.record import machine
+
+    today = datetime.date.today()
+    path, head = folder / f"{name}-{today}.md", f"# {title}, {today}"
+    if section:
+        head = path.read_text().rstrip() if path.is_file() else head
+        parts = (f"## {section}", *parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = (json.dumps(machine()), f"Command: `{' '.join(sys.argv)}`")
+    path.write_text("\n\n".join(map(str, (head, *parts, *facts))) + "\n")
