@@ -1,4 +1,4 @@
-"""Arrows point down: what each room may import of the package."""
+"""Arrows point down: what each room may import of the package. Functions and files are small."""
 
 import ast
 import re
@@ -17,6 +17,10 @@ BELOW = {
     "evaluate": {"report", "run", "checkpoint", "export", *GROUND},
     "verify": {"evaluate", "run", "checkpoint", "export", *GROUND},
 }
+MEASURED = ("auto_mmround", "scripts", "bench", "engines", "processors")
+LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS = 50, 400, 8
+# (file, function or "" for the file) that are larger; one that is mended leaves this list.
+LARGER = {("auto_mmround/numerics/gptq.py", "solve"), ("scripts/sweep_models.py", "")}
 HEAVY = {"torch", "transformers", "datasets", "rich"}
 
 
@@ -126,3 +130,42 @@ def test_the_plan_names_every_file():
     absent = [m for m, path in files().items() if m.count(".") == 2 and path.name != "__init__.py"]
     absent = [module for module in absent if module.rpartition(".")[2] not in named]
     assert not absent
+
+
+def too_large(text: str) -> dict[str, str]:
+    """Function, or "" for the file itself -> what is too much of it."""
+    found, lines = {}, len(text.splitlines())
+    if lines > LONGEST_FILE:
+        found[""] = f"{lines} lines"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        lines, given = node.end_lineno - node.lineno + 1, node.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        count = len([name for name in names if name not in ("self", "cls")])
+        if lines > LONGEST_FUNCTION or count > MOST_PARAMETERS:
+            found[node.name] = f"{lines} lines, {count} parameters"
+    return found
+
+
+def test_functions_and_files_are_small():
+    found = {
+        (path.relative_to(ROOT).as_posix(), name): much
+        for room in MEASURED
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for name, much in too_large(path.read_text()).items()
+    }
+    new = [f"{file} {name}: {found[file, name]}" for file, name in found.keys() - LARGER]
+    assert not new, f"too large: {'; '.join(sorted(new))}"
+    assert found.keys() >= LARGER, f"small by now: {LARGER - found.keys()}"
+
+
+def test_what_is_too_large_is_seen():
+    many = ", ".join(f"a{i}" for i in range(MOST_PARAMETERS))
+    body = "    x = 1\n" * (LONGEST_FUNCTION - 1)
+    right = f"class A:\n def m(self, {many}): pass\ndef f(*, {many}):\n{body}"
+    assert too_large(right) == {}
+    assert too_large(right.replace("def f(*", "def f(b, *")).keys() == {"f"}
+    assert too_large(right + "    x = 1\n").keys() == {"f"}
+    assert too_large("x = 1\n" * LONGEST_FILE) == {}
+    assert too_large("x = 1\n" * (LONGEST_FILE + 1)).keys() == {""}
