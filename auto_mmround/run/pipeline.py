@@ -335,11 +335,7 @@ class _Journey:
         with rounded(leaves):
             errors = LayerErrors(leaves, moments)
             errors.note("nearest")
-            nearest = (
-                self._start(leaves, moments, forward, count, turns, measure, batch_size)
-                if moments
-                else None
-            )
+            nearest = self._start(leaves, moments, forward, count, turns, measure, batch_size)
             errors.note("start")
             errors.rest()
             result = tune_block(
@@ -374,13 +370,15 @@ class _Journey:
         turns: Sequence[Sequence[str]],
         measure: Callable[[Sequence[str]], dict[str, Moments]],
         batch_size: int,
-    ) -> float:
+    ) -> float | None:
         """Put every weight at its closed-form start; returns the held-out error of rounding to
-        nearest.
+        nearest. Without moments there is no such start, and None.
 
         turns: groups of layers that are solved one after another, each on what those before it,
           rounded, hand to it.
         """
+        if not moments:
+            return None
         nearest = mean_error(
             forward, held_out_split(count)[1], batch_size, self.session.processes.add_up
         )
