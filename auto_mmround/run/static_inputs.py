@@ -23,8 +23,8 @@ log = logging.getLogger("auto_mmround")
 def input_scales(
     session: Session, planned: Sequence[WeightPlan], told: Told = lambda done, total: None
 ) -> dict[str, Tensor]:
-    """Layer -> float32 (1,) where its scheme has inputs measured, over all samples through the model
-    as it is: ``max|x| / 448`` of static FP8, ``448 * 6 / max|x|`` of NVFP4.
+    """Layer -> float32 (1,) where its scheme has inputs measured, over all samples through the
+    model as it is: ``max|x| / 448`` of static FP8, ``448 * 6 / max|x|`` of NVFP4.
 
     Layers that read the same tensor (q, k, v), which engines fuse, get the same. One that no token
     reaches gets 1.
