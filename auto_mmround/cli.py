@@ -86,6 +86,16 @@ def verify_command(arguments: Sequence[str]) -> int:
     return verify_and_show(found)
 
 
+def ask_command(arguments: Sequence[str]) -> int:
+    """Ask checkpoints a question."""
+    found = parser_of("ask").parse_args(normalise(arguments))
+    if found.max_tokens < 1:
+        raise UserError(f"max_tokens = {found.max_tokens}: at least 1")
+    from auto_mmround.asking import ask_and_show
+
+    return ask_and_show(found)
+
+
 def report_command(arguments: Sequence[str]) -> int:
     """Write a page on a run, or on several."""
     found = parser_of("report").parse_args(normalise(arguments))
@@ -121,6 +131,7 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan_command,
     "eval": eval_command,
     "verify": verify_command,
+    "ask": ask_command,
     "report": report_command,
     "formats": formats_command,
     "families": families_command,

@@ -27,6 +27,7 @@ from auto_mmround.evaluate.prompts import Data
 from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
+from auto_mmround.next_step import first_question
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report
 from auto_mmround.run import job as jobs
@@ -137,6 +138,8 @@ def quantize_with_progress(recipe: Recipe) -> int:
         f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB",
         highlight=False,
     )
+    question = first_question(folders[0], recipe.trust_remote_code)
+    console.print(f"ask it: {question}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -64,6 +64,12 @@ examples:
   auto-round-mllm verify ./some-awq-model --source ./original-model --engine none
   auto-round-mllm verify ./demo-w4g128-auto_gptq --engine transformers,vllm --json
 """
+ASK_EPILOG = """\
+examples:
+  auto-round-mllm ask ./demo-w4g128-auto_round "What color is the digit?" --image a.png
+  auto-round-mllm ask ./my-model ./my-model-w4g128 "What is written here?" --image a.png
+  auto-round-mllm ask ./whisper-w4g128-auto_round --audio speech.wav
+"""
 COMPLETION_EPILOG = """\
   bash   eval "$(auto-round-mllm completion bash)"       in ~/.bashrc
   zsh    eval "$(auto-round-mllm completion zsh)"        in ~/.zshrc
@@ -149,6 +155,38 @@ COMMANDS: dict[str, Command] = {
             "--json": JSON,
         },
         VERIFY_EPILOG,
+    ),
+    "ask": Command(
+        "Ask a checkpoint about a picture or a sound, or several side by side.",
+        {
+            "words": {
+                "nargs": "+", "metavar": "DIR .. QUESTION",
+                "help": "folders of models or checkpoints, or demo; then the question",
+            },
+            "--image": {"action": "append", "default": [], "metavar": "FILE", "help": "a picture"},
+            "--audio": {
+                "action": "append", "default": [], "metavar": "FILE",
+                "help": "a sound; without a question it is written down",
+            },
+            "--video": {"action": "append", "default": [], "metavar": "FILE", "help": "a film"},
+            "--engine": {
+                "metavar": "NAME",
+                "help": "vllm, llamacpp, mlx or openvino, where it is installed; default: our own"
+                " loader",
+            },
+            "--max_tokens": {
+                "type": int, "default": 128, "metavar": "N",
+                "help": "most tokens of an answer (default: 128)",
+            },
+            "--device": {"default": "0", "help": "0: the first accelerator, else the processor"},
+            "--timeout": {
+                "type": float, "default": 600, "metavar": "S",
+                "help": "seconds an engine may take (default: 600)",
+            },
+            "--trust_remote_code": TRUST,
+            "--json": JSON,
+        },
+        ASK_EPILOG,
     ),
     "report": Command(
         "Write the page of a run again, or one that compares several runs.",

@@ -9,12 +9,14 @@ number of next tokens to report, "filler": id of a token of plain text, "questio
 the model's own, "context": tokens}.
 
 answer: {"logprobs": for each prompt {id: log probability} of the next tokens, "answers": [{"text",
-"prompt_tokens", "logprobs" of the first token}]}. llama.cpp writes its own log to standard error.
+"prompt_tokens", "tokens" of the answer, "logprobs" of the first token}], "seconds": that
+the questions took}. llama.cpp writes its own log to standard error.
 """
 
 import base64
 import json
 import math
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,7 @@ def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> 
     return {
         "text": choice["message"]["content"],
         "prompt_tokens": count,
+        "tokens": answer["usage"]["completion_tokens"],
         "logprobs": first_token(choice),
     }
 
@@ -113,18 +116,20 @@ def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     prompts, questions = request.get("prompts", ()), request.get("questions", ())
     top, filler = request.get("top", 20), request.get("filler")
-    logprobs, answers = [], []
+    logprobs, answers, started = [], [], time.perf_counter()
     if prompts:  # with an mmproj file the server takes no token ids
         server = load(request)
         logprobs = [next_tokens(server, prompt, top, filler) for prompt in prompts]
     if questions:
         server = load(request, request.get("mmproj"))
+        started = time.perf_counter()
         answers = [ask(server, question, top, filler) for question in questions]
     broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
     facts = {
         "engine": f"xllamacpp {metadata.version('xllamacpp')}",
         "logprobs": logprobs,
         "answers": answers,
+        "seconds": time.perf_counter() - started,
     }
     return {"ok": not broken, **facts} | (
         {"error": "log probabilities are not finite"} if broken else {}

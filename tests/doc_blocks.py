@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = ("bash", "python")
 OURS = ("auto-round-mllm", "auto_round_mllm")
-COMMANDS = ("plan", "eval", "verify", "report", "formats", "families")
+COMMANDS = ("plan", "eval", "verify", "ask", "push", "report", "formats", "families", "completion")
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\s*$")
 COMMENT = re.compile(r"^ *<!-- (?P<text>.*?) -->\s*$")
 # Commands that stand outside a fence escape the tests.

@@ -200,7 +200,7 @@ def asked(
                 f"{loaded.model.config.model_type} hears one sound a question, and nothing else"
             )
         rate = loaded.processor.feature_extractor.sampling_rate
-        sound_T = media.load(audios[0], "audio", roots.parse_roots(None), rate=rate)
+        sound_T = media.load(audios[0], "audio", _beside(audios[0]), rate=rate)
         kwargs, more = _whisper(loaded, Data(), sound_T, rate)
         return Prompt("question", "", "", text, None, kwargs, options=more)
     given = {
@@ -216,12 +216,15 @@ def asked(
         videos=given["video"],
                     audios=given["audio"])  # fmt: skip
     kwargs = _encoded(loaded, Data(), [sample])[0]
-    return Prompt("question", "", "", MARKER.sub("", text).strip(), None, kwargs, options=options)
+    shown = MARKER.sub("", text).strip()
+    return Prompt("question", "", "", shown, None, kwargs, given["image"], options)
 
 
-def _beside(file: str | Path) -> roots.Roots:
-    """The folder of a file is allowed if an outside harness names the file."""
-    return roots.parse_roots([Path(file).resolve().parent])
+def _beside(file: Any) -> roots.Roots:
+    """The folder of a file is allowed if a user or an outside harness names the file."""
+    return roots.parse_roots(
+        [Path(file).resolve().parent] if isinstance(file, str | Path) else None
+    )
 
 
 def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[float, bool]:
@@ -246,14 +249,22 @@ def log_likelihood(loaded: Loaded, prompt: Prompt, continuation: str) -> tuple[f
 
 def answer(loaded: Loaded, prompt: Prompt) -> str:
     """The greedy answer, without special tokens."""
+    ids_T = generate(loaded, prompt)
+    return str(loaded.tokenizer.decode(ids_T, skip_special_tokens=True)).strip()
+
+
+def generate(loaded: Loaded, prompt: Prompt, streamer: Any = None) -> torch.Tensor:
+    """Token ids (T,) of the greedy answer. streamer: of Transformers, gets them one by one."""
     kwargs, options = moved(loaded.model, prompt.kwargs), dict(prompt.options)
     if not loaded.model.config.is_encoder_decoder:
         options["max_new_tokens"] = room(
             loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"]
         )
+    if streamer is not None:
+        options["streamer"] = streamer
     made = generated(loaded.model, kwargs, **options)
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
-    return str(loaded.tokenizer.decode(made[0][given:], skip_special_tokens=True)).strip()
+    return torch.as_tensor(made[0][given:])
 
 
 def _encoded(loaded: Loaded, data: Data, samples: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -72,6 +72,8 @@ class EngineResult:
     llama.cpp gives no logits. logprobs: for each input {token id: log probability} of the most
     likely next tokens. answers: for each question {"text", "prompt_tokens", "logprobs" of its first
     token}. Its dtype is "q8_0" if it rounds the inputs of layers in that way.
+
+    seconds: that generating took, None if it does not tell.
     """
 
     ok: bool
@@ -86,6 +88,7 @@ class EngineResult:
     tokens: Sequence[Tensor] = field(default=(), repr=False)
     logprobs: Sequence[Mapping[int, float]] = field(default=(), repr=False)
     answers: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    seconds: float | None = None
 
 
 def root() -> Path:
@@ -162,12 +165,13 @@ def run_llamacpp(
     top: int = 20,
     template: str | None = None,
     timeout: float = 600,
+    context: int = 1024,
 ) -> EngineResult:
     """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in its interpreter.
 
     prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image":
     file}], "max_tokens"}. top: number of most likely tokens. template: of the conversation; None is
-    the file's own. Never raises for a fault of the engine.
+    the file's own. context: tokens that it has room for. Never raises for a fault of the engine.
     """
     if problem := not_installed(python):
         return EngineResult(False, problem)
@@ -181,6 +185,7 @@ def run_llamacpp(
         "questions": list(questions),
         "top": top,
         "template": template,
+        "context": context,
     }
     tokenizer = checkpoint_dir / "tokenizer.json"
     if tokenizer.is_file():

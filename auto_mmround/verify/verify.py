@@ -124,7 +124,7 @@ def verify(
         subject.fmt.name if subject.fmt else "fake" if subject.quantization is None else "unknown"
     )
     for engine in chosen or ():
-        _require(engine, name, root)
+        require(engine, name, root)
     findings = run_checks(subject)
     verification = Verification(folder, name, tuple(findings))
     wanted = (
@@ -232,7 +232,8 @@ def _verdict(
     return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
 
 
-def _require(engine: str, name: str, root: Path) -> None:
+def require(engine: str, name: str, root: Path) -> None:
+    """Raises UserError for an engine that is unknown, not installed, or does not read a format."""
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
     if name not in reads(engine):

@@ -1,0 +1,73 @@
+"""What `ask` prints: answers as they come, with their speed; several folders side by side."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from auto_mmround import strict
+from auto_mmround.console import console, quiet_libraries
+from auto_mmround.errors import UserError
+from auto_mmround.run.out_of_memory import phase
+from auto_mmround.verify.answers import Answer, Question, Way, ask_folder
+
+
+@phase("answering", "use --device cpu, or a larger machine")
+def ask_and_show(found: argparse.Namespace) -> int:
+    """Ask every folder in turn. Raises UserError before the first answer for one that is not
+    there."""
+    quiet_libraries()
+    folders, text = _split(found.words, bool(found.audio))
+    question = Question(text, found.image, found.audio, found.video, found.max_tokens)
+    for file in (*found.image, *found.audio, *found.video):
+        if not Path(file).is_file():
+            raise UserError(f"{file} is no file: name a picture, a sound or a film")
+    way = Way(found.engine, found.device, found.trust_remote_code, found.timeout)
+    answers = []
+    for folder in folders:
+        if found.json:
+            answers.append(ask_folder(folder, question, way))
+            continue
+        if len(folders) > 1:
+            console.print(f"{folder}:", highlight=False, markup=False, soft_wrap=True)
+        answers.append(ask_folder(folder, question, way, _say))
+        _say("\n")
+        if len(folders) == 1:
+            console.print(answers[-1].speed(), style="dim", highlight=False, soft_wrap=True)
+    if found.json:
+        print(strict.dumps([asdict(answer) for answer in answers], indent=1))
+    elif len(answers) > 1:
+        console.print(_side_by_side(answers))
+    return 0
+
+
+def _split(words: Sequence[str], heard: bool) -> tuple[Sequence[str], str]:
+    """(folders, question). Raises UserError where one of them is missing."""
+    folders, text = words[:-1], words[-1]
+    if text == "demo" or Path(text).is_dir():
+        folders, text = words, ""
+    if not folders:
+        raise UserError(f"{text!r} is no folder: name a checkpoint before the question")
+    missing = [name for name in folders if name != "demo" and not Path(name).is_dir()]
+    if missing:
+        raise UserError(f"{missing[0]} is no folder; put the question in quotes, after all folders")
+    if not text.strip() and not heard:
+        raise UserError(f'a question is missing: ask {folders[-1]} "What do you see?"')
+    return folders, text
+
+
+def _say(text: str) -> None:
+    """A piece of an answer, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _side_by_side(answers: Sequence[Answer]) -> Table:
+    columns = (Column(Path(answer.folder).name, overflow="fold") for answer in answers)
+    table = Table(*columns, show_lines=True)
+    table.add_row(*(answer.text for answer in answers))
+    table.add_row(*(answer.speed() for answer in answers))
+    return table

@@ -1,0 +1,208 @@
+"""A question to a checkpoint, answered by our own loader or by an engine that is installed."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import TextStreamer
+
+from auto_mmround.calibration.roots import MediaError
+from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.checkpoint.subject import read_subject
+from auto_mmround.errors import UserError
+from auto_mmround.evaluate.prompts import ASK_FOR_WORDS, Prompt, asked, generate
+from auto_mmround.model import devices
+from auto_mmround.model.loading import Loaded
+from auto_mmround.verify import engines
+from auto_mmround.verify.engines import ENGINES, EngineResult, ask, interpreter, run_llamacpp
+from auto_mmround.verify.verify import require
+
+LOADER = "loader"
+CONTEXT = 8192  # tokens that llama.cpp has room for
+# Engines whose programs generate.
+GENERATE = ("vllm", "llamacpp", "mlx", "openvino")
+
+
+@dataclass(frozen=True)
+class Question:
+    """text, and files of media, which stand before it. tokens: at most so many in the answer."""
+
+    text: str
+    images: Sequence[str] = ()
+    audios: Sequence[str] = ()
+    videos: Sequence[str] = ()
+    tokens: int = 128
+
+    @property
+    def kinds(self) -> list[str]:
+        """What there is besides the text."""
+        media = {"image": self.images, "audio": self.audios, "video": self.videos}
+        return [kind for kind, files in media.items() if files]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one folder answered. seconds: from the question to the last token, loading apart; None
+    if the engine does not tell."""
+
+    folder: str
+    engine: str
+    text: str
+    tokens: int
+    seconds: float | None
+
+    def speed(self) -> str:
+        """A few words on its length and speed."""
+        if not self.seconds:
+            return f"{self.tokens} tokens, {self.engine}"
+        rate = self.tokens / self.seconds
+        return (
+            f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens a second,"
+            f" {self.engine}"
+        )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How folders are asked. engine: None is our loader. root: where `.engines` lies."""
+
+    engine: str | None = None
+    device: str = "0"
+    remote_code: bool = False
+    timeout: float = 600
+    root: Path | None = None
+
+
+class Streamed(TextStreamer):
+    """Hands on each piece of an answer as soon as its words are whole."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by Transformers."""
+        if text:
+            self._on_text(text)
+
+
+def ask_folder(
+    folder: str,
+    question: Question,
+    way: Way | None = None,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Answer:
+    """The greedy answer. on_text: gets its pieces in order, from an engine all at once.
+
+    Raises UserError for a folder that can't be read, for an engine that is unknown, not installed
+    or does not take this, and for media that the model does not take.
+    """
+    way = way or Way()
+    if way.engine is not None:
+        return _by_engine(Path(folder), question, way, on_text)
+    place = devices.resolve(way.device)
+    loaded = load_any(folder, device=place, remote_code=way.remote_code)
+    prompt = _prompt(loaded, question)
+    # Whisper generates window by window
+    windows = loaded.model.main_input_name == "input_features"
+    streamer = None if windows else Streamed(loaded.tokenizer, on_text)
+    started = time.perf_counter()
+    ids_T = generate(loaded, prompt, streamer)
+    seconds = time.perf_counter() - started
+    text = str(loaded.tokenizer.decode(ids_T, skip_special_tokens=True)).strip()
+    if windows:
+        on_text(text)
+    return Answer(folder, LOADER, text, len(ids_T), seconds)
+
+
+def _prompt(loaded: Loaded, question: Question) -> Prompt:
+    try:
+        return asked(
+            loaded, question.text or ASK_FOR_WORDS, question.images, question.videos,
+            question.audios, question.tokens,
+        )  # fmt: skip
+    except MediaError as error:
+        raise UserError(str(error)) from error
+
+
+def _by_engine(
+    folder: Path, question: Question, way: Way, on_text: Callable[[str], None]
+) -> Answer:
+    engine = str(way.engine)
+    if engine not in GENERATE:
+        raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(GENERATE)}")
+    root = engines.root() if way.root is None else way.root
+    subject = read_subject(folder, None, way.remote_code)
+    name = subject.fmt.name if subject.fmt else "fake"
+    require(engine, name, root)
+    _check_kinds(engine, folder, question)
+    loaded = load_any(str(folder), remote_code=way.remote_code)
+    prompt, python = _prompt(loaded, question), interpreter(name, root, engine)
+    if engine == "llamacpp":
+        result = _llamacpp(folder, question, prompt, python, way.timeout)
+    else:
+        given = {"dtype": ENGINES[engine].dtype, "new_tokens": question.tokens}
+        inputs = [_inputs(engine, prompt)]
+        result = ask(engine, folder, inputs, given, python=python, timeout=way.timeout)
+    if not result.ok:
+        raise UserError(f"{engine} gave no answer: {result.error}")
+    text, count = _told(result, loaded)
+    on_text(text)
+    return Answer(str(folder), result.engine or engine, text, count, result.seconds)
+
+
+def _check_kinds(engine: str, folder: Path, question: Question) -> None:
+    row = ENGINES[engine]
+    whole = row.tower is None or (folder / row.tower).is_file()
+    kinds = row.kinds if whole else ("text",)
+    for kind in question.kinds:
+        if kind not in kinds and not (kind == "audio" and "speech" in kinds):
+            raise UserError(f"{engine} takes no {kind} of {folder}: leave --engine out")
+
+
+def _inputs(engine: str, prompt: Prompt) -> Mapping[str, Tensor]:
+    """The prompt as an engine's program reads it: media as they are where it processes them."""
+    if not ENGINES[engine].own_media:
+        return {key: value for key, value in prompt.kwargs.items() if isinstance(value, Tensor)}
+    if "input_ids" not in prompt.kwargs:
+        raise UserError(f"{engine} is asked for no transcripts: leave --engine out")
+    images = {
+        f"image{i}": torch.from_numpy(np.array(image.convert("RGB")))
+        for i, image in enumerate(prompt.images)
+    }
+    return {"input_ids": prompt.kwargs["input_ids"]} | images
+
+
+def _llamacpp(
+    folder: Path, question: Question, prompt: Prompt, python: Path, timeout: float
+) -> EngineResult:
+    with tempfile.TemporaryDirectory() as made:
+        content: list[str | dict[str, str]] = []
+        for i, image in enumerate(prompt.images):
+            path = Path(made) / f"{i}.png"
+            Image.fromarray(np.array(image.convert("RGB"))).save(path)
+            content.append({"image": str(path)})
+        questions = [{"content": [*content, question.text], "max_tokens": question.tokens}]
+        return run_llamacpp(
+            folder, questions=questions, python=python, timeout=timeout, context=CONTEXT
+        )
+
+
+def _told(result: EngineResult, loaded: Loaded) -> tuple[str, int]:
+    """(text, number of tokens) up to the end of the answer."""
+    if result.answers:
+        answer = result.answers[0]
+        return str(answer["text"]).strip(), int(answer.get("tokens", 0))
+    stated = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ends = {loaded.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    ids = result.tokens[0].flatten().tolist()
+    count = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    text = loaded.tokenizer.decode(ids[:count], skip_special_tokens=True)
+    return str(text).strip(), min(count + 1, len(ids))

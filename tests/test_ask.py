@@ -1,0 +1,131 @@
+"""`ask`: checkpoints of every format answer about a picture or a sound, word by word."""
+
+import json
+import shlex
+import wave
+
+import numpy as np
+import pytest
+from test_docs import put
+from transformers import WhisperFeatureExtractor
+
+from auto_mmround import cli
+from auto_mmround.model.loading import DEMO
+from auto_mmround.verify import engines
+from auto_mmround.verify.answers import GENERATE, Question, Way, ask_folder
+
+PICTURE = DEMO.parent / "heldout" / "images" / "0000.png"
+QUESTION = "What color is the digit?"
+FORMATS = ("auto_round", "auto_gptq", "auto_awq", "mlx", "compressed_tensors", "fake")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Format -> a checkpoint of the bundled model, rounded to nearest."""
+    out = tmp_path_factory.mktemp("asked")
+    words = ["--model", "demo", "--iters", "0", "--group_size", "32", "--output_dir", str(out)]
+    assert cli.main([*words, "--format", ",".join(FORMATS)]) == 0
+    assert cli.main([*words, "--format", "gguf:q4_0"]) == 0
+    return {path.name.removeprefix("demo-w4g32-"): path for path in out.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "gguf-q4_0"])
+def test_every_format_answers_piece_by_piece(name, folders):
+    pieces = []
+    question = Question(QUESTION, images=[str(PICTURE)])
+    found = ask_folder(str(folders[name]), question, on_text=pieces.append)
+    assert found.text == "The digit is purple." == "".join(pieces).strip()
+    assert len(pieces) > 2 and found.tokens > 3 and found.seconds > 0
+    assert "tokens a second" in found.speed()
+
+
+def test_a_run_ends_with_the_command_that_asks_and_it_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--model", "demo", "--iters", "0", "--output_dir", "my out"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    head, _, command = last.partition(": auto-round-mllm ")
+    assert head == "ask it"
+    (tmp_path / "picture.png").write_bytes(PICTURE.read_bytes())
+    words = shlex.split(command)
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "purple" in told[0] and "tokens a second" in told[1]
+
+
+def test_several_answer_side_by_side(folders, capsys):
+    words = ["demo", str(folders["fake"]), QUESTION, "--image", str(PICTURE)]
+    assert cli.main(["ask", *words]) == 0
+    told = capsys.readouterr().out
+    assert told.count("The digit is purple.") >= 4 or told.count("purple.") >= 4
+    assert cli.main(["ask", *words, "--json", "--max-tokens", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["folder"] for row in rows] == words[:2]
+    assert all(row["tokens"] == 2 and row["engine"] == "loader" for row in rows)
+
+
+def test_a_speech_recogniser_writes_down_a_sound(tmp_path, capsys):
+    put("tiny whisper", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    frames = 2 * config["max_source_positions"]  # of a second, so that a window is short
+    WhisperFeatureExtractor(
+        config["num_mel_bins"], chunk_length=1, hop_length=16000 // frames
+    ).save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--iters", "0", "--group_size", "32"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out.strip().splitlines()[-1]
+    assert told.endswith("--audio speech.wav")
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+        file.writeframes((np.sin(np.arange(8000) / 20) * 9000).astype("<i2").tobytes())
+    (folder,) = (tmp_path / "out").iterdir()
+    assert cli.main(["ask", str(folder), "--audio", str(tmp_path / "a.wav")]) == 0
+    assert "tokens" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["demo"], "a question is missing"),
+        (["What?"], "is no folder"),
+        (["no_such", "What?"], "no_such is no folder"),
+        (["demo", "What", "is", "this?"], "in quotes"),
+        (["demo", "What?", "--image", "no.png"], "no.png is no file"),
+        (["demo", "What?", "--image", __file__], "test_ask.py"),
+        (["demo", "What?", "--audio", str(PICTURE)], "audio"),
+        (["demo", "What?", "--max_tokens", "0"], "at least 1"),
+        (["demo", "What?", "--engine", "transformers"], "answers no questions"),
+        (["demo", "What?", "--engine", "vlm"], "answers no questions"),
+        (["FAKE", "What?", "--engine", "mlx"], "mlx does not read the format fake"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(words, told, folders, capsys):
+    words = [str(folders["fake"]) if word == "FAKE" else word for word in words]
+    assert cli.main(["ask", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+READ = {"vllm": "compressed_tensors", "llamacpp": "gguf-q4_0", "mlx": "mlx"}
+
+
+@pytest.mark.parametrize("engine", READ)
+def test_an_engine_that_is_not_there_is_one_line(engine, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".engines").mkdir()
+    assert cli.main(["ask", str(folders[READ[engine]]), "What?", "--engine", engine]) == 2
+    assert f"bash scripts/engines.sh {engine}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", GENERATE)
+def test_engines_answer(engine, folders, tmp_path):
+    if not engines.python_of(engine, engines.root()).is_file():
+        pytest.skip(f"scripts/engines.sh {engine} installs the engine")
+    folder = folders.get(READ.get(engine, ""))
+    if engine == "openvino":
+        words = ["--model", "demo", "--iters", "0", "--format", "openvino"]
+        assert cli.main([*words, "--output_dir", str(tmp_path)]) == 0
+        (folder,) = tmp_path.iterdir()
+    question = Question(QUESTION, images=[str(PICTURE)], tokens=16)
+    found = ask_folder(str(folder), question, Way(engine))
+    assert found.text == "The digit is purple." and found.tokens < 16 and found.seconds > 0
