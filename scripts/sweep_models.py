@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from auto_mmround.model.speaking import speaking
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import FAMILIES
 
@@ -72,7 +74,8 @@ def small(default: Any, rows: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     free = iter(range(101, 120))
     for field in dataclasses.fields(default):
-        name, value = field.name, vars(default).get(field.name)
+        name = field.name
+        value = vars(default).get(default.attribute_map.get(name, name))
         deeper = {k.partition(".")[2]: v for k, v in rows.items() if k.startswith(f"{name}.")}
         token = re.fullmatch(r"(.+)_token_(?:id|index)", name)
         if name in rows:
@@ -198,7 +201,7 @@ def sound_shapes(config: Any) -> Iterator[tuple[int, ...]]:
     """Shapes that sounds may have: mel bins by frames, frames by bins, samples."""
     names = ("num_mel_bins", "feature_size", "input_dim", "input_size", "n_mels", "num_mels",
              "input_feat_per_channel", "feat_dim", "feature_projection_input_dim",
-             "mel_bins", "audio_channels")  # fmt: skip
+             "mel_bins", "audio_channels", "audio_embed_dim")  # fmt: skip
     for bins, frames in product(_numbers(config, names), (32, 64, 128, 100)):
         yield from ((1, bins, frames), (1, frames, bins))
     yield from ((1, n) for n in (1600, 6400))
@@ -220,7 +223,12 @@ def companions(name: str, shape: tuple[int, ...]) -> list[Any]:
         "spatial_shapes": [torch.tensor([[4, 4]])],
         "image_position_ids": [grid], "pixel_position_ids": [grid],
         "pixel_attention_mask": {3: [ones(1, 16, dtype=torch.long)],
-            5: [ones(*shape[:2], *shape[3:], dtype=torch.long)]}.get(len(shape), []),
+            5: [ones(*shape[:2], *shape[3:], dtype=torch.long), ones(*shape[:2]).bool()],
+        }.get(len(shape), []),
+        "image_merge_sizes": [torch.tensor([2]), torch.tensor([1])],
+        "image_token_pooling": [torch.arange(16).reshape(4, 4)],
+        "image_grids": [torch.tensor([[2, 2, 0, 0]])],
+        "image_num_crops": [torch.tensor([1])],
         "high_res_pixel_values": [noise((1, 3, side, side), 3)],
         "feature_attention_mask": [ones(1, frames, dtype=torch.long)],
         "input_features_mask": [ones(1, frames, dtype=torch.long)],
@@ -238,8 +246,8 @@ def others(tokens: int, seed: int) -> list[tuple[str, Tensor]]:
     box = torch.tensor([[0, 0, 5, 5]]).expand(tokens, 4)[None]
     return [
         ("qformer_input_ids", words(6, seed)), ("bbox", box.clone()),
-        ("state", noise((1, 16), seed)), ("noise", noise((1, 16, 16), seed)),
-        ("timestep", torch.tensor([0.5])),
+        ("noise", noise((1, 16, 16), seed)), ("timestep", torch.tensor([0.5])),
+        ("image_attention_mask", torch.ones(1, tokens, 1).long()),
     ]  # fmt: skip
 
 
@@ -247,8 +255,10 @@ class Finder:
     """Looks for inputs that a model takes."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.config = model, model.config
-        self.takes = tuple(inspect.signature(model.forward).parameters)
+        self.model = speaking(model)
+        self.config = self.model.config
+        self.takes = tuple(inspect.signature(self.model.forward).parameters)
+        self.more = {"use_cache": False} if "use_cache" in self.takes else {}
         self.pairs = bool(self.config.is_encoder_decoder)
         self.why: list[str] = []
 
@@ -256,7 +266,7 @@ class Finder:
         """The model's logits, None (and why) where it takes no such inputs."""
         try:
             with torch.no_grad():
-                out = self.model(**inputs)
+                out = self.model(**inputs, **self.more)
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError,
                 ArithmeticError, NotImplementedError, StopIteration) as error:  # fmt: skip
             self.why.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
@@ -274,6 +284,8 @@ class Finder:
         if "attention_mask" in self.takes:
             made["attention_mask"] = torch.ones_like(row)
         made |= {name: value for name, value in others(row.shape[1], seed) if name in self.takes}
+        if "noise" in self.takes:  # of what acts: where it stands
+            made["state"] = noise((1, 16), seed)
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in self.takes and count:
                 made[name] = (row == token).long() * (3 if token == AUDIO else 1)
@@ -325,7 +337,17 @@ class Finder:
             yield None
         if "input_ids" in self.takes:
             count = self._features(kind, name, shape, extra)
-            yield from dict.fromkeys([*([count] if count else []), 4, 16, 1, 17])
+            counts, seen = [*([count] if count else []), 4, 16, 1, 17], Counter[str]()
+            for count in dict.fromkeys(counts):
+                self.why.append("")
+                yield count
+                seen[self.why[-1]] += 1
+                told = re.search(r"tokens: \d+,? features:? (\d+)", self.why[-1])
+                if told and int(told[1]) not in counts:
+                    yield from {int(told[1]), int(told[1]) // 64} - {*counts, 0}
+                    return
+                if not told and seen[self.why[-1]] == 2 and self.why[-1]:
+                    return  # it does not come to the words
 
     def _features(
         self, kind: str, name: str, shape: tuple[int, ...], extra: dict[str, Any]

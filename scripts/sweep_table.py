@@ -9,6 +9,7 @@ SIZES: dict[int, str] = {
     64: """adapter_hidden_size alignment_intermediate_size attention_hidden_size attn_dim
         audio_hidden_size audio_projector_hidden_size backbone_hidden_size
         classifier_proj_size codebook_dim conv_channels conv_dim conv_hidden_size
+        adapter_in_dim adapter_input_size adapter_out_dim downsample_channels
         cross_attention_hidden_size cross_hidden_size d_embed d_embeds d_model decoder_dim
         decoder_embed_dim decoder_hidden_size depthwise_separable_out_channel dim
         downsample_hidden_size emb_dim embed_dim embedding_dim embedding_size enc_dim
@@ -94,6 +95,15 @@ SIZES: dict[int, str] = {
 }
 PARTS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
          "partial_rotary_factor": 1.0}  # fmt: skip
+EACH = {kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+        for kind in ("full_attention", "sliding_attention")}  # fmt: skip
+SLIDING = {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32, "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 32,
+    "sliding_window": 8}  # fmt: skip
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+    "indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 128,
+    "split_ngram_parts": 4, "heads_per_ngram": 2}  # fmt: skip
+VIBE = {"downsampling_ratios": [2, 5], "depths": [1, 1, 1], "num_filters": 8}
 DONUT = dict(model_type="donut-swin", image_size=[32, 32], patch_size=4, embed_dim=32,
     depths=[2, 2], num_heads=[2, 2], window_size=2)  # fmt: skip
 WAV2VEC = dict(model_type="wav2vec2", hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -128,23 +138,26 @@ ROWS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 16, "n_head": 4},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "emu3_vqgan": {"base_channels": 32},
-    "deepseek_v2": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "wav2vec2-bert": {"vocab_size": 128}, "wav2vec2-conformer": {"vocab_size": 128},
-    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
+    "molmo2": {"image_patch_id": IMAGE, "adapter_config.vision_feature_layer": [-1, -2]},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
-    "emu3": {"vq_config.base_channels": 32}, "janus": {"vq_config.base_channels": 32},
+    "janus": {"vq_config.base_channels": 32},
     "chameleon": {"vocabulary_map": {"<image>": 120}, "vq_config.base_channels": 32},
     "glm46v": {"text_config.rope_parameters": PARTS},
     "glm4v_moe": {"text_config.rope_parameters": PARTS},
     "glm_ocr": {"text_config.rope_parameters": PARTS},
     "qwen3_omni_moe_thinker": {"text_config.rope_parameters": PARTS},
     "glm5_next": {"text_config.qk_rope_head_dim": 0},
-    "dots1": {"num_local_experts": 4}, "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "blip-2": {"image_token_index": IMAGE}, "instructblip": {"image_token_index": IMAGE},
-    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2,
+        "vision_config.max_img_size": 64},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32],
-        "text_config.rope_parameters": PARTS, "text_config.mlp_layer_types": ["dense", "sparse"]},
+        "text_config.rope_parameters": PARTS | {"mrope_section": [6, 6, 4]},
+        "text_config.mlp_layer_types": ["dense", "sparse"]},
     "granite4_vision": {"image_grid_pinpoints": [[16, 32], [32, 16]],
         "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 1, 1, 1],
         "spatial_vision_layer": -1, "downsample_rate": "2/4"},
@@ -167,8 +180,29 @@ ROWS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"],
         "text_config.num_experts_per_tok": 2},
     "step3p7": {"text_config.sliding_window": 8, "text_config.num_sliding_attention_heads": 2},
-    "hunyuan_vl": {"vision_config.max_image_size": 64, "vision_config.img_max_token_num": 64},
+    "hunyuan_vl": {"text_config.rope_parameters": PARTS | {"mrope_section": [4, 4, 4, 4]},
+        "vision_config.max_image_size": 64, "vision_config.img_max_token_num": 64},
     "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 32, "canvas_length": 4},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0, "d_model": 64, "n_heads": 2,
+        "ffn_config.hidden_size": 64},
+    "emu3": {"vq_config.base_channels": 32, "vq_config.hidden_size": 128, "vocabulary_map": {"<image>": IMAGE,
+        "<|extra_200|>": 119, **{f"<|visual token {i:06d}|>": 100 + i for i in range(16)}}},
+    "instructblipvideo": {"image_token_index": 119, "video_token_index": IMAGE},
+    "moonshine_streaming": {"num_key_value_heads": 2,
+        "encoder_config.sliding_windows": [[16, 4], [16, 0]]},
+    "cohere_compass_text": {"rope_parameters": EACH},
+    "cohere_compass": {"text_config.rope_parameters": EACH},
+    "gemma4_unified": {
+        "vision_config": {"patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 64,
+            "mm_posemb_size": 16, "output_proj_dims": 64},
+        "audio_config": {"audio_embed_dim": 64}},
+    "dots3_note_text": SLIDING, "dots3_note": {f"text_config.{k}": v for k, v in SLIDING.items()},
+    "muse_glimmer": {"out_hidden_size": 256}, "muse_spark": {"out_hidden_size": 256},
+    "qwen4_exp_text": INDEXER, "qwen4_exp": {f"text_config.{k}": v for k, v in INDEXER.items()},
+    "vibevoice": {f"{part}.{k}": v for part in ("audio_config", "semantic_model_config")
+        for k, v in VIBE.items()},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 1600} | {f"{part}_tokenizer_encoder_config"
+        f".{k}": v for part in ("acoustic", "semantic") for k, v in VIBE.items()},
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32},
 }  # fmt: skip

@@ -135,12 +135,13 @@ def no_features(model: PreTrainedModel, made: ModelInput) -> str | None:
     kinds = {MODALITIES[kind] for kind in made.modality_T.tolist()} - {"text", "pad"}
     takes = [key for key in signature(speaking(model).forward).parameters if key not in PER_TOKEN]
     given = [key for key, value in made.kwargs.items() if key in takes and not _counts(value)]
-    if not kinds or given:
+    reads = [key for key in takes if FEATURES.search(key)]
+    if not kinds or given or not reads:  # a forward pass may name none of what it reads
         return None
     return (
         f"sample {made.id}: places for {' and '.join(sorted(kinds))} in its text, and no features"
         f" that {type(model).__name__} reads among its keys ({', '.join(made.kwargs)}); it reads"
-        f" {', '.join(key for key in takes if FEATURES.search(key))}"
+        f" {', '.join(reads)}"
     )
 
 
