@@ -59,10 +59,8 @@ def _weights(
 
 
 def _floats(data_type: str, group_size: int, act_bits: int = 32) -> dict[str, Any]:
-    """The keys of a float grid. They are rounded to nearest, since no tuner works on one."""
-    return _weights(FLOATS[data_type][0], group_size, True, act_bits, data_type) | {
-        "algorithm": "rtn"
-    }
+    """The keys of a float grid."""
+    return _weights(FLOATS[data_type][0], group_size, True, act_bits, data_type)
 
 
 # Names in llm-compressor, vLLM and AutoRound -> keys of a recipe. A key beside `scheme` overrides.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +27,8 @@ from auto_mmround.model.structure import (
     select_stages,
     used_twice,
 )
-from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
+from auto_mmround.numerics.float_grids import float_grid
+from auto_mmround.numerics.grids import SCALE_DTYPES, Grid, Points
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -369,8 +370,11 @@ def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
     return weight
 
 
-def grid_of(scheme: Scheme) -> Grid:
-    """The grid that a scheme describes."""
+def grid_of(scheme: Scheme, peak: Tensor | None = None) -> Points:
+    """The grid that a scheme describes. peak: largest magnitude of the weight and of those that
+    engines fuse with it; NVFP4 needs it."""
+    if scheme.data_type != "int":
+        return float_grid(scheme.data_type, scheme.group_size, peak)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     return Grid(
         scheme.bits, scheme.sym, dtype, scheme.min_zero, scheme.scale_bits, scheme.scale_range
