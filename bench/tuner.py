@@ -8,7 +8,8 @@ other.
 
 Each method runs in a process of its own, which reports its seconds (quantizing only) and peak
 memory, then the perplexity of the quantized model on held-out text and its KL divergence from full
-precision. A scheme ending in `a` is asymmetric. Results go to standard output as Markdown and, with
+precision. A scheme ending in `a` is asymmetric; float schemes (`NVFP4`, ours
+alone) leave inputs as they are. Results go to standard output as Markdown and, with
 --keep, to a dated file.
 """
 
@@ -92,8 +93,19 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
 
 
 def scheme_of(job: dict[str, Any]) -> dict[str, Any]:
-    """Bits, group size and symmetry; nothing for full precision."""
-    return {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
+    """Bits, group size and symmetry, of floats their kind too; nothing for full precision."""
+    keys = ("bits", "group_size", "sym", "data_type", "act_bits", "format")
+    return {key: job[key] for key in keys if key in job}
+
+
+def named(scheme: str) -> dict[str, Any]:
+    """What `W4g128`, `W4g128a` or a float scheme (`NVFP4`) says of the weights; inputs stay."""
+    parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
+    if parts:
+        return {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]}
+    from auto_mmround.recipe.schemes import SCHEMES
+
+    return SCHEMES[scheme] | {"act_bits": 32, "format": "compressed_tensors"}
 
 
 def by_peer(
@@ -270,6 +282,7 @@ def main() -> None:
     parser.add_argument(
         "--options", type=json.loads, default={}, help="more options of every method, JSON"
     )
+    parser.add_argument("--title", default="tuner", help="of that file")
     parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     found = parser.parse_args()
     if found.worker:
@@ -278,18 +291,13 @@ def main() -> None:
     base = {
         key: value
         for key, value in vars(found).items()
-        if key not in ("worker", "schemes", "methods", "keep", "work")
+        if key not in ("worker", "schemes", "methods", "keep", "work", "title")
     }
     lines = [f"| scheme | method | {' | '.join(FIGURES)} |", "|---" * (2 + len(FIGURES)) + "|"]
     print("\n".join(lines))
     for scheme in ["-", *found.schemes]:
-        parts = re.fullmatch(r"W(\d)g(-?\d+)(a?)", scheme)
-        values = (
-            {"bits": int(parts[1]), "group_size": int(parts[2]), "sym": not parts[3]}
-            if parts
-            else {}
-        )
-        for method in found.methods if parts else ["full precision"]:
+        values = {} if scheme == "-" else named(scheme)
+        for method in found.methods if values else ["full precision"]:
             result = run(base | values | {"method": method}, found.work / f"{scheme} {method}.json")
             lines.append(f"| {scheme} | {method} | {' | '.join(cells(result))} |")
             print(lines[-1], flush=True)
@@ -297,8 +305,9 @@ def main() -> None:
         from auto_mmround.run.record import machine
 
         today, table, command = datetime.date.today(), "\n".join(lines), " ".join(sys.argv)
-        text = f"# Tuner, {today}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
-        (found.keep / f"tuner-{today}.md").write_text(text)
+        title = f"# {found.title.capitalize()}, {today}"
+        text = f"{title}\n\n{table}\n\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
+        (found.keep / f"{found.title}-{today}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -471,16 +471,24 @@ def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
     assert stored_dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("how", [{"algorithm": "rtn"}, {"algorithm": "auto", "iters": 4}], ids=str)
 @pytest.mark.parametrize("case", FLOAT_SCHEMES)
-def test_float_runs_hold_what_the_model_was_left_with(tmp_path: Path, case: str) -> None:
+def test_float_runs_hold_what_the_model_was_left_with(
+    tmp_path: Path, case: str, how: dict[str, Any]
+) -> None:
     scheme = FLOAT_SCHEMES[case]
     settings = {
         key: getattr(scheme, key) for key in ("bits", "group_size", "act_bits", "act_dynamic")
     }
     job, (folder,) = run(
-        tmp_path, data_type=scheme.data_type, dataset="demo", nsamples=8, **settings
+        tmp_path, data_type=scheme.data_type, dataset="demo", nsamples=8, **settings, **how
     )
     assert_holds(folder, job.loaded.model.state_dict())
+    run_json = json.loads((folder / "run.json").read_text())
+    for block in run_json["blocks"] if how["algorithm"] == "auto" else ():
+        assert block["end"] <= block["start"]
+    if not scheme.act_dynamic:
+        assert any("input_scale" in name for name in load_file(folder / "model.safetensors"))
     if case == "nvfp4":  # weights that engines fuse share the scale of the whole weight
         scales = {
             n: t.item()
