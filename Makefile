@@ -6,7 +6,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py)
 
-.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-whisper bench-recapture bench-padding \
+.PHONY: demo test test-all test-engines check docs bench bench-tuner bench-floats bench-whisper bench-recapture bench-padding \
 	bench-scale bench-mixed bench-recipes test-harnesses fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
@@ -35,6 +35,10 @@ bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 
 bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR CALIBRATION=a.txt HELD_OUT=b.txt
 	$(BIN)/python bench/tuner.py --model $(MODEL) --calibration $(CALIBRATION) --held_out $(HELD_OUT) --keep bench/results
+
+bench-floats: $(ENV)  ## nearest, closed form and tuned on float grids: make bench-floats [OPTIONS="--model DIR --calibration .. --held_out .."]
+	$(BIN)/python bench/tuner.py --model demo --samples 128 --held_rows 200 --work .bench/floats --title floats \
+		--schemes NVFP4 MXFP4 MXFP8 FP8 FP8_BLOCK --methods rtn gptq auto $(OPTIONS) --keep bench/results
 
 bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MODEL=DIR (apt-get install flite espeak-ng)
 	$(BIN)/python bench/whisper.py --model $(MODEL) --keep bench/results

@@ -8,7 +8,8 @@ other.
 
 Each method runs in a process of its own, which reports its seconds (quantizing only) and peak
 memory, then the perplexity of the quantized model on held-out text and its KL divergence from full
-precision. A scheme ending in `a` is asymmetric. Results go to standard output as Markdown and, with
+precision. A scheme ending in `a` is asymmetric; float schemes (`NVFP4`, ours
+alone) leave inputs as they are. Results go to standard output as Markdown and, with
 --keep, to a dated file.
 """
 
@@ -92,8 +93,18 @@ def matmul_share(job: dict[str, Any], model: Any, reports: list[Any], rows: Any)
 
 
 def scheme_of(job: dict[str, Any]) -> dict[str, Any]:
-    """Bits, group size and symmetry; nothing for full precision."""
-    return {key: job[key] for key in ("bits", "group_size", "sym") if key in job}
+    """Bits, group size and symmetry, of floats their kind too; nothing for full precision."""
+    keys = ("bits", "group_size", "sym", "data_type", "act_bits", "format")
+    return {key: job[key] for key in keys if key in job}
+
+
+def named(scheme: str) -> dict[str, Any]:
+    """What `W4g128`, `W4g128a` or a float scheme (`NVFP4`) says of the weights; inputs stay."""
+    from auto_mmround.recipe.schemes import SCHEMES
+
+    if scheme in SCHEMES:
+        return SCHEMES[scheme] | {"act_bits": 32, "format": "compressed_tensors"}
+    return kept.scheme(scheme)
 
 
 def by_peer(
@@ -268,6 +279,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument(
         "--options", type=json.loads, default={}, help="more options of every method, JSON"
     )
+    parser.add_argument("--title", default="tuner", help="of the file that is kept")
     return parser.parse_args()
 
 
@@ -279,13 +291,13 @@ def main() -> None:
         return
     names = ("model", "calibration", "held_out", "samples", "length", "held_rows", "held_from")
     base = {name: getattr(found, name) for name in (*names, "options")}
-    schemes: dict[str, dict[str, Any]] = {name: kept.scheme(name) for name in found.schemes}
+    schemes: dict[str, dict[str, Any]] = {name: named(name) for name in found.schemes}
     table = kept.Table("scheme", "method", *FIGURES)
     for scheme, values in ({"-": {}} | schemes).items():
         for method in found.methods if values else ["full precision"]:
             job = base | values | {"method": method}
             table.add(scheme, method, *cells(run(job, found.work / f"{scheme} {method}.json")))
-    kept.keep(found.keep, "tuner", "Tuner", table)
+    kept.keep(found.keep, found.title, found.title.capitalize(), table)
 
 
 if __name__ == "__main__":

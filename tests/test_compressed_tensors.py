@@ -25,12 +25,12 @@ from auto_mmround.export.formats import FORMATS, Layout
 from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.activations import integers_a_token
-from auto_mmround.numerics.float_grids import Nearest
-from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.numerics.grids import Codes, dequantize, round_to_nearest
 from auto_mmround.recipe.aliases import preset
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
+from auto_mmround.run.plan import grid_of
 from auto_mmround.verify.engines import interpreter
 from auto_mmround.verify.static import check as check_files
 
@@ -165,6 +165,10 @@ FLOAT_SCHEMES = {
 }
 
 
+def nearest(w_OI: Tensor, scheme: Scheme) -> Codes:
+    return round_to_nearest(w_OI, scheme.group_size, grid_of(scheme, w_OI.abs().max()))
+
+
 def their_scale(w_OI: Tensor, args: Any, scheme: Scheme, global_scale: Tensor | None) -> Tensor:
     size = w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size
     w_OGg = w_OI.unflatten(1, (-1, size))
@@ -187,7 +191,7 @@ def test_floats_are_what_compressed_tensors_rounds_and_packs(case: str, seed: in
     w_OI[0, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
     group = group_of(scheme)
     static = None if scheme.act_dynamic else torch.rand(1, generator=gen)
-    codes = Nearest(w_OI, scheme.data_type, scheme.group_size, input_scale=static).codes()
+    codes = nearest(w_OI, scheme)._replace(input_scale=static)
     tensors = {
         k.removeprefix("m."): t
         for k, t in FORMATS["compressed_tensors:float"].pack("m", codes).items()
@@ -223,11 +227,7 @@ def test_float_refusals() -> None:
     assert "bits" in str(check(replace(FLOAT_SCHEMES["fp8"], bits=4), 4, 32))
     for name in ("auto_round", "auto_gptq", "compressed_tensors", "compressed_tensors:int8"):
         assert "integers, not fp8" in str(FORMATS[name].check(FLOAT_SCHEMES["fp8"], 128, 128))
-    wrong = (
-        {"bits": 4},
-        {"bits": 8, "group_size": 32},
-        {"bits": 8, "group_size": -1, "algorithm": "auto"},
-    )
+    wrong = ({"bits": 4}, {"bits": 8, "group_size": 32})
     for values in wrong:
         with pytest.raises(UserError, match="data_type fp8"):
             replace(RTN, data_type="fp8", **values)
@@ -260,10 +260,8 @@ def test_one_scale_for_a_whole_weight_is_read() -> None:
 
 def test_a_zero_weight_stays_zero() -> None:
     for scheme in FLOAT_SCHEMES.values():
-        nearest = Nearest(torch.zeros(128, 256), scheme.data_type, scheme.group_size)
-        assert nearest.weight().abs().sum() == 0 and bool(
-            torch.isfinite(nearest.codes().scale_OG).all()
-        )
+        codes = nearest(torch.zeros(128, 256), scheme)
+        assert dequantize(codes).abs().sum() == 0 and bool(codes.scale_OG.isfinite().all())
 
 
 # Names: compressed-tensors' own matching (Transformers) and vLLM's rules, on a module tree of each
@@ -473,16 +471,24 @@ def test_demo_through_the_real_reader_and_fake(tmp_path: Path) -> None:
     assert stored_dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("how", [{"algorithm": "rtn"}, {"algorithm": "auto", "iters": 4}], ids=str)
 @pytest.mark.parametrize("case", FLOAT_SCHEMES)
-def test_float_runs_hold_what_the_model_was_left_with(tmp_path: Path, case: str) -> None:
+def test_float_runs_hold_what_the_model_was_left_with(
+    tmp_path: Path, case: str, how: dict[str, Any]
+) -> None:
     scheme = FLOAT_SCHEMES[case]
     settings = {
         key: getattr(scheme, key) for key in ("bits", "group_size", "act_bits", "act_dynamic")
     }
     job, (folder,) = run(
-        tmp_path, data_type=scheme.data_type, dataset="demo", nsamples=8, **settings
+        tmp_path, data_type=scheme.data_type, dataset="demo", nsamples=8, **settings, **how
     )
     assert_holds(folder, job.loaded.model.state_dict())
+    run_json = json.loads((folder / "run.json").read_text())
+    for block in run_json["blocks"] if how["algorithm"] == "auto" else ():
+        assert block["end"] <= block["start"]
+    if not scheme.act_dynamic:
+        assert any("input_scale" in name for name in load_file(folder / "model.safetensors"))
     if case == "nvfp4":  # weights that engines fuse share the scale of the whole weight
         scales = {
             n: t.item()

@@ -384,7 +384,7 @@ def test_start_gives_back_the_integers_with_the_smallest_offsets(
     q_OGg = torch.randint(0, grid.top + 1, (3, 2, 8), generator=generator).float()
     offset_OGg = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
     scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
-    assert torch.equal(grids.quantize(w_OGg, offset_OGg, scale_OG1, zero_OG1, grid.top), q_OGg)
+    assert torch.equal(grids.quantize(w_OGg, offset_OGg, scale_OG1, zero_OG1, grid), q_OGg)
 
     ratio_OGg, centre_OGg = w_OGg / scale_OG1, q_OGg - zero_OG1
     shifted_OGg = ratio_OGg + offset_OGg

@@ -177,7 +177,8 @@ def test_a_scheme_is_its_keys(name):
     recipe = from_mapping({"scheme": name})
     assert {key: getattr(recipe, key) for key in SCHEMES[name]} == SCHEMES[name]
     assert recipe == from_mapping(SCHEMES[name]) == from_mapping({"scheme": name.lower()})
-    assert recipe.calibrates == (recipe.data_type == "int")
+    assert recipe.calibrates and recipe.closed_form and recipe.steps == 20
+    assert not replace(recipe, iters=0).calibrates
 
 
 def test_names_of_schemes_mean_what_they_say():
@@ -191,8 +192,6 @@ def test_names_of_schemes_mean_what_they_say():
             assert name.lower().startswith(keys["data_type"]) and keys["bits"] == int(
                 keys["data_type"][-1]
             )
-    with pytest.raises(UserError, match="rounded to nearest only"):
-        from_mapping({"scheme": "FP8", "algorithm": "gptq"})
     with pytest.raises(UserError, match="act_dynamic = false is for FP8"):
         from_mapping({"scheme": "W8A8", "act_dynamic": False})
 
@@ -383,6 +382,8 @@ default_stage:
         and not fine.block_classes
         and fine.actorder == "group"
     )
+    tuned = translated("GPTQModifier: {scheme: NVFP4A16}", tmp_path)
+    assert (tuned.data_type, tuned.algorithm, tuned.closed_form) == ("nvfp4", "gptq", True)
     static = translated("QuantizationModifier: {scheme: FP8}", tmp_path)
     assert (static.data_type, static.act_dynamic, static.algorithm) == ("fp8", False, "rtn")
     assert translated("QuantizationModifier: {scheme: FP8_DYNAMIC}", tmp_path).act_dynamic

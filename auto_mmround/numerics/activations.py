@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics.float_grids import E2M1_TOP, E4M3_TOP, TINY, Nearest, to_e4m3
+from auto_mmround.numerics.float_grids import (
+    E4M3_TOP,
+    TINY,
+    FloatGrid,
+    nearest,
+    nvfp4_global,
+    to_e4m3,
+)
 from auto_mmround.numerics.grids import from_groups, levels, to_groups
 
 
@@ -55,10 +62,13 @@ def e4m3_a_token(x_TI: Tensor, group_size: int = -1) -> Tensor:
 def as_rows(
     x_TI: Tensor, data_type: str, group_size: int, global_scale: Tensor | None = None
 ) -> Tensor:
-    """MX or NVFP4, as of a weight's rows. global_scale: NVFP4's."""
-    peak = None if global_scale is None else E4M3_TOP * E2M1_TOP / global_scale
-    rows = Nearest(x_TI.flatten(0, -2), data_type, group_size, peak)
-    return rows.weight().reshape(x_TI.shape).to(x_TI.dtype)
+    """MX or NVFP4, as of a weight's rows. global_scale: NVFP4's; None: that of these inputs."""
+    x_TGg = to_groups(x_TI.float().flatten(0, -2), group_size)
+    if data_type == "nvfp4" and global_scale is None:
+        global_scale = nvfp4_global(x_TGg.abs().max())
+    whole = 1.0 if global_scale is None else global_scale
+    rounded_TGg = nearest(x_TGg, FloatGrid(data_type, whole=whole))
+    return from_groups(rounded_TGg, x_TI.shape[-1]).reshape(x_TI.shape).to(x_TI.dtype)
 
 
 def straight_through(x: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics import grids, scale_search
-from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.grids import Points
 from auto_mmround.numerics.moments import output_error
 
 # smallest magnitude that a scale is computed from, as a share of the mean over channels
@@ -112,7 +112,7 @@ def awq(
     return best
 
 
-def quantizer(grid: Grid, group_size: int, searched: bool) -> Quantize:
+def quantizer(grid: Points, group_size: int, searched: bool) -> Quantize:
     """Rounding to nearest as the run will do it: under searched scales, or under those of the plain
     range."""
 
@@ -123,8 +123,8 @@ def quantizer(grid: Grid, group_size: int, searched: bool) -> Quantize:
             importance_Gg = grids.to_groups(importance_C[None], w_OGg.shape[-1])[0]
             scale_OG, zero_OG = scale_search.search_scale(w_OGg, importance_Gg, grid)
         else:
-            scale_OG, zero_OG = grids.scale_and_zero(*grids.ranges(w_OGg, grid), grid)
-        q_OGg = grids.quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid.top)
+            scale_OG, zero_OG = grid.plain(w_OGg)
+        q_OGg = grids.quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid)
         return grids.from_groups((q_OGg - zero_OG[..., None]) * scale_OG[..., None], columns)
 
     return rounded

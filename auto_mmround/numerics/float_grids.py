@@ -1,38 +1,216 @@
-"""Float grids, rounded to nearest: FP8 and MXFP8 (e4m3), NVFP4 and MXFP4 (e2m1). No tuning: there
-is no zero point to place and no offset to learn here.
+"""Float grids: FP8 and MXFP8 (e4m3), NVFP4 and MXFP4 (e2m1). Codes are the numbers themselves, zero
+points are 0, and the distance of the points grows with the numbers.
 
 Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MX: a power of two for 32
 columns, the one that puts the largest magnitude into the last binade of e2m1 or e4m3 (OCP MX v1.0),
 moved up from 1.75 of it on. NVFP4: e4m3 for 16 columns, divided by one float32 for the whole
-weight, ``448 * 6 / max|w|``. Suffixes as in `grids`.
+weight, ``448 * 6 / max|w|``. These are where round to nearest and every search begin. Suffixes as
+in `grids`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics.grids import Codes, Fit, dequantize, from_groups, levels, to_groups
+from auto_mmround.numerics.grids import Codes, Fit, fold_rows, from_groups, levels, spread_rows
 
 E4M3_TOP, E2M1_TOP = 448.0, 6.0
 BLOCK = 128  # rows and columns of an FP8 block
 MX_BINADES = {"mxfp4": 2, "mxfp8": 8}
-TINY = torch.finfo(torch.float32).tiny
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 NVFP4_LEAST = 2.0**-9  # smallest e4m3
+EXPONENT = 0x7F800000  # of a float32, as bits
+
+
+class FloatGrid(NamedTuple):
+    """The `grids.Points` of a float grid.
+
+    rows: that share a scale. whole: what NVFP4's scales are divided by; a tensor where nothing is
+      tuned and the host must not wait.
+    """
+
+    data_type: str
+    rows: int = 1
+    whole: float | Tensor = 1.0
+
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        return 8 if self.data_type in ("fp8", "mxfp8") else 4
+
+    @property
+    def top(self) -> float:
+        """Largest number."""
+        return E4M3_TOP if self.bits == 8 else E2M1_TOP
+
+    @property
+    def low(self) -> float:
+        """Smallest number."""
+        return -self.top
+
+    @property
+    def middle(self) -> float:
+        """There are no zero points."""
+        return 0
+
+    @property
+    def min_zero(self) -> int:
+        """There are no zero points."""
+        return 0
+
+    @property
+    def sym(self) -> bool:
+        """There are no zero points."""
+        return True
+
+    @property
+    def scale_range(self) -> None:
+        """There are no super-blocks."""
+        return None
+
+    @property
+    def exact_scales(self) -> bool:
+        """Only FP8's are float32."""
+        return self.data_type == "fp8"
+
+    @property
+    def offset_dtype(self) -> torch.dtype:
+        """A weight may come to lie hundreds of the smallest steps of e4m3 away."""
+        return torch.float16 if self.bits == 4 else torch.float32
+
+    @property
+    def factor_rate(self) -> float:
+        """The next scale of MX is twice as large: no sign step gets there."""
+        return {"fp8": 1.0, "nvfp4": 0.5}.get(self.data_type, 0.0)
+
+    @property
+    def sweep_shift(self) -> float:
+        """Rounded as they are."""
+        return 0.0
+
+    @property
+    def _mantissa(self) -> tuple[float, float]:
+        """A step as a share of the power of two below a number, and the smallest step."""
+        return (2.0**-3, 2.0**-9) if self.bits == 8 else (2.0**-1, 2.0**-1)
+
+    def spacing(self, x: Tensor) -> Tensor:
+        """See `Points`; x float32."""
+        share, least = self._mantissa
+        power = (x.view(torch.int32) & EXPONENT).view(torch.float32)
+        return power.mul_(share).clamp_(min=least)
+
+    def gaps(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Points`: towards zero a power of two has a neighbour that is nearer."""
+        inner, outer = self.spacing(point * (1 - 2.0**-4)), self.spacing(point)
+        negative = point < 0
+        return torch.where(negative, outer, inner), torch.where(negative, inner, outer)
+
+    def snap_(self, x: Tensor) -> Tensor:
+        """See `Points`."""
+        step = self.spacing(x)
+        return x.div_(step).round_().mul_(step)
+
+    def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """See `Points`."""
+        return self.snap_(torch.div(x, scale, out=out))
+
+    def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Points`."""
+        peak_OG = w_OGg.abs().amax(-1).float()
+        if self.rows > 1:
+            blocks_BG = fold_rows(peak_OG, self.rows).amax(1)
+            peak_OG = spread_rows(blocks_BG, self.rows, len(peak_OG))
+        if self.data_type in MX_BINADES:
+            scale_OG = mx_scale(peak_OG, MX_BINADES[self.data_type])
+        elif self.data_type == "nvfp4":
+            scale_OG = unpacked(to_e4m3(peak_OG / E2M1_TOP * self.whole), 8)
+            eps = torch.finfo(torch.float8_e4m3fn).eps
+            scale_OG = self._divided(torch.where(scale_OG == 0, eps, scale_OG))
+        else:
+            scale_OG = torch.where(
+                peak_OG > 0, (peak_OG / E4M3_TOP).clamp(min=TINY), torch.finfo(torch.float32).eps
+            )
+        return scale_OG, torch.full_like(scale_OG, -0.0)  # which keeps the sign of a zero
+
+    def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
+        """See `Points`. Positive always."""
+        if self.data_type == "nvfp4":
+            return self._divided(self._e4m3_scale(scale_OG))
+        if self.data_type == "fp8":
+            return scale_OG.clamp(TINY, HUGE)
+        mantissa_OG, exponent_OG = torch.frexp(scale_OG.clamp(2.0**-127, 2.0**127))
+        up_OG = (mantissa_OG >= 0.75).int()  # the arithmetic middle of two powers
+        return torch.ldexp(torch.ones_like(scale_OG), (exponent_OG - 1 + up_OG).clamp(max=127))
+
+    def _e4m3_scale(self, scale_OG: Tensor) -> Tensor:
+        """What NVFP4's file holds of a scale."""
+        return unpacked(to_e4m3((scale_OG * self.whole).clamp(min=NVFP4_LEAST)), 8)
+
+    def _divided(self, scale_OG: Tensor) -> Tensor:
+        """What `grids.dequantize` makes of it; by a tensor, since accelerators multiply by the
+        reciprocal of a number."""
+        whole = self.whole
+        return scale_OG / (whole if isinstance(whole, Tensor) else scale_OG.new_full((), whole))
+
+    def packed(self, code: Tensor) -> Tensor:
+        """See `Points`: e4m3's bytes; e2m1 in 4 bits, the sign in bit 3."""
+        if self.bits == 8:
+            return code.to(torch.float8_e4m3fn).view(torch.uint8)
+        above = levels("e2m1")[1:8].to(code.device)
+        return (torch.bucketize(code.abs(), above, right=True) + 8 * code.signbit()).to(torch.uint8)
+
+    def unpacked(self, byte: Tensor) -> Tensor:
+        """See `Points`."""
+        return unpacked(byte, self.bits)
+
+    def fit(self, w_OGg: Tensor) -> Fit:
+        """See `Points`."""
+        peak_OG = w_OGg.abs().amax(-1).float()
+        if self.data_type != "nvfp4":  # float32, or all its powers of two
+            return Fit.of(peak_OG, TINY, torch.inf)
+        return Fit.of(peak_OG / E2M1_TOP * self.whole, NVFP4_LEAST, E4M3_TOP)
+
+    def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
+        """See `Points`."""
+        whole = None
+        if self.data_type == "nvfp4":
+            scale_OG = self._e4m3_scale(scale_OG)
+            whole = torch.as_tensor(self.whole, dtype=torch.float32, device=q_OGg.device).reshape(1)
+        q_OI, zero_OG = from_groups(q_OGg, columns).contiguous(), zero_OG.to(torch.uint8)
+        group = min(q_OGg.shape[-1], columns)
+        return Codes(q_OI, scale_OG, zero_OG, self.bits, group, True, self.data_type, whole)
+
+
+def float_grid(data_type: str, group_size: int, peak: Tensor | None = None) -> FloatGrid:
+    """The grid of a weight. peak: largest magnitude that NVFP4's scale for the whole weight is for;
+    engines that fuse weights want one for all."""
+    rows = BLOCK if group_size == BLOCK else 1
+    if data_type != "nvfp4":
+        return FloatGrid(data_type, rows)
+    if peak is None:
+        raise ValueError("NVFP4 has a scale for the whole weight: its largest magnitude is needed")
+    return FloatGrid(data_type, rows, nvfp4_global(peak.float()).item())
+
+
+def nearest(x_OGg: Tensor, grid: FloatGrid) -> Tensor:
+    """Groups of numbers rounded to nearest, float32, as engines do with inputs."""
+    scale_OG1 = grid.plain(x_OGg)[0][..., None]
+    code_OGg = grid.snap_(x_OGg.float() / scale_OG1).clamp_(grid.low, grid.top)
+    return code_OGg.mul_(scale_OG1)
+
+
+def unpacked(byte: Tensor, bits: int) -> Tensor:
+    """The float32 number of every code, uint8, of e4m3 (8 bits) or e2m1 (4)."""
+    if bits == 8:
+        return byte.view(torch.float8_e4m3fn).float()
+    return levels("e2m1").to(byte.device)[byte.long()]
 
 
 def to_e4m3(x: Tensor) -> Tensor:
     """The nearest e4m3 numbers as their bytes, uint8; half rounds to even, beyond 448 stays at
     448."""
     return x.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def to_e2m1(x: Tensor) -> Tensor:
-    """The nearest e2m1 numbers as 4-bit codes, uint8, sign in bit 3; half rounds to even, beyond 6
-    stays at 6."""
-    grid = levels("e2m1")[:8].to(x.device)
-    middles = (grid[1:] + grid[:-1]) / 2
-    index = torch.bucketize(x.abs(), middles)
-    tie = (index % 2 == 1) & (x.abs() == middles[index.clamp(max=6)])
-    return (index + tie + 8 * (x < 0)).to(torch.uint8)
 
 
 def mx_scale(peak_OG: Tensor, binade: int) -> Tensor:
@@ -51,85 +229,3 @@ def nvfp4_global(peak: Tensor) -> Tensor:
     for a zero."""
     most = 2.0**120  # so that it can be divided by
     return torch.where(peak > 0, (E4M3_TOP * E2M1_TOP / peak.clamp(min=TINY)).clamp(max=most), 1.0)
-
-
-def fit(w_OGg: Tensor, data_type: str, peak: Tensor | None = None) -> Fit:
-    """Whether the scales of a float grid suffice for a weight; peak: see `Nearest`."""
-    peak_OG = w_OGg.abs().amax(-1).float()
-    if data_type != "nvfp4":  # float32, or all its powers of two
-        return Fit.of(peak_OG, TINY, torch.inf)
-    whole = peak_OG.max() if peak is None else peak.float()
-    return Fit.of(peak_OG / E2M1_TOP * nvfp4_global(whole), NVFP4_LEAST, E4M3_TOP)
-
-
-class Nearest:
-    """A weight on its nearest points; the same face as `rounding.Rounding` has where nothing is
-    tuned.
-
-    peak: largest magnitude that NVFP4's scale for the whole weight is for; engines that fuse
-      weights want one for all.
-    input_scale: (1,), of static activations.
-    """
-
-    def __init__(
-        self,
-        w_OI: Tensor,
-        data_type: str,
-        group_size: int,
-        peak: Tensor | None = None,
-        input_scale: Tensor | None = None,
-    ):
-        self._w_OI, self.columns = w_OI, w_OI.shape[1]
-        columns = self.columns
-        group = columns if group_size == -1 else group_size
-        w_OGg = to_groups(w_OI.float(), group)
-        peak_OG, global_scale = w_OGg.abs().amax(-1), None
-        if data_type in MX_BINADES:
-            scale_OG = mx_scale(peak_OG, MX_BINADES[data_type])
-        elif data_type == "nvfp4":
-            whole = (peak_OG.max() if peak is None else peak).float()
-            global_scale = nvfp4_global(whole).reshape(1)
-            scale_OG = levels("e4m3").to(w_OI.device)[
-                to_e4m3(peak_OG / E2M1_TOP * global_scale).long()
-            ]
-            scale_OG = torch.where(scale_OG == 0, torch.finfo(torch.float8_e4m3fn).eps, scale_OG)
-        else:
-            if group_size == BLOCK:
-                peak_OG = _rows_of_blocks(peak_OG)
-            scale_OG = torch.where(
-                peak_OG > 0, (peak_OG / E4M3_TOP).clamp(min=TINY), torch.finfo(torch.float32).eps
-            )
-        step_OG = scale_OG if global_scale is None else scale_OG / global_scale
-        bits = 8 if data_type in ("fp8", "mxfp8") else 4
-        encode = to_e4m3 if bits == 8 else to_e2m1
-        q_OI = from_groups(encode(w_OGg / step_OG[..., None]), columns).contiguous()
-        zero_OG = torch.zeros_like(scale_OG, dtype=torch.uint8)
-        self._codes = Codes(
-            q_OI, scale_OG, zero_OG, bits, group, True, data_type, global_scale, input_scale
-        )
-
-    def codes(self) -> Codes:
-        """What goes to disk."""
-        return self._codes
-
-    def original(self) -> Tensor:
-        """W (out, in), as it was given."""
-        return self._w_OI
-
-    def weight(self) -> Tensor:
-        """W~, float32 (out, in)."""
-        return dequantize(self._codes)
-
-    def write(self, into_OI: Tensor) -> None:
-        """Put W~ into ``into_OI``, in its dtype."""
-        into_OI.copy_(self.weight())
-
-
-def _rows_of_blocks(peak_OG: Tensor, rows: int = BLOCK) -> Tensor:
-    """The largest magnitude of each block of rows, repeated for its rows."""
-    blocks = (
-        torch.nn.functional.pad(peak_OG, (0, 0, 0, -peak_OG.shape[0] % rows))
-        .unflatten(0, (-1, rows))
-        .amax(1)
-    )
-    return blocks.repeat_interleave(rows, 0)[: peak_OG.shape[0]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics import grids
-from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.grids import Points
 from auto_mmround.numerics.moments import bf16_products
 
 log = logging.getLogger("auto_mmround")
@@ -42,7 +42,7 @@ def solve(
     scale_OG: Tensor,
     zero_OG: Tensor,
     group_size: int,
-    grid: Grid,
+    grid: Points,
     *,
     dampening: float = 0.01,
     order: Order = "none",
@@ -51,7 +51,7 @@ def solve(
     """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for
     each other's errors.
 
-    Returns codes (out, in) as floats, 0 .. top. Columns are rounded in turn, in ``order``: "weight"
+    Returns codes (out, in) as floats, unpacked. Columns are rounded in turn, in ``order``: "weight"
     by falling diag(H), "group" by groups of falling sum of diag(H) and so within each; all groups
     stay where they are. With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) =
     |E R|^2, and column k of E R is zero for w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that
@@ -63,19 +63,20 @@ def solve(
     if feedback_II is None:
         columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
         scale_OI, zero_OI = scale_OG.float()[:, columns_I], zero_OG.float()[:, columns_I]
-        return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid.top)
+        return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid)
     w_IO = w_OI.float().t()[order_I].contiguous()
     error_IO, q_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
     zero_GO = zero_OG.float().t().contiguous()
-    groups = _Groups(scale_OG.float().t().contiguous(), -zero_GO, grid.top - zero_GO)
+    groups = _Groups(scale_OG.float().t().contiguous(), grid.low - zero_GO, grid.top - zero_GO)
     group_of = (order_I // group_size).tolist()
     for i in range(0, len(w_IO), block):
         part = slice(i, i + block)
         w_BO, error_BO = w_IO[part], error_IO[part]
         target_BO = torch.addmm(w_BO, feedback_II[part, :i], error_IO[:i])
         _solve_block(
-            target_BO, w_BO, feedback_II[part, part], groups, group_of[part], error_BO, q_IO[part]
-        )
+            target_BO, w_BO, feedback_II[part, part], groups, group_of[part], grid, error_BO,
+            q_IO[part],
+        )  # fmt: skip
     q_IO += zero_GO[group_of]
     return q_IO[order_I.argsort()].t().contiguous()
 
@@ -95,6 +96,7 @@ def _solve_block(
     feedback_BB: Tensor,
     groups: _Groups,
     group_of: list[int],
+    grid: Points,
     error_BO: Tensor,
     q_BO: Tensor,
 ) -> None:
@@ -108,7 +110,7 @@ def _solve_block(
         scale_O, low_O, high_O = (row[group] for row in rows)
         if k:
             target_O.addmv_(error_BO[:k].t(), feedback_BB[k, :k])
-        torch.div(target_O, scale_O, out=q_O).round_().clamp_(low_O, high_O)
+        grid.snap_(torch.div(target_O, scale_O, out=q_O)).clamp_(low_O, high_O)
         torch.addcmul(w_O, scale_O, q_O, value=-1, out=error_O)
 
 
@@ -167,7 +169,7 @@ def refit_scale(
     scale_OG: Tensor,
     zero_OG: Tensor,
     group_size: int,
-    grid: Grid,
+    grid: Points,
     unit_OG: Tensor | None = None,
 ) -> Tensor:
     """Scales (out, G) that fit the given integers best under all of H, group after group
@@ -186,26 +188,33 @@ def refit_scale(
         with bf16_products(True):  # three digits of a small step are enough
             along_O = ((error_OI @ hessian_II[..., part]) * u_Og).sum(-1)
         length_O = ((u_Og @ hessian_II[..., part, part]) * u_Og).sum(-1)
+        along_O, length_O = (grids.over_rows(x_O, grid.rows, -1) for x_O in (along_O, length_O))
         step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0).nan_to_num(
             0.0, 0.0, 0.0
         )
         unit_O = None if unit_OG is None else unit_OG[..., group]
-        scale_OG[..., group] = grids.storable(scale_OG[..., group] + step_O, grid, unit_O)
+        scale_OG[..., group] = grid.storable(scale_OG[..., group] + step_O, unit_O)
         error_OI[..., part] = w_OI[..., part] - u_Og * scale_OG[..., group, None]
     return scale_OG
 
 
 def place_start(
-    w_OGg: Tensor, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, margin: float = 0.1
+    w_OGg: Tensor,
+    q_OGg: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    grid: Points,
+    margin: float = 0.1,
 ) -> Tensor:
-    """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, 0, top) = q and W/s + V
-    ``margin`` off the edges.
+    """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, low, top) = q and W/s + V
+    ``margin`` steps off the edges. q: unpacked.
 
-    Edges are q - z -+ 1/2; beyond a bound of the clamp there is none. Small offsets let few sign
-    steps undo a choice.
+    Edges are half a step from q - z; beyond a bound of the clamp there is none. Small offsets let
+    few sign steps undo a choice.
     """
     ratio_OGg = w_OGg.float() / scale_OG[..., None]
     centre_OGg = q_OGg.float() - zero_OG[..., None]
-    low_OGg = torch.where(q_OGg <= 0, -torch.inf, centre_OGg - (0.5 - margin))
-    high_OGg = torch.where(q_OGg >= grid.top, torch.inf, centre_OGg + (0.5 - margin))
+    below, above = grid.gaps(centre_OGg)
+    low_OGg = torch.where(q_OGg <= grid.low, -torch.inf, centre_OGg - below * (0.5 - margin))
+    high_OGg = torch.where(q_OGg >= grid.top, torch.inf, centre_OGg + above * (0.5 - margin))
     return torch.clamp(ratio_OGg, low_OGg, high_OGg) - ratio_OGg

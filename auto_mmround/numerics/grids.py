@@ -1,4 +1,5 @@
-"""Integer grids: pure quantize and dequantize, symmetric full-range and asymmetric, 2 to 8 bits.
+"""Integer grids: pure quantize and dequantize, symmetric full-range and asymmetric, 2 to 8 bits;
+and `Points`, what solvers and sign steps ask of any grid (floats: `float_grids`).
 
 A weight ``w_OI`` (out x in) is cut along ``in`` into groups of ``group_size``; each group has one
 scale and one zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``, and means ``scale *
@@ -6,7 +7,7 @@ scale and one zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``,
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +37,83 @@ class Codes(NamedTuple):
     unit_OS2: Tensor | None = None
 
 
+class Points(Protocol):
+    """A grid to solvers and sign steps: W~ = scale * (code - zero). Codes of integers are 0 .. top,
+    those of floats the numbers themselves, zero 0; `packed` are their bytes.
+
+    middle: zero point of a symmetric grid. rows: that share a scale. exact_scales: every real
+    number is nearly one that the file can hold. scale_range: see `Grid`. offset_dtype: that keeps
+    offsets off the rounding edge. factor_rate: of sign steps, by which the rate of factors is
+    multiplied.
+    """
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def top(self) -> float: ...
+    @property
+    def middle(self) -> float: ...
+    @property
+    def sym(self) -> bool: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def min_zero(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def exact_scales(self) -> bool: ...
+    @property
+    def scale_range(self) -> tuple[int, int] | None: ...
+    @property
+    def offset_dtype(self) -> torch.dtype: ...
+    @property
+    def factor_rate(self) -> float: ...
+
+    def snap_(self, x: Tensor) -> Tensor:
+        """Round to the nearest point, in place and without bounds; half to even."""
+        ...
+
+    def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """The nearest point of ``x / scale``; to x `sweep_shift` scales were added."""
+        ...
+
+    @property
+    def sweep_shift(self) -> float: ...
+
+    def spacing(self, x: Tensor) -> Tensor | float:
+        """Distance of the points around x."""
+        ...
+
+    def gaps(self, point: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Distances of a point from its neighbours below and above."""
+        ...
+
+    def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of round to nearest (out, G), as the file will hold them."""
+        ...
+
+    def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
+        """The nearest scales that the file can hold. unit_OG: of super-blocks."""
+        ...
+
+    def packed(self, code: Tensor) -> Tensor:
+        """Codes as uint8."""
+        ...
+
+    def unpacked(self, byte: Tensor) -> Tensor:
+        """Codes that arithmetic understands."""
+        ...
+
+    def fit(self, w_OGg: Tensor) -> "Fit":
+        """Whether its scales suffice for a weight."""
+        ...
+
+    def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
+        """From `packed` codes what goes to disk."""
+        ...
+
+
 class Grid(NamedTuple):
     """The family of integer grids that a weight may use.
 
@@ -61,6 +139,76 @@ class Grid(NamedTuple):
     def middle(self) -> int:
         """Zero point of the symmetric grid."""
         return 2 ** (self.bits - 1)
+
+    @property
+    def low(self) -> int:
+        """Smallest stored code."""
+        return 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that share a scale."""
+        return 1
+
+    @property
+    def exact_scales(self) -> bool:
+        """Whether every number is nearly a scale."""
+        return True
+
+    @property
+    def offset_dtype(self) -> torch.dtype:
+        """See `Points`."""
+        return torch.float16
+
+    @property
+    def factor_rate(self) -> float:
+        """See `Points`."""
+        return 1.0
+
+    @property
+    def sweep_shift(self) -> float:
+        """The nearest integer is the floor half a step up."""
+        return 0.5
+
+    def snap_(self, x: Tensor) -> Tensor:
+        """See `Points`."""
+        return x.round_()
+
+    def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """See `Points`."""
+        return torch.div(x, scale, rounding_mode="floor", out=out)
+
+    def spacing(self, x: Tensor) -> float:
+        """See `Points`."""
+        return 1.0
+
+    def gaps(self, point: Tensor) -> tuple[float, float]:
+        """See `Points`."""
+        return 1.0, 1.0
+
+    def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Points`."""
+        return scale_and_zero(*ranges(w_OGg, self), self)
+
+    def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
+        """See `Points`."""
+        return storable(scale_OG, self, unit_OG)
+
+    def packed(self, code: Tensor) -> Tensor:
+        """See `Points`."""
+        return code.to(torch.uint8)
+
+    def unpacked(self, byte: Tensor) -> Tensor:
+        """See `Points`."""
+        return byte
+
+    def fit(self, w_OGg: Tensor) -> "Fit":
+        """See `Points`."""
+        return fit(w_OGg, self)
+
+    def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
+        """See `Points`."""
+        return make_codes(q_OGg, scale_OG, zero_OG, columns, self)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -190,21 +338,43 @@ def storable(scale_OG: Tensor, grid: Grid, unit_OG: Tensor | None = None) -> Ten
 
 
 def quantize(
-    w_OGg: Tensor, offset_OGg: Tensor | float, scale_OG1: Tensor, zero_OG1: Tensor, top: int
+    w_OGg: Tensor, offset_OGg: Tensor | float, scale_OG1: Tensor, zero_OG1: Tensor, grid: Points
 ) -> Tensor:
-    """Codes ``clamp(round(w / scale + offset) + zero, 0, top)`` as floats, shape of ``w``; half
+    """Codes ``clamp(round(w / scale + offset) + zero, low, top)`` as floats, shape of ``w``; half
     rounds to even."""
-    return ((w_OGg / scale_OG1 + offset_OGg).round() + zero_OG1).clamp(0, top)
+    ratio_OGg = w_OGg / scale_OG1 + offset_OGg
+    return grid.snap_(ratio_OGg).add(zero_OG1).clamp(grid.low, grid.top)
 
 
-def round_to_nearest(w_OI: Tensor, group_size: int, grid: Grid) -> Codes:
+def round_to_nearest(w_OI: Tensor, group_size: int, grid: Points) -> Codes:
     """Codes of a weight without any tuning; ``group_size`` -1 is one group a row."""
     columns = w_OI.shape[1]
     group_size = columns if group_size == -1 else group_size
     w_OGg = to_groups(w_OI.float(), group_size)
-    scale_OG, zero_OG = scale_and_zero(*ranges(w_OGg, grid), grid)
-    q_OGg = quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid.top)
-    return make_codes(q_OGg, scale_OG, zero_OG, columns, grid)
+    scale_OG, zero_OG = grid.plain(w_OGg)
+    q_OGg = quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid)
+    return grid.codes(grid.packed(q_OGg), scale_OG, zero_OG, columns)
+
+
+def over_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
+    """The sum over every ``rows`` along a dimension, given to each of them."""
+    if rows == 1:
+        return x
+    sum_B = fold_rows(x.movedim(dim, 0), rows).sum(1)
+    return spread_rows(sum_B, rows, x.shape[dim]).movedim(0, dim)
+
+
+def fold_rows(x_O: Tensor, rows: int) -> Tensor:
+    """Rows in blocks, (blocks, rows, ...); those that the last one lacks are zeros."""
+    short = -len(x_O) % rows
+    if short:
+        x_O = torch.cat([x_O, x_O.new_zeros(short, *x_O.shape[1:])])
+    return x_O.unflatten(0, (-1, rows))
+
+
+def spread_rows(x_B: Tensor, rows: int, count: int) -> Tensor:
+    """What belongs to a block of rows for each of ``count`` rows."""
+    return x_B.repeat_interleave(rows, 0)[:count]
 
 
 def make_codes(

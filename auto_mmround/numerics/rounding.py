@@ -8,8 +8,10 @@ the factors analytically:
     W~ = s * (clamp(round(W/s + V) + z, 0, top) - z),   round() passes gradients straight through
     dW~/dV = s * inside        dW~/ds = (q - z) - inside * W/s        dW~/dz = -s * (1 - inside)
 
-with ``inside`` = 1 where the clamp does nothing, its bounds included. From (s, z) the chain goes on
-to what is tuned: `RangeFactors` as published, or `ScaleFactor` after a start found in closed form.
+with ``inside`` = 1 where the clamp does nothing, its bounds included. On a float grid round() goes
+to the nearest number, z is 0, and a step of V is as long as the numbers there are apart. From
+(s, z) the chain goes on to what is tuned: `RangeFactors` as published, or `ScaleFactor` after a
+start found in closed form, and of floats.
 """
 
 import copy
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics import gptq, grids, super_grids
-from auto_mmround.numerics.grids import Codes, Grid
+from auto_mmround.numerics.float_grids import FloatGrid
+from auto_mmround.numerics.grids import Codes, Grid, Points
 from auto_mmround.numerics.super_grids import Super
 
 # of the rate of factors where scales are integers times a unit: a step of these is a jump
@@ -36,7 +39,7 @@ def leaf_gradients(
     scale_OG1: Tensor,
     zero_OG1: Tensor,
     grad_OGg: Tensor,
-    top: int,
+    grid: Points,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a step needs from dL/dW~: dL/dV up to the positive factor |s| (O,G,g), dL/ds (O,G),
     dL/dz (O,G).
@@ -45,8 +48,8 @@ def leaf_gradients(
     dtype.
     """
     ratio_OGg = w_OGg / scale_OG1
-    code_OGg = (ratio_OGg + offset_OGg).round_().add_(zero_OG1)
-    value_OGg = code_OGg.clamp(0, top)
+    code_OGg = grid.snap_(ratio_OGg + offset_OGg).add_(zero_OG1)
+    value_OGg = code_OGg.clamp(grid.low, grid.top)
     passed_OGg = grad_OGg * (code_OGg == value_OGg)  # inside, the bounds included
     grad_scale_OG = (value_OGg.sub_(zero_OG1).mul_(grad_OGg) - ratio_OGg.mul_(passed_OGg)).sum(-1)
     grad_zero_OG = ((passed_OGg.float() - grad_OGg) * scale_OG1).sum(-1)
@@ -116,7 +119,9 @@ class ScaleFactor:
     blocks: super-blocks with that scale; their minima take part in the factor, as zero points do.
     """
 
-    def __init__(self, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, blocks: Super | None = None):
+    def __init__(
+        self, scale_OG: Tensor, zero_OG: Tensor, grid: Points, blocks: Super | None = None
+    ):
         self.scale_OG, self.zero_OG, self.grid = scale_OG, zero_OG, grid
         self.blocks = blocks._replace(scale_OG=scale_OG) if blocks else None
         self.factors_2OG = torch.ones(1, *scale_OG.shape, device=scale_OG.device)
@@ -131,16 +136,17 @@ class ScaleFactor:
 
     def super_blocks(self) -> Super | None:
         """Current scales and minima of super-blocks, as the file will hold them."""
-        return self.blocks.times(self.factors_2OG[0], self.grid) if self.blocks else None
+        if self.blocks is None:
+            return None
+        assert isinstance(self.grid, Grid)
+        return self.blocks.times(self.factors_2OG[0], self.grid)
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32, with the values that the file will
         hold."""
         blocks = self.super_blocks()
         scale_OG = (
-            blocks.scale_OG
-            if blocks
-            else grids.storable(self.scale_OG * self.factors_2OG[0], self.grid)
+            blocks.scale_OG if blocks else self.grid.storable(self.scale_OG * self.factors_2OG[0])
         )
         return scale_OG, self.zero_OG
 
@@ -149,12 +155,11 @@ class ScaleFactor:
     ) -> None:
         """One sign step: dL/df = s0 * dL/ds, and with a minimum m, which is s times a zero point,
         m0/s * dL/dz more."""
-        grad_OG = grad_scale_OG * self.scale_OG
+        grad_OG = grids.over_rows(grad_scale_OG * self.scale_OG, self.grid.rows)
         if self.blocks:
             grad_OG = grad_OG + grad_zero_OG * self.blocks.min_OG / scale_OG
-        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr * COARSE if self.blocks else lr).clamp_(
-            0.5, 1.5
-        )
+        rate = COARSE if self.blocks else self.grid.factor_rate
+        self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr * rate).clamp_(0.5, 1.5)
 
 
 class Kept(NamedTuple):
@@ -173,14 +178,16 @@ class Rounding:
     W~, which leaves a grid like the others.
     """
 
-    def __init__(self, w_OI: Tensor, group_size: int, grid: Grid):
+    def __init__(self, w_OI: Tensor, group_size: int, grid: Points):
         self.grid = grid
         self.columns = w_OI.shape[1]
         self.w_OGg = grids.to_groups(w_OI, self.columns if group_size == -1 else group_size)
         self.ranges: RangeFactors | ScaleFactor
         # without memory until a step, or a better start, makes others of them
         self.offset_OGg = torch.zeros((), device=w_OI.device).expand(self.w_OGg.shape)
-        if grid.scale_range is None:
+        if not isinstance(grid, Grid):
+            self.ranges = ScaleFactor(*grid.plain(self.w_OGg), grid)
+        elif grid.scale_range is None:
             self.ranges = RangeFactors(*grids.ranges(self.w_OGg, grid), grid)
         else:
             alike_Gg = torch.ones(self.w_OGg.shape[1:], device=w_OI.device)
@@ -196,7 +203,7 @@ class Rounding:
         blocks: super-blocks to which the scales belong.
         """
         self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks)
-        self.offset_OGg = offset_OGg.half()
+        self.offset_OGg = offset_OGg.to(self.grid.offset_dtype)
 
     def start_from(
         self,
@@ -208,14 +215,20 @@ class Rounding:
     ) -> None:
         """`start_at` with offsets that give these codes, see `gptq.place_start`."""
         self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks)
-        self.offset_OGg = torch.empty(self.w_OGg.shape, dtype=torch.half, device=q_OGg.device)
+        self.offset_OGg = torch.empty(
+            self.w_OGg.shape, dtype=self.grid.offset_dtype, device=q_OGg.device
+        )
         self._place(q_OGg, margin)
 
     def _place(self, q_OGg: Tensor, margin: float = 0.1) -> None:
         for part, view in self._pieces():
             view.offset_OGg.copy_(
                 gptq.place_start(
-                    view._on_grid(), q_OGg[part], *view.scale_and_zero(), self.grid, margin
+                    view._on_grid(),
+                    self.grid.unpacked(q_OGg[part]),
+                    *view.scale_and_zero(),
+                    self.grid,
+                    margin,
                 )
             )
 
@@ -227,8 +240,11 @@ class Rounding:
         """The integers, scales and zero points as they go to disk."""
         scale_OG, zero_OG = self.scale_and_zero()
         q_OGg, blocks = self.kept().q_OGg, self.ranges.super_blocks()
-        own = (None if self.grid.sym else blocks.min_OG, blocks.unit_OS2) if blocks else ()
-        return grids.make_codes(q_OGg, scale_OG, zero_OG, self.columns, self.grid, *own)
+        codes = self.grid.codes(q_OGg, scale_OG, zero_OG, self.columns)
+        if blocks is None:
+            return codes
+        low_OG = None if self.grid.sym else blocks.min_OG
+        return codes._replace(scale_OG=scale_OG, min_OG=low_OG, unit_OS2=blocks.unit_OS2)
 
     def original(self) -> Tensor:
         """W (out, in), in its own dtype and memory."""
@@ -263,6 +279,7 @@ class Rounding:
 
     def _pieces(self) -> Iterator[tuple[slice, "Rounding"]]:
         rows = max(1, (CHUNK if self.w_OGg.is_cpu else CHUNK_THERE) // self.columns)
+        rows += -rows % self.grid.rows
         for at in range(0, len(self.w_OGg), rows):
             part = slice(at, at + rows)
             yield part, self.rows(part)
@@ -279,15 +296,19 @@ class Rounding:
 
     def _step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
         scale_OG, zero_OG = self.scale_and_zero()
+        w_OGg = self._on_grid()
         grad_offset_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
-            self._on_grid(),
+            w_OGg,
             self.offset_OGg,
             scale_OG[..., None],
             zero_OG[..., None],
             grids.to_groups(grad_OI.float(), self.w_OGg.shape[-1]),
-            self.grid.top,
+            self.grid,
         )
-        self.offset_OGg.sub_(grad_offset_OGg.sign_(), alpha=lr)
+        move_OGg = grad_offset_OGg.sign_()
+        if isinstance(self.grid, FloatGrid):
+            move_OGg *= self.grid.spacing(w_OGg / scale_OG[..., None] + self.offset_OGg)
+        self.offset_OGg.sub_(move_OGg, alpha=lr)
         if factor_lr:
             self.ranges.step(scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
 
@@ -295,7 +316,7 @@ class Rounding:
         """Where ``better``, a bool of the device, ``into`` holds the state from now on. Nothing
         waits for it."""
         for part, view in self._pieces():
-            q_OGg = view._quantize(*view.scale_and_zero()).to(torch.uint8)
+            q_OGg = view.grid.packed(view._quantize(*view.scale_and_zero()))
             torch.where(better, q_OGg, into.q_OGg[part], out=into.q_OGg[part])
         factors_2OG = self.ranges.factors_2OG
         torch.where(better, factors_2OG, into.factors_2OG, out=into.factors_2OG)
@@ -316,7 +337,7 @@ class Rounding:
 
     def _quantize(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         return grids.quantize(
-            self._on_grid(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid.top
+            self._on_grid(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid
         )
 
     def _on_grid(self) -> Tensor:

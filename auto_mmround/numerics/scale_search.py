@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics import grids
-from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.float_grids import FloatGrid
+from auto_mmround.numerics.grids import Points
 
 # elements of a weight searched at a time: the temporaries stay in the processor's cache; on an
 # accelerator so many times as much, candidates that fit into that at once
@@ -31,12 +32,26 @@ def spread(low: float, high: float, count: int) -> tuple[float, ...]:
     return tuple(low * (high / low) ** (i / (count - 1)) for i in range(count))
 
 
-def search_plan(grid: Grid) -> Search:
+# Of the scale that brings a group's largest magnitude to 6 or 448: NVFP4's also to 4 and to what
+# lies between, as far as e4m3 tells them apart; MX's half and twice it; FP8's within one power of
+# two, behind which its points repeat.
+FLOATS = {
+    "nvfp4": spread(0.7, 1.75, 12),
+    "mxfp4": (1.0, 0.5, 2.0),
+    "mxfp8": (1.0, 0.5, 2.0),
+    "fp8": spread(0.85, 1.7, 12),
+}
+
+
+def search_plan(grid: Points) -> Search:
     """What `search_scale` tries: 22 to 46 candidates. A symmetric scale of the other sign wins
     often up to 4 bits.
 
-    Integers move with steps of about 1 / top, so the last round's steps shrink with the bits.
+    Floats: `FLOATS`. Integers move with steps of about 1 / top, so the last round's steps shrink
+    with the bits.
     """
+    if isinstance(grid, FloatGrid):
+        return Search(FLOATS[grid.data_type], (0,), ())
     fine = tuple(1 + i / (2 * grid.top) for i in (-3, -2, -1, 1, 2, 3))
     if not grid.sym:
         factors = spread(0.35, 1.0, 8)
@@ -54,7 +69,7 @@ class _Best(NamedTuple):
     zero_OG: Tensor
 
 
-def search_scale(w_OGg: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def search_scale(w_OGg: Tensor, importance: Tensor, grid: Points) -> tuple[Tensor, Tensor]:
     """Scale and zero point (out, G), float32 as the file will hold them, with small sum of
     importance * (w - w~)^2.
 
@@ -63,8 +78,12 @@ def search_scale(w_OGg: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor,
     finer ones around the best. But a candidate's integers are judged with the scale that fits them
     best, s = sum(iwq) / sum(iqq), which leaves the error sum(iww) - sum(iwq)^2 / sum(iqq): so a few
     candidates find more than a fine grid of scales does. Never worse than the plain scale of
-    `grids.scale_and_zero`.
+    `grids.scale_and_zero`. Scales of floats are coarse: each candidate is judged by the nearest
+    one that the file can hold. Rows that share a scale are one long group.
     """
+    if grid.rows > 1:
+        assert isinstance(grid, FloatGrid)
+        return _by_rows(w_OGg, importance, grid)
     rows = max(1, (CHUNK if w_OGg.is_cpu else THERE * CHUNK) // w_OGg[0].numel())
     found = []
     for at in range(0, len(w_OGg), rows):
@@ -77,12 +96,24 @@ def search_scale(w_OGg: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor,
     )
 
 
+def _by_rows(w_OGg: Tensor, importance: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
+    """`search_scale` where blocks of rows share a scale."""
+
+    def long(x_OGg: Tensor) -> Tensor:
+        return grids.fold_rows(x_OGg, grid.rows).transpose(1, 2).flatten(2)
+
+    importance_OGg = importance.expand(w_OGg.shape)
+    found = search_scale(long(w_OGg), long(importance_OGg), grid._replace(rows=1))
+    scale_OG, zero_OG = (grids.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in found)
+    return scale_OG, zero_OG
+
+
 def _search(
-    w_OGg: Tensor, importance: Tensor, grid: Grid, plan: Search, together: int
+    w_OGg: Tensor, importance: Tensor, grid: Points, plan: Search, together: int
 ) -> tuple[Tensor, Tensor]:
     importance = torch.where(importance.sum(-1, keepdim=True) > 0, importance, 1.0)
     weighted_OGg = w_OGg * importance
-    plain = grids.scale_and_zero(*grids.ranges(w_OGg, grid), grid)
+    plain = grid.plain(w_OGg)
     best = _Best(torch.zeros_like(plain[0]), *plain)
     for factors, shifts in ((plan.factors, plan.shifts), *plan.rounds):
         _, scale_OG, zero_OG = best
@@ -95,7 +126,7 @@ def _search(
             best = _better(
                 best, w_OGg, weighted_OGg, importance, scale_OG * factor, zero_shifted_OG, grid
             )
-    scale_OG = grids.storable(best.scale_OG, grid)
+    scale_OG = grid.storable(best.scale_OG)
     # Rounding the scale to its dtype may cost more than the search has won, or the group is all
     # zeros.
     kept_OG = weighted_error(w_OGg, importance, scale_OG, best.zero_OG, grid) <= weighted_error(
@@ -111,12 +142,15 @@ def _better(
     importance: Tensor,
     scale_OG: Tensor,
     zero_OG: Tensor,
-    grid: Grid,
+    grid: Points,
 ) -> _Best:
     """The better of ``best`` and the integers that a candidate scale and zero point give, group by
     group; or several candidates, (C, O, G)."""
+    if not grid.exact_scales:
+        scale_OG = grid.storable(scale_OG)
     if grid.sym:
-        q_OGg = (w_OGg / scale_OG[..., None]).round_().clamp_(-grid.middle, grid.top - grid.middle)
+        q_OGg = grid.snap_(w_OGg / scale_OG[..., None])
+        q_OGg.clamp_(grid.low - grid.middle, grid.top - grid.middle)
     else:
         q_OGg = (
             (w_OGg / scale_OG[..., None])
@@ -124,8 +158,13 @@ def _better(
             .clamp_(-zero_OG[..., None], grid.top - zero_OG[..., None])
         )
     along_OG = (weighted_OGg * q_OGg).sum(-1)
-    fit_OG = along_OG / q_OGg.square_().mul_(importance).sum(-1).clamp(min=1e-30)
-    gain_OG = along_OG * fit_OG
+    length_OG = q_OGg.square_().mul_(importance).sum(-1).clamp(min=1e-30)
+    fit_OG = along_OG / length_OG
+    if grid.exact_scales:
+        gain_OG = along_OG * fit_OG
+    else:
+        fit_OG = grid.storable(fit_OG)
+        gain_OG = fit_OG * (2 * along_OG - fit_OG * length_OG)
     if gain_OG.dim() > 2:
         gain_OG, first_OG = gain_OG.max(0)
         fit_OG, zero_OG = (x.gather(0, first_OG[None])[0] for x in (fit_OG, zero_OG))
@@ -138,9 +177,9 @@ def _better(
 
 
 def weighted_error(
-    w_OGg: Tensor, importance: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid
+    w_OGg: Tensor, importance: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Points
 ) -> Tensor:
     """sum of importance * (w - w~)^2 over each group, rounded to nearest; (out, G)."""
     scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
-    q_OGg = grids.quantize(w_OGg, 0.0, scale_OG1, zero_OG1, grid.top)
+    q_OGg = grids.quantize(w_OGg, 0.0, scale_OG1, zero_OG1, grid)
     return (w_OGg - scale_OG1 * (q_OGg - zero_OG1)).square_().mul_(importance).sum(-1)

@@ -136,13 +136,15 @@ def closed_forms(
     """`closed_form` for the layers of a block; one that no token reached has inputs that all count
     alike. On accelerators by `sweeps`, stacks of one shape (experts) together; the host asks once
     which have to be solved in turn all the same."""
-    stacks: dict[tuple[int, grids.Grid, int], _Stack] = {}
+    stacks: dict[tuple[Any, ...], _Stack] = {}
     for name, rounding in roundings.items():
         own = moments.get(name)
         if own is None:
             own = Moments(rounding.columns, device=rounding.w_OGg.device)
             own.add(torch.eye(rounding.columns, device=rounding.w_OGg.device))
-        key = id(own), rounding.grid, rounding.w_OGg.shape[-1]
+        # rows that share a scale stay together
+        alone = name if len(rounding.w_OGg) % rounding.grid.rows else ""
+        key = id(own), rounding.grid, rounding.w_OGg.shape[-1], alone
         stacks.setdefault(key, _Stack([], own)).roundings.append(rounding)
     waiting = list(stacks.values())
     batches = _batches([stack for stack in waiting if stack.sweepable(config)])
@@ -260,15 +262,15 @@ def _solved(
             scale_OG = gptq.refit_scale(
                 w_q_NOI[0], w_q_NOI[1], hessian, s_z_NOG[0], s_z_NOG[1], group_size, grid, unit_OG
             ).flatten(0, -2)
-        q_OGg = grids.to_groups(q_OI.to(torch.uint8), group_size)
+        q_OGg = grids.to_groups(grid.packed(q_OI), group_size)
         parts.append(_Found(scale_OG, zero_OG, q_OGg, blocks))
     return _Found.joined(parts), sweeping.doubtful() if sweeping else torch.zeros(count)
 
 
 def _searched(
-    w_OGg: Tensor, importance: Tensor, grid: grids.Grid
+    w_OGg: Tensor, importance: Tensor, grid: grids.Points
 ) -> tuple[Tensor, Tensor, super_grids.Super | None]:
-    if not grid.scale_range:
+    if not isinstance(grid, grids.Grid) or not grid.scale_range:
         return *scale_search.search_scale(w_OGg, importance, grid), None
     blocks = super_grids.search(w_OGg, importance, grid)
     return blocks.scale_OG, super_grids.zeros(blocks, grid), blocks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics import gptq
-from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.grids import Points
 
 BLOCK, SWEEPS = 128, 32
 MOST = 2**25  # elements of weights that are worked on at a time
@@ -28,7 +28,7 @@ class Sweeping:
         self,
         hessians: Sequence[Tensor],
         group_size: int,
-        grid: Grid,
+        grid: Points,
         *,
         dampening: float,
         order: gptq.Order,
@@ -44,7 +44,8 @@ class Sweeping:
 
     def rows(self, columns: int) -> int:
         """How many to solve at a time."""
-        return max(len(self._order_NI), MOST // columns)
+        rows = max(len(self._order_NI), MOST // columns)
+        return rows + -rows % self._grid.rows
 
     def doubtful(self) -> Tensor:
         """bool (N,), on the device: second moments without a factor, and weights with integers that
@@ -52,7 +53,7 @@ class Sweeping:
         return ~self._sound_N | (self._moving_N > 0)
 
     def __call__(self, w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        """Codes (N * O, I) as floats, 0 .. top."""
+        """Codes (N * O, I) as floats, unpacked."""
         shape = len(self._order_NI), -1
         scale_NGO, zero_NGO = (x.float().unflatten(0, shape).mT for x in (scale_OG, zero_OG))
         place_NIO = self._order_NI[..., None].expand(-1, -1, scale_NGO.shape[2])
@@ -67,7 +68,11 @@ class Sweeping:
                 w_NIO[:, part],
                 torch.baddbmm(w_NIO[:, part], *answers),
                 self._feedback_NII[:, part, part].tril(-1),
-                (scale_NGO.gather(1, group_NBO), -zero_NBO, self._grid.top - zero_NBO),
+                (
+                    scale_NGO.gather(1, group_NBO),
+                    self._grid.low - zero_NBO,
+                    self._grid.top - zero_NBO,
+                ),
                 error_NIO[:, part],
                 q_NIO[:, part],
             )
@@ -85,15 +90,16 @@ class Sweeping:
         q_NBO: Tensor,
     ) -> None:
         """Round the columns of one block; fills errors and centred codes. grid_NBO: scales, and
-        bounds of the codes. Four kernels a sweep: the nearest code is the floor half a step up."""
+        bounds of the codes. Four kernels a sweep: the nearest integer is the floor half a step
+        up."""
         scale_NBO, *bounds = grid_NBO
-        target_NBO = target_NBO.add(scale_NBO, alpha=0.5)
+        target_NBO = target_NBO.add(scale_NBO, alpha=self._grid.sweep_shift)
         answer_NBO, last_NBO = target_NBO, q_NBO
         sweeps = min(SWEEPS, w_NBO.shape[1] + 1)  # behind that nothing can move
         for sweep in range(sweeps):
             if sweep:
                 answer_NBO = torch.baddbmm(target_NBO, among_NBB, error_NBO)
                 last_NBO = q_NBO.clone() if sweep == sweeps - 1 else q_NBO
-            torch.div(answer_NBO, scale_NBO, rounding_mode="floor", out=q_NBO).clamp_(*bounds)
+            self._grid.sweep(answer_NBO, scale_NBO, q_NBO).clamp_(*bounds)
             torch.addcmul(w_NBO, scale_NBO, q_NBO, value=-1, out=error_NBO)
         self._moving_N += (q_NBO != last_NBO).sum((1, 2))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_mmround.numerics.grids import Codes
 from auto_mmround.numerics.rounding import Rounding
 
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B,
@@ -57,15 +58,23 @@ class TuneResult:
 
 @dataclass
 class TunedWeight:
-    """A module parameter that holds W~, its rounding state, and how to see it as (out, in) rows."""
+    """A module parameter that holds W~, its rounding state, and how to see it as (out, in) rows.
+
+    input_scale: (1,), of static activations.
+    """
 
     parameter: torch.nn.Parameter
     rounding: Rounding
     transposed: bool = False  # transformers' Conv1D keeps (in, out)
+    input_scale: Tensor | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The parameter, or its gradient, as (out, in), in the same memory."""
         return tensor.t() if self.transposed else tensor.flatten(1)
+
+    def codes(self) -> Codes:
+        """What goes to disk."""
+        return self.rounding.codes()._replace(input_scale=self.input_scale)
 
     def show_original(self) -> None:
         """Write the weight as it was into the parameter, in place."""

@@ -77,10 +77,7 @@ class Fields:
     sym: Annotated[bool, _scheme(off=("asym", "asymmetric: a zero point for each group"))] = True
     data_type: Annotated[
         str,
-        _scheme(
-            "int, or rounded to nearest: fp8, nvfp4, mxfp4, mxfp8 (compressed_tensors)",
-            names=("dtype",),
-        ),
+        _scheme("int, or floats: fp8, nvfp4, mxfp4, mxfp8 (compressed_tensors)", names=("dtype",)),
     ] = "int"
     scale_dtype: Annotated[
         str, _scheme(f"one of {', '.join(SCALE_DTYPES)}", choices=SCALE_DTYPES)

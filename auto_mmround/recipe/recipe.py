@@ -142,10 +142,6 @@ class Recipe(Fields):
             fits,
             f"data_type {self.data_type} is symmetric with bits = {bits} and group_size = {sizes}",
         )
-        require(
-            not self.calibrates,
-            f"data_type {self.data_type} is rounded to nearest only: algorithm rtn or iters 0",
-        )
 
     @property
     def formats(self) -> list[str]:

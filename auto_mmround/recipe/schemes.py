@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 # Float grids: bits and possible group sizes. -1: one scale per output channel; FP8's 128: blocks of
-# 128 x 128.
+# 128 x 128. `SCALE_BITS`: of a scale.
 FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
     "fp8": (8, (-1, 128)),
     "nvfp4": (4, (16,)),
     "mxfp4": (4, (32,)),
     "mxfp8": (8, (32,)),
 }
+SCALE_BITS = {"fp8": 32, "nvfp4": 8, "mxfp4": 8, "mxfp8": 8}
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,8 @@ def _weights(
 
 
 def _floats(data_type: str, group_size: int, act_bits: int = 32) -> dict[str, Any]:
-    """The keys of a float grid. They are rounded to nearest, since no tuner works on one."""
-    return _weights(FLOATS[data_type][0], group_size, True, act_bits, data_type) | {
-        "algorithm": "rtn"
-    }
+    """The keys of a float grid."""
+    return _weights(FLOATS[data_type][0], group_size, True, act_bits, data_type)
 
 
 # Names in llm-compressor, vLLM and AutoRound -> keys of a recipe. A key beside `scheme` overrides.

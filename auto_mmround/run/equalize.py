@@ -209,7 +209,8 @@ def _apply(
         hessians = [moments.hessian() for moments in statistics.moments.values()]
         sizes = [scheme.group_size for _, scheme in layers]
         rounding = [
-            numerics.quantizer(grid_of(s), s.group_size, recipe.closed_form) for _, s in layers
+            numerics.quantizer(grid_of(s, w_OI.abs().max()), s.group_size, recipe.closed_form)
+            for (_, s), w_OI in zip(layers, weights, strict=True)
         ]
         found = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
         if found.ratio is None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.numerics.float_grids import Nearest
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.tuner import TunedWeight
@@ -31,13 +30,10 @@ def leaves_of(
         parameter, transposed = parameter_of(model, weight.name)
         w_OI = (parameter.data.t() if transposed else parameter.data).clone()
         assert weight.scheme is not None
-        scheme = weight.scheme
-        if scheme.data_type == "int":
-            rounding: Any = Rounding(w_OI, scheme.group_size, grid_of(scheme))
-        else:
-            wholes = peaks.get(weight.name), (input_scales or {}).get(weight.name)
-            rounding = Nearest(w_OI, scheme.data_type, scheme.group_size, *wholes)
-        leaves[weight.name] = TunedWeight(parameter, rounding, transposed)
+        grid = grid_of(weight.scheme, peaks.get(weight.name))
+        rounding = Rounding(w_OI, weight.scheme.group_size, grid)
+        input_scale = (input_scales or {}).get(weight.name)
+        leaves[weight.name] = TunedWeight(parameter, rounding, transposed, input_scale)
     return leaves
 
 
@@ -57,7 +53,7 @@ def rounded(leaves: Mapping[str, TunedWeight], *, keep: bool = True) -> Iterator
 
 def codes_of(tuned: Mapping[str, TunedWeight]) -> dict[str, Codes]:
     """What goes to disk, in host memory."""
-    return {name: Codes(*_to_cpu(weight.rounding.codes())) for name, weight in tuned.items()}
+    return {name: Codes(*_to_cpu(weight.codes())) for name, weight in tuned.items()}
 
 
 def write_back(model: nn.Module, planned: Sequence[WeightPlan], codes: Mapping[str, Codes]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,10 +27,11 @@ from auto_mmround.model.structure import (
     select_stages,
     used_twice,
 )
-from auto_mmround.numerics.grids import SCALE_DTYPES, Grid
+from auto_mmround.numerics.float_grids import BLOCK, float_grid
+from auto_mmround.numerics.grids import SCALE_DTYPES, Grid, Points
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.recipe.schemes import SCALE_BITS, Scheme
 from auto_mmround.untrusted import shown
 
 # Weights that engines load as one matrix; their members must share a scheme.
@@ -68,9 +69,13 @@ class WeightPlan:
 
 def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:
     """Size of a weight under a scheme, in bits; a group's scale takes 16, its zero point as many as
-    a code."""
+    a code. Floats have none, and scales of other sizes."""
     group = weight.in_features if scheme.group_size == -1 else scheme.group_size
-    return weight.out_features * weight.in_features * (scheme.bits + (16 + scheme.bits) / group)
+    count = weight.out_features * weight.in_features
+    if scheme.data_type != "int":
+        rows = BLOCK if scheme.group_size == BLOCK else 1
+        return count * (scheme.bits + SCALE_BITS[scheme.data_type] / (group * rows))
+    return count * (scheme.bits + (16 + scheme.bits) / group)
 
 
 @dataclass(frozen=True)
@@ -369,8 +374,11 @@ def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
     return weight
 
 
-def grid_of(scheme: Scheme) -> Grid:
-    """The grid that a scheme describes."""
+def grid_of(scheme: Scheme, peak: Tensor | None = None) -> Points:
+    """The grid that a scheme describes. peak: largest magnitude of the weight and of those that
+    engines fuse with it; NVFP4 needs it."""
+    if scheme.data_type != "int":
+        return float_grid(scheme.data_type, scheme.group_size, peak)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     return Grid(
         scheme.bits, scheme.sym, dtype, scheme.min_zero, scheme.scale_bits, scheme.scale_range

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from auto_mmround.calibration.inputs import PAD
 from auto_mmround.model.divergence import Before
 from auto_mmround.numerics import grids
-from auto_mmround.numerics.grids import Codes, Grid
+from auto_mmround.numerics.grids import Codes, Points
 from auto_mmround.numerics.tuner import asking_for_gradients, held_out_split
 from auto_mmround.run.leaves import parameter_of
 from auto_mmround.run.session import Session
@@ -60,7 +60,7 @@ class PolishSteps:
 def polish(
     model: PreTrainedModel,
     codes: Mapping[str, Codes],
-    grid_of: Mapping[str, Grid],
+    grid_of: Mapping[str, Points],
     teacher: Before,
     steps: PolishSteps = PolishSteps(),
     *,
@@ -113,12 +113,12 @@ class _Leaf:
     parameter: nn.Parameter
     transposed: bool
     found: Codes
-    grid: Grid
+    grid: Points
     centred_OGg: Tensor
     factor: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, codes: Codes, grid: Grid) -> "_Leaf":
+    def of(cls, model: nn.Module, name: str, codes: Codes, grid: Points) -> "_Leaf":
         parameter, transposed = parameter_of(model, name)
         q_OGg = grids.to_groups(codes.q_OI.to(parameter.device).short(), codes.group_size)
         centred_OGg = q_OGg - codes.zero_OG.to(parameter.device).short()[..., None]
@@ -128,9 +128,7 @@ class _Leaf:
     def scale(self) -> Tensor:
         """(out, G) float32; as it was found where the factor is 1."""
         scale_OG = self.found.scale_OG.float().to(self.factor.device)
-        return torch.where(
-            self.factor == 1, scale_OG, grids.storable(scale_OG * self.factor, self.grid)
-        )
+        return torch.where(self.factor == 1, scale_OG, self.grid.storable(scale_OG * self.factor))
 
     def codes(self) -> Codes:
         """The same integers under the tuned scales."""

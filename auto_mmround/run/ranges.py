@@ -16,7 +16,7 @@ from auto_mmround.model.keys import loaded_names
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.stored import Reader, stored_tensors
 from auto_mmround.model.structure import find_stages
-from auto_mmround.numerics import float_grids, grids
+from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Fit
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.leaves import parameter_of, shared_peaks
@@ -146,9 +146,7 @@ def _fit(w_OI: Tensor, scheme: Scheme | None, peak: Tensor | None) -> Fit:
     # rounded it may be beyond
     if float(w_OI.abs().max()) > min(LARGEST, torch.finfo(w_OI.dtype).max / 2):
         return Fit(1, 0, 1)
-    if scheme.data_type == "int":
-        return grids.fit(w_OGg, grid_of(scheme))
-    return float_grids.fit(w_OGg, scheme.data_type, peak)
+    return grid_of(scheme, peak).fit(w_OGg)
 
 
 def _say(judged: Mapping[str, Judged]) -> None:

@@ -308,10 +308,7 @@ INT8 = replace(
 FLOAT = replace(
     _BASE,
     name="compressed_tensors:float",
-    summary=(
-        "compressed-tensors checkpoint with FP8, NVFP4, MXFP4 or MXFP8 weights (data_type), rounded"
-        " to nearest"
-    ),
+    summary=("compressed-tensors checkpoint with FP8, NVFP4, MXFP4 or MXFP8 weights (data_type)"),
     bits=(4, 8),
     check=floats.check,
     pack=floats.pack,

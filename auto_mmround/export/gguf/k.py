@@ -53,11 +53,7 @@ def onto(codes: Codes, ggml: SuperType) -> tuple[Codes, float]:
     found = super_grids.fit(w_OGg, torch.ones_like(w_OGg[0]), grid, scale_OG, min_OG)
     zero_OG, own_OG = super_grids.zeros(found, grid), None if grid.sym else found.min_OG
     q_OGg = grids.quantize(
-        w_OGg + found.min_OG[..., None],
-        0.0,
-        found.scale_OG[..., None],
-        zero_OG[..., None],
-        grid.top,
+        w_OGg + found.min_OG[..., None], 0.0, found.scale_OG[..., None], zero_OG[..., None], grid
     )
     fitted = grids.make_codes(
         q_OGg, found.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, found.unit_OS2

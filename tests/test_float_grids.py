@@ -1,0 +1,236 @@
+"""Float grids under the solvers and the sign steps of integers: the same questions, written out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from auto_mmround.numerics import gptq, grids, scale_search
+from auto_mmround.numerics import rounding as rounding_module
+from auto_mmround.numerics.float_grids import float_grid
+from auto_mmround.numerics.moments import Moments, output_error
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.start import StartConfig, closed_form, closed_forms
+
+# data type, group size, rows that share a scale
+KINDS = [
+    ("nvfp4", 16, 1), ("mxfp4", 32, 1), ("mxfp8", 32, 1), ("fp8", -1, 1), ("fp8", 128, 128),
+]  # fmt: skip
+SHAPES = [(3, 256), (5, 200), (130, 300), (1, 33)]
+
+
+def points(kind):
+    """Every number of the grid, sorted."""
+    found = grids.levels("e4m3" if kind in ("fp8", "mxfp8") else "e2m1")
+    return found[found.isfinite()].unique()
+
+
+def nearest_by_looking(x, table):
+    """The nearest number of a table, all distances written out; of two the one whose place in the
+    table, counted from zero, is even."""
+    distance = (x[..., None] - table).abs()
+    best = distance.amin(-1, keepdim=True)
+    place = torch.arange(len(table)) - len(table) // 2
+    tied = torch.where(distance == best, (place % 2).float(), torch.inf)
+    return table[tied.argmin(-1)]
+
+
+def weight(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(rows, 1, generator=generator).exp2() * 0.03
+    return torch.randn(rows, columns, generator=generator) * spread
+
+
+def rounding_of(w_OI, kind, size):
+    return Rounding(w_OI, size, float_grid(kind, size, w_OI.abs().max()))
+
+
+def moments_of(columns, tokens=2000, seed=1):
+    """Of inputs that hang together, with some loud channels."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(tokens, columns // 4 + 1, generator=generator)
+    x = x @ mix[: columns // 4 + 1] + 0.1 * torch.randn(tokens, columns, generator=generator)
+    x[:, ::17] *= 4
+    found = Moments(columns)
+    found.add(x)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["nvfp4", "fp8"]), st.floats(-12, 10))
+def test_snapping_is_the_nearest_number(seed, kind, size):
+    generator = torch.Generator().manual_seed(seed)
+    table, grid = points(kind), float_grid(kind, -1, torch.tensor(1.0))
+    middles = (table[1:] + table[:-1]) / 2
+    x = torch.cat([torch.randn(500, generator=generator) * 2.0**size, table, middles])
+    found = grid.snap_(x.clone()).clamp(grid.low, grid.top)
+    assert torch.equal(found, nearest_by_looking(x, table))
+    assert torch.equal(grid.unpacked(grid.packed(found)), found)
+    below, above = grid.gaps(table)
+    assert torch.equal(below[1:], table.diff()) and torch.equal(above[:-1], table.diff())
+
+
+def straight_through(rounding, offset, factor):
+    """W~ with a straight-through rounding to a looked-up number, for autograd."""
+    grid, ranges = rounding.grid, rounding.ranges
+    free = ranges.scale_OG * factor
+    held = grid.storable(free.detach())
+    scale = (held + (free - free.detach()))[..., None]
+    x = rounding.w_OGg / scale + offset
+    table = points(grid.data_type)
+    step = table[-1] - table[-2]  # half a step beyond the last number still rounds to it
+    inside = x.detach().abs() <= table[-1] + step / 2
+    code = nearest_by_looking(x.detach(), table)
+    return grids.from_groups((code + (x - x.detach()) * inside) * scale, rounding.columns)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.sampled_from(SHAPES[1:]))
+def test_the_step_is_the_autograd_step(seed, kind, shape):
+    name, size, rows = kind
+    rounding = rounding_of(weight(*shape, seed), name, size)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(rounding.w_OGg.shape, generator=generator) - 0.5
+    ratio = rounding.w_OGg / rounding.scale_and_zero()[0][..., None]
+    rounding.offset_OGg = noise * rounding.grid.spacing(ratio)
+    factor_OG = 0.8 + 0.4 * torch.rand(-(-shape[0] // rows), ratio.shape[1], generator=generator)
+    factor_OG = factor_OG.repeat_interleave(rows, 0)[: shape[0]]
+    rounding.ranges.factors_2OG[0] = factor_OG
+    offset = rounding.offset_OGg.clone().requires_grad_()
+    factor = factor_OG.clone().requires_grad_()
+    made = straight_through(rounding, offset, factor)
+    torch.testing.assert_close(made, rounding.weight(), rtol=1e-6, atol=1e-9)
+    grad = torch.randn(made.shape, generator=generator)
+    slope, factor_slope = torch.autograd.grad(made, (offset, factor), grad)
+    factor_slope = grids.over_rows(factor_slope, rows)
+    x = rounding.w_OGg / rounding.scale_and_zero()[0][..., None] + rounding.offset_OGg
+    rounding.step(grad, 1e-2, 1e-2, torch.empty_like(grad))
+    moved = offset.detach() - rounding.offset_OGg
+    wanted = 1e-2 * slope.sign() * rounding.grid.spacing(x)
+    torch.testing.assert_close(moved, wanted, rtol=1e-2, atol=1e-5)
+    turned = factor_OG - rounding.ranges.factors_2OG[0]
+    clear = factor_slope.abs() > 1e-4 * factor_slope.abs().max()
+    rate = 1e-2 * rounding.grid.factor_rate
+    torch.testing.assert_close(turned[clear], rate * factor_slope[clear].sign(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name, size, rows", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_exported_is_what_was_tuned(name, size, rows, shape):
+    """Through start, steps, the best so far and back to it; scales that the file holds."""
+    w_OI = weight(*shape)
+    rounding = rounding_of(w_OI, name, size)
+    nearest = grids.round_to_nearest(w_OI, size, rounding.grid)
+    for part in ("q_OI", "scale_OG"):
+        assert torch.equal(getattr(rounding.codes(), part), getattr(nearest, part))
+    assert torch.equal(rounding.weight(), grids.dequantize(nearest))
+    closed_form([rounding], moments_of(shape[1]), StartConfig())
+    into = torch.empty(shape)
+    for _ in range(3):
+        rounding.step(torch.randn(shape), 0.1, 0.1, into)
+        assert torch.equal(into, grids.dequantize(rounding.codes()))
+    kept, best = rounding.kept(), into.clone()
+    for _ in range(3):
+        rounding.step(torch.randn(shape), 0.3, 0.1, into)
+    assert not torch.equal(into, best)
+    rounding.restore(kept)
+    assert torch.equal(rounding.weight(), best)
+    assert torch.equal(grids.dequantize(rounding.codes()), best)
+    codes = rounding.codes()
+    if name == "nvfp4":
+        assert torch.equal(codes.scale_OG.to(torch.float8_e4m3fn).float(), codes.scale_OG)
+    elif name.startswith("mx"):
+        assert bool((torch.frexp(codes.scale_OG).mantissa == 0.5).all())
+    elif rows > 1:
+        for at in range(0, shape[0], rows):
+            block_OG = codes.scale_OG[at : at + rows]
+            assert torch.equal(block_OG, block_OG[:1].expand_as(block_OG))
+
+
+@pytest.mark.parametrize("name, size, rows", KINDS)
+def test_searched_scales_are_never_worse_and_the_solve_is_better(name, size, rows):
+    w_OI, moments = weight(130, 384), moments_of(384)
+    h_II = moments.hessian()
+    grid = float_grid(name, size, w_OI.abs().max())
+    group = 384 if size == -1 else size
+    w_OGg, importance = grids.to_groups(w_OI, group), grids.to_groups(h_II.diagonal()[None], group)
+    found = scale_search.search_scale(w_OGg, importance[0], grid)
+
+    def error(scales):
+        each_OG = scale_search.weighted_error(w_OGg, importance[0], *scales, grid)
+        return grids.over_rows(each_OG, rows)
+
+    assert torch.equal(grid.storable(found[0]), found[0])
+    assert (error(found) <= error(grid.plain(w_OGg)) * (1 + 1e-5)).all()
+    searched = grids.quantize(w_OGg, 0.0, found[0][..., None], found[1][..., None], grid)
+    rounding = Rounding(w_OI, size, grid)
+    errors = [output_error(w_OI, rounding.weight(), h_II)]
+    errors.append(output_error(w_OI, grids.from_groups(searched * found[0][..., None], 384), h_II))
+    closed_form([rounding], moments, StartConfig())
+    errors.append(output_error(w_OI, rounding.weight(), h_II))
+    assert errors[2] < 0.8 * errors[0] and errors[1] < 1.001 * errors[0]
+
+
+def test_blocks_of_nvfp4_choose_between_6_and_4():
+    """A block [4, 3, 3, ..] lies on the grid as it is, and not where its largest number becomes
+    6."""
+    w_OI = torch.tensor([4.0, *[3.0] * 15, 6.0, *[2.0] * 15, 24.0, *[1.0] * 15])[None]
+    grid = float_grid("nvfp4", 16, torch.tensor(24.0))
+    w_OGg = grids.to_groups(w_OI, 16)
+    plain, found = grid.plain(w_OGg)[0], scale_search.search_scale(w_OGg, torch.ones(3, 16), grid)
+    assert found[0][0, 0] / plain[0, 0] == pytest.approx(1.5, rel=0.07)
+    error = scale_search.weighted_error(w_OGg, torch.ones(3, 16), *found, grid)
+    assert (
+        error[0, 0]
+        < 0.1
+        * scale_search.weighted_error(w_OGg, torch.ones(3, 16), *grid.plain(w_OGg), grid)[0, 0]
+    )
+
+
+@pytest.mark.parametrize("name, size, rows", KINDS)
+def test_stacked_weights_are_solved_as_each_alone(name, size, rows):
+    moments, weights = moments_of(256), {n: weight(m, 256, m) for n, m in (("a", 128), ("b", 40))}
+    peak = max(w.abs().max() for w in weights.values())
+    grid = float_grid(name, size, peak)
+    together = {n: Rounding(w, size, grid) for n, w in weights.items()}
+    closed_forms(together, dict.fromkeys(weights, moments), StartConfig())
+    for n, w in weights.items():
+        alone = Rounding(w, size, grid)
+        closed_form([alone], moments, StartConfig())
+        assert torch.equal(alone.codes().q_OI, together[n].codes().q_OI)
+        assert torch.equal(alone.weight(), together[n].weight())
+
+
+@pytest.mark.parametrize("name, size, rows", KINDS)
+def test_a_step_in_pieces_is_the_step_at_once(name, size, rows, monkeypatch):
+    w_OI, grads = weight(300, 64), torch.randn(4, 300, 64)
+    results = []
+    for chunk in (64, 2**18):
+        monkeypatch.setattr(rounding_module, "CHUNK", chunk)
+        state, into_OI = rounding_of(w_OI, name, size), torch.empty(300, 64)
+        for grad_OI in grads:
+            state.step(grad_OI, 0.2, 0.05, into_OI)
+        assert torch.equal(into_OI, state.weight())
+        results.append(into_OI)
+    assert torch.equal(*results)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["nvfp4", "mxfp8"]), st.floats(0, 0.3))
+def test_placed_offsets_give_the_codes_off_the_edge(seed, name, margin):
+    """Also codes that lie far from the weight, as those that answer for others do."""
+    generator = torch.Generator().manual_seed(seed)
+    grid, table = float_grid(name, 16, torch.tensor(1.0)), points(name)
+    scale_OG = torch.rand(4, 3, generator=generator) + 0.5
+    size = grid.top * torch.rand(4, 3, 1, generator=generator)
+    w_OGg = torch.randn(4, 3, 16, generator=generator) * scale_OG[..., None] * size
+    q_OGg = table[torch.randint(len(table), w_OGg.shape, generator=generator)]
+    zero_OG = torch.zeros_like(scale_OG)
+    offset = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
+    near = (q_OGg * scale_OG[..., None] - w_OGg).abs() < 0.2 * grid.top
+    given_back = grids.quantize(w_OGg, offset, scale_OG[..., None], zero_OG[..., None], grid)
+    kept = offset.to(grid.offset_dtype).float()
+    again = grids.quantize(w_OGg, kept, scale_OG[..., None], zero_OG[..., None], grid)
+    if margin > 0.01:
+        assert torch.equal(given_back, q_OGg) and torch.equal(again[near], q_OGg[near])
