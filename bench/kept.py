@@ -74,6 +74,18 @@ def kl_cells(figures: Any) -> list[str]:
     return [*kl, f"{figures.perplexity:.3f}"]
 
 
+def answer(program: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """What `program --worker` prints last in a process of its own; {"error": its last line of
+    complaint} where it fails, and all that it said on standard error."""
+    command = [sys.executable, program, "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        print(done.stderr, file=sys.stderr)
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(lines[-1])
+
+
 def result(
     program: str, job: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> Any:
@@ -84,6 +96,13 @@ def result(
         command = [sys.executable, program, "--worker", json.dumps(job)]
         subprocess.run(command, check=True, env=environment)
     return json.loads(path.read_text())
+
+
+def peak_gb() -> float:
+    """Largest resident set of this process so far."""
+    from auto_mmround.model import devices
+
+    return devices.peak_memory(devices.HOST)["process"]
 
 
 def keep(folder: Path | None, name: str, title: str, *parts: object, section: str = "") -> None:

@@ -13,7 +13,6 @@ spectrograms: what they say changes no figure here.
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -94,12 +93,8 @@ def worker(task: dict[str, Any]) -> None:
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
     """The worker's result."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(task)], capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = kept.answer(__file__, task)
+    return sys.exit(found["error"]) if "error" in found else found
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ worth of luck.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -146,7 +145,7 @@ def by_us(prepared_job: Any) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - spent,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": kept.peak_gb(),
     }
 
 

@@ -85,7 +85,7 @@ def main():
     result = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime,
-        "peak_gb": now.ru_maxrss / 1e6,
+        "peak_gb": now.ru_maxrss * 1024 / 1e9,
         "versions": {
             module.__name__: module.__version__ for module in (llmcompressor, transformers, torch)
         },

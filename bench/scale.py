@@ -8,7 +8,6 @@ sign steps on a few short samples), and deleted. Prints and keeps the largest re
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -75,7 +74,7 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int, int]:
 
 
 def worker(folder: Path) -> None:
-    """Quantize in this process; prints seconds and peak memory as JSON."""
+    """Quantize in this process; prints seconds and peak memory in GB as JSON."""
     draw = torch.Generator().manual_seed(1)
     rows = [{"input_ids": torch.randint(3, 120, (1, 32), generator=draw)} for _ in range(4)]
     recipe = Recipe(
@@ -85,8 +84,7 @@ def worker(folder: Path) -> None:
     )  # fmt: skip
     started = time.perf_counter()
     jobs.run(jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak}))
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak": kept.peak_gb()}))
 
 
 def measure(scratch: Path, gigabytes: float) -> dict[str, float]:
@@ -104,7 +102,7 @@ def measure(scratch: Path, gigabytes: float) -> dict[str, float]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(scratch / "out", ignore_errors=True)
-    return {"layers": layers, "size": size / 1e9, "block": block / 1e9, "peak": found["peak"] / 1e9,
+    return {"layers": layers, "size": size / 1e9, "block": block / 1e9, "peak": found["peak"],
             "seconds": found["seconds"]}  # fmt: skip
 
 

@@ -10,15 +10,14 @@ dated file.
 
 import argparse
 import contextlib
-import datetime
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+from itertools import product
 from typing import Any
 from unittest import mock
+
+import kept
 
 WAYS: dict[str, dict[str, Any]] = {
     "rtn": {"algorithm": "rtn"},
@@ -60,11 +59,17 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "kl": found.kl, "perplexity": found.perplexity}
 
 
+def cells(result: dict[str, Any]) -> list[str]:
+    """KL, perplexity and seconds as text, or what went wrong."""
+    if "error" in result:
+        return [result["error"], "", ""]
+    kl = ", ".join(f"{kind} {value:.5f}" for kind, value in result["kl"].items())
+    return [kl, f"{result['perplexity']:.3f}", f"{result['seconds']:.0f}"]
+
+
 def main() -> None:
     """Every scheme in every way."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = kept.options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dataset", default="demo")
@@ -74,34 +79,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--options", type=json.loads, default={}, help="of every run, JSON")
-    parser.add_argument("--keep", type=Path, help="folder for a dated Markdown file")
     given = parser.parse_args()
     if given.worker:
         print(json.dumps(measured(json.loads(given.worker))))
         return
     base = {k: v for k, v in vars(given).items() if k not in ("worker", "schemes", "ways", "keep")}
-    lines = ["| scheme | way | KL | perplexity | seconds |", "|---|---|---|---|---|"]
-    print("\n".join(lines))
-    for scheme in given.schemes:
-        for way in given.ways:
-            job = json.dumps(base | {"scheme": scheme, "way": way})
-            command = [sys.executable, __file__, "--worker", job]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                cells = [(done.stderr.strip().splitlines() or ["no output"])[-1][:200], "", ""]
-            else:
-                result = json.loads(done.stdout.strip().splitlines()[-1])
-                kl = ", ".join(f"{kind} {value:.5f}" for kind, value in result["kl"].items())
-                cells = [kl, f"{result['perplexity']:.3f}", f"{result['seconds']:.0f}"]
-            lines.append(f"| {scheme} | {way} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    if given.keep:
-        from auto_mmround.run.record import machine
-
-        today, command = datetime.date.today(), " ".join(sys.argv)
-        text = "\n".join([f"# Activations in the loop, {today}", "", *lines, ""])
-        text += f"\n{json.dumps(machine())}\n\nCommand: `{command}`\n"
-        (given.keep / f"served-{today}.md").write_text(text)
+    table = kept.Table("scheme", "way", "KL", "perplexity", "seconds")
+    for scheme, way in product(given.schemes, given.ways):
+        result = kept.answer(__file__, base | {"scheme": scheme, "way": way})
+        table.add(scheme, way, *cells(result))
+    kept.keep(given.keep, "served", "Activations in the loop", table)
 
 
 if __name__ == "__main__":

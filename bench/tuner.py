@@ -16,8 +16,6 @@ alone) leave inputs as they are. Results go to standard output as Markdown and, 
 import argparse
 import json
 import math
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -193,7 +191,7 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
     elif job["method"] != "full precision":
         run_pipeline(model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
     result = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
-    result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    result |= {"peak_gb": kept.peak_gb()}
     (found,) = measure(
         [model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference
     )
@@ -219,14 +217,14 @@ def worker(job: dict[str, Any]) -> None:
     held = tokens(
         tokenizer, Path(job["held_out"]), job["held_from"] + job["held_rows"], job["length"]
     )[job["held_from"] :]
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result: dict[str, Any] = {"seconds": 0.0, "cpu": 0.0, "peak_gb": before / 1e6}
+    started = time.perf_counter()
+    result: dict[str, Any] = {"seconds": 0.0, "cpu": 0.0, "peak_gb": kept.peak_gb()}
     if job["method"] != "full precision":
         used = time.process_time()
         model, reports = quantize(job, model, tokenizer, rows)
         result["seconds"], result["cpu"] = time.perf_counter() - started, time.process_time() - used
         result["share"] = matmul_share(job, model, reports, rows) if reports else float("nan")
-        result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        result["peak_gb"] = kept.peak_gb()
     reference = AutoModelForCausalLM.from_pretrained(job["model"], **load).eval()
     print(json.dumps(result | damage(model, reference, held)))
 
@@ -244,14 +242,11 @@ def run(job: dict[str, Any], path: Path) -> dict[str, Any]:
     complaint."""
     if path.is_file():
         return json.loads(path.read_text())
-    command = [sys.executable, __file__, "--worker", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(lines[-1])
-    return json.loads(lines[-1])
+    result = kept.answer(__file__, job)
+    if "error" not in result:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+    return result
 
 
 def asked() -> argparse.Namespace:

@@ -13,7 +13,6 @@ are added to the table.
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -135,7 +134,7 @@ def worker(job: dict[str, Any]) -> None:
     loaded = quantized(job)
     result: dict[str, Any] = {"seconds": time.perf_counter() - started[0]}
     result |= {"cpu_seconds": time.process_time() - started[1]}
-    result |= {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    result |= {"peak_gb": kept.peak_gb()}
     result |= {"voices": by_voice(job, loaded)}
     Path(job["result"]).write_text(json.dumps(result, indent=1))
 

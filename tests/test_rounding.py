@@ -33,6 +33,18 @@ def state_of(rounding):
     return rounding.offset_OGg.clone(), rounding.ranges.factors_2OG.clone()
 
 
+def assert_steps_as_autograd(rounding, weight, leaves, least):
+    """A step goes against autograd's gradients of the leaves, where those are above the least."""
+    grad = torch.randn_like(weight)
+    expected = torch.autograd.grad(weight, leaves, grad)
+    before = state_of(rounding)
+    rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
+    for old, new, slope in zip(before, state_of(rounding), expected, strict=True):
+        clear = slope.abs() > least
+        assert clear.float().mean() > 0.5
+        assert torch.equal((old - new)[clear].sign(), slope[clear].sign())
+
+
 def reference(rounding, offset, low_factor, high_factor):
     """W~ by the published formulas with a straight-through round, for autograd (float32, scale
     dtype float32)."""
@@ -102,15 +114,7 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     )
     weight = ((code - zero) * scale - low).flatten(1)
     torch.testing.assert_close(weight, rounding.weight(), rtol=1e-5, atol=1e-5)
-    grad = torch.randn_like(weight)
-    expected = torch.autograd.grad(weight, (offset, factors), grad)
-    before = state_of(rounding)
-    rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
-    for old, new, slope in zip(before, state_of(rounding), expected):
-        clear = slope.abs() > 1e-3
-        assert clear.float().mean() > 0.5 and torch.equal(
-            (old - new)[clear].sign(), slope[clear].sign()
-        )
+    assert_steps_as_autograd(rounding, weight, (offset, factors), 1e-3)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -164,13 +168,7 @@ def test_scale_factor_step_is_the_autograd_step(seed, grid):
     code = inclusive_clamp(straight_through(rounding.w_OGg / s + offset) + z, 0, grid.top)
     weight = grids.from_groups((code - z) * s, 16)
     torch.testing.assert_close(weight, rounding.weight())
-    grad = torch.randn_like(weight)
-    expected = torch.autograd.grad(weight, (offset, factor), grad)
-    before = state_of(rounding)
-    rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
-    for old, new, slope in zip(before, state_of(rounding), expected):
-        clear = slope.abs() > 1e-4
-        assert torch.equal((old - new)[clear].sign(), slope[clear].sign())
+    assert_steps_as_autograd(rounding, weight, (offset, factor), 1e-4)
 
 
 @pytest.mark.parametrize("closed_form", [False, True])

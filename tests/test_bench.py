@@ -1,0 +1,64 @@
+"""What benches share, bench/kept.py."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def kept():
+    path = Path(__file__).parents[1] / "bench" / "kept.py"
+    spec = importlib.util.spec_from_file_location("kept", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_page_has_the_table_the_machine_and_the_command(kept, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench/x.py", "--rows", "3"])
+    table = kept.Table("weights", "KL")
+    table.add("W4", "0.1")
+    assert capsys.readouterr().out == f"{table}\n" == "| weights | KL |\n|---|---|\n| W4 | 0.1 |\n"
+    kept.keep(None, "x", "Title", table)
+    kept.keep(tmp_path / "new", "x", "Title", "About it.", table)
+    (page,) = (tmp_path / "new").iterdir()
+    day = page.stem.removeprefix("x-")
+    title, about, kept_table, machine, command = page.read_text().rstrip("\n").split("\n\n")
+    assert (title, about, kept_table) == (f"# Title, {day}", "About it.", str(table))
+    assert json.loads(machine)["packages"]["torch"]
+    assert command == "Command: `bench/x.py --rows 3`"
+
+
+def test_sections_are_added_to_the_page_of_the_day(kept, tmp_path):
+    for name in ("one", "two"):
+        kept.keep(tmp_path, "x", "Title", f"about {name}", section=name)
+    (page,) = tmp_path.iterdir()
+    text = page.read_text()
+    assert [line[2:] for line in text.splitlines() if line.startswith("#")][1:] == [" one", " two"]
+    assert text.count("# Title") == 1 and "about one" in text and "about two" in text
+
+
+def test_schemes_by_name(kept):
+    assert kept.scheme("W3g-1a") == {"bits": 3, "group_size": -1, "sym": False}
+    with pytest.raises(SystemExit, match="scheme W4: W4g128"):
+        kept.scheme("W4")
+
+
+def test_an_answer_is_the_last_line_or_what_went_wrong(kept, tmp_path):
+    program = tmp_path / "x.py"
+    program.write_text("import sys\nprint('words')\nprint(sys.argv[2])\n")
+    assert kept.answer(str(program), {"a": 1}) == {"a": 1}
+    program.write_text("raise ValueError('wrong')\n")
+    assert kept.answer(str(program), {}) == {"error": "ValueError: wrong"}
+
+
+def test_a_result_is_made_once(kept, tmp_path):
+    program, job = tmp_path / "x.py", {"result": str(tmp_path / "found.json")}
+    program.write_text(
+        "import json, sys\nwith open(json.loads(sys.argv[2])['result'], 'x') as file:\n"
+        "    file.write('[1]')\n"
+    )
+    assert kept.result(str(program), job) == kept.result(str(program), job) == [1]
