@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +48,26 @@ def scheme(name: str) -> dict[str, Any]:
     return {"bits": int(found[1]), "group_size": int(found[2]), "sym": not found[3]}
 
 
+def line(cells: Iterable[object]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line(columns), "|" + "---|" * len(columns)]
+
+
 class Table:
     """A Markdown table, printed line by line as it grows."""
 
     def __init__(self, *columns: str) -> None:
-        self.lines: list[str] = []
-        self.add(*columns)
-        self._say("|" + "---|" * len(columns))
+        self.lines = head(columns)
+        print(self, flush=True)
 
     def add(self, *cells: object) -> None:
-        self._say(f"| {' | '.join(map(str, cells))} |")
-
-    def _say(self, line: str) -> None:
-        self.lines.append(line)
-        print(line, flush=True)
+        self.lines.append(line(cells))
+        print(self.lines[-1], flush=True)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)

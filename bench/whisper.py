@@ -158,23 +158,16 @@ def interval(a: dict[str, Any], b: dict[str, Any], count: int = 10_000) -> tuple
     return float(low), float(high)
 
 
-def row(
-    title: str, result: dict[str, Any], full: dict[str, Any], peer: dict[str, Any] | None
-) -> str:
-    """One line of the table; ``peer`` is the same scheme's GPTQ."""
+def judged(result: dict[str, Any], others: Sequence[dict[str, Any] | None]) -> list[str]:
+    """Cells: WER by voice and in all, the interval of its difference from each of the others, where
+    there is one, and KL."""
     voices = list(result["voices"].values())
     kl = [value for voice in voices for value in voice["kl"]]
-    cells = [title, *(f"{rate([voice]):.2f}" for voice in voices), f"{rate(voices):.2f}"]
-    for other in (full, peer):
-        low, high = interval(other, result) if other and other is not result else (0.0, 0.0)
-        cells.append("" if low == high == 0 else f"{low:+.2f} to {high:+.2f}")
-    cells += [
-        f"{sum(kl) / len(kl):.4f}",
-        f"{result['seconds']:.0f}",
-        f"{result['cpu_seconds']:.0f}",
-        f"{result['peak_gb']:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    cells = [*(f"{rate([voice]):.2f}" for voice in voices), f"{rate(voices):.2f}"]
+    for other in others:
+        same = other is None or other is result
+        cells.append("" if same else "{:+.2f} to {:+.2f}".format(*interval(other, result)))
+    return [*cells, f"{sum(kl) / len(kl):.5f}"]
 
 
 def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
@@ -182,10 +175,12 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     full = found["-", FULL]
     columns = ["weights", "method", *(f"WER {voice}" for voice in full["voices"]), "WER, all"]
     columns += ["against full precision", "against gptq", "KL", "seconds", "CPU seconds", "peak GB"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines = kept.head(columns)
     for (scheme, method), result in found.items():
-        peer = found.get((scheme, "gptq"))
-        lines.append(row(f"{scheme} | {method}", result, full, None if result is peer else peer))
+        cells = [scheme, method, *judged(result, (full, found.get((scheme, "gptq"))))]
+        forms = (("seconds", ".0f"), ("cpu_seconds", ".0f"), ("peak_gb", ".2f"))
+        cells += [f"{result[key]:{form}}" for key, form in forms]
+        lines.append(kept.line(cells))
     return lines
 
 
