@@ -1,7 +1,10 @@
-"""The shelf `engines/`: programs for engines' environments, which do not import this package."""
+"""The shelf `engines/`: programs for engines' environments, which do not import this package, and
+how they answer."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 def program(name: str) -> Path:
@@ -9,3 +12,12 @@ def program(name: str) -> Path:
     spec = find_spec("auto_mmround.engines")
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / f"{name}.py"
+
+
+def answer_of(output: str) -> dict[str, Any] | None:
+    """What a program printed last, as JSON; None if that is none."""
+    lines = output.strip().splitlines()
+    try:
+        return json.loads(lines[-1]) if lines else None
+    except ValueError:
+        return None

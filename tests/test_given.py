@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
 from torch import nn
 
 from auto_mmround import AutoRoundMLLM
@@ -18,7 +18,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.run.pipeline import Watcher
 from auto_mmround.verify.static import check
 
-TEXTS = [" ".join(f"w{(7 * i + j * j) % 110 + 3}" for j in range(40)) for i in range(8)]
+TEXTS = tiny_texts(8, 40)
 IDS = torch.tensor([list(range(5, 25))])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from test_streaming import OUT, files, run
-from tiny_models import FAMILIES, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.cli import main
@@ -41,7 +41,7 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "llama"
     FAMILIES["llama"].save(folder, tiny_tokenizer())
     rows = folder.parent / "rows.jsonl"
-    texts = [" ".join(f"w{(7 * i + j * j) % 110 + 3}" for j in range(40)) for i in range(24)]
+    texts = tiny_texts(24, 40)
     rows.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return SimpleNamespace(folder=folder, rows=rows, texts=texts)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from building import build
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_texts, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from auto_mmround.calibration.template import Template
@@ -82,7 +82,7 @@ def gpt2(tmp_path_factory):
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 128, "n_positions": 64}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    texts = [" ".join(f"w{(7 * i + j * j) % 110 + 3}" for j in range(300)) for i in range(8)]
+    texts = tiny_texts(8, 300)
     (folder / "long.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return folder
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.checkpoint.reading import dequantized_state_dict
@@ -17,7 +17,7 @@ from auto_mmround.numerics.grids import Grid
 
 DOWN = "model.layers.0.mlp.down_proj"
 NORM = "model.layers.0.input_layernorm.weight"
-ROWS = [" ".join(f"w{(7 * i + j * j + i * i) % 110 + 3}" for j in range(32)) for i in range(16)]
+ROWS = tiny_texts(16, 32)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, strict
 from auto_mmround.calibration.inputs import ModelInput, padded
 from auto_mmround.report import report
 
-ROWS = [" ".join(f"w{(7 * i + j * j + i * i) % 110 + 3}" for j in range(32)) for i in range(16)]
+ROWS = tiny_texts(16, 32)
 
 
 def strictly(text):

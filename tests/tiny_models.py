@@ -84,6 +84,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_texts(count: int, words: int) -> list[str]:
+    """Texts of the tokenizer's words, all different."""
+    return [" ".join(f"w{(7 * i + j * j) % 110 + 3}" for j in range(words)) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Tiny:
     """config: settings of the family's configuration. media: modality -> inputs of the seed's

@@ -1,6 +1,5 @@
 """Which interpreter reads which format, and one subprocess for each question to an engine."""
 
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.programs import program
+from auto_mmround.programs import answer_of, program
 
 # only llama.cpp's log says it
 LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")
@@ -228,7 +227,7 @@ def _answer(
     except subprocess.TimeoutExpired:
         return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
     tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    answer = _last_json(done.stdout) or {
+    answer = answer_of(done.stdout) or {
         "ok": False,
         "error": f"the engine died (exit {done.returncode}): {tail}",
     }
@@ -239,11 +238,3 @@ def _answer(
             "dtype": "float32" if counts.keys() <= {"f32", "f16", "bf16"} else "q8_0",
         }
     return answer
-
-
-def _last_json(text: str) -> dict[str, Any] | None:
-    lines = text.strip().splitlines()
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except ValueError:
-        return None

@@ -6,7 +6,6 @@ Reading the graphs back needs none.
 """
 
 import importlib.util
-import json
 import logging
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from auto_mmround.export.openvino.read import read
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.families import FAMILIES, family_of
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
-from auto_mmround.programs import program
+from auto_mmround.programs import answer_of, program
 
 log = logging.getLogger(__name__)
 CONVERTER = [str(program(name)) for name in ("engine_main", "openvino_convert")]
@@ -95,7 +94,7 @@ def write(folder: Path, whole: Whole) -> dict[str, Any]:
         # -P: the script's folder must not be searched before the packages.
         command = [str(converter_python()), "-P", *CONVERTER, str(plain / "request.json")]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-    answer = _last_json(done.stdout) or {
+    answer = answer_of(done.stdout) or {
         "error": (done.stderr.strip().splitlines() or ["no answer"])[-1]
     }
     if not answer.get("ok"):
@@ -116,14 +115,6 @@ def _parts(codes: Codes) -> dict[str, Tensor]:
         "scales": codes.scale_OG.float().contiguous(),
         "zeros": codes.zero_OG.contiguous(),
     }
-
-
-def _last_json(text: str) -> dict[str, Any] | None:
-    lines = text.strip().splitlines()
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except ValueError:
-        return None
 
 
 def _config(layout: Layout) -> dict[str, Any]:
