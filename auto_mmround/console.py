@@ -348,11 +348,9 @@ def show_report(folders: Sequence[str], output: str | None) -> int:
 def verify_and_show(found: argparse.Namespace) -> int:
     """The findings on a folder and one line per engine, or JSON; 1 if something is wrong."""
     quiet_libraries()
-    engines = (
-        None
-        if found.engine is None
-        else [name.strip() for name in found.engine.split(",") if name.strip()]
-    )
+    engines: list[str] | None = None
+    if found.engine is not None:
+        engines = [name.strip() for name in found.engine.split(",") if name.strip()]
     result = verify(
         found.folder,
         [] if engines == ["none"] else engines,
