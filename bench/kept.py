@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 
-def options(doc: str | None, keep: str = "folder for a dated Markdown file") -> Any:
+def options(
+    doc: str | None, keep: str = "folder for a dated Markdown file"
+) -> argparse.ArgumentParser:
     """A parser with the text of the bench, and its option --keep."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -20,7 +22,7 @@ def options(doc: str | None, keep: str = "folder for a dated Markdown file") -> 
     return parser
 
 
-def held_out_options(doc: str | None) -> Any:
+def held_out_options(doc: str | None) -> argparse.ArgumentParser:
     """`options`, and what both calibration and held-out data are told."""
     parser = options(doc)
     parser.add_argument("--model", default="demo")
