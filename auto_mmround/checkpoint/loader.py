@@ -15,6 +15,7 @@ from auto_mmround.export import formats
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.experts import restacked
 from auto_mmround.model.keys import further_layers, parameter_names
+from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached
 from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,
@@ -28,7 +29,7 @@ from auto_mmround.model.loading import (
     skeleton,
 )
 from auto_mmround.model.quantized import METHODS
-from auto_mmround.numerics.activations import rounded_inputs
+from auto_mmround.numerics.activations import e4m3_static, rounded_inputs
 from auto_mmround.untrusted import one_line, read_object
 
 # Formats in which a source may be stored. Those of compressed-tensors are read as by engines, with
@@ -75,6 +76,7 @@ def from_quantized(
     named(model)
     if activations:
         _quantize_inputs(model, read_checkpoint(folder), state, device)
+        _quantize_cache(model, read_checkpoint(folder), state, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
@@ -146,6 +148,30 @@ def _quantize_inputs(
             layer.register_forward_pre_hook(
                 lambda _, given, how=how: (rounded_inputs(given[0], *how), *given[1:])
             )
+
+
+def _quantize_cache(
+    model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str], device: str | torch.device
+) -> None:
+    """Hooks for attention whose keys and values engines keep in FP8. keys: as above."""
+    if not (checkpoint.quantization_config or {}).get("kv_cache_scheme"):
+        return
+    found, stored = dict(checkpoint.tensors(checkpoint.kv_scales)), parameter_names(model, keys)
+    for name, projection in cached_attention(model).items():
+        place = stored[f"{name}.{projection}.weight"].rpartition(f".{projection}")[0]
+        scales = [found.get(f"{place}.{part}") for part in SCALES]
+        if any(scale is None or scale.numel() != 1 for scale in scales):
+            raise UserError(
+                f"{checkpoint.folder}: {place} has no k_scale and v_scale of one number"
+            )
+        key_scale, value_scale = (scale.float().to(device) for scale in scales)  # type: ignore[union-attr]
+
+        def rounded(
+            key: Tensor, value: Tensor, k: Tensor = key_scale, v: Tensor = value_scale
+        ) -> tuple[Tensor, Tensor]:
+            return e4m3_static(key, k), e4m3_static(value, v)
+
+        change_cached(model.get_submodule(name), rounded)
 
 
 def load_any(

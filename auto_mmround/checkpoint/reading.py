@@ -13,6 +13,7 @@ from torch import Tensor
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.headers import DAMAGED, read_header
+from auto_mmround.model.kv_cache import SCALES
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.untrusted import read_object, weight_files
 
@@ -51,6 +52,12 @@ class Checkpoint:
     config: Mapping[str, Any]
     quantization_config: Mapping[str, Any] | None
     files: Mapping[str, str] = field(repr=False)
+
+    @property
+    def kv_scales(self) -> list[str]:
+        """Names of the scales of keys and values, where the configuration says that there are."""
+        said = (self.quantization_config or {}).get("kv_cache_scheme")
+        return [name for name in self.files if said and name.rpartition(".")[2] in SCALES]
 
     def tensors(self, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of these tensors, or all, in that order. Raises UserError for unreadable
@@ -101,8 +108,11 @@ def dequantized_state_dict(
     fmt = formats.from_config(quantization) if quantization is not None else None
     packed = fmt.packed(checkpoint.files) if fmt else frozenset()
     schemes = formats.schemes_of(quantization, packed) if quantization is not None else {}
+    scales = set(checkpoint.kv_scales)
     with Shards() as shards:
         for name in checkpoint.files:
+            if name in scales:
+                continue
             module, _, part = name.rpartition(".")
             if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
                 tensor = shards.tensor(folder / checkpoint.files[name], name)

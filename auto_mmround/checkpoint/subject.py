@@ -21,6 +21,7 @@ from auto_mmround.export.formats import Format
 from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.experts import separable, stacking
 from auto_mmround.model.keys import filled_parameters, further_layers, loaded_names
+from auto_mmround.model.kv_cache import SCALES
 from auto_mmround.model.loading import read_config, skeleton
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
@@ -33,10 +34,7 @@ CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
 
 @dataclass(frozen=True)
 class Finding:
-    """severity: "error" or "warning". where: a tensor, module, file or configuration key.
-
-    message: the fault.
-    """
+    """severity: "error" or "warning". where: a tensor, module, file or configuration key."""
 
     severity: str
     where: str
@@ -86,8 +84,10 @@ class Subject:
 
     tensors: by name; if several files hold a name, the first counts. packed: modules with a packed
     weight, by checkpoint name. fmt: None for a plain or unreadable format. record: `run.json`,
-    empty for other tools' files. source: the folder of the model before quantization. schemes: of
-    packed modules, if the configuration has one. findings: of the reading itself.
+    empty for other tools' files. source: the folder of the model before quantization. schemes:
+    of packed modules, if the configuration has one. findings: of the reading itself. kv_scales:
+    tensors that are scales of keys and values, in a format that has a place for them; not among
+    ``tensors``.
     """
 
     folder: Path
@@ -101,6 +101,7 @@ class Subject:
     source: Path | None
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    kv_scales: Mapping[str, Header] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -134,12 +135,13 @@ class Subject:
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""
         with ExitStack() as stack:
-            files = {self.tensors[name].file for name in names}
+            headers = {**self.tensors, **self.kv_scales}
+            files = {headers[name].file for name in names}
             opened = {
                 file: stack.enter_context(safe_open(self.folder / file, "pt")) for file in files
             }
             for name in names:
-                yield name, opened[self.tensors[name].file].get_tensor(name)
+                yield name, opened[headers[name].file].get_tensor(name)
 
 
 def read_subject(folder: Path, source: Path | None = None, remote_code: bool = False) -> Subject:
@@ -159,6 +161,9 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
         quantization = None  # a finding of its own by now; nothing else may lean on it
     whole = fmt is not None and fmt.write is not None
     tensors = {} if whole else _headers(folder, weight_map, findings)
+    here = fmt is not None and fmt.kv_cache
+    kv_scales = {n: h for n, h in tensors.items() if here and n.rpartition(".")[2] in SCALES}
+    tensors = {name: header for name, header in tensors.items() if name not in kv_scales}
     packed = fmt.packed(tensors) if fmt else frozenset()
     record = _record(folder / "run.json", findings)
     parts = {f"{module}.{part}" for module in packed for part in (fmt.parts if fmt else ())}
@@ -172,8 +177,9 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
         made = _skeleton(folder, keys, original, findings, remote_code, packs)
     schemes = _schemes(quantization, packed, findings) if fmt and quantization else {}
     return Subject(
-        folder, config, quantization, fmt, tensors, packed, made, record, source, schemes, findings
-    )
+        folder, config, quantization, fmt, tensors, packed, made, record, source, schemes, findings,
+        kv_scales,
+    )  # fmt: skip
 
 
 def _schemes(

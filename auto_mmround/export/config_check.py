@@ -71,7 +71,7 @@ def targets(value: Any) -> bool:
 
 BITS = whole(0, 32)
 _OVERRIDE = keys({"bits": BITS, "group_size": group_size, "sym": flag})
-_NUMBERS = keys({"num_bits": whole(1, 16), "group_size": maybe(group_size), "symmetric": flag})
+numbers = keys({"num_bits": whole(1, 16), "group_size": maybe(group_size), "symmetric": flag})
 
 
 def overrides(pattern_of: Callable[[str], str]) -> Test:
@@ -82,7 +82,7 @@ def overrides(pattern_of: Callable[[str], str]) -> Test:
 
 def group(value: Any) -> bool:
     """A group of compressed-tensors."""
-    form = {"targets": targets, "weights": maybe(_NUMBERS), "input_activations": maybe(_NUMBERS)}
+    form = {"targets": targets, "weights": maybe(numbers), "input_activations": maybe(numbers)}
     return isinstance(value, Mapping) and "targets" in value and keys(form)(value)
 
 

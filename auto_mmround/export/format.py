@@ -27,11 +27,12 @@ class Layout:
     """What was done to which module of the model; all names are Transformers module names.
 
     quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits.
-    blocks: prefixes of the quantized block lists ("model.language_model.layers"). checkpoint_name:
-    Transformers module name -> name in the checkpoint files. default: the recipe's scheme. details:
-    facts recorded for information (iters, algorithm ..). carried: those of the modules that the
-    model's class does not load, and engines do. parts: what the checkpoint calls kept modules that
-    it stores in several, or under a name unlike Transformers'.
+    blocks: prefixes of the quantized block lists ("model.language_model.layers").
+    checkpoint_name: Transformers module name -> name in the checkpoint files. default: the
+    recipe's scheme. details: facts recorded for information (iters, algorithm ..). carried:
+    those of the modules that the model's class does not load, and engines do. parts: what the
+    checkpoint calls kept modules that it stores in several, or under a name unlike
+    Transformers'. kv_cache: there are FP8 scales of keys and values.
     """
 
     quantized: Mapping[str, Scheme]
@@ -42,6 +43,7 @@ class Layout:
     details: Mapping[str, Any] = field(default_factory=dict)
     carried: Sequence[str] = ()
     parts: Sequence[str] = ()
+    kv_cache: bool = False
 
     @cached_property
     def members(self) -> dict[str, str]:
@@ -145,14 +147,15 @@ class Format:
 
     Weights. check(scheme, out, in): why this weight cannot be held, or None. pack(module name,
     codes): tensors by full name. unpack(module name, tensors, scheme): the exact inverse,
-    ValueError on tensors that contradict the scheme. parts: endings of the tensors that make one
-    weight -> what each holds ("q", "scale", "zero", "input_scale" or nothing of these); no
-    unquantized Linear has the first. any_float: floating parts may be float16, bfloat16 or float32,
-    whatever the scheme says. min_zero: smallest zero point an asymmetric weight may have.
-    fused_zero: stores scale * zero as one float16, which is exact only for scales of 11 - bits
-    significant bits. scale_range: holds super-blocks, with such bounds of the scales' integers
-    (`Grid`); what was tuned on another grid is fitted once more. choose(schemes): the format of
-    several under one name that holds them.
+    ValueError on tensors that contradict the scheme. parts: endings of the tensors that make
+    one weight -> what each holds ("q", "scale", "zero", "input_scale" or nothing of these); no
+    unquantized Linear has the first. any_float: floating parts may be float16, bfloat16 or
+    float32, whatever the scheme says. kv_cache: has a place for scales of keys and values.
+    min_zero: smallest zero point an asymmetric weight may have. fused_zero: stores scale * zero
+    as one float16, which is exact only for scales of 11 - bits significant bits. scale_range:
+    holds super-blocks, with such bounds of the scales' integers (`Grid`); what was tuned on
+    another grid is fitted once more. choose(schemes): the format of several under one name that
+    holds them.
 
     Files. config(layout): the ``quantization_config``, None for none. model_config(source's
     config.json, layout): `config.json` but for that, if readers need more than the source's.
@@ -178,6 +181,7 @@ class Format:
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes] = _no_tensors
     parts: Mapping[str, str] = field(default_factory=dict)
     any_float: bool = False
+    kv_cache: bool = False
     min_zero: int = 0
     fused_zero: bool = False
     scale_range: tuple[int, int] | None = None

@@ -63,6 +63,17 @@ def resolve(name: str, schemes: Iterable[Scheme]) -> Format:
     return fmt.choose(set(schemes)) if fmt.choose else fmt
 
 
+def check_kv_cache(names: Iterable[str]) -> None:
+    """Raises UserError for a format that has no place for scales of keys and values."""
+    for fmt in map(get, names):
+        if not fmt.kv_cache:
+            able = next(name for name, other in FORMATS.items() if other.kv_cache)
+            raise UserError(
+                f"kv_cache_scheme: format {fmt.name} has no place for scales of keys and values,"
+                f" {able} has"
+            )
+
+
 def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:
     """The scheme with the grid that every one of these formats stores exactly: its smallest zero
     point, the significant bits of its scales, and their range in super-blocks.

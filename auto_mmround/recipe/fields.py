@@ -93,6 +93,9 @@ class Fields:
         bool,
         _scheme(off=("act_static", "fp8: one scale for all inputs of a layer, from calibration")),
     ] = True
+    kv_cache_scheme: Annotated[
+        str | None, _scheme("fp8: scales of keys and values, for a cache in FP8", choices=("fp8",))
+    ] = None
     target_bits: Annotated[
         float | None,
         _scheme(

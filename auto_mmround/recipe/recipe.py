@@ -105,7 +105,9 @@ class Recipe(Fields):
         whole = {
             "equalize": self.equalize != "none",
             "polish": self.polish,
-            "act_dynamic = false": not self.act_dynamic,
+            "act_dynamic = false, rounded to nearest,": self.inputs_first,
+            "kv_cache_scheme, rounded to nearest,": bool(self.kv_cache_scheme)
+            and not self.calibrates,
         }
         for name, asked in whole.items():
             fits = not (asked and self.streams)
@@ -209,7 +211,8 @@ class Recipe(Fields):
 
     @property
     def needs_samples(self) -> bool:
-        """Whether calibration samples are read: to tune, to choose bits, or to measure inputs."""
+        """Whether calibration samples are read: to tune, to choose bits, or to measure inputs, keys
+        and values."""
         return self.calibrates or self.whole_passes
 
     @property
@@ -219,8 +222,17 @@ class Recipe(Fields):
             self.polish
             or self.equalize != "none"
             or self.target_bits is not None
-            or not self.act_dynamic
+            or self.inputs_first
+            or (self.kv_cache_scheme is not None and not self.calibrates)
         )
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the inputs of layers are measured on the whole model, before the first block.
+
+        Else each block's are when its turn comes.
+        """
+        return self.scheme.inputs_measured and (not self.calibrates or self.quant_lm_head)
 
     @property
     def block_classes(self) -> list[str]:

@@ -70,6 +70,7 @@ class Finished:
         self.codes: Mapping[str, Codes] = {}
         # of the whole model, at the end; never kept, it is found again
         self.polished: Polished | None = None
+        self.kv_scales: Mapping[str, Tensor] = {}
         self.spool = Spool(scratch or Path(tempfile.gettempdir()))
 
     def has(self, blocks: Sequence[str]) -> bool:

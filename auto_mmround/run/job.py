@@ -23,6 +23,7 @@ from auto_mmround.export.formats import Format
 from auto_mmround.families import FAMILIES, calibrates, family_of
 from auto_mmround.model import devices
 from auto_mmround.model.head import check_head
+from auto_mmround.model.kv_cache import cached_attention
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
 from auto_mmround.model.quantized import check_floating
@@ -87,6 +88,8 @@ def load_model(recipe: Recipe, kept: bool = False, processes: Processes = ALONE)
         )
     if recipe.polish and processes.count > 1:
         raise UserError("polish is for one process; leave one of the two out")
+    if recipe.kv_cache_scheme is not None:
+        formats.check_kv_cache(recipe.formats)
     stream = False if kept or recipe.whole_passes else recipe.streams
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
@@ -126,6 +129,9 @@ def prepare(
     if loaded.source is not None:
         side_files(loaded.source)  # complains of what can't be copied
     plan = planned(recipe, loaded)
+    if recipe.kv_cache_scheme is not None:
+        formats.check_kv_cache(recipe.formats)
+        cached_attention(loaded.model)  # complains where there is none
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
     names = Names(loaded.model, loaded.source, loaded.given)
@@ -269,7 +275,9 @@ def run(
         with naming(job.inputs):
             work(finished, watcher)
         record = _record(job, finished) | {"run": finished.run}
-        result = Result(names, job.plan, recipe, source, finished.result, record)
+        result = Result(
+            names, job.plan, recipe, source, finished.result, record, kv_scales=finished.kv_scales
+        )
         _write(pending, result, finished, prove)
     return outs
 
@@ -341,7 +349,10 @@ def save(
     names = Names(loaded.model, source, loaded.given)
     check_names(names, replace(job.plan, formats=(fmt,)))
     check_tuned(names, finished.result)
+    if finished.kv_scales:
+        formats.check_kv_cache([fmt.name])
     result = Result(
-        names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {}
-    )
+        names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {},
+        finished.kv_scales,
+    )  # fmt: skip
     return write_checkpoint(fmt, out, result, prove)

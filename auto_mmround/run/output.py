@@ -18,6 +18,7 @@ from auto_mmround.errors import NotProved
 from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
+from auto_mmround.model.kv_cache import SCALES, cached_attention
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
@@ -35,7 +36,7 @@ class Result:
 
     record: what the run writes down about itself. objects: the user's tokenizer, processors and
     generation settings, by the names that `write_objects` has for them; saved where the source has
-    none, or others.
+    none, or others. kv_scales: of keys and values, see `kv_cache`.
     """
 
     names: Names
@@ -45,6 +46,7 @@ class Result:
     codes: Mapping[str, Codes]
     record: Mapping[str, Any]
     objects: Mapping[str, Any] = field(default_factory=dict)
+    kv_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # What is wrong with a folder that was written for a format, a line each; nothing: it is proved.
@@ -96,7 +98,8 @@ def _write_record(folder: Path, more: Mapping[str, Any]) -> None:
 
 def _fill(folder: Path, fmt: Format, result: Result) -> None:
     names, plan, source = result.names, result.plan, result.source
-    records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}}  # what `verify` compares with
+    # what `verify` compares with
+    records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}, "kv_cache": {}}
     carried = CarriedCodes(plan.carried, names.carried, names.stored)
     schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
     packed = schemes if fmt.packs else {}
@@ -117,6 +120,9 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
             records["codes"][key] = codes_record(weight)
             writer.add(fmt.pack(key, weight))
         for key, tensor in rest:
+            writer.add({key: tensor})
+        for key, tensor in _kv_scales(result):
+            records["kv_cache"][key] = checksum(tensor)
             writer.add({key: tensor})
         writer.finish()
     if source is None:
@@ -151,7 +157,18 @@ def _layout(result: Result, schemes: Mapping[str, Scheme]) -> Layout:
         checkpoint_name=names.module,
         default=recipe.scheme,
         details=recipe.details,
+        kv_cache=bool(result.kv_scales),
     )
+
+
+def _kv_scales(result: Result) -> Iterator[tuple[str, Tensor]]:
+    """Scales of keys and values by the names that the checkpoint has for attention."""
+    if not result.kv_scales:
+        return
+    for name, projection in cached_attention(result.names.model).items():
+        attention = result.names.module(f"{name}.{projection}").rpartition(".")[0]
+        for part in SCALES:
+            yield f"{attention}.{part}", result.kv_scales[f"{name}.{part}"]
 
 
 def _exact(fmt: Format, weight: Codes) -> bool:

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,6 +27,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.block_loss import forward_of, tune_config
 from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.kv_cache import kv_scales
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
 from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
@@ -102,6 +102,9 @@ def quantize(
             journey.nearest("outside the blocks", "text", outside)
     if teacher:
         journey.polish(teacher)
+    if recipe.kv_cache_scheme is not None:
+        with session.serving([block for stage in plan.stages for block in stage.blocks]):
+            finished.kv_scales = kv_scales(session, watcher.captured)
 
 
 def _say_unreached(block: str, count: int) -> None:
@@ -148,21 +151,8 @@ class _Journey:
             if stages[position + 1 :] and self.session.recipe.enable_quanted_input:
                 # What the quantized stage gets wrong must reach the stages that it feeds.
                 before = [block for passed in stages[: position + 1] for block in passed.blocks]
-                with self._served(before):
+                with self.session.serving(before):
                     students = self.session.record(stages[position + 1 :], self.watcher.captured)
-
-    @contextmanager
-    def _served(self, blocks: Sequence[str]) -> Iterator[None]:
-        """Layers of these blocks, which are finished, round their inputs while the whole model
-        runs."""
-        session = self.session
-        planned = [weight for block in blocks for weight in session.plan.of_block(block)]
-        planned = [w for w in planned if w.scheme and w.scheme.act_bits < 16]
-        with ExitStack() as stack:
-            if any(w.name in session.experts for w in planned) and not session.holder.blocks:
-                stack.enter_context(separated(session.model, session.experts, blocks))
-            stack.enter_context(session.served.rounding(session.model, planned))
-            yield
 
     def polish(self, teacher: Before) -> None:
         """Tune scales and norms on the whole model's output."""
@@ -259,7 +249,7 @@ class _Journey:
                     recapture, session.model, student, following, session.batches, session.precision
                 )
                 relieve = partial(moved_away, [student], session.disk)
-                with self._served(self._before(student.stage, following)):
+                with session.serving(self._before(student.stage, following)):
                     student = BatchSize().fitting(window.names[-1], again, relieve)
 
         session.walk(teacher.stage, visit, behind, recipe.nblocks)

@@ -82,9 +82,9 @@ class _Shared:
 
     def of(self, x: Tensor, key: tuple[Any, ...], rounded: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``rounded`` makes of x. key: equal for what rounds alike."""
-        last = self._last
-        if last is None or last[0] is not x or last[1:3] != (x._version, key):
-            last = self._last = x, x._version, key, rounded(x)
+        last, version = self._last, 0 if x.is_inference() else x._version
+        if last is None or last[0] is not x or last[1:3] != (version, key):
+            last = self._last = x, version, key, rounded(x)
         return last[3]
 
     def clear(self) -> None:

@@ -3,7 +3,7 @@ stage."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, TypeVar
@@ -173,6 +173,18 @@ class Session:
             self.precision(),
         ):
             yield [self.model.get_submodule(name) for name in names]
+
+    @contextmanager
+    def serving(self, blocks: Sequence[str]) -> Iterator[None]:
+        """Layers of these blocks, which are finished, round their inputs while the whole model
+        runs. Of a streamed model experts in a stack are left out."""
+        planned = [weight for block in blocks for weight in self.plan.of_block(block)]
+        planned = [w for w in planned if w.scheme and w.scheme.act_bits < 16]
+        with ExitStack() as stack:
+            if any(w.name in self.experts for w in planned) and not self.holder.blocks:
+                stack.enter_context(separated(self.model, self.experts, blocks))
+            stack.enter_context(self.served.rounding(self.model, planned))
+            yield
 
     def walk(
         self,

@@ -19,6 +19,7 @@ from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
 from auto_mmround.untrusted import TooLong, time_limit
 from auto_mmround.verify import names
+from auto_mmround.verify.kv_cache import check_kv_cache
 from auto_mmround.verify.side_files import check_side_files, check_tokenizer
 from auto_mmround.verify.together import TOGETHER
 from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
@@ -302,6 +303,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     check_plain_values,
     check_codes,
     check_decoded,
+    check_kv_cache,
 )
 
 

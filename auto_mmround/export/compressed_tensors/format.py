@@ -39,6 +39,15 @@ PARTS = {
     "input_scale": "input_scale", "input_zero_point": "", "input_global_scale": "",
 }  # fmt: skip
 
+# Keys and values: FP8 under one scale each, `k_scale` and `v_scale` of the attention.
+KV_CACHE = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
+
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     """The inverse of all packers. Raises ValueError where the tensors contradict the scheme."""
@@ -82,7 +91,7 @@ def config(layout: Layout) -> dict[str, Any]:
         "format": kind,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": KV_CACHE if layout.kv_cache else None,
         "ignore": ignore,
         "config_groups": {
             f"group_{i}": _group(
@@ -235,12 +244,14 @@ _BASE = Format(
     config=config,
     parts=PARTS,
     any_float=True,
+    kv_cache=True,
     method=Method(
         "compressed-tensors",
         required=("format", "config_groups"),
         form={
             "ignore": config_check.maybe(config_check.targets),
             "config_groups": config_check.table(config_check.group),
+            "kv_cache_scheme": config_check.maybe(config_check.numbers),
         },
         listed=("ignore", "config_groups"),
         schemes=reader,

@@ -1,0 +1,68 @@
+"""Scales of keys and values, of engines that keep their cache in FP8."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from auto_mmround.checkpoint.subject import Finding, Subject
+from auto_mmround.model.kv_cache import PROJECTIONS, SCALES
+from auto_mmround.run.record import checksum
+
+# What engines do with keys and values that a configuration says otherwise is not known here.
+KNOWN = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def check_kv_cache(s: Subject) -> Iterator[Finding]:
+    """Each attention has a scale of its keys and one of its values, or none has any; all are
+    positive numbers."""
+    said: Any = (s.quantization or {}).get("kv_cache_scheme")
+    if not said:
+        for name in sorted(s.kv_scales)[:1]:
+            text = "scales keys or values, but quantization_config has no kv_cache_scheme"
+            yield Finding("error", name, text)
+        return
+    if s.fmt is None or not s.fmt.kv_cache:
+        text = f"format {s.fmt.name if s.fmt else 'unknown'} has no place for scales of a cache"
+        yield Finding("error", "quantization_config.kv_cache_scheme", text)
+        return
+    other = [key for key, value in KNOWN.items() if said.get(key, value) != value]
+    if other:
+        text = f"{other[0]} = {said[other[0]]!r} is not checked, {KNOWN[other[0]]!r} is"
+        yield Finding("warning", "quantization_config.kv_cache_scheme", text)
+        return
+    yield from _check_scales(s)
+
+
+def _check_scales(s: Subject) -> Iterator[Finding]:
+    wanted = _places(s)
+    for name in sorted(wanted - s.kv_scales.keys()):
+        yield Finding("error", name, "is missing, quantization_config has a kv_cache_scheme")
+    for name in sorted(s.kv_scales.keys() - wanted if wanted else ()):
+        yield Finding("error", name, "belongs to no attention with a cache")
+    written = s.record.get("kv_cache") or {}
+    for name, tensor in s.read(sorted(s.kv_scales)):
+        if tensor.numel() != 1 or not tensor.is_floating_point():
+            yield Finding("error", name, f"is {tuple(tensor.shape)} of {tensor.dtype}, no number")
+        elif not (tensor.isfinite().all() and (tensor > 0).all()):
+            yield Finding("error", name, f"is {tensor.float().item():g}, no positive number")
+        elif written.get(name, checksum(tensor)) != checksum(tensor):
+            text = "is not what the run wrote (its checksum in run.json differs)"
+            yield Finding("error", name, text)
+
+
+def _places(s: Subject) -> set[str]:
+    """Names that scales must have, by the run's record or by the attention that others' lie at.
+    Empty where nothing is known."""
+    written = s.record.get("kv_cache")
+    if written:
+        return set(written)
+    attention = {name.rpartition(".")[0] for name in s.kv_scales}
+    blocks = {_numberless(name) for name in attention}
+    for layer in s.skeleton.linears if s.skeleton else ():
+        parent, _, leaf = layer.rpartition(".")
+        if leaf in PROJECTIONS and (not blocks or _numberless(parent) in blocks):
+            attention.add(parent)
+    return {f"{name}.{part}" for name in attention for part in SCALES}
+
+
+def _numberless(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if not part.isdigit())
