@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_mmround.numerics import gptq, grids, scale_search
+from auto_mmround.numerics import gptq, grids, scale_search, start
 from auto_mmround.numerics import rounding as rounding_module
 from auto_mmround.numerics.float_grids import float_grid
 from auto_mmround.numerics.moments import Moments, output_error
@@ -234,3 +234,24 @@ def test_placed_offsets_give_the_codes_off_the_edge(seed, name, margin):
     again = grids.quantize(w_OGg, kept, scale_OG[..., None], zero_OG[..., None], grid)
     if margin > 0.01:
         assert torch.equal(given_back, q_OGg) and torch.equal(again[near], q_OGg[near])
+
+
+@pytest.mark.parametrize("name, size, rows", KINDS)
+def test_sweeps_find_what_the_solve_in_turn_finds(name, size, rows):
+    """As accelerators solve: experts of one shape together, but not where their rows would share a
+    scale."""
+    moments = [moments_of(256, seed=seed) for seed in (1, 2)]
+    weights = [weight(40, 256, seed) for seed in (1, 2)]
+    grid = float_grid(name, size, torch.stack(weights).abs().max())
+    alone, swept = ([Rounding(w_OI, size, grid) for w_OI in weights] for _ in range(2))
+    for rounding, own in zip(alone, moments, strict=True):
+        closed_form([rounding], own, StartConfig())
+    stacks = [start._Stack([rounding], own) for rounding, own in zip(swept, moments, strict=True)]
+    batches = start._batches(stacks)
+    assert len(batches) == (1 if rows == 1 else 2)
+    doubtful = torch.cat([start._place(batch, StartConfig(), in_sweeps=True) for batch in batches])
+    assert not doubtful.all()
+    for one, two, doubted in zip(alone, swept, doubtful.tolist(), strict=True):
+        same = (one.codes().q_OI == two.codes().q_OI).float().mean()
+        assert doubted or same > 0.99
+        assert torch.equal(grids.dequantize(two.codes()), two.weight())

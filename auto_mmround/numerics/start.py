@@ -175,7 +175,7 @@ class _Stack(NamedTuple):
 
 def _batches(stacks: Sequence[_Stack]) -> list[list[_Stack]]:
     """Stacks of one shape together, as many as `sweeps.MOST` elements are. Super-blocks are
-    searched under one diagonal, so they stay apart."""
+    searched under one diagonal, so they stay apart, as do rows that share a scale."""
     batches: list[list[_Stack]] = []
     open_: dict[tuple[Any, ...], list[_Stack]] = {}
     for stack in stacks:
@@ -184,7 +184,8 @@ def _batches(stacks: Sequence[_Stack]) -> list[list[_Stack]]:
         key = shape, first.columns, first.grid, stack.device
         batch = open_.get(key)
         size = math.prod(shape)
-        if batch is None or first.grid.scale_range or (len(batch) + 1) * size > sweeps.MOST:
+        apart = first.grid.scale_range or shape[0] % first.grid.rows
+        if batch is None or apart or (len(batch) + 1) * size > sweeps.MOST:
             batch = open_[key] = []
             batches.append(batch)
         batch.append(stack)
