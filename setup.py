@@ -30,6 +30,7 @@ setup(
         "auto_mmround.templates": ["*.json"],
         "auto_mmround.report": ["pages/*"],
         "auto_mmround": [
+            "py.typed",
             "demo/*.md",
             "demo/model/*",
             "*.json",

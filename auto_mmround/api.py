@@ -1,8 +1,10 @@
 """The Python API, with the names and defaults of the original."""
 
 import logging
-from contextlib import AbstractContextManager
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ from transformers import PreTrainedModel
 
 from auto_mmround.arguments import checked_dataset, checked_model, plain_options, told_apart
 from auto_mmround.checkpoint.folder import check_free
+from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate import tasks as task_table
+from auto_mmround.evaluate.evaluate import keep, record
+from auto_mmround.evaluate.prompts import Data
 from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed
@@ -22,16 +28,18 @@ from auto_mmround.model.streaming import Holder
 from auto_mmround.model.visiting import fits_whole
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import report
+from auto_mmround.results import Evaluated, Page, Planned, Verified, evaluated, planned, verified
 from auto_mmround.run import job as jobs
-from auto_mmround.run.finished import Finished
+from auto_mmround.run.finished import Finished, identity, unfinished, weights_sum
 from auto_mmround.run.given import is_from
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher, quantize
-from auto_mmround.run.places import check_places, folder_name, model_label
+from auto_mmround.run.places import check_places, folder_name, model_label, places
 from auto_mmround.run.record import BlockReport, checksum
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
+from auto_mmround.verify.verify import verify
 
 log = logging.getLogger("auto_mmround")
 
@@ -54,7 +62,8 @@ class AutoRoundMLLM:
     model: a Transformers model, or a folder or hub name to load. tokenizer: its tokenizer;
     ``tokenizer.processor`` may hold a processor, as in the original. dataset: a name, a file, a
     list of rows or a DataLoader. bits, group_size, sym: 4, 128 and True, or those of a `scheme`.
-    layer_config: pattern -> {"bits", "group_size", "sym"}. All other options are those of `Recipe`.
+    layer_config: pattern -> {"bits", "group_size", "sym"}. output_dir: where finished blocks are
+    kept until all are done. All other options are those of `Recipe`.
     Unknown ones raise UserError with the nearest name.
     """
 
@@ -107,14 +116,31 @@ class AutoRoundMLLM:
             "image_processor": image_processor,
         }
         self._done: tuple[jobs.Job, Finished] | None = None
+        self._resumes = "output_dir" in options
+        self._saved: list[Path] = []
+
+    def plan(self) -> Planned:
+        """What becomes of every weight, without tuning. Raises UserError as `quantize` does for
+        what is wrong with the recipe."""
+        model = self.loaded.model
+        if self.recipe.target_bits is None:
+            found = jobs.planned(self.recipe, self.loaded)
+        else:  # bits are chosen on samples
+            with phase("planning"), self._lent():
+                found = self._job().plan
+        return planned(found, f"{self.recipe.model} ({type(model).__name__})")
+
+    def _job(self) -> jobs.Job:
+        return jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
 
     def quantize(
         self, watcher: Watcher | None = None
     ) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
         """Tune. Returns the model, whose weights now hold the quantized values, and `layer_config`.
 
-        All else in the model is as before, also after a failure. Raises UserError for a model whose
-        weights were quantized before.
+        All else in the model is as before, also after a failure. With an ``output_dir``, blocks are
+        kept there as they are finished: after a crash the same script goes on from the last one.
+        Raises UserError for a model whose weights were quantized before.
         """
         model, marks = self.loaded.model, _marks(self.loaded.model)
         again = next(
@@ -126,20 +152,30 @@ class AutoRoundMLLM:
                 f"{again} holds what quantize() wrote: this model was quantized before; load it"
                 " anew"
             )
-        finished = Finished()
         with phase("quantizing"), self._lent() as holder:
-            job = jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
+            job = self._job()
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:
-                with naming(job.inputs):
+                with naming(job.inputs), self._kept(job) as finished:
                     quantize(model, job.recipe, job.plan, job.inputs, finished, watcher, holder)
+                    finished = finished.in_memory()
             finally:
                 _WRITTEN[model] = {
                     name: mark for name, mark in _marks(model).items() if marks.get(name) != mark
                 }
         self._done = (job, finished)
         return model, self.layer_config
+
+    def _kept(self, job: jobs.Job) -> AbstractContextManager[Finished]:
+        """Where finished blocks go: a folder below the ``output_dir`` that was given, or memory."""
+        if not self._resumes:
+            return nullcontext(Finished())
+        source, model = self.loaded.source, self.loaded.model
+        place, _ = places(job.recipe)
+        check_places([place], source)
+        known = identity(job.recipe, model.config.to_json_string(), source, job.inputs)
+        return unfinished(place, known | {"weights": weights_sum(model)}, job.recipe.restart)
 
     def _lent(self) -> AbstractContextManager[Holder]:
         """The model on the device that it is tuned on. Without a word from the user that is where
@@ -218,7 +254,62 @@ class AutoRoundMLLM:
         )
         for folder in saved:
             report.write(folder)
+        self._saved = saved
         return saved
+
+    def evaluate(
+        self,
+        dataset: str = "demo",
+        reference: str | Path | None = None,
+        tasks: str | None = None,
+        limit: int | None = None,
+    ) -> Evaluated:
+        """Measure the model in memory, as `auto-round-mllm eval` does a folder.
+
+        reference: the model before quantization, a folder or hub name: adds KL by modality. tasks:
+        a comma list; default is ppl, with a reference kl too. The record goes into the folders of
+        `save_quantized`, for their reports. Raises UserError for unknown tasks, models or sets.
+        """
+        wanted = task_table.parse(tasks or ("kl,ppl" if reference else "ppl"), bool(reference))
+        data, started, models = Data(dataset, limit=limit), time.perf_counter(), {}
+        with phase("evaluating"), self._lent():
+            if reference:
+                models["reference"] = load_any(str(reference), device=self.loaded.model.device)
+            models["quantized"] = self.loaded
+            found = task_table.run(wanted, task_table.Setting(models, data))
+        names = {"quantized": self.recipe.model, "reference": reference and str(reference)}
+        made = record(found, names, models, data, wanted, time.perf_counter() - started)
+        for folder in self._saved:
+            keep(folder, made)
+        return evaluated(found.figures, found.scores, made)
+
+    def verify(self, engines: Sequence[str] | None = None) -> Verified:
+        """Check what `save_quantized` wrote: the files, then every installed engine that reads
+        them, or the ``engines`` named; an empty list asks none.
+
+        Raises UserError before `save_quantized`, and for engines that can't be asked.
+        """
+        found = [verify(folder, engines) for folder in self._folders("verify")]
+        for each in found:
+            if each.verdicts:
+                report.keep_verdicts(each.folder, [asdict(verdict) for verdict in each.verdicts])
+                report.write(each.folder)
+        return verified(found)
+
+    def report(self) -> Page:
+        """The page of the first folder that `save_quantized` wrote, or one that compares several.
+
+        Raises UserError before `save_quantized`.
+        """
+        folders = self._folders("report")
+        if len(folders) == 1:
+            return Page(report.write(folders[0]))
+        return Page(report.compare(folders, folders[0].parent / "report.html"))
+
+    def _folders(self, what: str) -> list[Path]:
+        if not self._saved:
+            raise UserError(f"{what}: call save_quantized() first")
+        return self._saved
 
 
 def _around(

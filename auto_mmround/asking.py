@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from auto_mmround import strict
-from auto_mmround.console import console, quiet_libraries
 from auto_mmround.errors import UserError
+from auto_mmround.printing import console, quiet_libraries, show
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.verify.answers import Answer, Question, Way, ask_folder
 
@@ -40,7 +40,7 @@ def ask_and_show(found: argparse.Namespace) -> int:
     if found.json:
         print(strict.dumps([asdict(answer) for answer in answers], indent=1))
     elif len(answers) > 1:
-        console.print(_side_by_side(answers))
+        show(_side_by_side(answers))
     return 0
 
 

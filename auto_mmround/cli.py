@@ -19,23 +19,35 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.untrusted import one_line
 
 # What a parser of a recipe finds beside the recipe.
-BESIDE = ("recipe_file", "eval", "lmms")
+BESIDE = (
+    "recipe_file", "eval", "lmms", "verbose", "quiet", "json_log", "push_to_hub", "public",
+    "hub_endpoint",
+)  # fmt: skip
 
 
 def quantize_command(arguments: Sequence[str]) -> int:
     """Quantize and export."""
-    recipe, _ = parse_recipe(arguments, "quantize")
+    recipe, found = parse_recipe(arguments, "quantize")
     from auto_mmround.console import quantize_with_progress
+    from auto_mmround.printing import Telling
 
-    return quantize_with_progress(recipe)
+    telling = Telling(found.verbose, found.quiet, found.json_log)
+    if found.push_to_hub is None:
+        return quantize_with_progress(recipe, telling)
+    from auto_mmround.publish import Place
+
+    place = Place(found.push_to_hub, found.public, found.hub_endpoint)
+    place.check()
+    return quantize_with_progress(recipe, telling, place)
 
 
 def plan_command(arguments: Sequence[str]) -> int:
     """Print the plan and stop."""
-    recipe, _ = parse_recipe(arguments, "plan")
+    recipe, found = parse_recipe(arguments, "plan")
     from auto_mmround.console import show_plan
+    from auto_mmround.printing import Telling
 
-    return show_plan(recipe)
+    return show_plan(recipe, Telling(found.verbose, found.quiet, found.json_log))
 
 
 def parse_recipe(
@@ -104,6 +116,15 @@ def report_command(arguments: Sequence[str]) -> int:
     return show_report(found.folders, found.output)
 
 
+def push_command(arguments: Sequence[str]) -> int:
+    """Send a checkpoint to the Hub."""
+    found = parser_of("push").parse_args(normalise(arguments))
+    from auto_mmround.publish import Place, push
+
+    print(push(found.folder, Place(found.repo, found.public, found.hub_endpoint)))
+    return 0
+
+
 def formats_command(arguments: Sequence[str]) -> int:
     """List the formats."""
     parser_of("formats").parse_args(arguments)
@@ -133,6 +154,7 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": verify_command,
     "ask": ask_command,
     "report": report_command,
+    "push": push_command,
     "formats": formats_command,
     "families": families_command,
     "completion": completion_command,

@@ -1,7 +1,6 @@
 """What the command line prints: progress, tables, JSON. Other modules do the work."""
 
 import argparse
-import logging
 import shlex
 import time
 from collections import Counter
@@ -10,12 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
@@ -28,124 +24,85 @@ from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.next_step import first_question
+from auto_mmround.printing import Telling, console, notices, quiet_libraries, show
+from auto_mmround.progress import Events, RunProgress
+from auto_mmround.publish import Place, push, repositories
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report
+from auto_mmround.results import plan_rows
 from auto_mmround.run import job as jobs
 from auto_mmround.run.estimate import Estimate, check_disk, estimate
 from auto_mmround.run.out_of_memory import phase
-from auto_mmround.run.pipeline import Watcher
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
-from auto_mmround.run.record import BlockReport
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.verify import verify
 
-console = Console()
-notices = Console(stderr=True)
-
-
-def quiet_libraries() -> None:
-    """Our log through rich alone, without bars or advice from the libraries."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    handler = RichHandler(
-        console=notices, show_time=False, show_path=False, markup=False, highlighter=None
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-
-
-class BlockProgress:
-    """A bar over the blocks: name, loss before -> after, seconds left, memory."""
-
-    def __init__(self, plan: Plan, recipe: Recipe):
-        self.total = sum(stage.depth for stage in plan.stages)
-        self.steps = max(recipe.steps, 1)
-        self.started = time.perf_counter()
-        self.done = 0
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=notices,
-            transient=True,
-        )
-        self.task = self.progress.add_task(
-            "capturing inputs", total=self.total * self.steps, left=""
-        )
-
-    def watcher(self) -> Watcher:
-        """The callbacks for `quantize`."""
-        return Watcher(captured=self._captured, step=self._step, block=self._block)
-
-    def _captured(self, done: int, total: int) -> None:
-        self.progress.update(self.task, description=f"capturing inputs {done}/{total}")
-
-    def _step(self, block: str, step: int, total: int) -> None:
-        position = self.done * self.steps + step
-        elapsed = time.perf_counter() - self.started
-        left = elapsed / max(position, 1) * (self.total * self.steps - position)
-        self.progress.update(
-            self.task, description=block, completed=position, left=f"{left:.0f} s left"
-        )
-
-    def _block(self, report: BlockReport) -> None:
-        self.done += 1
-        self.progress.update(self.task, completed=self.done * self.steps)
-        change = "rounded to nearest"
-        if report.nearest is not None and report.end is not None:
-            change = f"loss {report.nearest:.3e} -> {report.end:.3e}"
-        self.progress.console.print(
-            f"{report.name}: {report.weights} weights, {change}, {report.seconds:.1f} s,"
-            f" {report.peak_gb:.1f} GB",
-            highlight=False,
-        )
-
 
 @phase("quantizing")
-def quantize_with_progress(recipe: Recipe) -> int:
-    """Load, plan, calibrate, tune, write; prints the folders."""
-    quiet_libraries()
+def quantize_with_progress(
+    recipe: Recipe, telling: Telling | None = None, place: Place | None = None
+) -> int:
+    """Load, plan, calibrate, tune, write; prints the folders. place: of the Hub, gets them too."""
+    quiet_libraries(telling)
     started = time.perf_counter()
     with joined(devices.resolve(recipe.device, launched().local_rank)) as processes:
         for one in (console, notices) if not processes.first else ():
             one.quiet = True
         if processes.first:
             check_before_loading(recipe)
-        loaded = jobs.load_model(recipe, processes=processes)
-        job = prepare_with_progress(recipe, loaded)
-        refused = refusals(loaded.model, job.plan, recipe.read_by)
-        for line in (summary(job.plan), *mixed_lines(job.mixed), *refused):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        check_disk(job)
-        bar = BlockProgress(job.plan, job.recipe)
-        with bar.progress:
-            folders = jobs.run(job, bar.watcher(), processes, prove)
-    if not processes.first:
-        return 0
-    if recipe.sample_generation:
+        events = Events(telling if processes.first else Telling(quiet=True))
+        with events.told():
+            events.at(f"loading {recipe.model}")
+            loaded = jobs.load_model(recipe, processes=processes)
+            events.at("planning, and reading samples")
+            job = prepare_with_progress(recipe, loaded)
+            refused = refusals(loaded.model, job.plan, recipe.read_by)
+            for line in (summary(job.plan), *mixed_lines(job.mixed), *refused):
+                if not events.telling.quiet:
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+            check_disk(job)
+            bar = RunProgress(job.plan, job.recipe, events)
+            with bar.progress:
+                folders = jobs.run(job, bar.watcher(), processes, prove)
+            if not processes.first:
+                return 0
+            bar.show_table()
+            _show_folders(job, folders, events, started)
+            for folder, repo in repositories(folders, place).items() if place else ():
+                events.at(f"sending {folder.name} to {repo.repo}")
+                console.print(push(folder, repo), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _show_folders(job: jobs.Job, folders: Sequence[Path], events: Events, started: float) -> None:
+    """What was written, the report, and what to do next."""
+    if job.recipe.sample_generation:
         show_sample(job)
-    memory = max(devices.peak_memory(loaded.model.device).values())
+    memory = max(devices.peak_memory(job.loaded.model.device).values())
     for folder in folders:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         report.write(folder)
+        events.happened("written", folder=str(folder), bytes=size)
         console.print(f"{folder}  {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
-    console.print(f"what happened: {folders[0] / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(
-        f"done in {time.perf_counter() - started:.1f} s, peak memory {memory:.1f} GB",
-        highlight=False,
-    )
-    question = first_question(folders[0], recipe.trust_remote_code)
-    console.print(f"ask it: {question}", highlight=False, markup=False, soft_wrap=True)
-    return 0
+    seconds = time.perf_counter() - started
+    events.happened("done", seconds=round(seconds, 1), peak_gb=round(memory, 2))
+    if events.telling.quiet:
+        return
+    question = first_question(folders[0], job.recipe.trust_remote_code)
+    for line in (
+        f"what happened: {folders[0] / 'report.html'}",
+        f"done in {seconds:.1f} s, peak memory {memory:.1f} GB",
+        f"ask it: {question}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def prepare_with_progress(recipe: Recipe, loaded: Loaded) -> jobs.Job:
     """`jobs.prepare`, with a bar while bits are chosen."""
-    with Progress(console=notices, transient=True) as bar:
+    with Progress(console=notices, transient=True, disable=not notices.is_terminal) as bar:
         task = bar.add_task("measuring layers", visible=False)
         return jobs.prepare(
             recipe,
@@ -194,9 +151,8 @@ def show_sample(job: jobs.Job) -> None:
         console.print("no sample generation: the recipe names no dataset", highlight=False)
         return
     prompt, text = generate_sample(job.loaded, inputs)
-    console.rule("sample generation")
+    console.print("sample generation:", highlight=False)
     console.print(Text.assemble(prompt, (text, "bold")), soft_wrap=True)
-    console.rule()
 
 
 def summary(plan: Plan) -> str:
@@ -212,27 +168,17 @@ def summary(plan: Plan) -> str:
 
 
 @phase("planning")
-def show_plan(recipe: Recipe) -> int:
+def show_plan(recipe: Recipe, telling: Telling | None = None) -> int:
     """The plan as a table. Equal rows of different blocks are one row, with their number."""
-    quiet_libraries()
+    quiet_libraries(telling)
     loaded = jobs.load_model(recipe)
     # Mixed bits depend on the calibration samples; other plans do not.
     job = None if recipe.target_bits is None else prepare_with_progress(recipe, loaded)
     plan = job.plan if job else jobs.planned(recipe, loaded)
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
-    rows: dict[tuple[str, str, str], int] = {}
-    for weight in plan.all:
-        scheme = weight.scheme
-        fate = f"stays: {weight.reason}"
-        if scheme:
-            group = "channel" if scheme.group_size == -1 else f"group {scheme.group_size}"
-            fate = f"{scheme.bits} bits, {group}, {'symmetric' if scheme.sym else 'asymmetric'}"
-        name = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
-        key = (name, f"{weight.out_features} x {weight.in_features}", fate)
-        rows[key] = rows.get(key, 0) + 1
-    for (name, shape, fate), count in rows.items():
-        table.add_row(name, str(count), shape, fate)
-    console.print(table)
+    for row in plan_rows(plan):
+        table.add_row(*row)
+    show(table)
     for line in (summary(plan), *mixed_lines(job.mixed if job else None)):
         console.print(line, highlight=False)
     console.print(f"formats: {', '.join(fmt.name for fmt in plan.formats)}", highlight=False)
@@ -268,7 +214,7 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
     if found.model_card and not (folder / "run.json").is_file():
         raise UserError(f"model_card: {folder} is not the result of one of our runs")
     data = Data(found.dataset, found.template, found.extra_data_dir, found.limit, found.language)
-    with Progress(console=notices, transient=True) as bar:
+    with Progress(console=notices, transient=True, disable=not notices.is_terminal) as bar:
         bars: dict[str, Any] = {}
 
         def progress(title: str, done: int, total: int) -> None:
@@ -305,9 +251,7 @@ def show_measured(findings: Measured, record: Mapping[str, Any]) -> None:
     roles = [role for role in ("reference", "baseline") if record[role]] + ["quantized"]
     if findings.figures:
         names = roles if len(roles) > 1 else [str(record["model"])]
-        console.print(
-            metrics_table({name: findings.figures[role] for name, role in zip(names, roles)})
-        )
+        show(metrics_table({name: findings.figures[role] for name, role in zip(names, roles)}))
     if findings.scores:
         titles = roles if len(roles) > 1 else ["score"]
         table = Table(
@@ -321,7 +265,7 @@ def show_measured(findings: Measured, record: Mapping[str, Any]) -> None:
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
             left = "-" if score.recovery is None else f"{score.recovery:.2f}"
             table.add_row(f"{score.benchmark} ({score.metric})", score.split, *cells, left)
-        console.print(table)
+        show(table)
     for sample in findings.samples:
         console.print(f"\n{sample['question']}", highlight=False, markup=False)
         lines = {

@@ -79,6 +79,30 @@ TRUST = {"action": "store_true", "help": "run Python code that comes with the mo
 JSON = {"action": "store_true", "help": "print JSON"}
 
 
+TELL: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("-v", "--verbose"), {"action": "store_true", "help": "say more: every block, and why"}),
+    (("-q", "--quiet"), {"action": "store_true", "help": "say nothing but warnings and results"}),
+    (
+        ("--json_log",),
+        {"type": Path, "metavar": "FILE", "help": "events for programs, a JSON object a line"},
+    ),
+)
+
+
+HUB: dict[str, dict[str, Any]] = {
+    "--public": {"action": "store_true", "help": "everybody may read the repository"},
+    "--hub_endpoint": {"metavar": "URL", "help": "another Hub than huggingface.co"},
+}
+# Of a run that sends its result.
+SEND: dict[str, dict[str, Any]] = {
+    "--push_to_hub": {
+        "metavar": "USER/NAME",
+        "help": "send the result to the Hub with a model card, private; several formats: one each",
+    },
+    **HUB,
+}
+
+
 @dataclass(frozen=True)
 class Command:
     """One command: a line of help, its flags with argparse's options, and what stands below them.
@@ -94,7 +118,9 @@ class Command:
 
 # The first is what the program does without the name of a command.
 COMMANDS: dict[str, Command] = {
-    "quantize": Command("Quantize a multimodal model to 2-8 bits and export it.", recipe=True),
+    "quantize": Command(
+        "Quantize a multimodal model to 2-8 bits and export it.", SEND, recipe=True
+    ),
     "plan": Command("Show what each layer becomes, and what a run would take.", recipe=True),
     "eval": Command(
         "Measure a model, alone or against a reference.",
@@ -197,6 +223,14 @@ COMMANDS: dict[str, Command] = {
             },
         },
     ),
+    "push": Command(
+        "Send a checkpoint to the Hub with a model card; private if not told else.",
+        {
+            "folder": {"metavar": "DIR", "type": Path, "help": "a checkpoint of ours"},
+            "repo": {"metavar": "USER/NAME", "help": "the repository, made where there is none"},
+            **HUB,
+        },
+    ),
     "formats": Command("List the export formats, and which engines read them."),
     "families": Command("List the model families, and what became of each class."),
     "completion": Command(
@@ -246,7 +280,8 @@ def add_flags(parser: argparse.ArgumentParser, name: str, every: bool = True) ->
     """All that a command takes, but for a recipe file."""
     command = COMMANDS[name]
     for flag, options in command.flags.items():
-        parser.add_argument(flag, **options)
+        shown = every or not command.recipe
+        parser.add_argument(flag, **(options if shown else options | {"help": argparse.SUPPRESS}))
     if command.recipe:
         _add_recipe_flags(parser, every)
 
@@ -266,6 +301,8 @@ def _add_recipe_flags(parser: argparse.ArgumentParser, every: bool) -> None:
     version = f"auto_mmround {__version__}"
     parser.add_argument("--help_all", action="help", help=f"all {count} flags, by topic")
     parser.add_argument("--version", action="version", version=version, help="print the version")
+    for flags_of, options in TELL:
+        parser.add_argument(*flags_of, **options)
     for mode in ("eval", "lmms"):
         parser.add_argument(f"--{mode}", action="store_true", help=argparse.SUPPRESS)
     titles = dict.fromkeys(section for section, _, _ in flags) if every else ["the usual options"]

@@ -5,9 +5,9 @@ from collections import Counter
 from rich.table import Table
 
 from auto_mmround.calibration.template import shipped
-from auto_mmround.console import console
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.families import FAMILIES, swept
+from auto_mmround.printing import console, show
 from auto_mmround.verify.engines import ENGINES
 from auto_mmround.verify.limits import LIMITS, support
 
@@ -18,7 +18,9 @@ def show_formats() -> int:
     for fmt in FORMATS.values():
         table.add_row(fmt.name, ", ".join(map(str, fmt.bits)), fmt.summary)
         matrix.add_row(fmt.name, *support(fmt.name).values())
-    console.print(table, "Which engines read them (vLLM: on processors):", matrix)
+    show(table)
+    console.print("Which engines read them (vLLM: on processors):")
+    show(matrix)
     for i, limit in enumerate(LIMITS, 1):
         console.print(
             f"({i}) {limit.engine} refuses {limit.what}: {limit.message}",
@@ -39,7 +41,7 @@ def show_families() -> int:
         table.add_row(
             model_type, family.title, ", ".join(family.calibrates), stages, writer, family.note
         )
-    console.print(table)
+    show(table)
     console.print(
         f"{len(FAMILIES)} families, each tested on a tiny random model with --quant_nontext_module:"
         " plan, calibrate, tune, export to auto_round and auto_gptq, read back, equal logits."
@@ -58,7 +60,7 @@ def _show_swept() -> None:
     for row in rows:
         stages = ", ".join(dict.fromkeys(row.stages))
         table.add_row(row.architecture, row.verdict, ", ".join(row.ways), stages, row.line[:160])
-    console.print(table)
+    show(table)
     for group in dict.fromkeys(row.group for row in rows):
         counts = Counter(row.verdict for row in rows if row.group == group).most_common()
         told = ", ".join(f"{count} {word}" for word, count in counts)

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 
 from auto_mmround.checkpoint.loader import from_quantized
-from auto_mmround.console import BlockProgress, console, metrics_table, percent, quiet_libraries
+from auto_mmround.console import metrics_table, percent
 from auto_mmround.evaluate import evaluate, tasks
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics, measure
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
+from auto_mmround.printing import console, quiet_libraries
+from auto_mmround.progress import RunProgress
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import report
 from auto_mmround.run import job as jobs
@@ -39,7 +41,7 @@ def quantized(recipe: Recipe) -> tuple[jobs.Job, list[Path]]:
     """Run a recipe on a fresh copy of the model; the job's model holds the quantized weights
     afterwards."""
     job = jobs.prepare(recipe, jobs.load_model(recipe))
-    bar = BlockProgress(job.plan, job.recipe)
+    bar = RunProgress(job.plan, job.recipe)
     with bar.progress:
         return job, jobs.run(job, bar.watcher(), prove=proof.prove)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from auto_mmround import __version__, strict
 from auto_mmround.atomic import write_whole
@@ -81,6 +81,13 @@ class Finished:
     def result(self) -> Mapping[str, Codes]:
         """What goes into checkpoints."""
         return ChainMap(dict(self.polished.codes), self.codes) if self.polished else self.codes  # type: ignore[arg-type]
+
+    def in_memory(self) -> "Finished":
+        """The same without any file."""
+        copy = Finished()
+        copy.reports, copy.polished = dict(self.reports), self.polished
+        copy.codes = dict(self.codes)
+        return copy
 
     def add(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
         """Keep what belongs to blocks that were tuned together."""
@@ -209,6 +216,12 @@ def identity(
     )
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
+
+
+def weights_sum(model: nn.Module) -> str:
+    """A checksum of all that a model in memory holds."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return _sum_of(state)
 
 
 class Parts(Mapping[str, Codes]):

@@ -1,0 +1,94 @@
+"""Where words go: tables and lines that keep their words whole, the log, and how much is said."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.measure import Measurement
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+WIDE = 10_000  # a file has no edge at which lines must break
+PADDING = 3  # characters that a column's frame takes
+
+
+def width_of(terminal: bool) -> int | None:
+    """Columns to print in: the terminal's own (None), or no limit in a file."""
+    return None if terminal else WIDE
+
+
+console = Console(width=width_of(sys.stdout.isatty()))
+notices = Console(stderr=True, width=width_of(sys.stderr.isatty()))
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How much is said. json_log: a file that gets one JSON object an event."""
+
+    verbose: bool = False
+    quiet: bool = False
+    json_log: Path | None = None
+
+    @property
+    def level(self) -> int:
+        """Of our log."""
+        return logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
+
+
+def quiet_libraries(telling: Telling | None = None) -> None:
+    """Our log through rich alone, without bars or advice from the libraries."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    handler = RichHandler(
+        console=notices, show_time=False, show_path=False, markup=False, highlighter=None
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("auto_mmround").setLevel((telling or Telling()).level)
+
+
+def show(table: Table, to: Console = console) -> None:
+    """Print a table with every word whole: columns give way between words only. Where the words
+    are wider than the terminal, each row becomes lines of "column: value"."""
+    widths = _widths(table, to)
+    if widths is None:
+        _as_lines(table, to)
+        return
+    for column, width in zip(table.columns, widths):
+        column.width = width
+    to.print(table)
+
+
+def _widths(table: Table, to: Console) -> list[int] | None:
+    """A width for each column that holds its longest word; None where that does not fit."""
+    spans = [
+        [Measurement.get(to, to.options.update_width(WIDE), cell) for cell in _cells(column)]
+        for column in table.columns
+    ]
+    least = [max(span.minimum for span in column) for column in spans]
+    most = [max(span.maximum for span in column) for column in spans]
+    room = to.width - PADDING * len(least) - 1
+    if sum(least) > room:
+        return None
+    widths, left = list(least), room - sum(least)
+    # the narrowest wish first, so that short columns stay whole
+    for rank, i in enumerate(sorted(range(len(most)), key=lambda i: most[i] - least[i])):
+        more = min(most[i] - least[i], left // (len(most) - rank))
+        widths[i], left = widths[i] + more, left - more
+    return widths
+
+
+def _cells(column: object) -> list[object]:
+    return [column.header, *column.cells]  # type: ignore[attr-defined]
+
+
+def _as_lines(table: Table, to: Console) -> None:
+    if table.title:
+        to.print(str(table.title), highlight=False, markup=False)
+    titles = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns)):
+        for i, (title, cell) in enumerate(zip(titles, row)):
+            words = f"{'- ' if not i else '  '}{title}: {cell}"
+            to.print(words, highlight=False, markup=False, soft_wrap=len(str(cell).split()) < 2)

@@ -1,0 +1,86 @@
+"""`AutoRoundMLLM` from plan to report: results that notebooks show, and runs that go on after a
+crash."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import auto_mmround
+from auto_mmround import AutoRoundMLLM, UserError
+from auto_mmround.model.loading import load
+from auto_mmround.run.pipeline import Watcher
+
+SHORT = {"dataset": "demo", "iters": 1, "nsamples": 8, "seqlen": 64, "device": "cpu"}
+
+
+def test_plan_evaluate_verify_report(tmp_path):
+    mine = AutoRoundMLLM("demo", iters=0, group_size=32, bits=3, device="cpu")
+    planned = mine.plan()
+    assert planned.bits_per_weight < 4 and "3 bits, group 32, symmetric" in str(planned)
+    assert "<table>" in planned._repr_html_() and len(planned.plan.all) > 30
+    for what in (mine.verify, mine.report):
+        with pytest.raises(UserError, match="call save_quantized"):
+            what()
+    before = mine.evaluate(limit=2, reference="demo")
+    assert before.figures["quantized"].kl["text"] < 1e-6  # nothing is quantized yet
+    mine.quantize()
+    folders = mine.save_quantized(tmp_path / "out", "auto_round,fake")
+    after = mine.evaluate(limit=2, reference="demo")
+    assert after.figures["quantized"].kl["text"] > 1e-4
+    assert "KL image" in after._repr_html_() and "reference" in str(after)
+    assert all((folder / "eval.json").is_file() for folder in folders)
+    checked = mine.verify([])
+    assert checked.right and str(checked).count("right") == 2
+    (folders[0] / "model.safetensors").write_bytes(b"")
+    broken = mine.verify([])
+    assert not broken.right and "WRONG" in broken._repr_html_()
+    page = mine.report()
+    assert page.path.is_file() and "<iframe" in page._repr_html_()
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(report) -> None:
+    if report.name.endswith("layers.2"):
+        raise Crash
+
+
+def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
+    """As a script would that is started again: the model is loaded anew."""
+    whole, _ = AutoRoundMLLM(load("demo").model, load("demo").tokenizer, **SHORT).quantize()
+    seen = []
+    for watcher in (Watcher(block=crash), Watcher(block=lambda report: seen.append(report.name))):
+        loaded = load("demo")
+        mine = AutoRoundMLLM(
+            loaded.model, loaded.tokenizer, loaded.processor, output_dir=tmp_path, **SHORT
+        )
+        try:
+            model, _ = mine.quantize(watcher)
+        except Crash:
+            assert [path.name for path in tmp_path.iterdir()] == ["demo-w4g128.unfinished"] or list(
+                tmp_path.glob("*.unfinished")
+            )
+    assert len(seen) == 2 and "blocks are finished" in caplog.text
+    state = whole.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert len(mine.reports) == 5 and not list(tmp_path.glob("*.unfinished"))
+    assert (mine.save_quantized(tmp_path / "done")[0] / "config.json").is_file()
+
+
+def test_a_model_that_was_changed_does_not_take_up_another_run(tmp_path):
+    with pytest.raises(Crash):
+        AutoRoundMLLM("demo", output_dir=tmp_path, **SHORT).quantize(Watcher(block=crash))
+    loaded = load("demo")
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight[-1, -1] += 1
+    other = AutoRoundMLLM("demo", output_dir=tmp_path, **SHORT)
+    other.loaded.model.get_input_embeddings().weight.data[-1, -1] += 1
+    with pytest.raises(UserError, match="another weights"):
+        other.quantize()
+
+
+def test_the_package_is_typed():
+    assert (Path(auto_mmround.__file__).parent / "py.typed").is_file()
