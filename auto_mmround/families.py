@@ -33,6 +33,11 @@ V_TOWER = (
     *((rf"^model\.{w}\.", f"{w}.") for w in ("vision_tower", "multi_modal_projector")),
     V_HEAD,
 )
+GEMMA_PARTS = (
+    "vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector",
+    "vision_embedder",
+)  # fmt: skip
+V_GEMMA = (V_TEXT, *((rf"^model\.{w}\.", f"{w}.") for w in GEMMA_PARTS), V_HEAD, V_REST)
 V_THINKER = (
     (r"^thinker\.lm_head\.", "language_model.lm_head."),
     (r"^thinker\.model\.", "language_model.model."),
@@ -109,7 +114,7 @@ FAMILIES: dict[str, Family] = {
         "CogVLM2", towers={"vision": "vision"}, note="its own code; tested on a stand-in"
     ),
     "gemma3": Family("Gemma 3", vllm=V_TOWER, gguf=G_WRAPPED),
-    "gemma4": Family("Gemma 4", note=SHARED),
+    "gemma4": Family("Gemma 4", note=SHARED, vllm=V_GEMMA),
     "smolvlm": Family("SmolVLM", gguf=G_CONNECTED),
     "idefics3": Family("Idefics3", gguf=G_CONNECTED),
     "mistral3": Family("Mistral 3 (Pixtral)", vllm=(*V_TOWER, V_REST), gguf=G_WRAPPED),
@@ -189,7 +194,11 @@ FAMILIES: dict[str, Family] = {
 
 
 # Families that no test goes through, whose names are known.
-UNTESTED = {"paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER)}
+UNTESTED = {
+    "paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER),
+    "gemma3n": Family("Gemma 3n", stages=(), vllm=V_GEMMA),
+    "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
+}
 
 
 def family_of(model_type: str) -> Family:

@@ -3,6 +3,7 @@
 from typing import Any
 
 WORDS, IMAGE, VIDEO, AUDIO = 100, 120, 121, 122
+TOKENS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 
 # Small value -> names of fields that get it, if they hold a number.
 SIZES: dict[int, str] = {
@@ -187,8 +188,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0, "d_model": 64,
         "n_heads": 2, "ffn_config.hidden_size": 64},
     "emu3": {"vq_config.base_channels": 32, "vq_config.hidden_size": 128,
-        "vocabulary_map": {"<image>": IMAGE,
-        "<|extra_200|>": 119, **{f"<|visual token {i:06d}|>": 100 + i for i in range(16)}}},
+        "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 119}
+        | {f"<|visual token {i:06d}|>": 100 + i for i in range(16)}},
     "instructblipvideo": {"image_token_index": 119, "video_token_index": IMAGE},
     "moonshine_streaming": {"num_key_value_heads": 2,
         "encoder_config.sliding_windows": [[16, 4], [16, 0]]},
@@ -205,5 +206,6 @@ ROWS: dict[str, dict[str, Any]] = {
         for k, v in VIBE.items()},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 1600} | {f"{part}_tokenizer_encoder_config"
         f".{k}": v for part in ("acoustic", "semantic") for k, v in VIBE.items()},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32},
 }  # fmt: skip

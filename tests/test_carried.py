@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import EXPERTS, TEXT, Tiny, tiny_tokenizer
+from tiny_models import EXPERTS, FAMILIES, TEXT, Tiny, tiny_tokenizer
 
 from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.export import formats
 from auto_mmround.verify import static
+from auto_mmround.verify.names import vllm_module
 
 DEEPSEEK = TEXT | EXPERTS | dict(
     num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1,
@@ -152,3 +153,37 @@ def test_the_plan_and_the_api_say_it(tmp_path, capsys):
     assert quantizer.layer_config["mtp.fc"]["bits"] == 16
     assert "mtp.layers.0.self_attn.q_proj.qweight" in read_checkpoint(out).files
     assert static.check(out, model) == []
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "auto_gptq", "compressed_tensors"])
+@pytest.mark.parametrize("more", ([], ["--quant_mtp"]))
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4"])
+def test_shared_keys_and_values_stay_with_their_queries(name, more, fmt, tmp_path, capsys):
+    """The files have keys and values of layers that use earlier ones'; vLLM reads them with q."""
+    FAMILIES[name].save(tmp_path / "model", tiny_tokenizer())
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    sharing = [
+        key.removesuffix("q_proj.weight")
+        for key in tensors
+        if key.endswith("self_attn.q_proj.weight") and key.replace("q_pr", "k_pr") not in tensors
+        and "vision" not in key
+    ]  # fmt: skip
+    extra = {f"{at}{leaf}_proj.weight": torch.randn(32, 64) for at in sharing for leaf in "kv"}
+    assert len(extra) == 4
+    save_file(tensors | extra, path, metadata={"format": "pt"})
+    code = command(tmp_path / "model", tmp_path / "out", "--format", fmt, *more)
+    if more:  # nothing further is there to be rounded
+        assert code == 2 and "no layers that its class does not load" in capsys.readouterr().err
+        return
+    assert code == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    after = load_file(folder / "model.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in extra.items())
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for key in (f"{at}{leaf}_proj" for at in sharing for leaf in "qkv"):
+        assert f"{key}.weight" in after
+        spellings = {key, vllm_module(name, key)}
+        assert formats.schemes_of(quantization, spellings) == {}
+    assert f"{sharing[0]}o_proj.weight" not in after
+    assert static.check(folder, tmp_path / "model") == []

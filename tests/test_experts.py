@@ -1,6 +1,7 @@
 """Experts of every family: in the plan, the same model when they are separated, exports that
 Transformers reads, and a line before anything is tuned where it does not."""
 
+import json
 from pathlib import Path
 
 import mixtures
@@ -113,9 +114,9 @@ def test_transformers_reads_the_dequantized_checkpoint(kind, stream, tmp_path):
     assert torch.isfinite(logits(loaded.eval())).all()
 
 
-def test_gpt_oss_is_read_in_mxfp4(tmp_path):
-    """As it is published: the values are those of Transformers, and an export holds them."""
-    folder = saved("gpt_oss", tmp_path / "model")
+def published(folder: Path) -> Path:
+    """A gpt-oss as it is published, with experts in MXFP4."""
+    saved("gpt_oss", folder)
     tensors = load_file(folder / "model.safetensors")
     draw = torch.Generator().manual_seed(0)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
@@ -128,20 +129,47 @@ def test_gpt_oss_is_read_in_mxfp4(tmp_path):
             118, 123, shape, generator=draw, dtype=torch.uint8
         )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = mixtures.class_of("gpt_oss")
     config = (folder / "config.json").read_text()
     method = '"quantization_config": {"quant_method": "mxfp4"},'
     (folder / "config.json").write_text(config.replace("{", "{" + method, 1))
+    return folder
+
+
+@pytest.mark.parametrize("stream", ["--no_stream", "--stream"])
+def test_gpt_oss_is_read_in_mxfp4(stream, tmp_path):
+    """The values are those of Transformers, and an export holds them; streamed too."""
+    folder = published(tmp_path / "model")
+    model = mixtures.class_of("gpt_oss")
     theirs = model.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
-    ours = load(str(folder)).model
-    for name, value in theirs.state_dict().items():
-        if name.endswith("_proj"):
-            assert torch.equal(value.float(), ours.state_dict()[name].float()), name
-    assert cli.main(command(folder, tmp_path / "out", "fake", "--ignore", "re:.*experts.*")) == 0
+    loaded = load(str(folder), stream=stream == "--stream")
+    layers = [f"model.layers.{i}" for i in range(theirs.config.num_hidden_layers)]
+    with loaded.holder.resident(layers):
+        for name, value in theirs.state_dict().items():
+            if name.endswith("_proj"):
+                assert torch.equal(value.float(), loaded.model.state_dict()[name].float()), name
+    more = [stream, "--ignore", "re:.*experts.*"]
+    assert cli.main(command(folder, tmp_path / "out", "fake", *more)) == 0
     again = model.from_pretrained(tmp_path / "out" / "model-w4g32-fake")
     for name, value in again.state_dict().items():
         if name.endswith("experts.down_proj"):
             assert torch.equal(value.float(), theirs.state_dict()[name].float())
+
+
+def test_mxfp4_is_tuned_alike_whole_and_streamed(tmp_path):
+    folder = published(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"text": "w5 w9 " * 8 + f"w{i}"}) for i in range(4, 8))
+    )
+    made = []
+    for stream in ("--no_stream", "--stream"):
+        more = ["--dataset", str(tmp_path / "rows.jsonl"), "--nsamples", "4", "--disable_amp"]
+        words = command(folder, tmp_path / stream, "fake", stream, "--seqlen", "17", *more)
+        words[words.index("--iters") + 1] = "1"
+        assert cli.main(words) == 0
+        made.append(load_file(tmp_path / stream / "model-w4g32-fake" / "model.safetensors"))
+    experts = [name for name in made[0] if ".experts." in name and name.endswith("_proj")]
+    assert experts and all(made[0][name].is_floating_point() for name in experts)
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
 REFUSED = [

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, conversation, tiny_tokenizer
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, Tiny, conversation, tiny_tokenizer
 from tiny_processors import eyes, words
 from transformers import (
     CLIPImageProcessor,
@@ -57,6 +58,11 @@ def uploaded(name: str, folder: Path) -> Path:
         old["processor_class"] = type(made).__name__
         (folder / "preprocessor_config.json").write_text(json.dumps(old))
         (folder / "processor_config.json").unlink(missing_ok=True)
+    return littered(folder)
+
+
+def littered(folder: Path) -> Path:
+    """With what else lies in such folders, and without generation settings."""
     (folder / "generation_config.json").unlink(missing_ok=True)
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model-00001-of-00002.bin")
     torch.save({"a": torch.zeros(1)}, folder / "training_args.bin")
@@ -127,3 +133,70 @@ def test_code_for_another_version_is_one_line(fault, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "_x" in said or "def" in said or "syntax" in said
     assert not (tmp_path / "out").exists()
+
+
+QWEN_TEMPLATE = {
+    "model_type": "qwen_vl_old",
+    "format_user": "w5 {{content}}\n",
+    "format_assistant": "w6 {{content}} w2\n",
+    "replace_tokens": ["<image>", " w111 w120 w120 w120 w120 w112 "],
+    "extra_encode": True,
+    "processor": "qwen_vl_old",
+}
+QWEN_PROCESSOR = """
+import numpy as np
+import torch
+
+from auto_mmround.calibration.processor import register_processor
+from auto_mmround.processors.basic import Basic
+
+
+@register_processor("qwen_vl_old")
+class QwenVL(Basic):
+    def encode(self, sample, template, *, prompt=False):
+        text = self.render(sample, template, prompt=prompt).text
+        ids = torch.tensor(self.tokenizer([text])["input_ids"])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if sample.images:
+            small = [one.convert("RGB").resize((16, 16)) for one in sample.images]
+            pixels = np.stack([np.asarray(one, np.float32) for one in small])
+            inputs["images"] = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+        return inputs
+
+    def modality(self, inputs):
+        return (inputs["input_ids"][0] == 120).to(torch.int8)
+"""
+
+
+@pytest.mark.parametrize("fmt", ["auto_round,fake", "auto_gptq", "compressed_tensors"])
+@pytest.mark.parametrize("towers", ["", "--quant_nontext_module"])
+@pytest.mark.parametrize("stream", ["", "--stream"])
+def test_a_model_with_code_of_its_own(stream, towers, fmt, tmp_path):
+    """As Qwen-VL was uploaded: code, fused layers, a tower inside of the text model."""
+    Tiny("qwen_vl_old", "QWenLMHeadModel", {}, standin="standins.qwen_vl").save(
+        tmp_path / "model", tiny_tokenizer()
+    )
+    model = littered(tmp_path / "model")
+    (tmp_path / "qwen.json").write_text(json.dumps(QWEN_TEMPLATE))
+    (tmp_path / "qwen.py").write_text(QWEN_PROCESSOR)
+    data = ["--dataset", str(rows(tmp_path)), "--template", str(tmp_path / "qwen.json")]
+    words = ["--model", str(model), *data, "--processor", str(tmp_path / "qwen.py")]
+    options = "--iters 1 --nsamples 4 --seqlen 400 --group_size 32 --device cpu --disable_amp"
+    out = tmp_path / "out"
+    more = f"{options} --trust_remote_code {towers} {stream} --format {fmt}"
+    assert cli.main([*words, "--output_dir", str(out), *more.split()]) == 0
+    for folder in out.iterdir():
+        assert not [f for f in static.check(folder, model, remote_code=True)
+                    if "no chat template" not in f.message]  # fmt: skip
+        assert (folder / "qwen_vl.py").read_bytes() == (model / "qwen_vl.py").read_bytes()
+        loaded = from_quantized(folder, remote_code=True).model
+        changed = {name for name, w in source_of(model).items()
+                   if not torch.equal(w, loaded.state_dict()[name].float())}  # fmt: skip
+        assert "transformer.h.0.attn.c_attn.weight" in changed
+        assert "transformer.h.1.mlp.w2.weight" in changed
+        seen = any("visual.transformer.resblocks" in name for name in changed)
+        assert seen == bool(towers) and "transformer.visual.kv_proj.weight" not in changed
+
+
+def source_of(folder):
+    return {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}

@@ -69,21 +69,26 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
     modules = carried_modules(model, stored, pruned(model, stored, source))
     scheme = _scheme(recipe) if recipe.quant_mtp else None
     kinds = {kind for name in plan.quantized for kind in _kinds(name)}
+    beside = {fused_set(name) for name in plan.quantized}
     weights = []
     with Reader(stored) as reader:
         for module, key in modules.items():
             shape = reader.plain(f"{key}{END}").get_shape()
             if len(shape) == 2:
-                wanted = scheme if kinds.intersection(_kinds(module)) else None
+                further = fused_set(module) not in beside and kinds.intersection(_kinds(module))
+                wanted = scheme if further else None
                 reason = None if wanted else f"{type(model).__name__} does not load it"
                 weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
     if scheme is not None:
-        weights = _together([_held(weight, recipe) for weight in weights])
+        held = [_held(weight, recipe) for weight in weights]
+        weights = _together(held, held)
         if not any(weight.scheme for weight in weights):
             raise UserError(
                 "quant_mtp: the model has no layers that its class does not load, of a kind with"
                 " those that are quantized; leave it off"
             )
+    # Keys and values of layers that share others' (Gemma 3n): engines read them with the queries.
+    plan = replace(plan, weights=tuple(_together(plan.weights, weights)))
     used = {*plan.quantized.values(), *(w.scheme for w in weights if w.scheme)}
     targets = tuple(formats.resolve(name, used) for name in recipe.formats)
     return replace(plan, carried=tuple(weights), formats=targets)
@@ -116,9 +121,9 @@ def _held(weight: WeightPlan, recipe: Recipe) -> WeightPlan:
     return weight
 
 
-def _together(weights: Sequence[WeightPlan]) -> list[WeightPlan]:
-    """Weights that engines load as one matrix stay if one of them does."""
-    apart = {fused_set(weight.name) for weight in weights if weight.scheme is None}
+def _together(weights: Sequence[WeightPlan], others: Sequence[WeightPlan]) -> list[WeightPlan]:
+    """Weights that engines load as one matrix with one of the others stay if that does."""
+    apart = {fused_set(weight.name) for weight in others if weight.scheme is None}
     reason = "engines load it with one that stays"
     return [
         replace(weight, scheme=None, reason=reason)
