@@ -277,7 +277,10 @@ class AutoRoundMLLM:
                 models["reference"] = load_any(str(reference), device=self.loaded.model.device)
             models["quantized"] = self.loaded
             found = task_table.run(wanted, task_table.Setting(models, data))
-        names = {"quantized": self.recipe.model, "reference": reference and str(reference)}
+        names = {
+            "quantized": str(self.recipe.model),
+            "reference": str(reference) if reference else None,
+        }
         made = record(found, names, models, data, wanted, time.perf_counter() - started)
         for folder in self._saved:
             keep(folder, made)

@@ -281,7 +281,9 @@ def add_flags(parser: argparse.ArgumentParser, name: str, every: bool = True) ->
     command = COMMANDS[name]
     for flag, options in command.flags.items():
         shown = every or not command.recipe
-        parser.add_argument(flag, **(options if shown else options | {"help": argparse.SUPPRESS}))
+        parser.add_argument(
+            flag, **(options if shown else dict(options) | {"help": argparse.SUPPRESS})
+        )
     if command.recipe:
         _add_recipe_flags(parser, every)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 WIDE = 10_000  # a file has no edge at which lines must break
@@ -80,8 +80,8 @@ def _widths(table: Table, to: Console) -> list[int] | None:
     return widths
 
 
-def _cells(column: object) -> list[object]:
-    return [column.header, *column.cells]  # type: ignore[attr-defined]
+def _cells(column: Column) -> list[Any]:
+    return [column.header, *column.cells]
 
 
 def _as_lines(table: Table, to: Console) -> None:
