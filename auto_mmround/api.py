@@ -85,13 +85,12 @@ class AutoRoundMLLM:
             options, processor = options | {"processor": str(processor)}, None
         tokenizer, processor = told_apart(tokenizer, processor, image_processor)
         in_memory = not isinstance(dataset, (str, type(None)))
-        values = {
+        values = {  # what is None a `scheme` sets
             "bits": bits,
             "group_size": group_size,
             "sym": sym,
             "dataset": None if in_memory else dataset,
         }
-        # a `scheme` sets these
         values = {key: value for key, value in values.items() if value is not None}
         named = None if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         origin = str(named or "")

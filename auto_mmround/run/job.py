@@ -120,8 +120,7 @@ def prepare(
     """Plan the weights and read the calibration samples. ``dataset``: rows in memory instead of the
     recipe's name.
 
-    Raises UserError for everything that is wrong with the recipe, the patterns, the formats and the
-    samples.
+    Raises UserError for all that is wrong with the recipe, the patterns, formats and samples.
     """
     check_floating(loaded.model)
     check_head(loaded.model)

@@ -64,8 +64,7 @@ def quantize(
     holder: Holder | None = None,
     processes: Processes = ALONE,
 ) -> None:
-    """Quantize the planned weights of ``model`` in place; each block's codes and report go to
-    ``finished`` at once.
+    """Quantize the planned weights in place; a block's codes and report go to ``finished`` at once.
 
     inputs: calibration samples with ``kwargs`` (what the model takes) and ``modality_T``; not
     needed for rounding to nearest without equalization. What ``finished`` (of several processes:
