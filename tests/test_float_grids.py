@@ -1,16 +1,24 @@
 """Float grids under the solvers and the sign steps of integers: the same questions, written out."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import FAMILIES, tiny_tokenizer
 
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.model.loading import load
 from auto_mmround.numerics import gptq, grids, scale_search, start
 from auto_mmround.numerics import rounding as rounding_module
 from auto_mmround.numerics.float_grids import float_grid
 from auto_mmround.numerics.moments import Moments, output_error
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, closed_forms
+from auto_mmround.recipe.recipe import Recipe, from_mapping
+from auto_mmround.run import job as jobs
+from auto_mmround.run.plan import grid_of
 
 # data type, group size, rows that share a scale
 KINDS = [
@@ -255,3 +263,26 @@ def test_sweeps_find_what_the_solve_in_turn_finds(name, size, rows):
         same = (one.codes().q_OI == two.codes().q_OI).float().mean()
         assert doubted or same > 0.99
         assert torch.equal(grids.dequantize(two.codes()), two.weight())
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4", "MXFP8", "FP8", "FP8_STATIC"])
+@pytest.mark.parametrize("algorithm", ["auto", "gptq", "sign_round"])
+def test_a_run_writes_what_it_tuned(scheme, algorithm, tmp_path):
+    FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
+    base = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), device="cpu", amp=False,
+        format="compressed_tensors", algorithm=algorithm, iters=3, nsamples=8, seqlen=12,
+    )  # fmt: skip
+    recipe = from_mapping({"scheme": scheme}, base=base)
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=FAMILIES["llama"].samples())
+    (folder,) = jobs.run(job)
+    tuned, read = job.loaded.model.state_dict(), from_quantized(folder).model.state_dict()
+    assert tuned.keys() == read.keys() and all(torch.equal(tuned[n], read[n]) for n in tuned)
+    nearest = {}
+    for name, planned in job.plan.quantized.items():
+        w_OI = load(str(tmp_path / "model")).model.get_submodule(name).weight
+        codes = grids.round_to_nearest(w_OI, planned.group_size, grid_of(planned, w_OI.abs().max()))
+        nearest[name] = torch.equal(grids.dequantize(codes), tuned[f"{name}.weight"].float())
+    assert nearest and not all(nearest.values())
+    for block in json.loads((folder / "run.json").read_text())["blocks"]:
+        assert block["end"] <= block["start"]
