@@ -125,7 +125,7 @@ class Fields:
     )
     quant_lm_head: Annotated[
         bool,
-        _scheme("quantize the output head too, rounded to nearest, if it has a weight of its own"),
+        _scheme("quantize the output head too, on the KL of the words, if its weight is its own"),
     ] = False
     quant_mtp: Annotated[
         bool,
