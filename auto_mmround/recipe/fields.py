@@ -85,8 +85,8 @@ class Fields:
     act_bits: Annotated[
         int,
         _scheme(
-            "8: the engine quantizes activations, a scale a token (compressed_tensors); 32: it"
-            " does not"
+            "8: the engine quantizes activations, a scale a token (compressed_tensors); 4: so with"
+            " nvfp4, mxfp4; 32: it does not"
         ),
     ] = 32
     act_dynamic: Annotated[
