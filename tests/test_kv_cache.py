@@ -143,9 +143,7 @@ def test_scales_that_are_missing_or_say_nothing_are_found(made, tmp_path_factory
             del tensors[name]
 
     folder = tmp_path_factory.mktemp("b")
-    with pytest.raises(
-        AssertionError, match=r"layers\.1\.self_attn\.v_scale', message='is missing"
-    ):
+    with pytest.raises(AssertionError, match=r"layers\.1\.self_attn\.v_scale', message='is"):
         damaged(made, folder, none)  # of every layer
     with pytest.raises(UserError, match="has no k_scale and v_scale of one number"):
         from_quantized(folder / "copy", activations=True)

@@ -7,11 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_undone import OUT, Calls, places_in, samples, tiny_llama
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import mixed_inputs, tiny_model
 
 from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
@@ -19,10 +22,13 @@ from auto_mmround.model.experts import separated
 from auto_mmround.numerics.activations import rounded_inputs, straight_through
 from auto_mmround.numerics.start import Collector
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline as pipelines
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
+from auto_mmround.verify.proof import prove
+from auto_mmround.verify.static import check
 
 W8A8 = Recipe(
     bits=8, group_size=-1, act_bits=8, format="compressed_tensors", iters=2, batch_size=4,
@@ -43,12 +49,14 @@ def hooks_of(model):
 
 
 @contextmanager
-def served(model, plan):
+def served(model, plan, measured=None):
     """The model with the inputs of all quantized layers rounded, by plain hooks."""
     with ExitStack() as stack:
         stack.enter_context(separated(model))
         for name, scheme in plan.quantized.items():
             how = scheme.data_type, scheme.act_bits, scheme.group_size
+            if scheme.inputs_measured:
+                how += (measured[name],)
             stack.callback(
                 model.get_submodule(name)
                 .register_forward_pre_hook(
@@ -311,3 +319,80 @@ def test_it_is_never_worse_than_where_it_starts(recipe, algorithm):
     gaps = [(one[1] - two[1]).square() for one, two in zip(found, wanted, strict=True)]
     error = torch.cat([gap.flatten() for gap in gaps]).mean().item()
     assert report.end == pytest.approx(error, rel=0.05)
+
+
+FLOATS = {
+    "fp8": dict(data_type="fp8", bits=8, group_size=-1, act_bits=8),
+    "static": dict(data_type="fp8", bits=8, group_size=-1, act_bits=8, act_dynamic=False),
+    "blocks": dict(data_type="fp8", bits=8, group_size=128, act_bits=8),
+    "mxfp8": dict(data_type="mxfp8", bits=8, group_size=32, act_bits=8),
+    "mxfp4": dict(data_type="mxfp4", bits=4, group_size=32, act_bits=4),
+    "nvfp4": dict(data_type="nvfp4", bits=4, group_size=16, act_bits=4),
+}
+
+
+def float_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=128, initializer_range=0.1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_are_tuned_on_their_rounded_inputs(name, given):
+    """Scales of static inputs are there before a block is tuned, and a run that goes on has them
+    too."""
+    recipe = replace(W8A8, **FLOATS[name])
+    model = float_llama()
+    finished, plan = tuned(model, samples(16), recipe)
+    assert not hooks_of(model)
+    measured = {layer: codes.input_scale for layer, codes in finished.codes.items()}
+    assert all((scale is not None) == (name in ("static", "nvfp4")) for scale in measured.values())
+    with served(model, plan, measured):
+        student = blocks_in(model, "model.layers", samples(16))
+    for (_, first), (before, _) in given.items():
+        for i, x in enumerate(before):
+            torch.testing.assert_close(x, student[first][i][0], rtol=1e-3, atol=1e-3)
+    for report in finished.reports.values():
+        assert report.end <= report.start
+    half, (first, *_) = Finished(), finished.reports.values()
+    half.add([first], {n: c for n, c in finished.codes.items() if n.startswith(f"{first.name}.")})
+    tuned(float_llama(), samples(16), recipe, half)
+    assert_same_codes(half, finished)
+
+
+def test_a_static_scale_is_that_of_the_students_own_inputs():
+    model, inputs = float_llama(), samples(16)
+    finished, plan = tuned(model, inputs, replace(W8A8, **FLOATS["static"]))
+    measured = {layer: codes.input_scale for layer, codes in finished.codes.items()}
+    first = [w.name for w in plan.of_block("model.layers.0")]
+    assert measured[first[0]] == measured[first[1]] == measured[first[2]]  # q, k, v
+    with served(model, plan, measured):
+        seen = blocks_in(model, "model.layers", inputs)[1]
+    norm = model.model.layers[1].input_layernorm
+    peak = max(norm(x).abs().max().item() for x, _ in seen)
+    scale = measured["model.layers.1.self_attn.q_proj"].item()
+    assert scale == pytest.approx(peak / 448, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["static", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("algorithm", ["auto", "rtn"])
+def test_files_of_floats_with_rounded_inputs_are_read_back(name, algorithm, tmp_path):
+    FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
+    recipe = replace(
+        W8A8, **FLOATS[name], algorithm=algorithm, model=str(tmp_path / "model"),
+        output_dir=str(tmp_path), device="cpu", nsamples=4, seqlen=12, quant_nontext_module=False,
+    )  # fmt: skip
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=FAMILIES["llama"].samples(4))
+    (made,) = jobs.run(job, prove=prove)
+    assert not [finding for finding in check(made) if finding.severity == "error"]
+    model = from_quantized(made, activations=True).model
+    tensors = load_file(made / "model.safetensors")
+    part = {"static": "input_scale", "nvfp4": "input_global_scale"}.get(name)
+    measured = {layer: tensors[f"{layer}.{part}"] for layer in job.plan.quantized if part}
+    ids = job.inputs[0].kwargs["input_ids"]
+    with torch.no_grad(), served(job.loaded.model, job.plan, measured):
+        wanted = job.loaded.model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, wanted)

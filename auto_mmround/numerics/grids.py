@@ -30,7 +30,7 @@ class Codes(NamedTuple):
     # "fp8", "nvfp4", "mxfp4", "mxfp8": q is the number's own bits, see `levels`
     data_type: str = "int"
     global_scale: Tensor | None = None  # NVFP4: float32 (1,), what scales are divided by
-    input_scale: Tensor | None = None  # static FP8: float32 (1,), of all the layer's inputs
+    input_scale: Tensor | None = None  # static FP8, NVFP4: float32 (1,), of all inputs
     # super-blocks: float32, taken off every value of the group; None: nothing is
     min_OG: Tensor | None = None
     # super-blocks: float16, what scales and minima are multiples of, see `super_grids`

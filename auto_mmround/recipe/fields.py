@@ -85,8 +85,8 @@ class Fields:
     act_bits: Annotated[
         int,
         _scheme(
-            "8: the engine quantizes activations, a scale a token (compressed_tensors); 32: it"
-            " does not"
+            "8: the engine quantizes activations, a scale a token (compressed_tensors); 4: so with"
+            " nvfp4, mxfp4; 32: it does not"
         ),
     ] = 32
     act_dynamic: Annotated[
@@ -125,7 +125,7 @@ class Fields:
     )
     quant_lm_head: Annotated[
         bool,
-        _scheme("quantize the output head too, rounded to nearest, if it has a weight of its own"),
+        _scheme("quantize the output head too, on the KL of the words, if its weight is its own"),
     ] = False
     quant_mtp: Annotated[
         bool,

@@ -52,8 +52,8 @@ class Recipe(Fields):
         for name, fits, allowed in (
             ("bits", 2 <= self.bits <= 8, "2 to 8 are possible"),
             ("group_size", self.group_size == -1 or self.group_size >= 1, "-1 or at least 1"),
-            ("act_bits", self.act_bits in (8, 16, 32),
-             "8, quantized by the engine, or 16 and 32"),
+            ("act_bits", self.act_bits in (4, 8, 16, 32),
+             "8 or 4, quantized by the engine, or 16 and 32"),
             ("iters", self.iters is None or self.iters >= 0, "0 (round to nearest) or more"),
             ("dampening", self.dampening > 0, "above 0"),
             ("smoothing_strength", 0 <= self.smoothing_strength <= 1, "from 0 to 1"),
@@ -96,6 +96,10 @@ class Recipe(Fields):
 
     def _check_together(self) -> None:
         """Values that contradict each other."""
+        require(
+            self.act_bits != 4 or self.data_type in ("nvfp4", "mxfp4"),
+            f"act_bits = 4 is for data_type nvfp4 and mxfp4, not {self.data_type}",
+        )
         static_fp8 = (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1)
         require(
             self.act_dynamic or static_fp8,

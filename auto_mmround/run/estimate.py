@@ -39,6 +39,7 @@ from auto_mmround.run.loss_weights import accumulated, tower_tokens
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.session import Session, Window
+from auto_mmround.run.static_inputs import scales_of_window
 from auto_mmround.run.writing_cost import sizes_of, standing, writing
 
 BUDGET = 20.0  # seconds that measuring may take, about
@@ -173,6 +174,15 @@ class _Probe:
         target, first = run(), self.clock() - started  # the first time is not the usual one
         cost = BlockCost(self.timed(run) / count)
         cost.compiling = self._compiling(first - cost.forward * count)
+        size, served = recipe.batch, session.served
+        served.measured |= scales_of_window(session, chain, window, planned, size)
+        with served.rounding(session.model, planned):
+            self._measure_tuning(chain, window, target, cost)
+        return cost
+
+    def _measure_tuning(self, chain: Chain, window: Window, target: Chain, cost: BlockCost) -> None:
+        session, recipe, count = self.session, self.session.recipe, len(chain)
+        planned = [weight for name in window.names for weight in session.plan.of_block(name)]
         moments: dict[str, Moments] = {}
         if recipe.closed_form:
             started = self.clock()
@@ -192,7 +202,6 @@ class _Probe:
                 first = steps() if self.compiled else 0.0
                 cost.step = steps()
                 cost.compiling += self._compiling(2 * (first - cost.step))
-        return cost
 
     @property
     def compiled(self) -> bool:

@@ -32,6 +32,7 @@ from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
 from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
+from auto_mmround.run.output_head import HeadTuner
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
 from auto_mmround.run.polish import PolishSteps, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
@@ -40,6 +41,7 @@ from auto_mmround.run.record import BlockReport, block_report
 from auto_mmround.run.session import Session, Window
 from auto_mmround.run.static_inputs import input_scales, scales_of_window
 
+OUTSIDE = "outside the blocks"
 KEPT = f"finished blocks are kept, {SHORTER}"
 
 log = logging.getLogger("auto_mmround")
@@ -96,9 +98,9 @@ def quantize(
                 with phase(block):
                     journey.nearest(block, stage.name, plan.of_block(block))
     outside = [weight for weight in plan.weights if weight.scheme and weight.block is None]
-    if outside:  # no block to measure: rounded to nearest
-        with phase("outside the blocks"):
-            journey.nearest("outside the blocks", "text", outside)
+    if outside:  # the output head
+        with phase(OUTSIDE):
+            journey.nearest(OUTSIDE, "text", outside)
     if teacher:
         journey.polish(teacher)
     if recipe.kv_cache_scheme is not None:
@@ -181,12 +183,15 @@ class _Journey:
         with session.holder.resident([name]), separated(session.model, session.experts, [name]):
             if not self._taken([name], planned):
                 started = time.perf_counter()
+                solves = name == OUTSIDE and session.recipe.closed_form
+                head = HeadTuner.of(session, *planned) if solves else None
                 tuned = leaves_of(session.model, planned, session.served.measured)
                 with rounded(tuned):
-                    self._finish(
-                        [block_report(session.device, name, stage, tuned, None, started)],
-                        codes_of(tuned),
-                    )
+                    found: Any = head.tune(*tuned.values()) if head else {}
+                    report = block_report(session.device, name, stage, tuned, None, started)
+                    self._finish([replace(report, **found)], codes_of(tuned))
+        if name != OUTSIDE:  # whole passes may follow
+            session.holder.replace(name, partial(self._write_back, name, planned))
         self.watcher.block(self.finished.reports[name])
 
     def _taken(self, names: Sequence[str], planned: Sequence[WeightPlan]) -> bool:

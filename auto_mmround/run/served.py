@@ -13,6 +13,8 @@ from auto_mmround.numerics.activations import rounded_inputs, straight_through
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.run.plan import WeightPlan
 
+_Rounding = tuple[tuple[Any, ...], Callable[[Tensor], Tensor]]
+
 
 class ServedInputs:
     """What rounds the inputs of the student's layers.
@@ -53,22 +55,34 @@ class ServedInputs:
         finally:
             self._paused = before
 
-    def _hook(self, weight: WeightPlan, shared: "_Shared") -> Callable[..., Any] | None:
+    def seen_by(self, weight: WeightPlan, x: Tensor) -> Tensor:
+        """What an engine makes of these inputs of a layer."""
+        rounded = self._rounding(weight)
+        return x if rounded is None else rounded[1](x)
+
+    def _rounding(self, weight: WeightPlan) -> "_Rounding | None":
+        """Equal keys round alike; None for a scheme that rounds nothing."""
         scheme = weight.scheme
         if scheme is None or scheme.act_bits >= 16:
             return None
         whole = self.measured[weight.name] if scheme.inputs_measured else None
         how = scheme.data_type, scheme.act_bits, scheme.group_size
-        key = *how, None if whole is None else whole.item()
 
         def rounded(x: Tensor) -> Tensor:
             measured = None if whole is None else whole.to(x.device)
             return straight_through(x, rounded_inputs, *how, measured)
 
+        return (*how, None if whole is None else whole.item()), rounded
+
+    def _hook(self, weight: WeightPlan, shared: "_Shared") -> Callable[..., Any] | None:
+        rounding = self._rounding(weight)
+        if rounding is None:
+            return None
+
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> Any:
             if self._paused or not args[0].numel():
                 return None
-            return shared.of(args[0], key, rounded), *args[1:]
+            return shared.of(args[0], *rounding), *args[1:]
 
         return hook
 

@@ -18,6 +18,7 @@ LAYOUTS = {
     "mxfp8": "mxfp8-quantized",
 }
 MX = ("mxfp4", "mxfp8")
+INPUT = {"nvfp4": "input_global_scale"}  # what was measured of inputs, where its name is its own
 
 
 def pack(name: str, codes: Codes) -> dict[str, Tensor]:
@@ -26,7 +27,7 @@ def pack(name: str, codes: Codes) -> dict[str, Tensor]:
 
     weight_scale: fp8 float32 (out, 1) or (blocks of rows, blocks of columns), and for static inputs
     input_scale float32 (1,); mx (out, G) the biased exponent in a uint8; nvfp4 (out, G) e4m3, and
-    weight_global_scale float32 (1,).
+    weight_global_scale float32 (1,), for 4-bit inputs input_global_scale too.
     """
     scale = codes.scale_OG
     if codes.bits == 8:
@@ -39,7 +40,10 @@ def pack(name: str, codes: Codes) -> dict[str, Tensor]:
         scale = scale.to(torch.float8_e4m3fn)
     elif codes.group_size == BLOCK:
         scale = scale[::BLOCK]
-    wholes = {"weight_global_scale": codes.global_scale, "input_scale": codes.input_scale}
+    wholes = {
+        "weight_global_scale": codes.global_scale,
+        INPUT.get(codes.data_type, "input_scale"): codes.input_scale,
+    }
     tensors[f"{name}.weight_scale"] = scale.contiguous()
     return tensors | {
         f"{name}.{part}": whole for part, whole in wholes.items() if whole is not None
@@ -74,7 +78,8 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Codes:
             " columns"
         )
     zero_OG = torch.zeros(scale.shape, dtype=torch.uint8)
-    wholes = parts.get("weight_global_scale"), parts.get("input_scale")
+    of_inputs = parts.get(INPUT.get(scheme.data_type, "input_scale"))
+    wholes = parts.get("weight_global_scale"), of_inputs
     return Codes(q_OI, scale.float(), zero_OG, scheme.bits, group, True, scheme.data_type, *wholes)
 
 
@@ -88,8 +93,9 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
             f"has no {scheme.bits} bits by {group} columns",
         ),
         (
-            scheme.act_bits < 16 and scheme.bits == 4,
-            f"holds {scheme.data_type} with 16-bit activations only",
+            scheme.act_bits not in (scheme.bits, 16),
+            f"holds {scheme.data_type} beside activations of {scheme.bits} or 16 bits, not"
+            f" {scheme.act_bits}",
         ),
         (group == BLOCK != scheme.group_size, "cannot tell a channel of 128 inputs from a block"),
         (
@@ -121,9 +127,12 @@ def weight_args(scheme: Scheme) -> dict[str, Any]:
 def input_args(scheme: Scheme) -> dict[str, Any]:
     """``input_activations`` of a config group: a static scale, or one a token, or a token and the
     weight's group."""
-    args = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": scheme.act_dynamic}
+    args = {"type": "float", "symmetric": True, "dynamic": scheme.act_dynamic}
+    args = {"num_bits": scheme.act_bits} | args
     if scheme.group_size == -1:
         return args | {"strategy": "token" if scheme.act_dynamic else "tensor"}
+    if scheme.data_type == "nvfp4":  # its scales are the engine's, what divides them is not
+        return weight_args(scheme) | {"dynamic": "local"}
     scale = {"scale_dtype": "torch.uint8"} if scheme.data_type in MX else {}
     return args | {"strategy": "group", "group_size": scheme.group_size} | scale
 

@@ -36,7 +36,7 @@ from auto_mmround.recipe.schemes import Scheme
 PARTS = {
     "weight_scale": "scale", "weight_packed": "q", "weight": "q", "weight_shape": "",
     "weight_zero_point": "zero", "weight_global_scale": "", "weight_g_idx": "",
-    "input_scale": "input_scale", "input_zero_point": "", "input_global_scale": "",
+    "input_scale": "input_scale", "input_zero_point": "", "input_global_scale": "input_scale",
 }  # fmt: skip
 
 # Keys and values: FP8 under one scale each, `k_scale` and `v_scale` of the attention.
