@@ -4,9 +4,8 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.table import Column, Table
@@ -64,10 +63,7 @@ def show(table: Table, to: Console = console) -> None:
 
 def _widths(table: Table, to: Console) -> list[int] | None:
     """A width for each column that holds its longest word; None where that does not fit."""
-    spans = [
-        [Measurement.get(to, to.options.update_width(WIDE), cell) for cell in _cells(column)]
-        for column in table.columns
-    ]
+    spans = [[measured(cell, to) for cell in _cells(column)] for column in table.columns]
     least = [max(span.minimum for span in column) for column in spans]
     most = [max(span.maximum for span in column) for column in spans]
     room = to.width - PADDING * len(least) - 1
@@ -81,7 +77,13 @@ def _widths(table: Table, to: Console) -> list[int] | None:
     return widths
 
 
-def _cells(column: Column) -> list[Any]:
+def measured(cell: RenderableType, to: Console) -> Measurement:
+    """Its longest word and its longest line."""
+    shown = to.render_str(cell) if isinstance(cell, str) else cell
+    return Measurement.get(to, to.options.update_width(WIDE), shown)
+
+
+def _cells(column: Column) -> list[RenderableType]:
     return [column.header, *column.cells]
 
 

@@ -19,6 +19,7 @@ from auto_mmround.evaluate.tasks import picture
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import find_folder
 from auto_mmround.report import card, charts, report
+from auto_mmround.report.headline import differing_first, headline
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -441,3 +442,34 @@ def test_a_verdict_that_did_not_run_takes_no_place(tmp_path):
 )
 def test_names_of_schemes(recipe, scheme, numbers):
     assert (report.scheme_label(recipe), report.number_label(recipe)) == (scheme, numbers)
+
+
+def test_the_page_opens_with_the_answer(demo_folder, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(demo_folder, tmp_path / "run")
+    page = report.write(folder).read_text()
+    head = page[: page.index("</header>")]
+    assert "Damage is not measured yet" in head and "No engine was asked yet" in head
+    kinds = {"text": 0.0005, "image": 0.02}
+    found = report.collect(folder) | {
+        "verify": [
+            {"engine": "vllm", "status": "right", "reason": None},
+            {"engine": "mlx", "status": "wrong", "reason": "logits differ"},
+        ]
+    }
+    lines = headline(found, {"quantized": {"kl": kinds}})
+    assert "hardly any on text (0.0005), some on image (0.02)" in lines[-3]
+    assert lines[-2:] == ["WRONG by mlx: logits differ.", "Proved right by vllm."]
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    assert cli.main(["report", str(folder), "--open"]) == 0
+    assert opened == [(folder / "report.html").resolve().as_uri()]
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    assert cli.main(["report", str(folder), "--open"]) == 2
+    assert "no browser" in capsys.readouterr().err
+
+
+def test_answers_that_differ_come_first():
+    rows = [{"answers": {"reference": "a", "quantized": each}} for each in "abac"]
+    assert [row["answers"]["quantized"] for row in differing_first(rows)] == ["b", "c", "a", "a"]
+    alone = [{"answers": {"quantized": "x"}}, {"answers": {"quantized": "y"}}]
+    assert differing_first(alone) == alone
