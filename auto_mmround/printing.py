@@ -38,12 +38,25 @@ class Telling:
         return logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
 
 
+class _Lines(logging.Handler):
+    """A line a record; rich's own handler would fill each up to the width."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by `logging`."""
+        text = f"{record.levelname:<8} {record.getMessage()}"
+        notices.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def quiet_libraries(telling: Telling | None = None) -> None:
     """Our log through rich alone, without bars or advice from the libraries."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    handler = RichHandler(
-        console=notices, show_time=False, show_path=False, markup=False, highlighter=None
+    handler = (
+        RichHandler(
+            console=notices, show_time=False, show_path=False, markup=False, highlighter=None
+        )
+        if notices.is_terminal
+        else _Lines()
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("auto_mmround").setLevel((telling or Telling()).level)

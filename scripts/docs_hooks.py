@@ -32,11 +32,12 @@ OUTSIDE = {
     f"bench/results/{path.name}": f"bench/results/{path.name}"
     for path in (ROOT / "bench" / "results").glob("*.md")
 }
-NOTEBOOK = "notebook.md"
+# page -> notebook
+NOTEBOOKS = {"notebook.md": "docs/quickstart.ipynb", "notebook-speech.md": "docs/speech.ipynb"}
 REFERENCE = "reference/flags.md"
 PLACES = {source: page for page, source in OUTSIDE.items()} | {
     "bench/results": RESULTS,
-    "docs/quickstart.ipynb": NOTEBOOK,
+    **{source: page for page, source in NOTEBOOKS.items()},
 }
 FENCES = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
@@ -76,12 +77,12 @@ def listing() -> str:
     )
 
 
-def notebook() -> str:
-    """The notebook as a page: its text, code, and what it printed and drew."""
+def notebook(source: str) -> str:
+    """A notebook as a page: its text, code, and what it printed and drew."""
     parts = []
-    for cell in json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]:
-        source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    for cell in json.loads((ROOT / source).read_text())["cells"]:
+        words = "".join(cell["source"])
+        parts.append(words if cell["cell_type"] == "markdown" else f"```python\n{words}\n```")
         for output in cell.get("outputs", ()):
             picture = output.get("data", {}).get("image/png")
             printed = "".join(output.get("text", ()))
@@ -128,7 +129,8 @@ def on_files(files: Files, config: dict) -> Files:
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=os.fspath(ROOT / source)))
     files.append(File.generated(config, RESULTS, content=listing()))
-    files.append(File.generated(config, NOTEBOOK, content=notebook()))
+    for page, source in NOTEBOOKS.items():
+        files.append(File.generated(config, page, content=notebook(source)))
     files.append(File.generated(config, REFERENCE, content=reference()))
     return files
 
