@@ -107,4 +107,4 @@ def _as_lines(table: Table, to: Console) -> None:
     for row in zip(*(column.cells for column in table.columns)):
         for i, (title, cell) in enumerate(zip(titles, row)):
             words = f"{'- ' if not i else '  '}{title}: {cell}"
-            to.print(words, highlight=False, markup=False, soft_wrap=len(str(cell).split()) < 2)
+            to.print(words, highlight=False, markup=False, overflow="ignore", crop=False)

@@ -19,7 +19,7 @@ from auto_mmround.evaluate.tasks import picture
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import find_folder
 from auto_mmround.report import card, charts, report
-from auto_mmround.report.headline import differing_first, headline
+from auto_mmround.report.headline import differing_first, headline, trade
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -473,3 +473,19 @@ def test_answers_that_differ_come_first():
     assert [row["answers"]["quantized"] for row in differing_first(rows)] == ["b", "c", "a", "a"]
     alone = [{"answers": {"quantized": "x"}}, {"answers": {"quantized": "y"}}]
     assert differing_first(alone) == alone
+
+
+def test_a_comparison_puts_damage_against_size_and_time(demo_folder, tmp_path):
+    runs = []
+    for i, kl in enumerate((0.002, 0.03)):
+        folder = shutil.copytree(demo_folder, tmp_path / f"run{i}")
+        figures = {"quantized": {"kl": {"text": kl / 2, "image": kl}}}
+        found = report.collect(folder) | {"evaluation": {"figures": figures}}
+        runs.append(found | {"seconds": 10.0 * (i + 1)})
+    points = trade(runs, "AB", "time")
+    assert points == {"A": (0, 10.0, 0.002, "10.0 s"), "B": (1, 20.0, 0.03, "20.0 s")}
+    drawn = str(charts.scatter("Damage against time", points))
+    assert drawn.count("<circle") == 2 and "A: 0.00200 at 10.0 s" in drawn
+    assert not trade(runs[:1], "A", "size")
+    bare = report.compare([tmp_path / "run0", tmp_path / "run1"], tmp_path / "both.html")
+    assert "What the damage buys" not in bare.read_text()  # nothing was measured

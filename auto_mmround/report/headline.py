@@ -36,6 +36,22 @@ def headline(report: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]
     return found
 
 
+def trade(
+    reports: Sequence[Mapping[str, Any]], letters: Sequence[str], against: str
+) -> dict[str, tuple[int, float, float, str]]:
+    """Points for `charts.scatter`: the largest KL of each run that was measured against its "size"
+    in MB or its "time" in seconds; empty for fewer than two runs."""
+    points = {}
+    for i, (letter, report) in enumerate(zip(letters, reports)):
+        figures = ((report["evaluation"] or {}).get("figures") or {}).get("quantized", {})
+        kls = [kl for kl in figures.get("kl", {}).values() if kl is not None]
+        across = report["sizes"]["weights"] / 1e6 if against == "size" else report["seconds"]
+        if kls and across is not None:
+            words = f"{across:,.1f} {'MB' if against == 'size' else 's'}"
+            points[letter] = (i, float(across), max(kls), words)
+    return points if len(points) > 1 else {}
+
+
 def differing_first(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Samples with answers; those whose answers differ from the reference's come first."""
 

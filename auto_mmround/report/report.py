@@ -19,7 +19,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
-from auto_mmround.report.headline import differing_first, headline
+from auto_mmround.report.headline import differing_first, headline, trade
 from auto_mmround.report.sizes import sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
@@ -201,6 +201,7 @@ def compare(folders: Sequence[Path], page: Path) -> Path:
         runs=runs,
         letters=letters,
         rows=_compared(reports),
+        trades={what: trade(reports, letters, what) for what in ("size", "time")},
         stages=_lines(letters, reports),
         charts=charts,
     )
