@@ -20,7 +20,7 @@ from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from auto_mmround import cli, console, export
+from auto_mmround import asking, cli, console, export, publish
 from auto_mmround.calibration.template import parse_template
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.export import formats
@@ -140,6 +140,8 @@ def test_what_is_not_run_is_understood(block, monkeypatch):
     if block.language == "python":
         ast.parse(block.code, block.place)
         return
+    monkeypatch.setattr(asking, "ask_and_show", lambda *args: 0)
+    monkeypatch.setattr(publish, "push", lambda *args: "sent")
     for name in (
         "quantize_with_progress",
         "show_plan",

@@ -193,8 +193,8 @@ def scatter(title: str, points: Mapping[str, tuple[int, float, float, str]]) -> 
         x, y = f"{6 + 84 * across / widest:.2f}%", axis.y(up)
         tip = escape(f"{letter}: {figure(up)} at {words}")
         marks.append(
-            f'<circle class="s{color % COLORS}" cx="{x}" cy="{y}" r="4"><title>{tip}</title></circle>'
-            f'<text class="tick" x="{x}" y="{y - 8}" text-anchor="middle">{escape(letter)}</text>'
+            f'<circle class="s{color % COLORS}" cx="{x}" cy="{y}" r="4"><title>{tip}</title>'
+            f'</circle><text class="tick" x="{x}" y="{y - 8}" text-anchor="middle">{escape(letter)}</text>'
         )
         told.append(str(tip))
     last = max(points.values(), key=lambda point: point[1])[3]
