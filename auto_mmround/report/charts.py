@@ -194,7 +194,8 @@ def scatter(title: str, points: Mapping[str, tuple[int, float, float, str]]) -> 
         tip = escape(f"{letter}: {figure(up)} at {words}")
         marks.append(
             f'<circle class="s{color % COLORS}" cx="{x}" cy="{y}" r="4"><title>{tip}</title>'
-            f'</circle><text class="tick" x="{x}" y="{y - 8}" text-anchor="middle">{escape(letter)}</text>'
+            f'</circle><text class="tick" x="{x}" y="{y - 8}" text-anchor="middle">'
+            f"{escape(letter)}</text>"
         )
         told.append(str(tip))
     last = max(points.values(), key=lambda point: point[1])[3]
