@@ -27,7 +27,7 @@ from auto_mmround.verify.engines import python_of
 
 DEMO = ROOT / "auto_mmround" / "demo"
 VLLM = python_of("vllm", ROOT)
-README = [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs" / "guides" / "vllm.md")]
+README = [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs/guides/vllm.md")]
 PATIENCE = 600  # seconds a step may take
 INSTALL = 3600  # the same for installing, gigabytes on some machines
 
