@@ -151,12 +151,13 @@ class AutoRoundMLLM:
                 f"{again} holds what quantize() wrote: this model was quantized before; load it"
                 " anew"
             )
+        held = weights_sum(model) if self._resumes else ""
         with phase("quantizing"), self._lent() as holder:
             job = self._job()
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:
-                with naming(job.inputs), self._kept(job) as finished:
+                with naming(job.inputs), self._kept(job, held) as finished:
                     quantize(model, job.recipe, job.plan, job.inputs, finished, watcher, holder)
                     finished = finished.in_memory()
             finally:
@@ -166,15 +167,16 @@ class AutoRoundMLLM:
         self._done = (job, finished)
         return model, self.layer_config
 
-    def _kept(self, job: jobs.Job) -> AbstractContextManager[Finished]:
-        """Where finished blocks go: a folder below the ``output_dir`` that was given, or memory."""
+    def _kept(self, job: jobs.Job, held: str) -> AbstractContextManager[Finished]:
+        """Where finished blocks go: a folder below the ``output_dir`` that was given, or memory.
+        held: a checksum of the model's weights."""
         if not self._resumes:
             return nullcontext(Finished())
         source, model = self.loaded.source, self.loaded.model
         place, _ = places(job.recipe)
         check_places([place], source)
         known = identity(job.recipe, model.config.to_json_string(), source, job.inputs)
-        return unfinished(place, known | {"weights": weights_sum(model)}, job.recipe.restart)
+        return unfinished(place, known | {"weights": held}, job.recipe.restart)
 
     def _lent(self) -> AbstractContextManager[Holder]:
         """The model on the device that it is tuned on. Without a word from the user that is where

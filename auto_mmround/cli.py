@@ -113,7 +113,7 @@ def report_command(arguments: Sequence[str]) -> int:
     found = parser_of("report").parse_args(normalise(arguments))
     from auto_mmround.console import show_report
 
-    return show_report(found.folders, found.output)
+    return show_report(found.folders, found.output, found.open)
 
 
 def push_command(arguments: Sequence[str]) -> int:

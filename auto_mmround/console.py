@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import time
+import webbrowser
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -277,14 +278,17 @@ def show_measured(findings: Measured, record: Mapping[str, Any]) -> None:
                 console.print(f"  {title:<10} {text}", highlight=False, markup=False)
 
 
-def show_report(folders: Sequence[str], output: str | None) -> int:
-    """Write a run's report again, or a comparison of several runs, and name the page."""
+def show_report(folders: Sequence[str], output: str | None, opened: bool = False) -> int:
+    """Write a run's report again, or a comparison of several runs, and name the page. opened: in
+    the browser too."""
     quiet_libraries()
     if len(folders) == 1 and output is None:
         page = report.write(Path(folders[0]))
     else:
         page = report.compare([Path(folder) for folder in folders], Path(output or "report.html"))
     console.print(str(page), highlight=False, soft_wrap=True)
+    if opened and not webbrowser.open(page.resolve().as_uri()):
+        raise UserError(f"no browser could be started here: open {page} yourself")
     return 0
 
 

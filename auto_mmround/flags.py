@@ -221,6 +221,7 @@ COMMANDS: dict[str, Command] = {
             "--output": {
                 "help": "the page to write (default: report.html in the run, or here for several)",
             },
+            "--open": {"action": "store_true", "help": "show the page in the browser"},
         },
     ),
     "push": Command(
@@ -279,11 +280,9 @@ def parser_of(name: str, every: bool = False) -> Parser:
 def add_flags(parser: argparse.ArgumentParser, name: str, every: bool = True) -> None:
     """All that a command takes, but for a recipe file."""
     command = COMMANDS[name]
+    hidden = {"help": argparse.SUPPRESS} if command.recipe and not every else {}
     for flag, options in command.flags.items():
-        shown = every or not command.recipe
-        parser.add_argument(
-            flag, **(options if shown else dict(options) | {"help": argparse.SUPPRESS})
-        )
+        parser.add_argument(flag, **{**options, **hidden})
     if command.recipe:
         _add_recipe_flags(parser, every)
 

@@ -4,9 +4,8 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.table import Column, Table
@@ -39,12 +38,25 @@ class Telling:
         return logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
 
 
+class _Lines(logging.Handler):
+    """A line a record; rich's own handler would fill each up to the width."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by `logging`."""
+        text = f"{record.levelname:<8} {record.getMessage()}"
+        notices.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def quiet_libraries(telling: Telling | None = None) -> None:
     """Our log through rich alone, without bars or advice from the libraries."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    handler = RichHandler(
-        console=notices, show_time=False, show_path=False, markup=False, highlighter=None
+    handler = (
+        RichHandler(
+            console=notices, show_time=False, show_path=False, markup=False, highlighter=None
+        )
+        if notices.is_terminal
+        else _Lines()
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("auto_mmround").setLevel((telling or Telling()).level)
@@ -64,10 +76,7 @@ def show(table: Table, to: Console = console) -> None:
 
 def _widths(table: Table, to: Console) -> list[int] | None:
     """A width for each column that holds its longest word; None where that does not fit."""
-    spans = [
-        [Measurement.get(to, to.options.update_width(WIDE), cell) for cell in _cells(column)]
-        for column in table.columns
-    ]
+    spans = [[measured(cell, to) for cell in _cells(column)] for column in table.columns]
     least = [max(span.minimum for span in column) for column in spans]
     most = [max(span.maximum for span in column) for column in spans]
     room = to.width - PADDING * len(least) - 1
@@ -81,7 +90,13 @@ def _widths(table: Table, to: Console) -> list[int] | None:
     return widths
 
 
-def _cells(column: Column) -> list[Any]:
+def measured(cell: RenderableType, to: Console) -> Measurement:
+    """Its longest word and its longest line."""
+    shown = to.render_str(cell) if isinstance(cell, str) else cell
+    return Measurement.get(to, to.options.update_width(WIDE), shown)
+
+
+def _cells(column: Column) -> list[RenderableType]:
     return [column.header, *column.cells]
 
 
@@ -92,4 +107,4 @@ def _as_lines(table: Table, to: Console) -> None:
     for row in zip(*(column.cells for column in table.columns)):
         for i, (title, cell) in enumerate(zip(titles, row)):
             words = f"{'- ' if not i else '  '}{title}: {cell}"
-            to.print(words, highlight=False, markup=False, soft_wrap=len(str(cell).split()) < 2)
+            to.print(words, highlight=False, markup=False, overflow="ignore", crop=False)

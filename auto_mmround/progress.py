@@ -49,10 +49,10 @@ class Events:
         if text and not self.telling.quiet:
             notices.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def at(self, what: str) -> None:
+    def at(self, what: str, spoken: bool = True) -> None:
         """A part of the run begins. A terminal's live line says it by itself."""
         self._now, self._began = what, time.monotonic()
-        self.happened("phase", "" if self.live else what, phase=what)
+        self.happened("phase", what if spoken and not self.live else "", phase=what)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -129,7 +129,7 @@ class RunProgress:
 
     def _step(self, block: str, step: int, total: int) -> None:
         if step <= 1:
-            self.events.at(f"tuning {block}")
+            self.events.at(f"tuning {block}", spoken=False)
         done = len(self.reports)
         self._line(block, f"step {step}/{total}, {self._left(done + step / max(total, 1))}")
 

@@ -11,6 +11,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.report import card, report
 from auto_mmround.untrusted import one_line
 
+# These name folders of this machine; the card says the same without them.
+OURS_ALONE = ("report.html", "report.json", "eval.json")
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -50,8 +52,9 @@ def push(folder: Path, place: Place) -> str:
         if not place.public and not api.model_info(place.repo).private:
             raise UserError(f"push: {place.repo} exists and is public: add --public to send there")
         sent = api.upload_folder(
-            repo_id=place.repo, folder_path=folder, commit_message=f"{folder.name} (auto_mmround)"
-        )
+            repo_id=place.repo, folder_path=folder, ignore_patterns=list(OURS_ALONE),
+            commit_message=f"{folder.name} (auto_mmround)",
+        )  # fmt: skip
     except (HTTPError, HFValidationError, OSError, ValueError) as error:
         reason = one_line(str(error))[:300] or type(error).__name__
         raise UserError(f"push: {place.repo}: {reason}; the folder is kept: {again}") from None

@@ -24,7 +24,7 @@ from auto_mmround.evaluate.metrics import Metrics, measure
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
-from auto_mmround.printing import console, quiet_libraries
+from auto_mmround.printing import console, quiet_libraries, show
 from auto_mmround.progress import RunProgress
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import report
@@ -183,9 +183,7 @@ def main() -> None:
     for each in runs:
         figures = (results[name] for name in each.names)
         fill_reports(each.folders, each.models, dict(zip(each.models, figures, strict=True)))
-    console.print(
-        metrics_table(results, title="the demo model on held-out text and questions on images")
-    )
+    show(metrics_table(results, title="the demo model on held-out text and questions on images"))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     peak = max(devices.peak_memory(full.model.device).values())

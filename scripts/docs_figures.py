@@ -95,6 +95,84 @@ def time_and_damage() -> str:
     return svg("Time and damage, Gemma 3 270M, 3 bits in groups of 128", said, body)
 
 
+PEERS = (  # file, title, (method, label) in it: each panel compares within one table
+    (
+        "tuner-2026-11-27.md",
+        "with auto-round",
+        {
+            "gptq": ("gptq", 2, 5),
+            "auto light": ("auto, light", 2, 5),
+            "auto": ("auto", 2, 5),
+            "auto-round": ("auto-round", 2, 5),
+            "auto-round alg_ext": ("auto-round, alg_ext", 2, 5),
+        },
+    ),
+    (
+        "recipes-2026-11-27.md",
+        "with llm-compressor",
+        {
+            "gptq, no Fisher": ("gptq, no Fisher", 8, 2),
+            "gptq": ("gptq", 8, 2),
+            "llm-compressor": ("llm-compressor", 8, 2),
+        },
+    ),
+)
+
+
+Label = tuple[float, float, float]  # left end, height, right end
+
+
+def free(taken: list[Label], left: float, height: float, width: float) -> float:
+    """The height nearest to the wanted one at which a label meets no other; it is taken then."""
+    for step in (0, -15, 15, -30, 30, 45, 60):
+        clear = all(
+            abs(height + step - other) >= 14 or left > end or left + width < begin
+            for begin, other, end in taken
+        )
+        if clear:
+            break
+    taken.append((left, height + step, left + width))
+    return height + step
+
+
+def peers() -> str:
+    """KL against processor seconds beside other tools, Gemma 3 270M at 4 bits: a panel a table."""
+    body, said, half = [], [], WIDTH / 2
+    for i, (file, title, methods) in enumerate(PEERS):
+        rows = {row[1]: row for row in reversed(table(file)) if row[0] == "W4g128"}
+        points = [
+            (label, float(rows[name][seconds]), float(rows[name][kl]))
+            for name, (label, seconds, kl) in methods.items()
+        ]
+        most = max(seconds for _, seconds, _ in points)
+        start, end = i * half + LEFT, (i + 1) * half - RIGHT
+        x, y = axis(0, 1.05 * most, start, end), axis(0, 0.25, HEIGHT - BOTTOM, TOP)
+        body.append(text(start, TOP - 6, f"KL {title}", kind="soft"))
+        for tick in (0.0, 0.1, 0.2):
+            body.append(
+                f'<line class="grid" x1="{start:.1f}" x2="{end:.1f}" y1="{y(tick):.1f}"'
+                f' y2="{y(tick):.1f}"/>'
+            )
+            body.append(text(start - 8, y(tick) + 4, f"{tick:.1f}", "end", "soft"))
+        for part in (0.0, 0.5, 1.0):
+            words = f"{part * most:.0f}"
+            body.append(text(x(part * most), HEIGHT - BOTTOM + 20, words, "middle", "soft"))
+        body.append(text((start + end) / 2, HEIGHT - 10, "processor seconds", "middle"))
+        taken: list[Label] = []
+        for label, seconds, kl in sorted(points, key=lambda point: -point[2]):
+            kind = "other" if label.startswith(("auto-round", "llm")) else "ours"
+            body.append(f'<circle class="{kind}" cx="{x(seconds):.1f}" cy="{y(kl):.1f}" r="5"/>')
+            left, words = seconds > 0.6 * most, f"{label} {kl:.3f}"
+            place = x(seconds) + (-9 if left else 9)
+            begin = place - (7 * len(words) if left else 0)
+            height = free(taken, begin, y(kl) + 4, 7 * len(words))
+            body.append(text(place, height, words, "end" if left else "start"))
+        said += [f"{label}: {seconds:.0f} s, KL {kl:.3f}" for label, seconds, kl in points]
+    return svg(
+        "Damage against time beside other tools, Gemma 3 270M, 4 bits", "; ".join(said), body
+    )
+
+
 def by_modality() -> str:
     """KL of the bundled model by modality, rounded to nearest and tuned."""
     rows = [
@@ -171,6 +249,7 @@ def grids() -> str:
 
 DRAWN: dict[str, Callable[[], str]] = {
     "time.svg": time_and_damage,
+    "peers.svg": peers,
     "modality.svg": by_modality,
     "grid.svg": grids,
 }

@@ -6,15 +6,20 @@ the same files are read as they are, links go between folders; here they are tur
 between pages.
 """
 
+import argparse
 import html
 import json
 import os
 import posixpath
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+
+from auto_mmround.flags import COMMANDS, recipe_flags
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results/index.md"
@@ -27,10 +32,12 @@ OUTSIDE = {
     f"bench/results/{path.name}": f"bench/results/{path.name}"
     for path in (ROOT / "bench" / "results").glob("*.md")
 }
-NOTEBOOK = "notebook.md"
+# page -> notebook
+NOTEBOOKS = {"notebook.md": "docs/quickstart.ipynb", "notebook-speech.md": "docs/speech.ipynb"}
+REFERENCE = "reference/flags.md"
 PLACES = {source: page for page, source in OUTSIDE.items()} | {
     "bench/results": RESULTS,
-    "docs/quickstart.ipynb": NOTEBOOK,
+    **{source: page for page, source in NOTEBOOKS.items()},
 }
 FENCES = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
@@ -70,12 +77,12 @@ def listing() -> str:
     )
 
 
-def notebook() -> str:
-    """The notebook as a page: its text, code, and what it printed and drew."""
+def notebook(source: str) -> str:
+    """A notebook as a page: its text, code, and what it printed and drew."""
     parts = []
-    for cell in json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]:
-        source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    for cell in json.loads((ROOT / source).read_text())["cells"]:
+        words = "".join(cell["source"])
+        parts.append(words if cell["cell_type"] == "markdown" else f"```python\n{words}\n```")
         for output in cell.get("outputs", ()):
             picture = output.get("data", {}).get("image/png")
             printed = "".join(output.get("text", ()))
@@ -85,6 +92,27 @@ def notebook() -> str:
                 else f"```text\n{printed}```"
             )
     return "\n\n".join(parts) + "\n"
+
+
+def reference() -> str:
+    """Every flag, from the tables that the command line is made of."""
+    lines = ["# Flags", "", "`auto-round-mllm --help_all` prints the same.", ""]
+    flags = [row for row in recipe_flags() if row[2]["help"] is not argparse.SUPPRESS]
+    for section in dict.fromkeys(row[0] for row in flags):
+        lines += [f"## {section.capitalize()}", "", "| flag | |", "|---|---|"]
+        rows = [(f"--{name}", options) for title, name, options in flags if title == section]
+        lines += [_row(flag, options) for flag, options in rows] + [""]
+    for name, command in COMMANDS.items():
+        lines += [f"## Command {name}", "", command.text, ""]
+        if command.flags:
+            lines += ["| flag | |", "|---|---|"]
+            lines += [_row(flag, options) for flag, options in command.flags.items()] + [""]
+    return "\n".join(lines)
+
+
+def _row(flag: str, options: Mapping[str, Any]) -> str:
+    text = html.escape(options["help"].replace("%%", "%"), quote=False).replace("|", "\\|")
+    return f"| `{flag}` | {text} |"
 
 
 def on_config(config: dict) -> dict:
@@ -101,13 +129,19 @@ def on_files(files: Files, config: dict) -> Files:
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=os.fspath(ROOT / source)))
     files.append(File.generated(config, RESULTS, content=listing()))
-    files.append(File.generated(config, NOTEBOOK, content=notebook()))
+    for page, source in NOTEBOOKS.items():
+        files.append(File.generated(config, page, content=notebook(source)))
+    files.append(File.generated(config, REFERENCE, content=reference()))
     return files
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     """Links between pages."""
-    return markdown if page.file.src_uri == RESULTS else relink(markdown, page.file.src_uri)
+    return (
+        markdown
+        if page.file.src_uri in (RESULTS, REFERENCE)
+        else relink(markdown, page.file.src_uri)
+    )
 
 
 def on_page_content(content: str, **_) -> str:

@@ -63,22 +63,28 @@ def test_several_answer_side_by_side(folders, capsys):
     assert all(row["tokens"] == 2 and row["engine"] == "loader" for row in rows)
 
 
-def test_a_speech_recogniser_writes_down_a_sound(tmp_path, capsys):
-    put("tiny whisper", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+def listener(folder):
+    """(folder of a tiny Whisper that hears a second, a sound)"""
+    put("tiny whisper", folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
     frames = 2 * config["max_source_positions"]  # of a second, so that a window is short
     WhisperFeatureExtractor(
         config["num_mel_bins"], chunk_length=1, hop_length=16000 // frames
-    ).save_pretrained(tmp_path / "model")
-    words = ["--model", str(tmp_path / "model"), "--iters", "0", "--group_size", "32"]
+    ).save_pretrained(folder / "model")
+    with wave.open(str(folder / "a.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+        file.writeframes((np.sin(np.arange(8000) / 20) * 9000).astype("<i2").tobytes())
+    return folder / "model", folder / "a.wav"
+
+
+def test_a_speech_recogniser_writes_down_a_sound(tmp_path, capsys):
+    model, sound = listener(tmp_path)
+    words = ["--model", str(model), "--iters", "0", "--group_size", "32"]
     assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out.strip().splitlines()[-1]
     assert told.endswith("--audio speech.wav")
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
-        file.writeframes((np.sin(np.arange(8000) / 20) * 9000).astype("<i2").tobytes())
     (folder,) = (tmp_path / "out").iterdir()
-    assert cli.main(["ask", str(folder), "--audio", str(tmp_path / "a.wav")]) == 0
+    assert cli.main(["ask", str(folder), "--audio", str(sound)]) == 0
     assert "tokens" in capsys.readouterr().out.splitlines()[-1]
 
 

@@ -20,7 +20,7 @@ from doc_blocks import CODE, LOOSE, OURS, PAGES, ROOT, Block, Mark, blocks, outs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from auto_mmround import cli, console, export
+from auto_mmround import asking, cli, console, export, publish
 from auto_mmround.calibration.template import parse_template
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.export import formats
@@ -29,7 +29,6 @@ from auto_mmround.model.loading import DEMO
 from auto_mmround.verify.engines import python_of
 
 CODES = {page: [block for block in blocks(page) if block.language in CODE] for page in PAGES}
-GUIDES = [page for page in PAGES if page.stem != "architecture"]  # a plan, not a guide
 BLOCKS = [block for found in CODES.values() for block in found]
 # what reads the media of tiny models, for its file; the pages calibrate these with text or not at
 # all
@@ -141,6 +140,8 @@ def test_what_is_not_run_is_understood(block, monkeypatch):
     if block.language == "python":
         ast.parse(block.code, block.place)
         return
+    monkeypatch.setattr(asking, "ask_and_show", lambda *args: 0)
+    monkeypatch.setattr(publish, "push", lambda *args: "sent")
     for name in (
         "quantize_with_progress",
         "show_plan",
@@ -170,7 +171,7 @@ def test_pages_link_to_files_that_exist():
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_sentences_are_short(page):
     found = list(sentences(page))
     assert found and not [sentence for sentence in found if len(sentence.split()) > 30]
@@ -186,6 +187,23 @@ def test_sentences_are_found(tmp_path):
     found = [sentence for sentence in sentences(page) if sentence]
     assert found[:2] == ["One link here.", "Two Code is long (see Code)."]
     assert found[2:] == ["(Three.)", "four; five goes on", "six"]
+
+
+def test_the_readme_is_a_landing_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 120
+    for picture in re.findall(r"!\[[^\]]+\]\((\S+\.svg)\)", readme):
+        assert "prefers-color-scheme:dark" in (ROOT / picture).read_text()
+
+
+def test_every_guide_begins_with_the_command_and_ends_with_its_check():
+    guides = list((ROOT / "docs" / "guides").glob("*.md"))
+    assert len(guides) >= 6
+    for guide in guides:
+        text, found = guide.read_text(), blocks(guide)
+        assert re.match(r"# .*\n\n<!-- .* -->\n```bash\n", text), guide.name
+        _, _, check = text.partition("## Check that it worked")
+        assert found[-1].code in check and "auto-round-mllm" in found[-1].code, guide.name
 
 
 def test_the_readme_counts_families_right():

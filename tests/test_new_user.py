@@ -1,5 +1,5 @@
-"""A new user's transcript: README.md alone, from installing to an answer about a picture from
-vLLM's server.
+"""A new user's transcript: README.md and the guide it names for vLLM, from installing to an
+answer about a picture from vLLM's server.
 
 The commands are the README's own, run by bash in a copy of what git would pack, with a Python
 environment of its own. Two things are put in their place: the user's model and picture (the bundled
@@ -27,7 +27,7 @@ from auto_mmround.verify.engines import python_of
 
 DEMO = ROOT / "auto_mmround" / "demo"
 VLLM = python_of("vllm", ROOT)
-README = blocks(ROOT / "README.md")
+README = [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs/guides/vllm.md")]
 PATIENCE = 600  # seconds a step may take
 INSTALL = 3600  # the same for installing, gigabytes on some machines
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 
 def block_with(text: str) -> Block:
-    """The one block of README.md that contains the text."""
+    """The one block of both pages that contains the text."""
     (found,) = [block for block in README if text in block.code]
     return found
 

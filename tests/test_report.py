@@ -19,6 +19,7 @@ from auto_mmround.evaluate.tasks import picture
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.loading import find_folder
 from auto_mmround.report import card, charts, report
+from auto_mmround.report.headline import differing_first, headline, trade
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -441,3 +442,50 @@ def test_a_verdict_that_did_not_run_takes_no_place(tmp_path):
 )
 def test_names_of_schemes(recipe, scheme, numbers):
     assert (report.scheme_label(recipe), report.number_label(recipe)) == (scheme, numbers)
+
+
+def test_the_page_opens_with_the_answer(demo_folder, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(demo_folder, tmp_path / "run")
+    page = report.write(folder).read_text()
+    head = page[: page.index("</header>")]
+    assert "Damage is not measured yet" in head and "No engine was asked yet" in head
+    kinds = {"text": 0.0005, "image": 0.02}
+    found = report.collect(folder) | {
+        "verify": [
+            {"engine": "vllm", "status": "right", "reason": None},
+            {"engine": "mlx", "status": "wrong", "reason": "logits differ"},
+        ]
+    }
+    lines = headline(found, {"quantized": {"kl": kinds}})
+    assert "hardly any on text (0.0005), some on image (0.02)" in lines[-3]
+    assert lines[-2:] == ["WRONG by mlx: logits differ.", "Proved right by vllm."]
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    assert cli.main(["report", str(folder), "--open"]) == 0
+    assert opened == [(folder / "report.html").resolve().as_uri()]
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    assert cli.main(["report", str(folder), "--open"]) == 2
+    assert "no browser" in capsys.readouterr().err
+
+
+def test_answers_that_differ_come_first():
+    rows = [{"answers": {"reference": "a", "quantized": each}} for each in "abac"]
+    assert [row["answers"]["quantized"] for row in differing_first(rows)] == ["b", "c", "a", "a"]
+    alone = [{"answers": {"quantized": "x"}}, {"answers": {"quantized": "y"}}]
+    assert differing_first(alone) == alone
+
+
+def test_a_comparison_puts_damage_against_size_and_time(demo_folder, tmp_path):
+    runs = []
+    for i, kl in enumerate((0.002, 0.03)):
+        folder = shutil.copytree(demo_folder, tmp_path / f"run{i}")
+        figures = {"quantized": {"kl": {"text": kl / 2, "image": kl}}}
+        found = report.collect(folder) | {"evaluation": {"figures": figures}}
+        runs.append(found | {"seconds": 10.0 * (i + 1)})
+    points = trade(runs, "AB", "time")
+    assert points == {"A": (0, 10.0, 0.002, "10.0 s"), "B": (1, 20.0, 0.03, "20.0 s")}
+    drawn = str(charts.scatter("Damage against time", points))
+    assert drawn.count("<circle") == 2 and "A: 0.00200 at 10.0 s" in drawn
+    assert not trade(runs[:1], "A", "size")
+    bare = report.compare([tmp_path / "run0", tmp_path / "run1"], tmp_path / "both.html")
+    assert "What the damage buys" not in bare.read_text()  # nothing was measured

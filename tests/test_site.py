@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from auto_mmround.flags import COMMANDS
+from auto_mmround.recipe.recipe import KEYS
+
 ROOT = Path(__file__).parents[1]
 # What a browser fetches by itself, as opposed to what a reader may click.
 FETCHED = re.compile(
@@ -71,3 +74,10 @@ def test_equations_are_mathml_and_pages_from_outside_are_there(site):
         site / "contributing.html"
     ).is_file()
     assert "The digit is purple." in (site / "notebook.html").read_text()
+
+
+def test_the_reference_has_every_flag(site):
+    page = (site / "reference" / "flags.html").read_text()
+    for name, key in KEYS.items():
+        assert not key.text or f"<code>--{name}</code>" in page, name
+    assert all(f"Command {name}" in page for name in COMMANDS)

@@ -184,6 +184,24 @@ def line(
     return chart(title, f"{sums} {unit}".strip(), marks, axis, labels)
 
 
+def scatter(title: str, points: Mapping[str, tuple[int, float, float, str]]) -> Markup:
+    """One dot a run. points: letter -> (number of its colour, across, up, words on `across`)."""
+    axis = Scale(0.0, max(up for _, _, up, _ in points.values()) * 1.05 or 1.0, False)
+    widest = max(across for _, across, _, _ in points.values()) or 1.0
+    marks, told = [], []
+    for letter, (color, across, up, words) in points.items():
+        x, y = f"{6 + 84 * across / widest:.2f}%", axis.y(up)
+        tip = escape(f"{letter}: {figure(up)} at {words}")
+        marks.append(
+            f'<circle class="s{color % COLORS}" cx="{x}" cy="{y}" r="4"><title>{tip}</title>'
+            f'</circle><text class="tick" x="{x}" y="{y - 8}" text-anchor="middle">'
+            f"{escape(letter)}</text>"
+        )
+        told.append(str(tip))
+    last = max(points.values(), key=lambda point: point[1])[3]
+    return chart(title, "; ".join(told), marks, axis, ["0", "", last])
+
+
 def bar(value: float, largest: float, kind: str = "end") -> Markup:
     """One bar inside a table row; its figure stands beside it."""
     width = 100 * value / largest if largest > 0 else 0.0

@@ -19,6 +19,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
+from auto_mmround.report.headline import differing_first, headline, trade
 from auto_mmround.report.sizes import sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
@@ -200,6 +201,7 @@ def compare(folders: Sequence[Path], page: Path) -> Path:
         runs=runs,
         letters=letters,
         rows=_compared(reports),
+        trades={what: trade(reports, letters, what) for what in ("size", "time")},
         stages=_lines(letters, reports),
         charts=charts,
     )
@@ -232,7 +234,8 @@ def view(report: dict[str, Any]) -> dict[str, Any]:
         "labels": [_axis_label(block, len(report["plan"]["stages"])) for block in report["blocks"]],
         "figures": evaluated.get("figures", {}),
         "scores": evaluated.get("scores", []),
-        "samples": evaluated.get("samples", []),
+        "samples": differing_first(evaluated.get("samples", [])),
+        "answer": headline(report, evaluated.get("figures", {})),
         "roles": [
             role for role in ("reference", "baseline", "quantized") if role in _roles(evaluated)
         ],
