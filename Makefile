@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.ready
 GPTQMODEL := .engines/gptqmodel/.ready
 
-ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py)
+ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_experts.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-floats bench-whisper bench-recapture bench-padding \
 	bench-scale bench-mixed bench-recipes test-harnesses fuzz clean

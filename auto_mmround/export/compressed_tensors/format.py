@@ -92,7 +92,7 @@ def config(layout: Layout) -> dict[str, Any]:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": KV_CACHE if layout.kv_cache else None,
-        "ignore": ignore,
+        "ignore": list(dict.fromkeys(ignore)),
         "config_groups": {
             f"group_{i}": _group(
                 scheme, targets_of(layout, by_scheme, scheme, ends, scheme == largest), kind

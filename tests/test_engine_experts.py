@@ -1,0 +1,71 @@
+"""A mixture of experts in real engines: their logits against the decoded weights. llama.cpp has no
+row: GGUF files with experts are refused when the plan is made."""
+
+import sys
+from pathlib import Path
+
+import mixtures
+import pytest
+import torch
+from asking import run_engine, run_transformers
+from tiny_models import tiny_tokenizer
+
+from auto_mmround import cli
+from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.verify.engines import python_of
+
+ROOT = Path(__file__).parents[1]
+IDS = torch.randint(3, 110, (1, 24), generator=torch.Generator().manual_seed(1))
+KINDS = ("qwen3_moe", "glm4_moe")
+
+
+def exported(kind: str, engine: str, fmt: str, place: Path) -> Path:
+    mixtures.build(kind).save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    words = ["--model", str(place / "model"), "--output_dir", str(place / "out"), "--format", fmt]
+    more = ["--iters", "0", "--group_size", "32", "--device", "cpu", "--engines", engine]
+    assert cli.main([*words, *more]) == 0
+    (folder,) = (place / "out").iterdir()
+    return folder
+
+
+def spread(result, folder: Path) -> float:
+    """The difference to the decoded weights, relative to their logits' deviation."""
+    assert result.ok, result.error
+    wanted = logits_of(from_quantized(folder, dtype="float32").model, {"input_ids": IDS})
+    return ((result.logits[0].reshape(wanted.shape) - wanted).std() / wanted.std()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_experts(kind, tmp_path):
+    folder = exported(kind, "transformers", "auto_round", tmp_path)
+    result = run_transformers(
+        folder,
+        [{"input_ids": IDS}],
+        python=Path(sys.executable),
+        model_class="AutoModelForCausalLM",
+    )
+    assert spread(result, folder) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ["auto_round", "compressed_tensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllm_reads_experts(kind, fmt, tmp_path):
+    python = python_of("vllm", ROOT)
+    if not python.is_file():
+        pytest.skip("scripts/engines.sh vllm installs the engine")
+    folder = exported(kind, "vllm", fmt, tmp_path)
+    result = run_engine("vllm", folder, [{"input_ids": IDS}], python=python, new_tokens=3)
+    assert spread(result, folder) < 0.01
+
+
+def test_gguf_of_experts_is_refused_at_plan_time(tmp_path, capsys):
+    mixtures.build("qwen3_moe").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["plan", *words, "--format", "gguf:q4_0", "--iters", "0"]) == 2
+    assert "gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
