@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.errors import UserError
 from auto_mmround.evaluate import tasks
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.model import devices
@@ -27,21 +28,27 @@ def evaluate(
     names: str | None = None,
     device: str = "0",
     remote_code: bool = False,
+    stream: bool | None = None,
     progress: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> tuple[tasks.Measured, dict[str, Any]]:
     """What the tasks found, and the record of it. names: a comma list; default is ppl, with a
     reference kl too.
 
     names: a comma list; default is ppl, and kl if there is a reference. reference: the model before
-    quantization. baseline: another checkpoint to compare with. Raises UserError for unknown tasks,
+    quantization. baseline: another checkpoint to compare with. stream: read blocks when their turn
+    comes; None: of models that take most of the free memory. Raises UserError for unknown tasks,
     models or sets, and for sets without a row that a task needs.
     """
     wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
+    outside = [name for name in wanted if name not in tasks.TASKS]
+    if outside and stream:
+        raise UserError(f"task {outside[0]} needs the whole model in memory: leave --stream out")
+    stream = False if outside else stream
     started = time.perf_counter()
     place = devices.resolve(device)
     named = {"reference": reference, "baseline": baseline, "quantized": model}
     models = {
-        role: load_any(name, device=place, remote_code=remote_code)
+        role: load_any(name, device=place, remote_code=remote_code, stream=stream)
         for role, name in named.items()
         if name
     }

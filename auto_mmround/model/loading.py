@@ -209,9 +209,10 @@ def _read(
         if how.streams or tensors.scales or merged:
             said = "blocks are read when their turn comes" if how.streams else "read by tensors"
             log.info("%s: %s", name, said)
-            model, holder, absent = load_streamed(
+            model, holder, met = load_streamed(
                 cls, config, tensors, how.dtype, how.device, renamed_keys, whole=not how.streams
             )
+            absent = sorted(met.missing_keys | {key for key, *_ in met.mismatched_keys})
         else:
             options = _trust(how.remote_code) | {"config": config, "dtype": how.dtype}
             model, absent = _read_whole(cls, folder, how.device_map, options)

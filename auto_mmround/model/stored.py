@@ -25,6 +25,7 @@ from auto_mmround.headers import DAMAGED, read_header
 from auto_mmround.model.quantized import FLOATS, METHODS, Block, block_sizes, told
 from auto_mmround.untrusted import one_line, weight_files
 
+MAPPED = 2**28  # bytes read after which files are opened anew
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = ("U8", "I8", "I16", "I32", "U16", "U32")  # integers of another quantization
 SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
@@ -57,6 +58,10 @@ class Stored:
     kinds: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, str] = field(default_factory=dict)
 
+    def reader(self) -> "Reader":
+        """What reads the tensors while it is open."""
+        return Reader(self)
+
     def nbytes(self) -> int:
         """Bytes of all tensors, decoded."""
         with Reader(self) as reader:
@@ -76,11 +81,12 @@ class Stored:
 
 
 class Reader:
-    """Reads tensors while it is open; each file is opened once."""
+    """Reads tensors while it is open."""
 
     def __init__(self, stored: Stored):
         self.stored, self._stack = stored, ExitStack()
         self._opened: dict[Path, Any] = {}
+        self._read = 0
 
     def __enter__(self) -> "Reader":
         return self
@@ -106,7 +112,12 @@ class Reader:
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
+        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
+            self._opened.clear()
+            self._stack.close()
+            self._read = 0
         found: Tensor = self.slice(key)[...]
+        self._read += found.nbytes
         return found
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+PIECE = 2**20  # values that are decoded at a time
 SUPER = 256  # columns of a super-block
 # smallest scale of a dtype, where a number below the normal ones is kept by all
 LEAST = {torch.float16: 2.0**-24}
@@ -229,9 +230,34 @@ def levels(kind: str) -> Tensor:
     return torch.cat([magnitudes, -magnitudes])
 
 
+def rows_of(codes: Codes, rows: slice) -> Codes:
+    """The same of some rows; units of super-blocks are left out."""
+    tables = {
+        name: None if (table := getattr(codes, name)) is None else table[rows]
+        for name in ("q_OI", "scale_OG", "zero_OG", "min_OG")
+    }
+    return codes._replace(**tables, unit_OS2=None)
+
+
+def pieces_of(shape: torch.Size | tuple[int, int]) -> list[slice]:
+    """Rows of a matrix, in pieces of about `PIECE` values."""
+    step = max(1, PIECE // max(1, shape[1]))
+    return [slice(at, at + step) for at in range(0, shape[0], step)]
+
+
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
     """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then cast to
-    ``dtype``; (out, in)."""
+    ``dtype``; (out, in). Beside the result it holds a few rows at a time."""
+    pieces = pieces_of(codes.q_OI.shape)
+    if len(pieces) < 2:
+        return _decoded(codes, dtype)
+    found_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
+    for rows in pieces:
+        found_OI[rows] = _decoded(rows_of(codes, rows), dtype)
+    return found_OI
+
+
+def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
     q_OI = codes.q_OI.float()
     columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
     if codes.data_type != "int":
