@@ -1,7 +1,7 @@
 """The tensors of a checkpoint folder, read one by one, and the weights that they decode to."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,33 +20,38 @@ from auto_mmround.numerics.grids import dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import read_object, weight_files
 
-MAPPED = 2**28  # bytes read after which files are opened anew
+MAPPED = 2**26  # bytes read after which files are opened anew
 # Errors of unpacking if tensors contradict their configuration.
 CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
 
 
-class Shards(ExitStack):
-    """Weight files, open until the context ends. Raises UserError for unreadable files."""
+class Shards:
+    """Reads tensors of weight files while it is open, from several threads too. Raises UserError
+    for unreadable files."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._opened: dict[Path, Any] = {}
         self._read = 0
 
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened = {}
+
     def tensor(self, path: Path, name: str) -> Tensor:
         """A tensor of a file."""
-        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
-            self._opened.clear()
-            self.close()
-            self._read = 0
-        if path not in self._opened:
+        opened = self._opened
+        if path not in opened:
             with _readable(path):
-                self._opened[path] = self.enter_context(safe_open(path, "pt"))
+                opened[path] = safe_open(path, "pt")
         try:
-            found: Tensor = self._opened[path].get_tensor(name)
+            found: Tensor = opened[path].get_tensor(name)
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: {name} cannot be read ({error})") from error
         self._read += found.nbytes
+        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
+            self._opened, self._read = {}, 0
         return found
 
 

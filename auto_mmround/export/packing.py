@@ -56,13 +56,16 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
 
 def _unpacked(words: Tensor, bits: int, n: int) -> Tensor:
     as_bytes = words.to(torch.int32).contiguous().view(torch.uint8)
+    mask = 2**bits - 1
+    if 8 % bits == 0:  # no value lies in two bytes
+        parts = [(as_bytes >> at).bitwise_and_(mask) for at in range(0, 8, bits)]
+        return torch.stack(parts, dim=-1).flatten(-2)[..., :n].contiguous()
     groups = torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[-1] % bits)).unflatten(
         -1, (-1, bits)
     )
     register = torch.zeros(groups.shape[:-1], dtype=torch.int64, device=words.device)
     for i in range(bits):
         register |= groups[..., i].long() << (8 * i)
-    mask = 2**bits - 1
     values = torch.stack(
         [(register >> (bits * j)).bitwise_and_(mask).to(torch.uint8) for j in range(8)], dim=-1
     )

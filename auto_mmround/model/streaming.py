@@ -247,6 +247,7 @@ def load_streamed(
     with stored.reader() as reader, no_progress_bar():
         slices = {key: reader.slice(key) for key in stored.files}
         info, _ = convert_and_load_state_dict_in_model(model, slices, loading)
+    devices.trim_heap()  # of the tensors that were read for the meta device
     loading = replace(loading, device_map={"": device})
     info = model._finalize_model_loading(model, loading, info)
     model.eval().requires_grad_(False)

@@ -258,16 +258,17 @@ def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
-    q_OI = codes.q_OI.float()
-    columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
+    columns, scale_OG1 = codes.q_OI.shape[1], codes.scale_OG.float()[..., None]
+    q_OGg = to_groups(codes.q_OI, codes.group_size)
     if codes.data_type != "int":
-        scale_OG = (
-            codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
-        )
-        values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OI.device)
-        return (values[codes.q_OI.long()] * scale_OG[:, columns_I]).to(dtype)
-    value_OI = (q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]
-    return (value_OI if codes.min_OG is None else value_OI - codes.min_OG[:, columns_I]).to(dtype)
+        if codes.global_scale is not None:
+            scale_OG1 = scale_OG1 / codes.global_scale
+        values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OGg.device)
+        return from_groups((values[q_OGg.long()] * scale_OG1).to(dtype), columns)
+    value_OGg = (q_OGg.float() - codes.zero_OG.float()[..., None]) * scale_OG1
+    if codes.min_OG is not None:
+        value_OGg = value_OGg - codes.min_OG[..., None]
+    return from_groups(value_OGg.to(dtype), columns)
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
