@@ -188,13 +188,15 @@ class Streamed(InTurn):
         devices.trim_heap()
 
 
-def fits(stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:
-    """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free
-    memory."""
+def fits(
+    stored: Stored, device: torch.device, dtype: torch.dtype | None = None, copies: int = 1
+) -> bool:
+    """Whether so many copies of the weights, in ``dtype`` if one is given, take at most `SHARE` of
+    the device's free memory."""
     size = stored.nbytes()
     if dtype is not None and not stored.scales:
         size = size * dtype.itemsize // (stored.dtype() or dtype).itemsize
-    return has_room(size, device)
+    return has_room(copies * size, device)
 
 
 def has_room(size: int, device: torch.device) -> bool:

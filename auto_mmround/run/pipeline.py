@@ -81,7 +81,8 @@ def quantize(
     )  # fmt: skip
     if recipe.equalize != "none":
         with phase("equalizing"):
-            equalize(session, watcher.captured)
+            # each process on all samples: all of them must change the same weights alike
+            equalize(replace(session, processes=ALONE), watcher.captured)
         check_equalized(model, plan)
     early = plan.weights if not recipe.calibrates else [w for w in plan.weights if not w.block]
     session.served.measured |= input_scales(session, early, watcher.captured)
