@@ -139,9 +139,11 @@ def factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> tuple[Tenso
     damp_I = torch.where(live_I, dampening, 1.0) * mean
     damped_II = hessian_II[turned_I[:, None], turned_I]
     damped_II.diagonal().add_(damp_I.flip(0))
-    upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
+    # in the same memory: of a wide layer each copy takes more than a gigabyte
+    failed = torch.zeros((), dtype=torch.int32, device=hessian_II.device)
+    torch.linalg.cholesky_ex(damped_II, upper=True, out=(damped_II, failed))
+    feedback_II = damped_II.flip(0, 1)
     del damped_II
-    feedback_II = upper_II.flip(0, 1)
     root_I = feedback_II.diagonal().clone()
     return feedback_II.div_(root_I[:, None]), (failed == 0) & root_I.isfinite().all()
 
