@@ -99,8 +99,9 @@ def config_of(name: str, layers: int, scale: int) -> Any:
 
     # positions in three dimensions: halves of a head
     half = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 2
-    rope = {"rope_type": "default", "rope_theta": 1e6,
-            "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}  # fmt: skip
+    part = half * 3 // 8
+    sections = [half - 2 * part, part, part]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     kind = getattr(transformers, cls).config_class
     return kind(
         text_config=smaller(text) | {"num_hidden_layers": layers, "rope_parameters": rope},
