@@ -15,7 +15,7 @@ from rich.text import Text
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.evaluate.evaluate import evaluate, keep
+from auto_mmround.evaluate.evaluate import Way, evaluate, keep
 from auto_mmround.evaluate.generation import generate_sample
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics
@@ -249,9 +249,7 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
             reference=found.reference,
             baseline=found.baseline,
             names=found.tasks,
-            device=found.device,
-            remote_code=found.trust_remote_code,
-            stream=found.stream,
+            way=Way(found.device, found.trust_remote_code, found.stream),
             progress=progress,
         )
     record["command"] = shlex.join(["auto-round-mllm", "eval", *found.words])

@@ -79,12 +79,10 @@ COMPLETION_EPILOG = """\
 STREAM: dict[str, dict[str, Any]] = {
     "--stream": {
         "action": "store_true", "default": None,
-        "help": "read blocks from the files when their turn comes (default: of models that take"
-        " most of the free memory)",
+        "help": "read blocks when their turn comes (default: where a model would not fit)",
     },
     "--no_stream": {
-        "action": "store_false", "dest": "stream", "default": None,
-        "help": "the whole model in memory",
+        "action": "store_false", "dest": "stream", "help": "the whole model in memory",
     },
 }  # fmt: skip
 TRUST = {"action": "store_true", "help": "run Python code that comes with the model"}

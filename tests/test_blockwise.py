@@ -26,7 +26,7 @@ from auto_mmround.model.loading import DEMO
 from auto_mmround.model.lockstep import in_turn
 from auto_mmround.model.streaming import Streamed
 from auto_mmround.model.structure import find_stages
-from auto_mmround.numerics import grids
+from auto_mmround.numerics import grids, pieces
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify import values
@@ -128,7 +128,7 @@ def test_large_weights_are_decoded_and_packed_some_rows_at_a_time(monkeypatch):
         whole = grids.dequantize(codes), packing.pack_bits(codes.q_OI, grid.bits)
         correlation = values._correlation(codes, w_OI)
         with monkeypatch.context() as patch:
-            patch.setattr(grids, "PIECE", 500)
+            patch.setattr(pieces, "PIECE", 500)
             patch.setattr(packing, "PIECE", 50)
             assert torch.equal(grids.dequantize(codes), whole[0])
             assert torch.equal(packing.pack_bits(codes.q_OI, grid.bits), whole[1])

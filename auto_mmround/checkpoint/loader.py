@@ -67,10 +67,7 @@ def from_quantized(
     decoded = Decoded(folder, wanted)
     try:
         empty = skeleton(config, folder, remote_code)
-        size = sum(p.numel() for p in empty.parameters()) * wanted.itemsize
-        streams = not has_room(size, device) if stream is None else stream
-        if streams:
-            log.info("%s: blocks are read when their turn comes", folder)
+        streams = _streams(empty, folder, wanted, device) if stream is None else stream
         state = AsKept(empty, folder, decoded)
         model, holder, met = load_streamed(
             model_class(config, folder, remote_code),
@@ -95,6 +92,17 @@ def from_quantized(
     model = model.eval().requires_grad_(False)
     model = model if streams else model.to(device)  # type: ignore[arg-type]
     return Loaded(model, tokenizer, processor, folder, holder)
+
+
+def _streams(
+    empty: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the decoded model takes too much of the free memory."""
+    size = sum(parameter.numel() for parameter in empty.parameters()) * dtype.itemsize
+    if has_room(size, device):
+        return False
+    log.info("%s: blocks are read when their turn comes", folder)
+    return True
 
 
 def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[str]:

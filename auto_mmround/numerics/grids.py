@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-PIECE = 2**20  # values that are decoded at a time
+from auto_mmround.numerics.pieces import by_rows
+
 SUPER = 256  # columns of a super-block
 # smallest scale of a dtype, where a number below the normal ones is kept by all
 LEAST = {torch.float16: 2.0**-24}
@@ -230,55 +231,29 @@ def levels(kind: str) -> Tensor:
     return torch.cat([magnitudes, -magnitudes])
 
 
-def rows_of(codes: Codes, rows: slice) -> Codes:
-    """The same of some rows; units of super-blocks are left out."""
-    tables = {
-        name: None if (table := getattr(codes, name)) is None else table[rows]
-        for name in ("q_OI", "scale_OG", "zero_OG", "min_OG")
-    }
-    return codes._replace(**tables, unit_OS2=None)
-
-
-def pieces_of(shape: torch.Size | tuple[int, int]) -> list[slice]:
-    """Rows of a matrix, in pieces of about `PIECE` values."""
-    step = max(1, PIECE // max(1, shape[1]))
-    return [slice(at, at + step) for at in range(0, shape[0], step)]
-
-
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then cast to
-    ``dtype``; (out, in). Beside the result it holds a few rows at a time."""
-    pieces = pieces_of(codes.q_OI.shape)
-    if len(pieces) < 2:
-        return _decoded(codes, dtype)
-    found_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
-    for rows in pieces:
-        found_OI[rows] = _decoded(rows_of(codes, rows), dtype)
-    return found_OI
+    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then as ``dtype``."""
+    return by_rows(_decoded, codes, dtype)
 
 
 def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
-    columns, scale_OG1 = codes.q_OI.shape[1], codes.scale_OG.float()[..., None]
-    q_OGg = to_groups(codes.q_OI, codes.group_size)
+    scale_OG1, q_OGg = codes.scale_OG.float()[..., None], to_groups(codes.q_OI, codes.group_size)
     if codes.data_type != "int":
-        if codes.global_scale is not None:
-            scale_OG1 = scale_OG1 / codes.global_scale
+        scale_OG1 = scale_OG1 if codes.global_scale is None else scale_OG1 / codes.global_scale
         values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OGg.device)
-        return from_groups((values[q_OGg.long()] * scale_OG1).to(dtype), columns)
-    value_OGg = (q_OGg.float() - codes.zero_OG.float()[..., None]) * scale_OG1
-    if codes.min_OG is not None:
-        value_OGg = value_OGg - codes.min_OG[..., None]
-    return from_groups(value_OGg.to(dtype), columns)
+        value_OGg = values[q_OGg.long()] * scale_OG1
+    else:
+        value_OGg = (q_OGg.float() - codes.zero_OG.float()[..., None]) * scale_OG1
+    value_OGg = value_OGg if codes.min_OG is None else value_OGg - codes.min_OG[..., None]
+    return from_groups(value_OGg.to(dtype), codes.q_OI.shape[1])
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
     """Cut rows into groups, (out, G, group_size); a short last group is filled with zeros, which
     change no range."""
-    rows, columns = w_OI.shape
-    short = -columns % group_size
-    if short:
+    if short := -w_OI.shape[1] % group_size:
         w_OI = torch.nn.functional.pad(w_OI, (0, short))
-    return w_OI.reshape(rows, -1, group_size)
+    return w_OI.reshape(len(w_OI), -1, group_size)
 
 
 def from_groups(w_OGg: Tensor, columns: int) -> Tensor:

@@ -14,7 +14,8 @@ from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_
 from auto_mmround.checkpoint.subject import Finding, Subject
 from auto_mmround.errors import UserError
 from auto_mmround.model.stored import Reader
-from auto_mmround.numerics.grids import Codes, dequantize, pieces_of, rows_of
+from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.numerics.pieces import pieces_of, rows_of
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.record import checksum, codes_record
 
