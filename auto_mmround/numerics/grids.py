@@ -15,8 +15,7 @@ from torch import Tensor
 from auto_mmround.numerics.pieces import by_rows
 
 SUPER = 256  # columns of a super-block
-# smallest scale of a dtype, where a number below the normal ones is kept by all
-LEAST = {torch.float16: 2.0**-24}
+LEAST = {torch.float16: 2.0**-24}  # smallest scale, where all keep numbers below the normal ones
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -244,13 +243,12 @@ def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
         value_OGg = values[q_OGg.long()] * scale_OG1
     else:
         value_OGg = (q_OGg.float() - codes.zero_OG.float()[..., None]) * scale_OG1
-    value_OGg = value_OGg if codes.min_OG is None else value_OGg - codes.min_OG[..., None]
-    return from_groups(value_OGg.to(dtype), codes.q_OI.shape[1])
+    least = 0.0 if codes.min_OG is None else codes.min_OG[..., None]
+    return from_groups((value_OGg - least).to(dtype), codes.q_OI.shape[1])
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
-    """Cut rows into groups, (out, G, group_size); a short last group is filled with zeros, which
-    change no range."""
+    """Cut rows into groups, (out, G, group_size); a short last one gets zeros: no range changes."""
     if short := -w_OI.shape[1] % group_size:
         w_OI = torch.nn.functional.pad(w_OI, (0, short))
     return w_OI.reshape(len(w_OI), -1, group_size)
