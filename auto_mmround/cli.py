@@ -20,7 +20,7 @@ from auto_mmround.untrusted import one_line
 
 # What a parser of a recipe finds beside the recipe.
 BESIDE = (
-    "recipe_file", "eval", "lmms", "verbose", "quiet", "json_log", "push_to_hub", "public",
+    "recipe_file", "eval", "lmms", "json", "verbose", "quiet", "json_log", "push_to_hub", "public",
     "hub_endpoint",
 )  # fmt: skip
 
@@ -47,7 +47,8 @@ def plan_command(arguments: Sequence[str]) -> int:
     from auto_mmround.console import show_plan
     from auto_mmround.printing import Telling
 
-    return show_plan(recipe, Telling(found.verbose, found.quiet, found.json_log))
+    telling = Telling(found.verbose, found.quiet, found.json_log)
+    return show_plan(recipe, telling, found.json)
 
 
 def parse_recipe(

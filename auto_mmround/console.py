@@ -16,7 +16,7 @@ from rich.text import Text
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.evaluate.evaluate import evaluate, keep
+from auto_mmround.evaluate.evaluate import Way, evaluate, keep
 from auto_mmround.evaluate.generation import generate_sample
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics
@@ -37,6 +37,7 @@ from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
+from auto_mmround.run.staying import Staying, staying
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.verify import verify
@@ -169,26 +170,46 @@ def summary(plan: Plan) -> str:
 
 
 @phase("planning")
-def show_plan(recipe: Recipe, telling: Telling | None = None) -> int:
-    """The plan as a table. Equal rows of different blocks are one row, with their number."""
+def show_plan(recipe: Recipe, telling: Telling | None = None, as_json: bool = False) -> int:
+    """The plan as a table, or as JSON: what becomes of the weights, what stays, what it takes."""
     quiet_libraries(telling)
     loaded = jobs.load_model(recipe)
     # Mixed bits depend on the calibration samples; other plans do not.
     job = None if recipe.target_bits is None else prepare_with_progress(recipe, loaded)
     plan = job.plan if job else jobs.planned(recipe, loaded)
+    stays, formats = staying(loaded, plan, recipe), [fmt.name for fmt in plan.formats]
+    notes = mixed_lines(job.mixed if job else None)
+    notes += refusals(loaded.model, plan, recipe.read_by)
+    known = job is not None or not recipe.needs_samples or recipe.dataset is not None
+    if as_json:
+        found = estimate(job or jobs.prepare(recipe, loaded)) if known else None
+        keys = "layer", "count", "shape", "becomes"
+        facts = {"model": recipe.model, "bits_per_weight": plan.bits_per_weight()}
+        facts |= {"layers": [dict(zip(keys, row, strict=True)) for row in plan_rows(plan)]}
+        facts |= {"stays": [row.as_dict() for row in stays], "formats": formats, "notes": notes}
+        took = found and asdict(found) | {"fits": found.fits}
+        print(strict.dumps(facts | {"estimate": took}, indent=1))
+        return 0
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
     for row in plan_rows(plan):
         table.add_row(*row)
     show(table)
-    for line in (summary(plan), *mixed_lines(job.mixed if job else None)):
-        console.print(line, highlight=False)
-    console.print(f"formats: {', '.join(fmt.name for fmt in plan.formats)}", highlight=False)
-    for line in refusals(loaded.model, plan, recipe.read_by):
+    show(staying_table(stays))
+    for line in (summary(plan), f"formats: {', '.join(formats)}", *notes):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if job is None and recipe.needs_samples and recipe.dataset is None:
+    if not known:
         console.print("name --dataset for an estimate of time and memory", highlight=False)
         return 0
     return show_estimate(estimate(job or jobs.prepare(recipe, loaded)))
+
+
+def staying_table(stays: Sequence[Staying]) -> Table:
+    """What stays in 16 bits, and what would shrink it."""
+    table = Table("stays in 16 bits", Column("MB", justify="right"), "shrinks with")
+    for row in stays:
+        table.add_row(row.part, f"{row.nbytes / 1e6:,.1f}", row.flag or "-")
+    table.add_row("all", f"{sum(row.nbytes for row in stays) / 1e6:,.1f}", "")
+    return table
 
 
 def show_estimate(found: Estimate) -> int:
@@ -229,8 +250,7 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
             reference=found.reference,
             baseline=found.baseline,
             names=found.tasks,
-            device=found.device,
-            remote_code=found.trust_remote_code,
+            way=Way(found.device, found.trust_remote_code, found.stream),
             progress=progress,
         )
     record["command"] = shlex.join(["auto-round-mllm", "eval", *found.words])
@@ -305,6 +325,7 @@ def verify_and_show(found: argparse.Namespace) -> int:
         source=found.source,
         remote_code=found.trust_remote_code,
         timeout=found.timeout,
+        stream=found.stream,
     )
     if result.verdicts and report.ours(found.folder):
         report.keep_verdicts(found.folder, [asdict(verdict) for verdict in result.verdicts])

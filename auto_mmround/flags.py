@@ -75,6 +75,16 @@ COMPLETION_EPILOG = """\
   zsh    eval "$(auto-round-mllm completion zsh)"        in ~/.zshrc
   fish   auto-round-mllm completion fish | source        in ~/.config/fish/config.fish
 """
+# For commands that run decoded models; recipes have the same words.
+STREAM: dict[str, dict[str, Any]] = {
+    "--stream": {
+        "action": "store_true", "default": None,
+        "help": "read blocks when their turn comes (default: where a model would not fit)",
+    },
+    "--no_stream": {
+        "action": "store_false", "dest": "stream", "help": "the whole model in memory",
+    },
+}  # fmt: skip
 TRUST = {"action": "store_true", "help": "run Python code that comes with the model"}
 JSON = {"action": "store_true", "help": "print JSON"}
 
@@ -121,7 +131,9 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command(
         "Quantize a multimodal model to 2-8 bits and export it.", SEND, recipe=True
     ),
-    "plan": Command("Show what each layer becomes, and what a run would take.", recipe=True),
+    "plan": Command(
+        "Show what each layer becomes, and what a run would take.", {"--json": JSON}, recipe=True
+    ),
     "eval": Command(
         "Measure a model, alone or against a reference.",
         {
@@ -156,6 +168,7 @@ COMMANDS: dict[str, Command] = {
             },
             "--device": {"default": "0", "help": "0: the first accelerator, else the processor"},
             "--trust_remote_code": TRUST,
+            **STREAM,
             "--json": JSON,
             "--model_card": {
                 "action": "store_true", "help": "write README.md into the checkpoint",
@@ -178,6 +191,7 @@ COMMANDS: dict[str, Command] = {
                 "help": "seconds an engine may take (default: 600)",
             },
             "--trust_remote_code": TRUST,
+            **STREAM,
             "--json": JSON,
         },
         VERIFY_EPILOG,

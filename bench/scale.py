@@ -43,6 +43,15 @@ def config(layers: int) -> LlamaConfig:
     )  # fmt: skip
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of 128 words: w0, w1 .."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2"
+    )
+
+
 def make(folder: Path, gigabytes: float) -> tuple[int, int, int]:
     """Write a random model of about that size; layers, its bytes and those of a block."""
     with torch.device("meta"):
@@ -64,11 +73,7 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int, int]:
         for i in range(layers) if ".layers.0." in key else (0,):
             writer.add({key.replace(".layers.0.", f".layers.{i}."): tensor})
     writer.finish()
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2"
-    ).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     write_config(folder, json.loads(config(layers).to_json_string(use_diff=False)), None)
     return layers, rest + layers * block, block
 

@@ -397,3 +397,17 @@ def test_start_gives_back_the_integers_with_the_smallest_offsets(
         (q_OGg == grid.top) & (ratio_OGg > centre_OGg)
     )
     assert not offset_OGg[beyond_OGg].any()
+
+
+@pytest.mark.parametrize("size", [1, 6, 7, 600])
+def test_the_factor_takes_the_place_of_the_matrix(size):
+    draw = torch.Generator().manual_seed(size)
+    x = torch.randn(2 * size, size, generator=draw)
+    hessian, order = x.t() @ x / len(x), torch.randperm(size, generator=draw)
+    kept = hessian.clone()
+    feedback, sound = gptq.factor(hessian, order, 0.01)
+    assert sound and torch.equal(hessian, kept)
+    damped = hessian[order[:, None], order]
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(size)
+    root = torch.linalg.cholesky(damped.flip(0, 1), upper=True).flip(0, 1)
+    torch.testing.assert_close(feedback, root / root.diagonal()[:, None])

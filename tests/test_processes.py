@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ import two_processes
 from tiny_models import tiny_tokenizer
 from two_processes import RECIPE, mixed_inputs, tiny_model
 
+from auto_mmround.errors import UserError
 from auto_mmround.evaluate.evaluate import evaluate
 from auto_mmround.evaluate.prompts import Data
+from auto_mmround.model import devices
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.job import load_model
 from auto_mmround.run.pipeline import quantize
 from auto_mmround.run.plan import make_plan
-from auto_mmround.run.processes import ALONE, launched
+from auto_mmround.run.processes import ALONE, Processes, launched
 
 
 def launch(mode, folder):
@@ -104,6 +108,59 @@ def test_after_the_loss_of_a_process_the_same_command_goes_on_to_the_same_bits(t
     assert one["codes"] == two["codes"] and one["tensors"] == two["tensors"]
     weights, others = ((folder / "model.safetensors").read_bytes() for folder in results)
     assert weights == others
+
+
+def ready(folder, **changes):
+    """A folder with a model and a recipe for two processes."""
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "recipe.json").write_text(json.dumps(changes))
+    return folder
+
+
+# What two processes make of a step on the whole model, beside streaming: it works, or one line.
+PAIRS = {
+    "equalize": ({"equalize": "awq"}, None),
+    "target_bits": ({"target_bits": 3.5, "bit_options": "2,3,4"}, None),
+    "act_dynamic = false": (
+        {"data_type": "fp8", "bits": 8, "group_size": -1, "act_bits": 8, "act_dynamic": False,
+         "iters": 0, "algorithm": "rtn", "format": "compressed_tensors"},
+        None,
+    ),
+    "polish": ({"polish": True}, "polish is for one process; leave one of the two out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_steps_on_the_whole_model_streamed_and_in_two_processes(name, tmp_path):
+    changes, refused = PAIRS[name]
+    instead = f"{name} needs the whole model in memory: no streaming; .+"
+    with pytest.raises(UserError, match=instead):  # before anything is loaded
+        replace(RECIPE, stream=True, **changes)
+    folder = ready(tmp_path / "two", **changes)
+    codes = launch("job", folder)
+    lines = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    assert codes == ([2, 2] if refused else [0, 0]), lines
+    assert lines == ([refused, f"process 1: {refused}"] if refused else [])
+
+
+def test_each_of_two_processes_holds_one_block_and_the_files_are_the_same(tmp_path):
+    results = []
+    for name, changes in (("whole", {}), ("streamed", {"stream": True})):
+        folder = ready(tmp_path / name, **changes)
+        assert launch("job", folder) == [0, 0], [p.read_text() for p in folder.glob("*.txt")]
+        results.append((folder / "model-w3g32-auto_round" / "model.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_copies_of_several_processes_must_fit_together(tmp_path, monkeypatch):
+    folder = ready(tmp_path)
+    size = (folder / "model" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(devices, "free_memory", lambda device: 2 * size)
+    recipe = replace(RECIPE, model=str(folder / "model"), device="cpu")
+    assert not load_model(recipe).streamed
+    assert load_model(recipe, processes=Processes(0, 2)).streamed
+    assert not load_model(recipe, processes=Processes(0, 2, 0, 1)).streamed  # on two machines
 
 
 def test_variables_of_launchers(monkeypatch):

@@ -13,11 +13,11 @@ from auto_mmround.model.chains import Kinds, token_kinds
 from auto_mmround.model.fisher import _draw, _sampled_gradient, measure_fisher, spread
 from auto_mmround.model.squares import BOUNDS, rows_of
 from auto_mmround.model.structure import find_stages
-from auto_mmround.numerics import gptq, grids
+from auto_mmround.numerics import gptq, grids, start
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import Moments, output_error
 from auto_mmround.numerics.rounding import Rounding
-from auto_mmround.numerics.start import StartConfig, closed_form, collecting, in_turn
+from auto_mmround.numerics.start import StartConfig, closed_form, closed_forms, collecting, in_turn
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
@@ -360,3 +360,58 @@ def test_a_sink_of_attention_weighs_what_its_gradient_says():
     shares = table / table.mean(1, keepdim=True).clamp(min=1e-30)
     torch.testing.assert_close(shares[5], shares[8])
     assert not torch.allclose(table[5], table[8]) and not torch.allclose(shares[5], shares[0])
+
+
+def experts_of(count: int) -> tuple[dict[str, Rounding], dict[str, Moments], Moments]:
+    """Experts of which the even ones got tokens; and the moments of all tokens."""
+    torch.manual_seed(0)
+    roundings, moments, whole = {}, {}, Moments(64)
+    for i in range(count):
+        reads, inner = Moments(64), Moments(32)
+        tokens = torch.randn(40 + 8 * i, 64) * torch.linspace(0.1, 3, 64)
+        reads.add(tokens)
+        inner.add(torch.randn(40, 32) * torch.linspace(3, 0.1, 32))
+        for leaf, rows, columns in (("gate", 16, 64), ("up", 16, 64), ("down", 64, 32)):
+            name = f"model.layers.0.mlp.experts.{i}.{leaf}_proj"
+            roundings[name] = Rounding(torch.randn(rows, columns), 32, Grid(3, True))
+            if i % 2 == 0:
+                moments[name] = inner if leaf == "down" else reads
+        if i % 2 == 0:
+            whole.add(tokens)
+    return roundings, moments, whole
+
+
+@pytest.mark.parametrize("most", [start.MOST, 1000])
+def test_experts_without_tokens_are_solved_under_those_of_all_others(monkeypatch, most):
+    monkeypatch.setattr(start, "MOST", most)
+    roundings, moments, whole = experts_of(4)
+    same, _, _ = experts_of(4)
+    closed_forms(roundings, moments, StartConfig())
+    alike = Moments(32)
+    alike.add(torch.eye(32))
+    for name, rounding in same.items():
+        own = moments.get(name, alike if "down" in name else whole)
+        closed_form([rounding], own, StartConfig())
+        found, wanted = roundings[name].codes(), rounding.codes()
+        assert (found.q_OI != wanted.q_OI).float().mean() < 0.01, name  # sums in another order
+        torch.testing.assert_close(found.scale_OG.float(), wanted.scale_OG.float(), rtol=0.01,
+                                   atol=1e-3)  # fmt: skip
+    one = "model.layers.0.mlp.experts.1.gate_proj"
+    errors = [output_error(r.w_OGg.flatten(1), grids.dequantize(r.codes()), whole.hessian())
+              for r in (roundings[one], _under_identity(same[one]))]  # fmt: skip
+    assert errors[0] < 0.9 * errors[1]
+
+
+def _under_identity(rounding: Rounding) -> Rounding:
+    alike = Moments(rounding.columns)
+    alike.add(torch.eye(rounding.columns))
+    closed_form([rounding], alike, StartConfig())
+    return rounding
+
+
+def test_moments_of_experts_without_tokens_are_made_once():
+    roundings, moments, _ = experts_of(6)
+    found = start._for_all(roundings, moments)
+    assert found.keys() == roundings.keys()
+    unreached = {id(found[name]) for name in roundings if name not in moments}
+    assert len(unreached) == 2  # what gate and up read, and what down does

@@ -21,9 +21,11 @@ from auto_mmround.numerics.moments import Moments
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.mixed import choose_bits
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.processes import Processes, codes_checksum, joined
+from auto_mmround.run.session import Session
 
 CPU = torch.device("cpu")
 IMAGE = 260
@@ -148,14 +150,18 @@ class Dying(Processes):
 
 
 def job(processes: Processes, folder: Path) -> None:
-    """The whole journey from the model in ``folder`` to checkpoints beside it."""
+    """The whole journey from the model in ``folder`` to checkpoints beside it. Changes of the
+    recipe may lie in recipe.json."""
+    given = folder / "recipe.json"
+    changes = json.loads(given.read_text()) if given.is_file() else {}
     recipe = replace(RECIPE, model=str(folder / "model"), output_dir=str(folder), device="cpu")
+    recipe = replace(recipe, **changes)
     loaded = jobs.load_model(recipe, processes=processes)
-    jobs.run(
-        jobs.Job(recipe, loaded, make_plan(loaded.model, recipe), mixed_inputs(), None, ()),
-        None,
-        processes,
-    )
+    assert loaded.streamed == bool(recipe.stream)
+    plan, inputs = make_plan(loaded.model, recipe), mixed_inputs()
+    if recipe.target_bits is not None:
+        recipe, plan, _ = choose_bits(Session(loaded.model, recipe, plan, inputs))
+    jobs.run(jobs.Job(recipe, loaded, plan, inputs, None, ()), None, processes)
 
 
 def main(mode: str, rank: int, variables: dict[str, str], folder: Path) -> None:

@@ -1,20 +1,24 @@
 """Our own reader: a checkpoint of ours becomes a plain Transformers model with decoded weights."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_utils import LoadStateDictInfo
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.checkpoint.reading import Checkpoint, dequantized_state_dict, read_checkpoint
+from auto_mmround.checkpoint.reading import Checkpoint, Decoded, Shards, read_checkpoint
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.borrowed import named
-from auto_mmround.model.experts import restacked
-from auto_mmround.model.keys import further_layers, parameter_names
+from auto_mmround.model.experts import restacked, stacking
+from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
 from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached
 from auto_mmround.model.loading import (
     DTYPES,
@@ -24,13 +28,15 @@ from auto_mmround.model.loading import (
     load_processor,
     load_tokenizer,
     model_class,
-    read_by,
     read_config,
     skeleton,
 )
 from auto_mmround.model.quantized import METHODS
+from auto_mmround.model.streaming import has_room, load_streamed
 from auto_mmround.numerics.activations import e4m3_static, rounded_inputs
 from auto_mmround.untrusted import one_line, read_object
+
+log = logging.getLogger("auto_mmround")
 
 # Formats in which a source may be stored. Those of compressed-tensors are read as by engines, with
 # activations.
@@ -44,45 +50,59 @@ def from_quantized(
     device: str | torch.device = "cpu",
     remote_code: bool = False,
     activations: bool = False,
+    stream: bool | None = False,
 ) -> Loaded:
     """Load a quantized checkpoint without any engine: decode packed weights, keep the rest.
 
     dtype: of all weights; None is the configuration's. activations: if the configuration asks
-    engines to quantize a layer's inputs, a hook does so. Raises UserError for a folder that can't
-    be read, and for tensors that don't fit the model exactly.
+    engines to quantize a layer's inputs, a hook does so. stream: decode blocks when their turn
+    comes; None: where the decoded model takes most of the free memory. Raises UserError for a
+    folder that can't be read, and for tensors that don't fit the model exactly.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     config = read_config(folder, remote_code)
     config.quantization_config = None
     del config.quantization_config
     wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
-    decoded = dict(dequantized_state_dict(folder, wanted))
+    decoded = Decoded(folder, wanted)
     try:
         empty = skeleton(config, folder, remote_code)
-        for key in _carried(empty, folder, decoded):
-            del decoded[key]
-        state = _as_the_model_keeps_them(empty, folder, decoded)
-        model, info = read_by(
+        streams = _streams(empty, folder, wanted, device) if stream is None else stream
+        state = AsKept(empty, folder, decoded)
+        model, holder, met = load_streamed(
             model_class(config, folder, remote_code),
-            None,
-            config=config,
-            state_dict=state,
-            dtype=wanted,
-            trust_remote_code=remote_code,
+            config,
+            state,
+            wanted,
+            device,
+            renamed_keys,
+            whole=not streams,
         )
     except NONSENSE as error:
         raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
-    _check_filled(folder, info)
+    _check_filled(folder, met)
     named(model)
     if activations:
-        _quantize_inputs(model, read_checkpoint(folder), state, device)
-        _quantize_cache(model, read_checkpoint(folder), state, device)
+        _quantize_inputs(model, read_checkpoint(folder), state.files, device)
+        _quantize_cache(model, read_checkpoint(folder), state.files, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
-    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
-    return Loaded(model, tokenizer, processor, folder)
+    model = model.eval().requires_grad_(False)
+    model = model if streams else model.to(device)  # type: ignore[arg-type]
+    return Loaded(model, tokenizer, processor, folder, holder)
+
+
+def _streams(
+    empty: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the decoded model takes too much of the free memory."""
+    size = sum(parameter.numel() for parameter in empty.parameters()) * dtype.itemsize
+    if has_room(size, device):
+        return False
+    log.info("%s: blocks are read when their turn comes", folder)
+    return True
 
 
 def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[str]:
@@ -94,10 +114,10 @@ def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[s
     return further_layers(model, keys) | (known & set(keys))
 
 
-def _check_filled(folder: Path, info: Mapping[str, Any]) -> None:
+def _check_filled(folder: Path, met: LoadStateDictInfo) -> None:
     """Raises UserError if not every tensor filled one parameter."""
-    mismatched = (key for key, *_ in info["mismatched_keys"])
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *mismatched})
+    mismatched = (key for key, *_ in met.mismatched_keys)
+    wrong = sorted({*met.missing_keys, *met.unexpected_keys, *mismatched})
     if wrong:
         raise UserError(
             f"{folder}: {len(wrong)} tensors are missing, unknown or of the wrong shape, first"
@@ -105,20 +125,61 @@ def _check_filled(folder: Path, info: Mapping[str, Any]) -> None:
         )
 
 
-def _as_the_model_keeps_them(
-    model: PreTrainedModel, folder: Path, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Packed weights are (out, in). GPT-2's Conv1D is (in, out); some families stack experts."""
-    state = restacked(model, state)
-    turned = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
-    }
-    if turned:
-        stored = read_checkpoint(folder).files
-        for name, key in parameter_names(model, state).items():
-            if name in turned and key not in stored:
-                state[key] = state[key].t().contiguous()
-    return state
+class AsKept:
+    """Decoded tensors in the form in which a model's class reads them, a `Source`.
+
+    Packed weights are (out, in). GPT-2's Conv1D is (in, out); some families stack experts.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path, decoded: Decoded):
+        keys = decoded.keys() - _carried(model, folder, decoded)
+        self._model, self._decoded = model, decoded
+        self._stacks = stacking(model, keys)
+        members = {member for _, each in self._stacks.values() for member in each}
+        self.files = [*(key for key in decoded if key in keys - members), *self._stacks]
+        turned = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+        }
+        stored = read_checkpoint(folder).files if turned else {}
+        names = parameter_names(model, self.files) if turned else {}
+        self._turned = {key for name, key in names.items() if name in turned and key not in stored}
+
+    @contextmanager
+    def reader(self) -> Iterator["_Reader"]:
+        """See `Source.reader`."""
+        with Shards() as shards:
+            yield _Reader(self, shards)
+
+    def tensor(self, key: str, shards: Shards) -> Tensor:
+        """One of ``files``."""
+        if key in self._stacks:
+            name, members = self._stacks[key]
+            return restacked(
+                self._model, name, members, lambda member: self._decoded[member](shards)
+            )
+        tensor = self._decoded[key](shards)
+        return tensor.t().contiguous() if key in self._turned else tensor
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What `AsKept.reader` gives."""
+
+    kept: AsKept
+    shards: Shards
+
+    def slice(self, key: str) -> "_Slice":
+        """See `Slices.slice`."""
+        return _Slice(self, key)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    reader: _Reader
+    key: str
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.reader.kept.tensor(self.key, self.reader.shards)
 
 
 def _quantize_inputs(
@@ -180,10 +241,11 @@ def load_any(
     dtype: str | None = None,
     device: str | torch.device = "cpu",
     remote_code: bool = False,
+    stream: bool | None = False,
 ) -> Loaded:
     """A plain model, or a quantized checkpoint with activations as an engine quantizes them.
 
-    On a processor float16 becomes float32, as in `load`.
+    On a processor float16 becomes float32, as in `load`. stream: see there and `from_quantized`.
     """
     folder = Path(name)
     quantization = read_checkpoint(folder).quantization_config if folder.is_dir() else None
@@ -192,6 +254,11 @@ def load_any(
         half = dtype is None and read_config(folder, remote_code).dtype == torch.float16
         dtype = "float32" if half and torch.device(device).type == "cpu" else dtype
         return from_quantized(
-            folder, dtype=dtype, device=device, remote_code=remote_code, activations=True
+            folder,
+            dtype=dtype,
+            device=device,
+            remote_code=remote_code,
+            activations=True,
+            stream=stream,
         )
-    return load(name, dtype=dtype, device=device, remote_code=remote_code)
+    return load(name, dtype=dtype, device=device, remote_code=remote_code, stream=stream)

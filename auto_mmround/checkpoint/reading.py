@@ -1,8 +1,9 @@
 """The tensors of a checkpoint folder, read one by one, and the weights that they decode to."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,45 @@ from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.export.format import Format
 from auto_mmround.headers import DAMAGED, read_header
 from auto_mmround.model.kv_cache import SCALES
 from auto_mmround.numerics.grids import dequantize
+from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import read_object, weight_files
 
+MAPPED = 2**26  # bytes read after which files are opened anew
 # Errors of unpacking if tensors contradict their configuration.
 CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
 
 
-class Shards(ExitStack):
-    """Weight files, each opened once, until the context ends. Raises UserError for unreadable
-    files."""
+class Shards:
+    """Reads tensors of weight files while it is open, from several threads too. Raises UserError
+    for unreadable files."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._opened: dict[Path, Any] = {}
+        self._read = 0
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened = {}
 
     def tensor(self, path: Path, name: str) -> Tensor:
         """A tensor of a file."""
-        if path not in self._opened:
+        opened = self._opened
+        if path not in opened:
             with _readable(path):
-                self._opened[path] = self.enter_context(safe_open(path, "pt"))
+                opened[path] = safe_open(path, "pt")
         try:
-            found: Tensor = self._opened[path].get_tensor(name)
+            found: Tensor = opened[path].get_tensor(name)
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: {name} cannot be read ({error})") from error
+        self._read += found.nbytes
+        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
+            self._opened, self._read = {}, 0
         return found
 
 
@@ -89,53 +103,78 @@ def _reader(quantization: Mapping[str, Any]) -> Any:
     return next((fmt.read for fmt in formats.of_method(quantization) if fmt.read), None)
 
 
+class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
+    """What the tensors of a checkpoint decode to: key -> what reads and decodes it. Packed weights
+    are plain ``X.weight`` (out, in)."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None):
+        """dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to
+        float32. Raises UserError for a folder or quantization method that cannot be read."""
+        self._checkpoint, self._dtype = read_checkpoint(folder), dtype
+        self.packed: frozenset[str] = frozenset()
+        quantization = self._checkpoint.quantization_config
+        own = _reader(quantization) if quantization is not None else None
+        self._makers: dict[str, Callable[[Shards], Tensor]] = {}
+        if own is not None:
+            tensors = own(folder)
+            self._makers = {name: partial(self._own, tensors, name) for name in tensors}
+            return
+        fmt = formats.from_config(quantization) if quantization is not None else None
+        self.packed = fmt.packed(self._checkpoint.files) if fmt else frozenset()
+        schemes = formats.schemes_of(quantization, self.packed) if quantization is not None else {}
+        scales = set(self._checkpoint.kv_scales)
+        for name in (name for name in self._checkpoint.files if name not in scales):
+            module, _, part = name.rpartition(".")
+            if fmt is None or module not in self.packed or part not in fmt.parts:
+                self._makers[name] = partial(self._plain, name)
+            elif part == next(iter(fmt.parts)):
+                scheme = schemes.get(module)
+                self._makers[f"{module}.weight"] = partial(self._unpacked, fmt, module, scheme)
+
+    def __getitem__(self, key: str) -> Callable[[Shards], Tensor]:
+        return self._makers[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def _own(self, tensors: Mapping[str, Tensor], name: str, shards: Shards) -> Tensor:
+        return tensors[name] if self._dtype is None else tensors[name].to(self._dtype)
+
+    def _stored(self, name: str, shards: Shards) -> Tensor:
+        return shards.tensor(self._checkpoint.folder / self._checkpoint.files[name], name)
+
+    def _plain(self, name: str, shards: Shards) -> Tensor:
+        tensor = self._stored(name, shards)
+        casts = self._dtype is not None and tensor.is_floating_point()
+        return tensor.to(self._dtype) if casts else tensor
+
+    def _unpacked(self, fmt: Format, module: str, scheme: Scheme | None, shards: Shards) -> Tensor:
+        names = [n for part in fmt.parts if (n := f"{module}.{part}") in self._checkpoint.files]
+        parts = {name: self._stored(name, shards) for name in names}
+        try:
+            if scheme is None:  # says why
+                scheme = formats.scheme_of(self._checkpoint.quantization_config or {}, module)
+            codes = fmt.unpack(module, parts, scheme)
+        except CONTRADICTIONS as error:
+            raise UserError(
+                f"{self._checkpoint.folder}: {module} contradicts quantization_config: {error}"
+            ) from error
+        return dequantize(codes, self._dtype or torch.float32)
+
+
 def dequantized_state_dict(
     folder: Path, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint tensor name, tensor) by name; packed weights become plain ``X.weight`` (out, in).
+    """(checkpoint tensor name, tensor) of `Decoded`, one after the other.
 
-    dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to
-    float32. Raises UserError for a folder or quantization method that cannot be read, and for
-    tensors that contradict the configuration.
+    Raises UserError as that does, and for tensors that contradict the configuration.
     """
-    checkpoint = read_checkpoint(folder)
-    quantization = checkpoint.quantization_config
-    own = _reader(quantization) if quantization is not None else None
-    if own is not None:
-        for name, tensor in own(folder).items():
-            yield name, tensor if dtype is None else tensor.to(dtype)
-        return
-    fmt = formats.from_config(quantization) if quantization is not None else None
-    packed = fmt.packed(checkpoint.files) if fmt else frozenset()
-    schemes = formats.schemes_of(quantization, packed) if quantization is not None else {}
-    scales = set(checkpoint.kv_scales)
     with Shards() as shards:
-        for name in checkpoint.files:
-            if name in scales:
-                continue
-            module, _, part = name.rpartition(".")
-            if fmt is None or quantization is None or module not in packed or part not in fmt.parts:
-                tensor = shards.tensor(folder / checkpoint.files[name], name)
-                yield (
-                    name,
-                    (
-                        tensor.to(dtype)
-                        if dtype is not None and tensor.is_floating_point()
-                        else tensor
-                    ),
-                )
-            elif part == next(iter(fmt.parts)):
-                own_names = [n for p in fmt.parts if (n := f"{module}.{p}") in checkpoint.files]
-                parts = {n: shards.tensor(folder / checkpoint.files[n], n) for n in own_names}
-                try:
-                    if module not in schemes:
-                        formats.scheme_of(quantization, module)  # says why
-                    codes = fmt.unpack(module, parts, schemes[module])
-                except CONTRADICTIONS as error:
-                    raise UserError(
-                        f"{folder}: {module} contradicts quantization_config: {error}"
-                    ) from error
-                yield f"{module}.weight", dequantize(codes, dtype or torch.float32)
+        for name, make in Decoded(folder, dtype).items():
+            yield name, make(shards)
 
 
 @contextmanager

@@ -5,16 +5,15 @@ Reading never raises for a fault of the folder. It notes a finding and goes on.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.checkpoint.reading import Shards
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
@@ -134,14 +133,10 @@ class Subject:
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), one in memory at a time."""
-        with ExitStack() as stack:
-            headers = {**self.tensors, **self.kv_scales}
-            files = {headers[name].file for name in names}
-            opened = {
-                file: stack.enter_context(safe_open(self.folder / file, "pt")) for file in files
-            }
+        headers = {**self.tensors, **self.kv_scales}
+        with Shards() as shards:
             for name in names:
-                yield name, opened[headers[name].file].get_tensor(name)
+                yield name, shards.tensor(self.folder / headers[name].file, name)
 
 
 def read_subject(folder: Path, source: Path | None = None, remote_code: bool = False) -> Subject:

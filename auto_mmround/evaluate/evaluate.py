@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.errors import UserError
 from auto_mmround.evaluate import tasks
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.model import devices
@@ -18,6 +19,15 @@ from auto_mmround.run.record import machine
 WIDTHS = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
+class Way(NamedTuple):
+    """How models are loaded. stream: read blocks when their turn comes; None: of models that take
+    most of the free memory."""
+
+    device: str = "0"
+    remote_code: bool = False
+    stream: bool | None = None
+
+
 def evaluate(
     model: str,
     data: Data,
@@ -25,23 +35,26 @@ def evaluate(
     reference: str | None = None,
     baseline: str | None = None,
     names: str | None = None,
-    device: str = "0",
-    remote_code: bool = False,
+    way: Way | None = None,
     progress: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> tuple[tasks.Measured, dict[str, Any]]:
-    """What the tasks found, and the record of it. names: a comma list; default is ppl, with a
-    reference kl too.
+    """What the tasks found, and the record of it.
 
     names: a comma list; default is ppl, and kl if there is a reference. reference: the model before
     quantization. baseline: another checkpoint to compare with. Raises UserError for unknown tasks,
-    models or sets, and for sets without a row that a task needs.
+    models or sets, for sets without a row that a task needs, and for tasks that can't be streamed.
     """
+    way = way or Way()
     wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
+    outside = [name for name in wanted if name not in tasks.TASKS]
+    if outside and way.stream:
+        raise UserError(f"task {outside[0]} needs the whole model in memory: leave --stream out")
+    stream = False if outside else way.stream
     started = time.perf_counter()
-    place = devices.resolve(device)
+    place = devices.resolve(way.device)
     named = {"reference": reference, "baseline": baseline, "quantized": model}
     models = {
-        role: load_any(name, device=place, remote_code=remote_code)
+        role: load_any(name, device=place, remote_code=way.remote_code, stream=stream)
         for role, name in named.items()
         if name
     }

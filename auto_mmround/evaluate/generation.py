@@ -15,6 +15,7 @@ from auto_mmround.model.loading import Loaded
 from auto_mmround.model.passes import taking
 from auto_mmround.model.positions import room
 from auto_mmround.model.speaking import speaking
+from auto_mmround.model.streaming import device_of
 
 OPENING = 16  # tokens of a plain text that the model gets as its beginning
 
@@ -49,7 +50,8 @@ def generate_sample(
 def generated(model: PreTrainedModel, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
     """Ids (1, T) that the model writes greedily, behind those it was given. Raises NotTaken."""
     own: Any = speaking(model)
-    with torch.inference_mode(), devices.products(model.device, model.dtype), taking(model, kwargs):
+    products = devices.products(device_of(model), model.dtype)
+    with torch.inference_mode(), products, taking(model, kwargs):
         made: Tensor = own.generate(**kwargs, do_sample=False, **options)
         return made
 

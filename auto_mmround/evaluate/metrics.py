@@ -6,7 +6,9 @@ verdict, since it agrees with teacher forcing up to the first wrong token.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
+from auto_mmround.model.lockstep import fitting, head_of, in_turn
 from auto_mmround.model.passes import run_model
+from auto_mmround.model.streaming import device_of
 from auto_mmround.run.met import naming
 
 
@@ -69,13 +73,22 @@ class Metrics:
 def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs on the model's device, floating ones in its dtype."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return chains.moved(as_dtype(dict(kwargs), dtype), model.device)
+    return chains.moved(as_dtype(dict(kwargs), dtype), device_of(model))
 
 
 def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
-    with torch.inference_mode(), devices.products(model.device, model.dtype):
+    with torch.inference_mode(), devices.products(device_of(model), model.dtype):
         return run_model(model, moved(model, kwargs)).logits[0].flatten(0, -2).float()
+
+
+def logits_in_turn(
+    model: Any, inputs: Sequence[Mapping[str, Any]], blocks: Sequence[str] = ()
+) -> Iterator[Tensor]:
+    """`logits_of` each sample, one in memory at a time. blocks: of a streamed model, see
+    `in_turn`."""
+    works = [partial(logits_of, model, kwargs) for kwargs in inputs]
+    return in_turn(model, blocks, works, fitting(model, inputs), head_of(model))
 
 
 def measure(
@@ -84,22 +97,35 @@ def measure(
     *,
     reference: Any = None,
     on_sample: Callable[[int], None] = lambda i: None,
+    blocks: Mapping[Any, Sequence[str]] | None = None,
 ) -> list[Metrics]:
     """Figures of several models over the same samples, with KL if a ``reference`` model is given.
 
-    The reference runs once per sample for all of them.
+    Each model runs once per sample. blocks: of streamed models, those that are read when their turn
+    comes.
     """
     inputs = list(inputs)
     plain_text = any(bool(sample.answer_T.all()) for sample in inputs)
     found = [Metrics() for _ in models]
-    for i, sample in enumerate(inputs):
-        with naming([sample]):
-            teacher = None if reference is None else logits_of(reference, sample.kwargs)
-            teacher = None if teacher is None else teacher.log_softmax(-1)
-            for model, metrics in zip(models, found, strict=True):
-                scores = logits_of(model, sample.kwargs).log_softmax(-1)
-                _add_sample(metrics, scores, teacher, sample, plain_text)
-        on_sample(i)
+    given = [sample.kwargs for sample in inputs]
+    running = dict.fromkeys([*([] if reference is None else [reference]), *models])
+    with ExitStack() as stack:
+        passes = {
+            model: stack.enter_context(
+                closing(logits_in_turn(model, given, (blocks or {}).get(model, ())))
+            )
+            for model in running
+        }
+        for i, sample in enumerate(inputs):
+            with naming(inputs):  # side by side, any of them may not be taken
+                made = {model: next(each) for model, each in passes.items()}
+            teacher = None if reference is None else made.pop(reference).log_softmax(-1)
+            for model in running:
+                scores = teacher if model is reference else made.pop(model).log_softmax(-1)
+                for each, metrics in zip(models, found, strict=True):
+                    if each is model:
+                        _add_sample(metrics, scores, teacher, sample, plain_text)
+            on_sample(i)
     return found
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +27,7 @@ from auto_mmround.evaluate.scoring import (
     share,
 )
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.lockstep import fitting, in_turn
 
 SAMPLES = 6  # answers shown side by side
 PICTURE = 320  # pixels, the longer side of a picture kept with an answer
@@ -84,6 +86,7 @@ def teacher_forced(setting: Setting) -> Measured:
         inputs,
         reference=reference.model if reference else None,
         on_sample=lambda i: setting.progress("measuring", i + 1, len(inputs)),
+        blocks={loaded.model: loaded.holder.blocks for loaded in setting.models.values()},
     )
     found = dict(zip(setting.models, results, strict=True))
     return Measured(list(forced_scores(found, data.title)), found)
@@ -270,14 +273,17 @@ def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, l
     total, done = len(prompts) * len(setting.models), 0
     found: dict[str, list[str]] = {}
     for role, loaded in setting.models.items():
-        found[role] = []
-        for prompt in prompts:
-            key = (role, prompt.benchmark, prompt.split, prompt.id)
-            if key not in setting.given:
-                setting.given[key] = answer(loaded, prompt)
-            found[role].append(setting.given[key])
+        keys = [(role, prompt.benchmark, prompt.split, prompt.id) for prompt in prompts]
+        left = {key: p for key, p in zip(keys, prompts, strict=True) if key not in setting.given}
+        works = [partial(answer, loaded, prompt) for prompt in left.values()]
+        size = fitting(loaded.model, [prompt.kwargs for prompt in left.values()])
+        answers = in_turn(loaded.model, loaded.holder.blocks, works, size)
+        done += len(prompts) - len(left)
+        for key, text in zip(left, answers, strict=True):
+            setting.given[key] = text
             done += 1
             setting.progress(title, done, total)
+        found[role] = [setting.given[key] for key in keys]
     return found
 
 

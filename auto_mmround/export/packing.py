@@ -7,9 +7,12 @@ bytes, so both directions go through one 64-bit register per eight values and ne
 width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+PIECE = 2**20  # values, or words of them, that are packed at a time
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of a run of 8 that sits in nibble 0, 1, ..
 
 
@@ -24,6 +27,10 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"values {int(values.min())}..{int(values.max())} do not fit into {bits} bits"
         )
+    return _by_rows(values, lambda part: _packed(part, bits))
+
+
+def _packed(values: Tensor, bits: int) -> Tensor:
     n = values.shape[-1]
     eights = torch.nn.functional.pad(values.to(torch.uint8), (0, -n % 32)).unflatten(-1, (-1, 8))
     register = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=values.device)
@@ -44,14 +51,21 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
         raise ValueError(
             f"{n} values of {bits} bits take {-(-n * bits // 32)} words, not {words.shape[-1]}"
         )
+    return _by_rows(words, lambda part: _unpacked(part, bits, n))
+
+
+def _unpacked(words: Tensor, bits: int, n: int) -> Tensor:
     as_bytes = words.to(torch.int32).contiguous().view(torch.uint8)
+    mask = 2**bits - 1
+    if 8 % bits == 0:  # no value lies in two bytes
+        parts = [(as_bytes >> at).bitwise_and_(mask) for at in range(0, 8, bits)]
+        return torch.stack(parts, dim=-1).flatten(-2)[..., :n].contiguous()
     groups = torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[-1] % bits)).unflatten(
         -1, (-1, bits)
     )
     register = torch.zeros(groups.shape[:-1], dtype=torch.int64, device=words.device)
     for i in range(bits):
         register |= groups[..., i].long() << (8 * i)
-    mask = 2**bits - 1
     values = torch.stack(
         [(register >> (bits * j)).bitwise_and_(mask).to(torch.uint8) for j in range(8)], dim=-1
     )
@@ -71,6 +85,14 @@ def unpack_awq(words: Tensor) -> Tensor:
     nibbles = unpack_bits(words, 4, words.shape[-1] * 8).unflatten(-1, (-1, 8))
     order = torch.tensor(AWQ_COLUMNS, device=words.device).argsort()
     return nibbles[..., order].flatten(-2)
+
+
+def _by_rows(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A change of rows, of some at a time: on the way a value takes several bytes."""
+    rows = max(1, PIECE // max(1, values[:1].numel())) if values.ndim > 1 else 1
+    if values.ndim < 2 or len(values) <= rows:
+        return change(values)
+    return torch.cat([change(part) for part in values.split(rows)])
 
 
 def _check_width(bits: int) -> None:

@@ -9,7 +9,7 @@ a view into the stacked parameter: what is written into it is written into the m
 
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -217,10 +217,18 @@ def stacking(
     return complete
 
 
-def restacked(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose experts have keys of their own, as the original checkpoint of a stacking
-    family has them."""
-    return restack(model, state, stacking(model, state))
+def restacked(
+    model: PreTrainedModel, name: str, members: Mapping[str, Expert], of: Callable[[str], Tensor]
+) -> Tensor:
+    """A stack as the original checkpoint of a stacking family has it, from the matrices ``of`` its
+    members. name, members: of `stacking`."""
+    shape, stack = model.get_parameter(name).shape, None
+    for member, expert in members.items():
+        matrix = of(member)
+        stack = torch.empty(shape, dtype=matrix.dtype) if stack is None else stack
+        expert.of(stack).copy_(matrix)
+    assert stack is not None  # it has members
+    return next(iter(revert_weight_conversion(model, {name: stack}).values()))
 
 
 def restack(
@@ -228,15 +236,11 @@ def restack(
     state: dict[str, Tensor],
     stacks: Mapping[str, tuple[str, Mapping[str, Expert]]],
 ) -> dict[str, Tensor]:
-    """The same for those stacks of `stacking` whose matrices lie in the state dict."""
+    """A state dict whose experts have keys of their own, with those stacks of `stacking` in it
+    whose matrices lie there."""
     for key, (name, members) in stacks.items():
         if next(iter(members)) in state:
-            stack = torch.empty(
-                model.get_parameter(name).shape, dtype=state[next(iter(members))].dtype
-            )
-            for member, expert in members.items():
-                expert.of(stack).copy_(state.pop(member))
-            state[key] = next(iter(revert_weight_conversion(model, {name: stack}).values()))
+            state[key] = restacked(model, name, members, state.pop)
     return state
 
 

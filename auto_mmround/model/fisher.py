@@ -60,7 +60,7 @@ class FisherPasses:
     enough: tokens of text that suffice where no layer's tokens are weighed. side: how several
     samples go through the blocks together, where blocks are dear to come by; the result is the
     same. Of several processes ``share`` gives one's part of the samples, ``add_up`` the sums by
-    block over all.
+    block over all; ``here`` of them share this machine's memory.
     """
 
     seed: int = 42
@@ -69,6 +69,7 @@ class FisherPasses:
     side: SideBySide | None = None
     share: Callable[[list[int]], list[int]] = list
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    here: int = 1
 
 
 def measure_fisher(

@@ -151,6 +151,7 @@ def load(
     remote_code: bool = False,
     stream: bool | None = False,
     may_stay: bool = False,
+    copies: int = 1,
 ) -> Loaded:
     """Load model, tokenizer and processor in evaluation mode without gradients. ``dtype`` None
     keeps the files' dtype, but for float16 on a processor, which becomes float32.
@@ -158,7 +159,8 @@ def load(
     device_map: as accelerate knows them; the model is spread over all devices then, instead of
       lying on ``device``.
     stream: leave the blocks of all stages in the files, see `streaming`; None: where the model
-    takes most of the free memory. may_stay: in host memory, where the device has no room for it.
+    takes most of the free memory, as often as there are ``copies`` of it, one a process. may_stay:
+    in host memory, where the device has no room for it.
     Weights in FP8 are decoded while they are read. Raises UserError
     for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized in another way and for weights that don't fit the model's class.
@@ -174,7 +176,9 @@ def load(
     kind = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
     if (computed := _as_computed(name, kind, device, device_map)) != kind:
         stated = kind = computed
-    streams = stream or (stream is None and not device_map and not fits(tensors, device, stated))
+    streams = stream or (
+        stream is None and not device_map and not fits(tensors, device, stated, copies)
+    )
     if may_stay and not device_map and not fits(tensors, device, stated):
         device = HOST
     how = _How(kind, device, device_map, streams, remote_code)
@@ -209,9 +213,10 @@ def _read(
         if how.streams or tensors.scales or merged:
             said = "blocks are read when their turn comes" if how.streams else "read by tensors"
             log.info("%s: %s", name, said)
-            model, holder, absent = load_streamed(
+            model, holder, met = load_streamed(
                 cls, config, tensors, how.dtype, how.device, renamed_keys, whole=not how.streams
             )
+            absent = sorted(met.missing_keys | {key for key, *_ in met.mismatched_keys})
         else:
             options = _trust(how.remote_code) | {"config": config, "dtype": how.dtype}
             model, absent = _read_whole(cls, folder, how.device_map, options)

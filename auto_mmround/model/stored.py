@@ -11,7 +11,6 @@ gpt-oss stores its experts in MXFP4: `X_blocks`, two numbers a byte, and `X_scal
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from auto_mmround.headers import DAMAGED, read_header
 from auto_mmround.model.quantized import FLOATS, METHODS, Block, block_sizes, told
 from auto_mmround.untrusted import one_line, weight_files
 
+MAPPED = 2**26  # bytes read after which files are opened anew
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = ("U8", "I8", "I16", "I32", "U16", "U32")  # integers of another quantization
 SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
@@ -57,6 +57,10 @@ class Stored:
     kinds: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, str] = field(default_factory=dict)
 
+    def reader(self) -> "Reader":
+        """What reads the tensors while it is open."""
+        return Reader(self)
+
     def nbytes(self) -> int:
         """Bytes of all tensors, decoded."""
         with Reader(self) as reader:
@@ -76,23 +80,24 @@ class Stored:
 
 
 class Reader:
-    """Reads tensors while it is open; each file is opened once."""
+    """Reads tensors while it is open."""
 
     def __init__(self, stored: Stored):
-        self.stored, self._stack = stored, ExitStack()
+        self.stored = stored
         self._opened: dict[Path, Any] = {}
+        self._read = 0
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._opened = {}
 
     def plain(self, key: str, path: Path | None = None) -> Any:
         """What the file holds, as safetensors' slice."""
         path = path or self.stored.files[key]
         if path not in self._opened:
-            self._opened[path] = self._stack.enter_context(safe_open(path, "pt"))
+            self._opened[path] = safe_open(path, "pt")
         return self._opened[path].get_slice(self.stored.packed.get(key, key))
 
     def slice(self, key: str) -> Any:
@@ -107,6 +112,9 @@ class Reader:
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
         found: Tensor = self.slice(key)[...]
+        self._read += found.nbytes
+        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
+            self._opened, self._read = {}, 0
         return found
 
 

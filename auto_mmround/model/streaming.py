@@ -5,7 +5,7 @@ Everything but the blocks of the stages stays in memory. Transformers' own reade
 stacking and casting, for a block as for a whole model, so a streamed model holds the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -16,17 +16,35 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.utils import logging as transformers_logging
 
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.quantized import FLOATS
-from auto_mmround.model.stored import Reader, Stored
+from auto_mmround.model.stored import Stored
 from auto_mmround.model.structure import find_stages
 
 SHARE = 0.6  # of the free memory that a model may take as a whole
 Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, bool]]]
+
+
+class Slices(Protocol):
+    """Tensors of files that are open."""
+
+    def slice(self, key: str) -> Any:
+        """Something that gives the tensor when it is asked for ``[...]``."""
+
+
+class Source(Protocol):
+    """Tensors of a checkpoint. files: its keys."""
+
+    @property
+    def files(self) -> Collection[str]:
+        """Keys of the tensors."""
+
+    def reader(self) -> AbstractContextManager[Slices]:
+        """What reads them while it is open."""
 
 
 class Holder(Protocol):
@@ -127,7 +145,7 @@ class Streamed(InTurn):
     def __init__(
         self,
         model: PreTrainedModel,
-        stored: Stored,
+        stored: Source,
         names: Mapping[str, str],
         config: LoadStateDictConfig,
     ):
@@ -149,7 +167,7 @@ class Streamed(InTurn):
         standing_in = self._model.get_submodule(block)  # what is read belongs to the block itself
         self._model.set_submodule(block, self._blocks[block])
         try:
-            with Reader(self._stored) as reader, no_progress_bar():
+            with self._stored.reader() as reader, no_progress_bar():
                 tensors = {key: reader.slice(key) for key in self._keys[block]}
                 convert_and_load_state_dict_in_model(self._model, tensors, self._config)
         finally:
@@ -170,12 +188,19 @@ class Streamed(InTurn):
         devices.trim_heap()
 
 
-def fits(stored: Stored, device: torch.device, dtype: torch.dtype | None = None) -> bool:
-    """Whether the weights, in ``dtype`` if one is given, take at most `SHARE` of the device's free
-    memory."""
+def fits(
+    stored: Stored, device: torch.device, dtype: torch.dtype | None = None, copies: int = 1
+) -> bool:
+    """Whether so many copies of the weights, in ``dtype`` if one is given, take at most `SHARE` of
+    the device's free memory."""
     size = stored.nbytes()
     if dtype is not None and not stored.scales:
         size = size * dtype.itemsize // (stored.dtype() or dtype).itemsize
+    return has_room(copies * size, device)
+
+
+def has_room(size: int, device: torch.device) -> bool:
+    """Whether weights of so many bytes take at most `SHARE` of the device's free memory."""
     return size <= SHARE * devices.free_memory(device)
 
 
@@ -188,14 +213,13 @@ def stored_dtype(stored: Stored, config: Any) -> torch.dtype | None:
 def load_streamed(
     cls: Any,
     config: Any,
-    stored: Stored,
+    stored: Source,
     dtype: torch.dtype,
     device: torch.device,
     rename: Rename,
     whole: bool = False,
-) -> tuple[PreTrainedModel, Holder, list[str]]:
-    """A model without its blocks, what reads them, and the names of weights that the files lack or
-    have otherwise.
+) -> tuple[PreTrainedModel, Holder, LoadStateDictInfo]:
+    """A model without its blocks, what reads them, and what loading met.
 
     rename: (key, parameter, ..) for a model and the keys of its files. whole: the blocks are read
     at once and stay. Raises UserError for models whose blocks share weights.
@@ -222,17 +246,17 @@ def load_streamed(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
     )
-    with Reader(stored) as reader, no_progress_bar():
+    with stored.reader() as reader, no_progress_bar():
         slices = {key: reader.slice(key) for key in stored.files}
         info, _ = convert_and_load_state_dict_in_model(model, slices, loading)
+    devices.trim_heap()  # of the tensors that were read for the meta device
     loading = replace(loading, device_map={"": device})
     info = model._finalize_model_loading(model, loading, info)
     model.eval().requires_grad_(False)
-    absent = info.missing_keys | {key for key, *_ in info.mismatched_keys}
     if whole:
-        return model, InMemory(), sorted(absent)
+        return model, InMemory(), info
     names = {key: name for key, name, *_ in rename(model, stored.files)}
-    return model, Streamed(model, stored, names, loading), sorted(absent)
+    return model, Streamed(model, stored, names, loading), info
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auto_mmround.model import devices
-from auto_mmround.model.streaming import SHARE, InTurn
+from auto_mmround.model.streaming import InTurn, has_room
 from auto_mmround.model.structure import find_stages
 
 
 def fits_whole(model: nn.Module, device: torch.device) -> bool:
-    """Whether the model takes at most `SHARE` of the device's free memory."""
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return size <= SHARE * devices.free_memory(device)
+    """As `has_room`, for all of the model."""
+    return has_room(
+        sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), device
+    )
 
 
 @contextmanager

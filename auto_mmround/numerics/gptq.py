@@ -19,6 +19,7 @@ log = logging.getLogger("auto_mmround")
 Order = Literal["none", "weight", "group"]
 
 MOST_DAMPENING = 1.0
+TURNED = 256  # rows that change places at a time
 
 
 def retarget(w_OI: Tensor, hessian_II: Tensor, cross_II: Tensor, dampening: float = 0.01) -> Tensor:
@@ -74,8 +75,8 @@ def solve(
         w_BO, error_BO = w_IO[part], error_IO[part]
         target_BO = torch.addmm(w_BO, feedback_II[part, :i], error_IO[:i])
         _solve_block(
-            target_BO, w_BO, feedback_II[part, part], groups, group_of[part], grid, error_BO,
-            q_IO[part],
+            target_BO, w_BO, feedback_II[part, part].contiguous(), groups, group_of[part], grid,
+            error_BO, q_IO[part],
         )  # fmt: skip
     q_IO += zero_GO[group_of]
     return q_IO[order_I.argsort()].t().contiguous()
@@ -137,13 +138,27 @@ def factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> tuple[Tenso
     live_I = diagonal_I > 0
     mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
     damp_I = torch.where(live_I, dampening, 1.0) * mean
-    damped_II = hessian_II[turned_I[:, None], turned_I]
-    damped_II.diagonal().add_(damp_I.flip(0))
-    upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
-    del damped_II
-    feedback_II = upper_II.flip(0, 1)
+    # Symmetric; turned it lies as LAPACK has it, so that the factor takes its place.
+    feedback_II = hessian_II[turned_I[:, None], turned_I].t()
+    feedback_II.diagonal().add_(damp_I.flip(0))
+    failed = torch.zeros((), dtype=torch.int32, device=hessian_II.device)
+    torch.linalg.cholesky_ex(feedback_II, upper=True, out=(feedback_II, failed))
+    _turn(feedback_II)
     root_I = feedback_II.diagonal().clone()
     return feedback_II.div_(root_I[:, None]), (failed == 0) & root_I.isfinite().all()
+
+
+def _turn(a_II: Tensor) -> None:
+    """Reverse both axes, in place: of a wide layer each copy takes more than a gigabyte."""
+    size, half = len(a_II), len(a_II) // 2
+    for i in range(0, half, TURNED):
+        j = min(i + TURNED, half)
+        top, bottom = a_II[i:j], a_II[size - j : size - i]
+        kept = top.flip(0, 1)
+        top.copy_(bottom.flip(0, 1))
+        bottom.copy_(kept)
+    if size % 2:
+        a_II[half] = a_II[half].flip(0)
 
 
 def _damped(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:

@@ -12,9 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from auto_mmround.numerics.pieces import by_rows
+
 SUPER = 256  # columns of a super-block
-# smallest scale of a dtype, where a number below the normal ones is kept by all
-LEAST = {torch.float16: 2.0**-24}
+LEAST = {torch.float16: 2.0**-24}  # smallest scale, where all keep numbers below the normal ones
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -230,28 +231,27 @@ def levels(kind: str) -> Tensor:
 
 
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then cast to
-    ``dtype``; (out, in)."""
-    q_OI = codes.q_OI.float()
-    columns_I = torch.arange(q_OI.shape[1], device=q_OI.device) // codes.group_size
+    """``scale * (q - zero) - min``, for floats ``scale * level``, in float32, then as ``dtype``."""
+    return by_rows(_decoded, codes, dtype)
+
+
+def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
+    scale_OG1, q_OGg = codes.scale_OG.float()[..., None], to_groups(codes.q_OI, codes.group_size)
     if codes.data_type != "int":
-        scale_OG = (
-            codes.scale_OG if codes.global_scale is None else codes.scale_OG / codes.global_scale
-        )
-        values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OI.device)
-        return (values[codes.q_OI.long()] * scale_OG[:, columns_I]).to(dtype)
-    value_OI = (q_OI - codes.zero_OG.float()[:, columns_I]) * codes.scale_OG.float()[:, columns_I]
-    return (value_OI if codes.min_OG is None else value_OI - codes.min_OG[:, columns_I]).to(dtype)
+        scale_OG1 = scale_OG1 if codes.global_scale is None else scale_OG1 / codes.global_scale
+        values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OGg.device)
+        value_OGg = values[q_OGg.long()] * scale_OG1
+    else:
+        value_OGg = (q_OGg.float() - codes.zero_OG.float()[..., None]) * scale_OG1
+    least = 0.0 if codes.min_OG is None else codes.min_OG[..., None]
+    return from_groups((value_OGg - least).to(dtype), codes.q_OI.shape[1])
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
-    """Cut rows into groups, (out, G, group_size); a short last group is filled with zeros, which
-    change no range."""
-    rows, columns = w_OI.shape
-    short = -columns % group_size
-    if short:
+    """Cut rows into groups, (out, G, group_size); a short last one gets zeros: no range changes."""
+    if short := -w_OI.shape[1] % group_size:
         w_OI = torch.nn.functional.pad(w_OI, (0, short))
-    return w_OI.reshape(rows, -1, group_size)
+    return w_OI.reshape(len(w_OI), -1, group_size)
 
 
 def from_groups(w_OGg: Tensor, columns: int) -> Tensor:

@@ -2,7 +2,7 @@
 quantized weight is tr((W - W~) H (W - W~)^T). Shapes: O out, I in, T tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +28,18 @@ class Moments:
         self._cross_II = torch.zeros(features, features, device=device) if cross else None
         self._total = torch.zeros((), device=device)
 
+    @classmethod
+    def pooled(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Those of all tokens of several."""
+        crossed = all(part.crossed for part in parts)
+        whole = cls(parts[0].features, cross=crossed, device=parts[0]._device)
+        for part in parts:
+            for own, other in zip(
+                whole.sums(), part.sums(), strict=False
+            ):  # cross moments come last
+                own += other
+        return whole
+
     @property
     def features(self) -> int:
         """Size of an input."""
@@ -41,7 +53,7 @@ class Moments:
     def sums(self) -> list[Tensor]:
         """What adds up over parts of the tokens, in its own memory."""
         cross = [] if self._cross_II is None else [self._cross_II]
-        return [*self._panels_PI, *cross, self._total]
+        return [*self._panels_PI, self._total, *cross]
 
     def add(self, x: Tensor, weight: Tensor | None = None, teacher: Tensor | None = None) -> None:
         """Add tokens ``x`` (..., in) with weights (...), default 1, pads 0; ``teacher``: the inputs

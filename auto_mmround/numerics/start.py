@@ -16,6 +16,8 @@ from auto_mmround.numerics import gptq, grids, scale_search, super_grids, sweeps
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 
+MOST = 2**26  # elements of weights under one H that are worked on at a time
+
 
 @dataclass(frozen=True)
 class StartConfig:
@@ -133,20 +135,24 @@ def closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartCo
 def closed_forms(
     roundings: Mapping[str, Rounding], moments: Mapping[str, Moments], config: StartConfig
 ) -> None:
-    """`closed_form` for the layers of a block; one that no token reached has inputs that all count
-    alike. On accelerators by `sweeps`, stacks of one shape (experts) together; the host asks once
-    which have to be solved in turn all the same."""
+    """`closed_form` for the layers of a block; for those that no token reached see `_for_all`.
+
+    On accelerators by `sweeps`, stacks of one shape (experts) together; the host asks once which
+    have to be solved in turn all the same.
+    """
     stacks: dict[tuple[Any, ...], _Stack] = {}
-    for name, rounding in roundings.items():
-        own = moments.get(name)
-        if own is None:
-            own = Moments(rounding.columns, device=rounding.w_OGg.device)
-            own.add(torch.eye(rounding.columns, device=rounding.w_OGg.device))
+    waiting: list[_Stack] = []
+    for name, own in _for_all(roundings, moments).items():
+        rounding = roundings[name]
         # rows that share a scale stay together
         alone = name if len(rounding.w_OGg) % rounding.grid.rows else ""
         key = id(own), rounding.grid, rounding.w_OGg.shape[-1], alone
-        stacks.setdefault(key, _Stack([], own)).roundings.append(rounding)
-    waiting = list(stacks.values())
+        stack = stacks.setdefault(key, _Stack([], own))
+        if stack.roundings and sum(r.w_OGg.numel() for r in stack.roundings) > MOST:
+            waiting.append(stack)
+            stack = stacks[key] = _Stack([], own)
+        stack.roundings.append(rounding)
+    waiting += stacks.values()
     batches = _batches([stack for stack in waiting if stack.sweepable(config)])
     doubts = [_place(batch, config, in_sweeps=True).to(batches[0][0].device) for batch in batches]
     bad = torch.cat(doubts).tolist() if doubts else []
@@ -155,6 +161,49 @@ def closed_forms(
     for stack in waiting:
         if id(stack) not in good:
             _place([stack], config)
+
+
+def _for_all(
+    roundings: Mapping[str, Rounding], moments: Mapping[str, Moments]
+) -> dict[str, Moments]:
+    """Moments for every layer, those alike one object. Of an expert that no token reached: those of
+    all tokens that reached the others, for the matrices that read tokens as they come. What no
+    other tells of (a later matrix, a layer of another kind) has inputs that all count alike."""
+    first: dict[tuple[str, str], Moments] = {}  # (list of experts, number) -> of what it reads
+    reached: dict[tuple[str, str], list[Moments]] = {}  # (list of experts, matrix)
+    for name, own in moments.items():  # in the order in which layers run
+        if (where := _expert(name)) is not None:
+            experts, number, matrix = where
+            if first.setdefault((experts, number), own) is own:
+                reached.setdefault((experts, matrix), []).append(own)
+    made: dict[Any, Moments] = {}
+    found = {}
+    for name, rounding in roundings.items():
+        experts, _, matrix = _expert(name) or (name, "", "")
+        others = reached.get((experts, matrix), [])
+        key = tuple(map(id, others)) or rounding.columns
+        if name not in moments and key not in made:
+            made[key] = Moments.pooled(others) if others else _alike(rounding)
+        found[name] = moments[name] if name in moments else made[key]
+    return found
+
+
+def _alike(rounding: Rounding) -> Moments:
+    device = rounding.w_OGg.device
+    found = Moments(rounding.columns, device=device)
+    found.add(torch.eye(rounding.columns, device=device))
+    return found
+
+
+def _expert(name: str) -> tuple[str, str, str] | None:
+    """Its list of experts, its number there, and which of its matrices: of a layer in a numbered
+    list inside a numbered block."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if len(numbers) < 2:
+        return None
+    at = numbers[-1]
+    return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])
 
 
 class _Stack(NamedTuple):

@@ -106,22 +106,27 @@ class Recipe(Fields):
             "act_dynamic = false is for FP8 by channel with act_bits = 8, as scheme = FP8_STATIC"
             " has it",
         )
-        whole = {
-            "equalize": self.equalize != "none",
-            "polish": self.polish,
-            "act_dynamic = false, rounded to nearest,": self.inputs_first,
-            "kv_cache_scheme, rounded to nearest,": bool(self.kv_cache_scheme)
-            and not self.calibrates,
-        }
-        for name, asked in whole.items():
-            fits = not (asked and self.streams)
-            require(fits, f"{name} needs the whole model in memory: no streaming")
+        for name, instead in self._on_the_whole().items():
+            text = f"{name} needs the whole model in memory: no streaming; {instead}"
+            require(not self.streams, text)
         both = self.retarget and self.in_turn
         require(not both, "retarget and true_sequential exclude one another")
         require(
             not self.polish or self.data_type == "int",
             "polish tunes scales of integers; data_type must be int",
         )
+
+    def _on_the_whole(self) -> dict[str, str]:
+        """What of the recipe works on the whole model -> what to use where that does not fit."""
+        nearest_cache = self.kv_cache_scheme is not None and not self.calibrates
+        steps = {
+            "equalize": (self.equalize != "none", "use no equalization"),
+            "polish": (self.polish, "leave it out"),
+            "target_bits": (self.target_bits is not None, "name bits in layer_config"),
+            "act_dynamic = false": (self.inputs_first, "tune the layers, or use FP8_DYNAMIC"),
+            "kv_cache_scheme, rounded to nearest,": (nearest_cache, "tune the layers"),
+        }
+        return {name: instead for name, (asked, instead) in steps.items() if asked}
 
     def _check_mixed(self) -> None:
         try:
@@ -222,13 +227,7 @@ class Recipe(Fields):
     @property
     def whole_passes(self) -> bool:
         """Whether some step works on the whole model, before the first or after the last block."""
-        return (
-            self.polish
-            or self.equalize != "none"
-            or self.target_bits is not None
-            or self.inputs_first
-            or (self.kv_cache_scheme is not None and not self.calibrates)
-        )
+        return bool(self._on_the_whole())
 
     @property
     def inputs_first(self) -> bool:

@@ -56,7 +56,7 @@ def measure_fisher(
         return BatchSize().fitting(WHAT, in_memory, graph.relieve, HELPS)
     left = list(places)
     in_host = left[0] in (_as_it_is, Tensor.cpu)
-    count = _side_by_side(model, holder.blocks, longest) if in_host else MOST
+    count = _side_by_side(model, holder.blocks, longest * how.here) if in_host else MOST
 
     def streamed(size: int) -> Fisher:
         return measure(replace(how, side=SideBySide(size, holder.blocks, left[0])))

@@ -82,18 +82,19 @@ def load_model(recipe: Recipe, kept: bool = False, processes: Processes = ALONE)
     """The recipe's model on the recipe's device, or on this process's one of several. kept: by the
     caller, so it is in memory as a whole, in the host's where the device has no room for it."""
     device = devices.resolve(recipe.device, processes.local_rank)
-    if recipe.device_map and processes.count > 1:
-        raise UserError(
-            "device_map spreads the model over all devices of one process; leave one of the two out"
-        )
-    if recipe.polish and processes.count > 1:
-        raise UserError("polish is for one process; leave one of the two out")
+    for asked, text in (
+        (recipe.device_map, "device_map spreads the model over all devices of one process"),
+        (recipe.polish, "polish is for one process"),
+    ):
+        if asked and processes.count > 1:
+            raise UserError(f"{text}; leave one of the two out")
     if recipe.kv_cache_scheme is not None:
         formats.check_kv_cache(recipe.formats)
     stream = False if kept or recipe.whole_passes else recipe.streams
     return load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
         remote_code=recipe.trust_remote_code, stream=stream, may_stay=kept,
+        copies=processes.here if device.type == devices.HOST.type else 1,
     )  # fmt: skip
 
 

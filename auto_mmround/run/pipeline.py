@@ -82,7 +82,7 @@ def quantize(
     )  # fmt: skip
     if recipe.equalize != "none":
         with phase("equalizing"):
-            equalize(session, watcher.captured)
+            equalize(replace(session, processes=ALONE), watcher.captured)  # all samples
         check_equalized(model, plan)
     early = plan.weights if not recipe.calibrates else [w for w in plan.weights if not w.block]
     session.served.measured |= input_scales(session, early, watcher.captured)

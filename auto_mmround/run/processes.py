@@ -29,9 +29,14 @@ from auto_mmround.numerics.moments import Moments
 T = TypeVar("T")
 # How launchers number their processes: torchrun and accelerate, Intel MPI, Open MPI.
 VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
 )
 PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes
 
@@ -39,11 +44,17 @@ PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes
 @dataclass(frozen=True)
 class Processes:
     """This process among those of a run. rank: 0 to count - 1; local_rank: the same on this machine
-    alone."""
+    alone. local_count: processes on this machine, 0 where the launcher does not tell."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 0
+
+    @property
+    def here(self) -> int:
+        """Processes that share this machine's memory."""
+        return self.local_count or self.count
 
     @property
     def first(self) -> bool:
@@ -186,9 +197,9 @@ def _first_wins(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
 
 def launched() -> Processes:
     """What a launcher's variables say about this process; `ALONE` without any."""
-    for rank, count, local in VARIABLES:
-        if int(os.environ.get(count, "1")) > 1:
-            return Processes(*(int(os.environ.get(name, "0")) for name in (rank, count, local)))
+    for names in VARIABLES:
+        if int(os.environ.get(names[1], "1")) > 1:
+            return Processes(*(int(os.environ.get(name, "0")) for name in names))
     return ALONE
 
 

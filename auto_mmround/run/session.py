@@ -137,6 +137,7 @@ class Session:
         how = FisherPasses(
             self.recipe.seed, self.precision, share=self.processes.share,
             add_up=lambda sums: self.processes.add_named(sums, self.device),
+            here=self.processes.here,
         )  # fmt: skip
         places = places_of(self.device, self.disk, self.recipe.offload_states)
         return measure_fisher(

@@ -20,13 +20,13 @@ TRIAL = 2**25  # bytes written and read to see how fast the disk is
 def sizes_of(job: Job) -> dict[str, int]:
     """Bytes of every folder that the run writes."""
     source, plan = job.loaded.source, job.plan
-    state = {tensor.data_ptr(): tensor for tensor in job.loaded.model.state_dict().values()}
-    whole = sum(tensor.nbytes for tensor in state.values())
+    parameters = list(job.loaded.model.parameters())  # tied ones once; streamed ones are elsewhere
+    whole = sum(tensor.nbytes for tensor in parameters)
     side = 0
     if source is not None:
         whole = stored_tensors(source).nbytes()
         side = sum(path.stat().st_size for path in source.rglob("*") if is_side_file(path, source))
-    count = sum(tensor.numel() for tensor in state.values())
+    count = sum(tensor.numel() for tensor in parameters)
     quantized = sum(w.out_features * w.in_features for w in plan.weights if w.scheme)
     rest = whole * (1 - quantized / max(count, 1)) + side
     packed = quantized * plan.bits_per_weight() / 8

@@ -2,7 +2,8 @@
 tie."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.checkpoint.loader import from_quantized
-from auto_mmround.evaluate.metrics import logits_of
+from auto_mmround.evaluate.metrics import logits_in_turn, logits_of
 from auto_mmround.model.loading import DTYPES
+from auto_mmround.model.lockstep import in_turn
 from auto_mmround.numerics.activations import integers_a_token
 from auto_mmround.verify.engines import EngineResult
 
@@ -33,7 +35,8 @@ class Reference:
     """The decoded weights in float32, and their logits for each input.
 
     logits: (T, vocabulary) for each input. activations: the model quantizes the inputs of layers
-    where the checkpoint asks for it.
+    where the checkpoint asks for it. blocks: of a streamed model, those that are read when their
+    turn comes. options: of `from_quantized`, where the weights are loaded again in another dtype.
     """
 
     folder: Path
@@ -41,6 +44,8 @@ class Reference:
     inputs: Sequence[Mapping[str, Any]]
     logits: Sequence[Tensor]
     activations: bool = False
+    blocks: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def spread(self) -> float:
@@ -56,16 +61,16 @@ class Reference:
         if DTYPES.get(dtype, torch.float32) == torch.float32 and dtype != "q8_0":
             return 0.0
         if dtype == "q8_0":
-            rounded = from_quantized(self.folder, dtype="float32").model
-            for module in rounded.get_decoder().modules():
+            rounded = from_quantized(self.folder, dtype="float32", **self.options)
+            for module in rounded.model.get_decoder().modules():
                 if isinstance(module, torch.nn.Linear) and module.in_features % Q8_BLOCK == 0:
                     module.register_forward_pre_hook(_round_blocks)
         else:
-            rounded = from_quantized(self.folder, dtype=dtype, activations=self.activations).model
-        found = [
-            logits_of(rounded, kwargs)[: len(want)]
-            for kwargs, want in zip(self.inputs, self.logits)
-        ]
+            rounded = from_quantized(
+                self.folder, dtype=dtype, activations=self.activations, **self.options
+            )
+        made = logits_in_turn(rounded.model, self.inputs, rounded.holder.blocks)
+        found = [logits[: len(want)] for logits, want in zip(made, self.logits, strict=True)]
         return largest_difference(found, self.logits)
 
 
@@ -74,12 +79,16 @@ def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def make_reference(
-    folder: Path, model: Any, inputs: Sequence[Mapping[str, Any]], activations: bool = False
+    folder: Path,
+    model: Any,
+    inputs: Sequence[Mapping[str, Any]],
+    activations: bool = False,
+    blocks: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Reference:
-    """Run the decoded model on every input. activations: it quantizes the inputs of layers."""
-    return Reference(
-        folder, model, inputs, [logits_of(model, kwargs) for kwargs in inputs], activations
-    )
+    """Run the decoded model on every input; see `Reference`."""
+    logits = list(logits_in_turn(model, inputs, blocks))
+    return Reference(folder, model, inputs, logits, activations, blocks, options or {})
 
 
 def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
@@ -189,8 +198,12 @@ def _judge_tokens(
 ) -> tuple[tuple[int, int], str | None]:
     same = total = 0
     tie = max(NEAR_TIE, NOISE * worst) if worst == worst else NEAR_TIE
-    for i, (found, kwargs) in enumerate(zip(result.tokens, reference.inputs)):
-        tokens, margins = greedy(reference.model, kwargs, found.numel())
+    works = [
+        partial(greedy, reference.model, kwargs, found.numel())
+        for found, kwargs in zip(result.tokens, reference.inputs)
+    ]
+    for i, (tokens, margins) in enumerate(in_turn(reference.model, reference.blocks, works)):
+        found = result.tokens[i]
         count, right = agreed(tokens, margins, found.flatten().tolist(), tie)
         same, total = same + count, total + len(tokens)
         if not right:

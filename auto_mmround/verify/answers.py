@@ -108,7 +108,7 @@ def ask_folder(
     if way.engine is not None:
         return _by_engine(Path(folder), question, way, on_text)
     place = devices.resolve(way.device)
-    loaded = load_any(folder, device=place, remote_code=way.remote_code)
+    loaded = load_any(folder, device=place, remote_code=way.remote_code, stream=None)
     prompt = _prompt(loaded, question)
     # Whisper generates window by window
     windows = loaded.model.main_input_name == "input_features"
@@ -143,7 +143,7 @@ def _by_engine(
     name = subject.fmt.name if subject.fmt else "fake"
     require(engine, name, root)
     _check_kinds(engine, folder, question)
-    loaded = load_any(str(folder), remote_code=way.remote_code)
+    loaded = load_any(str(folder), remote_code=way.remote_code, stream=None)
     prompt, python = _prompt(loaded, question), interpreter(name, root, engine)
     if engine == "llamacpp":
         result = _llamacpp(folder, question, prompt, python, way.timeout)

@@ -15,6 +15,7 @@ from auto_mmround.checkpoint.subject import Finding, Subject
 from auto_mmround.errors import UserError
 from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.numerics.pieces import pieces_of, rows_of
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.record import checksum, codes_record
 
@@ -95,9 +96,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
         yield from broken or _against_record(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
-            yield from _against_source(
-                name, dequantize(codes), originals.tensor(source[name]).float()
-            )
+            yield from _against_source(name, codes, originals.tensor(source[name]))
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
@@ -113,7 +112,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
     source = s.originals(weights)
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
-            if not bool(torch.isfinite(tensor).all()):
+            if not _is_finite(tensor):
                 yield Finding("error", name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
                 yield Finding(
@@ -127,7 +126,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
                 )
             elif name in source and tensor.ndim == 2:
                 with Reader(weights) as originals:
-                    yield from _against_source(name, tensor, originals.tensor(source[name]).float())
+                    yield from _against_source(name, tensor, originals.tensor(source[name]))
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         named = WEIGHT_FILE.search(reason)
@@ -145,7 +144,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
 
 def _sums_to(tensor: Tensor, wanted: str) -> bool:
     """Whether a float32 tensor has that checksum in a dtype that holds it exactly."""
-    casts = [tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    casts = (tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
     return any(torch.equal(cast.float(), tensor) and checksum(cast) == wanted for cast in casts)
 
 
@@ -202,17 +201,27 @@ def _against_record(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
             )
 
 
-def _against_source(name: str, decoded: Tensor, wanted: Tensor) -> Iterator[Finding]:
-    if decoded.shape != wanted.shape:
-        wanted = wanted.T
-    pair = torch.stack([decoded.flatten(), wanted.flatten()])
-    correlation = float(torch.corrcoef(pair)[0, 1]) if pair.shape[1] > 1 else 1.0
+def _against_source(name: str, decoded: Tensor | Codes, wanted: Tensor) -> Iterator[Finding]:
+    shape = decoded.q_OI.shape if isinstance(decoded, Codes) else decoded.shape
+    correlation = _correlation(decoded, wanted if wanted.shape == shape else wanted.T)
     if not correlation >= LEAST_CORRELATION:
         yield Finding(
             "error",
             name,
             f"decoded, it has a correlation of {correlation:.2f} with the source's weight",
         )
+
+
+def _correlation(decoded: Tensor | Codes, wanted: Tensor) -> float:
+    """Of two matrices, some rows at a time."""
+    count, total = wanted.numel(), torch.zeros(5, dtype=torch.float64)
+    for rows in pieces_of(wanted.shape):
+        part = dequantize(rows_of(decoded, rows)) if isinstance(decoded, Codes) else decoded[rows]
+        x, y = part.double(), wanted[rows].double()
+        total += torch.stack([x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+    x, y, xx, yy, xy = (total / count).tolist()
+    spread = (max(xx - x * x, 0.0) * max(yy - y * y, 0.0)) ** 0.5
+    return 1.0 if count < 2 else (xy - x * y) / spread if spread else float("nan")
 
 
 def _part(s: Subject, tensors: Iterable[str], held: str, module: str) -> str:

@@ -110,11 +110,13 @@ def verify(
     remote_code: bool = False,
     root: Path | None = None,
     timeout: float = 600,
+    stream: bool | None = None,
 ) -> Verification:
     """The static check, then every engine that reads the format, or the ``chosen`` ones.
 
     chosen: an empty list asks no engine. source: the folder of the model before quantization. root:
-    where `.engines` lies. If the static check finds errors, only chosen engines are asked. Raises
+    where `.engines` lies. stream: decode blocks when their turn comes; None: of models that take
+    most of the free memory. If the static check finds errors, only chosen engines are asked. Raises
     UserError for a missing folder, and for a chosen engine that is unknown, not installed, or does
     not read the format.
     """
@@ -144,29 +146,39 @@ def verify(
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
     if asked:
-        found, notes = _ask_all(asked, subject, name, root, timeout, remote_code)
+        options = {"remote_code": remote_code, "stream": stream}
+        found, notes = _ask_all(asked, subject, name, root, timeout, options)
         verdicts |= found
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
 def _ask_all(
-    asked: Sequence[str], subject: Subject, name: str, root: Path, timeout: float, remote_code: bool
+    asked: Sequence[str],
+    subject: Subject,
+    name: str,
+    root: Path,
+    timeout: float,
+    options: Mapping[str, Any],
 ) -> tuple[dict[str, Verdict], list[str]]:
-    """A verdict of each engine, and what could not be asked."""
+    """A verdict of each engine, and what could not be asked. options: of `from_quantized`."""
     folder, verdicts = subject.folder, dict[str, Verdict]()
-    exact = from_quantized(folder, dtype="float32", remote_code=remote_code)
+    exact = from_quantized(folder, dtype="float32", **options)
     with tempfile.TemporaryDirectory() as made:
         probes, notes = make_probes(exact, Path(made))
     planned = len(subject.packed or subject.record.get("codes") or ())
     inputs = [probe.kwargs for probe in probes]
-    references = {False: make_reference(folder, exact.model, inputs)}
+    references = {
+        False: make_reference(
+            folder, exact.model, inputs, blocks=exact.holder.blocks, options=options
+        )
+    }
     if rounds_inputs(subject.quantization) and any(
         ENGINES[engine].rounds_inputs for engine in asked
     ):
-        rounding = from_quantized(
-            folder, dtype="float32", remote_code=remote_code, activations=True
+        rounding = from_quantized(folder, dtype="float32", activations=True, **options)
+        references[True] = make_reference(
+            folder, rounding.model, inputs, True, rounding.holder.blocks, options
         )
-        references[True] = make_reference(folder, rounding.model, inputs, activations=True)
     for engine in asked:
         reference = references.get(ENGINES[engine].rounds_inputs, references[False])
         taken = _taken(engine, folder, probes)
