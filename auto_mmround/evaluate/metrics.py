@@ -5,7 +5,7 @@ tokens, the closing one included, is the most likely one. Greedy decoding gives 
 verdict, since it agrees with teacher forcing up to the first wrong token.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +84,7 @@ def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
 
 def logits_in_turn(
     model: Any, inputs: Sequence[Mapping[str, Any]], blocks: Sequence[str] = ()
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """`logits_of` each sample, one in memory at a time. blocks: of a streamed model, see
     `in_turn`."""
     works = [partial(logits_of, model, kwargs) for kwargs in inputs]
@@ -121,7 +121,8 @@ def measure(
                 made = {model: next(each) for model, each in passes.items()}
             teacher = None if reference is None else made.pop(reference).log_softmax(-1)
             for model in running:
-                scores = teacher if model is reference else made.pop(model).log_softmax(-1)
+                scores = made.pop(model).log_softmax(-1) if model in made else teacher
+                assert scores is not None  # the reference has its own
                 for each, metrics in zip(models, found, strict=True):
                     if each is model:
                         _add_sample(metrics, scores, teacher, sample, plain_text)

@@ -5,7 +5,7 @@ Every pass runs in a thread of its own, one thread at a time. It stands still be
 the one that has come the least far goes on. What a pass computes and draws is what it would alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
@@ -122,7 +122,7 @@ def in_turn(
     works: Sequence[Callable[[], T]],
     size: int = MOST,
     last: str | None = None,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """The result of each of the works, which all pass through ``model``.
 
     blocks: those that are read when their turn comes; there ``size`` works run side by side, see

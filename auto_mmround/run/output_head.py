@@ -103,9 +103,6 @@ class HeadTuner:
         for held_TD in self._held:
             for (x_TD,) in parts(head, held_TD.to(self._session.device)):
                 wanted = linear(x_TD, original, bias).float().log_softmax(-1)
-                own = linear(
-                    self._session.served.seen_by(self._planned, x_TD),
-                    head.weight,
-                    bias,  # type: ignore[arg-type]
-                )
+                seen_TD = self._session.served.seen_by(self._planned, x_TD)
+                own = linear(seen_TD, head.get_parameter("weight"), bias)
                 yield wanted, own.float().log_softmax(-1)

@@ -85,7 +85,7 @@ class _Parts:
     """Which part of the model a parameter belongs to."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan):
-        head = getattr(speaking(model), "get_output_embeddings", lambda: None)()
+        head: Any = getattr(speaking(model), "get_output_embeddings", lambda: None)()
         words = input_weight(model)
         embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
         self._special: dict[int, str] = {id(weight): "embeddings" for weight in embeddings}
