@@ -334,7 +334,7 @@ FLOATS = {
 def float_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=2,
         vocab_size=128, initializer_range=0.1,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -392,7 +392,7 @@ def test_files_of_floats_with_rounded_inputs_are_read_back(name, algorithm, tmp_
     tensors = load_file(made / "model.safetensors")
     part = {"static": "input_scale", "nvfp4": "input_global_scale"}.get(name)
     measured = {layer: tensors[f"{layer}.{part}"] for layer in job.plan.quantized if part}
-    ids = job.inputs[0].kwargs["input_ids"]
+    ids = FAMILIES["llama"].samples(1)[0]["input_ids"]
     with torch.no_grad(), served(job.loaded.model, job.plan, measured):
         wanted = job.loaded.model(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, wanted)
