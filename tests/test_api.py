@@ -60,9 +60,7 @@ def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
         try:
             model, _ = mine.quantize(watcher)
         except Crash:
-            assert [path.name for path in tmp_path.iterdir()] == ["demo-w4g128.unfinished"] or list(
-                tmp_path.glob("*.unfinished")
-            )
+            assert list(tmp_path.glob("*.unfinished"))
     assert len(seen) == 2 and "blocks are finished" in caplog.text
     state = whole.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -73,9 +71,6 @@ def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
 def test_a_model_that_was_changed_does_not_take_up_another_run(tmp_path):
     with pytest.raises(Crash):
         AutoRoundMLLM("demo", output_dir=tmp_path, **SHORT).quantize(Watcher(block=crash))
-    loaded = load("demo")
-    with torch.no_grad():
-        loaded.model.get_output_embeddings().weight[-1, -1] += 1
     other = AutoRoundMLLM("demo", output_dir=tmp_path, **SHORT)
     other.loaded.model.get_input_embeddings().weight.data[-1, -1] += 1
     with pytest.raises(UserError, match="another weights"):
