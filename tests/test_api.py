@@ -32,11 +32,13 @@ def test_plan_evaluate_verify_report(tmp_path):
     assert all((folder / "eval.json").is_file() for folder in folders)
     checked = mine.verify([])
     assert checked.right and str(checked).count("right") == 2
+    page = mine.report()
+    assert page.path.is_file() and "<iframe" in page._repr_html_()
     (folders[0] / "model.safetensors").write_bytes(b"")
     broken = mine.verify([])
     assert not broken.right and "WRONG" in broken._repr_html_()
-    page = mine.report()
-    assert page.path.is_file() and "<iframe" in page._repr_html_()
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        mine.report()
 
 
 class Crash(Exception):
@@ -50,7 +52,7 @@ def crash(report) -> None:
 
 def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
     """As a script would that is started again: the model is loaded anew."""
-    whole, _ = AutoRoundMLLM(load("demo").model, load("demo").tokenizer, **SHORT).quantize()
+    whole, _ = AutoRoundMLLM("demo", **SHORT).quantize()
     seen = []
     for watcher in (Watcher(block=crash), Watcher(block=lambda report: seen.append(report.name))):
         loaded = load("demo")
