@@ -32,11 +32,13 @@ def test_plan_evaluate_verify_report(tmp_path):
     assert all((folder / "eval.json").is_file() for folder in folders)
     checked = mine.verify([])
     assert checked.right and str(checked).count("right") == 2
+    page = mine.report()
+    assert page.path.is_file() and "<iframe" in page._repr_html_()
     (folders[0] / "model.safetensors").write_bytes(b"")
     broken = mine.verify([])
     assert not broken.right and "WRONG" in broken._repr_html_()
-    page = mine.report()
-    assert page.path.is_file() and "<iframe" in page._repr_html_()
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        mine.report()
 
 
 class Crash(Exception):
@@ -50,7 +52,7 @@ def crash(report) -> None:
 
 def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
     """As a script would that is started again: the model is loaded anew."""
-    whole, _ = AutoRoundMLLM(load("demo").model, load("demo").tokenizer, **SHORT).quantize()
+    whole, _ = AutoRoundMLLM("demo", **SHORT).quantize()
     seen = []
     for watcher in (Watcher(block=crash), Watcher(block=lambda report: seen.append(report.name))):
         loaded = load("demo")
@@ -60,9 +62,7 @@ def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
         try:
             model, _ = mine.quantize(watcher)
         except Crash:
-            assert [path.name for path in tmp_path.iterdir()] == ["demo-w4g128.unfinished"] or list(
-                tmp_path.glob("*.unfinished")
-            )
+            assert list(tmp_path.glob("*.unfinished"))
     assert len(seen) == 2 and "blocks are finished" in caplog.text
     state = whole.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -73,9 +73,6 @@ def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
 def test_a_model_that_was_changed_does_not_take_up_another_run(tmp_path):
     with pytest.raises(Crash):
         AutoRoundMLLM("demo", output_dir=tmp_path, **SHORT).quantize(Watcher(block=crash))
-    loaded = load("demo")
-    with torch.no_grad():
-        loaded.model.get_output_embeddings().weight[-1, -1] += 1
     other = AutoRoundMLLM("demo", output_dir=tmp_path, **SHORT)
     other.loaded.model.get_input_embeddings().weight.data[-1, -1] += 1
     with pytest.raises(UserError, match="another weights"):

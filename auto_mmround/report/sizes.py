@@ -5,16 +5,16 @@ from typing import Any
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.headers import read_header
+from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.loading import find_folder
-from auto_mmround.untrusted import read_object, weight_files
+from auto_mmround.untrusted import one_line, read_object, weight_files
 
 
 def sizes(folder: Path, model: str) -> dict[str, Any]:
     """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
-    source."""
+    source. Raises UserError for a damaged file of weights."""
     quantization = read_object(folder / "config.json").get("quantization_config")
-    headers = [read_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))]
     found = {name: header for file in headers for name, header in file.items()}
     fmt = formats.from_config(quantization) if quantization else None
     modules = fmt.packed(found) if fmt else ()
@@ -32,3 +32,12 @@ def sizes(folder: Path, model: str) -> dict[str, Any]:
     except UserError:
         before = None
     return {"weights": weights, "packed": packed, "plain": plain, "source": before}
+
+
+def _header(path: Path) -> dict[str, Header]:
+    try:
+        return read_header(path)
+    except DAMAGED as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(str(error))[:200]}): write it anew"
+        ) from None
