@@ -55,8 +55,9 @@ class Family:
       is not the model type.
     connectors: names of module lists that look like blocks and are none, because no hidden state
     runs from one to the next. towers: part of a module name -> stage name, where the code does not
-    declare what a tower reads. note: what users should know. Rows with stages are tested on tiny
-    models, from plan to reload, towers included.
+    declare what a tower reads. decoder: the module that makes the logits, where the class names
+    another. note: what users should know. Rows with stages are tested on tiny models, from plan to
+    reload, towers included.
 
     Names in engines. vllm: renamings from the checkpoint's names to those of vLLM's model class, in
     order; without any vLLM keeps the checkpoint's. gguf: how checkpoints begin the text model's
@@ -71,6 +72,7 @@ class Family:
     template: str | None = None
     connectors: tuple[str, ...] = ()
     towers: Mapping[str, str] = field(default_factory=dict)
+    decoder: str = ""
     note: str = ""
     vllm: tuple[Rename, ...] = ()
     gguf: Mapping[str, str] = field(default_factory=lambda: G_PLAIN)
@@ -196,6 +198,7 @@ FAMILIES: dict[str, Family] = {
 # Families that no test goes through, whose names are known.
 UNTESTED = {
     "paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER),
+    "blt": Family("BLT", TEXT, stages=(), decoder="model.local_decoder"),
     "gemma3n": Family("Gemma 3n", stages=(), vllm=V_GEMMA),
     "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
 }

@@ -65,6 +65,7 @@ STAGES = {
     "Florence2ForConditionalGeneration": (["encoder"], "model.language_model.decoder.layers"),
     "T5Gemma2ForConditionalGeneration": (["encoder", "vision"], "model.decoder.layers"),
     "SeamlessM4TForSpeechToText": (["audio"], "text_decoder.layers"),
+    "BltForCausalLM": ([], "model.local_decoder.layers"),
     "ModernBertDecoderForCausalLM": ([], "model.layers"),
     "ParakeetForCTC": ([], "encoder.layers"),
 }

@@ -126,13 +126,13 @@ def find_stages(model: PreTrainedModel) -> list[Stage]:
     if whole:
         found = find_stages(model.get_submodule(whole))  # type: ignore[arg-type]
         return [replace(stage, path=f"{whole}.{stage.path}") for stage in found]
-    connectors = family_of(model.config.model_type).connectors
+    family = family_of(model.config.model_type)
     lists = {
         path: found
         for path, found in _block_lists(model)
-        if path.rpartition(".")[2] not in connectors
+        if path.rpartition(".")[2] not in family.connectors
     }
-    decoder = _prefix_of(model, _decoder(model))
+    decoder = family.decoder or _prefix_of(model, _decoder(model))
     # A decoder without blocks of its own (a transducer's, or a head of that name) tells nothing.
     inside = [path for path in lists if _is_inside(path, decoder)] or list(lists)
     if not inside:

@@ -50,15 +50,16 @@ class Trial:
         check_vocabulary(model, [made])
         if missing := no_features(model, made):
             raise BadSample("markers", missing)
-        if kind in self._kinds and not self._every:
+        known = kind in self._kinds
+        if known and not self._every:
             return
         self._kinds.add(kind)
+        stages = self._session.plan.stages
         kwargs = as_dtype(made.kwargs, self._session.dtype)
         try:
             with phase("looking for the stages that samples reach"):
-                self.found |= reached(
-                    model, self._session.plan.stages, kwargs, self._session.precision
-                )
+                within = stages[-1:] if known else stages  # no further than the last one's start
+                self.found |= reached(model, within, kwargs, self._session.precision)
         except NotTaken as error:
             raise BadSample("refused by the model", f"sample {made.id}: {error}") from error
 
