@@ -97,6 +97,7 @@ def config_of(name: str, layers: int, scale: int) -> Any:
                 found[key] = max(1, found[key] // scale)
         return found
 
+    text = smaller(text) | {"num_hidden_layers": layers}
     # positions in three dimensions: halves of a head
     half = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 2
     part = half * 3 // 8
@@ -104,7 +105,7 @@ def config_of(name: str, layers: int, scale: int) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     kind = getattr(transformers, cls).config_class
     return kind(
-        text_config=smaller(text) | {"num_hidden_layers": layers, "rope_parameters": rope},
+        text_config=text | {"rope_parameters": rope},
         vision_config=smaller(vision) | {"depth": layers}, architectures=[cls],
         dtype="bfloat16", tie_word_embeddings=False, **IDS,
     )  # fmt: skip

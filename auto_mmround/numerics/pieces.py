@@ -1,0 +1,38 @@
+"""Large weights some rows at a time: on the way from codes to values a weight takes several bytes.
+
+Shapes: O out, I in, G groups a row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 2**20  # values that are decoded at a time
+
+
+def pieces_of(shape: torch.Size | tuple[int, int]) -> list[slice]:
+    """Rows of a matrix, in pieces of about `PIECE` values."""
+    step = max(1, PIECE // max(1, shape[1]))
+    return [slice(at, at + step) for at in range(0, shape[0], step)]
+
+
+def rows_of(codes: Any, rows: slice) -> Any:
+    """`Codes` of some rows; units of super-blocks are left out."""
+    tables = {
+        name: None if (table := getattr(codes, name)) is None else table[rows]
+        for name in ("q_OI", "scale_OG", "zero_OG", "min_OG")
+    }
+    return codes._replace(**tables, unit_OS2=None)
+
+
+def by_rows(decode: Callable[[Any, torch.dtype], Tensor], codes: Any, dtype: torch.dtype) -> Tensor:
+    """What ``decode`` makes of all rows, (out, in)."""
+    pieces = pieces_of(codes.q_OI.shape)
+    if len(pieces) < 2:
+        return decode(codes, dtype)
+    found_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
+    for rows in pieces:
+        found_OI[rows] = decode(rows_of(codes, rows), dtype)
+    return found_OI
