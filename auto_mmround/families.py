@@ -198,7 +198,9 @@ FAMILIES: dict[str, Family] = {
 # Families that no test goes through, whose names are known.
 UNTESTED = {
     "paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER),
-    "blt": Family("BLT", TEXT, stages=(), decoder="model.local_decoder"),
+    "blt": Family(
+        "BLT", TEXT, stages=(), connectors=("cross_attn_layers",), decoder="model.local_decoder"
+    ),
     "gemma3n": Family("Gemma 3n", stages=(), vllm=V_GEMMA),
     "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
 }
