@@ -199,7 +199,12 @@ FAMILIES: dict[str, Family] = {
 UNTESTED = {
     "paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER),
     "blt": Family(
-        "BLT", TEXT, stages=(), connectors=("cross_attn_layers",), decoder="model.local_decoder"
+        "BLT",
+        TEXT,
+        stages=(),
+        connectors=("cross_attn_layers",),
+        towers=dict.fromkeys(("patcher", "local_encoder", "global_transformer"), "nontext"),
+        decoder="model.local_decoder",
     ),
     "gemma3n": Family("Gemma 3n", stages=(), vllm=V_GEMMA),
     "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
