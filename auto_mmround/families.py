@@ -206,6 +206,7 @@ UNTESTED = {
         towers=dict.fromkeys(("patcher", "local_encoder", "global_transformer"), "nontext"),
         decoder="model.local_decoder",
     ),
+    "idefics": Family("IDEFICS", ("image",), stages=(), connectors=("gated_cross_attn_layers",)),
     "gemma3n": Family("Gemma 3n", stages=(), vllm=V_GEMMA),
     "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
 }
