@@ -198,7 +198,15 @@ FAMILIES: dict[str, Family] = {
 # Families that no test goes through, whose names are known.
 UNTESTED = {
     "paligemma": Family("PaliGemma", stages=(), vllm=V_TOWER),
-    "blt": Family("BLT", TEXT, stages=(), decoder="model.local_decoder"),
+    "blt": Family(
+        "BLT",
+        TEXT,
+        stages=(),
+        connectors=("cross_attn_layers",),
+        towers=dict.fromkeys(("patcher", "local_encoder", "global_transformer"), "nontext"),
+        decoder="model.local_decoder",
+    ),
+    "idefics": Family("IDEFICS", ("image",), stages=(), connectors=("gated_cross_attn_layers",)),
     "gemma3n": Family("Gemma 3n", stages=(), vllm=V_GEMMA),
     "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
 }

@@ -38,6 +38,7 @@ from auto_mmround.errors import NotProved, UserError
 from auto_mmround.families import Swept, swept
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import TOLERANCE, difference
+from auto_mmround.model.passes import run_model
 from auto_mmround.model.structure import find_stages, linears, used_twice
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -122,11 +123,11 @@ def journey(
     quantized = set(job.plan.quantized)
     others = [(fmt, found) for fmt, out in outs.items() for found in reloaded(model, out, fmt)]
     for sample in (one.kwargs for one in job.inputs):
-        tuned, before = (logits_of(m(**sample)) for m in (job.loaded.model, model))
+        tuned, before = (logits_of(run_model(m, sample)) for m in (job.loaded.model, model))
         if tuned is None or before is None or torch.equal(tuned, before):
             raise WrongError(f"{way}: the logits have not changed")
         for fmt, (name, other) in others:
-            if difference(logits_of(other(**sample)), tuned) > TOLERANCE[torch.float32]:
+            if difference(logits_of(run_model(other, sample)), tuned) > TOLERANCE[torch.float32]:
                 raise WrongError(f"{way}: {fmt} reloaded {name}: other logits")
     if "fake" in outs:
         compare_files(place / "model", outs["fake"], len(quantized))

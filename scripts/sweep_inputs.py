@@ -20,6 +20,7 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from auto_mmround.model.passes import REFUSES
 from auto_mmround.model.speaking import speaking
 
 # Rows of codebooks that stand for a token.
@@ -133,8 +134,7 @@ class Finder:
         try:
             with torch.no_grad():
                 out = self.model(**inputs, **self.more)
-        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError,
-                ArithmeticError, NotImplementedError, StopIteration) as error:  # fmt: skip
+        except (*REFUSES, StopIteration) as error:
             self.why.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
             return None
         logits = logits_of(out)
@@ -227,8 +227,7 @@ class Finder:
         try:
             with torch.no_grad():
                 found = read(**given)
-        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError,
-                AssertionError, ArithmeticError, NotImplementedError):  # fmt: skip
+        except REFUSES:
             return None
         found = getattr(found, "pooler_output", found)
         rows = [found] if isinstance(found, Tensor) else list(found or ())

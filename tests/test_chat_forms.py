@@ -140,7 +140,7 @@ def qwen3_vl():
 
 
 @pytest.mark.parametrize("kinds", ["text", "picture", "two pictures", "video"])
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
 def test_pictures_and_videos_in_chats(name, kinds, tmp_path):
     model = checkpoint(configured(name), qwen3_vl(), tmp_path / "model")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 16, 3), np.uint8))

@@ -139,7 +139,7 @@ QWEN_TEMPLATE = {
     "model_type": "qwen_vl_old",
     "format_user": "w5 {{content}}\n",
     "format_assistant": "w6 {{content}} w2\n",
-    "replace_tokens": ["<image>", " w111 w120 w120 w120 w120 w112 "],
+    "replace_tokens": ["<image>", " w91 w93 w93 w93 w93 w92 "],
     "extra_encode": True,
     "processor": "qwen_vl_old",
 }
@@ -164,7 +164,7 @@ class QwenVL(Basic):
         return inputs
 
     def modality(self, inputs):
-        return (inputs["input_ids"][0] == 120).to(torch.int8)
+        return (inputs["input_ids"][0] == 93).to(torch.int8)
 """
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-BEGIN, END = 111, 112  # around the places of a picture
+BEGIN, END = 91, 92  # around the places of a picture
 
 
 class QWenConfig(PreTrainedConfig):
