@@ -88,6 +88,8 @@ def logits_in_turn(
     """`logits_of` each sample, one in memory at a time. blocks: of a streamed model, see
     `in_turn`."""
     works = [partial(logits_of, model, kwargs) for kwargs in inputs]
+    if not blocks:
+        return (work() for work in works)
     return in_turn(model, blocks, works, fitting(model, inputs), head_of(model))
 
 

@@ -276,8 +276,9 @@ def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, l
         keys = [(role, prompt.benchmark, prompt.split, prompt.id) for prompt in prompts]
         left = {key: p for key, p in zip(keys, prompts, strict=True) if key not in setting.given}
         works = [partial(answer, loaded, prompt) for prompt in left.values()]
-        size = fitting(loaded.model, [prompt.kwargs for prompt in left.values()])
-        answers = in_turn(loaded.model, loaded.holder.blocks, works, size)
+        blocks, inputs = loaded.holder.blocks, [prompt.kwargs for prompt in left.values()]
+        size = fitting(loaded.model, inputs) if blocks else len(works)
+        answers = in_turn(loaded.model, blocks, works, size)
         done += len(prompts) - len(left)
         for key, text in zip(left, answers, strict=True):
             setting.given[key] = text
