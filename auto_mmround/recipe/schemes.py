@@ -1,7 +1,11 @@
 """Quantization schemes as data."""
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, replace
 from typing import Any
+
+from auto_mmround.errors import UserError
+from auto_mmround.untrusted import shown
 
 # Float grids: bits and possible group sizes. -1: one scale per output channel; FP8's 128: blocks of
 # 128 x 128. `SCALE_BITS`: of a scale.
@@ -11,6 +15,7 @@ FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
     "mxfp4": (4, (32,)),
     "mxfp8": (8, (32,)),
 }
+OVERRIDES = ("bits", "group_size", "sym")  # of a layer_config entry
 SCALE_BITS = {"fp8": 32, "nvfp4": 8, "mxfp4": 8, "mxfp8": 8}
 
 
@@ -80,3 +85,24 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "MXFP4": _floats("mxfp4", 32),
     "NVFP4": _floats("nvfp4", 16),
 }
+
+
+def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:
+    """The scheme with a layer_config entry's bits, group_size and sym; None for 16 bits or more,
+    which means keep."""
+    for key in options:
+        if key not in (*OVERRIDES, "data_type"):
+            near = difflib.get_close_matches(key, OVERRIDES, n=1)
+            raise UserError(
+                f"layer_config {where!r}: unknown key {key!r}; known:"
+                f" {', '.join(near or OVERRIDES)}"
+            )
+    bits = options.get("bits", scheme.bits)
+    if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
+        raise UserError(
+            f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the"
+            " layer"
+        )
+    if bits >= 16:
+        return None
+    return replace(scheme, **{key: value for key, value in options.items() if key in OVERRIDES})

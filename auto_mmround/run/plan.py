@@ -31,12 +31,10 @@ from auto_mmround.numerics.float_grids import BLOCK, float_grid
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid, Points
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.recipe.schemes import SCALE_BITS, Scheme
-from auto_mmround.untrusted import shown
+from auto_mmround.recipe.schemes import SCALE_BITS, Scheme, overridden
 
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-OVERRIDES = ("bits", "group_size", "sym")
 OTHER_FORM = "the checkpoint stores it in another form"
 SHARED = "used in several places"
 NO_LAYER = "no linear layer"  # the reason of matrices that no configuration has to name
@@ -320,7 +318,7 @@ def _decide(
         reason = _outside(model, layer, recipe)
     for pattern in named.layers.of(name, classes):
         if reason is None:
-            scheme = override(
+            scheme = overridden(
                 scheme or recipe.scheme, (recipe.layer_config or {})[pattern], pattern
             )
             reason = f"kept by layer_config {pattern!r}" if scheme is None else None
@@ -341,27 +339,6 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
             )
         return "tied to the input embedding"
     return None if recipe.quant_lm_head else "output head"
-
-
-def override(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:
-    """The scheme with a layer_config entry's bits, group_size and sym; None for 16 bits or more,
-    which means keep."""
-    for key in options:
-        if key not in (*OVERRIDES, "data_type"):
-            near = difflib.get_close_matches(key, OVERRIDES, n=1)
-            raise UserError(
-                f"layer_config {where!r}: unknown key {key!r}; known:"
-                f" {', '.join(near or OVERRIDES)}"
-            )
-    bits = options.get("bits", scheme.bits)
-    if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
-        raise UserError(
-            f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the"
-            " layer"
-        )
-    if bits >= 16:
-        return None
-    return replace(scheme, **{key: value for key, value in options.items() if key in OVERRIDES})
 
 
 def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
