@@ -257,7 +257,9 @@ def test_search_uses_both_signs():
 
 
 def solved_error(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order="none"):
-    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order=order)
+    q_OI = gptq.solve(
+        w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, gptq.Solving(order=order)
+    )
     return output_error(w_OI, values(q_OI, scale_OG, zero_OG, group_size), hessian_II)
 
 
@@ -271,7 +273,9 @@ def test_solve_equals_the_published_algorithm(grid, order, block):
         hessian_II.diagonal().argsort(descending=True) if order == "weight" else torch.arange(64)
     )
     expected_OI = slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, 0.01, order_I)
-    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, order=order, block=block)
+    q_OI = gptq.solve(
+        w_OI, hessian_II, scale_OG, zero_OG, 16, grid, gptq.Solving(order=order, block=block)
+    )
     assert torch.equal(q_OI.double(), expected_OI)
 
 
@@ -339,7 +343,12 @@ def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
     ranges, nearest_OI = plain(w_OI, 16, grid), grids.round_to_nearest(w_OI, 16, grid).q_OI
     with caplog.at_level(logging.WARNING, "auto_mmround"):
         gptq.solve(
-            w_OI, moments(inputs(300, 32)) - 0.02 * torch.eye(32), *ranges, 16, grid, dampening=0
+            w_OI,
+            moments(inputs(300, 32)) - 0.02 * torch.eye(32),
+            *ranges,
+            16,
+            grid,
+            gptq.Solving(0),
         )
         assert "dampening" in caplog.text and "nearest" not in caplog.text
         broken = gptq.solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
@@ -352,7 +361,7 @@ def test_solve_is_deterministic_and_leaves_its_arguments_alone():
     scale_OG, zero_OG = plain(w_OI, 16, grid)
     arguments = (w_OI, hessian_II, scale_OG, zero_OG)
     copies = [t.clone() for t in arguments]
-    results = [gptq.solve(*arguments, 16, grid, order="weight") for _ in range(2)]
+    results = [gptq.solve(*arguments, 16, grid, gptq.Solving(order="weight")) for _ in range(2)]
     assert torch.equal(*results)
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 

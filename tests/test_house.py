@@ -20,7 +20,7 @@ BELOW = {
 MEASURED = ("auto_mmround", "scripts", "bench", "engines", "processors")
 LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS = 50, 400, 8
 # (file, function or "" for the file) that are larger; one that is mended leaves this list.
-LARGER = {("auto_mmround/numerics/gptq.py", "solve")}
+LARGER: set[tuple[str, str]] = set()
 HEAVY = {"torch", "transformers", "datasets", "rich"}
 
 

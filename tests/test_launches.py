@@ -65,7 +65,7 @@ def test_sweeps_round_as_columns_in_turn_do(kind, grid, order):
     w_OI, own = torch.randn(24, 320), Moments(320)
     own.add(inputs(kind))
     hessian_II, ranges_ = own.hessian(), plain(w_OI, 64, grid)
-    wanted_OI = gptq.solve(w_OI, hessian_II, *ranges_, 64, grid, dampening=0.05, order=order)
+    wanted_OI = gptq.solve(w_OI, hessian_II, *ranges_, 64, grid, gptq.Solving(0.05, order))
     solver = sweeps.Sweeping([hessian_II], 64, grid, dampening=0.05, order=order)
     found_OI = solver(w_OI, *ranges_)
     if not solver.doubtful():  # a sum in another order may move what lies on an edge

@@ -37,6 +37,19 @@ def retarget(w_OI: Tensor, hessian_II: Tensor, cross_II: Tensor, dampening: floa
     return w_OI.float() + change_IO.t()
 
 
+class Solving(NamedTuple):
+    """dampening: of H's diagonal, a share of its mean. order: of the columns; "weight" by falling
+    diag(H), "group" by groups of falling sum of diag(H) and so within each. block: columns at a
+    time."""
+
+    dampening: float = 0.01
+    order: Order = "none"
+    block: int = 64
+
+
+PLAINLY = Solving()
+
+
 def solve(
     w_OI: Tensor,
     hessian_II: Tensor,
@@ -44,23 +57,19 @@ def solve(
     zero_OG: Tensor,
     group_size: int,
     grid: Points,
-    *,
-    dampening: float = 0.01,
-    order: Order = "none",
-    block: int = 64,
+    how: Solving = PLAINLY,
 ) -> Tensor:
     """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for
     each other's errors.
 
-    Returns codes (out, in) as floats, unpacked. Columns are rounded in turn, in ``order``: "weight"
-    by falling diag(H), "group" by groups of falling sum of diag(H) and so within each; all groups
-    stay where they are. With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) =
-    |E R|^2, and column k of E R is zero for w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that
-    to the grid is GPTQ's step (QuIP, arXiv 2307.13304, section 3.2) without inverting H. Columns
-    without inputs are rounded to nearest.
+    Returns codes (out, in) as floats, unpacked. Columns are rounded in turn; all groups stay where
+    they are. With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) = |E R|^2,
+    and column k of E R is zero for w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that to the
+    grid is GPTQ's step (QuIP, arXiv 2307.13304, section 3.2) without inverting H. Columns without
+    inputs are rounded to nearest.
     """
-    order_I = column_order(hessian_II.diagonal(), order, group_size)
-    feedback_II = _damped(hessian_II, order_I, dampening)
+    order_I = column_order(hessian_II.diagonal(), how.order, group_size)
+    feedback_II = _damped(hessian_II, order_I, how.dampening)
     if feedback_II is None:
         columns_I = torch.arange(w_OI.shape[1], device=w_OI.device) // group_size
         scale_OI, zero_OI = scale_OG.float()[:, columns_I], zero_OG.float()[:, columns_I]
@@ -70,8 +79,8 @@ def solve(
     zero_GO = zero_OG.float().t().contiguous()
     groups = _Groups(scale_OG.float().t().contiguous(), grid.low - zero_GO, grid.top - zero_GO)
     group_of = (order_I // group_size).tolist()
-    for i in range(0, len(w_IO), block):
-        part = slice(i, i + block)
+    for i in range(0, len(w_IO), how.block):
+        part = slice(i, i + how.block)
         w_BO, error_BO = w_IO[part], error_IO[part]
         target_BO = torch.addmm(w_BO, feedback_II[part, :i], error_IO[:i])
         _solve_block(

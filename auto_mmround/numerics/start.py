@@ -293,10 +293,14 @@ def _solved(
     importance = (
         importance[0] if count == 1 else importance.repeat_interleave(len(w_OGg) // count, 0)
     )
-    how: dict[str, Any] = dict(dampening=config.dampening, order=config.order)
-    sweeping = sweeps.Sweeping(hessians, group_size, grid, **how) if in_sweeps else None
+    how = gptq.Solving(config.dampening, config.order, config.block)
+    sweeping = (
+        sweeps.Sweeping(hessians, group_size, grid, dampening=how.dampening, order=how.order)
+        if in_sweeps
+        else None
+    )
     solve: Callable[..., Tensor] = sweeping or partial(
-        gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, block=config.block, **how
+        gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, how=how
     )
     del hessians
     parts = []
