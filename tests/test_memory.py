@@ -24,6 +24,7 @@ from auto_mmround.model.fisher import FisherPasses, SideBySide, measure_fisher
 from auto_mmround.model.spool import Spool
 from auto_mmround.model.streaming import Streamed
 from auto_mmround.model.structure import find_stages, linears
+from auto_mmround.model.visiting import visiting
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import fisher as fishing
 from auto_mmround.run import job as jobs
@@ -206,6 +207,26 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
             assert all(
                 torch.equal(found.tokens[layer][i], weights) for i, weights in by_sample.items()
             ), layer
+
+
+@pytest.mark.parametrize("name", ["qwen3_asr", "qwen3_omni_moe_thinker"])
+def test_a_block_that_stays_while_others_visit_has_its_gradients_too(name):
+    """The model's first parameter lies in it, by which others see where the model is."""
+    family = FAMILIES[name]
+    model, inputs = family.build().requires_grad_(False), family.samples()
+    kinds = [Kinds(torch.zeros(s["input_ids"].shape[1], dtype=torch.int8)) for s in inputs]
+    stages, cpu = find_stages(model), torch.device("cpu")
+    whole = measure_fisher(model, stages, inputs, kinds)
+    with visiting(model, cpu, whole=False) as holder:
+        assert len(holder.blocks) < sum(len(stage.blocks) for stage in stages)
+        found = fishing.measure_fisher(
+            model, stages, inputs, kinds, [], FisherPasses(), holder,
+            fishing.places_of(cpu, None, False),
+        )  # fmt: skip
+    assert found.channels.keys() == whole.channels.keys()
+    assert all(
+        torch.equal(found.channels[block], whole.channels[block]) for block in whole.channels
+    )
 
 
 def test_an_error_in_one_of_several_samples_ends_them_all():

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.checkpoint.reading import Checkpoint, Decoded, Shards, read_checkpoint
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.model import devices
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.experts import restacked, stacking
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
@@ -79,6 +80,8 @@ def from_quantized(
             whole=not streams,
         )
     except NONSENSE as error:
+        if devices.out_of_memory(error):
+            raise
         raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
     _check_filled(folder, met)
     named(model)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedCon
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
+from auto_mmround.model import devices
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.devices import HOST
 from auto_mmround.model.keys import renamed_keys
@@ -221,6 +222,8 @@ def _read(
             options = _trust(how.remote_code) | {"config": config, "dtype": how.dtype}
             model, absent = _read_whole(cls, folder, how.device_map, options)
     except (*NONSENSE, SafetensorError) as error:
+        if devices.out_of_memory(error):
+            raise
         raise UserError(f"model {name} can't be loaded: {one_line(str(error))[:400]}") from None
     if absent:
         raise UserError(
@@ -342,6 +345,8 @@ def skeleton(config: Any, folder: Path, remote_code: bool = False) -> PreTrained
         with torch.device("meta"):
             return cls(config)
     except NONSENSE as error:
+        if devices.out_of_memory(error):
+            raise
         reason = one_line(str(error))[:300]
         raise UserError(
             f"model {folder}: no model can be built from its config.json: {reason}"
