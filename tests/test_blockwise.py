@@ -140,8 +140,9 @@ def test_large_weights_are_decoded_and_packed_some_rows_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("source", [True, False])
-def test_eval_tells_the_same_figures(quantized, held, capsys, demo_folder, source):
-    command = ["eval", "--model", str(demo_folder), "--limit", "4", "--device", "cpu", "--json",
+def test_eval_tells_the_same_figures(quantized, held, capsys, demo_folder, source, tmp_path):
+    folder = shutil.copytree(demo_folder, tmp_path / demo_folder.name)
+    command = ["eval", "--model", str(folder), "--limit", "4", "--device", "cpu", "--json",
                "--tasks", "kl,ppl,vqa" if source else "ppl"]  # fmt: skip
     if source:
         command += ["--reference", str(DEMO)]

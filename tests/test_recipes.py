@@ -455,7 +455,6 @@ def test_the_file_that_llm_compressor_writes_beside_a_checkpoint(tmp_path):
     "text, word",
     [
         ("GPTQModifier: {schem: W4A16}", "did you mean scheme"),
-        ("GPTQModifier: {scheme: FP8}", "rounded to nearest only"),
         ("QuantizationModifier: {scheme: NVFP4}", "use NVFP4A16"),
         ("GPTQModifier: {ignore: [lm_head]}", "names no scheme"),
         ("GTPQModifier: {scheme: W4A16}", "did you mean GPTQModifier"),
