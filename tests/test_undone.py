@@ -78,7 +78,7 @@ def assert_same(found, expected):
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-# What ends a `with` or stands in a `finally`: it allocates nothing. The last one is hypothesis' own,
+# What ends a `with` or stands in a `finally`: it allocates nothing. The last is hypothesis' own,
 # called by the garbage collector, where no error gets through.
 LEAVING = ("__exit__", "remove", "requires_grad_", "set_float32_matmul_precision", "pop_all",
     "gc_callback")  # fmt: skip
