@@ -70,14 +70,9 @@ def from_quantized(
         empty = skeleton(config, folder, remote_code)
         streams = _streams(empty, folder, wanted, device) if stream is None else stream
         state = AsKept(empty, folder, decoded)
+        cls = model_class(config, folder, remote_code)
         model, holder, met = load_streamed(
-            model_class(config, folder, remote_code),
-            config,
-            state,
-            wanted,
-            device,
-            renamed_keys,
-            whole=not streams,
+            cls, config, state, wanted, device, renamed_keys, whole=not streams
         )
     except NONSENSE as error:
         if devices.out_of_memory(error):
