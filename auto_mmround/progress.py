@@ -112,6 +112,7 @@ class RunProgress:
             TextColumn("{task.fields[told]}"), console=notices, transient=True,
         )  # fmt: skip
         self.progress: Any = self._bars if live else nullcontext()
+        self._stage_of = {block: stage.name for stage in plan.stages for block in stage.blocks}
         self._tasks = {
             stage.name: self._bars.add_task(stage.name, total=stage.depth, told="", start=False)
             for stage in plan.stages
@@ -139,8 +140,7 @@ class RunProgress:
         return f"{seconds / 60:.0f} min left" if seconds > 90 else f"{seconds:.0f} s left"
 
     def _line(self, block: str, told: str) -> None:
-        stage = next((s for s in self._tasks if self.reports and s == self.reports[-1].stage), None)
-        task = self._tasks.get(stage or next(iter(self._tasks), ""))
+        task = self._tasks.get(self._stage_of.get(block, ""))
         if task is not None:
             name = ".".join(block.split(".")[-2:])
             self._bars.update(task, told=f"{name} {told}")

@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from meter import Meter
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -93,46 +94,15 @@ Progress = Callable[[str], None]
 # speed
 
 
-class Meter:
-    """Seconds and peak memory on a device by part of a run."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.traits = device, devices.traits(device)
-        self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds what happens meanwhile."""
-        module = torch.get_device_module(self.device)
-        self.traits.synchronize(self.device)
-        getattr(module, "reset_peak_memory_stats", lambda: None)()
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.traits.synchronize(self.device)
-            took = time.perf_counter() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + took
-            peak = self.traits.peak(self.device) / 1e9 if self.traits.peak else 0.0
-            self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Every part is measured whenever it is called."""
-        with ExitStack() as undo:
-            for name, (owner, attribute) in PARTS.items():
-                work = getattr(owner, attribute)
-                undo.callback(setattr, owner, attribute, work)
-                setattr(owner, attribute, self._measured(name, work))
-            yield
-
-    def _measured(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*args: Any, **named: Any) -> Any:
-            with self.part(name):
-                return work(*args, **named)
-
-        return measured
+def meter_of(device: torch.device) -> Meter:
+    """Peaks in GB of the device."""
+    traits, module = devices.traits(device), torch.get_device_module(device)
+    peak = traits.peak
+    return Meter(
+        partial(getattr(module, "reset_peak_memory_stats", lambda device: None), device),
+        (lambda: peak(device) / 1e9) if peak else (lambda: 0.0),
+        lambda: traits.synchronize(device),
+    )
 
 
 def model_of(shape: Mapping[str, int], layers: int | None, device: torch.device) -> Any:
@@ -174,7 +144,7 @@ def rate(device: torch.device, size: int) -> float:
     """Operations a second of bf16 products of so many rows and columns; the best of ten."""
     a, found = torch.randn(size, size, device=device).bfloat16(), []
     for _ in range(12):
-        meter = Meter(device)
+        meter = meter_of(device)
         with meter.part(""):
             torch.mm(a, a)
         found.append(2 * size**3 / meter.seconds[""])
@@ -189,13 +159,12 @@ def ours(
     group = 128 if sizes["hidden_size"] % 128 == 0 else 32
     recipe = Recipe(preset=PRESETS[preset], nsamples=samples, seqlen=tokens, group_size=group)
     model = model_of(sizes, layers, device)
-    plan, meter = make_plan(model, recipe), Meter(device)
+    plan, meter = make_plan(model, recipe), meter_of(device)
     inputs, finished = inputs_of(rows_of(sizes["vocab_size"], samples, tokens)), Finished()
-    whole = Meter(device)
     started = time.perf_counter()
-    with meter.watching():
+    with meter.watching(PARTS):
         pipeline.quantize(model, recipe, plan, inputs, finished)
-    whole.traits.synchronize(device)
+    devices.traits(device).synchronize(device)
     took, count = time.perf_counter() - started, len(finished.reports)
     work = operations(sizes, recipe, samples, tokens) * count
     return {
@@ -220,7 +189,7 @@ def peers(shape: str, samples: int, tokens: int, layers: int | None, device: tor
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")), pad_token="w0"
     )
     rows_ST = rows_of(SHAPES[shape]["vocab_size"], samples, tokens)
-    model, meter = model_of(SHAPES[shape], layers, torch.device("cpu")), Meter(device)
+    model, meter = model_of(SHAPES[shape], layers, torch.device("cpu")), meter_of(device)
     with meter.part("all"):
         AutoRound(
             model, tokenizer, dataset=[row[None] for row in rows_ST], nsamples=samples,

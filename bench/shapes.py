@@ -9,15 +9,14 @@ work on the machine counts.
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import kept
 import torch
 import transformers
+from meter import Meter
 from scale import tokenizer
 from torch import Tensor
 
@@ -148,43 +147,6 @@ def inputs_of(config: Any, samples: int, tokens: int) -> list[ModelInput]:
     return found
 
 
-class Meter:
-    """Seconds and peak resident bytes by part and stage; parts inside others count there too."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds what happens meanwhile."""
-        _reset_peak()
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + took
-            self.peaks[name] = max(self.peaks.get(name, 0), _peak())
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Every part is measured whenever it is called."""
-        with ExitStack() as undo:
-            for name, (owner, attribute) in PARTS.items():
-                work = getattr(owner, attribute)
-                undo.callback(setattr, owner, attribute, work)
-                setattr(owner, attribute, self._measured(name, work))
-            yield
-
-    def _measured(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*args: Any, **named: Any) -> Any:
-            with self.part(name):
-                return work(*args, **named)
-
-        return measured
-
-
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -207,23 +169,25 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, default=Path(".bench/shapes"))
     found = parser.parse_args()
     folder, config = found.scratch / found.shape, config_of(found.shape, found.layers, found.scale)
+    out = found.scratch / f"{found.shape}-out"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         make(folder, config)
         recipe = Recipe(
-            model=str(folder), output_dir=str(found.scratch / "out"), preset="light", device="cpu",
+            model=str(folder), output_dir=str(out), preset="light", device="cpu",
             nsamples=found.samples, seqlen=found.tokens, batch_size=min(8, found.samples),
             quant_nontext_module=not found.text_only, group_size=32, stream=True, check=False,
             overwrite=True, restart=True,
         )  # fmt: skip
         loaded = jobs.load_model(recipe)
         inputs = inputs_of(config, found.samples, found.tokens)
-        meter, plan = Meter(), make_plan(loaded.model, recipe)
-        with meter.watching(), meter.part("all"):
+        meter, plan = Meter(_reset_peak, _peak), make_plan(loaded.model, recipe)
+        with meter.watching(PARTS), meter.part("all"):
             jobs.run(jobs.Job(recipe, loaded, plan, inputs, None, ()))
         show(found, meter, loaded.model)
     finally:
-        shutil.rmtree(found.scratch, ignore_errors=True)
+        for made in (folder, out):
+            shutil.rmtree(made, ignore_errors=True)
     return 0
 
 

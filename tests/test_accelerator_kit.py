@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 def kit():
     spec = importlib.util.spec_from_file_location("kit", ROOT / "bench" / "accelerator.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     with accelerator.shown(), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "bench")
+        spec.loader.exec_module(module)
         patch.setitem(devices.TABLE, NAME, accelerator.ROW)
         patch.setattr(module.importlib.util, "find_spec", lambda name: None)  # no auto-round there
         yield module

@@ -1,4 +1,4 @@
-"""What benches share, bench/kept.py."""
+"""What benches share, bench/kept.py and bench/meter.py."""
 
 import importlib.util
 import json
@@ -8,13 +8,30 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
-def kept():
-    path = Path(__file__).parents[1] / "bench" / "kept.py"
-    spec = importlib.util.spec_from_file_location("kept", path)
+def of_bench(name):
+    path = Path(__file__).parents[1] / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return of_bench("kept")
+
+
+def test_a_part_has_the_peaks_of_what_came_before_a_part_inside():
+    now = [0.0]
+    meter = of_bench("meter").Meter(lambda: now.__setitem__(0, 0.0), lambda: now[0])
+    with meter.part("all"):
+        now[0] = 5.0
+        with meter.part("inside"):
+            now[0] = 2.0
+        with meter.part("other"):
+            now[0] = 3.0
+    assert meter.peaks == {"all": 5.0, "inside": 2.0, "other": 3.0}
+    assert meter.seconds.keys() == meter.peaks.keys()
 
 
 def test_a_page_has_the_table_the_machine_and_the_command(kept, tmp_path, capsys, monkeypatch):

@@ -183,12 +183,13 @@ def test_it_streams_by_itself_where_there_is_no_room(demo_folder, monkeypatch):
     assert load_any(str(DEMO), stream=None).streamed
 
 
-def test_greedy_tokens_are_the_same_side_by_side(quantized, held):
+def test_greedy_tokens_are_the_same_side_by_side(quantized, held, monkeypatch):
     folder, _ = quantized("whisper")
     whole, streamed = from_quantized(folder), from_quantized(folder, stream=True)
     inputs = FAMILIES["whisper"].samples(4)
     works = [lambda kwargs=kwargs: greedy(streamed.model, kwargs, 3) for kwargs in inputs]
-    found = list(in_turn(streamed.model, streamed.holder.blocks, works, size=3))
+    monkeypatch.setattr(lockstep, "MOST", 3)
+    found = list(in_turn(streamed.model, streamed.holder.blocks, works, inputs))
     assert found == [greedy(whole.model, kwargs, 3) for kwargs in inputs]
     text = find_stages(whole.model)[-1].blocks
     assert all(Counter(block for block, _ in held)[block] == 2 * 3 for block in text)
@@ -207,7 +208,7 @@ def test_what_passes_draw_is_theirs_alone(quantized):
     torch.manual_seed(7)
     before = torch.get_rng_state()
     works = [lambda i=i: drawing(i) for i in range(3)]
-    found = list(in_turn(model, streamed.holder.blocks, works))
+    found = list(in_turn(model, streamed.holder.blocks, works, inputs))
     assert torch.equal(torch.get_rng_state(), before)
     for i, drawn in enumerate(found):
         torch.manual_seed(i)
@@ -228,7 +229,7 @@ def test_a_failing_pass_ends_all_of_them(quantized, at):
 
     works = [lambda i=i: work(i) for i in range(3)]
     with pytest.raises(UserError, match="no"):
-        list(in_turn(streamed.model, streamed.holder.blocks, works))
+        list(in_turn(streamed.model, streamed.holder.blocks, works, inputs))
     assert list(logits_in_turn(streamed.model, inputs, streamed.holder.blocks))  # as before
 
 

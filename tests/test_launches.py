@@ -66,7 +66,7 @@ def test_sweeps_round_as_columns_in_turn_do(kind, grid, order):
     own.add(inputs(kind))
     hessian_II, ranges_ = own.hessian(), plain(w_OI, 64, grid)
     wanted_OI = gptq.solve(w_OI, hessian_II, *ranges_, 64, grid, gptq.Solving(0.05, order))
-    solver = sweeps.Sweeping([hessian_II], 64, grid, dampening=0.05, order=order)
+    solver = sweeps.Sweeping([hessian_II], 64, grid, gptq.Solving(0.05, order))
     found_OI = solver(w_OI, *ranges_)
     if not solver.doubtful():  # a sum in another order may move what lies on an edge
         assert (found_OI != wanted_OI).float().mean() < 0.01
@@ -77,11 +77,11 @@ def test_sweeps_say_what_they_are_not_sure_of(monkeypatch):
     w_OI, own, empty = torch.randn(24, 320), Moments(320), torch.full((320, 320), torch.nan)
     own.add(inputs("mixed"))
     monkeypatch.setattr(sweeps, "SWEEPS", 3)
-    args = dict(dampening=0.05, order="weight")
-    both = sweeps.Sweeping([own.hessian(), torch.eye(320)], 64, GRID, **args)
+    how = gptq.Solving(0.05, "weight")
+    both = sweeps.Sweeping([own.hessian(), torch.eye(320)], 64, GRID, how)
     both(torch.cat([w_OI, w_OI]), *(x.repeat(2, 1) for x in plain(w_OI, 64, GRID)))
     assert both.doubtful().tolist() == [True, False]
-    assert sweeps.Sweeping([empty], 64, GRID, **args).doubtful().tolist() == [True]
+    assert sweeps.Sweeping([empty], 64, GRID, how).doubtful().tolist() == [True]
 
 
 def moments_of(x_TI, place):

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_served import served, tuned
+from test_served import first_blocks, served, tuned
 from test_undone import samples, tiny_llama
 from tiny_models import FAMILIES
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.numerics.tuner import held_out_split
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.finished import Finished
 
 RECIPE = Recipe(
     bits=4, group_size=16, format="compressed_tensors", iters=2, batch_size=4, amp=False,
@@ -64,10 +63,7 @@ def test_it_sees_rounded_inputs_of_its_own_and_of_the_blocks():
 
 def test_a_run_that_goes_on_gives_the_same_head():
     whole, _ = tuned(tiny_llama(2), samples(), RECIPE)
-    half = Finished()
-    for report in list(whole.reports.values())[:2]:
-        names = [name for name in whole.codes if name.startswith(f"{report.name}.")]
-        half.add([report], {name: whole.codes[name] for name in names})
+    half = first_blocks(whole, 2)
     tuned(tiny_llama(2), samples(), RECIPE, half)
     for one, other in zip(whole.codes["lm_head"][:3], half.codes["lm_head"][:3], strict=True):
         assert torch.equal(one, other)

@@ -198,7 +198,7 @@ def test_every_scale_is_finite_and_what_the_file_holds(grid, size):
         product = (scale_OG * codes.zero_OG).to(grid.scale_dtype).float()
         assert torch.equal(product, scale_OG * codes.zero_OG)
     assert grids.dequantize(codes).isfinite().all()
-    fit = grids.fit(grids.to_groups(w_OI, 16), grid)
+    fit = grid.fit(grids.to_groups(w_OI, 16))
     if not fit.small and not fit.large:
         assert (grids.dequantize(codes) - w_OI).norm() <= 0.7 * w_OI.norm()
 

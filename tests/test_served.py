@@ -233,14 +233,20 @@ def assert_same_codes(found, wanted):
             assert same, name
 
 
+def first_blocks(whole, count):
+    """What a run that stopped there had finished."""
+    found = Finished()
+    for report in list(whole.reports.values())[:count]:
+        names = [name for name in whole.codes if name.startswith(f"{report.name}.")]
+        found.add([report], {name: whole.codes[name] for name in names})
+    return found
+
+
 @pytest.mark.parametrize("changes", [{}, {"nblocks": 2}, {"retarget": True}])
 def test_a_run_that_goes_on_hands_over_rounded_inputs(changes):
     recipe = replace(W4A8, **changes)
     whole, _ = tuned(tiny_llama(4), samples(), recipe)
-    half = Finished()
-    for report in list(whole.reports.values())[:2]:
-        names = [name for name in whole.codes if name.startswith(f"{report.name}.")]
-        half.add([report], {name: whole.codes[name] for name in names})
+    half = first_blocks(whole, 2)
     tuned(tiny_llama(4), samples(), recipe, half)
     assert_same_codes(half, whole)
 

@@ -81,8 +81,8 @@ def from_quantized(
     _check_filled(folder, met)
     named(model)
     if activations:
-        _quantize_inputs(model, read_checkpoint(folder), state.files, device)
-        _quantize_cache(model, read_checkpoint(folder), state.files, device)
+        _quantize_inputs(model, decoded.checkpoint, state.files, device)
+        _quantize_cache(model, decoded.checkpoint, state.files, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
@@ -138,7 +138,7 @@ class AsKept:
         turned = {
             f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
         }
-        stored = read_checkpoint(folder).files if turned else {}
+        stored = decoded.checkpoint.files
         names = parameter_names(model, self.files) if turned else {}
         self._turned = {key for name, key in names.items() if name in turned and key not in stored}
 
@@ -197,11 +197,7 @@ def _quantize_inputs(
         if scheme.act_bits < 16:
             layer = model.get_submodule(parameter.removesuffix(".weight"))
             measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"
-            wholes = (
-                []
-                if scheme.act_dynamic and scheme.data_type != "nvfp4"
-                else [f"{stored}.{measured}"]
-            )
+            wholes = [f"{stored}.{measured}"] if scheme.inputs_measured else []
             how: tuple[Any, ...] = scheme.data_type, scheme.act_bits, scheme.group_size
             how += tuple(tensor.to(device) for _, tensor in checkpoint.tensors(wholes))
             layer.register_forward_pre_hook(

@@ -110,9 +110,9 @@ class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
     def __init__(self, folder: Path, dtype: torch.dtype | None = None):
         """dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to
         float32. Raises UserError for a folder or quantization method that cannot be read."""
-        self._checkpoint, self._dtype = read_checkpoint(folder), dtype
+        self.checkpoint, self._dtype = read_checkpoint(folder), dtype
         self.packed: frozenset[str] = frozenset()
-        quantization = self._checkpoint.quantization_config
+        quantization = self.checkpoint.quantization_config
         own = _reader(quantization) if quantization is not None else None
         self._makers: dict[str, Callable[[Shards], Tensor]] = {}
         if own is not None:
@@ -120,10 +120,10 @@ class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
             self._makers = {name: partial(self._own, tensors, name) for name in tensors}
             return
         fmt = formats.from_config(quantization) if quantization is not None else None
-        self.packed = fmt.packed(self._checkpoint.files) if fmt else frozenset()
+        self.packed = fmt.packed(self.checkpoint.files) if fmt else frozenset()
         schemes = formats.schemes_of(quantization, self.packed) if quantization is not None else {}
-        scales = set(self._checkpoint.kv_scales)
-        for name in (name for name in self._checkpoint.files if name not in scales):
+        scales = set(self.checkpoint.kv_scales)
+        for name in (name for name in self.checkpoint.files if name not in scales):
             module, _, part = name.rpartition(".")
             if fmt is None or module not in self.packed or part not in fmt.parts:
                 self._makers[name] = partial(self._plain, name)
@@ -144,7 +144,7 @@ class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
         return tensors[name] if self._dtype is None else tensors[name].to(self._dtype)
 
     def _stored(self, name: str, shards: Shards) -> Tensor:
-        return shards.tensor(self._checkpoint.folder / self._checkpoint.files[name], name)
+        return shards.tensor(self.checkpoint.folder / self.checkpoint.files[name], name)
 
     def _plain(self, name: str, shards: Shards) -> Tensor:
         tensor = self._stored(name, shards)
@@ -152,15 +152,15 @@ class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
         return tensor.to(self._dtype) if casts else tensor
 
     def _unpacked(self, fmt: Format, module: str, scheme: Scheme | None, shards: Shards) -> Tensor:
-        names = [n for part in fmt.parts if (n := f"{module}.{part}") in self._checkpoint.files]
+        names = [n for part in fmt.parts if (n := f"{module}.{part}") in self.checkpoint.files]
         parts = {name: self._stored(name, shards) for name in names}
         try:
             if scheme is None:  # says why
-                scheme = formats.scheme_of(self._checkpoint.quantization_config or {}, module)
+                scheme = formats.scheme_of(self.checkpoint.quantization_config or {}, module)
             codes = fmt.unpack(module, parts, scheme)
         except CONTRADICTIONS as error:
             raise UserError(
-                f"{self._checkpoint.folder}: {module} contradicts quantization_config: {error}"
+                f"{self.checkpoint.folder}: {module} contradicts quantization_config: {error}"
             ) from error
         return dequantize(codes, self._dtype or torch.float32)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
-from auto_mmround.model.lockstep import fitting, head_of, in_turn
+from auto_mmround.model.lockstep import in_turn
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.streaming import device_of
 from auto_mmround.run.met import naming
@@ -88,9 +88,7 @@ def logits_in_turn(
     """`logits_of` each sample, one in memory at a time. blocks: of a streamed model, see
     `in_turn`."""
     works = [partial(logits_of, model, kwargs) for kwargs in inputs]
-    if not blocks:
-        return (work() for work in works)
-    return in_turn(model, blocks, works, fitting(model, inputs), head_of(model))
+    return in_turn(model, blocks, works, inputs, at_head=True)
 
 
 def measure(

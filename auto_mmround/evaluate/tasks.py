@@ -27,7 +27,7 @@ from auto_mmround.evaluate.scoring import (
     share,
 )
 from auto_mmround.model.loading import Loaded
-from auto_mmround.model.lockstep import fitting, in_turn
+from auto_mmround.model.lockstep import in_turn
 
 SAMPLES = 6  # answers shown side by side
 PICTURE = 320  # pixels, the longer side of a picture kept with an answer
@@ -276,9 +276,8 @@ def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, l
         keys = [(role, prompt.benchmark, prompt.split, prompt.id) for prompt in prompts]
         left = {key: p for key, p in zip(keys, prompts, strict=True) if key not in setting.given}
         works = [partial(answer, loaded, prompt) for prompt in left.values()]
-        blocks, inputs = loaded.holder.blocks, [prompt.kwargs for prompt in left.values()]
-        size = fitting(loaded.model, inputs) if blocks else len(works)
-        answers = in_turn(loaded.model, blocks, works, size)
+        inputs = [prompt.kwargs for prompt in left.values()]
+        answers = in_turn(loaded.model, loaded.holder.blocks, works, inputs)
         done += len(prompts) - len(left)
         for key, text in zip(left, answers, strict=True):
             setting.given[key] = text

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from auto_mmround.model import devices
-from auto_mmround.model.speaking import speaking
+from auto_mmround.model.speaking import output_head
 
 MOST = 256  # passes side by side: each has a thread
 SHARE = 0.5  # of the free host memory that their hidden states may take
@@ -120,24 +120,26 @@ def in_turn(
     model: nn.Module,
     blocks: Sequence[str],
     works: Sequence[Callable[[], T]],
-    size: int = MOST,
-    last: str | None = None,
+    inputs: Sequence[Mapping[str, Any]],
+    at_head: bool = False,
 ) -> Generator[T, None, None]:
     """The result of each of the works, which all pass through ``model``.
 
-    blocks: those that are read when their turn comes; there ``size`` works run side by side, see
-    `side_by_side`. Without any, each runs when it is asked for.
+    blocks: those that are read when their turn comes; there works run side by side, as many as have
+    room, see `side_by_side`. Without any, each runs when it is asked for. inputs: of the works.
+    at_head: all wait before the head until their result is asked for.
     """
     if not blocks:
         yield from (work() for work in works)
         return
+    size, last = _fitting(model, inputs), _head_of(model) if at_head else None
     for at in range(0, len(works), size):
         some = works[at : at + size]
         with side_by_side(model, blocks, some, last) as end:
             yield from (end(i) for i in range(len(some)))
 
 
-def fitting(model: Any, inputs: Sequence[Mapping[str, Any]]) -> int:
+def _fitting(model: Any, inputs: Sequence[Mapping[str, Any]]) -> int:
     """Passes side by side whose hidden states fit into `SHARE` of the free host memory."""
     width = model.config.get_text_config().hidden_size
     longest = max((_tokens(kwargs) for kwargs in inputs), default=1)
@@ -151,13 +153,6 @@ def _tokens(kwargs: Mapping[str, Any]) -> int:
     return max((max(tensor.shape[:2]) for tensor in tensors if tensor.ndim > 1), default=1)
 
 
-def head_of(model: Any) -> str | None:
-    """The name of the module that makes the logits; None where no module behind the blocks does."""
-    try:
-        head = speaking(model).get_output_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    # FSMT names the table of its decoder's words, which is read at the start
-    if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding):
-        return None
+def _head_of(model: nn.Module) -> str | None:
+    head = output_head(model)
     return next((name for name, module in model.named_modules() if module is head), None)

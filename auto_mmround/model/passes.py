@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.chains import hidden_of, moved
-from auto_mmround.model.speaking import speaking
+from auto_mmround.model.speaking import output_head, speaking
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.untrusted import one_line
@@ -131,10 +131,8 @@ def run_without_logits(model: nn.Module, kwargs: Inputs) -> None:
     """A forward pass up to the head: no block comes after it, and its logits are the largest tensor
     of all."""
     model = speaking(model)  # type: ignore[arg-type]  # any module with such a forward pass
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    # FSMT names the table of its decoder's words, which is read at the start
-    behind = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
-    with stopping_at(head) if behind and head is not None else nullcontext():
+    head = output_head(model)
+    with nullcontext() if head is None else stopping_at(head):
         run_model(model, moved(dict(kwargs), device_of(model)))
 
 

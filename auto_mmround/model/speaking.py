@@ -29,6 +29,16 @@ def speaking_path(model: PreTrainedModel) -> str:
     return next((name for name, module in model.named_modules() if module is part), "")
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module behind all blocks that makes the logits; None where none does."""
+    try:
+        head = speaking(model).get_output_embeddings()  # type: ignore[arg-type]
+    except (NotImplementedError, AttributeError):
+        return None
+    # FSMT names the table of its decoder's words, which is read at the start
+    return head if isinstance(head, nn.Module) and not isinstance(head, nn.Embedding) else None
+
+
 def _predicts_text(part: nn.Module) -> TypeGuard[PreTrainedModel]:
     return (
         isinstance(part, PreTrainedModel)

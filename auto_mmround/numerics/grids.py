@@ -205,7 +205,10 @@ class Grid(NamedTuple):
 
     def fit(self, w_OGg: Tensor) -> "Fit":
         """See `Points`."""
-        return fit(w_OGg, self)
+        low_OG, high_OG = ranges(w_OGg, self)
+        peak_OG = torch.maximum(-low_OG, high_OG)
+        need_OG = peak_OG / self.middle if self.sym else (high_OG - low_OG) / self.top
+        return Fit.of(need_OG, *self.bounds)
 
     def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
         """See `Points`."""
@@ -303,15 +306,6 @@ class Fit(NamedTuple):
             [(size_OG > 0).sum(), ((size_OG > 0) & (size_OG < low)).sum(), (size_OG > high).sum()]
         )
         return cls(*few.tolist())
-
-
-def fit(w_OGg: Tensor, grid: Grid) -> Fit:
-    """Whether the grid's scales suffice for a weight."""
-    low_OG, high_OG = ranges(w_OGg, grid)
-    need_OG = (
-        torch.maximum(-low_OG, high_OG) / grid.middle if grid.sym else (high_OG - low_OG) / grid.top
-    )
-    return Fit.of(need_OG, *grid.bounds)
 
 
 def integers(ratio_OG: Tensor, grid: Grid) -> Tensor:

@@ -294,11 +294,7 @@ def _solved(
         importance[0] if count == 1 else importance.repeat_interleave(len(w_OGg) // count, 0)
     )
     how = gptq.Solving(config.dampening, config.order, config.block)
-    sweeping = (
-        sweeps.Sweeping(hessians, group_size, grid, dampening=how.dampening, order=how.order)
-        if in_sweeps
-        else None
-    )
+    sweeping = sweeps.Sweeping(hessians, group_size, grid, how) if in_sweeps else None
     solve: Callable[..., Tensor] = sweeping or partial(
         gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, how=how
     )

@@ -25,17 +25,11 @@ class Sweeping:
     """Second moments of N weights, factorized; solves weights (N * O, I) under them."""
 
     def __init__(
-        self,
-        hessians: Sequence[Tensor],
-        group_size: int,
-        grid: Points,
-        *,
-        dampening: float,
-        order: gptq.Order,
+        self, hessians: Sequence[Tensor], group_size: int, grid: Points, how: gptq.Solving
     ):
         self._group_size, self._grid = group_size, grid
-        orders = [gptq.column_order(h.diagonal(), order, group_size) for h in hessians]
-        found = [gptq.factor(*each, dampening) for each in zip(hessians, orders, strict=True)]
+        orders = [gptq.column_order(h.diagonal(), how.order, group_size) for h in hessians]
+        found = [gptq.factor(*each, how.dampening) for each in zip(hessians, orders, strict=True)]
         self._order_NI = torch.stack(orders)
         factors = [feedback_II for feedback_II, _ in found]
         self._feedback_NII = torch.stack(factors) if len(found) > 1 else factors[0][None]

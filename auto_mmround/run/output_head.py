@@ -31,8 +31,7 @@ class HeadTuner:
     def __init__(self, session: Session, planned: WeightPlan):
         self._session, self._planned = session, planned
         every = range(len(session.batches))
-        self._held_out = set(held_out_split(len(session.batches))[1])
-        self._train = set(held_out_split(len(session.batches))[0])
+        self._train, self._held_out = map(set, held_out_split(len(session.batches)))
         self._share = session.processes.share(every)
         self._held: list[Tensor] = []
         self._moments = Moments(planned.in_features, device=session.device)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.model.experts import separable
 from auto_mmround.model.loading import Loaded
-from auto_mmround.model.speaking import speaking
+from auto_mmround.model.speaking import output_head
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.structure import find_experts, find_stages, input_weight
 from auto_mmround.recipe.recipe import Recipe
@@ -85,7 +85,7 @@ class _Parts:
     """Which part of the model a parameter belongs to."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan):
-        head: Any = getattr(speaking(model), "get_output_embeddings", lambda: None)()
+        head: Any = output_head(model)
         words = input_weight(model)
         embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
         self._special: dict[int, str] = {id(weight): "embeddings" for weight in embeddings}

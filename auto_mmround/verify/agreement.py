@@ -202,7 +202,8 @@ def _judge_tokens(
         partial(greedy, reference.model, kwargs, found.numel())
         for found, kwargs in zip(result.tokens, reference.inputs)
     ]
-    for i, (tokens, margins) in enumerate(in_turn(reference.model, reference.blocks, works)):
+    answers = in_turn(reference.model, reference.blocks, works, reference.inputs)
+    for i, (tokens, margins) in enumerate(answers):
         found = result.tokens[i]
         count, right = agreed(tokens, margins, found.flatten().tolist(), tie)
         same, total = same + count, total + len(tokens)
