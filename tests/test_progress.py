@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.table import Table
 from auto_mmround import cli
 from auto_mmround.errors import UserError
 from auto_mmround.printing import Telling, notices, show
-from auto_mmround.progress import Events
+from auto_mmround.progress import Events, RunProgress
 
 ROOT = Path(__file__).parents[1]
 RUN = ["--model", "demo", "--dataset", "demo", "--iters", "1", "--nsamples", "8", "--seqlen", "64"]
@@ -109,3 +110,13 @@ def test_a_failure_is_the_last_event_and_a_bad_file_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match="json_log"):
         Events(Telling(json_log=tmp_path))
+
+
+def test_a_step_is_told_on_the_line_of_its_own_stage():
+    stages = [
+        SimpleNamespace(name=name, depth=1, blocks=[f"{name}.0"]) for name in ("vision", "text")
+    ]
+    bar = RunProgress(SimpleNamespace(stages=stages), SimpleNamespace(steps=4))
+    bar.watcher().step("text.0", 1, 4)  # no block of it is finished yet
+    told = {task.description: task.fields["told"] for task in bar._bars.tasks}
+    assert told["vision"] == "" and told["text"].startswith("text.0 step 1/4")
