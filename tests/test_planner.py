@@ -55,6 +55,11 @@ def test_the_model_stays_and_pieces_are_counted(job):
     difference = more.seconds["text blocks"] - short.seconds["text blocks"]
     assert difference == pytest.approx(5 * (6 * 0.125 + 1 * 2 * 0.25), rel=0.05)
     assert short.fits and not short.advice
+    # 16 steps of 4 samples, 20 of 8 and 60 of 8: more than 4 of 4; those of the recipe are its own
+    assert sum(short.seconds.values()) < short.presets["light"] < short.presets["default"]
+    own = replace(job, recipe=replace(job.recipe, iters=None, batch_size=None, preset="best"))
+    best = planner.estimate(own, clock=ticks())
+    assert best.presets["best"] == pytest.approx(sum(best.seconds.values()))
 
 
 def test_compiling_is_counted_apart_and_once_a_kind(job, monkeypatch):

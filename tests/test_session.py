@@ -2,12 +2,17 @@
 values on."""
 
 import pytest
+import torch
 from test_streaming import run
 from tiny_models import FAMILIES, tiny_tokenizer
 
+from auto_mmround.model.chains import Kinds
+from auto_mmround.model.fisher import spread
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
+from auto_mmround.run import session as sessions
+from auto_mmround.run.session import Session
 
 SHARING = ["gemma3n_text", "gemma4"]  # later blocks read what earlier ones leave for them
 
@@ -40,3 +45,56 @@ def test_an_estimate_hands_on_what_blocks_share(family, stream, tmp_path):
         jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows), budget=0.5
     )
     assert found.seconds["text blocks"] > 0
+
+
+def test_samples_are_taken_of_every_mixture_of_modalities():
+    text, image = torch.zeros(10, dtype=torch.long), torch.tensor([0] * 5 + [1] * 5)
+    in_turn = [Kinds(image if i % 2 else text) for i in range(16)]
+    chosen = spread(in_turn, 80)
+    assert len(chosen) == 8 and sum(i % 2 for i in chosen) == 4
+    assert spread(in_turn, 10**9) == list(range(16))
+    rare = [Kinds(text)] * 15 + [Kinds(image)]
+    assert 15 in spread(rare, 20)
+
+
+def prepared(tmp_path, **changes):
+    """A session of 16 samples, and a chain before its first block."""
+    folder = tmp_path / "model"
+    FAMILIES["llama"].save(folder, tiny_tokenizer())
+    recipe = Recipe(
+        model=str(folder), output_dir=str(tmp_path), group_size=32, nsamples=16, seqlen=24,
+        device="cpu", **changes,
+    )  # fmt: skip
+    rows = [{"text": " ".join(f"w{(7 * i + j) % 110 + 3}" for j in range(40))} for i in range(16)]
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
+    return Session(job.loaded.model, job.recipe, job.plan, job.inputs)
+
+
+def test_second_moments_are_taken_over_enough_tokens_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(sessions, "TOKENS", 4 * 24)
+    monkeypatch.setattr(sessions, "PER_COLUMN", 0)
+    session = prepared(tmp_path)
+    names = [weight.name for weight in session.plan.of_block(session.plan.stages[0].blocks[0])]
+    weights = session.weights()
+    assert len(session.sampled) == 4
+    assert all(sorted(found) == session.sampled for found in weights.fisher.tokens.values())
+    (chain,) = session.record(session.plan.stages).values()
+    with session.opened(chain.stage.blocks[:1]) as blocks:
+        window = sessions.Window(chain.stage.blocks[:1], 0, blocks)
+        found = session.moments(chain, window, names, weights, 8)
+        pooled = session.moments(chain, window, names, None, 8)
+        with session.collecting(chain, window, names, weights) as (collected, begin):
+            chain.passed(blocks, 0, 1, None, begin)  # all samples: the others count nothing
+    for name, moments in found.items():
+        wanted = collected.moments()[name].hessian()
+        torch.testing.assert_close(moments.hessian(), wanted, rtol=1e-3, atol=1e-6)
+        assert not torch.allclose(moments.hessian(), pooled[name].hessian(), rtol=1e-3)
+
+
+def test_experts_share_the_tokens_of_all_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(sessions, "TOKENS", 24)
+    monkeypatch.setattr(sessions, "PER_COLUMN", 0)
+    session = prepared(tmp_path)
+    assert len(session.sampled) == 1
+    monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
+    assert prepared(tmp_path).sampled == list(range(16))

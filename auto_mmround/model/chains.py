@@ -139,10 +139,11 @@ class Chain:
         blocks: Sequence[nn.Module],
         first: int,
         batch_size: int,
+        only: Sequence[int] | None,
         before: Callable[[list[int]], None],
     ) -> None:
         """As `advanced`, for those who watch the blocks: nothing is kept."""
-        for _ in self._passes(blocks, first, batch_size, None, before):
+        for _ in self._passes(blocks, first, batch_size, only, before):
             pass
 
     def _passes(

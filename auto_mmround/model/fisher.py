@@ -57,7 +57,8 @@ class Fisher:
 class FisherPasses:
     """How samples are run.
 
-    enough: tokens of text that suffice where no layer's tokens are weighed. side: how several
+    enough: tokens of text that suffice where no layer's tokens are weighed. weighed: the samples
+    that are run where they are; None: all. side: how several
     samples go through the blocks together, where blocks are dear to come by; the result is the
     same. Of several processes ``share`` gives one's part of the samples, ``add_up`` the sums by
     block over all; ``here`` of them share this machine's memory.
@@ -66,6 +67,7 @@ class FisherPasses:
     seed: int = 42
     precision: Precision = nullcontext
     enough: int = ENOUGH
+    weighed: Sequence[int] | None = None
     side: SideBySide | None = None
     share: Callable[[list[int]], list[int]] = list
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
@@ -85,13 +87,13 @@ def measure_fisher(
 
     A tower's tokens all count as the first row, unless their kinds are known; modalities without
     tokens are zero. No gradient of a weight is ever made. ``layers``: those whose tokens are
-    weighed; then all samples are run, else as many, evenly spread, as hold ``how.enough`` tokens of
-    text. A layer that runs more than once a sample (one image after another) gets no weights of
+    weighed; then ``how.weighed`` are run, else as many as hold ``how.enough`` tokens of text, see
+    `spread`. A layer that runs more than once a sample (one image after another) gets no weights of
     tokens, nor does one that only stands in for a part of a weight (fused experts).
     """
     present = [name for name in layers if _is_there(model, name)]
-    every = list(range(len(inputs)))
-    chosen = how.share(every if present else spread(modalities, how.enough))
+    weighed = list(range(len(inputs)) if how.weighed is None else how.weighed)
+    chosen = how.share(weighed if present else spread(modalities, how.enough))
     squares, readers = Squares(stages, modalities, present, chosen), Readers()
     spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
     if chosen:
@@ -196,11 +198,17 @@ def _flat(grad: Tensor) -> Tensor:
 
 
 def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:
-    """Indices of samples, evenly spread, that hold about ``enough`` tokens together (all, if there
-    are fewer)."""
-    lengths = [len(kinds.text_T) for kinds in modalities]
-    wanted = min(len(lengths), max(1, round(len(lengths) * enough / max(sum(lengths), 1))))
-    return [i * len(lengths) // wanted for i in range(wanted)]
+    """Indices of samples that hold about ``enough`` tokens together (all, if there are fewer): of
+    every mixture of modalities the same share, at least one sample, evenly spread."""
+    share = enough / max(1, sum(len(kinds.text_T) for kinds in modalities))
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, kinds in enumerate(modalities):
+        alike.setdefault(tuple(kinds.text_T.unique().tolist()), []).append(i)
+    found = []
+    for group in alike.values():
+        wanted = min(len(group), max(1, round(len(group) * share)))
+        found += [group[i * len(group) // wanted] for i in range(wanted)]
+    return sorted(found)
 
 
 def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:

@@ -195,6 +195,11 @@ def _alike(rounding: Rounding) -> Moments:
     return found
 
 
+def is_expert(name: str) -> bool:
+    """Whether a layer is in a numbered list inside a numbered block."""
+    return _expert(name) is not None
+
+
 def _expert(name: str) -> tuple[str, str, str] | None:
     """Its list of experts, its number there, and which of its matrices: of a layer in a numbered
     list inside a numbered block."""

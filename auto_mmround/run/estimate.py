@@ -33,6 +33,7 @@ from auto_mmround.numerics.tuner import (
     looked_at,
     tune_block,
 )
+from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.job import Job
 from auto_mmround.run.leaves import leaves_of, rounded
 from auto_mmround.run.loss_weights import accumulated, tower_tokens
@@ -50,7 +51,7 @@ SHARE = 0.9  # of what is free that a run may plan to use
 class Estimate:
     """seconds by part of the run. memory, free_memory: bytes at the peak, and bytes that this
     process can have; of the device, where that has memory of its own. sizes: bytes of each folder
-    that will be written, by format."""
+    that will be written, by format. presets: seconds of the whole run with each."""
 
     seconds: Mapping[str, float]
     memory: int
@@ -58,6 +59,7 @@ class Estimate:
     sizes: Mapping[str, int]
     free_disk: int
     advice: tuple[str, ...] = ()
+    presets: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -76,15 +78,10 @@ class BlockCost:
     once: float = 0.0
     compiling: float = 0.0
 
-    def seconds(self, passes: int, samples: float, measured: float, steps: int) -> float:
-        """passes: over all samples. measured: samples run to measure held-out errors, all times
-        together."""
-        return (
-            passes * samples * self.forward
-            + samples * self.moments
-            + measured * self.forward
-            + (steps * self.step + self.once)
-        )
+    def seconds(self, runs: float, measured: float, steps: float) -> float:
+        """runs: samples through the block, all times together. measured: samples of the second
+        moments. steps: of as many samples as `step` was measured with."""
+        return runs * self.forward + measured * self.moments + steps * self.step + self.once
 
 
 @dataclass
@@ -121,8 +118,8 @@ class _Probe:
 
     def fisher(self) -> float:
         """Seconds of the Fisher information, from one sample and then two."""
-        wanted = len(self.session.inputs)
-        at = wanted // 2
+        wanted = len(self.session.sampled)
+        at = len(self.session.inputs) // 2
 
         def run(samples: Sequence[int]) -> Fisher:
             return self.session.of(samples).fisher(self.session.plan.quantized)
@@ -248,8 +245,7 @@ def estimate(
     place = job.loaded.model.device
     traits = devices.traits(place)
     sizes, seconds_writing = writing(job, clock)
-    seconds: dict[str, float] = {}
-    states = 0
+    seconds, states, more = dict[str, float](), 0, dict[str, float]()
     with _high_water(place) as peak:
         if job.recipe.calibrates:
             session = Session(
@@ -257,17 +253,21 @@ def estimate(
             )
             helps = "lower --batch_size or --seqlen, or use a larger machine"
             with phase("planning", helps), naming(job.inputs):
-                seconds, states = _calibrated(_Probe(session, clock() + budget, clock), budget)
+                seconds, states, more = _calibrated(
+                    _Probe(session, clock() + budget, clock), budget
+                )
     memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
+    seconds["writing"] = seconds_writing
     found = Estimate(
-        seconds=seconds | {"writing": seconds_writing},
+        seconds=seconds,
         memory=memory,
         free_memory=int(SHARE * (traits.free(place) + own)),
         sizes=sizes,
         free_disk=int(SHARE * shutil.disk_usage(standing(Path(job.recipe.output_dir))).free),
     )
-    return replace(found, advice=tuple(_advice(job, found, states)))
+    presets = {name: sum(seconds.values()) + rest for name, rest in more.items()}
+    return replace(found, advice=tuple(_advice(job, found, states)), presets=presets)
 
 
 def check_disk(job: Job) -> None:
@@ -282,8 +282,9 @@ def check_disk(job: Job) -> None:
         )
 
 
-def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
-    """Seconds by part, and bytes of the hidden states that a run keeps."""
+def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int, dict[str, float]]:
+    """Seconds by part; bytes of the hidden states that a run keeps; by preset, seconds more than
+    the recipe's."""
     recipe, stages = probe.session.recipe, probe.session.plan.stages
     lengths = [len(kinds.text_T) for kinds in probe.session.kinds]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -299,29 +300,37 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int]:
     if recipe.fisher and recipe.closed_form:
         with torch.no_grad():
             seconds["Fisher information"] = probe.fisher()
-    states = 0
+    share = len(probe.session.sampled) / len(lengths)
+    states, by_preset = 0, dict.fromkeys(recipe.how.presets, 0.0)
     for stage in stages:
         if stage.path not in chains:
             raise UserError(
                 f"{stage.path}: no estimate, none of the samples tried reaches this stage"
             )
         chain = chains[stage.path]
-        entries = len(chain) / count * samples
-        held = len(held_out_split(round(entries))[1])
-        looks = (
-            1
-            + recipe.closed_form
-            + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
-        )
+        entries, costs = len(chain) / count * samples, probe.costs(chain)
+        seconds[f"{stage.name} blocks"] = own = _blocks(recipe, recipe, costs, entries, share)
+        for name in by_preset:
+            other = replace(recipe, preset=name, iters=None, lr=0.0, batch_size=None)
+            by_preset[name] += _blocks(other, recipe, costs, entries, share) - own
         passes = 1 + recipe.enable_quanted_input
-        costs = probe.costs(chain)
-        seconds[f"{stage.name} blocks"] = sum(
-            cost.seconds(passes, entries, looks * held, recipe.steps) for cost in costs
-        )
         states += round(_bytes_kept(chain, 2 * passes) / count * samples)
     if probe.compiled:
         seconds["compiling"] = sum(cost.compiling for cost in probe.known.values())
-    return seconds, states
+    return seconds, states, by_preset
+
+
+def _blocks(
+    recipe: Recipe, measured: Recipe, costs: Sequence[BlockCost], entries: float, share: float
+) -> float:
+    """Seconds of a stage's blocks. measured: the recipe that their steps were timed with. entries:
+    of the chain. share: of the samples, for second moments."""
+    steps = range(1, recipe.steps + 1)
+    looks = 1 + recipe.closed_form + sum(looked_at(step, recipe.steps) for step in steps)
+    runs = (1 + recipe.enable_quanted_input) * entries
+    runs += looks * len(held_out_split(round(entries))[1])
+    drawn = min(recipe.batch, entries) / min(measured.batch, entries)
+    return sum(cost.seconds(runs, share * entries, drawn * recipe.steps) for cost in costs)
 
 
 def _bytes_kept(chain: Chain, copies: int) -> int:
@@ -361,14 +370,6 @@ def _peak() -> int:
         if kilobytes
         else int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# disk
-
-
-# --------------------------------------------------------------------------------------------------
-# advice
 
 
 def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:

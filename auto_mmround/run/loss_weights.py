@@ -85,9 +85,10 @@ class Weights:
         chain asked for: 0 on padding of text, else 1, or how much the model's output depends on the
         layer's output there."""
         measured = self.fisher.tokens.get(layer, {})
-        known = all(sample in measured for sample in chain.sample)
+        asked = range(len(chain)) if entries is None else entries
+        known = all(chain.sample[i] in measured for i in asked)
         found = []
-        for i in range(len(chain)) if entries is None else entries:
+        for i in asked:
             sample = chain.sample[i]
             counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
             if chain.stage.name == "text":

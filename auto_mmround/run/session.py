@@ -18,11 +18,11 @@ from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, Kinds, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.fisher import Fisher, FisherPasses
+from auto_mmround.model.fisher import Fisher, FisherPasses, spread
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.moments import Moments
-from auto_mmround.numerics.start import Collector, StartConfig, collecting
+from auto_mmround.numerics.start import Collector, StartConfig, collecting, is_expert
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher, places_of
 from auto_mmround.run.loss_weights import Weights, kinds_of
@@ -34,6 +34,10 @@ from auto_mmround.run.served import ServedInputs
 # Blocks of a class that are worth compiling it unasked: a minute or so, against a second a block.
 # Experts that run one after another are not: their code is as many pieces as there are experts.
 MANY = 12
+
+# Tokens that second moments are taken over, and at least as many a column: more change little, and
+# each costs a forward pass and what weighs it costs two.
+TOKENS, PER_COLUMN = 2**15, 4
 
 T = TypeVar("T")
 Told = Callable[[int, int], None]  # (done, total)
@@ -132,10 +136,26 @@ class Session:
             return Weights(self.kinds, Fisher())
         return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
 
+    @cached_property
+    def sampled(self) -> list[int]:
+        """Samples that second moments are taken over, and what their tokens weigh: `TOKENS` of
+        text, more where a layer is wide. All of them where experts share the tokens."""
+        weights = [weight for weight in self.plan.weights if weight.scheme]
+        if any(is_expert(weight.name) for weight in weights):
+            return list(range(len(self.inputs)))
+        wide = max((weight.in_features for weight in weights), default=0)
+        return spread(self.kinds, max(TOKENS, PER_COLUMN * wide))
+
+    def measured(self, chain: Chain) -> list[int] | None:
+        """The chain's entries of those samples; None: all, as where none of them is in the
+        chain."""
+        sampled = set(self.sampled)
+        return [i for i, sample in enumerate(chain.sample) if sample in sampled] or None
+
     def fisher(self, layers: Iterable[str]) -> Fisher:
         """The Fisher information at the blocks' outputs, and at those of some layers."""
         how = FisherPasses(
-            self.recipe.seed, self.precision, share=self.processes.share,
+            self.recipe.seed, self.precision, weighed=self.sampled, share=self.processes.share,
             add_up=lambda sums: self.processes.add_named(sums, self.device),
             here=self.processes.here,
         )  # fmt: skip
@@ -251,7 +271,7 @@ class Session:
         teacher: the cross moments with its inputs are taken too, see `gptq.retarget`.
         """
         with self.collecting(chain, window, names, weights, teacher) as (collected, begin):
-            chain.passed(window.blocks, window.first, size, begin)
+            chain.passed(window.blocks, window.first, size, self.measured(chain), begin)
             return self.processes.add_moments(collected.moments(), self.device)
 
     @contextmanager
@@ -267,18 +287,24 @@ class Session:
         each group."""
         layers = {name: self.model.get_submodule(name) for name in names}
         current: list[int] = []
+        entries = self.measured(chain) or range(len(chain))
 
         @cache  # the layers that are asked about are few: of those that share an input, one
-        def all_of(name: str) -> Sequence[Tensor]:
+        def all_of(name: str) -> Mapping[int, Tensor]:
             assert weights is not None
-            parts_T = weights.of_tokens(chain, name)
+            parts_T = weights.of_tokens(chain, name, entries)
             whole = torch.cat(parts_T).to(chain.device or parts_T[0].device)  # one copy for all
-            return whole.split([len(part_T) for part_T in parts_T])
+            return dict(zip(entries, whole.split([len(part_T) for part_T in parts_T]), strict=True))
 
         def weigh(name: str) -> Tensor | None:
             if weights is None:
                 return None
-            parts_T = [all_of(name)[i] for i in current]
+            known = all_of(name)
+            # A sample that nothing was measured on counts nothing, where all samples pass.
+            parts_T = [
+                known[i] if i in known else torch.zeros(chain.hidden[i].shape[:-1].numel())
+                for i in current
+            ]
             return torch.cat(parts_T) if len(parts_T) > 1 else parts_T[0]
 
         with torch.no_grad(), collecting(layers, weigh, teacher is not None) as collected:

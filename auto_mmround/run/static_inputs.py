@@ -53,7 +53,7 @@ def scales_of_window(
     if not schemes:
         return {}
     with _watching(session.model, schemes) as peaks:
-        chain.passed(window.blocks, window.first, size, lambda group: None)
+        chain.passed(window.blocks, window.first, size, None, lambda group: None)
     largest: dict[str, Tensor] = {}
     for part in session.processes.gather(peaks):
         _raise(largest, part)
