@@ -3,14 +3,14 @@
 
     bench/operations.py [--samples 128] [--length 512] [--depth 24] [--keep DIR]
 
-Language models of Qwen2.5-0.5B's shape with random weights, one layer and two, are quantized; a
-straight line through both gives the count of --depth layers. Products are counted
-(`torch.utils.flop_counter`, attention too), and nothing else:
-search, rounding and steps of single numbers are not. The unit is one forward pass of all samples
-through the blocks.
+Models of Qwen2.5-0.5B's shape with random weights, one layer and two, are quantized: a straight
+line through both goes on to --depth. Of auto-round's 200 steps 4 and 8 are run, likewise. Products
+are counted (`torch.utils.flop_counter`, attention too), and nothing else: search, rounding and sign
+steps themselves are not. The unit is one forward pass of all samples through the blocks.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +27,17 @@ OURS: dict[str, dict[str, Any]] = {
     "auto best": {"preset": "best"},
 }
 PEER = "auto-round"
-PARTS = ("capture", "Fisher", "teacher, student", "moments", "solve", "held out", "steps", "rest")
+PARTS = (
+    "capture",
+    "Fisher",
+    "head",
+    "teacher, student",
+    "moments",
+    "solve",
+    "held out",
+    "steps",
+    "rest",
+)
 
 
 class Counted:
@@ -95,6 +105,7 @@ def counting() -> Iterator[Counted]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from auto_mmround.model import fisher
     from auto_mmround.model.chains import Chain
     from auto_mmround.numerics import tuner
     from auto_mmround.run import pipeline
@@ -108,6 +119,7 @@ def counting() -> Iterator[Counted]:
     }  # fmt: skip
     watched = (
         ("capture", Session, "record"), ("Fisher", Session, "fisher"),
+        ("head", fisher, "_sampled_gradient"),
         ("teacher, student", Chain, "advanced"), ("moments", Session, "moments"),
         ("solve", pipeline, "closed_forms"), ("held out", tuner, "_mean_error"),
         ("held out", pipeline, "mean_error"), ("steps", pipeline, "tune_block"),
@@ -118,7 +130,8 @@ def counting() -> Iterator[Counted]:
             work = getattr(owner, attribute)
             undo.callback(setattr, owner, attribute, work)
             setattr(owner, attribute, counted.named(name, work))
-        yield counted
+        with counted.part("rest"):
+            yield counted
 
 
 def made(layers: int) -> tuple[Any, Any]:
@@ -150,7 +163,7 @@ def worker(job: dict[str, Any]) -> None:
 
             by_peer(
                 job | {"options": {}}, model, tokenizer,
-                [row[None] for row in rows], length, batch_size=8,
+                [row[None] for row in rows], length, batch_size=8, iters=job["iters"],
             )  # fmt: skip
         else:
             dataset = [{"input_ids": row.tolist()} for row in rows]
@@ -174,12 +187,8 @@ def main() -> None:
         worker(found.worker)
         return
     base = {"samples": found.samples, "length": found.length} | kept.scheme("W4g128")
-    shallow, deeper = (
-        {m: kept.answer(__file__, base | {"method": m, "layers": n}) for m in found.methods}
-        for n in (1, 2)
-    )
-    whole = {m: _of_depth(shallow[m], deeper[m], found.depth) for m in found.methods}
     unit = forward_pass(found.samples, found.length, found.depth)
+    whole = {m: _of_depth(base | {"method": m}, found.depth) for m in found.methods}
     peer = sum(whole.get(PEER, {}).values())
     table = kept.Table("method", *PARTS, "together", "x auto-round")
     for method, parts in whole.items():
@@ -187,13 +196,32 @@ def main() -> None:
         together = sum(parts.values())
         share = f"{together / peer:.3f}" if peer else ""
         table.add(method, *cells, f"{together / unit:.2f}", share)
-    title = f"Operations, {found.samples} x {found.length} tokens"
+    title = f"Operations, {found.samples} x {found.length} tokens, {found.depth} layers"
     kept.keep(found.keep, "operations", title, table)
 
 
-def _of_depth(shallow: dict[str, int], deeper: dict[str, int], depth: int) -> dict[str, int]:
-    """A straight line through one layer and two."""
-    return {part: shallow[part] + (depth - 1) * (deeper[part] - shallow[part]) for part in PARTS}
+def _of_depth(job: dict[str, Any], depth: int) -> dict[str, int]:
+    one, two = (_counted(job | {"layers": layers}) for layers in (1, 2))
+    return _line(one, two, depth - 1)
+
+
+def _counted(job: dict[str, Any]) -> dict[str, int]:
+    if job["method"] != PEER:
+        return _answer(job)
+    four, eight = (_answer(job | {"iters": steps}) for steps in (4, 8))
+    return _line(four, eight, (200 - 4) / 4)
+
+
+def _line(a: dict[str, int], b: dict[str, int], far: float) -> dict[str, int]:
+    """By part: from ``a`` on, ``far`` times as far as ``b`` is."""
+    return {part: round(a[part] + far * (b[part] - a[part])) for part in PARTS}
+
+
+def _answer(job: dict[str, Any]) -> dict[str, int]:
+    found = kept.answer(__file__, job)
+    if "error" in found:
+        sys.exit(f"{job['method']}: {found['error']}")
+    return found
 
 
 def forward_pass(samples: int, length: int, depth: int) -> int:
