@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from auto_mmround.numerics import gptq, grids, scale_search
+from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import PANEL, Moments, output_error
 
+FLOATS = [FloatGrid("nvfp4"), FloatGrid("mxfp4")]
 GRIDS = [Grid(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 
 
@@ -321,6 +323,63 @@ def test_search_then_solve_then_refit_each_lower_the_error():
     )
     assert after < both < alone
     assert torch.equal(refit_OG, refit_OG.half().float())
+
+
+def slow_descent(w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid) -> Tensor:
+    """Every code in turn set to the best of all that the grid has, the others as they are."""
+    q_OI, own = q_OI.clone(), torch.arange(grid.low, grid.top + 1.0)
+    for k in range(w_OI.shape[1]):
+        tried = q_OI.repeat(len(own), 1, 1)
+        tried[..., k] = own[:, None]
+        error = w_OI - torch.stack([values(q, scale_OG, zero_OG, group_size) for q in tried])
+        loss = ((error.double() @ hessian_II.double()) * error).sum(-1)
+        q_OI[:, k] = own[loss.argmin(0)]
+    return q_OI
+
+
+@pytest.mark.parametrize("grid", GRIDS[:4])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_descent_sets_each_code_to_the_best_for_the_others(grid, block):
+    w_OI, hessian_II = weight(6, 32), moments(inputs(500, 32))
+    scale_OG, zero_OG = plain(w_OI, 16, grid)
+    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid)
+    how = gptq.Solving(0.0, "none", block)
+    found_OI = gptq.descend(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 16, grid, how)
+    wanted_OI = slow_descent(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 16, grid)
+    assert torch.equal(found_OI, wanted_OI) and not torch.equal(found_OI, q_OI)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["none", "weight", "group"]), st.sampled_from([*GRIDS, *FLOATS]),
+    st.integers(0, 50),
+)  # fmt: skip
+def test_descent_never_raises_the_error(order, grid, seed):
+    w_OI, x_TI = weight(8, 64, seed), inputs(100, 64, seed)
+    x_TI[:, 5] = 0
+    hessian_II = moments(x_TI)
+    size = 16
+    if isinstance(grid, FloatGrid):
+        scale_OG, zero_OG = grid.plain(grids.to_groups(w_OI, size))
+    else:
+        scale_OG, zero_OG = plain(w_OI, size, grid)
+    how = gptq.Solving(0.01, order, 24)
+    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid, how)
+    damped_II = hessian_II + 0.01 * hessian_II.diagonal().mean() * torch.eye(64)
+    errors = []
+    for _ in range(3):
+        errors.append(output_error(w_OI, values(q_OI, scale_OG, zero_OG, size), damped_II))
+        q_OI = gptq.descend(w_OI, q_OI, hessian_II, scale_OG, zero_OG, size, grid, how)
+        assert q_OI.min() >= grid.low and q_OI.max() <= grid.top
+    assert errors[1] <= errors[0] * (1 + 1e-5) and errors[2] <= errors[1] * (1 + 1e-5)
+
+
+def test_second_moments_that_say_nothing_leave_codes_nearest():
+    w_OI, empty = weight(4, 32), torch.full((32, 32), torch.nan)
+    scale_OG, zero_OG = plain(w_OI, 16, GRIDS[0])
+    nearest_OI = gptq.solve(w_OI, torch.eye(32), scale_OG, zero_OG, 16, GRIDS[0])
+    found_OI = gptq.descend(w_OI, nearest_OI, empty, scale_OG, zero_OG, 16, GRIDS[0])
+    assert torch.equal(found_OI, nearest_OI)
 
 
 def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():

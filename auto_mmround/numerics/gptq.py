@@ -76,19 +76,66 @@ def solve(
         return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid)
     w_IO = w_OI.float().t()[order_I].contiguous()
     error_IO, q_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
-    zero_GO = zero_OG.float().t().contiguous()
-    groups = _Groups(scale_OG.float().t().contiguous(), grid.low - zero_GO, grid.top - zero_GO)
-    group_of = (order_I // group_size).tolist()
+    groups = _Groups.of(scale_OG, zero_OG, grid)
+    group_I = order_I // group_size
     for i in range(0, len(w_IO), how.block):
         part = slice(i, i + how.block)
-        w_BO, error_BO = w_IO[part], error_IO[part]
-        target_BO = torch.addmm(w_BO, feedback_II[part, :i], error_IO[:i])
+        target_BO = torch.addmm(w_IO[part], feedback_II[part, :i], error_IO[:i])
         _solve_block(
-            target_BO, w_BO, feedback_II[part, part].contiguous(), groups, group_of[part], grid,
-            error_BO, q_IO[part],
+            target_BO, w_IO[part], feedback_II[part, part], groups.at(group_I[part]), grid,
+            error_IO[part], q_IO[part],
         )  # fmt: skip
-    q_IO += zero_GO[group_of]
-    return q_IO[order_I.argsort()].t().contiguous()
+    return _as_rows(q_IO + groups.zero_GO[group_I], order_I)
+
+
+def _as_rows(x_IO: Tensor, order_I: Tensor) -> Tensor:
+    """(out, in) again, the columns where they were."""
+    return x_IO[order_I.argsort()].t().contiguous()
+
+
+def descend(
+    w_OI: Tensor,
+    q_OI: Tensor,
+    hessian_II: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    group_size: int,
+    grid: Points,
+    how: Solving = PLAINLY,
+) -> Tensor:
+    """Codes (out, in) rounded once more, column after column, now on the errors of all others.
+
+    With the others as they are the best of column k is w_k + sum_{j != k} E_j H_jk / H_kk, so tr(E
+    H E^T) of the damped H never grows: descent by coordinates, as in CDQuant (arXiv 2406.17542).
+    """
+    diagonal_I = hessian_II.diagonal()
+    order_I = column_order(diagonal_I, how.order, group_size)
+    damp = how.dampening * diagonal_I.mean()
+    groups, group_I = _Groups.of(scale_OG, zero_OG, grid), order_I // group_size
+    w_IO = w_OI.float().t()[order_I].contiguous()
+    q_IO = q_OI.t()[order_I].sub_(groups.zero_GO[group_I])
+    error_IO = torch.addcmul(w_IO, groups.scale_GO[group_I], q_IO, value=-1)
+    for i in range(0, len(w_IO), how.block):
+        part = slice(i, i + how.block)
+        answers_BI = answers(hessian_II[order_I[part]][:, order_I], i, damp)
+        among_BB = answers_BI[:, part].tril()
+        target_BO = torch.addmm(w_IO[part], answers_BI, error_IO)
+        target_BO.addmm_(among_BB, error_IO[part], alpha=-1)
+        _solve_block(
+            target_BO, w_IO[part], among_BB, groups.at(group_I[part]), grid, error_IO[part],
+            q_IO[part],
+        )  # fmt: skip
+    return _as_rows(q_IO.add_(groups.zero_GO[group_I]), order_I)
+
+
+def answers(hessian_BI: Tensor, first: int, damp: Tensor) -> Tensor:
+    """H_kj / H_kk, 0 for j = k: how column k answers for the error of column j. Writes into rows
+    ``first`` and on (..., B, in) of H. To nearest where second moments say nothing."""
+    own_BB = hessian_BI[..., first : first + hessian_BI.shape[-2]]
+    own_B = own_BB.diagonal(dim1=-2, dim2=-1) + damp
+    hessian_BI /= own_B.clamp(min=1e-30)[..., None]
+    own_BB.diagonal(dim1=-2, dim2=-1).zero_()
+    return hessian_BI.nan_to_num_(0.0, 0.0, 0.0)
 
 
 class _Groups(NamedTuple):
@@ -96,28 +143,35 @@ class _Groups(NamedTuple):
     contiguous."""
 
     scale_GO: Tensor
+    zero_GO: Tensor
     low_GO: Tensor
     high_GO: Tensor
+
+    @classmethod
+    def of(cls, scale_OG: Tensor, zero_OG: Tensor, grid: Points) -> "_Groups":
+        """Those of a weight."""
+        scale_GO, zero_GO = (x_OG.float().t().contiguous() for x_OG in (scale_OG, zero_OG))
+        return cls(scale_GO, zero_GO, grid.low - zero_GO, grid.top - zero_GO)
+
+    def at(self, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales and bounds (B, O) of some columns."""
+        return self.scale_GO[group_B], self.low_GO[group_B], self.high_GO[group_B]
 
 
 def _solve_block(
     target_BO: Tensor,
     w_BO: Tensor,
     feedback_BB: Tensor,
-    groups: _Groups,
-    group_of: list[int],
+    groups_BO: tuple[Tensor, Tensor, Tensor],
     grid: Points,
     error_BO: Tensor,
     q_BO: Tensor,
 ) -> None:
     """Round the columns of one block in turn; fills ``error_BO`` and the centred ``q_BO``. Five
     passes a column."""
-    rows = [table_GO.unbind() for table_GO in groups]
-    columns = zip(
-        target_BO.unbind(), w_BO.unbind(), error_BO.unbind(), q_BO.unbind(), group_of, strict=True
-    )
-    for k, (target_O, w_O, error_O, q_O, group) in enumerate(columns):
-        scale_O, low_O, high_O = (row[group] for row in rows)
+    feedback_BB = feedback_BB.contiguous()
+    rows = [x_BO.unbind() for x_BO in (target_BO, w_BO, error_BO, q_BO, *groups_BO)]
+    for k, (target_O, w_O, error_O, q_O, scale_O, low_O, high_O) in enumerate(zip(*rows)):
         if k:
             target_O.addmv_(error_BO[:k].t(), feedback_BB[k, :k])
         grid.snap_(torch.div(target_O, scale_O, out=q_O)).clamp_(low_O, high_O)

@@ -24,16 +24,18 @@ class StartConfig:
     """dampening: share of the mean of diag(H) added to it. order, block: of the columns, see
     `gptq.solve`.
 
-    refit: fit the scales to the solved integers at the end. margin: how far the start stays from
-    the rounding edge, in steps of the grid; sign steps can flip what is close to it. retarget:
-    solve for the teacher's outputs, see `gptq.retarget`; the moments must have been taken with
-    teacher inputs.
+    refit: fit the scales to the solved integers at the end. again: how often the integers are then
+    rounded once more, each on the errors of all others, and the scales fitted again. margin: how
+    far the start stays from the rounding edge, in steps of the grid; sign steps can flip what is
+    close to it. retarget: solve for the teacher's outputs, see `gptq.retarget`; the moments must
+    have been taken with teacher inputs.
     """
 
     dampening: float = 0.05
     order: gptq.Order = "weight"
     block: int = 64
     refit: bool = True
+    again: int = 4
     margin: float = 0.1
     retarget: bool = False
 
@@ -299,10 +301,12 @@ def _solved(
         importance[0] if count == 1 else importance.repeat_interleave(len(w_OGg) // count, 0)
     )
     how = gptq.Solving(config.dampening, config.order, config.block)
-    sweeping = sweeps.Sweeping(hessians, group_size, grid, how) if in_sweeps else None
-    solve: Callable[..., Tensor] = sweeping or partial(
-        gptq.solve, hessian_II=hessian, group_size=group_size, grid=grid, how=how
-    )
+    sweeping = None
+    if in_sweeps:
+        sweeping = sweeps.Sweeping(hessian.view(count, columns, columns), group_size, grid, how)
+    under = {"hessian_II": hessian, "group_size": group_size, "grid": grid, "how": how}
+    solve: Callable[..., Tensor] = sweeping or partial(gptq.solve, **under)
+    descend = sweeping.descend if sweeping else partial(gptq.descend, **under)
     del hessians
     parts = []
     for part_OGg in w_OGg.split(sweeping.rows(columns) if sweeping else len(w_OGg)):
@@ -311,7 +315,9 @@ def _solved(
             part_OGg = part_OGg.float() + blocks.min_OG[..., None]
         w_OI = grids.from_groups(part_OGg, columns).float()
         q_OI = solve(w_OI, scale_OG=scale_OG, zero_OG=zero_OG)
-        if config.refit:
+        for again in range(1 + config.again if config.refit else 0):
+            if again:
+                q_OI = descend(w_OI, q_OI, scale_OG=scale_OG, zero_OG=zero_OG)
             unit_OG = blocks.unit_OG if blocks else None
             w_q_NOI, s_z_NOG = _apart(count, w_OI, q_OI), _apart(count, scale_OG, zero_OG)
             scale_OG = gptq.refit_scale(

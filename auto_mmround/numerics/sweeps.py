@@ -9,7 +9,7 @@ is told, so that the caller can solve it in turn. Weights of one shape go togeth
 Shapes: N weights, O out, I in, G groups a row, B columns of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,23 +18,24 @@ from auto_mmround.numerics import gptq
 from auto_mmround.numerics.grids import Points
 
 BLOCK, SWEEPS = 128, 32
+FEW = 8  # sweeps where few integers move
 MOST = 2**25  # elements of weights that are worked on at a time
 
 
 class Sweeping:
-    """Second moments of N weights, factorized; solves weights (N * O, I) under them."""
+    """Second moments of N weights (N, I, I), factorized; solves weights (N * O, I) under them."""
 
-    def __init__(
-        self, hessians: Sequence[Tensor], group_size: int, grid: Points, how: gptq.Solving
-    ):
-        self._group_size, self._grid = group_size, grid
-        orders = [gptq.column_order(h.diagonal(), how.order, group_size) for h in hessians]
-        found = [gptq.factor(*each, how.dampening) for each in zip(hessians, orders, strict=True)]
+    def __init__(self, hessian_NII: Tensor, group_size: int, grid: Points, how: gptq.Solving):
+        self._group_size, self._grid, self._hessian_NII = group_size, grid, hessian_NII
+        self._dampening = how.dampening
+        each = hessian_NII.unbind()
+        orders = [gptq.column_order(h.diagonal(), how.order, group_size) for h in each]
+        found = [gptq.factor(*both, how.dampening) for both in zip(each, orders, strict=True)]
         self._order_NI = torch.stack(orders)
         factors = [feedback_II for feedback_II, _ in found]
         self._feedback_NII = torch.stack(factors) if len(found) > 1 else factors[0][None]
         self._sound_N = torch.stack([sound for _, sound in found])
-        self._moving_N = torch.zeros(len(found), device=hessians[0].device)
+        self._moving_N = torch.zeros(len(found), device=hessian_NII.device)
 
     def rows(self, columns: int) -> int:
         """How many to solve at a time."""
@@ -48,52 +49,94 @@ class Sweeping:
 
     def __call__(self, w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         """Codes (N * O, I) as floats, unpacked."""
-        shape = len(self._order_NI), -1
-        scale_NGO, zero_NGO = (x.float().unflatten(0, shape).mT for x in (scale_OG, zero_OG))
-        place_NIO = self._order_NI[..., None].expand(-1, -1, scale_NGO.shape[2])
-        w_NIO = w_OI.unflatten(0, shape).mT.gather(1, place_NIO)
+        w_NIO = self._columns(w_OI)
         error_NIO, q_NIO = torch.empty_like(w_NIO), torch.empty_like(w_NIO)
-        for i in range(0, w_NIO.shape[1], BLOCK):
-            part = slice(i, i + BLOCK)
-            group_NBO = place_NIO[:, part] // self._group_size
-            zero_NBO = zero_NGO.gather(1, group_NBO)
-            answers = self._feedback_NII[:, part, :i], error_NIO[:, :i]
-            self._block(
+        for part, tables_NBO in self._blocks(scale_OG, zero_OG):
+            answers = self._feedback_NII[:, part, : part.start], error_NIO[:, : part.start]
+            self._moving_N += self._block(
                 w_NIO[:, part],
                 torch.baddbmm(w_NIO[:, part], *answers),
                 self._feedback_NII[:, part, part].tril(-1),
-                (
-                    scale_NGO.gather(1, group_NBO),
-                    self._grid.low - zero_NBO,
-                    self._grid.top - zero_NBO,
-                ),
+                tables_NBO,
                 error_NIO[:, part],
                 q_NIO[:, part],
             )
-            q_NIO[:, part] += zero_NBO
-        back_NIO = self._order_NI.argsort(-1)[..., None].expand_as(place_NIO)
-        return q_NIO.gather(1, back_NIO).mT.flatten(0, 1)
+        return self._rows(q_NIO)
+
+    def descend(self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+        """`gptq.descend` of codes (N * O, I). Columns that answer for the errors of a sweep before
+        may go too far: rows that are not better stay as they were."""
+        w_NIO, q_NIO = self._columns(w_OI), self._columns(q_OI)
+        error_NIO = torch.empty_like(w_NIO)
+        for part, (scale_NBO, zero_NBO) in self._blocks(scale_OG, zero_OG):
+            error_NIO[:, part] = w_NIO[:, part] - scale_NBO * (q_NIO[:, part] - zero_NBO)
+        before_NO = self._loss(error_NIO)
+        damp_N1 = self._dampening * self._hessian_NII.diagonal(dim1=1, dim2=2).mean(-1)[:, None]
+        for part, tables_NBO in self._blocks(scale_OG, zero_OG):
+            rows_NBI = self._hessian_NII.take_along_dim(self._order_NI[:, part, None], 1)
+            rows_NBI = rows_NBI.take_along_dim(self._order_NI[:, None], 2)
+            answers_NBI = gptq.answers(rows_NBI, part.start, damp_N1)
+            among_NBB = answers_NBI[:, :, part].tril()
+            target_NBO = torch.baddbmm(w_NIO[:, part], answers_NBI, error_NIO)
+            target_NBO.baddbmm_(among_NBB, error_NIO[:, part], alpha=-1)
+            self._block(
+                w_NIO[:, part], target_NBO, among_NBB, tables_NBO, error_NIO[:, part],
+                q_NIO[:, part], FEW,
+            )  # fmt: skip
+        better_NO = self._loss(error_NIO) < before_NO
+        return torch.where(better_NO.flatten()[:, None], self._rows(q_NIO), q_OI)
+
+    def _loss(self, error_NIO: Tensor) -> Tensor:
+        """The diagonal of E H E^T, (N, O)."""
+        error_NOI = self._rows(error_NIO).unflatten(0, (len(error_NIO), -1))
+        return ((error_NOI @ self._hessian_NII) * error_NOI).sum(-1)
+
+    def _columns(self, x_OI: Tensor) -> Tensor:
+        """(N, I, O), in the order in which columns are rounded."""
+        x_NIO = x_OI.unflatten(0, (len(self._order_NI), -1)).mT
+        return x_NIO.gather(1, self._order_NI[..., None].expand_as(x_NIO))
+
+    def _rows(self, x_NIO: Tensor) -> Tensor:
+        """(N * O, I), as they lie in the weight."""
+        back_NI = self._order_NI.argsort(-1)
+        return x_NIO.gather(1, back_NI[..., None].expand_as(x_NIO)).mT.flatten(0, 1)
+
+    def _blocks(
+        self, scale_OG: Tensor, zero_OG: Tensor
+    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """Columns that are rounded at once; their scales and zero points (N, B, O)."""
+        tables = [x.float().unflatten(0, (len(self._order_NI), -1)).mT for x in (scale_OG, zero_OG)]
+        for i in range(0, self._order_NI.shape[1], BLOCK):
+            part = slice(i, i + BLOCK)
+            group_NB1 = (self._order_NI[:, part] // self._group_size)[..., None]
+            group_NBO = group_NB1.expand(-1, -1, tables[0].shape[2])
+            yield part, (tables[0].gather(1, group_NBO), tables[1].gather(1, group_NBO))
 
     def _block(
         self,
         w_NBO: Tensor,
         target_NBO: Tensor,
         among_NBB: Tensor,
-        grid_NBO: tuple[Tensor, Tensor, Tensor],
+        tables_NBO: tuple[Tensor, Tensor],
         error_NBO: Tensor,
         q_NBO: Tensor,
-    ) -> None:
-        """Round the columns of one block; fills errors and centred codes. grid_NBO: scales, and
-        bounds of the codes. Four kernels a sweep: the nearest integer is the floor half a step
-        up."""
-        scale_NBO, *bounds = grid_NBO
+        known: int = 0,
+    ) -> Tensor:
+        """Round the columns of one block; fills errors and codes. (N,): how many moved in the last
+        sweep. Four kernels a sweep: the nearest integer is the floor half a step up.
+
+        known: sweeps, where errors are known to begin with; 0: none are, and all sweeps."""
+        scale_NBO, zero_NBO = tables_NBO
+        bounds = self._grid.low - zero_NBO, self._grid.top - zero_NBO
         target_NBO = target_NBO.add(scale_NBO, alpha=self._grid.sweep_shift)
         answer_NBO, last_NBO = target_NBO, q_NBO
-        sweeps = min(SWEEPS, w_NBO.shape[1] + 1)  # behind that nothing can move
+        sweeps = min(known or SWEEPS, w_NBO.shape[1] + 1)  # behind that nothing can move
         for sweep in range(sweeps):
-            if sweep:
+            if sweep or known:
                 answer_NBO = torch.baddbmm(target_NBO, among_NBB, error_NBO)
                 last_NBO = q_NBO.clone() if sweep == sweeps - 1 else q_NBO
             self._grid.sweep(answer_NBO, scale_NBO, q_NBO).clamp_(*bounds)
             torch.addcmul(w_NBO, scale_NBO, q_NBO, value=-1, out=error_NBO)
-        self._moving_N += (q_NBO != last_NBO).sum((1, 2))
+        moved_N = (q_NBO != last_NBO).sum((1, 2))
+        q_NBO += zero_NBO
+        return moved_N
