@@ -80,7 +80,7 @@ def test_sweeps_round_as_columns_in_turn_do(kind, grid, order):
     assert (after_O <= before_O * 1.0001).all()
     if kind != "alike":  # there one column's choice is every other's
         gained, possible = (before_O - after_O).sum(), (before_O - most_O).sum()
-        print(kind, order, float(gained / possible), float(most_O.sum() / before_O.sum()))
+        assert kind != "mixed" or gained > 0.95 * possible
 
 
 def loss(w_OI, q_OI, hessian_II, scale_OG, zero_OG):
@@ -127,15 +127,16 @@ def test_the_start_is_that_of_the_processor_also_where_sweeps_are_not_sure(grid,
 
 @there
 def test_launches_of_a_solve():
-    """Five a column before: 20,516 for 4,096 columns, and 8 waits a block."""
+    """Five a column and 8 waits a block, if columns were rounded in turn: 5,000 for the solve and
+    as many for each of four descents."""
     w_OI = torch.randn(8, 1024)
     own = moments_of(torch.randn(1500, 1024), HERE)
     made = {"a": Rounding(w_OI.to(HERE), 128, GRID)}
     with watched() as seen:
         closed_forms(made, {"a": own}, StartConfig())
-    assert seen.count("launch", "numerics/sweeps.py") < 1.4 * 1024
+    assert seen.count("launch", "numerics/sweeps.py") < 3.2 * 1024
     assert seen.count("launch", "numerics/scale_search.py") < 150
-    assert reads(seen) == 1 and seen.count("launch") < 2 * 1024
+    assert reads(seen) == 1 and seen.count("launch") < 4.9 * 1024
 
 
 @there
