@@ -11,7 +11,7 @@ from auto_mmround.recipe.algorithms import ALGORITHMS, Algorithm, Steps
 from auto_mmround.recipe.checks import all_strings, coerce, mapping_pairs, require
 from auto_mmround.recipe.fields import READERS, Fields, Key
 from auto_mmround.recipe.patterns import is_pattern
-from auto_mmround.recipe.schemes import FLOATS, Scheme
+from auto_mmround.recipe.schemes import FLOATS, Scheme, overridden
 from auto_mmround.untrusted import shown
 
 LAYER = "Linear"
@@ -172,6 +172,15 @@ class Recipe(Fields):
             min(self.act_bits, 16),
             act_dynamic=self.act_dynamic,
         )  # fmt: skip
+
+    @property
+    def schemes(self) -> set[Scheme]:
+        """All that weights may come to have, before formats are asked."""
+        base = self.scheme
+        if self.target_bits is not None:
+            return {dataclasses.replace(base, bits=bits) for bits in self.mixable}
+        own = (overridden(base, each, name) for name, each in (self.layer_config or {}).items())
+        return {base, *(scheme for scheme in own if scheme)}
 
     @property
     def steps(self) -> int:

@@ -31,7 +31,9 @@ class Scheme:
     act_bits: 8 if the engine quantizes the inputs, symmetric; 16 if not. act_dynamic: True for one
     scale per token, which the engine computes; False for one scale measured beforehand. data_type:
     "int" or one of FLOATS. scale_range: in super-blocks of 256 columns, scales are integers times a
-    unit; these are the bounds of the integers.
+    unit; these are the bounds of the integers. act_data_type: of the inputs, where it is not that
+    of the weights. act_how: in whose arithmetic MX and NVFP4 inputs are rounded, a
+    row of `numerics.float_grids.HOW`.
     """
 
     bits: int = 4
@@ -44,6 +46,15 @@ class Scheme:
     scale_bits: int | None = None
     act_dynamic: bool = True
     scale_range: tuple[int, int] | None = None
+    act_data_type: str | None = None
+    act_how: str = "compressed_tensors"
+
+    @property
+    def inputs(self) -> tuple[str, int, int]:
+        """Data type, bits and group size of the inputs that engines round."""
+        if self.act_data_type is None:
+            return self.data_type, self.act_bits, self.group_size
+        return self.act_data_type, self.act_bits, -1
 
     @property
     def inputs_measured(self) -> bool:

@@ -32,11 +32,8 @@ from auto_mmround.export.patterns import Lookup
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 
-# weight_scale first: the part that every quantized module has and no other.
-PARTS = {
-    "weight_scale": "scale", "weight_packed": "q", "weight": "q", "weight_shape": "",
-    "weight_zero_point": "zero", "weight_global_scale": "", "weight_g_idx": "",
-    "input_scale": "input_scale", "input_zero_point": "", "input_global_scale": "input_scale",
+PARTS = floats.PARTS | {
+    "weight_shape": "", "weight_zero_point": "zero", "weight_g_idx": "", "input_zero_point": "",
 }  # fmt: skip
 
 # Keys and values: FP8 under one scale each, `k_scale` and `v_scale` of the attention.
