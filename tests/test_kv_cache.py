@@ -104,6 +104,45 @@ def test_other_ways_to_it(changes, tmp_path):
     from_quantized(folder, activations=True)
 
 
+def test_a_scale_for_each_head(tmp_path):
+    folder, job = run(tmp_path, kv_cache_scheme="fp8_head")
+    tensors = load_file(folder / "model.safetensors")
+    heads, found = job.loaded.model.config.num_key_value_heads, {}
+
+    def watch(name):
+        def see(key, value):
+            for part, x in (("k_scale", key), ("v_scale", value)):
+                peak, place = x.abs().amax((0, 2, 3)), f"{name}.{part}"
+                found[place] = torch.maximum(found.get(place, peak), peak)
+            return key, value
+
+        return see
+
+    changes = {name: watch(name) for name in cached_attention(job.loaded.model)}
+    with torch.no_grad(), changing(job.loaded.model, changes):
+        for sample in job.inputs:
+            job.loaded.model(**sample.kwargs, use_cache=False)
+    for place, peak_H in found.items():
+        assert tensors[place].shape == (heads, 1, 1) and heads > 1
+        torch.testing.assert_close(tensors[place].flatten(), peak_H / 448, rtol=1e-5, atol=0)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == CONFIG | {"strategy": "attn_head"}
+    assert check(folder, Path(job.recipe.model)) == []
+    ours = from_quantized(folder, activations=True).model
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ids = job.inputs[0].kwargs["input_ids"]
+    with torch.no_grad():
+        got, wanted = (model(input_ids=ids).logits for model in (ours, theirs))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    line = damaged((folder, job), tmp_path, lambda t: t.update({NAME: torch.ones(3, 1, 1)}))
+    assert "is for 3 heads, which" in line
+    (tmp_path / "b").mkdir()
+    line = damaged((folder, job), tmp_path / "b", lambda t: t.update({NAME: torch.ones(1)}))
+    assert "no number for each head" in line
+    with pytest.raises(UserError, match="of one number for each head"):
+        from_quantized(tmp_path / "b" / "copy", activations=True)
+
+
 def damaged(made, tmp_path, change, config=lambda options: options):
     folder = tmp_path / "copy"
     folder.mkdir()

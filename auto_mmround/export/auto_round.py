@@ -32,14 +32,7 @@ from auto_mmround.export.format import (
     tower_patterns,
     wrong,
 )
-from auto_mmround.export.method import (
-    Config,
-    Method,
-    Overrides,
-    Question,
-    flat_schemes,
-    searched,
-)
+from auto_mmround.export.method import Config, Method, Overrides, Question, flat_schemes, searched
 from auto_mmround.export.patterns import tails
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme

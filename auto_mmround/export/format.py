@@ -32,7 +32,8 @@ class Layout:
     recipe's scheme. details: facts recorded for information (iters, algorithm ..). carried:
     those of the modules that the model's class does not load, and engines do. parts: what the
     checkpoint calls kept modules that it stores in several, or under a name unlike
-    Transformers'. kv_cache: there are FP8 scales of keys and values.
+    Transformers'. kv_cache: there are FP8 scales of keys and values, "tensor" one
+    of each, "attn_head" one a head; "" none.
     """
 
     quantized: Mapping[str, Scheme]
@@ -43,7 +44,7 @@ class Layout:
     details: Mapping[str, Any] = field(default_factory=dict)
     carried: Sequence[str] = ()
     parts: Sequence[str] = ()
-    kv_cache: bool = False
+    kv_cache: str = ""
 
     @cached_property
     def members(self) -> dict[str, str]:

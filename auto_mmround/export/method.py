@@ -45,9 +45,7 @@ Matcher = Callable[[Question], Mapping[str, Overrides] | None]
 
 
 def flat_schemes(
-    config: Config,
-    more: Config = MappingProxyType({}),
-    make: Callable[..., Scheme] = Scheme,
+    config: Config, more: Config = MappingProxyType({}), make: Callable[..., Scheme] = Scheme
 ) -> Callable[[str], Scheme]:
     """The scheme of a module: the configuration's own keys, then the first override that fits.
     Overrides stand in ``extra_config`` or at the top by name, or in ``dynamic`` by pattern.

@@ -57,7 +57,7 @@ def e4m3_static(x_TI: Tensor, scale: Tensor) -> Tensor:
 def e4m3_a_token(x_TI: Tensor, group_size: int = -1) -> Tensor:
     """FP8 under a scale, max|x| / 448, a token or a token and group."""
     columns = x_TI.shape[-1]
-    x_TGg = to_groups(x_TI.float().flatten(0, -2), columns if group_size == -1 else group_size)
+    x_TGg = to_groups(x_TI.float().flatten(0, -2), group_size)
     scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(min=TINY)
     ratio_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP)
     rounded_TGg = ratio_TGg.to(torch.float8_e4m3fn).float() * scale_TG1

@@ -30,12 +30,14 @@ class FloatGrid(NamedTuple):
     rows: that share a scale.
     whole: what NVFP4's scales are divided by; a tensor where nothing is tuned and the host must not
       wait.
+    fixed: the only scale, of FP8 by tensor.
     how: a row of HOW; of inputs only.
     """
 
     data_type: str
     rows: int = 1
     whole: float | Tensor = 1.0
+    fixed: float | None = None
     how: str = "compressed_tensors"
 
     @property
@@ -76,7 +78,7 @@ class FloatGrid(NamedTuple):
     @property
     def exact_scales(self) -> bool:
         """Only FP8's are float32."""
-        return self.data_type == "fp8"
+        return self.data_type == "fp8" and self.fixed is None
 
     @property
     def offset_dtype(self) -> torch.dtype:
@@ -86,7 +88,8 @@ class FloatGrid(NamedTuple):
     @property
     def factor_rate(self) -> float:
         """The next scale of MX is twice as large: no sign step gets there."""
-        return {"fp8": 1.0, "nvfp4": 0.5}.get(self.data_type, 0.0)
+        rates = {"fp8": 1.0, "nvfp4": 0.5} if self.fixed is None else {}
+        return rates.get(self.data_type, 0.0)
 
     @property
     def sweep_shift(self) -> float:
@@ -122,6 +125,8 @@ class FloatGrid(NamedTuple):
     def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
         """See `Points`."""
         peak_OG = w_OGg.abs().amax(-1).float()
+        if self.fixed is not None:
+            return torch.full_like(peak_OG, self.fixed), torch.full_like(peak_OG, -0.0)
         if self.rows > 1:
             blocks_BG = fold_rows(peak_OG, self.rows).amax(1)
             peak_OG = spread_rows(blocks_BG, self.rows, len(peak_OG))
@@ -139,6 +144,8 @@ class FloatGrid(NamedTuple):
 
     def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
         """See `Points`. Positive always."""
+        if self.fixed is not None:
+            return torch.full_like(scale_OG, self.fixed)
         if self.data_type == "nvfp4":
             return self._divided(self._e4m3_scale(scale_OG))
         if self.data_type == "fp8":
@@ -183,19 +190,21 @@ class FloatGrid(NamedTuple):
             scale_OG = self._e4m3_scale(scale_OG)
             whole = torch.as_tensor(self.whole, dtype=torch.float32, device=q_OGg.device).reshape(1)
         q_OI, zero_OG = from_groups(q_OGg, columns).contiguous(), zero_OG.to(torch.uint8)
-        group = min(q_OGg.shape[-1], columns)
+        group = min(q_OGg.shape[-1], columns) if self.fixed is None else 0
         return Codes(q_OI, scale_OG, zero_OG, self.bits, group, True, self.data_type, whole)
 
 
 def float_grid(data_type: str, group_size: int, peak: Tensor | None = None) -> FloatGrid:
-    """The grid of a weight. peak: largest magnitude that NVFP4's scale for the whole weight is for;
-    engines that fuse weights want one for all."""
+    """The grid of a weight. peak: largest magnitude that the scale for the whole weight is for, of
+    NVFP4 and FP8 by tensor; engines that fuse weights want one for all."""
     rows = BLOCK if group_size == BLOCK else 1
-    if data_type != "nvfp4":
+    if data_type != "nvfp4" and group_size != 0:
         return FloatGrid(data_type, rows)
     if peak is None:
-        raise ValueError("NVFP4 has a scale for the whole weight: its largest magnitude is needed")
-    return FloatGrid(data_type, rows, nvfp4_global(peak.float()).item())
+        raise ValueError(f"{data_type} has a scale for the whole weight: a magnitude is needed")
+    if data_type == "nvfp4":
+        return FloatGrid(data_type, rows, nvfp4_global(peak.float()).item())
+    return FloatGrid(data_type, fixed=(peak.float() / E4M3_TOP).clamp(min=TINY).item())
 
 
 def nearest(x_OGg: Tensor, grid: FloatGrid) -> Tensor:
@@ -248,8 +257,8 @@ def _nearly_rounded(peak: Tensor, binade: int) -> Tensor:
     return exponent - 1 + (mantissa >= 0.875) - binade
 
 
-# Who rounds inputs -> how the exponent of an MX scale is found, in that reader's order of operations.
-# AutoRound clips what lies above the grid's last number, with "rceil" in its data type nothing.
+# Who rounds inputs -> how the exponent of an MX scale is found, in that reader's order of
+# operations. AutoRound clips what lies above the last number; with "rceil" in its name nothing.
 HOW: dict[str, Callable[[Tensor, int], Tensor]] = {
     "compressed_tensors": _nearly_rounded,
     "auto_round": lambda peak, binade: peak.log2().floor() - binade,

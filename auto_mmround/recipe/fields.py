@@ -89,12 +89,20 @@ class Fields:
             " nvfp4, mxfp4; 32: it does not"
         ),
     ] = 32
+    act_data_type: Annotated[
+        str | None,
+        _scheme("of activations, where not that of the weights: fp8 beside 4-bit integers"),
+    ] = None
     act_dynamic: Annotated[
         bool,
         _scheme(off=("act_static", "fp8: one scale for all inputs of a layer, from calibration")),
     ] = True
     kv_cache_scheme: Annotated[
-        str | None, _scheme("fp8: scales of keys and values, for a cache in FP8", choices=("fp8",))
+        str | None,
+        _scheme(
+            "fp8: scales of keys and values, for a cache in FP8; fp8_head: one a head",
+            choices=("fp8", "fp8_head"),
+        ),
     ] = None
     target_bits: Annotated[
         float | None,

@@ -8,9 +8,9 @@ from auto_mmround.errors import UserError
 from auto_mmround.untrusted import shown
 
 # Float grids: bits and possible group sizes. -1: one scale per output channel; FP8's 128: blocks of
-# 128 x 128. `SCALE_BITS`: of a scale.
+# 128 x 128, its 0: one for the whole weight. `SCALE_BITS`: of a scale.
 FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "fp8": (8, (-1, 128)),
+    "fp8": (8, (-1, 0, 128)),
     "nvfp4": (4, (16,)),
     "mxfp4": (4, (32,)),
     "mxfp8": (8, (32,)),
@@ -57,6 +57,12 @@ class Scheme:
         return self.act_data_type, self.act_bits, -1
 
     @property
+    def one_for_fused(self) -> bool:
+        """Whether weights that engines fuse (q, k, v) have one scale: NVFP4's for the whole weight,
+        and FP8's."""
+        return self.data_type == "nvfp4" or (self.data_type, self.group_size) == ("fp8", 0)
+
+    @property
     def inputs_measured(self) -> bool:
         """Whether engines round inputs by what calibration found of them: a static scale, or what
         NVFP4 divides its scales by."""
@@ -89,13 +95,19 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W8A16": _weights(8, -1),
     "W8A8": _weights(8, -1, act_bits=8),
     "W4A8": _weights(4, act_bits=8),
+    "W4AFP8": _weights(4, act_bits=8) | {"act_data_type": "fp8"},
     "FP8": _floats("fp8", -1, 8),
     "FP8_STATIC": _floats("fp8", -1, 8) | {"act_dynamic": False},
+    "FP8_TENSOR": _floats("fp8", 0, 8) | {"act_dynamic": False},
     "FP8_BLOCK": _floats("fp8", 128, 8),
     "MXFP8": _floats("mxfp8", 32, 8),
-    "MXFP4": _floats("mxfp4", 32),
-    "NVFP4": _floats("nvfp4", 16),
+    "MXFP4": _floats("mxfp4", 32, 4),
+    "MXFP4A16": _floats("mxfp4", 32),
+    "NVFP4": _floats("nvfp4", 16, 4),
+    "NVFP4A16": _floats("nvfp4", 16),
 }
+# Inputs of another kind than the weights: those of weights -> of inputs -> bits of the weights.
+OTHER_INPUTS: dict[str, dict[str, tuple[int, ...]]] = {"int": {"fp8": (4,)}}
 
 
 def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:

@@ -43,7 +43,7 @@ def places(recipe: Recipe) -> tuple[Path, list[Path]]:
 
 
 def check_before_loading(recipe: Recipe) -> None:
-    """Raises UserError for a format that can't be written here or can't hold the schemes, for places
+    """Raises UserError for a format that can't be written or can't hold the schemes, for places
     that can't be written to, and for a model's folder that can't be copied from. A model of the hub
     is downloaded once the rest is right."""
     if recipe.kv_cache_scheme is not None:
