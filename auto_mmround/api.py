@@ -106,7 +106,9 @@ class AutoRoundMLLM:
             )
         else:
             trusted = self.recipe.trust_remote_code
-            self.loaded = _around(model, tokenizer, processor, origin, trusted)
+            self.loaded = jobs.untied(
+                self.recipe, _around(model, tokenizer, processor, origin, trusted)
+            )
         self._rows = dataset if in_memory else None
         self._image_processor = image_processor
         self._objects = {

@@ -420,3 +420,24 @@ def test_files_of_floats_with_rounded_inputs_are_read_back(name, algorithm, tmp_
             theirs = AutoModelForCausalLM.from_pretrained(made)(input_ids=ids).logits
         torch.testing.assert_close(theirs, wanted, rtol=0, atol=2e-2 * wanted.std().item())
         assert len({*q_k_v(tensors)}) == (1 if name == "tensor" else 3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])
+def test_streamed_experts_round_their_inputs_while_the_whole_model_runs(name, tmp_path):
+    """Scales of keys and values, and the output head's inputs, are those of the model in memory."""
+    FAMILIES[name].save(tmp_path / "model", tiny_tokenizer())
+    found = []
+    for stream in (False, True):
+        recipe = replace(
+            W4A8, model=str(tmp_path / "model"), output_dir=str(tmp_path / str(stream)),
+            device="cpu", nsamples=4, seqlen=12, kv_cache_scheme="fp8", quant_lm_head=True,
+            algorithm="gptq", stream=stream,
+        )  # fmt: skip
+        job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=FAMILIES[name].samples(4))
+        assert job.loaded.streamed == stream
+        assert any("experts.0" in layer for layer in job.plan.quantized)
+        (made,) = jobs.run(job)
+        found.append(load_file(made / "model.safetensors"))
+    memory, streamed = found
+    assert any(part.endswith("k_scale") for part in memory) and memory.keys() == streamed.keys()
+    assert [part for part in memory if not torch.equal(memory[part], streamed[part])] == []

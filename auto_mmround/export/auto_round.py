@@ -88,8 +88,8 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
 def _keys(scheme: Scheme) -> dict[str, Any]:
     """What the configuration says of a scheme."""
     weights, inputs = NAMES.get(scheme.data_type, (scheme.data_type, ""))
-    said = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
-    said["data_type"] = weights
+    said: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    said |= {"sym": scheme.sym, "data_type": weights}
     if not inputs:
         return said
     said |= {"act_bits": scheme.act_bits, "act_data_type": inputs, "act_sym": True}

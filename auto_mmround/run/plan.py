@@ -335,7 +335,7 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
         if recipe.quant_lm_head:
             raise UserError(
                 "quant_lm_head: the output head shares its weight with the input embedding; leave"
-                " it off"
+                " it off, or give it one of its own with --untie_lm_head"
             )
         return "tied to the input embedding"
     return None if recipe.quant_lm_head else "output head"

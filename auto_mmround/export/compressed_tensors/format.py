@@ -36,7 +36,7 @@ PARTS = floats.PARTS | {
     "weight_shape": "", "weight_zero_point": "zero", "weight_g_idx": "", "input_zero_point": "",
 }  # fmt: skip
 
-# Keys and values: FP8 under one scale each, or each head's, `k_scale` and `v_scale` of the attention.
+# Keys and values: FP8 under one scale each, or each head's: `k_scale` and `v_scale` of attention.
 KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 
 
