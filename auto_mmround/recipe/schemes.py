@@ -121,6 +121,12 @@ def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | 
                 f" {', '.join(near or OVERRIDES)}"
             )
     bits = options.get("bits", scheme.bits)
+    kept = ("float", "fp") if isinstance(bits, int) and bits >= 16 else ()
+    if options.get("data_type", scheme.data_type) not in (scheme.data_type, *kept):
+        raise UserError(
+            f"layer_config {where!r}: data_type = {shown(options['data_type'])}, but all layers"
+            f" have that of the scheme, {scheme.data_type}; leave it out"
+        )
     if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
         raise UserError(
             f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the"
