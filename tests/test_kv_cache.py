@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from auto_mmround import cli
 from auto_mmround.checkpoint.loader import from_quantized
@@ -22,8 +22,10 @@ from auto_mmround.verify.static import check
 CONFIG = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
-def run(folder: Path, name: str = "llama", **changes) -> tuple[Path, jobs.Job]:
+def run(folder: Path, name: str = "llama", model=None, **changes) -> tuple[Path, jobs.Job]:
     FAMILIES[name].save(folder / "model", tiny_tokenizer())
+    if model is not None:
+        model.save_pretrained(folder / "model")
     values = dict(
         model=str(folder / "model"), output_dir=str(folder), format="compressed_tensors",
         group_size=32, iters=2, nsamples=4, seqlen=12, amp=False, device="cpu",
@@ -105,7 +107,10 @@ def test_other_ways_to_it(changes, tmp_path):
 
 
 def test_a_scale_for_each_head(tmp_path):
-    folder, job = run(tmp_path, kv_cache_scheme="fp8_head")
+    config = FAMILIES["llama"].build().config
+    config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    folder, job = run(tmp_path, model=LlamaForCausalLM(config), kv_cache_scheme="fp8_head")
     tensors = load_file(folder / "model.safetensors")
     heads, found = job.loaded.model.config.num_key_value_heads, {}
 

@@ -80,7 +80,7 @@ def check_schemes(names: Iterable[str], schemes: Collection[Scheme]) -> None:
         fmt = resolve(name, schemes)
         found = [fmt.holds(fitted([name], scheme)) for scheme in schemes]
         if found and all(found):
-            raise UserError(f"format {name} {found[0]}")
+            raise UserError(f"nothing to quantize: {fmt.name} {found[0]}")
 
 
 def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:

@@ -90,6 +90,7 @@ def load_model(recipe: Recipe, kept: bool = False, processes: Processes = ALONE)
             raise UserError(f"{text}; leave one of the two out")
     if recipe.kv_cache_scheme is not None:
         formats.check_kv_cache(recipe.formats)
+    formats.check_schemes(recipe.formats, recipe.schemes)
     stream = False if kept or recipe.whole_passes else recipe.streams
     loaded = load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
