@@ -148,22 +148,13 @@ def test_what_auto_round_writes_we_read_to_the_bit(kind, tmp_path):
 @pytest.mark.parametrize(
     "values, text",
     [
-        (
-            {"scheme": "FP8"},
-            "auto_round:llm_compressor holds nvfp4, mxfp4, mxfp8, not fp8",
-        ),
+        ({"scheme": "FP8"}, "auto_round:llm_compressor holds nvfp4, mxfp4, mxfp8, not fp8"),
         ({"scheme": "MXFP8", "act_bits": 16}, "beside 8-bit inputs only"),
         ({"scheme": "NVFP4A16"}, "beside 4-bit inputs only"),
-        (
-            {"scheme": "W4AFP8"},
-            "auto_round:auto_gptq cannot state 8-bit activations",
-        ),
+        ({"scheme": "W4AFP8"}, "auto_round:auto_gptq cannot state 8-bit activations"),
         ({"scheme": "W4AFP8", "format": "compressed_tensors", "group_size": 32}, "by 128 columns"),
         ({"scheme": "MXFP8", "format": "auto_gptq"}, "auto_gptq holds integers, not mxfp8"),
-        (
-            {"scheme": "W8A8"},
-            "auto_round:auto_gptq cannot state 8-bit activations",
-        ),
+        ({"scheme": "W8A8"}, "auto_round:auto_gptq cannot state 8-bit activations"),
         ({"bits": 3, "format": "auto_awq"}, "auto_awq holds 4 bits, not 3"),
     ],
 )

@@ -7,10 +7,12 @@ import torch
 from test_served import first_blocks, served, tuned
 from test_undone import samples, tiny_llama
 from tiny_models import FAMILIES, tiny_tokenizer
+from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
+from auto_mmround.model.head import untie
 from auto_mmround.numerics.tuner import held_out_split
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
@@ -127,6 +129,15 @@ def test_a_head_that_is_the_embedding_is_untied_on_request(name, changes, tmp_pa
 def save(family, model, folder):
     family.save(folder, tiny_tokenizer())
     model.save_pretrained(folder)
+
+
+def test_a_class_that_computes_otherwise_with_a_head_of_its_own_keeps_it():
+    sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    model = UMT5ForConditionalGeneration(UMT5Config(**sizes, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.shared.weight
+    with pytest.raises(UserError, match="untie_lm_head: UMT5ForConditionalGeneration scales what"):
+        untie(model)
+    assert model.lm_head.weight is model.shared.weight and model.config.tie_word_embeddings
 
 
 def test_untying_is_said_to_need_a_quantized_head():

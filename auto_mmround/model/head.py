@@ -6,7 +6,7 @@ A vocabulary of a quarter million words makes the logits of one sample larger th
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -48,11 +48,17 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def untie(model: PreTrainedModel) -> bool:
-    """Give an output head that is the input embedding a copy of it; False where it is not."""
+    """Give an output head that is the input embedding a copy of it; False where it is not. Raises
+    UserError for a class that computes something else when its configuration says so."""
     speaks = speaking(model)
     head, words = speaks.get_output_embeddings(), input_weight(model)
     if words is None or not isinstance(head, nn.Linear) or head.weight is not words:
         return False
+    if "tie_word_embeddings" in unwrap(type(speaks).forward).__code__.co_names:
+        raise UserError(
+            f"untie_lm_head: {type(speaks).__name__} scales what its head reads where that is the"
+            " input embedding, so it can't have one of its own; leave it off"
+        )
     head.weight = nn.Parameter(words.detach().clone(), requires_grad=words.requires_grad)
     for part in {id(each): each for each in (model, speaks)}.values():
         config = part.config
