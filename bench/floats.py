@@ -68,7 +68,7 @@ def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
         model, loaded.tokenizer, processor=loaded.processor, device_map="cpu",
         dataset=[sample.kwargs for sample in prepared.inputs], nsamples=len(prepared.inputs),
         seqlen=longest, batch_size=1, gradient_accumulate_steps=8, seed=job["seed"],
-        **SCHEMES[job["scheme"]][0], **AUTO_ROUND[job["method"]],
+        **SCHEMES[job["scheme"]][0], **AUTO_ROUND[job["method"]], **job["auto_round"],
     )  # fmt: skip
     peer.quantize()
     # what it puts around layers rounds inputs, too
@@ -220,6 +220,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--rows", type=int, default=128, help="held-out rows of each kind")
     parser.add_argument("--pipeline", default="sequential", help="of llm-compressor")
+    parser.add_argument("--auto_round", type=json.loads, default={}, help="its options, JSON")
     parser.add_argument("--limit", type=float, default=0, help="seconds of a cell; 0: no limit")
     parser.add_argument("--work", type=Path, default=Path(".bench/floats"), help="cells; kept")
     return parser.parse_args()
