@@ -51,10 +51,11 @@ class Recipe(Fields):
 
     def _check_ranges(self) -> None:
         """Values that are wrong by themselves."""
+        whole = (-1, 0) if self.data_type == "fp8" else (-1,)
         for name, fits, allowed in (
             ("bits", 2 <= self.bits <= 8, "2 to 8 are possible"),
-            ("group_size", self.group_size in (-1, 0)[: 1 + (self.data_type == "fp8")]
-             or self.group_size >= 1, "-1 or at least 1, for fp8 also 0"),
+            ("group_size", self.group_size in whole or self.group_size >= 1,
+             "-1 or at least 1, for fp8 also 0"),
             ("act_bits", self.act_bits in (4, 8, 16, 32),
              "8 or 4, quantized by the engine, or 16 and 32"),
             ("iters", self.iters is None or self.iters >= 0, "0 (round to nearest) or more"),
