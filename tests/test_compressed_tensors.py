@@ -226,6 +226,8 @@ def test_float_refusals() -> None:
     check = FORMATS["compressed_tensors:float"].check
     assert all(check(scheme, 200, 256) is None for scheme in FLOAT_SCHEMES.values())
     assert "multiple" in str(check(FLOAT_SCHEMES["mxfp4"], 4, 40))
+    assert "128 inputs" in str(check(FLOAT_SCHEMES["fp8"], 4, 128))
+    assert check(FLOAT_SCHEMES["fp8 tensor"], 4, 128) is None
     assert "activations" in str(check(replace(FLOAT_SCHEMES["nvfp4"], act_bits=8), 4, 32))
     assert "bits" in str(check(replace(FLOAT_SCHEMES["fp8"], bits=4), 4, 32))
     for name in ("auto_round", "auto_gptq", "compressed_tensors", "compressed_tensors:int8"):

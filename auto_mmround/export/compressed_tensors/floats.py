@@ -105,7 +105,10 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
             f"holds {scheme.data_type} beside activations of {scheme.bits} or 16 bits, not"
             f" {scheme.act_bits}",
         ),
-        (group == BLOCK != scheme.group_size, "cannot tell a channel of 128 inputs from a block"),
+        (
+            scheme.group_size == -1 and in_features == BLOCK,
+            "cannot tell a channel of 128 inputs from a block",
+        ),
         (
             in_features % group != 0,
             f"{in_features} inputs are no multiple of the group size {group}",
