@@ -33,7 +33,7 @@ from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 
 PARTS = floats.PARTS | {
-    "weight_shape": "", "weight_zero_point": "zero", "weight_g_idx": "", "input_zero_point": "",
+    "weight_shape": "", "weight_g_idx": "", "input_zero_point": "",
 }  # fmt: skip
 
 # Keys and values: FP8 under one scale each, or each head's: `k_scale` and `v_scale` of attention.
