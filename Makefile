@@ -36,9 +36,9 @@ bench: $(ENV) $(GPTQMODEL)  ## the demo again, its figures kept in bench/results
 bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR CALIBRATION=a.txt HELD_OUT=b.txt
 	$(BIN)/python bench/tuner.py --model $(MODEL) --calibration $(CALIBRATION) --held_out $(HELD_OUT) --keep bench/results
 
-bench-floats: $(ENV)  ## nearest, closed form and tuned on float grids: make bench-floats [OPTIONS="--model DIR --calibration .. --held_out .."]
-	$(BIN)/python bench/tuner.py --model demo --samples 128 --held_rows 200 --work .bench/floats --title floats \
-		--schemes NVFP4 MXFP4 MXFP8 FP8 FP8_BLOCK --methods rtn gptq auto $(OPTIONS) --keep bench/results
+bench-floats: $(ENV)  ## float grids and rounded inputs against auto-round and llm-compressor: make bench-floats [OPTIONS="--model DIR --dataset .. --held_out .."]
+	test -d .engines/llmcompressor || bash scripts/engines.sh llmcompressor
+	$(BIN)/python bench/floats.py $(OPTIONS) --keep bench/results
 
 bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MODEL=DIR (apt-get install flite espeak-ng)
 	$(BIN)/python bench/whisper.py --model $(MODEL) --keep bench/results

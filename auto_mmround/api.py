@@ -105,8 +105,8 @@ class AutoRoundMLLM:
                 self.loaded, **{name: thing for name, thing in mine.items() if thing is not None}
             )
         else:
-            trusted = self.recipe.trust_remote_code
-            self.loaded = _around(model, tokenizer, processor, origin, trusted)
+            loaded = _around(model, tokenizer, processor, origin, self.recipe.trust_remote_code)
+            self.loaded = jobs.untied(self.recipe, loaded)
         self._rows = dataset if in_memory else None
         self._image_processor = image_processor
         self._objects = {

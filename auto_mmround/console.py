@@ -37,7 +37,7 @@ from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
-from auto_mmround.run.staying import Staying, staying
+from auto_mmround.run.staying import Staying, cost_of_untying, staying
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.verify import verify
@@ -62,7 +62,12 @@ def quantize_with_progress(
             events.at("planning, and reading samples")
             job = prepare_with_progress(recipe, loaded)
             refused = refusals(loaded.model, job.plan, recipe.read_by)
-            for line in (summary(job.plan), *mixed_lines(job.mixed), *refused):
+            for line in (
+                summary(job.plan),
+                *mixed_lines(job.mixed),
+                *cost_of_untying(loaded, job.plan),
+                *refused,
+            ):
                 if not events.telling.quiet:
                     console.print(line, highlight=False, markup=False, soft_wrap=True)
             check_disk(job)
@@ -179,6 +184,7 @@ def show_plan(recipe: Recipe, telling: Telling | None = None, as_json: bool = Fa
     plan = job.plan if job else jobs.planned(recipe, loaded)
     stays, formats = staying(loaded, plan, recipe), [fmt.name for fmt in plan.formats]
     notes = mixed_lines(job.mixed if job else None)
+    notes += cost_of_untying(loaded, plan)
     notes += refusals(loaded.model, plan, recipe.read_by)
     known = job is not None or not recipe.needs_samples or recipe.dataset is not None
     if as_json:

@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.scoring import Score
+from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan
 from auto_mmround.verify.verify import Verification
 
@@ -87,6 +88,15 @@ class Page:
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
+def _told(scheme: Scheme) -> str:
+    """A scheme in words."""
+    group = {-1: "channel", 0: "tensor"}.get(scheme.group_size, f"group {scheme.group_size}")
+    kind = "symmetric" if scheme.sym else "asymmetric"
+    fate = f"{scheme.bits} bits, {group}, {kind if scheme.data_type == 'int' else scheme.data_type}"
+    data_type, bits, _ = scheme.inputs
+    return f"{fate}, inputs {data_type} of {bits} bits" if scheme.act_bits < 16 else fate
+
+
 def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     """(layer, count, shape, what it becomes). Equal rows of different blocks are one."""
     rows: dict[tuple[str, str, str], int] = {}
@@ -94,8 +104,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
         scheme = weight.scheme
         fate = f"stays: {weight.reason}"
         if scheme:
-            group = "channel" if scheme.group_size == -1 else f"group {scheme.group_size}"
-            fate = f"{scheme.bits} bits, {group}, {'symmetric' if scheme.sym else 'asymmetric'}"
+            fate = _told(scheme)
         name = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
         key = (name, f"{weight.out_features} x {weight.in_features}", fate)
         rows[key] = rows.get(key, 0) + 1

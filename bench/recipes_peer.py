@@ -5,8 +5,9 @@ nothing of ours.
 
 Job: "model" folder, "class" of Transformers, "samples" (safetensors, "3.input_ids" is what the
 model is given of sample 3), "dtype", "pipeline" and "scheme" of llm-compressor (bits, group_size,
-sym, act_bits), "dampening", "smoothing" or null, "mappings", "sequential_targets", "ignore";
-"weights": where what changed goes, in the model's dtype; "result": figures.
+sym, act_bits; or a "preset" and an "observer"), "dampening", "smoothing" or null, "mappings",
+"sequential_targets", "ignore"; "weights": where what changed goes, in the model's dtype; "result":
+figures.
 """
 
 import json
@@ -19,7 +20,11 @@ from pathlib import Path
 import llmcompressor
 import torch
 import transformers
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -30,6 +35,8 @@ from torch.utils.data import DataLoader
 def modifiers(job):
     """The recipe, as llm-compressor's examples write it."""
     scheme = job["scheme"]
+    if "preset" in scheme:
+        return [_by_preset(job, scheme)]
     group = {"strategy": "group", "group_size": scheme["group_size"]}
     weights = QuantizationArgs(
         num_bits=scheme["bits"], symmetric=scheme["sym"], dynamic=False,
@@ -55,6 +62,16 @@ def modifiers(job):
         SmoothQuantModifier(smoothing_strength=job["smoothing"], mappings=job["mappings"]),
         gptq,
     ]
+
+
+def _by_preset(job, scheme):
+    """GPTQ on a scheme of theirs, with another observer of weights if one is named."""
+    whole = preset_name_to_scheme(scheme["preset"], ["Linear"])
+    if "observer" in scheme:
+        whole.weights.observer = scheme["observer"]
+    return GPTQModifier(
+        config_groups={"all": whole}, ignore=job["ignore"], dampening_frac=job["dampening"]
+    )
 
 
 def samples(path, dtype):

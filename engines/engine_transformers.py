@@ -57,10 +57,9 @@ def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
 def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
     """(class name -> count of Linear-like modules, number of quantized ones)."""
     # compressed-tensors keeps torch's Linear, gives it a scheme, and unpacks it in the first
-    # forward pass.
-    quantized = [
-        m for m in model.modules() if hasattr(m, "qweight") or hasattr(m, "quantization_scheme")
-    ]
+    # forward pass. AutoRound's layers of floats have a weight_scale.
+    marks = ("qweight", "quantization_scheme", "weight_scale")
+    quantized = [m for m in model.modules() if any(hasattr(m, mark) for mark in marks)]
     linears = {
         id(m): m
         for m in (*quantized, *(m for m in model.modules() if isinstance(m, torch.nn.Linear)))
@@ -126,6 +125,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         for module in model.modules():
             if hasattr(module, "quantization_scheme"):
                 module.quantization_enabled = False  # compressed-tensors' own switch
+            elif hasattr(module, "qdq_input"):
+                module.qdq_input = lambda x: x  # of AutoRound's layers of floats
     logits = run_inputs(model, load_file(request["inputs"]))
     save_file(logits, request["output"])
     broken = [name for name, tensor in logits.items() if not bool(torch.isfinite(tensor).all())]

@@ -303,8 +303,8 @@ PACKINGS = {
     "gguf": dict(format="gguf:q4_0", group_size=32),
     "gguf, K types": dict(format="gguf:q4_k", group_size=32),
     "fp8": dict(format="compressed_tensors", scheme="FP8", iters=0),
-    "nvfp4": dict(format="compressed_tensors", scheme="NVFP4", iters=0),
-    "mxfp4": dict(format="compressed_tensors", scheme="MXFP4", iters=0),
+    "nvfp4": dict(format="compressed_tensors", scheme="NVFP4A16", iters=0),
+    "mxfp4": dict(format="compressed_tensors", scheme="MXFP4A16", iters=0),
 }
 
 

@@ -162,6 +162,7 @@ FLOAT_SCHEMES = {
     "mxfp8": Scheme(8, 32, data_type="mxfp8"),
     "mxfp8 dynamic": Scheme(8, 32, data_type="mxfp8", act_bits=8),
     "fp8 static": Scheme(8, -1, data_type="fp8", act_bits=8, act_dynamic=False),
+    "fp8 tensor": Scheme(8, 0, data_type="fp8", act_bits=8, act_dynamic=False),
 }
 
 
@@ -170,9 +171,11 @@ def nearest(w_OI: Tensor, scheme: Scheme) -> Codes:
 
 
 def their_scale(w_OI: Tensor, args: Any, scheme: Scheme, global_scale: Tensor | None) -> Tensor:
-    size = w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size
+    size = w_OI.shape[1] if scheme.group_size < 1 else scheme.group_size
     w_OGg = w_OI.unflatten(1, (-1, size))
     low, high = w_OGg.amin(-1), w_OGg.amax(-1)
+    if args.strategy == "tensor":
+        low, high = low.amin().reshape(1), high.amax().reshape(1)
     if args.strategy == "block":
         low, high = (
             torch.nn.functional.pad(t, (0, 0, 0, -t.shape[0] % 128)).unflatten(0, (-1, 128))
@@ -223,6 +226,8 @@ def test_float_refusals() -> None:
     check = FORMATS["compressed_tensors:float"].check
     assert all(check(scheme, 200, 256) is None for scheme in FLOAT_SCHEMES.values())
     assert "multiple" in str(check(FLOAT_SCHEMES["mxfp4"], 4, 40))
+    assert "128 inputs" in str(check(FLOAT_SCHEMES["fp8"], 4, 128))
+    assert check(FLOAT_SCHEMES["fp8 tensor"], 4, 128) is None
     assert "activations" in str(check(replace(FLOAT_SCHEMES["nvfp4"], act_bits=8), 4, 32))
     assert "bits" in str(check(replace(FLOAT_SCHEMES["fp8"], bits=4), 4, 32))
     for name in ("auto_round", "auto_gptq", "compressed_tensors", "compressed_tensors:int8"):
@@ -253,7 +258,7 @@ def test_one_scale_for_a_whole_weight_is_read() -> None:
         8,
         False,
         "fp8",
-        -1,
+        0,
     )
     assert torch.equal(dequantize(ct.unpack("m", tensors, scheme)), q_OI.float() / 4)
 

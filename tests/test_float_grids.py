@@ -23,6 +23,7 @@ from auto_mmround.run.plan import grid_of
 # data type, group size, rows that share a scale
 KINDS = [
     ("nvfp4", 16, 1), ("mxfp4", 32, 1), ("mxfp8", 32, 1), ("fp8", -1, 1), ("fp8", 128, 128),
+    ("fp8", 0, 1),
 ]  # fmt: skip
 SHAPES = [(3, 256), (5, 200), (130, 300), (1, 33)]
 
@@ -267,7 +268,7 @@ def test_sweeps_find_what_the_solve_in_turn_finds(name, size, rows):
         assert torch.equal(grids.dequantize(two.codes()), two.weight())
 
 
-@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4", "MXFP8", "FP8", "FP8_STATIC"])
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4A16", "MXFP8", "FP8", "FP8_TENSOR"])
 @pytest.mark.parametrize("algorithm", ["auto", "gptq", "sign_round"])
 def test_a_run_writes_what_it_tuned(scheme, algorithm, tmp_path):
     FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())

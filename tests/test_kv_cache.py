@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from auto_mmround import cli
 from auto_mmround.checkpoint.loader import from_quantized
@@ -22,8 +22,10 @@ from auto_mmround.verify.static import check
 CONFIG = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
-def run(folder: Path, name: str = "llama", **changes) -> tuple[Path, jobs.Job]:
+def run(folder: Path, name: str = "llama", model=None, **changes) -> tuple[Path, jobs.Job]:
     FAMILIES[name].save(folder / "model", tiny_tokenizer())
+    if model is not None:
+        model.save_pretrained(folder / "model")
     values = dict(
         model=str(folder / "model"), output_dir=str(folder), format="compressed_tensors",
         group_size=32, iters=2, nsamples=4, seqlen=12, amp=False, device="cpu",
@@ -102,6 +104,48 @@ def test_other_ways_to_it(changes, tmp_path):
     assert not any("visual" in n for n in names if n.endswith(("k_scale", "v_scale")))
     assert not [f for f in check(folder) if f.severity == "error"]
     from_quantized(folder, activations=True)
+
+
+def test_a_scale_for_each_head(tmp_path):
+    config = FAMILIES["llama"].build().config
+    config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    folder, job = run(tmp_path, model=LlamaForCausalLM(config), kv_cache_scheme="fp8_head")
+    tensors = load_file(folder / "model.safetensors")
+    heads, found = job.loaded.model.config.num_key_value_heads, {}
+
+    def watch(name):
+        def see(key, value):
+            for part, x in (("k_scale", key), ("v_scale", value)):
+                peak, place = x.abs().amax((0, 2, 3)), f"{name}.{part}"
+                found[place] = torch.maximum(found.get(place, peak), peak)
+            return key, value
+
+        return see
+
+    changes = {name: watch(name) for name in cached_attention(job.loaded.model)}
+    with torch.no_grad(), changing(job.loaded.model, changes):
+        for sample in job.inputs:
+            job.loaded.model(**sample.kwargs, use_cache=False)
+    for place, peak_H in found.items():
+        assert tensors[place].shape == (heads, 1, 1) and heads > 1
+        torch.testing.assert_close(tensors[place].flatten(), peak_H / 448, rtol=1e-5, atol=0)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == CONFIG | {"strategy": "attn_head"}
+    assert check(folder, Path(job.recipe.model)) == []
+    ours = from_quantized(folder, activations=True).model
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ids = job.inputs[0].kwargs["input_ids"]
+    with torch.no_grad():
+        got, wanted = (model(input_ids=ids).logits for model in (ours, theirs))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    line = damaged((folder, job), tmp_path, lambda t: t.update({NAME: torch.ones(3, 1, 1)}))
+    assert "is for 3 heads, which" in line
+    (tmp_path / "b").mkdir()
+    line = damaged((folder, job), tmp_path / "b", lambda t: t.update({NAME: torch.ones(1)}))
+    assert "no number for each head" in line
+    with pytest.raises(UserError, match="of one number for each head"):
+        from_quantized(tmp_path / "b" / "copy", activations=True)
 
 
 def damaged(made, tmp_path, change, config=lambda options: options):

@@ -137,7 +137,7 @@ def test_an_outlier_that_nvfp4_pays_with_all_other_numbers_keeps_the_weight(chan
                 "--model",
                 str(folder),
                 "--scheme",
-                "NVFP4",
+                "NVFP4A16",
                 "--iters",
                 "0",
                 "--format",

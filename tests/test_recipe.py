@@ -7,6 +7,7 @@ from auto_mmround.recipe.algorithms import ALGORITHMS, PRESETS
 from auto_mmround.recipe.files import read, to_toml
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe, from_mapping
+from auto_mmround.recipe.schemes import Scheme, overridden
 
 
 def test_toml_round_trip(tmp_path):
@@ -89,3 +90,12 @@ def test_presets_choose_steps_rate_and_samples_of_auto(preset):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(UserError, match="preset = 'bets': one of light, default, best"):
         Recipe(preset="bets")
+
+
+def test_a_layer_with_a_data_type_of_its_own_is_refused():
+    for kept in ({"bits": 16, "data_type": "float"}, {"bits": 32, "data_type": "fp"}):
+        assert overridden(Scheme(), kept, "q_proj") is None
+    assert overridden(Scheme(), {"bits": 8, "data_type": "int"}, "q_proj") == Scheme(8)
+    for given in ({"data_type": "fp8"}, {"bits": 8, "data_type": "float"}):
+        with pytest.raises(UserError, match="all layers have that of the scheme, int"):
+            overridden(Scheme(), given, "q_proj")

@@ -187,16 +187,21 @@ def test_names_of_schemes_mean_what_they_say():
     for name, keys in SCHEMES.items():
         if name[0] == "W":
             bits, inputs = name[1:].removesuffix("_ASYM").split("A")
+            kind, inputs = keys.get("act_data_type", ""), inputs.removeprefix("FP")
             assert (keys["bits"], min(keys["act_bits"], 16)) == (int(bits), int(inputs))
+            assert kind == ("fp8" if "AFP8" in name else "")
         else:
             assert name.lower().startswith(keys["data_type"]) and keys["bits"] == int(
                 keys["data_type"][-1]
             )
+            assert keys["act_bits"] == (32 if name.endswith("A16") else keys["bits"])
     with pytest.raises(UserError, match="act_dynamic = false is for FP8"):
         from_mapping({"scheme": "W8A8", "act_dynamic": False})
 
 
-@pytest.mark.parametrize("name", ["FP8", "FP8_STATIC", "FP8_BLOCK", "MXFP8", "MXFP4", "NVFP4"])
+@pytest.mark.parametrize(
+    "name", ["FP8", "FP8_STATIC", "FP8_TENSOR", "FP8_BLOCK", "MXFP8", "MXFP4", "MXFP4A16", "NVFP4"]
+)
 def test_a_float_scheme_runs_from_a_recipe_of_three_lines(name, tmp_path):
     path = tmp_path / "r.toml"
     path.write_text(f'model = "demo"\nscheme = "{name}"\nformat = "compressed_tensors"\n')
@@ -210,7 +215,7 @@ def test_a_float_scheme_runs_from_a_recipe_of_three_lines(name, tmp_path):
         "config_groups"
     ]["group_0"]
     assert (group["weights"]["type"], group["weights"]["num_bits"]) == ("float", keys["bits"])
-    assert bool(group["input_activations"]) == (keys["act_bits"] == 8)
+    assert bool(group["input_activations"]) == (keys["act_bits"] < 16)
 
 
 @pytest.mark.parametrize(
@@ -384,8 +389,10 @@ default_stage:
     )
     tuned = translated("GPTQModifier: {scheme: NVFP4A16}", tmp_path)
     assert (tuned.data_type, tuned.algorithm, tuned.closed_form) == ("nvfp4", "gptq", True)
+    assert translated("GPTQModifier: {scheme: NVFP4}", tmp_path).act_bits == 4
     static = translated("QuantizationModifier: {scheme: FP8}", tmp_path)
     assert (static.data_type, static.act_dynamic, static.algorithm) == ("fp8", False, "rtn")
+    assert static.group_size == 0  # one scale for the whole weight
     assert translated("QuantizationModifier: {scheme: FP8_DYNAMIC}", tmp_path).act_dynamic
     plain = translated(
         "QuantizationModifier: {targets: Linear, scheme: {W8A16: [Linear]}}", tmp_path
@@ -455,7 +462,6 @@ def test_the_file_that_llm_compressor_writes_beside_a_checkpoint(tmp_path):
     "text, word",
     [
         ("GPTQModifier: {schem: W4A16}", "did you mean scheme"),
-        ("QuantizationModifier: {scheme: NVFP4}", "use NVFP4A16"),
         ("GPTQModifier: {ignore: [lm_head]}", "names no scheme"),
         ("GTPQModifier: {scheme: W4A16}", "did you mean GPTQModifier"),
         ("quant_stage: {quant_modifiers: {SparseGPTModifier: {sparsity: 0.5}}}",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_undone import OUT, Calls, places_in, samples, tiny_llama
 from tiny_models import FAMILIES, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from two_processes import mixed_inputs, tiny_model
 
 from auto_mmround.calibration.inputs import ModelInput
@@ -54,7 +54,7 @@ def served(model, plan, measured=None):
     with ExitStack() as stack:
         stack.enter_context(separated(model))
         for name, scheme in plan.quantized.items():
-            how = scheme.data_type, scheme.act_bits, scheme.group_size
+            how = scheme.inputs
             if scheme.inputs_measured:
                 how += (measured[name],)
             stack.callback(
@@ -334,6 +334,8 @@ FLOATS = {
     "mxfp8": dict(data_type="mxfp8", bits=8, group_size=32, act_bits=8),
     "mxfp4": dict(data_type="mxfp4", bits=4, group_size=32, act_bits=4),
     "nvfp4": dict(data_type="nvfp4", bits=4, group_size=16, act_bits=4),
+    "tensor": dict(data_type="fp8", bits=8, group_size=0, act_bits=8, act_dynamic=False),
+    "w4afp8": dict(bits=4, group_size=128, act_bits=8, act_data_type="fp8"),
 }
 
 
@@ -355,7 +357,10 @@ def test_floats_are_tuned_on_their_rounded_inputs(name, given):
     finished, plan = tuned(model, samples(16), recipe)
     assert not hooks_of(model)
     measured = {layer: codes.input_scale for layer, codes in finished.codes.items()}
-    assert all((scale is not None) == (name in ("static", "nvfp4")) for scale in measured.values())
+    assert all(
+        (scale is not None) == (name in ("static", "tensor", "nvfp4"))
+        for scale in measured.values()
+    )
     with served(model, plan, measured):
         student = blocks_in(model, "model.layers", samples(16))
     for (_, first), (before, _) in given.items():
@@ -383,10 +388,17 @@ def test_a_static_scale_is_that_of_the_students_own_inputs():
     assert scale == pytest.approx(peak / 448, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["static", "mxfp4", "nvfp4"])
+def q_k_v(tensors):
+    """First scale of each of the matrices that engines fuse."""
+    names = (f"model.layers.0.self_attn.{x}_proj.weight_scale" for x in "qkv")
+    return [tensors[name].flatten()[0].item() for name in names]
+
+
+@pytest.mark.parametrize("name", ["static", "tensor", "mxfp4", "nvfp4", "w4afp8"])
 @pytest.mark.parametrize("algorithm", ["auto", "rtn"])
 def test_files_of_floats_with_rounded_inputs_are_read_back(name, algorithm, tmp_path):
     FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
+    float_llama().save_pretrained(tmp_path / "model")
     recipe = replace(
         W8A8, **FLOATS[name], algorithm=algorithm, model=str(tmp_path / "model"),
         output_dir=str(tmp_path), device="cpu", nsamples=4, seqlen=12, quant_nontext_module=False,
@@ -396,9 +408,36 @@ def test_files_of_floats_with_rounded_inputs_are_read_back(name, algorithm, tmp_
     assert not [finding for finding in check(made) if finding.severity == "error"]
     model = from_quantized(made, activations=True).model
     tensors = load_file(made / "model.safetensors")
-    part = {"static": "input_scale", "nvfp4": "input_global_scale"}.get(name)
+    part = {"nvfp4": "input_global_scale"}.get(name, "input_scale")
+    part = part if recipe.scheme.inputs_measured else None
     measured = {layer: tensors[f"{layer}.{part}"] for layer in job.plan.quantized if part}
     ids = FAMILIES["llama"].samples(1)[0]["input_ids"]
     with torch.no_grad(), served(job.loaded.model, job.plan, measured):
         wanted = job.loaded.model(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, wanted)
+    if name in ("tensor", "w4afp8"):  # also by compressed-tensors, with its own rounding
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(made)(input_ids=ids).logits
+        torch.testing.assert_close(theirs, wanted, rtol=0, atol=2e-2 * wanted.std().item())
+        assert len({*q_k_v(tensors)}) == (1 if name == "tensor" else 3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])
+def test_streamed_experts_round_their_inputs_while_the_whole_model_runs(name, tmp_path):
+    """Scales of keys and values, and the output head's inputs, are those of the model in memory."""
+    FAMILIES[name].save(tmp_path / "model", tiny_tokenizer())
+    found = []
+    for stream in (False, True):
+        recipe = replace(
+            W4A8, model=str(tmp_path / "model"), output_dir=str(tmp_path / str(stream)),
+            device="cpu", nsamples=4, seqlen=12, kv_cache_scheme="fp8", quant_lm_head=True,
+            algorithm="gptq", stream=stream,
+        )  # fmt: skip
+        job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=FAMILIES[name].samples(4))
+        assert job.loaded.streamed == stream
+        assert any("experts.0" in layer for layer in job.plan.quantized)
+        (made,) = jobs.run(job)
+        found.append(load_file(made / "model.safetensors"))
+    memory, streamed = found
+    assert any(part.endswith("k_scale") for part in memory) and memory.keys() == streamed.keys()
+    assert [part for part in memory if not torch.equal(memory[part], streamed[part])] == []

@@ -20,7 +20,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.experts import restacked, stacking
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
-from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached
+from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached, fits
 from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,
@@ -198,8 +198,8 @@ def _quantize_inputs(
             layer = model.get_submodule(parameter.removesuffix(".weight"))
             measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"
             wholes = [f"{stored}.{measured}"] if scheme.inputs_measured else []
-            how: tuple[Any, ...] = scheme.data_type, scheme.act_bits, scheme.group_size
-            how += tuple(tensor.to(device) for _, tensor in checkpoint.tensors(wholes))
+            found = [tensor.to(device) for _, tensor in checkpoint.tensors(wholes)]
+            how = *scheme.inputs, next(iter(found), None), scheme.act_how
             layer.register_forward_pre_hook(
                 lambda _, given, how=how: (rounded_inputs(given[0], *how), *given[1:])
             )
@@ -209,16 +209,18 @@ def _quantize_cache(
     model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str], device: str | torch.device
 ) -> None:
     """Hooks for attention whose keys and values engines keep in FP8. keys: as above."""
-    if not (checkpoint.quantization_config or {}).get("kv_cache_scheme"):
+    said = (checkpoint.quantization_config or {}).get("kv_cache_scheme")
+    if not said:
         return
+    strategy = str(said.get("strategy", "tensor"))
     found, stored = dict(checkpoint.tensors(checkpoint.kv_scales)), parameter_names(model, keys)
     for name, projection in cached_attention(model).items():
         place = stored[f"{name}.{projection}.weight"].rpartition(f".{projection}")[0]
         scales = [found.get(f"{place}.{part}") for part in SCALES]
-        if any(scale is None or scale.numel() != 1 for scale in scales):
-            raise UserError(
-                f"{checkpoint.folder}: {place} has no k_scale and v_scale of one number"
-            )
+        if any(scale is None or not fits(strategy, scale) for scale in scales):
+            each = " for each head" if strategy == "attn_head" else ""
+            text = f"{place} has no k_scale and v_scale of one number{each}"
+            raise UserError(f"{checkpoint.folder}: {text}")
         key_scale, value_scale = (scale.float().to(device) for scale in scales)  # type: ignore[union-attr]
 
         def rounded(

@@ -1,17 +1,22 @@
-"""AutoRound's own checkpoints: three packings under one configuration.
+"""AutoRound's own checkpoints: four packings under one configuration.
 
 ``auto_round:auto_gptq`` is GPTQ's layout (zero points minus one), ``auto_round:auto_awq`` is AWQ's,
-plain ``auto_round`` is GPTQ's with zero points as they are.
+plain ``auto_round`` is GPTQ's with zero points as they are. ``auto_round:llm_compressor`` has the
+tensors of compressed-tensors for NVFP4, MXFP4 and MXFP8.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from auto_mmround.errors import UserError
 from auto_mmround.export import auto_awq, config_check
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
+from auto_mmround.export.compressed_tensors import floats
 from auto_mmround.export.format import (
     NO_EXPERTS,
     WORDS,
@@ -22,17 +27,29 @@ from auto_mmround.export.format import (
     both_spellings,
     carried_names,
     check_integers,
-    differences,
     kept_groups,
     part_patterns,
     tower_patterns,
     wrong,
 )
-from auto_mmround.export.method import Method, Overrides, Question, searched
+from auto_mmround.export.method import Config, Method, Overrides, Question, flat_schemes, searched
 from auto_mmround.export.patterns import tails
-from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.numerics.grids import Codes
+from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 KEPT = {"bits": 16, "data_type": "float"}
+# Data type -> what AutoRound calls that of weights, and that of inputs.
+NAMES = {
+    "nvfp4": ("nv_fp", "nv_fp4_with_static_gs"),
+    "mxfp4": ("mx_fp", "mx_fp"),
+    "mxfp8": ("mx_fp", "mx_fp"),
+}
+# What it calls inputs -> `Scheme.act_how`.
+HOW = {
+    "nv_fp4_with_static_gs": "auto_round",
+    "mx_fp": "auto_round",
+    "mx_fp_rceil": "auto_round_rceil",
+}
 SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")  # what makes vLLM take a name for a pattern
 SYMMETRIC = "auto-round reads this packing as symmetric only; use plain auto_round"
 
@@ -42,30 +59,85 @@ def _config(packing: str, layout: Layout) -> dict[str, Any]:
     spells them."""
     groups, singles = kept_groups(layout)
     extra: dict[str, Any] = {}
+    default = _keys(layout.default)
+    kept = KEPT | ({"act_bits": 16} if "act_bits" in default else {})
     for name, scheme in layout.quantized.items():
         outside = not any(name.startswith(block + ".") for block in layout.blocks)
-        keys = {"bits": scheme.bits, "data_type": scheme.data_type} if outside else {}
-        keys |= differences(scheme, layout.default)
+        own = _keys(scheme)
+        always = ("bits", "data_type") if outside else ()
+        keys = {k: v for k, v in own.items() if k in always or default.get(k) != v}
         extra |= {spelling: keys for spelling in both_spellings(layout, name) if keys}
-    extra |= {pattern: KEPT for group in groups for pattern in tower_patterns(layout, group)}
-    extra |= {spelling: KEPT for single in singles for spelling in both_spellings(layout, single)}
-    extra |= dict.fromkeys(carried_names(layout), KEPT)
-    extra |= dict.fromkeys(part_patterns(layout), KEPT)
+    extra |= {pattern: kept for group in groups for pattern in tower_patterns(layout, group)}
+    extra |= {spelling: kept for single in singles for spelling in both_spellings(layout, single)}
+    extra |= dict.fromkeys(carried_names(layout), kept)
+    extra |= dict.fromkeys(part_patterns(layout), kept)
     blocks = dict.fromkeys(
         spelling for block in layout.blocks for spelling in both_spellings(layout, block)
     )
     return {
         "quant_method": "auto-round",
         "packing_format": packing,
-        "bits": layout.default.bits,
-        "group_size": layout.default.group_size,
-        "sym": layout.default.sym,
-        "data_type": layout.default.data_type,
+        **default,
         "block_name_to_quantize": ",".join(blocks),
         "extra_config": extra,
         "provider": "auto_mmround",
         "auto_mmround": dict(layout.details),
     }
+
+
+def _keys(scheme: Scheme) -> dict[str, Any]:
+    """What the configuration says of a scheme."""
+    weights, inputs = NAMES.get(scheme.data_type, (scheme.data_type, ""))
+    said: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    said |= {"sym": scheme.sym, "data_type": weights}
+    if not inputs:
+        return said
+    said |= {"act_bits": scheme.act_bits, "act_data_type": inputs, "act_sym": True}
+    return said | {"act_group_size": scheme.group_size, "act_dynamic": True}
+
+
+def _schemes(config: Config) -> Callable[[str], Scheme]:
+    unsaid = {"data_type": "int", "act_bits": None, "act_data_type": None}
+    return flat_schemes(config, unsaid, _scheme_of)
+
+
+def _scheme_of(
+    bits: int, group_size: int, sym: bool, data_type: str, act_bits: int | None,
+    act_data_type: str | None,
+) -> Scheme:  # fmt: skip
+    """Raises UserError for floats, or floats of inputs, that are not read."""
+    if data_type == "int":
+        return Scheme(bits, group_size, sym)
+    own = (name for name, (called, _) in NAMES.items() if called == data_type)
+    found = next((name for name in own if FLOATS[name] == (bits, (group_size,))), None)
+    if found is None:
+        raise UserError(
+            f"cannot read {bits} bit {data_type} weights by {group_size} columns; read are integers"
+            " and nv_fp, mx_fp of 4 and mx_fp of 8 bits"
+        )
+    if act_bits in (None, 16, 32):
+        return Scheme(bits, group_size, data_type=found)
+    how = HOW.get(act_data_type or "")
+    if how is None or act_bits != bits:
+        raise UserError(f"cannot read {found} weights beside {act_bits} bit {act_data_type} inputs")
+    return Scheme(bits, group_size, data_type=found, act_bits=act_bits, act_how=how)
+
+
+def _check_floats(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why the peer's loader could not read this weight, or None."""
+    if scheme.data_type not in NAMES:
+        return f"holds {', '.join(NAMES)}, not {scheme.data_type}"
+    if scheme.act_bits != scheme.bits:
+        return (
+            f"holds {scheme.data_type} beside {scheme.bits}-bit inputs only (act_bits); for others"
+            " take compressed_tensors"
+        )
+    return floats.check(scheme, out_features, in_features)
+
+
+def _unpack_floats(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
+    parts = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
+    return floats.unpack(name, parts, scheme)
 
 
 def _transformers(q: Question) -> Mapping[str, Overrides]:
@@ -91,7 +163,7 @@ def _transformers(q: Question) -> Mapping[str, Overrides]:
 
 
 def _vllm(q: Question) -> Mapping[str, Overrides] | None:
-    if q.config.get("packing_format") not in (GPTQ.name, AWQ.name):
+    if q.config.get("packing_format") not in (GPTQ.name, AWQ.name, FLOAT.name):
         return None
     prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
     extra = {
@@ -117,8 +189,10 @@ def _vllm(q: Question) -> Mapping[str, Overrides] | None:
 
 
 def _choose(schemes: Collection[Scheme]) -> Format:
-    """All symmetric: GPTQ's packing; all asymmetric 4 bit with one group size: AWQ's; else zero
-    points as they are."""
+    """Floats: their own. All symmetric: GPTQ's packing; all asymmetric 4 bit with one group size:
+    AWQ's; else zero points as they are."""
+    if any(scheme.data_type != "int" for scheme in schemes):
+        return FLOAT
     if schemes and all(scheme.sym for scheme in schemes):
         return GPTQ
     awq_holds = all(
@@ -134,11 +208,15 @@ METHOD = Method(
         "packing_format": config_check.text,
         "block_name_to_quantize": config_check.names,
         "to_quant_block_names": config_check.names,
+        "data_type": config_check.text,
+        "act_bits": config_check.maybe(config_check.BITS),
+        "act_data_type": config_check.maybe(config_check.text),
         "extra_config": config_check.maybe(
             config_check.overrides(lambda key: key if "*" in key else "")
         ),
     },
     listed=("block_name_to_quantize", "to_quant_block_names", "extra_config"),
+    schemes=_schemes,
     readers={"Transformers": _transformers, "vLLM": _vllm},
     copied=True,
 )
@@ -233,4 +311,30 @@ AWQ = replace(
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
     limits=(*_LIMITS, NO_EXPERTS),
 )
-FORMATS = (PLAIN, GPTQ, AWQ)
+FLOAT = replace(
+    PLAIN,
+    name="auto_round:llm_compressor",
+    summary="AutoRound checkpoint with NVFP4, MXFP4 or MXFP8 weights and inputs: Transformers",
+    bits=(4, 8),
+    check=_check_floats,
+    pack=floats.pack,
+    unpack=_unpack_floats,
+    config=partial(_config, "auto_round:llm_compressor"),
+    parts=floats.PARTS,
+    act_how="auto_round",
+    choose=None,
+    told={"packing_format": ("auto_round:llm_compressor",)},
+    engines={"transformers": None, "vllm": "vllm"},
+    limits=(
+        Limit(
+            "vllm",
+            "NVFP4",
+            "Unsupported data_type: nv_fp, currently only support {'fp', 'int', 'mx_fp'}",
+            any_scheme(lambda s: s.data_type == "nvfp4"),
+        ),
+        Limit("vllm", "MXFP4 and MXFP8", "Failed to find a kernel that can implement the layer"),
+        *_LIMITS,
+        NO_EXPERTS,
+    ),
+)
+FORMATS = (PLAIN, GPTQ, AWQ, FLOAT)

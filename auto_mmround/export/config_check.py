@@ -70,7 +70,10 @@ def targets(value: Any) -> bool:
 
 
 BITS = whole(0, 32)
-_OVERRIDE = keys({"bits": BITS, "group_size": group_size, "sym": flag})
+_OVERRIDE = keys(
+    {"bits": BITS, "group_size": group_size, "sym": flag}
+    | {"data_type": text, "act_bits": maybe(BITS), "act_data_type": maybe(text)}
+)
 numbers = keys({"num_bits": whole(1, 16), "group_size": maybe(group_size), "symmetric": flag})
 
 

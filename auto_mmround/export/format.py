@@ -32,7 +32,8 @@ class Layout:
     recipe's scheme. details: facts recorded for information (iters, algorithm ..). carried:
     those of the modules that the model's class does not load, and engines do. parts: what the
     checkpoint calls kept modules that it stores in several, or under a name unlike
-    Transformers'. kv_cache: there are FP8 scales of keys and values.
+    Transformers'. kv_cache: there are FP8 scales of keys and values, "tensor" one
+    of each, "attn_head" one a head; "" none.
     """
 
     quantized: Mapping[str, Scheme]
@@ -43,7 +44,7 @@ class Layout:
     details: Mapping[str, Any] = field(default_factory=dict)
     carried: Sequence[str] = ()
     parts: Sequence[str] = ()
-    kv_cache: bool = False
+    kv_cache: str = ""
 
     @cached_property
     def members(self) -> dict[str, str]:
@@ -154,7 +155,8 @@ class Format:
     min_zero: smallest zero point an asymmetric weight may have. fused_zero: stores scale * zero
     as one float16, which is exact only for scales of 11 - bits significant bits. scale_range:
     holds super-blocks, with such bounds of the scales' integers (`Grid`); what was tuned on
-    another grid is fitted once more. choose(schemes): the format of several under one name that
+    another grid is fitted once more. act_how: in whose arithmetic engines round MX and NVFP4
+    inputs (`Scheme`). choose(schemes): the format of several under one name that
     holds them.
 
     Files. config(layout): the ``quantization_config``, None for none. model_config(source's
@@ -185,6 +187,7 @@ class Format:
     min_zero: int = 0
     fused_zero: bool = False
     scale_range: tuple[int, int] | None = None
+    act_how: str = "compressed_tensors"
     choose: Callable[[Collection[Scheme]], "Format"] | None = None
     model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
     write: Callable[[Path, Whole], dict[str, Any]] | None = None

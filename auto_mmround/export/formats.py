@@ -4,7 +4,7 @@ A format is a file here, or a folder with a file `format`, that has its `FORMATS
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -74,6 +74,15 @@ def check_kv_cache(names: Iterable[str]) -> None:
             )
 
 
+def check_schemes(names: Iterable[str], schemes: Collection[Scheme]) -> None:
+    """Raises UserError for a format that holds none of a recipe's schemes, whatever the model."""
+    for name in names:
+        fmt = resolve(name, schemes)
+        found = [fmt.holds(fitted([name], scheme)) for scheme in schemes]
+        if found and all(found):
+            raise UserError(f"nothing to quantize: {fmt.name} {found[0]}")
+
+
 def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:
     """The scheme with the grid that every one of these formats stores exactly: its smallest zero
     point, the significant bits of its scales, and their range in super-blocks.
@@ -84,7 +93,12 @@ def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:
     """
     targets = [resolve(name, [scheme]) for name in names]
     ranges = {fmt.scale_range for fmt in targets if fmt.packs}
-    scheme = replace(scheme, scale_range=ranges.pop() if len(ranges) == 1 else None)
+    how = {fmt.act_how for fmt in targets if fmt.packs and scheme.act_bits < 16}
+    scheme = replace(
+        scheme,
+        scale_range=ranges.pop() if len(ranges) == 1 else None,
+        act_how=how.pop() if len(how) == 1 else scheme.act_how,
+    )
     if scheme.sym:
         return scheme
     return replace(

@@ -44,10 +44,15 @@ class Question:
 Matcher = Callable[[Question], Mapping[str, Overrides] | None]
 
 
-def flat_schemes(config: Config) -> Callable[[str], Scheme]:
+def flat_schemes(
+    config: Config, more: Config = MappingProxyType({}), make: Callable[..., Scheme] = Scheme
+) -> Callable[[str], Scheme]:
     """The scheme of a module: the configuration's own keys, then the first override that fits.
-    Overrides stand in ``extra_config`` or at the top by name, or in ``dynamic`` by pattern."""
-    base: dict[str, Any] = {
+    Overrides stand in ``extra_config`` or at the top by name, or in ``dynamic`` by pattern.
+
+    make: of the keys bits, group_size and sym, and of more: key -> value where nothing says it.
+    """
+    base: dict[str, Any] = {key: config.get(key, value) for key, value in more.items()} | {
         "bits": config["bits"],
         "group_size": config["group_size"],
         "sym": config.get("sym", not config.get("zero_point", False)),
@@ -62,7 +67,7 @@ def flat_schemes(config: Config) -> Callable[[str], Scheme]:
     def scheme(name: str) -> Scheme:
         place, rule = places.first(name), later.first(name)
         own = found[place] if place is not None else {} if rule is None else dynamic[rules[rule]]
-        return Scheme(**{key: own.get(key, value) for key, value in base.items()})
+        return make(**{key: own.get(key, value) for key, value in base.items()})
 
     return scheme
 

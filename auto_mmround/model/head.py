@@ -6,7 +6,7 @@ A vocabulary of a quarter million words makes the logits of one sample larger th
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.passes import run_model, stopping_at
 from auto_mmround.model.speaking import speaking
+from auto_mmround.model.structure import input_weight
 
 # Logits in memory at a time: on a processor few enough for its cache to help. On an accelerator
 # pieces cost launches: as many as an eighth of the free memory holds, with what is made of them.
@@ -44,6 +45,28 @@ def check_head(model: PreTrainedModel) -> None:
             f" by: give a model with one, and a class like {like} in architectures of its"
             " config.json"
         )
+
+
+def untie(model: PreTrainedModel) -> bool:
+    """Give an output head that is the input embedding a copy of it; False where it is not. Raises
+    UserError for a class that computes something else when its configuration says so."""
+    speaks = speaking(model)
+    head, words = speaks.get_output_embeddings(), input_weight(model)
+    if words is None or not isinstance(head, nn.Linear) or head.weight is not words:
+        return False
+    if "tie_word_embeddings" in unwrap(type(speaks).forward).__code__.co_names:
+        raise UserError(
+            f"untie_lm_head: {type(speaks).__name__} scales what its head reads where that is the"
+            " input embedding, so it can't have one of its own; leave it off"
+        )
+    head.weight = nn.Parameter(words.detach().clone(), requires_grad=words.requires_grad)
+    for part in {id(each): each for each in (model, speaks)}.values():
+        config = part.config
+        for level in {id(each): each for each in (config, config.get_text_config())}.values():
+            level.tie_word_embeddings = False
+        name = next((n for n, module in part.named_modules() if module is head), "")
+        part.all_tied_weights_keys.pop(f"{name}.weight", None)
+    return True
 
 
 def _predicting() -> set[str]:

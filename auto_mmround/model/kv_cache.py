@@ -20,6 +20,9 @@ PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 SCALES = ("k_scale", "v_scale")
 CACHES = ("past_key_values", "past_key_value")
 
+# How a configuration calls it that scales belong to all heads, or to one -> their dimensions.
+STRATEGIES = {"tensor": 1, "attn_head": 3}
+
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and values
 
 
@@ -45,6 +48,17 @@ def cached_attention(model: PreTrainedModel) -> dict[str, str]:
             f" {' or '.join(PROJECTIONS)}, where engines keep scales; leave it out"
         )
     return found
+
+
+def strategy_of(scales: Mapping[str, Tensor]) -> str:
+    """The row of STRATEGIES that these scales of keys and values have; "" without any."""
+    dims = next((scale.dim() for scale in scales.values()), 0)
+    return next((name for name, own in STRATEGIES.items() if own == dims), "")
+
+
+def fits(strategy: str, scale: Tensor) -> bool:
+    """Whether a scale has the form that it has under a strategy."""
+    return scale.numel() == 1 if strategy == "tensor" else scale.shape[1:] == (1, 1)
 
 
 @contextmanager

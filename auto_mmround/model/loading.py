@@ -57,18 +57,17 @@ PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}
 # Towers that put a token for the whole picture before its patches.
 CLASS_TOKENS = ("clip_vision_model",)
 # What Transformers raises for a configuration that makes no sense to it.
-NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
-    ArithmeticError, ImportError,
-            MemoryError, AssertionError, NameError, SyntaxError, StrictDataclassError)  # fmt: skip
+NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, NameError,
+  ArithmeticError, ImportError, MemoryError, AssertionError, SyntaxError, StrictDataclassError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer, its processor (None for plain text models) and its folder (None: made
-    in memory).
+    """A model, its tokenizer, its processor (None for plain text) and its folder (None: in memory).
 
     holder: who has the weights of blocks at hand. given: the objects are the user's own, made or
-    changed in memory. Raises UserError for a model whose weights nobody has.
+    changed. untied: its head was the embedding. Raises UserError for weights that nobody has.
     """
 
     model: PreTrainedModel
@@ -77,6 +76,7 @@ class Loaded:
     source: Path | None
     holder: Holder = field(default_factory=InMemory)
     given: bool = False
+    untied: bool = False
 
     def __post_init__(self) -> None:
         if not self.streamed:

@@ -22,17 +22,22 @@ from auto_mmround.numerics.grids import from_groups, levels, to_groups
 
 
 def rounded_inputs(
-    x_TI: Tensor, data_type: str, bits: int, group_size: int, whole: Tensor | None = None
+    x_TI: Tensor,
+    data_type: str,
+    bits: int,
+    group_size: int,
+    whole: Tensor | None = None,
+    how: str = "compressed_tensors",
 ) -> Tensor:
-    """The inputs of a layer whose weights have this data type and group size. bits: of an integer.
+    """The inputs of a layer as its scheme says (`Scheme.inputs`). bits: of an integer.
 
     whole: what calibration measured of all inputs: the scale of static FP8, the divisor of NVFP4's
-    scales.
+    scales. how: who reads the file, a row of `float_grids.HOW`.
     """
     if data_type == "int":
         return integers_a_token(x_TI, bits)
     if data_type != "fp8":
-        return as_rows(x_TI, data_type, group_size, whole)
+        return as_rows(x_TI, data_type, group_size, whole, how)
     return e4m3_a_token(x_TI, group_size) if whole is None else e4m3_static(x_TI, whole)
 
 
@@ -52,7 +57,7 @@ def e4m3_static(x_TI: Tensor, scale: Tensor) -> Tensor:
 def e4m3_a_token(x_TI: Tensor, group_size: int = -1) -> Tensor:
     """FP8 under a scale, max|x| / 448, a token or a token and group."""
     columns = x_TI.shape[-1]
-    x_TGg = to_groups(x_TI.float().flatten(0, -2), columns if group_size == -1 else group_size)
+    x_TGg = to_groups(x_TI.float().flatten(0, -2), group_size)
     scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(min=TINY)
     ratio_TGg = (x_TGg / scale_TG1).clamp(-E4M3_TOP, E4M3_TOP)
     rounded_TGg = ratio_TGg.to(torch.float8_e4m3fn).float() * scale_TG1
@@ -60,14 +65,18 @@ def e4m3_a_token(x_TI: Tensor, group_size: int = -1) -> Tensor:
 
 
 def as_rows(
-    x_TI: Tensor, data_type: str, group_size: int, global_scale: Tensor | None = None
+    x_TI: Tensor,
+    data_type: str,
+    group_size: int,
+    global_scale: Tensor | None = None,
+    how: str = "compressed_tensors",
 ) -> Tensor:
     """MX or NVFP4, as of a weight's rows. global_scale: NVFP4's; None: that of these inputs."""
     x_TGg = to_groups(x_TI.float().flatten(0, -2), group_size)
     if data_type == "nvfp4" and global_scale is None:
         global_scale = nvfp4_global(x_TGg.abs().max())
     whole = 1.0 if global_scale is None else global_scale
-    rounded_TGg = nearest(x_TGg, FloatGrid(data_type, whole=whole))
+    rounded_TGg = nearest(x_TGg, FloatGrid(data_type, whole=whole, how=how))
     return from_groups(rounded_TGg, x_TI.shape[-1]).reshape(x_TI.shape).to(x_TI.dtype)
 
 

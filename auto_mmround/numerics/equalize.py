@@ -118,7 +118,7 @@ def quantizer(grid: Points, group_size: int, searched: bool) -> Quantize:
 
     def rounded(w_OC: Tensor, importance_C: Tensor) -> Tensor:
         columns = w_OC.shape[1]
-        w_OGg = grids.to_groups(w_OC, columns if group_size == -1 else group_size)
+        w_OGg = grids.to_groups(w_OC, group_size)
         if searched:
             importance_Gg = grids.to_groups(importance_C[None], w_OGg.shape[-1])[0]
             scale_OG, zero_OG = scale_search.search_scale(w_OGg, importance_Gg, grid)
@@ -134,7 +134,7 @@ def _relative_weight(weights: Sequence[Tensor], group_sizes: Sequence[int]) -> T
     """Mean over all rows of |W| over the largest in its group, (C,)."""
     parts = []
     for w_OC, group_size in zip(weights, group_sizes, strict=True):
-        w_OGg = grids.to_groups(w_OC.abs(), w_OC.shape[1] if group_size == -1 else group_size)
+        w_OGg = grids.to_groups(w_OC.abs(), group_size)
         parts.append(
             grids.from_groups(w_OGg / w_OGg.amax(-1, keepdim=True).clamp(min=1e-30), w_OC.shape[1])
         )

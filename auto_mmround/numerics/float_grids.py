@@ -8,6 +8,7 @@ weight, ``448 * 6 / max|w|``. These are where round to nearest and every search 
 in `grids`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,13 +27,18 @@ EXPONENT = 0x7F800000  # of a float32, as bits
 class FloatGrid(NamedTuple):
     """The `grids.Points` of a float grid.
 
-    rows: that share a scale. whole: what NVFP4's scales are divided by; a tensor where nothing is
-      tuned and the host must not wait.
+    rows: that share a scale.
+    whole: what NVFP4's scales are divided by; a tensor where nothing is tuned and the host must not
+      wait.
+    fixed: the only scale, of FP8 by tensor.
+    how: a row of HOW; of inputs only.
     """
 
     data_type: str
     rows: int = 1
     whole: float | Tensor = 1.0
+    fixed: float | None = None
+    how: str = "compressed_tensors"
 
     @property
     def bits(self) -> int:
@@ -72,7 +78,7 @@ class FloatGrid(NamedTuple):
     @property
     def exact_scales(self) -> bool:
         """Only FP8's are float32."""
-        return self.data_type == "fp8"
+        return self.data_type == "fp8" and self.fixed is None
 
     @property
     def offset_dtype(self) -> torch.dtype:
@@ -82,7 +88,8 @@ class FloatGrid(NamedTuple):
     @property
     def factor_rate(self) -> float:
         """The next scale of MX is twice as large: no sign step gets there."""
-        return {"fp8": 1.0, "nvfp4": 0.5}.get(self.data_type, 0.0)
+        rates = {"fp8": 1.0, "nvfp4": 0.5} if self.fixed is None else {}
+        return rates.get(self.data_type, 0.0)
 
     @property
     def sweep_shift(self) -> float:
@@ -118,11 +125,13 @@ class FloatGrid(NamedTuple):
     def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
         """See `Points`."""
         peak_OG = w_OGg.abs().amax(-1).float()
+        if self.fixed is not None:
+            return torch.full_like(peak_OG, self.fixed), torch.full_like(peak_OG, -0.0)
         if self.rows > 1:
             blocks_BG = fold_rows(peak_OG, self.rows).amax(1)
             peak_OG = spread_rows(blocks_BG, self.rows, len(peak_OG))
         if self.data_type in MX_BINADES:
-            scale_OG = mx_scale(peak_OG, MX_BINADES[self.data_type])
+            scale_OG = mx_scale(peak_OG, MX_BINADES[self.data_type], self.how)
         elif self.data_type == "nvfp4":
             scale_OG = unpacked(to_e4m3(peak_OG / E2M1_TOP * self.whole), 8)
             eps = torch.finfo(torch.float8_e4m3fn).eps
@@ -135,6 +144,8 @@ class FloatGrid(NamedTuple):
 
     def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
         """See `Points`. Positive always."""
+        if self.fixed is not None:
+            return torch.full_like(scale_OG, self.fixed)
         if self.data_type == "nvfp4":
             return self._divided(self._e4m3_scale(scale_OG))
         if self.data_type == "fp8":
@@ -169,7 +180,8 @@ class FloatGrid(NamedTuple):
         peak_OG = w_OGg.abs().amax(-1).float()
         if self.data_type != "nvfp4":  # float32, or all its powers of two
             return Fit.of(peak_OG, TINY, torch.inf)
-        return Fit.of(peak_OG / E2M1_TOP * self.whole, NVFP4_LEAST, E4M3_TOP)
+        # none is too large: whole is such that the largest is 448, but for float32's last bit
+        return Fit.of(peak_OG / E2M1_TOP * self.whole, NVFP4_LEAST, torch.inf)
 
     def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
         """See `Points`."""
@@ -178,26 +190,44 @@ class FloatGrid(NamedTuple):
             scale_OG = self._e4m3_scale(scale_OG)
             whole = torch.as_tensor(self.whole, dtype=torch.float32, device=q_OGg.device).reshape(1)
         q_OI, zero_OG = from_groups(q_OGg, columns).contiguous(), zero_OG.to(torch.uint8)
-        group = min(q_OGg.shape[-1], columns)
+        group = min(q_OGg.shape[-1], columns) if self.fixed is None else 0
         return Codes(q_OI, scale_OG, zero_OG, self.bits, group, True, self.data_type, whole)
 
 
 def float_grid(data_type: str, group_size: int, peak: Tensor | None = None) -> FloatGrid:
-    """The grid of a weight. peak: largest magnitude that NVFP4's scale for the whole weight is for;
-    engines that fuse weights want one for all."""
+    """The grid of a weight. peak: largest magnitude that the scale for the whole weight is for, of
+    NVFP4 and FP8 by tensor; engines that fuse weights want one for all."""
     rows = BLOCK if group_size == BLOCK else 1
-    if data_type != "nvfp4":
+    if data_type != "nvfp4" and group_size != 0:
         return FloatGrid(data_type, rows)
     if peak is None:
-        raise ValueError("NVFP4 has a scale for the whole weight: its largest magnitude is needed")
-    return FloatGrid(data_type, rows, nvfp4_global(peak.float()).item())
+        raise ValueError(f"{data_type} has a scale for the whole weight: a magnitude is needed")
+    if data_type == "nvfp4":
+        return FloatGrid(data_type, rows, nvfp4_global(peak.float()).item())
+    return FloatGrid(data_type, fixed=(peak.float() / E4M3_TOP).clamp(min=TINY).item())
 
 
 def nearest(x_OGg: Tensor, grid: FloatGrid) -> Tensor:
     """Groups of numbers rounded to nearest, float32, as engines do with inputs."""
+    if grid.data_type == "nvfp4" and grid.how == "auto_round":
+        return _by_reciprocals(x_OGg, grid)
     scale_OG1 = grid.plain(x_OGg)[0][..., None]
     code_OGg = grid.snap_(x_OGg.float() / scale_OG1).clamp_(grid.low, grid.top)
     return code_OGg.mul_(scale_OG1)
+
+
+def _by_reciprocals(x_OGg: Tensor, grid: FloatGrid) -> Tensor:
+    """NVFP4 as AutoRound's loader computes it: ties fall otherwise than by division."""
+    whole = torch.as_tensor(grid.whole, dtype=torch.float32, device=x_OGg.device)
+    peak_OG1 = x_OGg.abs().amax(-1, keepdim=True).float()
+    scale_OG1 = unpacked(to_e4m3(whole * (peak_OG1 * (1 / E2M1_TOP))), 8)
+    factor_OG1 = _reciprocal(scale_OG1 * _reciprocal(whole))
+    code_OGg = grid.snap_(x_OGg.float() * factor_OG1).clamp_(grid.low, grid.top)
+    return code_OGg.mul_(_reciprocal(factor_OG1))
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 0.0, 1.0 / x)
 
 
 def unpacked(byte: Tensor, bits: int) -> Tensor:
@@ -213,15 +243,29 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def mx_scale(peak_OG: Tensor, binade: int) -> Tensor:
+def mx_scale(peak_OG: Tensor, binade: int, how: str = "compressed_tensors") -> Tensor:
     """Powers of two, float32, for groups with these largest magnitudes; binade: exponent of the
-    grid's last one."""
-    mantissa_OG, exponent_OG = torch.frexp(peak_OG.float())  # mantissa in [0.5, 1)
+    grid's last one. how: a row of HOW."""
+    exponent_OG = HOW[how](peak_OG.float(), binade)
+    exponent_OG = torch.where(peak_OG > 0, exponent_OG, -127).int().clamp(-127, 127)
+    return torch.ldexp(torch.ones(peak_OG.shape, device=peak_OG.device), exponent_OG)
+
+
+def _nearly_rounded(peak: Tensor, binade: int) -> Tensor:
+    mantissa, exponent = torch.frexp(peak)  # mantissa in [0.5, 1)
     # from 1.75 on e2m1 would round to 8 quarters
-    exponent_OG = exponent_OG - 1 + (mantissa_OG >= 0.875) - binade
-    return torch.ldexp(
-        torch.ones_like(mantissa_OG), torch.where(peak_OG > 0, exponent_OG, -127).clamp(-127, 127)
-    )
+    return exponent - 1 + (mantissa >= 0.875) - binade
+
+
+# Who rounds inputs -> how the exponent of an MX scale is found, in that reader's order of
+# operations. AutoRound clips what lies above the last number; with "rceil" in its name nothing.
+HOW: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "compressed_tensors": _nearly_rounded,
+    "auto_round": lambda peak, binade: peak.log2().floor() - binade,
+    "auto_round_rceil": lambda peak, binade: (
+        (peak / (E2M1_TOP if binade == 2 else E4M3_TOP)).log2().ceil()
+    ),
+}
 
 
 def nvfp4_global(peak: Tensor) -> Tensor:

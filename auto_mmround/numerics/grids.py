@@ -26,7 +26,8 @@ class Codes(NamedTuple):
     scale_OG: Tensor  # float; may be negative
     zero_OG: Tensor  # uint8; symmetric: 2**(bits-1) everywhere
     bits: int
-    group_size: int  # the real one: per channel means in_features
+    # the real one: per channel means in_features; 0: one scale for the whole weight (FP8)
+    group_size: int
     sym: bool
     # "fp8", "nvfp4", "mxfp4", "mxfp8": q is the number's own bits, see `levels`
     data_type: str = "int"
@@ -251,7 +252,9 @@ def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
-    """Cut rows into groups, (out, G, group_size); a short last one gets zeros: no range changes."""
+    """Cut rows into groups, (out, G, group_size); a short last one gets zeros: no range changes.
+    Sizes below 1: one a row."""
+    group_size = group_size if group_size > 0 else w_OI.shape[1]
     if short := -w_OI.shape[1] % group_size:
         w_OI = torch.nn.functional.pad(w_OI, (0, short))
     return w_OI.reshape(len(w_OI), -1, group_size)
@@ -343,7 +346,6 @@ def quantize(
 def round_to_nearest(w_OI: Tensor, group_size: int, grid: Points) -> Codes:
     """Codes of a weight without any tuning; ``group_size`` -1 is one group a row."""
     columns = w_OI.shape[1]
-    group_size = columns if group_size == -1 else group_size
     w_OGg = to_groups(w_OI.float(), group_size)
     scale_OG, zero_OG = grid.plain(w_OGg)
     q_OGg = quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid)

@@ -181,7 +181,7 @@ class Rounding:
     def __init__(self, w_OI: Tensor, group_size: int, grid: Points):
         self.grid = grid
         self.columns = w_OI.shape[1]
-        self.w_OGg = grids.to_groups(w_OI, self.columns if group_size == -1 else group_size)
+        self.w_OGg = grids.to_groups(w_OI, group_size)
         self.ranges: RangeFactors | ScaleFactor
         # without memory until a step, or a better start, makes others of them
         self.offset_OGg = torch.zeros((), device=w_OI.device).expand(self.w_OGg.shape)

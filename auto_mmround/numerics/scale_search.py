@@ -51,7 +51,7 @@ def search_plan(grid: Points) -> Search:
     with the bits.
     """
     if isinstance(grid, FloatGrid):
-        return Search(FLOATS[grid.data_type], (0,), ())
+        return Search(FLOATS[grid.data_type] if grid.fixed is None else (), (0,), ())
     fine = tuple(1 + i / (2 * grid.top) for i in (-3, -2, -1, 1, 2, 3))
     if not grid.sym:
         factors = spread(0.35, 1.0, 8)

@@ -12,6 +12,7 @@ ORDERS = ("none", "weight", "group")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
+CACHES = ("fp8", "fp8_head")
 READERS = ("transformers", "vllm", "sglang", "llamacpp", "mlx", "openvino")
 
 
@@ -76,25 +77,27 @@ class Fields:
     ] = 128
     sym: Annotated[bool, _scheme(off=("asym", "asymmetric: a zero point for each group"))] = True
     data_type: Annotated[
-        str,
-        _scheme("int, or floats: fp8, nvfp4, mxfp4, mxfp8 (compressed_tensors)", names=("dtype",)),
+        str, _scheme("int, or floats: fp8, nvfp4, mxfp4, mxfp8", names=("dtype",))
     ] = "int"
     scale_dtype: Annotated[
         str, _scheme(f"one of {', '.join(SCALE_DTYPES)}", choices=SCALE_DTYPES)
     ] = "fp16"
     act_bits: Annotated[
         int,
-        _scheme(
-            "8: the engine quantizes activations, a scale a token (compressed_tensors); 4: so with"
-            " nvfp4, mxfp4; 32: it does not"
-        ),
+        _scheme("8: the engine quantizes activations; 4: so with nvfp4, mxfp4; 32: it does not"),
     ] = 32
+    act_data_type: Annotated[
+        str | None, _scheme("of activations, where not the weights': fp8 beside 4-bit integers")
+    ] = None
     act_dynamic: Annotated[
         bool,
         _scheme(off=("act_static", "fp8: one scale for all inputs of a layer, from calibration")),
     ] = True
     kv_cache_scheme: Annotated[
-        str | None, _scheme("fp8: scales of keys and values, for a cache in FP8", choices=("fp8",))
+        str | None,
+        _scheme(
+            "fp8: scales of keys and values for the cache; fp8_head: one a head", choices=CACHES
+        ),
     ] = None
     target_bits: Annotated[
         float | None,
@@ -126,6 +129,10 @@ class Fields:
     quant_lm_head: Annotated[
         bool,
         _scheme("quantize the output head too, on the KL of the words, if its weight is its own"),
+    ] = False
+    untie_lm_head: Annotated[
+        bool,
+        _scheme("with quant_lm_head: a head that is the input embedding gets a weight of its own"),
     ] = False
     quant_mtp: Annotated[
         bool,

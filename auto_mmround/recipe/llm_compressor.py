@@ -37,11 +37,8 @@ NO_EFFECT = {
 }
 
 
-# Names with another meaning there; None: we do not have it. Their FP8 has one scale per weight,
-# ours one per channel.
-RENAMED = {"FP8": "FP8_STATIC", "FP8_DYNAMIC": "FP8", "MXFP4A16": "MXFP4", "NVFP4A16": "NVFP4",
-    "MXFP4": None,
-           "NVFP4": None}  # fmt: skip
+# Names with another meaning there. Their FP8 has one scale per weight, ours one per channel.
+RENAMED = {"FP8": "FP8_TENSOR", "FP8_DYNAMIC": "FP8"}
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -176,11 +173,6 @@ def _scheme(value: Any, where: str) -> Values:
         )
     name, targets = next(iter(value.items())) if isinstance(value, dict) else (value, None)
     meant = RENAMED.get(str(name).upper(), name)
-    if meant is None:
-        raise UserError(
-            f"{where}: scheme {name} quantizes activations to 4 bits, which is not built; use"
-            f" {name}A16"
-        )
     # the modifier says it
     scheme = {key: value for key, value in preset(meant, where).items() if key != "algorithm"}
     return scheme | _targets(targets, where)
@@ -265,10 +257,12 @@ def _activations(value: Any, where: str) -> Values:
         return {}
     options = _mapping(value, where)
     _check_keys(options, (*ARGUMENTS, "block_structure"), where)
-    _only("int")(options.get("type", "int"), f"{where}: type")
+    kind = options.get("type", "int")
+    _only("int", "float")(kind, f"{where}: type")
     _only("token")(options.get("strategy", "token"), f"{where}: strategy")
     _only(True)(options.get("dynamic", False), f"{where}: dynamic")
-    return {"act_bits": options.get("num_bits", 8)}
+    other = {"act_data_type": "fp8"} if kind == "float" else {}
+    return {"act_bits": options.get("num_bits", 8)} | other
 
 
 def _check_keys(options: dict[str, Any], known: tuple[str, ...], where: str) -> None:

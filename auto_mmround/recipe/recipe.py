@@ -11,7 +11,7 @@ from auto_mmround.recipe.algorithms import ALGORITHMS, Algorithm, Steps
 from auto_mmround.recipe.checks import all_strings, coerce, mapping_pairs, require
 from auto_mmround.recipe.fields import READERS, Fields, Key
 from auto_mmround.recipe.patterns import is_pattern
-from auto_mmround.recipe.schemes import FLOATS, Scheme
+from auto_mmround.recipe.schemes import FLOATS, OTHER_INPUTS, Scheme, overridden
 from auto_mmround.untrusted import shown
 
 LAYER = "Linear"
@@ -40,6 +40,8 @@ class Recipe(Fields):
             KEYS[field.name].check(field.name, getattr(self, field.name))
         if self.data_type == "int" and (self.act_bits, self.bits, self.group_size) == (8, 8, 128):
             object.__setattr__(self, "group_size", -1)  # no W8A8 kernel takes the default
+        if self.act_data_type == self.data_type:
+            object.__setattr__(self, "act_data_type", None)
         self._check_ranges()
         self._check_names()
         self._check_together()
@@ -49,9 +51,11 @@ class Recipe(Fields):
 
     def _check_ranges(self) -> None:
         """Values that are wrong by themselves."""
+        whole = (-1, 0) if self.data_type == "fp8" else (-1,)
         for name, fits, allowed in (
             ("bits", 2 <= self.bits <= 8, "2 to 8 are possible"),
-            ("group_size", self.group_size == -1 or self.group_size >= 1, "-1 or at least 1"),
+            ("group_size", self.group_size in whole or self.group_size >= 1,
+             "-1 or at least 1, for fp8 also 0"),
             ("act_bits", self.act_bits in (4, 8, 16, 32),
              "8 or 4, quantized by the engine, or 16 and 32"),
             ("iters", self.iters is None or self.iters >= 0, "0 (round to nearest) or more"),
@@ -100,15 +104,24 @@ class Recipe(Fields):
             self.act_bits != 4 or self.data_type in ("nvfp4", "mxfp4"),
             f"act_bits = 4 is for data_type nvfp4 and mxfp4, not {self.data_type}",
         )
-        static_fp8 = (self.data_type, self.act_bits, self.group_size) == ("fp8", 8, -1)
+        if self.act_data_type is not None:
+            bits = OTHER_INPUTS.get(self.data_type, {}).get(self.act_data_type, ())
+            require(
+                self.act_bits == 8 and self.sym and self.bits in bits,
+                f"act_data_type = {shown(self.act_data_type)}: there is fp8 of 8 bits beside"
+                " symmetric integers of 4, as scheme = W4AFP8 has it",
+            )
+        static_fp8 = (self.data_type, self.act_bits) == ("fp8", 8) and self.group_size < 1
         require(
             self.act_dynamic or static_fp8,
-            "act_dynamic = false is for FP8 by channel with act_bits = 8, as scheme = FP8_STATIC"
-            " has it",
+            "act_dynamic = false is for FP8 by channel or tensor with act_bits = 8, as scheme ="
+            " FP8_STATIC has it",
         )
         for name, instead in self._on_the_whole().items():
             text = f"{name} needs the whole model in memory: no streaming; {instead}"
             require(not self.streams, text)
+        alone = self.untie_lm_head and not self.quant_lm_head
+        require(not alone, "untie_lm_head is for a head that is quantized: set quant_lm_head")
         both = self.retarget and self.in_turn
         require(not both, "retarget and true_sequential exclude one another")
         require(
@@ -171,7 +184,17 @@ class Recipe(Fields):
             self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype,
             min(self.act_bits, 16),
             act_dynamic=self.act_dynamic,
+            act_data_type=self.act_data_type,
         )  # fmt: skip
+
+    @property
+    def schemes(self) -> set[Scheme]:
+        """All that weights may come to have, before formats are asked."""
+        base = self.scheme
+        if self.target_bits is not None:
+            return {dataclasses.replace(base, bits=bits) for bits in self.mixable}
+        own = (overridden(base, each, name) for name, each in (self.layer_config or {}).items())
+        return {base, *(scheme for scheme in own if scheme)}
 
     @property
     def steps(self) -> int:

@@ -8,9 +8,9 @@ from auto_mmround.errors import UserError
 from auto_mmround.untrusted import shown
 
 # Float grids: bits and possible group sizes. -1: one scale per output channel; FP8's 128: blocks of
-# 128 x 128. `SCALE_BITS`: of a scale.
+# 128 x 128, its 0: one for the whole weight. `SCALE_BITS`: of a scale.
 FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "fp8": (8, (-1, 128)),
+    "fp8": (8, (-1, 0, 128)),
     "nvfp4": (4, (16,)),
     "mxfp4": (4, (32,)),
     "mxfp8": (8, (32,)),
@@ -31,7 +31,9 @@ class Scheme:
     act_bits: 8 if the engine quantizes the inputs, symmetric; 16 if not. act_dynamic: True for one
     scale per token, which the engine computes; False for one scale measured beforehand. data_type:
     "int" or one of FLOATS. scale_range: in super-blocks of 256 columns, scales are integers times a
-    unit; these are the bounds of the integers.
+    unit; these are the bounds of the integers. act_data_type: of the inputs, where it is not that
+    of the weights. act_how: in whose arithmetic MX and NVFP4 inputs are rounded, a
+    row of `numerics.float_grids.HOW`.
     """
 
     bits: int = 4
@@ -44,6 +46,21 @@ class Scheme:
     scale_bits: int | None = None
     act_dynamic: bool = True
     scale_range: tuple[int, int] | None = None
+    act_data_type: str | None = None
+    act_how: str = "compressed_tensors"
+
+    @property
+    def inputs(self) -> tuple[str, int, int]:
+        """Data type, bits and group size of the inputs that engines round."""
+        if self.act_data_type is None:
+            return self.data_type, self.act_bits, self.group_size
+        return self.act_data_type, self.act_bits, -1
+
+    @property
+    def one_for_fused(self) -> bool:
+        """Whether weights that engines fuse (q, k, v) have one scale: NVFP4's for the whole weight,
+        and FP8's."""
+        return self.data_type == "nvfp4" or (self.data_type, self.group_size) == ("fp8", 0)
 
     @property
     def inputs_measured(self) -> bool:
@@ -78,13 +95,19 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W8A16": _weights(8, -1),
     "W8A8": _weights(8, -1, act_bits=8),
     "W4A8": _weights(4, act_bits=8),
+    "W4AFP8": _weights(4, act_bits=8) | {"act_data_type": "fp8"},
     "FP8": _floats("fp8", -1, 8),
     "FP8_STATIC": _floats("fp8", -1, 8) | {"act_dynamic": False},
+    "FP8_TENSOR": _floats("fp8", 0, 8) | {"act_dynamic": False},
     "FP8_BLOCK": _floats("fp8", 128, 8),
     "MXFP8": _floats("mxfp8", 32, 8),
-    "MXFP4": _floats("mxfp4", 32),
-    "NVFP4": _floats("nvfp4", 16),
+    "MXFP4": _floats("mxfp4", 32, 4),
+    "MXFP4A16": _floats("mxfp4", 32),
+    "NVFP4": _floats("nvfp4", 16, 4),
+    "NVFP4A16": _floats("nvfp4", 16),
 }
+# Inputs of another kind than the weights: those of weights -> of inputs -> bits of the weights.
+OTHER_INPUTS: dict[str, dict[str, tuple[int, ...]]] = {"int": {"fp8": (4,)}}
 
 
 def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:
@@ -98,6 +121,12 @@ def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | 
                 f" {', '.join(near or OVERRIDES)}"
             )
     bits = options.get("bits", scheme.bits)
+    kept = ("float", "fp") if isinstance(bits, int) and bits >= 16 else ()
+    if options.get("data_type", scheme.data_type) not in (scheme.data_type, *kept):
+        raise UserError(
+            f"layer_config {where!r}: data_type = {shown(options['data_type'])}, but all layers"
+            f" have that of the scheme, {scheme.data_type}; leave it out"
+        )
     if not isinstance(bits, int) or bits < 2 or 8 < bits < 16:
         raise UserError(
             f"layer_config {where!r}: bits = {shown(bits)}, possible are 2 to 8, or 16 to keep the"

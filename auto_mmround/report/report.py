@@ -125,7 +125,8 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
     bits = (
         recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
     )
-    return f"W{bits}A{min(int(recipe.get('act_bits', 16)), 16)}"
+    kind = str(recipe["act_data_type"]).upper() if recipe.get("act_data_type") else ""
+    return f"W{bits}A{kind or min(int(recipe.get('act_bits', 16)), 16)}"
 
 
 def number_label(recipe: Mapping[str, Any]) -> str:

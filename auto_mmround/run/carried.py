@@ -165,7 +165,7 @@ def nearest(w_OI: Tensor, scheme: Scheme) -> Codes:
     """Rounded to nearest, with scales that are searched for the least squared error."""
     grid = grid_of(scheme)
     rounding = Rounding(w_OI, scheme.group_size, grid)
-    w_OGg = to_groups(w_OI, w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size)
+    w_OGg = to_groups(w_OI, scheme.group_size)
     scale_OG, zero_OG = search_scale(w_OGg, torch.ones_like(w_OGg[0], dtype=torch.float32), grid)
     rounding.start_at(scale_OG, zero_OG, torch.zeros_like(w_OGg, dtype=torch.float32))
     return rounding.codes()

@@ -22,7 +22,7 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.families import FAMILIES, calibrates, family_of
 from auto_mmround.model import devices
-from auto_mmround.model.head import check_head
+from auto_mmround.model.head import check_head, untie
 from auto_mmround.model.kv_cache import cached_attention
 from auto_mmround.model.loading import Loaded, load
 from auto_mmround.model.positions import position_limit
@@ -90,12 +90,21 @@ def load_model(recipe: Recipe, kept: bool = False, processes: Processes = ALONE)
             raise UserError(f"{text}; leave one of the two out")
     if recipe.kv_cache_scheme is not None:
         formats.check_kv_cache(recipe.formats)
+    formats.check_schemes(recipe.formats, recipe.schemes)
     stream = False if kept or recipe.whole_passes else recipe.streams
-    return load(
+    loaded = load(
         recipe.model, dtype=recipe.model_dtype, device=device, device_map=recipe.device_map,
         remote_code=recipe.trust_remote_code, stream=stream, may_stay=kept,
         copies=processes.here if device.type == devices.HOST.type else 1,
     )  # fmt: skip
+    return untied(recipe, loaded)
+
+
+def untied(recipe: Recipe, loaded: Loaded) -> Loaded:
+    """With an output head of its own, if the recipe wants that."""
+    if recipe.untie_lm_head and untie(loaded.model):
+        return replace(loaded, given=True, untied=True)
+    return loaded
 
 
 def planned(recipe: Recipe, loaded: Loaded) -> Plan:
@@ -270,7 +279,7 @@ def run(
         pending = {out: fmt for fmt, out in targets if not finished.wrote(out, checked)}
         for out in pending:
             check_free(out, recipe.overwrite or finished.wrote(out))
-        names = Names(model, source)
+        names = Names(model, source, job.loaded.given)
         check_names(names, job.plan)
         with naming(job.inputs):
             work(finished, watcher)

@@ -12,17 +12,21 @@ from auto_mmround.run.session import Session, Told
 
 
 def kv_scales(session: Session, told: Told = lambda done, total: None) -> dict[str, Tensor]:
-    """``<attention>.k_scale`` and ``.v_scale`` -> float32 (1,), max|x| / 448 over all samples of
-    all processes, as the model is now, of what engines put into the cache: keys are turned by then.
+    """``<attention>.k_scale`` and ``.v_scale`` -> float32 (1,), or (heads, 1, 1) where the recipe
+    wants one a head, max|x| / 448 over all samples of all processes, as the model is now, of what
+    engines put into the cache: keys are turned by then.
 
     Raises UserError for attention that no key passes: it reads those of another layer.
     """
     peaks: dict[str, Tensor] = {}
+    of_heads = session.recipe.kv_cache_scheme == "fp8_head"
 
     def watch(name: str) -> Change:
         def see(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             for part, states in zip(SCALES, (key, value), strict=True):
-                peak = states.detach().abs().amax().float().cpu().reshape(1)
+                peak_BHT = states.detach().abs().amax(-1).float()
+                peak = peak_BHT.amax((0, 2)) if of_heads else peak_BHT.amax()
+                peak = peak.cpu().reshape((-1, 1, 1) if of_heads else 1)
                 peaks[f"{name}.{part}"] = torch.maximum(peaks.get(f"{name}.{part}", peak), peak)
             return key, value
 

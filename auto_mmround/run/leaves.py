@@ -71,11 +71,11 @@ def parameter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
 
 
 def shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
-    """Largest magnitude of all members of each set of weights that engines fuse: NVFP4 has one
-    scale for them."""
+    """Largest magnitude of all members of each set of weights that engines fuse, where those want
+    one scale for them."""
     sets: dict[Any, list[str]] = {}
     for weight in planned:
-        if weight.scheme and weight.scheme.data_type == "nvfp4":
+        if weight.scheme and weight.scheme.one_for_fused:
             sets.setdefault(fused_set(weight.name), []).append(weight.name)
     peaks = {
         name: model.get_parameter(f"{name}.weight").detach().abs().max()

@@ -18,7 +18,7 @@ from auto_mmround.errors import NotProved
 from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format, Layout
 from auto_mmround.export.shards import ShardWriter
-from auto_mmround.model.kv_cache import SCALES, cached_attention
+from auto_mmround.model.kv_cache import SCALES, cached_attention, strategy_of
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
@@ -157,7 +157,7 @@ def _layout(result: Result, schemes: Mapping[str, Scheme]) -> Layout:
         checkpoint_name=names.module,
         default=recipe.scheme,
         details=recipe.details,
-        kv_cache=bool(result.kv_scales),
+        kv_cache=strategy_of(result.kv_scales),
     )
 
 

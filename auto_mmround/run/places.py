@@ -43,11 +43,12 @@ def places(recipe: Recipe) -> tuple[Path, list[Path]]:
 
 
 def check_before_loading(recipe: Recipe) -> None:
-    """Raises UserError for a format that can't be written here, for places that can't be written
-    to, and for a model's folder that can't be copied from. A model of the hub is downloaded once
-    the rest is right."""
+    """Raises UserError for a format that can't be written or can't hold the schemes, for places
+    that can't be written to, and for a model's folder that can't be copied from. A model of the hub
+    is downloaded once the rest is right."""
     if recipe.kv_cache_scheme is not None:
         formats.check_kv_cache(recipe.formats)
+    formats.check_schemes(recipe.formats, recipe.schemes)
     for fmt in map(formats.get, recipe.formats):
         if fmt.ready:
             fmt.ready()

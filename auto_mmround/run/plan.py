@@ -68,10 +68,10 @@ class WeightPlan:
 def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:
     """Size of a weight under a scheme, in bits; a group's scale takes 16, its zero point as many as
     a code. Floats have none, and scales of other sizes."""
-    group = weight.in_features if scheme.group_size == -1 else scheme.group_size
+    group = weight.in_features if scheme.group_size < 1 else scheme.group_size
     count = weight.out_features * weight.in_features
     if scheme.data_type != "int":
-        rows = BLOCK if scheme.group_size == BLOCK else 1
+        rows = {BLOCK: BLOCK, 0: weight.out_features}.get(scheme.group_size, 1)
         return count * (scheme.bits + SCALE_BITS[scheme.data_type] / (group * rows))
     return count * (scheme.bits + (16 + scheme.bits) / group)
 
@@ -335,7 +335,7 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
         if recipe.quant_lm_head:
             raise UserError(
                 "quant_lm_head: the output head shares its weight with the input embedding; leave"
-                " it off"
+                " it off, or give it one of its own with --untie_lm_head"
             )
         return "tied to the input embedding"
     return None if recipe.quant_lm_head else "output head"
@@ -353,7 +353,7 @@ def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
 
 def grid_of(scheme: Scheme, peak: Tensor | None = None) -> Points:
     """The grid that a scheme describes. peak: largest magnitude of the weight and of those that
-    engines fuse with it; NVFP4 needs it."""
+    engines fuse with it; NVFP4 and FP8 by tensor need it."""
     if scheme.data_type != "int":
         return float_grid(scheme.data_type, scheme.group_size, peak)
     dtype = SCALE_DTYPES[scheme.scale_dtype]

@@ -142,7 +142,7 @@ def _held(weight: WeightPlan, plan: Plan) -> bool:
 
 def _fit(w_OI: Tensor, scheme: Scheme | None, peak: Tensor | None) -> Fit:
     assert scheme is not None
-    w_OGg = grids.to_groups(w_OI, w_OI.shape[1] if scheme.group_size == -1 else scheme.group_size)
+    w_OGg = grids.to_groups(w_OI, scheme.group_size)
     # rounded it may be beyond
     if float(w_OI.abs().max()) > min(LARGEST, torch.finfo(w_OI.dtype).max / 2):
         return Fit(1, 0, 1)

@@ -66,13 +66,13 @@ class ServedInputs:
         if scheme is None or scheme.act_bits >= 16:
             return None
         whole = self.measured[weight.name] if scheme.inputs_measured else None
-        how = scheme.data_type, scheme.act_bits, scheme.group_size
+        inputs, how = scheme.inputs, scheme.act_how
 
         def rounded(x: Tensor) -> Tensor:
             measured = None if whole is None else whole.to(x.device)
-            return straight_through(x, rounded_inputs, *how, measured)
+            return straight_through(x, rounded_inputs, *inputs, measured, how)
 
-        return (*how, None if whole is None else whole.item()), rounded
+        return (*inputs, how, None if whole is None else whole.item()), rounded
 
     def _hook(self, weight: WeightPlan, shared: "_Shared") -> Callable[..., Any] | None:
         rounding = self._rounding(weight)

@@ -27,7 +27,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher, places_of
 from auto_mmround.run.loss_weights import Weights, kinds_of
 from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
-from auto_mmround.run.plan import Plan
+from auto_mmround.run.plan import Plan, WeightPlan
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.served import ServedInputs
 
@@ -198,14 +198,42 @@ class Session:
     @contextmanager
     def serving(self, blocks: Sequence[str]) -> Iterator[None]:
         """Layers of these blocks, which are finished, round their inputs while the whole model
-        runs. Of a streamed model experts in a stack are left out."""
-        planned = [weight for block in blocks for weight in self.plan.of_block(block)]
-        planned = [w for w in planned if w.scheme and w.scheme.act_bits < 16]
+        runs."""
+        rounding = {
+            block: [w for w in self.plan.of_block(block) if w.scheme and w.scheme.act_bits < 16]
+            for block in blocks
+        }
+        stacked = [b for b, own in rounding.items() if any(w.name in self.experts for w in own)]
+        in_turn = stacked if self.holder.blocks else []
         with ExitStack() as stack:
-            if any(w.name in self.experts for w in planned) and not self.holder.blocks:
-                stack.enter_context(separated(self.model, self.experts, blocks))
+            for block in in_turn:
+                stack.enter_context(self._serving_in_turn(block, rounding.pop(block)))
+            if set(stacked) - set(in_turn):
+                stack.enter_context(separated(self.model, self.experts, stacked))
+            planned = [weight for own in rounding.values() for weight in own]
             stack.enter_context(self.served.rounding(self.model, planned))
             yield
+
+    @contextmanager
+    def _serving_in_turn(self, block: str, planned: Sequence[WeightPlan]) -> Iterator[None]:
+        """`serving` for a block whose stacked experts are in memory only while it runs."""
+        running = ExitStack()
+
+        def enter(module: nn.Module, args: Any) -> None:
+            running.enter_context(separated(self.model, self.experts, [block], known=True))
+            running.enter_context(self.served.rounding(self.model, planned))
+
+        module = self.model.get_submodule(block)
+        hooks = (
+            module.register_forward_pre_hook(enter),  # behind the one that reads the block
+            module.register_forward_hook(lambda *_: running.close(), always_call=True),
+        )
+        try:
+            yield
+        finally:
+            running.close()
+            for hook in hooks:
+                hook.remove()
 
     def walk(
         self,

@@ -14,7 +14,7 @@ from auto_mmround.model.speaking import output_head
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.model.structure import find_experts, find_stages, input_weight
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.run.plan import Plan
+from auto_mmround.run.plan import Plan, stored_bits
 
 # Part -> what would shrink it. A part that is not here has no such flag.
 FLAGS = {
@@ -52,6 +52,19 @@ def staying(loaded: Loaded, plan: Plan, recipe: Recipe) -> list[Staying]:
     off = {"layers that the class does not load": recipe.quant_mtp}
     rows = [Staying(p, n, None if off.get(p) else FLAGS.get(p)) for p, n in found.items() if n]
     return sorted(rows, key=lambda row: -row.nbytes)
+
+
+def cost_of_untying(loaded: Loaded, plan: Plan) -> list[str]:
+    """A line on what a head adds to the files that was the input embedding."""
+    head = next((w for w in plan.weights if w.block is None and w.scheme), None)
+    if not loaded.untied or head is None or head.scheme is None:
+        return []
+    count = head.out_features * head.in_features
+    own, before = stored_bits(head, head.scheme) / 8, count * _itemsize(loaded)
+    return [
+        f"{head.name} gets a weight of its own: {own / 1e6:,.1f} MB more in the files (the input"
+        f" embedding stays, {before / 1e6:,.1f} MB)"
+    ]
 
 
 def _itemsize(loaded: Loaded) -> int:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from auto_mmround.checkpoint.subject import Finding, Subject
-from auto_mmround.model.kv_cache import PROJECTIONS, SCALES
+from auto_mmround.model.kv_cache import PROJECTIONS, SCALES, STRATEGIES, fits
 from auto_mmround.run.record import checksum
 
 # What engines do with keys and values that a configuration says otherwise is not known here.
-KNOWN = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+KNOWN = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 
 
 def check_kv_cache(s: Subject) -> Iterator[Finding]:
@@ -29,10 +29,15 @@ def check_kv_cache(s: Subject) -> Iterator[Finding]:
         text = f"{other[0]} = {said[other[0]]!r} is not checked, {KNOWN[other[0]]!r} is"
         yield Finding("warning", "quantization_config.kv_cache_scheme", text)
         return
-    yield from _check_scales(s)
+    strategy = said.get("strategy", "tensor")
+    if strategy not in STRATEGIES:
+        text = f"strategy = {strategy!r} is not checked, {' and '.join(STRATEGIES)} are"
+        yield Finding("warning", "quantization_config.kv_cache_scheme", text)
+        return
+    yield from _check_scales(s, strategy)
 
 
-def _check_scales(s: Subject) -> Iterator[Finding]:
+def _check_scales(s: Subject, strategy: str) -> Iterator[Finding]:
     wanted = _places(s)
     for name in sorted(wanted - s.kv_scales.keys()):
         yield Finding("error", name, "is missing, quantization_config has a kv_cache_scheme")
@@ -40,10 +45,16 @@ def _check_scales(s: Subject) -> Iterator[Finding]:
         yield Finding("error", name, "belongs to no attention with a cache")
     written = s.record.get("kv_cache") or {}
     for name, tensor in s.read(sorted(s.kv_scales)):
-        if tensor.numel() != 1 or not tensor.is_floating_point():
-            yield Finding("error", name, f"is {tuple(tensor.shape)} of {tensor.dtype}, no number")
-        elif not (tensor.isfinite().all() and (tensor > 0).all()):
-            yield Finding("error", name, f"is {tensor.float().item():g}, no positive number")
+        if not fits(strategy, tensor) or not tensor.is_floating_point():
+            each = " for each head" if strategy == "attn_head" else ""
+            text = f"is {tuple(tensor.shape)} of {tensor.dtype}, no number{each}"
+            yield Finding("error", name, text)
+        elif not (good := tensor.isfinite() & (tensor > 0)).all():
+            bad = tensor[~good].flatten()[0].float().item()
+            yield Finding("error", name, f"is {bad:g}, no positive number")
+        elif strategy == "attn_head" and _outputs(s, name) % len(tensor):
+            text = f"is for {len(tensor)} heads, which {_outputs(s, name)} keys can't be split into"
+            yield Finding("error", name, text)
         elif written.get(name, checksum(tensor)) != checksum(tensor):
             text = "is not what the run wrote (its checksum in run.json differs)"
             yield Finding("error", name, text)
@@ -62,6 +73,13 @@ def _places(s: Subject) -> set[str]:
         if leaf in PROJECTIONS and (not blocks or _numberless(parent) in blocks):
             attention.add(parent)
     return {f"{name}.{part}" for name in attention for part in SCALES}
+
+
+def _outputs(s: Subject, name: str) -> int:
+    """Outputs of the projection that a scale belongs to; 0 where they are not known."""
+    attention, _, part = name.rpartition(".")
+    layer = (s.skeleton.linears if s.skeleton else {}).get(f"{attention}.{part[0]}_proj")
+    return layer.out_features if layer else 0
 
 
 def _numberless(name: str) -> tuple[str, ...]:

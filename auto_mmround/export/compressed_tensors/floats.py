@@ -1,5 +1,5 @@
-"""The float weights of compressed-tensors checkpoints: FP8 by channel or 128 x 128 block, NVFP4,
-MXFP4, MXFP8."""
+"""The float weights of compressed-tensors checkpoints: FP8 by tensor, channel or 128 x 128 block,
+NVFP4, MXFP4, MXFP8."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +18,11 @@ LAYOUTS = {
     "mxfp8": "mxfp8-quantized",
 }
 MX = ("mxfp4", "mxfp8")
+# As `Format.parts`; weight_scale first: the part that every quantized module has and no other.
+PARTS = {
+    "weight_scale": "scale", "weight_packed": "q", "weight": "q", "weight_global_scale": "",
+    "input_scale": "input_scale", "input_global_scale": "input_scale", "weight_zero_point": "zero",
+}  # fmt: skip
 INPUT = {"nvfp4": "input_global_scale"}  # what was measured of inputs, where its name is its own
 
 
@@ -25,9 +30,9 @@ def pack(name: str, codes: Codes) -> dict[str, Tensor]:
     """8 bits: weight e4m3 (out, in); 4 bits: weight_packed uint8 (out, in/2), the even column in
     the low half.
 
-    weight_scale: fp8 float32 (out, 1) or (blocks of rows, blocks of columns), and for static inputs
-    input_scale float32 (1,); mx (out, G) the biased exponent in a uint8; nvfp4 (out, G) e4m3, and
-    weight_global_scale float32 (1,), for 4-bit inputs input_global_scale too.
+    weight_scale: fp8 float32 (1,), (out, 1) or (blocks of rows, blocks of columns), and for static
+    inputs input_scale float32 (1,); mx (out, G) the biased exponent in a uint8; nvfp4 (out, G)
+    e4m3, and weight_global_scale float32 (1,), for 4-bit inputs input_global_scale too.
     """
     scale = codes.scale_OG
     if codes.bits == 8:
@@ -40,6 +45,8 @@ def pack(name: str, codes: Codes) -> dict[str, Tensor]:
         scale = scale.to(torch.float8_e4m3fn)
     elif codes.group_size == BLOCK:
         scale = scale[::BLOCK]
+    elif codes.group_size == 0:
+        scale = scale[0]
     wholes = {
         "weight_global_scale": codes.global_scale,
         INPUT.get(codes.data_type, "input_scale"): codes.input_scale,
@@ -65,10 +72,10 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Codes:
             f" {scheme.data_type}"
         )
     out_features, in_features = q_OI.shape
-    group = in_features if scheme.group_size == -1 else scheme.group_size
+    group = in_features if scheme.group_size < 1 else scheme.group_size
     if scheme.data_type in MX:
         scale = torch.ldexp(torch.ones(scale.shape), scale.int() - 127)
-    elif scale.numel() == 1 and scheme.group_size == -1:  # one for the whole weight
+    elif scheme.group_size == 0 and scale.numel() == 1:
         scale = scale.reshape(1, 1).expand(out_features, 1).contiguous()
     elif scheme.group_size == BLOCK:
         scale = scale.repeat_interleave(BLOCK, 0)[:out_features]
@@ -80,13 +87,14 @@ def unpack(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     zero_OG = torch.zeros(scale.shape, dtype=torch.uint8)
     of_inputs = parts.get(INPUT.get(scheme.data_type, "input_scale"))
     wholes = parts.get("weight_global_scale"), of_inputs
-    return Codes(q_OI, scale.float(), zero_OG, scheme.bits, group, True, scheme.data_type, *wholes)
+    size = group if scheme.group_size else 0
+    return Codes(q_OI, scale.float(), zero_OG, scheme.bits, size, True, scheme.data_type, *wholes)
 
 
 def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why these layouts could not hold this weight, or None."""
     bits, groups = FLOATS.get(scheme.data_type, (0, ()))
-    group = in_features if scheme.group_size == -1 else scheme.group_size
+    group = in_features if scheme.group_size < 1 else scheme.group_size
     rules = (
         (
             (scheme.bits, True) != (bits, scheme.group_size in groups),
@@ -97,7 +105,10 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
             f"holds {scheme.data_type} beside activations of {scheme.bits} or 16 bits, not"
             f" {scheme.act_bits}",
         ),
-        (group == BLOCK != scheme.group_size, "cannot tell a channel of 128 inputs from a block"),
+        (
+            scheme.group_size == -1 and in_features == BLOCK,
+            "cannot tell a channel of 128 inputs from a block",
+        ),
         (
             in_features % group != 0,
             f"{in_features} inputs are no multiple of the group size {group}",
@@ -117,11 +128,9 @@ def weight_args(scheme: Scheme) -> dict[str, Any]:
         }
     if scheme.data_type in MX:
         return args | {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-    return args | (
-        {"strategy": "channel"}
-        if scheme.group_size == -1
-        else {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
-    )
+    strategy = {-1: "channel", 0: "tensor", BLOCK: "block"}[scheme.group_size]
+    blocks = {"block_structure": [BLOCK, BLOCK]} if strategy == "block" else {}
+    return args | {"strategy": strategy} | blocks
 
 
 def input_args(scheme: Scheme) -> dict[str, Any]:
@@ -129,7 +138,7 @@ def input_args(scheme: Scheme) -> dict[str, Any]:
     weight's group."""
     args = {"type": "float", "symmetric": True, "dynamic": scheme.act_dynamic}
     args = {"num_bits": scheme.act_bits} | args
-    if scheme.group_size == -1:
+    if scheme.inputs[2] < 1:
         return args | {"strategy": "token" if scheme.act_dynamic else "tensor"}
     if scheme.data_type == "nvfp4":  # its scales are the engine's, what divides them is not
         return weight_args(scheme) | {"dynamic": "local"}
@@ -141,7 +150,7 @@ def input_args(scheme: Scheme) -> dict[str, Any]:
 READ = {
     (8, "block"): ("fp8", BLOCK),
     (8, "channel"): ("fp8", -1),
-    (8, "tensor"): ("fp8", -1),
+    (8, "tensor"): ("fp8", 0),
     (8, "group"): ("mxfp8", 32),
     (4, "group"): ("mxfp4", 32),
     (4, "tensor_group"): ("nvfp4", 16),
@@ -160,4 +169,4 @@ def scheme_of(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Scheme |
     scheme = Scheme(
         FLOATS[data_type][0], size, data_type=data_type, act_bits=act_bits, act_dynamic=dynamic
     )
-    return scheme if size in (-1, columns) else None
+    return scheme if size in (-1, 0, columns) else None

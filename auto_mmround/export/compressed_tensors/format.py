@@ -32,21 +32,12 @@ from auto_mmround.export.patterns import Lookup
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 
-# weight_scale first: the part that every quantized module has and no other.
-PARTS = {
-    "weight_scale": "scale", "weight_packed": "q", "weight": "q", "weight_shape": "",
-    "weight_zero_point": "zero", "weight_global_scale": "", "weight_g_idx": "",
-    "input_scale": "input_scale", "input_zero_point": "", "input_global_scale": "input_scale",
+PARTS = floats.PARTS | {
+    "weight_shape": "", "weight_g_idx": "", "input_zero_point": "",
 }  # fmt: skip
 
-# Keys and values: FP8 under one scale each, `k_scale` and `v_scale` of the attention.
-KV_CACHE = {
-    "num_bits": 8,
-    "type": "float",
-    "strategy": "tensor",
-    "symmetric": True,
-    "dynamic": False,
-}
+# Keys and values: FP8 under one scale each, or each head's: `k_scale` and `v_scale` of attention.
+KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
@@ -62,9 +53,20 @@ def check_int8(scheme: Scheme, out_features: int, in_features: int) -> str | Non
         return "holds symmetric weights beside 8-bit activations"
     if scheme.bits == 8 and scheme.group_size != -1:
         return "holds one scale per output channel beside 8-bit activations: group size -1"
+    if scheme.act_data_type is not None:
+        return "holds integers of inputs, not FP8"
     return check_integers((4, 8), (1, 1), SCALE_DTYPES)(
         replace(scheme, act_bits=16), out_features, in_features
     )
+
+
+def check_words(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why pack-quantized could not hold this weight, with FP8 inputs where it says so, or None."""
+    if scheme.act_data_type is not None:
+        if (scheme.bits, scheme.sym, scheme.group_size) != (4, True, 128):
+            return "holds 4-bit symmetric weights by 128 columns beside FP8 inputs: no kernel else"
+        scheme = replace(scheme, act_bits=16, act_data_type=None)
+    return check_integers(range(2, 9), (1, 1), SCALE_DTYPES)(scheme, out_features, in_features)
 
 
 def config(layout: Layout) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def config(layout: Layout) -> dict[str, Any]:
         "format": kind,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": KV_CACHE if layout.kv_cache else None,
+        "kv_cache_scheme": (KV_CACHE | {"strategy": layout.kv_cache} if layout.kv_cache else None),
         "ignore": list(dict.fromkeys(ignore)),
         "config_groups": {
             f"group_{i}": _group(
@@ -115,8 +117,12 @@ def _outside_lists(layout: Layout, singles: Iterable[str]) -> list[str]:
 
 
 def _kind(scheme: Scheme) -> str:
-    integers = "int-quantized" if scheme.act_bits < 16 else "pack-quantized"
+    integers = "int-quantized" if _int_inputs(scheme) else "pack-quantized"
     return floats.LAYOUTS.get(scheme.data_type, integers)
+
+
+def _int_inputs(scheme: Scheme) -> bool:
+    return scheme.act_bits < 16 and scheme.inputs[0] == "int"
 
 
 def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
@@ -135,7 +141,9 @@ def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
         "dynamic": True,
     }
     if scheme.data_type != "int":
-        weights, activations = (floats.weight_args(scheme), floats.input_args(scheme))
+        weights = floats.weight_args(scheme)
+    if scheme.inputs[0] != "int":
+        activations = floats.input_args(scheme)
     return {
         "targets": targets,
         "format": kind,
@@ -191,6 +199,7 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
         size,
         weights.get("symmetric", True),
         act_bits=inputs.get("num_bits", 16),
+        act_data_type="fp8" if inputs.get("type") == "float" else None,
     )
 
 
@@ -227,7 +236,7 @@ def _choose(schemes: Collection[Scheme]) -> Format:
     """Packed words, int8 beside 8-bit activations, or floats."""
     if any(scheme.data_type != "int" for scheme in schemes):
         return FLOAT
-    return INT8 if any(scheme.act_bits < 16 for scheme in schemes) else WORDS
+    return INT8 if any(map(_int_inputs, schemes)) else WORDS
 
 
 # What every layout has. Transformers unpacks these weights in the model's first forward pass, but
@@ -238,7 +247,7 @@ _BASE = Format(
         "compressed-tensors checkpoint, packed: Transformers (compressed-tensors), vLLM, SGLang"
     ),
     bits=(2, 3, 4, 5, 6, 7, 8),
-    check=check_integers(range(2, 9), (1, 1), SCALE_DTYPES),
+    check=check_words,
     pack=integers.pack_words,
     unpack=unpack,
     config=config,
@@ -300,6 +309,12 @@ WORDS = replace(
             "other than 4 bits",
             f"{_KERNEL} WNA16 linear layer. Quant type (uint3b4) not supported by CPUWNA16",
             any_scheme(lambda s: s.bits != 4 and s.act_bits == 16 and s.data_type == "int"),
+        ),
+        Limit(
+            "vllm",
+            "FP8 inputs beside integers",
+            "No compressed-tensors compatible scheme was found",
+            any_scheme(lambda s: s.act_data_type is not None),
         ),
         *_BASE.limits,
         _LEFT,
