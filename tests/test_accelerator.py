@@ -251,6 +251,43 @@ def test_families(name, tiny):
         assert one.end is None or one.end == pytest.approx(two.end, rel=0.15)
 
 
+FLOATS = dict(bits=4, act_bits=4, group_size=32, format="compressed_tensors")
+NEW = {
+    "output head": dict(quant_lm_head=True),
+    "output head, rounded inputs": dict(
+        quant_lm_head=True, act_bits=8, format="compressed_tensors"
+    ),
+    "keys and values": dict(kv_cache_scheme="fp8", format="compressed_tensors"),
+    "NVFP4": FLOATS | dict(data_type="nvfp4", group_size=16),
+    "MXFP4": FLOATS | dict(data_type="mxfp4"),
+    "MXFP8": FLOATS | dict(data_type="mxfp8", bits=8, act_bits=8),
+    "FP8": FLOATS | dict(data_type="fp8", bits=8, act_bits=8, group_size=-1),
+    "FP8, static": FLOATS
+    | dict(data_type="fp8", bits=8, act_bits=8, group_size=-1, act_dynamic=False),
+    "all at once, streamed": FLOATS
+    | dict(
+        data_type="nvfp4", group_size=16, quant_lm_head=True, kv_cache_scheme="fp8", stream=True
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NEW)
+def test_inputs_heads_and_caches_as_engines_have_them(name, dtype, tiny):
+    options = dict(enable_quanted_input=False, iters=2, model_dtype=dtype) | NEW[name]
+    (here, _), (there, _) = tiny("llama", **options), tiny("llama", "cpu", **options)
+    assert here.reports.keys() == there.reports.keys()
+    for one, two in zip(here.reports.values(), there.reports.values(), strict=True):
+        assert one.end == pytest.approx(two.end, rel=0.15) and one.end <= one.nearest
+    for place in (here, there):
+        assert {scale.device.type for scale in place.kv_scales.values()} <= {"cpu"}
+    for key, scale in there.kv_scales.items():
+        assert here.kv_scales[key] == pytest.approx(scale, rel=0.15)
+    for key, codes in there.codes.items():
+        if codes.input_scale is not None:
+            assert here.codes[key].input_scale == pytest.approx(codes.input_scale, rel=0.15)
+
+
 @pytest.mark.parametrize(
     "name",
     [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)],

@@ -22,7 +22,7 @@ def kv_scales(session: Session, told: Told = lambda done, total: None) -> dict[s
     def watch(name: str) -> Change:
         def see(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             for part, states in zip(SCALES, (key, value), strict=True):
-                peak = states.detach().abs().amax().float().cpu().reshape(1)
+                peak = states.detach().abs().amax().float().reshape(1)
                 peaks[f"{name}.{part}"] = torch.maximum(peaks.get(f"{name}.{part}", peak), peak)
             return key, value
 
@@ -40,7 +40,7 @@ def kv_scales(session: Session, told: Told = lambda done, total: None) -> dict[s
             run_without_logits(session.model, session.batches[i])
             told(i + 1, len(session.batches))
     largest: dict[str, Tensor] = {}
-    for part in session.processes.gather(peaks):
+    for part in session.processes.gather({name: peak.cpu() for name, peak in peaks.items()}):
         for name, peak in part.items():
             largest[name] = torch.maximum(largest.get(name, peak), peak)
     for name in own:
