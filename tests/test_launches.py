@@ -4,15 +4,20 @@ copies, bytes a weight."""
 import os
 
 import accelerator
+import mixtures
 import pytest
 import torch
 from accelerator import NAME, memory, watched
+from tiny_models import FAMILIES, tiny_tokenizer
 from torch import nn
 
 from auto_mmround.model import devices
+from auto_mmround.model.experts import separated
 from auto_mmround.numerics import gptq, rounding, scale_search, sweeps
+from auto_mmround.numerics.activations import rounded_inputs
+from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Grid, ranges, scale_and_zero, to_groups
-from auto_mmround.numerics.moments import Moments
+from auto_mmround.numerics.moments import Moments, sums_wide
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_forms
 from auto_mmround.numerics.tuner import TuneConfig, TunedWeight, tune_block
@@ -175,6 +180,58 @@ def test_waits_and_copies_of_a_run():
 
 
 @there
+def test_rounded_inputs_are_made_where_they_lie():
+    """No table is copied in, no scale is read: of inputs, of codes, of a whole run."""
+    x_TI, whole = torch.randn(4, 64).to(HERE), torch.full((1,), 0.01).to(HERE)
+    with watched() as seen:
+        for how in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("fp8", 8, -1), ("int", 8, -1)):
+            rounded_inputs(x_TI, *how, None if how[0] in ("mxfp4", "int") else whole)
+        grid = FloatGrid("nvfp4", whole=2.0)
+        grid.unpacked(grid.packed(grid.snap_(x_TI.clone()).clamp_(-6, 6)))
+    assert reads(seen) == seen.count("to device") == 0
+
+    recipe = Recipe(dataset=None, bits=4, act_bits=4, data_type="nvfp4", group_size=16, iters=6,
+                    nsamples=8, seqlen=12, amp=False, kv_cache_scheme="fp8", batch_size=2,
+                    format="compressed_tensors", device=NAME)  # fmt: skip
+    loaded = jobs.Loaded(FAMILIES["llama"].build().to(NAME), tiny_tokenizer(), None, None)
+    job = jobs.prepare(recipe, loaded, dataset=FAMILIES["llama"].samples(8))
+    with watched() as seen:
+        quantize(loaded.model, job.recipe, job.plan, job.inputs, Finished())
+    layers = len(job.plan.quantized)
+    assert seen.count("to device", "run/served.py") <= 2 * layers
+    assert reads(seen, "run/static_inputs.py") <= layers
+    assert reads(seen, "run/kv_cache.py") <= 2 * 2  # of keys and values a layer of attention
+    assert reads(seen, "run/leaves.py") <= 6 * layers + 2  # codes, and the peaks of a block
+    assert seen.count("to device", "numerics/rounding.py") == 0
+    assert seen.count("to device", "numerics/activations.py") == 0
+
+
+@there
+def test_a_routing_waits_once_not_once_an_expert():
+    model = mixtures.build("qwen3_moe").to(NAME)
+    ids_BT = torch.randint(3, 110, (1, 24)).to(HERE)
+    with torch.no_grad(), separated(model), watched() as seen:
+        model(input_ids=ids_BT, use_cache=False)
+    layers = len(model.model.layers)
+    assert 0 < reads(seen, "model/experts.py") <= layers
+    assert seen.count("to device", "model/experts.py") == 0
+
+
+@there
+def test_products_of_bf16_are_summed_in_float32_where_torch_has_them(monkeypatch):
+    x_TI, weight_T = torch.randn(300, 600).bfloat16(), torch.rand(300)
+    here, host = Moments(600, device=HERE), Moments(600)
+    with watched() as seen:
+        here.add(x_TI.to(HERE), weight_T.to(HERE))
+    host.add(x_TI, weight_T)
+    assert "mm.dtype" in {name for _, name, _ in seen.events}
+    torch.testing.assert_close(here.hessian().cpu(), host.hessian(), rtol=0.02, atol=0.005)
+    assert sums_wide.__wrapped__("cuda") and not sums_wide.__wrapped__("cpu")
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # there it is refused
+    assert not sums_wide.__wrapped__("cuda")
+
+
+@there
 def test_states_in_host_memory_come_by_copies_that_nobody_waits_for():
     recipe = Recipe(model="demo", dataset="demo", bits=4, iters=1, nsamples=8, seqlen=32,
                     device=NAME, offload_states=True)  # fmt: skip
@@ -191,7 +248,7 @@ def test_states_in_host_memory_come_by_copies_that_nobody_waits_for():
 
 @there
 @pytest.mark.parametrize(
-    "grid, tuned, published, more", [(GRID, 42, 69, 21), (Grid(4, False), 48, 84, 27)]
+    "grid, tuned, published, more", [(GRID, 43, 70, 21), (Grid(4, False), 49, 85, 27)]
 )
 def test_launches_of_a_step_of_a_weight(grid, tuned, published, more, monkeypatch):
     """All of them: from a closed form, as published, for each 4 million elements more. 53 before,

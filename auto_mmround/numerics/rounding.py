@@ -15,7 +15,7 @@ start found in closed form, and of floats.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,60 @@ class Now(NamedTuple):
         return w_OGg / self.scale_OG[..., None]
 
 
+def moved(
+    w_OGg: Tensor,
+    offset_OGg: Tensor,
+    now: Now,
+    grad_OGg: Tensor,
+    turn_OG: Tensor,
+    grid: Points,
+    zeros: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The offsets' part of a step, in place. The gradients of scales and zero points, see
+    `leaf_gradients`. turn: the scale's sign times the rate."""
+    scale_OG1, zero_OG1 = now.scale_OG[..., None], now.zero_OG[..., None]
+    ratio_OGg, far = now.ratio(w_OGg), None
+    if isinstance(grid, FloatGrid):
+        far = grid.spacing(ratio_OGg + offset_OGg)
+    move_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
+        ratio_OGg, offset_OGg, scale_OG1, zero_OG1, grad_OGg.float(), grid, zeros
+    )
+    move_OGg.sign_()
+    if far is not None:
+        move_OGg *= far
+    offset_OGg.addcmul_(move_OGg, turn_OG[..., None], value=-1)
+    return grad_scale_OG, grad_zero_OG
+
+
+def quantized(w_OGg: Tensor, offset_OGg: Tensor, now: Now, grid: Points) -> Tensor:
+    """W~, float32."""
+    code_OGg = grid.held(grid.snap_(now.ratio(w_OGg).add_(offset_OGg)), now.zero_OG[..., None])
+    if not isinstance(grid, FloatGrid):
+        code_OGg += 0.0  # files of integers hold no negative zero
+    made_OGg = code_OGg.mul_(now.scale_OG[..., None])
+    return made_OGg.sub_(now.blocks.min_OG[..., None]) if now.blocks else made_OGg
+
+
+def put(into_OI: Tensor, w_OGg: Tensor, offset_OGg: Tensor, now: Now, grid: Points) -> None:
+    """Write W~ into ``into_OI``, in its dtype."""
+    into_OI.copy_(grids.from_groups(quantized(w_OGg, offset_OGg, now, grid), into_OI.shape[1]))
+
+
+class Kernels(NamedTuple):
+    """What a step does with every element of a weight: `moved` and `put`, or the same compiled.
+
+    in_pieces: a few rows at a time. On a processor every intermediate stays in its cache then, and
+      no page of memory is asked for and given back; compiled code has none.
+    """
+
+    moved: Callable[..., tuple[Tensor, Tensor | None]] = moved
+    put: Callable[..., None] = put
+    in_pieces: bool = True
+
+
+PLAIN = Kernels()
+
+
 class RangeFactors:
     """The published parametrization: factors in [0, 1], start 1, of each group's smallest and
     largest value.
@@ -103,12 +157,8 @@ class RangeFactors:
 
     def now(self) -> Now:
         """What the factors make of the ranges."""
-        low_factor_OG, high_factor_OG = self.factors_2OG
-        return Now(
-            *grids.scale_and_zero(
-                self.low_OG * low_factor_OG, self.high_OG * high_factor_OG, self.grid
-            )
-        )
+        low_OG, high_OG = self.low_OG * self.factors_2OG[0], self.high_OG * self.factors_2OG[1]
+        return Now(*grids.scale_and_zero(low_OG, high_OG, self.grid))
 
     def step(
         self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor | None, lr: float
@@ -261,43 +311,49 @@ class Rounding:
 
     def weight(self) -> Tensor:
         """W~ (out, in), float32; see `write` for large ones."""
-        return self._weight(self.ranges.now())
+        made_OGg = quantized(self.w_OGg, self.offset_OGg, self.ranges.now(), self.grid)
+        return grids.from_groups(made_OGg, self.columns)
 
-    def _weight(self, now: Now) -> Tensor:
-        code_OGg = self.grid.snap_(now.ratio(self.w_OGg).add_(self.offset_OGg))
-        code_OGg = self.grid.held(code_OGg, now.zero_OG[..., None])
-        if not isinstance(self.grid, FloatGrid):
-            code_OGg += 0.0  # files of integers hold no negative zero
-        w_OGg = code_OGg.mul_(now.scale_OG[..., None])
-        if now.blocks:
-            w_OGg -= now.blocks.min_OG[..., None]
-        return grids.from_groups(w_OGg, self.columns)
-
-    def write(self, into_OI: Tensor) -> None:
+    def write(self, into_OI: Tensor, kernels: Kernels = PLAIN) -> None:
         """Put W~ into ``into_OI``, in its dtype."""
         now = self.ranges.now()
-        for part, view in self._pieces():
-            into_OI[part].copy_(view._weight(now.rows(part)))
+        for part, view in self._pieces(kernels.in_pieces):
+            kernels.put(into_OI[part], view.w_OGg, view.offset_OGg, now.rows(part), self.grid)
 
-    def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
+    @torch.no_grad()
+    def step(
+        self,
+        grad_OI: Tensor,
+        lr: float,
+        factor_lr: float,
+        into_OI: Tensor,
+        kernels: Kernels = PLAIN,
+    ) -> None:
         """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own
-        dtype.
-
-        ``factor_lr`` 0 leaves the scales alone. A few rows at a time: on a processor every
-        intermediate stays in its cache, and no page of memory is asked for and given back.
-        """
+        dtype. ``factor_lr`` 0 leaves the scales alone."""
         if 0 in self.offset_OGg.stride():
             self.offset_OGg = self.offset_OGg.clone(memory_format=torch.contiguous_format)
         now = self.ranges.now()
-        found = [view._move(grad_OI[part], lr, now.rows(part)) for part, view in self._pieces()]
+        turn_OG = now.scale_OG.sign() * lr
+        found = [
+            kernels.moved(
+                view.w_OGg, view.offset_OGg, now.rows(part),
+                grids.to_groups(grad_OI[part], self.w_OGg.shape[-1]), turn_OG[part],
+                self.grid, self.ranges.zeros,
+            )
+            for part, view in self._pieces(kernels.in_pieces)
+        ]  # fmt: skip
         if factor_lr:
             grad_scale_OG = torch.cat([scale_OG for scale_OG, _ in found])
             zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
             grad_zero_OG = torch.cat(zeros) if zeros else None
             self.ranges.step(now.scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
-        self.write(into_OI)
+        self.write(into_OI, kernels)
 
-    def _pieces(self) -> Iterator[tuple[slice, "Rounding"]]:
+    def _pieces(self, small: bool = True) -> Iterator[tuple[slice, "Rounding"]]:
+        if not small:
+            yield slice(None), self
+            return
         rows = max(1, (CHUNK if self.w_OGg.is_cpu else CHUNK_THERE) // self.columns)
         rows += -rows % self.grid.rows
         for at in range(0, len(self.w_OGg), rows):
@@ -313,22 +369,6 @@ class Rounding:
             self.ranges.rows(part),
         )
         return view
-
-    def _move(self, grad_OI: Tensor, lr: float, now: Now) -> tuple[Tensor, Tensor | None]:
-        """The offsets' part of a step. The gradients of scales and zero points."""
-        scale_OG1, zero_OG1 = now.scale_OG[..., None], now.zero_OG[..., None]
-        ratio_OGg, far = now.ratio(self.w_OGg), None
-        if isinstance(self.grid, FloatGrid):
-            far = self.grid.spacing(ratio_OGg + self.offset_OGg)
-        grad_OGg = grids.to_groups(grad_OI.float(), self.w_OGg.shape[-1])
-        move_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
-            ratio_OGg, self.offset_OGg, scale_OG1, zero_OG1, grad_OGg, self.grid, self.ranges.zeros
-        )
-        move_OGg.sign_()
-        if far is not None:
-            move_OGg *= far
-        self.offset_OGg.addcmul_(move_OGg, scale_OG1.sign(), value=-lr)
-        return grad_scale_OG, grad_zero_OG
 
     def keep(self, into: "Kept", better: Tensor) -> None:
         """Where ``better``, a bool of the device, ``into`` holds the state from now on. Nothing
