@@ -245,13 +245,8 @@ def _sign_descent(
     def step(weight: TunedWeight) -> None:
         grad = weight.parameter.grad
         if fraction is not None and grad is not None:
-            weight.rounding.step(
-                weight.rows(grad),
-                rate * fraction,
-                factor_rate * fraction,
-                weight.rows(weight.parameter.data),
-                kernels,
-            )
+            rates, into = (rate * fraction, factor_rate * fraction), weight.parameter.data
+            weight.rounding.step(weight.rows(grad), *rates, weight.rows(into), kernels)
             weight.parameter.grad = None
 
     def hook_for(weight: TunedWeight) -> Callable[[Tensor], None]:
