@@ -20,7 +20,8 @@ from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed
-from auto_mmround.model.loading import load
+from auto_mmround.model.loading import DEMO, load
+from auto_mmround.model.passes import run_model
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import session
@@ -29,6 +30,7 @@ from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.session import Session
 
 pytestmark = accelerator.NEEDED
+PICTURE = DEMO.parent / "heldout" / "images" / "0000.png"
 SHORT = dict(model="demo", dataset="demo", bits=4, iters=2, nsamples=8, seqlen=32)
 
 
@@ -251,6 +253,57 @@ def test_families(name, tiny):
         assert one.end is None or one.end == pytest.approx(two.end, rel=0.15)
 
 
+FLOATS = dict(bits=4, act_bits=4, group_size=32, format="compressed_tensors")
+NEW = {
+    "output head": dict(quant_lm_head=True),
+    "output head, rounded inputs": dict(
+        quant_lm_head=True, act_bits=8, format="compressed_tensors"
+    ),
+    "keys and values": dict(kv_cache_scheme="fp8", format="compressed_tensors"),
+    "NVFP4": FLOATS | dict(data_type="nvfp4", group_size=16),
+    "MXFP4": FLOATS | dict(data_type="mxfp4"),
+    "MXFP8": FLOATS | dict(data_type="mxfp8", bits=8, act_bits=8),
+    "FP8": FLOATS | dict(data_type="fp8", bits=8, act_bits=8, group_size=-1),
+    "FP8, static": FLOATS
+    | dict(data_type="fp8", bits=8, act_bits=8, group_size=-1, act_dynamic=False),
+    "all at once, streamed": FLOATS
+    | dict(data_type="mxfp4", quant_lm_head=True, kv_cache_scheme="fp8", stream=True),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NEW)
+def test_inputs_heads_and_caches_as_engines_have_them(name, dtype, tiny):
+    options = dict(enable_quanted_input=False, iters=2, model_dtype=dtype) | NEW[name]
+    (here, _), (there, _) = tiny("llama", **options), tiny("llama", "cpu", **options)
+    assert here.reports.keys() == there.reports.keys()
+    for one, two in zip(here.reports.values(), there.reports.values(), strict=True):
+        assert one.end == pytest.approx(two.end, rel=0.15) and one.end <= one.nearest
+    for place in (here, there):
+        assert {scale.device.type for scale in place.kv_scales.values()} <= {"cpu"}
+    for key, scale in there.kv_scales.items():
+        assert here.kv_scales[key] == pytest.approx(scale, rel=0.15)
+    for key, codes in there.codes.items():
+        if codes.input_scale is not None:
+            assert here.codes[key].input_scale == pytest.approx(codes.input_scale, rel=0.15)
+
+
+@accelerator.STRICT
+@pytest.mark.parametrize(
+    "name", ["NVFP4", *(pytest.param(n, marks=pytest.mark.slow) for n in NEW if n != "NVFP4")]
+)
+def test_the_same_on_a_device_that_compiles_graphs(name, tiny, gaudi):
+    test_inputs_heads_and_caches_as_engines_have_them(name, "float32", tiny)
+    assert gaudi
+
+
+@accelerator.STRICT
+def test_experts_on_a_device_that_compiles_graphs(tiny, gaudi):
+    """Numbers of tokens are read, and no shape depends on a mask."""
+    test_families("qwen3_moe", tiny)
+    assert gaudi
+
+
 @pytest.mark.parametrize(
     "name",
     [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)],
@@ -292,6 +345,9 @@ def test_command_line_with_two_formats_and_evaluation(tmp_path, capsys):
     measured = dict(model=folders[0], reference="demo", device=NAME, limit=2)
     assert command("eval", **measured) == 0
     assert "kl" in capsys.readouterr().out.lower()
+    asked = ["ask", str(folders[0]), "What color is the digit?", "--image", str(PICTURE)]
+    assert command(*asked, device=NAME) == 0
+    assert "purple" in capsys.readouterr().out
 
 
 PACKINGS = {
@@ -344,6 +400,17 @@ def test_compiled_blocks_give_what_plain_ones_give(compiler, monkeypatch):
         for one, two in zip(plain.reports.values(), found.reports.values(), strict=True):
             assert two.start == pytest.approx(one.start, rel=0.05) and two.start < two.nearest
             assert two.layers.keys() == one.layers.keys() and two.unreached == 0
+
+
+def test_random_numbers_of_the_devices_are_the_callers():
+    """A pass seeds all devices, so that it draws the same each time."""
+    module = torch.get_device_module(NAME)
+    model = FAMILIES["llama"].build().to(NAME)
+    torch.manual_seed(7)
+    before = [module.get_rng_state(i) for i in range(module.device_count())]
+    run_model(model, {"input_ids": torch.tensor([[5, 6, 7]]).to(NAME)})
+    after = [module.get_rng_state(i) for i in range(module.device_count())]
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 
 class Gone(BaseException):
@@ -504,26 +571,65 @@ def test_memory_that_runs_out_in_the_block_loop(tmp_path, caplog):
         assert one.end == pytest.approx(two.end, rel=0.05)
 
 
-def spread(model):
-    """A tiny Llama over both devices: embeddings and the first block on one, the rest on the
-    other."""
+def spread(model, head=1):
+    """A tiny Llama over both devices: embeddings and the first block on one, the rest on the other;
+    the head where it is wanted."""
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0,
         "model.layers.1": 1, "model.norm": 1,
-              "lm_head": 1}  # fmt: skip
+              "lm_head": head}  # fmt: skip
     return dispatch_model(
         model, {name: f"{NAME}:{at}" for name, at in places.items()}, main_device=f"{NAME}:0"
     )
 
 
+SPREAD = {
+    "default": {},
+    "head and caches": dict(quant_lm_head=True, kv_cache_scheme="fp8", format="compressed_tensors"),
+    "polish": dict(polish=True),
+    "NVFP4": FLOATS | dict(data_type="nvfp4", group_size=16),
+    "static FP8": RUNS["static FP8"],
+    "mixed bits": dict(target_bits=5.5, bit_options="4,8"),
+    "equalized": dict(equalize="awq"),
+}
+
+
 @accelerator.STRICT
-def test_a_model_on_two_devices():
+@pytest.mark.parametrize("head", [0, 1])  # where the norm before it is, and not
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_model_on_two_devices(name, head):
     def run(model):
-        recipe = Recipe(group_size=32, nsamples=4, seqlen=12, iters=2, amp=False, device=NAME)
+        options = dict(group_size=32, nsamples=4, seqlen=12, iters=2, amp=False)
+        recipe = Recipe(**(options | SPREAD[name]), device=NAME)
         loaded = jobs.Loaded(model, tiny_tokenizer(), None, None)
         job = jobs.prepare(recipe, loaded, dataset=FAMILIES["llama"].samples(4))
         finished = Finished()
         quantize(model, job.recipe, job.plan, job.inputs, finished)
         return finished
 
-    one, two = run(FAMILIES["llama"].build().to(NAME)), run(spread(FAMILIES["llama"].build()))
+    one, two = run(FAMILIES["llama"].build().to(NAME)), run(spread(FAMILIES["llama"].build(), head))
     assert differing(one, two) == 0
+    assert one.kv_scales == two.kv_scales
+
+
+def tied():
+    """A tiny Llama whose head is its embedding."""
+    family = FAMILIES["llama"]
+    return replace(family, config=TEXT | dict(tie_word_embeddings=True)).build()
+
+
+@accelerator.STRICT
+def test_tied_weights_on_two_devices():
+    """The head lies with the embedding, on one device; what it reads comes from the other."""
+
+    def run(model):
+        options = dict(group_size=32, nsamples=4, seqlen=12, iters=2, amp=False, polish=True)
+        made = AutoRoundMLLM(
+            model, tiny_tokenizer(), dataset=FAMILIES["llama"].samples(4), **options
+        )
+        made.quantize()
+        return made._done[1]
+
+    model = spread(tied(), head=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert differing(run(tied().to(NAME)), run(model)) == 0
+    assert model.lm_head.weight is model.model.embed_tokens.weight

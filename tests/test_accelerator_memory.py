@@ -16,6 +16,7 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.output_head import HeadTuner
 from auto_mmround.run.session import Session
 
 pytestmark = [accelerator.NEEDED, accelerator.STRICT]
@@ -39,6 +40,8 @@ STATIC = dict(
     iters=0,
     format="compressed_tensors",
 )
+FLOATS = dict(data_type="nvfp4", bits=4, act_bits=4, group_size=16, format="compressed_tensors")
+CACHES = dict(kv_cache_scheme="fp8", format="compressed_tensors")
 # phase -> (who does the work, under what name, options that ask for it, what the line says,
 # whether one failure is mended)
 PHASES = {
@@ -55,7 +58,11 @@ PHASES = {
     "equalizing": (pipeline, "equalize", dict(equalize="awq"), "equalizing", False),
     "static inputs": (pipeline, "input_scales", STATIC, "static inputs", False),
     "choosing bits": (jobs, "choose_bits", MIXED, "", False),
+    "scales of inputs": (pipeline, "scales_of_window", FLOATS, "layers.0", True),
+    "output head": (HeadTuner, "tune", dict(quant_lm_head=True), "outside the blocks", False),
+    "keys and values": (pipeline, "kv_scales", CACHES, "keys and values", False),
 }
+LATE = ("polish", "output head", "keys and values")  # all blocks are finished by then
 
 
 def run(model, options):
@@ -97,7 +104,7 @@ def test_a_phase_without_memory_ends_the_run_with_one_line(phase, monkeypatch):
         run(model, options)
     assert "not enough memory" in str(caught.value) and word in str(caught.value)
     assert "\n" not in str(caught.value) and calls
-    if phase != "polish":  # there all blocks are finished
+    if phase not in LATE:
         after = model.state_dict()
         assert all(torch.equal(value, after[key].cpu()) for key, value in before.items())
     monkeypatch.undo()

@@ -18,6 +18,9 @@ from auto_mmround.model.chains import run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.loading import load
 from auto_mmround.model.structure import find_stages
+from auto_mmround.numerics.float_grids import FloatGrid
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.rounding import PLAIN, Kernels, Rounding, moved, put
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import session
 from auto_mmround.run.finished import Finished
@@ -195,6 +198,37 @@ def test_streamed_blocks_are_compiled_once_a_class(tmp_path):
         with loaded.holder.resident([name]):
             chain.advanced([loaded.model.get_submodule(name)], index, 1)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "grid, size",
+    [
+        (Grid(4, True), 64),
+        (Grid(3, False), 64),
+        (Grid(4, False, scale_range=(0, 63)), 32),
+        (FloatGrid("nvfp4", whole=50.0), 16),
+    ],
+)
+def test_what_a_step_does_with_every_element_is_compiled_once_for_all_shapes(grid, size):
+    torch.compiler.reset()
+    made = []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    runner = Compiled(counting)
+    kernels = Kernels(runner.of(moved), runner.of(put), in_pieces=False)
+    for rows, columns in ((6, 256), (10, 512), (4, 768), (8, 256), (12, 1024)):
+        w_OI, grad_OI = torch.randn(2, rows, columns).bfloat16()
+        found = []
+        for how in (PLAIN, kernels):
+            own, into_OI = Rounding(w_OI.clone(), size, grid), torch.empty_like(w_OI)
+            for step in range(3):
+                own.step(grad_OI * (step - 1.5), 0.1 / (step + 1), 0.05, into_OI, how)
+            found.append((into_OI, own.offset_OGg, own.ranges.factors_2OG))
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert 2 <= len(made) <= 6
 
 
 def test_inductor_gives_the_codes_of_a_plain_run():

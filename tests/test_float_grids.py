@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.model.loading import load
-from auto_mmround.numerics import gptq, grids, scale_search, start
+from auto_mmround.numerics import gptq, grids, pieces, scale_search, start
 from auto_mmround.numerics import rounding as rounding_module
 from auto_mmround.numerics.float_grids import float_grid
 from auto_mmround.numerics.moments import Moments, output_error
@@ -30,7 +30,8 @@ SHAPES = [(3, 256), (5, 200), (130, 300), (1, 33)]
 
 def points(kind):
     """Every number of the grid, sorted."""
-    found = grids.levels("e4m3" if kind in ("fp8", "mxfp8") else "e2m1")
+    bits = 8 if kind in ("fp8", "mxfp8") else 4
+    found = grids.levels(torch.arange(2**bits, dtype=torch.uint8), bits)
     return found[found.isfinite()].unique()
 
 
@@ -112,7 +113,7 @@ def test_the_step_is_the_autograd_step(seed, kind, shape):
     torch.testing.assert_close(made, rounding.weight(), rtol=1e-6, atol=1e-9)
     grad = torch.randn(made.shape, generator=generator)
     slope, factor_slope = torch.autograd.grad(made, (offset, factor), grad)
-    factor_slope = grids.over_rows(factor_slope, rows)
+    factor_slope = pieces.over_rows(factor_slope, rows)
     x = rounding.w_OGg / rounding.scale_and_zero()[0][..., None] + rounding.offset_OGg
     rounding.step(grad, 1e-2, 1e-2, torch.empty_like(grad))
     moved = offset.detach() - rounding.offset_OGg
@@ -168,7 +169,7 @@ def test_searched_scales_are_never_worse_and_the_solve_is_better(name, size, row
 
     def error(scales):
         each_OG = scale_search.weighted_error(w_OGg, importance[0], *scales, grid)
-        return grids.over_rows(each_OG, rows)
+        return pieces.over_rows(each_OG, rows)
 
     assert torch.equal(grid.storable(found[0]), found[0])
     assert (error(found) <= error(grid.plain(w_OGg)) * (1 + 1e-5)).all()
@@ -237,7 +238,7 @@ def test_placed_offsets_give_the_codes_off_the_edge(seed, name, margin):
     w_OGg = torch.randn(4, 3, 16, generator=generator) * scale_OG[..., None] * size
     q_OGg = table[torch.randint(len(table), w_OGg.shape, generator=generator)]
     zero_OG = torch.zeros_like(scale_OG)
-    offset = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
+    offset = gptq.place_start(w_OGg / scale_OG[..., None], q_OGg, zero_OG, grid, margin)
     near = (q_OGg * scale_OG[..., None] - w_OGg).abs() < 0.2 * grid.top
     given_back = grids.quantize(w_OGg, offset, scale_OG[..., None], zero_OG[..., None], grid)
     kept = offset.to(grid.offset_dtype).float()

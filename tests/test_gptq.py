@@ -450,7 +450,7 @@ def test_start_gives_back_the_integers_with_the_smallest_offsets(
         zero_OG = torch.randint(0, grid.top + 1, (3, 2), generator=generator).float()
     w_OGg = torch.randn(3, 2, 8, generator=generator) * spread * scale
     q_OGg = torch.randint(0, grid.top + 1, (3, 2, 8), generator=generator).float()
-    offset_OGg = gptq.place_start(w_OGg, q_OGg, scale_OG, zero_OG, grid, margin)
+    offset_OGg = gptq.place_start(w_OGg / scale_OG[..., None], q_OGg, zero_OG, grid, margin)
     scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
     assert torch.equal(grids.quantize(w_OGg, offset_OGg, scale_OG1, zero_OG1, grid), q_OGg)
 

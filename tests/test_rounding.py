@@ -101,7 +101,7 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
     rounding.offset_OGg = torch.empty(rounding.w_OGg.shape).uniform_(-0.6, 0.6)
     rounding.ranges.factors_2OG.uniform_(0.7, 1.3)
     offset, factors = (t.clone().requires_grad_() for t in state_of(rounding))
-    first, now = rounding.ranges.blocks, rounding.ranges.super_blocks()
+    first, now = rounding.ranges.blocks, rounding.ranges.now().blocks
 
     def held(free, value):
         return (value + (free - free.detach()))[..., None]

@@ -28,11 +28,22 @@ class Compiled:
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor"):
         self._run: Callable[..., Any] = torch.compile(run_plainly, backend=backend)
+        self._backend = backend
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _watched(block):
             return run_plainly(block, args, kwargs)
         return self.or_plainly(lambda: self._run(block, args, kwargs))
+
+    def of(self, function: Callable[..., T]) -> Callable[..., T]:
+        """The function, compiled; as it is once compiling has failed, which `or_plainly` around
+        its caller sees to."""
+        code = torch.compile(function, backend=self._backend)
+
+        def call(*args: Any) -> T:
+            return (function if self._run is run_plainly else code)(*args)
+
+        return call
 
     def or_plainly(self, work: Callable[[], T]) -> T:
         """What ``work`` gives; if compiling fails in it, in the backward pass perhaps, once more

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -348,10 +349,21 @@ class Separate(nn.Module):
     def _routed(
         self, hidden_states: Tensor, result: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        for index in top_k_index.unique().tolist():
-            tokens, places = torch.where(top_k_index == index)
-            y = self._expert(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
-            result = result.index_add(0, tokens, y.to(result.dtype))
+        # Sorted by expert, so that the host waits once, and each expert's tokens are a slice.
+        sorted_N, order_N = top_k_index.flatten().sort(stable=True)
+        numbers_E = torch.arange(self.count, device=sorted_N.device)
+        ends = torch.searchsorted(sorted_N, numbers_E, right=True).tolist()
+        sizes = [end - start for start, end in pairwise([0, *ends])]
+        tokens_N, weight_N1 = (
+            order_N // top_k_index.shape[-1],
+            top_k_weights.flatten()[order_N, None],
+        )
+        for i, (own_n, weight_n1) in enumerate(
+            zip(tokens_N.split(sizes), weight_N1.split(sizes), strict=True)
+        ):
+            if len(own_n):
+                y = self._expert(i, hidden_states[own_n]) * weight_n1
+                result.index_add_(0, own_n, y.to(result.dtype))
         return result
 
     def _expert(self, index: int, x: Tensor) -> Tensor:

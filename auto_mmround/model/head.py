@@ -121,12 +121,13 @@ def _head_is_last(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
-    """The last hidden states (T, D), and the head that turns them into logits."""
+    """The last hidden states (T, D) where the head lies, and the head that turns them into
+    logits."""
     model = speaking(model)
     head = model.get_output_embeddings()
     with stopping_at(head) as reached:
         run_model(model, kwargs)
-    return reached[0][0], head
+    return reached[0][0].to(head.weight.device), head
 
 
 def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:

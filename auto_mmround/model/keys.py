@@ -5,12 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from auto_mmround.model.structure import find_stages
 
@@ -112,4 +107,4 @@ def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[st
     if transforms is None:
         transforms = get_model_conversion_mapping(model, add_legacy=False)
     back = [back for t in transforms if isinstance(back := t.reverse_transform(), WeightConverter)]
-    return {name for name in names if apply_converters(name, back)[1] is not None}
+    return {name for name in names if rename_source_key(name, [], back)[1] is not None}

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
 )
-from transformers.core_model_loading import WeightConverter, apply_converters
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from auto_mmround.model.keys import renamed_by
 
@@ -50,7 +50,7 @@ def merged_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     back = [r for t in there if isinstance(r := t.reverse_transform(), WeightConverter)]
     found = {}
     for name in model.state_dict():
-        _, pattern = apply_converters(name, back)
+        _, pattern = rename_source_key(name, [], back)
         if pattern is not None:
             found[name] = sources.get(pattern, ())
     return found

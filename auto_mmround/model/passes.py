@@ -121,8 +121,12 @@ def _in_our_code(error: BaseException) -> bool:
 
 @contextmanager
 def _same_noise(device: torch.device) -> Iterator[None]:
-    """Random numbers that begin anew, and leave those of the caller as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """Random numbers that begin anew, and leave those of the caller as they were, on every device
+    of the kind: they are seeded together."""
+    kind, row = device.type, devices.traits(device)
+    asked = kind != "cpu" and hasattr(getattr(torch, kind, None), "get_rng_state")
+    count = (1 if row.alone else row.count()) if asked else 0
+    with torch.random.fork_rng(range(count), device_type=kind if asked else "cuda"):
         torch.manual_seed(0)
         yield
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics.grids import Codes, Fit, fold_rows, from_groups, levels, spread_rows
+from auto_mmround.numerics.grids import Codes, Fit, from_groups, levels
+from auto_mmround.numerics.pieces import fold_rows, spread_rows
 
 E4M3_TOP, E2M1_TOP = 448.0, 6.0
 BLOCK = 128  # rows and columns of an FP8 block
@@ -107,6 +108,10 @@ class FloatGrid(NamedTuple):
         power = (x.view(torch.int32) & EXPONENT).view(torch.float32)
         return power.mul_(share).clamp_(min=least)
 
+    def held(self, code: Tensor, zero: Tensor) -> Tensor:
+        """See `Points`."""
+        return code.clamp(self.low, self.top)
+
     def gaps(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """See `Points`: towards zero a power of two has a neighbour that is nearer."""
         inner, outer = self.spacing(point * (1 - 2.0**-4)), self.spacing(point)
@@ -133,7 +138,7 @@ class FloatGrid(NamedTuple):
         if self.data_type in MX_BINADES:
             scale_OG = mx_scale(peak_OG, MX_BINADES[self.data_type], self.how)
         elif self.data_type == "nvfp4":
-            scale_OG = unpacked(to_e4m3(peak_OG / E2M1_TOP * self.whole), 8)
+            scale_OG = levels(to_e4m3(peak_OG / E2M1_TOP * self.whole), 8)
             eps = torch.finfo(torch.float8_e4m3fn).eps
             scale_OG = self._divided(torch.where(scale_OG == 0, eps, scale_OG))
         else:
@@ -156,7 +161,7 @@ class FloatGrid(NamedTuple):
 
     def _e4m3_scale(self, scale_OG: Tensor) -> Tensor:
         """What NVFP4's file holds of a scale."""
-        return unpacked(to_e4m3((scale_OG * self.whole).clamp(min=NVFP4_LEAST)), 8)
+        return levels(to_e4m3((scale_OG * self.whole).clamp(min=NVFP4_LEAST)), 8)
 
     def _divided(self, scale_OG: Tensor) -> Tensor:
         """What `grids.dequantize` makes of it; by a tensor, since accelerators multiply by the
@@ -168,12 +173,13 @@ class FloatGrid(NamedTuple):
         """See `Points`: e4m3's bytes; e2m1 in 4 bits, the sign in bit 3."""
         if self.bits == 8:
             return code.to(torch.float8_e4m3fn).view(torch.uint8)
-        above = levels("e2m1")[1:8].to(code.device)
-        return (torch.bucketize(code.abs(), above, right=True) + 8 * code.signbit()).to(torch.uint8)
+        size = code.abs()
+        number = torch.minimum(2 * size, size + 2).minimum(size / 2 + 4)  # see `levels`
+        return (number + 8 * code.signbit()).to(torch.uint8)
 
     def unpacked(self, byte: Tensor) -> Tensor:
         """See `Points`."""
-        return unpacked(byte, self.bits)
+        return levels(byte, self.bits)
 
     def fit(self, w_OGg: Tensor) -> Fit:
         """See `Points`."""
@@ -220,7 +226,7 @@ def _by_reciprocals(x_OGg: Tensor, grid: FloatGrid) -> Tensor:
     """NVFP4 as AutoRound's loader computes it: ties fall otherwise than by division."""
     whole = torch.as_tensor(grid.whole, dtype=torch.float32, device=x_OGg.device)
     peak_OG1 = x_OGg.abs().amax(-1, keepdim=True).float()
-    scale_OG1 = unpacked(to_e4m3(whole * (peak_OG1 * (1 / E2M1_TOP))), 8)
+    scale_OG1 = levels(to_e4m3(whole * (peak_OG1 * (1 / E2M1_TOP))), 8)
     factor_OG1 = _reciprocal(scale_OG1 * _reciprocal(whole))
     code_OGg = grid.snap_(x_OGg.float() * factor_OG1).clamp_(grid.low, grid.top)
     return code_OGg.mul_(_reciprocal(factor_OG1))
@@ -228,13 +234,6 @@ def _by_reciprocals(x_OGg: Tensor, grid: FloatGrid) -> Tensor:
 
 def _reciprocal(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1.0 / x)
-
-
-def unpacked(byte: Tensor, bits: int) -> Tensor:
-    """The float32 number of every code, uint8, of e4m3 (8 bits) or e2m1 (4)."""
-    if bits == 8:
-        return byte.view(torch.float8_e4m3fn).float()
-    return levels("e2m1").to(byte.device)[byte.long()]
 
 
 def to_e4m3(x: Tensor) -> Tensor:

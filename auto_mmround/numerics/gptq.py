@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import grids
+from auto_mmround.numerics import grids, pieces
 from auto_mmround.numerics.grids import Points
 from auto_mmround.numerics.moments import bf16_products
 
@@ -266,7 +266,7 @@ def refit_scale(
         with bf16_products(True):  # three digits of a small step are enough
             along_O = ((error_OI @ hessian_II[..., part]) * u_Og).sum(-1)
         length_O = ((u_Og @ hessian_II[..., part, part]) * u_Og).sum(-1)
-        along_O, length_O = (grids.over_rows(x_O, grid.rows, -1) for x_O in (along_O, length_O))
+        along_O, length_O = (pieces.over_rows(x_O, grid.rows, -1) for x_O in (along_O, length_O))
         step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0).nan_to_num(
             0.0, 0.0, 0.0
         )
@@ -277,20 +277,14 @@ def refit_scale(
 
 
 def place_start(
-    w_OGg: Tensor,
-    q_OGg: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor,
-    grid: Points,
-    margin: float = 0.1,
+    ratio_OGg: Tensor, q_OGg: Tensor, zero_OG: Tensor, grid: Points, margin: float = 0.1
 ) -> Tensor:
     """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, low, top) = q and W/s + V
     ``margin`` steps off the edges. q: unpacked.
 
     Edges are half a step from q - z; beyond a bound of the clamp there is none. Small offsets let
-    few sign steps undo a choice.
+    few sign steps undo a choice. ratio: W/s.
     """
-    ratio_OGg = w_OGg.float() / scale_OG[..., None]
     centre_OGg = q_OGg.float() - zero_OG[..., None]
     below, above = grid.gaps(centre_OGg)
     low_OGg = torch.where(q_OGg <= grid.low, -torch.inf, centre_OGg - below * (0.5 - margin))

@@ -87,6 +87,10 @@ class Points(Protocol):
         """Distance of the points around x."""
         ...
 
+    def held(self, code: Tensor, zero: Tensor) -> Tensor:
+        """Codes counted from the zero point, kept between the smallest and the largest."""
+        ...
+
     def gaps(self, point: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Distances of a point from its neighbours below and above."""
         ...
@@ -184,6 +188,12 @@ class Grid(NamedTuple):
         """See `Points`."""
         return 1.0
 
+    def held(self, code: Tensor, zero: Tensor) -> Tensor:
+        """See `Points`."""
+        if self.sym:
+            return code.clamp(-self.middle, self.top - self.middle)
+        return torch.maximum(code, -zero).minimum(self.top - zero)
+
     def gaps(self, point: Tensor) -> tuple[float, float]:
         """See `Points`."""
         return 1.0, 1.0
@@ -226,12 +236,15 @@ class Grid(NamedTuple):
         )
 
 
-def levels(kind: str) -> Tensor:
-    """The float32 value of every code of "e4m3" (256) or "e2m1" (16)."""
-    if kind == "e4m3":
-        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    return torch.cat([magnitudes, -magnitudes])
+def levels(byte: Tensor, bits: int) -> Tensor:
+    """The float32 number of every code, uint8, of e4m3 (8 bits) or e2m1 (4: 0, .5, 1, 1.5, 2, 3, 4,
+    6, the sign in bit 3). Computed: a table would have to be copied to an accelerator."""
+    if bits == 8:
+        return byte.view(torch.float8_e4m3fn).float()
+    size = (byte & 7).float()
+    return torch.where(byte > 7, -1.0, 1.0) * torch.maximum(size / 2, size - 2).maximum(
+        2 * size - 8
+    )
 
 
 def dequantize(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -243,8 +256,7 @@ def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
     scale_OG1, q_OGg = codes.scale_OG.float()[..., None], to_groups(codes.q_OI, codes.group_size)
     if codes.data_type != "int":
         scale_OG1 = scale_OG1 if codes.global_scale is None else scale_OG1 / codes.global_scale
-        values = levels("e4m3" if codes.bits == 8 else "e2m1").to(q_OGg.device)
-        value_OGg = values[q_OGg.long()] * scale_OG1
+        value_OGg = levels(q_OGg, codes.bits) * scale_OG1
     else:
         value_OGg = (q_OGg.float() - codes.zero_OG.float()[..., None]) * scale_OG1
     least = 0.0 if codes.min_OG is None else codes.min_OG[..., None]
@@ -350,27 +362,6 @@ def round_to_nearest(w_OI: Tensor, group_size: int, grid: Points) -> Codes:
     scale_OG, zero_OG = grid.plain(w_OGg)
     q_OGg = quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid)
     return grid.codes(grid.packed(q_OGg), scale_OG, zero_OG, columns)
-
-
-def over_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
-    """The sum over every ``rows`` along a dimension, given to each of them."""
-    if rows == 1:
-        return x
-    sum_B = fold_rows(x.movedim(dim, 0), rows).sum(1)
-    return spread_rows(sum_B, rows, x.shape[dim]).movedim(0, dim)
-
-
-def fold_rows(x_O: Tensor, rows: int) -> Tensor:
-    """Rows in blocks, (blocks, rows, ...); those that the last one lacks are zeros."""
-    short = -len(x_O) % rows
-    if short:
-        x_O = torch.cat([x_O, x_O.new_zeros(short, *x_O.shape[1:])])
-    return x_O.unflatten(0, (-1, rows))
-
-
-def spread_rows(x_B: Tensor, rows: int, count: int) -> Tensor:
-    """What belongs to a block of rows for each of ``count`` rows."""
-    return x_B.repeat_interleave(rows, 0)[:count]
 
 
 def make_codes(

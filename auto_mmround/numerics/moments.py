@@ -4,6 +4,7 @@ quantized weight is tr((W - W~) H (W - W~)^T). Shapes: O out, I in, T tokens.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -111,11 +112,21 @@ class Moments:
         return self._cross_II / self._total.clamp(min=1e-30)
 
 
+@cache
+def sums_wide(kind: str) -> bool:
+    """Whether devices of this kind sum products of bf16 factors, and give them, in float32. ROCm
+    has the operation too and refuses it."""
+    key = torch._C._dispatch_key_for_device(kind)
+    known = torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
+    return bool(known) and not (kind == "cuda" and torch.version.hip)
+
+
 def _rows(x: Tensor, root_T1: Tensor | None) -> Tensor:
-    """Tokens as rows, times the square roots of their weights; float32, but on CUDA, whose products
-    of bf16 factors can be summed and given in float32, those stay bf16."""
+    """Tokens as rows, times the square roots of their weights; float32, but bf16 stays where
+    products of it `sums_wide`."""
     x_TI = x.detach().reshape(-1, x.shape[-1])
-    dtype = torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
+    narrow = x.dtype == torch.bfloat16 and sums_wide(x.device.type)
+    dtype = torch.bfloat16 if narrow else torch.float32
     return x_TI.to(dtype) if root_T1 is None else (x_TI.float() * root_T1).to(dtype)
 
 

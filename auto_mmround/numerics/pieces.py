@@ -36,3 +36,24 @@ def by_rows(decode: Callable[[Any, torch.dtype], Tensor], codes: Any, dtype: tor
     for rows in pieces:
         found_OI[rows] = decode(rows_of(codes, rows), dtype)
     return found_OI
+
+
+def over_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
+    """The sum over every ``rows`` along a dimension, given to each of them."""
+    if rows == 1:
+        return x
+    sum_B = fold_rows(x.movedim(dim, 0), rows).sum(1)
+    return spread_rows(sum_B, rows, x.shape[dim]).movedim(0, dim)
+
+
+def fold_rows(x_O: Tensor, rows: int) -> Tensor:
+    """Rows in blocks, (blocks, rows, ...); those that the last one lacks are zeros."""
+    short = -len(x_O) % rows
+    if short:
+        x_O = torch.cat([x_O, x_O.new_zeros(short, *x_O.shape[1:])])
+    return x_O.unflatten(0, (-1, rows))
+
+
+def spread_rows(x_B: Tensor, rows: int, count: int) -> Tensor:
+    """What belongs to a block of rows for each of ``count`` rows."""
+    return x_B.repeat_interleave(rows, 0)[:count]

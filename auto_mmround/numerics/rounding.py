@@ -15,13 +15,13 @@ start found in closed form, and of floats.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import gptq, grids, super_grids
+from auto_mmround.numerics import gptq, grids, pieces, super_grids
 from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Codes, Grid, Points
 from auto_mmround.numerics.super_grids import Super
@@ -34,26 +34,102 @@ CHUNK, CHUNK_THERE = 2**18, 2**22
 
 
 def leaf_gradients(
-    w_OGg: Tensor,
+    ratio_OGg: Tensor,
     offset_OGg: Tensor,
     scale_OG1: Tensor,
     zero_OG1: Tensor,
     grad_OGg: Tensor,
     grid: Points,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step needs from dL/dW~: dL/dV up to the positive factor |s| (O,G,g), dL/ds (O,G),
-    dL/dz (O,G).
+    zeros: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a step needs from dL/dW~: dL/dV up to the factor s (O,G,g), dL/ds (O,G), and with
+    ``zeros`` dL/dz (O,G). Writes into the ratio W/s.
 
-    Few passes over the weight: only signs are used of the first, so it is left in the gradient's
-    dtype.
+    Few passes over the weight, each a kernel: only signs are used of the first, so it is left in
+    the gradient's dtype; codes are counted from the zero point.
     """
-    ratio_OGg = w_OGg / scale_OG1
-    code_OGg = grid.snap_(ratio_OGg + offset_OGg).add_(zero_OG1)
-    value_OGg = code_OGg.clamp(grid.low, grid.top)
+    code_OGg = grid.snap_(ratio_OGg + offset_OGg)
+    value_OGg = grid.held(code_OGg, zero_OG1)
     passed_OGg = grad_OGg * (code_OGg == value_OGg)  # inside, the bounds included
-    grad_scale_OG = (value_OGg.sub_(zero_OG1).mul_(grad_OGg) - ratio_OGg.mul_(passed_OGg)).sum(-1)
+    grad_scale_OG = value_OGg.mul_(grad_OGg).sub_(ratio_OGg.mul_(passed_OGg)).sum(-1)
+    if not zeros:
+        return passed_OGg, grad_scale_OG, None
     grad_zero_OG = ((passed_OGg.float() - grad_OGg) * scale_OG1).sum(-1)
-    return passed_OGg.mul_(scale_OG1.sign()), grad_scale_OG, grad_zero_OG
+    return passed_OGg, grad_scale_OG, grad_zero_OG
+
+
+class Now(NamedTuple):
+    """Scales and zero points (out, G), float32 with the values that the file will hold; of
+    super-blocks more."""
+
+    scale_OG: Tensor
+    zero_OG: Tensor
+    blocks: Super | None = None
+
+    def rows(self, part: slice) -> "Now":
+        """Those of some rows, in the same memory."""
+        blocks = self.blocks.rows(part) if self.blocks else None
+        return Now(self.scale_OG[part], self.zero_OG[part], blocks)
+
+    def ratio(self, w_OGg: Tensor) -> Tensor:
+        """W/s, float32; with what super-blocks take off W."""
+        if self.blocks:
+            w_OGg = w_OGg.float() + self.blocks.min_OG[..., None]
+        return w_OGg / self.scale_OG[..., None]
+
+
+def moved(
+    w_OGg: Tensor,
+    offset_OGg: Tensor,
+    now: Now,
+    grad_OGg: Tensor,
+    turn_OG: Tensor,
+    grid: Points,
+    zeros: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The offsets' part of a step, in place. The gradients of scales and zero points, see
+    `leaf_gradients`. turn: the scale's sign times the rate."""
+    scale_OG1, zero_OG1 = now.scale_OG[..., None], now.zero_OG[..., None]
+    ratio_OGg, far = now.ratio(w_OGg), None
+    if isinstance(grid, FloatGrid):
+        far = grid.spacing(ratio_OGg + offset_OGg)
+    move_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
+        ratio_OGg, offset_OGg, scale_OG1, zero_OG1, grad_OGg.float(), grid, zeros
+    )
+    move_OGg.sign_()
+    if far is not None:
+        move_OGg *= far
+    offset_OGg.addcmul_(move_OGg, turn_OG[..., None], value=-1)
+    return grad_scale_OG, grad_zero_OG
+
+
+def quantized(w_OGg: Tensor, offset_OGg: Tensor, now: Now, grid: Points) -> Tensor:
+    """W~, float32."""
+    code_OGg = grid.held(grid.snap_(now.ratio(w_OGg).add_(offset_OGg)), now.zero_OG[..., None])
+    if not isinstance(grid, FloatGrid):
+        code_OGg += 0.0  # files of integers hold no negative zero
+    made_OGg = code_OGg.mul_(now.scale_OG[..., None])
+    return made_OGg.sub_(now.blocks.min_OG[..., None]) if now.blocks else made_OGg
+
+
+def put(into_OI: Tensor, w_OGg: Tensor, offset_OGg: Tensor, now: Now, grid: Points) -> None:
+    """Write W~ into ``into_OI``, in its dtype."""
+    into_OI.copy_(grids.from_groups(quantized(w_OGg, offset_OGg, now, grid), into_OI.shape[1]))
+
+
+class Kernels(NamedTuple):
+    """What a step does with every element of a weight: `moved` and `put`, or the same compiled.
+
+    in_pieces: a few rows at a time. On a processor every intermediate stays in its cache then, and
+      no page of memory is asked for and given back; compiled code has none.
+    """
+
+    moved: Callable[..., tuple[Tensor, Tensor | None]] = moved
+    put: Callable[..., None] = put
+    in_pieces: bool = True
+
+
+PLAIN = Kernels()
 
 
 class RangeFactors:
@@ -67,6 +143,7 @@ class RangeFactors:
     def __init__(self, low_OG: Tensor, high_OG: Tensor, grid: Grid):
         self.low_OG, self.high_OG, self.grid = low_OG, high_OG, grid
         self.factors_2OG = torch.ones(2, *low_OG.shape, device=low_OG.device)
+        self.zeros = not grid.sym  # whether a step asks for dL/dz
 
     def rows(self, part: slice) -> "RangeFactors":
         """Those of some rows, in the same memory."""
@@ -78,23 +155,17 @@ class RangeFactors:
         )
         return view
 
-    def super_blocks(self) -> None:
-        """There are none: their scales are searched."""
-
-    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        """Current scale and zero point, each (out, G) float32, with the values that the file will
-        hold."""
-        low_factor_OG, high_factor_OG = self.factors_2OG
-        return grids.scale_and_zero(
-            self.low_OG * low_factor_OG, self.high_OG * high_factor_OG, self.grid
-        )
+    def now(self) -> Now:
+        """What the factors make of the ranges."""
+        low_OG, high_OG = self.low_OG * self.factors_2OG[0], self.high_OG * self.factors_2OG[1]
+        return Now(*grids.scale_and_zero(low_OG, high_OG, self.grid))
 
     def step(
-        self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float
+        self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor | None, lr: float
     ) -> None:
         """One sign step of the factors from the gradients of scale and zero point (chain rule)."""
         low_factor_OG, high_factor_OG = self.factors_2OG
-        if self.grid.sym:
+        if grad_zero_OG is None:
             low_rules_OG = -self.low_OG * low_factor_OG > self.high_OG * high_factor_OG
             none_OG = torch.zeros_like(grad_scale_OG)
             grad_low_OG = torch.where(low_rules_OG, -self.low_OG * grad_scale_OG, none_OG)
@@ -125,6 +196,7 @@ class ScaleFactor:
         self.scale_OG, self.zero_OG, self.grid = scale_OG, zero_OG, grid
         self.blocks = blocks._replace(scale_OG=scale_OG) if blocks else None
         self.factors_2OG = torch.ones(1, *scale_OG.shape, device=scale_OG.device)
+        self.zeros = blocks is not None and not grid.sym
 
     def rows(self, part: slice) -> "ScaleFactor":
         """Those of some rows, in the same memory."""
@@ -134,29 +206,21 @@ class ScaleFactor:
         view.factors_2OG = self.factors_2OG[:, part]
         return view
 
-    def super_blocks(self) -> Super | None:
-        """Current scales and minima of super-blocks, as the file will hold them."""
+    def now(self) -> Now:
+        """What the factor makes of the scales."""
         if self.blocks is None:
-            return None
+            return Now(self.grid.storable(self.scale_OG * self.factors_2OG[0]), self.zero_OG)
         assert isinstance(self.grid, Grid)
-        return self.blocks.times(self.factors_2OG[0], self.grid)
-
-    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        """Current scale and zero point, each (out, G) float32, with the values that the file will
-        hold."""
-        blocks = self.super_blocks()
-        scale_OG = (
-            blocks.scale_OG if blocks else self.grid.storable(self.scale_OG * self.factors_2OG[0])
-        )
-        return scale_OG, self.zero_OG
+        blocks = self.blocks.times(self.factors_2OG[0], self.grid)
+        return Now(blocks.scale_OG, self.zero_OG, blocks)
 
     def step(
-        self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor, lr: float
+        self, scale_OG: Tensor, grad_scale_OG: Tensor, grad_zero_OG: Tensor | None, lr: float
     ) -> None:
         """One sign step: dL/df = s0 * dL/ds, and with a minimum m, which is s times a zero point,
         m0/s * dL/dz more."""
-        grad_OG = grids.over_rows(grad_scale_OG * self.scale_OG, self.grid.rows)
-        if self.blocks:
+        grad_OG = pieces.over_rows(grad_scale_OG * self.scale_OG, self.grid.rows)
+        if self.blocks and grad_zero_OG is not None:
             grad_OG = grad_OG + grad_zero_OG * self.blocks.min_OG / scale_OG
         rate = COARSE if self.blocks else self.grid.factor_rate
         self.factors_2OG[0].sub_(grad_OG.sign_(), alpha=lr * rate).clamp_(0.5, 1.5)
@@ -221,26 +285,21 @@ class Rounding:
         self._place(q_OGg, margin)
 
     def _place(self, q_OGg: Tensor, margin: float = 0.1) -> None:
+        now = self.ranges.now()
         for part, view in self._pieces():
+            own, q = now.rows(part), self.grid.unpacked(q_OGg[part])
             view.offset_OGg.copy_(
-                gptq.place_start(
-                    view._on_grid(),
-                    self.grid.unpacked(q_OGg[part]),
-                    *view.scale_and_zero(),
-                    self.grid,
-                    margin,
-                )
+                gptq.place_start(own.ratio(view.w_OGg), q, own.zero_OG, self.grid, margin)
             )
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Current scale and zero point, each (out, G) float32."""
-        return self.ranges.scale_and_zero()
+        return self.ranges.now()[:2]
 
     def codes(self) -> Codes:
         """The integers, scales and zero points as they go to disk."""
-        scale_OG, zero_OG = self.scale_and_zero()
-        q_OGg, blocks = self.kept().q_OGg, self.ranges.super_blocks()
-        codes = self.grid.codes(q_OGg, scale_OG, zero_OG, self.columns)
+        scale_OG, zero_OG, blocks = self.ranges.now()
+        codes = self.grid.codes(self.kept().q_OGg, scale_OG, zero_OG, self.columns)
         if blocks is None:
             return codes
         low_OG = None if self.grid.sym else blocks.min_OG
@@ -252,32 +311,49 @@ class Rounding:
 
     def weight(self) -> Tensor:
         """W~ (out, in), float32; see `write` for large ones."""
-        scale_OG, zero_OG = self.scale_and_zero()
-        w_OGg = (self._quantize(scale_OG, zero_OG) - zero_OG[..., None]) * scale_OG[..., None]
-        blocks = self.ranges.super_blocks()
-        return grids.from_groups(
-            w_OGg - blocks.min_OG[..., None] if blocks else w_OGg, self.columns
-        )
+        made_OGg = quantized(self.w_OGg, self.offset_OGg, self.ranges.now(), self.grid)
+        return grids.from_groups(made_OGg, self.columns)
 
-    def write(self, into_OI: Tensor) -> None:
+    def write(self, into_OI: Tensor, kernels: Kernels = PLAIN) -> None:
         """Put W~ into ``into_OI``, in its dtype."""
-        for part, view in self._pieces():
-            into_OI[part].copy_(view.weight())
+        now = self.ranges.now()
+        for part, view in self._pieces(kernels.in_pieces):
+            kernels.put(into_OI[part], view.w_OGg, view.offset_OGg, now.rows(part), self.grid)
 
-    def step(self, grad_OI: Tensor, lr: float, factor_lr: float, into_OI: Tensor) -> None:
+    @torch.no_grad()
+    def step(
+        self,
+        grad_OI: Tensor,
+        lr: float,
+        factor_lr: float,
+        into_OI: Tensor,
+        kernels: Kernels = PLAIN,
+    ) -> None:
         """One sign step from dL/dW~ (out, in), after which ``into_OI`` holds the new W~ in its own
-        dtype.
-
-        ``factor_lr`` 0 leaves the scales alone. A few rows at a time: on a processor every
-        intermediate stays in its cache, and no page of memory is asked for and given back.
-        """
+        dtype. ``factor_lr`` 0 leaves the scales alone."""
         if 0 in self.offset_OGg.stride():
             self.offset_OGg = self.offset_OGg.clone(memory_format=torch.contiguous_format)
-        for part, view in self._pieces():
-            view._step(grad_OI[part], lr, factor_lr)
-            into_OI[part].copy_(view.weight())
+        now = self.ranges.now()
+        turn_OG = now.scale_OG.sign() * lr
+        found = [
+            kernels.moved(
+                view.w_OGg, view.offset_OGg, now.rows(part),
+                grids.to_groups(grad_OI[part], self.w_OGg.shape[-1]), turn_OG[part],
+                self.grid, self.ranges.zeros,
+            )
+            for part, view in self._pieces(kernels.in_pieces)
+        ]  # fmt: skip
+        if factor_lr:
+            grad_scale_OG = torch.cat([scale_OG for scale_OG, _ in found])
+            zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
+            grad_zero_OG = torch.cat(zeros) if zeros else None
+            self.ranges.step(now.scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
+        self.write(into_OI, kernels)
 
-    def _pieces(self) -> Iterator[tuple[slice, "Rounding"]]:
+    def _pieces(self, small: bool = True) -> Iterator[tuple[slice, "Rounding"]]:
+        if not small:
+            yield slice(None), self
+            return
         rows = max(1, (CHUNK if self.w_OGg.is_cpu else CHUNK_THERE) // self.columns)
         rows += -rows % self.grid.rows
         for at in range(0, len(self.w_OGg), rows):
@@ -294,29 +370,12 @@ class Rounding:
         )
         return view
 
-    def _step(self, grad_OI: Tensor, lr: float, factor_lr: float) -> None:
-        scale_OG, zero_OG = self.scale_and_zero()
-        w_OGg = self._on_grid()
-        grad_offset_OGg, grad_scale_OG, grad_zero_OG = leaf_gradients(
-            w_OGg,
-            self.offset_OGg,
-            scale_OG[..., None],
-            zero_OG[..., None],
-            grids.to_groups(grad_OI.float(), self.w_OGg.shape[-1]),
-            self.grid,
-        )
-        move_OGg = grad_offset_OGg.sign_()
-        if isinstance(self.grid, FloatGrid):
-            move_OGg *= self.grid.spacing(w_OGg / scale_OG[..., None] + self.offset_OGg)
-        self.offset_OGg.sub_(move_OGg, alpha=lr)
-        if factor_lr:
-            self.ranges.step(scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
-
     def keep(self, into: "Kept", better: Tensor) -> None:
         """Where ``better``, a bool of the device, ``into`` holds the state from now on. Nothing
         waits for it."""
+        now = self.ranges.now()
         for part, view in self._pieces():
-            q_OGg = view.grid.packed(view._quantize(*view.scale_and_zero()))
+            q_OGg = view._packed(now.rows(part))
             torch.where(better, q_OGg, into.q_OGg[part], out=into.q_OGg[part])
         factors_2OG = self.ranges.factors_2OG
         torch.where(better, factors_2OG, into.factors_2OG, out=into.factors_2OG)
@@ -335,12 +394,7 @@ class Rounding:
             return  # no step was taken
         self._place(kept.q_OGg)
 
-    def _quantize(self, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        return grids.quantize(
-            self._on_grid(), self.offset_OGg, scale_OG[..., None], zero_OG[..., None], self.grid
-        )
-
-    def _on_grid(self) -> Tensor:
-        """The weight, float32, with what super-blocks take off."""
-        blocks = self.ranges.super_blocks()
-        return self.w_OGg.float() + blocks.min_OG[..., None] if blocks else self.w_OGg.float()
+    def _packed(self, now: Now) -> Tensor:
+        zero_OG1, grid = now.zero_OG[..., None], self.grid
+        code_OGg = grid.snap_(now.ratio(self.w_OGg).add_(self.offset_OGg))
+        return grid.packed(code_OGg.add_(zero_OG1).clamp_(grid.low, grid.top))

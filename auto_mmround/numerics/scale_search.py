@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auto_mmround.numerics import grids
+from auto_mmround.numerics import grids, pieces
 from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Points
 
@@ -100,11 +100,11 @@ def _by_rows(w_OGg: Tensor, importance: Tensor, grid: FloatGrid) -> tuple[Tensor
     """`search_scale` where blocks of rows share a scale."""
 
     def long(x_OGg: Tensor) -> Tensor:
-        return grids.fold_rows(x_OGg, grid.rows).transpose(1, 2).flatten(2)
+        return pieces.fold_rows(x_OGg, grid.rows).transpose(1, 2).flatten(2)
 
     importance_OGg = importance.expand(w_OGg.shape)
     found = search_scale(long(w_OGg), long(importance_OGg), grid._replace(rows=1))
-    scale_OG, zero_OG = (grids.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in found)
+    scale_OG, zero_OG = (pieces.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in found)
     return scale_OG, zero_OG
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics.grids import Codes
-from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.rounding import PLAIN, Kernels, Rounding
 
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B,
 # T, D), (B, T, D) and (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
@@ -153,13 +153,14 @@ def tune_block(
     config: TuneConfig,
     on_step: Callable[[int], None] = lambda step: None,
     add_up: AddUp | None = None,
+    kernels: Kernels = PLAIN,
 ) -> TuneResult:
     """Tune ``weights`` in place; afterwards the parameters hold the W~ that `Rounding.codes` gives.
 
     The best parameters are chosen on fixed held-out samples, the start and the last step included,
     so the result is never worse there than the start. With ``iters`` 0 the weights are rounded to
     nearest and only measured. Several processes: ``forward`` runs a process's own of the samples,
-    ``add_up`` sums gradients and errors.
+    ``add_up`` sums gradients and errors. kernels: of `Rounding.step`.
     """
     for weight in weights:
         weight.refresh()
@@ -170,7 +171,7 @@ def tune_block(
     started = time.perf_counter()
     best = _Best(start, weights)
     draw = _draws(train, config)
-    with _sign_descent(weights, config, add_up) as learn:
+    with _sign_descent(weights, config, add_up, kernels) as learn:
         for step in range(1, config.iters + 1):
             learn(forward, next(draw), 1.0 - (step - 1) / config.iters)
             on_step(step)
@@ -229,7 +230,7 @@ def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:
 
 @contextmanager
 def _sign_descent(
-    weights: Sequence[TunedWeight], config: TuneConfig, add_up: AddUp | None
+    weights: Sequence[TunedWeight], config: TuneConfig, add_up: AddUp | None, kernels: Kernels
 ) -> Iterator[Callable[..., None]]:
     """Give a function ``learn(forward, draw, fraction)`` that takes one step at ``fraction`` of the
     learning rates.
@@ -244,12 +245,8 @@ def _sign_descent(
     def step(weight: TunedWeight) -> None:
         grad = weight.parameter.grad
         if fraction is not None and grad is not None:
-            weight.rounding.step(
-                weight.rows(grad),
-                rate * fraction,
-                factor_rate * fraction,
-                weight.rows(weight.parameter.data),
-            )
+            rates, into = (rate * fraction, factor_rate * fraction), weight.parameter.data
+            weight.rounding.step(weight.rows(grad), *rates, weight.rows(into), kernels)
             weight.parameter.grad = None
 
     def hook_for(weight: TunedWeight) -> Callable[[Tensor], None]:

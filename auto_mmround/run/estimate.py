@@ -228,7 +228,10 @@ class _Probe:
                 yield output, wanted, torch.ones_like(wanted[..., :1])
 
         took = self.timed(
-            lambda: tune_block(list(leaves.values()), forward, len(chain), config), 0.0
+            lambda: tune_block(
+                list(leaves.values()), forward, len(chain), config, kernels=self.session.kernels
+            ),
+            0.0,
         )
         drawn = min(recipe.batch * accumulate, len(chain))
         wanted = min(recipe.batch * accumulate, len(self.session.inputs))

@@ -26,7 +26,7 @@ def kv_scales(session: Session, told: Told = lambda done, total: None) -> dict[s
             for part, states in zip(SCALES, (key, value), strict=True):
                 peak_BHT = states.detach().abs().amax(-1).float()
                 peak = peak_BHT.amax((0, 2)) if of_heads else peak_BHT.amax()
-                peak = peak.cpu().reshape((-1, 1, 1) if of_heads else 1)
+                peak = peak.reshape((-1, 1, 1) if of_heads else 1)
                 peaks[f"{name}.{part}"] = torch.maximum(peaks.get(f"{name}.{part}", peak), peak)
             return key, value
 
@@ -44,7 +44,7 @@ def kv_scales(session: Session, told: Told = lambda done, total: None) -> dict[s
             run_without_logits(session.model, session.batches[i])
             told(i + 1, len(session.batches))
     largest: dict[str, Tensor] = {}
-    for part in session.processes.gather(peaks):
+    for part in session.processes.gather({name: peak.cpu() for name, peak in peaks.items()}):
         for name, peak in part.items():
             largest[name] = torch.maximum(largest.get(name, peak), peak)
     for name in own:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -72,17 +73,20 @@ def parameter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
 
 def shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:
     """Largest magnitude of all members of each set of weights that engines fuse, where those want
-    one scale for them."""
+    one scale for them. In host memory, which waits once."""
     sets: dict[Any, list[str]] = {}
     for weight in planned:
         if weight.scheme and weight.scheme.one_for_fused:
             sets.setdefault(fused_set(weight.name), []).append(weight.name)
-    peaks = {
-        name: model.get_parameter(f"{name}.weight").detach().abs().max()
-        for names in sets.values()
-        for name in names
+    names = [name for members in sets.values() for name in members]
+    peaks = [model.get_parameter(f"{name}.weight").detach().abs().max() for name in names]
+    if not peaks:
+        return {}
+    together = torch.stack([peak.to(peaks[0].device) for peak in peaks]).cpu()
+    largest = [part.max() for part in together.split([len(members) for members in sets.values()])]
+    return {
+        name: peak for members, peak in zip(sets.values(), largest, strict=True) for name in members
     }
-    return {name: max(peaks[other] for other in names) for names in sets.values() for name in names}
 
 
 def _to_cpu(codes: Codes) -> list[Any]:

@@ -34,7 +34,8 @@ class HeadTuner:
         self._train, self._held_out = map(set, held_out_split(len(session.batches)))
         self._share = session.processes.share(every)
         self._held: list[Tensor] = []
-        self._moments = Moments(planned.in_features, device=session.device)
+        self._device = session.model.get_submodule(planned.name).get_parameter("weight").device
+        self._moments = Moments(planned.in_features, device=self._device)
         with torch.no_grad(), session.precision():
             read = to_head(session.model, moved(dict(session.batches[0]), session.device))
             head = session.model.get_submodule(planned.name)
@@ -72,7 +73,7 @@ class HeadTuner:
         start (the closed form) and end, KL in nats a position of the held-out samples."""
         session, name = self._session, self._planned.name
         nearest = self.divergence(leaf)
-        moments = session.processes.add_moments({name: self._moments}, session.device)
+        moments = session.processes.add_moments({name: self._moments}, self._device)
         ranges, offset = leaf.rounding.ranges, leaf.rounding.offset_OGg
         closed_forms({name: leaf.rounding}, moments, session.solving)
         leaf.refresh()
@@ -100,7 +101,7 @@ class HeadTuner:
         self, head: nn.Module, original: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for held_TD in self._held:
-            for (x_TD,) in parts(head, held_TD.to(self._session.device)):
+            for (x_TD,) in parts(head, held_TD.to(self._device)):
                 wanted = linear(x_TD, original, bias).float().log_softmax(-1)
                 seen_TD = self._session.served.seen_by(self._planned, x_TD)
                 own = linear(seen_TD, head.get_parameter("weight"), bias)

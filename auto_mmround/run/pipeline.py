@@ -339,6 +339,7 @@ class _Journey:
                 tune_config(recipe, first, batch_size, accumulate),
                 on_step=partial(self._stepped, names[-1], recipe.steps),
                 add_up=session.processes.add_up if session.processes.count > 1 else None,
+                kernels=session.kernels,
             )
             errors.note("end", "" if recipe.steps or not moments else "start")
             reports = []

@@ -5,6 +5,7 @@ The teacher never does: hooks are there only while `ServedInputs.rounding` is op
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,9 +69,10 @@ class ServedInputs:
         whole = self.measured[weight.name] if scheme.inputs_measured else None
         inputs, how = scheme.inputs, scheme.act_how
 
+        measured = cache(lambda device: None if whole is None else whole.to(device))
+
         def rounded(x: Tensor) -> Tensor:
-            measured = None if whole is None else whole.to(x.device)
-            return straight_through(x, rounded_inputs, *inputs, measured, how)
+            return straight_through(x, rounded_inputs, *inputs, measured(x.device), how)
 
         return (*inputs, how, None if whole is None else whole.item()), rounded
 

@@ -22,6 +22,7 @@ from auto_mmround.model.fisher import Fisher, FisherPasses, spread
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.moments import Moments
+from auto_mmround.numerics.rounding import PLAIN, Kernels, moved, put
 from auto_mmround.numerics.start import Collector, StartConfig, collecting, is_expert
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher, places_of
@@ -101,6 +102,13 @@ class Session:
         if asked is None:
             asked = traits.compiles and not self.experts and self._alike() >= MANY
         return Compiled(traits.compiler) if asked else run_plainly
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """What sign steps do with every element of a weight: compiled where blocks are."""
+        if not isinstance(self.runner, Compiled):
+            return PLAIN
+        return Kernels(self.runner.of(moved), self.runner.of(put), in_pieces=False)
 
     def _alike(self) -> int:
         """How many of the blocks are of one class."""

@@ -66,13 +66,13 @@ def _measured(planned: Sequence[WeightPlan]) -> dict[str, Scheme]:
 
 @contextmanager
 def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Layer -> largest magnitude (1,) of its inputs while open."""
+    """Layer -> largest magnitude (1,) of its inputs while open; behind it in host memory."""
     peaks: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             if args[0].numel():
-                _raise(peaks, {name: args[0].detach().abs().amax().float().cpu().reshape(1)})
+                _raise(peaks, {name: args[0].detach().abs().amax().float().reshape(1)})
 
         return hook
 
@@ -81,6 +81,7 @@ def _watching(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tens
             layer = model.get_submodule(name)
             hooks.callback(layer.register_forward_pre_hook(hook_for(name)).remove)
         yield peaks
+    peaks |= {name: peak.cpu() for name, peak in peaks.items()}
 
 
 def _raise(peaks: dict[str, Tensor], seen: Mapping[str, Tensor]) -> None:

@@ -93,6 +93,13 @@ Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& low, const at::
   tell(LAUNCH, "histc", self.nbytes());
   return moved(at::histc(Views().of(self).to(at::kFloat), bins, low, high).to(self.scalar_type()), self.device());
 }
+Tensor mm_dtype(const Tensor& self, const Tensor& other, at::ScalarType dtype) {  // as CUDA has it: sums are float32
+  TORCH_CHECK(self.scalar_type() == other.scalar_type(), "input dtypes must be the same");
+  TORCH_CHECK(dtype == self.scalar_type() || dtype == at::kFloat, "out_dtype must be that of the factors or float32");
+  tell(LAUNCH, "mm.dtype", self.nbytes() + other.nbytes());
+  Views views;
+  return moved(at::mm(views.of(self).to(at::kFloat), views.of(other).to(at::kFloat)).to(dtype), self.device());
+}
 }  // namespace accel
 
 TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
@@ -118,6 +125,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", TORCH_FN(accel::convolution));
   m.impl("convolution_backward_overrideable", TORCH_FN(accel::convolution_backward));
   m.impl("histc", TORCH_FN(accel::histc));
+  m.impl("mm.dtype", TORCH_FN(accel::mm_dtype));
 }
 
 // What Python calls: tensors as operations, numbers by ctypes.
