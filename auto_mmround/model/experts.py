@@ -9,7 +9,7 @@ a view into the stacked parameter: what is written into it is written into the m
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ class Expert:
     where ``transposed``.
 
     key: its checkpoint key, as Transformers would save it. stacked: the original checkpoint has no
-      such key. alone: of a stack that readers take one by one too.
+      such key. alone: of a stack that readers take one by one too. named: the checkpoint calls the
+      stack as the model does.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Expert:
     transposed: bool
     stacked: bool
     alone: bool = True
+    named: bool = True
 
     @property
     def tail(self) -> str:
@@ -85,13 +87,14 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
         stacks[path] = _stacks(model.get_submodule(path), path, fused)
     keys = _keys(model, [stack for each in stacks.values() for stack in each])
+    beginnings = _beginnings(model, stacks)
     found: dict[str, Expert] = {}
     checked: dict[tuple[type, int], bool] = {}
     for path, each in stacks.items():
         experts = {
             f"{path}.{expert.index}{leaf and '.'}{leaf}": expert
             for stack in each
-            for leaf, expert in _matrices(stack, keys[stack.parameter])
+            for leaf, expert in _matrices(stack, keys[stack.parameter], beginnings[path])
         }
         module = model.get_submodule(path)
         kind = type(module), len(experts)
@@ -158,19 +161,35 @@ def _keys(
     return found
 
 
-def _matrices(stack: Stack, keys: Mapping[str, tuple[int, Tensor]]) -> Iterator[tuple[str, Expert]]:
+def _beginnings(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, str]:
+    """Module of experts -> what Transformers would call it in a checkpoint."""
+    single = ".0.gate_proj.weight"
+    undone = revert_weight_conversion(model, {f"{p}{single}": torch.empty(0) for p in paths})
+    return dict(zip(paths, (key.removesuffix(single) for key in undone)))
+
+
+def _matrices(
+    stack: Stack, keys: Mapping[str, tuple[int, Tensor]], beginning: str
+) -> Iterator[tuple[str, Expert]]:
     """(name of the matrix, where it lies) of all matrices in a stacked parameter, in their order.
-    keys: of `_keys`."""
+    keys: of `_keys`. beginning: of `_beginnings`."""
     size = stack.shape[2 if stack.transposed else 1]
     parts = [part for _, part in keys.values()]
     if len(parts) <= len(stack.leaves) and all(part.ndim == 3 for part in parts):
         prefix, _, last = next(iter(keys)).rpartition(".")
-        alone = stack.alone and last == stack.parameter.rpartition(".")[2]
+        # Granite's are `input_linear` in checkpoints, and have their module's names apart
+        named = last == stack.parameter.rpartition(".")[2]
+        prefix = prefix if named or not stack.alone else beginning
         for i in range(stack.shape[0]):
             for at, leaf in enumerate(stack.leaves):
                 key = f"{prefix}.{i}.{leaf}.weight" if leaf else f"{prefix}.{i}.weight"
                 lines = stack.lines(at, size)
-                yield leaf, Expert(key, stack.parameter, i, lines, stack.transposed, True, alone)
+                yield (
+                    leaf,
+                    Expert(
+                        key, stack.parameter, i, lines, stack.transposed, True, stack.alone, named
+                    ),
+                )
         return
     found = []
     numbered = torch.arange(stack.shape[0] * ROWS).reshape(-1, ROWS, 1).expand(-1, -1, 2)
@@ -220,14 +239,16 @@ def stacking(
 def restacked(
     model: PreTrainedModel, name: str, members: Mapping[str, Expert], of: Callable[[str], Tensor]
 ) -> Tensor:
-    """A stack as the original checkpoint of a stacking family has it, from the matrices ``of`` its
-    members. name, members: of `stacking`."""
+    """A stack as the checkpoint of a stacking family has it under the model's own name, from the
+    matrices ``of`` its members. name, members: of `stacking`."""
     shape, stack = model.get_parameter(name).shape, None
     for member, expert in members.items():
         matrix = of(member)
         stack = torch.empty(shape, dtype=matrix.dtype) if stack is None else stack
         expert.of(stack).copy_(matrix)
     assert stack is not None  # it has members
+    if not next(iter(members.values())).named:
+        return stack  # no conversion knows it by this name
     return next(iter(revert_weight_conversion(model, {name: stack}).values()))
 
 
