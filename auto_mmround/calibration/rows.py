@@ -17,6 +17,7 @@ from auto_mmround.errors import UserError
 
 # A row with nothing but these is plain text, already tokenised.
 TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "labels"}
+SECOND_KEYS = {"decoder_input_ids", "decoder_attention_mask"}  # text of a second sequence
 # A row with one of each is ready inputs of an encoder-decoder.
 DECODER_KEYS = {"decoder_input_ids", "labels"}
 ENCODER_KEYS = {"input_features", "input_values", "pixel_values", "flattened_patches"}
@@ -210,7 +211,7 @@ def split_batch(item: Any) -> Iterator[Any]:
         and isinstance(ids := item.get("input_ids"), Tensor)
         and ids.ndim == 2
     ):
-        if len(ids) > 1 and not set(item) <= TEXT_KEYS:
+        if len(ids) > 1 and not set(item) <= TEXT_KEYS | SECOND_KEYS:
             raise UserError(
                 "a DataLoader that gives model inputs with media must give one sample at a time"
             )
