@@ -279,3 +279,11 @@ def test_batches_of_an_encoder_decoder_are_taken_apart():
     assert [sample.inputs["decoder_input_ids"].tolist() for sample in found] == words.tolist()
     with pytest.raises(UserError, match="one sample at a time"):
         next(split_batch(batch | {"pixel_values": torch.zeros(3, 3, 8, 8)}))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 8), torch.tensor(1), [[1] * 8] * 2, 1])
+def test_a_batch_whose_parts_differ_in_number_is_one_line(mask):
+    batch = {"input_ids": torch.arange(24).reshape(3, 8), "labels": None}
+    assert len(list(split_batch(batch))) == 3
+    with pytest.raises(UserError, match=r"3 rows of input_ids, but .* of attention_mask"):
+        list(split_batch(batch | {"attention_mask": mask}))

@@ -218,11 +218,25 @@ def split_batch(item: Any) -> Iterator[Any]:
         if len(ids) == 1:
             yield item
         else:
-            yield from ({key: value[i] for key, value in item.items()} for i in range(len(ids)))
+            yield from _taken_apart(item, len(ids))
     elif isinstance(item, Mapping) and _is_columns(item):
         yield from (dict(zip(item, values)) for values in zip(*item.values(), strict=True))
     else:
         yield item
+
+
+def _taken_apart(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of so many ids. Raises UserError for a value of other length."""
+    values = {key: value for key, value in batch.items() if value is not None}
+    for key, value in values.items():
+        plain = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+        if not plain or len(value) != count:
+            found = len(value) if plain else "one"
+            raise UserError(
+                f"a DataLoader gives {count} rows of input_ids, but {found} of {key}: give one"
+                " sample at a time"
+            )
+    yield from ({key: value[i] for key, value in values.items()} for i in range(count))
 
 
 def _is_turn(item: Mapping[str, Any]) -> bool:
