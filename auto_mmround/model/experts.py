@@ -60,7 +60,8 @@ class Expert:
 
 class Stack(NamedTuple):
     """A parameter that holds a matrix of every expert, or two, of ``leaves``: one below the other,
-    or ``mixed``, line by line."""
+    or ``mixed``, line by line. exchanged: of a module whose kernel Transformers can exchange; these
+    AutoRound takes apart, whatever their checkpoints call them."""
 
     parameter: str
     shape: tuple[int, int, int]
@@ -68,6 +69,7 @@ class Stack(NamedTuple):
     transposed: bool = False
     mixed: bool = False
     alone: bool = True
+    exchanged: bool = False
 
     def lines(self, at: int, size: int) -> slice:
         """Of ``size`` rows an expert, those of leaf number ``at``."""
@@ -127,11 +129,12 @@ def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -
         return []
     mixed = gated and not getattr(module, "is_concatenated", True)
     alone = gated and not mixed and len(leaves) == 2 and not hasattr(module, "post_expert_norm")
+    exchanged = hasattr(module, "is_concatenated")
     names = HALVES if gated else ("up_proj",)
     first = next(leaf for leaf in shapes if leaf != "down_proj")
     return [
-        Stack(f"{path}.{first}", into, names, transposed, mixed, alone),
-        Stack(f"{path}.down_proj", out, ("down_proj",), transposed, False, alone),
+        Stack(f"{path}.{first}", into, names, transposed, mixed, alone, exchanged),
+        Stack(f"{path}.down_proj", out, ("down_proj",), transposed, False, alone, exchanged),
     ]
 
 
@@ -179,16 +182,15 @@ def _matrices(
         prefix, _, last = next(iter(keys)).rpartition(".")
         # Granite's are `input_linear` in checkpoints, and have their module's names apart
         named = last == stack.parameter.rpartition(".")[2]
-        prefix = prefix if named or not stack.alone else beginning
+        alone = stack.alone and (named or stack.exchanged)
+        prefix = prefix if named or not alone else beginning
         for i in range(stack.shape[0]):
             for at, leaf in enumerate(stack.leaves):
                 key = f"{prefix}.{i}.{leaf}.weight" if leaf else f"{prefix}.{i}.weight"
                 lines = stack.lines(at, size)
                 yield (
                     leaf,
-                    Expert(
-                        key, stack.parameter, i, lines, stack.transposed, True, stack.alone, named
-                    ),
+                    Expert(key, stack.parameter, i, lines, stack.transposed, True, alone, named),
                 )
         return
     found = []

@@ -49,7 +49,7 @@ class Names:
         tails = {(name, _tail(key)): key for key, name in self.converted.items()}
         for name, expert in self.experts.items():
             key = tails.get((expert.parameter, expert.tail), expert.key)
-            if expert.stacked and expert.named:
+            if expert.stacked and (expert.named or not expert.alone):
                 prefix = self.stacks[expert.parameter].rpartition(".")[0]
                 key = f"{prefix}.{expert.tail}"
             self.keys[f"{name}.weight"] = key
