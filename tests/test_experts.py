@@ -221,7 +221,9 @@ def test_stacks_that_checkpoints_call_otherwise_come_apart(kind, tmp_path):
     packed, plain = (tmp_path / "out" / f"model-w4g32-{fmt}" for fmt in ("auto_round", "fake"))
     keys = load_file(packed / "model.safetensors").keys()
     assert any(key.endswith(".experts.3.down_proj.qweight") for key in keys)
-    assert not any(word in key for key in keys for word in ("moe.input_linear", "fc1", "w13_weight"))
+    assert not any(
+        word in key for key in keys for word in ("moe.input_linear", "fc1", "w13_weight")
+    )
     found = [logits(from_quantized(f, dtype="float32").model) for f in (packed, plain)]
     assert torch.allclose(*found, atol=1e-5)
     assert not torch.allclose(found[0], logits(mixtures.build(kind)), atol=0.05)

@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import Format
-from auto_mmround.model.experts import Expert, separable, stacking
+from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.keys import converted_keys, parameter_names
 from auto_mmround.model.merging import loaded_tensors
+from auto_mmround.model.restacking import stacking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.run.carried import carried_modules, unread_keys
