@@ -40,9 +40,10 @@ def spread(result, folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--ignore", "re:.*experts.*")])
 @pytest.mark.parametrize("kind", [*KINDS, *RENAMED])
-def test_transformers_reads_experts(kind, tmp_path):
-    folder = exported(kind, "transformers", "auto_round", tmp_path)
+def test_transformers_reads_experts(kind, more, tmp_path):
+    folder = exported(kind, "transformers", "auto_round", tmp_path, *more)
     result = run_transformers(
         folder,
         [{"input_ids": IDS}],
