@@ -145,10 +145,11 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 
 def on_page_content(content: str, **_) -> str:
-    """Equations."""
-    return MATH.sub(
-        lambda match: convert(
-            html.unescape(match[2]), display="block" if match[1] == "div" else "inline"
-        ),
-        content,
-    )
+    """Equations; those of a line of their own scroll where they are wider than a phone."""
+
+    def drawn(match: re.Match[str]) -> str:
+        block = match[1] == "div"
+        math = convert(html.unescape(match[2]), display="block" if block else "inline")
+        return f'<div style="overflow-x: auto">{math}</div>' if block else math
+
+    return MATH.sub(drawn, content)

@@ -38,6 +38,7 @@ from auto_mmround.errors import NotProved, UserError
 from auto_mmround.families import Swept, swept
 from auto_mmround.model.capture import capture, recapture
 from auto_mmround.model.chains import TOLERANCE, difference
+from auto_mmround.model.loading import read_by
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.structure import find_stages, linears, used_twice
 from auto_mmround.recipe.recipe import Recipe
@@ -138,7 +139,7 @@ def reloaded(model: Any, out: Path, fmt: str) -> Iterator[tuple[str, PreTrainedM
     """The checkpoint as our loader and, of floating-point weights, plain Transformers reads it."""
     yield "by our loader", from_quantized(out).model
     if fmt == "fake":
-        plain, info = type(model).from_pretrained(out, output_loading_info=True)
+        plain, info = read_by(type(model), out)
         lost = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if lost:
             raise WrongError(f"Transformers misses {len(lost)} tensors of fake, first {lost[0]}")

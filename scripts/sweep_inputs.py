@@ -25,6 +25,8 @@ from auto_mmround.model.speaking import speaking
 
 # Rows of codebooks that stand for a token.
 CODEBOOKS = {"kyutai_speech_to_text": 5, "csm": 2}
+# The same in the first dimension, as if they were so many samples; of decoders too.
+ROWS_OF_CODES = {"musicgen_decoder": 2, "musicgen_melody_decoder": 2}
 
 
 def words(length: int, seed: int) -> Tensor:
@@ -147,6 +149,7 @@ class Finder:
         made: dict[str, Any] = {"input_ids": row}
         if self.config.model_type in CODEBOOKS:
             made["input_ids"] = row[..., None].repeat(1, 1, CODEBOOKS[self.config.model_type])
+        made["input_ids"] = self._codes(made["input_ids"], self.config.model_type)
         if "attention_mask" in self.takes:
             made["attention_mask"] = torch.ones_like(row)
         made |= {name: value for name, value in others(row.shape[1], seed) if name in self.takes}
@@ -166,7 +169,11 @@ class Finder:
         made = words(8 + 2 * seed, seed + 7)
         if self.config.model_type == "dia":
             made = made[..., None].repeat(1, 1, 3)
-        return {"decoder_input_ids": made}
+        decoder = getattr(self.config.get_text_config(decoder=True), "model_type", "")
+        return {"decoder_input_ids": self._codes(made, decoder)}
+
+    def _codes(self, ids: Tensor, model_type: str) -> Tensor:
+        return ids.repeat(ROWS_OF_CODES.get(model_type, 1), *[1] * (ids.ndim - 1))
 
     def plain(self) -> list[dict[str, Any]] | None:
         """Two samples of text alone."""

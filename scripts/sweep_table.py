@@ -101,9 +101,12 @@ EACH = {kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6
 SLIDING = {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32,
     "swa_kv_lora_rank": 32, "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 32,
     "sliding_window": 8}  # fmt: skip
-INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32,
     "indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 128,
     "split_ngram_parts": 4, "heads_per_ngram": 2}  # fmt: skip
+ENCODEC = {f"audio_encoder.{k}": v for k, v in {"num_filters": 4, "hidden_size": 32,
+    "codebook_dim": 32, "codebook_size": 16, "upsampling_ratios": [2, 2], "num_lstm_layers": 1,
+    "target_bandwidths": [1.5]}.items()}  # fmt: skip
 VIBE = {"downsampling_ratios": [2, 5], "depths": [1, 1, 1], "num_filters": 8}
 DONUT = dict(model_type="donut-swin", image_size=[32, 32], patch_size=4, embed_dim=32,
     depths=[2, 2], num_heads=[2, 2], window_size=2)  # fmt: skip
@@ -206,6 +209,7 @@ ROWS: dict[str, dict[str, Any]] = {
         for k, v in VIBE.items()},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 1600} | {f"{part}_tokenizer_encoder_config"
         f".{k}": v for part in ("acoustic", "semantic") for k, v in VIBE.items()},
+    "musicgen": ENCODEC, "musicgen_melody": ENCODEC,
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32},
 }  # fmt: skip

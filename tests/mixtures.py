@@ -78,6 +78,7 @@ ROWS: dict[str, dict[str, Any]] = {
             layer_types=["sliding_attention", "full_attention"],
         )
     ),
+    "glm4_moe": dict(head_dim=32),  # vLLM reads it, though the class has no such field
     "glm4v_moe": dict(
         text_config=dict(
             rope_parameters=dict(

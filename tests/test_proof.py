@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import mixtures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -317,20 +318,26 @@ def test_stacks_of_experts_are_written_as_transformers_reads_them(family, stream
 
 
 def test_stacks_that_no_reader_takes_apart_are_refused_before_tuning(tmp_path, capfd):
+    mixtures.build("jetmoe").save_pretrained(tmp_path / "single")
+    tiny_tokenizer().save_pretrained(tmp_path / "single")
+    words = [*command(tmp_path / "single", tmp_path / "out"), "--format", "auto_round"]
+    assert cli.main(words) == 2
+    assert "input_linear.weight one by one" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "compressed_tensors"])
+def test_stacks_that_stay_are_written_as_engines_take_them(fmt, tmp_path):
+    """One by one for auto-round, which takes them apart too (`test_engine_experts.py`)."""
     Tiny("granitemoehybrid", "GraniteMoeHybridForCausalLM", GRANITE).save(
         tmp_path / "model", tiny_tokenizer()
     )
-    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", "auto_round"]
-    assert cli.main(words) == 2
-    assert (
-        "input_linear.weight one by one" in capfd.readouterr().err
-        and not (tmp_path / "out").exists()
-    )
-    # auto-round would take those that stay apart, too
-    assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 2
-    assert "with experts that stay" in capfd.readouterr().err
-    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", "compressed_tensors"]
+    words = [*command(tmp_path / "model", tmp_path / "out"), "--format", fmt]
     assert cli.main([*words, "--ignore", "re:.*experts.*"]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert any(
+        k.endswith("experts.0.up_proj.weight") for k in load_file(folder / "model.safetensors")
+    )
 
 
 @pytest.mark.parametrize(

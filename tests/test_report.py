@@ -4,12 +4,12 @@ them."""
 import json
 import re
 import shutil
-import subprocess
 import tomllib
 from html.parser import HTMLParser
 
 import pytest
 import yaml
+from browsing import browse, needs_browser
 from PIL import Image
 
 from auto_mmround import cli
@@ -21,12 +21,6 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.report import card, charts, report
 from auto_mmround.report.headline import differing_first, headline, trade
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium here: apt-get install chromium"
-)
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -351,31 +345,26 @@ def test_every_value_and_tick_lies_inside_the_plot(values):
     assert 1 <= len(axis.ticks()) <= 12
 
 
-def browse(page, folder, *options):
-    """(standard output, complaints) of a headless browser that opens a page without any network."""
-    command = [
-        BROWSER,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-    ]
-    command += [
-        f"--user-data-dir={folder}/profile",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        *options,
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+def test_strips_of_bits_share_columns():
+    """A kind that only some blocks have stands below those blocks; experts share a cell."""
+    rows = {"a.*.q": [4, 2], "a.*.e.*.up": [8, 4], "a.*.mlp": [4]}
+    places = {"a.*.q": ["0", "1"], "a.*.e.*.up": ["1.0", "1.1"], "a.*.mlp": ["1"]}
+    q, up, mlp = (
+        re.findall(r'<rect[^>]* x="([^"]*)"[^>]*width="([^"]*)" fill-opacity="([^"]*)"', strip)
+        for strip in charts.strips(rows, places)
+    )
+    assert [(x, wide) for x, wide, _ in q] == [("0.00%", "50.000%"), ("50.00%", "50.000%")]
+    assert [x for x, _, _ in up] == ["50.00%", "75.00%"] and mlp[0][0] == "50.00%"
+    shades = {bits: shade for (_, _, shade), bits in zip([*q, *up, *mlp], (4, 2, 8, 4, 4))}
+    assert float(shades[2]) < float(shades[4]) < float(shades[8])
+    assert "1.1: 4 bits" in charts.strips(rows, places)[1]
 
 
 def shoot(page, folder, width, *options):
     """A screenshot; the browser must not complain about anything."""
     shot = folder / f"{page.stem}-{width}.png"
     _, complaints = browse(
-        page, folder, *options, f"--window-size={width},2400", f"--screenshot={shot}"
+        page.as_uri(), folder, *options, f"--window-size={width},2400", f"--screenshot={shot}"
     )
     assert not complaints
     image = Image.open(shot).convert("RGB")
@@ -416,7 +405,8 @@ def test_nothing_is_wider_than_a_phone(demo_folder, full, tmp_path):
 
 @needs_browser
 def test_it_prints(full, tmp_path):
-    browse(full / "report.html", tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
+    page = (full / "report.html").as_uri()
+    browse(page, tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
     assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
 

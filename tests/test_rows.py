@@ -6,13 +6,14 @@ import io
 import json
 
 import pytest
+import torch
 from building import build
 from PIL import Image
 from rows import load_samples
 from tiny_models import tiny_tokenizer
 
 from auto_mmround.calibration.processor import render
-from auto_mmround.calibration.rows import BadSample, parse_row
+from auto_mmround.calibration.rows import BadSample, parse_row, split_batch
 from auto_mmround.calibration.template import Template, load_template, parse_template
 from auto_mmround.errors import UserError
 
@@ -267,3 +268,22 @@ def test_an_odd_history_is_no_traceback(history):
     assert (
         parse_row({"prompt": "Q", "completion": "A", "history": history}, "s").messages[-2:] == SAID
     )
+
+
+def test_batches_of_an_encoder_decoder_are_taken_apart():
+    """Collators give the ids of both halves; only media cannot be told apart."""
+    ids, words = torch.arange(24).reshape(3, 8), torch.arange(15).reshape(3, 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": words}
+    found = [parse_row(row, str(i)) for i, row in enumerate(split_batch(batch))]
+    assert [sample.inputs["input_ids"].tolist() for sample in found] == ids[:, None].tolist()
+    assert [sample.inputs["decoder_input_ids"].tolist() for sample in found] == words.tolist()
+    with pytest.raises(UserError, match="one sample at a time"):
+        next(split_batch(batch | {"pixel_values": torch.zeros(3, 3, 8, 8)}))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 8), torch.tensor(1), [[1] * 8] * 2, 1])
+def test_a_batch_whose_parts_differ_in_number_is_one_line(mask):
+    batch = {"input_ids": torch.arange(24).reshape(3, 8), "labels": None}
+    assert len(list(split_batch(batch))) == 3
+    with pytest.raises(UserError, match=r"3 rows of input_ids, but .* of attention_mask"):
+        list(split_batch(batch | {"attention_mask": mask}))

@@ -1,14 +1,21 @@
 """The documentation builds without a warning and needs nothing but itself; its figures are those of
-the results."""
+the results; a real browser shows every page, narrow and wide."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
+from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
+from browsing import browse, needs_browser
 
 from auto_mmround.flags import COMMANDS
 from auto_mmround.recipe.recipe import KEYS
@@ -18,6 +25,36 @@ ROOT = Path(__file__).parents[1]
 FETCHED = re.compile(
     r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?:[^"]+)"|<link\b[^>]*\bhref="(https?:[^"]+)"'
 )
+
+# Opens page after page in a frame and tells what is wider than it, tables in boxes that scroll
+# apart, and every address that pages point to.
+WALK = """<!doctype html><meta charset="utf-8"><body><script>
+const pages = PAGES, width = WIDTH, found = {}
+const frame = document.body.appendChild(document.createElement('iframe'))
+frame.style = `width:${width}px;height:2000px;border:0`
+const scrolls = e => e && (/auto|scroll/.test(frame.contentWindow.getComputedStyle(e).overflowX)
+    || scrolls(e.parentElement))
+async function walk() {
+    for (const page of pages) {
+        await new Promise(done => { frame.onload = done; frame.src = page })
+        const d = frame.contentDocument
+        await d.fonts.ready
+        found[page] = {
+            wide: d.documentElement.scrollWidth,
+            tables: [...d.querySelectorAll('table')].filter(t =>
+                t.getBoundingClientRect().right > width + 1 && !scrolls(t)).length,
+            links: [...d.querySelectorAll('a[href], img[src], link[rel=stylesheet], script[src]')]
+                .map(e => e.href || e.src),
+            ids: [...d.querySelectorAll('[id]')].map(e => e.id),
+        }
+    }
+    const told = document.createElement('pre')
+    told.id = 'found'
+    told.textContent = JSON.stringify(found)
+    document.body.replaceChildren(told)
+}
+walk()
+</script>"""
 
 
 def load(name: str):
@@ -81,3 +118,48 @@ def test_the_reference_has_every_flag(site):
     for name, key in KEYS.items():
         assert not key.text or f"<code>--{name}</code>" in page, name
     assert all(f"Command {name}" in page for name in COMMANDS)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def walked(site: Path, width: int, place: Path):
+    """Page -> what `WALK` saw of it, and what the browser complained of."""
+    pages = sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if p.name != "404.html")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        (site / "walk.html").write_text(
+            WALK.replace("PAGES", json.dumps(pages)).replace("WIDTH", str(width))
+        )
+        base = f"http://127.0.0.1:{server.server_port}/"
+        options = ("--dump-dom", "--virtual-time-budget=200000", "--window-size=1600,2200")
+        shown, complaints = browse(f"{base}walk.html", place, *options)
+    finally:
+        (site / "walk.html").unlink()
+        server.shutdown()
+        server.server_close()
+    told = re.search(r'<pre id="found">(.*?)</pre>', shown, re.DOTALL)
+    assert told, shown[:500]
+    return base, json.loads(unescape(told[1])), complaints
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_page(site, width, tmp_path):
+    base, found, complaints = walked(site, width, tmp_path)
+    assert len(found) > 30 and not complaints
+    assert not [page for page, seen in found.items() if seen["wide"] > width]
+    assert not [page for page, seen in found.items() if seen["tables"]]
+    broken = set()
+    for page, seen in found.items():
+        for link in seen["links"]:
+            if not link.startswith(base):
+                continue  # of other sites
+            path, part = unquote(urlsplit(link).path)[1:] or "index.html", urlsplit(link).fragment
+            if not (site / path).is_file() or (part and part not in found.get(path, seen)["ids"]):
+                broken.add((page, link.removeprefix(base)))
+    assert not broken

@@ -17,6 +17,7 @@ from auto_mmround.errors import UserError
 
 # A row with nothing but these is plain text, already tokenised.
 TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "labels"}
+SECOND_KEYS = {"decoder_input_ids", "decoder_attention_mask"}  # text of a second sequence
 # A row with one of each is ready inputs of an encoder-decoder.
 DECODER_KEYS = {"decoder_input_ids", "labels"}
 ENCODER_KEYS = {"input_features", "input_values", "pixel_values", "flattened_patches"}
@@ -210,18 +211,32 @@ def split_batch(item: Any) -> Iterator[Any]:
         and isinstance(ids := item.get("input_ids"), Tensor)
         and ids.ndim == 2
     ):
-        if len(ids) > 1 and not set(item) <= TEXT_KEYS:
+        if len(ids) > 1 and not set(item) <= TEXT_KEYS | SECOND_KEYS:
             raise UserError(
                 "a DataLoader that gives model inputs with media must give one sample at a time"
             )
         if len(ids) == 1:
             yield item
         else:
-            yield from ({key: value[i] for key, value in item.items()} for i in range(len(ids)))
+            yield from _taken_apart(item, len(ids))
     elif isinstance(item, Mapping) and _is_columns(item):
         yield from (dict(zip(item, values)) for values in zip(*item.values(), strict=True))
     else:
         yield item
+
+
+def _taken_apart(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of so many ids. Raises UserError for a value of other length."""
+    values = {key: value for key, value in batch.items() if value is not None}
+    for key, value in values.items():
+        plain = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+        if not plain or len(value) != count:
+            found = len(value) if plain else "one"
+            raise UserError(
+                f"a DataLoader gives {count} rows of input_ids, but {found} of {key}: give one"
+                " sample at a time"
+            )
+    yield from ({key: value[i] for key, value in values.items()} for i in range(count))
 
 
 def _is_turn(item: Mapping[str, Any]) -> bool:

@@ -18,7 +18,6 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import named
-from auto_mmround.model.experts import restacked, stacking
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
 from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached, fits
 from auto_mmround.model.loading import (
@@ -33,6 +32,7 @@ from auto_mmround.model.loading import (
     skeleton,
 )
 from auto_mmround.model.quantized import METHODS
+from auto_mmround.model.restacking import restacked, stacking
 from auto_mmround.model.streaming import has_room, load_streamed
 from auto_mmround.numerics.activations import e4m3_static, rounded_inputs
 from auto_mmround.untrusted import one_line, read_object

@@ -18,10 +18,11 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.headers import DAMAGED, Header, read_header
-from auto_mmround.model.experts import separable, stacking
+from auto_mmround.model.experts import separable
 from auto_mmround.model.keys import filled_parameters, further_layers, loaded_names
 from auto_mmround.model.kv_cache import SCALES
 from auto_mmround.model.loading import read_config, skeleton
+from auto_mmround.model.restacking import stacking
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears

@@ -18,7 +18,7 @@ from auto_mmround.export import auto_awq, config_check
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
 from auto_mmround.export.compressed_tensors import floats
 from auto_mmround.export.format import (
-    NO_EXPERTS,
+    UNQUANTIZED_EXPERTS,
     WORDS,
     Format,
     Layout,
@@ -292,7 +292,7 @@ GPTQ = replace(
             any_scheme(lambda s: s.bits != 4),
         ),
         *_LIMITS,
-        NO_EXPERTS,
+        UNQUANTIZED_EXPERTS,
     ),
 )
 AWQ = replace(
@@ -309,7 +309,7 @@ AWQ = replace(
     choose=None,
     told={"packing_format": ("auto_round:auto_awq",)},
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
-    limits=(*_LIMITS, NO_EXPERTS),
+    limits=(*_LIMITS, UNQUANTIZED_EXPERTS),
 )
 FLOAT = replace(
     PLAIN,

@@ -136,7 +136,13 @@ MADE_UP = wrong(
     "quantized experts", "parameters were made up: [.. experts.gate_up_proj ..]", "quantized"
 )
 NO_EXPERTS = Limit(
-    "vllm", "quantized experts", "its source has no kernels for them there", experts=("quantized",)
+    "vllm",
+    "quantized experts",
+    "No .. MoE backend supports the deployment configuration (its kernels want AMX)",
+    experts=("quantized",),
+)
+UNQUANTIZED_EXPERTS = replace(
+    NO_EXPERTS, message="Layer model.layers.0.mlp.experts has no parameter 'w2_qweight'"
 )
 # Parts of a weight as GPTQ and AWQ name them, and what each holds.
 WORDS = {"qweight": "q", "qzeros": "zero", "scales": "scale", "g_idx": ""}

@@ -8,8 +8,7 @@ a view into the stacked parameter: what is written into it is written into the m
 """
 
 import inspect
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,11 +20,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.structure import find_experts
 
 HALVES = ("gate_proj", "up_proj")  # of gate_up_proj, in this order
-SINGLE = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 ROWS = 4  # of a numbered expert: of whatever conversions split or exchange, each part has some
 
 
@@ -35,7 +32,8 @@ class Expert:
     where ``transposed``.
 
     key: its checkpoint key, as Transformers would save it. stacked: the original checkpoint has no
-      such key. alone: of a stack that readers take one by one too.
+      such key. alone: of a stack that readers take one by one too. named: the checkpoint calls the
+      stack as the model does.
     """
 
     key: str
@@ -45,6 +43,7 @@ class Expert:
     transposed: bool
     stacked: bool
     alone: bool = True
+    named: bool = True
 
     @property
     def tail(self) -> str:
@@ -59,7 +58,8 @@ class Expert:
 
 class Stack(NamedTuple):
     """A parameter that holds a matrix of every expert, or two, of ``leaves``: one below the other,
-    or ``mixed``, line by line."""
+    or ``mixed``, line by line. exchanged: of a module whose kernel Transformers can exchange; these
+    AutoRound takes apart, whatever their checkpoints call them."""
 
     parameter: str
     shape: tuple[int, int, int]
@@ -67,6 +67,7 @@ class Stack(NamedTuple):
     transposed: bool = False
     mixed: bool = False
     alone: bool = True
+    exchanged: bool = False
 
     def lines(self, at: int, size: int) -> slice:
         """Of ``size`` rows an expert, those of leaf number ``at``."""
@@ -86,13 +87,14 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
         stacks[path] = _stacks(model.get_submodule(path), path, fused)
     keys = _keys(model, [stack for each in stacks.values() for stack in each])
+    beginnings = _beginnings(model, stacks)
     found: dict[str, Expert] = {}
     checked: dict[tuple[type, int], bool] = {}
     for path, each in stacks.items():
         experts = {
             f"{path}.{expert.index}{leaf and '.'}{leaf}": expert
             for stack in each
-            for leaf, expert in _matrices(stack, keys[stack.parameter])
+            for leaf, expert in _matrices(stack, keys[stack.parameter], beginnings[path])
         }
         module = model.get_submodule(path)
         kind = type(module), len(experts)
@@ -125,11 +127,12 @@ def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -
         return []
     mixed = gated and not getattr(module, "is_concatenated", True)
     alone = gated and not mixed and len(leaves) == 2 and not hasattr(module, "post_expert_norm")
+    exchanged = hasattr(module, "is_concatenated")
     names = HALVES if gated else ("up_proj",)
     first = next(leaf for leaf in shapes if leaf != "down_proj")
     return [
-        Stack(f"{path}.{first}", into, names, transposed, mixed, alone),
-        Stack(f"{path}.down_proj", out, ("down_proj",), transposed, False, alone),
+        Stack(f"{path}.{first}", into, names, transposed, mixed, alone, exchanged),
+        Stack(f"{path}.down_proj", out, ("down_proj",), transposed, False, alone, exchanged),
     ]
 
 
@@ -159,19 +162,34 @@ def _keys(
     return found
 
 
-def _matrices(stack: Stack, keys: Mapping[str, tuple[int, Tensor]]) -> Iterator[tuple[str, Expert]]:
+def _beginnings(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, str]:
+    """Module of experts -> what Transformers would call it in a checkpoint."""
+    single = ".0.gate_proj.weight"
+    undone = revert_weight_conversion(model, {f"{p}{single}": torch.empty(0) for p in paths})
+    return dict(zip(paths, (key.removesuffix(single) for key in undone)))
+
+
+def _matrices(
+    stack: Stack, keys: Mapping[str, tuple[int, Tensor]], beginning: str
+) -> Iterator[tuple[str, Expert]]:
     """(name of the matrix, where it lies) of all matrices in a stacked parameter, in their order.
-    keys: of `_keys`."""
+    keys: of `_keys`. beginning: of `_beginnings`."""
     size = stack.shape[2 if stack.transposed else 1]
     parts = [part for _, part in keys.values()]
     if len(parts) <= len(stack.leaves) and all(part.ndim == 3 for part in parts):
         prefix, _, last = next(iter(keys)).rpartition(".")
-        alone = stack.alone and last == stack.parameter.rpartition(".")[2]
+        # Granite's are `input_linear` in checkpoints, and have their module's names apart
+        named = last == stack.parameter.rpartition(".")[2]
+        alone = stack.alone and (named or stack.exchanged)
+        prefix = prefix if named or not alone else beginning
         for i in range(stack.shape[0]):
             for at, leaf in enumerate(stack.leaves):
                 key = f"{prefix}.{i}.{leaf}.weight" if leaf else f"{prefix}.{i}.weight"
                 lines = stack.lines(at, size)
-                yield leaf, Expert(key, stack.parameter, i, lines, stack.transposed, True, alone)
+                yield (
+                    leaf,
+                    Expert(key, stack.parameter, i, lines, stack.transposed, True, alone, named),
+                )
         return
     found = []
     numbered = torch.arange(stack.shape[0] * ROWS).reshape(-1, ROWS, 1).expand(-1, -1, 2)
@@ -188,61 +206,6 @@ def _matrices(stack: Stack, keys: Mapping[str, tuple[int, Tensor]]) -> Iterator[
         found.append((index, lines.start, leaf, expert))
     for _, _, leaf, expert in sorted(found, key=lambda each: each[:2]):
         yield leaf, expert
-
-
-def stacking(
-    model: PreTrainedModel, keys: Collection[str]
-) -> dict[str, tuple[str, dict[str, Expert]]]:
-    """Key of a stack in the original checkpoint -> (its parameter, key of each expert's matrix ->
-    where it lies there).
-
-    Of the families whose checkpoints stack experts, and of stacks whose matrices are all among the
-    ``keys``.
-    """
-    stacks: dict[str, dict[str, Expert]] = {}
-    for expert in separable(model).values():
-        if expert.stacked and expert.alone:
-            stacks.setdefault(expert.parameter, {})[expert.tail] = expert
-    if not stacks:
-        return {}
-    singles = [found for key in keys if (found := SINGLE.fullmatch(key))]
-    wanted = {f"{found[1]}.{leaf}" for found in singles for leaf in ("gate_up_proj", "down_proj")}
-    complete = {}
-    for key, name, _ in renamed_keys(model, sorted(wanted)):
-        members = {
-            f"{key.rpartition('.')[0]}.{tail}": expert
-            for tail, expert in stacks.get(name, {}).items()
-        }
-        if members and all(member in keys for member in members):
-            complete[key] = name, members
-    return complete
-
-
-def restacked(
-    model: PreTrainedModel, name: str, members: Mapping[str, Expert], of: Callable[[str], Tensor]
-) -> Tensor:
-    """A stack as the original checkpoint of a stacking family has it, from the matrices ``of`` its
-    members. name, members: of `stacking`."""
-    shape, stack = model.get_parameter(name).shape, None
-    for member, expert in members.items():
-        matrix = of(member)
-        stack = torch.empty(shape, dtype=matrix.dtype) if stack is None else stack
-        expert.of(stack).copy_(matrix)
-    assert stack is not None  # it has members
-    return next(iter(revert_weight_conversion(model, {name: stack}).values()))
-
-
-def restack(
-    model: PreTrainedModel,
-    state: dict[str, Tensor],
-    stacks: Mapping[str, tuple[str, Mapping[str, Expert]]],
-) -> dict[str, Tensor]:
-    """A state dict whose experts have keys of their own, with those stacks of `stacking` in it
-    whose matrices lie there."""
-    for key, (name, members) in stacks.items():
-        if next(iter(members)) in state:
-            state[key] = restacked(model, name, members, state.pop)
-    return state
 
 
 @contextmanager

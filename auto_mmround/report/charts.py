@@ -209,3 +209,42 @@ def bar(value: float, largest: float, kind: str = "end") -> Markup:
         f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1"'
         f' height="10" width="{max(width, 0.4):.2f}%" rx="1"/></svg>'
     )
+
+
+def strips(rows: Mapping[str, Sequence[int]], places: Mapping[str, Sequence[str]]) -> list[Markup]:
+    """For each row a strip with a cell a block, darker for more bits. places: "3" or "3.0" for each
+    value. Rows whose names begin alike share their columns; what lies in one block shares its
+    cell."""
+    columns: dict[str, set[str]] = {}
+    for name, found in places.items():
+        columns.setdefault(name.partition("*")[0], set()).update(p.partition(".")[0] for p in found)
+    every = {value for values in rows.values() for value in values}
+    return [
+        _strip(name, dict(zip(places[name], values)), columns[name.partition("*")[0]], every)
+        for name, values in rows.items()
+    ]
+
+
+def _strip(name: str, bits: Mapping[str, int], columns: Iterable[str], every: set[int]) -> Markup:
+    ordered = sorted(columns, key=lambda number: int(number or 0))
+    wide, low, high = 100 / len(ordered), min(every), max(every)
+    cells = []
+    for i, column in enumerate(ordered):
+        inside = {place: b for place, b in bits.items() if place.partition(".")[0] == column}
+        for k, (place, value) in enumerate(inside.items()):
+            shade = 0.08 + 0.52 * (value - low) / max(high - low, 1)
+            cells.append(
+                f'<rect class="end" x="{wide * (i + k / len(inside)):.2f}%" y="1" height="16"'
+                f' width="{wide / len(inside):.3f}%" fill-opacity="{shade:.2f}">'
+                f"<title>{escape(place)}: {value} bits</title></rect>"
+            )
+        if len(ordered) <= 40 and len(set(inside.values())) == 1:
+            cells.append(
+                f'<text x="{center(i, len(ordered)):.2f}%" y="13" text-anchor="middle"'
+                f' aria-hidden="true">{next(iter(inside.values()))}</text>'
+            )
+    told = " ".join(str(value) for value in bits.values())
+    return Markup(
+        f'<svg class="strip" height="18" role="img"><title>{escape(name)}: bits block by block'
+        f"</title><desc>{told}</desc>{''.join(cells)}</svg>"
+    )

@@ -96,22 +96,24 @@ def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Where bits differ: the number of weights by bits, and each kind of layer's bits block by
-    block."""
+    block; places: the numbers in the layers' names, "3" or "3.0" (of an expert)."""
     bits = {name: layer["bits"] for name, layer in run.get("codes", {}).items() if "bits" in layer}
     if len(set(bits.values())) < 2:
         return None
     rows: dict[str, list[int]] = {}
+    places: dict[str, list[str]] = {}
     for name in sorted(
         bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]
     ):
-        rows.setdefault(
-            ".".join("*" if part.isdigit() else part for part in name.split(".")), []
-        ).append(bits[name])
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        rows.setdefault(kind, []).append(bits[name])
+        places.setdefault(kind, []).append(".".join(filter(str.isdigit, name.split("."))))
     expected = run.get("mixed")
     shares = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
     return {
         "counts": dict(sorted(Counter(bits.values()).items())),
         "rows": rows,
+        "places": places,
         "sets": expected["sets"] if expected else [],
         "expected": shares,
         "measured": expected.get("measured", {}) if expected else {},

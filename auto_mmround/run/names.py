@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import Format
-from auto_mmround.model.experts import Expert, separable, stacking
+from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.keys import converted_keys, parameter_names
 from auto_mmround.model.merging import loaded_tensors
+from auto_mmround.model.restacking import stacking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.run.carried import carried_modules, unread_keys
@@ -49,7 +50,7 @@ class Names:
         tails = {(name, _tail(key)): key for key, name in self.converted.items()}
         for name, expert in self.experts.items():
             key = tails.get((expert.parameter, expert.tail), expert.key)
-            if expert.stacked:
+            if expert.stacked and (expert.named or not expert.alone):
                 prefix = self.stacks[expert.parameter].rpartition(".")[0]
                 key = f"{prefix}.{expert.tail}"
             self.keys[f"{name}.weight"] = key

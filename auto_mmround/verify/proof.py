@@ -19,9 +19,9 @@ from auto_mmround.checkpoint.reading import CONTRADICTIONS
 from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import Format
-from auto_mmround.model.experts import SINGLE, restack, stacking
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.loading import NONSENSE
+from auto_mmround.model.restacking import SINGLE, restack, stacking
 from auto_mmround.model.streaming import no_progress_bar
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.run.given import OF_THE_FILE, head_is_tied
