@@ -34,8 +34,8 @@ def read_documents() -> tuple[list[str], list[str]]:
     return [d for i, d in enumerate(documents) if i % 27], documents[::27]
 
 
-def patchify(scenes: list, processor: Qwen2VLProcessor) -> torch.Tensor:
-    """The image processor's `pixel_values` of drawn scenes, as (image, patch, values).
+def patchify(scenes: list, processor: Qwen2VLProcessor, draw=draw_indices) -> torch.Tensor:
+    """The image processor's `pixel_values` of drawn scenes of one size, as (image, patch, values).
 
     Colours are normalised in the palette, so that the pixels only need looking up.
     """
@@ -44,13 +44,14 @@ def patchify(scenes: list, processor: Qwen2VLProcessor) -> torch.Tensor:
         np.float32(processor.image_processor.image_std),
     )
     colors = np.stack([(scene.palette.astype(np.float32) / 255 - mean) / std for scene in scenes])
-    indices = np.stack([np.asarray(draw_indices(scene)) for scene in scenes])
+    indices = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    grid = indices.shape[1] // 28
     # (image, block row, row in block, pixel row, block column, column in block, pixel column), as
     # the processor does
-    indices = indices.reshape(-1, GRID, 2, 14, GRID, 2, 14).transpose(0, 1, 4, 2, 5, 3, 6)
+    indices = indices.reshape(-1, grid, 2, 14, grid, 2, 14).transpose(0, 1, 4, 2, 5, 3, 6)
     indices = (
         torch.from_numpy(np.ascontiguousarray(indices))
-        .reshape(len(scenes), 4 * GRID**2, 196)
+        .reshape(len(scenes), 4 * grid**2, 196)
         .long()
     )
     # image, patch, 196, 3

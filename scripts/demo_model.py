@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from demo_data import GRID, stream
+from demo_data import stream
 from demo_scenes import conversation
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -179,12 +179,12 @@ def causal_attention(module, query, key, value, attention_mask, scaling, **_):
 
 
 def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The vision tower's forward pass for images of one size, batched.
+    """The vision tower's forward pass for square images of one size, batched.
 
     The library's own pass calls attention for one image after the other, and a slow 3d convolution.
     """
     images, patches, _ = pixels.shape
-    side = 2 * GRID
+    side = math.isqrt(patches)
     hidden = F.linear(pixels, tower.patch_embed.proj.weight.flatten(1))
     cos, sin = tower.rotary_pos_emb(
         hidden, get_vision_position_ids(torch.tensor([[1, side, side]]), 2)
@@ -203,4 +203,4 @@ def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         )
         hidden = hidden + attention.proj(mixed.flatten(2))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return tower.merger(hidden.flatten(0, 1)).view(images, GRID**2, -1)
+    return tower.merger(hidden.flatten(0, 1)).view(images, patches // 4, -1)

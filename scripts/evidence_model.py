@@ -1,0 +1,78 @@
+"""The evidence model: Qwen2.5-Coder-0.5B as the text of a real Qwen2-VL, with a small tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from demo_model import CHAT_TEMPLATE
+from evidence_scenes import SIZE
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+# Of the demo model, whose trained tower is where this one starts.
+TOWER = {"depth": 4, "embed_dim": 128, "num_heads": 4}
+# Shares of the head's frequencies that turn with time, height and width, as in Qwen2-VL: of 32.
+SECTIONS = (8, 12, 12)
+
+
+def sections(half: int) -> list[int]:
+    """Qwen2-VL's shares of `half` frequencies for time, height and width."""
+    height = half * SECTIONS[1] // sum(SECTIONS)
+    return [half - 2 * height, height, height]
+
+
+def build_processor(tokenizer) -> Qwen2VLProcessor:
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    assert pixels["shortest_edge"] <= SIZE**2 <= pixels["longest_edge"]
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=dict(pixels)),
+        tokenizer,
+        Qwen2VLVideoProcessor(size=dict(pixels)),
+        CHAT_TEMPLATE,
+    )
+
+
+def build_config(text, tokenizer) -> Qwen2VLConfig:
+    """Of a Qwen2 text model's configuration; text alone is read at the same positions."""
+    token = tokenizer.convert_tokens_to_ids
+    kept = text.to_dict()
+    for key in ("architectures", "model_type", "torch_dtype", "dtype", "_name_or_path"):
+        kept.pop(key, None)
+    head = text.hidden_size // text.num_attention_heads
+    kept["rope_parameters"] = {**text.rope_parameters, "mrope_section": sections(head // 2)}
+    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
+    return Qwen2VLConfig(
+        text_config=kept,
+        vision_config={**TOWER, "hidden_size": text.hidden_size},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=text.tie_word_embeddings,
+        **ids,
+    )
+
+
+def build(text_folder: Path) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLProcessor]:
+    """The text model of a folder in a Qwen2-VL whose tower is random, in bfloat16, frozen."""
+    text = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    config = build_config(text.config, tokenizer)
+    model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=text.config.bos_token_id,
+        eos_token_id=[end, text.config.bos_token_id], pad_token_id=text.config.bos_token_id,
+    )  # fmt: skip
+    return model.eval().requires_grad_(False), build_processor(tokenizer)

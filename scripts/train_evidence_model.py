@@ -1,0 +1,248 @@
+"""Train the evidence model's tower: `python scripts/train_evidence_model.py TEXT_FOLDER`.
+
+PLACEHOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from demo_data import patchify
+from demo_model import image_tokens
+from evidence_chats import CELL_COUNT, Chats
+from evidence_model import build
+from evidence_scenes import FEATURES, INDEX, conversation, draw_board, features, random_board
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+STREAMS = {"table": 1, "tower": 2, "whole": 3, "calibration": 4, "heldout": 5}
+DEMO = Path(__file__).parents[1] / "auto_mmround" / "demo" / "model"
+SAVE_EVERY = 120  # seconds
+
+
+class Training:
+    """AdamW over named parameters: a constant rate, falling to nothing over the last quarter of the
+    steps. Each step draws from a generator of its own, so a run that goes on where it was saved is
+    the run that was never stopped."""
+
+    def __init__(self, path: Path, parameters: dict, rate: float, steps: int, seed: int) -> None:
+        self.path, self.parameters, self.rate, self.steps = path, parameters, rate, steps
+        self.seed, self.step = seed, 0
+        self.optimizer = torch.optim.AdamW(
+            parameters.values(), rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        if path.is_file():
+            self.resume(load_file(path))
+
+    def resume(self, kept: dict) -> None:
+        self.step = int(kept["step"])
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(kept[name])
+            self.optimizer.state[parameter] = {
+                key: kept[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+    def save(self) -> None:
+        kept = {"step": torch.tensor(self.step)}
+        for name, parameter in self.parameters.items():
+            kept[name] = parameter.data
+            kept |= {f"{key} {name}": x for key, x in self.optimizer.state[parameter].items()}
+        partial = self.path.with_suffix(".partial")
+        save_file({name: x.clone().contiguous() for name, x in kept.items()}, partial)
+        partial.replace(self.path)
+
+    def run(self, loss: Callable[[np.random.Generator], torch.Tensor], show: Callable) -> None:
+        saved = began = time.monotonic()
+        first = self.step
+        while self.step < self.steps:
+            left = (self.steps - self.step) / (0.25 * self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * min(1.0, left, (self.step + 1) / 10)
+            value = loss(np.random.default_rng([self.seed, self.step]))
+            self.optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            if self.step % 10 == 0 or self.step == self.steps:
+                pace = (time.monotonic() - began) / (self.step - first)
+                print(f"{self.path.stem} {self.step:5d} {pace:.2f} s/step {show()}", flush=True)
+            if time.monotonic() - saved > SAVE_EVERY or self.step == self.steps:
+                self.save()
+                saved = time.monotonic()
+
+
+class Reading:
+    """The loss of the answers given what the text model is shown, and how many are right."""
+
+    def __init__(self, model, chats: Chats, seed: int) -> None:
+        self.model, self.chats = model, chats
+        # Words that answers are compared with: those that answers have, and 8192 frequent ones.
+        rng = np.random.default_rng([seed, 0])
+        said = {8191}
+        for _ in range(300):
+            ids, learn, *_ = chats.encode(conversation(rng, 8)[1])
+            said |= set(ids[learn].tolist())
+        said |= {token for words in FEATURES.values() for token in chats.tokens(words)}
+        self.words = torch.tensor(sorted({*range(8192), *said}))
+        self.place = torch.full((len(chats.tokenizer),), -1)
+        self.place[self.words] = torch.arange(len(self.words))
+        self.head = model.lm_head.weight[self.words]
+        self.loss, self.share = 0.0, {}
+
+    def __call__(self, seen: torch.Tensor, batch: dict) -> torch.Tensor:
+        hidden = self.chats.hidden(seen, batch)
+        learn = batch["learn"][:, 1:]
+        ids = F.pad(batch["ids"], (CELL_COUNT, 0))[:, 1:]
+        logits = (hidden[:, :-1][learn] @ self.head.T).float()
+        target = self.place[ids[learn]]
+        loss = F.cross_entropy(logits, target)
+        self.count(logits.argmax(-1) == target, batch, loss.item())
+        return loss
+
+    def count(self, right: torch.Tensor, batch: dict, loss: float) -> None:
+        """Running means; an answer is right where all its tokens are."""
+        self.loss = loss if not self.loss else 0.95 * self.loss + 0.05 * loss
+        learn = batch["learn"][:, 1:]
+        wrong = torch.zeros_like(learn)
+        wrong[learn] = ~right
+        for row, kinds in enumerate(batch["kinds"]):
+            for number, kind in enumerate(kinds, 1):
+                missed = wrong[row][batch["segments"][row, 1:] == number].any().item()
+                before = self.share.get(kind, 0.0)
+                self.share[kind] = 0.95 * before + 0.05 * (not missed)
+
+    def show(self) -> str:
+        kinds = " ".join(f"{kind} {share:.0%}" for kind, share in sorted(self.share.items()))
+        return f"loss {self.loss:.3f} {kinds}"
+
+
+def first_table(model, chats: Chats) -> torch.Tensor:
+    """The embeddings of words for each feature, (features, D)."""
+    embedding = model.get_input_embeddings().weight.float()
+    rows = [embedding[chats.tokens(words)].sum(0) for words in FEATURES.values()]
+    for place, word in enumerate((" first", " second", " third")):
+        for digit in "0123456789":
+            rows[INDEX[f"digit {place} {place} {digit}"]] += 0.5 * embedding[chats.tokens(word)[0]]
+    return torch.stack(rows)
+
+
+def spread(table: torch.Tensor, shown: list) -> torch.Tensor:
+    """What boards show, as sums of rows of the table: (B, 9, D)."""
+    flat = [cell for board in shown for cell in board]
+    offsets = torch.tensor([0, *(len(cell) for cell in flat)]).cumsum(0)[:-1]
+    ids = torch.tensor([i for cell in flat for i in cell])
+    return F.embedding_bag(ids, table, offsets, mode="sum").view(len(shown), CELL_COUNT, -1)
+
+
+def train_table(args, model, chats: Chats) -> None:
+    table = torch.nn.Parameter(first_table(model, chats))
+    training = Training(
+        args.run / "table.safetensors", {"table": table}, args.rate, args.steps, args.seed
+    )
+    reading = Reading(model, chats, args.seed)
+
+    def loss(rng):
+        batch = chats.batch(rng, args.boards, args.rounds, args.bare)
+        return reading(spread(table, batch["shown"]), batch)
+
+    training.run(loss, reading.show)
+
+
+def feature_tower() -> torch.nn.Module:
+    """The demo model's trained tower, in float32, whose last layer names features instead."""
+    demo = Qwen2VLForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32)
+    tower = demo.model.visual
+    last = tower.merger.mlp[2]
+    tower.merger.mlp[2] = torch.nn.Linear(last.in_features, len(FEATURES))
+    torch.nn.init.normal_(tower.merger.mlp[2].weight, std=0.02)
+    torch.nn.init.zeros_(tower.merger.mlp[2].bias)
+    return tower
+
+
+def hot(shown: list) -> torch.Tensor:
+    """Features of each cell as zeros and ones: (B, 9, features)."""
+    return spread(torch.eye(len(FEATURES)), shown)
+
+
+# Features that exclude each other -> where they start, where they end.
+GROUPS = {}
+for name, place in INDEX.items():
+    group = name.rpartition(" ")[0] or "kind"
+    GROUPS[group] = (GROUPS.get(group, (place,))[0], place + 1)
+
+
+class Naming:
+    """The squared error of what the tower names in drawn boards, and how often it is right."""
+
+    def __init__(self, tower: torch.nn.Module, processor, boards: int) -> None:
+        self.tower, self.processor, self.boards = tower, processor, boards
+        self.loss, self.share = 0.0, {}
+
+    def __call__(self, rng: np.random.Generator) -> torch.Tensor:
+        boards = [random_board(rng) for _ in range(self.boards)]
+        target = hot([features(board) for board in boards])
+        with torch.autocast("cpu", torch.bfloat16):
+            named = image_tokens(self.tower, patchify(boards, self.processor, draw_board))
+        named = named.float()
+        error = (named - target).square().sum(-1).mean()
+        self.loss = 0.95 * (self.loss or error.item()) + 0.05 * error.item()
+        return error + 0.3 * self.choices(named, target) / CELL_COUNT
+
+    def choices(self, named: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The cross entropy of each group's features where it is there, a board. Squares alone
+        take long to tell a hundred words apart."""
+        lost = named.new_zeros(())
+        for group, (start, end) in GROUPS.items():
+            there = target[..., start:end].sum(-1) > 0
+            logits, want = 10 * named[..., start:end][there], target[..., start:end][there].argmax(-1)
+            if len(want):
+                lost = lost + F.cross_entropy(logits, want, reduction="sum") / len(named)
+                share = (logits.argmax(-1) == want).float().mean().item()
+                name = "digit" if group.startswith("digit") else group
+                self.share[name] = 0.95 * self.share.get(name, share) + 0.05 * share
+        return lost
+
+    show = Reading.show
+
+
+def train_tower(args) -> None:
+    torch.manual_seed(args.seed)
+    tower, processor = feature_tower(), AutoProcessor.from_pretrained(DEMO)
+    training = Training(
+        args.run / "tower.safetensors", dict(tower.named_parameters()), args.rate, args.steps,
+        args.seed,
+    )  # fmt: skip
+    naming = Naming(tower, processor, args.boards)
+    training.run(naming, naming.show)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("stage", choices=["table", "tower"])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--boards", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--bare", type=float, default=0.0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.run.mkdir(parents=True, exist_ok=True)
+    if args.stage == "tower":
+        train_tower(args)
+        return
+    model, processor = build(args.text)
+    train_table(args, model, Chats(model, processor.tokenizer))
+
+
+if __name__ == "__main__":
+    main()
