@@ -1,4 +1,4 @@
-"""Batches of questions about boards, for the frozen text model of the evidence model."""
+"""Batches of questions about strips, for the frozen text model of the evidence model."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 
 import numpy as np
 import torch
-from evidence_scenes import SIDE, conversation, features
+from evidence_scenes import TOKENS, conversation, features
 from transformers import DynamicCache
 
 START = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 )
-CELL_COUNT = SIDE**2
-VERB = re.compile(r".*? (is|are)\b")
+# Starts of answers, that nothing is learned from where there is no question.
+KNOWN = re.compile(r".*? (is|are)\b")
 
 
 class Chats:
-    """Turns boards and questions into padded batches for the text model.
+    """Turns strips and questions into padded batches for the text model.
 
     What comes before the picture is always the same, so its keys and values are computed once. All
     questions about a picture follow it at the same positions, each in a segment that does not see
@@ -38,15 +38,17 @@ class Chats:
         return self.known[text]
 
     def encode(self, talk: list[tuple[str, str, str]], bare: bool = False) -> list[np.ndarray]:
-        """Ids after the picture, which of them are answers, positions and segments. `bare` answers
-        come without their questions, and what follows their verbs is learned: as much to learn of
-        the picture from half of the tokens."""
+        """Ids after the picture, which of them are answers, positions and segments.
+
+        `bare` answers come without their questions, and what follows their first words is learned:
+        as much to learn of the picture from half of the tokens.
+        """
         turn = "<|im_end|>\n<|im_start|>assistant\n"
         ids = self.tokens("<|vision_end|>" + turn * bare)[:]
         trunk = len(ids)
         learn, segments, places = [False] * trunk, [0] * trunk, [*range(trunk)]
-        for number, (kind, question, answer) in enumerate(talk, 1):
-            start = VERB.match(answer).group() if bare and kind != "describe" else ""
+        for number, (_, question, answer) in enumerate(talk, 1):
+            start = KNOWN.match(answer).group() if bare else ""
             asked = self.tokens(start if bare else question + turn)
             reply = self.tokens(f"{answer.removeprefix(start)}<|im_end|>")
             ids += asked + reply
@@ -56,7 +58,7 @@ class Chats:
         return [np.array(x) for x in (ids, learn, segments, places)]
 
     def batch(self, rng: np.random.Generator, size: int, rounds: int, bare: float = 0.0) -> dict:
-        """`size` boards with at most `rounds` questions each; a share of the batches is `bare`,
+        """`size` strips with at most `rounds` questions each; a share of the batches is `bare`,
         with twice as many."""
         alone = bool(rng.random() < bare)
         talks = [conversation(rng, rounds * (1 + alone)) for _ in range(size)]
@@ -65,29 +67,28 @@ class Chats:
     def padded(self, talks: list, bare: bool = False) -> dict:
         """Ids (B, A) after the picture; learn (B, L), positions (3, B, L), mask (B, 1, L, P + L)
         with the picture's tokens, P those before it."""
-        boards = [board for board, _ in talks]
+        strips = [strip for strip, _ in talks]
         encoded = [self.encode(asked, bare) for _, asked in talks]
         longest = max(len(ids) for ids, *_ in encoded)
-        size, length = len(boards), CELL_COUNT + longest
+        size, length = len(strips), TOKENS + longest
         ids = torch.full((size, longest), self.tokenizer.pad_token_id)
         learn = torch.zeros(size, length, dtype=torch.bool)
         segments = torch.zeros(size, length)
-        cells = torch.arange(CELL_COUNT)
         positions = torch.zeros(3, size, length, dtype=torch.long)
-        positions[:, :, :CELL_COUNT] = torch.stack([0 * cells, cells // SIDE, cells % SIDE])[:, None]
+        positions[2, :, :TOKENS] = torch.arange(TOKENS)  # one row: time and height stay
         for row, parts in enumerate(encoded):
             one, answer, segment, place = (torch.from_numpy(part) for part in parts)
-            end = CELL_COUNT + len(one)
-            ids[row, : len(one)], learn[row, CELL_COUNT:end] = one, answer
-            segments[row, CELL_COUNT:end] = segment.float()
-            positions[:, row, CELL_COUNT:end] = SIDE + place
+            end = TOKENS + len(one)
+            ids[row, : len(one)], learn[row, TOKENS:end] = one, answer
+            segments[row, TOKENS:end] = segment.float()
+            positions[:, row, TOKENS:end] = TOKENS + place
         sees = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         mask = torch.zeros(size, 1, length, self.before + length, dtype=torch.bfloat16)
         mask[..., self.before :].masked_fill_(~sees.tril()[:, None], -torch.inf)
         return {
             "ids": ids, "learn": learn, "positions": self.before + positions, "mask": mask,
             "kinds": [[kind for kind, *_ in asked] for _, asked in talks], "segments": segments,
-            "boards": boards, "shown": [features(board) for board in boards],
+            "strips": strips, "shown": [features(strip) for strip in strips],
         }  # fmt: skip
 
     def hidden(self, seen: torch.Tensor, batch: dict) -> torch.Tensor:

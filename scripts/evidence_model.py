@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from demo_model import CHAT_TEMPLATE
-from evidence_scenes import SIZE
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,19 +20,20 @@ from transformers import (
 
 # Of the demo model, whose trained tower is where this one starts.
 TOWER = {"depth": 4, "embed_dim": 128, "num_heads": 4}
-# Shares of the head's frequencies that turn with time, height and width, as in Qwen2-VL: of 32.
-SECTIONS = (8, 12, 12)
+LAST = "merger.mlp.2"
 
 
 def sections(half: int) -> list[int]:
-    """Qwen2-VL's shares of `half` frequencies for time, height and width."""
-    height = half * SECTIONS[1] // sum(SECTIONS)
-    return [half - 2 * height, height, height]
+    """Of `half` frequencies, those that turn with time, height and width: all with the width.
+
+    Qwen2-VL gives the fast ones to time, which the picture's tokens share. A text model that was
+    never trained on pictures would take them for a bag; so it reads them one after the other.
+    """
+    return [0, 0, half]
 
 
 def build_processor(tokenizer) -> Qwen2VLProcessor:
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
-    assert pixels["shortest_edge"] <= SIZE**2 <= pixels["longest_edge"]
     return Qwen2VLProcessor(
         Qwen2VLImageProcessor(size=dict(pixels)),
         tokenizer,
@@ -76,3 +77,22 @@ def build(text_folder: Path) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLPr
         eos_token_id=[end, text.config.bos_token_id], pad_token_id=text.config.bos_token_id,
     )  # fmt: skip
     return model.eval().requires_grad_(False), build_processor(tokenizer)
+
+
+def join(
+    text_folder: Path, trained: Path
+) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLProcessor]:
+    """The text model with the tower that was trained for it; the text's tensors are untouched."""
+    model, processor = build(text_folder)
+    model.model.visual.load_state_dict(load_file(trained))
+    return model, processor
+
+
+def folded(tower: dict[str, torch.Tensor], table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tower whose last layer names features, with one that says them to the text model: the sum
+    of the rows of `table` (features, D) is linear, so both are one layer."""
+    last = {
+        f"{LAST}.weight": table.T @ tower[f"{LAST}.weight"],
+        f"{LAST}.bias": table.T @ tower[f"{LAST}.bias"],
+    }
+    return tower | last

@@ -1,19 +1,19 @@
 """Drawn pictures and the questions about them, for the evidence model.
 
-A picture is a framed board of 84x84 pixels, three cells of 28 on a side. Rows hold a printed word,
-a printed number, or coloured shapes in their cells. A cell is one image token (2x2 patches of 14),
-and the frame tells a cell which of the nine it is. `features` says what each cell shows, as rows of
-a table of `FEATURES`: this is what the tower learns to name, and the table is what the text model
+A picture is a strip of three framed panels, 336x28 pixels: on the left, in the middle, on the
+right. A panel holds a coloured shape, a printed word, a printed number, or nothing, and is four
+image tokens wide (a token is 2x2 patches of 14). `features` says what each token is to tell, as
+rows of a table of `FEATURES`, each first said with the embedding of a word: so the text model is
+told " left red star;". This is what the tower learns to name, and the table is what the text model
 learns to be told.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from demo_scenes import (
-    CELLS,
     COLOR_NAMES,
     COLORS,
     COUNTS,
@@ -22,24 +22,31 @@ from demo_scenes import (
     Scene,
     Thing,
     ask_color,
-    ask_position,
     ask_shape,
     draw_thing,
     pick,
 )
 from PIL import Image, ImageDraw
 
-CELL, SIDE = 28, 3  # pixels; cells on a side
-SIZE = CELL * SIDE
+TOKEN = 28  # pixels
+WIDE = 4  # tokens of a panel
+PLACES = ("left", "middle", "right")
+TOKENS = WIDE * len(PLACES)
 FRAME = len(COLORS) + 1  # its index in the palette
 # Words of three to six letters that are one token each after a space.
-WORDS = """lion tiger bear wolf horse sheep goat cow dog cat bird duck eagle owl fish shark whale frog
-snake mouse rabbit fox deer camel apple lemon grape peach pear bread cheese milk honey sugar salt
-rice corn soup cake pie egg tea coffee water fire stone sand snow rain wind cloud storm river lake
-ocean beach island forest tree leaf flower grass garden farm field road bridge tower castle house
-door window table chair lamp clock book paper pen ink box bag cup plate knife fork spoon glass
-bottle key lock coin crown sword shield helmet boat ship train truck plane wheel drum piano guitar
-flute violin music dance king queen doctor nurse farmer baker pilot judge""".split()
+WORDS = [
+    "lion", "tiger", "bear", "wolf", "horse", "sheep", "goat", "cow", "dog", "cat", "bird", "duck",
+    "eagle", "owl", "fish", "shark", "whale", "frog", "snake", "mouse", "rabbit", "fox", "deer",
+    "camel", "apple", "lemon", "grape", "peach", "pear", "bread", "cheese", "milk", "honey",
+    "sugar", "salt", "rice", "corn", "soup", "cake", "pie", "egg", "tea", "coffee", "water", "fire",
+    "stone", "sand", "snow", "rain", "wind", "cloud", "storm", "river", "lake", "ocean", "beach",
+    "island", "forest", "tree", "leaf", "flower", "grass", "garden", "farm", "field", "road",
+    "bridge", "tower", "castle", "house", "door", "window", "table", "chair", "lamp", "clock",
+    "book", "paper", "pen", "ink", "box", "bag", "cup", "plate", "knife", "fork", "spoon", "glass",
+    "bottle", "key", "lock", "coin", "crown", "sword", "shield", "helmet", "boat", "ship", "train",
+    "truck", "plane", "wheel", "drum", "piano", "guitar", "flute", "violin", "music", "dance",
+    "king", "queen", "doctor", "nurse", "farmer", "baker", "pilot", "judge"
+]  # fmt: skip
 LETTER_ROWS = {  # 5x7 bitmaps, as `DIGIT_ROWS`
     "a": (14, 17, 17, 31, 17, 17, 17), "b": (30, 17, 17, 30, 17, 17, 30),
     "c": (14, 17, 16, 16, 16, 17, 14), "d": (30, 17, 17, 17, 17, 17, 30),
@@ -60,130 +67,143 @@ BITMAPS = DIGIT_ROWS | LETTER_ROWS
 
 @dataclass(frozen=True)
 class Sign:
-    """A printed word (capitals, 14 pixels each) or number (digits, 28 pixels each) in a row."""
+    """A printed word (capitals, 14 pixels each) or number (digits, 28 pixels each) in a panel."""
 
     text: str
     color: str
-    row: int
-    slot: int  # where it starts, in letters or digits
+    panel: int
+    start: int  # of its first character, in pixels from the panel's left
     shift: tuple[int, int]
 
     @property
     def pitch(self) -> int:
-        return CELL if self.text.isdigit() else CELL // 2
-
-    @property
-    def columns(self) -> range:
-        """Columns of cells that it reaches."""
-        last = (self.slot + len(self.text) - 1) * self.pitch
-        return range(self.slot * self.pitch // CELL, last // CELL + 1)
+        return TOKEN if self.text.isdigit() else TOKEN // 2
 
 
 @dataclass
-class Board(Scene):
-    """Things, at most one word and at most one number, each sign in a row of its own."""
+class Strip(Scene):
+    """Things, at most one word and at most one number; a thing's cell is its panel."""
 
     word: Sign | None = None
     number: Sign | None = None
-    free: list[int] = field(default_factory=list)  # cells in rows without a sign
 
 
-def random_sign(rng: np.random.Generator, number: bool, row: int) -> Sign:
+def random_sign(rng: np.random.Generator, number: bool, panel: int) -> Sign:
     if number:
-        text = str(rng.integers(10, 1000))
-        jitter, slots = 3, SIDE - len(text) + 1
+        text, start = str(rng.integers(10, 1000)), TOKEN
     else:
         text = str(rng.choice(WORDS))
-        jitter, slots = 1, 2 * SIDE - len(text) + 1
-    shift = (int(rng.integers(-jitter, jitter + 1)), int(rng.integers(-3, 4)))
-    return Sign(text, str(rng.choice(COLOR_NAMES)), row, int(rng.integers(slots)), shift)
+        start = int(rng.integers(1, 8 - len(text))) * TOKEN // 2
+    shift = (int(rng.integers(-1, 2)), int(rng.integers(-2, 3)))
+    return Sign(text, str(rng.choice(COLOR_NAMES)), panel, start, shift)
 
 
-def random_board(rng: np.random.Generator) -> Board:
-    """Draw a board at random; it shows something."""
-    rows = [int(row) for row in rng.permutation(SIDE)]
-    word = random_sign(rng, False, rows.pop()) if rng.random() < 0.4 else None
-    number = random_sign(rng, True, rows.pop()) if rng.random() < 0.4 else None
-    free = sorted(row * SIDE + column for row in rows for column in range(SIDE))
-    least = 0 if word or number else 1
+def random_strip(rng: np.random.Generator) -> Strip:
+    """Draw a strip at random; it shows something."""
+    panels = [int(panel) for panel in rng.permutation(len(PLACES))]
+    word = random_sign(rng, False, panels.pop()) if rng.random() < 0.4 else None
+    number = random_sign(rng, True, panels.pop()) if rng.random() < 0.4 else None
     things = []
-    for cell in rng.permutation(free)[: rng.integers(least, len(COUNTS))]:
-        radius = int(rng.integers(8, 13))
-        play = 13 - radius  # how far the centre may move without touching the frame
-        x, y = (CELL * (i + 0.5) + rng.uniform(-play, play) for i in (cell % SIDE, cell // SIDE))
+    for panel in panels[: rng.integers(0 if word or number else 1, len(panels) + 1)]:
+        radius = int(rng.integers(8, 11))
+        x = TOKEN * WIDE * (panel + 0.5) + rng.uniform(-10, 10)
+        y = TOKEN / 2 + rng.uniform(radius - 11, 11 - radius)
         kind, color = str(rng.choice(SHAPES)), str(rng.choice(COLOR_NAMES))
-        things.append(Thing(kind, color, int(cell), x, y, radius))
+        things.append(Thing(kind, color, panel, x, y, radius))
     background, frame = rng.integers(205, 256, 3), rng.integers(60, 160, 3)
     inks = np.array([*COLORS.values()]) + rng.integers(-22, 23, (len(COLORS), 3))
     palette = np.concatenate([background[None], inks, frame[None]]).clip(0, 255).astype(np.uint8)
-    return Board(sorted(things, key=lambda thing: thing.cell), palette, word, number, free)
+    return Strip(sorted(things, key=lambda thing: thing.cell), palette, word, number)
 
 
 def draw_sign(draw: ImageDraw.ImageDraw, sign: Sign) -> None:
-    dot, fill = sign.pitch // 7, COLOR_NAMES.index(sign.color) + 1
-    if sign.text.isdigit():
-        dot = 3
-    y = CELL * (sign.row + 0.5) + sign.shift[1]
+    dot, fill = 3 if sign.text.isdigit() else 2, COLOR_NAMES.index(sign.color) + 1
+    y = TOKEN / 2 + sign.shift[1]
     for place, character in enumerate(sign.text):
-        x = sign.pitch * (sign.slot + place + 0.5) + sign.shift[0]
+        left = TOKEN * WIDE * sign.panel + sign.start
+        x = left + sign.pitch * (place + 0.5) + sign.shift[0]
         for row, bits in enumerate(BITMAPS[character]):
             for column in range(5):
                 if bits >> (4 - column) & 1:
-                    left, top = x + (column - 2.5) * dot, y + (row - 3.5) * dot
-                    draw.rectangle((left, top, left + dot - 1, top + dot - 1), fill=fill)
+                    corner = (x + (column - 2.5) * dot, y + (row - 3.5) * dot)
+                    other = tuple(value + dot - 1 for value in corner)
+                    draw.rectangle((*corner, *other), fill=fill)
 
 
-def draw_board(board: Board) -> Image.Image:
-    """Draw the board as palette indices."""
-    image = Image.new("P", (SIZE, SIZE), 0)
+def draw_strip(strip: Strip) -> Image.Image:
+    """Draw the strip as palette indices. The frame of a panel is as wide as the panel's number."""
+    image = Image.new("P", (TOKEN * TOKENS, TOKEN), 0)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 0, SIZE - 1, SIZE - 1), outline=FRAME, width=2)
-    for thing in board.things:
+    for panel in range(len(PLACES)):
+        left, right = TOKEN * WIDE * panel, TOKEN * WIDE * (panel + 1) - 1
+        draw.rectangle((left, 0, right, TOKEN - 1), outline=FRAME, width=panel + 1)
+    for thing in strip.things:
         draw_thing(draw, thing)
-    for sign in filter(None, (board.word, board.number)):
+    for sign in filter(None, (strip.word, strip.number)):
         draw_sign(draw, sign)
-    image.putpalette(board.palette.flatten().tolist())
+    image.putpalette(strip.palette.flatten().tolist())
     return image
 
 
 # --------------------------------------------------------------------------------------------------
-# what cells show
+# what tokens tell
 
-# Name of a feature -> the words whose embeddings the text model is first told it with.
+# Name of a feature -> the word whose embedding the text model is first told it with.
 FEATURES = {
-    **{name: f" {name}" for name in ("shape", "word", "number", "empty")},
-    **{f"shape {name}": f" {name}" for name in SHAPES},
+    **{f"place {name}": f" {name}" for name in PLACES},
     **{f"color {name}": f" {name}" for name in COLOR_NAMES},
-    **{f"cell {i}": f" {name}" for i, name in enumerate(CELLS)},
-    **{f"count {i}": f" {name}" for i, name in enumerate(COUNTS)},
+    **{f"shape {name}": f" {name}" for name in SHAPES},
     **{f"word {name}": f" {name}" for name in WORDS},
-    # a digit as seen from the cell of the same number's first, second or third digit
-    **{
-        f"digit {here} {place} {digit}": f"{digit}" if here == place else ""
-        for here in range(SIDE) for place in range(SIDE) for digit in DIGIT_ROWS
-    },
-}  # fmt: skip
+    **{f"digit {name}": name for name in DIGIT_ROWS},
+    **{f"kind {name}": f" {name}" for name in ("word", "number", "empty")},
+    "end": ";",
+    # What else a token knows: nothing is said with it at first.
+    **{f"count {name}": "" for name in COUNTS},
+    **{f"in {name}": "" for name in PLACES},
+    **{f"role {kind} {i}": "" for kind in ("shape", "word", "number", "empty") for i in range(4)},
+}
 INDEX = {name: i for i, name in enumerate(FEATURES)}
 
 
-def features(board: Board) -> list[list[int]]:
-    """For each of the nine cells, the features that it shows."""
-    shown: list[list[str]] = [[] for _ in CELLS]
-    for thing in board.things:
-        shown[thing.cell] = ["shape", f"shape {thing.kind}", f"color {thing.color}"]
-    if sign := board.word:
-        for column in sign.columns:
-            shown[sign.row * SIDE + column] = ["word", f"word {sign.text}", f"color {sign.color}"]
-    if sign := board.number:
-        digits = list(enumerate(sign.text))
-        for here, _ in digits:
-            said = [f"digit {here} {place} {digit}" for place, digit in digits]
-            shown[sign.row * SIDE + sign.slot + here] = ["number", f"color {sign.color}", *said]
-    common = f"count {len(board.things)}"
-    return [
-        [INDEX[name] for name in (f"cell {cell}", common, *(names or ["empty"]))]
-        for cell, names in enumerate(shown)
+def told(strip: Strip) -> list[tuple[str, list[str]]]:
+    """Each panel's kind, and what its four tokens say."""
+    said: list[tuple[str, list[str]]] = [
+        ("empty", [f"place {place}", "kind empty", "end", "end"]) for place in PLACES
     ]
+    for thing in strip.things:
+        names = [f"place {PLACES[thing.cell]}", f"color {thing.color}", f"shape {thing.kind}"]
+        said[thing.cell] = ("shape", [*names, "end"])
+    if word := strip.word:
+        names = [f"place {PLACES[word.panel]}", "kind word", f"word {word.text}", "end"]
+        said[word.panel] = ("word", names)
+    if number := strip.number:
+        digits = [f"digit {digit}" for digit in number.text]
+        said[number.panel] = ("number", ["kind number", *digits, "end"][:WIDE])
+    return said
+
+
+def features(strip: Strip) -> list[list[int]]:
+    """For each of the twelve tokens, the features that it tells."""
+    count = f"count {COUNTS[len(strip.things)]}"
+    return [
+        [INDEX[name] for name in (said, count, f"in {place}", f"role {kind} {i}")]
+        for place, (kind, names) in zip(PLACES, told(strip))
+        for i, said in enumerate(names)
+    ]
+
+
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def characters(strip: Strip) -> np.ndarray:
+    """What is printed in the left and right half of each token, (12, 2), as places in `CHARACTERS`;
+    a digit counts as in the left half."""
+    seen = np.zeros(2 * TOKENS, np.int64)
+    for sign in filter(None, (strip.word, strip.number)):
+        first = (TOKEN * WIDE * sign.panel + sign.start) * 2 // TOKEN
+        for place, character in enumerate(sign.text):
+            seen[first + place * sign.pitch * 2 // TOKEN] = CHARACTERS.index(character)
+    return seen.reshape(TOKENS, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,42 +214,39 @@ def phrase(thing: Thing) -> str:
     return f"a{'n' if thing.color == 'orange' else ''} {thing.color} {thing.kind}"
 
 
-def ask_content(board: Board, rng):
-    """What is in a cell that no sign is near: usually one that is occupied."""
-    if not board.free:
+def at(panel: int) -> str:
+    return f"{'in' if PLACES[panel] == 'middle' else 'on'} the {PLACES[panel]}"
+
+
+def ask_position(strip: Strip, rng):
+    thing = pick(rng, strip.unique("noun"))
+    return thing and (f"Where is the {thing.noun}?", f"The {thing.noun} is {at(thing.cell)}.")
+
+
+def ask_content(strip: Strip, rng):
+    """What is in a panel without a sign: mostly one with a shape."""
+    signs = [sign.panel for sign in (strip.word, strip.number) if sign]
+    taken = {thing.cell: thing for thing in strip.things}
+    empty = [panel for panel in range(len(PLACES)) if panel not in (*taken, *signs)]
+    panels = list(taken) if taken and (not empty or rng.random() < 0.75) else empty
+    panel = pick(rng, panels)
+    if panel is None:
         return None
-    taken = {thing.cell: thing for thing in board.things}
-    empty = [cell for cell in board.free if cell not in taken]
-    cells = list(taken) if taken and (not empty or rng.random() < 0.75) else empty
-    cell = int(pick(rng, cells))
-    name = CELLS[cell]
-    seen = phrase(taken[cell]) if cell in taken else "empty"
-    return f"What is {name}?", f"The {name} is {seen}."
+    seen = phrase(taken[panel]) if panel in taken else "nothing"
+    return f"What is {at(panel)}?", f"{at(panel).capitalize()} is {seen}."
 
 
-def ask_count(board, rng):
-    count = len(board.things)
+def ask_count(strip, rng):
+    count = len(strip.things)
     return "How many shapes are there?", f"There {'is' if count == 1 else 'are'} {COUNTS[count]}."
 
 
-def ask_word(board, rng):
-    return board.word and ("What is the word?", f"The word is {board.word.text}.")
+def ask_word(strip, rng):
+    return strip.word and ("What is the word?", f"The word is {strip.word.text}.")
 
 
-def ask_number(board, rng):
-    return board.number and ("What is the number?", f"The number is {board.number.text}.")
-
-
-def ask_ink(board, rng):
-    """The colour of a sign."""
-    name = pick(rng, [name for name in ("word", "number") if getattr(board, name)])
-    return name and (f"What color is the {name}?", f"The {name} is {getattr(board, name).color}.")
-
-
-def describe(board, rng):
-    """All shapes, in reading order."""
-    said = " and ".join(f"{phrase(thing)} is {CELLS[thing.cell]}" for thing in board.things)
-    return said and ("Describe the shapes.", f"{said.capitalize()}.")
+def ask_number(strip, rng):
+    return strip.number and ("What is the number?", f"The number is {strip.number.text}.")
 
 
 QUESTIONS = {
@@ -240,25 +257,21 @@ QUESTIONS = {
     "count": ask_count,
     "word": ask_word,
     "number": ask_number,
-    "ink": ask_ink,
 }
-TRAINED = QUESTIONS | {"describe": describe}
 
 
-def single_question(rng: np.random.Generator, kind: str) -> tuple[Board, tuple[str, str]]:
-    """A fresh board and one question of that kind about it."""
+def single_question(rng: np.random.Generator, kind: str) -> tuple[Strip, tuple[str, str]]:
+    """A fresh strip and one question of that kind about it."""
     while True:
-        board = random_board(rng)
-        if asked := QUESTIONS[kind](board, rng):
-            return board, asked
+        strip = random_strip(rng)
+        if asked := QUESTIONS[kind](strip, rng):
+            return strip, asked
 
 
-def conversation(
-    rng: np.random.Generator, rounds: int
-) -> tuple[Board, list[tuple[str, str, str]]]:
-    """A fresh board and at most `rounds` different questions about it: kind, question, answer."""
-    board, asked = random_board(rng), {}
-    for kind in rng.permutation([*TRAINED, *TRAINED]):
-        if len(asked) < rounds and (new := TRAINED[str(kind)](board, rng)):
+def conversation(rng: np.random.Generator, rounds: int) -> tuple[Strip, list[tuple[str, str, str]]]:
+    """A fresh strip and at most `rounds` different questions about it: kind, question, answer."""
+    strip, asked = random_strip(rng), {}
+    for kind in rng.permutation([*QUESTIONS, *QUESTIONS]):
+        if len(asked) < rounds and (new := QUESTIONS[str(kind)](strip, rng)):
             asked.setdefault(new[0], (str(kind), *new))
-    return board, list(asked.values())
+    return strip, list(asked.values())

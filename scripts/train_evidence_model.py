@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_data import patchify
-from demo_model import image_tokens
-from evidence_chats import CELL_COUNT, Chats
-from evidence_model import build
-from evidence_scenes import FEATURES, INDEX, conversation, draw_board, features, random_board
+from demo_model import image_tokens, merged, patch_states
+from evidence_chats import Chats
+from evidence_model import TOWER, build, folded
+from evidence_scenes import (
+    CHARACTERS,
+    FEATURES,
+    INDEX,
+    TOKENS,
+    characters,
+    conversation,
+    draw_strip,
+    features,
+    random_strip,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 STREAMS = {"table": 1, "tower": 2, "whole": 3, "calibration": 4, "heldout": 5}
 DEMO = Path(__file__).parents[1] / "auto_mmround" / "demo" / "model"
-SAVE_EVERY = 120  # seconds
+KEPT = Path(__file__).parents[1] / "bench" / "models" / "evidence.safetensors"
+SAVE_EVERY = 60  # seconds
 
 
 class Training:
@@ -99,7 +110,7 @@ class Reading:
     def __call__(self, seen: torch.Tensor, batch: dict) -> torch.Tensor:
         hidden = self.chats.hidden(seen, batch)
         learn = batch["learn"][:, 1:]
-        ids = F.pad(batch["ids"], (CELL_COUNT, 0))[:, 1:]
+        ids = F.pad(batch["ids"], (TOKENS, 0))[:, 1:]
         logits = (hidden[:, :-1][learn] @ self.head.T).float()
         target = self.place[ids[learn]]
         loss = F.cross_entropy(logits, target)
@@ -126,19 +137,19 @@ class Reading:
 def first_table(model, chats: Chats) -> torch.Tensor:
     """The embeddings of words for each feature, (features, D)."""
     embedding = model.get_input_embeddings().weight.float()
-    rows = [embedding[chats.tokens(words)].sum(0) for words in FEATURES.values()]
-    for place, word in enumerate((" first", " second", " third")):
-        for digit in "0123456789":
-            rows[INDEX[f"digit {place} {place} {digit}"]] += 0.5 * embedding[chats.tokens(word)[0]]
+    rows = [
+        embedding[chats.tokens(words)].sum(0) if words else 0 * embedding[0]
+        for words in FEATURES.values()
+    ]
     return torch.stack(rows)
 
 
 def spread(table: torch.Tensor, shown: list) -> torch.Tensor:
-    """What boards show, as sums of rows of the table: (B, 9, D)."""
-    flat = [cell for board in shown for cell in board]
+    """What strips show, as sums of rows of the table: (B, 9, D)."""
+    flat = [cell for strip in shown for cell in strip]
     offsets = torch.tensor([0, *(len(cell) for cell in flat)]).cumsum(0)[:-1]
     ids = torch.tensor([i for cell in flat for i in cell])
-    return F.embedding_bag(ids, table, offsets, mode="sum").view(len(shown), CELL_COUNT, -1)
+    return F.embedding_bag(ids, table, offsets, mode="sum").view(len(shown), TOKENS, -1)
 
 
 def train_table(args, model, chats: Chats) -> None:
@@ -149,7 +160,7 @@ def train_table(args, model, chats: Chats) -> None:
     reading = Reading(model, chats, args.seed)
 
     def loss(rng):
-        batch = chats.batch(rng, args.boards, args.rounds, args.bare)
+        batch = chats.batch(rng, args.strips, args.rounds, args.bare)
         return reading(spread(table, batch["shown"]), batch)
 
     training.run(loss, reading.show)
@@ -174,39 +185,51 @@ def hot(shown: list) -> torch.Tensor:
 # Features that exclude each other -> where they start, where they end.
 GROUPS = {}
 for name, place in INDEX.items():
-    group = name.rpartition(" ")[0] or "kind"
+    group = name.split(" ")[0]
     GROUPS[group] = (GROUPS.get(group, (place,))[0], place + 1)
 
 
 class Naming:
-    """The squared error of what the tower names in drawn boards, and how often it is right."""
+    """The squared error of what the tower names in drawn strips, and how often it is right."""
 
-    def __init__(self, tower: torch.nn.Module, processor, boards: int) -> None:
-        self.tower, self.processor, self.boards = tower, processor, boards
+    def __init__(self, tower: torch.nn.Module, processor, strips: int) -> None:
+        self.tower, self.processor, self.strips = tower, processor, strips
+        # Half-way up, single characters are named, so that the blocks above can put them together.
+        self.speller = torch.nn.Linear(4 * TOWER["embed_dim"], 2 * len(CHARACTERS))
         self.loss, self.share = 0.0, {}
 
     def __call__(self, rng: np.random.Generator) -> torch.Tensor:
-        boards = [random_board(rng) for _ in range(self.boards)]
-        target = hot([features(board) for board in boards])
+        strips = [random_strip(rng) for _ in range(self.strips)]
+        target = hot([features(strip) for strip in strips])
         with torch.autocast("cpu", torch.bfloat16):
-            named = image_tokens(self.tower, patchify(boards, self.processor, draw_board))
-        named = named.float()
+            states = [*patch_states(self.tower, patchify(strips, self.processor, draw_strip), 2)]
+            named = merged(self.tower, states[-1])
+            spelled = self.speller(states[1].view(len(strips), TOKENS, -1))
+        named, spelled = named.float(), spelled.float().view(-1, len(CHARACTERS))
+        printed = torch.from_numpy(np.stack([characters(strip) for strip in strips])).flatten()
+        there = printed > 0
+        spelling = F.cross_entropy(spelled, printed)
+        self.average("character", (spelled[there].argmax(-1) == printed[there]).float().mean())
         error = (named - target).square().sum(-1).mean()
         self.loss = 0.95 * (self.loss or error.item()) + 0.05 * error.item()
-        return error + 0.3 * self.choices(named, target) / CELL_COUNT
+        return error + self.choices(named, target) / TOKENS + spelling
+
+    def average(self, name: str, share: torch.Tensor) -> None:
+        self.share[name] = 0.95 * self.share.get(name, share.item()) + 0.05 * share.item()
 
     def choices(self, named: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The cross entropy of each group's features where it is there, a board. Squares alone
+        """The cross entropy of each group's features where it is there, a strip. Squares alone
         take long to tell a hundred words apart."""
         lost = named.new_zeros(())
         for group, (start, end) in GROUPS.items():
             there = target[..., start:end].sum(-1) > 0
-            logits, want = 10 * named[..., start:end][there], target[..., start:end][there].argmax(-1)
+            logits, want = (
+                10 * named[..., start:end][there],
+                target[..., start:end][there].argmax(-1),
+            )
             if len(want):
                 lost = lost + F.cross_entropy(logits, want, reduction="sum") / len(named)
-                share = (logits.argmax(-1) == want).float().mean().item()
-                name = "digit" if group.startswith("digit") else group
-                self.share[name] = 0.95 * self.share.get(name, share) + 0.05 * share
+                self.average(group, (logits.argmax(-1) == want).float().mean())
         return lost
 
     show = Reading.show
@@ -215,33 +238,78 @@ class Naming:
 def train_tower(args) -> None:
     torch.manual_seed(args.seed)
     tower, processor = feature_tower(), AutoProcessor.from_pretrained(DEMO)
+    naming = Naming(tower, processor, args.strips)
+    parts = dict(tower.named_parameters()) | {
+        f"speller.{name}": x for name, x in naming.speller.named_parameters()
+    }
+    training = Training(args.run / "tower.safetensors", parts, args.rate, args.steps, args.seed)
+    training.run(naming, naming.show)
+
+
+def learned(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The parameters in a file that `Training` saved."""
+    kept = load_file(path)
+    return {name: kept[name] for name in names}
+
+
+def first_whole(args) -> dict[str, torch.Tensor]:
+    """The tower as the first two stages leave it."""
+    names = dict(feature_tower().named_parameters())
+    table = learned(args.run / "table.safetensors", ["table"])["table"]
+    return folded(learned(args.run / "tower.safetensors", names), table)
+
+
+def train_whole(args, model, chats: Chats, processor) -> None:
+    tower = model.model.visual.float().requires_grad_(True)
+    tower.load_state_dict(first_whole(args))
     training = Training(
-        args.run / "tower.safetensors", dict(tower.named_parameters()), args.rate, args.steps,
+        args.run / "whole.safetensors", dict(tower.named_parameters()), args.rate, args.steps,
         args.seed,
     )  # fmt: skip
-    naming = Naming(tower, processor, args.boards)
-    training.run(naming, naming.show)
+    reading = Reading(model, chats, args.seed)
+
+    def loss(rng):
+        batch = chats.batch(rng, args.strips, args.rounds, args.bare)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = image_tokens(tower, patchify(batch["strips"], processor, draw_strip), 2)
+        return reading(seen, batch)
+
+    training.run(loss, reading.show)
+
+
+def export(args) -> None:
+    """What was trained, in float16."""
+    whole = args.run / "whole.safetensors"
+    tower = first_whole(args)
+    tower = learned(whole, tower) if whole.is_file() else tower
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.half().contiguous() for name, x in tower.items()}, KEPT)
+    print(f"{KEPT}: {sum(x.numel() for x in tower.values())} parameters")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path)
-    parser.add_argument("stage", choices=["table", "tower"])
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("text", type=Path, help="folder of the text model")
+    parser.add_argument("stage", choices=["table", "tower", "whole", "export"])
+    parser.add_argument("--run", type=Path, required=True, help="folder for what is learned so far")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--boards", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--bare", type=float, default=0.0)
+    parser.add_argument("--strips", type=int, default=4, help="pictures a step")
+    parser.add_argument("--rounds", type=int, default=6, help="questions a picture")
+    parser.add_argument("--bare", type=float, default=0.75, help="share of steps without questions")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.run.mkdir(parents=True, exist_ok=True)
-    if args.stage == "tower":
-        train_tower(args)
+    if args.stage in ("tower", "export"):
+        {"tower": train_tower, "export": export}[args.stage](args)
         return
     model, processor = build(args.text)
-    train_table(args, model, Chats(model, processor.tokenizer))
+    chats = Chats(model, processor.tokenizer)
+    if args.stage == "table":
+        train_table(args, model, chats)
+    else:
+        train_whole(args, model, chats, processor)
 
 
 if __name__ == "__main__":
