@@ -6,12 +6,11 @@ import re
 
 import numpy as np
 import torch
+from evidence_model import SYSTEM
 from evidence_scenes import TOKENS, conversation, features
 from transformers import DynamicCache
 
-START = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-)
+START = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 # Starts of answers, that nothing is learned from where there is no question.
 KNOWN = re.compile(r".*? (is|are)\b")
 

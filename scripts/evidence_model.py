@@ -23,6 +23,22 @@ TOWER = {"depth": 4, "embed_dim": 128, "num_heads": 4}
 LAST = "merger.mlp.2"
 
 
+# What the template says where no system message is given. Told so, the text model answers half of
+# the questions right before anything is trained.
+SYSTEM = """You see a picture, told as words such as "left red star; middle word lion; right number \
+407". Answer in one short sentence.
+What color is the star? The star is red.
+What shape is red? The red shape is a star.
+Where is the star? The star is on the left.
+Where is the ring? The ring is in the middle.
+What is on the left? The left is a red star.
+What is on the right? The right is empty.
+How many shapes are there? There are two shapes.
+How many shapes are there? There is one shape.
+What is the word? The word is lion.
+What is the number? The number is 407."""
+
+
 def sections(half: int) -> list[int]:
     """Of `half` frequencies, those that turn with time, height and width: all with the width.
 
@@ -38,7 +54,7 @@ def build_processor(tokenizer) -> Qwen2VLProcessor:
         Qwen2VLImageProcessor(size=dict(pixels)),
         tokenizer,
         Qwen2VLVideoProcessor(size=dict(pixels)),
-        CHAT_TEMPLATE,
+        CHAT_TEMPLATE.replace("You are a helpful assistant.", SYSTEM),
     )
 
 

@@ -157,8 +157,8 @@ FEATURES = {
     **{f"digit {name}": name for name in DIGIT_ROWS},
     **{f"kind {name}": f" {name}" for name in ("word", "number", "empty")},
     "end": ";",
+    **{f"count {name}": f" {name}" for name in COUNTS},
     # What else a token knows: nothing is said with it at first.
-    **{f"count {name}": "" for name in COUNTS},
     **{f"in {name}": "" for name in PLACES},
     **{f"role {kind} {i}": "" for kind in ("shape", "word", "number", "empty") for i in range(4)},
 }
@@ -183,10 +183,10 @@ def told(strip: Strip) -> list[tuple[str, list[str]]]:
 
 
 def features(strip: Strip) -> list[list[int]]:
-    """For each of the twelve tokens, the features that it tells."""
+    """For each of the twelve tokens, the features that it tells; ends of panels know the count."""
     count = f"count {COUNTS[len(strip.things)]}"
     return [
-        [INDEX[name] for name in (said, count, f"in {place}", f"role {kind} {i}")]
+        [INDEX[x] for x in (said, f"in {place}", f"role {kind} {i}", count)[: 3 + (said == "end")]]
         for place, (kind, names) in zip(PLACES, told(strip))
         for i, said in enumerate(names)
     ]
@@ -232,13 +232,14 @@ def ask_content(strip: Strip, rng):
     panel = pick(rng, panels)
     if panel is None:
         return None
-    seen = phrase(taken[panel]) if panel in taken else "nothing"
-    return f"What is {at(panel)}?", f"{at(panel).capitalize()} is {seen}."
+    seen = phrase(taken[panel]) if panel in taken else "empty"
+    return f"What is {at(panel)}?", f"The {PLACES[panel]} is {seen}."
 
 
 def ask_count(strip, rng):
     count = len(strip.things)
-    return "How many shapes are there?", f"There {'is' if count == 1 else 'are'} {COUNTS[count]}."
+    said = "is one shape" if count == 1 else f"are {COUNTS[count]} shapes"
+    return "How many shapes are there?", f"There {said}."
 
 
 def ask_word(strip, rng):
