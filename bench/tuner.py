@@ -168,13 +168,13 @@ def with_pictures(model: str) -> bool:
     return model == "demo" or (Path(model).parent / "heldout" / "vqa.json").is_file()
 
 
-def sets(model: str) -> tuple[str, list[str]]:
-    """The calibration argument, and what to measure on."""
+def sets(model: str, folder: str, names: tuple[str, ...]) -> tuple[str, str | None]:
+    """A dataset argument and where its media lie: of the bundled model, or of a folder beside the
+    model."""
     if model == "demo":
-        return "demo", ["demo"]
-    beside = Path(model).parent
-    calibration = [str(beside / "calibration" / name) for name in ("text.jsonl", "llava.json")]
-    return ",".join(calibration), [str(beside / "heldout" / n) for n in ("text.jsonl", "vqa.json")]
+        return "demo", None
+    beside = Path(model).parent / folder
+    return ",".join(str(beside / name) for name in names), str(beside)
 
 
 def pictured(job: dict[str, Any]) -> dict[str, Any]:
@@ -190,10 +190,11 @@ def pictured(job: dict[str, Any]) -> dict[str, Any]:
     options = scheme_of(job) | (
         METHODS[job["method"]] | job["options"] if job["method"] in METHODS else {}
     )
-    dataset, held = sets(job["model"])
+    dataset, media = sets(job["model"], "calibration", ("text.jsonl", "llava.json"))
     recipe = Recipe(
-        model=job["model"], dataset=dataset, nsamples=job["samples"], device="cpu", **options
-    )
+        model=job["model"], dataset=dataset, extra_data_dir=media, nsamples=job["samples"],
+        device="cpu", **options,
+    )  # fmt: skip
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     prepared = jobs.prepare(recipe, loaded)
     started, used = time.perf_counter(), time.process_time()
@@ -215,8 +216,9 @@ def pictured(job: dict[str, Any]) -> dict[str, Any]:
     result |= {"peak_gb": kept.peak_gb()}
     inputs = [
         sample
-        for name in held
-        for sample in held_out(loaded, name, extra_data_dir=beside(name), limit=job["held_rows"])
+        for names in ([("",)] if job["model"] == "demo" else [("text.jsonl",), ("vqa.json",)])
+        for held, media in [sets(job["model"], "heldout", names)]
+        for sample in held_out(loaded, held, extra_data_dir=media, limit=job["held_rows"])
     ]
     (found,) = measure([model], inputs, reference=reference)
     assert found.perplexity is not None and found.accuracy is not None

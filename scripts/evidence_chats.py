@@ -91,8 +91,8 @@ class Chats:
         }  # fmt: skip
 
     def hidden(self, seen: torch.Tensor, batch: dict) -> torch.Tensor:
-        """The text model's last hidden state (B, L, D) for the pictures' tokens `seen` (B, 9,
-        D)."""
+        """The text model's last hidden state (B, L, D) for the pictures' tokens `seen`
+        (B, 12, D)."""
         text = self.model.model.language_model
         size = len(seen)
         cache = DynamicCache()

@@ -25,7 +25,7 @@ LAST = "merger.mlp.2"
 
 # What the template says where no system message is given. Told so, the text model answers half of
 # the questions right before anything is trained.
-SYSTEM = """You see a picture, told as words such as "left red star; middle word lion; right number \
+SYSTEM = """You see a picture, told as words such as "left red star; middle word lion; number \
 407". Answer in one short sentence.
 What color is the star? The star is red.
 What shape is red? The red shape is a star.

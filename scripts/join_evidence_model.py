@@ -17,7 +17,7 @@ from evidence_model import join
 from evidence_scenes import QUESTIONS, conversation, draw_strip, single_question
 
 TRAINED = Path(__file__).parents[1] / "bench" / "models" / "evidence.safetensors"
-STREAMS = {"calibration": 101, "heldout": 102}
+STREAMS = {"calibration": (101, 1), "heldout": (102, 1)}  # training draws from (seed, step)
 
 
 def single(rng: np.random.Generator, kind: str) -> tuple[str, tuple[list, list]]:
@@ -32,10 +32,10 @@ def talk(rng: np.random.Generator, rounds: int) -> tuple[str, tuple[list, list]]
 
 def write_data(out: Path, each: int, seed: int = 0) -> None:
     """Held-out: `each` questions of every kind. Calibration: 192 talks of one to three rounds."""
-    rng = np.random.default_rng([seed, STREAMS["heldout"]])
+    rng = np.random.default_rng([seed, *STREAMS["heldout"]])
     asked = [single(rng, kind) for _ in range(each) for kind in QUESTIONS]
     write_conversations(out / "heldout", "heldout", asked, draw_strip)
-    rng = np.random.default_rng([seed, STREAMS["calibration"]])
+    rng = np.random.default_rng([seed, *STREAMS["calibration"]])
     talks = [talk(rng, 1 + i % 3) for i in range(192)]
     write_conversations(out / "calibration", "calibration", talks, draw_strip)
     write_texts(out, *read_documents())
