@@ -56,12 +56,14 @@ class Chats:
             places += range(trunk, trunk + len(asked) + len(reply))
         return [np.array(x) for x in (ids, learn, segments, places)]
 
-    def batch(self, rng: np.random.Generator, size: int, rounds: int, bare: float = 0.0) -> dict:
-        """`size` strips with at most `rounds` questions each; a share of the batches is `bare`,
-        with twice as many."""
-        alone = bool(rng.random() < bare)
-        talks = [conversation(rng, rounds * (1 + alone)) for _ in range(size)]
-        return self.padded(talks, alone)
+    def batch(self, rng: np.random.Generator, args) -> dict:
+        """`args.strips` strips with at most `args.rounds` questions of `args.kinds` each; a share
+        of the batches, `args.bare`, is bare, with twice as many."""
+        alone = bool(rng.random() < args.bare)
+        rounds = args.rounds * (1 + alone)
+        return self.padded(
+            [conversation(rng, rounds, args.kinds) for _ in range(args.strips)], alone
+        )
 
     def padded(self, talks: list, bare: bool = False) -> dict:
         """Ids (B, A) after the picture; learn (B, L), positions (3, B, L), mask (B, 1, L, P + L)

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.initialization import no_init_weights
 
 # Of the demo model, whose trained tower is where this one starts.
 TOWER = {"depth": 4, "embed_dim": 128, "num_heads": 4}
@@ -84,7 +85,9 @@ def build(text_folder: Path) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLPr
     text = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(text_folder)
     config = build_config(text.config, tokenizer)
-    model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
+    config.dtype = torch.bfloat16
+    with no_init_weights():
+        model = Qwen2VLForConditionalGeneration._from_config(config)
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -269,10 +269,12 @@ def single_question(rng: np.random.Generator, kind: str) -> tuple[Strip, tuple[s
             return strip, asked
 
 
-def conversation(rng: np.random.Generator, rounds: int) -> tuple[Strip, list[tuple[str, str, str]]]:
+def conversation(
+    rng: np.random.Generator, rounds: int, kinds: Iterable[str] = QUESTIONS
+) -> tuple[Strip, list[tuple[str, str, str]]]:
     """A fresh strip and at most `rounds` different questions about it: kind, question, answer."""
     strip, asked = random_strip(rng), {}
-    for kind in rng.permutation([*QUESTIONS, *QUESTIONS]):
+    for kind in rng.permutation([*kinds, *kinds]):
         if len(asked) < rounds and (new := QUESTIONS[str(kind)](strip, rng)):
             asked.setdefault(new[0], (str(kind), *new))
     return strip, list(asked.values())

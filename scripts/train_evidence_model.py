@@ -42,6 +42,7 @@ from evidence_scenes import (
     CHARACTERS,
     FEATURES,
     INDEX,
+    QUESTIONS,
     TOKENS,
     characters,
     conversation,
@@ -181,7 +182,7 @@ def train_table(args, model, chats: Chats) -> None:
     reading = Reading(model, chats, args.seed)
 
     def loss(rng):
-        batch = chats.batch(rng, args.strips, args.rounds, args.bare)
+        batch = chats.batch(rng, args)
         return reading(spread(table, batch["shown"]), batch)
 
     training.run(loss, reading.show, args.stop)
@@ -290,7 +291,7 @@ def train_whole(args, model, chats: Chats, processor) -> None:
     reading = Reading(model, chats, args.seed)
 
     def loss(rng):
-        batch = chats.batch(rng, args.strips, args.rounds, args.bare)
+        batch = chats.batch(rng, args)
         with torch.autocast("cpu", torch.bfloat16):
             seen = image_tokens(tower, patchify(batch["strips"], processor, draw_strip), 2)
         return reading(seen, batch)
@@ -334,6 +335,7 @@ def main() -> None:
     parser.add_argument("--stop", type=int, help="step to stop at, to go on another time")
     parser.add_argument("--strips", type=int, default=3, help="pictures a step")
     parser.add_argument("--rounds", type=int, default=5, help="questions a picture")
+    parser.add_argument("--kinds", nargs="+", default=[*QUESTIONS], help="of questions")
     parser.add_argument(
         "--bare", type=float, default=0.0, help="share of steps with answers but no questions"
     )

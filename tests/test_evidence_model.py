@@ -50,7 +50,7 @@ def learned(text, run, stage, stop=None):
     train.learn(
         Namespace(
             text=text, stage=stage, run=run, seed=0, rate=1e-3, steps=2, stop=stop, strips=2,
-            rounds=2, bare=0.5,
+            rounds=2, bare=0.5, kinds=[*scenes.QUESTIONS],
         )
     )  # fmt: skip
     return load_file(run / f"{stage}.safetensors")
