@@ -16,18 +16,11 @@ import kept
 
 def by_kind(folder: Path, held: Path, limit: int | None) -> dict[str, float]:
     """Share of right answers of each kind, and of all."""
-    from auto_mmround.checkpoint.loader import from_quantized
+    from auto_mmround.checkpoint.loader import load_any
     from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.metrics import measure
-    from auto_mmround.recipe.recipe import Recipe
-    from auto_mmround.run import job as jobs
 
-    quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
-    loaded = (
-        from_quantized(folder)
-        if quantized
-        else jobs.load_model(Recipe(model=str(folder), device="cpu"))
-    )
+    loaded = load_any(str(folder))
     rows = json.loads((held / "vqa.json").read_text())[:limit]
     inputs = held_out(loaded, str(held / "vqa.json"), extra_data_dir=str(held), limit=limit)
     asked = defaultdict(list)
