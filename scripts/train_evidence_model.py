@@ -76,9 +76,10 @@ class Training:
         self.step = int(kept["step"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(kept[name])
-            self.optimizer.state[parameter] = {
-                key: kept[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            if self.step:
+                self.optimizer.state[parameter] = {
+                    key: kept[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                }
 
     def save(self) -> None:
         kept = {"step": torch.tensor(self.step)}
@@ -90,9 +91,10 @@ class Training:
         partial.replace(self.path)
 
     def run(self, loss: Callable, show: Callable[[], str], stop: int | None) -> None:
-        """Steps on `loss(generator)`, until all are done or, to go on another time, `stop`."""
+        """Steps on `loss(generator)`, until all are done or, to go on another time, `stop` (0 keeps
+        what there is before any)."""
         saved = began = time.monotonic()
-        first, last = self.step, min(self.steps, stop or self.steps)
+        first, last = self.step, self.steps if stop is None else min(self.steps, stop)
         while self.step < last:
             left = (self.steps - self.step) / (0.25 * self.steps)
             for group in self.optimizer.param_groups:
@@ -106,9 +108,10 @@ class Training:
             if self.step % 10 == 0 or self.step == last:
                 pace = (time.monotonic() - began) / (self.step - first)
                 print(f"{self.path.stem} {self.step:5d} {pace:.2f} s/step {show()}", flush=True)
-            if time.monotonic() - saved > SAVE_EVERY or self.step == last:
+            if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
+        self.save()
 
 
 class Reading:
