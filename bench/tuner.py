@@ -5,6 +5,10 @@ other.
     bench/tuner.py --model FOLDER --calibration TEXT.txt --held_out TEXT.txt
                    [--schemes W3g128 W2g64a ...] [--keep DIR]
     bench/tuner.py --model demo --methods rtn gptq sign_round auto
+    bench/tuner.py --model EVIDENCE/model --schemes W3g128 --methods rtn auto
+
+The last two have pictures: text and images calibrate, and KL is measured on each. EVIDENCE is what
+scripts/join_evidence_model.py wrote (see bench/models/README.md).
 
 Each method runs in a process of its own, which reports its seconds (quantizing only) and peak
 memory, then the perplexity of the quantized model on held-out text and its KL divergence from full
@@ -159,8 +163,22 @@ def damage(model: Any, reference: Any, rows: Any) -> dict[str, float]:
     return {"perplexity": float(torch.tensor(loss / len(rows)).exp()), "kl": kl / len(rows)}
 
 
-def bundled(job: dict[str, Any]) -> dict[str, Any]:
-    """One method on the bundled vision-language model, text and images in its calibration; KL by
+def with_pictures(model: str) -> bool:
+    """Is it the bundled model, or a folder that has data with pictures beside it?"""
+    return model == "demo" or (Path(model).parent / "heldout" / "vqa.json").is_file()
+
+
+def sets(model: str, folder: str, names: tuple[str, ...]) -> tuple[str, str | None]:
+    """A dataset argument and where its media lie: of the bundled model, or of a folder beside the
+    model."""
+    if model == "demo":
+        return "demo", None
+    beside = Path(model).parent / folder
+    return ",".join(str(beside / name) for name in names), str(beside)
+
+
+def pictured(job: dict[str, Any]) -> dict[str, Any]:
+    """One method on a vision-language model, text and images in its calibration; KL by
     modality."""
     from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.metrics import measure
@@ -172,7 +190,11 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
     options = scheme_of(job) | (
         METHODS[job["method"]] | job["options"] if job["method"] in METHODS else {}
     )
-    recipe = Recipe(model="demo", dataset="demo", nsamples=job["samples"], device="cpu", **options)
+    dataset, media = sets(job["model"], "calibration", ("text.jsonl", "llava.json"))
+    recipe = Recipe(
+        model=job["model"], dataset=dataset, extra_data_dir=media, nsamples=job["samples"],
+        device="cpu", **options,
+    )  # fmt: skip
     loaded, reference = jobs.load_model(recipe), jobs.load_model(recipe).model
     prepared = jobs.prepare(recipe, loaded)
     started, used = time.perf_counter(), time.process_time()
@@ -192,9 +214,13 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
         run_pipeline(model, prepared.recipe, prepared.plan, prepared.inputs, Finished())
     result = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
     result |= {"peak_gb": kept.peak_gb()}
-    (found,) = measure(
-        [model], held_out(loaded, "demo", limit=job["held_rows"]), reference=reference
-    )
+    inputs = [
+        sample
+        for names in ([("",)] if job["model"] == "demo" else [("text.jsonl",), ("vqa.json",)])
+        for held, media in [sets(job["model"], "heldout", names)]
+        for sample in held_out(loaded, held, extra_data_dir=media, limit=job["held_rows"])
+    ]
+    (found,) = measure([model], inputs, reference=reference)
     assert found.perplexity is not None and found.accuracy is not None
     return result | {
         "perplexity": found.perplexity, "kl": found.kl["text"], "kl_image": found.kl["image"],
@@ -204,8 +230,8 @@ def bundled(job: dict[str, Any]) -> dict[str, Any]:
 
 def worker(job: dict[str, Any]) -> None:
     """One method in this process; the last line of standard output is its result as JSON."""
-    if job["model"] == "demo":
-        print(json.dumps(bundled(job)))
+    if with_pictures(job["model"]):
+        print(json.dumps(pictured(job)))
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

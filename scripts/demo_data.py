@@ -34,8 +34,8 @@ def read_documents() -> tuple[list[str], list[str]]:
     return [d for i, d in enumerate(documents) if i % 27], documents[::27]
 
 
-def patchify(scenes: list, processor: Qwen2VLProcessor) -> torch.Tensor:
-    """The image processor's `pixel_values` of drawn scenes, as (image, patch, values).
+def patchify(scenes: list, processor: Qwen2VLProcessor, draw=draw_indices) -> torch.Tensor:
+    """The image processor's `pixel_values` of drawn scenes of one size, as (image, patch, values).
 
     Colours are normalised in the palette, so that the pixels only need looking up.
     """
@@ -44,13 +44,14 @@ def patchify(scenes: list, processor: Qwen2VLProcessor) -> torch.Tensor:
         np.float32(processor.image_processor.image_std),
     )
     colors = np.stack([(scene.palette.astype(np.float32) / 255 - mean) / std for scene in scenes])
-    indices = np.stack([np.asarray(draw_indices(scene)) for scene in scenes])
+    indices = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    rows, columns = (size // 28 for size in indices.shape[1:])
     # (image, block row, row in block, pixel row, block column, column in block, pixel column), as
     # the processor does
-    indices = indices.reshape(-1, GRID, 2, 14, GRID, 2, 14).transpose(0, 1, 4, 2, 5, 3, 6)
+    indices = indices.reshape(-1, rows, 2, 14, columns, 2, 14).transpose(0, 1, 4, 2, 5, 3, 6)
     indices = (
         torch.from_numpy(np.ascontiguousarray(indices))
-        .reshape(len(scenes), 4 * GRID**2, 196)
+        .reshape(len(scenes), 4 * rows * columns, 196)
         .long()
     )
     # image, patch, 196, 3
@@ -154,7 +155,7 @@ class ChatEncoder:
 # what is written
 
 
-def write_conversations(folder: Path, name: str, items: list) -> None:
+def write_conversations(folder: Path, name: str, items: list, draw=draw_indices) -> None:
     """LLaVA-style conversations next to their images."""
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -164,7 +165,7 @@ def write_conversations(folder: Path, name: str, items: list) -> None:
             f"{number:04d}{'ab'[i] if len(scenes) > 1 else ''}.png" for i in range(len(scenes))
         ]
         for scene, file in zip(scenes, files):
-            draw_indices(scene).save(folder / "images" / file, optimize=True)
+            draw(scene).save(folder / "images" / file, optimize=True)
         turns = []
         for i, (question, answer) in enumerate(questions):
             shown = "<image>\n" * len(scenes) if i == 0 else ""
@@ -192,6 +193,11 @@ def write_data(out: Path, seed: int, documents: list[str], held_documents: list[
     rng = stream(seed, "calibration")
     talks = [conversation(rng, 1 if i % 5 < 3 else 2, 1 + i % 3) for i in range(192)]
     write_conversations(out / "calibration", "calibration", [("mixed", talk) for talk in talks])
+    write_texts(out, documents, held_documents)
+
+
+def write_texts(out: Path, documents: list[str], held_documents: list[str]) -> None:
+    """`heldout/text.jsonl`, and 192 of the others as `calibration/text.jsonl`."""
     for folder, texts in (
         ("heldout", held_documents),
         ("calibration", documents[:: len(documents) // 192][:192]),

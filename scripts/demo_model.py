@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -178,16 +179,16 @@ def causal_attention(module, query, key, value, attention_mask, scaling, **_):
     return attend(query, key, value.to(query.dtype), scaling, mask), None
 
 
-def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The vision tower's forward pass for images of one size, batched.
+def patch_states(tower: torch.nn.Module, pixels: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
+    """The vision tower's hidden state (images, patches, width) after each block, for images of one
+    size, so many rows of patches, batched.
 
     The library's own pass calls attention for one image after the other, and a slow 3d convolution.
     """
     images, patches, _ = pixels.shape
-    side = 2 * GRID
     hidden = F.linear(pixels, tower.patch_embed.proj.weight.flatten(1))
     cos, sin = tower.rotary_pos_emb(
-        hidden, get_vision_position_ids(torch.tensor([[1, side, side]]), 2)
+        hidden, get_vision_position_ids(torch.tensor([[1, rows, patches // rows]]), 2)
     )
     half = cos.shape[-1] // 2
 
@@ -203,4 +204,17 @@ def image_tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         )
         hidden = hidden + attention.proj(mixed.flatten(2))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return tower.merger(hidden.flatten(0, 1)).view(images, GRID**2, -1)
+        yield hidden
+
+
+def merged(tower: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Image tokens (images, patches / 4, hidden size) of the last state."""
+    return tower.merger(hidden.flatten(0, 1)).view(len(hidden), hidden.shape[1] // 4, -1)
+
+
+def image_tokens(
+    tower: torch.nn.Module, pixels: torch.Tensor, rows: int = 2 * GRID
+) -> torch.Tensor:
+    """The vision tower's whole pass."""
+    *_, hidden = patch_states(tower, pixels, rows)
+    return merged(tower, hidden)

@@ -109,7 +109,7 @@ def _polygon(
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
+def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
     x, y, r, fill = thing.x, thing.y, thing.radius, COLOR_NAMES.index(thing.color) + 1
     polygons = {
         "triangle": _polygon(3, r, -90),
@@ -141,7 +141,7 @@ def draw_indices(scene: Scene) -> Image.Image:
     image = Image.new("P", (SIZE, SIZE), 0)
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
-        _draw_thing(draw, thing)
+        draw_thing(draw, thing)
     image.putpalette(scene.palette.flatten().tolist())
     return image
 
@@ -150,7 +150,7 @@ def draw_indices(scene: Scene) -> Image.Image:
 # one image
 
 
-def _pick(rng: np.random.Generator, items: list):
+def pick(rng: np.random.Generator, items: list):
     return items[rng.integers(len(items))] if items else None
 
 
@@ -160,14 +160,14 @@ def _pick(rng: np.random.Generator, items: list):
 
 
 def ask_color(scene, rng):
-    thing = _pick(rng, scene.unique("noun"))
+    thing = pick(rng, scene.unique("noun"))
     if thing is None:
         return None
     return f"What color is the {thing.noun}?", f"The {thing.noun} is {thing.color}."
 
 
 def ask_shape(scene, rng):
-    thing = _pick(rng, [thing for thing in scene.unique("color") if not thing.is_digit])
+    thing = pick(rng, [thing for thing in scene.unique("color") if not thing.is_digit])
     if thing is None:
         return None
     return f"What shape is {thing.color}?", f"The {thing.color} shape is a {thing.kind}."
@@ -180,7 +180,7 @@ def ask_digit(scene, rng):
 
 
 def ask_position(scene, rng):
-    thing = _pick(rng, scene.unique("noun"))
+    thing = pick(rng, scene.unique("noun"))
     if thing is None:
         return None
     return f"Where is the {thing.noun}?", f"The {thing.noun} is {CELLS[thing.cell]}."
@@ -189,12 +189,12 @@ def ask_position(scene, rng):
 def ask_content(scene, rng):
     """What is in a cell: usually one that is occupied."""
     if rng.random() < 0.8:
-        thing = _pick(rng, scene.things)
+        thing = pick(rng, scene.things)
         return (
             f"What is {CELLS[thing.cell]}?",
             f"The {CELLS[thing.cell]} is a {thing.color} {thing.noun}.",
         )
-    cell = int(_pick(rng, sorted(set(range(9)) - {thing.cell for thing in scene.things})))
+    cell = int(pick(rng, sorted(set(range(9)) - {thing.cell for thing in scene.things})))
     return f"What is {CELLS[cell]}?", f"The {CELLS[cell]} is empty."
 
 
@@ -209,7 +209,7 @@ def ask_count(scene, rng):
 def ask_which(pair, rng):
     """Which image shows something that only one of them has?"""
     first, second = ({thing.noun for thing in scene.things} for scene in pair)
-    value = _pick(rng, sorted(first ^ second))
+    value = pick(rng, sorted(first ^ second))
     if value is None:
         return None
     return (
@@ -221,7 +221,7 @@ def ask_which(pair, rng):
 def ask_in_image(pair, rng):
     """A one-image question that says which of the two images it is about."""
     side = int(rng.integers(2))
-    asked = _pick(rng, [ask_color, ask_shape, ask_digit, ask_position])(pair[side], rng)
+    asked = pick(rng, [ask_color, ask_shape, ask_digit, ask_position])(pair[side], rng)
     if asked is None:
         return None
     return f"In the {('first', 'second')[side]} image: {asked[0]}", asked[1]
@@ -265,12 +265,12 @@ def conversation(
     of `kinds`."""
     functions = ONE_IMAGE if images == 1 else TWO_IMAGES
     kinds = list(kinds or functions)
-    scenes, asked = single_question(rng, _pick(rng, kinds))
+    scenes, asked = single_question(rng, pick(rng, kinds))
     about = scenes[0] if images == 1 else scenes
     for _ in range(8 * rounds):  # a poor scene (one thing in it) has few questions: give up quietly
         if len(asked) == rounds:
             break
-        new = functions[_pick(rng, kinds)](about, rng)
+        new = functions[pick(rng, kinds)](about, rng)
         if new and new[0] not in [question for question, _ in asked]:
             asked.append(new)
     return scenes, asked
