@@ -248,25 +248,30 @@ def test_placed_offsets_give_the_codes_off_the_edge(seed, name, margin):
         assert torch.equal(again[near], q_OGg[near])
 
 
+@pytest.mark.parametrize("again", [0, 4])
 @pytest.mark.parametrize("name, size, rows", KINDS)
-def test_sweeps_find_what_the_solve_in_turn_finds(name, size, rows):
+def test_sweeps_find_what_the_solve_in_turn_finds(name, size, rows, again):
     """As accelerators solve: experts of one shape together, but not where their rows would share a
-    scale."""
+    scale. Behind descents few codes differ, for the same error."""
+    config = StartConfig(again=again)
     moments = [moments_of(256, seed=seed) for seed in (1, 2)]
     weights = [weight(40, 256, seed) for seed in (1, 2)]
     grid = float_grid(name, size, torch.stack(weights).abs().max())
     alone, swept = ([Rounding(w_OI, size, grid) for w_OI in weights] for _ in range(2))
     for rounding, own in zip(alone, moments, strict=True):
-        closed_form([rounding], own, StartConfig())
+        closed_form([rounding], own, config)
     stacks = [start._Stack([rounding], own) for rounding, own in zip(swept, moments, strict=True)]
     batches = start._batches(stacks)
     assert len(batches) == (1 if rows == 1 else 2)
-    doubtful = torch.cat([start._place(batch, StartConfig(), in_sweeps=True) for batch in batches])
+    doubtful = torch.cat([start._place(batch, config, in_sweeps=True) for batch in batches])
     assert not doubtful.all()
     for one, two, doubted in zip(alone, swept, doubtful.tolist(), strict=True):
         same = (one.codes().q_OI == two.codes().q_OI).float().mean()
-        assert doubted or same > 0.99
+        assert doubted or same > (0.95 if again else 0.99)
         assert torch.equal(grids.dequantize(two.codes()), two.weight())
+    for one, two, own, w_OI in zip(alone, swept, moments, weights, strict=True):
+        errors = [output_error(w_OI, each.weight(), own.hessian()) for each in (one, two)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4A16", "MXFP8", "FP8", "FP8_TENSOR"])

@@ -18,6 +18,7 @@ from auto_mmround.export import auto_awq, config_check
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
 from auto_mmround.export.compressed_tensors import floats
 from auto_mmround.export.format import (
+    NO_EXPERTS,
     UNQUANTIZED_EXPERTS,
     WORDS,
     Format,

@@ -300,32 +300,64 @@ def _solved(
     importance = (
         importance[0] if count == 1 else importance.repeat_interleave(len(w_OGg) // count, 0)
     )
-    how = gptq.Solving(config.dampening, config.order, config.block)
-    sweeping = None
-    if in_sweeps:
-        sweeping = sweeps.Sweeping(hessian.view(count, columns, columns), group_size, grid, how)
-    under = {"hessian_II": hessian, "group_size": group_size, "grid": grid, "how": how}
-    solve: Callable[..., Tensor] = sweeping or partial(gptq.solve, **under)
-    descend = sweeping.descend if sweeping else partial(gptq.descend, **under)
+    under = _Under.of(hessian, group_size, grid, config, in_sweeps)
     del hessians
     parts = []
-    for part_OGg in w_OGg.split(sweeping.rows(columns) if sweeping else len(w_OGg)):
+    for part_OGg in w_OGg.split(under.sweeping.rows(columns) if under.sweeping else len(w_OGg)):
         scale_OG, zero_OG, blocks = _searched(part_OGg, importance, grid)
         if blocks:  # on the grid that is left, see `super_grids`
             part_OGg = part_OGg.float() + blocks.min_OG[..., None]
-        w_OI = grids.from_groups(part_OGg, columns).float()
-        q_OI = solve(w_OI, scale_OG=scale_OG, zero_OG=zero_OG)
+        w_OI, unit_OG = grids.from_groups(part_OGg, columns).float(), blocks and blocks.unit_OG
+        q_OI = under.solve(w_OI, scale_OG=scale_OG, zero_OG=zero_OG)
         for again in range(1 + config.again if config.refit else 0):
             if again:
-                q_OI = descend(w_OI, q_OI, scale_OG=scale_OG, zero_OG=zero_OG)
-            unit_OG = blocks.unit_OG if blocks else None
-            w_q_NOI, s_z_NOG = _apart(count, w_OI, q_OI), _apart(count, scale_OG, zero_OG)
-            scale_OG = gptq.refit_scale(
-                w_q_NOI[0], w_q_NOI[1], hessian, s_z_NOG[0], s_z_NOG[1], group_size, grid, unit_OG
-            ).flatten(0, -2)
+                q_OI = under.descend(w_OI, q_OI, scale_OG=scale_OG, zero_OG=zero_OG)
+            scale_OG = under.refit(w_OI, q_OI, scale_OG, zero_OG, unit_OG)
         q_OGg = grids.to_groups(grid.packed(q_OI), group_size)
         parts.append(_Found(scale_OG, zero_OG, q_OGg, blocks))
-    return _Found.joined(parts), sweeping.doubtful() if sweeping else torch.zeros(count)
+    doubtful_N = under.sweeping.doubtful() if under.sweeping else torch.zeros(count)
+    return _Found.joined(parts), doubtful_N
+
+
+class _Under(NamedTuple):
+    """Second moments (I, I), or (N, I, I) of N weights of one shape, and what is done under
+    them."""
+
+    hessian: Tensor
+    group_size: int
+    grid: grids.Points
+    solve: Callable[..., Tensor]
+    descend: Callable[..., Tensor]
+    sweeping: sweeps.Sweeping | None
+
+    @classmethod
+    def of(
+        cls,
+        hessian: Tensor,
+        group_size: int,
+        grid: grids.Points,
+        config: StartConfig,
+        in_sweeps: bool,
+    ) -> "_Under":
+        """Column by column, or by `sweeps`."""
+        how = gptq.Solving(config.dampening, config.order, config.block)
+        if in_sweeps:
+            many = hessian if hessian.ndim == 3 else hessian[None]
+            made = sweeps.Sweeping(many, group_size, grid, how)
+            return cls(hessian, group_size, grid, made, made.descend, made)
+        all_: dict[str, Any] = dict(hessian_II=hessian, group_size=group_size, grid=grid, how=how)
+        solve, descend = partial(gptq.solve, **all_), partial(gptq.descend, **all_)
+        return cls(hessian, group_size, grid, solve, descend, None)
+
+    def refit(
+        self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, unit_OG: Tensor | None
+    ) -> Tensor:
+        """`gptq.refit_scale` of all rows."""
+        count = len(self.hessian) if self.hessian.ndim == 3 else 1
+        w_OI, q_OI, scale_OG, zero_OG = _apart(count, w_OI, q_OI, scale_OG, zero_OG)
+        return gptq.refit_scale(
+            w_OI, q_OI, self.hessian, scale_OG, zero_OG, self.group_size, self.grid, unit_OG
+        ).flatten(0, -2)
 
 
 def _searched(
