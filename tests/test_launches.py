@@ -79,8 +79,9 @@ def test_sweeps_round_as_columns_in_turn_do(kind, grid, order):
     how = gptq.Solving(0.05, order)
     again_OI = solver.descend(w_OI, wanted_OI, *ranges_)
     expected_OI = gptq.descend(w_OI, wanted_OI, hessian_II, *ranges_, 64, grid, how)
+    damped_II = hessian_II + 0.05 * hessian_II.diagonal().mean() * torch.eye(320)
     before_O, after_O, most_O = (
-        loss(w_OI, q_OI, hessian_II, *ranges_) for q_OI in (wanted_OI, again_OI, expected_OI)
+        loss(w_OI, q_OI, damped_II, *ranges_) for q_OI in (wanted_OI, again_OI, expected_OI)
     )
     assert (after_O <= before_O * 1.0001).all()
     if kind != "alike":  # there one column's choice is every other's
@@ -131,17 +132,18 @@ def test_the_start_is_that_of_the_processor_also_where_sweeps_are_not_sure(grid,
 
 
 @there
-def test_launches_of_a_solve():
-    """Five a column and 8 waits a block, if columns were rounded in turn: 5,000 for the solve and
-    as many for each of four descents."""
+@pytest.mark.parametrize("again, most", [(0, 2.0), (4, 6.7)])
+def test_launches_of_a_solve(again, most):
+    """Five a column, if columns were rounded in turn, and 8 waits a block: 20,516 for 4,096
+    columns, and as many for each of four descents."""
     w_OI = torch.randn(8, 1024)
     own = moments_of(torch.randn(1500, 1024), HERE)
     made = {"a": Rounding(w_OI.to(HERE), 128, GRID)}
     with watched() as seen:
-        closed_forms(made, {"a": own}, StartConfig())
-    assert seen.count("launch", "numerics/sweeps.py") < 3.2 * 1024
+        closed_forms(made, {"a": own}, StartConfig(again=again))
+    assert seen.count("launch", "numerics/sweeps.py") < (1.4 + 0.8 * again) * 1024
     assert seen.count("launch", "numerics/scale_search.py") < 150
-    assert reads(seen) == 1 and seen.count("launch") < 4.9 * 1024
+    assert reads(seen) == 1 and seen.count("launch") < most * 1024
 
 
 @there

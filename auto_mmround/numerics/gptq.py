@@ -117,7 +117,7 @@ def descend(
     error_IO = torch.addcmul(w_IO, groups.scale_GO[group_I], q_IO, value=-1)
     for i in range(0, len(w_IO), how.block):
         part = slice(i, i + how.block)
-        answers_BI = answers(hessian_II[order_I[part]][:, order_I], i, damp)
+        answers_BI, _ = answers(hessian_II[order_I[part]][:, order_I], i, damp)
         among_BB = answers_BI[:, part].tril()
         target_BO = torch.addmm(w_IO[part], answers_BI, error_IO)
         target_BO.addmm_(among_BB, error_IO[part], alpha=-1)
@@ -128,14 +128,15 @@ def descend(
     return _as_rows(q_IO.add_(groups.zero_GO[group_I]), order_I)
 
 
-def answers(hessian_BI: Tensor, first: int, damp: Tensor) -> Tensor:
-    """H_kj / H_kk, 0 for j = k: how column k answers for the error of column j. Writes into rows
-    ``first`` and on (..., B, in) of H. To nearest where second moments say nothing."""
+def answers(hessian_BI: Tensor, first: int, damp: Tensor) -> tuple[Tensor, Tensor]:
+    """H_kj / H_kk, 0 for j = k: how column k answers for the error of column j; and H_kk (..., B),
+    damped. Writes into rows ``first`` and on (..., B, in) of H. To nearest where second moments say
+    nothing."""
     own_BB = hessian_BI[..., first : first + hessian_BI.shape[-2]]
-    own_B = own_BB.diagonal(dim1=-2, dim2=-1) + damp
-    hessian_BI /= own_B.clamp(min=1e-30)[..., None]
+    own_B = (own_BB.diagonal(dim1=-2, dim2=-1) + damp).clamp(min=1e-30)
+    hessian_BI /= own_B[..., None]
     own_BB.diagonal(dim1=-2, dim2=-1).zero_()
-    return hessian_BI.nan_to_num_(0.0, 0.0, 0.0)
+    return hessian_BI.nan_to_num_(0.0, 0.0, 0.0), own_B
 
 
 class _Groups(NamedTuple):

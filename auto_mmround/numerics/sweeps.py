@@ -18,7 +18,7 @@ from auto_mmround.numerics import gptq
 from auto_mmround.numerics.grids import Points
 
 BLOCK, SWEEPS = 128, 32
-FEW = 8  # sweeps where few integers move
+FEW = 16  # sweeps where few integers move
 MOST = 2**25  # elements of weights that are worked on at a time
 
 
@@ -65,31 +65,31 @@ class Sweeping:
 
     def descend(self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
         """`gptq.descend` of codes (N * O, I). Columns that answer for the errors of a sweep before
-        may go too far: rows that are not better stay as they were."""
+        may go too far: where a block of a row is not better, it stays as it was."""
         w_NIO, q_NIO = self._columns(w_OI), self._columns(q_OI)
         error_NIO = torch.empty_like(w_NIO)
         for part, (scale_NBO, zero_NBO) in self._blocks(scale_OG, zero_OG):
             error_NIO[:, part] = w_NIO[:, part] - scale_NBO * (q_NIO[:, part] - zero_NBO)
-        before_NO = self._loss(error_NIO)
         damp_N1 = self._dampening * self._hessian_NII.diagonal(dim1=1, dim2=2).mean(-1)[:, None]
         for part, tables_NBO in self._blocks(scale_OG, zero_OG):
             rows_NBI = self._hessian_NII.take_along_dim(self._order_NI[:, part, None], 1)
             rows_NBI = rows_NBI.take_along_dim(self._order_NI[:, None], 2)
-            answers_NBI = gptq.answers(rows_NBI, part.start, damp_N1)
-            among_NBB = answers_NBI[:, :, part].tril()
-            target_NBO = torch.baddbmm(w_NIO[:, part], answers_NBI, error_NIO)
-            target_NBO.baddbmm_(among_NBB, error_NIO[:, part], alpha=-1)
+            answers_NBI, own_NB = gptq.answers(rows_NBI, part.start, damp_N1)
+            among_NBB, w_NBO = answers_NBI[:, :, part], w_NIO[:, part]
+            target_NBO = torch.baddbmm(w_NBO, answers_NBI, error_NIO)
+            before_NBO, kept_NBO = error_NIO[:, part].clone(), q_NIO[:, part].clone()
+            slope_NBO = (target_NBO - w_NBO).add_(before_NBO)  # half of dL/dE, over H_kk
+            earlier_NBB = among_NBB.tril()
+            target_NBO.baddbmm_(earlier_NBB, before_NBO, alpha=-1)
             self._block(
-                w_NIO[:, part], target_NBO, among_NBB, tables_NBO, error_NIO[:, part],
-                q_NIO[:, part], FEW,
-            )  # fmt: skip
-        better_NO = self._loss(error_NIO) < before_NO
-        return torch.where(better_NO.flatten()[:, None], self._rows(q_NIO), q_OI)
-
-    def _loss(self, error_NIO: Tensor) -> Tensor:
-        """The diagonal of E H E^T, (N, O)."""
-        error_NOI = self._rows(error_NIO).unflatten(0, (len(error_NIO), -1))
-        return ((error_NOI @ self._hessian_NII) * error_NOI).sum(-1)
+                w_NBO, target_NBO, earlier_NBB, tables_NBO, error_NIO[:, part], q_NIO[:, part], FEW
+            )
+            moved_NBO = error_NIO[:, part] - before_NBO
+            rise_NBO = torch.baddbmm(moved_NBO, among_NBB, moved_NBO).add_(slope_NBO, alpha=2)
+            rise_N1O = rise_NBO.mul_(moved_NBO).mul_(own_NB[..., None]).sum(1, keepdim=True)
+            error_NIO[:, part] = torch.where(rise_N1O < 0, error_NIO[:, part], before_NBO)
+            q_NIO[:, part] = torch.where(rise_N1O < 0, q_NIO[:, part], kept_NBO)
+        return self._rows(q_NIO)
 
     def _columns(self, x_OI: Tensor) -> Tensor:
         """(N, I, O), in the order in which columns are rounded."""
