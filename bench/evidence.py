@@ -8,6 +8,7 @@ OUT/heldout, which scripts/join_evidence_model.py wrote; --limit takes the first
 """
 
 import json
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,15 +21,19 @@ def by_kind(folder: Path, held: Path, limit: int | None) -> dict[str, float]:
     from auto_mmround.evaluate.held_out import held_out
     from auto_mmround.evaluate.metrics import measure
 
-    loaded = load_any(str(folder))
-    rows = json.loads((held / "vqa.json").read_text())[:limit]
-    inputs = held_out(loaded, str(held / "vqa.json"), extra_data_dir=str(held), limit=limit)
+    loaded, rows = load_any(str(folder)), json.loads((held / "vqa.json").read_text())[:limit]
     asked = defaultdict(list)
-    for row, sample in zip(rows, inputs, strict=True):
-        asked[row["kind"]].append(sample)
-    shares = {kind: measure([loaded.model], some)[0].accuracy for kind, some in asked.items()}
-    everything = sum(share * len(asked[kind]) for kind, share in shares.items() if share)
-    return shares | {"all": everything / len(inputs)}
+    for row in rows:
+        asked[row["kind"]].append(row)
+    shares = {}
+    with tempfile.TemporaryDirectory() as drawer:
+        for kind, some in asked.items():
+            file = Path(drawer, "vqa.json")
+            file.write_text(json.dumps(some))
+            inputs = held_out(loaded, str(file), extra_data_dir=str(held), limit=len(some))
+            shares[kind] = measure([loaded.model], inputs)[0].accuracy or 0.0
+    right = sum(shares[kind] * len(some) for kind, some in asked.items())
+    return shares | {"all": right / len(rows)}
 
 
 def main() -> None:

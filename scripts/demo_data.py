@@ -155,8 +155,10 @@ class ChatEncoder:
 # what is written
 
 
-def write_conversations(folder: Path, name: str, items: list, draw=draw_indices) -> None:
-    """LLaVA-style conversations next to their images."""
+def write_conversations(
+    folder: Path, name: str, items: list, draw=draw_indices, picture="<image>\n", system=""
+) -> None:
+    """LLaVA-style conversations next to their images. picture: what stands for one."""
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     rows = []
@@ -166,9 +168,9 @@ def write_conversations(folder: Path, name: str, items: list, draw=draw_indices)
         ]
         for scene, file in zip(scenes, files):
             draw(scene).save(folder / "images" / file, optimize=True)
-        turns = []
+        turns = [{"from": "system", "value": system}] if system else []
         for i, (question, answer) in enumerate(questions):
-            shown = "<image>\n" * len(scenes) if i == 0 else ""
+            shown = picture * len(scenes) if i == 0 else ""
             turns += [
                 {"from": "human", "value": shown + question},
                 {"from": "gpt", "value": answer},

@@ -9,11 +9,12 @@ OUT/model is an ordinary folder, with processor, tokenizer and chat template. OU
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from demo_data import read_documents, write_conversations, write_texts
-from evidence_model import join
+from evidence_model import SYSTEM, join
 from evidence_scenes import QUESTIONS, conversation, draw_strip, single_question
 
 TRAINED = Path(__file__).parents[1] / "bench" / "models" / "evidence.safetensors"
@@ -32,12 +33,14 @@ def talk(rng: np.random.Generator, rounds: int) -> tuple[str, tuple[list, list]]
 
 def write_data(out: Path, each: int, seed: int = 0) -> None:
     """Held-out: `each` questions of every kind. Calibration: 192 talks of one to three rounds."""
+    # Word for word what the tower was trained with, whatever template the rows go through.
+    write = partial(write_conversations, draw=draw_strip, picture="<image>", system=SYSTEM)
     rng = np.random.default_rng([seed, *STREAMS["heldout"]])
     asked = [single(rng, kind) for _ in range(each) for kind in QUESTIONS]
-    write_conversations(out / "heldout", "heldout", asked, draw_strip)
+    write(out / "heldout", "heldout", asked)
     rng = np.random.default_rng([seed, *STREAMS["calibration"]])
     talks = [talk(rng, 1 + i % 3) for i in range(192)]
-    write_conversations(out / "calibration", "calibration", talks, draw_strip)
+    write(out / "calibration", "calibration", talks)
     write_texts(out, *read_documents())
 
 

@@ -24,7 +24,7 @@ import train_evidence_model as train  # noqa: E402
 from demo_data import patchify  # noqa: E402
 from demo_model import image_tokens  # noqa: E402
 from evidence_chats import Chats  # noqa: E402
-from evidence_model import build, folded, join  # noqa: E402
+from evidence_model import SYSTEM, build, folded, join  # noqa: E402
 from join_evidence_model import write_data  # noqa: E402
 
 KEPT = ROOT / "bench" / "models" / "evidence.safetensors"
@@ -163,6 +163,9 @@ def test_data_is_drawn_from_streams_of_its_own(tmp_path):
     rows = json.loads((tmp_path / "heldout" / "vqa.json").read_text())
     assert [row["kind"] for row in rows] == [*scenes.QUESTIONS] * 2
     assert all((tmp_path / "heldout" / "images" / row["image"]).is_file() for row in rows)
+    for row in rows:  # as in training: the system message, and no line end behind the picture
+        system, question, _ = (turn["value"] for turn in row["conversations"])
+        assert system == SYSTEM and question.startswith("<image>") and "\n" not in question
     for part in ("heldout", "calibration"):
         assert (tmp_path / part / "text.jsonl").is_file()
 
