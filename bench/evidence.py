@@ -30,7 +30,9 @@ def by_kind(folder: Path, held: Path, limit: int | None) -> dict[str, float]:
         for kind, some in asked.items():
             file = Path(drawer, "vqa.json")
             file.write_text(json.dumps(some))
-            inputs = held_out(loaded, str(file), extra_data_dir=str(held), limit=len(some))
+            inputs = held_out(
+                loaded, str(file), extra_data_dir=str(held / "images"), limit=len(some)
+            )
             shares[kind] = measure([loaded.model], inputs)[0].accuracy or 0.0
     right = sum(shares[kind] * len(some) for kind, some in asked.items())
     return shares | {"all": right / len(rows)}
