@@ -1,17 +1,20 @@
 """The one walk: what equalizing, planning and choosing bits push through blocks that hand keys and
 values on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_streaming import run
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.model.chains import Kinds
-from auto_mmround.model.fisher import spread
+from auto_mmround.model.fisher import FisherPasses, measure_fisher, spread
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
 from auto_mmround.run import session as sessions
+from auto_mmround.run.processes import Processes
 from auto_mmround.run.session import Session
 
 SHARING = ["gemma3n_text", "gemma4"]  # later blocks read what earlier ones leave for them
@@ -98,3 +101,18 @@ def test_experts_share_the_tokens_of_all_samples(tmp_path, monkeypatch):
     assert len(session.sampled) == 1
     monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
     assert prepared(tmp_path).sampled == list(range(16))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_takes_second_moments_of_samples_that_it_captures(rank, tmp_path, monkeypatch):
+    """Of every second sample one process would have all, the other none."""
+    monkeypatch.setattr(sessions, "TOKENS", 8 * 24)
+    monkeypatch.setattr(sessions, "PER_COLUMN", 0)
+    session = replace(prepared(tmp_path), processes=Processes(rank, 2))
+    assert len(session.sampled) == 4 and {i % 2 for i in session.sampled} == {rank}
+    how = FisherPasses(weighed=session.sampled, share=session.processes.share)
+    layers = session.plan.quantized
+    found = measure_fisher(
+        session.model, session.plan.stages, session.batches, session.kinds, layers, how
+    )
+    assert all(sorted(tokens) == session.sampled for tokens in found.tokens.values())

@@ -57,11 +57,11 @@ class Fisher:
 class FisherPasses:
     """How samples are run.
 
-    enough: tokens of text that suffice where no layer's tokens are weighed. weighed: the samples
-    that are run where they are; None: all. side: how several
-    samples go through the blocks together, where blocks are dear to come by; the result is the
-    same. Of several processes ``share`` gives one's part of the samples, ``add_up`` the sums by
-    block over all; ``here`` of them share this machine's memory.
+    enough: tokens of text that suffice where no layer's tokens are weighed. weighed: this process's
+    samples that are run where they are; None: all. side: how several samples go through the blocks
+    together, where blocks are dear to come by; the result is the same. Of several processes
+    ``share`` gives one's part of the samples, ``add_up`` the sums by block over all; ``here`` of
+    them share this machine's memory.
     """
 
     seed: int = 42
@@ -92,8 +92,11 @@ def measure_fisher(
     tokens, nor does one that only stands in for a part of a weight (fused experts).
     """
     present = [name for name in layers if _is_there(model, name)]
-    weighed = list(range(len(inputs)) if how.weighed is None else how.weighed)
-    chosen = how.share(weighed if present else spread(modalities, how.enough))
+    if present and how.weighed is not None:
+        chosen = list(how.weighed)
+    else:
+        every = list(range(len(inputs)))
+        chosen = how.share(every if present else spread(modalities, how.enough))
     squares, readers = Squares(stages, modalities, present, chosen), Readers()
     spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
     if chosen:

@@ -147,12 +147,15 @@ class Session:
     @cached_property
     def sampled(self) -> list[int]:
         """Samples that second moments are taken over, and what their tokens weigh: `TOKENS` of
-        text, more where a layer is wide. All of them where experts share the tokens."""
+        text, more where a layer is wide. All of them where experts share the tokens. Of several
+        processes this one's, which captures them too."""
+        mine = self.processes.share(range(len(self.inputs)))
         weights = [weight for weight in self.plan.weights if weight.scheme]
         if any(is_expert(weight.name) for weight in weights):
-            return list(range(len(self.inputs)))
+            return mine
         wide = max((weight.in_features for weight in weights), default=0)
-        return spread(self.kinds, max(TOKENS, PER_COLUMN * wide))
+        enough = max(TOKENS, PER_COLUMN * wide) // self.processes.count
+        return [mine[i] for i in spread([self.kinds[i] for i in mine], enough)]
 
     def measured(self, chain: Chain) -> list[int] | None:
         """The chain's entries of those samples; None: all, as where none of them is in the
@@ -338,7 +341,9 @@ class Session:
             known = all_of(name)
             # A sample that nothing was measured on counts nothing, where all samples pass.
             parts_T = [
-                known[i] if i in known else torch.zeros(chain.hidden[i].shape[:-1].numel())
+                known[i]
+                if i in known
+                else torch.zeros(chain.hidden[i].shape[:-1].numel(), device=chain.device)
                 for i in current
             ]
             return torch.cat(parts_T) if len(parts_T) > 1 else parts_T[0]
