@@ -32,12 +32,13 @@ from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import card, report
 from auto_mmround.results import plan_rows
 from auto_mmround.run import job as jobs
-from auto_mmround.run.estimate import Estimate, check_disk, estimate
+from auto_mmround.run.estimate import Estimate, estimate
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.places import check_before_loading
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
 from auto_mmround.run.staying import Staying, cost_of_untying, staying
+from auto_mmround.run.writing_cost import check_disk
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.verify import verify

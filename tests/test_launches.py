@@ -358,7 +358,7 @@ def test_bytes_a_weight_at_the_start_and_in_a_step(monkeypatch):
     errors.note("start")
     errors.rest()
     tune_block(list(leaves.values()), forward, 8,
-               TuneConfig(iters=2, batch_size=1, accumulate=2))  # fmt: skip
+               TuneConfig(iters=2, batch_size=1, samples=2))  # fmt: skip
     found = {kind: max(size for name, size in peaks if name == kind) for kind, _ in peaks}
     assert found["start_from"] < 8 and found["step"] < 8
 

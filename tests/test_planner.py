@@ -23,6 +23,7 @@ from auto_mmround.numerics.tuner import (
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
+from auto_mmround.run.writing_cost import check_disk
 
 RECIPE = Recipe(
     model="demo", dataset="demo-text", iters=4, nsamples=16, seqlen=64, batch_size=4, device="cpu"
@@ -130,7 +131,7 @@ def test_what_cannot_work_is_refused_with_flags(job, monkeypatch, tmp_path):
     usage = planner.shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="GB are free there"):
-        planner.check_disk(job)
+        check_disk(job)
 
 
 def test_plan_prints_the_estimate_where_a_dataset_is_named(capsys, tmp_path):

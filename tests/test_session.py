@@ -8,12 +8,15 @@ import torch
 from test_streaming import run
 from tiny_models import FAMILIES, tiny_tokenizer
 
-from auto_mmround.model.chains import Kinds
+from auto_mmround.model.chains import Chain, Kinds
 from auto_mmround.model.fisher import FisherPasses, measure_fisher, spread
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.recipe.schemes import SCHEMES
 from auto_mmround.run import estimate as planner
 from auto_mmround.run import job as jobs
+from auto_mmround.run import loss_weights, pipeline
 from auto_mmround.run import session as sessions
+from auto_mmround.run.finished import Finished
 from auto_mmround.run.processes import Processes
 from auto_mmround.run.session import Session
 
@@ -65,8 +68,8 @@ def prepared(tmp_path, **changes):
     folder = tmp_path / "model"
     FAMILIES["llama"].save(folder, tiny_tokenizer())
     recipe = Recipe(
-        model=str(folder), output_dir=str(tmp_path), group_size=32, nsamples=16, seqlen=24,
-        device="cpu", **changes,
+        model=str(folder), output_dir=str(tmp_path), nsamples=16, seqlen=24, device="cpu",
+        **{"group_size": 32} | changes,
     )  # fmt: skip
     rows = [{"text": " ".join(f"w{(7 * i + j) % 110 + 3}" for j in range(40))} for i in range(16)]
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
@@ -101,6 +104,32 @@ def test_experts_share_the_tokens_of_all_samples(tmp_path, monkeypatch):
     assert len(session.sampled) == 1
     monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
     assert prepared(tmp_path).sampled == list(range(16))
+
+
+def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch):
+    """Two steps of one sample, eight held out: six of sixteen would run for nothing."""
+    monkeypatch.setattr(sessions, "TOKENS", 4 * 24)
+    monkeypatch.setattr(sessions, "PER_COLUMN", 0)
+    monkeypatch.setattr(loss_weights, "SAMPLE", 3)
+    session = prepared(tmp_path, iters=2)
+    assert len(session.used) == 10 and len(session.sampled) == 4
+    assert set(session.sampled) < set(session.used)
+    totals, passed, advanced = set(), set(), Chain.advanced
+    monkeypatch.setattr(
+        Chain, "advanced", lambda chain, *rest: passed.add(len(chain)) or advanced(chain, *rest)
+    )
+    finished = Finished()
+    watcher = pipeline.Watcher(captured=lambda done, total: totals.add(total))
+    pipeline.quantize(
+        session.model, session.recipe, session.plan, session.inputs, finished, watcher
+    )
+    assert totals == passed == {10} and finished.has(session.plan.stages[0].blocks)
+    assert len(prepared(tmp_path, iters=8).used) == 16
+    static = SCHEMES["FP8_STATIC"] | {"format": "compressed_tensors"}
+    for whole in ({"algorithm": "sign_round"}, static):
+        assert len(prepared(tmp_path, **{"iters": 2, "group_size": 32} | whole).used) == 16
+    monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
+    assert len(prepared(tmp_path, iters=2).used) == 16
 
 
 @pytest.mark.parametrize("rank", [0, 1])

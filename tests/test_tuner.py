@@ -83,7 +83,7 @@ def test_same_seed_same_bits_and_accumulation_is_one_batch():
 
     once, again = offsets(batch_size=4), offsets(batch_size=4)
     assert all(torch.equal(a, b) for a, b in zip(once, again))
-    split = offsets(batch_size=1, accumulate=4)
+    split = offsets(batch_size=1, samples=4)
     agreement = [(a.sub(b).abs() < 1e-6).float().mean() for a, b in zip(once, split)]
     assert min(agreement) > 0.98  # up to the order of float sums
 
@@ -136,7 +136,9 @@ def test_a_step_gives_the_same_codes_in_one_part_and_in_many(kind):
             for i in indices:
                 yield run(i), targets[i], torch.ones(1, 6, 1)
 
-        config = TuneConfig(iters=12, batch_size=batch_size, accumulate=accumulate, keep_best=False)
+        config = TuneConfig(
+            iters=12, batch_size=batch_size, samples=batch_size * accumulate, keep_best=False
+        )
         result = tune_block(tuned, forward, 40, config)
         return [weight.rounding.codes() for weight in tuned], counts, result
 

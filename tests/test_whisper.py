@@ -27,7 +27,7 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import card
 from auto_mmround.run import pipeline, session
 from auto_mmround.run.finished import Finished
-from auto_mmround.run.loss_weights import Weights, accumulated, kinds_of
+from auto_mmround.run.loss_weights import Weights, kinds_of, samples_a_step
 from auto_mmround.run.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
 
 
 @pytest.mark.parametrize(
-    "tower_tokens, algorithm, asked, samples",
+    "tokens, algorithm, asked, samples",
     [
         (1500, "auto", 8, 2),
         (1500, "auto", 4, 1),
@@ -204,9 +204,9 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
         (1500, "sign_round", 8, 8),
     ],
 )
-def test_a_towers_step_sees_no_more_tokens_than_it_needs(tower_tokens, algorithm, asked, samples):
+def test_a_step_sees_no_more_tokens_than_it_needs(tokens, algorithm, asked, samples):
     recipe = Recipe(algorithm=algorithm, batch_size=1, gradient_accumulate_steps=asked)
-    assert accumulated(recipe, tower_tokens) == samples
+    assert samples_a_step(recipe, tokens) == samples
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from auto_mmround.numerics.rounding import PLAIN, Kernels, Rounding
 # One forward over some samples: (output, target, weight), several when lengths differ. Shapes (B,
 # T, D), (B, T, D) and (B, T, 1) or (B, T, D); a weight of 0 takes a token out of the loss.
 Forward = Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
+HELD_OUT = 8  # samples, at most
 SUBSAMPLE = 2**16  # errors that a quantile is taken of
 # sums over processes, in place; None where there is one process
 AddUp = Callable[[Sequence[Tensor]], None]
@@ -36,7 +37,7 @@ class TuneConfig:
     lr: float | None = None
     factor_lr: float | None = None
     batch_size: int = 8
-    accumulate: int = 1
+    samples: int | None = None  # of a step; None: batch_size
     keep_best: bool = True  # False: keep the last parameters, as `not_use_best_mse` asks
     patience: int = -1  # stop after so many iterations without a better held-out loss; -1: never
     checks: int = 5  # how often the held-out loss is looked at, at most
@@ -85,7 +86,7 @@ class TunedWeight:
         self.rounding.write(self.rows(self.parameter.data))
 
 
-def held_out_split(count: int, wanted: int = 8) -> tuple[list[int], list[int]]:
+def held_out_split(count: int, wanted: int = HELD_OUT) -> tuple[list[int], list[int]]:
     """Indices to train on and a fixed few, evenly spread, to choose the best by; with under 16
     samples all are both."""
     if count < 16:
@@ -219,7 +220,7 @@ class _Best:
 def _draws(train: Sequence[int], config: TuneConfig) -> Iterator[list[int]]:
     """Endless draws without replacement, reshuffled each epoch, the same for the same seed."""
     generator = torch.Generator().manual_seed(config.seed)
-    size = min(config.batch_size * config.accumulate, len(train))
+    size = min(config.samples or config.batch_size, len(train))
     waiting: list[int] = []
     while True:
         if len(waiting) < size:

@@ -18,15 +18,15 @@ class Algorithm(NamedTuple):
     text: for help. start: of the sign steps: "nearest" or "closed_form". The closed form needs
     second moments of every layer's inputs, and held-out samples to choose the best step. presets:
     steps if the recipe sets none, by the name of a preset. steps: whether it takes sign steps; 0
-    steps then mean round to nearest. tower_bound: fewer samples per step if each has a thousand
-    tokens or more, see `run.loss_weights.accumulated`.
+    steps then mean round to nearest. bounded: fewer samples per step if they are long, see
+    `run.loss_weights.samples_a_step`.
     """
 
     text: str
     start: str
     presets: Mapping[str, Steps]
     steps: bool = True
-    tower_bound: bool = False
+    bounded: bool = False
 
 
 # The presets of `auto`; docs/tuner.md has the table of time and damage. After the closed form, few
@@ -36,7 +36,7 @@ PRESETS = tuple(_AUTO)
 _NONE = {"default": Steps(0, None, 8)}
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "auto": Algorithm("closed form, then few sign steps", "closed_form", _AUTO, tower_bound=True),
+    "auto": Algorithm("closed form, then few sign steps", "closed_form", _AUTO, bounded=True),
     "sign_round": Algorithm(
         "many sign steps from round to nearest", "nearest", {"default": Steps(200, None, 8)}
     ),

@@ -212,6 +212,18 @@ class Recipe(Fields):
         return self._usual.batch if self.batch_size is None else self.batch_size
 
     @property
+    def step_samples(self) -> int:
+        """Samples that are asked for in a sign step."""
+        return self.batch * self.gradient_accumulate_steps
+
+    def with_preset(self, name: str) -> "Recipe":
+        """The same with the steps of another preset."""
+        samples = self.step_samples * self.how.presets[name].batch // self._usual.batch
+        return dataclasses.replace(
+            self, preset=name, iters=None, lr=0.0, batch_size=1, gradient_accumulate_steps=samples
+        )
+
+    @property
     def how(self) -> Algorithm:
         """The algorithm's row."""
         return ALGORITHMS[self.algorithm]

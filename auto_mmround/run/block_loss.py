@@ -51,16 +51,15 @@ def _fitting(weights: Tensor, output: Tensor) -> Tensor:
     return weights.flatten(0, -2).mean(0).expand(*given, -1)
 
 
-def tune_config(recipe: Recipe, first: int, batch_size: int, accumulate: int) -> TuneConfig:
-    """How a block is tuned. batch_size: a divisor of the recipe's; steps see the same samples, in
-    more parts."""
+def tune_config(recipe: Recipe, first: int, batch_size: int, samples: int) -> TuneConfig:
+    """How a block is tuned. batch_size: samples that run together. samples: of a step."""
     factor_lr = 0.0 if not recipe.enable_minmax_tuning else recipe.minmax_lr
     return TuneConfig(
         iters=recipe.steps,
         lr=recipe.learning_rate,
         factor_lr=factor_lr,
         batch_size=batch_size,
-        accumulate=accumulate * (recipe.batch // batch_size),
+        samples=samples,
         keep_best=not recipe.not_use_best_mse,
         trim=recipe.trim,
         patience=recipe.dynamic_max_gap,

@@ -36,12 +36,12 @@ from auto_mmround.numerics.tuner import (
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.job import Job
 from auto_mmround.run.leaves import leaves_of, rounded
-from auto_mmround.run.loss_weights import accumulated, tower_tokens
+from auto_mmround.run.loss_weights import samples_a_step, tokens_of
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.session import Session, Window
 from auto_mmround.run.static_inputs import scales_of_window
-from auto_mmround.run.writing_cost import sizes_of, standing, writing
+from auto_mmround.run.writing_cost import standing, writing
 
 BUDGET = 20.0  # seconds that measuring may take, about
 SHARE = 0.9  # of what is free that a run may plan to use
@@ -219,8 +219,8 @@ class _Probe:
         """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that
         it takes."""
         recipe = self.session.recipe
-        accumulate = accumulated(recipe, tower_tokens(chain) // len(chain))
-        config = TuneConfig(2, 0.001, 0.001, recipe.batch, accumulate, checks=1)
+        samples = samples_a_step(recipe, tokens_of(chain) // len(chain))
+        config = TuneConfig(2, 0.001, 0.001, recipe.batch, samples, checks=1)
 
         def forward(indices: Sequence[int]) -> Any:
             for group, output in chain.forward(window.blocks, window.first, indices):
@@ -233,8 +233,8 @@ class _Probe:
             ),
             0.0,
         )
-        drawn = min(recipe.batch * accumulate, len(chain))
-        wanted = min(recipe.batch * accumulate, len(self.session.inputs))
+        drawn = min(samples, len(chain))
+        wanted = min(samples, len(self.session.used))
         return max(took - 2 * all_, took / 4) / 2 * wanted / drawn
 
 
@@ -273,18 +273,6 @@ def estimate(
     return replace(found, advice=tuple(_advice(job, found, states)), presets=presets)
 
 
-def check_disk(job: Job) -> None:
-    """Raises UserError before any work is done if the folders that a run writes can't fit on their
-    disk."""
-    where = standing(Path(job.recipe.output_dir))
-    wanted, free = sum(sizes_of(job).values()), shutil.disk_usage(where).free
-    if wanted > free:
-        raise UserError(
-            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB,"
-            f" {free / 1e9:.1f} GB are free there; name another folder or fewer formats"
-        )
-
-
 def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int, dict[str, float]]:
     """Seconds by part; bytes of the hidden states that a run keeps; by preset, seconds more than
     the recipe's."""
@@ -292,48 +280,56 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int, di
     lengths = [len(kinds.text_T) for kinds in probe.session.kinds]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
-    most = min(len(lengths), 8, recipe.batch * recipe.gradient_accumulate_steps)
+    most = min(len(lengths), 8, recipe.step_samples)
     count = max(1, min(most, int(budget / 8 / max(each, 1e-3))))
     chosen = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     chains, each, once = probe.capture(chosen)
-    # of the average length of those chosen
-    samples = sum(lengths) / (sum(lengths[i] for i in chosen) / count)
+    length = sum(lengths[i] for i in chosen) / count
+
+    def alike(session: Session) -> float:
+        return sum(lengths[i] for i in session.used) / length
+
+    samples = alike(probe.session)
     captures = len(stages) if recipe.enable_quanted_input else 1
     seconds = {"capture": captures * (each * samples + once)}
     if recipe.fisher and recipe.closed_form:
         with torch.no_grad():
             seconds["Fisher information"] = probe.fisher()
-    share = len(probe.session.sampled) / len(lengths)
-    states, by_preset = 0, dict.fromkeys(recipe.how.presets, 0.0)
+    others = {
+        name: replace(probe.session, recipe=recipe.with_preset(name)) for name in recipe.how.presets
+    }
+    states, by_preset = 0, dict.fromkeys(others, 0.0)
     for stage in stages:
         if stage.path not in chains:
             raise UserError(
                 f"{stage.path}: no estimate, none of the samples tried reaches this stage"
             )
         chain = chains[stage.path]
-        entries, costs = len(chain) / count * samples, probe.costs(chain)
-        seconds[f"{stage.name} blocks"] = own = _blocks(recipe, recipe, costs, entries, share)
-        for name in by_preset:
-            other = replace(recipe, preset=name, iters=None, lr=0.0, batch_size=None)
-            by_preset[name] += _blocks(other, recipe, costs, entries, share) - own
+        each_of, costs = len(chain) / count, probe.costs(chain)
+        own = _blocks(probe.session, recipe, chain, costs, each_of * samples)
+        seconds[f"{stage.name} blocks"] = own
+        for name, other in others.items():
+            by_preset[name] += _blocks(other, recipe, chain, costs, each_of * alike(other)) - own
         passes = 1 + recipe.enable_quanted_input
-        states += round(_bytes_kept(chain, 2 * passes) / count * samples)
+        states += round(_bytes_kept(chain, 2 * passes) * samples / count)
     if probe.compiled:
         seconds["compiling"] = sum(cost.compiling for cost in probe.known.values())
     return seconds, states, by_preset
 
 
 def _blocks(
-    recipe: Recipe, measured: Recipe, costs: Sequence[BlockCost], entries: float, share: float
+    session: Session, measured: Recipe, chain: Chain, costs: Sequence[BlockCost], entries: float
 ) -> float:
-    """Seconds of a stage's blocks. measured: the recipe that their steps were timed with. entries:
-    of the chain. share: of the samples, for second moments."""
+    """Seconds of a stage's blocks. measured: the recipe that their steps were timed with. chain: of
+    some samples. entries: of the whole chain."""
+    recipe, share = session.recipe, len(session.sampled) / len(session.used)
     steps = range(1, recipe.steps + 1)
     looks = 1 + recipe.closed_form + sum(looked_at(step, recipe.steps) for step in steps)
     runs = (1 + recipe.enable_quanted_input) * entries
     runs += looks * len(held_out_split(round(entries))[1])
-    drawn = min(recipe.batch, entries) / min(measured.batch, entries)
-    return sum(cost.seconds(runs, share * entries, drawn * recipe.steps) for cost in costs)
+    tokens = tokens_of(chain) // len(chain)
+    now, then = (min(samples_a_step(each, tokens), entries) for each in (recipe, measured))
+    return sum(cost.seconds(runs, share * entries, now / then * recipe.steps) for cost in costs)
 
 
 def _bytes_kept(chain: Chain, copies: int) -> int:

@@ -16,9 +16,9 @@ from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
-# Tokens that a step of a tower sees for each sample asked for, at most: an image or a sound is a
-# thousand or more, and eight of them cost four times as much as two.
-TOWER_SAMPLE = 512
+# Tokens that a step sees for each sample asked for, at most: two samples of 2,048 tokens teach it
+# what eight of 512 do, and eight of 2,048 cost four times as much.
+SAMPLE = 512
 
 
 def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
@@ -26,21 +26,17 @@ def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
     return [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
 
 
-def tower_tokens(chain: Chain) -> int:
-    """Tokens of all samples of a tower's chain together; 0 for text."""
-    return (
-        0
-        if chain.stage.name == "text"
-        else sum(hidden.shape[:-1].numel() for hidden in chain.hidden)
-    )
+def tokens_of(chain: Chain) -> int:
+    """Of all samples of a chain together."""
+    return sum(hidden.shape[:-1].numel() for hidden in chain.hidden)
 
 
-def accumulated(recipe: Recipe, tower_tokens: int) -> int:
-    """Micro-batches a sign step. tower_tokens: of a sample, on average; 0 for text."""
-    asked = recipe.gradient_accumulate_steps
-    if not (recipe.how.tower_bound and tower_tokens):
+def samples_a_step(recipe: Recipe, tokens: int) -> int:
+    """Samples that a sign step sees. tokens: of a sample, on average."""
+    asked = recipe.step_samples
+    if not recipe.how.bounded:
         return asked
-    return max(1, min(asked, TOWER_SAMPLE * asked // tower_tokens))
+    return max(1, min(asked, SAMPLE * asked // max(1, tokens)))
 
 
 class ErrorWeights(NamedTuple):

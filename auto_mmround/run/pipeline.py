@@ -30,7 +30,7 @@ from auto_mmround.run.finished import Finished
 from auto_mmround.run.kv_cache import kv_scales
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
-from auto_mmround.run.loss_weights import Weights, accumulated, tower_tokens
+from auto_mmround.run.loss_weights import Weights, samples_a_step, tokens_of
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.output_head import HeadTuner
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
@@ -142,7 +142,8 @@ class _Journey:
     def run(self) -> None:
         """Tune the stages in order."""
         stages = self.session.plan.stages
-        teachers = self.session.record(stages, self.watcher.captured)
+        record = partial(self.session.record, told=self.watcher.captured, samples=self.session.used)
+        teachers = record(stages)
         students = dict(teachers)
         _ = self.weights  # of the untouched model
         for position, stage in enumerate(stages):
@@ -153,7 +154,7 @@ class _Journey:
                 # What the quantized stage gets wrong must reach the stages that it feeds.
                 before = [block for passed in stages[: position + 1] for block in passed.blocks]
                 with self.session.serving(before):
-                    students = self.session.record(stages[position + 1 :], self.watcher.captured)
+                    students = record(stages[position + 1 :])
 
     def polish(self, teacher: Before) -> None:
         """Tune scales and norms on the whole model's output."""
@@ -310,8 +311,8 @@ class _Journey:
         names, first, blocks = window
         loss_weights = self.weights.of_errors(student, names[-1])
         count, places = session.processes.numbered(student)
-        heard = sum(session.processes.gather(tower_tokens(student)))
-        accumulate = accumulated(recipe, heard // count)
+        tokens = sum(session.processes.gather(tokens_of(student)))
+        samples = samples_a_step(recipe, tokens // count)
         measure = partial(
             session.moments, student, window, weights=self.weights, size=batch_size,
             teacher=teacher if recipe.retarget else None,
@@ -336,7 +337,7 @@ class _Journey:
                 list(leaves.values()),
                 forward,
                 count,
-                tune_config(recipe, first, batch_size, accumulate),
+                tune_config(recipe, first, batch_size, samples),
                 on_step=partial(self._stepped, names[-1], recipe.steps),
                 add_up=session.processes.add_up if session.processes.count > 1 else None,
                 kernels=session.kernels,

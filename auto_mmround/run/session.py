@@ -24,9 +24,10 @@ from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import PLAIN, Kernels, moved, put
 from auto_mmround.numerics.start import Collector, StartConfig, collecting, is_expert
+from auto_mmround.numerics.tuner import HELD_OUT
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher, places_of
-from auto_mmround.run.loss_weights import Weights, kinds_of
+from auto_mmround.run.loss_weights import Weights, kinds_of, samples_a_step
 from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
 from auto_mmround.run.plan import Plan, WeightPlan
 from auto_mmround.run.processes import ALONE, Processes
@@ -145,17 +146,41 @@ class Session:
         return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
 
     @cached_property
-    def sampled(self) -> list[int]:
-        """Samples that second moments are taken over, and what their tokens weigh: `TOKENS` of
-        text, more where a layer is wide. All of them where experts share the tokens. Of several
-        processes this one's, which captures them too."""
+    def used(self) -> list[int]:
+        """Samples that pass the blocks: no more than sign steps, looks at held-out ones and second
+        moments take. All of them where experts share the tokens, where ranges of inputs are
+        measured, and without closed form. Of several processes this one's."""
         mine = self.processes.share(range(len(self.inputs)))
         weights = [weight for weight in self.plan.weights if weight.scheme]
-        if any(is_expert(weight.name) for weight in weights):
+        every = any(
+            is_expert(weight.name) or weight.scheme.inputs_measured
+            for weight in weights
+            if weight.scheme
+        )
+        if every or not self.recipe.closed_form:
             return mine
-        wide = max((weight.in_features for weight in weights), default=0)
-        enough = max(TOKENS, PER_COLUMN * wide) // self.processes.count
-        return [mine[i] for i in spread([self.kinds[i] for i in mine], enough)]
+        tokens = sum(len(kinds.text_T) for kinds in self.kinds) // max(1, len(self.kinds))
+        steps = self.recipe.steps * samples_a_step(self.recipe, tokens)
+        return self._spread(mine, max(self._enough, (steps + HELD_OUT) * tokens))
+
+    @cached_property
+    def sampled(self) -> list[int]:
+        """Those of `used` that second moments are taken over, and what their tokens weigh: `TOKENS`
+        of text, more where a layer is wide. All of them where experts share the tokens."""
+        if any(weight.scheme and is_expert(weight.name) for weight in self.plan.weights):
+            return self.used
+        return self._spread(self.used, self._enough)
+
+    @property
+    def _enough(self) -> int:
+        """Tokens of text for second moments."""
+        widths = (weight.in_features for weight in self.plan.weights if weight.scheme)
+        return max(TOKENS, PER_COLUMN * max(widths, default=0))
+
+    def _spread(self, samples: Sequence[int], tokens: int) -> list[int]:
+        """This process's part of so many tokens, of every mixture of modalities alike."""
+        kinds = [self.kinds[i] for i in samples]
+        return [samples[i] for i in spread(kinds, tokens // self.processes.count)]
 
     def measured(self, chain: Chain) -> list[int] | None:
         """The chain's entries of those samples; None: all, as where none of them is in the
@@ -181,13 +206,16 @@ class Session:
         told: Told = lambda done, total: None,
         what: str = "capturing inputs",
         helps: str = FEWER,
+        samples: Sequence[int] | None = None,
     ) -> dict[str, Chain]:
-        """The chains of the stages that samples reach, each before its first block. Raises
-        UserError for a stage whose replay is not the model, and where memory does not suffice."""
+        """The chains of the stages that samples reach, each before its first block. samples: this
+        process's; None: all. Raises UserError for a stage whose replay is not the model, and where
+        memory does not suffice."""
+        every = self.processes.share(range(len(self.batches)))
+        chosen = every if samples is None else list(samples)
         run = partial(
-            capture, self.model, stages, self.batches, precision=self.precision,
-            only=self.processes.share(range(len(self.batches))),
-            on_sample=lambda i: told(i + 1, len(self.batches)),
+            capture, self.model, stages, self.batches, precision=self.precision, only=chosen,
+            on_sample=lambda i: told(chosen.index(i) + 1, len(chosen)),
         )  # fmt: skip
         found = Places.of(self.recipe, self.device, self.disk).fitting(what, run, helps)
         chains = self.processes.complete(found, stages)

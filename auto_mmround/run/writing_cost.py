@@ -1,6 +1,7 @@
 """What writing will take: bytes on disk and seconds."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from auto_mmround.checkpoint.folder import is_side_file
+from auto_mmround.errors import UserError
 from auto_mmround.model.experts import separated
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.run.job import Job
@@ -65,3 +67,15 @@ def standing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def check_disk(job: Job) -> None:
+    """Raises UserError before any work is done if the folders that a run writes can't fit on their
+    disk."""
+    where = standing(Path(job.recipe.output_dir))
+    wanted, free = sum(sizes_of(job).values()), shutil.disk_usage(where).free
+    if wanted > free:
+        raise UserError(
+            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB,"
+            f" {free / 1e9:.1f} GB are free there; name another folder or fewer formats"
+        )
