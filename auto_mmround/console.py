@@ -229,6 +229,9 @@ def show_estimate(found: Estimate) -> int:
     if len(found.presets) > 1:
         each = ", ".join(f"{name} {took / 60:.1f}" for name, took in found.presets.items())
         console.print(f"minutes by preset: {each}", highlight=False)
+    some, every = found.used
+    if 0 < some < every:
+        console.print(f"samples: {some} of {every} pass the blocks; more are not needed")
     memory = f"{found.memory / 1e9:.1f} GB at the peak, {found.free_memory / 1e9:.1f} GB can be had"
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in found.sizes.items())
     console.print(f"memory: {memory}", highlight=False)

@@ -118,7 +118,12 @@ def test_held_out_samples_are_looked_at_as_often_as_counted(steps, expected):
 
 def test_what_cannot_work_is_refused_with_flags(job, monkeypatch, tmp_path):
     found = planner.Estimate(
-        {"blocks": 60.0}, memory=9 * 10**9, free_memory=8 * 10**9, sizes={"a": 10}, free_disk=20
+        {"blocks": 60.0},
+        memory=9 * 10**9,
+        free_memory=8 * 10**9,
+        sizes={"a": 10},
+        free_disk=20,
+        used=(16, 16),
     )
     advice = list(planner._advice(job, found, states=4 * 10**9))
     assert not found.fits and advice[0] == f"--nsamples {int(16 * (1 - 1 / 3.6))}"

@@ -51,13 +51,15 @@ SHARE = 0.9  # of what is free that a run may plan to use
 class Estimate:
     """seconds by part of the run. memory, free_memory: bytes at the peak, and bytes that this
     process can have; of the device, where that has memory of its own. sizes: bytes of each folder
-    that will be written, by format. presets: seconds of the whole run with each."""
+    that will be written, by format. used: of how many samples pass the blocks. presets: seconds of
+    the whole run with each."""
 
     seconds: Mapping[str, float]
     memory: int
     free_memory: int
     sizes: Mapping[str, int]
     free_disk: int
+    used: tuple[int, int] = (0, 0)
     advice: tuple[str, ...] = ()
     presets: Mapping[str, float] = field(default_factory=dict)
 
@@ -249,11 +251,13 @@ def estimate(
     traits = devices.traits(place)
     sizes, seconds_writing = writing(job, clock)
     seconds, states, more = dict[str, float](), 0, dict[str, float]()
+    used = 0, len(job.inputs)
     with _high_water(place) as peak:
         if job.recipe.calibrates:
             session = Session(
                 job.loaded.model, job.recipe, job.plan, job.inputs, holder=job.loaded.holder
             )
+            used = len(session.used), len(job.inputs)
             helps = "lower --batch_size or --seqlen, or use a larger machine"
             with phase("planning", helps), naming(job.inputs):
                 seconds, states, more = _calibrated(
@@ -268,6 +272,7 @@ def estimate(
         free_memory=int(SHARE * (traits.free(place) + own)),
         sizes=sizes,
         free_disk=int(SHARE * shutil.disk_usage(standing(Path(job.recipe.output_dir))).free),
+        used=used,
     )
     presets = {name: sum(seconds.values()) + rest for name, rest in more.items()}
     return replace(found, advice=tuple(_advice(job, found, states)), presets=presets)
@@ -381,7 +386,7 @@ def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
         return
     recipe = job.recipe
     if recipe.calibrates and 0.9 * states > over:
-        yield f"--nsamples {max(8, int(recipe.nsamples * (1 - over / (0.9 * states))))}"
+        yield f"--nsamples {max(8, int(found.used[0] * (1 - over / (0.9 * states))))}"
     if job.loaded.model.device.type != "cpu" and not recipe.low_gpu_mem_usage and states > over:
         yield "--low_gpu_mem_usage"
     if recipe.calibrates and recipe.batch > 1:

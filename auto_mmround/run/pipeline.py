@@ -143,6 +143,9 @@ class _Journey:
         """Tune the stages in order."""
         stages = self.session.plan.stages
         record = partial(self.session.record, told=self.watcher.captured, samples=self.session.used)
+        some, every = len(self.session.used), len(self.session.inputs)
+        if self.session.processes.count == 1 and some < every:
+            log.info("%d of %d samples pass the blocks; more are not needed", some, every)
         teachers = record(stages)
         students = dict(teachers)
         _ = self.weights  # of the untouched model
