@@ -69,6 +69,7 @@ examples:
   auto-round-mllm ask ./demo-w4g128-auto_round "What color is the digit?" --image a.png
   auto-round-mllm ask ./my-model ./my-model-w4g128 "What is written here?" --image a.png
   auto-round-mllm ask ./whisper-w4g128-auto_round --audio speech.wav
+  auto-round-mllm ask ./my-model-w4g32-gguf-q4_0 "What do you see?" --image a.png --engine llamacpp
 """
 COMPLETION_EPILOG = """\
   bash   eval "$(auto-round-mllm completion bash)"       in ~/.bashrc
