@@ -241,9 +241,9 @@ def _gaps(
     if _starts_follow(recorder.passes, expected):
         disturbed = float("inf")  # a loop: what a later pass begins with depends on earlier ones
     if max(exact, disturbed) <= 1.0:
-        log.info(
-            "%s: replay of %d blocks equals the model (%.2f of what rounding explains, "
-            "disturbed %.2f)",
+        log.debug(
+            "%s: %d blocks, run alone, give what the model gives (%.2f of the tolerance; %.2f with"
+            " other inputs)",
             stage.path,
             len(blocks),
             exact,

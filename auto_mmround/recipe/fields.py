@@ -173,8 +173,8 @@ class Fields:
     preset: Annotated[
         str,
         _tuning(
-            "auto: light 16 sign steps a block on 4 samples, default 20 and best 60 on 8; iters,"
-            " lr, batch_size win",
+            "how long the tuner works: light, default or best; iters, lr and batch_size win over"
+            " it",
             choices=PRESETS,
         ),
     ] = "default"

@@ -19,8 +19,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
-from auto_mmround.report.headline import differing_first, headline, trade
-from auto_mmround.report.sizes import sizes
+from auto_mmround.report.headline import differing_first, headline, spoken, trade
+from auto_mmround.report.sizes import size, sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
@@ -223,7 +223,7 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters |= {
-        fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)
+        fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name, spoken)
     } | {"zip": zip}
     return made
 
@@ -353,13 +353,6 @@ def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
         if _measured(block):
             found.setdefault(block["stage"], []).append(block)
     return found
-
-
-def size(count: float | None) -> str:
-    """Bytes in a unit that fits."""
-    if count is None:
-        return "–"
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def percent(value: float | None, places: int = 2) -> str:

@@ -10,6 +10,13 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.untrusted import one_line, read_object, weight_files
 
 
+def size(count: float | None) -> str:
+    """Bytes in a unit that fits."""
+    if count is None:
+        return "–"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def sizes(folder: Path, model: str) -> dict[str, Any]:
     """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
     source. Raises UserError for a damaged file of weights."""
@@ -23,7 +30,7 @@ def sizes(folder: Path, model: str) -> dict[str, Any]:
     plain = sum(header.nbytes for name, header in found.items() if name not in parts)
     weights = sum(
         path.stat().st_size
-        for pattern in ("*.safetensors", "*.gguf")
+        for pattern in ("*.safetensors", "*.gguf", "openvino_*.bin")
         for path in folder.glob(pattern)
     )
     try:
