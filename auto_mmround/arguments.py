@@ -100,15 +100,15 @@ def checked_dataset(dataset: Any) -> Any:
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as recipes have them: devices (also torch.device or number) and paths as text."""
-    found = {
+    given = {
         key: value for key, value in options.items() if not (key == "device" and value is None)
     }
-    for key, value in found.items():
+    for key, value in given.items():
         if (isinstance(value, Path) and key in PATHS) or (
             key == "device" and (_package(value) == "torch" or type(value) is int)
         ):
-            found[key] = str(value)
-    return found
+            given[key] = str(value)
+    return given
 
 
 def _package(thing: Any) -> str:

@@ -17,21 +17,21 @@ from auto_mmround.verify.answers import Answer, Question, Way, ask_folder, check
 
 
 @phase("answering", "use --device cpu, or a larger machine")
-def ask_and_show(found: argparse.Namespace) -> int:
+def ask_and_show(flags: argparse.Namespace) -> int:
     """Ask every folder in turn. Raises UserError before the first answer for one that is not there
     or that the engine does not read."""
-    quiet_libraries(Telling(quiet=found.engine is not None))  # weights are not loaded here then
-    folders, text = _split(found.words, bool(found.audio))
-    question = Question(text, found.image, found.audio, found.video, found.max_tokens)
-    for file in (*found.image, *found.audio, *found.video):
+    quiet_libraries(Telling(quiet=flags.engine is not None))  # weights are not loaded here then
+    folders, text = _split(flags.words, bool(flags.audio))
+    question = Question(text, flags.image, flags.audio, flags.video, flags.max_tokens)
+    for file in (*flags.image, *flags.audio, *flags.video):
         if not Path(file).is_file():
             raise UserError(f"{file} is no file: name a picture, a sound or a film")
-    way = Way(found.engine, found.device, found.trust_remote_code, found.timeout)
+    way = Way(flags.engine, flags.device, flags.trust_remote_code, flags.timeout)
     answers = []
     for folder in folders if way.engine else ():
         check_engine(folder, question, way)
     for folder in folders:
-        if found.json:
+        if flags.json:
             answers.append(ask_folder(folder, question, way))
             continue
         if len(folders) > 1:
@@ -39,7 +39,7 @@ def ask_and_show(found: argparse.Namespace) -> int:
         answers.append(_aloud(folder, question, way))
         if len(folders) == 1:
             console.print(answers[-1].speed(), style="dim", highlight=False, soft_wrap=True)
-    if found.json:
+    if flags.json:
         print(strict.dumps([asdict(answer) for answer in answers], indent=1))
     elif len(answers) > 1:
         show(_side_by_side(answers))

@@ -138,15 +138,15 @@ def evaluated(
     return Evaluated(Rows("measured", head, rows, notes), figures, scores, record)
 
 
-def verified(found: Sequence[Verification]) -> Verified:
+def verified(results: Sequence[Verification]) -> Verified:
     """The result of `AutoRoundMLLM.verify`."""
     rows = []
-    for each in found:
+    for each in results:
         errors = [finding.line() for finding in each.findings if finding.severity == "error"]
         told = errors[0] if errors else f"format {each.format}"
         rows.append((each.folder.name, "files", "WRONG" if errors else "right", told))
         rows += [
             (each.folder.name, v.engine, v.status, v.reason or v.line()) for v in each.verdicts
         ]
-    right = all(each.right for each in found)
-    return Verified(Rows("verified", ("folder", "by", "verdict", "why"), rows), right, found)
+    right = all(each.right for each in results)
+    return Verified(Rows("verified", ("folder", "by", "verdict", "why"), rows), right, results)

@@ -98,9 +98,9 @@ def recapture(
     for i in dict.fromkeys(chain.sample):
         recorder = Recorder(model, stage, store, stop=once)
         run_recording(model, inputs[i], [recorder], precision)
-        states = [found.before_last for found in recorder.passes]
+        states = [seen.before_last for seen in recorder.passes]
         hidden += [place(state) for state in states] if place else states
-        calls += [found.calls for found in recorder.passes]
+        calls += [seen.calls for seen in recorder.passes]
     return replace(chain, hidden=hidden, calls=calls, shared=[{}] * len(hidden))
 
 

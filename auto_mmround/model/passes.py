@@ -145,11 +145,11 @@ def reached(
 ) -> set[str]:
     """Paths of the stages that an input runs through. The pass ends at the last stage, once all
     others were reached. Raises NotTaken."""
-    found: set[str] = set()
+    names: set[str] = set()
 
     def seen(path: str) -> None:
-        found.add(path)
-        if len(found) == len(stages):
+        names.add(path)
+        if len(names) == len(stages):
             raise ReachedError
 
     with ExitStack() as stack, suppress(ReachedError), torch.no_grad(), precision():
@@ -158,7 +158,7 @@ def reached(
             hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
             stack.callback(hook.remove)
         run_without_logits(model, kwargs)
-    return found
+    return names
 
 
 def empty_cache(value: Any) -> bool:

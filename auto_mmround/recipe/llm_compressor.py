@@ -143,10 +143,10 @@ def _patterns(name: str) -> Take:
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
         raise UserError(f"{where}: expected a name or a list of names, found {str(value)[:80]!r}")
-    return found
+    return texts
 
 
 def _only(*allowed: Any) -> Take:

@@ -20,26 +20,26 @@ def damage_word(kl: float) -> str:
 def headline(report: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
     """Sentences for the first screen, as far as things are known. figures: by role."""
     sizes = report["sizes"]
-    found = []
+    sentences = []
     if sizes.get("source"):
         share = 100 * sizes["weights"] / sizes["source"]
         before, after = size(sizes["source"]), size(sizes["weights"])
-        found.append(f"The weights shrank from {before} to {after}: {share:.0f} %.")
+        sentences.append(f"The weights shrank from {before} to {after}: {share:.0f} %.")
     kls = (figures.get("quantized") or {}).get("kl") or {}
     told = [f"{damage_word(kl)} on {kind} ({kl:.2g})" for kind, kl in kls.items() if kl is not None]
     if told:
-        found.append(f"Damage, as KL in nats a token: {', '.join(told)}.")
+        sentences.append(f"Damage, as KL in nats a token: {', '.join(told)}.")
     else:
-        found.append("Damage is not measured yet: `auto-round-mllm eval` does that.")
+        sentences.append("Damage is not measured yet: `auto-round-mllm eval` does that.")
     rows = report["verify"]
     wrong = [row for row in rows if row["status"] == "wrong"]
     right = [row["engine"] for row in rows if row["status"] == "right"]
-    found += [f"WRONG by {row['engine']}: {row['reason']}." for row in wrong]
+    sentences += [f"WRONG by {row['engine']}: {row['reason']}." for row in wrong]
     if right:
-        found.append(f"Proved right by {', '.join(right)}.")
+        sentences.append(f"Proved right by {', '.join(right)}.")
     elif not wrong:
-        found.append("No engine was asked yet: `auto-round-mllm verify` does that.")
-    return found
+        sentences.append("No engine was asked yet: `auto-round-mllm verify` does that.")
+    return sentences
 
 
 def spoken(text: str) -> Markup:

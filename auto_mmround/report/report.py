@@ -166,7 +166,7 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
     if not (folder / EVALUATION).is_file():
         return None
     scores: dict[tuple[str, str, str], dict[str, Any]] = {}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for record in _json(folder / EVALUATION)["evaluations"]:
         scores |= {
             (score["benchmark"], score["split"], score["metric"]): score
@@ -177,10 +177,10 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
             for key, value in record.items()
             if key not in ("scores", "figures", "samples")
         }
-        found |= {key: record[key] for key in ("figures", "samples") if record.get(key)} | facts
+        figures |= {key: record[key] for key in ("figures", "samples") if record.get(key)} | facts
         if record.get("figures"):
-            found["measured_on"] = record["dataset"]
-    return found | {"scores": list(scores.values())}
+            figures["measured_on"] = record["dataset"]
+    return figures | {"scores": list(scores.values())}
 
 
 def write(folder: Path) -> Path:

@@ -212,12 +212,12 @@ def _apply(
             numerics.quantizer(grid_of(s, w_OI.abs().max()), s.group_size, recipe.closed_form)
             for (_, s), w_OI in zip(layers, weights, strict=True)
         ]
-        found = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
-        if found.ratio is None:
+        scaled = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
+        if scaled.ratio is None:
             return None
         scale_C, change = (
-            found.scale_C,
-            replace(change, ratio=found.ratio, before=found.before, after=found.after),
+            scaled.scale_C,
+            replace(change, ratio=scaled.ratio, before=scaled.before, after=scaled.after),
         )
     rescale(block, pair, scale_C)
     return change

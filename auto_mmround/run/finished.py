@@ -205,16 +205,16 @@ def identity(
 ) -> dict[str, Any]:
     """What a result depends on, as plain values by name: recipe, configuration (JSON), model files,
     samples."""
-    found: dict[str, Any] = {"auto_mmround": __version__}
-    found |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
-    found["config.json"] = _sum(config.encode())
+    facts: dict[str, Any] = {"auto_mmround": __version__}
+    facts |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
+    facts["config.json"] = _sum(config.encode())
     for path in weight_files(source) if source else ():
         status = path.stat()
-        found[path.name] = [status.st_size, status.st_mtime_ns]
-    found["calibration samples"] = _sum_of(
+        facts[path.name] = [status.st_size, status.st_mtime_ns]
+    facts["calibration samples"] = _sum_of(
         [sample.kwargs | {"kind": sample.modality_T} for sample in inputs]
     )
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
     return plain
 
 

@@ -180,8 +180,8 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
     """Raises UserError for weights other than integers with a scale a channel or a group, and
     floats that are read."""
     weights, inputs = group["weights"], group.get("input_activations") or {}
-    found = floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
-    if found is None and (
+    scheme = floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
+    if scheme is None and (
         weights.get("type") == "float" or weights.get("strategy") not in ("group", "channel")
     ):
         kind = (
@@ -191,8 +191,8 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
         raise UserError(
             f"cannot read {name}: {kind}; read are integers by group or channel, FP8, NVFP4 and MX"
         )
-    if found is not None:
-        return found
+    if scheme is not None:
+        return scheme
     size = weights["group_size"] if weights["strategy"] == "group" else -1
     return Scheme(
         weights["num_bits"],
