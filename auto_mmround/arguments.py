@@ -24,9 +24,9 @@ def checked_model(model: Any) -> PreTrainedModel | str:
         )
         if layer is not None:
             where = f"model.{layer}".removesuffix(".")
-            kind = type(model.get_submodule(layer)).__name__
+            class_name = type(model.get_submodule(layer)).__name__
             raise UserError(
-                f"{where} is a {kind} of peft: give the model that merge_and_unload() returns"
+                f"{where} is a {class_name} of peft: give the model that merge_and_unload() returns"
             )
     if not isinstance(model, PreTrainedModel):
         hint = (

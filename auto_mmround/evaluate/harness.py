@@ -90,9 +90,9 @@ def _rows(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, in
         higher = results.get("higher_is_better", {}).get(name, {})
         samples = results.get("n-samples", {}).get(name, {}).get("effective", 0)
         for key, value in figures.items():
-            metric, _, kind = key.partition(",")
-            if kind and "_stderr" not in metric and isinstance(value, int | float):
-                split = "" if kind == "none" else kind
+            metric, _, filter_name = key.partition(",")
+            if filter_name and "_stderr" not in metric and isinstance(value, int | float):
+                split = "" if filter_name == "none" else filter_name
                 yield name, split, metric, float(value), samples, higher.get(metric) is False
 
 

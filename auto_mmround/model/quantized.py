@@ -111,9 +111,9 @@ def check_floating(model: PreTrainedModel) -> None:
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in FLOATS.values() or type(parameter.data) is not Tensor:
-            kind = (
+            held_as = (
                 parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
             )
             raise UserError(
-                f"the model holds {name} as {kind}, not as plain floating point: {GIVE}"
+                f"the model holds {name} as {held_as}, not as plain floating point: {GIVE}"
             )

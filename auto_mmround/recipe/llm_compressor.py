@@ -257,11 +257,11 @@ def _activations(value: Any, where: str) -> Values:
         return {}
     options = _mapping(value, where)
     _check_keys(options, (*ARGUMENTS, "block_structure"), where)
-    kind = options.get("type", "int")
-    _only("int", "float")(kind, f"{where}: type")
+    type_name = options.get("type", "int")
+    _only("int", "float")(type_name, f"{where}: type")
     _only("token")(options.get("strategy", "token"), f"{where}: strategy")
     _only(True)(options.get("dynamic", False), f"{where}: dynamic")
-    other = {"act_data_type": "fp8"} if kind == "float" else {}
+    other = {"act_data_type": "fp8"} if type_name == "float" else {}
     return {"act_bits": options.get("num_bits", 8)} | other
 
 

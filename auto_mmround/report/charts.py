@@ -202,11 +202,11 @@ def scatter(title: str, points: Mapping[str, tuple[int, float, float, str]]) -> 
     return chart(title, "; ".join(told), marks, axis, ["0", "", last])
 
 
-def bar(value: float, largest: float, kind: str = "end") -> Markup:
+def bar(value: float, largest: float, style: str = "end") -> Markup:
     """One bar inside a table row; its figure stands beside it."""
     width = 100 * value / largest if largest > 0 else 0.0
     return Markup(
-        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1"'
+        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{style}" x="0" y="1"'
         f' height="10" width="{max(width, 0.4):.2f}%" rx="1"/></svg>'
     )
 

@@ -26,7 +26,11 @@ def headline(report: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]
         before, after = size(sizes["source"]), size(sizes["weights"])
         sentences.append(f"The weights shrank from {before} to {after}: {share:.0f} %.")
     kls = (figures.get("quantized") or {}).get("kl") or {}
-    told = [f"{damage_word(kl)} on {kind} ({kl:.2g})" for kind, kl in kls.items() if kl is not None]
+    told = [
+        f"{damage_word(kl)} on {modality} ({kl:.2g})"
+        for modality, kl in kls.items()
+        if kl is not None
+    ]
     if told:
         sentences.append(f"Damage, as KL in nats a token: {', '.join(told)}.")
     else:

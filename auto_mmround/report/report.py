@@ -105,9 +105,9 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in sorted(
         bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]
     ):
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        rows.setdefault(kind, []).append(bits[name])
-        places.setdefault(kind, []).append(".".join(filter(str.isdigit, name.split("."))))
+        template = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        rows.setdefault(template, []).append(bits[name])
+        places.setdefault(template, []).append(".".join(filter(str.isdigit, name.split("."))))
     expected = run.get("mixed")
     shares = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
     return {
@@ -127,8 +127,8 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
     bits = (
         recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
     )
-    kind = str(recipe["act_data_type"]).upper() if recipe.get("act_data_type") else ""
-    return f"W{bits}A{kind or min(int(recipe.get('act_bits', 16)), 16)}"
+    inputs = str(recipe["act_data_type"]).upper() if recipe.get("act_data_type") else ""
+    return f"W{bits}A{inputs or min(int(recipe.get('act_bits', 16)), 16)}"
 
 
 def number_label(recipe: Mapping[str, Any]) -> str:

@@ -112,11 +112,11 @@ def _pairs(
     blocks of one kind."""
     (name,), index, (block,) = window
     first = block, *_first_call(chain, index, block)
-    found, kind = norm_pairs(*first), shape_signature(block)
-    if session.recipe.equalize == "awq" and kind not in links:
-        links[kind] = linear_pairs(*first)
+    found, shape = norm_pairs(*first), shape_signature(block)
+    if session.recipe.equalize == "awq" and shape not in links:
+        links[shape] = linear_pairs(*first)
     return _chosen(
-        replace(found, pairs=found.pairs + links.get(kind, ())), session.recipe, name, block
+        replace(found, pairs=found.pairs + links.get(shape, ())), session.recipe, name, block
     )
 
 

@@ -195,7 +195,7 @@ class Chosen(NamedTuple):
 
 def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = None) -> Chosen:
     """Raises UserError as `choose` does. dataset: rows in memory instead of the recipe's name."""
-    kind = loaded.model.config.model_type
+    model_type = loaded.model.config.model_type
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
     kinds = calibrates(loaded.model)
     needs = _needs(towers, kinds)
@@ -207,7 +207,7 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
             "text" in kinds,
             bool(towers and needs),
             needs,
-            FAMILIES[kind].calibrates if kind in FAMILIES else None,
+            FAMILIES[model_type].calibrates if model_type in FAMILIES else None,
             position_limit(loaded.model),
             some=True,  # of several towers those are quantized that samples reach
         ),

@@ -45,15 +45,15 @@ class Trial:
     def __call__(self, made: ModelInput) -> None:
         """Raises BadSample for a sample that the model does not take, and UserError for one whose
         words it does not know."""
-        model, kind = self._session.model, frozenset(made.kwargs)
+        model, given = self._session.model, frozenset(made.kwargs)
         check_words(model, [made])
         check_vocabulary(model, [made])
         if missing := no_features(model, made):
             raise BadSample("markers", missing)
-        known = kind in self._kinds
+        known = given in self._kinds
         if known and not self._every:
             return
-        self._kinds.add(kind)
+        self._kinds.add(given)
         stages = self._session.plan.stages
         kwargs = as_dtype(made.kwargs, self._session.dtype)
         try:

@@ -258,7 +258,7 @@ def _answer(
         return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
     tail = (said.strip().splitlines() or ["no output"])[-1]
     answer = answer_of(last) or {"ok": False, "error": f"the engine died (exit {code}): {tail}"}
-    counts = {kind: int(count) for kind, count in LOADED.findall(said)}
+    counts = {type_name: int(count) for type_name, count in LOADED.findall(said)}
     if counts:
         answer |= {
             "classes": counts,
