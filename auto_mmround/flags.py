@@ -1,4 +1,4 @@
-"""Flags as tables, and the parsers made from them: those of a run come from the recipe's fields."""
+"""Flags as tables, and the parsers made from them. A run's flags come from the recipe's fields."""
 
 import argparse
 import difflib

@@ -6,6 +6,7 @@ import re
 import shutil
 import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -441,6 +442,7 @@ def test_the_page_opens_with_the_answer(demo_folder, tmp_path, monkeypatch, caps
     head = page[: page.index("</header>")]
     assert "Damage is not measured yet" in head and "No engine was asked yet" in head
     assert "<code>auto-round-mllm eval</code>" in head and "shrank from" in head
+    assert "The files were read back" in head
     kinds = {"text": 0.0005, "image": 0.02}
     found = report.collect(folder) | {
         "verify": [
@@ -487,3 +489,9 @@ def test_weights_of_openvino_count(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "openvino_language_model.bin").write_bytes(bytes(3000))
     assert sizes(tmp_path, str(DEMO))["weights"] == 3000
+
+
+def test_no_rule_of_the_page_catches_a_class_by_its_first_letter():
+    """`[class^="s"]` once painted `start` black, which nobody sees on a dark page."""
+    style = (Path(report.__file__).parent / "pages" / "style.css").read_text()
+    assert "class^=" not in style and "svg circle.start { fill: var(--soft); }" in style

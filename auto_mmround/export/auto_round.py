@@ -39,7 +39,7 @@ from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 KEPT = {"bits": 16, "data_type": "float"}
-# Data type -> what AutoRound calls that of weights, and that of inputs.
+# Data type -> its names in AutoRound: for weights, for inputs.
 NAMES = {
     "nvfp4": ("nv_fp", "nv_fp4_with_static_gs"),
     "mxfp4": ("mx_fp", "mx_fp"),

@@ -233,7 +233,7 @@ class Fields:
     fisher: Annotated[
         bool,
         _tuning(
-            off=("disable_fisher", "auto, gptq: weigh all tokens, channels and modalities alike")
+            off=("disable_fisher", "auto, gptq: all tokens, channels and modalities count the same")
         ),
     ] = True
     enable_minmax_tuning: Annotated[

@@ -35,6 +35,8 @@ def headline(report: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]
         sentences.append(f"Damage, as KL in nats a token: {', '.join(told)}.")
     else:
         sentences.append("Damage is not measured yet: `auto-round-mllm eval` does that.")
+    if report.get("checked"):
+        sentences.append("The files were read back: they hold what was tuned.")
     rows = report["verify"]
     wrong = [row for row in rows if row["status"] == "wrong"]
     right = [row["engine"] for row in rows if row["status"] == "right"]

@@ -73,6 +73,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "mixed": _mixed(run),
         "worst": sorted(tuned, key=lambda block: -block["end"])[:WORST],
         "calibration": run["calibration"],
+        "checked": run.get("checked", False),
         "verify": _verdicts(folder / VERDICTS),
         "evaluation": evaluation(folder),
     }

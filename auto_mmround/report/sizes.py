@@ -18,8 +18,8 @@ def size(count: float | None) -> str:
 
 
 def sizes(folder: Path, model: str) -> dict[str, Any]:
-    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
-    source. Raises UserError for a damaged file of weights."""
+    """Bytes on disk: all weights, packed ones with their scales, the rest; the source's weights.
+    Raises UserError for a damaged file of weights."""
     quantization = read_object(folder / "config.json").get("quantization_config")
     headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))]
     headers_of = {name: header for file in headers for name, header in file.items()}

@@ -3,8 +3,8 @@ continues.
 
 The folder `<model>-w4g128.unfinished` lies beside the checkpoints to be. A part file holds the
 codes of blocks that were tuned together; the journal gets a line for it once the file is safe. A
-line starts with its own checksum and names that of its part, so whatever a crash, a full disk or a
-bad sector left behind is seen, and work goes on from the last block that is whole.
+line starts with its own checksum and holds that of its part. So damage by a crash, a full disk or a
+bad sector is seen, and work goes on from the last block that is whole.
 """
 
 import errno

@@ -208,7 +208,7 @@ def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) 
 
 
 def _shares(free: Sequence[Unit], damage: Damage) -> Tensor:
-    """What a nat of each set of samples weighs: 1 / the whole damage to that set at every unit's
+    """The weight of a nat of each set of samples: 1 / the whole damage to that set at every unit's
     middle option.
 
     So text does not outvote images, whose answers are few tokens; a unit counts by the set that it

@@ -135,7 +135,7 @@ class _Journey:
 
     @cached_property
     def weights(self) -> Weights:
-        """What errors weigh; to be asked for before anything is quantized."""
+        """The weights of errors. Ask for them before anything is quantized."""
         with phase("Fisher information"):
             return self.session.weights()
 

@@ -37,7 +37,7 @@ from auto_mmround.run.served import ServedInputs
 MANY = 12
 
 # Tokens that second moments are taken over, and at least as many a column: more change little, and
-# each costs a forward pass and what weighs it costs two.
+# each costs a forward pass, and its weight costs two.
 TOKENS, PER_COLUMN = 2**15, 4
 
 T = TypeVar("T")
@@ -138,17 +138,17 @@ class Session:
         return replace(self, inputs=[self.inputs[i] for i in samples])
 
     def weights(self, layers: Iterable[str] | None = None) -> Weights:
-        """What errors weigh, by the model as it is now. layers: those whose tokens are weighed;
-        default the planned."""
+        """The weights of errors, by the model as it is now. layers: whose tokens get weights, too;
+        default the planned ones."""
         if not (self.recipe.fisher and self.recipe.closed_form):
             return Weights(self.kinds, Fisher())
         return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
 
     @cached_property
     def sampled(self) -> list[int]:
-        """Samples that second moments are taken over, and what their tokens weigh: `TOKENS` of
-        text, more where a layer is wide. All of them where experts share the tokens. Of several
-        processes this one's, which captures them too."""
+        """Samples for second moments, and for the weights of their tokens: `TOKENS` of text, more
+        where a layer is wide. All of them where experts share the tokens. Of several processes
+        this one takes its own, which it captures too."""
         mine = self.processes.share(range(len(self.inputs)))
         weights = [weight for weight in self.plan.weights if weight.scheme]
         if any(is_expert(weight.name) for weight in weights):

@@ -37,7 +37,7 @@ Read = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
-    """One line for each fault of a folder: first the findings of `static`, then those of a reload.
+    """One line for each fault of a folder: first what `static` finds, then what a reload finds.
 
     result: what the folder was made of. Memory: about one block of the model.
     """
