@@ -123,11 +123,11 @@ class AutoRoundMLLM:
         what is wrong with the recipe."""
         model = self.loaded.model
         if self.recipe.target_bits is None:
-            found = jobs.planned(self.recipe, self.loaded)
+            plan = jobs.planned(self.recipe, self.loaded)
         else:  # bits are chosen on samples
             with phase("planning"), self._lent():
-                found = self._job().plan
-        return planned(found, f"{self.recipe.model} ({type(model).__name__})")
+                plan = self._job().plan
+        return planned(plan, f"{self.recipe.model} ({type(model).__name__})")
 
     def _job(self) -> jobs.Job:
         return jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
@@ -277,15 +277,15 @@ class AutoRoundMLLM:
             if reference:
                 models["reference"] = load_any(str(reference), device=self.loaded.model.device)
             models["quantized"] = self.loaded
-            found = task_table.run(wanted, task_table.Setting(models, data))
+            measured = task_table.run(wanted, task_table.Setting(models, data))
         names = {
             "quantized": str(self.recipe.model),
             "reference": str(reference) if reference else None,
         }
-        made = record(found, names, models, data, wanted, time.perf_counter() - started)
+        made = record(measured, names, models, data, wanted, time.perf_counter() - started)
         for folder in self._saved:
             keep(folder, made)
-        return evaluated(found.figures, found.scores, made)
+        return evaluated(measured.figures, measured.scores, made)
 
     def verify(self, engines: Sequence[str] | None = None) -> Verified:
         """Check what `save_quantized` wrote: the files, then every installed engine that reads
@@ -293,12 +293,12 @@ class AutoRoundMLLM:
 
         Raises UserError before `save_quantized`, and for engines that can't be asked.
         """
-        found = [verify(folder, engines) for folder in self._folders("verify")]
-        for each in found:
+        results = [verify(folder, engines) for folder in self._folders("verify")]
+        for each in results:
             if each.verdicts:
                 report.keep_verdicts(each.folder, [asdict(verdict) for verdict in each.verdicts])
                 report.write(each.folder)
-        return verified(found)
+        return verified(results)
 
     def report(self) -> Page:
         """The page of the first folder that `save_quantized` wrote, or one that compares several.

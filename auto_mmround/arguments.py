@@ -24,9 +24,9 @@ def checked_model(model: Any) -> PreTrainedModel | str:
         )
         if layer is not None:
             where = f"model.{layer}".removesuffix(".")
-            kind = type(model.get_submodule(layer)).__name__
+            class_name = type(model.get_submodule(layer)).__name__
             raise UserError(
-                f"{where} is a {kind} of peft: give the model that merge_and_unload() returns"
+                f"{where} is a {class_name} of peft: give the model that merge_and_unload() returns"
             )
     if not isinstance(model, PreTrainedModel):
         hint = (
@@ -100,15 +100,15 @@ def checked_dataset(dataset: Any) -> Any:
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as recipes have them: devices (also torch.device or number) and paths as text."""
-    found = {
+    given = {
         key: value for key, value in options.items() if not (key == "device" and value is None)
     }
-    for key, value in found.items():
+    for key, value in given.items():
         if (isinstance(value, Path) and key in PATHS) or (
             key == "device" and (_package(value) == "torch" or type(value) is int)
         ):
-            found[key] = str(value)
-    return found
+            given[key] = str(value)
+    return given
 
 
 def _package(thing: Any) -> str:

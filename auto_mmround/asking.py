@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,34 +11,35 @@ from rich.table import Column, Table
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.printing import console, quiet_libraries, show
+from auto_mmround.printing import Telling, console, notices, quiet_libraries, show
 from auto_mmround.run.out_of_memory import phase
-from auto_mmround.verify.answers import Answer, Question, Way, ask_folder
+from auto_mmround.verify.answers import Answer, Question, Way, ask_folder, check_engine
 
 
 @phase("answering", "use --device cpu, or a larger machine")
-def ask_and_show(found: argparse.Namespace) -> int:
-    """Ask every folder in turn. Raises UserError before the first answer for one that is not
-    there."""
-    quiet_libraries()
-    folders, text = _split(found.words, bool(found.audio))
-    question = Question(text, found.image, found.audio, found.video, found.max_tokens)
-    for file in (*found.image, *found.audio, *found.video):
+def ask_and_show(flags: argparse.Namespace) -> int:
+    """Ask every folder in turn. Raises UserError before the first answer for one that is not there
+    or that the engine does not read."""
+    quiet_libraries(Telling(quiet=flags.engine is not None))  # weights are not loaded here then
+    folders, text = _split(flags.words, bool(flags.audio))
+    question = Question(text, flags.image, flags.audio, flags.video, flags.max_tokens)
+    for file in (*flags.image, *flags.audio, *flags.video):
         if not Path(file).is_file():
             raise UserError(f"{file} is no file: name a picture, a sound or a film")
-    way = Way(found.engine, found.device, found.trust_remote_code, found.timeout)
+    way = Way(flags.engine, flags.device, flags.trust_remote_code, flags.timeout)
     answers = []
+    for folder in folders if way.engine else ():
+        check_engine(folder, question, way)
     for folder in folders:
-        if found.json:
+        if flags.json:
             answers.append(ask_folder(folder, question, way))
             continue
         if len(folders) > 1:
             console.print(f"{folder}:", highlight=False, markup=False, soft_wrap=True)
-        answers.append(ask_folder(folder, question, way, _say))
-        _say("\n")
+        answers.append(_aloud(folder, question, way))
         if len(folders) == 1:
             console.print(answers[-1].speed(), style="dim", highlight=False, soft_wrap=True)
-    if found.json:
+    if flags.json:
         print(strict.dumps([asdict(answer) for answer in answers], indent=1))
     elif len(answers) > 1:
         show(_side_by_side(answers))
@@ -59,10 +61,19 @@ def _split(words: Sequence[str], heard: bool) -> tuple[Sequence[str], str]:
     return folders, text
 
 
-def _say(text: str) -> None:
-    """A piece of an answer, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _aloud(folder: str, question: Question, way: Way) -> Answer:
+    """The answer, printed as it comes. On a terminal a line says what is waited for before."""
+    waiting = notices.status(f"loading {Path(folder).name} in {way.engine or 'our loader'}")
+
+    def say(text: str) -> None:
+        waiting.stop()
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    with waiting if notices.is_terminal else nullcontext():
+        answer = ask_folder(folder, question, way, say)
+    say("\n")
+    return answer
 
 
 def _side_by_side(answers: Sequence[Answer]) -> Table:

@@ -27,28 +27,28 @@ BESIDE = (
 
 def quantize_command(arguments: Sequence[str]) -> int:
     """Quantize and export."""
-    recipe, found = parse_recipe(arguments, "quantize")
+    recipe, flags = parse_recipe(arguments, "quantize")
     from auto_mmround.console import quantize_with_progress
     from auto_mmround.printing import Telling
 
-    telling = Telling(found.verbose, found.quiet, found.json_log)
-    if found.push_to_hub is None:
+    telling = Telling(flags.verbose, flags.quiet, flags.json_log)
+    if flags.push_to_hub is None:
         return quantize_with_progress(recipe, telling)
     from auto_mmround.publish import Place
 
-    place = Place(found.push_to_hub, found.public, found.hub_endpoint)
+    place = Place(flags.push_to_hub, flags.public, flags.hub_endpoint)
     place.check()
     return quantize_with_progress(recipe, telling, place)
 
 
 def plan_command(arguments: Sequence[str]) -> int:
     """Print the plan and stop."""
-    recipe, found = parse_recipe(arguments, "plan")
+    recipe, flags = parse_recipe(arguments, "plan")
     from auto_mmround.console import show_plan
     from auto_mmround.printing import Telling
 
-    telling = Telling(found.verbose, found.quiet, found.json_log)
-    return show_plan(recipe, telling, found.json)
+    telling = Telling(flags.verbose, flags.quiet, flags.json_log)
+    return show_plan(recipe, telling, flags.json)
 
 
 def parse_recipe(
@@ -57,72 +57,72 @@ def parse_recipe(
     """The recipe of a command line: a file, if the first argument is one, under the flags."""
     words = normalise(arguments)
     parser = parser_of(command, every="--help_all" in words)
-    found = parser.parse_args(words)
-    given = {key: value for key, value in vars(found).items() if key not in BESIDE}
-    if found.eval or found.lmms:
+    flags = parser.parse_args(words)
+    given = {key: value for key, value in vars(flags).items() if key not in BESIDE}
+    if flags.eval or flags.lmms:
         raise UserError(
             "--eval and --lmms: evaluate the result with `auto-round-mllm eval --model DIR --lmms"
             " TASKS`"
         )
-    file = found.recipe_file
+    file = flags.recipe_file
     if file and not Path(file).suffix:
         near = difflib.get_close_matches(file, RUN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} -h"
         raise UserError(f"unknown command {file!r}; {hint}")
     base = from_mapping(read(file), f"recipe file {file}") if file else Recipe()
-    return to_recipe(given, base), found
+    return to_recipe(given, base), flags
 
 
 def eval_command(arguments: Sequence[str]) -> int:
     """Measure a model, alone or against a reference."""
-    found = parser_of("eval").parse_args(normalise(arguments))
-    if found.limit is not None and found.limit < 1:
-        raise UserError(f"limit = {found.limit}: at least 1")
-    found.words = list(arguments)
+    flags = parser_of("eval").parse_args(normalise(arguments))
+    if flags.limit is not None and flags.limit < 1:
+        raise UserError(f"limit = {flags.limit}: at least 1")
+    flags.words = list(arguments)
     outside = [
         f"{p}:{n}"
         for p in ("lmms", "vlmeval")
-        for n in (getattr(found, p) or "").split(",")
+        for n in (getattr(flags, p) or "").split(",")
         if n.strip()
     ]
-    found.tasks = ",".join([*([found.tasks] if found.tasks else []), *outside]) or None
+    flags.tasks = ",".join([*([flags.tasks] if flags.tasks else []), *outside]) or None
     from auto_mmround.console import evaluate_and_show
 
-    return evaluate_and_show(found)
+    return evaluate_and_show(flags)
 
 
 def verify_command(arguments: Sequence[str]) -> int:
     """Check a checkpoint."""
-    found = parser_of("verify").parse_args(normalise(arguments))
+    flags = parser_of("verify").parse_args(normalise(arguments))
     from auto_mmround.console import verify_and_show
 
-    return verify_and_show(found)
+    return verify_and_show(flags)
 
 
 def ask_command(arguments: Sequence[str]) -> int:
     """Ask checkpoints a question."""
-    found = parser_of("ask").parse_args(normalise(arguments))
-    if found.max_tokens < 1:
-        raise UserError(f"max_tokens = {found.max_tokens}: at least 1")
+    flags = parser_of("ask").parse_args(normalise(arguments))
+    if flags.max_tokens < 1:
+        raise UserError(f"max_tokens = {flags.max_tokens}: at least 1")
     from auto_mmround.asking import ask_and_show
 
-    return ask_and_show(found)
+    return ask_and_show(flags)
 
 
 def report_command(arguments: Sequence[str]) -> int:
     """Write a page on a run, or on several."""
-    found = parser_of("report").parse_args(normalise(arguments))
+    flags = parser_of("report").parse_args(normalise(arguments))
     from auto_mmround.console import show_report
 
-    return show_report(found.folders, found.output, found.open)
+    return show_report(flags.folders, flags.output, flags.open)
 
 
 def push_command(arguments: Sequence[str]) -> int:
     """Send a checkpoint to the Hub."""
-    found = parser_of("push").parse_args(normalise(arguments))
+    flags = parser_of("push").parse_args(normalise(arguments))
     from auto_mmround.publish import Place, push
 
-    print(push(found.folder, Place(found.repo, found.public, found.hub_endpoint)))
+    print(push(flags.folder, Place(flags.repo, flags.public, flags.hub_endpoint)))
     return 0
 
 

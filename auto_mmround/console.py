@@ -189,12 +189,12 @@ def show_plan(recipe: Recipe, telling: Telling | None = None, as_json: bool = Fa
     notes += refusals(loaded.model, plan, recipe.read_by)
     known = job is not None or not recipe.needs_samples or recipe.dataset is not None
     if as_json:
-        found = estimate(job or jobs.prepare(recipe, loaded)) if known else None
+        costs = estimate(job or jobs.prepare(recipe, loaded)) if known else None
         keys = "layer", "count", "shape", "becomes"
         facts = {"model": recipe.model, "bits_per_weight": plan.bits_per_weight()}
         facts |= {"layers": [dict(zip(keys, row, strict=True)) for row in plan_rows(plan)]}
         facts |= {"stays": [row.as_dict() for row in stays], "formats": formats, "notes": notes}
-        took = found and asdict(found) | {"fits": found.fits}
+        took = costs and asdict(costs) | {"fits": costs.fits}
         print(strict.dumps(facts | {"estimate": took}, indent=1))
         return 0
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
@@ -219,36 +219,36 @@ def staying_table(stays: Sequence[Staying]) -> Table:
     return table
 
 
-def show_estimate(found: Estimate) -> int:
+def show_estimate(costs: Estimate) -> int:
     """Minutes, memory and disk. Raises UserError with helpful flags if the run can't fit."""
-    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in found.seconds.items())
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in costs.seconds.items())
     console.print(
-        f"time: {sum(found.seconds.values()) / 60:.1f} minutes after loading ({parts})",
+        f"time: {sum(costs.seconds.values()) / 60:.1f} minutes after loading ({parts})",
         highlight=False,
     )
-    if len(found.presets) > 1:
-        each = ", ".join(f"{name} {took / 60:.1f}" for name, took in found.presets.items())
+    if len(costs.presets) > 1:
+        each = ", ".join(f"{name} {took / 60:.1f}" for name, took in costs.presets.items())
         console.print(f"minutes by preset: {each}", highlight=False)
-    some, every = found.used
+    some, every = costs.used
     if 0 < some < every:
         console.print(f"samples: {some} of {every} pass the blocks; more are not needed")
-    memory = f"{found.memory / 1e9:.1f} GB at the peak, {found.free_memory / 1e9:.1f} GB can be had"
-    sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in found.sizes.items())
+    memory = f"{costs.memory / 1e9:.1f} GB at the peak, {costs.free_memory / 1e9:.1f} GB can be had"
+    sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in costs.sizes.items())
     console.print(f"memory: {memory}", highlight=False)
-    console.print(f"disk: {sizes}; {found.free_disk / 1e9:,.1f} GB are free", highlight=False)
-    if not found.fits:
-        raise UserError(f"this run does not fit ({memory}); try {'; or '.join(found.advice)}")
+    console.print(f"disk: {sizes}; {costs.free_disk / 1e9:,.1f} GB are free", highlight=False)
+    if not costs.fits:
+        raise UserError(f"this run does not fit ({memory}); try {'; or '.join(costs.advice)}")
     return 0
 
 
 @phase("evaluating", "use --device cpu, or a larger machine")
-def evaluate_and_show(found: argparse.Namespace) -> int:
+def evaluate_and_show(flags: argparse.Namespace) -> int:
     """Measure, keep the record beside a checkpoint of ours, and print tables or JSON."""
     quiet_libraries()
-    folder = Path(found.model)
-    if found.model_card and not (folder / "run.json").is_file():
+    folder = Path(flags.model)
+    if flags.model_card and not (folder / "run.json").is_file():
         raise UserError(f"model_card: {folder} is not the result of one of our runs")
-    data = Data(found.dataset, found.template, found.extra_data_dir, found.limit, found.language)
+    data = Data(flags.dataset, flags.template, flags.extra_data_dir, flags.limit, flags.language)
     with Progress(console=notices, transient=True, disable=not notices.is_terminal) as bar:
         bars: dict[str, Any] = {}
 
@@ -258,18 +258,18 @@ def evaluate_and_show(found: argparse.Namespace) -> int:
             bar.update(bars[title], completed=done)
 
         findings, record = evaluate(
-            found.model,
+            flags.model,
             data,
-            reference=found.reference,
-            baseline=found.baseline,
-            names=found.tasks,
-            way=Way(found.device, found.trust_remote_code, found.stream),
+            reference=flags.reference,
+            baseline=flags.baseline,
+            names=flags.tasks,
+            way=Way(flags.device, flags.trust_remote_code, flags.stream),
             progress=progress,
         )
-    record["command"] = shlex.join(["auto-round-mllm", "eval", *found.words])
+    record["command"] = shlex.join(["auto-round-mllm", "eval", *flags.words])
     page = keep(folder, record)
-    card_file = card.write(folder) if found.model_card else None
-    if found.json:
+    card_file = card.write(folder) if flags.model_card else None
+    if flags.json:
         flat = findings.figures["quantized"].as_dict() if findings.figures else {}
         print(strict.dumps(flat | record, indent=1))
         return 0
@@ -326,30 +326,30 @@ def show_report(folders: Sequence[str], output: str | None, opened: bool = False
 
 
 @phase("verifying", "use a larger machine")
-def verify_and_show(found: argparse.Namespace) -> int:
+def verify_and_show(flags: argparse.Namespace) -> int:
     """The findings on a folder and one line per engine, or JSON; 1 if something is wrong."""
     quiet_libraries()
     engines: list[str] | None = None
-    if found.engine is not None:
-        engines = [name.strip() for name in found.engine.split(",") if name.strip()]
+    if flags.engine is not None:
+        engines = [name.strip() for name in flags.engine.split(",") if name.strip()]
     result = verify(
-        found.folder,
+        flags.folder,
         [] if engines == ["none"] else engines,
-        source=found.source,
-        remote_code=found.trust_remote_code,
-        timeout=found.timeout,
-        stream=found.stream,
+        source=flags.source,
+        remote_code=flags.trust_remote_code,
+        timeout=flags.timeout,
+        stream=flags.stream,
     )
-    if result.verdicts and report.ours(found.folder):
-        report.keep_verdicts(found.folder, [asdict(verdict) for verdict in result.verdicts])
-        report.write(found.folder)
-    if found.json:
+    if result.verdicts and report.ours(flags.folder):
+        report.keep_verdicts(flags.folder, [asdict(verdict) for verdict in result.verdicts])
+        report.write(flags.folder)
+    if flags.json:
         print(strict.dumps(result.as_dict(), indent=1))
         return 0 if result.right else 1
     errors = sum(finding.severity == "error" for finding in result.findings)
     lines = [finding.line() for finding in result.findings]
     mark = "WRONG" if errors else "right"
-    lines.append(f"{mark} {found.folder.name}: files, format {result.format}, {errors} errors")
+    lines.append(f"{mark} {flags.folder.name}: files, format {result.format}, {errors} errors")
     for line in [*lines, *(verdict.line() for verdict in result.verdicts), *result.notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0 if result.right else 1

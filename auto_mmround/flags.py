@@ -1,4 +1,4 @@
-"""Flags as tables, and the parsers made from them: those of a run come from the recipe's fields."""
+"""Flags as tables, and the parsers made from them. A run's flags come from the recipe's fields."""
 
 import argparse
 import difflib
@@ -69,6 +69,7 @@ examples:
   auto-round-mllm ask ./demo-w4g128-auto_round "What color is the digit?" --image a.png
   auto-round-mllm ask ./my-model ./my-model-w4g128 "What is written here?" --image a.png
   auto-round-mllm ask ./whisper-w4g128-auto_round --audio speech.wav
+  auto-round-mllm ask ./my-model-w4g32-gguf-q4_0 "What do you see?" --image a.png --engine llamacpp
 """
 COMPLETION_EPILOG = """\
   bash   eval "$(auto-round-mllm completion bash)"       in ~/.bashrc
@@ -305,7 +306,7 @@ def _overview() -> Iterator[str]:
     """What the program can do, and examples."""
     yield f"commands, each with -h ({PROGRAM} COMMAND -h):"
     for name, command in COMMANDS.items():
-        yield f"  {'' if name == 'quantize' else name:<12}{command.text}"
+        yield f"  {name:<12}{command.text}{' (no command)' if name == 'quantize' else ''}"
     yield f"\n{EXAMPLES}"
 
 

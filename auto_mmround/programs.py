@@ -21,3 +21,14 @@ def answer_of(output: str) -> dict[str, Any] | None:
         return json.loads(lines[-1]) if lines else None
     except ValueError:
         return None
+
+
+def piece_of(line: str) -> str | int | None:
+    """The piece of an answer that a line of a program's output says; None for other lines."""
+    if not line.startswith('{"piece"'):
+        return None
+    try:
+        piece = json.loads(line)["piece"]
+    except ValueError:
+        return None
+    return piece if isinstance(piece, str | int) else None

@@ -91,8 +91,9 @@ class Page:
 def _told(scheme: Scheme) -> str:
     """A scheme in words."""
     group = {-1: "channel", 0: "tensor"}.get(scheme.group_size, f"group {scheme.group_size}")
-    kind = "symmetric" if scheme.sym else "asymmetric"
-    fate = f"{scheme.bits} bits, {group}, {kind if scheme.data_type == 'int' else scheme.data_type}"
+    symmetry = "symmetric" if scheme.sym else "asymmetric"
+    values = symmetry if scheme.data_type == "int" else scheme.data_type
+    fate = f"{scheme.bits} bits, {group}, {values}"
     data_type, bits, _ = scheme.inputs
     return f"{fate}, inputs {data_type} of {bits} bits" if scheme.act_bits < 16 else fate
 
@@ -123,14 +124,14 @@ def evaluated(
     figures: Mapping[str, Metrics], scores: Sequence[Score], record: Mapping[str, Any]
 ) -> Evaluated:
     """The result of `AutoRoundMLLM.evaluate`."""
-    kinds = dict.fromkeys(kind for metrics in figures.values() for kind in metrics.kl)
-    head = ("model", "accuracy", "perplexity", *(f"KL {kind}" for kind in kinds))
+    modalities = dict.fromkeys(modality for metrics in figures.values() for modality in metrics.kl)
+    head = ("model", "accuracy", "perplexity", *(f"KL {modality}" for modality in modalities))
     rows = [
         (
             name,
             "-" if metrics.accuracy is None else f"{100 * metrics.accuracy:.1f} %",
             "-" if metrics.perplexity is None else f"{metrics.perplexity:.3f}",
-            *(f"{metrics.kl.get(kind, 0.0):.5f}" for kind in kinds),
+            *(f"{metrics.kl.get(modality, 0.0):.5f}" for modality in modalities),
         )
         for name, metrics in figures.items()
     ]
@@ -138,15 +139,15 @@ def evaluated(
     return Evaluated(Rows("measured", head, rows, notes), figures, scores, record)
 
 
-def verified(found: Sequence[Verification]) -> Verified:
+def verified(results: Sequence[Verification]) -> Verified:
     """The result of `AutoRoundMLLM.verify`."""
     rows = []
-    for each in found:
+    for each in results:
         errors = [finding.line() for finding in each.findings if finding.severity == "error"]
         told = errors[0] if errors else f"format {each.format}"
         rows.append((each.folder.name, "files", "WRONG" if errors else "right", told))
         rows += [
             (each.folder.name, v.engine, v.status, v.reason or v.line()) for v in each.verdicts
         ]
-    right = all(each.right for each in found)
-    return Verified(Rows("verified", ("folder", "by", "verdict", "why"), rows), right, found)
+    right = all(each.right for each in results)
+    return Verified(Rows("verified", ("folder", "by", "verdict", "why"), rows), right, results)

@@ -50,11 +50,11 @@ def parse_json(text: str, what: str, once: bool = False) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    twice = [key for key, value in pairs if found[key] is not value and found[key] != value]
+    values = dict(pairs)
+    twice = [key for key, value in pairs if values[key] is not value and values[key] != value]
     if twice:
         raise ValueError(f"{twice[0]!r} stands in it twice, with different values")
-    return found
+    return values
 
 
 def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
@@ -117,12 +117,12 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
-def index_problem(found: Any) -> str | None:
+def index_problem(shards: Any) -> str | None:
     """The fault of an index's `weight_map` by itself: its form, or a name that is no file of the
     folder."""
-    if not isinstance(found, Mapping) or not found:
+    if not isinstance(shards, Mapping) or not shards:
         return "holds no weight_map"
-    for name, shard in found.items():
+    for name, shard in shards.items():
         if not isinstance(shard, str) or not shard.endswith(SAFE) or not is_plain(shard):
             return (
                 f"says that {name!r} lies in {str(shard)[:200]!r}, which is no safetensors file of"

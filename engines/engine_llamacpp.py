@@ -6,11 +6,12 @@ package is not installed there.
 request: {"model": GGUF file, "mmproj": GGUF file or null, "prompts": [token ids or text], "top":
 number of next tokens to report, "filler": id of a token of plain text, "questions": [{"content":
 [text or {"image": file}], "max_tokens": ..}], "template": of the questions' conversation, null for
-the model's own, "context": tokens}.
+the model's own, "context": tokens, "aloud": whether the one question's answer is said piece by
+piece, "threads": of the processor}.
 
 answer: {"logprobs": for each prompt {id: log probability} of the next tokens, "answers": [{"text",
-"prompt_tokens", "tokens" of the answer, "logprobs" of the first token}], "seconds": that
-the questions took}. llama.cpp writes its own log to standard error.
+"prompt_tokens", "logprobs" of the first token; aloud "text" and "tokens", their number}],
+"seconds": that an answer aloud took}. llama.cpp writes its own log to standard error.
 """
 
 import base64
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import xllamacpp
+from engine_main import say
 
 
 def load(request: dict[str, Any], mmproj: str | None = None) -> Any:
@@ -108,29 +110,59 @@ def ask(server: Any, question: dict[str, Any], top: int, filler: int | None) -> 
     return {
         "text": choice["message"]["content"],
         "prompt_tokens": count,
-        "tokens": answer["usage"]["completion_tokens"],
         "logprobs": first_token(choice),
     }
 
 
+def answer_aloud(request: dict[str, Any]) -> dict[str, Any]:
+    """Says the greedy answer to one question, piece by piece."""
+    (question,) = request["questions"]
+    server, parts, counts = load(request, request.get("mmproj")), [], []
+
+    def hear(chunk: dict[str, Any]) -> None:
+        for choice in checked(chunk)["choices"]:
+            if text := choice["delta"].get("content"):
+                parts.append(text)
+                say(text)
+        if usage := chunk.get("usage"):
+            counts.append(usage["completion_tokens"])
+
+    asked = {
+        "messages": [{"role": "user", "content": [part(p) for p in question["content"]]}],
+        "max_tokens": question["max_tokens"],
+        "temperature": 0,
+        "cache_prompt": False,
+        "reasoning_format": "none",  # thoughts are said as they come
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started = time.perf_counter()
+    server.handle_chat_completions(asked, hear)
+    seconds = time.perf_counter() - started
+    if not counts:
+        raise RuntimeError("the answer broke off")
+    answers = [{"text": "".join(parts), "tokens": counts[-1]}]
+    return {"ok": True, "engine": name(), "answers": answers, "seconds": seconds}
+
+
+def name() -> str:
+    return f"xllamacpp {metadata.version('xllamacpp')}"
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    if request.get("aloud"):
+        return answer_aloud(request)
     prompts, questions = request.get("prompts", ()), request.get("questions", ())
     top, filler = request.get("top", 20), request.get("filler")
-    logprobs, answers, started = [], [], time.perf_counter()
+    logprobs, answers = [], []
     if prompts:  # with an mmproj file the server takes no token ids
         server = load(request)
         logprobs = [next_tokens(server, prompt, top, filler) for prompt in prompts]
     if questions:
         server = load(request, request.get("mmproj"))
-        started = time.perf_counter()
         answers = [ask(server, question, top, filler) for question in questions]
     broken = not all(math.isfinite(x) for found in logprobs for x in found.values())
-    facts = {
-        "engine": f"xllamacpp {metadata.version('xllamacpp')}",
-        "logprobs": logprobs,
-        "answers": answers,
-        "seconds": time.perf_counter() - started,
-    }
+    facts = {"engine": name(), "logprobs": logprobs, "answers": answers}
     return {"ok": not broken, **facts} | (
         {"error": "log probabilities are not finite"} if broken else {}
     )

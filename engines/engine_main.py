@@ -5,12 +5,16 @@
 Standard library only. WORKER.py defines `answer(request) -> dict`. The last line of standard output
 is one JSON object, {"ok": true, ..} or {"ok": false, "error": ".."}. Every error of a worker
 becomes such an answer, also a failed import.
+
+A worker that answers aloud prints a line {"piece": text or token id} for each piece before that.
 """
 
 import importlib.util
 import json
 import sys
+import time
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,22 @@ def report_crash(kind: type[BaseException], error: BaseException, trace: Any) ->
     traceback.print_exception(kind, error, trace)
     text = f"{kind.__name__}: {' '.join(str(error).split())}"
     print(json.dumps({"ok": False, "error": text[:LONGEST]}), flush=True)
+
+
+def say(piece: str | int) -> None:
+    """A part of an answer, at once."""
+    print(json.dumps({"piece": piece}), flush=True)
+
+
+def aloud(tokens: Iterator[int], ends: Sequence[int]) -> dict[str, object]:
+    """Say every token as it comes, up to the first of ``ends``; the answer's facts."""
+    started, ids = time.perf_counter(), []
+    for token in tokens:
+        ids.append(token)
+        say(token)
+        if token in ends:
+            break
+    return {"answers": [{"ids": ids}], "seconds": time.perf_counter() - started, "ok": True}
 
 
 def main(worker: str, request: str) -> int:

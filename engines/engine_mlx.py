@@ -3,19 +3,21 @@
 The engine's interpreter runs it. It is standalone like `engine_transformers.py`, with the same
 request and answer. Models with a vision or audio configuration go through mlx-vlm, others through
 mlx-lm. "dtype": every stored float is widened to it after loading. "new_tokens": number of greedy
-tokens for each input, as "<i>.tokens" in the output file. Both loaders are strict: one tensor too
-many or too few is an error.
+tokens for each input, as "<i>.tokens" in the output file. With "ends", ids of tokens that end an
+answer, there is one input, and only its tokens are said one by one, as the packages generate. Both
+loaders are strict: one tensor too many or too few is an error.
 """
 
 import json
-import time
 from collections import Counter
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from engine_main import aloud
 
 # What MLX's models derive by themselves from the token ids of a single unpadded sample.
 DERIVED = ("attention_mask", "mm_token_type_ids")
@@ -70,34 +72,55 @@ def greedy(model: nn.Module, kwargs: dict[str, mx.array], count: int) -> mx.arra
     return kwargs["input_ids"][:, -count:]
 
 
+def spoken(model: nn.Module, package: str, kwargs: dict[str, mx.array], most: int) -> Iterator[int]:
+    """The greedy tokens after one input, with the packages' own caches. Raises ValueError for
+    values that are not finite."""
+    ids = kwargs["input_ids"]
+    if package == "mlx-vlm":
+        from mlx_vlm.generate import generate_step as generate_multimodal
+
+        rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "pixel_values", *DERIVED)}
+        pixels = kwargs.get("pixel_values")
+        made = generate_multimodal(
+            ids, model, pixels, None, max_tokens=most, temperature=0.0, **rest
+        )
+    else:
+        from mlx_lm.generate import generate_step as generate_text
+
+        made = generate_text(ids[0], model, max_tokens=most)
+    for token, logprobs in made:
+        if not bool(mx.isfinite(mx.max(logprobs)).item()):
+            raise ValueError("logits are not finite")
+        yield int(token)
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     mx.set_default_device(mx.cpu)
     model, package = load(Path(request["model"]))
-    model.set_dtype(getattr(mx, request["dtype"]))
-    classes, quantized = linear_classes(model)
     samples: dict[str, dict[str, mx.array]] = {}
     for key, array in mx.load(request["inputs"]).items():
         index, _, kwarg = key.partition(".")
         samples.setdefault(index, {})[kwarg] = array
+    versions = " + ".join(f"{name} {metadata.version(name)}" for name in (package, "mlx"))
+    if "ends" in request:
+        tokens = spoken(model, package, samples["0"], request["new_tokens"])
+        return {"engine": versions} | aloud(tokens, request["ends"])
+    model.set_dtype(getattr(mx, request["dtype"]))
+    classes, quantized = linear_classes(model)
     output = {f"{index}.logits": logits_of(model, kwargs) for index, kwargs in samples.items()}
     broken = [
         name for name, logits in output.items() if not bool(mx.all(mx.isfinite(logits)).item())
     ]
-    started = time.perf_counter()
     if count := request.get("new_tokens", 0):
         output |= {
             f"{index}.tokens": greedy(model, kwargs, count) for index, kwargs in samples.items()
         }
-        mx.eval(*output.values())  # MLX computes when asked
-    seconds = time.perf_counter() - started
     mx.save_safetensors(request["output"], output)
-    versions = " + ".join(f"{name} {metadata.version(name)}" for name in (package, "mlx"))
     facts = {
         "engine": versions,
         "classes": classes,
         "quantized": quantized,
         "dtype": request["dtype"],
-        "seconds": seconds,
     }
     return (
         facts

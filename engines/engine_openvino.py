@@ -4,19 +4,20 @@ The engine's interpreter runs it. It is standalone like `engine_transformers.py`
 request and answer. It takes texts, and images if the folder holds a tower. "dtype" float32 switches
 off the plugin's own rounding: bfloat16 kernels, and activations of packed weights in 8 bits (2 % of
 a matrix product). "new_tokens": number of greedy tokens for each input, with the cache, as
-"<i>.tokens".
+"<i>.tokens". With "ends", ids of tokens that end an answer, there is one input, and only its
+greedy tokens are said one by one, as fast as the plugin can.
 """
 
 import json
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
+from engine_main import aloud
 from safetensors.numpy import load_file, save_file
 
 EXACT = {
@@ -33,8 +34,7 @@ MERGER = "openvino_vision_embeddings_merger_model.xml"
 class Graphs:
     """The compiled graphs of a folder by file name, and its config.json."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        options = {"INFERENCE_NUM_THREADS": 2} | (EXACT if dtype == "float32" else {})
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         paths = sorted(folder.glob("openvino_*model.xml"))
         self.compiled = {path.name: ov.Core().compile_model(path, "CPU", options) for path in paths}
         rest = load_file(folder / "openvino_rest.safetensors")
@@ -162,10 +162,8 @@ class Text:
         return made["logits"].astype(np.float32)
 
 
-def run_input(
-    graphs: Graphs, kwargs: dict[str, np.ndarray], new_tokens: int
-) -> dict[str, np.ndarray]:
-    """One unpadded input, then some greedy tokens.
+def begun(graphs: Graphs, kwargs: dict[str, np.ndarray]) -> tuple[Text, np.ndarray]:
+    """(a text that was given one unpadded input, its logits (1, T, vocabulary)).
 
     Raises ValueError for inputs that the folder's graphs don't take.
     """
@@ -184,31 +182,53 @@ def run_input(
         if text.axes == 3:
             merge = graphs.config["vision_config"]["spatial_merge_size"]
             positions = positions_of(ids, place, kwargs["image_grid_thw"], merge)
-    logits, found = text.feed(tokens, positions), []
-    best = logits[:, -1:].argmax(-1)
-    for _ in range(new_tokens):
-        found.append(best)
-        best = text.feed(graphs.tokens(best))[:, -1:].argmax(-1)
-    return {"logits": logits} | ({"tokens": np.concatenate(found, axis=1)} if found else {})
+    return text, text.feed(tokens, positions)
+
+
+def greedy(text: Text, logits: np.ndarray, most: int) -> Iterator[int]:
+    """The most likely tokens, one by one. Raises ValueError for logits that are not finite."""
+    for left in reversed(range(most)):
+        if not np.isfinite(logits[:, -1]).all():
+            raise ValueError("logits are not finite")
+        best = logits[:, -1:].argmax(-1)
+        yield int(best[0, 0])
+        if left:
+            logits = text.feed(text.graphs.tokens(best))
+
+
+def run_input(
+    graphs: Graphs, kwargs: dict[str, np.ndarray], new_tokens: int
+) -> dict[str, np.ndarray]:
+    """One unpadded input, then some greedy tokens."""
+    text, logits = begun(graphs, kwargs)
+    tokens = list(greedy(text, logits, new_tokens))
+    return {"logits": logits} | ({"tokens": np.array([tokens])} if tokens else {})
+
+
+def spoken(graphs: Graphs, kwargs: dict[str, np.ndarray], most: int) -> Iterator[int]:
+    """The greedy tokens after one input."""
+    yield from greedy(*begun(graphs, kwargs), most)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    graphs = Graphs(Path(request["model"]), request["dtype"])
-    classes, quantized = linear_classes(graphs)
+    exact = EXACT | {"INFERENCE_NUM_THREADS": 2} if request["dtype"] == "float32" else {}
+    graphs = Graphs(Path(request["model"]), exact)
     samples: dict[str, dict[str, np.ndarray]] = {}
     for key, array in load_file(request["inputs"]).items():
         index, _, kwarg = key.partition(".")
         samples.setdefault(index, {})[kwarg] = array
+    engine = f"openvino {ov.__version__}"
+    if "ends" in request:
+        tokens = spoken(graphs, samples["0"], request["new_tokens"])
+        return {"engine": engine} | aloud(tokens, request["ends"])
+    classes, quantized = linear_classes(graphs)
     output: dict[str, np.ndarray] = {}
-    started = time.perf_counter()
     for index, kwargs in samples.items():
         made = run_input(graphs, kwargs, request.get("new_tokens", 0))
         output |= {f"{index}.{what}": array for what, array in made.items()}
-    seconds = time.perf_counter() - started
     save_file(output, request["output"])
     broken = [name for name, array in output.items() if not np.isfinite(array).all()]
-    facts = {"engine": f"openvino {ov.__version__}", "classes": classes, "quantized": quantized}
-    facts["seconds"] = seconds
+    facts = {"engine": engine, "classes": classes, "quantized": quantized}
     return (
         facts
         | {"ok": not broken}

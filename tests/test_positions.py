@@ -111,7 +111,7 @@ def test_longer_texts_are_cut_and_that_is_said(gpt2, tmp_path, capsys, more):
     )
     said = " ".join(capsys.readouterr().err.split())
     assert "becomes 64: the model has positions for no more tokens" in said
-    assert "calibration: 8 of 8 samples asked for, tokens: 512 text" in said
+    assert "calibration: 8 of 8 samples, 512 text tokens" in said
 
 
 def test_eval_verify_and_plan_stay_within_the_positions(gpt2, tmp_path, capsys):

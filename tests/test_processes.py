@@ -123,7 +123,7 @@ def ready(folder, **changes):
 PAIRS = {
     "equalize": ({"equalize": "awq"}, None),
     "target_bits": ({"target_bits": 3.5, "bit_options": "2,3,4"}, None),
-    "act_dynamic = false": (
+    "act_dynamic = false, rounded to nearest,": (
         {"data_type": "fp8", "bits": 8, "group_size": -1, "act_bits": 8, "act_dynamic": False,
          "iters": 0, "algorithm": "rtn", "format": "compressed_tensors"},
         None,

@@ -99,3 +99,22 @@ def test_a_layer_with_a_data_type_of_its_own_is_refused():
     for given in ({"data_type": "fp8"}, {"bits": 8, "data_type": "float"}):
         with pytest.raises(UserError, match="all layers have that of the scheme, int"):
             overridden(Scheme(), given, "q_proj")
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"scheme": "NVFP4", "quant_lm_head": True}, "quant_lm_head with nvfp4 .*use NVFP4A16"),
+        ({"scheme": "NVFP4", "iters": 0}, "nvfp4 with 4-bit inputs, rounded .*use NVFP4A16"),
+        ({"scheme": "FP8_STATIC", "quant_lm_head": True}, "quant_lm_head with act_dynamic = false"),
+        ({"scheme": "FP8_STATIC", "iters": 0}, "act_dynamic = false, rounded .*use FP8"),
+    ],
+)
+def test_what_cannot_be_streamed_is_named_with_what_can(values, told):
+    values = values | {"format": "compressed_tensors"}
+    with pytest.raises(UserError, match=told) as refused:
+        from_mapping(values | {"stream": True})
+    if values["scheme"] == "NVFP4":
+        assert "act_dynamic" not in str(refused.value)
+    instead = {"scheme": str(refused.value).rpartition(" ")[2]}
+    from_mapping(values | instead | {"stream": True})

@@ -6,6 +6,7 @@ import re
 import shutil
 import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,9 +18,10 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.scoring import Score
 from auto_mmround.evaluate.tasks import picture
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.model.loading import find_folder
+from auto_mmround.model.loading import DEMO, find_folder
 from auto_mmround.report import card, charts, report
 from auto_mmround.report.headline import differing_first, headline, trade
+from auto_mmround.report.sizes import sizes
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -439,6 +441,8 @@ def test_the_page_opens_with_the_answer(demo_folder, tmp_path, monkeypatch, caps
     page = report.write(folder).read_text()
     head = page[: page.index("</header>")]
     assert "Damage is not measured yet" in head and "No engine was asked yet" in head
+    assert "<code>auto-round-mllm eval</code>" in head and "shrank from" in head
+    assert "The files were read back" in head
     kinds = {"text": 0.0005, "image": 0.02}
     found = report.collect(folder) | {
         "verify": [
@@ -479,3 +483,15 @@ def test_a_comparison_puts_damage_against_size_and_time(demo_folder, tmp_path):
     assert not trade(runs[:1], "A", "size")
     bare = report.compare([tmp_path / "run0", tmp_path / "run1"], tmp_path / "both.html")
     assert "What the damage buys" not in bare.read_text()  # nothing was measured
+
+
+def test_weights_of_openvino_count(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "openvino_language_model.bin").write_bytes(bytes(3000))
+    assert sizes(tmp_path, str(DEMO))["weights"] == 3000
+
+
+def test_no_rule_of_the_page_catches_a_class_by_its_first_letter():
+    """`[class^="s"]` once painted `start` black, which nobody sees on a dark page."""
+    style = (Path(report.__file__).parent / "pages" / "style.css").read_text()
+    assert "class^=" not in style and "svg circle.start { fill: var(--soft); }" in style

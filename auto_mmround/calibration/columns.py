@@ -107,20 +107,20 @@ class Columns:
 
     def _queues(self) -> dict[str, list[Any]]:
         """References by kind in columns whose names tell the kind, or whose file names do."""
-        found: dict[str, list[Any]] = {}
+        media: dict[str, list[Any]] = {}
         for kind, names in MEDIA.items():
-            found[kind] = _several(self.take(names[0])) + _several(self.take(names[1]))
-            found[kind] = found[kind] or _several(self.take(*names[2:]))
+            media[kind] = _several(self.take(names[0])) + _several(self.take(names[1]))
+            media[kind] = media[kind] or _several(self.take(*names[2:]))
         for name in FILES:
             told = _kind_of(self.row.get(name), named=True)
-            if told and not found[told]:
-                found[told] = [self.take(name)]
-        return found
+            if told and not media[told]:
+                media[told] = [self.take(name)]
+        return media
 
     def _unnamed(self) -> dict[str, list[Any]]:
         """References in a column of any name: what is stored as media, or names a file that lies
         beside the row's."""
-        found: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
+        media: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
         for name, value in self.row.items():
             items = value if isinstance(value, list | tuple) else [value]
             kinds = (
@@ -129,9 +129,9 @@ class Columns:
                 else {None}
             )
             kind = next(iter(kinds))
-            if len(kinds) == 1 and kind and not found[kind]:
-                found[kind] = _several(self.take(name))
-        return found
+            if len(kinds) == 1 and kind and not media[kind]:
+                media[kind] = _several(self.take(name))
+        return media
 
     def _turns(self, media: list[str]) -> Any:
         """The conversation of a row, or its text."""
@@ -188,8 +188,8 @@ class Columns:
 
 def decoded_turns(value: Any) -> Any:
     """Turns that are stored as JSON text; any other value as it is."""
-    found = decoded(value)
-    return found if isinstance(found, list) and found and all(map(_is_turn, found)) else value
+    turns = decoded(value)
+    return turns if isinstance(turns, list) and turns and all(map(_is_turn, turns)) else value
 
 
 def _is_turn(value: Any) -> bool:

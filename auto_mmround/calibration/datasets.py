@@ -107,13 +107,13 @@ class Rows:
     def kinds(self) -> frozenset[str]:
         """Kinds of media that the first rows carry, READY for finished model inputs, whose kind
         nobody asks; rows of no known form are left to whoever uses them."""
-        found: set[str] = set()
+        kinds: set[str] = set()
         for index in range(min(16, len(self))):
             with suppress(BadSample):
                 sample = self.sample(index)
-                found |= {kind for kind, field in PLURAL.items() if getattr(sample, field)}
-                found |= {READY} if sample.inputs is not None else set()
-        return frozenset(found)
+                kinds |= {kind for kind, field in PLURAL.items() if getattr(sample, field)}
+                kinds |= {READY} if sample.inputs is not None else set()
+        return frozenset(kinds)
 
     def multimodal(self) -> bool:
         """Whether any of the first rows carries media."""
@@ -282,17 +282,17 @@ def load_rows(dataset: Any, collate: dotted.Collate | None = None) -> list[Rows]
     Raises UserError for a name, file, option or form that isn't known, or a set without rows.
     """
     if isinstance(dataset, str | Path):
-        found = [_rows(source) for source in parse_spec(str(dataset))]
+        sets = [_rows(source) for source in parse_spec(str(dataset))]
     elif isinstance(dataset, Iterable):
         dataset = undecoded(dataset)
         items = islice(dataset, len(dataset) if isinstance(dataset, Sized) else STREAM_ROWS)
         rows = list(items) if collate else [row for item in items for row in split_batch(item)]
-        found = [Rows(Source("given rows"), rows, Path.cwd(), name="row")]
+        sets = [Rows(Source("given rows"), rows, Path.cwd(), name="row")]
     else:
         raise UserError(
             f"dataset must be a name, a path or a list of rows, not {type(dataset).__name__}"
         )
-    for each in found:
+    for each in sets:
         if not len(each):
             raise UserError(f"dataset {each.source.name!r} is empty")
-    return [replace(each, collate=collate) for each in found] if collate else found
+    return [replace(each, collate=collate) for each in sets] if collate else sets

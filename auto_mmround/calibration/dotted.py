@@ -68,17 +68,17 @@ def find(path: str, what: str) -> Any:
     try:
         importlib.invalidate_caches()
         with told(f"{what} {path!r}: importing {module_name}"):
-            found: Any = importlib.import_module(module_name)
+            thing: Any = importlib.import_module(module_name)
     finally:
         sys.path.pop(0)
     for name in names.split("."):
-        if not hasattr(found, name):
-            public = [each for each in dir(found) if not each.startswith("_")]
+        if not hasattr(thing, name):
+            public = [each for each in dir(thing) if not each.startswith("_")]
             raise UserError(
                 f"{what} {path!r}: {module_name} has no {name!r}{did_you_mean(name, public)}"
             )
-        found = getattr(found, name)
-    return found
+        thing = getattr(thing, name)
+    return thing
 
 
 class Indexed(Sequence[Any]):
@@ -102,38 +102,38 @@ def rows(path: str, limit: int, **options: Any) -> Sequence[Any]:
     options: keywords for that call. At most `limit` rows are read where the length isn't known.
       Raises UserError.
     """
-    found = find(path, "dataset")
-    if callable(found):
+    dataset = find(path, "dataset")
+    if callable(dataset):
         with told(f"dataset {path!r}: calling it"):
-            found = found(**options)
+            dataset = dataset(**options)
     elif options:
         raise UserError(
             f"dataset {path!r} is no class or function: it can't take {', '.join(options)}"
         )
-    if isinstance(found, Mapping | str | bytes):
+    if isinstance(dataset, Mapping | str | bytes):
         raise UserError(
-            f"dataset {path!r} gives a {type(found).__name__}, not rows one after the other"
+            f"dataset {path!r} gives a {type(dataset).__name__}, not rows one after the other"
         )
-    if hasattr(found, "__len__") and hasattr(found, "__getitem__"):
-        return Indexed(found, path)
-    if not isinstance(found, Iterable):
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        return Indexed(dataset, path)
+    if not isinstance(dataset, Iterable):
         raise UserError(
-            f"dataset {path!r} gives a {type(found).__name__}, which can't be iterated over"
+            f"dataset {path!r} gives a {type(dataset).__name__}, which can't be iterated over"
         )
     with told(f"dataset {path!r}: reading its rows"):
-        return list(islice(found, limit))
+        return list(islice(dataset, limit))
 
 
 def collator(path: str) -> Collate:
     """The collator named by path: called with a list of one row, it gives the model's keyword
     arguments."""
-    found = find(path, "collator")
-    if not callable(found):
-        raise UserError(f"collator {path!r} is a {type(found).__name__}, which can't be called")
+    function = find(path, "collator")
+    if not callable(function):
+        raise UserError(f"collator {path!r} is a {type(function).__name__}, which can't be called")
 
     def collate(batch: list[Any]) -> Mapping[str, Any]:
         with told(f"collator {path!r}"):
-            made = found(batch)
+            made = function(batch)
         if not isinstance(made, Mapping):
             raise UserError(
                 f"collator {path!r} gave a {type(made).__name__}, not a mapping of model inputs"

@@ -39,23 +39,23 @@ def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet; those that carry another inside are
     judged by that one."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        place = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
-        if inner is None and found in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    if isinstance(place, ipaddress.IPv6Address):
+        inner = place.ipv4_mapped or place.sixtofour or (place.teredo[1] if place.teredo else None)
+        if inner is None and place in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+            inner = ipaddress.IPv4Address(int(place) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
     bad = (
-        found.is_private
-        or found.is_multicast
-        or found.is_reserved
-        or found.is_link_local
-        or found.is_unspecified
+        place.is_private
+        or place.is_multicast
+        or place.is_reserved
+        or place.is_link_local
+        or place.is_unspecified
     )
-    return found.is_global and not bad
+    return place.is_global and not bad
 
 
 def fetch(
@@ -87,12 +87,12 @@ def fetch(
             if secure:
                 context = context or ssl.create_default_context()
                 line = context.wrap_socket(line, server_hostname=host)
-            found = _answer(http.client.HTTPConnection(host, port), line, target, limit)
-            if isinstance(found, str):
-                url = urllib.parse.urljoin(url, found)
+            answer = _answer(http.client.HTTPConnection(host, port), line, target, limit)
+            if isinstance(answer, str):
+                url = urllib.parse.urljoin(url, answer)
                 continue
             if time.monotonic() < end:
-                return found
+                return answer
             raise FetchError(_late(deadline))
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = _late(deadline) if time.monotonic() >= end else str(error)

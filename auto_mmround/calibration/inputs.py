@@ -73,13 +73,13 @@ def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
 
 def placeholder_ids(config: Any) -> dict[int, int]:
     """Token id -> modality from a configuration and its sub-configurations."""
-    found: dict[int, int] = {}
+    ids: dict[int, int] = {}
     for key, value in vars(config).items() if hasattr(config, "__dict__") else ():
         if key in TOKEN_IDS and isinstance(value, int):
-            found[value] = TOKEN_IDS[key]
+            ids[value] = TOKEN_IDS[key]
         elif key.endswith("_config") and hasattr(value, "to_dict"):
-            found = {**placeholder_ids(value), **found}
-    return found
+            ids = {**placeholder_ids(value), **ids}
+    return ids
 
 
 def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:

@@ -28,20 +28,20 @@ BESIDE = {
 
 def tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
     """A row's own inputs of the model as tensors. Raises BadSample, which names what is none."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in values.items():
         try:
-            found |= {} if value is None else {key: torch.as_tensor(value)}
+            tensors |= {} if value is None else {key: torch.as_tensor(value)}
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:100]
             raise BadSample(
                 "form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})"
             ) from None
     for key in (*PER_TOKEN, "labels"):
-        if key in found and found[key].ndim == 1:
-            found[key] = found[key][None]
-    check_lengths(label, found)
-    return found
+        if key in tensors and tensors[key].ndim == 1:
+            tensors[key] = tensors[key][None]
+    check_lengths(label, tensors)
+    return tensors
 
 
 def check_lengths(label: str, kwargs: Mapping[str, Any]) -> None:
@@ -61,18 +61,18 @@ def check_lengths(label: str, kwargs: Mapping[str, Any]) -> None:
 def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first
     token."""
-    found = dict(kwargs)
-    labels = found.pop("labels", None)
+    inputs = dict(kwargs)
+    labels = inputs.pop("labels", None)
     if (
         labels is None
-        or "decoder_input_ids" in found
+        or "decoder_input_ids" in inputs
         or not getattr(config, "is_encoder_decoder", False)
     ):
-        return found
+        return inputs
     start = torch.full_like(labels[:, :1], _token(config, "decoder_start", "bos", "pad"))
     words = labels[:, :-1].masked_fill(labels[:, :-1] < 0, _token(config, "pad", "eos"))
-    found["decoder_input_ids"] = torch.cat([start, words], 1)
-    return found
+    inputs["decoder_input_ids"] = torch.cat([start, words], 1)
+    return inputs
 
 
 def _token(config: Any, *names: str) -> int:

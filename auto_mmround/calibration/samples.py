@@ -36,7 +36,7 @@ class SetReport:
 
     def text(self) -> str:
         """A few words for the log."""
-        return f"{self.name}: {self.used} of {self.asked} ({_counted(self.tokens)})"
+        return f"{self.used} of {self.name} ({_counted(self.tokens)})"
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,12 @@ class Report:
     def text(self) -> str:
         """One paragraph for the log."""
         parts = [
-            f"calibration: {self.used} of {self.asked} samples asked for, tokens:"
-            f" {_counted(self.tokens)}"
+            f"calibration: {self.used} of {self.asked} samples, {_counted(self.tokens)} tokens"
         ]
         if len(self.sets) > 1:
-            parts.append("by set: " + ", ".join(each.text() for each in self.sets))
+            parts.append(", ".join(each.text() for each in self.sets))
         if self.short:
-            parts.append(
-                f"{self.short} of them shorter than seqlen, taken since there were too few full"
-                " ones"
-            )
+            parts.append(f"{self.short} texts are shorter than seqlen: the set has no longer ones")
         for reason, ids in self.skipped.items():
             named = ", ".join(ids[:3]) + (", .." if len(ids) > 3 else "")
             parts.append(f"skipped as {reason}: {len(ids)} ({named})")

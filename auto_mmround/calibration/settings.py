@@ -109,7 +109,10 @@ def choose(
     batch, steps = asked.batch_size, asked.gradient_accumulate_steps
     if (multimodal or model.towers) and batch != 1:
         steps *= batch
-        notes.append(f"batch_size {batch} becomes 1 with gradient_accumulate_steps {steps}")
+        notes.append(
+            f"batch_size {batch} becomes 1 with gradient_accumulate_steps {steps}: samples with"
+            " media differ in length"
+        )
         batch = 1
     nsamples = -(-asked.nsamples // batch) * batch
     if nsamples != asked.nsamples:
@@ -127,9 +130,9 @@ def _lengths(multimodal: bool, model: Reads, asked: Asked, notes: list[str]) -> 
         seqlen = MEDIA_SEQLEN if multimodal else TEXT_SEQLEN
     truncation = not multimodal and asked.truncation is not False
     if multimodal and asked.truncation:
-        notes.append("truncation is off: the dataset carries media")
+        notes.append("truncation is off: the dataset has media")
     if multimodal and asked.seqlen is None:
-        notes.append(f"seqlen is {MEDIA_SEQLEN}: the dataset carries media")
+        notes.append(f"seqlen is {MEDIA_SEQLEN}: the dataset has media")
     if model.positions is not None and seqlen > model.positions:
         notes.append(
             f"seqlen {seqlen} becomes {model.positions}: the model has positions for no more tokens"

@@ -199,14 +199,14 @@ def _schemes(
 
 def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
     """`run.json`, if it has the form that a run writes; else empty."""
-    found = read_json(path, findings) if path.is_file() else None
-    texts = found is None or all(isinstance(name, str) for name in found.get("files") or ())
-    sums = found is None or all(isinstance(s, str) for s in _values(found.get("tensors")))
-    codes = found is None or all(
-        isinstance(c, dict) and c.keys() >= CODES_RECORD for c in _values(found.get("codes"))
+    record = read_json(path, findings) if path.is_file() else None
+    texts = record is None or all(isinstance(name, str) for name in record.get("files") or ())
+    sums = record is None or all(isinstance(s, str) for s in _values(record.get("tensors")))
+    codes = record is None or all(
+        isinstance(c, dict) and c.keys() >= CODES_RECORD for c in _values(record.get("codes"))
     )
     if texts and sums and codes:
-        return found or {}
+        return record or {}
     findings.append(Finding("error", path.name, "has not the form that a run writes"))
     return {}
 

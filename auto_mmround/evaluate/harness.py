@@ -84,15 +84,15 @@ def vlmeval(
     return evaluate(loaded, task, limit)
 
 
-def _rows(found: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def _rows(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, int, bool]]:
     """The figures of a result of lm-eval or lmms-eval: `metric,filter` -> value."""
-    for name, figures in found["results"].items():
-        higher = found.get("higher_is_better", {}).get(name, {})
-        samples = found.get("n-samples", {}).get(name, {}).get("effective", 0)
+    for name, figures in results["results"].items():
+        higher = results.get("higher_is_better", {}).get(name, {})
+        samples = results.get("n-samples", {}).get(name, {}).get("effective", 0)
         for key, value in figures.items():
-            metric, _, kind = key.partition(",")
-            if kind and "_stderr" not in metric and isinstance(value, int | float):
-                split = "" if kind == "none" else kind
+            metric, _, filter_name = key.partition(",")
+            if filter_name and "_stderr" not in metric and isinstance(value, int | float):
+                split = "" if filter_name == "none" else filter_name
                 yield name, split, metric, float(value), samples, higher.get(metric) is False
 
 

@@ -214,8 +214,8 @@ def parse(names: str, has_reference: bool) -> list[str]:
 
     Raises UserError for unknown names, and for tasks whose reference or package is missing.
     """
-    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    for name in found:
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in wanted:
         prefix, colon, _ = name.partition(":")
         if colon and prefix in harness.HARNESSES:
             harness.require(prefix)
@@ -236,24 +236,24 @@ def parse(names: str, has_reference: bool) -> list[str]:
             raise UserError(
                 f'task {name} needs the package {package}: pip install "auto_mmround[eval]"'
             )
-    if not found:
+    if not wanted:
         raise UserError(f"tasks is empty: name some of {', '.join(TASKS)}")
-    return found
+    return wanted
 
 
 def run(names: Sequence[str], setting: Setting) -> Measured:
     """All tasks, those that share a pass once; outside harnesses (`lm_eval:NAME`) last."""
-    found = Measured()
+    measured = Measured()
     for job in dict.fromkeys(TASKS[name].run for name in names if name in TASKS):
         made = job(setting)
-        found.scores += made.scores
-        found.figures |= made.figures
-        found.samples += made.samples
+        measured.scores += made.scores
+        measured.figures |= made.figures
+        measured.samples += made.samples
     for name in names:
         if name not in TASKS:
             prefix, _, task = name.partition(":")
-            found.scores += harness.run(prefix, task, setting.models, setting.data.limit)
-    return found
+            measured.scores += harness.run(prefix, task, setting.models, setting.data.limit)
+    return measured
 
 
 def picture(image: Image.Image) -> str:

@@ -189,7 +189,7 @@ def _ends(layout: Layout) -> Counter[str]:
 
 
 def _tail(layout: Layout, ends: Counter[str], name: str) -> str:
-    """A regex for one module in any spelling, or those of a template: from its block list's own
+    """A regex for one module in any spelling, or for a template: from its block list's own
     name on ("layers.3.mlp.down_proj"), or as much before that as it takes to meet no other."""
     block = next((b for b in layout.blocks if name.startswith(b + ".")), "")
     whole = [*tails(name)]

@@ -39,7 +39,7 @@ from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme
 
 KEPT = {"bits": 16, "data_type": "float"}
-# Data type -> what AutoRound calls that of weights, and that of inputs.
+# Data type -> its names in AutoRound: for weights, for inputs.
 NAMES = {
     "nvfp4": ("nv_fp", "nv_fp4_with_static_gs"),
     "mxfp4": ("mx_fp", "mx_fp"),
@@ -149,17 +149,17 @@ def _transformers(q: Question) -> Mapping[str, Overrides]:
     ]
     extra = q.config.get("extra_config") or {}
     names = set(q.names)
-    found = {key: options for key, options in extra.items() if key in names}
+    options_of = {key: options for key, options in extra.items() if key in names}
     for key, options in extra.items():
-        if key not in found:
+        if key not in options_of:
             matched = [n for n in inside if searched(key, n)] or [
                 n for n in q.names if searched(key, n)
             ]
-            found |= {n: options for n in matched if n not in found}
+            options_of |= {n: options for n in matched if n not in options_of}
     return {
-        n: found.get(n, {})
-        for n in dict.fromkeys([*inside, *found])
-        if found.get(n, {}).get("bits", 0) < 16
+        n: options_of.get(n, {})
+        for n in dict.fromkeys([*inside, *options_of])
+        if options_of.get(n, {}).get("bits", 0) < 16
     }
 
 

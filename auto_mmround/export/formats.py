@@ -78,9 +78,9 @@ def check_schemes(names: Iterable[str], schemes: Collection[Scheme]) -> None:
     """Raises UserError for a format that holds none of a recipe's schemes, whatever the model."""
     for name in names:
         fmt = resolve(name, schemes)
-        found = [fmt.holds(fitted([name], scheme)) for scheme in schemes]
-        if found and all(found):
-            raise UserError(f"nothing to quantize: {fmt.name} {found[0]}")
+        problems = [fmt.holds(fitted([name], scheme)) for scheme in schemes]
+        if problems and all(problems):
+            raise UserError(f"nothing to quantize: {fmt.name} {problems[0]}")
 
 
 def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:

@@ -2,8 +2,8 @@
 
 A configuration is a list of names and patterns, and every reader matches it in its own way against
 its own module names. A layer that is packed in the file but plain in the engine starts from random
-numbers, mostly without a word. So each format restates the rules of its readers: those of
-Transformers 5.23 (with auto-round 0.16, optimum 2.3, gptqmodel 7.7) and of vLLM 0.32.
+numbers, mostly without a word. So each format restates the rules of its readers:
+Transformers 5.23 (with auto-round 0.16, optimum 2.3, gptqmodel 7.7) and vLLM 0.32.
 """
 
 import re

@@ -135,21 +135,21 @@ def _flat_rope(level: Mapping[str, Any], vision_type: str | None) -> dict[str, A
     5's keys."""
     rope = level.get("rope_parameters") or {}
     main, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
-    kind = "mrope" if "mrope_section" in main else main.get("rope_type", "default")
+    rope_type = "mrope" if "mrope_section" in main else main.get("rope_type", "default")
     # Transformers takes the flat key for the whole, and knows "mrope" as a type in few families
     # only.
     known = (
         {"rope_type": main.get("rope_type", "default")}
-        if kind == "mrope" and vision_type is None
+        if rope_type == "mrope" and vision_type is None
         else {}
     )
-    scaling = {"type": kind, **known} | {
+    scaling = {"type": rope_type, **known} | {
         k: v for k, v in main.items() if k not in ("rope_theta", "rope_type")
     }
     flat = {
         "rope_theta": main.get("rope_theta"),
         "rope_local_base_freq": local.get("rope_theta"),
-        "rope_scaling": scaling if kind in FLAT_ROPES else None,
+        "rope_scaling": scaling if rope_type in FLAT_ROPES else None,
         "sliding_window_pattern": level.get("_sliding_window_pattern"),
     }
     return {key: value for key, value in flat.items() if value is not None}

@@ -147,8 +147,8 @@ def folded(names: Iterable[str], everything: Iterable[str]) -> dict[str, list[st
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in names:
         for template in templates(name):
-            found[template] = found.get(template, 0) + 1
-    return found
+            counts[template] = counts.get(template, 0) + 1
+    return counts

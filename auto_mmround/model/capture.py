@@ -98,9 +98,9 @@ def recapture(
     for i in dict.fromkeys(chain.sample):
         recorder = Recorder(model, stage, store, stop=once)
         run_recording(model, inputs[i], [recorder], precision)
-        states = [found.before_last for found in recorder.passes]
+        states = [seen.before_last for seen in recorder.passes]
         hidden += [place(state) for state in states] if place else states
-        calls += [found.calls for found in recorder.passes]
+        calls += [seen.calls for seen in recorder.passes]
     return replace(chain, hidden=hidden, calls=calls, shared=[{}] * len(hidden))
 
 
@@ -241,9 +241,9 @@ def _gaps(
     if _starts_follow(recorder.passes, expected):
         disturbed = float("inf")  # a loop: what a later pass begins with depends on earlier ones
     if max(exact, disturbed) <= 1.0:
-        log.info(
-            "%s: replay of %d blocks equals the model (%.2f of what rounding explains, "
-            "disturbed %.2f)",
+        log.debug(
+            "%s: %d blocks, run alone, give what the model gives (%.2f of the tolerance; %.2f with"
+            " other inputs)",
             stage.path,
             len(blocks),
             exact,

@@ -122,19 +122,23 @@ def traits(device: torch.device) -> Traits:
 
 
 def _accelerator() -> str | None:
-    return next((kind for kind, row in TABLE.items() if kind != "cpu" and row.count()), None)
+    return next(
+        (backend for backend, row in TABLE.items() if backend != "cpu" and row.count()), None
+    )
 
 
 def accelerators() -> list[torch.device]:
     """Those of this machine, of the kind that "auto" means."""
-    kind = _accelerator()
-    return [torch.device(kind, index) for index in range(TABLE[kind].count())] if kind else []
+    backend = _accelerator()
+    return (
+        [torch.device(backend, index) for index in range(TABLE[backend].count())] if backend else []
+    )
 
 
 def accelerator_name() -> str | None:
     """Of the machine's first accelerator; None without one."""
-    kind = _accelerator()
-    return TABLE[kind].name() if kind else None
+    backend = _accelerator()
+    return TABLE[backend].name() if backend else None
 
 
 def resolve(name: str, local_rank: int | None = None) -> torch.device:
@@ -149,16 +153,16 @@ def resolve(name: str, local_rank: int | None = None) -> torch.device:
     if name in ("auto", "0"):
         name = _accelerator() or "cpu"
     numbered = re.fullmatch(rf"(?:({'|'.join(TABLE)}):?)?(\d*)", name)
-    kind = numbered and (numbered[1] or _accelerator() or "cuda")
-    if numbered is None or kind is None or (TABLE[kind].alone and numbered[2]):
+    backend = numbered and (numbered[1] or _accelerator() or "cuda")
+    if numbered is None or backend is None or (TABLE[backend].alone and numbered[2]):
         known = ", ".join(["auto", *sorted(TABLE)])
         raise UserError(f"device {name!r} is unknown: use {known}, or the number of an accelerator")
-    row, index = TABLE[kind], int(numbered[2] or 0)
+    row, index = TABLE[backend], int(numbered[2] or 0)
     if row.alone:
         if not row.count():
             raise UserError(f"device {name}: {row.absent} use --device cpu")
         row.prepare()
-        return torch.device(kind)
+        return torch.device(backend)
     if local_rank and index:
         raise UserError(
             f"device {name}: with several processes each takes its own; leave --device out"
@@ -166,10 +170,10 @@ def resolve(name: str, local_rank: int | None = None) -> torch.device:
     index, count = local_rank or index, row.count()
     if index >= count:
         raise UserError(
-            f"device {name}: this machine has {count} {kind.upper()} devices; use --device cpu"
+            f"device {name}: this machine has {count} {backend.upper()} devices; use --device cpu"
         )
     row.prepare()
-    return torch.device(kind, index)
+    return torch.device(backend, index)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class Before:
         for gradients; mean: there every sample counts alike, however long it is.
         graph: open while a sample runs.
         """
-        found, device = [], device_of(model)
+        kls, device = [], device_of(model)
         for sample, before_TD, own_T in zip(self.inputs, self.hidden_TD, self.counted, strict=True):
             with graph(), self.precision(), torch.set_grad_enabled(gradients):
                 all_TD, head = self.read(model, moved(dict(sample), device))
@@ -89,8 +89,8 @@ class Before:
                 kl, slope_TD = _divergence(hidden_TD.detach(), before_TD, head, gradients)
                 if gradients and hidden_TD.requires_grad:
                     hidden_TD.backward(slope_TD / len(slope_TD) if mean else slope_TD)
-            found.append(kl)
-        return torch.stack(found).tolist() if found else []
+            kls.append(kl)
+        return torch.stack(kls).tolist() if kls else []
 
 
 def _at(hidden_TD: Tensor, counted_T: Tensor | None) -> Tensor:

@@ -36,18 +36,18 @@ def cached_attention(model: PreTrainedModel) -> dict[str, str]:
             f"kv_cache_scheme: {type(model).__name__} has an encoder and a decoder, and engines no"
             " place for scales of their two caches; leave it out"
         )
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for block in find_stages(model)[-1].blocks:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             own = next((part for part in PROJECTIONS if hasattr(module, part)), None)
             if own is not None and _cache_argument(module) is not None:
-                found[name] = own
-    if not found:
+                names[name] = own
+    if not names:
         raise UserError(
             f"kv_cache_scheme: no attention in {type(model).__name__} has a cache and"
             f" {' or '.join(PROJECTIONS)}, where engines keep scales; leave it out"
         )
-    return found
+    return names
 
 
 def strategy_of(scales: Mapping[str, Tensor]) -> str:

@@ -174,15 +174,15 @@ def load(
     if tensors.scales and device_map:
         raise UserError(f"device_map {device_map}: not for weights in FP8; leave it out")
     cls, stated = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
-    kind = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
-    if (computed := _as_computed(name, kind, device, device_map)) != kind:
-        stated = kind = computed
+    own_dtype = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
+    if (computed := _as_computed(name, own_dtype, device, device_map)) != own_dtype:
+        stated = own_dtype = computed
     streams = stream or (
         stream is None and not device_map and not fits(tensors, device, stated, copies)
     )
     if may_stay and not device_map and not fits(tensors, device, stated):
         device = HOST
-    how = _How(kind, device, device_map, streams, remote_code)
+    how = _How(own_dtype, device, device_map, streams, remote_code)
     model, holder = _read(name, cls, folder, config, tensors, how)
     named(model)
     processor = load_processor(folder, remote_code)
@@ -249,11 +249,11 @@ def _read_whole(
 
 
 def _as_computed(
-    name: str, kind: torch.dtype, device: torch.device, device_map: Any
+    name: str, own_dtype: torch.dtype, device: torch.device, device_map: Any
 ) -> torch.dtype:
     """float32 for float16 on a processor: few compute in it, and gradients vanish in it."""
-    if device.type != "cpu" or device_map or kind != torch.float16:
-        return kind
+    if device.type != "cpu" or device_map or own_dtype != torch.float16:
+        return own_dtype
     log.info(
         "%s: float16 weights are loaded as float32; --model_dtype bfloat16 takes half the memory",
         name,

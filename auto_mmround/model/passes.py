@@ -123,10 +123,10 @@ def _in_our_code(error: BaseException) -> bool:
 def _same_noise(device: torch.device) -> Iterator[None]:
     """Random numbers that begin anew, and leave those of the caller as they were, on every device
     of the kind: they are seeded together."""
-    kind, row = device.type, devices.traits(device)
-    asked = kind != "cpu" and hasattr(getattr(torch, kind, None), "get_rng_state")
+    backend, row = device.type, devices.traits(device)
+    asked = backend != "cpu" and hasattr(getattr(torch, backend, None), "get_rng_state")
     count = (1 if row.alone else row.count()) if asked else 0
-    with torch.random.fork_rng(range(count), device_type=kind if asked else "cuda"):
+    with torch.random.fork_rng(range(count), device_type=backend if asked else "cuda"):
         torch.manual_seed(0)
         yield
 
@@ -145,11 +145,11 @@ def reached(
 ) -> set[str]:
     """Paths of the stages that an input runs through. The pass ends at the last stage, once all
     others were reached. Raises NotTaken."""
-    found: set[str] = set()
+    names: set[str] = set()
 
     def seen(path: str) -> None:
-        found.add(path)
-        if len(found) == len(stages):
+        names.add(path)
+        if len(names) == len(stages):
             raise ReachedError
 
     with ExitStack() as stack, suppress(ReachedError), torch.no_grad(), precision():
@@ -158,7 +158,7 @@ def reached(
             hook = block.register_forward_pre_hook(lambda *_, path=stage.path: seen(path))
             stack.callback(hook.remove)
         run_without_logits(model, kwargs)
-    return found
+    return names
 
 
 def empty_cache(value: Any) -> bool:

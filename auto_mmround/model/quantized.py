@@ -59,15 +59,15 @@ def _told(config: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
 def block_sizes(quantization: Mapping[str, Any], folder: Path) -> set[Block]:
     """Rows and columns that share a scale, for every kind of layer that a configuration tells it
     of."""
-    found = {_pair(quantization.get("weight_block_size"), "weight_block_size", folder)}
+    sizes = {_pair(quantization.get("weight_block_size"), "weight_block_size", folder)}
     groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
-            found.add(_pair(weights.get("block_structure"), "block_structure", folder))
+            sizes.add(_pair(weights.get("block_structure"), "block_structure", folder))
             size = weights.get("group_size")
-            found.add((1, size) if type(size) is int and size > 0 else None)
-    return {block for block in found if block is not None}
+            sizes.add((1, size) if type(size) is int and size > 0 else None)
+    return {block for block in sizes if block is not None}
 
 
 def _pair(value: Any, key: str, folder: Path) -> Block | None:
@@ -111,9 +111,9 @@ def check_floating(model: PreTrainedModel) -> None:
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in FLOATS.values() or type(parameter.data) is not Tensor:
-            kind = (
+            held_as = (
                 parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
             )
             raise UserError(
-                f"the model holds {name} as {kind}, not as plain floating point: {GIVE}"
+                f"the model holds {name} as {held_as}, not as plain floating point: {GIVE}"
             )

@@ -75,8 +75,8 @@ class Recorder:
                 self.passes.append(Pass(hidden.detach().to(self.store, copy=True)))
                 self.output = None
                 self.sinks = {id(v) for v in (*args, *kwargs.values()) if passes.empty_cache(v)}
-            found = self.passes[-1]
-            found.order.append(index)
+            current = self.passes[-1]
+            current.order.append(index)
             glue = None if self.output is None else Glue.between(self.output, hidden.detach())
             if glue is not None:
                 rows = None if glue.rows is None else glue.rows.to(self.store)
@@ -84,10 +84,10 @@ class Recorder:
             others, named = _without(args, kwargs, slot)
             others = tuple(None if id(value) in self.sinks else value for value in others)
             named = {k: None if id(v) in self.sinks else v for k, v in named.items()}
-            found.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
+            current.calls.append(Call(self._keep(others), self._keep(named), slot, glue))
             if index == self.depth - 1:
-                found.before_last = (
-                    found.first if self.output is None else self.output.to(self.store)
+                current.before_last = (
+                    current.first if self.output is None else self.output.to(self.store)
                 )
                 if self.stop:
                     raise ReachedError

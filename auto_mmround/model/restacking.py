@@ -29,8 +29,8 @@ def stacking(
             stacks.setdefault(expert.parameter, {})[expert.tail] = expert
     if not stacks:
         return {}
-    singles = [found for key in keys if (found := SINGLE.fullmatch(key))]
-    wanted = {f"{found[1]}.{leaf}" for found in singles for leaf in ("gate_up_proj", "down_proj")}
+    singles = [single for key in keys if (single := SINGLE.fullmatch(key))]
+    wanted = {f"{single[1]}.{leaf}" for single in singles for leaf in ("gate_up_proj", "down_proj")}
     complete = {}
     for key, name, _ in renamed_keys(model, sorted(wanted)):
         members = {

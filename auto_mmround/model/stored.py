@@ -47,14 +47,14 @@ USUAL: Block = (128, 128)  # where blocks are stored, but their size isn't told
 
 @dataclass(frozen=True)
 class Stored:
-    """files: the file of every tensor, scales left out. kinds: its type as safetensors names it.
+    """files: the file of every tensor, scales left out. dtypes: its type as safetensors names it.
     scales: key of an FP8 or MXFP4 tensor -> (key, file) of its scale. blocks: sizes (rows, columns)
     of what shares a scale, as far as told. packed: key of an MXFP4 tensor -> that in its file."""
 
     files: Mapping[str, Path]
     scales: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, str] = field(default_factory=dict)
 
     def reader(self) -> "Reader":
@@ -75,7 +75,7 @@ class Stored:
         if self.scales:
             return torch.bfloat16
         return next(
-            (FLOATS[self.kinds[key]] for key in self.files if self.kinds[key] in FLOATS), None
+            (FLOATS[self.dtypes[key]] for key in self.files if self.dtypes[key] in FLOATS), None
         )
 
 
@@ -143,41 +143,42 @@ def stored_tensors(folder: Path) -> Stored:
     """What lies in a checkpoint folder. Raises UserError for files that can't be read, where it is
     quantized in another way than FP8, and for a tensor in FP8 or packed whose scale is not
     known."""
-    files, kinds = _headers(folder)
+    files, dtypes = _headers(folder)
     configs = told(folder)
     names = {
         key: found
-        for key, kind in kinds.items()
-        if kind in FP8 and (found := _scale_of(key, kinds))
+        for key, dtype in dtypes.items()
+        if dtype in FP8 and (found := _scale_of(key, dtypes))
     }
     pairs = {
         key.removesuffix(BLOCKS): key
-        for key, kind in kinds.items()
-        if kind == "U8"
+        for key, dtype in dtypes.items()
+        if dtype == "U8"
         and key.endswith(BLOCKS)
-        and kinds.get(key.removesuffix(BLOCKS) + EXPONENTS_OF) == "U8"
+        and dtypes.get(key.removesuffix(BLOCKS) + EXPONENTS_OF) == "U8"
     }
     names |= {stem: stem + EXPONENTS_OF for stem in pairs}
     for stem, key in pairs.items():
         files[stem] = files.pop(key)
-        kinds[stem] = kinds.pop(key)
+        dtypes[stem] = dtypes.pop(key)
     of_scales = set(names.values())
     packed = any(
-        kind in PACKED and key not in of_scales and key not in pairs for key, kind in kinds.items()
+        dtype in PACKED and key not in of_scales and key not in pairs
+        for key, dtype in dtypes.items()
     )
     for method in (config.get("quant_method") for config in configs):
         if method not in METHODS or packed:
             raise UserError(
                 f"model {folder} is quantized already ({method}); give the original weights, or FP8"
             )
-    problems = (_problem(key, kinds, of_scales) for key in _ordered(kinds) if key not in pairs)
+    problems = (_problem(key, dtypes, of_scales) for key in _ordered(dtypes) if key not in pairs)
     problem = next(filter(None, problems), None)
     if problem:
         raise UserError(
             f"model {folder}: {problem}; give the original weights, or FP8 with its scales"
         )
     if not names and not configs:
-        return Stored(files, kinds=kinds)
+        return Stored(files, dtypes=dtypes)
     left_out = of_scales | {key for key in files if key.endswith(LEFT_OUT)}
     blocks = {block for config in configs for block in block_sizes(config, folder)}
     kept = {key: path for key, path in files.items() if key not in left_out}
@@ -185,7 +186,7 @@ def stored_tensors(folder: Path) -> Stored:
         kept,
         {key: (name, files[name]) for key, name in names.items()},
         tuple(sorted(blocks)),
-        kinds,
+        dtypes,
         pairs,
     )
 
@@ -193,50 +194,52 @@ def stored_tensors(folder: Path) -> Stored:
 def _headers(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The file and the safetensors dtype of each tensor."""
     files: dict[str, Path] = {}
-    kinds: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     try:
         for path in weight_files(folder):
             headers = read_header(path)
             files |= dict.fromkeys(headers, path)
-            kinds |= {key: header.dtype for key, header in headers.items()}
+            dtypes |= {key: header.dtype for key, header in headers.items()}
     except DAMAGED as error:
         raise UserError(
             f"model {folder} can't be loaded: {path.name}: {one_line(str(error))[:300]}"
         ) from None
-    return files, kinds
+    return files, dtypes
 
 
-def _scale_of(key: str, kinds: Mapping[str, str]) -> str | None:
-    return next((key + end for end in SCALES if key + end in kinds), None)
+def _scale_of(key: str, dtypes: Mapping[str, str]) -> str | None:
+    return next((key + end for end in SCALES if key + end in dtypes), None)
 
 
-def _ordered(kinds: Mapping[str, str]) -> list[str]:
+def _ordered(dtypes: Mapping[str, str]) -> list[str]:
     """Weights first, so that a message names one of them and not its scale."""
-    return sorted(kinds, key=lambda key: (not key.endswith(WEIGHTS), key))
+    return sorted(dtypes, key=lambda key: (not key.endswith(WEIGHTS), key))
 
 
-def _problem(key: str, kinds: Mapping[str, str], of_scales: set[str]) -> str | None:
+def _problem(key: str, dtypes: Mapping[str, str], of_scales: set[str]) -> str | None:
     """Why the values of a tensor are not known, None if they are."""
-    kind, scale = kinds[key], _scale_of(key, kinds)
+    dtype, scale = dtypes[key], _scale_of(key, dtypes)
     smoothed = key.removesuffix(".weight") + SMOOTHED
-    if key.endswith(".weight") and smoothed in kinds:
+    if key.endswith(".weight") and smoothed in dtypes:
         return f"{key} needs {smoothed} on its inputs, which is not read"
     if key in of_scales:
         return (
-            None if kind in FLOATS or kind in EXPONENTS else f"{key}, a scale, is stored as {kind}"
+            None
+            if dtype in FLOATS or dtype in EXPONENTS
+            else f"{key}, a scale, is stored as {dtype}"
         )
-    if kind in FP8 and scale is None:
+    if dtype in FP8 and scale is None:
         return f"{key} is stored in FP8, but the files hold no scale for it"
-    second = next((key + end for end in SECOND if key + end in kinds), None)
-    if kind in FP8 and second:
+    second = next((key + end for end in SECOND if key + end in dtypes), None)
+    if dtype in FP8 and second:
         return f"{key} is stored in FP8 with {second}, which is not read"
-    if kind.startswith(SMALL) and kind not in FP8:
-        return f"{key} is stored as {kind}, which is not read"
-    if key.endswith(WEIGHTS) and kind not in FLOATS and kind not in FP8:
-        return f"{key} is stored as {kind}, packed in a way that is not read"
-    if key.endswith(WEIGHTS) and kind in FLOATS and scale is not None:
+    if dtype.startswith(SMALL) and dtype not in FP8:
+        return f"{key} is stored as {dtype}, which is not read"
+    if key.endswith(WEIGHTS) and dtype not in FLOATS and dtype not in FP8:
+        return f"{key} is stored as {dtype}, packed in a way that is not read"
+    if key.endswith(WEIGHTS) and dtype in FLOATS and scale is not None:
         return (
-            f"{key} is stored as {kind} and has a scale beside it, {scale}: whether it is applied"
+            f"{key} is stored as {dtype} and has a scale beside it, {scale}: whether it is applied"
             " is not known"
         )
     return None

@@ -61,7 +61,7 @@ class Experts:
 def find_experts(model: nn.Module) -> Experts:
     """Fused expert weights, known by their size and what their module says of its experts; routers,
     by one output an expert beside them, or beside the module around them."""
-    found = Experts({}, {})
+    experts = Experts({}, {})
     for path, module in model.named_modules():
         counts = {
             name: count
@@ -71,13 +71,13 @@ def find_experts(model: nn.Module) -> Experts:
         for name, count in counts.items():
             prefix = f"{path}.{name}".lstrip(".")
             stacks = _stacks(module.get_submodule(name))
-            found.fused.update({f"{prefix}.{key}": shape for key, shape in stacks.items()})
+            experts.fused.update({f"{prefix}.{key}": shape for key, shape in stacks.items()})
             beside = dict(_routers(module, path, set(counts), count))
             if not beside and path:
                 outside, _, inner = path.rpartition(".")
                 beside = dict(_routers(model.get_submodule(outside), outside, {inner}, count))
-            found.routers.update(beside)
-    return found
+            experts.routers.update(beside)
+    return experts
 
 
 def _expert_count(module: nn.Module) -> int:
@@ -95,14 +95,14 @@ def _stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     dimension of their own or, in several weights alike, one below the other."""
     said = {n for key, n in vars(module).items() if key.endswith("experts") and type(n) is int}
     own = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
-    found = {key: shape for key, shape in own if len(shape) == 3 and shape[0] in said}
+    shapes = {key: shape for key, shape in own if len(shape) == 3 and shape[0] in said}
     flat = {key: shape for key, shape in own if len(shape) == 2}
     for count in sorted(said - {0, 1}):
-        if not found and len(flat) > 1 and len(set(flat.values())) == 1:
+        if not shapes and len(flat) > 1 and len(set(flat.values())) == 1:
             rows, columns = next(iter(flat.values()))
             if rows % count == 0 and rows > count:
-                found = dict.fromkeys(flat, (count, rows // count, columns))
-    return found  # type: ignore[return-value]
+                shapes = dict.fromkeys(flat, (count, rows // count, columns))
+    return shapes  # type: ignore[return-value]
 
 
 def _routers(

@@ -173,8 +173,8 @@ class Fields:
     preset: Annotated[
         str,
         _tuning(
-            "auto: light 16 sign steps a block on 4 samples, default 20 and best 60 on 8; iters,"
-            " lr, batch_size win",
+            "how long the tuner works: light, default or best; iters, lr and batch_size win over"
+            " it",
             choices=PRESETS,
         ),
     ] = "default"
@@ -233,7 +233,7 @@ class Fields:
     fisher: Annotated[
         bool,
         _tuning(
-            off=("disable_fisher", "auto, gptq: weigh all tokens, channels and modalities alike")
+            off=("disable_fisher", "auto, gptq: all tokens, channels and modalities count the same")
         ),
     ] = True
     enable_minmax_tuning: Annotated[

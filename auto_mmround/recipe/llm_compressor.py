@@ -143,10 +143,10 @@ def _patterns(name: str) -> Take:
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
         raise UserError(f"{where}: expected a name or a list of names, found {str(value)[:80]!r}")
-    return found
+    return texts
 
 
 def _only(*allowed: Any) -> Take:
@@ -257,11 +257,11 @@ def _activations(value: Any, where: str) -> Values:
         return {}
     options = _mapping(value, where)
     _check_keys(options, (*ARGUMENTS, "block_structure"), where)
-    kind = options.get("type", "int")
-    _only("int", "float")(kind, f"{where}: type")
+    type_name = options.get("type", "int")
+    _only("int", "float")(type_name, f"{where}: type")
     _only("token")(options.get("strategy", "token"), f"{where}: strategy")
     _only(True)(options.get("dynamic", False), f"{where}: dynamic")
-    other = {"act_data_type": "fp8"} if kind == "float" else {}
+    other = {"act_data_type": "fp8"} if type_name == "float" else {}
     return {"act_bits": options.get("num_bits", 8)} | other
 
 

@@ -136,10 +136,20 @@ class Recipe(Fields):
             "equalize": (self.equalize != "none", "use no equalization"),
             "polish": (self.polish, "leave it out"),
             "target_bits": (self.target_bits is not None, "name bits in layer_config"),
-            "act_dynamic = false": (self.inputs_first, "tune the layers, or use FP8_DYNAMIC"),
+            **self._inputs_first(),
             "kv_cache_scheme, rounded to nearest,": (nearest_cache, "tune the layers"),
         }
         return {name: instead for name, (asked, instead) in steps.items() if asked}
+
+    def _inputs_first(self) -> dict[str, tuple[bool, str]]:
+        """Where inputs of layers are measured on the whole model, by what the recipe asks for."""
+        scheme, other = "act_dynamic = false", "FP8"
+        if self.data_type == "nvfp4":
+            scheme, other = "nvfp4 with 4-bit inputs", "NVFP4A16"
+        name, instead = f"{scheme}, rounded to nearest,", "tune the layers"
+        if self.calibrates:
+            name, instead = f"quant_lm_head with {scheme}", "leave quant_lm_head out"
+        return {name: (self.inputs_first, f"{instead}, or use {other}")}
 
     def _check_mixed(self) -> None:
         try:

@@ -77,22 +77,22 @@ def write(folder: Path) -> Path:
         raise UserError(
             f"{path} was not written by auto_mmround and stays: move it away for a new model card"
         )
-    found = report.collect(folder)
+    facts = report.collect(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = _kind(config)
     page = report.environment().get_template("card.md")
     text = page.render(
-        report.view(found),
+        report.view(facts),
         mark=MARK,
-        matter=yaml.safe_dump(_front_matter(found, kind), sort_keys=False, allow_unicode=True),
+        matter=yaml.safe_dump(_front_matter(facts, kind), sort_keys=False, allow_unicode=True),
         architecture=", ".join(config.get("architectures") or [config["model_type"]]),
         kind=kind,
-        deployments=_deployments(found, config, kind),
+        deployments=_deployments(facts, config, kind),
         recipe="\n".join(
-            f"{k} = {json.dumps(_bare(v))}" for k, v in found["chosen"].items() if k not in PLACE
+            f"{k} = {json.dumps(_bare(v))}" for k, v in facts["chosen"].items() if k not in PLACE
         ),
         command=" ".join(
-            _bare(word) for word in (found["evaluation"] or {}).get("command", "").split(" ")
+            _bare(word) for word in (facts["evaluation"] or {}).get("command", "").split(" ")
         ),
     )
     report.put(path, text)
@@ -122,10 +122,10 @@ def _kind(config: Mapping[str, Any]) -> str:
     )
 
 
-def _front_matter(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _front_matter(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Metadata for the hub. Licence and language come from the source's README, if it has them."""
-    model = str(found["recipe"]["model"])
-    tags = dict.fromkeys((found["scheme"].lower(), found["numbers"].lower(), kind))
+    model = str(facts["recipe"]["model"])
+    tags = dict.fromkeys((facts["scheme"].lower(), facts["numbers"].lower(), kind))
     matter: dict[str, Any] = {"tags": list(tags), "library_name": "transformers"}
     if model.count("/") == 1 and not Path(model).exists() and not model.startswith("."):
         matter |= {"base_model": model, "base_model_relation": "quantized"}

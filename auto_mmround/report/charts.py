@@ -160,26 +160,26 @@ def line(
     from_zero: bool = False,
 ) -> Markup:
     """One line per series, one dot per block. series: name -> (number of its colour, values)."""
-    values = [value for _, found in series.values() for value in found]
+    values = [value for _, values_of in series.values() for value in values_of]
     axis = Scale(0.0, max(values) * 1.05 or 1.0, False) if from_zero else scale(values)
     marks = []
-    for name, (color, found) in series.items():
+    for name, (color, values_of) in series.items():
         k = color % COLORS
         marks += [
             f'<line class="s{k}" x1="{center(i - 1, len(labels)):.2f}%"'
-            f' x2="{center(i, len(labels)):.2f}%" y1="{axis.y(found[i - 1])}"'
-            f' y2="{axis.y(found[i])}"/>'
-            for i in range(1, len(found))
+            f' x2="{center(i, len(labels)):.2f}%" y1="{axis.y(values_of[i - 1])}"'
+            f' y2="{axis.y(values_of[i])}"/>'
+            for i in range(1, len(values_of))
         ]
         marks += [
             f'<circle class="s{k}" cx="{center(i, len(labels)):.2f}%" cy="{axis.y(value)}" r="3">'
             f"<title>{escape(name)}, {escape(labels[i])}: {figure(value)} {unit}</title></circle>"
-            for i, value in enumerate(found)
+            for i, value in enumerate(values_of)
         ]
     sums = "; ".join(
-        f"{name}: {figure(found[0])} to {figure(found[-1])}"
-        for name, (_, found) in series.items()
-        if found
+        f"{name}: {figure(values_of[0])} to {figure(values_of[-1])}"
+        for name, (_, values_of) in series.items()
+        if values_of
     )
     return chart(title, f"{sums} {unit}".strip(), marks, axis, labels)
 
@@ -202,11 +202,11 @@ def scatter(title: str, points: Mapping[str, tuple[int, float, float, str]]) -> 
     return chart(title, "; ".join(told), marks, axis, ["0", "", last])
 
 
-def bar(value: float, largest: float, kind: str = "end") -> Markup:
+def bar(value: float, largest: float, style: str = "end") -> Markup:
     """One bar inside a table row; its figure stands beside it."""
     width = 100 * value / largest if largest > 0 else 0.0
     return Markup(
-        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{kind}" x="0" y="1"'
+        f'<svg class="bar-row" height="12" aria-hidden="true"><rect class="{style}" x="0" y="1"'
         f' height="10" width="{max(width, 0.4):.2f}%" rx="1"/></svg>'
     )
 

@@ -1,7 +1,12 @@
 """The answer that a report opens with: size, damage and verdicts, in words."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from markupsafe import Markup, escape
+
+from auto_mmround.report.sizes import size
 
 # Nats a token up to which the damage has a name.
 WORDS = ((0.001, "hardly any"), (0.01, "little"), (0.1, "some"), (float("inf"), "much"))
@@ -15,25 +20,37 @@ def damage_word(kl: float) -> str:
 def headline(report: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
     """Sentences for the first screen, as far as things are known. figures: by role."""
     sizes = report["sizes"]
-    found = []
+    sentences = []
     if sizes.get("source"):
         share = 100 * sizes["weights"] / sizes["source"]
-        found.append(f"The weights take {share:.0f} % of the room they took before.")
+        before, after = size(sizes["source"]), size(sizes["weights"])
+        sentences.append(f"The weights shrank from {before} to {after}: {share:.0f} %.")
     kls = (figures.get("quantized") or {}).get("kl") or {}
-    told = [f"{damage_word(kl)} on {kind} ({kl:.2g})" for kind, kl in kls.items() if kl is not None]
+    told = [
+        f"{damage_word(kl)} on {modality} ({kl:.2g})"
+        for modality, kl in kls.items()
+        if kl is not None
+    ]
     if told:
-        found.append(f"Damage, as KL in nats a token: {', '.join(told)}.")
+        sentences.append(f"Damage, as KL in nats a token: {', '.join(told)}.")
     else:
-        found.append("Damage is not measured yet: auto-round-mllm eval does that.")
+        sentences.append("Damage is not measured yet: `auto-round-mllm eval` does that.")
+    if report.get("checked"):
+        sentences.append("The files were read back: they hold what was tuned.")
     rows = report["verify"]
     wrong = [row for row in rows if row["status"] == "wrong"]
     right = [row["engine"] for row in rows if row["status"] == "right"]
-    found += [f"WRONG by {row['engine']}: {row['reason']}." for row in wrong]
+    sentences += [f"WRONG by {row['engine']}: {row['reason']}." for row in wrong]
     if right:
-        found.append(f"Proved right by {', '.join(right)}.")
+        sentences.append(f"Proved right by {', '.join(right)}.")
     elif not wrong:
-        found.append("No engine was asked yet: auto-round-mllm verify does that.")
-    return found
+        sentences.append("No engine was asked yet: `auto-round-mllm verify` does that.")
+    return sentences
+
+
+def spoken(text: str) -> Markup:
+    """A line for a page: what stands in backquotes is code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def trade(

@@ -19,8 +19,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
-from auto_mmround.report.headline import differing_first, headline, trade
-from auto_mmround.report.sizes import sizes
+from auto_mmround.report.headline import differing_first, headline, spoken, trade
+from auto_mmround.report.sizes import size, sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
 ERRORS = ("nearest", "start", "end")
@@ -73,6 +73,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "mixed": _mixed(run),
         "worst": sorted(tuned, key=lambda block: -block["end"])[:WORST],
         "calibration": run["calibration"],
+        "checked": run.get("checked", False),
         "verify": _verdicts(folder / VERDICTS),
         "evaluation": evaluation(folder),
     }
@@ -105,9 +106,9 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in sorted(
         bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]
     ):
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        rows.setdefault(kind, []).append(bits[name])
-        places.setdefault(kind, []).append(".".join(filter(str.isdigit, name.split("."))))
+        template = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        rows.setdefault(template, []).append(bits[name])
+        places.setdefault(template, []).append(".".join(filter(str.isdigit, name.split("."))))
     expected = run.get("mixed")
     shares = {"mixed": expected["expected"]} | expected["uniform"] if expected else {}
     return {
@@ -127,8 +128,8 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
     bits = (
         recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
     )
-    kind = str(recipe["act_data_type"]).upper() if recipe.get("act_data_type") else ""
-    return f"W{bits}A{kind or min(int(recipe.get('act_bits', 16)), 16)}"
+    inputs = str(recipe["act_data_type"]).upper() if recipe.get("act_data_type") else ""
+    return f"W{bits}A{inputs or min(int(recipe.get('act_bits', 16)), 16)}"
 
 
 def number_label(recipe: Mapping[str, Any]) -> str:
@@ -166,7 +167,7 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
     if not (folder / EVALUATION).is_file():
         return None
     scores: dict[tuple[str, str, str], dict[str, Any]] = {}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for record in _json(folder / EVALUATION)["evaluations"]:
         scores |= {
             (score["benchmark"], score["split"], score["metric"]): score
@@ -177,10 +178,10 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
             for key, value in record.items()
             if key not in ("scores", "figures", "samples")
         }
-        found |= {key: record[key] for key in ("figures", "samples") if record.get(key)} | facts
+        figures |= {key: record[key] for key in ("figures", "samples") if record.get(key)} | facts
         if record.get("figures"):
-            found["measured_on"] = record["dataset"]
-    return found | {"scores": list(scores.values())}
+            figures["measured_on"] = record["dataset"]
+    return figures | {"scores": list(scores.values())}
 
 
 def write(folder: Path) -> Path:
@@ -223,7 +224,7 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters |= {
-        fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name)
+        fn.__name__: fn for fn in (charts.figure, size, percent, duration, short_name, spoken)
     } | {"zip": zip}
     return made
 
@@ -353,13 +354,6 @@ def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
         if _measured(block):
             found.setdefault(block["stage"], []).append(block)
     return found
-
-
-def size(count: float | None) -> str:
-    """Bytes in a unit that fits."""
-    if count is None:
-        return "–"
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def percent(value: float | None, places: int = 2) -> str:

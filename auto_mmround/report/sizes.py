@@ -10,20 +10,27 @@ from auto_mmround.model.loading import find_folder
 from auto_mmround.untrusted import one_line, read_object, weight_files
 
 
+def size(count: float | None) -> str:
+    """Bytes in a unit that fits."""
+    if count is None:
+        return "–"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def sizes(folder: Path, model: str) -> dict[str, Any]:
-    """Bytes on disk: weights as a whole, packed ones with their scales, the rest; and those of the
-    source. Raises UserError for a damaged file of weights."""
+    """Bytes on disk: all weights, packed ones with their scales, the rest; the source's weights.
+    Raises UserError for a damaged file of weights."""
     quantization = read_object(folder / "config.json").get("quantization_config")
     headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))]
-    found = {name: header for file in headers for name, header in file.items()}
+    headers_of = {name: header for file in headers for name, header in file.items()}
     fmt = formats.from_config(quantization) if quantization else None
-    modules = fmt.packed(found) if fmt else ()
+    modules = fmt.packed(headers_of) if fmt else ()
     parts = {f"{module}.{part}" for module in modules for part in (fmt.parts if fmt else ())}
-    packed = sum(header.nbytes for name, header in found.items() if name in parts)
-    plain = sum(header.nbytes for name, header in found.items() if name not in parts)
+    packed = sum(header.nbytes for name, header in headers_of.items() if name in parts)
+    plain = sum(header.nbytes for name, header in headers_of.items() if name not in parts)
     weights = sum(
         path.stat().st_size
-        for pattern in ("*.safetensors", "*.gguf")
+        for pattern in ("*.safetensors", "*.gguf", "openvino_*.bin")
         for path in folder.glob(pattern)
     )
     try:

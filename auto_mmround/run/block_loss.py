@@ -21,10 +21,10 @@ def forward_of(
     loss_weights: ErrorWeights,
     places: Mapping[int, int],
 ) -> Callable[[Sequence[int]], Any]:
-    """The student's outputs behind ``blocks``, the teacher's, and what errors weigh, for the
-    samples asked for.
+    """A function of samples: the student's outputs behind ``blocks``, the teacher's, and the
+    weights of errors.
 
-    places: number of a sample in the run -> its place in the chain; those of other processes are
+    places: number of a sample in the run -> its place in the chain; samples of other processes are
       missing."""
 
     def forward(indices: Sequence[int]) -> Any:

@@ -58,7 +58,7 @@ def carried_modules(
 
 def _may_be_linear(key: str, stored: Stored) -> bool:
     module = key.removesuffix(END)
-    known = key in stored.scales or stored.kinds.get(key) in FLOATS
+    known = key in stored.scales or stored.dtypes.get(key) in FLOATS
     return key.endswith(END) and module.rpartition(".")[2] not in EMBEDDINGS and known
 
 

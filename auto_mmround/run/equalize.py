@@ -112,11 +112,11 @@ def _pairs(
     blocks of one kind."""
     (name,), index, (block,) = window
     first = block, *_first_call(chain, index, block)
-    found, kind = norm_pairs(*first), shape_signature(block)
-    if session.recipe.equalize == "awq" and kind not in links:
-        links[kind] = linear_pairs(*first)
+    found, shape = norm_pairs(*first), shape_signature(block)
+    if session.recipe.equalize == "awq" and shape not in links:
+        links[shape] = linear_pairs(*first)
     return _chosen(
-        replace(found, pairs=found.pairs + links.get(kind, ())), session.recipe, name, block
+        replace(found, pairs=found.pairs + links.get(shape, ())), session.recipe, name, block
     )
 
 
@@ -212,12 +212,12 @@ def _apply(
             numerics.quantizer(grid_of(s, w_OI.abs().max()), s.group_size, recipe.closed_form)
             for (_, s), w_OI in zip(layers, weights, strict=True)
         ]
-        found = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
-        if found.ratio is None:
+        scaled = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
+        if scaled.ratio is None:
             return None
         scale_C, change = (
-            found.scale_C,
-            replace(change, ratio=found.ratio, before=found.before, after=found.after),
+            scaled.scale_C,
+            replace(change, ratio=scaled.ratio, before=scaled.before, after=scaled.after),
         )
     rescale(block, pair, scale_C)
     return change

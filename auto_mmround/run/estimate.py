@@ -98,14 +98,14 @@ class _Probe:
     def timed(self, work: Callable[[], Any], least: float = 0.3) -> float:
         """Seconds of ``work``: the median of as many runs as fit in ``least`` seconds, at least
         one."""
-        found: list[float] = []
+        seconds: list[float] = []
         device = self.session.device
-        while not found or (sum(found) < least and len(found) < 9):
+        while not seconds or (sum(seconds) < least and len(seconds) < 9):
             started = self.clock()
             work()
             devices.traits(device).synchronize(device)
-            found.append(self.clock() - started)
-        return statistics.median(found)
+            seconds.append(self.clock() - started)
+        return statistics.median(seconds)
 
     def capture(self, only: Sequence[int]) -> tuple[dict[str, Chain], float, float]:
         """Chains of some samples; seconds a sample, and of what is done once (the proof that a
@@ -376,12 +376,12 @@ def _peak() -> int:
     )
 
 
-def _advice(job: Job, found: Estimate, states: int) -> Iterator[str]:
+def _advice(job: Job, costs: Estimate, states: int) -> Iterator[str]:
     """Flags that make the run fit, the most useful first."""
-    disk = sum(found.sizes.values())
-    if disk > found.free_disk:
+    disk = sum(costs.sizes.values())
+    if disk > costs.free_disk:
         yield f"--output_dir on a disk with {disk / 1e9:.1f} GB free, or fewer formats"
-    over = found.memory - found.free_memory
+    over = costs.memory - costs.free_memory
     if over <= 0:
         return
     recipe = job.recipe

@@ -3,8 +3,8 @@ continues.
 
 The folder `<model>-w4g128.unfinished` lies beside the checkpoints to be. A part file holds the
 codes of blocks that were tuned together; the journal gets a line for it once the file is safe. A
-line starts with its own checksum and names that of its part, so whatever a crash, a full disk or a
-bad sector left behind is seen, and work goes on from the last block that is whole.
+line starts with its own checksum and holds that of its part. So damage by a crash, a full disk or a
+bad sector is seen, and work goes on from the last block that is whole.
 """
 
 import errno
@@ -205,16 +205,16 @@ def identity(
 ) -> dict[str, Any]:
     """What a result depends on, as plain values by name: recipe, configuration (JSON), model files,
     samples."""
-    found: dict[str, Any] = {"auto_mmround": __version__}
-    found |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
-    found["config.json"] = _sum(config.encode())
+    facts: dict[str, Any] = {"auto_mmround": __version__}
+    facts |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
+    facts["config.json"] = _sum(config.encode())
     for path in weight_files(source) if source else ():
         status = path.stat()
-        found[path.name] = [status.st_size, status.st_mtime_ns]
-    found["calibration samples"] = _sum_of(
+        facts[path.name] = [status.st_size, status.st_mtime_ns]
+    facts["calibration samples"] = _sum_of(
         [sample.kwargs | {"kind": sample.modality_T} for sample in inputs]
     )
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
     return plain
 
 

@@ -195,7 +195,7 @@ class Chosen(NamedTuple):
 
 def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = None) -> Chosen:
     """Raises UserError as `choose` does. dataset: rows in memory instead of the recipe's name."""
-    kind = loaded.model.config.model_type
+    model_type = loaded.model.config.model_type
     towers = [stage.name for stage in plan.stages if stage.name != "text"]
     kinds = calibrates(loaded.model)
     needs = _needs(towers, kinds)
@@ -207,7 +207,7 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
             "text" in kinds,
             bool(towers and needs),
             needs,
-            FAMILIES[kind].calibrates if kind in FAMILIES else None,
+            FAMILIES[model_type].calibrates if model_type in FAMILIES else None,
             position_limit(loaded.model),
             some=True,  # of several towers those are quantized that samples reach
         ),
@@ -222,7 +222,7 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
         load=partial(load_rows, collate=collate),
     )
     for note in notes:
-        log.warning(note)
+        log.info(note)
     same = ("nsamples", "seqlen", "truncation", "batch_size", "gradient_accumulate_steps")
     values: dict[str, Any] = {name: getattr(settings, name) for name in same}
     if isinstance(settings.dataset, str):

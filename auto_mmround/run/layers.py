@@ -29,16 +29,16 @@ class LayerErrors:
     def note(self, when: str, same: str = "") -> None:
         """Measure all weights as they are now; ``same``: nothing has changed since then."""
         for name, leaf in self._leaves.items():
-            found, moments = self._found[name], self._moments[name]
+            errors, moments = self._found[name], self._moments[name]
             if same:
-                found[when] = found[same]
+                errors[when] = errors[same]
                 continue
             rows = leaf.rounding.rows(slice(None, None, -(-len(leaf.rounding.w_OGg) // ROWS)))
             w_OI = rows.original().float()
             with torch.autocast(w_OI.device.type, enabled=False):
                 if name not in self._whole:
                     self._whole[name] = moments.error(w_OI)
-                found[when] = moments.error(w_OI - rows.weight())
+                errors[when] = moments.error(w_OI - rows.weight())
 
     def rest(self) -> None:
         """Of the second moments only what `note` reads is needed from now on."""

@@ -1,5 +1,4 @@
-"""What the errors of a block weigh, token by token and channel by channel, and how many tokens a
-step sees."""
+"""Weights of a block's errors, one a token and channel, and how many tokens a step sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ def samples_a_step(recipe: Recipe, tokens: int) -> int:
 
 
 class ErrorWeights(NamedTuple):
-    """What the errors of a block's output weigh. table_RD: float32, by row of the Fisher table; one
+    """Weights of the errors of a block's output. table_RD: float32, by row of the Fisher table; one
     channel where all count alike. row_N: int8, the row of every token of all samples. end_S: where
     each sample's tokens end."""
 
@@ -57,7 +56,7 @@ class ErrorWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """kinds: by sample. fisher: empty where errors all weigh alike."""
+    """kinds: by sample. fisher: empty where all errors have the same weight."""
 
     kinds: Sequence[Kinds]
     fisher: Fisher

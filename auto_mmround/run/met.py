@@ -45,15 +45,15 @@ class Trial:
     def __call__(self, made: ModelInput) -> None:
         """Raises BadSample for a sample that the model does not take, and UserError for one whose
         words it does not know."""
-        model, kind = self._session.model, frozenset(made.kwargs)
+        model, given = self._session.model, frozenset(made.kwargs)
         check_words(model, [made])
         check_vocabulary(model, [made])
         if missing := no_features(model, made):
             raise BadSample("markers", missing)
-        known = kind in self._kinds
+        known = given in self._kinds
         if known and not self._every:
             return
-        self._kinds.add(kind)
+        self._kinds.add(given)
         stages = self._session.plan.stages
         kwargs = as_dtype(made.kwargs, self._session.dtype)
         try:
@@ -85,11 +85,11 @@ def _alike(value: Any, other: Any) -> bool:
     return value.is_floating_point() or torch.equal(value.cpu(), other.cpu())
 
 
-def met(plan: Plan, found: Collection[str]) -> Plan:
+def met(plan: Plan, reached: Collection[str]) -> Plan:
     """The plan without the towers that no sample reaches, which is said; all of it where none is
     reached, which the run refuses. found: paths of the stages that samples reach."""
-    missed = [stage for stage in plan.stages if stage.path not in found]
-    if not any(stage.path in found and stage.name != "text" for stage in plan.stages):
+    missed = [stage for stage in plan.stages if stage.path not in reached]
+    if not any(stage.path in reached and stage.name != "text" for stage in plan.stages):
         return plan
     for stage in missed:
         log.warning(
@@ -105,7 +105,7 @@ def met(plan: Plan, found: Collection[str]) -> Plan:
     ]
     return replace(
         plan,
-        stages=tuple(stage for stage in plan.stages if stage.path in found),
+        stages=tuple(stage for stage in plan.stages if stage.path in reached),
         weights=tuple(weights),
     )
 

@@ -64,7 +64,7 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
         weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable
     }
     targets = [formats.resolve(name, schemes) for name in recipe.formats]
-    found, problems = [], dict.fromkeys(recipe.mixable, "")
+    units, problems = [], dict.fromkeys(recipe.mixable, "")
     for each in free:
         held = []
         for bits in recipe.mixable:
@@ -76,11 +76,11 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
             problem = next((f"format {fmt.name} {why}" for fmt, why in checks if why), None)
             problems[bits] = problem or problems[bits]
             held += [] if problem else [bits]
-        found.append(Unit(tuple(each), tuple(held)))
+        units.append(Unit(tuple(each), tuple(held)))
     for bits, problem in problems.items():
-        if free and not any(bits in unit.options for unit in found):
+        if free and not any(bits in unit.options for unit in units):
             raise UserError(f"bit_options: {problem}; change bit_options, or the format")
-    return found
+    return units
 
 
 def choose_bits(
@@ -118,15 +118,15 @@ def choose_bits(
 def _choices(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, Bits]:
     """By all options, and by the two alone between whose sizes the target lies. Raises UserError
     where no choice is small enough."""
-    found: dict[str, Bits] = {"all": _allocated(free, damage, plan, target)}
+    choices: dict[str, Bits] = {"all": _allocated(free, damage, plan, target)}
     around = _around(free, plan, target)
-    if around and {*found["all"].values()} - {*around}:
+    if around and {*choices["all"].values()} - {*around}:
         narrow = [
             replace(unit, options=tuple(b for b in unit.options if b in around) or unit.options)
             for unit in free
         ]
-        found["around"] = _allocated(narrow, damage, plan, target)
-    return found
+        choices["around"] = _allocated(narrow, damage, plan, target)
+    return choices
 
 
 def _around(free: Sequence[Unit], plan: Plan, target: float) -> tuple[int, int] | None:
@@ -152,7 +152,7 @@ def _tried(
     around = _around(free, plan, target)
     if around is None:
         return choices["all"], {}
-    found = {name: trial.kl(bits) for name, bits in choices.items()}
+    kls = {name: trial.kl(bits) for name, bits in choices.items()}
     uniform = {
         b: trial.kl({weight.name: b for unit in free for weight in unit.weights}) for b in around
     }
@@ -160,13 +160,13 @@ def _tried(
     low, high = (sum(unit.size(bits) for unit in free) for bits in around)
     share = (target * count - fixed - low) / (high - low)
     line_S = uniform[around[0]] * (1 - share) + uniform[around[1]] * share
-    best = min(found, key=lambda name: (found[name] / line_S).max().item())
-    if (found[best] > line_S).any():
+    best = min(kls, key=lambda name: (kls[name] / line_S).max().item())
+    if (kls[best] > line_S).any():
         log.warning(
             "target_bits: no choice of bits is better than a line between %d and %d bits for all",
             *around,
         )
-    measured = {"mixed": found[best], "line": line_S} | {
+    measured = {"mixed": kls[best], "line": line_S} | {
         str(bits): kl_S for bits, kl_S in uniform.items()
     }
     return choices[best], {
@@ -208,7 +208,7 @@ def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) 
 
 
 def _shares(free: Sequence[Unit], damage: Damage) -> Tensor:
-    """What a nat of each set of samples weighs: 1 / the whole damage to that set at every unit's
+    """The weight of a nat of each set of samples: 1 / the whole damage to that set at every unit's
     middle option.
 
     So text does not outvote images, whose answers are few tokens; a unit counts by the set that it

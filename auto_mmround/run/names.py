@@ -163,8 +163,8 @@ class Names:
         return self.key(f"{name}.weight").removesuffix(".weight")
 
     def parts(self, kept: Sequence[str]) -> list[str]:
-        """What the checkpoint calls those of the kept modules that it stores in several tensors, or
-        under a name that ends otherwise."""
+        """Names in the checkpoint of kept modules that it stores in several tensors, or under a
+        name that ends otherwise."""
         several: dict[str, list[str]] = {}
         for key, name in self.converted.items():
             several.setdefault(name.removesuffix(".weight"), []).append(key)

@@ -172,8 +172,7 @@ def _kv_scales(result: Result) -> Iterator[tuple[str, Tensor]]:
 
 
 def _exact(fmt: Format, weight: Codes) -> bool:
-    """Whether the file's values are those of the codes; not where they are fitted to super-blocks
-    once more."""
+    """Whether the file has exactly the values of the codes. A fit to super-blocks changes them."""
     return fmt.scale_range is None or weight.unit_OS2 is not None
 
 

@@ -1,7 +1,7 @@
 """The output head: its inputs are what the last norm gives, its loss is the KL of the words.
 
-To second order the KL is half the logits' error under diag(p) - p p^T, which would ask for second
-moments of its own for each word. One for all words is taken: tokens weigh its trace, 1 - sum p^2.
+To second order the KL is half the logits' error under diag(p) - p p^T. That needs second moments
+for each word. All words share one instead: a token's weight in it is the trace, 1 - sum p^2.
 """
 
 from collections.abc import Iterator

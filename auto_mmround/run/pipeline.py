@@ -135,7 +135,7 @@ class _Journey:
 
     @cached_property
     def weights(self) -> Weights:
-        """What errors weigh; to be asked for before anything is quantized."""
+        """The weights of errors. Ask for them before anything is quantized."""
         with phase("Fisher information"):
             return self.session.weights()
 
@@ -205,13 +205,13 @@ class _Journey:
         if self.finished.has(names) and self.session.processes.first:
             reports = [self.finished.reports[name] for name in names]
             mine = reports, {weight.name: self.finished.codes[weight.name] for weight in planned}
-        found = self.session.processes.gather(mine)[0]
-        if found is not None:
-            write_back(self.session.model, planned, found[1])
-            self.session.served.take(found[1])
+        taken = self.session.processes.gather(mine)[0]
+        if taken is not None:
+            write_back(self.session.model, planned, taken[1])
+            self.session.served.take(taken[1])
             if not self.session.processes.first:
-                self.finished.add(*found)
-        return found is not None
+                self.finished.add(*taken)
+        return taken is not None
 
     def _finish(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:
         """Keep what belongs to blocks that were tuned together, if all processes found the same."""

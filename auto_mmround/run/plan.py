@@ -212,7 +212,7 @@ def _others(model: PreTrainedModel, known: set[str]) -> Iterator[WeightPlan]:
 def assembled(
     stages: Sequence[Stage], weights: Sequence[WeightPlan], targets: Sequence[Format]
 ) -> Plan:
-    """The plan with those of the stages that have something to do. Raises UserError if there is
+    """The plan, without stages that have nothing to do. Raises UserError if there is
     nothing to quantize, and where weights that engines fuse have several schemes."""
     if not any(w.scheme for w in weights):
         reasons = Counter(w.reason for w in weights if w.block and w.reason)

@@ -267,11 +267,11 @@ def _round(
             begin,
         ):
             after = chain.advanced(window.blocks, window.first, 1, before=begin)
-        moments, found = collected.moments(), dict[str, dict[int, Tensor]]()
+        moments, rounded = collected.moments(), dict[str, dict[int, Tensor]]()
         for group in _alike(here, moments, options):
-            found |= _rounded(session, group, moments[group[0].name], options[group[0].name])
-        if found:
-            versions.add(found)
+            rounded |= _rounded(session, group, moments[group[0].name], options[group[0].name])
+        if rounded:
+            versions.add(rounded)
         on_block(next(done), total)
         return after
 

@@ -38,7 +38,7 @@ from auto_mmround.run.served import ServedInputs
 MANY = 12
 
 # Tokens that second moments are taken over, and at least as many a column: more change little, and
-# each costs a forward pass and what weighs it costs two.
+# each costs a forward pass, and its weight costs two.
 TOKENS, PER_COLUMN = 2**15, 4
 
 T = TypeVar("T")
@@ -139,23 +139,21 @@ class Session:
         return replace(self, inputs=[self.inputs[i] for i in samples])
 
     def weights(self, layers: Iterable[str] | None = None) -> Weights:
-        """What errors weigh, by the model as it is now. layers: those whose tokens are weighed;
-        default the planned."""
+        """The weights of errors, by the model as it is now. layers: whose tokens get weights, too;
+        default the planned ones."""
         if not (self.recipe.fisher and self.recipe.closed_form):
             return Weights(self.kinds, Fisher())
         return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
 
     @cached_property
     def used(self) -> list[int]:
-        """Samples that pass the blocks: no more than sign steps, looks at held-out ones and second
-        moments take. All of them where experts share the tokens, where ranges of inputs are
-        measured, and without closed form. Of several processes this one's."""
+        """Samples that pass the blocks: as many as sign steps, held-out errors and second moments
+        need. All of them where experts share the tokens, where ranges of inputs are measured, and
+        without closed form. Of several processes this one takes its own."""
         mine = self.processes.share(range(len(self.inputs)))
-        weights = [weight for weight in self.plan.weights if weight.scheme]
         every = any(
-            is_expert(weight.name) or weight.scheme.inputs_measured
-            for weight in weights
-            if weight.scheme
+            weight.scheme and (is_expert(weight.name) or weight.scheme.inputs_measured)
+            for weight in self.plan.weights
         )
         if every or not self.recipe.closed_form:
             return mine
@@ -165,8 +163,8 @@ class Session:
 
     @cached_property
     def sampled(self) -> list[int]:
-        """Those of `used` that second moments are taken over, and what their tokens weigh: `TOKENS`
-        of text, more where a layer is wide. All of them where experts share the tokens."""
+        """Those of `used` for second moments, and for the weights of their tokens: `TOKENS` of text,
+        more where a layer is wide. All of them where experts share the tokens."""
         if any(weight.scheme and is_expert(weight.name) for weight in self.plan.weights):
             return self.used
         return self._spread(self.used, self._enough)

@@ -33,7 +33,7 @@ def input_scales(
     if not schemes:
         return {}
     with (
-        phase("scales of static inputs", f"leave --act_static out, or {SHORTER}"),
+        phase("scales of static inputs", f"leave inputs in 16 bits (--act_bits 16), or {SHORTER}"),
         separated(session.model, session.experts),
         _watching(session.model, schemes) as peaks,
         torch.no_grad(),

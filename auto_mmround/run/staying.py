@@ -46,11 +46,11 @@ def staying(loaded: Loaded, plan: Plan, recipe: Recipe) -> list[Staying]:
     """The parts, the largest first. The tensors of all of them and the quantized weights are the
     model."""
     model, size = loaded.model, _itemsize(loaded)
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for part, count in (*_loaded(model, plan), *_carried(plan)):
-        found[part] = found.get(part, 0) + count * size
+        sizes[part] = sizes.get(part, 0) + count * size
     off = {"layers that the class does not load": recipe.quant_mtp}
-    rows = [Staying(p, n, None if off.get(p) else FLAGS.get(p)) for p, n in found.items() if n]
+    rows = [Staying(p, n, None if off.get(p) else FLAGS.get(p)) for p, n in sizes.items() if n]
     return sorted(rows, key=lambda row: -row.nbytes)
 
 

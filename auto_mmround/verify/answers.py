@@ -19,15 +19,15 @@ from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.prompts import ASK_FOR_WORDS, Prompt, asked, generate
 from auto_mmround.model import devices
-from auto_mmround.model.loading import Loaded
+from auto_mmround.model.loading import DEMO, Loaded
 from auto_mmround.verify import engines
-from auto_mmround.verify.engines import ENGINES, EngineResult, ask, interpreter, run_llamacpp
+from auto_mmround.verify.engines import ENGINES, EngineResult, OnPiece, ask, ask_llamacpp_aloud
 from auto_mmround.verify.verify import require
 
 LOADER = "loader"
-CONTEXT = 8192  # tokens that llama.cpp has room for
 # Engines whose programs generate.
 GENERATE = ("vllm", "llamacpp", "mlx", "openvino")
+PLAIN = ("vllm",)  # of these, those that read a model in 16 bits, too
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,16 @@ class Way:
 class Streamed(TextStreamer):
     """Hands on each piece of an answer as soon as its words are whole."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], skip_prompt: bool = True):
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self._on_text = on_text
+
+    def hear(self, piece: str | int) -> None:
+        """A piece from an engine's program."""
+        if isinstance(piece, str):
+            self._on_text(piece)
+        else:
+            self.put(torch.tensor([piece]))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by Transformers."""
@@ -99,14 +106,14 @@ def ask_folder(
     way: Way | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """The greedy answer. on_text: gets its pieces in order, from an engine all at once.
+    """The greedy answer. on_text: gets its pieces in order, as they come.
 
     Raises UserError for a folder that can't be read, for an engine that is unknown, not installed
     or does not take this, and for media that the model does not take.
     """
     way = way or Way()
     if way.engine is not None:
-        return _by_engine(Path(folder), question, way, on_text)
+        return _by_engine(folder, question, way, on_text)
     place = devices.resolve(way.device)
     loaded = load_any(folder, device=place, remote_code=way.remote_code, stream=None)
     prompt = _prompt(loaded, question)
@@ -132,30 +139,47 @@ def _prompt(loaded: Loaded, question: Question) -> Prompt:
         raise UserError(str(error)) from error
 
 
-def _by_engine(
-    folder: Path, question: Question, way: Way, on_text: Callable[[str], None]
-) -> Answer:
-    engine = str(way.engine)
+def check_engine(name: str, question: Question, way: Way) -> tuple[Path, Path]:
+    """(folder, interpreter of the way's engine). Raises UserError where it can't answer."""
+    engine, folder = str(way.engine), DEMO if name == "demo" else Path(name)
     if engine not in GENERATE:
         raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(GENERATE)}")
     root = engines.root() if way.root is None else way.root
     subject = read_subject(folder, None, way.remote_code)
-    name = subject.fmt.name if subject.fmt else "fake"
-    require(engine, name, root)
+    fmt = subject.fmt.name if subject.fmt else "fake"
+    python = engines.python_of(engine, root)
+    if fmt != "fake" or engine not in PLAIN:
+        require(engine, fmt, root)
+    elif problem := engines.not_installed(python):
+        raise UserError(problem)
     _check_kinds(engine, folder, question)
-    loaded = load_any(str(folder), remote_code=way.remote_code, stream=None)
-    prompt, python = _prompt(loaded, question), interpreter(name, root, engine)
+    return folder, python
+
+
+def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str], None]) -> Answer:
+    engine, (folder, python) = str(way.engine), check_engine(name, question, way)
+    # weights stay in the files: only the prompt is made here
+    loaded = load_any(str(folder), remote_code=way.remote_code, stream=True)
+    prompt = _prompt(loaded, question)
+    streamer = Streamed(loaded.tokenizer, on_text, skip_prompt=False)
     if engine == "llamacpp":
-        result = _llamacpp(folder, question, prompt, python, way.timeout)
+        result = _llamacpp(folder, question, prompt, python, way.timeout, streamer.hear)
     else:
-        given = {"dtype": ENGINES[engine].dtype, "new_tokens": question.tokens}
-        inputs = [_inputs(engine, prompt)]
-        result = ask(engine, folder, inputs, given, python=python, timeout=way.timeout)
+        given = {
+            # how the engine computes by itself; vLLM would take bfloat16 from the configuration
+            "dtype": ENGINES[engine].dtype if engine == "vllm" else None,
+            "new_tokens": question.tokens,
+            "ends": sorted(_ends(loaded)),
+        }
+        result = ask(
+            engine, folder, [_inputs(engine, prompt)], given, python=python, timeout=way.timeout,
+            on_piece=streamer.hear,
+        )  # fmt: skip
+    streamer.end()
     if not result.ok:
         raise UserError(f"{engine} gave no answer: {result.error}")
     text, count = _told(result, loaded)
-    on_text(text)
-    return Answer(str(folder), result.engine or engine, text, count, result.seconds)
+    return Answer(name, result.engine or engine, text, count, result.seconds)
 
 
 def _check_kinds(engine: str, folder: Path, question: Question) -> None:
@@ -181,7 +205,12 @@ def _inputs(engine: str, prompt: Prompt) -> Mapping[str, Tensor]:
 
 
 def _llamacpp(
-    folder: Path, question: Question, prompt: Prompt, python: Path, timeout: float
+    folder: Path,
+    question: Question,
+    prompt: Prompt,
+    python: Path,
+    timeout: float,
+    on_piece: OnPiece,
 ) -> EngineResult:
     with tempfile.TemporaryDirectory() as made:
         content: list[str | dict[str, str]] = []
@@ -189,20 +218,21 @@ def _llamacpp(
             path = Path(made) / f"{i}.png"
             Image.fromarray(np.array(image.convert("RGB"))).save(path)
             content.append({"image": str(path)})
-        questions = [{"content": [*content, question.text], "max_tokens": question.tokens}]
-        return run_llamacpp(
-            folder, questions=questions, python=python, timeout=timeout, context=CONTEXT
-        )
+        asked = {"content": [*content, question.text], "max_tokens": question.tokens}
+        return ask_llamacpp_aloud(folder, asked, python=python, timeout=timeout, on_piece=on_piece)
+
+
+def _ends(loaded: Loaded) -> set[int]:
+    """Ids of the tokens that end an answer."""
+    stated = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ends = {loaded.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    return {int(token) for token in ends if token is not None}
 
 
 def _told(result: EngineResult, loaded: Loaded) -> tuple[str, int]:
-    """(text, number of tokens) up to the end of the answer."""
-    if result.answers:
-        answer = result.answers[0]
-        return str(answer["text"]).strip(), int(answer.get("tokens", 0))
-    stated = getattr(loaded.model.generation_config, "eos_token_id", None)
-    ends = {loaded.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
-    ids = result.tokens[0].flatten().tolist()
-    count = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    text = loaded.tokenizer.decode(ids[:count], skip_special_tokens=True)
-    return str(text).strip(), min(count + 1, len(ids))
+    """(text, number of tokens)."""
+    answer = result.answers[0]
+    if "text" in answer:
+        return str(answer["text"]).strip(), int(answer["tokens"])
+    ids = answer["ids"]
+    return str(loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip(), len(ids)

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,20 @@ from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.programs import answer_of, program
+from auto_mmround.programs import answer_of, piece_of, program
 
 # only llama.cpp's log says it
 LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")
 MADE = ("logits", "tokens")  # results that a worker may write for each input
+CONTEXT = 8192  # tokens that llama.cpp has room for when it answers
 FOLDER = Path(".engines")
 RUNNER = program("engine_main")
 # no debugger on a crash of llama.cpp
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
+
+
+# Gets a piece of an answer as soon as it is there: text, or the id of a token.
+OnPiece = Callable[[str | int], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class EngineResult:
     likely next tokens. answers: for each question {"text", "prompt_tokens", "logprobs" of its first
     token}. Its dtype is "q8_0" if it rounds the inputs of layers in that way.
 
-    seconds: that generating took, None if it does not tell.
+    Of an answer aloud, answers holds {"text", "tokens"} or {"ids"}, and seconds the time it took,
+    loading apart.
     """
 
     ok: bool
@@ -129,11 +136,13 @@ def ask(
     *,
     python: Path,
     timeout: float = 600,
+    on_piece: OnPiece = lambda piece: None,
 ) -> EngineResult:
     """One question to an engine's worker in its own interpreter.
 
-    Never raises for a fault of the engine: a crash, a time-out or a missing environment is a result
-    with an error.
+    on_piece: gets the pieces that a worker says before it is done, see `engine_main.py`.
+    Never raises for a fault of the engine: a crash, a time-out or a missing environment is a
+    result with an error.
     """
     if problem := not_installed(python):
         return EngineResult(False, problem)
@@ -146,7 +155,7 @@ def ask(
         }
         save_file(flat, paths["inputs"])
         request = {"model": str(checkpoint_dir.resolve()), **asked, **paths}
-        answer = _answer(worker(engine), request, python, Path(folder), timeout)
+        answer = _answer(worker(engine), request, python, Path(folder), timeout, on_piece)
         stored = load_file(paths["output"]) if Path(paths["output"]).is_file() else {}
     made = {
         what: [stored[key] for i in range(len(inputs)) if (key := f"{i}.{what}") in stored]
@@ -164,37 +173,60 @@ def run_llamacpp(
     top: int = 20,
     template: str | None = None,
     timeout: float = 600,
-    context: int = 1024,
 ) -> EngineResult:
     """Next-token log probabilities of prompts, and greedy answers, by llama.cpp in its interpreter.
 
     prompts: token ids, or text that llama.cpp tokenizes. questions: {"content": [text or {"image":
     file}], "max_tokens"}. top: number of most likely tokens. template: of the conversation; None is
-    the file's own. context: tokens that it has room for. Never raises for a fault of the engine.
+    the file's own. Never raises for a fault of the engine.
     """
-    if problem := not_installed(python):
-        return EngineResult(False, problem)
-    models = sorted(checkpoint_dir.glob("model-*.gguf"))
-    towers = sorted(checkpoint_dir.glob("mmproj-*.gguf"))
-    if not models:
-        return EngineResult(False, f"{checkpoint_dir} holds no model-*.gguf")
     request: dict[str, Any] = {
-        "model": str(models[0].resolve()),
         "prompts": list(prompts),
         "questions": list(questions),
         "top": top,
         "template": template,
-        "context": context,
     }
     tokenizer = checkpoint_dir / "tokenizer.json"
     if tokenizer.is_file():
         request["filler"] = (
             Tokenizer.from_file(str(tokenizer)).encode("a", add_special_tokens=False).ids[-1]
         )
-    request["mmproj"] = str(towers[0].resolve()) if towers else None
+    return _llamacpp(checkpoint_dir, request, python, timeout)
+
+
+def ask_llamacpp_aloud(
+    checkpoint_dir: Path,
+    question: Mapping[str, Any],
+    *,
+    python: Path,
+    timeout: float,
+    on_piece: OnPiece,
+) -> EngineResult:
+    """The greedy answer to one question as in `run_llamacpp`, said piece by piece, on all cores."""
+    request = {
+        "questions": [question], "aloud": True, "context": CONTEXT, "threads": os.cpu_count()
+    }  # fmt: skip
+    return _llamacpp(checkpoint_dir, request, python, timeout, on_piece)
+
+
+def _llamacpp(
+    checkpoint_dir: Path,
+    request: Mapping[str, Any],
+    python: Path,
+    timeout: float,
+    on_piece: OnPiece = lambda piece: None,
+) -> EngineResult:
+    if problem := not_installed(python):
+        return EngineResult(False, problem)
+    files = {
+        key: next((str(path.resolve()) for path in sorted(checkpoint_dir.glob(name))), None)
+        for key, name in (("model", "model-*.gguf"), ("mmproj", "mmproj-*.gguf"))
+    }
+    if files["model"] is None:
+        return EngineResult(False, f"{checkpoint_dir} holds no model-*.gguf")
     with tempfile.TemporaryDirectory() as folder:
-        answer = _answer(worker("llamacpp"), request, python, Path(folder), timeout)
-    return _result(answer)
+        worked = worker("llamacpp"), {**request, **files}, python, Path(folder), timeout
+        return _result(_answer(*worked, on_piece))
 
 
 def _result(answer: Mapping[str, Any]) -> EngineResult:
@@ -206,7 +238,12 @@ def _result(answer: Mapping[str, Any]) -> EngineResult:
 
 
 def _answer(
-    program: Path, request: Mapping[str, Any], python: Path, folder: Path, timeout: float
+    program: Path,
+    request: Mapping[str, Any],
+    python: Path,
+    folder: Path,
+    timeout: float,
+    on_piece: OnPiece,
 ) -> dict[str, Any]:
     """The worker's answer; {"ok": False, "error": ..} if there is none."""
     request_file = folder / "request.json"
@@ -214,27 +251,51 @@ def _answer(
     # In an empty folder, and -P: the worker must find neither this package's modules nor those of
     # the caller's folder.
     command = [str(python.absolute()), "-P", str(RUNNER), str(program), str(request_file)]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=OFFLINE,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    log = folder / "log.txt"
+    code, last = _run(command, log, timeout, on_piece)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    if code is None:
         return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
-    tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    answer = answer_of(done.stdout) or {
-        "ok": False,
-        "error": f"the engine died (exit {done.returncode}): {tail}",
-    }
-    counts = {kind: int(count) for kind, count in LOADED.findall(done.stderr)}
+    tail = (said.strip().splitlines() or ["no output"])[-1]
+    answer = answer_of(last) or {"ok": False, "error": f"the engine died (exit {code}): {tail}"}
+    counts = {type_name: int(count) for type_name, count in LOADED.findall(said)}
     if counts:
         answer |= {
             "classes": counts,
             "dtype": "float32" if counts.keys() <= {"f32", "f16", "bf16"} else "q8_0",
         }
     return answer
+
+
+def _run(
+    command: Sequence[str], log: Path, timeout: float, on_piece: OnPiece
+) -> tuple[int | None, str]:
+    """(exit status, None if time ran out; the last line of standard output). Standard error goes
+    to the log."""
+    last, late = "", threading.Event()
+    with (
+        log.open("w", encoding="utf-8") as sink,
+        subprocess.Popen(
+            command, cwd=log.parent, env=OFFLINE, stdout=subprocess.PIPE, stderr=sink,
+            encoding="utf-8", errors="replace",
+        ) as process,
+    ):  # fmt: skip
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        watch = threading.Timer(timeout, stop)
+        watch.start()
+        try:
+            for line in process.stdout or ():
+                piece = piece_of(line)
+                if piece is not None:
+                    on_piece(piece)
+                elif line.strip():
+                    last = line
+        finally:
+            watch.cancel()
+            if sys.exc_info()[0] is not None:  # such as Ctrl-C: nobody waits for the rest
+                process.kill()
+    return None if late.is_set() else process.returncode, last

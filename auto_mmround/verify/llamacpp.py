@@ -83,10 +83,10 @@ def ask_llamacpp(
         )
     if not result.ok:
         return result
-    texts, answers, found = iter(result.logprobs), iter(result.answers), []
+    texts, answers, logprobs = iter(result.logprobs), iter(result.answers), []
     for i, (kwargs, own) in enumerate(zip(reference.inputs, media, strict=True)):
         if not own:
-            found.append(next(texts))
+            logprobs.append(next(texts))
             continue
         answer, length = next(answers), kwargs["input_ids"].shape[1]
         if answer["prompt_tokens"] != length:
@@ -94,5 +94,5 @@ def ask_llamacpp(
                 f"input {i}, with an image, became {answer['prompt_tokens']} tokens, not {length}"
             )
             return replace(result, ok=False, error=text)
-        found.append({int(token): value for token, value in answer["logprobs"].items()})
-    return replace(result, logprobs=found, answers=())
+        logprobs.append({int(token): value for token, value in answer["logprobs"].items()})
+    return replace(result, logprobs=logprobs, answers=())

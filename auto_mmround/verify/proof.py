@@ -37,18 +37,18 @@ Read = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
-    """One line for each fault of a folder: first the findings of `static`, then those of a reload.
+    """One line for each fault of a folder: first what `static` finds, then what a reload finds.
 
     result: what the folder was made of. Memory: about one block of the model.
     """
     subject = read_subject(folder, remote_code=result.recipe.trust_remote_code)
-    found = [finding for finding in run_checks(subject) if finding.severity == "error"]
-    if not found:
+    problems = [finding for finding in run_checks(subject) if finding.severity == "error"]
+    if not problems:
         try:
-            found = list(_reload(subject, fmt, result))
+            problems = list(_reload(subject, fmt, result))
         except (UserError, OSError, *CONTRADICTIONS) as error:
-            found = [Finding("error", "the reload", one_line(str(error))[:400])]
-    return [finding.line().removeprefix("error: ") for finding in found]
+            problems = [Finding("error", "the reload", one_line(str(error))[:400])]
+    return [finding.line().removeprefix("error: ") for finding in problems]
 
 
 def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
@@ -134,12 +134,12 @@ class Decoder(Mapping[str, bool]):
         names = [key for key in keys if not self[key]] + [
             name for part in parts.values() for name in part
         ]
-        found = dict(s.read(names))  # opens every file once
+        tensors = dict(s.read(names))  # opens every file once
         for key, part in parts.items():
-            module, own = self._packed[key], {name: found.pop(name) for name in part}
+            module, own = self._packed[key], {name: tensors.pop(name) for name in part}
             codes = s.fmt.unpack(module, own, s.schemes[module])  # type: ignore[union-attr]
-            found[key] = dequantize(codes, self._dtype)
-        return found
+            tensors[key] = dequantize(codes, self._dtype)
+        return tensors
 
 
 class OtherFiles(Decoder):

@@ -140,19 +140,19 @@ def _alike(s: Subject) -> set[str]:
 def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> Iterator[Finding]:
     for part, wanted in expected.items():
         name = module + part
-        found = s.tensors.get(name)
-        if found is None:
+        stored = s.tensors.get(name)
+        if stored is None:
             if part != ".g_idx" or s.record:  # other tools leave it out if it has no effect
                 yield Finding("error", name, "is missing")
-        elif found.shape != wanted.shape:
+        elif stored.shape != wanted.shape:
             yield Finding(
                 "error",
                 name,
-                f"has shape {found.shape}; bits and group size ask for {wanted.shape}",
+                f"has shape {stored.shape}; bits and group size ask for {wanted.shape}",
             )
-        elif found.dtype != wanted.dtype and not {found.dtype, wanted.dtype} <= _alike(s):
+        elif stored.dtype != wanted.dtype and not {stored.dtype, wanted.dtype} <= _alike(s):
             yield Finding(
-                "error", name, f"is stored as {found.dtype}, the layout asks for {wanted.dtype}"
+                "error", name, f"is stored as {stored.dtype}, the layout asks for {wanted.dtype}"
             )
 
 
@@ -275,14 +275,14 @@ def check_fused(s: Subject) -> Iterator[Finding]:
                 groups.setdefault((parent, i), {})[leaf] = (
                     scheme(s, name) if name in s.packed else None
                 )
-    for (parent, _), found in groups.items():
-        if len(set(found.values())) > 1:
-            odd = [leaf for leaf, one in found.items() if list(found.values()).count(one) == 1]
+    for (parent, _), schemes in groups.items():
+        if len(set(schemes.values())) > 1:
+            odd = [leaf for leaf, one in schemes.items() if list(schemes.values()).count(one) == 1]
             text = (
-                f"engines load {', '.join(sorted(found))} as one matrix, but they are not packed"
+                f"engines load {', '.join(sorted(schemes))} as one matrix, but they are not packed"
                 " alike"
             )
-            yield Finding("error", f"{parent}.{(odd or sorted(found))[0]}", text)
+            yield Finding("error", f"{parent}.{(odd or sorted(schemes))[0]}", text)
 
 
 def _is_packed(s: Subject, name: str) -> bool:

@@ -35,15 +35,15 @@ def _highest(tokenizer: Mapping[str, Any]) -> tuple[int, str]:
     """The largest token id of a `tokenizer.json`, and its token; -1 if there is none."""
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    found: list[tuple[int, str]] = []
+    highest: list[tuple[int, str]] = []
     if isinstance(vocab, Mapping):
-        found += [(number, str(token)) for token, number in vocab.items() if type(number) is int]
+        highest += [(number, str(token)) for token, number in vocab.items() if type(number) is int]
     elif isinstance(vocab, list) and vocab:
-        found.append((len(vocab) - 1, str(vocab[-1])[:40]))
+        highest.append((len(vocab) - 1, str(vocab[-1])[:40]))
     for token in tokenizer.get("added_tokens") or ():
         if isinstance(token, Mapping) and type(token.get("id")) is int:
-            found.append((token["id"], str(token.get("content"))))
-    return max(found, default=(-1, ""))
+            highest.append((token["id"], str(token.get("content"))))
+    return max(highest, default=(-1, ""))
 
 
 def check_vocabulary(s: Subject) -> Iterator[Finding]:

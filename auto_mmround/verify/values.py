@@ -37,7 +37,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def check_plain_values(s: Subject) -> Iterator[Finding]:
-    """Plain tensors are finite, and equal those of the run, or of the source."""
+    """Plain tensors are finite, and equal to the run's, or else to the source's."""
     with Reader(s.weights()) as originals:
         yield from _check_plain_values(s, originals)
 
@@ -100,8 +100,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
-    """Files of another kind, decoded by their format, hold finite values, equal to those of the
-    run."""
+    """Whole files, decoded by their format, hold finite values, equal to what the run tuned."""
     if not s.whole or s.fmt is None:
         return
     rest: dict[str, str] = dict(s.record.get("tensors") or {}) if s.fmt.exact_rest else {}

@@ -220,8 +220,8 @@ def _verdict(
 
     Such an engine gets no other keyword arguments than the ids.
     """
-    kind = type(reference.model).__name__
-    cls = kind if hasattr(transformers, kind) else "AutoModelForImageTextToText"
+    class_name = type(reference.model).__name__
+    cls = class_name if hasattr(transformers, class_name) else "AutoModelForImageTextToText"
     asked = {
         "dtype": ENGINES[engine].dtype,
         "class": cls,

@@ -83,21 +83,21 @@ def config(layout: Layout) -> dict[str, Any]:
     ignore += carried_names(layout)
     # vLLM puts a prefix before the output head of some models, but not before its name here.
     ignore += [f"re:.*{leaf}$" for leaf in _outside_lists(layout, singles)]
-    kind, ends = _kind(largest), ends_of(layout, by_scheme)
+    packing, ends = _kind(largest), ends_of(layout, by_scheme)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for
     # Transformers, which then refuses ours; asked to dequantize at once Transformers reads them,
     # but with one scheme for all layers.
     dequantize = {"dequantize": True} if len(by_scheme) == 1 and not largest.sym else {}
     return {
         "quant_method": "compressed-tensors",
-        "format": kind,
+        "format": packing,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": (KV_CACHE | {"strategy": layout.kv_cache} if layout.kv_cache else None),
         "ignore": list(dict.fromkeys(ignore)),
         "config_groups": {
             f"group_{i}": _group(
-                scheme, targets_of(layout, by_scheme, scheme, ends, scheme == largest), kind
+                scheme, targets_of(layout, by_scheme, scheme, ends, scheme == largest), packing
             )
             for i, scheme in enumerate(sorted(by_scheme, key=lambda scheme: scheme != largest))
         },
@@ -125,7 +125,7 @@ def _int_inputs(scheme: Scheme) -> bool:
     return scheme.act_bits < 16 and scheme.inputs[0] == "int"
 
 
-def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
+def _group(scheme: Scheme, targets: list[str], packing: str) -> dict[str, Any]:
     weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.sym, "dynamic": False}
     channel = scheme.group_size == -1
     weights |= (
@@ -146,7 +146,7 @@ def _group(scheme: Scheme, targets: list[str], kind: str) -> dict[str, Any]:
         activations = floats.input_args(scheme)
     return {
         "targets": targets,
-        "format": kind,
+        "format": packing,
         "weights": weights,
         "input_activations": activations if scheme.act_bits < 16 else None,
         "output_activations": None,
@@ -180,19 +180,19 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
     """Raises UserError for weights other than integers with a scale a channel or a group, and
     floats that are read."""
     weights, inputs = group["weights"], group.get("input_activations") or {}
-    found = floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
-    if found is None and (
+    scheme = floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
+    if scheme is None and (
         weights.get("type") == "float" or weights.get("strategy") not in ("group", "channel")
     ):
-        kind = (
+        words = (
             f"{weights.get('num_bits')} bit {weights.get('type')} weights with strategy"
             f" {weights.get('strategy')}"
         )
         raise UserError(
-            f"cannot read {name}: {kind}; read are integers by group or channel, FP8, NVFP4 and MX"
+            f"cannot read {name}: {words}; read are integers by group or channel, FP8, NVFP4 and MX"
         )
-    if found is not None:
-        return found
+    if scheme is not None:
+        return scheme
     size = weights["group_size"] if weights["strategy"] == "group" else -1
     return Scheme(
         weights["num_bits"],

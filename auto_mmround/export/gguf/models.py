@@ -72,8 +72,8 @@ class Part:
 
     def local(self, key: str) -> str | None:
         """The table's spelling of a checkpoint key, None if it belongs to another part."""
-        found = next((p for p in self.prefixes if key.startswith(p)), None)
-        return None if found is None else self.prefixes[found] + key.removeprefix(found)
+        prefix = next((p for p in self.prefixes if key.startswith(p)), None)
+        return None if prefix is None else self.prefixes[prefix] + key.removeprefix(prefix)
 
     def place(self, local: str) -> Rule | None:
         """Where a tensor goes, with complete names; None if it is dropped. UserError for a name
@@ -179,30 +179,30 @@ ARCHITECTURES = {
 def architecture(text: Any) -> Architecture:
     """The architecture for a text configuration. UserError where llama.cpp would compute something
     else."""
-    found = ARCHITECTURES.get(text.model_type)
-    if found is None:
+    known = ARCHITECTURES.get(text.model_type)
+    if known is None:
         raise UserError(
             f"GGUF export: no table for {text.model_type}; there are {', '.join(ARCHITECTURES)}"
         )
     act = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
     rope = _rope(text)
     kinds = list(getattr(text, "layer_types", None) or ())
-    wanted = ["full_attention" if (i + 1) % found.windows == 0 else "sliding_attention"
+    wanted = ["full_attention" if (i + 1) % known.windows == 0 else "sliding_attention"
         for i in range(len(kinds))] \
-        if found.windows else ["full_attention"] * len(kinds)  # fmt: skip
+        if known.windows else ["full_attention"] * len(kinds)  # fmt: skip
     scalar = getattr(text, "query_pre_attn_scalar", None)
     # as in the 27 B
     wide = text.num_hidden_layers == 62 and scalar == text.hidden_size // text.num_attention_heads
     rules = (
-        (act != found.activation, f"computes {found.activation}, not {act}"),
+        (act != known.activation, f"computes {known.activation}, not {act}"),
         (
             rope["rope_type"] not in ("default", "linear", "llama3"),
             f"rope type {rope['rope_type']} is not exported",
         ),
-        (rope["rope_type"] == "llama3" and found.name != "llama", "has llama3 rope for llama only"),
+        (rope["rope_type"] == "llama3" and known.name != "llama", "has llama3 rope for llama only"),
         (kinds != wanted, "uses another pattern of sliding windows"),
         (
-            found.name.endswith("vl") and "mrope_section" not in rope,
+            known.name.endswith("vl") and "mrope_section" not in rope,
             "needs mrope_section in the rope parameters",
         ),
         (
@@ -217,8 +217,8 @@ def architecture(text: Any) -> Architecture:
     )
     problem = next((reason for broken, reason in rules if broken), None)
     if problem:
-        raise UserError(f"GGUF export: llama.cpp's {found.name} {problem}")
-    return found
+        raise UserError(f"GGUF export: llama.cpp's {known.name} {problem}")
+    return known
 
 
 def head_dim(text: Any) -> int:

@@ -33,21 +33,21 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
 
 def splits(pre_tokenizer: Mapping[str, Any] | None) -> Iterator[str]:
     """What a `pre_tokenizer` splits with, in order: expressions, or a word for what has none."""
-    kind = (pre_tokenizer or {}).get("type")
-    if pre_tokenizer is None or kind is None:
+    type_name = (pre_tokenizer or {}).get("type")
+    if pre_tokenizer is None or type_name is None:
         return
-    if kind == "Sequence":
+    if type_name == "Sequence":
         for part in pre_tokenizer["pretokenizers"]:
             yield from splits(part)
-    elif kind == "Split" and "Regex" in pre_tokenizer["pattern"]:
+    elif type_name == "Split" and "Regex" in pre_tokenizer["pattern"]:
         yield pre_tokenizer["pattern"]["Regex"]
-    elif kind == "ByteLevel":
+    elif type_name == "ByteLevel":
         if pre_tokenizer.get("use_regex", True):
             yield "gpt-2"
-    elif kind == "Digits" and pre_tokenizer.get("individual_digits"):
+    elif type_name == "Digits" and pre_tokenizer.get("individual_digits"):
         yield "single digits"
     else:
-        yield f"type {kind}"
+        yield f"type {type_name}"
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:

@@ -140,9 +140,9 @@ def _refuse(*rules: tuple[bool, str]) -> None:
 
 
 def _llava(config: Any) -> dict[str, Any]:
-    layer, kind = config.vision_feature_layer, config.vision_config.model_type
+    layer, tower_type = config.vision_feature_layer, config.vision_config.model_type
     _refuse(
-        (kind != "clip_vision_model", f"is CLIP's or Pixtral's, not {kind}"),
+        (tower_type != "clip_vision_model", f"is CLIP's or Pixtral's, not {tower_type}"),
         (
             layer not in (-2, config.vision_config.num_hidden_layers - 1),
             f"ends before the last block, not at {layer}",

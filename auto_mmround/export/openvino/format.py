@@ -46,16 +46,16 @@ def converter_python() -> Path:
 
 def check_model(config: Mapping[str, Any], keys: Iterable[str], source: Path | None) -> None:
     """Raises UserError for a model that is no decoder of text; says which towers stay behind."""
-    kind = config.get("model_type")
+    model_type = config.get("model_type")
     if config.get("is_encoder_decoder") or "num_mel_bins" in config:
         raise UserError(
-            f"format openvino holds decoders of text, with or without a tower, not {kind}"
+            f"format openvino holds decoders of text, with or without a tower, not {model_type}"
         )
-    if not family_of(str(kind)).openvino and any(
+    if not family_of(str(model_type)).openvino and any(
         key in config for key in ("vision_config", "audio_config")
     ):
         log.warning(
-            f"openvino: of {kind} only the language model is converted; towers are for"
+            f"openvino: of {model_type} only the language model is converted; towers are for"
             f" {', '.join(name for name, row in FAMILIES.items() if row.openvino)}"
         )
 

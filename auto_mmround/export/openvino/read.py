@@ -138,11 +138,13 @@ class Constants:
         )
 
     def _constant(self, name: str) -> Tensor:
-        kind, shape, offset, size = self._found[name]
+        element_type, shape, offset, size = self._found[name]
         data = self._values[offset : offset + size]
-        if kind in FOUR_BITS:
+        if element_type in FOUR_BITS:
             pairs = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             # the first value in the low half
             values = torch.stack([pairs & 15, pairs >> 4], dim=-1)
-            return (values.int() - 16 * (values > 7) if kind == "i4" else values).reshape(shape)
-        return torch.frombuffer(bytearray(data), dtype=ELEMENTS[kind]).reshape(shape)
+            return (values.int() - 16 * (values > 7) if element_type == "i4" else values).reshape(
+                shape
+            )
+        return torch.frombuffer(bytearray(data), dtype=ELEMENTS[element_type]).reshape(shape)
