@@ -176,6 +176,33 @@ def test_mxfp4_is_tuned_alike_whole_and_streamed(tmp_path):
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
+@pytest.mark.parametrize("stream", ["--no_stream", "--stream"])
+def test_gpt_oss_is_packed_with_its_biases(stream, tmp_path):
+    """Out of MXFP4 into single experts, as AutoRound takes them apart: the model is that of the
+    same codes as `fake`."""
+    folder = published(tmp_path / "model")
+    assert cli.main(command(folder, tmp_path / "out", "auto_round,fake", stream)) == 0
+    packed, plain = (tmp_path / "out" / f"model-w4g32-{fmt}" for fmt in ("auto_round", "fake"))
+    keys = load_file(packed / "model.safetensors").keys()
+    ends = ("gate_proj.qweight", "up_proj.qweight", "down_proj.bias", "gate_proj.bias")
+    assert all(f"model.layers.1.mlp.experts.3.{end}" in keys for end in ends)
+    assert not any(key.endswith(("_proj_bias", "_blocks", "gate_up_proj")) for key in keys)
+    found = [logits(from_quantized(f, dtype="float32").model) for f in (packed, plain)]
+    assert torch.allclose(*found, atol=2e-2 * found[0].std().item())  # fake is in bfloat16
+
+
+def test_experts_with_biases_that_stay_are_one_stack(tmp_path):
+    """So vLLM's gpt-oss reads them; it drops single ones in silence, and is refused those."""
+    words = command(published(tmp_path / "model"), tmp_path / "out", "auto_round")
+    assert cli.main([*words, "--engines", "vllm", "--ignore", "re:.*experts.*"]) == 0
+    folder = tmp_path / "out" / "model-w4g32-auto_round"
+    keys = load_file(folder / "model.safetensors").keys()
+    assert {f"model.layers.0.mlp.experts.{end}" for end in ("down_proj", "down_proj_bias")} <= keys
+    assert not any(".experts.0." in key for key in keys)
+    from_quantized(folder)
+    assert cli.main(["plan", *words, "--engines", "vllm"]) == 2
+
+
 REFUSED = [
     ("qwen3_moe", "auto_gptq", (), "takes no auto_gptq with quantized experts"),
     ("mixtral", "auto_round", (), "names w1, w2, w3"),
@@ -205,7 +232,7 @@ def test_what_transformers_would_load_otherwise_is_refused(kind, fmt, more, said
 
 
 @pytest.mark.parametrize("fmt", ["auto_round", "compressed_tensors"])
-@pytest.mark.parametrize("kind", ["gpt_oss", "step3p7", "jetmoe", "muse_spark"])
+@pytest.mark.parametrize("kind", ["step3p7", "jetmoe", "muse_spark"])
 def test_stacks_that_no_reader_takes_apart_are_refused(kind, fmt, tmp_path, capfd):
     words = command(saved(kind, tmp_path / "model"), tmp_path / "out", fmt)
     assert cli.main(words) == 2
