@@ -81,6 +81,15 @@ def test_experts_are_separable_and_every_matrix_is_in_the_plan(kind):
     assert bool(quantized) == (kind not in KEPT)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe_text", "qwen2_moe"])
+def test_what_gates_the_shared_expert_stays(kind):
+    """vLLM builds it without a quantization; one output is no multiple of anything."""
+    plan = make_plan(mixtures.build(kind), Recipe(group_size=32, format="compressed_tensors"))
+    gates = {name for name in plan.kept if name.endswith("shared_expert_gate")}
+    assert gates and all("router" in plan.kept[name] for name in gates)
+    assert not any("expert_gate" in name for name in plan.quantized)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", mixtures.families())
 def test_every_matrix_of_every_class_is_in_the_plan(kind):

@@ -108,13 +108,14 @@ def _stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 def _routers(
     module: nn.Module, path: str, experts: set[str], count: int
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Weights with one output an expert beside the experts: a layer, or a module with nothing but
+    """Weights with one output an expert beside the experts, or a single one, which gates the expert
+    that all tokens share (engines build neither quantized): a layer, or a module with nothing but
     one."""
     for name, child in module.named_children():
         if name in experts:
             continue
         weights = [(key, p) for key, p in child.named_parameters() if p.ndim == 2]
-        if len(weights) == 1 and len(weights[0][1]) == count:
+        if len(weights) == 1 and len(weights[0][1]) in (count, 1):
             full = f"{path}.{name}.{weights[0][0]}".lstrip(".")
             yield full.removesuffix(".weight"), tuple(weights[0][1].shape)  # type: ignore[misc]
 
