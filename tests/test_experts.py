@@ -19,6 +19,7 @@ from auto_mmround.model.loading import NONSENSE, load
 from auto_mmround.model.structure import LINEAR
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import make_plan
+from auto_mmround.verify import static
 
 # Each stacks its experts in a way of its own, or computes something else with them.
 KINDS = (
@@ -88,6 +89,15 @@ def test_what_gates_the_shared_expert_stays(kind):
     gates = {name for name in plan.kept if name.endswith("shared_expert_gate")}
     assert gates and all("router" in plan.kept[name] for name in gates)
     assert not any("expert_gate" in name for name in plan.quantized)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_what_chooses_the_tokens_of_attention_stays(kind):
+    """vLLM has `indexer.wk` and `indexer.weights_proj` as one matrix without a quantization."""
+    plan = make_plan(mixtures.build(kind), Recipe(group_size=32, format="compressed_tensors"))
+    found = {name for name in plan.kept if ".indexer." in name}
+    assert {name.rpartition(".")[2] for name in found} == {"wk", "wq_b", "weights_proj"}
+    assert not any(".indexer." in name for name in plan.quantized)
 
 
 @pytest.mark.slow
@@ -198,6 +208,7 @@ def test_gpt_oss_is_packed_with_its_biases(stream, tmp_path):
     assert not any(key.endswith(("_proj_bias", "_blocks", "gate_up_proj")) for key in keys)
     found = [logits(from_quantized(f, dtype="float32").model) for f in (packed, plain)]
     assert torch.allclose(*found, atol=2e-2 * found[0].std().item())  # fake is in bfloat16
+    assert [f for f in static.check(packed, folder) if "no chat template" not in f.message] == []
 
 
 def test_experts_with_biases_that_stay_are_one_stack(tmp_path):
@@ -210,6 +221,20 @@ def test_experts_with_biases_that_stay_are_one_stack(tmp_path):
     assert not any(".experts.0." in key for key in keys)
     from_quantized(folder)
     assert cli.main(["plan", *words, "--engines", "vllm"]) == 2
+
+
+def test_single_experts_out_of_stacks_keep_the_dtype_of_the_source(tmp_path):
+    """float16, which a processor loads as float32."""
+    stays = ["--engines", "vllm", "--ignore", "re:.*experts.2.*"]
+    rows = [("gpt_oss", "down_proj.bias", []), ("qwen3_vl_moe", "down_proj.weight", stays)]
+    for kind, wanted, more in rows:
+        mixtures.build(kind).half().save_pretrained(tmp_path / kind)
+        tiny_tokenizer().save_pretrained(tmp_path / kind)
+        assert cli.main(command(tmp_path / kind, tmp_path / "out", "auto_round", *more)) == 0
+        folder = tmp_path / "out" / f"{kind}-w4g32-auto_round"
+        tensors = load_file(folder / "model.safetensors")
+        found = {t.dtype for key, t in tensors.items() if key.endswith(f"experts.2.{wanted}")}
+        assert found == {torch.float16}
 
 
 REFUSED = [

@@ -46,6 +46,10 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield name, child
 
 
+# What every sparse attention of Transformers calls the module that chooses its tokens.
+INDEXER = "indexer"
+
+
 @dataclass(frozen=True)
 class Experts:
     """Expert weights of a mixture: parameter name -> (experts, rows, columns), and the routers that
@@ -60,9 +64,14 @@ class Experts:
 
 def find_experts(model: nn.Module) -> Experts:
     """Fused expert weights, known by their size and what their module says of its experts; routers,
-    by one output an expert beside them, or beside the module around them."""
+    by one output an expert beside them, or beside the module around them. What chooses the tokens
+    that attention sees is a router too: no gradient passes it, and vLLM builds it of plain
+    layers."""
     found = Experts({}, {})
     for path, module in model.named_modules():
+        if path.rpartition(".")[2] == INDEXER:
+            layers = linears(module, path)
+            found.routers.update({name: tuple(layer.weight.shape) for name, layer in layers})  # type: ignore[misc, arg-type, union-attr]
         counts = {
             name: count
             for name, child in module.named_children()

@@ -19,6 +19,7 @@ from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.keys import converted_keys, parameter_names
 from auto_mmround.model.merging import loaded_tensors
+from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.restacking import stacking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
@@ -212,15 +213,12 @@ class Names:
                 continue
             if f"{name}.weight" not in without:
                 current = self._current(f"{name}.weight", state, codes)
-                yield (
-                    self.key(f"{name}.weight"),
-                    self._stored(expert) if current is None else current.contiguous(),
-                )
+                yield self.key(f"{name}.weight"), self._single(expert, current)
             if bias := expert.bias:
                 skip.add(self.key(bias.parameter))
                 whole_EO = state[bias.parameter]
-                key = f"{self.module(name)}.bias"
-                yield key, self._stored(bias) if whole_EO.is_meta else bias.of(whole_EO.cpu())
+                current = None if whole_EO.is_meta else bias.of(whole_EO.cpu())
+                yield f"{self.module(name)}.bias", self._single(bias, current)
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
                 if key not in skip and key not in self.added:
@@ -297,6 +295,16 @@ class Names:
                 key,
                 newest(stored[key], current, self.given, tuned) if key in stored else current,
             )
+
+    def _single(self, expert: Expert, current: Tensor | None) -> Tensor:
+        """An expert's tensor, in the source's dtype if that holds it; ``current`` is None where it
+        is what the source has."""
+        if current is None:
+            return self._stored(expert)
+        key = self.stacks.get(expert.parameter) or self.key(expert.parameter)
+        short = current.to(FLOATS.get(self.stored.kinds.get(key, ""), current.dtype))
+        whole = not self.given or torch.equal(short.to(current.dtype), current)
+        return (short if whole else current).contiguous()
 
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
