@@ -139,7 +139,7 @@ def half_an_index(folder):
 
 # What is wrong with a folder -> what the one line says.
 BROKEN = {
-    only_pickled: "no .safetensors weights",
+    only_pickled: "no .safetensors weights, others are not read",
     half_copied: "'model-00002-of-00002.safetensors', which is not in the folder",
     index_without_shards: "remove the index if model.safetensors is newer",
     half_an_index: "model.safetensors.index.json is not valid JSON",
