@@ -82,9 +82,9 @@ def find_experts(model: nn.Module) -> Experts:
             stacks = _stacks(module.get_submodule(name))
             found.fused.update({f"{prefix}.{key}": shape for key, shape in stacks.items()})
             beside = dict(_routers(module, path, set(counts), count))
-            if not beside and path:
+            if path and count not in {rows for rows, _ in beside.values()}:
                 outside, _, inner = path.rpartition(".")
-                beside = dict(_routers(model.get_submodule(outside), outside, {inner}, count))
+                beside |= _routers(model.get_submodule(outside), outside, {inner}, count)
             found.routers.update(beside)
     return found
 
