@@ -43,6 +43,12 @@ FURTHER = {
         "model.layers.1.",
         "mtp.layers.0.",
     ),
+    # Its own experts lie in stacks, those of the further layer too.
+    "qwen3_5_moe": (
+        Tiny("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", NEXT),
+        "model.layers.1.",
+        "mtp.layers.0.",
+    ),
     "llama": (Tiny("llama", "LlamaForCausalLM", TEXT), "model.layers.1.", "model.mtp.layers.0."),
 }
 FORMATS = ("auto_round", "auto_gptq", "auto_awq", "compressed_tensors", "mlx", "fake")
@@ -58,10 +64,37 @@ def saved(name: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         for key, value in tensors.items()
         if key.startswith(old)
     }
+    if name == "qwen3_5_moe":
+        extra = stacked(extra, f"{new}mlp.experts")
     joins = "mtp.fc" if new.startswith("mtp") else f"{new}eh_proj"
     extra |= {f"{joins}.weight": torch.randn(64, 128), f"{new}enorm.weight": torch.ones(64)}
     save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
     return folder, extra
+
+
+def stacked(tensors: dict[str, torch.Tensor], experts: str) -> dict[str, torch.Tensor]:
+    """With a matrix of every expert in one tensor, as Qwen3.5's files have them."""
+    down, gate, up = (
+        torch.stack([tensors[f"{experts}.{i}.{leaf}_proj.weight"] for i in range(4)])
+        for leaf in ("down", "gate", "up")
+    )
+    rest = {key: value for key, value in tensors.items() if not key.startswith(experts)}
+    both = torch.cat([gate, up], 1)
+    return rest | {f"{experts}.gate_up_proj": both, f"{experts}.down_proj": down}
+
+
+def sharded(folder: Path) -> Path:
+    """The same, a tensor of a further layer in each of three files."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    place = {key: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, key in enumerate(tensors)}
+    for file in set(place.values()):
+        part = {key: tensors[key] for key in tensors if place[key] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": place}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def command(model: Path, out: Path, *more: str) -> int:
@@ -112,7 +145,8 @@ def test_rounded_to_eight_bits(name, fmt, tmp_path, capsys):
     decoded = dict(dequantized_state_dict(folder, torch.float32))
     new = FURTHER[name][2]
     changed = {key for key, value in extra.items() if not torch.equal(decoded[key], value)}
-    plain = ("eh_proj.weight", "fc.weight", "mlp.gate.weight")  # what joins states, and the router
+    # what joins states, and the router
+    plain = ("eh_proj.weight", "fc.weight", "mlp.gate.weight", "shared_expert_gate.weight")
     linear = {key for key, v in extra.items() if v.ndim == 2 and not key.endswith(plain)}
     assert changed and changed <= linear and all(key.startswith(new) for key in changed)
     assert f"{new}self_attn.o_proj.weight" in changed
@@ -124,6 +158,34 @@ def test_rounded_to_eight_bits(name, fmt, tmp_path, capsys):
         scheme = formats.scheme_of(quantization, f"{new}self_attn.o_proj")
         assert scheme.bits == 8
     from_quantized(folder)
+
+
+@pytest.mark.parametrize("more", [[], ["--quant_mtp"]])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe", "glm4_moe"])
+def test_streamed_from_shards_is_the_same(name, more, tmp_path):
+    model, _ = saved(name, tmp_path / "model")
+    made = []
+    for stream in ("--no_stream", "--stream"):
+        words = ["--format", "auto_round", stream, *more]
+        assert command(model, tmp_path / stream, *words) == 0
+        (folder,) = (tmp_path / stream).iterdir()
+        files = sorted(folder.glob("*.safetensors"))
+        made.append({k: v for file in files for k, v in load_file(file).items()})
+        sharded(model) if (model / "model.safetensors").exists() else None
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+
+
+def test_stacked_experts_of_a_further_layer_are_named_one_by_one(tmp_path):
+    """vLLM asks for `experts.0.gate_proj` of what it builds, and would take it for quantized."""
+    model, _ = saved("qwen3_5_moe", tmp_path / "model")
+    for fmt, says in LEFT.items():
+        assert command(model, tmp_path / "out", "--format", fmt, "--quant_mtp") == 0
+        folder = tmp_path / "out" / f"model-w4g32-{fmt}"
+        quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            assert says(quantization, f"mtp.layers.0.mlp.experts.3.{leaf}", str), (fmt, leaf)
+            assert not says(quantization, f"model.layers.1.mlp.experts.3.{leaf}", str), (fmt, leaf)
 
 
 @pytest.mark.parametrize("fmt", ["auto_awq", "gguf"])

@@ -20,6 +20,8 @@ IDS = torch.randint(3, 110, (1, 24), generator=torch.Generator().manual_seed(1))
 KINDS = ("qwen3_moe", "glm4_moe")
 # Whose checkpoints call the stacks otherwise than Transformers.
 RENAMED = ("granitemoe", "aria", "aria_text", "inkling2_text")
+# Whose own files stack them, mixed and with biases.
+STACKED = ("gpt_oss",)
 
 
 def exported(kind: str, engine: str, fmt: str, place: Path, *more: str) -> Path:
@@ -41,8 +43,10 @@ def spread(result, folder: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--ignore", "re:.*experts.*")])
-@pytest.mark.parametrize("kind", [*KINDS, *RENAMED])
+@pytest.mark.parametrize("kind", [*KINDS, *RENAMED, *STACKED])
 def test_transformers_reads_experts(kind, more, tmp_path):
+    if more and kind in STACKED:
+        pytest.skip("refused: AutoRound takes apart what is stored as one")
     folder = exported(kind, "transformers", "auto_round", tmp_path, *more)
     result = run_transformers(
         folder,

@@ -19,6 +19,7 @@ from auto_mmround.model.loading import NONSENSE, load
 from auto_mmround.model.structure import LINEAR
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import make_plan
+from auto_mmround.verify import static
 
 # Each stacks its experts in a way of its own, or computes something else with them.
 KINDS = (
@@ -79,6 +80,24 @@ def test_experts_are_separable_and_every_matrix_is_in_the_plan(kind):
     assert torch.allclose(before, after, atol=1e-5)
     quantized = {name for name in separable(model) if name in plan.quantized}
     assert bool(quantized) == (kind not in KEPT)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe_text", "qwen2_moe"])
+def test_what_gates_the_shared_expert_stays(kind):
+    """vLLM builds it without a quantization; one output is no multiple of anything."""
+    plan = make_plan(mixtures.build(kind), Recipe(group_size=32, format="compressed_tensors"))
+    gates = {name for name in plan.kept if name.endswith("shared_expert_gate")}
+    assert gates and all("router" in plan.kept[name] for name in gates)
+    assert not any("expert_gate" in name for name in plan.quantized)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_what_chooses_the_tokens_of_attention_stays(kind):
+    """vLLM has `indexer.wk` and `indexer.weights_proj` as one matrix without a quantization."""
+    plan = make_plan(mixtures.build(kind), Recipe(group_size=32, format="compressed_tensors"))
+    found = {name for name in plan.kept if ".indexer." in name}
+    assert {name.rpartition(".")[2] for name in found} == {"wk", "wq_b", "weights_proj"}
+    assert not any(".indexer." in name for name in plan.quantized)
 
 
 @pytest.mark.slow
@@ -176,6 +195,48 @@ def test_mxfp4_is_tuned_alike_whole_and_streamed(tmp_path):
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
+@pytest.mark.parametrize("stream", ["--no_stream", "--stream"])
+def test_gpt_oss_is_packed_with_its_biases(stream, tmp_path):
+    """Out of MXFP4 into single experts, as AutoRound takes them apart: the model is that of the
+    same codes as `fake`."""
+    folder = published(tmp_path / "model")
+    assert cli.main(command(folder, tmp_path / "out", "auto_round,fake", stream)) == 0
+    packed, plain = (tmp_path / "out" / f"model-w4g32-{fmt}" for fmt in ("auto_round", "fake"))
+    keys = load_file(packed / "model.safetensors").keys()
+    ends = ("gate_proj.qweight", "up_proj.qweight", "down_proj.bias", "gate_proj.bias")
+    assert all(f"model.layers.1.mlp.experts.3.{end}" in keys for end in ends)
+    assert not any(key.endswith(("_proj_bias", "_blocks", "gate_up_proj")) for key in keys)
+    found = [logits(from_quantized(f, dtype="float32").model) for f in (packed, plain)]
+    assert torch.allclose(*found, atol=2e-2 * found[0].std().item())  # fake is in bfloat16
+    assert [f for f in static.check(packed, folder) if "no chat template" not in f.message] == []
+
+
+def test_experts_with_biases_that_stay_are_one_stack(tmp_path):
+    """So vLLM's gpt-oss reads them; it drops single ones in silence, and is refused those."""
+    words = command(published(tmp_path / "model"), tmp_path / "out", "auto_round")
+    assert cli.main([*words, "--engines", "vllm", "--ignore", "re:.*experts.*"]) == 0
+    folder = tmp_path / "out" / "model-w4g32-auto_round"
+    keys = load_file(folder / "model.safetensors").keys()
+    assert {f"model.layers.0.mlp.experts.{end}" for end in ("down_proj", "down_proj_bias")} <= keys
+    assert not any(".experts.0." in key for key in keys)
+    from_quantized(folder)
+    assert cli.main(["plan", *words, "--engines", "vllm"]) == 2
+
+
+def test_single_experts_out_of_stacks_keep_the_dtype_of_the_source(tmp_path):
+    """float16, which a processor loads as float32."""
+    stays = ["--engines", "vllm", "--ignore", "re:.*experts.2.*"]
+    rows = [("gpt_oss", "down_proj.bias", []), ("qwen3_vl_moe", "down_proj.weight", stays)]
+    for kind, wanted, more in rows:
+        mixtures.build(kind).half().save_pretrained(tmp_path / kind)
+        tiny_tokenizer().save_pretrained(tmp_path / kind)
+        assert cli.main(command(tmp_path / kind, tmp_path / "out", "auto_round", *more)) == 0
+        folder = tmp_path / "out" / f"{kind}-w4g32-auto_round"
+        tensors = load_file(folder / "model.safetensors")
+        found = {t.dtype for key, t in tensors.items() if key.endswith(f"experts.2.{wanted}")}
+        assert found == {torch.float16}
+
+
 REFUSED = [
     ("qwen3_moe", "auto_gptq", (), "takes no auto_gptq with quantized experts"),
     ("mixtral", "auto_round", (), "names w1, w2, w3"),
@@ -205,7 +266,7 @@ def test_what_transformers_would_load_otherwise_is_refused(kind, fmt, more, said
 
 
 @pytest.mark.parametrize("fmt", ["auto_round", "compressed_tensors"])
-@pytest.mark.parametrize("kind", ["gpt_oss", "step3p7", "jetmoe", "muse_spark"])
+@pytest.mark.parametrize("kind", ["step3p7", "jetmoe", "muse_spark"])
 def test_stacks_that_no_reader_takes_apart_are_refused(kind, fmt, tmp_path, capfd):
     words = command(saved(kind, tmp_path / "model"), tmp_path / "out", fmt)
     assert cli.main(words) == 2

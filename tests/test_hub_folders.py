@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, Tiny, conversation, tiny_tokenizer
 from tiny_processors import eyes, words
 from transformers import (
@@ -110,6 +110,95 @@ def test_the_five_families_of_the_original(name, towers, tmp_path):
     assert code_files == {path.name for path in folder.glob("*.py")}
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pth")]
     from_quantized(folder, remote_code=bool(code))
+
+
+def only_pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def half_copied(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{i}-of-00002.safetensors" for i in ("00001", "00002")]
+    save_file(dict(list(tensors.items())[::2]), folder / files[0], {"format": "pt"})
+    written(folder, {key: files[i % 2] for i, key in enumerate(tensors)})
+
+
+def index_without_shards(folder):
+    written(folder, dict.fromkeys(load_file(folder / "model.safetensors"), "old-1.safetensors"))
+
+
+def written(folder, weight_map):
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def half_an_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {')
+
+
+# What is wrong with a folder -> what the one line says.
+BROKEN = {
+    only_pickled: "no .safetensors weights, others are not read",
+    half_copied: "'model-00002-of-00002.safetensors', which is not in the folder",
+    index_without_shards: "remove the index if model.safetensors is newer",
+    half_an_index: "model.safetensors.index.json is not valid JSON",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("name", FIVE)
+def test_a_folder_that_is_not_whole_is_one_line(name, fault, tmp_path, capsys):
+    model = uploaded(name, tmp_path / "model")
+    fault(model)
+    code = ["--trust_remote_code"] if FAMILIES[name].standin else []
+    words = ["--model", str(model), "--iters", "0", "--group_size", "32", *code]
+    for command in (["plan"], ["--output_dir", str(tmp_path / "out")]):
+        assert cli.main([*command, *words]) == 2
+        assert BROKEN[fault] in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stream", ["--no_stream", "--stream"])
+@pytest.mark.parametrize("name", FIVE)
+def test_an_old_index_beside_the_weights_is_left_behind(name, stream, tmp_path):
+    """Its shard is there, from before the weights were made anew: neither is read, or copied."""
+    model = uploaded(name, tmp_path / "model")
+    new = load_file(model / "model.safetensors")
+    save_file({k: v + 1 for k, v in new.items()}, model / "old-1.safetensors", {"format": "pt"})
+    written(model, dict.fromkeys(new, "old-1.safetensors"))
+    code = ["--trust_remote_code"] if FAMILIES[name].standin else []
+    words = ["--model", str(model), "--iters", "0", "--group_size", "32", "--format", "fake"]
+    assert cli.main([*words, stream, *code, "--output_dir", str(tmp_path / "out")]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
+    after = load_file(folder / "model.safetensors")
+    assert after.keys() == new.keys()
+    assert all((after[key] - new[key]).abs().max() < 0.5 for key in new)
+
+
+OLD_KEYS = {
+    "llava": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 16, "crop_size": 16,
+              "image_processor_type": None},
+    "qwen2_vl": {"min_pixels": 64, "max_pixels": 1024, "size": None},
+    "mllama": {"feature_extractor_type": "MllamaImageProcessor", "do_pad": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD_KEYS)
+def test_old_keys_of_a_processor(name, tmp_path):
+    """Sizes as plain numbers, and the name that feature extractors had."""
+    model = uploaded(name, tmp_path / "model")
+    path = model / "preprocessor_config.json"
+    known = json.loads(path.read_text()) | OLD_KEYS[name]
+    path.write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
+    before = path.read_bytes()
+    words = ["--model", str(model), "--dataset", str(rows(tmp_path)), "--output_dir"]
+    options = "--iters 1 --nsamples 4 --seqlen 400 --group_size 32 --device cpu --disable_amp"
+    assert cli.main([*words, str(tmp_path / "out"), *options.split()]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / "preprocessor_config.json").read_bytes() == before
+    assert static.check(folder, model) == []
 
 
 OUTDATED = {

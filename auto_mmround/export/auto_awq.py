@@ -13,6 +13,7 @@ from auto_mmround.export import config_check
 from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
+    STACKS_ALONE,
     WORDS,
     Format,
     Layout,
@@ -122,6 +123,6 @@ FORMAT = Format(
     # AutoAWQ says version, GPTQModel both
     told={"checkpoint_format": ("gemm", ""), "version": ("gemm", "")},
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
-    limits=(MADE_UP, NO_EXPERTS),
+    limits=(MADE_UP, NO_EXPERTS, STACKS_ALONE),
 )
 FORMATS = (FORMAT,)

@@ -15,6 +15,7 @@ from auto_mmround.export import config_check
 from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
+    STACKS_ALONE,
     WORDS,
     Format,
     Layout,
@@ -271,6 +272,7 @@ FORMAT = Format(
             any_scheme(lambda s: s.bits != 4),
         ),
         NO_EXPERTS,
+        STACKS_ALONE,
     ),
 )
 FORMATS = (FORMAT,)

@@ -19,6 +19,7 @@ from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
 from auto_mmround.export.compressed_tensors import floats
 from auto_mmround.export.format import (
     NO_EXPERTS,
+    STACKS_ALONE,
     UNQUANTIZED_EXPERTS,
     WORDS,
     Format,
@@ -294,6 +295,7 @@ GPTQ = replace(
         ),
         *_LIMITS,
         UNQUANTIZED_EXPERTS,
+        STACKS_ALONE,
     ),
 )
 AWQ = replace(
@@ -310,7 +312,7 @@ AWQ = replace(
     choose=None,
     told={"packing_format": ("auto_round:auto_awq",)},
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
-    limits=(*_LIMITS, UNQUANTIZED_EXPERTS),
+    limits=(*_LIMITS, UNQUANTIZED_EXPERTS, STACKS_ALONE),
 )
 FLOAT = replace(
     PLAIN,
@@ -336,6 +338,7 @@ FLOAT = replace(
         Limit("vllm", "MXFP4 and MXFP8", "Failed to find a kernel that can implement the layer"),
         *_LIMITS,
         NO_EXPERTS,
+        STACKS_ALONE,
     ),
 )
 FORMATS = (PLAIN, GPTQ, AWQ, FLOAT)

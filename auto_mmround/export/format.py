@@ -144,6 +144,14 @@ NO_EXPERTS = Limit(
 UNQUANTIZED_EXPERTS = replace(
     NO_EXPERTS, message="Layer model.layers.0.mlp.experts has no parameter 'w2_qweight'"
 )
+STACKS_ALONE = Limit(
+    "vllm",
+    "gpt-oss' experts",
+    "its loader knows stacks of them, and skips single ones without a word",
+    experts=("quantized",),
+    families=("gpt_oss",),
+    fatal=True,
+)
 # Parts of a weight as GPTQ and AWQ name them, and what each holds.
 WORDS = {"qweight": "q", "qzeros": "zero", "scales": "scale", "g_idx": ""}
 

@@ -10,7 +10,7 @@ a view into the stacked parameter: what is written into it is written into the m
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class Expert:
 
     key: its checkpoint key, as Transformers would save it. stacked: the original checkpoint has no
       such key. alone: of a stack that readers take one by one too. named: the checkpoint calls the
-      stack as the model does.
+      stack as the model does. biases: the parameter (experts, out) that is added, if there is one.
     """
 
     key: str
@@ -44,36 +44,44 @@ class Expert:
     stacked: bool
     alone: bool = True
     named: bool = True
+    biases: str = ""
 
     @property
     def tail(self) -> str:
         """The end of its key, "3.gate_proj.weight"."""
         return ".".join(self.key.split(".")[-3:])
 
+    @property
+    def bias(self) -> "Expert | None":
+        """Where its bias lies, a vector (out)."""
+        if not self.biases:
+            return None
+        key = f"{self.key.removesuffix('.weight')}.bias"
+        return replace(self, key=key, parameter=self.biases, transposed=False, biases="")
+
     def of(self, stack_EOI: Tensor) -> Tensor:
-        """The matrix as a view into the stacked parameter."""
+        """The matrix, or vector, as a view into the stacked parameter."""
         matrix = stack_EOI[self.index]
         return (matrix.t() if self.transposed else matrix)[self.rows]
 
 
 class Stack(NamedTuple):
-    """A parameter that holds a matrix of every expert, or two, of ``leaves``: one below the other,
-    or ``mixed``, line by line. exchanged: of a module whose kernel Transformers can exchange; these
+    """A parameter that holds a matrix of every expert, or two, of ``leaves``, one below the other.
+    Where a model mixes gate and up line by line (gpt-oss), both are halves of the mixture: so
+    AutoRound takes them apart. exchanged: of a module whose kernel Transformers can exchange; these
     AutoRound takes apart, whatever their checkpoints call them."""
 
     parameter: str
     shape: tuple[int, int, int]
     leaves: tuple[str, ...]
     transposed: bool = False
-    mixed: bool = False
     alone: bool = True
     exchanged: bool = False
+    biases: str = ""
 
     def lines(self, at: int, size: int) -> slice:
         """Of ``size`` rows an expert, those of leaf number ``at``."""
         count = len(self.leaves)
-        if self.mixed:
-            return slice(at, None, count)
         return slice(at * size // count, (at + 1) * size // count)
 
 
@@ -125,15 +133,18 @@ def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -
     back = (out[2], out[1]) if transposed else (out[1], out[2])
     if into[0] != out[0] or rows != parts * back[1] or columns != back[0]:
         return []
-    mixed = gated and not getattr(module, "is_concatenated", True)
-    alone = gated and not mixed and len(leaves) == 2 and not hasattr(module, "post_expert_norm")
     exchanged = hasattr(module, "is_concatenated")
-    names = HALVES if gated else ("up_proj",)
+    plain = len(leaves) == 2 or (exchanged and biases <= set(leaves))
+    alone = gated and plain and not hasattr(module, "post_expert_norm")
     first = next(leaf for leaf in shapes if leaf != "down_proj")
+    made = {first: HALVES if gated else (first,), "down_proj": ("down_proj",)}
     return [
-        Stack(f"{path}.{first}", into, names, transposed, mixed, alone, exchanged),
-        Stack(f"{path}.down_proj", out, ("down_proj",), transposed, False, alone, exchanged),
-    ]
+        Stack(
+            f"{path}.{leaf}", shapes[leaf], names, transposed, alone, exchanged,
+            f"{path}.{leaf}_bias" if f"{leaf}_bias" in leaves else "",
+        )
+        for leaf, names in made.items()
+    ]  # fmt: skip
 
 
 def _keys(
@@ -186,17 +197,15 @@ def _matrices(
             for at, leaf in enumerate(stack.leaves):
                 key = f"{prefix}.{i}.{leaf}.weight" if leaf else f"{prefix}.{i}.weight"
                 lines = stack.lines(at, size)
-                yield (
-                    leaf,
-                    Expert(key, stack.parameter, i, lines, stack.transposed, True, alone, named),
-                )
+                where = key, stack.parameter, i, lines, stack.transposed
+                yield leaf, Expert(*where, True, alone, named, stack.biases)
         return
     found = []
     numbered = torch.arange(stack.shape[0] * ROWS).reshape(-1, ROWS, 1).expand(-1, -1, 2)
     for key, part in ((key, part) for key, (_, part) in keys.items()):
         first = int(part.flatten()[0])
         index, at = divmod(first, ROWS)
-        if stack.transposed or stack.mixed or part.ndim != 2:
+        if stack.transposed or part.ndim != 2:
             return
         if not torch.equal(part, numbered[index, at : at + len(part)]):
             return
@@ -253,13 +262,15 @@ def _layers(
     layers: dict[str, dict[str, nn.Linear]] = {}
     for name, expert in experts.items():
         index, _, leaf = name[len(path) + 1 :].partition(".")
-        stored = expert.parameter.rpartition(".")[2]
-        bias_EO = getattr(module, f"{stored}_bias", None)
+        bias = expert.bias
         layers.setdefault(index, {})[leaf] = _linear(
-            expert.of(module.get_parameter(stored).data),
-            None if bias_EO is None else bias_EO.data[expert.index][expert.rows],
+            _own(module, expert), None if bias is None else _own(module, bias)
         )
     return layers
+
+
+def _own(module: nn.Module, expert: Expert) -> Tensor:
+    return expert.of(module.get_parameter(expert.parameter.rpartition(".")[2]).data)
 
 
 def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
@@ -280,7 +291,6 @@ class Separate(nn.Module):
         self.act_fn: Any = getattr(stacked, "act_fn", None)
         self.count = len(experts)
         self.own_gate = getattr(stacked, "_apply_gate", None)
-        self.mixed = not getattr(stacked, "is_concatenated", True)
         # Llama 4 sorts tokens beforehand
         self.routed = len(inspect.signature(type(stacked).forward).parameters) != 2
         # two that read the token, then the one that reads them
@@ -340,8 +350,7 @@ class Separate(nn.Module):
             return self.act_fn(parts[0])
         if self.own_gate is None:
             return self.act_fn(parts[0]) * parts[1]
-        whole = torch.stack(parts, -1).flatten(-2) if self.mixed else torch.cat(parts, -1)
-        return self.own_gate(whole)
+        return self.own_gate(torch.cat(parts, -1))
 
 
 def _same(original: Any, separate: Separate) -> bool:

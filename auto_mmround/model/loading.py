@@ -106,7 +106,7 @@ def find_folder(name: str, offline: bool = False) -> Path:
         raise UserError(f"model {name}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"model {name}: the folder has no .safetensors weights; other weight files are not read"
+            f"model {name}: no .safetensors weights, others are not read: `save_pretrained` it anew"
         )
     read = weight_files(folder)
     if read[0].name == SINGLE and (folder / INDEX).is_file():

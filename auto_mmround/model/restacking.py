@@ -11,14 +11,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.keys import renamed_keys
 
-SINGLE = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+SINGLE = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
+STACKS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
 def stacking(
     model: PreTrainedModel, keys: Collection[str]
 ) -> dict[str, tuple[str, dict[str, Expert]]]:
-    """Key of a stack in the original checkpoint -> (its parameter, key of each expert's matrix ->
-    where it lies there).
+    """Key of a stack in the original checkpoint -> (its parameter, key of each expert's matrix, or
+    bias -> where it lies there).
 
     Of the families whose checkpoints stack experts, and of stacks whose matrices are all among the
     ``keys``.
@@ -26,11 +27,12 @@ def stacking(
     stacks: dict[str, dict[str, Expert]] = {}
     for expert in separable(model).values():
         if expert.stacked and expert.alone:
-            stacks.setdefault(expert.parameter, {})[expert.tail] = expert
+            for each in filter(None, (expert, expert.bias)):
+                stacks.setdefault(each.parameter, {})[each.tail] = each
     if not stacks:
         return {}
-    singles = [single for key in keys if (single := SINGLE.fullmatch(key))]
-    wanted = {f"{single[1]}.{leaf}" for single in singles for leaf in ("gate_up_proj", "down_proj")}
+    singles = {single[1] for key in keys if (single := SINGLE.fullmatch(key))}
+    wanted = {f"{beginning}.{leaf}" for beginning in singles for leaf in STACKS}
     complete = {}
     for key, name, _ in renamed_keys(model, sorted(wanted)):
         members = {

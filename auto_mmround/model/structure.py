@@ -46,6 +46,10 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield name, child
 
 
+# What every sparse attention of Transformers calls the module that chooses its tokens.
+INDEXER = "indexer"
+
+
 @dataclass(frozen=True)
 class Experts:
     """Expert weights of a mixture: parameter name -> (experts, rows, columns), and the routers that
@@ -60,9 +64,14 @@ class Experts:
 
 def find_experts(model: nn.Module) -> Experts:
     """Fused expert weights, known by their size and what their module says of its experts; routers,
-    by one output an expert beside them, or beside the module around them."""
+    by one output an expert beside them, or beside the module around them. What chooses the tokens
+    that attention sees is a router too: no gradient passes it, and vLLM builds it of plain
+    layers."""
     experts = Experts({}, {})
     for path, module in model.named_modules():
+        if path.rpartition(".")[2] == INDEXER:
+            layers = linears(module, path)
+            experts.routers.update({name: tuple(layer.weight.shape) for name, layer in layers})  # type: ignore[misc, arg-type, union-attr]
         counts = {
             name: count
             for name, child in module.named_children()
@@ -73,9 +82,9 @@ def find_experts(model: nn.Module) -> Experts:
             stacks = _stacks(module.get_submodule(name))
             experts.fused.update({f"{prefix}.{key}": shape for key, shape in stacks.items()})
             beside = dict(_routers(module, path, set(counts), count))
-            if not beside and path:
+            if path and count not in {rows for rows, _ in beside.values()}:
                 outside, _, inner = path.rpartition(".")
-                beside = dict(_routers(model.get_submodule(outside), outside, {inner}, count))
+                beside |= _routers(model.get_submodule(outside), outside, {inner}, count)
             experts.routers.update(beside)
     return experts
 
@@ -108,13 +117,14 @@ def _stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 def _routers(
     module: nn.Module, path: str, experts: set[str], count: int
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Weights with one output an expert beside the experts: a layer, or a module with nothing but
+    """Weights with one output an expert beside the experts, or a single one, which gates the expert
+    that all tokens share (engines build neither quantized): a layer, or a module with nothing but
     one."""
     for name, child in module.named_children():
         if name in experts:
             continue
         weights = [(key, p) for key, p in child.named_parameters() if p.ndim == 2]
-        if len(weights) == 1 and len(weights[0][1]) == count:
+        if len(weights) == 1 and len(weights[0][1]) in (count, 1):
             full = f"{path}.{name}.{weights[0][0]}".lstrip(".")
             yield full.removesuffix(".weight"), tuple(weights[0][1].shape)  # type: ignore[misc]
 

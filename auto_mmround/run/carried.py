@@ -4,11 +4,13 @@ further tokens (MTP), extra heads, teachers.
 They come along bit for bit, and every format names them among what is not quantized, since engines
 build them. `quant_mtp` rounds those to 8 bits that are of a kind with a quantized layer of the
 blocks (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the configuration; what
-joins two hidden states (`eh_proj`) is a plain layer to them.
+joins two hidden states (`eh_proj`) is a plain layer to them. Experts that such a layer stacks
+(Qwen3.5's) are named one by one, as engines ask for them, and stay.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.model.experts import HALVES
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
@@ -31,6 +34,8 @@ from auto_mmround.run.plan import Plan, WeightPlan, fused_set, grid_of
 BITS = 8  # with 4 fewer of the tokens that such layers propose are right
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embedding")
 END = ".weight"
+# Of a parameter that holds a matrix of every expert: the names of its parts.
+STACKED = {"gate_up_proj": HALVES, "down_proj": ("down_proj",)}
 
 
 def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -48,12 +53,31 @@ def carried_modules(
     model: PreTrainedModel, stored: Stored, gone: Collection[str]
 ) -> dict[str, str]:
     """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
-    layers that the class does not load. gone: keys that a user's own model has left behind."""
-    return {
-        name.removesuffix(END): key.removesuffix(END)
-        for key, name in unread_keys(model, stored.files).items()
-        if key not in gone and _may_be_linear(key, stored)
-    }
+    layers that the class does not load, and of single experts that are stacked there. gone: keys
+    that a user's own model has left behind."""
+    found: dict[str, str] = {}
+    unread = unread_keys(model, stored.files).items()
+    with Reader(stored) as reader:
+        for key, name in ((key, name) for key, name in unread if key not in gone):
+            leaves = STACKED.get(key.rpartition(".")[2], ())
+            if _may_be_linear(key, stored):
+                found[name.removesuffix(END)] = key.removesuffix(END)
+            elif leaves and len(shape := reader.plain(key).get_shape()) == 3:
+                places = [n.rpartition(".")[0] for n in (name, key)]
+                for i, leaf in product(range(shape[0]), leaves):
+                    module, stored_as = (f"{place}.{i}.{leaf}" for place in places)
+                    found[module] = stored_as
+    return found
+
+
+def _shape(reader: Reader, key: str) -> Sequence[int]:
+    """Of the weight of a module by its checkpoint's name, which may lie in a stack."""
+    if f"{key}{END}" in reader.stored.files:
+        return reader.plain(f"{key}{END}").get_shape()  # type: ignore[no-any-return]
+    place, _, leaf = key.rpartition(".")
+    stack = next(name for name, leaves in STACKED.items() if leaf in leaves)
+    _, out, columns = reader.plain(f"{place.rpartition('.')[0]}.{stack}").get_shape()
+    return out // len(STACKED[stack]), columns
 
 
 def _may_be_linear(key: str, stored: Stored) -> bool:
@@ -73,10 +97,10 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
     weights = []
     with Reader(stored) as reader:
         for module, key in modules.items():
-            shape = reader.plain(f"{key}{END}").get_shape()
+            shape = _shape(reader, key)
             if len(shape) == 2:
-                further = fused_set(module) not in beside and kinds.intersection(_kinds(module))
-                wanted = scheme if further else None
+                alone = f"{key}{END}" in stored.files and fused_set(module) not in beside
+                wanted = scheme if alone and kinds.intersection(_kinds(module)) else None
                 reason = None if wanted else f"{type(model).__name__} does not load it"
                 weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
     if scheme is not None:

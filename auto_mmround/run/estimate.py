@@ -386,7 +386,7 @@ def _advice(job: Job, costs: Estimate, states: int) -> Iterator[str]:
         return
     recipe = job.recipe
     if recipe.calibrates and 0.9 * states > over:
-        yield f"--nsamples {max(8, int(found.used[0] * (1 - over / (0.9 * states))))}"
+        yield f"--nsamples {max(8, int(costs.used[0] * (1 - over / (0.9 * states))))}"
     if job.loaded.model.device.type != "cpu" and not recipe.low_gpu_mem_usage and states > over:
         yield "--low_gpu_mem_usage"
     if recipe.calibrates and recipe.batch > 1:

@@ -2,7 +2,7 @@
 weights."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from auto_mmround.export.formats import Format
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.keys import converted_keys, parameter_names
 from auto_mmround.model.merging import loaded_tensors
+from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.restacking import stacking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
 from auto_mmround.numerics.grids import Codes, dequantize
@@ -126,6 +127,13 @@ class Names:
         """`config.json`, but for what formats add."""
         return config_of(self.model, self.source, self.given)
 
+    def taken_apart(self, quantized: Collection[str]) -> set[str]:
+        """Stacks whose experts are written one by one beside these quantized modules. Those with
+        biases only if some of their own are: engines read such a family's whole stacks alone."""
+        biased = {e.parameter for e in self.experts.values() if e.biases}
+        own = {e.parameter for name, e in self.experts.items() if name in quantized}
+        return self.apart - (biased - own)
+
     def _held(self) -> dict[str, tuple[str, ...]]:
         """As the source has them, else as Transformers would save them."""
         held: dict[str, list[str]] = {}
@@ -152,13 +160,14 @@ class Names:
         known = not self.files or key in self.files or key in self.added
         return known or bool(expert and expert.stacked)
 
-    def module(self, name: str) -> str:
+    def module(self, name: str, apart: Collection[str] | None = None) -> str:
         """The checkpoint's name of a module that has a weight, or of the stack that it lies in;
-        fused experts, which are parameters, keep theirs."""
+        fused experts, which are parameters, keep theirs. apart: of `taken_apart`."""
         if f"{name}.weight" not in self.keys and name in self.model.state_dict():
             return self.keys.get(name, name)
         expert = self.experts.get(name)
-        if expert and expert.stacked and expert.parameter not in self.apart:
+        written = self.apart if apart is None else apart
+        if expert and expert.stacked and expert.parameter not in written:
             return self.stacks[expert.parameter].removesuffix(".weight")
         return self.key(f"{name}.weight").removesuffix(".weight")
 
@@ -193,18 +202,23 @@ class Names:
         state = self.model.state_dict()
         skip = {self.key(name) for name in without} | self.gone
         whole: dict[str, dict[str, Expert]] = {}  # experts of stacks that are written as such
+        packed = {name.removesuffix(".weight") for name in without}
+        written = self.taken_apart(packed) if apart else set()
         for name, expert in self.experts.items():
             if not expert.stacked:
                 continue
             skip.update(self.held[expert.parameter])
-            if not (apart and expert.parameter in self.apart):
+            if expert.parameter not in written:
                 whole.setdefault(expert.parameter, {})[name] = expert
-            elif f"{name}.weight" not in without:
+                continue
+            if f"{name}.weight" not in without:
                 current = self._current(f"{name}.weight", state, codes)
-                yield (
-                    self.key(f"{name}.weight"),
-                    self._stored(expert) if current is None else current.contiguous(),
-                )
+                yield self.key(f"{name}.weight"), self._single(expert, current)
+            if bias := expert.bias:
+                skip.add(self.key(bias.parameter))
+                whole_EO = state[bias.parameter]
+                current = None if whole_EO.is_meta else bias.of(whole_EO.cpu())
+                yield f"{self.module(name)}.bias", self._single(bias, current)
         with Reader(self.stored) as reader:
             for _, key in sorted((path, key) for key, path in self.files.items()):
                 if key not in skip and key not in self.added:
@@ -282,9 +296,19 @@ class Names:
                 newest(stored[key], current, self.given, tuned) if key in stored else current,
             )
 
+    def _single(self, expert: Expert, current: Tensor | None) -> Tensor:
+        """An expert's tensor, in the source's dtype if that holds it; ``current`` is None where it
+        is what the source has."""
+        if current is None:
+            return self._stored(expert)
+        key = self.stacks.get(expert.parameter) or self.key(expert.parameter)
+        short = current.to(FLOATS.get(self.stored.dtypes.get(key, ""), current.dtype))
+        whole = not self.given or torch.equal(short.to(current.dtype), current)
+        return (short if whole else current).contiguous()
+
     def _stored(self, expert: Expert) -> Tensor:
         """An expert out of a stack that was never read as a whole."""
-        key = self.stacks[expert.parameter]
+        key = self.stacks.get(expert.parameter) or self.key(expert.parameter)
         with Reader(self.stored) as reader:
             if key in self.converted:
                 whole = loaded_tensors(self.model, {key: reader.tensor(key)})

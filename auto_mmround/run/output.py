@@ -5,6 +5,7 @@ import shutil
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def _layout(result: Result, schemes: Mapping[str, Scheme]) -> Layout:
         carried=[w.name for w in plan.carried],
         parts=names.parts(kept),
         blocks=[stage.path for stage in plan.stages],
-        checkpoint_name=names.module,
+        checkpoint_name=partial(names.module, apart=names.taken_apart(schemes)),
         default=recipe.scheme,
         details=recipe.details,
         kv_cache=strategy_of(result.kv_scales),

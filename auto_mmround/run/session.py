@@ -163,8 +163,8 @@ class Session:
 
     @cached_property
     def sampled(self) -> list[int]:
-        """Those of `used` for second moments, and for the weights of their tokens: `TOKENS` of text,
-        more where a layer is wide. All of them where experts share the tokens."""
+        """Those of `used` for second moments, and for the weights of their tokens: `TOKENS` of
+        text, more where a layer is wide. All of them where experts share the tokens."""
         if any(weight.scheme and is_expert(weight.name) for weight in self.plan.weights):
             return self.used
         return self._spread(self.used, self._enough)

@@ -44,7 +44,12 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
         if name not in chosen and "experts" in name
     }
     usual = {*HALVES, "down_proj"}
-    apart = {e.parameter for e in experts.values() if not e.stacked or e.alone}
+    own = {expert.parameter for expert in chosen.values()}
+    apart = {  # stacks with biases that stay are written as stacks, see `Names.taken_apart`
+        e.parameter
+        for e in experts.values()
+        if not e.stacked or (e.alone and (not e.biases or e.parameter in own))
+    }
     whole = {e.parameter for n, e in experts.items() if not e.stacked and n not in chosen}
     fused = [name for name in find_experts(model).fused if name not in apart]
     merged = merged_parameters(model)
@@ -121,8 +126,8 @@ def _limit(
     experts: Collection[str],
     family: str,
 ) -> Limit | None:
-    mine = (limit for limit in FORMATS[format_name].limits if limit.engine == engine)
-    return next((limit for limit in mine if limit.hits(schemes, experts, family)), None)
+    mine = sorted(FORMATS[format_name].limits, key=lambda limit: not limit.fatal)
+    return next((m for m in mine if m.engine == engine and m.hits(schemes, experts, family)), None)
 
 
 def _line(limit: Limit, format_name: str) -> str:

@@ -15,6 +15,7 @@ from auto_mmround.export.compressed_tensors.targets import ends_of, targets_of
 from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
+    STACKS_ALONE,
     Format,
     Layout,
     Limit,
@@ -279,6 +280,7 @@ _BASE = Format(
         wrong("experts of another scheme than most layers", "it takes one", "other"),
         wrong("asymmetric experts", "zero points are dropped", "asymmetric"),
         NO_EXPERTS,
+        STACKS_ALONE,
     ),
     card={
         "imports": "CompressedTensorsConfig, pipeline",
