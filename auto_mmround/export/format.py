@@ -30,10 +30,9 @@ class Layout:
     blocks: prefixes of the quantized block lists ("model.language_model.layers").
     checkpoint_name: Transformers module name -> name in the checkpoint files. default: the
     recipe's scheme. details: facts recorded for information (iters, algorithm ..). carried:
-    modules that engines load and the model's class does not. parts: what the
-    checkpoint calls kept modules that it stores in several, or under a name unlike
-    Transformers'. kv_cache: there are FP8 scales of keys and values, "tensor" one
-    of each, "attn_head" one a head; "" none.
+    modules that engines load and the model's class does not. parts: what the checkpoint calls kept
+    modules that it stores in several, or under a name unlike Transformers'. kv_cache: FP8 scales of
+    keys and values, "tensor": one of each, "attn_head": one a head; "": none.
     """
 
     quantized: Mapping[str, Scheme]
