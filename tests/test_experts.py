@@ -237,6 +237,19 @@ def test_single_experts_out_of_stacks_keep_the_dtype_of_the_source(tmp_path):
         assert found == {torch.float16}
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "granitemoehybrid"])
+def test_verify_knows_single_experts_of_stacks_in_the_source(kind, tmp_path):
+    source = saved(kind, tmp_path / "model")
+    assert cli.main(command(source, tmp_path / "out", "auto_round")) == 0
+    folder = tmp_path / "out" / "model-w4g32-auto_round"
+    assert [f for f in static.check(folder, source) if f.severity == "error"] == []
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(key for key in tensors if ".1.down_proj." in key)
+    del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert [f for f in static.check(folder, source) if f.severity == "error"]
+
+
 REFUSED = [
     ("qwen3_moe", "auto_gptq", (), "takes no auto_gptq with quantized experts"),
     ("mixtral", "auto_round", (), "names w1, w2, w3"),

@@ -64,7 +64,8 @@ class Skeleton:
     tensors of the source -> their names here, if the tool that wrote the folder changed them. tied:
     tensors that the configuration ties to another one in the folder. mixtures: experts and routers,
     which are no linear layers in Transformers, in every spelling. unread: modules of tensors that
-    the class does not load, such as layers that predict further tokens.
+    the class does not load, such as layers that predict further tokens. apart: stacks of the source
+    whose experts lie here one by one.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -76,6 +77,7 @@ class Skeleton:
     tied: Mapping[str, str] = field(default_factory=dict)
     mixtures: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,8 @@ def _skeleton(
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stacks = stacking(model, keys) if packs else {}
     members = {member for _, experts in stacks.values() for member in experts}
-    filled = filled_parameters(model, keys) | {name for name, _ in stacks.values()}
+    restored = {name for name, _ in stacks.values()}
+    filled = filled_parameters(model, keys) | restored
     tied = model.all_tied_weights_keys
     partners = {**tied, **{origin: name for name, origin in tied.items()}}
     missing = [n for n in own if n not in filled and not (n in partners and partners[n] in filled)]
@@ -321,7 +324,7 @@ def _skeleton(
     idle = [key for key in lost if key not in members]
     spelled = {name: key for key, (name, _) in names.items() if name is not None}
     layers, head = _linears(model, spelled, set(tied))
-    whole = _whole(names)
+    whole, before = _whole(names), loaded_names(model, original)
     keys_here = {name: key for key, name in whole.items()}
     return Skeleton(
         shapes={key: own[name] for key, name in whole.items()},
@@ -330,9 +333,10 @@ def _skeleton(
         unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
         unread=frozenset(key.removesuffix(".weight") for key in idle),
-        respelled=_followed(_whole(loaded_names(model, original)), keys_here),
+        respelled=_followed(_whole(before), keys_here),
         tied={keys_here[n]: key for n, key in _followed(tied, keys_here).items() if n in keys_here},
         mixtures=_mixtures(model, spelled, members | parts),
+        apart=frozenset(key for key, (name, _) in before.items() if name in restored),
     )
 
 

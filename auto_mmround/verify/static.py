@@ -60,10 +60,11 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             if some:
                 yield Finding("error", some[0], f"{text} according to run.json" + several(some))
     if s.source is not None and not s.whole:
+        apart = s.skeleton.apart if s.skeleton is not None else ()
         absent = [
             name
-            for name in s.originals(s.weights())
-            if name not in s.tensors and not _is_packed(s, name)
+            for name, key in s.originals(s.weights()).items()
+            if name not in s.tensors and not _is_packed(s, name) and key not in apart
         ]
         if absent:
             yield Finding("error", absent[0], "is in the source, not here" + several(absent))
