@@ -23,7 +23,7 @@ from auto_mmround.report import card, charts, report
 from auto_mmround.report.headline import differing_first, headline, trade
 from auto_mmround.report.sizes import sizes
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "wbr"}
 
 
 def evaluation(**changes):
@@ -451,7 +451,7 @@ def test_the_page_opens_with_the_answer(demo_folder, tmp_path, monkeypatch, caps
         ]
     }
     lines = headline(found, {"quantized": {"kl": kinds}})
-    assert "hardly any on text (0.0005), some on image (0.02)" in lines[-3]
+    assert "hardly any on text (0.0005), some on image (0.02)" in lines[-4]
     assert lines[-2:] == ["WRONG by mlx: logits differ.", "Proved right by vllm."]
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
