@@ -101,8 +101,8 @@ def _show_folders(job: jobs.Job, folders: Sequence[Path], events: Events, starte
         return
     question = first_question(folders[0], job.recipe.trust_remote_code)
     for line in (
-        f"what happened: {folders[0] / 'report.html'}",
-        f"done in {seconds:.1f} s, peak memory {memory:.1f} GB",
+        f"report: {folders[0] / 'report.html'}",
+        f"done in {report.duration(seconds)}, peak memory {memory:.1f} GB",
         f"ask it: {question}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

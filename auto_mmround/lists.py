@@ -1,6 +1,7 @@
 """What the package knows, as tables: export formats and model families."""
 
 from collections import Counter
+from textwrap import shorten
 
 from rich.table import Table
 
@@ -59,7 +60,13 @@ def _show_swept() -> None:
     table = Table("class", "verdict", "went", "stages", "why not", title="Every class, tiny")
     for row in rows:
         stages = ", ".join(dict.fromkeys(row.stages))
-        table.add_row(row.architecture, row.verdict, ", ".join(row.ways), stages, row.line[:160])
+        table.add_row(
+            row.architecture,
+            row.verdict,
+            ", ".join(row.ways),
+            stages,
+            shorten(row.line, 160, placeholder=" .."),
+        )
     show(table)
     for group in dict.fromkeys(row.group for row in rows):
         counts = Counter(row.verdict for row in rows if row.group == group).most_common()
