@@ -206,10 +206,10 @@ class AutoRoundMLLM:
         if self._done is None:
             raise UserError("call quantize() first")
         plan = self._done[0].plan
-        found: dict[str, dict[str, Any]] = {}
+        layers: dict[str, dict[str, Any]] = {}
         for weight in plan.all:
             scheme = weight.scheme
-            found[weight.name] = (
+            layers[weight.name] = (
                 {"bits": 16, "data_type": "float", "reason": weight.reason}
                 if scheme is None
                 else {
@@ -219,7 +219,7 @@ class AutoRoundMLLM:
                     "data_type": scheme.data_type,
                 }
             )
-        return found
+        return layers
 
     def save_quantized(
         self, output_dir: str | Path | None = None, format: str = "auto_round", inplace: bool = True

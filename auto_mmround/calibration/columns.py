@@ -248,7 +248,7 @@ def _ordered(turns: Any, queues: Mapping[str, list[Any]]) -> dict[str, list[Any]
     """References by kind, in the order of the text: those inside the turns, else the next one of
     the row's own list."""
     left = {kind: list(items) for kind, items in queues.items()}
-    found: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
+    ordered: dict[str, list[Any]] = {kind: [] for kind in PLURAL}
     for turn in turns if isinstance(turns, list | tuple) else ():
         content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
         for part in content if isinstance(content, list | tuple) else [content]:
@@ -256,8 +256,8 @@ def _ordered(turns: Any, queues: Mapping[str, list[Any]]) -> dict[str, list[Any]
                 own = _reference(part, kind)
                 if own is None and left[kind]:
                     own = left[kind].pop(0)
-                found[kind] += [] if own is None else [own]
-    return {kind: found[kind] + left[kind] for kind in PLURAL}
+                ordered[kind] += [] if own is None else [own]
+    return {kind: ordered[kind] + left[kind] for kind in PLURAL}
 
 
 def _reference(part: Mapping[str, Any], kind: str) -> Any:

@@ -31,8 +31,8 @@ class FetchError(Exception):
 
 def resolve(host: str, port: int) -> list[str]:
     """The addresses of a host. Raises OSError for an unknown one."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[4][0]) for address in found))
+    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[4][0]) for address in answers))
 
 
 def is_public(address: str) -> bool:

@@ -60,7 +60,7 @@ def walk(folder: Path) -> list[Path]:
     Raises UserError for too many of them, and for a data file or folder that is a link out of the
     folder.
     """
-    found, seen = [], 0
+    files, seen = [], 0
     for place, inner, names in os.walk(folder, onerror=_unreadable):
         inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
         seen += len(inner) + len(names)
@@ -75,8 +75,8 @@ def walk(folder: Path) -> list[Path]:
                     f"dataset {path} is a link out of its folder, which is not followed: copy it"
                     " there"
                 )
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if path.is_file())
 
 
 def _unreadable(error: OSError) -> None:

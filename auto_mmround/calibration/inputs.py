@@ -307,9 +307,9 @@ class Encoder:
         for kind, items in ((IMAGE, sample.images), (VIDEO, sample.videos), (AUDIO, sample.audios)):
             places = bool((kinds_T == kind).any())
             if places != bool(items) and (places or kind in known):
-                found = "a place" if places else "no place"
+                seen = "a place" if places else "no place"
                 message = (
-                    f"sample {sample.id}: {len(items)} {MODALITIES[kind]} given, but {found} for it"
+                    f"sample {sample.id}: {len(items)} {MODALITIES[kind]} given, but {seen} for it"
                     " in the text"
                 )
                 raise BadSample("markers", message)

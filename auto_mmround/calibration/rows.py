@@ -231,9 +231,9 @@ def _taken_apart(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any
     for key, value in values.items():
         plain = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
         if not plain or len(value) != count:
-            found = len(value) if plain else "one"
+            length = len(value) if plain else "one"
             raise UserError(
-                f"a DataLoader gives {count} rows of input_ids, but {found} of {key}: give one"
+                f"a DataLoader gives {count} rows of input_ids, but {length} of {key}: give one"
                 " sample at a time"
             )
     yield from ({key: value[i] for key, value in values.items()} for i in range(count))

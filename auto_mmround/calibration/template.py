@@ -188,7 +188,7 @@ def read_template(path: Path) -> Template:
 
 def shipped() -> dict[str, Template]:
     """The templates on the shelf, by model_type."""
-    found = {}
+    templates = {}
     for entry in sorted(
         resources.files("auto_mmround.templates").iterdir(), key=lambda entry: entry.name
     ):
@@ -196,8 +196,8 @@ def shipped() -> dict[str, Template]:
             template = parse_template(
                 json.loads(entry.read_text(encoding="utf-8")), f"template {entry.name}"
             )
-            found[template.model_type] = template
-    return found
+            templates[template.model_type] = template
+    return templates
 
 
 def load_template(name: str | Path | None, model_type: str | None = None) -> Template:

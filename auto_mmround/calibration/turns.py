@@ -120,7 +120,7 @@ def tool_calls(value: Any) -> list[dict[str, Any]] | None:
     None for what is no call.
     """
     value = decoded(value)
-    found = []
+    calls = []
     for call in value if isinstance(value, list | tuple) else [value]:
         call = decoded(call)
         inner = decoded(call.get("function", call)) if isinstance(call, Mapping) else None
@@ -130,11 +130,11 @@ def tool_calls(value: Any) -> list[dict[str, Any]] | None:
             (inner[key] for key in ("arguments", "parameters") if inner.get(key) is not None), {}
         )
         function = {"name": inner["name"], "arguments": without_none(decoded(said))}
-        found.append(
+        calls.append(
             {"type": "function", "function": function}
             | ({"id": call["id"]} if call.get("id") else {})
         )
-    return found
+    return calls
 
 
 def without_none(value: Any) -> Any:

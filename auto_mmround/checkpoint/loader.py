@@ -198,8 +198,8 @@ def _quantize_inputs(
             layer = model.get_submodule(parameter.removesuffix(".weight"))
             measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"
             wholes = [f"{stored}.{measured}"] if scheme.inputs_measured else []
-            found = [tensor.to(device) for _, tensor in checkpoint.tensors(wholes)]
-            how = *scheme.inputs, next(iter(found), None), scheme.act_how
+            scales = [tensor.to(device) for _, tensor in checkpoint.tensors(wholes)]
+            how = *scheme.inputs, next(iter(scales), None), scheme.act_how
             layer.register_forward_pre_hook(
                 lambda _, given, how=how: (rounded_inputs(given[0], *how), *given[1:])
             )

@@ -124,9 +124,9 @@ def _pictures(out: Path, mine: Files) -> set[str]:
     """Write an image processor's own file and its part of the whole one's; returns the names."""
     whole, part = out / "processor_config.json", mine.get("preprocessor_config.json")
     if part is not None and whole.is_file():
-        found = json.loads(whole.read_bytes())
-        if "image_processor" in found:
-            write_json(whole, found | {"image_processor": json.loads(part)})
+        settings = json.loads(whole.read_bytes())
+        if "image_processor" in settings:
+            write_json(whole, settings | {"image_processor": json.loads(part)})
     for name, content in mine.items():
         write_whole(out / name, content)
     return set(mine)

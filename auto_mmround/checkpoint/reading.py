@@ -46,13 +46,13 @@ class Shards:
             with _readable(path):
                 opened[path] = safe_open(path, "pt")
         try:
-            found: Tensor = opened[path].get_tensor(name)
+            tensor: Tensor = opened[path].get_tensor(name)
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: {name} cannot be read ({error})") from error
-        self._read += found.nbytes
+        self._read += tensor.nbytes
         if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
             self._opened, self._read = {}, 0
-        return found
+        return tensor
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,12 @@ def evaluate(
         for role, name in named.items()
         if name
     }
-    found = tasks.run(wanted, tasks.Setting(models, data, progress))
-    return found, record(found, named, models, data, wanted, time.perf_counter() - started)
+    measured = tasks.run(wanted, tasks.Setting(models, data, progress))
+    return measured, record(measured, named, models, data, wanted, time.perf_counter() - started)
 
 
 def record(
-    found: tasks.Measured,
+    measured: tasks.Measured,
     names: Mapping[str, str | None],
     models: Mapping[str, Loaded],
     data: Data,
@@ -83,7 +83,7 @@ def record(
         "tasks": list(wanted),
         "seconds": seconds,
         "machine": machine(),
-        **found.as_dict(),
+        **measured.as_dict(),
     }
 
 

@@ -38,10 +38,10 @@ def lm_eval(
         backend="causal",
         device=str(loaded.model.device),
     )
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0
     )
-    yield from _rows(found)
+    yield from _rows(results)
 
 
 def lmms_eval(

@@ -29,7 +29,7 @@ class Ours(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers, cut before the first of a task's stop texts."""
-        found = []
+        answers = []
         for request in requests:
             text, options, visuals, *place = request.args
             said = answer(
@@ -39,8 +39,8 @@ class Ours(lmms):
             stops = options.get("until") or []
             for stop in [stops] if isinstance(stops, str) else stops:
                 said = said.split(stop)[0] if stop else said
-            found.append(said)
-        return found
+            answers.append(said)
+        return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """For a choice, given the question with its media: (loss, whether greedy).
@@ -49,15 +49,15 @@ class Ours(lmms):
         is better. Its evaluator (0.7.3) turns every pair into text unless the pair has its own
         type.
         """
-        found = []
+        results = []
         for request in requests:
             text, target, visuals, *place = request.args
             target = target(self._row(place)) if callable(target) else target
             likely, greedy = log_likelihood(
                 self.loaded, self._prompt(text, visuals, place, 1), target
             )
-            found.append(GenerationResult(text=(-likely, greedy)))
-        return found
+            results.append(GenerationResult(text=(-likely, greedy)))
+        return results
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not offered: conversations in rounds."""
@@ -98,7 +98,7 @@ def evaluate(
     loaded: Loaded, task: str, manager: TaskManager, limit: int | None
 ) -> Mapping[str, Any]:
     """The package's own record of one task."""
-    found: Mapping[str, Any] = simple_evaluate(
+    results: Mapping[str, Any] = simple_evaluate(
         model=Ours(loaded),
         tasks=[task],
         limit=limit,
@@ -106,4 +106,4 @@ def evaluate(
         bootstrap_iters=0,
         log_samples=False,
     )
-    return found
+    return results

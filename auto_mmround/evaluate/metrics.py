@@ -106,7 +106,7 @@ def measure(
     """
     inputs = list(inputs)
     plain_text = any(bool(sample.answer_T.all()) for sample in inputs)
-    found = [Metrics() for _ in models]
+    measured = [Metrics() for _ in models]
     given = [sample.kwargs for sample in inputs]
     running = dict.fromkeys([*([] if reference is None else [reference]), *models])
     with ExitStack() as stack:
@@ -123,11 +123,11 @@ def measure(
             for model in running:
                 scores = made.pop(model).log_softmax(-1) if model in made else teacher
                 assert scores is not None  # the reference has its own
-                for each, metrics in zip(models, found, strict=True):
+                for each, metrics in zip(models, measured, strict=True):
                     if each is model:
                         _add_sample(metrics, scores, teacher, sample, plain_text)
             on_sample(i)
-    return found
+    return measured
 
 
 def _add_sample(

@@ -96,7 +96,7 @@ class Data:
 
 def questions(loaded: Loaded, data: Data) -> list[Prompt]:
     """Conversations that end in an answer, cut before it. Raises UserError if there are none."""
-    found = []
+    prompts = []
     # Whisper only writes down speech, see `clips`
     asks = loaded.model.main_input_name != "input_features"
     for rows, benchmark, split in data.sets() if asks else ():
@@ -115,7 +115,7 @@ def questions(loaded: Loaded, data: Data) -> list[Prompt]:
             )
         for sample, kwargs in fits:
             asked = [turn.content for turn in sample.messages if turn.role == "user"][-1]
-            found.append(
+            prompts.append(
                 Prompt(
                     id=sample.id,
                     benchmark=benchmark,
@@ -130,14 +130,14 @@ def questions(loaded: Loaded, data: Data) -> list[Prompt]:
                     options={"max_new_tokens": ANSWER},
                 )
             )
-    return found or _none(data, "a conversation that ends in an answer")
+    return prompts or _none(data, "a conversation that ends in an answer")
 
 
 def clips(loaded: Loaded, data: Data) -> list[Prompt]:
     """Rows with `audio` and its spoken text. Raises UserError without any, or for damaged sound."""
     make = _whisper if loaded.model.main_input_name == "input_features" else _audio_chat
     rate = getattr(getattr(loaded.processor, "feature_extractor", None), "sampling_rate", 16000)
-    found = []
+    prompts = []
     for rows, benchmark, split in data.sets():
         for i in data.chosen(rows):
             row = rows.rows[i]
@@ -157,13 +157,13 @@ def clips(loaded: Loaded, data: Data) -> list[Prompt]:
             kwargs, options = make(loaded, data, sound_T, rate)
             seconds = f"{len(sound_T) / rate:.1f} s of speech"
             name = str(row.get("id") or i)
-            found.append(Prompt(name, benchmark, split, seconds, text, kwargs, options=options))
-    return found or _none(data, f"audio and one of {', '.join(TRANSCRIPTS)}")
+            prompts.append(Prompt(name, benchmark, split, seconds, text, kwargs, options=options))
+    return prompts or _none(data, f"audio and one of {', '.join(TRANSCRIPTS)}")
 
 
 def openings(loaded: Loaded, data: Data) -> list[Prompt]:
     """The first tokens of plain texts, which a model continues."""
-    found = []
+    prompts = []
     for rows, benchmark, split in data.sets():
         for i in data.chosen(rows):
             sample = rows.sample(i)
@@ -174,10 +174,10 @@ def openings(loaded: Loaded, data: Data) -> list[Prompt]:
                 text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
                 kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 options = {"max_new_tokens": ANSWER}
-                found.append(
+                prompts.append(
                     Prompt(sample.id, benchmark, split, text, None, kwargs, options=options)
                 )
-    return found or _none(data, "plain text")
+    return prompts or _none(data, "plain text")
 
 
 def asked(

@@ -88,11 +88,11 @@ def teacher_forced(setting: Setting) -> Measured:
         on_sample=lambda i: setting.progress("measuring", i + 1, len(inputs)),
         blocks={loaded.model: loaded.holder.blocks for loaded in setting.models.values()},
     )
-    found = dict(zip(setting.models, results, strict=True))
-    return Measured(list(forced_scores(found, data.title)), found)
+    metrics_of = dict(zip(setting.models, results, strict=True))
+    return Measured(list(forced_scores(metrics_of, data.title)), metrics_of)
 
 
-def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
+def forced_scores(metrics_of: Mapping[str, Metrics], title: str) -> Iterable[Score]:
     """Lines of the recovery table from teacher-forced figures by role."""
     kinds = (
         ("perplexity", "", True, lambda m: m.perplexity, lambda m: m.tokens),
@@ -105,13 +105,13 @@ def forced_scores(found: Mapping[str, Metrics], title: str) -> Iterable[Score]:
         ),
     )
     for metric, unit, lower, figure, count in kinds:
-        values = {role: figure(metrics) for role, metrics in found.items()}
+        values = {role: figure(metrics) for role, metrics in metrics_of.items()}
         if values["quantized"] is not None:
             yield Score(
                 title,
                 "",
                 metric,
-                count=count(found["quantized"]),
+                count=count(metrics_of["quantized"]),
                 unit=unit,
                 lower_is_better=lower,
                 **values,

@@ -60,12 +60,12 @@ def evaluate(
             answers, index=False
         )
         try:
-            found = data.evaluate(str(answers), model="exact_matching", nproc=1)
+            results = data.evaluate(str(answers), model="exact_matching", nproc=1)
         except NotImplementedError:
             raise UserError(
                 f"vlmeval can't score {task!r} without a judge: give a set with choices A, B, .."
             ) from None
-    yield from _figures(found, name, len(said))
+    yield from _figures(results, name, len(said))
 
 
 @contextmanager
@@ -97,9 +97,11 @@ def _answer(loaded: Loaded, parts: Iterable[Mapping[str, str]]) -> str:
     )
 
 
-def _figures(found: Any, name: str, count: int) -> Iterator[tuple[str, str, str, float, int, bool]]:
+def _figures(
+    results: Any, name: str, count: int
+) -> Iterator[tuple[str, str, str, float, int, bool]]:
     """The numbers in a set's result: a table with one row per split, or a mapping."""
-    rows = found.to_dict("records") if isinstance(found, pd.DataFrame) else [found]
+    rows = results.to_dict("records") if isinstance(results, pd.DataFrame) else [results]
     for row in rows:
         split = str(row.get("split") or "")
         for metric, value in row.items():

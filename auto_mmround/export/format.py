@@ -49,11 +49,11 @@ class Layout:
     def members(self) -> dict[str, str]:
         """A module's name, or a prefix of one, -> the first module that it is the name or a prefix
         of."""
-        found: dict[str, str] = {}
+        templates: dict[str, str] = {}
         for name in (*self.quantized, *self.kept):
             for prefix in (*_ancestors(name), name):
-                found.setdefault(prefix, name)
-        return found
+                templates.setdefault(prefix, name)
+        return templates
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class Format:
             ),
         )
         size = 8192 * max(scheme.group_size, 1)  # a multiple of all that formats ask for
-        found = next((reason for broken, reason in rules if broken), None)
-        return found or self.check(scheme, size, size)
+        broken_rule = next((reason for broken, reason in rules if broken), None)
+        return broken_rule or self.check(scheme, size, size)
 
 
 def check_integers(

@@ -175,13 +175,13 @@ def schemes_of(quantization_config: Mapping[str, Any], names: Iterable[str]) -> 
 
     Raises UserError for patterns that take so long that they must be made for it.
     """
-    found = {}
+    schemes = {}
     try:
         with time_limit(PATTERN_SECONDS), suppress(UserError, KeyError):
             scheme = reader(quantization_config)
             for name in names:
                 with suppress(UserError, KeyError):
-                    found[name] = scheme(name)
+                    schemes[name] = scheme(name)
     except TooLong:
         raise UserError("quantization_config: its patterns take too long to match") from None
-    return found
+    return schemes

@@ -139,11 +139,11 @@ def folded(names: Iterable[str], everything: Iterable[str]) -> dict[str, list[st
     ``everything`` else."""
     names = list(names)
     mine, all_ = _counts(names), _counts(everything)
-    found: dict[str, list[str]] = {}
+    folds: dict[str, list[str]] = {}
     for name in names:
         whole = (t for t in templates(name) if mine[t] == all_[t] > 1)
-        found.setdefault(next(whole, name), []).append(name)
-    return found
+        folds.setdefault(next(whole, name), []).append(name)
+    return folds
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

@@ -50,11 +50,11 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
         if isinstance(transform, WeightConverter)
         for pattern in transform.source_patterns
     }
-    found = set()
+    names = set()
     for _, name, pattern in renamed_by(model, sorted(keys)):  # some renamings go by the order
         first, *others = targets.get(pattern or "", [""])
-        found |= {name, *(name.replace(first, other) for other in others)}
-    return found & own
+        names |= {name, *(name.replace(first, other) for other in others)}
+    return names & own
 
 
 def further_layers(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:

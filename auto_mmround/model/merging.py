@@ -48,12 +48,12 @@ def merged_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
         for pattern in t._original_target_patterns
     }
     back = [r for t in there if isinstance(r := t.reverse_transform(), WeightConverter)]
-    found = {}
+    merged = {}
     for name in model.state_dict():
         _, pattern = rename_source_key(name, [], back)
         if pattern is not None:
-            found[name] = sources.get(pattern, ())
-    return found
+            merged[name] = sources.get(pattern, ())
+    return merged
 
 
 def own_merges(model: PreTrainedModel) -> set[str]:

@@ -118,16 +118,16 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
         return ()
     for handle in handles:
         handle.remove()
-    found = []
+    pairs = []
     for at, reader in enumerate(order):
         for source in reversed(order[max(0, at - NEAR) : at]):
             pair = Pair(source, (reader,), None)
             fits = _out_features(layers[source]) == _in_features(layers[reader])
             once = order.count(source) == order.count(reader) == 1
             if fits and once and _passes(twin, call, hidden, before, pair):
-                found.append(pair)
+                pairs.append(pair)
                 break
-    return tuple(found)
+    return tuple(pairs)
 
 
 def shape_signature(block: nn.Module) -> tuple[Any, ...]:
@@ -291,9 +291,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(value, tensors.append)
+    return tensors
 
 
 def _why_not(

@@ -111,11 +111,11 @@ class Reader:
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
-        found: Tensor = self.slice(key)[...]
-        self._read += found.nbytes
+        tensor: Tensor = self.slice(key)[...]
+        self._read += tensor.nbytes
         if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
             self._opened, self._read = {}, 0
-        return found
+        return tensor
 
 
 @dataclass(frozen=True)

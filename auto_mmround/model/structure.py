@@ -160,10 +160,10 @@ def find_stages(model: PreTrainedModel) -> list[Stage]:
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
     """What makes the logits: of a model that holds an encoder-decoder, that one's decoder."""
-    found = model.get_decoder()
-    while isinstance(found, PreTrainedModel) and (inner := found.get_decoder()) is not found:
-        found = inner
-    return found
+    decoder = model.get_decoder()
+    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
+    return decoder
 
 
 def input_weight(model: PreTrainedModel) -> Tensor | None:

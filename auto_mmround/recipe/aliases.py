@@ -41,7 +41,7 @@ def resolve(
 
 def preset(name: Any, where: str) -> dict[str, Any]:
     """The keys of a scheme such as W4A16."""
-    found = SCHEMES.get(name.upper()) if isinstance(name, str) else None
-    if found is None:
+    keys = SCHEMES.get(name.upper()) if isinstance(name, str) else None
+    if keys is None:
         raise UserError(f"{where}: scheme = {name!r} is unknown; there are {', '.join(SCHEMES)}")
-    return found
+    return keys

@@ -139,19 +139,19 @@ def _front_matter(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _deployments(
-    found: Mapping[str, Any], config: Mapping[str, Any], kind: str
+    facts: Mapping[str, Any], config: Mapping[str, Any], kind: str
 ) -> list[dict[str, Any]]:
     """The engines that verified the checkpoint, with code if we have some."""
     result = []
     quantization = config.get("quantization_config")
     words = formats.from_config(quantization).card if quantization else {}
-    for row in found["verify"]:
+    for row in facts["verify"]:
         if row["status"] != "right":
             continue
         stated = (config.get("architectures") or ["AutoModelForImageTextToText"])[0]
         language, code = CODE.get(row["engine"], {}).get(kind, ("", ""))
         names = {
-            "name": found["name"],
+            "name": facts["name"],
             "cls": PUBLISHED.get(stated, stated),
             "lm": "vlm" if kind == "image" else "lm",
             "prompt": (

@@ -87,9 +87,9 @@ def _measured(row: Mapping[str, Any]) -> bool:
 def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The layers whose own output loses most."""
     layers = [
-        {"name": name, **found}
+        {"name": name, **errors}
         for block in blocks
-        for name, found in block.get("layers", {}).items()
+        for name, errors in block.get("layers", {}).items()
     ]
     layers = [layer for layer in layers if _measured(layer)]
     return sorted(layers, key=lambda layer: -layer["end"])[:WORST]
@@ -315,12 +315,12 @@ def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]
         (f"KL, {modality}", [each.get("kl", {}).get(modality) for each in figures], "figure")
         for modality in dict.fromkeys(name for each in figures for name in each.get("kl", {}))
     ]
-    found = [
+    scores = [
         {_label(s): s for s in (report["evaluation"] or {}).get("scores", [])} for report in reports
     ]
-    for label in dict.fromkeys(label for each in found for label in each):
-        rows.append((label, [each.get(label, {}).get("quantized") for each in found], "figure"))
-        left = [each.get(label, {}).get("recovery") for each in found]
+    for label in dict.fromkeys(label for each in scores for label in each):
+        rows.append((label, [each.get(label, {}).get("quantized") for each in scores], "figure"))
+        left = [each.get(label, {}).get("recovery") for each in scores]
         rows.append(("recovery, %", left, "recovery"))
     return [row for row in rows if any(value is not None for value in row[1])]
 
@@ -337,23 +337,23 @@ def _lines(
     letters: Sequence[str], reports: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Stage -> end errors of its blocks, for every run with the same number of blocks there."""
-    found: dict[str, dict[str, Any]] = {}
+    lines: dict[str, dict[str, Any]] = {}
     for i, report in enumerate(reports):
         for stage, blocks in _tuned(report["blocks"]).items():
             names = [short_name(block["name"]) for block in blocks]
-            entry = found.setdefault(stage, {"labels": names, "series": {}})
+            entry = lines.setdefault(stage, {"labels": names, "series": {}})
             if len(entry["labels"]) == len(names):
                 entry["series"][letters[i]] = (i, [block["end"] for block in blocks])
-    return found
+    return lines
 
 
 def _tuned(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Stage -> its blocks that have an error."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    stages: dict[str, list[Mapping[str, Any]]] = {}
     for block in blocks:
         if _measured(block):
-            found.setdefault(block["stage"], []).append(block)
-    return found
+            stages.setdefault(block["stage"], []).append(block)
+    return stages
 
 
 def percent(value: float | None, places: int = 2) -> str:
@@ -377,10 +377,10 @@ def duration(seconds: float | None) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
-    return found
+    return values
 
 
 def _dumped(value: Any) -> str:

@@ -266,7 +266,7 @@ def estimate(
     memory = peak() + states
     own = psutil.Process().memory_info().rss if place.type == "cpu" else 0
     seconds["writing"] = seconds_writing
-    found = Estimate(
+    costs = Estimate(
         seconds=seconds,
         memory=memory,
         free_memory=int(SHARE * (traits.free(place) + own)),
@@ -275,7 +275,7 @@ def estimate(
         used=used,
     )
     presets = {name: sum(seconds.values()) + rest for name, rest in more.items()}
-    return replace(found, advice=tuple(_advice(job, found, states)), presets=presets)
+    return replace(costs, advice=tuple(_advice(job, costs, states)), presets=presets)
 
 
 def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int, dict[str, float]]:

@@ -291,13 +291,13 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 def _valid_lines(path: Path) -> list[dict[str, Any]]:
     """The journal's lines up to the first that is damaged."""
-    found = []
+    lines = []
     for raw in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         mark, _, text = raw.partition(b" ")
         if mark != _sum(text).encode():
             break
-        found.append(json.loads(text))
-    return found
+        lines.append(json.loads(text))
+    return lines
 
 
 def _sum(content: bytes) -> str:

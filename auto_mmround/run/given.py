@@ -137,8 +137,8 @@ def head_is_tied(model: PreTrainedModel) -> bool | None:
 
 
 def _raw(source: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((source / "config.json").read_text())
-    return {key: value for key, value in plain(found).items() if key != "transformers_weights"}
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    return {key: value for key, value in plain(config).items() if key != "transformers_weights"}
 
 
 def _config_of(model: PreTrainedModel, raw: Mapping[str, Any]) -> Any:
@@ -147,8 +147,8 @@ def _config_of(model: PreTrainedModel, raw: Mapping[str, Any]) -> Any:
 
 
 def _json(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return found
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return values
 
 
 def _plain(level: Mapping[str, Any]) -> dict[str, Any]:

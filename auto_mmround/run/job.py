@@ -239,9 +239,9 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
 def _needs(towers: Sequence[str], calibrates: Sequence[str]) -> tuple[str, ...]:
     """Kinds of media that the stages to quantize must meet, or without towers the model itself."""
     media = tuple(kind for kind in calibrates if kind != "text")
-    found = tuple(dict.fromkeys(READS[name] for name in towers if name in READS))
+    kinds = tuple(dict.fromkeys(READS[name] for name in towers if name in READS))
     # An encoder reads what its model is given, which may be words.
-    return found or media[:1] or (("image",) if "nontext" in towers else ())
+    return kinds or media[:1] or (("image",) if "nontext" in towers else ())
 
 
 def run(

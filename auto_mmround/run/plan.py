@@ -112,11 +112,11 @@ class Plan:
 
     @cached_property
     def _by_block(self) -> dict[str, list[WeightPlan]]:
-        found: dict[str, list[WeightPlan]] = {}
+        blocks: dict[str, list[WeightPlan]] = {}
         for weight in self.weights:
             if weight.block is not None and weight.scheme:
-                found.setdefault(weight.block, []).append(weight)
-        return found
+                blocks.setdefault(weight.block, []).append(weight)
+        return blocks
 
     def bits_per_weight(self) -> float:
         """Average over the quantized weights, scales (16 bits) and zero points included."""

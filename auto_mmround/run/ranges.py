@@ -87,12 +87,12 @@ def _judge(
         expert = experts.get(weight.name)
         key = expert.parameter.rpartition(".")[0] if expert else fused_set(weight.name)
         sets.setdefault(key, []).append(weight)
-    found: dict[str, Judged] = {}
+    judged: dict[str, Judged] = {}
     for members in sets.values():
         rows = [_rows(model, weight.name) for weight in members]
         fates = _together(members, rows, plan, [peaks.get(weight.name) for weight in members])
-        found |= {weight.name: fate for weight, fate in zip(members, fates, strict=True)}
-    return found
+        judged |= {weight.name: fate for weight, fate in zip(members, fates, strict=True)}
+    return judged
 
 
 def _together(

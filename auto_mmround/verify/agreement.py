@@ -97,17 +97,17 @@ def rounds_inputs(quantization: Mapping[str, Any] | None) -> bool:
     return any(group.get("input_activations") for group in groups.values())
 
 
-def largest_difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def largest_difference(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Largest difference between logits (.., t, v) and (T, V) over the last t positions.
 
     Engines may pad the vocabulary (v > V). NaN where there is nothing to compare, and where a logit
     is NaN.
     """
-    if len(found) != len(wanted):
+    if len(given) != len(wanted):
         return float("nan")
     pairs = [
         (got.reshape(-1, got.shape[-1])[:, : want.shape[-1]], want)
-        for got, want in zip(found, wanted)
+        for got, want in zip(given, wanted)
     ]
     gaps = [(got.float() - want[-len(got) :]).abs().max() for got, want in pairs]
     return torch.stack(gaps).max().item() if gaps else float("nan")
@@ -142,16 +142,16 @@ def _longer(kwargs: Mapping[str, Any], ids: str, token: int) -> dict[str, Tensor
 
 
 def agreed(
-    tokens: Sequence[int], margins: Sequence[float], found: Sequence[int], tie: float
+    tokens: Sequence[int], margins: Sequence[float], given: Sequence[int], tie: float
 ) -> tuple[int, bool]:
     """(tokens that agree from the start, whether that is right).
 
     It is right if all agree, or if the next choice was a near tie.
     """
-    for i, (token, margin, other) in enumerate(zip(tokens, margins, found)):
+    for i, (token, margin, other) in enumerate(zip(tokens, margins, given)):
         if token != other:
             return i, margin < tie
-    return min(len(tokens), len(found)), True
+    return min(len(tokens), len(given)), True
 
 
 def judge(result: EngineResult, reference: Reference, planned: int) -> dict[str, Any]:

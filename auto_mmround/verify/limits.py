@@ -139,7 +139,7 @@ def support(format_name: str) -> dict[str, str]:
     """Engine -> "-" where it does not read the format, else "yes", with the numbers of its limits,
     counted from 1."""
     fmt = FORMATS[format_name]
-    found = {}
+    engines = {}
     for engine in ENGINES:
         notes = [
             str(i)
@@ -147,5 +147,5 @@ def support(format_name: str) -> dict[str, str]:
             if limit.engine == engine and limit in fmt.limits
         ]
         yes = " ".join(["yes", *([f"({', '.join(notes)})"] if notes else [])])
-        found[engine] = yes if engine in fmt.engines else "-"
-    return found
+        engines[engine] = yes if engine in fmt.engines else "-"
+    return engines

@@ -42,10 +42,10 @@ def pieces(
     texts = re.split(tower.seen.replace("IMAGE", f"(?:{place})+"), text)
     if len(texts) != len(images) + 1:
         raise ValueError(f"{len(images)} images, but places for {len(texts) - 1}")
-    found: list[str | dict[str, str]] = [texts[0]]
+    parts: list[str | dict[str, str]] = [texts[0]]
     for path, after in zip(images, texts[1:], strict=True):
-        found += [{"image": str(path)}, after]
-    return [piece for piece in found if piece]
+        parts += [{"image": str(path)}, after]
+    return [piece for piece in parts if piece]
 
 
 def ask_llamacpp(

@@ -25,9 +25,9 @@ from auto_mmround.verify.together import TOGETHER
 from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
 
 
-def several(found: Sequence[str]) -> str:
+def several(names: Sequence[str]) -> str:
     """The number of further things beside the first, in words."""
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def check_tensors(s: Subject) -> Iterator[Finding]:
@@ -310,8 +310,8 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 
 def run_checks(subject: Subject) -> list[Finding]:
     """Findings of reading the folder, then of each check in the table."""
-    found = [*subject.findings, *(finding for run in CHECKS for finding in run(subject))]
-    return list(dict.fromkeys(found))
+    findings = [*subject.findings, *(finding for run in CHECKS for finding in run(subject))]
+    return list(dict.fromkeys(findings))
 
 
 def check(folder: Path, source: Path | None = None, remote_code: bool = False) -> list[Finding]:

@@ -91,8 +91,8 @@ def check_tied(s: Subject) -> Iterator[Finding]:
             for each in (name, origin)
             if each in s.tensors and each.removesuffix(".weight") not in s.packed
         ]
-        found = dict(s.read(here))
-        if len(here) < 2 or not torch.equal(found[name].float(), found[origin].float()):
+        tensors = dict(s.read(here))
+        if len(here) < 2 or not torch.equal(tensors[name].float(), tensors[origin].float()):
             yield Finding(s.hygiene, name, f"differs from {origin}, to which config.json ties it")
 
 

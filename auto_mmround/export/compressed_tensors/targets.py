@@ -60,14 +60,14 @@ def _block(layout: Layout, name: str) -> str | None:
 def ends_of(layout: Layout, by_scheme: Mapping[Scheme, list[str]]) -> Ends:
     """What spellings of the modules end in, numbers also as ``#`` -> the schemes of those that
     do."""
-    found: Ends = {}
+    ends: Ends = {}
     for scheme, names in by_scheme.items():
         for name in names:
             for spelling in both_spellings(layout, name):
                 for form in (spelling, *templates(spelling)):
                     for tail in tails(form):
-                        found.setdefault(tail, set()).add(scheme)
-    return found
+                        ends.setdefault(tail, set()).add(scheme)
+    return ends
 
 
 def _by_name(layout: Layout, template: str, name: str, scheme: Scheme, ends: Ends) -> list[str]:

@@ -213,8 +213,8 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
         ("processor_config.json", "image_processor"),
     ):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            return found if key is None else found.get(key, {})
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            return settings if key is None else settings.get(key, {})
     raise UserError("GGUF export: the model has a tower but no preprocessor_config.json")
 
 
@@ -224,13 +224,13 @@ def _row_end(config: Any, folder: Path) -> int | None:
     tower = tower_of(config.model_type, config)
     if tower is None or tower.row_end is None:
         return None
-    found = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(tower.row_end)
-    if found is None:
+    token = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(tower.row_end)
+    if token is None:
         raise UserError(
             f"GGUF export: the tokenizer has no {tower.row_end}, which the tower puts behind"
             " each row"
         )
-    return found
+    return token
 
 
 def _common_type(codes: Iterable[Codes]) -> str:

@@ -93,7 +93,7 @@ class Part:
         """Checkpoint key -> rule, for the names found in a file; the inverse of `place`. UserError
         as there."""
         back = {target: (key, rule) for key, rule in self.rules.items() for target in rule.targets}
-        found: dict[str, Rule] = {}
+        rules: dict[str, Rule] = {}
         for name in names:
             layer, spellings = _general(name)
             hit = next(((known, suffix) for known, suffix in spellings if known in back), None)
@@ -101,8 +101,8 @@ class Part:
                 raise UserError(f"GGUF file: the tensor {name} has no place in this model")
             key, rule = back[hit[0]]
             targets = tuple(target.format(layer) + hit[1] for target in rule.targets)
-            found[self._spell(key.format(layer) + hit[1])] = Rule(targets, rule.step)
-        return found
+            rules[self._spell(key.format(layer) + hit[1])] = Rule(targets, rule.step)
+        return rules
 
     def _spell(self, local: str) -> str:
         fits = [(len(begin), i, p, begin) for i, (p, begin) in enumerate(self.prefixes.items())]
