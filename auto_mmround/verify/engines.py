@@ -294,8 +294,10 @@ def _run(
                     on_piece(piece)
                 elif line.strip():
                     last = line
+            process.wait()
+        except BaseException:  # such as Ctrl-C: nobody waits for the rest
+            process.kill()
+            raise
         finally:
             watch.cancel()
-            if sys.exc_info()[0] is not None:  # such as Ctrl-C: nobody waits for the rest
-                process.kill()
     return None if late.is_set() else process.returncode, last
