@@ -482,7 +482,18 @@ def test_a_comparison_puts_damage_against_size_and_time(demo_folder, tmp_path):
     assert drawn.count("<circle") == 2 and "A: 0.00200 at 10.0 s" in drawn
     assert not trade(runs[:1], "A", "size")
     bare = report.compare([tmp_path / "run0", tmp_path / "run1"], tmp_path / "both.html")
-    assert "What the damage buys" not in bare.read_text()  # nothing was measured
+    text = bare.read_text()
+    assert "What the damage buys" not in text and "fewer than two" in text
+    assert "Side by side" not in text  # the two are alike
+    for i, kl in enumerate((0.002, 0.03)):
+        figures = {"quantized": {"kl": {"text": kl / 2, "image": kl}}}
+        record = {"scores": [], "figures": figures, "dataset": "demo"}
+        kept = json.dumps({"evaluations": [record]})
+        (tmp_path / f"run{i}" / "eval.json").write_text(kept)
+    text = report.compare(
+        [tmp_path / "run0", tmp_path / "run1"], tmp_path / "both.html"
+    ).read_text()
+    assert text.index("What the damage buys") < text.index("<h2>Figures") and "Side by side" in text
 
 
 def test_weights_of_openvino_count(tmp_path):
