@@ -70,8 +70,9 @@ def find_experts(model: nn.Module) -> Experts:
     experts = Experts({}, {})
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == INDEXER:
-            layers = linears(module, path)
-            experts.routers.update({name: tuple(layer.weight.shape) for name, layer in layers})  # type: ignore[misc, arg-type, union-attr]
+            for name, layer in linears(module, path):
+                rows, columns = layer.get_parameter("weight").shape
+                experts.routers[name] = rows, columns
         counts = {
             name: count
             for name, child in module.named_children()

@@ -73,7 +73,8 @@ def carried_modules(
 def _shape(reader: Reader, key: str) -> Sequence[int]:
     """Of the weight of a module by its checkpoint's name, which may lie in a stack."""
     if f"{key}{END}" in reader.stored.files:
-        return reader.plain(f"{key}{END}").get_shape()  # type: ignore[no-any-return]
+        shape: Sequence[int] = reader.plain(f"{key}{END}").get_shape()
+        return shape
     place, _, leaf = key.rpartition(".")
     stack = next(name for name, leaves in STACKED.items() if leaf in leaves)
     _, out, columns = reader.plain(f"{place.rpartition('.')[0]}.{stack}").get_shape()
