@@ -110,7 +110,7 @@ def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch)
     """Two steps of one sample, eight held out: six of sixteen would run for nothing."""
     monkeypatch.setattr(sessions, "TOKENS", 4 * 24)
     monkeypatch.setattr(sessions, "PER_COLUMN", 0)
-    monkeypatch.setattr(loss_weights, "SAMPLE", 3)
+    monkeypatch.setattr(loss_weights, "TEXT_SAMPLE", 3)
     session = prepared(tmp_path, iters=2)
     assert len(session.used) == 10 and len(session.sampled) == 4
     assert set(session.sampled) < set(session.used)

@@ -194,19 +194,23 @@ def test_moments_take_the_weights_that_are_as_many_as_the_tokens():
 
 
 @pytest.mark.parametrize(
-    "tokens, algorithm, asked, samples",
+    "stage, tokens, algorithm, asked, samples",
     [
-        (1500, "auto", 8, 2),
-        (1500, "auto", 4, 1),
-        (16, "auto", 8, 8),
-        (9000, "auto", 8, 1),
-        (0, "auto", 8, 8),
-        (1500, "sign_round", 8, 8),
+        ("encoder", 1500, "auto", 8, 2),
+        ("encoder", 1500, "auto", 4, 1),
+        ("vision", 16, "auto", 8, 8),
+        ("vision", 9000, "auto", 8, 1),
+        ("text", 0, "auto", 8, 8),
+        ("text", 1024, "auto", 8, 8),
+        ("text", 2048, "auto", 8, 4),
+        ("text", 2048, "auto", 4, 2),
+        ("text", 2048, "sign_round", 8, 8),
+        ("encoder", 1500, "sign_round", 8, 8),
     ],
 )
-def test_a_step_sees_no_more_tokens_than_it_needs(tokens, algorithm, asked, samples):
+def test_a_step_sees_no_more_tokens_than_it_needs(stage, tokens, algorithm, asked, samples):
     recipe = Recipe(algorithm=algorithm, batch_size=1, gradient_accumulate_steps=asked)
-    assert samples_a_step(recipe, tokens) == samples
+    assert samples_a_step(recipe, tokens, stage) == samples
 
 
 # --------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ class _Probe:
         """Seconds of a step: two steps by way of the tuner, less the two looks at all samples that
         it takes."""
         recipe = self.session.recipe
-        samples = samples_a_step(recipe, tokens_of(chain) // len(chain))
+        samples = samples_a_step(recipe, tokens_of(chain) // len(chain), chain.stage.name)
         config = TuneConfig(2, 0.001, 0.001, recipe.batch, samples, checks=1)
 
         def forward(indices: Sequence[int]) -> Any:
@@ -333,7 +333,9 @@ def _blocks(
     runs = (1 + recipe.enable_quanted_input) * entries
     runs += looks * len(held_out_split(round(entries))[1])
     tokens = tokens_of(chain) // len(chain)
-    now, then = (min(samples_a_step(each, tokens), entries) for each in (recipe, measured))
+    now, then = (
+        min(samples_a_step(each, tokens, chain.stage.name), entries) for each in (recipe, measured)
+    )
     return sum(cost.seconds(runs, share * entries, now / then * recipe.steps) for cost in costs)
 
 

@@ -15,9 +15,9 @@ from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 
-# Tokens that a step sees for each sample asked for, at most: two samples of 2,048 tokens teach it
-# what eight of 512 do, and eight of 2,048 cost four times as much.
-SAMPLE = 512
+# Tokens that a step sees for each sample asked for, at most: an image or a sound is a thousand or
+# more, and eight of them cost four times as much as two.
+TEXT_SAMPLE, TOWER_SAMPLE = 1024, 512
 
 
 def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
@@ -30,12 +30,12 @@ def tokens_of(chain: Chain) -> int:
     return sum(hidden.shape[:-1].numel() for hidden in chain.hidden)
 
 
-def samples_a_step(recipe: Recipe, tokens: int) -> int:
-    """Samples that a sign step sees. tokens: of a sample, on average."""
-    asked = recipe.step_samples
+def samples_a_step(recipe: Recipe, tokens: int, stage: str = "text") -> int:
+    """Samples that a sign step sees. tokens: of a sample, on average. stage: its name."""
+    asked, most = recipe.step_samples, TEXT_SAMPLE if stage == "text" else TOWER_SAMPLE
     if not recipe.how.bounded:
         return asked
-    return max(1, min(asked, SAMPLE * asked // max(1, tokens)))
+    return max(1, min(asked, most * asked // max(1, tokens)))
 
 
 class ErrorWeights(NamedTuple):

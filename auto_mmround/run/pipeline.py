@@ -315,7 +315,7 @@ class _Journey:
         loss_weights = self.weights.of_errors(student, names[-1])
         count, places = session.processes.numbered(student)
         tokens = sum(session.processes.gather(tokens_of(student)))
-        samples = samples_a_step(recipe, tokens // count)
+        samples = samples_a_step(recipe, tokens // count, student.stage.name)
         measure = partial(
             session.moments, student, window, weights=self.weights, size=batch_size,
             teacher=teacher if recipe.retarget else None,
