@@ -480,6 +480,7 @@ def test_a_comparison_puts_damage_against_size_and_time(demo_folder, tmp_path):
     assert points == {"A": (0, 10.0, 0.002, "10.0 s"), "B": (1, 20.0, 0.03, "20.0 s")}
     drawn = str(charts.scatter("Damage against time", points))
     assert drawn.count("<circle") == 2 and "A: 0.00200 at 10.0 s" in drawn
+    assert len(re.findall(r'x="83.33%"[^>]*>(?:B|20.0 s)<', drawn)) == 2  # a label under its point
     assert not trade(runs[:1], "A", "size")
     bare = report.compare([tmp_path / "run0", tmp_path / "run1"], tmp_path / "both.html")
     text = bare.read_text()

@@ -188,9 +188,10 @@ def scatter(title: str, points: Mapping[str, tuple[int, float, float, str]]) -> 
     """One dot a run. points: letter -> (number of its colour, across, up, words on `across`)."""
     axis = Scale(0.0, max(up for _, _, up, _ in points.values()) * 1.05 or 1.0, False)
     widest = max(across for _, across, _, _ in points.values()) or 1.0
+    left, right = center(0, 3), center(2, 3)  # where the chart writes its first and last label
     marks, told = [], []
     for letter, (color, across, up, words) in points.items():
-        x, y = f"{6 + 84 * across / widest:.2f}%", axis.y(up)
+        x, y = f"{left + (right - left) * across / widest:.2f}%", axis.y(up)
         tip = escape(f"{letter}: {figure(up)} at {words}")
         marks.append(
             f'<circle class="s{color % COLORS}" cx="{x}" cy="{y}" r="4"><title>{tip}</title>'
