@@ -453,6 +453,10 @@ def test_the_page_opens_with_the_answer(demo_folder, tmp_path, monkeypatch, caps
     lines = headline(found, {"quantized": {"kl": kinds}})
     assert "hardly any on text (0.0005), some on image (0.02)" in lines[-4]
     assert lines[-2:] == ["WRONG by mlx: logits differ.", "Proved right by vllm."]
+    report.keep_verdicts(folder, found["verify"])
+    head = report.write(folder).read_text().partition("</header>")[0]
+    assert '<li class="off">WRONG by mlx: logits differ.</li>' in head
+    assert "<li>Proved right by vllm.</li>" in head
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
     assert cli.main(["report", str(folder), "--open"]) == 0
