@@ -231,7 +231,9 @@ def show_estimate(costs: Estimate) -> int:
         console.print(f"minutes by preset: {each}", highlight=False)
     some, every = costs.used
     if 0 < some < every:
-        console.print(f"samples: {some} of {every} pass the blocks; more are not needed")
+        console.print(
+            f"samples: {some} of {every} pass the blocks; more are not needed", highlight=False
+        )
     memory = f"{costs.memory / 1e9:.1f} GB at the peak, {costs.free_memory / 1e9:.1f} GB can be had"
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in costs.sizes.items())
     console.print(f"memory: {memory}", highlight=False)

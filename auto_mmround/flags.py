@@ -306,7 +306,7 @@ def _overview() -> Iterator[str]:
     """What the program can do, and examples."""
     yield f"commands, each with -h ({PROGRAM} COMMAND -h):"
     for name, command in COMMANDS.items():
-        yield f"  {name:<12}{command.text}{' (no command)' if name == 'quantize' else ''}"
+        yield f"  {name:<12}{command.text}{' (the default)' if name == 'quantize' else ''}"
     yield f"\n{EXAMPLES}"
 
 

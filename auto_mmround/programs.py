@@ -15,12 +15,13 @@ def program(name: str) -> Path:
 
 
 def answer_of(output: str) -> dict[str, Any] | None:
-    """What a program printed last, as JSON; None if that is none."""
+    """The JSON object that a program printed last; None if that is none."""
     lines = output.strip().splitlines()
     try:
-        return json.loads(lines[-1]) if lines else None
+        answer = json.loads(lines[-1]) if lines else None
     except ValueError:
         return None
+    return answer if isinstance(answer, dict) else None
 
 
 def piece_of(line: str) -> str | int | None:

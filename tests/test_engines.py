@@ -24,7 +24,15 @@ WORKERS = {
         "import os\nos.write(2, b'out of memory')\nos._exit(1)\n",
         "(exit 1): out of memory",
     ),
+    "death behind a number": (
+        "import os\nprint(7, flush=True)\nos._exit(3)\n",
+        "the engine died (exit 3): no output",
+    ),
     "too slow": ("import time\ntime.sleep(60)\n", "no answer after 1 s"),
+    "too slow, and a process of its own holds the pipe": (
+        "import subprocess, time\nsubprocess.Popen(['sleep', '30'])\ntime.sleep(60)\n",
+        "no answer after 1 s",
+    ),
 }
 
 
@@ -41,8 +49,10 @@ def test_every_failure_is_an_answer(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, message = WORKERS[case]
-    result = asked(code, tmp_path, monkeypatch, timeout=1 if case == "too slow" else 60)
+    began = time.monotonic()
+    result = asked(code, tmp_path, monkeypatch, timeout=1 if "too slow" in case else 60)
     assert not result.ok and message in str(result.error)
+    assert "too slow" not in case or time.monotonic() - began < 20
 
 
 def test_a_worker_gets_the_request_and_finds_none_of_our_modules(

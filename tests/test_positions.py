@@ -111,6 +111,8 @@ def test_longer_texts_are_cut_and_that_is_said(gpt2, tmp_path, capsys, more):
     )
     said = " ".join(capsys.readouterr().err.split())
     assert "becomes 64: the model has positions for no more tokens" in said
+    # a warning, which `--quiet` and the API show too, where it is not as it was asked
+    assert ("WARNING seqlen 100 becomes 64" in said) == ("--seqlen" in more)
     assert "calibration: 8 of 8 samples, 512 text tokens" in said
 
 

@@ -118,3 +118,9 @@ def test_what_cannot_be_streamed_is_named_with_what_can(values, told):
         assert "act_dynamic" not in str(refused.value)
     instead = {"scheme": str(refused.value).rpartition(" ")[2]}
     from_mapping(values | instead | {"stream": True})
+
+
+def test_every_preset_has_a_step_of_one_sample_at_least():
+    """`plan` reckons all of them, also beside `--batch_size 1`; `light` takes half."""
+    for given, light in (({}, 4), ({"batch_size": 2}, 1), ({"batch_size": 1}, 1)):
+        assert Recipe(**given).with_preset("light").step_samples == light

@@ -94,6 +94,7 @@ def test_media_sets_change_the_settings_and_say_so(name):
     assert settings == Settings(name, True, 128, 512, False, 1, 16)
     assert any("batch_size 8 becomes 1 with gradient_accumulate_steps 16" in note for note in notes)
     assert any("seqlen is 512" in note for note in notes)
+    assert set(notes) == set(settings.usual)  # nobody asked for anything else
     kept, notes = pick_settings(name, seqlen=300, batch_size=1)
     assert (kept.seqlen, kept.batch_size, kept.gradient_accumulate_steps) == (
         300,

@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.model.chains import Chain, Kinds
 from auto_mmround.model.fisher import FisherPasses, measure_fisher, spread
+from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import SCHEMES
 from auto_mmround.run import estimate as planner
@@ -130,6 +131,18 @@ def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch)
         assert len(prepared(tmp_path, **{"iters": 2, "group_size": 32} | whole).used) == 16
     monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
     assert len(prepared(tmp_path, iters=2).used) == 16
+
+
+def test_a_tower_gets_all_samples_of_a_mixture(tmp_path, monkeypatch):
+    """A share of them by tokens of text may leave the tower too few for its steps."""
+    monkeypatch.setattr(sessions, "TOKENS", 24)
+    monkeypatch.setattr(sessions, "PER_COLUMN", 0)
+    session = prepared(tmp_path, iters=1, batch_size=1)
+    plan = replace(session.plan, stages=(Stage("vision", "tower", 1), *session.plan.stages))
+    seen = [replace(s, modality_T=torch.ones_like(s.modality_T)) for s in session.inputs]
+    mixture = [*seen[:4], *session.inputs[4:]]
+    for inputs, stages, count in ((seen, plan, 9), (mixture, plan, 16), (mixture, session.plan, 9)):
+        assert len(replace(session, inputs=inputs, plan=stages).used) == count
 
 
 @pytest.mark.parametrize("rank", [0, 1])

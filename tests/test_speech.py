@@ -210,7 +210,7 @@ def test_text_images_sounds_and_videos_in_one_run(tmp_path, monkeypatch, caplog)
         json.loads((folder / "run.json").read_text())["calibration"]["sets"][3]["name"]
         == "clips:Clips"
     )
-    assert "by set: texts.txt: 4 of 4 (192 text), rows.json: 3 of 3" in caplog.text
+    assert "tokens; 4 of texts.txt (192 text), 3 of rows.json (" in caplog.text
     page = report.write(folder).read_text()
     assert all(word in page for word in ("texts.txt", "clips:Clips", "video"))
 

@@ -28,20 +28,20 @@ BESIDE = {
 
 def tensors(label: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
     """A row's own inputs of the model as tensors. Raises BadSample, which names what is none."""
-    tensors: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
     for key, value in values.items():
         try:
-            tensors |= {} if value is None else {key: torch.as_tensor(value)}
+            made |= {} if value is None else {key: torch.as_tensor(value)}
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:100]
             raise BadSample(
                 "form", f"sample {label}: {key!r} beside input_ids is no tensor ({reason})"
             ) from None
     for key in (*PER_TOKEN, "labels"):
-        if key in tensors and tensors[key].ndim == 1:
-            tensors[key] = tensors[key][None]
-    check_lengths(label, tensors)
-    return tensors
+        if key in made and made[key].ndim == 1:
+            made[key] = made[key][None]
+    check_lengths(label, made)
+    return made
 
 
 def check_lengths(label: str, kwargs: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 made explicit."""
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Reads:
 
 @dataclass(frozen=True)
 class Settings:
-    """Resolved values. multimodal: some samples carry media."""
+    """Resolved values. multimodal: some samples carry media. usual: notes on what nobody asked for
+    otherwise."""
 
     dataset: Any
     multimodal: bool
@@ -60,6 +61,7 @@ class Settings:
     truncation: bool
     batch_size: int
     gradient_accumulate_steps: int
+    usual: tuple[str, ...] = field(default=(), compare=False)
 
 
 def media_kinds(
@@ -105,11 +107,12 @@ def choose(
         dataset = list(islice(dataset, STREAM_ROWS))  # it can be read only once
     dataset, media = _fitting(dataset, media_kinds(dataset, load, by_name), model, notes)
     multimodal = any(media)
-    seqlen, truncation = _lengths(multimodal, model, asked, notes)
+    usual: list[str] = []
+    seqlen, truncation = _lengths(multimodal, model, asked, notes, usual)
     batch, steps = asked.batch_size, asked.gradient_accumulate_steps
     if (multimodal or model.towers) and batch != 1:
         steps *= batch
-        notes.append(
+        usual.append(
             f"batch_size {batch} becomes 1 with gradient_accumulate_steps {steps}: samples with"
             " media differ in length"
         )
@@ -119,11 +122,15 @@ def choose(
         notes.append(
             f"nsamples {asked.nsamples} becomes {nsamples}, a multiple of batch_size {batch}"
         )
-    settings = Settings(dataset, multimodal, nsamples, seqlen, truncation, batch, steps)
-    return settings, tuple(notes)
+    settings = Settings(
+        dataset, multimodal, nsamples, seqlen, truncation, batch, steps, tuple(usual)
+    )
+    return settings, (*notes, *usual)
 
 
-def _lengths(multimodal: bool, model: Reads, asked: Asked, notes: list[str]) -> tuple[int, bool]:
+def _lengths(
+    multimodal: bool, model: Reads, asked: Asked, notes: list[str], usual: list[str]
+) -> tuple[int, bool]:
     """Tokens of a sample, and whether longer ones are cut."""
     seqlen = asked.seqlen
     if seqlen is None:
@@ -132,9 +139,9 @@ def _lengths(multimodal: bool, model: Reads, asked: Asked, notes: list[str]) -> 
     if multimodal and asked.truncation:
         notes.append("truncation is off: the dataset has media")
     if multimodal and asked.seqlen is None:
-        notes.append(f"seqlen is {MEDIA_SEQLEN}: the dataset has media")
+        usual.append(f"seqlen is {MEDIA_SEQLEN}: the dataset has media")
     if model.positions is not None and seqlen > model.positions:
-        notes.append(
+        (usual if asked.seqlen is None else notes).append(
             f"seqlen {seqlen} becomes {model.positions}: the model has positions for no more tokens"
         )
         seqlen = model.positions

@@ -228,7 +228,7 @@ class Recipe(Fields):
 
     def with_preset(self, name: str) -> "Recipe":
         """The same with the steps of another preset."""
-        samples = self.step_samples * self.how.presets[name].batch // self._usual.batch
+        samples = max(1, self.step_samples * self.how.presets[name].batch // self._usual.batch)
         return dataclasses.replace(
             self, preset=name, iters=None, lr=0.0, batch_size=1, gradient_accumulate_steps=samples
         )

@@ -222,7 +222,7 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
         load=partial(load_rows, collate=collate),
     )
     for note in notes:
-        log.info(note)
+        log.log(logging.INFO if note in settings.usual else logging.WARNING, note)
     same = ("nsamples", "seqlen", "truncation", "batch_size", "gradient_accumulate_steps")
     values: dict[str, Any] = {name: getattr(settings, name) for name in same}
     if isinstance(settings.dataset, str):

@@ -87,7 +87,7 @@ def _alike(value: Any, other: Any) -> bool:
 
 def met(plan: Plan, reached: Collection[str]) -> Plan:
     """The plan without the towers that no sample reaches, which is said; all of it where none is
-    reached, which the run refuses. found: paths of the stages that samples reach."""
+    reached, which the run refuses. reached: paths of the stages that samples reach."""
     missed = [stage for stage in plan.stages if stage.path not in reached]
     if not any(stage.path in reached and stage.name != "text" for stage in plan.stages):
         return plan

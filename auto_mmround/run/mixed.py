@@ -64,7 +64,7 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
         weight.scheme_at(bits) for each in free for weight in each for bits in recipe.mixable
     }
     targets = [formats.resolve(name, schemes) for name in recipe.formats]
-    units, problems = [], dict.fromkeys(recipe.mixable, "")
+    made, problems = [], dict.fromkeys(recipe.mixable, "")
     for each in free:
         held = []
         for bits in recipe.mixable:
@@ -76,11 +76,11 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
             problem = next((f"format {fmt.name} {why}" for fmt, why in checks if why), None)
             problems[bits] = problem or problems[bits]
             held += [] if problem else [bits]
-        units.append(Unit(tuple(each), tuple(held)))
+        made.append(Unit(tuple(each), tuple(held)))
     for bits, problem in problems.items():
-        if free and not any(bits in unit.options for unit in units):
+        if free and not any(bits in unit.options for unit in made):
             raise UserError(f"bit_options: {problem}; change bit_options, or the format")
-    return units
+    return made
 
 
 def choose_bits(

@@ -148,14 +148,17 @@ class Session:
     @cached_property
     def used(self) -> list[int]:
         """Samples that pass the blocks: as many as sign steps, held-out errors and second moments
-        need. All of them where experts share the tokens, where ranges of inputs are measured, and
-        without closed form. Of several processes this one takes its own."""
+        need. All of them where experts share the tokens, where ranges of inputs are measured, where
+        only a part of them may reach a tower, and without closed form. Of several processes this
+        one takes its own."""
         mine = self.processes.share(range(len(self.inputs)))
         every = any(
             weight.scheme and (is_expert(weight.name) or weight.scheme.inputs_measured)
             for weight in self.plan.weights
         )
-        if every or not self.recipe.closed_form:
+        towers = any(stage.name != "text" for stage in self.plan.stages)
+        mixtures = {tuple(kinds.text_T.unique().tolist()) for kinds in self.kinds}
+        if every or (towers and len(mixtures) > 1) or not self.recipe.closed_form:
             return mine
         tokens = sum(len(kinds.text_T) for kinds in self.kinds) // max(1, len(self.kinds))
         steps = self.recipe.steps * samples_a_step(self.recipe, tokens)

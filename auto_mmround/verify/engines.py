@@ -2,14 +2,15 @@
 
 import os
 import re
+import selectors
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -272,32 +273,41 @@ def _run(
 ) -> tuple[int | None, str]:
     """(exit status, None if time ran out; the last line of standard output). Standard error goes
     to the log."""
-    last, late = "", threading.Event()
+    last, end = "", time.monotonic() + timeout
     with (
         log.open("w", encoding="utf-8") as sink,
         subprocess.Popen(
-            command, cwd=log.parent, env=OFFLINE, stdout=subprocess.PIPE, stderr=sink,
-            encoding="utf-8", errors="replace",
+            command, cwd=log.parent, env=OFFLINE, stdout=subprocess.PIPE, stderr=sink, bufsize=0
         ) as process,
     ):  # fmt: skip
-
-        def stop() -> None:
-            late.set()
-            process.kill()
-
-        watch = threading.Timer(timeout, stop)
-        watch.start()
+        assert process.stdout is not None  # it is a pipe
         try:
-            for line in process.stdout or ():
+            for line in _lines(process.stdout, end):
                 piece = piece_of(line)
                 if piece is not None:
                     on_piece(piece)
                 elif line.strip():
                     last = line
-            process.wait()
+            return process.wait(max(0.0, end - time.monotonic())), last
+        except (TimeoutError, subprocess.TimeoutExpired):
+            process.kill()
+            return None, last
         except BaseException:  # such as Ctrl-C: nobody waits for the rest
             process.kill()
             raise
-        finally:
-            watch.cancel()
-    return None if late.is_set() else process.returncode, last
+
+
+def _lines(pipe: IO[bytes], end: float) -> Iterator[str]:
+    """Lines as they come. Raises TimeoutError when the monotonic clock reaches ``end``, also if a
+    process that the worker started holds the pipe."""
+    rest, some = b"", b"-"
+    with selectors.DefaultSelector() as ready:
+        ready.register(pipe, selectors.EVENT_READ)
+        while some:
+            left = end - time.monotonic()
+            if left <= 0 or not ready.select(left):
+                raise TimeoutError
+            some = os.read(pipe.fileno(), 2**16)
+            *lines, rest = (rest + some).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+    yield rest.decode(errors="replace")
