@@ -69,10 +69,11 @@ def prepared(tmp_path, **changes):
     folder = tmp_path / "model"
     FAMILIES["llama"].save(folder, tiny_tokenizer())
     recipe = Recipe(
-        model=str(folder), output_dir=str(tmp_path), nsamples=16, seqlen=24, device="cpu",
-        **{"group_size": 32} | changes,
+        model=str(folder), output_dir=str(tmp_path), seqlen=24, device="cpu",
+        **{"group_size": 32, "nsamples": 16} | changes,
     )  # fmt: skip
-    rows = [{"text": " ".join(f"w{(7 * i + j) % 110 + 3}" for j in range(40))} for i in range(16)]
+    texts = (" ".join(f"w{(7 * i + j) % 110 + 3}" for j in range(40)) for i in range(24))
+    rows = [{"text": text} for text in texts][: recipe.nsamples]
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
     return Session(job.loaded.model, job.recipe, job.plan, job.inputs)
 
@@ -108,12 +109,13 @@ def test_experts_share_the_tokens_of_all_samples(tmp_path, monkeypatch):
 
 
 def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch):
-    """Two steps of one sample, eight held out: six of sixteen would run for nothing."""
+    """Ten steps of one sample, eight held out: six of 24 would run for nothing. With fewer than 16
+    all would be held out and trained on."""
     monkeypatch.setattr(sessions, "TOKENS", 4 * 24)
     monkeypatch.setattr(sessions, "PER_COLUMN", 0)
     monkeypatch.setattr(loss_weights, "TEXT_SAMPLE", 3)
-    session = prepared(tmp_path, iters=2)
-    assert len(session.used) == 10 and len(session.sampled) == 4
+    session = prepared(tmp_path, iters=10, nsamples=24)
+    assert len(session.used) == 18 and len(session.sampled) == 4
     assert set(session.sampled) < set(session.used)
     totals, passed, advanced = set(), set(), Chain.advanced
     monkeypatch.setattr(
@@ -124,25 +126,27 @@ def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch)
     pipeline.quantize(
         session.model, session.recipe, session.plan, session.inputs, finished, watcher
     )
-    assert totals == passed == {10} and finished.has(session.plan.stages[0].blocks)
-    assert len(prepared(tmp_path, iters=8).used) == 16
+    assert totals == passed == {18} and finished.has(session.plan.stages[0].blocks)
+    assert len(prepared(tmp_path, iters=2, nsamples=24).used) == 16
+    assert len(prepared(tmp_path, iters=16, nsamples=24).used) == 24
     static = SCHEMES["FP8_STATIC"] | {"format": "compressed_tensors"}
     for whole in ({"algorithm": "sign_round"}, static):
-        assert len(prepared(tmp_path, **{"iters": 2, "group_size": 32} | whole).used) == 16
+        assert len(prepared(tmp_path, **{"iters": 2, "nsamples": 24} | whole).used) == 24
     monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
-    assert len(prepared(tmp_path, iters=2).used) == 16
+    assert len(prepared(tmp_path, iters=2, nsamples=24).used) == 24
 
 
 def test_a_tower_gets_all_samples_of_a_mixture(tmp_path, monkeypatch):
     """A share of them by tokens of text may leave the tower too few for its steps."""
     monkeypatch.setattr(sessions, "TOKENS", 24)
     monkeypatch.setattr(sessions, "PER_COLUMN", 0)
-    session = prepared(tmp_path, iters=1, batch_size=1)
+    session = prepared(tmp_path, iters=1, batch_size=1, nsamples=24)
     plan = replace(session.plan, stages=(Stage("vision", "tower", 1), *session.plan.stages))
     seen = [replace(s, modality_T=torch.ones_like(s.modality_T)) for s in session.inputs]
     mixture = [*seen[:4], *session.inputs[4:]]
-    for inputs, stages, count in ((seen, plan, 9), (mixture, plan, 16), (mixture, session.plan, 9)):
-        assert len(replace(session, inputs=inputs, plan=stages).used) == count
+    assert len(replace(session, inputs=seen, plan=plan).used) == 16
+    assert len(replace(session, inputs=mixture, plan=plan).used) == 24
+    assert len(replace(session, inputs=mixture).used) == 16
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -169,7 +169,9 @@ def prepare(
             session = Session(loaded.model, recipe, plan, inputs)
             recipe, plan, mixed = choose_bits(session, on_measured)
         plan = _whole(recipe, loaded, plan)  # other bits need other scales
-    return Job(recipe, loaded, plan, inputs, asdict(report), chosen.notes, mixed)
+    passed = len(Session(loaded.model, recipe, plan, inputs).used)
+    facts = asdict(report) | {"passed": passed}
+    return Job(recipe, loaded, plan, inputs, facts, chosen.notes, mixed)
 
 
 def _say_unread(loaded: Loaded, names: Names, plan: Plan) -> None:

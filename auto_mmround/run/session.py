@@ -162,7 +162,7 @@ class Session:
             return mine
         tokens = sum(len(kinds.text_T) for kinds in self.kinds) // max(1, len(self.kinds))
         steps = self.recipe.steps * samples_a_step(self.recipe, tokens)
-        return self._spread(mine, max(self._enough, (steps + HELD_OUT) * tokens))
+        return self._spread(mine, max(self._enough, (max(steps, HELD_OUT) + HELD_OUT) * tokens))
 
     @cached_property
     def sampled(self) -> list[int]:

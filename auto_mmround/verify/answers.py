@@ -158,8 +158,7 @@ def check_engine(name: str, question: Question, way: Way) -> tuple[Path, Path]:
 
 def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str], None]) -> Answer:
     engine, (folder, python) = str(way.engine), check_engine(name, question, way)
-    # weights stay in the files: only the prompt is made here
-    loaded = load_any(str(folder), remote_code=way.remote_code, stream=True)
+    loaded = load_any(str(folder), remote_code=way.remote_code, stream=None)
     prompt = _prompt(loaded, question)
     streamer = Streamed(loaded.tokenizer, on_text, skip_prompt=False)
     if engine == "llamacpp":
