@@ -11,6 +11,7 @@ and only its tokens are said one by one. "quantized" counts the checkpoint's mat
 fuses them.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -144,10 +145,11 @@ def spoken(
     vllm: Any, engine: Any, prompt: dict[str, Any], wanted: list[int], most: int
 ) -> Iterator[int]:
     """The greedy tokens after one prompt. Raises ValueError where vLLM expands the prompt to other
-    ids than those wanted."""
+    ids than those wanted, and for log probabilities that are not finite."""
     params = vllm.SamplingParams(
         temperature=0,
         max_tokens=most,
+        logprobs=0,  # of the token itself
         ignore_eos=True,
         detokenize=False,
         output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
@@ -160,7 +162,11 @@ def spoken(
                 raise ValueError(
                     f"the prompt became {len(made.prompt_token_ids)} tokens, not {len(wanted)}"
                 )
-            yield from made.outputs[0].token_ids
+            (told,) = made.outputs
+            chances = (chance for each in told.logprobs or () for chance in each.values())
+            if not all(math.isfinite(chance.logprob) for chance in chances):
+                raise ValueError("log probabilities are not finite")
+            yield from told.token_ids
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
