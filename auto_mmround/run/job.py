@@ -143,10 +143,7 @@ def prepare(
         cached_attention(loaded.model)  # complains where there is none
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
-    names = Names(loaded.model, loaded.source, loaded.given)
-    check_formats(plan.formats, names, loaded.source)
-    check_names(names, plan)
-    _say_unread(loaded, names, plan)
+    _check_writing(loaded, plan)
     if not recipe.needs_samples:
         return Job(
             recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",)
@@ -172,6 +169,14 @@ def prepare(
     passed = len(Session(loaded.model, recipe, plan, inputs).used)
     facts = asdict(report) | {"passed": passed}
     return Job(recipe, loaded, plan, inputs, facts, chosen.notes, mixed)
+
+
+def _check_writing(loaded: Loaded, plan: Plan) -> None:
+    """Complain of what the plan's formats can't write."""
+    names = Names(loaded.model, loaded.source, loaded.given)
+    check_formats(plan.formats, names, loaded.source)
+    check_names(names, plan)
+    _say_unread(loaded, names, plan)
 
 
 def _say_unread(loaded: Loaded, names: Names, plan: Plan) -> None:
