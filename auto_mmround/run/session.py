@@ -152,13 +152,11 @@ class Session:
         only a part of them may reach a tower, and without closed form. Of several processes this
         one takes its own."""
         mine = self.processes.share(range(len(self.inputs)))
-        every = any(
-            weight.scheme and (is_expert(weight.name) or weight.scheme.inputs_measured)
-            for weight in self.plan.weights
-        )
+        ranges = any(w.scheme and w.scheme.inputs_measured for w in self.plan.weights)
         towers = any(stage.name != "text" for stage in self.plan.stages)
         mixtures = {tuple(kinds.text_T.unique().tolist()) for kinds in self.kinds}
-        if every or (towers and len(mixtures) > 1) or not self.recipe.closed_form:
+        parted = towers and len(mixtures) > 1
+        if self._routes or ranges or parted or not self.recipe.closed_form:
             return mine
         tokens = sum(len(kinds.text_T) for kinds in self.kinds) // max(1, len(self.kinds))
         steps = self.recipe.steps * samples_a_step(self.recipe, tokens)
@@ -168,9 +166,12 @@ class Session:
     def sampled(self) -> list[int]:
         """Those of `used` for second moments, and for the weights of their tokens: `TOKENS` of
         text, more where a layer is wide. All of them where experts share the tokens."""
-        if any(weight.scheme and is_expert(weight.name) for weight in self.plan.weights):
-            return self.used
-        return self._spread(self.used, self._enough)
+        return self.used if self._routes else self._spread(self.used, self._enough)
+
+    @property
+    def _routes(self) -> bool:
+        """Whether experts share the tokens."""
+        return any(weight.scheme and is_expert(weight.name) for weight in self.plan.weights)
 
     @property
     def _enough(self) -> int:

@@ -158,7 +158,7 @@ def check_engine(name: str, question: Question, way: Way) -> tuple[Path, Path]:
 
 def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str], None]) -> Answer:
     engine, (folder, python) = str(way.engine), check_engine(name, question, way)
-    loaded = load_any(str(folder), remote_code=way.remote_code, stream=None)
+    loaded = _for_prompt(folder, way.remote_code)
     prompt = _prompt(loaded, question)
     streamer = Streamed(loaded.tokenizer, on_text, skip_prompt=False)
     if engine == "llamacpp":
@@ -179,6 +179,15 @@ def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str],
         raise UserError(f"{engine} gave no answer: {result.error}")
     text, count = _told(result, loaded)
     return Answer(name, result.engine or engine, text, count, result.seconds)
+
+
+def _for_prompt(folder: Path, remote_code: bool) -> Loaded:
+    """The model; its blocks stay in the files, which the prompt does not need. Those that share
+    weights can't."""
+    try:
+        return load_any(str(folder), remote_code=remote_code, stream=True)
+    except UserError:
+        return load_any(str(folder), remote_code=remote_code, stream=False)
 
 
 def _check_kinds(engine: str, folder: Path, question: Question) -> None:
