@@ -28,8 +28,8 @@ def ask_and_show(flags: argparse.Namespace) -> int:
             raise UserError(f"{file} is no file: name a picture, a sound or a film")
     way = Way(flags.engine, flags.device, flags.trust_remote_code, flags.timeout)
     answers = []
-    for folder in folders if way.engine else ():
-        check_engine(folder, question, way)
+    if way.engine:
+        check_engine(folders, question, way)
     for folder in folders:
         if flags.json:
             answers.append(ask_folder(folder, question, way))

@@ -22,7 +22,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.loading import DEMO, Loaded
 from auto_mmround.verify import engines
 from auto_mmround.verify.engines import ENGINES, EngineResult, OnPiece, ask, ask_llamacpp_aloud
-from auto_mmround.verify.verify import require
+from auto_mmround.verify.verify import require_reads
 
 LOADER = "loader"
 # Engines whose programs generate.
@@ -139,25 +139,30 @@ def _prompt(loaded: Loaded, question: Question) -> Prompt:
         raise UserError(str(error)) from error
 
 
-def check_engine(name: str, question: Question, way: Way) -> tuple[Path, Path]:
-    """(folder, interpreter of the way's engine). Raises UserError where it can't answer."""
-    engine, folder = str(way.engine), DEMO if name == "demo" else Path(name)
+def check_engine(names: Sequence[str], question: Question, way: Way) -> Path:
+    """The interpreter of the way's engine. Raises UserError where it can't answer for all folders:
+    for one that it does not read before the engine that is not installed."""
+    engine = str(way.engine)
     if engine not in GENERATE:
         raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(GENERATE)}")
-    root = engines.root() if way.root is None else way.root
-    subject = read_subject(folder, None, way.remote_code)
-    fmt = subject.fmt.name if subject.fmt else "fake"
-    python = engines.python_of(engine, root)
-    if fmt != "fake" or engine not in PLAIN:
-        require(engine, fmt, root)
-    elif problem := engines.not_installed(python):
+    for name in names:
+        subject = read_subject(_folder(name), None, way.remote_code)
+        fmt = subject.fmt.name if subject.fmt else "fake"
+        if fmt != "fake" or engine not in PLAIN:
+            require_reads(engine, fmt)
+        _check_kinds(engine, _folder(name), question)
+    python = engines.python_of(engine, engines.root() if way.root is None else way.root)
+    if problem := engines.not_installed(python):
         raise UserError(problem)
-    _check_kinds(engine, folder, question)
-    return folder, python
+    return python
+
+
+def _folder(name: str) -> Path:
+    return DEMO if name == "demo" else Path(name)
 
 
 def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str], None]) -> Answer:
-    engine, (folder, python) = str(way.engine), check_engine(name, question, way)
+    engine, folder, python = str(way.engine), _folder(name), check_engine([name], question, way)
     loaded = _for_prompt(folder, way.remote_code)
     prompt = _prompt(loaded, question)
     streamer = Streamed(loaded.tokenizer, on_text, skip_prompt=False)

@@ -246,14 +246,19 @@ def _verdict(
 
 def require(engine: str, name: str, root: Path) -> None:
     """Raises UserError for an engine that is unknown, not installed, or does not read a format."""
+    require_reads(engine, name)
+    if problem := engines.not_installed(interpreter(name, root, engine)):
+        raise UserError(problem)
+
+
+def require_reads(engine: str, name: str) -> None:
+    """Raises UserError for an engine that is unknown or does not read a format."""
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: there are {', '.join(ENGINES)}")
     if name not in reads(engine):
         raise UserError(
             f"{engine} does not read the format {name}; it reads {', '.join(reads(engine))}"
         )
-    if problem := engines.not_installed(interpreter(name, root, engine)):
-        raise UserError(problem)
 
 
 def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
