@@ -22,6 +22,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed
 from auto_mmround.model.loading import DEMO, load
 from auto_mmround.model.passes import run_model
+from auto_mmround.numerics import start
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import session
@@ -238,6 +239,16 @@ def tiny(tmp_path):
     return run
 
 
+@pytest.fixture
+def one_solve(monkeypatch):
+    """The processor solves in sweeps, too. Both ways are as good as each other (test_launches), but
+    not equal: in a tiny mixture of experts one token that goes another way is half the error."""
+    monkeypatch.setattr(
+        start._Stack, "sweepable", lambda self, config: not (config.retarget and self.moments.crossed)
+    )
+
+
+@pytest.mark.usefixtures("one_solve")
 @pytest.mark.parametrize(
     "name",
     [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in TINY)],
@@ -271,6 +282,7 @@ NEW = {
 }
 
 
+@pytest.mark.usefixtures("one_solve")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NEW)
 def test_inputs_heads_and_caches_as_engines_have_them(name, dtype, tiny):
