@@ -7,7 +7,7 @@ GPTQMODEL := .engines/gptqmodel/.ready
 ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_experts.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-floats bench-whisper bench-recapture bench-padding \
-	bench-scale bench-mixed bench-recipes test-harnesses fuzz clean
+	bench-scale bench-2b bench-mixed bench-recipes test-harnesses fuzz clean
 
 demo: $(ENV) $(GPTQMODEL)  ## quantize the bundled model, export, verify, print the result
 	$(BIN)/python scripts/demo.py
@@ -39,6 +39,9 @@ bench-tuner: $(ENV)  ## our tuner against auto-round: make bench-tuner MODEL=DIR
 bench-floats: $(ENV)  ## float grids and rounded inputs against auto-round and llm-compressor: make bench-floats [OPTIONS="--model DIR --dataset .. --held_out .."]
 	test -d .engines/llmcompressor || bash scripts/engines.sh llmcompressor
 	$(BIN)/python bench/floats.py $(OPTIONS) --keep bench/results
+
+bench-2b: $(ENV)  ## Qwen2-VL-2B's size, real text weights: make bench-2b TEXT=QWEN2.5-1.5B CALIBRATION=a.txt HELD_OUT=b.txt [OPTIONS=..]
+	$(BIN)/python bench/two_b.py --text $(TEXT) --dataset $(CALIBRATION) --held_out $(HELD_OUT) $(OPTIONS) --keep bench/results
 
 bench-whisper: $(ENV)  ## word error rate of Whisper base: make bench-whisper MODEL=DIR (apt-get install flite espeak-ng)
 	$(BIN)/python bench/whisper.py --model $(MODEL) --keep bench/results

@@ -59,7 +59,7 @@ def build_processor(tokenizer) -> Qwen2VLProcessor:
     )
 
 
-def build_config(text, tokenizer) -> Qwen2VLConfig:
+def build_config(text, tokenizer, tower: dict[str, int]) -> Qwen2VLConfig:
     """Of a Qwen2 text model's configuration; text alone is read at the same positions."""
     token = tokenizer.convert_tokens_to_ids
     kept = text.to_dict()
@@ -70,7 +70,7 @@ def build_config(text, tokenizer) -> Qwen2VLConfig:
     ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
     return Qwen2VLConfig(
         text_config=kept,
-        vision_config={**TOWER, "hidden_size": text.hidden_size},
+        vision_config={**tower, "hidden_size": text.hidden_size},
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -80,11 +80,13 @@ def build_config(text, tokenizer) -> Qwen2VLConfig:
     )
 
 
-def build(text_folder: Path) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLProcessor]:
+def build(
+    text_folder: Path, tower: dict[str, int] = TOWER
+) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLProcessor]:
     """The text model of a folder in a Qwen2-VL whose tower is random, in bfloat16, frozen."""
     text = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(text_folder)
-    config = build_config(text.config, tokenizer)
+    config = build_config(text.config, tokenizer, tower)
     config.dtype = torch.bfloat16
     with no_init_weights():
         model = Qwen2VLForConditionalGeneration._from_config(config)
