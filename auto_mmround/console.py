@@ -126,7 +126,7 @@ def mixed_lines(mixed: Mapping[str, Any] | None) -> list[str]:
     if mixed is None:
         return []
     counts = Counter(layer["bits"] for layer in mixed["layers"].values())
-    chosen = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
+    chosen = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items(), key=str))
     expected = {"mixed": mixed["expected"]} | {
         f"all {bits}": each for bits, each in mixed["uniform"].items()
     }

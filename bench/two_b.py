@@ -70,6 +70,19 @@ def rows_of(asked: argparse.Namespace, path: Path, count: int) -> Any:
     return tokens(AutoTokenizer.from_pretrained(asked.text), path, count, asked.tokens)
 
 
+def write_rows(asked: argparse.Namespace, path: Path) -> None:
+    """The calibration rows as texts, each at least as long as a sample."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(asked.text)
+    ids = tokenizer(asked.dataset.read_text())["input_ids"]
+    size = asked.tokens + 8  # a text that is cut may begin with other tokens
+    if len(ids) < asked.samples * size:
+        sys.exit(f"{asked.dataset}: {len(ids)} tokens, {asked.samples * size} needed")
+    rows = (tokenizer.decode(ids[i * size : (i + 1) * size]) for i in range(asked.samples))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
 def by_peer(asked: argparse.Namespace, result: Path) -> None:
     """auto-round on the first blocks of the text model; keeps their weights."""
     import torch
@@ -78,11 +91,13 @@ def by_peer(asked: argparse.Namespace, result: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(asked.text, dtype=torch.bfloat16)
-    rows = rows_of(asked, asked.dataset, asked.samples)
+    tokenizer = AutoTokenizer.from_pretrained(asked.text)
+    texts = map(json.loads, (asked.work / "rows.jsonl").read_text().splitlines())
+    every = [tokenizer(row["text"])["input_ids"][: asked.tokens] for row in texts]
     count = len(model.model.layers) // asked.share
     started, used = time.perf_counter(), time.process_time()
     peer = AutoRound(
-        model, AutoTokenizer.from_pretrained(asked.text), dataset=[row[None] for row in rows],
+        model, tokenizer, dataset=[torch.tensor([ids]) for ids in every],
         nsamples=asked.samples, seqlen=asked.tokens, batch_size=8, device_map="cpu",
         to_quant_block_names=[[f"model.layers.{i}" for i in range(count)]], **SCHEME,
     )  # fmt: skip
@@ -175,13 +190,16 @@ def main() -> None:
             asked, asked.work / f"{asked.part}.json"
         )
         return
+    rows = asked.work / "rows.jsonl"
+    if not rows.is_file():
+        write_rows(asked, rows)
     model, out = asked.work / "qwen2-vl-2b", asked.work / "out"
     if not (model / "config.json").is_file():
         write_model(asked.text, model)
     own = [sys.executable, *sys.argv, "--part"]
     cli = [str(Path(sys.executable).with_name("auto-round-mllm"))]
     recipe = [
-        "--model", str(model), "--dataset", str(asked.dataset), "--preset", "light", "--stream",
+        "--model", str(model), "--dataset", str(rows), "--preset", "light", "--stream",
         "--nsamples", str(asked.samples), "--seqlen", str(asked.tokens), "--device", "cpu",
         "--group_size", "32", "--asym", "--format", FORMATS, "--output_dir", str(out),
     ]  # fmt: skip
@@ -191,7 +209,7 @@ def main() -> None:
         took = part(asked, name, process(command))
         table.add(name, *shown(took))
     for name, folder in exports(asked).items():
-        command = [*cli, "verify", "--model", str(folder)]
+        command = [*cli, "verify", str(folder)]
         took = part(
             asked, f"verify-{name}", lambda path, c=command: run(c, path.with_suffix(".log"))
         )

@@ -105,9 +105,10 @@ class Fields:
             "mixed bits: the average with scales and zero points, chosen layer by layer by damage"
         ),
     ] = None
-    bit_options: Annotated[str | list[int], _scheme("what a layer may get with target_bits")] = (
-        "2,3,4,8"
-    )
+    bit_options: Annotated[
+        str | list[int | str],
+        _scheme("what a layer may get with target_bits: bits, or schemes such as NVFP4,FP8"),
+    ] = "2,3,4,8"
     layer_config: Annotated[dict[str, dict[str, Any]] | None, _scheme()] = None
     fp_layers: Annotated[
         str,

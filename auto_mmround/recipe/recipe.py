@@ -11,7 +11,15 @@ from auto_mmround.recipe.algorithms import ALGORITHMS, Algorithm, Steps
 from auto_mmround.recipe.checks import all_strings, coerce, mapping_pairs, require
 from auto_mmround.recipe.fields import READERS, Fields, Key
 from auto_mmround.recipe.patterns import is_pattern
-from auto_mmround.recipe.schemes import FLOATS, OTHER_INPUTS, Scheme, overridden
+from auto_mmround.recipe.schemes import (
+    FLOATS,
+    OTHER_INPUTS,
+    SCHEMES,
+    Option,
+    Scheme,
+    of_option,
+    overridden,
+)
 from auto_mmround.untrusted import shown
 
 LAYER = "Linear"
@@ -44,8 +52,8 @@ class Recipe(Fields):
             object.__setattr__(self, "act_data_type", None)
         self._check_ranges()
         self._check_names()
-        self._check_together()
         self._check_mixed()
+        self._check_together()
         if self.data_type != "int":
             self._check_float()
 
@@ -125,7 +133,7 @@ class Recipe(Fields):
         both = self.retarget and self.in_turn
         require(not both, "retarget and true_sequential exclude one another")
         require(
-            not self.polish or self.data_type == "int",
+            not self.polish or all(scheme.data_type == "int" for scheme in self.schemes),
             "polish tunes scales of integers; data_type must be int",
         )
 
@@ -144,7 +152,7 @@ class Recipe(Fields):
     def _inputs_first(self) -> dict[str, tuple[bool, str]]:
         """Where inputs of layers are measured on the whole model, by what the recipe asks for."""
         scheme, other = "act_dynamic = false", "FP8"
-        if self.data_type == "nvfp4":
+        if any(scheme.data_type == "nvfp4" for scheme in self.schemes):
             scheme, other = "nvfp4 with 4-bit inputs", "NVFP4A16"
         name, instead = f"{scheme}, rounded to nearest,", "tune the layers"
         if self.calibrates:
@@ -152,19 +160,25 @@ class Recipe(Fields):
         return {name: (self.inputs_first, f"{instead}, or use {other}")}
 
     def _check_mixed(self) -> None:
-        try:
-            options = self.mixable
-        except ValueError:
-            options = ()
-        valid = options and all(isinstance(bits, int) and 2 <= bits <= 8 for bits in options)
+        options = self._options
+        valid = options and all(
+            2 <= option <= 8 if isinstance(option, int) else option in SCHEMES for option in options
+        )
         require(
             bool(valid),
-            f"bit_options = {self.bit_options!r}: a comma list of 2 to 8, such as 2,3,4,8",
+            f"bit_options = {self.bit_options!r}: a comma list of 2 to 8, such as 2,3,4,8, and of"
+            " schemes, such as NVFP4,FP8",
         )
         if self.target_bits is not None:
-            require(self.data_type == "int", "target_bits mixes integers; data_type must be int")
-            least = f"above {min(options)}, the least of bit_options; scales and zero points count"
-            require(self.target_bits > min(options), f"target_bits = {self.target_bits:g}: {least}")
+            whole = any(isinstance(option, int) for option in options)
+            require(
+                self.data_type == "int" or not whole,
+                f"bit_options = {self.bit_options!r}: numbers are bits of integers, and data_type"
+                f" is {self.data_type}; name schemes, such as NVFP4,FP8",
+            )
+            bits = min(scheme.bits for scheme in self.schemes)
+            least = f"above {bits}, the least of bit_options; scales and zero points count"
+            require(self.target_bits > bits, f"target_bits = {self.target_bits:g}: {least}")
 
     def _check_float(self) -> None:
         kinds = ", ".join(["int", *FLOATS])
@@ -189,7 +203,14 @@ class Recipe(Fields):
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme of every weight without an override in ``layer_config``."""
+        """The scheme of every weight without an override in ``layer_config``; where `bit_options`
+        names schemes alone, the smallest of them."""
+        if self.target_bits is not None and not isinstance(self.mixable[0], int):
+            return of_option(self._plain, self.mixable[0])
+        return self._plain
+
+    @property
+    def _plain(self) -> Scheme:
         return Scheme(
             self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype,
             min(self.act_bits, 16),
@@ -202,7 +223,7 @@ class Recipe(Fields):
         """All that weights may come to have, before formats are asked."""
         base = self.scheme
         if self.target_bits is not None:
-            return {dataclasses.replace(base, bits=bits) for bits in self.mixable}
+            return {of_option(self._plain, option) for option in self.mixable}
         own = (overridden(base, each, name) for name, each in (self.layer_config or {}).items())
         return {base, *(scheme for scheme in own if scheme)}
 
@@ -256,12 +277,17 @@ class Recipe(Fields):
         return True if asked and self.stream is None else self.stream
 
     @property
-    def mixable(self) -> tuple[int, ...]:
-        """`bit_options` in growing order."""
-        options = (
-            self.bit_options.split(",") if isinstance(self.bit_options, str) else self.bit_options
-        )
-        return tuple(sorted({int(option) for option in options}))
+    def mixable(self) -> tuple[Option, ...]:
+        """`bit_options` from the smallest to the largest, scales counted."""
+        sizes = {option: of_option(self._plain, option).stored for option in self._options}
+        return tuple(sorted(sizes, key=lambda option: sizes[option]))
+
+    @property
+    def _options(self) -> set[Option]:
+        given = self.bit_options
+        words = given.split(",") if isinstance(given, str) else given
+        names = [str(word).strip().upper() for word in words]
+        return {int(name) if name.isdigit() else name for name in names}
 
     @property
     def needs_samples(self) -> bool:
@@ -280,7 +306,8 @@ class Recipe(Fields):
 
         Else each block's are when its turn comes.
         """
-        return self.scheme.inputs_measured and (not self.calibrates or self.quant_lm_head)
+        measured = any(scheme.inputs_measured for scheme in self.schemes)
+        return measured and (not self.calibrates or self.quant_lm_head)
 
     @property
     def block_classes(self) -> list[str]:

@@ -15,7 +15,7 @@ FLOATS: dict[str, tuple[int, tuple[int, ...]]] = {
     "mxfp4": (4, (32,)),
     "mxfp8": (8, (32,)),
 }
-OVERRIDES = ("bits", "group_size", "sym")  # of a layer_config entry
+OVERRIDES = ("scheme", "bits", "group_size", "sym")  # of a layer_config entry
 SCALE_BITS = {"fp8": 32, "nvfp4": 8, "mxfp4": 8, "mxfp8": 8}
 
 
@@ -55,6 +55,14 @@ class Scheme:
         if self.act_data_type is None:
             return self.data_type, self.act_bits, self.group_size
         return self.act_data_type, self.act_bits, -1
+
+    @property
+    def stored(self) -> float:
+        """Bits of a weight with its share of a group's scale and zero point; what whole rows and
+        weights share counts as nothing."""
+        size = self.group_size if self.group_size > 0 else 2**20
+        extra = 16 + self.bits if self.data_type == "int" else SCALE_BITS[self.data_type]
+        return self.bits + extra / size
 
     @property
     def one_for_fused(self) -> bool:
@@ -110,9 +118,26 @@ SCHEMES: dict[str, dict[str, Any]] = {
 OTHER_INPUTS: dict[str, dict[str, tuple[int, ...]]] = {"int": {"fp8": (4,)}}
 
 
+# What a layer may get: the bits of an integer, or a name of `SCHEMES`.
+Option = int | str
+
+
+def of_option(scheme: Scheme, option: Option) -> Scheme:
+    """The scheme with other bits, or the named one; formats' demands on it stay."""
+    if isinstance(option, int):
+        return replace(scheme, bits=option)
+    keys = {"act_data_type": None, "act_dynamic": True} | SCHEMES[option]
+    return replace(scheme, **keys | {"act_bits": min(keys["act_bits"], 16)})
+
+
+def option_keys(option: Option) -> dict[str, Any]:
+    """The `layer_config` entry that says it."""
+    return {"bits": option} if isinstance(option, int) else {"scheme": option}
+
+
 def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | None:
-    """The scheme with a layer_config entry's bits, group_size and sym; None for 16 bits or more,
-    which means keep."""
+    """The scheme with what a layer_config entry says: another by name, its bits, group_size and
+    sym; None for 16 bits or more, which means keep."""
     for key in options:
         if key not in (*OVERRIDES, "data_type"):
             near = difflib.get_close_matches(key, OVERRIDES, n=1)
@@ -120,6 +145,8 @@ def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | 
                 f"layer_config {where!r}: unknown key {key!r}; known:"
                 f" {', '.join(near or OVERRIDES)}"
             )
+    if "scheme" in options:
+        scheme = of_option(scheme, _known(options["scheme"], where))
     bits = options.get("bits", scheme.bits)
     kept = ("float", "fp") if isinstance(bits, int) and bits >= 16 else ()
     if options.get("data_type", scheme.data_type) not in (scheme.data_type, *kept):
@@ -134,4 +161,12 @@ def overridden(scheme: Scheme, options: dict[str, Any], where: str) -> Scheme | 
         )
     if bits >= 16:
         return None
-    return replace(scheme, **{key: value for key, value in options.items() if key in OVERRIDES})
+    return replace(scheme, **{key: options[key] for key in OVERRIDES[1:] if key in options})
+
+
+def _known(name: Any, where: str) -> str:
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise UserError(
+            f"layer_config {where!r}: scheme = {shown(name)}; there are {', '.join(SCHEMES)}"
+        )
+    return name

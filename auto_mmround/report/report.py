@@ -122,7 +122,11 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def scheme_label(recipe: Mapping[str, Any]) -> str:
-    """`W4A16`, or the name of a float grid, as in model cards."""
+    """`W4A16`, or the name of a float grid, as in model cards; several where layers differ."""
+    named = {str(each["scheme"]) for each in _layers(recipe) if "scheme" in each}
+    if named:
+        others = sorted({f"W{each['bits']}" for each in _layers(recipe) if "scheme" not in each})
+        return "+".join([*others, *sorted(named)])
     if recipe.get("data_type", "int") != "int":
         return str(recipe["data_type"]).upper()
     bits = (
@@ -134,11 +138,15 @@ def scheme_label(recipe: Mapping[str, Any]) -> str:
 
 def number_label(recipe: Mapping[str, Any]) -> str:
     """`INT4`, `FP8`: the number format of a weight."""
-    return (
-        scheme_label(recipe)
-        if recipe.get("data_type", "int") != "int"
-        else f"INT{recipe.get('target_bits') or recipe.get('bits', 4)}"
-    )
+    if recipe.get("data_type", "int") != "int" or any("scheme" in e for e in _layers(recipe)):
+        return scheme_label(recipe)
+    return f"INT{recipe.get('target_bits') or recipe.get('bits', 4)}"
+
+
+def _layers(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What `layer_config` says of layers that are quantized."""
+    every = (recipe.get("layer_config") or {}).values()
+    return [each for each in every if "scheme" in each or each.get("bits", 16) < 16]
 
 
 def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:

@@ -17,28 +17,29 @@ from auto_mmround.model.experts import separable
 from auto_mmround.recipe.allocation import allocate
 from auto_mmround.recipe.patterns import Patterns
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.recipe.schemes import Option, option_keys
 from auto_mmround.run.plan import Plan, WeightPlan, fused_set, make_plan, stored_bits
 from auto_mmround.run.sensitivity import Damage, Trial, trying
 from auto_mmround.run.session import Session, Told
 
 log = logging.getLogger("auto_mmround")
 
-Bits = Mapping[str, int]  # weight -> bits
+Bits = Mapping[str, Option]  # weight -> what it gets
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that must have the same bits, because engines load them as one. options: the bits
-    they may have."""
+    """Weights that must have the same bits, because engines load them as one. options: what they
+    may have, from the smallest to the largest."""
 
     weights: tuple[WeightPlan, ...]
-    options: tuple[int, ...]
+    options: tuple[Option, ...]
 
-    def size(self, bits: int) -> float:
+    def size(self, bits: Option) -> float:
         """Stored bits, scales and zero points included."""
         return sum(stored_bits(weight, weight.scheme_at(bits)) for weight in self.weights)
 
-    def damage(self, damage: Damage, bits: int) -> Tensor:
+    def damage(self, damage: Damage, bits: Option) -> Tensor:
         """Nats a position, by set of samples (S,)."""
         return torch.stack([damage.of[weight.name][bits] for weight in self.weights]).sum(0)
 
@@ -50,7 +51,9 @@ def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
     Raises UserError for bits that a format holds for none of them.
     """
     fixed = Patterns(
-        pattern for pattern, options in (recipe.layer_config or {}).items() if "bits" in options
+        pattern
+        for pattern, options in (recipe.layer_config or {}).items()
+        if {"bits", "scheme"} & options.keys()
     )
     experts = {
         name: expert.parameter.rpartition(".")[0] for name, expert in separable(model).items()
@@ -109,7 +112,7 @@ def choose_bits(
         bits, seen = _tried(trial, _choices(free, damage, plan, target), free, plan, target)
     recipe = replace(
         recipe,
-        layer_config=(recipe.layer_config or {}) | {name: {"bits": b} for name, b in bits.items()},
+        layer_config=(recipe.layer_config or {}) | {n: option_keys(b) for n, b in bits.items()},
     )
     plan = make_plan(session.model, recipe)
     return recipe, plan, _record(recipe, plan, free, damage, bits) | seen
@@ -129,11 +132,16 @@ def _choices(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) ->
     return choices
 
 
-def _around(free: Sequence[Unit], plan: Plan, target: float) -> tuple[int, int] | None:
+def _shared(free: Sequence[Unit]) -> list[Option]:
+    """The options that all have."""
+    return [b for b in free[0].options if all(b in unit.options for unit in free)] if free else []
+
+
+def _around(free: Sequence[Unit], plan: Plan, target: float) -> tuple[Option, Option] | None:
     """The two neighbouring options for all between whose sizes the target lies, if there are
     any."""
     fixed, count = _fixed(free, plan)
-    shared = sorted(set.intersection(*({*unit.options} for unit in free)))
+    shared = _shared(free)
     sizes = {bits: (fixed + sum(unit.size(bits) for unit in free)) / count for bits in shared}
     return next(
         (pair for pair in pairwise(shared) if sizes[pair[0]] <= target < sizes[pair[1]]), None
@@ -163,7 +171,7 @@ def _tried(
     best = min(kls, key=lambda name: (kls[name] / line_S).max().item())
     if (kls[best] > line_S).any():
         log.warning(
-            "target_bits: no choice of bits is better than a line between %d and %d bits for all",
+            "target_bits: no choice of bits is better than a line between %s and %s for all",
             *around,
         )
     measured = {"mixed": kls[best], "line": line_S} | {
@@ -186,8 +194,10 @@ def _fixed(free: Sequence[Unit], plan: Plan) -> tuple[float, int]:
     return fixed, sum(weight.out_features * weight.in_features for weight, _ in weights)
 
 
-def _allocated(free: Sequence[Unit], damage: Damage, plan: Plan, target: float) -> dict[str, int]:
-    """Weight -> bits. Raises UserError where no choice is small enough."""
+def _allocated(
+    free: Sequence[Unit], damage: Damage, plan: Plan, target: float
+) -> dict[str, Option]:
+    """Weight -> what it gets. Raises UserError where no choice is small enough."""
     fixed, count = _fixed(free, plan)
     sizes = [[unit.size(bits) for bits in unit.options] for unit in free]
     shares_S = _shares(free, damage)
@@ -221,14 +231,13 @@ def _shares(free: Sequence[Unit], damage: Damage) -> Tensor:
 
 
 def _record(
-    recipe: Recipe, plan: Plan, free: Sequence[Unit], damage: Damage, bits: Mapping[str, int]
+    recipe: Recipe, plan: Plan, free: Sequence[Unit], damage: Damage, bits: Bits
 ) -> dict[str, Any]:
     """Plain values for `run.json`: what was expected of every choice, in nats a position by set of
     samples."""
-    shared = set.intersection(*(set(unit.options) for unit in free))
     chosen = {unit.weights[0].name: bits[unit.weights[0].name] for unit in free}
 
-    def whole(choice: Callable[[Unit], int]) -> list[float]:
+    def whole(choice: Callable[[Unit], Option]) -> list[float]:
         return torch.stack([unit.damage(damage, choice(unit)) for unit in free]).sum(0).tolist()
 
     return {
@@ -236,9 +245,9 @@ def _record(
         "bits_per_weight": round(plan.bits_per_weight(), 3),
         "sets": list(damage.sets),
         "expected": whole(lambda unit: chosen[unit.weights[0].name]),
-        "uniform": {str(b): whole(lambda unit, b=b: b) for b in sorted(shared)},  # type: ignore[misc]
+        "uniform": {str(b): whole(lambda unit, b=b: b) for b in _shared(free)},  # type: ignore[misc]
         "layers": {
-            name: {"bits": bits[name], "damage": {str(b): each[b].tolist() for b in sorted(each)}}
+            name: {"bits": bits[name], "damage": {str(b): d_S.tolist() for b, d_S in each.items()}}
             for name, each in damage.of.items()
             if name in bits
         },

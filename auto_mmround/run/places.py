@@ -31,7 +31,7 @@ def folder_name(model: str, recipe: Recipe, format_name: str | None = None) -> s
     stem = Path(model.rstrip("/")).name or "model"
     end = f"-{format_name.replace(':', '-')}" if format_name else ".unfinished"
     bits = recipe.bits if recipe.target_bits is None else f"{recipe.target_bits:g}"
-    return f"{stem}-w{bits}g{recipe.group_size}{end}"
+    return f"{stem}-w{bits}g{recipe.scheme.group_size}{end}"
 
 
 def places(recipe: Recipe) -> tuple[Path, list[Path]]:

@@ -31,7 +31,7 @@ from auto_mmround.numerics.float_grids import BLOCK, float_grid
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid, Points
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.recipe.schemes import SCALE_BITS, Scheme, overridden
+from auto_mmround.recipe.schemes import SCALE_BITS, Option, Scheme, of_option, overridden
 
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -58,11 +58,11 @@ class WeightPlan:
     scheme: Scheme | None
     reason: str | None
 
-    def scheme_at(self, bits: int) -> Scheme:
-        """Its scheme with other bits. Raises ValueError for a weight that stays."""
+    def scheme_at(self, option: Option) -> Scheme:
+        """Its scheme with other bits, or another. Raises ValueError for a weight that stays."""
         if self.scheme is None:
             raise ValueError(f"{self.name} is not quantized")
-        return replace(self.scheme, bits=bits)
+        return of_option(self.scheme, option)
 
 
 def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:

@@ -1,5 +1,5 @@
-"""What each number of bits does to the model's output, weight by weight, and what a choice of bits
-does in truth."""
+"""What each number of bits, or scheme, does to the model's output, weight by weight, and what a
+choice of them does in truth. Inputs are rounded as engines will round them."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,9 +27,13 @@ from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import closed_form
 from auto_mmround.numerics.tuner import asking_for_gradients
+from auto_mmround.recipe.schemes import Option
+from auto_mmround.run.leaves import shared_peaks
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph
 from auto_mmround.run.plan import WeightPlan, grid_of
+from auto_mmround.run.served import ServedInputs
 from auto_mmround.run.session import Session, Told, Window
+from auto_mmround.run.static_inputs import input_scales
 
 WHAT, HELPS = "choosing bits", f"name the bits in layer_config, or {SHORTER}"
 # tokens on which damage is measured, and those that weights are rounded by
@@ -39,6 +43,7 @@ MOST = 24
 SHARE = 1 / 3  # of a set's samples at most; the others are what weights are rounded by
 FINE = 6  # bits from which rounding to nearest stands for the closed form: both do next to nothing
 FULL = 16  # bits: the weight as it was
+STEP = 0.5**0.5  # where on the way from W to W + E the gradient is taken
 
 
 @dataclass(frozen=True)
@@ -84,23 +89,22 @@ class Sets:
 
 @dataclass(frozen=True)
 class Damage:
-    """sets: names of the S sets of samples. of: weight -> bits -> nats a position (S,) that it adds
-    at these bits."""
+    """sets: names of the S sets of samples. of: weight -> option -> nats a position (S,) that it
+    adds then, with the inputs of its layer."""
 
     sets: tuple[str, ...]
-    of: Mapping[str, Mapping[int, Tensor]]
+    of: Mapping[str, Mapping[Option, Tensor]]
 
 
 @dataclass(frozen=True)
 class Versions:
-    """Weights as they are at each number of bits, in files: one a block. where: weight -> its
-    file."""
+    """Weights as each option has them, in files: one a block. where: weight -> its file."""
 
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)
 
-    def add(self, found: Mapping[str, Mapping[int, Tensor]]) -> None:
-        """Keep what was found: weight -> bits -> values in the layout of its parameter."""
+    def add(self, found: Mapping[str, Mapping[Option, Tensor]]) -> None:
+        """Keep what was found: weight -> option -> values in the layout of its parameter."""
         path = self.folder / f"{len(self.where)}.safetensors"
         save_file(
             {
@@ -112,7 +116,7 @@ class Versions:
         )
         self.where.update(dict.fromkeys(found, path))
 
-    def of(self, name: str, bits: int) -> Tensor:
+    def of(self, name: str, bits: Option) -> Tensor:
         """Values of one weight."""
         with safe_open(self.where[name], "pt") as file:
             return file.get_tensor(f"{name}:{bits}")
@@ -123,12 +127,14 @@ class Trial:
     """A model whose weights can have any of their options, and some samples that show what that
     does.
 
-    part: the set of each sample. positions_S: of the model's output, by set. Use it inside
-      `trying` only.
+    planned: weight -> its plan. served: option -> what rounds inputs of layers. part: the set of
+      each sample. positions_S: of the model's output, by set. Use it inside `trying` only.
     """
 
     model: PreTrainedModel
-    options: Mapping[str, Sequence[int]]
+    planned: Mapping[str, WeightPlan]
+    served: Mapping[Option, ServedInputs]
+    options: Mapping[str, Sequence[Option]]
     versions: Versions
     before: Before
     sets: tuple[str, ...]
@@ -140,11 +146,17 @@ class Trial:
         """Positions of the model's output on the samples of each set."""
         return self._by_set([float(len(hidden_TD)) for hidden_TD in self.before.hidden_TD])
 
-    def kl(self, bits: Mapping[str, int]) -> Tensor:
+    def kl(self, bits: Mapping[str, Option]) -> Tensor:
         """Mean KL(the model as it was || with these bits), (S,), nats a position. Others stay as
         they were."""
         self._put({name: bits.get(name, FULL) for name in self.versions.where})
-        return self._by_set(self.before.divergences(self.model)) / self.positions_S
+        served, planned = ServedInputs(), []
+        for name in bits.keys() & self.versions.where.keys():
+            planned.append(self._at(name, bits[name]))
+            if name in (measured := self.served[bits[name]].measured):
+                served.measured[name] = measured[name]
+        with served.rounding(self.model, planned):
+            return self._by_set(self.before.divergences(self.model)) / self.positions_S
 
     def damage(self) -> Damage:
         """What every weight owns of the KL when all have as many bits (the nearest option above,
@@ -153,10 +165,10 @@ class Trial:
         The KL grows along the line W + t E, with E the errors of all weights, by the integral of
         <gradient, E> over t, a sum over weights (their Aumann-Shapley values). It begins flat, so
         what it does is nearly a t^2 + b t^4, and of that the gradient at t = 1 / sqrt(2) alone
-        gives the integral: <gradient, t E>.
+        gives the integral: <gradient, t E>. Where inputs are rounded, they move along with them.
         """
-        found: dict[str, dict[int, Tensor]] = {name: {} for name in self.versions.where}
-        for bits in sorted({bits for each in self.options.values() for bits in each}):
+        found: dict[str, dict[Option, Tensor]] = {name: {} for name in self.versions.where}
+        for bits in self.served:
             shares = BatchSize().fitting(
                 WHAT, partial(self._shares, bits), self.graph.relieve, HELPS
             )
@@ -165,21 +177,24 @@ class Trial:
                     found[name][bits] = lost_S
         return Damage(self.sets, found)
 
-    def _shares(self, bits: int, size: int = 1) -> dict[str, Tensor]:
+    def _shares(self, bits: Option, size: int = 1) -> dict[str, Tensor]:
         """Weight -> its share (S,) of the KL when all have these bits. size: samples at a time,
         always one."""
         at, found = [0], {name: torch.zeros(len(self.sets)) for name in self.versions.where}
+        above = [*self.served][[*self.served].index(bits) :]
         with ExitStack() as stack:
             for name, sums_S in found.items():
-                own = min((option for option in self.options[name] if option >= bits), default=FULL)
+                own = next((option for option in above if option in self.options[name]), FULL)
                 stack.enter_context(self._adding(sums_S, at, name, own))
+                if own != FULL:
+                    stack.enter_context(self._rounding(sums_S, at, name, own))
             for at[0] in range(len(self.sets)):
                 members = [i for i, own in enumerate(self.part) if own == at[0]]
                 self.before.only(members).divergences(self.model, gradients=True, graph=self.graph)
         return {name: sums_S / self.positions_S for name, sums_S in found.items()}
 
     @contextmanager
-    def _adding(self, sums_S: Tensor, at: Sequence[int], name: str, bits: int) -> Iterator[None]:
+    def _adding(self, sums_S: Tensor, at: Sequence[int], name: str, bits: Option) -> Iterator[None]:
         """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to
         ``sums_S[at]``.
 
@@ -198,12 +213,47 @@ class Trial:
         with asking_for_gradients(weight, add):
             yield
 
-    def _step(self, name: str, bits: int, device: torch.device) -> Tensor:
+    @contextmanager
+    def _rounding(
+        self, sums_S: Tensor, at: Sequence[int], name: str, option: Option
+    ) -> Iterator[None]:
+        """While open, the inputs x of a layer are at x + t e, with e what rounding adds, and each
+        backward pass adds <gradient, t e> to ``sums_S[at]``."""
+        weight, served = self._at(name, option), self.served[option]
+        if weight.scheme is None or weight.scheme.act_bits >= FULL:
+            yield
+            return
+
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0]
+            step = (served.seen_by(weight, x.detach()) - x.detach()) * STEP
+            seen = x + step
+            if torch.is_grad_enabled():
+                if not seen.requires_grad:
+                    seen.requires_grad_()
+                seen.register_hook(partial(add, step))
+            return seen, *args[1:]
+
+        def add(step: Tensor, grad: Tensor) -> None:
+            sums_S[at[0]] += (grad.float() * step.float()).sum().item()
+
+        handle = self.model.get_submodule(name).register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _at(self, name: str, option: Option) -> WeightPlan:
+        """A weight's plan with another option."""
+        weight = self.planned[name]
+        return replace(weight, scheme=weight.scheme_at(option))
+
+    def _step(self, name: str, bits: Option, device: torch.device) -> Tensor:
         """t E of one weight."""
         full = self.versions.of(name, FULL).to(device)
-        return (self.versions.of(name, bits).to(device) - full) * 0.5**0.5
+        return (self.versions.of(name, bits).to(device) - full) * STEP
 
-    def _put(self, bits: Mapping[str, int]) -> None:
+    def _put(self, bits: Mapping[str, Option]) -> None:
         """Every weight at as many bits."""
         for name, own in bits.items():
             weight = self.model.get_submodule(name).get_parameter("weight")
@@ -222,37 +272,62 @@ class Trial:
 @contextmanager
 def trying(
     session: Session,
-    options: Mapping[str, Sequence[int]],
+    options: Mapping[str, Sequence[Option]],
     on_block: Told = lambda done, total: None,
 ) -> Iterator[Trial]:
     """A `Trial` of the model, whose weights are as before at the end.
 
-    options: weight -> bits to try. Each is rounded in closed form, as the run will begin, on
-    samples that damage is not measured on. Weights that no token reaches are left out. Costs a
-    Fisher pass (if the recipe has one) and a forward one over 8,192 tokens of text, and a closed
-    form an option; each option then a pass forward and backward over 2,048 tokens. Disk: two bytes
-    a weight and option.
+    options: weight -> what to try, from the smallest to the largest. Each is rounded in closed
+    form, as the run will begin, on samples that damage is not measured on. Weights that no token
+    reaches are left out. Costs a Fisher pass (if the recipe has one) and a forward one over 8,192
+    tokens of text, and a closed form an option; each option then a pass forward and backward over
+    2,048 tokens. Disk: two bytes a weight and option.
     """
     model, sets = session.model, Sets.by_medium(session.kinds)
     few = sets.choose(session.kinds, GRADIENTS, MOST, SHARE)
     many = sets.choose(session.kinds, MOMENTS, without=few)
     with tempfile.TemporaryDirectory() as folder, separated(model, session.experts):
         versions = Versions(Path(folder))
-        _round(replace(session.of(many), disk=Spool(versions.folder)), options, versions, on_block)
+        rounded = session.of(many)
+        served = _served(rounded, options)
+        _round(replace(rounded, disk=Spool(versions.folder)), options, versions, on_block)
         measured = session.of(few)
         before = Before.of(model, measured.batches, session.precision)
         graph = Graph(model, max(len(kinds.text_T) for kinds in measured.kinds))
+        planned = {weight.name: weight for weight in session.plan.weights if weight.name in options}
         trial = Trial(
-            model, options, versions, before, sets.names, [sets.of[i] for i in few], graph
-        )
+            model, planned, served, options, versions, before, sets.names,
+            [sets.of[i] for i in few], graph,
+        )  # fmt: skip
         try:
             yield trial
         finally:
             trial.restore()
 
 
+def _served(
+    session: Session, options: Mapping[str, Sequence[Option]]
+) -> dict[Option, ServedInputs]:
+    """Option, from the smallest to the largest, -> what rounds the inputs of layers that may have
+    it."""
+    sizes = {
+        option: weight.scheme_at(option).stored
+        for weight in session.plan.weights
+        for option in options.get(weight.name, ())
+    }
+    found = {option: ServedInputs() for option in sorted(sizes, key=lambda each: sizes[each])}
+    for option, served in found.items():
+        planned = [
+            replace(weight, scheme=weight.scheme_at(option))
+            for weight in session.plan.weights
+            if option in options.get(weight.name, ())
+        ]
+        served.measured |= input_scales(session, planned)
+    return found
+
+
 def _round(
-    session: Session, options: Mapping[str, Sequence[int]], versions: Versions, on_block: Told
+    session: Session, options: Mapping[str, Sequence[Option]], versions: Versions, on_block: Told
 ) -> None:
     """Fill ``versions``, block by block, each on what the model as it is hands to it."""
     planned = [weight for weight in session.plan.weights if weight.name in options and weight.block]
@@ -267,7 +342,7 @@ def _round(
             begin,
         ):
             after = chain.advanced(window.blocks, window.first, 1, before=begin)
-        moments, rounded = collected.moments(), dict[str, dict[int, Tensor]]()
+        moments, rounded = collected.moments(), dict[str, dict[Option, Tensor]]()
         for group in _alike(here, moments, options):
             rounded |= _rounded(session, group, moments[group[0].name], options[group[0].name])
         if rounded:
@@ -282,7 +357,7 @@ def _round(
 def _alike(
     planned: Sequence[WeightPlan],
     moments: Mapping[str, Moments],
-    options: Mapping[str, Sequence[int]],
+    options: Mapping[str, Sequence[Option]],
 ) -> list[list[WeightPlan]]:
     """Weights that share inputs and choices: solved together."""
     found: dict[Any, list[WeightPlan]] = {}
@@ -294,11 +369,11 @@ def _alike(
 
 
 def _rounded(
-    session: Session, group: Sequence[WeightPlan], moments: Moments, options: Sequence[int]
-) -> dict[str, dict[int, Tensor]]:
-    """Weight -> bits -> values, in the layout and dtype of its parameter."""
+    session: Session, group: Sequence[WeightPlan], moments: Moments, options: Sequence[Option]
+) -> dict[str, dict[Option, Tensor]]:
+    """Weight -> option -> values, in the layout and dtype of its parameter."""
     layers: list[Any] = [session.model.get_submodule(weight.name) for weight in group]
-    found = {
+    found: dict[str, dict[Option, Tensor]] = {
         weight.name: {FULL: layer.weight.detach().clone()}
         for weight, layer in zip(group, layers, strict=True)
     }
@@ -309,8 +384,12 @@ def _rounded(
     ]
     for bits in options:
         scheme = group[0].scheme_at(bits)
-        roundings = [Rounding(w_OI, scheme.group_size, grid_of(scheme)) for w_OI in weights_OI]
-        if bits < FINE:
+        peaks = shared_peaks(session.model, [replace(weight, scheme=scheme) for weight in group])
+        roundings = [
+            Rounding(w_OI, scheme.group_size, grid_of(scheme, peaks.get(weight.name)))
+            for weight, w_OI in zip(group, weights_OI, strict=True)
+        ]
+        if scheme.bits < FINE:
             closed_form(roundings, moments, replace(session.solving, retarget=False))
         for weight, layer, rounding, turn in zip(group, layers, roundings, turned, strict=True):
             w_OI = rounding.weight()

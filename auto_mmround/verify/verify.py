@@ -13,6 +13,7 @@ from torch import Tensor
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
+from auto_mmround.export import formats
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
 from auto_mmround.verify.engines import ENGINES, ask, interpreter, reads
@@ -263,6 +264,7 @@ def require_reads(engine: str, name: str) -> None:
 
 def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
     """Why an engine can't be asked about this folder; None if it can."""
-    name = subject.fmt.name if subject.fmt else "fake"
     schemes = frozenset(subject.schemes.values())
+    # a configuration names the method; which of its formats it is, and so its limits, schemes tell
+    name = formats.resolve(subject.fmt.name, schemes).name if subject.fmt else "fake"
     return refusal(engine, name, schemes) or engines.not_installed(interpreter(name, root, engine))

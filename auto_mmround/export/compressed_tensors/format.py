@@ -84,21 +84,21 @@ def config(layout: Layout) -> dict[str, Any]:
     ignore += carried_names(layout)
     # vLLM puts a prefix before the output head of some models, but not before its name here.
     ignore += [f"re:.*{leaf}$" for leaf in _outside_lists(layout, singles)]
-    packing, ends = _kind(largest), ends_of(layout, by_scheme)
+    ends = ends_of(layout, by_scheme)
     # compressed-tensors 0.20 forgets to pack the zero points of the layers it prepares for
     # Transformers, which then refuses ours; asked to dequantize at once Transformers reads them,
     # but with one scheme for all layers.
     dequantize = {"dequantize": True} if len(by_scheme) == 1 and not largest.sym else {}
     return {
         "quant_method": "compressed-tensors",
-        "format": packing,
+        "format": _whole_kind(by_scheme),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": (KV_CACHE | {"strategy": layout.kv_cache} if layout.kv_cache else None),
         "ignore": list(dict.fromkeys(ignore)),
         "config_groups": {
             f"group_{i}": _group(
-                scheme, targets_of(layout, by_scheme, scheme, ends, scheme == largest), packing
+                scheme, targets_of(layout, by_scheme, scheme, ends, scheme == largest)
             )
             for i, scheme in enumerate(sorted(by_scheme, key=lambda scheme: scheme != largest))
         },
@@ -122,11 +122,16 @@ def _kind(scheme: Scheme) -> str:
     return floats.LAYOUTS.get(scheme.data_type, integers)
 
 
+def _whole_kind(schemes: Iterable[Scheme]) -> str:
+    kinds = {*map(_kind, schemes)}
+    return kinds.pop() if len(kinds) == 1 else "mixed-precision"
+
+
 def _int_inputs(scheme: Scheme) -> bool:
     return scheme.act_bits < 16 and scheme.inputs[0] == "int"
 
 
-def _group(scheme: Scheme, targets: list[str], packing: str) -> dict[str, Any]:
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.sym, "dynamic": False}
     channel = scheme.group_size == -1
     weights |= (
@@ -147,7 +152,7 @@ def _group(scheme: Scheme, targets: list[str], packing: str) -> dict[str, Any]:
         activations = floats.input_args(scheme)
     return {
         "targets": targets,
-        "format": packing,
+        "format": _kind(scheme),
         "weights": weights,
         "input_activations": activations if scheme.act_bits < 16 else None,
         "output_activations": None,
@@ -234,10 +239,29 @@ def _named(target: str, name: str) -> bool:
 
 
 def _choose(schemes: Collection[Scheme]) -> Format:
-    """Packed words, int8 beside 8-bit activations, or floats."""
+    """Packed words, int8 beside 8-bit activations, floats, or several of these."""
+    if len({*map(_kind, schemes)}) > 1:
+        return MIXED
     if any(scheme.data_type != "int" for scheme in schemes):
         return FLOAT
     return INT8 if any(map(_int_inputs, schemes)) else WORDS
+
+
+def _own(scheme: Scheme) -> Format:
+    """That of one scheme by itself."""
+    return _choose([scheme])
+
+
+def _pack(name: str, codes: Codes) -> dict[str, Tensor]:
+    """Integers as words, floats as they are."""
+    return (integers.pack_words if codes.data_type == "int" else floats.pack)(name, codes)
+
+
+def _check_mixed(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why the layout of its kind could not hold this weight, or None."""
+    if _int_inputs(scheme):
+        return "holds no 8-bit integers of inputs beside layers of another kind"
+    return _own(scheme).check(scheme, out_features, in_features)
 
 
 # What every layout has. Transformers unpacks these weights in the model's first forward pass, but
@@ -357,13 +381,21 @@ FLOAT = replace(
         ),
         Limit(
             "vllm",
-            "MXFP4",
+            "MXFP4 and MXFP8",
             f"{_KERNEL} MXFP4 linear layer",
-            any_scheme(lambda s: s.data_type == "mxfp4"),
+            any_scheme(lambda s: s.data_type in floats.MX),
         ),
         *_BASE.limits,
         wrong("experts in blocks or MXFP8", "CONVERSION entries", "blocks"),
         wrong("tensors of 4 bits beside some it merges", _DROPPED, "left", "4 bits"),
     ),
 )
-FORMATS = (WORDS, INT8, FLOAT)
+MIXED = replace(
+    _BASE,
+    name="compressed_tensors:mixed",
+    summary="compressed-tensors checkpoint with floats of several kinds, or beside integers",
+    check=_check_mixed,
+    pack=_pack,
+    limits=(*WORDS.limits, *(limit for limit in FLOAT.limits if limit not in WORDS.limits)),
+)
+FORMATS = (WORDS, INT8, FLOAT, MIXED)
