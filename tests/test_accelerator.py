@@ -244,7 +244,9 @@ def one_solve(monkeypatch):
     """The processor solves in sweeps, too. Both ways are as good as each other (test_launches), but
     not equal: in a tiny mixture of experts one token that goes another way is half the error."""
     monkeypatch.setattr(
-        start._Stack, "sweepable", lambda self, config: not (config.retarget and self.moments.crossed)
+        start._Stack,
+        "sweepable",
+        lambda self, config: not (config.retarget and self.moments.crossed),
     )
 
 

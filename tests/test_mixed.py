@@ -135,6 +135,60 @@ def test_shares_of_damage_add_up_to_what_all_lose_together():
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+def floats(model, **options):
+    """Options that engines read side by side, for layers whose inputs are rounded, too."""
+    return mixing(model, bit_options="FP8,NVFP4", format="compressed_tensors", **options)
+
+
+def test_shares_hold_what_rounded_inputs_lose():
+    model = tiny()
+    ours = floats(model, target_bits=5.5)
+    job = jobs.prepare(replace(ours.recipe, target_bits=None), ours.loaded, texts())
+    names = dict.fromkeys(job.plan.quantized, ours.recipe.mixable)
+    assert ours.recipe.mixable == ("NVFP4", "FP8")
+    with trying(Session(model, job.recipe, job.plan, job.inputs), names) as trial:
+        found = trial.damage()
+        for option in ours.recipe.mixable:
+            truth = trial.kl(dict.fromkeys(found.of, option))
+            shares = sum(each[option] for each in found.of.values())
+            assert shares.item() == pytest.approx(truth.item(), rel=0.15)
+        weights = replace(trial, served={"NVFP4": SimpleNamespace(seen_by=lambda weight, x: x)})
+        alone = sum(each["NVFP4"] for each in weights.damage().of.values())
+        assert alone < 0.8 * sum(each["NVFP4"] for each in found.of.values())
+        assert trial.kl({}).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", ["FP8,NVFP4", "4,FP8", "FP8_STATIC,NVFP4"])
+def test_schemes_are_chosen_written_and_read(options, tmp_path):
+    ours = mixing(
+        tiny(), target_bits=6.2, bit_options=options, format="compressed_tensors", iters=0
+    )
+    model, _ = ours.quantize()
+    (folder,) = ours.save_quantized(tmp_path / "out", format="compressed_tensors")
+    kinds = {layer["data_type"] for layer in ours.layer_config.values() if layer["bits"] < 16}
+    assert len(kinds) == 2
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["format"] == "mixed-precision" and len(stored["config_groups"]) == 2
+    read_back = from_quantized(folder).model.state_dict()
+    assert all(torch.equal(read_back[name], p) for name, p in model.state_dict().items())
+    assert ours.verify(["transformers"]).right
+
+
+def test_a_layer_gets_another_scheme_by_name(tmp_path):
+    given = {"down_proj": {"scheme": "FP8"}, "o_proj": {"scheme": "W8A16", "group_size": 32}}
+    recipe = Recipe(
+        data_type="nvfp4", group_size=16, act_bits=4, layer_config=given,
+        format="compressed_tensors",
+    )  # fmt: skip
+    plan = make_plan(tiny(), recipe)
+    told = {n.rpartition(".")[2]: (s.data_type, s.act_bits) for n, s in plan.quantized.items()}
+    assert told["down_proj"] == ("fp8", 8) and told["q_proj"] == ("nvfp4", 4)
+    assert told["o_proj"] == ("int", 16)
+    assert plan.formats[0].name == "compressed_tensors:mixed"
+    with pytest.raises(UserError, match="scheme = 'FP9'; there are W2A16"):
+        make_plan(tiny(), replace(recipe, layer_config={"o_proj": {"scheme": "FP9"}}))
+
+
 def test_a_weight_without_an_option_stays_at_the_one_above():
     model, lacks = tiny(), "model.layers.0.mlp.down_proj"
     with trial_of(model) as trial:
@@ -304,7 +358,17 @@ def test_samples_are_told_apart_by_what_they_show():
         (["--target_bits", "3.5", "--bit_options", "three"], "a comma list of 2 to 8"),
         (
             ["--target_bits", "6", "--data_type", "fp8", "--bits", "8", "--iters", "0"],
-            "target_bits mixes integers",
+            "numbers are bits of integers, and data_type is fp8; name schemes",
+        ),
+        (["--target_bits", "6", "--bit_options", "NVFP4,FP9"], "such as NVFP4,FP8"),
+        (
+            ["--target_bits", "6", "--bit_options", "nvfp4,fp8", "--format", "gguf"],
+            "gguf holds integers, not nvfp4",
+        ),
+        (["--target_bits", "6", "--bit_options", "NVFP4,FP8"], "llm_compressor holds nvfp4"),
+        (
+            ["--target_bits", "6", "--bit_options", "W8A8,4", "--format", "compressed_tensors"],
+            "beside layers of another kind",
         ),
     ],
 )

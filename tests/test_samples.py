@@ -225,6 +225,10 @@ def test_full_texts_first_then_short_ones_and_too_short_ones_counted(kit, caplog
     assert all(bool(made.answer_T.all()) for made in inputs)
 
 
+def test_a_text_without_a_token_has_no_kinds():
+    assert modality({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}).shape == (0,)
+
+
 def test_never_more_than_asked_and_chosen_by_seed(kit):
     texts = [f"{i} {LONG}" for i in range(20)]
 

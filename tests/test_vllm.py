@@ -74,6 +74,7 @@ def in_vllm(out: Path, changes: dict[str, Any]) -> tuple[EngineResult, int, list
         # Rounded activations: both sides round, at places where the least difference before decides
         # otherwise.
         ({"format": "compressed_tensors", "bits": 8, "act_bits": 8}, 0.03),
+        ({"format": "compressed_tensors", "layer_config": {"down_proj": {"scheme": "FP8"}}}, 0.03),
     ],
     ids=str,
 )

@@ -93,9 +93,8 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
     if ids_T.ndim > 1:  # a row of codebooks for each token
         ids_T = torch.zeros_like(ids_T[:, 0])
     if not len(ids_T):
-        return torch.tensor([next(WORDLESS[key] for key in kwargs if key in WORDLESS)]).to(
-            torch.int8
-        )
+        media = [WORDLESS[key] for key in kwargs if key in WORDLESS][:1]
+        return torch.tensor(media, dtype=torch.int8)
     given = kwargs.get("mm_token_type_ids")
     if given is not None:
         kinds_T = given[0].to(torch.int8)

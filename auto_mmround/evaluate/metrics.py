@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from auto_mmround.model.lockstep import in_turn
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.streaming import device_of
 from auto_mmround.run.met import naming
+
+AT_ONCE = 2**24  # logits that are scored at a time
 
 
 @dataclass
@@ -78,16 +80,24 @@ def moved(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Float32 logits (T, vocabulary) of one sample."""
+    return _own_logits(model, kwargs).float()
+
+
+def _own_logits(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The same in the model's dtype."""
     with torch.inference_mode(), devices.products(device_of(model), model.dtype):
-        return run_model(model, moved(model, kwargs)).logits[0].flatten(0, -2).float()
+        return run_model(model, moved(model, kwargs)).logits[0].flatten(0, -2)
 
 
 def logits_in_turn(
-    model: Any, inputs: Sequence[Mapping[str, Any]], blocks: Sequence[str] = ()
+    model: Any,
+    inputs: Sequence[Mapping[str, Any]],
+    blocks: Sequence[str] = (),
+    of: Callable[[Any, Mapping[str, Any]], Tensor] = logits_of,
 ) -> Generator[Tensor, None, None]:
     """`logits_of` each sample, one in memory at a time. blocks: of a streamed model, see
     `in_turn`."""
-    works = [partial(logits_of, model, kwargs) for kwargs in inputs]
+    works = [partial(of, model, kwargs) for kwargs in inputs]
     return in_turn(model, blocks, works, inputs, at_head=True)
 
 
@@ -112,45 +122,70 @@ def measure(
     with ExitStack() as stack:
         passes = {
             model: stack.enter_context(
-                closing(logits_in_turn(model, given, (blocks or {}).get(model, ())))
+                closing(logits_in_turn(model, given, (blocks or {}).get(model, ()), _own_logits))
             )
             for model in running
         }
         for i, sample in enumerate(inputs):
             with naming(inputs):  # side by side, any of them may not be taken
                 made = {model: next(each) for model, each in passes.items()}
-            teacher = None if reference is None else made.pop(reference).log_softmax(-1)
-            for model in running:
-                scores = made.pop(model).log_softmax(-1) if model in made else teacher
-                assert scores is not None  # the reference has its own
-                for each, metrics in zip(models, measured, strict=True):
-                    if each is model:
-                        _add_sample(metrics, scores, teacher, sample, plain_text)
+            teacher_TV = None if reference is None else made[reference]
+            for model, logits_TV in made.items():
+                mine = [m for each, m in zip(models, measured, strict=True) if each is model]
+                if mine:
+                    scored = _scored(logits_TV, teacher_TV, sample)
+                    for metrics in mine:
+                        _add_sample(metrics, scored, sample, plain_text)
             on_sample(i)
     return measured
 
 
-def _add_sample(
-    metrics: Metrics, scores_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput, text: bool
-) -> None:
-    ids_T = token_ids(sample.kwargs)[0].to(scores_TV.device)
-    answer_T = sample.answer_T.to(scores_TV.device)
+class _Scored(NamedTuple):
+    """Of T positions: the most likely token, the log loss of the next one (T - 1; none where a
+    model that hears writes no word for a word), KL to the reference, and whether its most likely
+    token is the same."""
+
+    best_T: Tensor
+    loss_T: Tensor | None
+    kl_T: Tensor | None
+    same_T: Tensor | None
+
+
+def _scored(logits_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput) -> _Scored:
+    """In float32, a few positions at a time: all together take six times the room of the logits."""
+    ids_T = token_ids(sample.kwargs)[0].to(logits_TV.device)
+    told = len(ids_T) == len(logits_TV)
+    rows = max(1, AT_ONCE // logits_TV.shape[-1])
+    best, losses, kls, same = [], [], [], []
+    for at in range(0, len(logits_TV), rows):
+        scores_TV = logits_TV[at : at + rows].float().log_softmax(-1)
+        best.append(scores_TV.argmax(-1))
+        if told:
+            next_T = ids_T[at + 1 : at + 1 + rows]
+            losses.append(-scores_TV[: len(next_T)].gather(1, next_T[:, None])[:, 0])
+        if teacher_TV is not None:
+            was_TV = teacher_TV[at : at + rows].float().log_softmax(-1)
+            kls.append((was_TV.exp() * (was_TV - scores_TV)).sum(-1))
+            same.append(best[-1] == was_TV.argmax(-1))
+    of_all = [torch.cat(part) if part else None for part in (losses, kls, same)]
+    return _Scored(torch.cat(best), *of_all)
+
+
+def _add_sample(metrics: Metrics, scored: _Scored, sample: ModelInput, text: bool) -> None:
+    best_T, loss_T, kl_T, same_T = scored
+    ids_T = token_ids(sample.kwargs)[0].to(best_T.device)
+    answer_T = sample.answer_T.to(best_T.device)
     is_text = bool(answer_T.all())
-    best_T = scores_TV.argmax(-1)
-    told = ids_T.shape == best_T.shape  # not of models that hear and write no word for a word
-    wanted, hits = answer_T[1:], best_T[:-1] == ids_T[1:] if told else best_T[:0]
-    if told and is_text == text:
-        losses = -scores_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
-        metrics.log_loss += losses[wanted].double().sum().item()
+    wanted, hits = answer_T[1:], best_T[:0] if loss_T is None else best_T[:-1] == ids_T[1:]
+    if loss_T is not None and is_text == text:
+        metrics.log_loss += loss_T[wanted].double().sum().item()
         metrics.tokens += int(wanted.sum())
         metrics.hits += int(hits[wanted].sum())
     if not is_text:
         for start, end in _runs(wanted.tolist()):
             metrics.answers += 1
             metrics.right += bool(hits[start:end].all())
-    if teacher_TV is not None:
-        kl_T = (teacher_TV.exp() * (teacher_TV - scores_TV)).sum(-1)
-        same_T = best_T == teacher_TV.argmax(-1)
+    if kl_T is not None and same_T is not None:
         kind_T = sample.modality_T.to(kl_T.device)
         kind_T = kind_T if len(kind_T) == len(kl_T) else kind_T[:1].expand(len(kl_T))
         for code in kind_T.unique().tolist():

@@ -261,13 +261,13 @@ def check_integers(
         group = in_features if scheme.group_size == -1 else scheme.group_size
         rules = (
             (
+                scheme.data_type != "int",
+                f"holds integers, not {scheme.data_type}, which compressed_tensors does",
+            ),
+            (
                 bool(group_sizes) and scheme.group_size not in group_sizes,
                 f"has kernels for group sizes {', '.join(map(str, group_sizes))}, not"
                 f" {scheme.group_size}",
-            ),
-            (
-                scheme.data_type != "int",
-                f"holds integers, not {scheme.data_type}, which compressed_tensors does",
             ),
             (scheme.act_bits < 16, f"cannot state {scheme.act_bits}-bit activations"),
             (

@@ -106,8 +106,7 @@ class Fields:
         ),
     ] = None
     bit_options: Annotated[
-        str | list[int | str],
-        _scheme("what a layer may get with target_bits: bits, or schemes such as NVFP4,FP8"),
+        str | list[int | str], _scheme("for target_bits: bits, or schemes such as NVFP4,FP8")
     ] = "2,3,4,8"
     layer_config: Annotated[dict[str, dict[str, Any]] | None, _scheme()] = None
     fp_layers: Annotated[

@@ -1,7 +1,6 @@
 """The report of a run, as `report.json` and one `report.html`.
 
-It is read from the folder alone: `recipe.toml`, `run.json`, weight files, and if they exist
-`eval.json` and `verify.json`.
+It reads the folder alone: `recipe.toml`, `run.json`, weights, `eval.json`, `verify.json`.
 """
 
 import json
@@ -90,8 +89,8 @@ def _worst_layers(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {"name": name, **errors}
         for block in blocks
         for name, errors in block.get("layers", {}).items()
+        if _measured(errors)
     ]
-    layers = [layer for layer in layers if _measured(layer)]
     return sorted(layers, key=lambda layer: -layer["end"])[:WORST]
 
 
@@ -123,17 +122,16 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def scheme_label(recipe: Mapping[str, Any]) -> str:
     """`W4A16`, or the name of a float grid, as in model cards; several where layers differ."""
-    named = {str(each["scheme"]) for each in _layers(recipe) if "scheme" in each}
-    if named:
-        others = sorted({f"W{each['bits']}" for each in _layers(recipe) if "scheme" not in each})
-        return "+".join([*others, *sorted(named)])
+    layers = _layers(recipe)
+    if any("scheme" in each for each in layers):
+        return "+".join(
+            sorted({str(each.get("scheme", f"W{each.get('bits')}")) for each in layers})
+        )
     if recipe.get("data_type", "int") != "int":
         return str(recipe["data_type"]).upper()
-    bits = (
-        recipe.get("bits", 4) if recipe.get("target_bits") is None else f"{recipe['target_bits']:g}"
-    )
-    inputs = str(recipe["act_data_type"]).upper() if recipe.get("act_data_type") else ""
-    return f"W{bits}A{inputs or min(int(recipe.get('act_bits', 16)), 16)}"
+    bits = recipe.get("target_bits") or recipe.get("bits", 4)
+    inputs = str(recipe.get("act_data_type") or "").upper()
+    return f"W{bits:g}A{inputs or min(int(recipe.get('act_bits', 16)), 16)}"
 
 
 def number_label(recipe: Mapping[str, Any]) -> str:

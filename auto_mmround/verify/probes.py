@@ -57,7 +57,7 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     known = set(placeholder_ids(config).values())
     kinds = [kind for kind, place in (("image", IMAGE), ("audio", AUDIO)) if place in known]
     plain = family_of(config.model_type).text_only
-    probes = [Probe("text", _encode(loaded, {"text": TEXT}, folder))] if plain else []
+    probes = [Probe("text", _words(loaded, folder))] if plain else []
     notes = []
     for kind in kinds:
         path = MAKERS[kind](folder)
@@ -80,6 +80,16 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
             or "the model takes neither text nor an image nor sound that could be made"
         )
     return probes, notes
+
+
+def _words(loaded: Loaded, folder: Path) -> dict[str, Any]:
+    """A text; of a folder without a tokenizer, for which Transformers makes one that knows no word,
+    the first ids."""
+    if loaded.tokenizer is not None and loaded.tokenizer(TEXT)["input_ids"]:
+        return _encode(loaded, {"text": TEXT}, folder)
+    words: Any = loaded.model.get_input_embeddings()
+    ids = torch.arange(min(32, len(words.weight)))[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _heard(loaded: Loaded, path: Path) -> Probe:

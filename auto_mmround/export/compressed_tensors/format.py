@@ -247,11 +247,6 @@ def _choose(schemes: Collection[Scheme]) -> Format:
     return INT8 if any(map(_int_inputs, schemes)) else WORDS
 
 
-def _own(scheme: Scheme) -> Format:
-    """That of one scheme by itself."""
-    return _choose([scheme])
-
-
 def _pack(name: str, codes: Codes) -> dict[str, Tensor]:
     """Integers as words, floats as they are."""
     return (integers.pack_words if codes.data_type == "int" else floats.pack)(name, codes)
@@ -261,7 +256,7 @@ def _check_mixed(scheme: Scheme, out_features: int, in_features: int) -> str | N
     """Why the layout of its kind could not hold this weight, or None."""
     if _int_inputs(scheme):
         return "holds no 8-bit integers of inputs beside layers of another kind"
-    return _own(scheme).check(scheme, out_features, in_features)
+    return _choose([scheme]).check(scheme, out_features, in_features)
 
 
 # What every layout has. Transformers unpacks these weights in the model's first forward pass, but

@@ -49,6 +49,9 @@ def check(ggml: Blocks | None, scheme: Scheme, out_features: int, in_features: i
     None."""
     if importlib.util.find_spec("gguf") is None:
         return 'needs the package gguf: pip install "auto_mmround[gguf]"'
+    rules = check_integers(range(2, 9), (1, ggml.columns if ggml else BLOCK))
+    if scheme.data_type != "int":
+        return rules(scheme, out_features, in_features)
     group = in_features if scheme.group_size == -1 else scheme.group_size
     if ggml is not None and (scheme.bits, scheme.sym, group) != (ggml.bits, ggml.sym, ggml.group):
         symmetry = "" if ggml.sym else " --asym"
@@ -60,7 +63,6 @@ def check(ggml: Blocks | None, scheme: Scheme, out_features: int, in_features: i
         )
     if ggml is None and group % BLOCK:
         return f"stores scales for {BLOCK} columns: group size {group} is no multiple"
-    rules = check_integers(range(2, 9), (1, ggml.columns if ggml else BLOCK))
     return rules(scheme, out_features, in_features)
 
 
