@@ -5,6 +5,7 @@ A family that is missing here has no quirk and is read by its structure, see doc
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -216,6 +217,18 @@ def family_of(model_type: str) -> Family:
     """The family's entry, or one without quirks."""
     known = {**FAMILIES, **UNTESTED}
     return known.get(model_type, Family(model_type, stages=()))
+
+
+def vllm_rename(model_type: str, name: str) -> str:
+    """A name or a prefix of one, from the checkpoint or the configuration, in vLLM's spelling."""
+    for pattern, new in family_of(model_type).vllm:
+        name = re.sub(pattern, new, name, count=1)
+    return name
+
+
+def vllm_module(model_type: str, name: str) -> str:
+    """The full name of a module, in vLLM's spelling."""
+    return vllm_rename(model_type, name + ".").removesuffix(".")
 
 
 class Swept(NamedTuple):

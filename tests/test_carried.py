@@ -14,8 +14,8 @@ from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.export import formats
+from auto_mmround.families import vllm_module
 from auto_mmround.verify import static
-from auto_mmround.verify.names import vllm_module
 
 DEEPSEEK = TEXT | EXPERTS | dict(
     num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1,

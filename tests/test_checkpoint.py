@@ -14,7 +14,7 @@ from auto_mmround.checkpoint.folder import begin, commit, write_config, write_si
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.export.formats import Layout
+from auto_mmround.export.layout import Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme

@@ -21,7 +21,8 @@ from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.export import formats
 from auto_mmround.export.compressed_tensors import format as ct
 from auto_mmround.export.compressed_tensors import integers
-from auto_mmround.export.formats import FORMATS, Layout
+from auto_mmround.export.formats import FORMATS
+from auto_mmround.export.layout import Layout
 from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.activations import integers_a_token

@@ -9,7 +9,8 @@ import pytest
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.export.formats import FORMATS, Layout
+from auto_mmround.export.formats import FORMATS
+from auto_mmround.export.layout import Layout
 from auto_mmround.recipe.schemes import Scheme
 
 SYM, ASYM = Scheme(4, 128, True), Scheme(4, 128, False)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from auto_mmround import headers
 from auto_mmround.checkpoint import reading
 from auto_mmround.export import formats
-from auto_mmround.export.format import Layout
+from auto_mmround.export.layout import Layout
 from auto_mmround.numerics import grids
 from auto_mmround.recipe.patterns import Patterns
 from auto_mmround.recipe.schemes import Scheme

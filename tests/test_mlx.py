@@ -21,7 +21,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.export import mlx
-from auto_mmround.export.formats import FORMATS, Layout
+from auto_mmround.export.formats import FORMATS
+from auto_mmround.export.layout import Layout
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.recipe import Recipe

@@ -15,11 +15,11 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.export.method import Question
+from auto_mmround.families import vllm_module
 from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
-from auto_mmround.verify import names
 from auto_mmround.verify.agreement import (
     Reference,
     agreed,
@@ -65,7 +65,7 @@ def mismatched(demo_folder, tmp_path):
     ],
 )
 def test_module_names_in_vllm(model_type, name, spelled):
-    assert names.vllm_module(model_type, name) == spelled
+    assert vllm_module(model_type, name) == spelled
 
 
 @pytest.mark.parametrize(

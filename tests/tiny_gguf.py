@@ -12,8 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from auto_mmround.checkpoint.folder import write_config, write_side_files
 from auto_mmround.export import formats
-from auto_mmround.export.format import Layout, Whole
+from auto_mmround.export.format import Whole
 from auto_mmround.export.gguf import tokens as gguf_tokens
+from auto_mmround.export.layout import Layout
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.schemes import Scheme
 

@@ -16,13 +16,10 @@ from auto_mmround.export.format import (
     STACKS_ALONE,
     WORDS,
     Format,
-    Layout,
-    both_spellings,
     check_integers,
     differences,
-    kept_groups,
-    tower_substrings,
 )
+from auto_mmround.export.layout import Layout, both_spellings, kept_groups, tower_substrings
 from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
 from auto_mmround.export.packing import pack_awq, unpack_awq
 from auto_mmround.numerics.grids import Codes

@@ -3,7 +3,7 @@ minus one."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -18,12 +18,15 @@ from auto_mmround.export.format import (
     STACKS_ALONE,
     WORDS,
     Format,
-    Layout,
     Limit,
     any_scheme,
-    carried_names,
     check_integers,
     differences,
+)
+from auto_mmround.export.layout import (
+    Layout,
+    carried_names,
+    in_patterns,
     kept_groups,
     part_patterns,
     tower_patterns,
@@ -106,7 +109,7 @@ def config(layout: Layout) -> dict[str, Any]:
     groups, singles = kept_groups(layout)
     ends = _ends(layout)
     excludes = [p for group in groups for p in tower_patterns(layout, group)] + [
-        _tail(layout, ends, s) for s in singles
+        pattern for single in singles for pattern in _tails(layout, ends, single, [single])
     ]
     excludes += part_patterns(layout)
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in excludes}
@@ -116,8 +119,9 @@ def config(layout: Layout) -> dict[str, Any]:
     for scheme, names in by_scheme.items():
         if keys := differences(scheme, layout.default):
             dynamic |= {
-                f"+:{_tail(layout, ends, template)}": keys
-                for template in folded(names, layout.quantized)
+                f"+:{pattern}": keys
+                for template, members in folded(names, layout.quantized).items()
+                for pattern in _tails(layout, ends, template, members)
             }
     return {
         "quant_method": "gptq",
@@ -152,11 +156,7 @@ def _only_modules(layout: Layout) -> dict[str, Any]:
     if not any(name.startswith(prefix) for name in layout.kept):
         return {}
     quantized, kept = (
-        list(
-            dict.fromkeys(
-                spelling for name in names for spelling in (name, layout.checkpoint_name(name))
-            )
-        )
+        list(dict.fromkeys(spelling for name in names for spelling in in_patterns(layout, name)))
         for names in (layout.quantized, layout.kept)
     )
     suffixes = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in quantized})
@@ -189,16 +189,22 @@ def _ends(layout: Layout) -> Counter[str]:
     )
 
 
-def _tail(layout: Layout, ends: Counter[str], name: str) -> str:
-    """A regex for one module in any spelling, or for a template: from its block list's own
-    name on ("layers.3.mlp.down_proj"), or as much before that as it takes to meet no other."""
+def _tails(
+    layout: Layout, ends: Counter[str], name: str, members: Sequence[str]
+) -> dict[str, None]:
+    """Regexes for one module in any spelling, or for a template of ``members``: from its block
+    list's own name on ("layers.3.mlp.down_proj"), or as much before that as it takes to meet no
+    other; and the spellings that this does not take."""
     block = next((b for b in layout.blocks if name.startswith(b + ".")), "")
     whole = [*tails(name)]
     own = whole[block.count(".") if block else 0]
     end = next(
         tail for tail in reversed(whole) if len(tail) >= len(own) and ends[tail] == ends[name]
     )
-    return rf"(.*\.)?{as_pattern(end)}$"
+    pattern = rf"(.*\.)?{as_pattern(end)}$"
+    spelled = (s for member in members for s in in_patterns(layout, member))
+    others = [rf"{as_pattern(s)}$" for s in spelled if not re.match(pattern, s)]
+    return dict.fromkeys([pattern, *others])
 
 
 def _transformers(q: Question) -> Mapping[str, Overrides]:

@@ -23,16 +23,18 @@ from auto_mmround.export.format import (
     UNQUANTIZED_EXPERTS,
     WORDS,
     Format,
-    Layout,
     Limit,
     any_scheme,
+    check_integers,
+    wrong,
+)
+from auto_mmround.export.layout import (
+    Layout,
     both_spellings,
     carried_names,
-    check_integers,
     kept_groups,
     part_patterns,
     tower_patterns,
-    wrong,
 )
 from auto_mmround.export.method import Config, Method, Overrides, Question, flat_schemes, searched
 from auto_mmround.export.patterns import tails

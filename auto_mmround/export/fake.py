@@ -1,7 +1,8 @@
 """Dequantized weights in the source's dtype: a plain Transformers checkpoint that loads
 anywhere."""
 
-from auto_mmround.export.format import Format, Layout
+from auto_mmround.export.format import Format
+from auto_mmround.export.layout import Layout
 from auto_mmround.recipe.schemes import Scheme
 
 

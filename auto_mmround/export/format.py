@@ -1,59 +1,16 @@
-"""What an export format is (`Format`), what it is told about the whole model (`Layout`), and how
-names are listed.
+"""What an export format is (`Format`). What it is told about the model: `layout`."""
 
-A configuration has to be understood by Transformers (its module names), by vLLM (its own module
-names, matched by substring, prefix or regex) and by readers that only know the checkpoint. So every
-name is written in both spellings, Transformers' and the checkpoint's, and a tower is named by a
-pattern without an anchored prefix.
-"""
-
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
 
+from auto_mmround.export.layout import Layout
 from auto_mmround.export.method import Method
-from auto_mmround.export.patterns import as_pattern, folded
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What was done to which module of the model; all names are Transformers module names.
-
-    quantized: scheme of every quantized module. kept: Linear-like modules that stay in 16 bits.
-    blocks: prefixes of the quantized block lists ("model.language_model.layers").
-    checkpoint_name: Transformers module name -> name in the checkpoint files. default: the
-    recipe's scheme. details: facts recorded for information (iters, algorithm ..). carried:
-    modules that engines load and the model's class does not. parts: what the checkpoint calls kept
-    modules that it stores in several, or under a name unlike Transformers'. kv_cache: FP8 scales of
-    keys and values, "tensor": one of each, "attn_head": one a head; "": none.
-    """
-
-    quantized: Mapping[str, Scheme]
-    kept: Sequence[str]
-    blocks: Sequence[str]
-    checkpoint_name: Callable[[str], str]
-    default: Scheme
-    details: Mapping[str, Any] = field(default_factory=dict)
-    carried: Sequence[str] = ()
-    parts: Sequence[str] = ()
-    kv_cache: str = ""
-
-    @cached_property
-    def members(self) -> dict[str, str]:
-        """A module's name, or a prefix of one, -> the first module that it is the name or a prefix
-        of."""
-        templates: dict[str, str] = {}
-        for name in (*self.quantized, *self.kept):
-            for prefix in (*_ancestors(name), name):
-                templates.setdefault(prefix, name)
-        return templates
 
 
 @dataclass(frozen=True)
@@ -293,108 +250,7 @@ def check_integers(
     return check
 
 
-def both_spellings(layout: Layout, name: str) -> list[str]:
-    """A module name or a prefix of one, as Transformers says it and, where it differs, as the
-    checkpoint says it."""
-    member = layout.members.get(name)
-    if member is None:
-        return [name]
-    rest, stored = member[len(name) :], layout.checkpoint_name(member)
-    if stored == member or stored.endswith(rest):
-        return list(dict.fromkeys([name, stored.removesuffix(rest)]))
-    # respelled below the prefix too: a list of blocks still ends at the number
-    number = rest.split(".")[1]
-    return (
-        [name, stored.partition(f".{number}.")[0]]
-        if number.isdigit() and f".{number}." in stored
-        else [name]
-    )
-
-
-def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
-    """The kept modules as (prefixes that hold no quantized module, single modules that share their
-    parent with one)."""
-    busy = {ancestor for name in layout.quantized for ancestor in _ancestors(name)}
-    groups: dict[str, None] = {}
-    singles: dict[str, None] = {}
-    for name in layout.kept:
-        free = next((a for a in _ancestors(name) if a not in busy), None)
-        (singles if free is None else groups)[free or name] = None
-    return list(groups), list(singles)
-
-
-def tower_patterns(layout: Layout, group: str) -> list[str]:
-    """Regexes (for ``re.search`` and ``re.match``) of everything below a kept group: in any
-    engine's spelling, if that hits no quantized module, else from the start of a name."""
-    spelled = [re.escape(spelling) for spelling in both_spellings(layout, group)]
-    word = [rf".*{re.escape(_short(group))}\..*"]
-    choices = [word, *([head + name + r"\..*" for name in spelled] for head in (".*", r"(^|.*\.)"))]
-    return next(
-        (found for found in choices if not _hits(layout, found)),
-        [rf"^{name}\..*" for name in spelled],
-    )
-
-
-def tower_substrings(layout: Layout, group: str) -> list[str]:
-    """The same for readers that look for substrings: prefixes with a closing dot (`encoder.` spares
-    `encoder_attn`). One that stands in a quantized module's name too gets the start of the name
-    before it, for those that read patterns."""
-    spelled = [spelling + "." for spelling in both_spellings(layout, group)]
-    short = [_short(group) + "."]
-    free = [word for word in short if not _hits(layout, [".*" + re.escape(word)])]
-    found = [
-        "^" + re.escape(word) if _hits(layout, [".*" + re.escape(word)]) else word
-        for word in spelled
-    ]
-    return list(dict.fromkeys(found + free))
-
-
-def carried_names(layout: Layout) -> list[str]:
-    """The layers that the model's class does not load and that stay, by the shortest prefixes that
-    hold nothing quantized, in both spellings; for readers and people that look for a plain name."""
-    kept = [name for name in layout.carried if name not in layout.quantized]
-    groups, singles = kept_groups(replace(layout, kept=kept))
-    names = dict.fromkeys(s for name in (*groups, *singles) for s in both_spellings(layout, name))
-    quantized = [s for name in layout.quantized for s in (name, layout.checkpoint_name(name))]
-    return [name for name in names if not any(name in other for other in quantized)]
-
-
-def _short(group: str) -> str:
-    """The last part of a group's name; a number with what it counts."""
-    *_, parent, last = f".{group}".split(".")
-    return f"{parent}.{last}" if last.isdigit() and parent else last
-
-
 def differences(scheme: Scheme, base: Scheme) -> dict[str, Any]:
     """The configuration keys in which a module's scheme differs from the default."""
     keys = ("bits", "group_size", "sym")
     return {key: getattr(scheme, key) for key in keys if getattr(scheme, key) != getattr(base, key)}
-
-
-def part_patterns(layout: Layout) -> list[str]:
-    """Regexes of the `parts`, and of kept modules that the checkpoint calls by names which the
-    patterns of their group do not take; those that differ in numbers only by one."""
-    groups = {group: tower_patterns(layout, group) for group in kept_groups(layout)[0]}
-    names = list(layout.parts)
-    for name in layout.kept:
-        group = next((a for a in (*_ancestors(name), name) if a in groups), None)
-        stored = layout.checkpoint_name(name)
-        if group and not any(re.match(pattern, stored) for pattern in groups[group]):
-            names.append(stored)
-    everything = [layout.checkpoint_name(name) for name in layout.quantized]
-    return [rf".*{as_pattern(t)}$" for t in folded(names, [*names, *everything])]
-
-
-def _hits(layout: Layout, patterns: Sequence[str]) -> bool:
-    """Whether a quantized module is met by one of the patterns, in either spelling."""
-    return any(
-        re.match(pattern, spelling)
-        for pattern in patterns
-        for name in layout.quantized
-        for spelling in (name, layout.checkpoint_name(name))
-    )
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -13,7 +13,8 @@ from typing import Any
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, method
-from auto_mmround.export.format import Format, Layout
+from auto_mmround.export.format import Format
+from auto_mmround.export.layout import Layout
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit
 

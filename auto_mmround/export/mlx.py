@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.format import Format, Layout, both_spellings, check_integers, differences
+from auto_mmround.export.format import Format, check_integers, differences
+from auto_mmround.export.layout import Layout, both_spellings
 from auto_mmround.export.method import Method
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.families import family_of

@@ -17,7 +17,8 @@ from auto_mmround.checkpoint.folder import begin, commit, write_config, write_si
 from auto_mmround.checkpoint.objects import write_code, write_objects
 from auto_mmround.errors import NotProved
 from auto_mmround.export.format import Whole
-from auto_mmround.export.formats import Format, Layout
+from auto_mmround.export.formats import Format
+from auto_mmround.export.layout import Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.kv_cache import SCALES, cached_attention, strategy_of
 from auto_mmround.numerics.grids import Codes
@@ -159,6 +160,7 @@ def _layout(result: Result, schemes: Mapping[str, Scheme]) -> Layout:
         default=recipe.scheme,
         details=recipe.details,
         kv_cache=strategy_of(result.kv_scales),
+        model_type=names.model.config.model_type,
     )
 
 

@@ -5,20 +5,20 @@ be checked, or may be a habit of the tool that wrote the files.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from auto_mmround.checkpoint.subject import Finding, Subject, read_json, read_subject
 from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
-from auto_mmround.export.method import Overrides, Question
+from auto_mmround.export.method import Overrides, Question, searched
+from auto_mmround.families import vllm_module, vllm_rename
 from auto_mmround.headers import TYPE_NAMES, Header
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
 from auto_mmround.untrusted import TooLong, time_limit
-from auto_mmround.verify import names
 from auto_mmround.verify.kv_cache import check_kv_cache
 from auto_mmround.verify.side_files import check_side_files, check_tokenizer
 from auto_mmround.verify.together import TOGETHER
@@ -165,7 +165,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
     model_type = str(s.config.get("model_type"))
     spellings = {
         "Transformers": {layer.name: stored for stored, layer in s.skeleton.linears.items()},
-        "vLLM": {names.vllm_module(model_type, stored): stored for stored in s.skeleton.linears},
+        "vLLM": {vllm_module(model_type, stored): stored for stored in s.skeleton.linears},
     }
     for engine, spelled in spellings.items():
         reader = s.fmt.method.readers.get(engine) if s.fmt.method else None
@@ -176,7 +176,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
             list(spelled),
             next((name for name, stored in spelled.items() if stored == s.skeleton.head), None),
             frozenset(name for name, stored in spelled.items() if stored in s.packed),
-            (lambda name: names.vllm_rename(model_type, name)) if engine == "vLLM" else str,
+            (lambda name: vllm_rename(model_type, name)) if engine == "vLLM" else str,
         )
         try:
             with time_limit(PATTERN_SECONDS):
@@ -238,14 +238,10 @@ def check_entries(s: Subject) -> Iterator[Finding]:
         | s.skeleton.mixtures
         | s.skeleton.unread
     )
-    known |= {names.vllm_module(model_type, name) for name in known}
+    known |= {vllm_module(model_type, name) for name in known}
     try:
         with time_limit(PATTERN_SECONDS):
-            idle = [
-                entry
-                for entry in entries(s.quantization)
-                if not names.names_something(entry, known)
-            ]
+            idle = [entry for entry in entries(s.quantization) if not names_something(entry, known)]
     except TooLong:
         yield Finding("error", "quantization_config", "its patterns take too long to match")
         return
@@ -253,6 +249,15 @@ def check_entries(s: Subject) -> Iterator[Finding]:
         yield Finding(
             s.hygiene, f"quantization_config: {entry}", "fits no layer of the model in any spelling"
         )
+
+
+def names_something(entry: str, names: Iterable[str]) -> bool:
+    """Whether some reader could match an entry with one of the names, as a part or as a pattern."""
+    if entry == "Linear":
+        return True
+    for mark in ("re:", "+:", "-:"):
+        entry = entry.removeprefix(mark)
+    return any(entry in name or searched(entry, name) for name in names)
 
 
 def check_copies(s: Subject) -> Iterator[Finding]:

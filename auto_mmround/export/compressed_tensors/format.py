@@ -17,16 +17,18 @@ from auto_mmround.export.format import (
     NO_EXPERTS,
     STACKS_ALONE,
     Format,
-    Layout,
     Limit,
     any_scheme,
+    check_integers,
+    wrong,
+)
+from auto_mmround.export.layout import (
+    Layout,
     both_spellings,
     carried_names,
-    check_integers,
     kept_groups,
     part_patterns,
     tower_patterns,
-    wrong,
 )
 from auto_mmround.export.method import Method, Overrides, Question
 from auto_mmround.export.patterns import Lookup

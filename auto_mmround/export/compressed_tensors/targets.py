@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import takewhile
 
-from auto_mmround.export.format import Layout, both_spellings
+from auto_mmround.export.layout import Layout, both_spellings, in_patterns
 from auto_mmround.export.patterns import as_pattern, folded, tails, templates
 from auto_mmround.recipe.schemes import Scheme
 
@@ -63,7 +63,7 @@ def ends_of(layout: Layout, by_scheme: Mapping[Scheme, list[str]]) -> Ends:
     ends: Ends = {}
     for scheme, names in by_scheme.items():
         for name in names:
-            for spelling in both_spellings(layout, name):
+            for spelling in in_patterns(layout, name):
                 for form in (spelling, *templates(spelling)):
                     for tail in tails(form):
                         ends.setdefault(tail, set()).add(scheme)
@@ -88,7 +88,7 @@ def _differs(template: str, name: str, shared: list[str]) -> bool:
 
 
 def _shared_end(layout: Layout, name: str) -> list[str]:
-    spellings = [reversed(spelling.split(".")) for spelling in both_spellings(layout, name)]
+    spellings = [reversed(spelling.split(".")) for spelling in in_patterns(layout, name)]
     common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*spellings))]
     return common[::-1]
 
@@ -102,6 +102,6 @@ def _block_pattern(
     pattern = re.compile(rf"(.*\.)?{re.escape('.'.join(shared))}\.")
     others = (name for other, names in by_scheme.items() if other != scheme for name in names)
     taken = any(
-        pattern.match(spelling) for name in others for spelling in both_spellings(layout, name)
+        pattern.match(spelling) for name in others for spelling in in_patterns(layout, name)
     )
     return f"re:{pattern.pattern}" if shared and not taken else None

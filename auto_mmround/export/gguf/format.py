@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Layout, Whole, check_integers
+from auto_mmround.export.format import Format, Whole, check_integers
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.gguf.k import SUPER_TYPES, SuperType, onto
 from auto_mmround.export.gguf.k import pack as pack_super
@@ -27,6 +27,7 @@ from auto_mmround.export.gguf.models import Part, architecture, extra_tensors, t
 from auto_mmround.export.gguf.read import config_of, parts_of, read
 from auto_mmround.export.gguf.towers import ROW_END, tower_metadata, tower_of
 from auto_mmround.export.gguf.types import BLOCK, TYPES, BlockType, exact_type, pack
+from auto_mmround.export.layout import Layout
 from auto_mmround.export.method import Method
 from auto_mmround.headers import TYPE_NAMES
 from auto_mmround.numerics.grids import Codes

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Layout, Whole, check_integers
+from auto_mmround.export.format import Format, Whole, check_integers
+from auto_mmround.export.layout import Layout
 from auto_mmround.export.method import Method
 from auto_mmround.export.openvino.read import read
 from auto_mmround.export.shards import ShardWriter

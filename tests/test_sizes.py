@@ -1,0 +1,78 @@
+"""Models of other sizes than those of `tiny_models`: layers that do not fit, several schemes, other
+samples."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import FAMILIES, Tiny, tiny_tokenizer
+
+from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.run import job as jobs
+from auto_mmround.verify.proof import prove
+from auto_mmround.verify.static import check
+
+pytestmark = pytest.mark.usefixtures("fast_disk")
+
+
+def sized(model_type: str, sizes: dict[str, Any]) -> Tiny:
+    """The family with other values in its configuration; "text_config.head_dim" is deeper."""
+    config = copy.deepcopy(FAMILIES[model_type].config)
+    for name, value in sizes.items():
+        *parts, last = name.split(".")
+        place = config
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    return replace(FAMILIES[model_type], config=config)
+
+
+def planned(family: Tiny, folder: Path, **more: Any) -> jobs.Job:
+    """A run that is ready to start; rounding to nearest, unless ``more`` says otherwise."""
+    family.save(folder / "model", tiny_tokenizer())
+    settings: dict[str, Any] = dict(
+        model=str(folder / "model"), output_dir=str(folder / "out"), bits=4, group_size=32,
+        iters=0, nsamples=2, seqlen=12, amp=False, device="cpu",
+    )  # fmt: skip
+    recipe = Recipe(**settings | more)
+    rows = family.samples() if recipe.needs_samples else None
+    return jobs.prepare(recipe, jobs.load_model(recipe), dataset=rows)
+
+
+def about_names(out: Path) -> list[str]:
+    """What is wrong with names in a configuration. Optimum reads one scheme for all, and is left
+    out."""
+    words = ("vLLM", "fits no layer")
+    return [found.message for found in check(out) if any(word in found.message for word in words)]
+
+
+KEPT = [
+    ("whisper", "fc1"),
+    ("whisper", "layers.1.fc2"),
+    ("qwen3_omni_moe", "re:.*visual.blocks.0.mlp"),
+    ("qwen2_vl", "re:.*visual.blocks.0.mlp"),
+]
+
+
+@pytest.mark.parametrize("fmt", ["compressed_tensors", "auto_gptq", "auto_round", "auto_awq"])
+@pytest.mark.parametrize(("model_type", "kept"), KEPT)
+def test_layers_that_stay_are_named_as_vllm_spells_them(fmt, model_type, kept, tmp_path):
+    """vLLM renames Whisper's `fc1.` and Qwen3-Omni's `thinker.`, but no patterns."""
+    job = planned(
+        FAMILIES[model_type], tmp_path, format=fmt, quant_nontext_module=True, fp_layers=kept
+    )
+    (out,) = jobs.run(job, prove=prove)
+    assert not about_names(out)
+
+
+@pytest.mark.parametrize("fmt", ["compressed_tensors", "auto_gptq", "auto_round"])
+def test_other_schemes_are_named_as_vllm_spells_them(fmt, tmp_path):
+    job = planned(
+        FAMILIES["whisper"], tmp_path, format=fmt, quant_nontext_module=True,
+        layer_config={"fc1": {"bits": 8}},
+    )  # fmt: skip
+    assert {scheme.bits for scheme in job.plan.schemes} == {4, 8}
+    (out,) = jobs.run(job, prove=prove)
+    assert not about_names(out)
