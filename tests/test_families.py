@@ -285,6 +285,9 @@ def test_labels_become_decoder_inputs():
     inputs = with_decoder_ids({"input_features": torch.zeros(1, 8, 32), "labels": labels}, config)
     assert set(inputs) == {"input_features", "decoder_input_ids"}
     assert inputs["decoder_input_ids"].tolist() == [[3, 7, 8, 9]]
+    batch = torch.tensor([[7, 8, -100, -100], [-100, -100, 9, 10]])  # padded; asked for
+    for row, ids in zip(batch, ([[3, 7, 8]], [[3, 0, 0, 9]]), strict=True):
+        assert with_decoder_ids({"labels": row[None]}, config)["decoder_input_ids"].tolist() == ids
 
 
 def test_a_family_that_nobody_knows(tokenizer, tmp_path, monkeypatch):

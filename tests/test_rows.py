@@ -281,6 +281,23 @@ def test_batches_of_an_encoder_decoder_are_taken_apart():
         next(split_batch(batch | {"pixel_values": torch.zeros(3, 3, 8, 8)}))
 
 
+@pytest.mark.parametrize("kind", [torch.as_tensor, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_batches_without_words_are_taken_apart(kind):
+    """As collators for speech give them; a batch of two was taken for one sample."""
+    heard, labels = torch.rand(2, 8, 32), torch.tensor([[5, 6, 7], [8, 9, -100]])
+    batch = {"input_features": heard, "labels": kind(labels), "attention_mask": None}
+    found = [parse_row(row, str(i)).inputs for i, row in enumerate(split_batch(batch))]
+    assert [row["input_features"].shape for row in found] == [(1, 8, 32)] * 2
+    assert [torch.as_tensor(row["labels"]).tolist() for row in found] == labels[:, None].tolist()
+    with pytest.raises(UserError, match="2 rows of input_features, but 1 of labels"):
+        list(split_batch(batch | {"labels": labels[:1]}))
+
+
+def test_one_row_without_words_stays_one():
+    row = {"pixel_values": torch.rand(1, 2, 3, 8, 8), "labels": torch.tensor([[5, 6]])}
+    assert list(split_batch(row)) == [row]
+
+
 @pytest.mark.parametrize("mask", [torch.ones(1, 8), torch.tensor(1), [[1] * 8] * 2, 1])
 def test_a_batch_whose_parts_differ_in_number_is_one_line(mask):
     batch = {"input_ids": torch.arange(24).reshape(3, 8), "labels": None}

@@ -36,6 +36,7 @@ UNFIT = {
     "a misspelt key": (without("pixel_values", pixel_valus=PIXELS), "pixel_valus.*it reads pixel"),
     "no grid": (without("image_grid_thw"), "fails on it .*AttributeError"),
     "patches of another size": (GOOD | {"pixel_values": PIXELS[:, :50]}, "fails on it"),
+    "no numbers": (GOOD | {"pixel_values": PIXELS * float("nan")}, "pixel_values holds NaN"),
     "a short mask": (GOOD | {"attention_mask": torch.ones(1, 5).long()}, "attention_mask .*1, 5"),
     "kinds of other tokens": (
         GOOD | {"mm_token_type_ids": torch.ones(1, 5).long()}, "mm_token_type_ids .*1, 5",

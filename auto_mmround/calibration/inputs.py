@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from auto_mmround.calibration import media
 from auto_mmround.calibration.dotted import MISTAKES, blamed
 from auto_mmround.calibration.processor import Processor, hearing, render
-from auto_mmround.calibration.ready import PER_TOKEN, check_lengths, tensors, with_decoder_ids
+from auto_mmround.calibration.ready import (
+    PER_TOKEN,
+    check_finite,
+    check_lengths,
+    tensors,
+    with_decoder_ids,
+)
 from auto_mmround.calibration.roots import MediaError, Roots
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
@@ -221,6 +227,7 @@ class Encoder:
     def __call__(self, sample: Sample) -> ModelInput:
         """Raises BadSample with the reason when the sample can't be used."""
         made = self._made(sample)
+        check_finite(sample.id, made.kwargs)
         self.accept(made)
         return made
 

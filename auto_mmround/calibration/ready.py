@@ -58,9 +58,17 @@ def check_lengths(label: str, kwargs: Mapping[str, Any]) -> None:
                 )
 
 
+def check_finite(label: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises BadSample for NaN or infinity in what a model sees or hears; masks may hold some."""
+    for key, value in kwargs.items():
+        floats = isinstance(value, Tensor) and value.is_floating_point() and "mask" not in key
+        if floats and not bool(value.isfinite().all()):
+            raise BadSample("not finite", f"sample {label}: {key} holds NaN or infinity")
+
+
 def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first
-    token."""
+    token, without the padding of a batch at their end."""
     inputs = dict(kwargs)
     labels = inputs.pop("labels", None)
     if (
@@ -70,6 +78,8 @@ def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
     ):
         return inputs
     start = torch.full_like(labels[:, :1], _token(config, "decoder_start", "bos", "pad"))
+    said = (labels >= 0).any(0).nonzero()[:, 0]
+    labels = labels[:, : int(said[-1]) + 2] if len(said) else labels[:, :1]
     words = labels[:, :-1].masked_fill(labels[:, :-1] < 0, _token(config, "pad", "eos"))
     inputs["decoder_input_ids"] = torch.cat([start, words], 1)
     return inputs

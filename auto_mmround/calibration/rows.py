@@ -20,7 +20,8 @@ TEXT_KEYS = {"id", "input_ids", "attention_mask", "token_type_ids", "special_tok
 SECOND_KEYS = {"decoder_input_ids", "decoder_attention_mask"}  # text of a second sequence
 # A row with one of each is ready inputs of an encoder-decoder.
 DECODER_KEYS = {"decoder_input_ids", "labels"}
-ENCODER_KEYS = {"input_features", "input_values", "pixel_values", "flattened_patches"}
+# What an encoder reads -> dimensions of a batch of it, at least.
+ENCODER_KEYS = {"input_features": 3, "input_values": 2, "pixel_values": 4, "flattened_patches": 3}
 
 
 class BadSample(UserError):
@@ -83,7 +84,7 @@ def parse_row(
     row = _named(row, label)
     if row.get("input_ids") is not None:
         return _tokens(row, label)
-    if DECODER_KEYS & set(row) and ENCODER_KEYS & set(row):
+    if DECODER_KEYS & set(row) and ENCODER_KEYS.keys() & set(row):
         return Sample(label, inputs={**row})
     columns = Columns(row, base)
     turns = columns.turns
@@ -218,22 +219,37 @@ def split_batch(item: Any) -> Iterator[Any]:
         if len(ids) == 1:
             yield item
         else:
-            yield from _taken_apart(item, len(ids))
+            yield from _taken_apart(item, "input_ids")
+    elif isinstance(item, Mapping) and (key := _batched(item)):
+        # A model without words beside them, as Whisper: each row has one of all.
+        for row in _taken_apart(item, key):
+            yield {k: v[None] if hasattr(v, "ndim") else [v] for k, v in row.items()}
     elif isinstance(item, Mapping) and _is_columns(item):
         yield from (dict(zip(item, values)) for values in zip(*item.values(), strict=True))
     else:
         yield item
 
 
-def _taken_apart(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of so many ids. Raises UserError for a value of other length."""
+def _batched(item: Mapping[str, Any]) -> str | None:
+    """The key of what an encoder reads, where there is more than one row of it, and no ids."""
+    for key, dimensions in ENCODER_KEYS.items():
+        value = item.get(key)
+        if isinstance(value, Tensor | np.ndarray) and value.ndim >= dimensions and len(value) > 1:
+            return key if item.get("input_ids") is None else None
+    return None
+
+
+def _taken_apart(batch: Mapping[str, Any], counted: str) -> Iterator[dict[str, Any]]:
+    """The rows of a batch, as many as ``counted`` has. Raises UserError for a value of other
+    length."""
     values = {key: value for key, value in batch.items() if value is not None}
+    count = len(values[counted])
     for key, value in values.items():
         plain = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
         if not plain or len(value) != count:
             length = len(value) if plain else "one"
             raise UserError(
-                f"a DataLoader gives {count} rows of input_ids, but {length} of {key}: give one"
+                f"a DataLoader gives {count} rows of {counted}, but {length} of {key}: give one"
                 " sample at a time"
             )
     yield from ({key: value[i] for key, value in values.items()} for i in range(count))
