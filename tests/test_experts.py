@@ -2,6 +2,7 @@
 Transformers reads, and a line before anything is tuned where it does not."""
 
 import json
+import re
 from pathlib import Path
 
 import mixtures
@@ -283,7 +284,15 @@ def test_what_transformers_would_load_otherwise_is_refused(kind, fmt, more, said
 def test_stacks_that_no_reader_takes_apart_are_refused(kind, fmt, tmp_path, capfd):
     words = command(saved(kind, tmp_path / "model"), tmp_path / "out", fmt)
     assert cli.main(words) == 2
-    assert "one by one; keep them with --ignore" in capfd.readouterr().err
+    said = re.search(r"one by one; keep them with (--fp_layers) (\S+),", capfd.readouterr().err)
+    assert cli.main([*words, *said.groups(), "--engines", "vllm"]) == 0  # as the line says
+    (out,) = (tmp_path / "out").glob(f"*-{fmt}")
+    tensors = load_file(out / "model.safetensors")
+    packed = [key for key in tensors if key.endswith((".qweight", ".weight_packed"))]
+    assert packed and not any(".input_linear." in key or ".experts." in key for key in packed)
+    assert not torch.allclose(
+        logits(from_quantized(out, dtype="float32").model), logits(mixtures.build(kind)), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["granitemoehybrid", "aria_text", "inkling2_text"])

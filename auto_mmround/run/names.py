@@ -338,17 +338,18 @@ def check_names(names: Names, plan: Plan) -> None:
         raise UserError(
             f"{absent}: the checkpoint has no tensor {names.key(absent + '.weight')} to replace"
         )
-    stacked = (
+    stacked = [
         name
         for name, expert in names.experts.items()
-        if expert.stacked and expert.parameter not in names.apart
-    )
-    odd = next((name for name in stacked if name in plan.quantized), None)
-    if odd is not None and any(fmt.packs for fmt in plan.formats):
-        stack = names.stacks[names.experts[odd].parameter]
+        if expert.stacked and expert.parameter not in names.apart and name in plan.quantized
+    ]
+    if stacked and any(fmt.packs for fmt in plan.formats):
+        stack = names.stacks[names.experts[stacked[0]].parameter]
+        held = dict.fromkeys(re.sub(r"\.\d+(\.\w+)?$", "", name) for name in stacked)
+        parts = dict.fromkeys(path.rpartition(".")[2] for path in held)
         raise UserError(
-            f"{odd}: no reader takes the experts of {stack} one by one; keep them with "
-            "--ignore 're:.*experts.*', or write --format fake"
+            f"{stacked[0]}: no reader takes the experts of {stack} one by one; keep them with "
+            f"--fp_layers {','.join(parts)}, or write --format fake"
         )
 
 
