@@ -209,6 +209,8 @@ ROWS: dict[str, dict[str, Any]] = {
         for k, v in VIBE.items()},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 1600} | {f"{part}_tokenizer_encoder_config"
         f".{k}": v for part in ("acoustic", "semantic") for k, v in VIBE.items()},
+    "pocket_tts": {"flow_head_config.condition_dim": 64},
+    "gradium_phonon_tts": {"flow_head_config.condition_dim": 64},
     "musicgen": ENCODEC, "musicgen_melody": ENCODEC,
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32},

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import FAMILIES, Tiny, tiny_tokenizer
 
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify.proof import prove
 from auto_mmround.verify.static import check
+from auto_mmround.verify.values import _against_source
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
@@ -76,3 +78,30 @@ def test_other_schemes_are_named_as_vllm_spells_them(fmt, tmp_path):
     assert {scheme.bits for scheme in job.plan.schemes} == {4, 8}
     (out,) = jobs.run(job, prove=prove)
     assert not about_names(out)
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "auto_awq", "fake"])
+def test_a_matrix_of_one_value_is_no_error(fmt, tmp_path):
+    """Blocks that were added to a model begin with zeros; correlation says nothing there."""
+    model, folder = FAMILIES["llama"].build(), tmp_path / "model"
+    for parameter, value in (("self_attn.o_proj", 0.0), ("mlp.down_proj", 0.25)):
+        model.get_parameter(f"model.layers.1.{parameter}.weight").fill_(value)
+    model.lm_head.weight.zero_()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    recipe = Recipe(
+        model=str(folder), output_dir=str(tmp_path / "out"), format=fmt, group_size=32, iters=0,
+        device="cpu", amp=False, sym=fmt == "auto_round",
+    )  # fmt: skip
+    (out,) = jobs.run(jobs.prepare(recipe, jobs.load_model(recipe)), prove=prove)
+    assert not [found for found in check(out, folder) if found.severity == "error"]
+
+
+def test_a_matrix_of_one_value_must_decode_to_it():
+    zero, quarter = torch.zeros(8, 16), torch.full((8, 16), 0.25)
+    near = quarter + 0.02 * torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    for decoded, wanted, right in [
+        (zero, zero, True), (near, quarter, True), (quarter, quarter, True),
+        (quarter, zero, False), (zero, quarter, False), (torch.randn(8, 16), zero, False),
+    ]:  # fmt: skip
+        assert (not list(_against_source("w", decoded, wanted))) == right

@@ -22,6 +22,7 @@ from auto_mmround.run.record import checksum, codes_record
 # With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
 # wrong one about 0.
 LEAST_CORRELATION = 0.5
+CONSTANT = 0.1  # most that the error's squares may be of those of a matrix of one value
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
 HELD = ("q", "scale", "zero", "input_scale")  # by the tensors of a weight, see `Format.parts`
@@ -212,7 +213,8 @@ def _against_source(name: str, decoded: Tensor | Codes, wanted: Tensor) -> Itera
 
 
 def _correlation(decoded: Tensor | Codes, wanted: Tensor) -> float:
-    """Of two matrices, some rows at a time."""
+    """Of two matrices, some rows at a time. Where one has the same value throughout, as a weight
+    that starts at zero, 1 if they are equal but for rounding."""
     count, total = wanted.numel(), torch.zeros(5, dtype=torch.float64)
     for rows in pieces_of(wanted.shape):
         part = dequantize(rows_of(decoded, rows)) if isinstance(decoded, Codes) else decoded[rows]
@@ -220,7 +222,9 @@ def _correlation(decoded: Tensor | Codes, wanted: Tensor) -> float:
         total += torch.stack([x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
     x, y, xx, yy, xy = (total / count).tolist()
     spread = (max(xx - x * x, 0.0) * max(yy - y * y, 0.0)) ** 0.5
-    return 1.0 if count < 2 else (xy - x * y) / spread if spread else float("nan")
+    if count < 2:
+        return 1.0
+    return (xy - x * y) / spread if spread else float(xx - 2 * xy + yy <= CONSTANT * yy)
 
 
 def _part(s: Subject, tensors: Iterable[str], held: str, module: str) -> str:
