@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 # torch's types as safetensors names them.
 TYPE_NAMES = {
@@ -42,3 +43,12 @@ def read_header(path: Path) -> dict[str, Header]:
             name: Header(path.name, found.get_dtype(), tuple(found.get_shape()))
             for name, found in slices.items()
         }
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """uint8 (.., last x bytes of a value): a tensor of at least one dimension, row-major, without a
+    copy where it lies so. torch calls a dimension of one entry contiguous whatever its stride, and
+    then refuses to see bytes in it."""
+    tensor = tensor.detach().contiguous()
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    return tensor.as_strided(tensor.shape, strides).view(torch.uint8)

@@ -1,16 +1,22 @@
 """Bit streams against an independent slow decoder, golden words, and both layouts against their
 definitions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from auto_mmround.export import auto_awq
 from auto_mmround.export.auto_gptq import pack_gptq, unpack_gptq
+from auto_mmround.export.formats import FORMATS
 from auto_mmround.export.packing import pack_awq, pack_bits, unpack_awq, unpack_bits
+from auto_mmround.export.shards import ShardWriter
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.schemes import Scheme
+from auto_mmround.run.record import checksum
 
 
 def slow_decode(words: list[int], bits: int, n: int) -> list[int]:
@@ -149,3 +155,22 @@ def test_refusals() -> None:
             Scheme(4, 32),
             zero_offset=1,
         )
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 6])
+@pytest.mark.parametrize("inputs", [5, 40])
+def test_few_rows_in_one_group_reach_the_file(outputs: int, inputs: int, tmp_path: Path) -> None:
+    """Their zero points are one word, whose strides torch leaves as they come: it could not be
+    written. Qwen3.5's gates are so small in tiny models."""
+    fmt, scheme = FORMATS["compressed_tensors"], Scheme(5, -1, False)
+    codes = random_codes(outputs, 1, inputs, 5, False, 0)
+    writer = ShardWriter(tmp_path)
+    writer.add(fmt.pack("gate", codes))
+    writer.finish()
+    assert same(fmt.unpack("gate", load_file(tmp_path / "model.safetensors"), scheme), codes)
+    for lying in (
+        torch.arange(10).view(2, 5).T[:1, :1],
+        torch.arange(5.0)[None, :1],
+        torch.ones(()),
+    ):
+        assert checksum(lying) == checksum(lying.clone(memory_format=torch.contiguous_format))

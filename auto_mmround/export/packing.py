@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from auto_mmround.headers import raw_bytes
+
 PIECE = 2**20  # values, or words of them, that are packed at a time
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of a run of 8 that sits in nibble 0, 1, ..
 
@@ -55,7 +57,7 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _unpacked(words: Tensor, bits: int, n: int) -> Tensor:
-    as_bytes = words.to(torch.int32).contiguous().view(torch.uint8)
+    as_bytes = raw_bytes(words.to(torch.int32))
     mask = 2**bits - 1
     if 8 % bits == 0:  # no value lies in two bytes
         parts = [(as_bytes >> at).bitwise_and_(mask) for at in range(0, 8, bits)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.atomic import sync_file, sync_folder, write_json
-from auto_mmround.headers import TYPE_NAMES
+from auto_mmround.headers import TYPE_NAMES, raw_bytes
 
 COPIED = 2**24  # bytes copied at a time
 
@@ -122,4 +122,4 @@ def _header(spans: Mapping[str, _Span]) -> bytes:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor, row-major, without another copy of them where they lie so already."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return raw_bytes(tensor.cpu().reshape(-1)).numpy().data

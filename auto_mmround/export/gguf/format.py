@@ -29,7 +29,7 @@ from auto_mmround.export.gguf.towers import ROW_END, tower_metadata, tower_of
 from auto_mmround.export.gguf.types import BLOCK, TYPES, BlockType, exact_type, pack
 from auto_mmround.export.layout import Layout
 from auto_mmround.export.method import Method
-from auto_mmround.headers import TYPE_NAMES
+from auto_mmround.headers import TYPE_NAMES, raw_bytes
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
 
@@ -178,8 +178,8 @@ def _add_plain(writer: Any, name: str, tensor: Tensor) -> None:
     import gguf
 
     keep = tensor.ndim == 2 and tensor.dtype in PLAIN and name not in _FLOAT32
-    tensor = (tensor if keep else tensor.float()).cpu().contiguous()
-    data = tensor.view(torch.uint8).numpy()
+    tensor = (tensor if keep else tensor.float()).cpu()
+    data = raw_bytes(tensor).numpy()
     writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[TYPE_NAMES[tensor.dtype]])
 
 
