@@ -23,7 +23,12 @@ from auto_mmround.export.format import (
     wrong,
 )
 from auto_mmround.export.layout import (
-    Layout, both_spellings, carried_names, kept_groups, part_patterns, tower_patterns,
+    Layout,
+    both_spellings,
+    carried_names,
+    kept_groups,
+    part_patterns,
+    tower_patterns,
 )  # fmt: skip
 from auto_mmround.export.method import Method, Overrides, Question
 from auto_mmround.export.patterns import Lookup
