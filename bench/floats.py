@@ -28,7 +28,9 @@ OURS: dict[str, dict[str, Any]] = {
     "rtn": {"algorithm": "rtn"},
     "gptq": {"algorithm": "gptq"},
     "auto": {"algorithm": "auto"},
+    "auto, smoothquant": {"algorithm": "auto", "equalize": "smoothquant"},
 }
+FLOOR = "inputs alone"  # weights as they are: what their tuning starts from
 AUTO_ROUND: dict[str, dict[str, Any]] = {
     "auto-round": {},
     "auto-round alg_ext": {"enable_alg_ext": True},
@@ -148,7 +150,8 @@ def worker(job: dict[str, Any]) -> None:
         session.served.take(by_us(job, prepared))
         result = {"cpu": time.process_time() - used}
     else:
-        (by_auto_round if job["method"] in AUTO_ROUND else by_compressor)(job, prepared)
+        if job["method"] != FLOOR:
+            (by_auto_round if job["method"] in AUTO_ROUND else by_compressor)(job, prepared)
         result = {"cpu": time.process_time() - used}
         session.served.measured |= input_scales(session, prepared.plan.weights)
     result["seconds"] = job.get("peer_seconds", time.perf_counter() - started)
@@ -191,7 +194,7 @@ def verdicts(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     lines = []
     for scheme in dict.fromkeys(scheme for scheme, _ in found):
         done = {m: r for (s, m), r in found.items() if s == scheme and "kl" in r}
-        peers = [r for m, r in done.items() if m not in OURS]
+        peers = [r for m, r in done.items() if m in AUTO_ROUND or m in COMPRESSOR]
         if "auto" not in done or not peers:
             continue
         shares = [
@@ -213,7 +216,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dataset", default="demo")
     parser.add_argument("--held_out")
     parser.add_argument("--schemes", nargs="+", default=[*SCHEMES], choices=[*SCHEMES])
-    every = [*OURS, *AUTO_ROUND, *COMPRESSOR]
+    every = [FLOOR, *OURS, *AUTO_ROUND, *COMPRESSOR]
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int)
