@@ -4,6 +4,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -20,8 +21,10 @@ def width_of(terminal: bool) -> int | None:
     return None if terminal else WIDE
 
 
-console = Console(width=width_of(sys.stdout.isatty()))
-notices = Console(stderr=True, width=width_of(sys.stderr.isatty()))
+# Lines as they are: a path may hold brackets, which are markup to rich.
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
+console = Console(width=width_of(sys.stdout.isatty()), **PLAIN)
+notices = Console(stderr=True, width=width_of(sys.stderr.isatty()), **PLAIN)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Called by `logging`."""
         text = f"{record.levelname:<8} {record.getMessage()}"
-        notices.print(text, highlight=False, markup=False, soft_wrap=True)
+        notices.print(text, soft_wrap=True)
 
 
 def quiet_libraries(telling: Telling | None = None) -> None:

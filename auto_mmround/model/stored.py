@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.headers import DAMAGED, read_header
+from auto_mmround.headers import DAMAGED, OpenFiles, read_header
+from auto_mmround.lazy import LazyTensor
 from auto_mmround.model.quantized import FLOATS, METHODS, Block, block_sizes, told
 from auto_mmround.untrusted import one_line, weight_files
 
-MAPPED = 2**26  # bytes read after which files are opened anew
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = ("U8", "I8", "I16", "I32", "U16", "U32")  # integers of another quantization
 SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
@@ -79,64 +78,30 @@ class Stored:
         )
 
 
-class Reader:
+class Reader(OpenFiles):
     """Reads tensors while it is open."""
 
     def __init__(self, stored: Stored):
+        super().__init__()
         self.stored = stored
-        self._opened: dict[Path, Any] = {}
-        self._read = 0
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._opened = {}
 
     def plain(self, key: str, path: Path | None = None) -> Any:
         """What the file holds, as safetensors' slice."""
-        path = path or self.stored.files[key]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, "pt")
-        return self._opened[path].get_slice(self.stored.packed.get(key, key))
+        file = self.file(path or self.stored.files[key])
+        return file.get_slice(self.stored.packed.get(key, key))
 
     def slice(self, key: str) -> Any:
         """Something that gives the tensor when it is asked for ``[...]``."""
         if key not in self.stored.scales:
             return self.plain(key)
-        scale = self.plain(*self.stored.scales[key])
+        q, scale = self.plain(key), self.plain(*self.stored.scales[key])
         if key in self.stored.packed:
-            return _Packed(key, self.plain(key), scale)
-        return _Encoded(key, self.plain(key), scale, self.stored.blocks)
+            return LazyTensor(lambda: unpacked(key, q[...], scale[...]))
+        return LazyTensor(lambda: decoded(key, q[...], scale[...], self.stored.blocks))
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
-        tensor: Tensor = self.slice(key)[...]
-        self._read += tensor.nbytes
-        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
-            self._opened, self._read = {}, 0
-        return tensor
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    key: str
-    q: Any
-    scale: Any
-    blocks: Sequence[Block]
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return decoded(self.key, self.q[...], self.scale[...], self.blocks)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    key: str
-    q: Any
-    scale: Any
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return unpacked(self.key, self.q[...], self.scale[...])
+        return self.counted(self.slice(key)[...])
 
 
 def stored_tensors(folder: Path) -> Stored:

@@ -160,7 +160,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     weights = _without_staying(model, weights, layers, single)
-    weights = [_hold(weight, targets) for weight in weights]
+    weights = [held(weight, targets) for weight in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
             weights.append(
@@ -341,7 +341,8 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
     return None if recipe.quant_lm_head else "output head"
 
 
-def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
+def held(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
+    """The weight, or that it stays where a format can't hold it."""
     if weight.scheme is None:
         return weight
     for target in targets:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Tensors
 from auto_mmround.export.gguf.models import Part, Rule, extra_tensors, text_part
 from auto_mmround.export.gguf.towers import ROW_END, tower_part
+from auto_mmround.lazy import Lazy
 from auto_mmround.untrusted import TooLong, one_line, time_limit
 
 # a head that claims one long list makes the reader walk through the whole file, byte by byte
@@ -36,7 +36,7 @@ def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
     return files
 
 
-def read(folder: Path) -> Tensors:
+def read(folder: Path) -> Mapping[str, Tensor]:
     """Checkpoint key -> tensor of all files of a folder, names as `tower_part` and `text_part`
     spell them; 16-bit tensors as they are, the rest in float32. UserError for unknown tensors or a
     missing file.
@@ -67,7 +67,7 @@ def read(folder: Path) -> Tensors:
                 )
             made = [stored[target] for target in rule.targets]
             makers[key] = partial(_tensor, folder / file, rule, made)
-    return Tensors(makers)
+    return Lazy(makers, lambda make: make())
 
 
 def _tensor(path: Path, rule: Rule, stored: Sequence[Any]) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Tensors
+from auto_mmround.lazy import Lazy
 from auto_mmround.untrusted import one_line, read_text
 
 LANGUAGE = ("openvino_model", "openvino_language_model")
@@ -46,7 +46,7 @@ DAMAGED = (
 )
 
 
-def read(folder: Path) -> Tensors:
+def read(folder: Path) -> Mapping[str, Tensor]:
     """Checkpoint key -> tensor of all graphs of a folder, as stored, packed weights in float32.
 
     Raises UserError for a damaged or missing file; so does asking for a tensor of which two graphs
@@ -63,13 +63,9 @@ def read(folder: Path) -> Tensors:
     makers = {key: partial(_equal, key, graphs) for key, graphs in holders.items()}
     with _readable(folder / REST):
         rest = load_file(folder / REST)
-        return Tensors(
-            makers
-            | {
-                key: partial(_rest, folder / REST, rest, key)
-                for key in sorted({name.partition("/")[0] for name in rest})
-            }
-        )
+        names = sorted({name.partition("/")[0] for name in rest})
+    more = {key: partial(_rest, folder / REST, rest, key) for key in names}
+    return Lazy({**makers, **more}, lambda make: make())
 
 
 def _equal(key: str, graphs: Sequence[tuple[Path, "Constants"]]) -> Tensor:
