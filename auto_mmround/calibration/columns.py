@@ -43,22 +43,10 @@ MEDIA = {
 FILES = ("file_name", "path", "file", "filename", "filepath")  # of the kind that the ending tells
 SUFFIXES = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
-    "image": (
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".tga",
-        ".ppm",
-    ),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
+              ".tga", ".ppm"),
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
-}
+}  # fmt: skip
 MAGIC = {
     "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF....WEBP"),
     "audio": (b"fLaC", b"OggS", b"ID3", b"RIFF....WAVE"),

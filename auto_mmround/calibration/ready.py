@@ -10,15 +10,9 @@ from auto_mmround.calibration.rows import BadSample
 
 # Outputs of a processor with one entry a token along dimension 1: they are cut together.
 PER_TOKEN = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "position_ids",
-    "cross_attention_mask",
-    "decoder_input_ids",
-    "decoder_attention_mask",
-)
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids",
+    "cross_attention_mask", "decoder_input_ids", "decoder_attention_mask",
+)  # fmt: skip
 # Ids -> what has an entry for each of them.
 BESIDE = {
     "input_ids": ("attention_mask", "mm_token_type_ids", "token_type_ids"),

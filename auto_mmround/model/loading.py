@@ -39,18 +39,9 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
 # Configuration keys that say how many modules are built one by one, and the most that is believed.
 DEPTHS = {
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "depth",
-    "depths",
-    "encoder_layers",
-    "decoder_layers",
-    "num_hidden_groups",
-    "vision_depth",
-    "num_nextn_predict_layers",
-}
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths", "encoder_layers",
+    "decoder_layers", "num_hidden_groups", "vision_depth", "num_nextn_predict_layers",
+}  # fmt: skip
 DEEPEST = 1000
 # Architectures as published -> the class that Transformers has for them.
 PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}

@@ -47,19 +47,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where a run may go on under another value: the result does not depend on it, or the files
 # themselves are compared.
 FREE = {
-    "model",
-    "output_dir",
-    "overwrite",
-    "restart",
-    "check",
-    "sample_generation",
-    "low_gpu_mem_usage",
-    "stream",
-    "offload_states",
-    "low_cpu_mem_mode",
-    "low_cpu_mem_usage",
+    "model", "output_dir", "overwrite", "restart", "check", "sample_generation",
+    "low_gpu_mem_usage", "stream", "offload_states", "low_cpu_mem_mode", "low_cpu_mem_usage",
     "low_cpu_mem_tmp_dir",
-}
+}  # fmt: skip
 
 
 class Finished:

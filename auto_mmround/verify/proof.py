@@ -16,7 +16,7 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Decoded, Shards
-from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
+from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.export.formats import Format
 from auto_mmround.model.keys import renamed_keys
@@ -47,7 +47,7 @@ def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
         try:
             problems = list(_reload(subject, fmt, result))
         except (UserError, OSError, *CONTRADICTIONS) as error:
-            problems = [Finding("error", "the reload", one_line(str(error))[:400])]
+            problems = [fault("the reload", one_line(str(error))[:400])]
     return [finding.line().removeprefix("error: ") for finding in problems]
 
 
@@ -60,9 +60,7 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
     meant = given.config.to_dict() | ({} if tied is None else {"tie_word_embeddings": tied})
     changed = list(_differences(meant, model.config.to_dict()))
     if changed:
-        yield Finding(
-            "error", f"config.json: {changed[0]}", "is not that of the model" + several(changed)
-        )
+        yield fault(f"config.json: {changed[0]}", "is not that of the model" + several(changed))
     decoded = Decoded(subject.folder, model.dtype)
     blocks = [block for stage in result.plan.stages for block in stage.blocks]
     filled = Filled(model, _contents(subject, decoded), blocks)
@@ -79,7 +77,7 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
         ("reloaded, it is not what was tuned", differing),
     ):
         if some:
-            yield Finding("error", some[0], text + several(some))
+            yield fault(some[0], text + several(some))
 
 
 def _empty(folder: Path, made: PreTrainedModel) -> PreTrainedModel:

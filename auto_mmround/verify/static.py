@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from auto_mmround.checkpoint.subject import Finding, Subject, read_json, read_subject
+from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json, read_subject
 from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
 from auto_mmround.export.method import Overrides, Question, searched
 from auto_mmround.families import vllm_module, vllm_rename
@@ -44,13 +44,11 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             ),
         ):
             if group:
-                yield Finding("error", group[0], text + several(group))
+                yield fault(group[0], text + several(group))
         plain = set(s.plain())
         for name, shape in s.skeleton.shapes.items():
             if name in plain and s.tensors[name].shape != shape:
-                yield Finding(
-                    "error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}"
-                )
+                yield fault(name, f"has shape {s.tensors[name].shape}, the model's is {shape}")
     if s.record.get("tensors") and not s.whole:
         plain, written = set(s.plain()), set(s.record["tensors"])
         for text, some in (
@@ -58,7 +56,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             ("was not written", sorted(plain - written)),
         ):
             if some:
-                yield Finding("error", some[0], f"{text} according to run.json" + several(some))
+                yield fault(some[0], f"{text} according to run.json" + several(some))
     if s.source is not None and not s.whole:
         apart = s.skeleton.apart if s.skeleton is not None else ()
         absent = [
@@ -67,7 +65,7 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             if name not in s.tensors and not _is_packed(s, name) and key not in apart
         ]
         if absent:
-            yield Finding("error", absent[0], "is in the source, not here" + several(absent))
+            yield fault(absent[0], "is in the source, not here" + several(absent))
 
 
 def check_packed_modules(s: Subject) -> Iterator[Finding]:
@@ -80,9 +78,7 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
         ("was not packed", s.packed - written),
     ):
         if some:
-            yield Finding(
-                "error", min(some), f"{text} according to run.json" + several(sorted(some))
-            )
+            yield fault(min(some), f"{text} according to run.json" + several(sorted(some)))
 
 
 def check_layout(s: Subject) -> Iterator[Finding]:
@@ -99,7 +95,7 @@ def check_layout(s: Subject) -> Iterator[Finding]:
             variants = (s.fmt, resolve(s.fmt.name, {wanted}))
             fmt = next((each for each in variants if each.check(*key) is None), None)
             if fmt is None:
-                yield Finding("error", module, f"{s.fmt.name} {s.fmt.check(*key)}")
+                yield fault(module, f"{s.fmt.name} {s.fmt.check(*key)}")
             expected[key] = _expected_parts(fmt, *key) if fmt else {}
         yield from _compare_parts(s, module, expected[key])
 
@@ -144,17 +140,13 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> I
         stored = s.tensors.get(name)
         if stored is None:
             if part != ".g_idx" or s.record:  # other tools leave it out if it has no effect
-                yield Finding("error", name, "is missing")
+                yield fault(name, "is missing")
         elif stored.shape != wanted.shape:
-            yield Finding(
-                "error",
-                name,
-                f"has shape {stored.shape}; bits and group size ask for {wanted.shape}",
+            yield fault(
+                name, f"has shape {stored.shape}; bits and group size ask for {wanted.shape}"
             )
         elif stored.dtype != wanted.dtype and not {stored.dtype, wanted.dtype} <= _alike(s):
-            yield Finding(
-                "error", name, f"is stored as {stored.dtype}, the layout asks for {wanted.dtype}"
-            )
+            yield fault(name, f"is stored as {stored.dtype}, the layout asks for {wanted.dtype}")
 
 
 def check_names(s: Subject) -> Iterator[Finding]:
@@ -185,7 +177,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
             text = (
                 f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"
             )
-            yield Finding("error", "quantization_config", text)
+            yield fault("quantization_config", text)
             continue
         if answer is not None:
             yield from _compare_names(s, engine, spelled, answer)
@@ -201,7 +193,7 @@ def _compare_names(
             f"is packed, but {engine} names it {plain[0]} and by quantization_config makes it a"
             " plain layer"
         )
-        yield Finding("error", spelled[plain[0]], f"{text} of random weights{several(plain)}")
+        yield fault(spelled[plain[0]], f"{text} of random weights{several(plain)}")
     made = [
         n
         for n, key in spelled.items()
@@ -212,7 +204,7 @@ def _compare_names(
             f"is a plain weight, but {engine} names it {made[0]} and by quantization_config"
             " quantizes it"
         )
-        yield Finding("error", spelled[made[0]], text + several(made))
+        yield fault(spelled[made[0]], text + several(made))
     other = []
     for name, options in answer.items():
         packed = scheme(s, spelled[name]) if spelled[name] in s.packed else None
@@ -243,7 +235,7 @@ def check_entries(s: Subject) -> Iterator[Finding]:
         with time_limit(PATTERN_SECONDS):
             idle = [entry for entry in entries(s.quantization) if not names_something(entry, known)]
     except TooLong:
-        yield Finding("error", "quantization_config", "its patterns take too long to match")
+        yield fault("quantization_config", "its patterns take too long to match")
         return
     for entry in idle:
         yield Finding(
@@ -288,7 +280,7 @@ def check_fused(s: Subject) -> Iterator[Finding]:
                 f"engines load {', '.join(sorted(schemes))} as one matrix, but they are not packed"
                 " alike"
             )
-            yield Finding("error", f"{parent}.{(odd or sorted(schemes))[0]}", text)
+            yield fault(f"{parent}.{(odd or sorted(schemes))[0]}", text)
 
 
 def _is_packed(s: Subject, name: str) -> bool:

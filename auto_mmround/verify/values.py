@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_state_dict
-from auto_mmround.checkpoint.subject import Finding, Subject
+from auto_mmround.checkpoint.subject import Finding, Subject, fault
 from auto_mmround.errors import UserError
 from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
@@ -47,12 +47,10 @@ def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
     written, source = s.record.get("tensors") or {}, s.originals(originals.stored)
     for name, tensor in s.read(s.plain()):
         if tensor.is_floating_point() and not _is_finite(tensor):
-            yield Finding("error", name, "holds NaN or infinite values")
+            yield fault(name, "holds NaN or infinite values")
         elif name in written:
             if checksum(tensor) != written[name]:
-                yield Finding(
-                    "error", name, "is not what the run wrote (its checksum in run.json differs)"
-                )
+                yield fault(name, "is not what the run wrote (its checksum in run.json differs)")
         elif name in source and not _same(tensor, originals.tensor(source[name])):
             yield Finding(s.hygiene, name, "differs from the source")
 
@@ -82,7 +80,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
         except CONTRADICTIONS as error:
-            yield Finding("error", module, f"can't be decoded: {' '.join(str(error).split())}")
+            yield fault(module, f"can't be decoded: {' '.join(str(error).split())}")
             continue
         if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get(
             "desc_act"
@@ -91,7 +89,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
                 "reorders the inputs, but quantization_config does not say desc_act: vLLM would"
                 " ignore it"
             )
-            yield Finding("error", f"{module}.g_idx", text)
+            yield fault(f"{module}.g_idx", text)
             continue
         broken = list(_ranges(s, module, codes, tensors))
         yield from broken or _against_record(s, module, codes)
@@ -113,33 +111,27 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
             if not _is_finite(tensor):
-                yield Finding("error", name, "holds NaN or infinite values")
+                yield fault(name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
-                yield Finding(
-                    "error",
-                    name,
-                    "does not decode to what was tuned (its checksum in run.json differs)",
+                yield fault(
+                    name, "does not decode to what was tuned (its checksum in run.json differs)"
                 )
             elif name in rest and not _sums_to(tensor, rest.pop(name)):
-                yield Finding(
-                    "error", name, "is not what the run wrote (its checksum in run.json differs)"
-                )
+                yield fault(name, "is not what the run wrote (its checksum in run.json differs)")
             elif name in source and tensor.ndim == 2:
                 with Reader(weights) as originals:
                     yield from _against_source(name, tensor, originals.tensor(source[name]))
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         named = WEIGHT_FILE.search(reason)
-        yield Finding(
-            "error",
-            named[0] if named else "quantization_config",
-            f"the weights can't be decoded: {reason}",
+        yield fault(
+            named[0] if named else "quantization_config", f"the weights can't be decoded: {reason}"
         )
         return
     gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
     if gone:
         others = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        yield Finding("error", min(gone), f"is gone according to run.json{others}")
+        yield fault(min(gone), f"is gone according to run.json{others}")
 
 
 def _sums_to(tensor: Tensor, wanted: str) -> bool:
@@ -153,7 +145,7 @@ def _ranges(
 ) -> Iterator[Finding]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
-            yield Finding("error", name, "holds NaN or infinite values")
+            yield fault(name, "holds NaN or infinite values")
     if bool((codes.scale_OG == 0).any()):
         yield Finding(s.hygiene, _part(s, tensors, "scale", module), "holds scales of zero")
     if codes.data_type != "int":
@@ -161,13 +153,10 @@ def _ranges(
     middle, top = 2 ** (codes.bits - 1), 2**codes.bits - 1
     where = _part(s, tensors, "zero", module)
     if int(codes.zero_OG.max()) > top:
-        yield Finding(
-            "error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}"
-        )
+        yield fault(where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}")
     elif codes.sym and bool((codes.zero_OG != middle).any()):
         other = int(codes.zero_OG[codes.zero_OG != middle][0])
-        yield Finding(
-            "error",
+        yield fault(
             where,
             f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}",
         )
@@ -190,14 +179,12 @@ def _against_record(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
                 f"the configuration gives it {key} = {now[key]}, the run tuned it with"
                 f" {written[key]}"
             )
-            yield Finding("error", f"{module}: quantization_config", text)
+            yield fault(f"{module}: quantization_config", text)
     for key in HELD:
         if now.get(key) != written.get(key):
             where = _part(s, s.parts(module), key, module)
-            yield Finding(
-                "error",
-                where,
-                "does not decode to what was tuned (its checksum in run.json differs)",
+            yield fault(
+                where, "does not decode to what was tuned (its checksum in run.json differs)"
             )
 
 
@@ -205,10 +192,8 @@ def _against_source(name: str, decoded: Tensor | Codes, wanted: Tensor) -> Itera
     shape = decoded.q_OI.shape if isinstance(decoded, Codes) else decoded.shape
     correlation = _correlation(decoded, wanted if wanted.shape == shape else wanted.T)
     if not correlation >= LEAST_CORRELATION:
-        yield Finding(
-            "error",
-            name,
-            f"decoded, it has a correlation of {correlation:.2f} with the source's weight",
+        yield fault(
+            name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight"
         )
 
 

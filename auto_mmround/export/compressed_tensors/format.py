@@ -142,12 +142,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         else {"strategy": "group", "group_size": scheme.group_size}
     )
     activations = {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
-    }
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
     if scheme.data_type != "int":
         weights = floats.weight_args(scheme)
     if scheme.inputs[0] != "int":

@@ -25,12 +25,9 @@ TOWER = ("openvino_vision_embeddings_model", "openvino_vision_embeddings_merger_
 GRAPHS = (*LANGUAGE, "openvino_text_embeddings_model", *TOWER)
 REST = "openvino_rest.safetensors"
 ELEMENTS = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i8": torch.int8,
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8,
     "u8": torch.uint8,
-}
+}  # fmt: skip
 FOUR_BITS = ("i4", "u4")
 # Constants of a checkpoint's tensors are called MARK + key; those of a packed weight MARK + key +
 # "/" + part.
