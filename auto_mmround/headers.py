@@ -42,8 +42,8 @@ def read_header(path: Path) -> dict[str, Header]:
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: Header(path.name, found.get_dtype(), tuple(found.get_shape()))
-            for name, found in slices.items()
+            name: Header(path.name, part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
         }
 
 

@@ -101,10 +101,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    found = read_object(index).get("weight_map")
-    problem = index_problem(found)
+    weight_map = read_object(index).get("weight_map")
+    problem = index_problem(weight_map)
     if problem is None:
-        shards = [index.with_name(name) for name in sorted(set(found.values()))]  # type: ignore[union-attr]
+        shards = [index.with_name(name) for name in sorted(set(weight_map.values()))]  # type: ignore[union-attr]
         gone = [shard.name for shard in shards if not shard.is_file()]
         problem = f"names {gone[0]!r}, which is not in the folder" if gone else None
     if problem:

@@ -84,9 +84,9 @@ class Columns:
 
     def options(self) -> dict[str, Any]:
         """What a chat template may read beside the turns."""
-        found = {"tools": self.take("tools", "functions"), "documents": self.take("documents")}
+        beside = {"tools": self.take("tools", "functions"), "documents": self.take("documents")}
         more = decoded(self.take("chat_template_kwargs"))
-        given = {key: decoded(value) for key, value in found.items() if value is not None}
+        given = {key: decoded(value) for key, value in beside.items() if value is not None}
         given = {
             key: [decoded(each) for each in value] if isinstance(value, list) else value
             for key, value in given.items()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.checkpoint.reading import Shards
-from auto_mmround.errors import UserError
+from auto_mmround.errors import UserError, several
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.headers import DAMAGED, Header, read_header
@@ -190,18 +190,18 @@ def _schemes(
 ) -> dict[str, Scheme]:
     """The schemes of packed modules. One warning names modules without a readable one, and why."""
     try:
-        found = formats.schemes_of(quantization, packed)
+        schemes = formats.schemes_of(quantization, packed)
     except UserError as error:
         findings.append(fault("quantization_config", str(error)))
         return {}
-    unread = sorted(packed - found.keys())
+    unread = sorted(packed - schemes.keys())
     if unread:
-        others = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
         try:
             formats.scheme_of(quantization, unread[0])
         except (UserError, KeyError) as error:
-            findings.append(Finding("warning", unread[0], f"is not checked{others}: {error}"))
-    return found
+            text = f"is not checked{several(unread)}: {error}"
+            findings.append(Finding("warning", unread[0], text))
+    return schemes
 
 
 def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
@@ -266,16 +266,16 @@ def _headers(
 
 def _add_file(path: Path, tensors: dict[str, Header], findings: list[Finding]) -> None:
     try:
-        found = read_header(path)
+        headers = read_header(path)
     except DAMAGED as error:
         findings.append(fault(path.name, f"is damaged or cut off ({error})"))
         return
     findings += [
         fault(name, f"lies in {tensors[name].file} and in {path.name}")
-        for name in found
+        for name in headers
         if name in tensors
     ]
-    tensors |= {name: header for name, header in found.items() if name not in tensors}
+    tensors |= {name: header for name, header in headers.items() if name not in tensors}
 
 
 def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> Format | None:
@@ -374,24 +374,24 @@ def _mixtures(
     """
     experts = find_experts(model)
     names = [*experts.fused, *(f"{name}.weight" for name in (*experts.routers, *separable(model)))]
-    found = [*names, *(spelled[name] for name in names if name in spelled), *parts]
-    return frozenset(name.removesuffix(".weight") for name in found)
+    spellings = [*names, *(spelled[name] for name in names if name in spelled), *parts]
+    return frozenset(name.removesuffix(".weight") for name in spellings)
 
 
 def _linears(
     model: PreTrainedModel, spelled: Mapping[str, str], tied: set[str]
 ) -> tuple[dict[str, Linear], str | None]:
     """Layers by checkpoint name. A tied head has no tensor and keeps Transformers' name."""
-    found, head = {}, None
+    layers, head = {}, None
     for name, module in linears(model):
         weight = module.get_parameter("weight")
         out_features, in_features = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         stored = spelled.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         is_tied = f"{name}.weight" in tied and f"{name}.weight" not in spelled
-        found[stored] = Linear(name, out_features, in_features, is_tied)
+        layers[stored] = Linear(name, out_features, in_features, is_tied)
         if module is speaking(model).get_output_embeddings():
             head = stored
-    return found, head
+    return layers, head
 
 
 def _not_ignored(names: list[str], patterns: Any) -> tuple[str, ...]:

@@ -111,9 +111,9 @@ def stored_tensors(folder: Path) -> Stored:
     files, dtypes = _headers(folder)
     configs = told(folder)
     names = {
-        key: found
+        key: scale
         for key, dtype in dtypes.items()
-        if dtype in FP8 and (found := _scale_of(key, dtypes))
+        if dtype in FP8 and (scale := _scale_of(key, dtypes))
     }
     pairs = {
         key.removesuffix(BLOCKS): key
@@ -188,11 +188,9 @@ def _problem(key: str, dtypes: Mapping[str, str], of_scales: set[str]) -> str | 
     if key.endswith(".weight") and smoothed in dtypes:
         return f"{key} needs {smoothed} on its inputs, which is not read"
     if key in of_scales:
-        return (
-            None
-            if dtype in FLOATS or dtype in EXPONENTS
-            else f"{key}, a scale, is stored as {dtype}"
-        )
+        if dtype in FLOATS or dtype in EXPONENTS:
+            return None
+        return f"{key}, a scale, is stored as {dtype}"
     if dtype in FP8 and scale is None:
         return f"{key} is stored in FP8, but the files hold no scale for it"
     second = next((key + end for end in SECOND if key + end in dtypes), None)
@@ -246,12 +244,12 @@ def unpacked(key: str, q_EOGb: Tensor, exponent_EOG: Tensor) -> Tensor:
         )
     levels = torch.tensor([*E2M1, *(-level for level in E2M1)], dtype=torch.bfloat16)
     experts, rows, groups, half = q_EOGb.shape
-    found = torch.empty(experts, 2 * groups * half, rows, dtype=torch.bfloat16)
+    whole_EIO = torch.empty(experts, 2 * groups * half, rows, dtype=torch.bfloat16)
     for i in range(experts):
         codes = torch.stack([q_EOGb[i] & 15, q_EOGb[i] >> 4], -1).flatten(-2)
         values = torch.ldexp(levels[codes.int()], exponent_EOG[i, ..., None].int() - 127)
-        found[i] = values.flatten(1).t()
-    return found
+        whole_EIO[i] = values.flatten(1).t()
+    return whole_EIO
 
 
 def _steps(sizes: Sequence[int], counts: Sequence[int], blocks: Sequence[Block]) -> Block | None:

@@ -2,11 +2,11 @@
 second, e.
 
 W~ = d k (n - M) if symmetric, d k n - e m if not, with codes n, and integers k and m a group. So a
-group's scale and minimum are no free choice: they are found here together, for the whole
-super-block, by weighted squared error. The units found then are fixed. A minimum is real, not a
-multiple of the scale; adding it to the weight (`Super.min_OG`) leaves a grid with the zero point 0,
-on which everything else of this package works as on any other. Suffixes as in `grids`; S
-super-blocks a row, J groups a super-block.
+group's scale and minimum depend on the whole super-block. They are found here together, by weighted
+squared error. After that the units stay fixed. A minimum is a real number, no multiple of the
+scale. Adding it to the weight (`Super.min_OG`) leaves a grid with the zero point 0, which is like
+any other grid to the rest of this package. Suffixes as in `grids`; S super-blocks a row, J groups a
+super-block.
 """
 
 from itertools import product
@@ -20,7 +20,7 @@ from auto_mmround.numerics.grids import Grid, integers
 from auto_mmround.numerics.scale_search import CHUNK, THERE
 
 TINY, HUGE = 2.0**-24, torch.finfo(torch.float16).max  # of float16
-BELOW = (0, 1, 2, 3, -1)  # the bound: where the largest scale of a super-block may come to lie
+BELOW = (0, 1, 2, 3, -1)  # so far below the bound the largest scale of a super-block may lie
 TURNS = 3
 
 
@@ -66,10 +66,10 @@ def search(w_OGg: Tensor, importance_Gg: Tensor, grid: Grid) -> Super:
 def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: Tensor) -> Super:
     """The best super-blocks near these scales and minima of the groups.
 
-    Units and integers take turns: integers by rounding, units by least squares for the codes that
-    follow; several first units are tried, which bring the largest scale to the bound of larger
-    magnitude or near it. At the end each group looks at its neighbouring integers. ValueError for
-    columns that are no multiple of 256.
+    Integers and units are found in turns: integers by rounding, then units by least squares for the
+    resulting codes. Several first units are tried: they bring the largest scale to the bound of
+    larger magnitude, or near it. At the end each group tries its neighbouring integers. ValueError
+    for columns that are no multiple of 256.
     """
     groups, columns = w_OGg.shape[1:]
     if groups * columns % grids.SUPER:
@@ -103,14 +103,13 @@ def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: 
 
 
 def zeros(found: Super, grid: Grid) -> Tensor:
-    """Zero points of the grid on which a weight lies once the minima are added, float32 (out,
-    G)."""
+    """Zero points of the grid of a weight to which the minima are added, float32 (out, G)."""
     return torch.full_like(found.scale_OG, grid.middle if grid.sym else 0)
 
 
 def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and minima of the groups if each were free: those of a plain grid, then minima that
-    are real numbers."""
+    """Scales and minima of the groups, each found without the others: those of a plain grid, then
+    minima that are real numbers."""
     scale_OG, zero_OG = scale_search.search_scale(w_OGg, weight_Gg, grid)
     min_OG = torch.zeros_like(scale_OG)
     if grid.sym:
@@ -161,7 +160,7 @@ def _rounded(scale_OG: Tensor, min_OG: Tensor, unit_OS2: Tensor, grid: Grid) -> 
 
 
 def _units(d_OS: Tensor, e_OS: Tensor) -> Tensor:
-    """As the file holds them; never zero, so that there is something to divide by, nor infinite."""
+    """As the file holds them. Never zero, because they are divisors, and never infinite."""
     pair_OS2 = torch.stack([d_OS, e_OS], -1).clamp(-HUGE, HUGE)
     return torch.where(pair_OS2 < 0, pair_OS2.clamp(max=-TINY), pair_OS2.clamp(min=TINY)).half()
 
@@ -192,7 +191,7 @@ def _least_squares(
 
 
 def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> Super:
-    """Each group's best of its integers and those next to them."""
+    """For each group the best of its integers and their neighbours."""
     assert grid.scale_range is not None
     d_OG, e_OG = found.unit_OG, found.min_unit_OG
     best_OG, scale_OG, min_OG = torch.full_like(d_OG, torch.inf), found.scale_OG, found.min_OG
@@ -203,10 +202,8 @@ def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> S
         )
         error_OG = _measure(w_OGg, weight_Gg, near, grid)[1]
         wins_OG = error_OG < best_OG
-        scale_OG, min_OG = (
-            torch.where(wins_OG, near.scale_OG, scale_OG),
-            torch.where(wins_OG, near.min_OG, min_OG),
-        )
+        scale_OG = torch.where(wins_OG, near.scale_OG, scale_OG)
+        min_OG = torch.where(wins_OG, near.min_OG, min_OG)
         best_OG = torch.minimum(best_OG, error_OG)
     return Super(scale_OG, min_OG, found.unit_OS2)
 
@@ -214,7 +211,7 @@ def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> S
 def _better(
     best: tuple[Tensor, Super] | None, error_OS: Tensor, found: Super
 ) -> tuple[Tensor, Super]:
-    """Super-block by super-block the one with the smaller error."""
+    """For each super-block the solution with the smaller error."""
     if best is None:
         return error_OS, found
     wins_OS = error_OS < best[0]

@@ -117,7 +117,7 @@ class Fields:
     mappings: Annotated[list[list[Any]] | None, _equalization()] = None
 
     algorithm: Annotated[str, _tuning(
-        "; ".join(f"{name}: {found.text}" for name, found in ALGORITHMS.items()),
+        "; ".join(f"{name}: {row.text}" for name, row in ALGORITHMS.items()),
         choices=tuple(ALGORITHMS))] = "auto"
     preset: Annotated[str, _tuning(
         "how long the tuner works: light, default or best; iters, lr and batch_size win over it",

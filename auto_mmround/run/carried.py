@@ -56,19 +56,19 @@ def carried_modules(
     """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
     layers that the class does not load, and of single experts that are stacked there. gone: keys
     that a user's own model has left behind."""
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     unread = unread_keys(model, stored.files).items()
     with Reader(stored) as reader:
         for key, name in ((key, name) for key, name in unread if key not in gone):
             leaves = STACKED.get(key.rpartition(".")[2], ())
             if _may_be_linear(key, stored):
-                found[name.removesuffix(END)] = key.removesuffix(END)
+                modules[name.removesuffix(END)] = key.removesuffix(END)
             elif leaves and len(shape := reader.plain(key).get_shape()) == 3:
                 places = [n.rpartition(".")[0] for n in (name, key)]
                 for i, leaf in product(range(shape[0]), leaves):
                     module, stored_as = (f"{place}.{i}.{leaf}" for place in places)
-                    found[module] = stored_as
-    return found
+                    modules[module] = stored_as
+    return modules
 
 
 def _shape(reader: Reader, key: str) -> Sequence[int]:

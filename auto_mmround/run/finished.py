@@ -268,8 +268,8 @@ def _encode(codes: Mapping[str, Codes]) -> bytes:
 
 def _facts(file: Any) -> dict[str, dict[str, Any]]:
     """Weight name -> scheme and columns, in the order in which they were written."""
-    found: dict[str, dict[str, Any]] = json.loads(file.metadata()["weights"])
-    return found
+    facts: dict[str, dict[str, Any]] = json.loads(file.metadata()["weights"])
+    return facts
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import PAD
+from auto_mmround.modalities import PAD
 from auto_mmround.model.divergence import Before
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Points

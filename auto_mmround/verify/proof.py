@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Decoded, Shards
 from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_subject
-from auto_mmround.errors import UserError
+from auto_mmround.errors import UserError, several
 from auto_mmround.export.formats import Format
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.loading import NONSENSE
@@ -28,7 +28,7 @@ from auto_mmround.run.given import OF_THE_FILE, head_is_tied
 from auto_mmround.run.output import Result
 from auto_mmround.strict import tagged
 from auto_mmround.untrusted import one_line
-from auto_mmround.verify.static import run_checks, several
+from auto_mmround.verify.static import run_checks
 from auto_mmround.verify.values import PIECE
 
 GROUP = 2**28  # bytes of tensors outside blocks that are read together

@@ -5,12 +5,13 @@ be checked, or may be a habit of the tool that wrote the files.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json, read_subject
+from auto_mmround.errors import several
 from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
 from auto_mmround.export.method import Overrides, Question, searched
 from auto_mmround.families import vllm_module, vllm_rename
@@ -22,12 +23,7 @@ from auto_mmround.untrusted import TooLong, time_limit
 from auto_mmround.verify.kv_cache import check_kv_cache
 from auto_mmround.verify.side_files import check_side_files, check_tokenizer
 from auto_mmround.verify.together import TOGETHER
-from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
-
-
-def several(names: Sequence[str]) -> str:
-    """The number of further things beside the first, in words."""
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values
 
 
 def check_tensors(s: Subject) -> Iterator[Finding]:
@@ -62,7 +58,9 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
         absent = [
             name
             for name, key in s.originals(s.weights()).items()
-            if name not in s.tensors and not _is_packed(s, name) and key not in apart
+            if name not in s.tensors
+            and name.removesuffix(".weight") not in s.packed
+            and key not in apart
         ]
         if absent:
             yield fault(absent[0], "is in the source, not here" + several(absent))
@@ -86,7 +84,7 @@ def check_layout(s: Subject) -> Iterator[Finding]:
     expected: dict[tuple[Scheme, int, int], dict[str, Header]] = {}
     for module in sorted(s.packed):
         layer = s.skeleton.linears.get(module) if s.skeleton else None
-        wanted = scheme(s, module)
+        wanted = s.schemes.get(module)
         if layer is None or wanted is None or s.fmt is None:
             continue
         key = (wanted, layer.out_features, layer.in_features)
@@ -125,13 +123,11 @@ def _expected_parts(
 
 def _alike(s: Subject) -> set[str]:
     """Dtypes that count as equal: MLX takes any float; other tools' scales may be either half."""
-    return (
-        {"F16", "BF16", "F32"}
-        if s.fmt and s.fmt.any_float
-        else set()
-        if s.record
-        else {"F16", "BF16"}
-    )
+    if s.fmt and s.fmt.any_float:
+        return {"F16", "BF16", "F32"}
+    if s.record:
+        return set()
+    return {"F16", "BF16"}
 
 
 def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> Iterator[Finding]:
@@ -207,7 +203,7 @@ def _compare_names(
         yield fault(spelled[made[0]], text + several(made))
     other = []
     for name, options in answer.items():
-        packed = scheme(s, spelled[name]) if spelled[name] in s.packed else None
+        packed = s.schemes.get(spelled[name])
         base = {"bits": s.quantization.get("bits"), "group_size": s.quantization.get("group_size")}
         if (
             packed
@@ -270,9 +266,7 @@ def check_fused(s: Subject) -> Iterator[Finding]:
         parent, _, leaf = name.rpartition(".")
         for i, group in enumerate(FUSED):
             if leaf in group:
-                groups.setdefault((parent, i), {})[leaf] = (
-                    scheme(s, name) if name in s.packed else None
-                )
+                groups.setdefault((parent, i), {})[leaf] = s.schemes.get(name)
     for (parent, _), schemes in groups.items():
         if len(set(schemes.values())) > 1:
             odd = [leaf for leaf, one in schemes.items() if list(schemes.values()).count(one) == 1]
@@ -281,10 +275,6 @@ def check_fused(s: Subject) -> Iterator[Finding]:
                 " alike"
             )
             yield fault(f"{parent}.{(odd or sorted(schemes))[0]}", text)
-
-
-def _is_packed(s: Subject, name: str) -> bool:
-    return name.removesuffix(".weight") in s.packed
 
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (

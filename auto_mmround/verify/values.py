@@ -12,11 +12,10 @@ from torch import Tensor
 
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_state_dict
 from auto_mmround.checkpoint.subject import Finding, Subject, fault
-from auto_mmround.errors import UserError
+from auto_mmround.errors import UserError, several
 from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.pieces import pieces_of, rows_of
-from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.record import checksum, codes_record
 
 # With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
@@ -25,12 +24,8 @@ LEAST_CORRELATION = 0.5
 CONSTANT = 0.1  # most that the error's squares may be of those of a matrix of one value
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
+DIFFERS = "(its checksum in run.json differs)"
 HELD = ("q", "scale", "zero", "input_scale")  # by the tensors of a weight, see `Format.parts`
-
-
-def scheme(s: Subject, module: str) -> Scheme | None:
-    """The scheme of a packed module by the configuration; None if that can't be read."""
-    return s.schemes.get(module)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -39,20 +34,17 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def check_plain_values(s: Subject) -> Iterator[Finding]:
     """Plain tensors are finite, and equal to the run's, or else to the source's."""
-    with Reader(s.weights()) as originals:
-        yield from _check_plain_values(s, originals)
-
-
-def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
-    written, source = s.record.get("tensors") or {}, s.originals(originals.stored)
-    for name, tensor in s.read(s.plain()):
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            yield fault(name, "holds NaN or infinite values")
-        elif name in written:
-            if checksum(tensor) != written[name]:
-                yield fault(name, "is not what the run wrote (its checksum in run.json differs)")
-        elif name in source and not _same(tensor, originals.tensor(source[name])):
-            yield Finding(s.hygiene, name, "differs from the source")
+    written, weights = s.record.get("tensors") or {}, s.weights()
+    source = s.originals(weights)
+    with Reader(weights) as originals:
+        for name, tensor in s.read(s.plain()):
+            if tensor.is_floating_point() and not _is_finite(tensor):
+                yield fault(name, "holds NaN or infinite values")
+            elif name in written:
+                if checksum(tensor) != written[name]:
+                    yield fault(name, f"is not what the run wrote {DIFFERS}")
+            elif name in source and not _same(tensor, originals.tensor(source[name])):
+                yield Finding(s.hygiene, name, "differs from the source")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -70,7 +62,7 @@ def check_codes(s: Subject) -> Iterator[Finding]:
 def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Finding]:
     source = s.originals(originals.stored)
     for module in sorted(s.packed):
-        wanted = scheme(s, module)
+        wanted = s.schemes.get(module)
         if wanted is None or s.fmt is None:
             continue
         tensors = {
@@ -113,11 +105,9 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
             if not _is_finite(tensor):
                 yield fault(name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
-                yield fault(
-                    name, "does not decode to what was tuned (its checksum in run.json differs)"
-                )
+                yield fault(name, f"does not decode to what was tuned {DIFFERS}")
             elif name in rest and not _sums_to(tensor, rest.pop(name)):
-                yield fault(name, "is not what the run wrote (its checksum in run.json differs)")
+                yield fault(name, f"is not what the run wrote {DIFFERS}")
             elif name in source and tensor.ndim == 2:
                 with Reader(weights) as originals:
                     yield from _against_source(name, tensor, originals.tensor(source[name]))
@@ -130,8 +120,7 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
         return
     gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
     if gone:
-        others = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        yield fault(min(gone), f"is gone according to run.json{others}")
+        yield fault(min(gone), f"is gone according to run.json{several([*gone])}")
 
 
 def _sums_to(tensor: Tensor, wanted: str) -> bool:
@@ -183,9 +172,7 @@ def _against_record(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
     for key in HELD:
         if now.get(key) != written.get(key):
             where = _part(s, s.parts(module), key, module)
-            yield fault(
-                where, "does not decode to what was tuned (its checksum in run.json differs)"
-            )
+            yield fault(where, f"does not decode to what was tuned {DIFFERS}")
 
 
 def _against_source(name: str, decoded: Tensor | Codes, wanted: Tensor) -> Iterator[Finding]:
