@@ -1,5 +1,5 @@
-"""The damage of fewer bits, or of a scheme, to the model's output: of each weight at each option, and
-of a whole choice. Inputs are rounded as engines will round them."""
+"""The damage of fewer bits, or of a scheme, to the model's output: of each weight with each option,
+and of a whole choice. Inputs are rounded as engines will round them."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -316,15 +316,15 @@ def _served(
         for weight in session.plan.weights
         for option in options.get(weight.name, ())
     }
-    found = {option: ServedInputs() for option in sorted(sizes, key=lambda each: sizes[each])}
-    for option, served in found.items():
+    rounding = {option: ServedInputs() for option in sorted(sizes, key=lambda each: sizes[each])}
+    for option, served in rounding.items():
         planned = [
             replace(weight, scheme=weight.scheme_at(option))
             for weight in session.plan.weights
             if option in options.get(weight.name, ())
         ]
         served.measured |= input_scales(session, planned)
-    return found
+    return rounding
 
 
 def _round(
