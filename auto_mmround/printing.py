@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 WIDE = 10_000  # a file has no edge at which lines must break
@@ -79,7 +79,8 @@ def show(table: Table, to: Console = console) -> None:
 
 def _widths(table: Table, to: Console) -> list[int] | None:
     """A width for each column that holds its longest word; None where that does not fit."""
-    spans = [[measured(cell, to) for cell in _cells(column)] for column in table.columns]
+    cells = [[column.header, *column.cells] for column in table.columns]
+    spans = [[measured(cell, to) for cell in each] for each in cells]
     least = [max(span.minimum for span in column) for column in spans]
     most = [max(span.maximum for span in column) for column in spans]
     room = to.width - PADDING * len(least) - 1
@@ -97,10 +98,6 @@ def measured(cell: RenderableType, to: Console) -> Measurement:
     """Its longest word and its longest line."""
     shown = to.render_str(cell) if isinstance(cell, str) else cell
     return Measurement.get(to, to.options.update_width(WIDE), shown)
-
-
-def _cells(column: Column) -> list[RenderableType]:
-    return [column.header, *column.cells]
 
 
 def _as_lines(table: Table, to: Console) -> None:

@@ -159,6 +159,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]} .."
 
 
+@contextmanager
+def readable(path: Path, damage: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Raises UserError where the body raises what reading a damaged file does."""
+    try:
+        yield
+    except damage as error:
+        reason = one_line(str(error))[:200]
+        raise UserError(f"{path} cannot be read ({reason}): the file is damaged") from error
+
+
 class TooLong(Exception):
     """Work on data of others took longer than it may."""
 

@@ -127,7 +127,7 @@ class Columns:
         if (
             turns is None
             and isinstance(texts := self.row.get("texts"), list)
-            and all(map(_is_mapping, texts))
+            and all(isinstance(text, Mapping) for text in texts)
         ):
             self.taken.add("texts")
             return _messages((text.get("user"), text.get("assistant")) for text in texts)
@@ -182,10 +182,6 @@ def decoded_turns(value: Any) -> Any:
 
 def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and ("role" in value or "from" in value)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _messages(pairs: Iterable[tuple[Any, Any]]) -> list[Message]:

@@ -107,7 +107,6 @@ class FloatGrid(NamedTuple):
         return power.mul_(share).clamp_(min=least)
 
     def held(self, code: Tensor, zero: Tensor) -> Tensor:
-        """See `Points`."""
         return code.clamp(self.low, self.top)
 
     def gaps(self, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,16 +116,13 @@ class FloatGrid(NamedTuple):
         return torch.where(negative, outer, inner), torch.where(negative, inner, outer)
 
     def snap_(self, x: Tensor) -> Tensor:
-        """See `Points`."""
         step = self.spacing(x)
         return x.div_(step).round_().mul_(step)
 
     def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """See `Points`."""
         return self.snap_(torch.div(x, scale, out=out))
 
     def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Points`."""
         peak_OG = w_OGg.abs().amax(-1).float()
         if self.fixed is not None:
             return torch.full_like(peak_OG, self.fixed), torch.full_like(peak_OG, -0.0)
@@ -176,11 +172,9 @@ class FloatGrid(NamedTuple):
         return (number + 8 * code.signbit()).to(torch.uint8)
 
     def unpacked(self, byte: Tensor) -> Tensor:
-        """See `Points`."""
         return levels(byte, self.bits)
 
     def fit(self, w_OGg: Tensor) -> Fit:
-        """See `Points`."""
         peak_OG = w_OGg.abs().amax(-1).float()
         if self.data_type != "nvfp4":  # float32, or all its powers of two
             return Fit.of(peak_OG, TINY, torch.inf)
@@ -188,7 +182,6 @@ class FloatGrid(NamedTuple):
         return Fit.of(peak_OG / E2M1_TOP * self.whole, NVFP4_LEAST, torch.inf)
 
     def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
-        """See `Points`."""
         whole = None
         if self.data_type == "nvfp4":
             scale_OG = self._e4m3_scale(scale_OG)

@@ -163,12 +163,10 @@ class Grid(NamedTuple):
 
     @property
     def offset_dtype(self) -> torch.dtype:
-        """See `Points`."""
         return torch.float16
 
     @property
     def factor_rate(self) -> float:
-        """See `Points`."""
         return 1.0
 
     @property
@@ -177,52 +175,41 @@ class Grid(NamedTuple):
         return 0.5
 
     def snap_(self, x: Tensor) -> Tensor:
-        """See `Points`."""
         return x.round_()
 
     def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """See `Points`."""
         return torch.div(x, scale, rounding_mode="floor", out=out)
 
     def spacing(self, x: Tensor) -> float:
-        """See `Points`."""
         return 1.0
 
     def held(self, code: Tensor, zero: Tensor) -> Tensor:
-        """See `Points`."""
         if self.sym:
             return code.clamp(-self.middle, self.top - self.middle)
         return torch.maximum(code, -zero).minimum(self.top - zero)
 
     def gaps(self, point: Tensor) -> tuple[float, float]:
-        """See `Points`."""
         return 1.0, 1.0
 
     def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Points`."""
         return scale_and_zero(*ranges(w_OGg, self), self)
 
     def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
-        """See `Points`."""
         return storable(scale_OG, self, unit_OG)
 
     def packed(self, code: Tensor) -> Tensor:
-        """See `Points`."""
         return code.to(torch.uint8)
 
     def unpacked(self, byte: Tensor) -> Tensor:
-        """See `Points`."""
         return byte
 
     def fit(self, w_OGg: Tensor) -> "Fit":
-        """See `Points`."""
         low_OG, high_OG = ranges(w_OGg, self)
         peak_OG = torch.maximum(-low_OG, high_OG)
         need_OG = peak_OG / self.middle if self.sym else (high_OG - low_OG) / self.top
         return Fit.of(need_OG, *self.bounds)
 
     def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
-        """See `Points`."""
         return make_codes(q_OGg, scale_OG, zero_OG, columns, self)
 
     @property

@@ -16,10 +16,13 @@ from auto_mmround.errors import UserError
 from auto_mmround.export.gguf.models import Part, Rule, extra_tensors, text_part
 from auto_mmround.export.gguf.towers import ROW_END, tower_part
 from auto_mmround.lazy import Lazy
-from auto_mmround.untrusted import TooLong, one_line, time_limit
+from auto_mmround.untrusted import TooLong, readable, time_limit
 
 # a head that claims one long list makes the reader walk through the whole file, byte by byte
 HEAD_SECONDS = 30.0
+DAMAGED = (
+    ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, OSError, MemoryError,
+)  # fmt: skip
 
 
 def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
@@ -79,23 +82,12 @@ def _tensor(path: Path, rule: Rule, stored: Sequence[Any]) -> Tensor:
 def _readable(path: Path) -> Iterator[None]:
     """What the reader and the decoders raise for a damaged file, as a UserError."""
     try:
-        yield
+        with readable(path, DAMAGED):
+            yield
     except TooLong:
         raise UserError(
             f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds"
         ) from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-        ArithmeticError,
-        OSError,
-        MemoryError,
-    ) as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
-        ) from error
 
 
 def _decode(stored: Any) -> Tensor:
