@@ -84,4 +84,4 @@ def _token(config: Any, *names: str) -> int:
     without any."""
     places = (config, config.get_text_config(decoder=True))
     ids = (getattr(place, f"{name}_token_id", None) for name in names for place in places)
-    return next((found for found in ids if isinstance(found, int)), 0)
+    return next((each for each in ids if isinstance(each, int)), 0)

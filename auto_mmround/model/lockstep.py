@@ -70,8 +70,8 @@ class _Pass(Generic[T]):
         """What came out; it is not kept."""
         while self.stands is not None:
             self.advance()
-        found, self._future = self._future.result(), Future()
-        return found
+        result, self._future = self._future.result(), Future()
+        return result
 
     def abandon(self) -> None:
         """End the thread, if it is still on its way."""

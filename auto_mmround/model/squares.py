@@ -88,7 +88,7 @@ def shared(
     mean and kept within BOUNDS; it is 1 where the mean is zero. Layers of a group share the mean of
     theirs."""
     made: dict[tuple[str, ...], dict[int, Tensor]] = {}
-    found: dict[str, dict[int, Tensor]] = {}
+    weights: dict[str, dict[int, Tensor]] = {}
     for name in means:
         group = tuple(other for other in groups.get(name, (name,)) if other in means)
         if group not in made:
@@ -105,8 +105,8 @@ def shared(
                 if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)
             ]
             made[group] = {i: torch.stack([part[i] for part in parts]).mean(0) for i in samples}
-        found[name] = made[group]
-    return found
+        weights[name] = made[group]
+    return weights
 
 
 def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
@@ -198,9 +198,9 @@ class Squares:
         add_up: over several processes. spoken: sample -> bool (T,), tokens that are no padding.
         """
         put(self._waiting)
-        found = {name: part.by_sample() for name, part in self.tokens.items()}
+        tokens = {name: part.by_sample() for name, part in self.tokens.items()}
         sums = dict(self.blocks)
-        for name, by_sample in found.items():
+        for name, by_sample in tokens.items():
             # padding has no gradient
             counted = [
                 t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in by_sample.items()
@@ -218,4 +218,4 @@ class Squares:
             for name in self.tokens
             if name not in self._again
         }
-        return of_blocks, shared(found, of_layers, groups)
+        return of_blocks, shared(tokens, of_layers, groups)

@@ -135,12 +135,12 @@ def find_stages(model: PreTrainedModel) -> list[Stage]:
     has no text blocks."""
     whole = speaking_path(model)
     if whole:
-        found = find_stages(model.get_submodule(whole))  # type: ignore[arg-type]
-        return [replace(stage, path=f"{whole}.{stage.path}") for stage in found]
+        inner = find_stages(model.get_submodule(whole))  # type: ignore[arg-type]
+        return [replace(stage, path=f"{whole}.{stage.path}") for stage in inner]
     family = family_of(model.config.model_type)
     lists = {
-        path: found
-        for path, found in _block_lists(model)
+        path: blocks
+        for path, blocks in _block_lists(model)
         if path.rpartition(".")[2] not in family.connectors
     }
     decoder = family.decoder or path_of(model, _decoder(model))

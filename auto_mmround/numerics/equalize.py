@@ -36,8 +36,8 @@ def worst_modality(act_KC: Tensor) -> Tensor:
     Rows without any magnitude are modalities that no token had. With one modality it is that row.
     """
     level_K1 = act_KC.float().mean(1, keepdim=True)
-    found_C = torch.where(level_K1 > 0, act_KC / level_K1, 0.0).amax(0) * level_K1.max()
-    return torch.where(level_K1.max() > 0, found_C, 1.0)
+    most_C = torch.where(level_K1 > 0, act_KC / level_K1, 0.0).amax(0) * level_K1.max()
+    return torch.where(level_K1.max() > 0, most_C, 1.0)
 
 
 def smoothquant(act_KC: Tensor, weights: Sequence[Tensor], strength: float = 0.8) -> Tensor:

@@ -97,12 +97,12 @@ class Moments:
     def error(self, error_OI: Tensor) -> Tensor:
         """tr(E H E^T), summed over the outputs, as `output_error` gives it, exact to a thousandth.
         H is not made whole. The result is on the errors' device, and the host does not wait."""
-        found = torch.zeros((), device=error_OI.device)
+        total = torch.zeros((), device=error_OI.device)
         with bf16_products(True):
             for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
                 along_OI = error_OI[:, i : i + PANEL] @ panel_PI.to(error_OI) * error_OI[:, i:]
-                found += along_OI[:, :PANEL].sum() + 2 * along_OI[:, PANEL:].sum()  # H is symmetric
-        return found / self._total.clamp(min=1e-30)
+                total += along_OI[:, :PANEL].sum() + 2 * along_OI[:, PANEL:].sum()  # H is symmetric
+        return total / self._total.clamp(min=1e-30)
 
     def cross(self) -> Tensor:
         """C = mean_t w_t x_student x_teacher^T, (in, in). Raises ValueError if they were not asked

@@ -32,10 +32,10 @@ def by_rows(decode: Callable[[Any, torch.dtype], Tensor], codes: Any, dtype: tor
     pieces = pieces_of(codes.q_OI.shape)
     if len(pieces) < 2:
         return decode(codes, dtype)
-    found_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
+    made_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
     for rows in pieces:
-        found_OI[rows] = decode(rows_of(codes, rows), dtype)
-    return found_OI
+        made_OI[rows] = decode(rows_of(codes, rows), dtype)
+    return made_OI
 
 
 def over_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:

@@ -252,8 +252,8 @@ class Rounding:
             self.ranges = RangeFactors(*grids.ranges(self.w_OGg, grid), grid)
         else:
             alike_Gg = torch.ones(self.w_OGg.shape[1:], device=w_OI.device)
-            found = super_grids.search(self.w_OGg, alike_Gg, grid)
-            self.start_at(found.scale_OG, super_grids.zeros(found, grid), self.offset_OGg, found)
+            blocks = super_grids.search(self.w_OGg, alike_Gg, grid)
+            self.start_at(blocks.scale_OG, super_grids.zeros(blocks, grid), self.offset_OGg, blocks)
 
     def start_at(
         self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None
@@ -332,7 +332,7 @@ class Rounding:
             self.offset_OGg = self.offset_OGg.clone(memory_format=torch.contiguous_format)
         now = self.ranges.now()
         turn_OG = now.scale_OG.sign() * lr
-        found = [
+        gradients = [
             kernels.moved(
                 view.w_OGg, view.offset_OGg, now.rows(part),
                 grids.to_groups(grad_OI[part], self.w_OGg.shape[-1]), turn_OG[part],
@@ -341,8 +341,8 @@ class Rounding:
             for part, view in self._pieces(kernels.in_pieces)
         ]  # fmt: skip
         if factor_lr:
-            grad_scale_OG = torch.cat([scale_OG for scale_OG, _ in found])
-            zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
+            grad_scale_OG = torch.cat([scale_OG for scale_OG, _ in gradients])
+            zeros = [zero_OG for _, zero_OG in gradients if zero_OG is not None]
             grad_zero_OG = torch.cat(zeros) if zeros else None
             self.ranges.step(now.scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
         self.write(into_OI, kernels)

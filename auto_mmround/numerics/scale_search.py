@@ -85,14 +85,14 @@ def search_scale(w_OGg: Tensor, importance: Tensor, grid: Points) -> tuple[Tenso
         assert isinstance(grid, FloatGrid)
         return _by_rows(w_OGg, importance, grid)
     rows = max(1, (CHUNK if w_OGg.is_cpu else THERE * CHUNK) // w_OGg[0].numel())
-    found = []
+    parts = []
     for at in range(0, len(w_OGg), rows):
         part = importance[at : at + rows] if importance.dim() == 3 else importance
         w_PGg = w_OGg[at : at + rows].float()
         together = 1 if w_OGg.is_cpu else max(1, THERE * CHUNK // w_PGg.numel())
-        found.append(_search(w_PGg, part.float(), grid, search_plan(grid), together))
-    return torch.cat([scale_OG for scale_OG, _ in found]), torch.cat(
-        [zero_OG for _, zero_OG in found]
+        parts.append(_search(w_PGg, part.float(), grid, search_plan(grid), together))
+    return torch.cat([scale_OG for scale_OG, _ in parts]), torch.cat(
+        [zero_OG for _, zero_OG in parts]
     )
 
 
@@ -103,8 +103,8 @@ def _by_rows(w_OGg: Tensor, importance: Tensor, grid: FloatGrid) -> tuple[Tensor
         return pieces.fold_rows(x_OGg, grid.rows).transpose(1, 2).flatten(2)
 
     importance_OGg = importance.expand(w_OGg.shape)
-    found = search_scale(long(w_OGg), long(importance_OGg), grid._replace(rows=1))
-    scale_OG, zero_OG = (pieces.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in found)
+    folded = search_scale(long(w_OGg), long(importance_OGg), grid._replace(rows=1))
+    scale_OG, zero_OG = (pieces.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in folded)
     return scale_OG, zero_OG
 
 

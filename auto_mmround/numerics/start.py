@@ -114,10 +114,10 @@ def in_turn(moments: Mapping[str, Moments], blocks: Sequence[str]) -> list[list[
     """
     turns: dict[str, list[str]] = {}
     of_input: dict[int, str] = {}
-    for name, found in moments.items():
+    for name, own in moments.items():
         block = next(block for block in blocks if name.startswith(f"{block}."))
         title = block + re.sub(r"\.\d+(?=\.)", ".*", name.removeprefix(block))
-        turns.setdefault(of_input.setdefault(id(found), title), []).append(name)
+        turns.setdefault(of_input.setdefault(id(own), title), []).append(name)
     return list(turns.values())
 
 
@@ -175,22 +175,22 @@ def _for_all(
             if first.setdefault((experts, number), own) is own:
                 reached.setdefault((experts, matrix), []).append(own)
     made: dict[Any, Moments] = {}
-    found = {}
+    whole = {}
     for name, rounding in roundings.items():
         experts, _, matrix = _expert(name) or (name, "", "")
         others = reached.get((experts, matrix), [])
         key = tuple(map(id, others)) or rounding.columns
         if name not in moments and key not in made:
             made[key] = Moments.pooled(others) if others else _alike(rounding)
-        found[name] = moments[name] if name in moments else made[key]
-    return found
+        whole[name] = moments[name] if name in moments else made[key]
+    return whole
 
 
 def _alike(rounding: Rounding) -> Moments:
     device = rounding.w_OGg.device
-    found = Moments(rounding.columns, device=device)
-    found.add(torch.eye(rounding.columns, device=device))
-    return found
+    moments = Moments(rounding.columns, device=device)
+    moments.add(torch.eye(rounding.columns, device=device))
+    return moments
 
 
 def is_expert(name: str) -> bool:
@@ -248,18 +248,20 @@ def _place(stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool = Fals
     """Put stacks of one shape at their start; only one stack, unless ``in_sweeps``. Returns bool
     (N,): True for stacks that must be solved in turn, see `sweeps.Sweeping.doubtful`."""
     with torch.autocast(stacks[0].device.type, enabled=False):
-        found, doubtful_N = _solved(stacks, config, in_sweeps)
+        solved, doubtful_N = _solved(stacks, config, in_sweeps)
         roundings = [rounding for stack in stacks for rounding in stack.roundings]
         rows = [len(rounding.w_OGg) for rounding in roundings]
-        blocks = found.blocks or ()
-        split = [part.split(rows) for part in (found.scale_OG, found.zero_OG, found.q_OGg, *blocks)]
+        blocks = solved.blocks or ()
+        split = [
+            part.split(rows) for part in (solved.scale_OG, solved.zero_OG, solved.q_OGg, *blocks)
+        ]
         for rounding, scale, zero, q, *own in zip(roundings, *split, strict=True):
             super_ = super_grids.Super(*(part.clone() for part in own)) if own else None
             rounding.start_from(scale.clone(), zero.clone(), q, super_, config.margin)
         return doubtful_N
 
 
-class _Found(NamedTuple):
+class _Start(NamedTuple):
     """Scales, zero points (out, G), codes uint8 (out, G, g), super-blocks."""
 
     scale_OG: Tensor
@@ -268,7 +270,7 @@ class _Found(NamedTuple):
     blocks: super_grids.Super | None
 
     @classmethod
-    def joined(cls, parts: Sequence["_Found"]) -> "_Found":
+    def joined(cls, parts: Sequence["_Start"]) -> "_Start":
         """Of all rows."""
         if len(parts) == 1:
             return parts[0]
@@ -280,7 +282,7 @@ class _Found(NamedTuple):
 
 def _solved(
     stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool
-) -> tuple[_Found, Tensor]:
+) -> tuple[_Start, Tensor]:
     """The start of the stacks. Accelerators take a part of the rows at a time."""
     first, count = stacks[0].roundings[0], len(stacks)
     grid, columns, group_size = first.grid, first.columns, first.w_OGg.shape[-1]
@@ -310,9 +312,9 @@ def _solved(
                 q_OI = under.descend(w_OI, q_OI, scale_OG=scale_OG, zero_OG=zero_OG)
             scale_OG = under.refit(w_OI, q_OI, scale_OG, zero_OG, unit_OG)
         q_OGg = grids.to_groups(grid.packed(q_OI), group_size)
-        parts.append(_Found(scale_OG, zero_OG, q_OGg, blocks))
+        parts.append(_Start(scale_OG, zero_OG, q_OGg, blocks))
     doubtful_N = under.sweeping.doubtful() if under.sweeping else torch.zeros(count)
-    return _Found.joined(parts), doubtful_N
+    return _Start.joined(parts), doubtful_N
 
 
 class _Under(NamedTuple):

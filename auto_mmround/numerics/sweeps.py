@@ -31,12 +31,12 @@ class Sweeping:
         self._dampening = how.dampening
         each = hessian_NII.unbind()
         orders = [gptq.column_order(h.diagonal(), how.order, group_size) for h in each]
-        found = [gptq.factor(*both, how.dampening) for both in zip(each, orders, strict=True)]
+        factored = [gptq.factor(*both, how.dampening) for both in zip(each, orders, strict=True)]
         self._order_NI = torch.stack(orders)
-        factors = [feedback_II for feedback_II, _ in found]
-        self._feedback_NII = torch.stack(factors) if len(found) > 1 else factors[0][None]
-        self._sound_N = torch.stack([sound for _, sound in found])
-        self._moving_N = torch.zeros(len(found), device=hessian_NII.device)
+        factors = [feedback_II for feedback_II, _ in factored]
+        self._feedback_NII = torch.stack(factors) if len(factored) > 1 else factors[0][None]
+        self._sound_N = torch.stack([sound for _, sound in factored])
+        self._moving_N = torch.zeros(len(factored), device=hessian_NII.device)
 
     def rows(self, columns: int) -> int:
         """How many rows to solve at a time."""
