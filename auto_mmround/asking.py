@@ -35,10 +35,10 @@ def ask_and_show(flags: argparse.Namespace) -> int:
             answers.append(ask_folder(folder, question, way))
             continue
         if len(folders) > 1:
-            console.print(f"{folder}:", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{folder}:", soft_wrap=True)
         answers.append(_aloud(folder, question, way))
         if len(folders) == 1:
-            console.print(answers[-1].speed(), style="dim", highlight=False, soft_wrap=True)
+            console.print(answers[-1].speed(), style="dim", soft_wrap=True)
     if flags.json:
         print(strict.dumps([asdict(answer) for answer in answers], indent=1))
     elif len(answers) > 1:

@@ -171,12 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answer_shell()
         command = RUN.get(words[0]) if words else None
         return command(words[1:]) if command else quantize_command(words)
-    except UserError as error:
+    except (UserError, NotProved) as error:
         print(f"{PROGRAM}: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except NotProved as error:
-        print(f"{PROGRAM}: {one_line(str(error))}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130

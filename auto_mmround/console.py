@@ -70,7 +70,7 @@ def quantize_with_progress(
                 *refused,
             ):
                 if not events.telling.quiet:
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    console.print(line, soft_wrap=True)
             check_disk(job)
             bar = RunProgress(job.plan, job.recipe, events)
             with bar.progress:
@@ -81,7 +81,7 @@ def quantize_with_progress(
             _show_folders(job, folders, events, started)
             for folder, repo in repositories(folders, place).items() if place else ():
                 events.at(f"sending {folder.name} to {repo.repo}")
-                console.print(push(folder, repo), highlight=False, soft_wrap=True)
+                console.print(push(folder, repo), soft_wrap=True)
     return 0
 
 
@@ -94,7 +94,7 @@ def _show_folders(job: jobs.Job, folders: Sequence[Path], events: Events, starte
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         report.write(folder)
         events.happened("written", folder=str(folder), bytes=size)
-        console.print(f"{folder}  {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+        console.print(f"{folder}  {size / 1e6:,.1f} MB", soft_wrap=True)
     seconds = time.perf_counter() - started
     events.happened("done", seconds=round(seconds, 1), peak_gb=round(memory, 2))
     if events.telling.quiet:
@@ -105,7 +105,7 @@ def _show_folders(job: jobs.Job, folders: Sequence[Path], events: Events, starte
         f"done in {report.duration(seconds)}, peak memory {memory:.1f} GB",
         f"ask it: {question}",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def prepare_with_progress(recipe: Recipe, loaded: Loaded) -> jobs.Job:
@@ -151,15 +151,13 @@ def show_sample(job: jobs.Job) -> None:
         dataset and held_out(job.loaded, dataset, limit=1, template=job.recipe.template)
     )
     if job.loaded.streamed:
-        console.print(
-            "no sample generation: the model was never in memory as a whole", highlight=False
-        )
+        console.print("no sample generation: the model was never in memory as a whole")
         return
     if not inputs:
-        console.print("no sample generation: the recipe names no dataset", highlight=False)
+        console.print("no sample generation: the recipe names no dataset")
         return
     prompt, text = generate_sample(job.loaded, inputs)
-    console.print("sample generation:", highlight=False)
+    console.print("sample generation:")
     console.print(Text.assemble(prompt, (text, "bold")), soft_wrap=True)
 
 
@@ -203,9 +201,9 @@ def show_plan(recipe: Recipe, telling: Telling | None = None, as_json: bool = Fa
     show(table)
     show(staying_table(stays))
     for line in (summary(plan), f"formats: {', '.join(formats)}", *notes):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if not known:
-        console.print("name --dataset for an estimate of time and memory", highlight=False)
+        console.print("name --dataset for an estimate of time and memory")
         return 0
     return show_estimate(estimate(job or jobs.prepare(recipe, loaded)))
 
@@ -222,22 +220,17 @@ def staying_table(stays: Sequence[Staying]) -> Table:
 def show_estimate(costs: Estimate) -> int:
     """Minutes, memory and disk. Raises UserError with helpful flags if the run can't fit."""
     parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in costs.seconds.items())
-    console.print(
-        f"time: {sum(costs.seconds.values()) / 60:.1f} minutes after loading ({parts})",
-        highlight=False,
-    )
+    console.print(f"time: {sum(costs.seconds.values()) / 60:.1f} minutes after loading ({parts})")
     if len(costs.presets) > 1:
         each = ", ".join(f"{name} {took / 60:.1f}" for name, took in costs.presets.items())
-        console.print(f"minutes by preset: {each}", highlight=False)
+        console.print(f"minutes by preset: {each}")
     some, every = costs.used
     if 0 < some < every:
-        console.print(
-            f"samples: {some} of {every} pass the blocks; more are not needed", highlight=False
-        )
+        console.print(f"samples: {some} of {every} pass the blocks; more are not needed")
     memory = f"{costs.memory / 1e9:.1f} GB at the peak, {costs.free_memory / 1e9:.1f} GB can be had"
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in costs.sizes.items())
-    console.print(f"memory: {memory}", highlight=False)
-    console.print(f"disk: {sizes}; {costs.free_disk / 1e9:,.1f} GB are free", highlight=False)
+    console.print(f"memory: {memory}")
+    console.print(f"disk: {sizes}; {costs.free_disk / 1e9:,.1f} GB are free")
     if not costs.fits:
         raise UserError(f"this run does not fit ({memory}); try {'; or '.join(costs.advice)}")
     return 0
@@ -277,7 +270,7 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
         return 0
     show_measured(findings, record)
     for path in filter(None, (page, card_file)):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), soft_wrap=True)
     return 0
 
 
@@ -303,14 +296,14 @@ def show_measured(findings: Measured, record: Mapping[str, Any]) -> None:
             table.add_row(f"{score.benchmark} ({score.metric})", score.split, *cells, left)
         show(table)
     for sample in findings.samples:
-        console.print(f"\n{sample['question']}", highlight=False, markup=False)
+        console.print(f"\n{sample['question']}")
         lines = {
             "expected": sample["expected"],
             **{role: sample["answers"][role] for role in roles},
         }
         for title, text in lines.items():
             if text is not None:
-                console.print(f"  {title:<10} {text}", highlight=False, markup=False)
+                console.print(f"  {title:<10} {text}")
 
 
 def show_report(folders: Sequence[str], output: str | None, opened: bool = False) -> int:
@@ -321,7 +314,7 @@ def show_report(folders: Sequence[str], output: str | None, opened: bool = False
         page = report.write(Path(folders[0]))
     else:
         page = report.compare([Path(folder) for folder in folders], Path(output or "report.html"))
-    console.print(str(page), highlight=False, soft_wrap=True)
+    console.print(str(page), soft_wrap=True)
     if opened and not webbrowser.open(page.resolve().as_uri()):
         raise UserError(f"no browser could be started here: open {page} yourself")
     return 0
@@ -353,7 +346,7 @@ def verify_and_show(flags: argparse.Namespace) -> int:
     mark = "WRONG" if errors else "right"
     lines.append(f"{mark} {flags.folder.name}: files, format {result.format}, {errors} errors")
     for line in [*lines, *(verdict.line() for verdict in result.verdicts), *result.notes]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return 0 if result.right else 1
 
 

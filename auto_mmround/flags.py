@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 
 from auto_mmround import __version__
 from auto_mmround.errors import UserError
+from auto_mmround.recipe.checks import types_of
 from auto_mmround.recipe.fields import Key
 from auto_mmround.recipe.recipe import HINTS, KEYS, Recipe, from_mapping
 from auto_mmround.recipe.schemes import SCHEMES
@@ -340,15 +340,15 @@ def recipe_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(section, name, options) of every flag of a run: a field's own, its other names, without a
     help, and the one that means False."""
     for name, key in KEYS.items():
-        kinds = _kinds(name)
-        several = typing.get_origin(kinds[0]) is list
-        kind = {
-            "type": str if several else kinds[0],
+        types = types_of(HINTS[name])
+        several = typing.get_origin(types[0]) is list
+        valued = {
+            "type": str if several else types[0],
             "nargs": "+" if several else None,
-            "metavar": METAVARS.get(kinds[0], name.split("_")[-1].upper()),
+            "metavar": METAVARS.get(types[0], name.split("_")[-1].upper()),
             "completed": list(key.choices),
         }
-        options = {"action": "store_true"} if bool in kinds else kind
+        options = {"action": "store_true"} if bool in types else valued
         if key.text:
             yield key.section, name, options | {"dest": name, "help": _help(name, key)}
             for other in key.names:
@@ -364,11 +364,6 @@ def _help(name: str, key: Key) -> str:
     text = key.text + (f" (default: {default})" if default not in (None, "", False) else "")
     also = ", ".join(f"--{other}" for other in key.names)
     return (text + (f"{ALSO}{also}" if also else "")).replace("%", "%%")
-
-
-def _kinds(name: str) -> tuple[Any, ...]:
-    hint = HINTS[name]
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def to_recipe(given: dict[str, Any], base: Recipe) -> Recipe:

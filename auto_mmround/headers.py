@@ -1,7 +1,8 @@
-"""The headers of safetensors files: what tensors a file says it holds."""
+"""Safetensors files: what tensors a file says it holds, and files that stay open."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ TYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 BYTES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
+MAPPED = 2**26  # bytes read after which files are opened anew
 # What reading a file that is damaged or cut off raises.
 DAMAGED = (SafetensorError, OSError, ValueError)
 
@@ -40,9 +42,38 @@ def read_header(path: Path) -> dict[str, Header]:
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: Header(path.name, found.get_dtype(), tuple(found.get_shape()))
-            for name, found in slices.items()
+            name: Header(path.name, part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
         }
+
+
+class OpenFiles:
+    """Files are opened once, while it is open itself. Several threads may use it."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Any] = {}
+        self._read = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened = {}
+
+    def file(self, path: Path) -> Any:
+        """The file as `safe_open` gives it. Raises what `DAMAGED` lists."""
+        opened = self._opened
+        if path not in opened:
+            opened[path] = safe_open(path, "pt")
+        return opened[path]
+
+    def counted(self, tensor: Tensor) -> Tensor:
+        """The same tensor. What was read stays in memory as long as its file is mapped, so files
+        are opened anew after many bytes."""
+        self._read += tensor.nbytes
+        if self._read > MAPPED:
+            self._opened, self._read = {}, 0
+        return tensor
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:

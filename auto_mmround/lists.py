@@ -23,11 +23,7 @@ def show_formats() -> int:
     console.print("Which engines read them (vLLM: on processors):")
     show(matrix)
     for i, limit in enumerate(LIMITS, 1):
-        console.print(
-            f"({i}) {limit.engine} refuses {limit.what}: {limit.message}",
-            highlight=False,
-            markup=False,
-        )
+        console.print(f"({i}) {limit.engine} refuses {limit.what}: {limit.message}")
     return 0
 
 
@@ -47,8 +43,7 @@ def show_families() -> int:
         f"{len(FAMILIES)} families, each tested on a tiny random model with --quant_nontext_module:"
         " plan, calibrate, tune, export to auto_round and auto_gptq, read back, equal logits."
         " Others work by structure if the replay of their blocks proves right; else they are"
-        " refused with one line. See docs/new-model.md.",
-        highlight=False,
+        " refused with one line. See docs/new-model.md."
     )
     _show_swept()
     return 0
@@ -71,4 +66,4 @@ def _show_swept() -> None:
     for group in dict.fromkeys(row.group for row in rows):
         counts = Counter(row.verdict for row in rows if row.group == group).most_common()
         told = ", ".join(f"{count} {word}" for word, count in counts)
-        console.print(f"{group}: {told}", highlight=False)
+        console.print(f"{group}: {told}")

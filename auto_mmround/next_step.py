@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
+from auto_mmround.calibration.inputs import placeholder_ids
+from auto_mmround.modalities import AUDIO, IMAGE
 from auto_mmround.model.loading import read_config
 
 # What a first question may be, by what the model takes besides text.

@@ -4,11 +4,12 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 WIDE = 10_000  # a file has no edge at which lines must break
@@ -20,8 +21,10 @@ def width_of(terminal: bool) -> int | None:
     return None if terminal else WIDE
 
 
-console = Console(width=width_of(sys.stdout.isatty()))
-notices = Console(stderr=True, width=width_of(sys.stderr.isatty()))
+# Lines as they are: a path may hold brackets, which are markup to rich.
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
+console = Console(width=width_of(sys.stdout.isatty()), **PLAIN)
+notices = Console(stderr=True, width=width_of(sys.stderr.isatty()), **PLAIN)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Called by `logging`."""
         text = f"{record.levelname:<8} {record.getMessage()}"
-        notices.print(text, highlight=False, markup=False, soft_wrap=True)
+        notices.print(text, soft_wrap=True)
 
 
 def quiet_libraries(telling: Telling | None = None) -> None:
@@ -76,7 +79,8 @@ def show(table: Table, to: Console = console) -> None:
 
 def _widths(table: Table, to: Console) -> list[int] | None:
     """A width for each column that holds its longest word; None where that does not fit."""
-    spans = [[measured(cell, to) for cell in _cells(column)] for column in table.columns]
+    cells = [[column.header, *column.cells] for column in table.columns]
+    spans = [[measured(cell, to) for cell in each] for each in cells]
     least = [max(span.minimum for span in column) for column in spans]
     most = [max(span.maximum for span in column) for column in spans]
     room = to.width - PADDING * len(least) - 1
@@ -94,10 +98,6 @@ def measured(cell: RenderableType, to: Console) -> Measurement:
     """Its longest word and its longest line."""
     shown = to.render_str(cell) if isinstance(cell, str) else cell
     return Measurement.get(to, to.options.update_width(WIDE), shown)
-
-
-def _cells(column: Column) -> list[RenderableType]:
-    return [column.header, *column.cells]
 
 
 def _as_lines(table: Table, to: Console) -> None:

@@ -47,7 +47,7 @@ class Events:
             with self._lock:
                 self._file.write(strict.dumps({"time": stamp, "event": event, **facts}) + "\n")
         if text and not self.telling.quiet:
-            notices.print(text, highlight=False, markup=False, soft_wrap=True)
+            notices.print(text, soft_wrap=True)
 
     def at(self, what: str, spoken: bool = True) -> None:
         """A part of the run begins. A terminal's live line says it by itself."""

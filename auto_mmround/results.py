@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.scoring import Score
+from auto_mmround.recipe.patterns import starred
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan
 from auto_mmround.verify.verify import Verification
@@ -103,11 +104,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     rows: dict[tuple[str, str, str], int] = {}
     for weight in plan.all:
         scheme = weight.scheme
-        fate = f"stays: {weight.reason}"
-        if scheme:
-            fate = _told(scheme)
-        name = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
-        key = (name, f"{weight.out_features} x {weight.in_features}", fate)
+        fate = _told(scheme) if scheme else f"stays: {weight.reason}"
+        key = (starred(weight.name), f"{weight.out_features} x {weight.in_features}", fate)
         rows[key] = rows.get(key, 0) + 1
     return [(name, str(count), shape, fate) for (name, shape, fate), count in rows.items()]
 

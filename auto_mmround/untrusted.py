@@ -101,10 +101,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    found = read_object(index).get("weight_map")
-    problem = index_problem(found)
+    weight_map = read_object(index).get("weight_map")
+    problem = index_problem(weight_map)
     if problem is None:
-        shards = [index.with_name(name) for name in sorted(set(found.values()))]  # type: ignore[union-attr]
+        shards = [index.with_name(name) for name in sorted(set(weight_map.values()))]  # type: ignore[union-attr]
         gone = [shard.name for shard in shards if not shard.is_file()]
         problem = f"names {gone[0]!r}, which is not in the folder" if gone else None
     if problem:
@@ -157,6 +157,16 @@ def shown(value: Any) -> str:
     """A value for a message: short, and without the memory address of an object."""
     text = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", repr(value))
     return text if len(text) <= 80 else f"{text[:80]} .."
+
+
+@contextmanager
+def readable(path: Path, damage: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Raises UserError where the body raises what reading a damaged file does."""
+    try:
+        yield
+    except damage as error:
+        reason = one_line(str(error))[:200]
+        raise UserError(f"{path} cannot be read ({reason}): the file is damaged") from error
 
 
 class TooLong(Exception):

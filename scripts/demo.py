@@ -63,7 +63,7 @@ def prove(job: jobs.Job, folders: list[Path]) -> list[str]:
         )
         failed |= bool(wrong or verdict.error or not found.right)
         report.keep_verdicts(folder, [asdict(verdict)])
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
         lines.append(line)
     if failed:
         raise SystemExit("demo: an export is not what was tuned")
@@ -137,9 +137,7 @@ def measured(full: Loaded, runs: list[Run]) -> dict[str, Metrics]:
     """Figures of all models on held-out data, by name."""
     models = {name: model for each in runs for name, model in zip(each.names, each.models.values())}
     inputs = held_out(full, "demo")
-    console.print(
-        f"measuring {len(models)} models on {len(inputs)} held-out samples", highlight=False
-    )
+    console.print(f"measuring {len(models)} models on {len(inputs)} held-out samples")
     found = measure([each.model for each in models.values()], inputs, reference=full.model)
     return dict(zip(models, found, strict=True))
 
@@ -148,14 +146,14 @@ def keep(
     folder: Path | None, results: dict[str, Metrics], lines: list[str], seconds: float, peak: float
 ) -> None:
     """What was found, into `.demo/result.json`, and with the date into a folder if there is one."""
-    console.print(f"{seconds:.0f} s, peak memory {peak:.1f} GB", highlight=False)
+    console.print(f"{seconds:.0f} s, peak memory {peak:.1f} GB")
     record = {name: metrics.as_dict() for name, metrics in results.items()}
     found = {"results": record, "exports": lines, "seconds": seconds, "peak_gb": peak}
     Path(".demo/result.json").write_text(json.dumps(found, indent=1) + "\n")
     if folder:
         path = folder / f"demo-{datetime.date.today()}.md"
         path.write_text(as_markdown(results, lines, seconds, peak))
-        console.print(f"kept in {path}", highlight=False)
+        console.print(f"kept in {path}")
 
 
 def not_better(results: dict[str, Metrics], each: Run) -> str | None:
@@ -178,18 +176,18 @@ def main() -> None:
     full = jobs.load_model(BASE)
     runs = [run(bits, full) for bits in (4, 3)]
     results = measured(full, runs)
-    console.print("loading the four W4 exports in Transformers", highlight=False)
+    console.print("loading the four W4 exports in Transformers")
     lines = prove(runs[0].job, runs[0].folders)
     for each in runs:
         figures = (results[name] for name in each.names)
         fill_reports(each.folders, each.models, dict(zip(each.models, figures, strict=True)))
     show(metrics_table(results, title="the demo model on held-out text and questions on images"))
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     peak = max(devices.peak_memory(full.model.device).values())
     keep(folder, results, lines, time.perf_counter() - started, peak)
     page = runs[0].folders[0] / "report.html"
-    console.print(f"to look at: {page}", highlight=False, soft_wrap=True)
+    console.print(f"to look at: {page}", soft_wrap=True)
     for complaint in filter(None, (not_better(results, each) for each in runs)):
         sys.exit(complaint)
 

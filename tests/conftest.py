@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import chosen_device
 import pytest
 import torch
+from reports import filled
 
 from auto_mmround import cli
 from auto_mmround.model.loading import load
@@ -46,6 +47,12 @@ def demo_folder(tmp_path_factory):
     command = ["--model", "demo", "--iters", "0", "--device", "cpu", "--output_dir", str(out)]
     assert cli.main(command) == 0
     return out / "demo-w4g128-auto_round"
+
+
+@pytest.fixture(scope="module")
+def full(demo_folder, tmp_path_factory):
+    """The same with everything that a report shows, see `reports.filled`."""
+    return filled(demo_folder, tmp_path_factory.mktemp("full") / "model-w4g128-auto_round")
 
 
 @pytest.fixture

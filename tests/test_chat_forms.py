@@ -10,9 +10,10 @@ from tiny_processors import CHAT, eyes, words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from auto_mmround.calibration.inputs import IMAGE, VIDEO, answer_mask
+from auto_mmround.calibration.inputs import answer_mask
 from auto_mmround.calibration.processor import render
 from auto_mmround.calibration.template import Template, parse_messages
+from auto_mmround.modalities import IMAGE, VIDEO
 from auto_mmround.model.passes import run_model
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs

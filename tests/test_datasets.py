@@ -160,7 +160,7 @@ def test_local_json_forms_are_told_by_content(tmp_path, suffix):
         and samples[1].id == f"x.{suffix}#7"
     )
     assert len(load_samples(f"{file}:num=2")) == 2 and len(load_samples(str(file), limit=3)) == 3
-    assert load_rows(str(file))[0].multimodal()
+    assert load_rows(str(file))[0].kinds()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from accelerate import dispatch_model
 from torch import nn
 from two_processes import mixed_inputs, tiny_model
 
-from auto_mmround.calibration.inputs import PAD, bucket, padded
+from auto_mmround.calibration.inputs import bucket, padded
+from auto_mmround.modalities import PAD
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Call, Chain
 from auto_mmround.model.structure import Stage

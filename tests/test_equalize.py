@@ -12,11 +12,11 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from auto_mmround.calibration.inputs import IMAGE, TEXT
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
+from auto_mmround.modalities import IMAGE, TEXT
 from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Call, difference
 from auto_mmround.model.loading import DEMO, load

@@ -6,7 +6,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"numerics", "recipe", "calibration", "model"}
-COMMON = {"atomic", "errors", "families", "headers", "programs", "strict", "untrusted"}
+COMMON = {
+    "atomic",
+    "errors",
+    "families",
+    "headers",
+    "lazy",
+    "modalities",
+    "programs",
+    "strict",
+    "untrusted",
+}
 # Room -> rooms below it that it may use.
 BELOW = {
     **{room: set[str]() for room in GROUND},

@@ -7,9 +7,10 @@ import torch
 from test_journey import run
 from test_start import tiny_text_model
 
-from auto_mmround.calibration.inputs import PAD, ModelInput
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
+from auto_mmround.modalities import PAD
 from auto_mmround.numerics.grids import Grid, round_to_nearest
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import polish as polishing

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from auto_mmround import cli
 from auto_mmround.errors import UserError
-from auto_mmround.printing import Telling, notices, show
+from auto_mmround.printing import Telling, console, notices, show
 from auto_mmround.progress import Events, RunProgress
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,11 @@ def test_tables_never_cut_a_word(width):
     assert {*" ".join(HEAD).split(), "demo-w4g128-auto_round", "0.00158"} <= words
     assert "\u2026" not in sink.getvalue()
     assert max(map(len, sink.getvalue().splitlines())) <= max(width, 40)
+
+
+def test_brackets_of_a_path_are_no_markup(capsys):
+    console.print("out[bold]/model", soft_wrap=True)
+    assert capsys.readouterr().out == "out[bold]/model\n"
 
 
 def test_a_file_gets_whole_lines_without_colours_and_a_program_json(tmp_path):

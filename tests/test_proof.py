@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, TEXT, Tiny, tiny_tokenizer
 
 import auto_mmround
 from auto_mmround import AutoRoundMLLM, NotProved, cli
+from auto_mmround.checkpoint.reading import Decoded, Shards
 from auto_mmround.export import formats
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.grids import Codes
@@ -264,10 +265,11 @@ def test_a_reload_holds_one_block(tmp_path):
     written = Written("llama", tmp_path, "auto_round")
     subject = proof.read_subject(written.folder)
     empty = proof._empty(written.folder, written.result.names.model)
-    decoder = proof.Decoder(subject, torch.float32)
-    filled = Filled(empty, decoder, [f"model.layers.{i}" for i in range(3)])
-    sizes = []
-    for names in filled.groups(decoder.read):
+    decoded = Decoded(written.folder, torch.float32)
+    keys = proof._contents(subject, decoded)
+    filled = Filled(empty, keys, [f"model.layers.{i}" for i in range(3)])
+    shards, sizes = Shards(), []
+    for names in filled.groups(lambda keys: {key: decoded[key](shards) for key in keys}):
         there = [name for name, tensor in empty.state_dict().items() if not tensor.is_meta]
         assert sorted(there) == sorted(names)
         sizes.append(len({name.partition("layers.")[2][:1] for name in names}))

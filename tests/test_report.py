@@ -4,116 +4,22 @@ them."""
 import json
 import re
 import shutil
-import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
 from browsing import browse, needs_browser
 from PIL import Image
+from reports import evaluation
 
 from auto_mmround import cli
-from auto_mmround.errors import UserError
 from auto_mmround.evaluate.scoring import Score
-from auto_mmround.evaluate.tasks import picture
-from auto_mmround.export.formats import FORMATS
-from auto_mmround.model.loading import DEMO, find_folder
-from auto_mmround.report import card, charts, report
+from auto_mmround.model.loading import DEMO
+from auto_mmround.report import charts, report
 from auto_mmround.report.headline import differing_first, headline, trade
 from auto_mmround.report.sizes import sizes
 
 VOID = {"meta", "link", "img", "br", "wbr"}
-
-
-def evaluation(**changes):
-    scores = [
-        Score(
-            "speech",
-            "clean",
-            "WER",
-            3.5246,
-            9,
-            reference=3.4435,
-            baseline=4.0,
-            unit="%",
-            lower_is_better=True,
-        ),
-        Score("pictures", "test", "exact match", 45.0, 20, reference=50.0, unit="%"),
-    ]
-    kl = {"kl": {"text": 0.002, "image": 0.001}, "agreement": {"text": 0.9, "image": 0.95}}
-    figures = {
-        role: kl | {"positions": {"text": 1000, "image": 50}}
-        for role in ("reference", "baseline", "quantized")
-    }
-    pixel = picture(Image.new("RGB", (8, 8), "red"))
-    answers = {"reference": "a cat", "baseline": "a dog", "quantized": "<script>alert(1)</script>"}
-    sample = {
-        "id": "1",
-        "question": "What is it?",
-        "expected": "a cat",
-        "images": [pixel],
-        "answers": answers,
-    }
-    record = {
-        "model": "m", "reference": "full", "baseline": "nearest", "reference_dtype": "BF16",
-        "dataset": "set.json",
-        "limit": None, "language": None, "tasks": ["kl"],
-        "command": "auto-round-mllm eval --model /a/b/m",
-        "scores": [score.as_dict() for score in scores], "figures": figures, "samples": [sample],
-    }  # fmt: skip
-    return record | changes
-
-
-@pytest.fixture(scope="module")
-def full(demo_folder, tmp_path_factory):
-    """The same folder with errors of forty blocks in two stages, an evaluation, and verdicts."""
-    folder = tmp_path_factory.mktemp("full") / "model-w4g128-auto_round"
-    shutil.copytree(demo_folder, folder)
-    run = json.loads((folder / "run.json").read_text())
-    names = [f"model.visual.blocks.{i}" for i in range(8)] + [
-        f"model.language_model.layers.{i}" for i in range(32)
-    ]
-    run["blocks"] = [
-        {
-            "name": name,
-            "stage": "vision" if "visual" in name else "text",
-            "weights": 7,
-            "nearest": 0.02 * (i + 1) ** 2,
-        }
-        | {"start": 0.012 * (i + 1) ** 2, "end": 0.01 * (i + 1) ** 2, "best_iter": 3}
-        for i, name in enumerate(names)
-    ]
-    run["measured"]["blocks"] = {
-        name: {"seconds": 3 + i % 4, "peak_gb": 2 + i / 40} for i, name in enumerate(names)
-    }
-    run["calibration"] = {
-        "asked": 9,
-        "used": 8,
-        "short": 1,
-        "skipped": {"form": ["a"]},
-        "tokens": {"text": 900},
-    }
-    run["calibration"]["notes"] = []
-    (folder / "run.json").write_text(json.dumps(run))
-    report.keep_evaluation(folder, evaluation())
-    right = {
-        "engine": "transformers",
-        "version": "transformers 5.23.0",
-        "status": "right",
-        "layers": 35,
-        "gap": 0.002,
-    }
-    wrong = {
-        "engine": "vllm",
-        "status": "wrong",
-        "reason": "does not load",
-        "planned": 35,
-        "gap": float("nan"),
-    }
-    report.keep_verdicts(folder, [right | {"planned": 35, "reason": None}, wrong])
-    report.write(folder)
-    return folder
 
 
 class Checker(HTMLParser):
@@ -258,108 +164,6 @@ def test_a_folder_that_is_no_run_is_one_line(damage, tmp_path, demo_folder, caps
         (folder / "run.json").write_text("{")
     assert cli.main(["report", str(folder)]) == 2
     assert "run.json" in capsys.readouterr().err
-
-
-def front_matter(text):
-    _, matter, body = text.split("---\n", 2)
-    return yaml.safe_load(matter), body
-
-
-def test_card_has_the_shape_of_the_released_one(full):
-    matter, body = front_matter(card.write(full).read_text())
-    assert matter["tags"] == ["w4a16", "int4", "image"] and matter["library_name"] == "transformers"
-    assert "| Benchmark | Split | BF16 | W4A16 | Recovery (%) |" in body
-    assert "| speech (WER) | clean | 3.4435 | 3.5246 | 97.70% |" in body
-    assert "| pictures (exact match) | test | 50.0000 | 45.0000 | 90.00% |" in body
-    # the engine that verified, with code
-    assert "Qwen2VLForConditionalGeneration.from_pretrained" in body
-    assert "vllm" not in body  # the one that did not
-    assert "/a/b" not in body  # nor folders of this machine
-    recipe = tomllib.loads(re.search(r"```toml\n(.*?)```", body, re.DOTALL)[1])
-    assert recipe["model"] == "demo" and "output_dir" not in recipe
-
-
-def test_code_of_the_card_is_python(full):
-    codes = re.findall(r"```python\n(.*?)```", card.write(full).read_text(), re.DOTALL)
-    assert codes
-    for code in codes:
-        compile(code, "card", "exec")
-    for kinds in card.CODE.values():
-        for language, code in kinds.values():
-            filled = code.format(name="a/b", cls="AutoModel", lm="lm", prompt='"x"',
-                **FORMATS["compressed_tensors"].card)  # fmt: skip
-            assert language == "bash" or compile(filled, "card", "exec")
-
-
-def test_card_takes_licence_and_base_model_from_the_source(full, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(find_folder("demo"), source)
-    (source / "README.md").write_text(
-        "---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Source\n"
-    )
-    folder = tmp_path / "run"
-    shutil.copytree(full, folder)
-    recipe = (folder / "recipe.toml").read_text().replace('model = "demo"', f'model = "{source}"')
-    (folder / "recipe.toml").write_text(recipe)
-    matter, body = front_matter(card.write(folder).read_text())
-    assert (
-        matter["license"] == "mit" and matter["language"] == ["en"] and "base_model" not in matter
-    )
-    assert str(source) not in body and 'model = "source"' in body
-    (folder / "recipe.toml").write_text(recipe.replace(str(source), "maker/model-2b"))
-    assert front_matter(card.write(folder).read_text())[0]["base_model"] == "maker/model-2b"
-
-
-def test_a_readme_of_somebody_else_stays(demo_folder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(demo_folder, folder)
-    (folder / "README.md").write_text("mine")
-    with pytest.raises(UserError, match="was not written by"):
-        card.write(folder)
-    assert (folder / "README.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [
-        (None, "–"),
-        (0, "0"),
-        (4.1563, "4.16"),
-        (0.000831, "0.000831"),
-        (1234.5, "1,234"),
-        (3e-7, "3.00e-07"),
-    ],
-)
-def test_figures_keep_three_digits(value, text):
-    assert charts.figure(value) == text
-
-
-@pytest.mark.parametrize(
-    "values", [[1e-4, 1e-3, 0.5], [0.2, 0.5, 1.1], [0.0, 0.0], [3.0], [0.0, 5.0]]
-)
-def test_every_value_and_tick_lies_inside_the_plot(values):
-    axis = charts.scale(values)
-    places = [axis.y(value) for value in [*values, *axis.ticks()]]
-    assert all(charts.TOP - 0.1 <= y <= charts.HEIGHT - charts.BOTTOM + 0.1 for y in places)
-    assert sorted(values, reverse=True) == [
-        v for _, v in sorted(zip(map(axis.y, values), values), key=lambda p: p[0])
-    ]
-    assert 1 <= len(axis.ticks()) <= 12
-
-
-def test_strips_of_bits_share_columns():
-    """A kind that only some blocks have stands below those blocks; experts share a cell."""
-    rows = {"a.*.q": [4, 2], "a.*.e.*.up": [8, 4], "a.*.mlp": [4]}
-    places = {"a.*.q": ["0", "1"], "a.*.e.*.up": ["1.0", "1.1"], "a.*.mlp": ["1"]}
-    q, up, mlp = (
-        re.findall(r'<rect[^>]* x="([^"]*)"[^>]*width="([^"]*)" fill-opacity="([^"]*)"', strip)
-        for strip in charts.strips(rows, places)
-    )
-    assert [(x, wide) for x, wide, _ in q] == [("0.00%", "50.000%"), ("50.00%", "50.000%")]
-    assert [x for x, _, _ in up] == ["50.00%", "75.00%"] and mlp[0][0] == "50.00%"
-    shades = {bits: shade for (_, _, shade), bits in zip([*q, *up, *mlp], (4, 2, 8, 4, 4))}
-    assert float(shades[2]) < float(shades[4]) < float(shades[8])
-    assert "1.1: 4 bits" in charts.strips(rows, places)[1]
 
 
 def shoot(page, folder, width, *options):

@@ -14,10 +14,11 @@ import torch
 from tiny_models import FAMILIES
 from transformers import WhisperTokenizer
 
-from auto_mmround.calibration.inputs import AUDIO, PAD, ModelInput
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.processor import get_processor
 from auto_mmround.calibration.rows import Sample
 from auto_mmround.calibration.template import Message, load_template
+from auto_mmround.modalities import AUDIO, PAD
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.structure import find_stages

@@ -43,22 +43,10 @@ MEDIA = {
 FILES = ("file_name", "path", "file", "filename", "filepath")  # of the kind that the ending tells
 SUFFIXES = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
-    "image": (
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".tga",
-        ".ppm",
-    ),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
+              ".tga", ".ppm"),
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
-}
+}  # fmt: skip
 MAGIC = {
     "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF....WEBP"),
     "audio": (b"fLaC", b"OggS", b"ID3", b"RIFF....WAVE"),
@@ -96,9 +84,9 @@ class Columns:
 
     def options(self) -> dict[str, Any]:
         """What a chat template may read beside the turns."""
-        found = {"tools": self.take("tools", "functions"), "documents": self.take("documents")}
+        beside = {"tools": self.take("tools", "functions"), "documents": self.take("documents")}
         more = decoded(self.take("chat_template_kwargs"))
-        given = {key: decoded(value) for key, value in found.items() if value is not None}
+        given = {key: decoded(value) for key, value in beside.items() if value is not None}
         given = {
             key: [decoded(each) for each in value] if isinstance(value, list) else value
             for key, value in given.items()
@@ -139,7 +127,7 @@ class Columns:
         if (
             turns is None
             and isinstance(texts := self.row.get("texts"), list)
-            and all(map(_is_mapping, texts))
+            and all(isinstance(text, Mapping) for text in texts)
         ):
             self.taken.add("texts")
             return _messages((text.get("user"), text.get("assistant")) for text in texts)
@@ -194,10 +182,6 @@ def decoded_turns(value: Any) -> Any:
 
 def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and ("role" in value or "from" in value)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _messages(pairs: Iterable[tuple[Any, Any]]) -> list[Message]:

@@ -19,11 +19,8 @@ def allowed(options: Mapping[str, Any], apply: Callable[..., Any]) -> dict[str, 
     """Options of a row that a chat template may have: tools, documents and its own switches, none
     of the caller's."""
     own = set(inspect.signature(apply).parameters) | {
-        "tokenize",
-        "chat_template",
-        "return_dict",
-        "return_tensors",
-    }
+        "tokenize", "chat_template", "return_dict", "return_tensors",
+    }  # fmt: skip
     return {
         key: value
         for key, value in options.items()

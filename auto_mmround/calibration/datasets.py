@@ -115,10 +115,6 @@ class Rows:
                 kinds |= {READY} if sample.inputs is not None else set()
         return frozenset(kinds)
 
-    def multimodal(self) -> bool:
-        """Whether any of the first rows carries media."""
-        return bool(self.kinds())
-
 
 def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
     """A file, or a folder: a copy in the hub's layout, one of `save_to_disk`, files of our own

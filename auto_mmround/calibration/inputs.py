@@ -24,11 +24,10 @@ from auto_mmround.calibration.roots import MediaError, Roots
 from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
 from auto_mmround.errors import UserError
+from auto_mmround.modalities import AUDIO, IMAGE, MODALITIES, PAD, TEXT, VIDEO
 
 log = logging.getLogger("auto_mmround")
 
-TEXT, IMAGE, VIDEO, AUDIO, PAD = 0, 1, 2, 3, 4
-MODALITIES = ("text", "image", "video", "audio", "pad")
 # Where configurations (or their sub-configurations) keep the id of each kind's placeholder token.
 TOKEN_IDS = {
     "image_token_id": IMAGE,
@@ -126,8 +125,8 @@ def answer_mask(encoded: Encoded, input_ids: Tensor, tokenizer: Any) -> Tensor |
     ids = input_ids.tolist()
     options = {"add_special_tokens": False}
     if getattr(tokenizer, "is_fast", False):
-        found = tokenizer(encoded.text, return_offsets_mapping=True, **options)
-        tokens, offsets = found["input_ids"], found["offset_mapping"]
+        split = tokenizer(encoded.text, return_offsets_mapping=True, **options)
+        tokens, offsets = split["input_ids"], split["offset_mapping"]
         spans = [
             [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
             for start, end in encoded.answers

@@ -240,11 +240,9 @@ def _given_sound(array: Any, given: Any, rate: int) -> np.ndarray:
 
 def _items(given: Any) -> list[Any]:
     """The images and arrays in lists of them."""
-    return (
-        [each for item in given for each in _items(item)]
-        if isinstance(given, list | tuple)
-        else [given]
-    )
+    if isinstance(given, list | tuple):
+        return [each for item in given for each in _items(item)]
+    return [given]
 
 
 def _decoded(reference: Any) -> bool:

@@ -10,15 +10,9 @@ from auto_mmround.calibration.rows import BadSample
 
 # Outputs of a processor with one entry a token along dimension 1: they are cut together.
 PER_TOKEN = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "position_ids",
-    "cross_attention_mask",
-    "decoder_input_ids",
-    "decoder_attention_mask",
-)
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids",
+    "cross_attention_mask", "decoder_input_ids", "decoder_attention_mask",
+)  # fmt: skip
 # Ids -> what has an entry for each of them.
 BESIDE = {
     "input_ids": ("attention_mask", "mm_token_type_ids", "token_type_ids"),
@@ -90,4 +84,4 @@ def _token(config: Any, *names: str) -> int:
     without any."""
     places = (config, config.get_text_config(decoder=True))
     ids = (getattr(place, f"{name}_token_id", None) for name in names for place in places)
-    return next((found for found in ids if isinstance(found, int)), 0)
+    return next((each for each in ids if isinstance(each, int)), 0)

@@ -13,11 +13,12 @@ import torch
 from auto_mmround.calibration import roots
 from auto_mmround.calibration.datasets import Rows, load_rows
 from auto_mmround.calibration.dotted import Collate
-from auto_mmround.calibration.inputs import MODALITIES, Encoder, ModelInput
+from auto_mmround.calibration.inputs import Encoder, ModelInput
 from auto_mmround.calibration.processor import chat_owner, get_processor
 from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import Template
 from auto_mmround.errors import UserError
+from auto_mmround.modalities import MODALITIES
 
 log = logging.getLogger("auto_mmround")
 

@@ -210,9 +210,9 @@ def _check_kinds(dataset: Any, media: Sequence[Media], model: Reads, demanded: b
     """One line for a set with media that the model can't read, or when a tower would see no
     sample; where `some` is enough, when all would see none."""
     needs, takes = (model.needs if demanded else ()), model.takes
-    found: Media = frozenset().union(*media)
+    present: Media = frozenset().union(*media)
     name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"
-    if foreign := _foreign(found, takes):
+    if foreign := _foreign(present, takes):
         able = " and ".join(kind for kind in takes or ())
         wanted = next(
             (LOCAL[kind] for kind in takes or () if kind in LOCAL), "a text set, such as demo-text"
@@ -221,9 +221,9 @@ def _check_kinds(dataset: Any, media: Sequence[Media], model: Reads, demanded: b
             f"{name} has {' and '.join(sorted(foreign))} samples, but this model takes {able}: use"
             f" {wanted}"
         )
-    seen = {SEEN_AS.get(kind, kind) for kind in found}
+    seen = {SEEN_AS.get(kind, kind) for kind in present}
     missing = [kind for kind in needs if kind not in seen]
-    if found and READY not in seen and missing and not (model.some and len(missing) < len(needs)):
+    if present and READY not in seen and missing and not (model.some and len(missing) < len(needs)):
         kinds = " and ".join(missing)
         raise UserError(
             f"{name} has no {kinds} samples, and what is to be quantized reads {kinds}: add some,"

@@ -100,16 +100,16 @@ def parse_spec(spec: str) -> list[Source]:
     if spec not in KNOWN and Path(spec).exists():
         return [Source(spec)]
     sources = [parse_source(text) for text in spec.split(",") if text.strip()]
-    found = []
+    sets = []
     for source in sources:
         halves = list(DEMO) if source.name == "demo" else [source.name]
         shares = _shares(source.num, len(halves))
-        found += [
+        sets += [
             Source(**{**vars(source), "name": name, "num": num})
             for name, num in zip(halves, shares)
             if num != 0
         ]
-    return found
+    return sets
 
 
 def _shares(num: int | None, parts: int) -> list[int | None]:

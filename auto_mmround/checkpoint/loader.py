@@ -1,11 +1,11 @@
 """Our own reader: a checkpoint of ours becomes a plain Transformers model with decoded weights."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.checkpoint.reading import Checkpoint, Decoded, Shards, read_checkpoint
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.lazy import LazyTensor
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import named
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
@@ -143,10 +144,10 @@ class AsKept:
         self._turned = {key for name, key in names.items() if name in turned and key not in stored}
 
     @contextmanager
-    def reader(self) -> Iterator["_Reader"]:
+    def reader(self) -> Iterator["_Slices"]:
         """See `Source.reader`."""
         with Shards() as shards:
-            yield _Reader(self, shards)
+            yield _Slices(partial(self.tensor, shards=shards))
 
     def tensor(self, key: str, shards: Shards) -> Tensor:
         """One of ``files``."""
@@ -160,24 +161,14 @@ class AsKept:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Slices:
     """What `AsKept.reader` gives."""
 
-    kept: AsKept
-    shards: Shards
+    tensor: Callable[[str], Tensor]
 
-    def slice(self, key: str) -> "_Slice":
+    def slice(self, key: str) -> LazyTensor:
         """See `Slices.slice`."""
-        return _Slice(self, key)
-
-
-@dataclass(frozen=True)
-class _Slice:
-    reader: _Reader
-    key: str
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return self.reader.kept.tensor(self.key, self.reader.shards)
+        return LazyTensor(partial(self.tensor, key))
 
 
 def _quantize_inputs(

@@ -84,10 +84,10 @@ def _saved(thing: Any) -> Files:
     with tempfile.TemporaryDirectory() as scratch:
         thing.save_pretrained(scratch)
         files = [path for path in Path(scratch).rglob("*") if path.is_file()]
-        found = {str(path.relative_to(scratch)): path.read_bytes() for path in files}
-    whole = json.loads(found.get("processor_config.json", b"{}"))
+        saved = {str(path.relative_to(scratch)): path.read_bytes() for path in files}
+    whole = json.loads(saved.get("processor_config.json", b"{}"))
     part = whole.get("image_processor") or whole.get("feature_extractor")
-    return found | (
+    return saved | (
         {"preprocessor_config.json": strict.dumps(part, indent=2).encode() + b"\n"} if part else {}
     )
 

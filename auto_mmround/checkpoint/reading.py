@@ -8,51 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.format import Format
-from auto_mmround.headers import DAMAGED, read_header
+from auto_mmround.headers import DAMAGED, OpenFiles, read_header
+from auto_mmround.lazy import Lazy
 from auto_mmround.model.kv_cache import SCALES
 from auto_mmround.numerics.grids import dequantize
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import read_object, weight_files
 
-MAPPED = 2**26  # bytes read after which files are opened anew
 # Errors of unpacking if tensors contradict their configuration.
 CONTRADICTIONS = (ValueError, LookupError, RuntimeError, TypeError, ArithmeticError)
 
 
-class Shards:
-    """Reads tensors of weight files while it is open, from several threads too. Raises UserError
-    for unreadable files."""
-
-    def __init__(self) -> None:
-        self._opened: dict[Path, Any] = {}
-        self._read = 0
-
-    def __enter__(self) -> "Shards":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._opened = {}
+class Shards(OpenFiles):
+    """Reads tensors of weight files. Raises UserError for unreadable files."""
 
     def tensor(self, path: Path, name: str) -> Tensor:
         """A tensor of a file."""
-        opened = self._opened
-        if path not in opened:
-            with _readable(path):
-                opened[path] = safe_open(path, "pt")
+        with _readable(path):
+            file = self.file(path)
         try:
-            tensor: Tensor = opened[path].get_tensor(name)
+            return self.counted(file.get_tensor(name))
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: {name} cannot be read ({error})") from error
-        self._read += tensor.nbytes
-        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
-            self._opened, self._read = {}, 0
-        return tensor
 
 
 @dataclass(frozen=True)
@@ -103,21 +86,26 @@ def _reader(quantization: Mapping[str, Any]) -> Any:
     return next((fmt.read for fmt in formats.of_method(quantization) if fmt.read), None)
 
 
-class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
+Maker = Callable[[Shards], Tensor]
+
+
+class Decoded(Lazy[Maker, Maker]):
     """What the tensors of a checkpoint decode to: key -> what reads and decodes it. Packed weights
     are plain ``X.weight`` (out, in)."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None):
-        """dtype: of all floating tensors; None keeps the stored ones and decodes packed weights to
-        float32. Raises UserError for a folder or quantization method that cannot be read."""
+        """dtype: of packed weights, and of all that a format reads itself; None is float32, or as
+        that format reads it. Raises UserError for a folder or quantization method that cannot be
+        read."""
         self.checkpoint, self._dtype = read_checkpoint(folder), dtype
         self.packed: frozenset[str] = frozenset()
         quantization = self.checkpoint.quantization_config
         own = _reader(quantization) if quantization is not None else None
-        self._makers: dict[str, Callable[[Shards], Tensor]] = {}
+        makers: dict[str, Maker] = {}
+        super().__init__(makers, lambda maker: maker)
         if own is not None:
             tensors = own(folder)
-            self._makers = {name: partial(self._own, tensors, name) for name in tensors}
+            makers |= {name: partial(self._own, tensors, name) for name in tensors}
             return
         fmt = formats.from_config(quantization) if quantization is not None else None
         self.packed = fmt.packed(self.checkpoint.files) if fmt else frozenset()
@@ -126,30 +114,16 @@ class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
         for name in (name for name in self.checkpoint.files if name not in scales):
             module, _, part = name.rpartition(".")
             if fmt is None or module not in self.packed or part not in fmt.parts:
-                self._makers[name] = partial(self._plain, name)
+                makers[name] = partial(self._stored, name)
             elif part == next(iter(fmt.parts)):
                 scheme = schemes.get(module)
-                self._makers[f"{module}.weight"] = partial(self._unpacked, fmt, module, scheme)
-
-    def __getitem__(self, key: str) -> Callable[[Shards], Tensor]:
-        return self._makers[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
+                makers[f"{module}.weight"] = partial(self._unpacked, fmt, module, scheme)
 
     def _own(self, tensors: Mapping[str, Tensor], name: str, shards: Shards) -> Tensor:
         return tensors[name] if self._dtype is None else tensors[name].to(self._dtype)
 
     def _stored(self, name: str, shards: Shards) -> Tensor:
         return shards.tensor(self.checkpoint.folder / self.checkpoint.files[name], name)
-
-    def _plain(self, name: str, shards: Shards) -> Tensor:
-        tensor = self._stored(name, shards)
-        casts = self._dtype is not None and tensor.is_floating_point()
-        return tensor.to(self._dtype) if casts else tensor
 
     def _unpacked(self, fmt: Format, module: str, scheme: Scheme | None, shards: Shards) -> Tensor:
         names = [n for part in fmt.parts if (n := f"{module}.{part}") in self.checkpoint.files]
@@ -168,13 +142,15 @@ class Decoded(Mapping[str, Callable[[Shards], Tensor]]):
 def dequantized_state_dict(
     folder: Path, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint tensor name, tensor) of `Decoded`, one after the other.
+    """(checkpoint tensor name, tensor) of `Decoded`, one after the other. dtype: of all floating
+    tensors; None keeps the stored ones and decodes packed weights to float32.
 
     Raises UserError as that does, and for tensors that contradict the configuration.
     """
     with Shards() as shards:
         for name, make in Decoded(folder, dtype).items():
-            yield name, make(shards)
+            tensor = make(shards)
+            yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.checkpoint.reading import Shards
-from auto_mmround.errors import UserError
+from auto_mmround.errors import UserError, several
 from auto_mmround.export import formats
 from auto_mmround.export.formats import Format
 from auto_mmround.headers import DAMAGED, Header, read_header
@@ -43,6 +43,11 @@ class Finding:
     def line(self) -> str:
         """One line for people."""
         return one_line(f"{self.severity}: {self.where}: {self.message}")
+
+
+def fault(where: str, message: str) -> Finding:
+    """An error: some reader would fail, or read wrong values without a warning."""
+    return Finding("error", where, message)
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     index = read_json(folder / INDEX, findings) if (folder / INDEX).is_file() else None
     weight_map = index.get("weight_map", {}) if index is not None else None
     if weight_map is not None and (wrong := index_problem(weight_map)):
-        findings.append(Finding("error", INDEX, wrong))
+        findings.append(fault(INDEX, wrong))
         weight_map = None
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
@@ -185,18 +190,18 @@ def _schemes(
 ) -> dict[str, Scheme]:
     """The schemes of packed modules. One warning names modules without a readable one, and why."""
     try:
-        found = formats.schemes_of(quantization, packed)
+        schemes = formats.schemes_of(quantization, packed)
     except UserError as error:
-        findings.append(Finding("error", "quantization_config", str(error)))
+        findings.append(fault("quantization_config", str(error)))
         return {}
-    unread = sorted(packed - found.keys())
+    unread = sorted(packed - schemes.keys())
     if unread:
-        others = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
         try:
             formats.scheme_of(quantization, unread[0])
         except (UserError, KeyError) as error:
-            findings.append(Finding("warning", unread[0], f"is not checked{others}: {error}"))
-    return found
+            text = f"is not checked{several(unread)}: {error}"
+            findings.append(Finding("warning", unread[0], text))
+    return schemes
 
 
 def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
     )
     if texts and sums and codes:
         return record or {}
-    findings.append(Finding("error", path.name, "has not the form that a run writes"))
+    findings.append(fault(path.name, "has not the form that a run writes"))
     return {}
 
 
@@ -224,10 +229,10 @@ def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
         value = parse_json(read_text(path, path.name), path.name, once=True)
     except UserError as error:
         text = "is missing" if not path.is_file() else str(error).removeprefix(f"{path.name} ")
-        findings.append(Finding("error", path.name, text))
+        findings.append(fault(path.name, text))
         return None
     if not isinstance(value, dict):
-        findings.append(Finding("error", path.name, "holds no JSON object"))
+        findings.append(fault(path.name, "holds no JSON object"))
         return None
     return value
 
@@ -242,53 +247,50 @@ def _headers(
     for file in [*wanted, *files]:
         if file in wanted and file not in files:
             where = INDEX if weight_map is not None else file
-            findings.append(Finding("error", where, f"names {file}, which is not in the folder"))
+            findings.append(fault(where, f"names {file}, which is not in the folder"))
             files.append(file)
     for file in files:
         if file not in wanted:
-            findings.append(Finding("error", file, f"holds weights that {INDEX} does not name"))
+            findings.append(fault(file, f"holds weights that {INDEX} does not name"))
         if (folder / file).is_file():
             _add_file(folder / file, tensors, findings)
     for name, file in (weight_map or {}).items():
         if (folder / file).is_file() and (name not in tensors or tensors[name].file != file):
-            findings.append(
-                Finding("error", name, f"{INDEX} says it lies in {file}, where it is not")
-            )
+            findings.append(fault(name, f"{INDEX} says it lies in {file}, where it is not"))
     unnamed = [name for name in tensors if weight_map is not None and name not in weight_map]
     findings += [
-        Finding("error", n, f"lies in {tensors[n].file}, but {INDEX} does not name it")
-        for n in unnamed
+        fault(n, f"lies in {tensors[n].file}, but {INDEX} does not name it") for n in unnamed
     ]
     return tensors
 
 
 def _add_file(path: Path, tensors: dict[str, Header], findings: list[Finding]) -> None:
     try:
-        found = read_header(path)
+        headers = read_header(path)
     except DAMAGED as error:
-        findings.append(Finding("error", path.name, f"is damaged or cut off ({error})"))
+        findings.append(fault(path.name, f"is damaged or cut off ({error})"))
         return
     findings += [
-        Finding("error", name, f"lies in {tensors[name].file} and in {path.name}")
-        for name in found
+        fault(name, f"lies in {tensors[name].file} and in {path.name}")
+        for name in headers
         if name in tensors
     ]
-    tensors |= {name: header for name, header in found.items() if name not in tensors}
+    tensors |= {name: header for name, header in headers.items() if name not in tensors}
 
 
 def _format(quantization: Mapping[str, Any] | None, findings: list[Finding]) -> Format | None:
     if quantization is None:
         return None
     if wrong := formats.problem(quantization):
-        findings.append(Finding("error", "config.json", wrong))
+        findings.append(fault("config.json", wrong))
         return None
     method = next((fmt.method for fmt in formats.of_method(quantization)), None)
     missing = [key for key in (method.required if method else ()) if key not in quantization]
-    findings += [Finding("error", f"quantization_config.{key}", "is missing") for key in missing]
+    findings += [fault(f"quantization_config.{key}", "is missing") for key in missing]
     try:
         return None if missing else formats.from_config(quantization)
     except UserError as error:
-        findings.append(Finding("error", "quantization_config", str(error)))
+        findings.append(fault("quantization_config", str(error)))
         return None
 
 
@@ -372,24 +374,24 @@ def _mixtures(
     """
     experts = find_experts(model)
     names = [*experts.fused, *(f"{name}.weight" for name in (*experts.routers, *separable(model)))]
-    found = [*names, *(spelled[name] for name in names if name in spelled), *parts]
-    return frozenset(name.removesuffix(".weight") for name in found)
+    spellings = [*names, *(spelled[name] for name in names if name in spelled), *parts]
+    return frozenset(name.removesuffix(".weight") for name in spellings)
 
 
 def _linears(
     model: PreTrainedModel, spelled: Mapping[str, str], tied: set[str]
 ) -> tuple[dict[str, Linear], str | None]:
     """Layers by checkpoint name. A tied head has no tensor and keeps Transformers' name."""
-    found, head = {}, None
+    layers, head = {}, None
     for name, module in linears(model):
         weight = module.get_parameter("weight")
         out_features, in_features = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         stored = spelled.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         is_tied = f"{name}.weight" in tied and f"{name}.weight" not in spelled
-        found[stored] = Linear(name, out_features, in_features, is_tied)
+        layers[stored] = Linear(name, out_features, in_features, is_tied)
         if module is speaking(model).get_output_embeddings():
             head = stored
-    return found, head
+    return layers, head
 
 
 def _not_ignored(names: list[str], patterns: Any) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import TEXT, ModelInput
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.evaluate.metrics import moved
+from auto_mmround.modalities import TEXT
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.passes import taking

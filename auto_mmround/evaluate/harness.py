@@ -11,21 +11,21 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.scoring import Score
 from auto_mmround.model.loading import Loaded
 
+# (task, filter, metric, value, samples, lower is better)
+Figures = Iterable[tuple[str, str, str, float, int, bool]]
 TASK = re.compile(r"""^task:\s*["']?([^\s"'#]+)""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Harness:
-    """run(loaded, task, limit) yields (task, filter, metric, value, samples, lower is better)."""
+    """run(loaded, task, limit): the figures of a task."""
 
     package: str
     install: str
-    run: Callable[[Loaded, str, int | None], Iterable[tuple[str, str, str, float, int, bool]]]
+    run: Callable[[Loaded, str, int | None], Figures]
 
 
-def lm_eval(
-    loaded: Loaded, task: str, limit: int | None
-) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def lm_eval(loaded: Loaded, task: str, limit: int | None) -> Figures:
     """A text task of lm-evaluation-harness, by name or as a .yaml file."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -44,9 +44,7 @@ def lm_eval(
     yield from _rows(results)
 
 
-def lmms_eval(
-    loaded: Loaded, task: str, limit: int | None
-) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def lmms_eval(loaded: Loaded, task: str, limit: int | None) -> Figures:
     """A task of lmms-eval with images, video or sound, by name or as a .yaml file."""
     from lmms_eval.tasks import TaskManager
 
@@ -75,16 +73,14 @@ def _located(make: Callable[..., Any], task: str, prefix: str, command: str) -> 
     return manager, task
 
 
-def vlmeval(
-    loaded: Loaded, task: str, limit: int | None
-) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def vlmeval(loaded: Loaded, task: str, limit: int | None) -> Figures:
     """A set of VLMEvalKit by name, or a .tsv file with its columns."""
     from auto_mmround.evaluate.vlmeval import evaluate
 
     return evaluate(loaded, task, limit)
 
 
-def _rows(results: Mapping[str, Any]) -> Iterable[tuple[str, str, str, float, int, bool]]:
+def _rows(results: Mapping[str, Any]) -> Figures:
     """The figures of a result of lm-eval or lmms-eval: `metric,filter` -> value."""
     for name, figures in results["results"].items():
         higher = results.get("higher_is_better", {}).get(name, {})

@@ -87,11 +87,9 @@ class Ours(lmms):
 def _flat(given: Any) -> list[Any]:
     if given is None:
         return []
-    return (
-        [each for item in given for each in _flat(item)]
-        if isinstance(given, list | tuple)
-        else [given]
-    )
+    if isinstance(given, list | tuple):
+        return [each for item in given for each in _flat(item)]
+    return [given]
 
 
 def evaluate(

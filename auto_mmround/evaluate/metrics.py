@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from auto_mmround.calibration.inputs import MODALITIES, PAD, ModelInput, token_ids
+from auto_mmround.calibration.inputs import ModelInput, token_ids
+from auto_mmround.modalities import MODALITIES, PAD
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
 from auto_mmround.model.lockstep import in_turn
@@ -41,11 +42,9 @@ class Metrics:
     @property
     def perplexity(self) -> float | None:
         """exp of the mean log loss over plain text; over answers if there is no plain text."""
-        return (
-            float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp())
-            if self.tokens
-            else None
-        )
+        if self.tokens:
+            return float(torch.tensor(self.log_loss / self.tokens, dtype=torch.float64).exp())
+        return None
 
     @property
     def accuracy(self) -> float | None:

@@ -271,7 +271,7 @@ def picture(image: Image.Image) -> str:
 def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, list[str]]:
     """role -> its answers."""
     total, done = len(prompts) * len(setting.models), 0
-    found: dict[str, list[str]] = {}
+    by_role: dict[str, list[str]] = {}
     for role, loaded in setting.models.items():
         keys = [(role, prompt.benchmark, prompt.split, prompt.id) for prompt in prompts]
         left = {key: p for key, p in zip(keys, prompts, strict=True) if key not in setting.given}
@@ -283,8 +283,8 @@ def _ask(setting: Setting, prompts: Sequence[Prompt], title: str) -> dict[str, l
             setting.given[key] = text
             done += 1
             setting.progress(title, done, total)
-        found[role] = [setting.given[key] for key in keys]
-    return found
+        by_role[role] = [setting.given[key] for key in keys]
+    return by_role
 
 
 def _parts(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -104,13 +104,7 @@ def _figures(
     rows = results.to_dict("records") if isinstance(results, pd.DataFrame) else [results]
     for row in rows:
         split = str(row.get("split") or "")
+        split = "" if split == "none" else split
         for metric, value in row.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                yield (
-                    name,
-                    "" if split == "none" else split,
-                    str(metric),
-                    float(value),
-                    count,
-                    False,
-                )
+                yield name, split, str(metric), float(value), count, False

@@ -40,12 +40,9 @@ from auto_mmround.recipe.schemes import Scheme
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel's kernels take
 # Where optimum looks for the blocks of a checkpoint that does not name them.
 BLOCKS = (
-    "transformer.h",
-    "model.decoder.layers",
-    "gpt_neox.layers",
-    "model.layers",
+    "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers",
     "model.language_model.layers",
-)
+)  # fmt: skip
 
 
 def pack_gptq(name: str, codes: Codes, *, zero_offset: int, g_idx: bool) -> dict[str, Tensor]:

@@ -113,18 +113,18 @@ def _scheme_of(
     if data_type == "int":
         return Scheme(bits, group_size, sym)
     own = (name for name, (called, _) in NAMES.items() if called == data_type)
-    found = next((name for name in own if FLOATS[name] == (bits, (group_size,))), None)
-    if found is None:
+    ours = next((name for name in own if FLOATS[name] == (bits, (group_size,))), None)
+    if ours is None:
         raise UserError(
             f"cannot read {bits} bit {data_type} weights by {group_size} columns; read are integers"
             " and nv_fp, mx_fp of 4 and mx_fp of 8 bits"
         )
     if act_bits in (None, 16, 32):
-        return Scheme(bits, group_size, data_type=found)
+        return Scheme(bits, group_size, data_type=ours)
     how = HOW.get(act_data_type or "")
     if how is None or act_bits != bits:
-        raise UserError(f"cannot read {found} weights beside {act_bits} bit {act_data_type} inputs")
-    return Scheme(bits, group_size, data_type=found, act_bits=act_bits, act_how=how)
+        raise UserError(f"cannot read {ours} weights beside {act_bits} bit {act_data_type} inputs")
+    return Scheme(bits, group_size, data_type=ours, act_bits=act_bits, act_how=how)
 
 
 def _check_floats(scheme: Scheme, out_features: int, in_features: int) -> str | None:
@@ -173,10 +173,8 @@ def _vllm(q: Question) -> Mapping[str, Overrides] | None:
     extra = {
         q.rename(key): options for key, options in (q.config.get("extra_config") or {}).items()
     }
-    places, patterns = (
-        {key: i for i, key in enumerate(extra)},
-        [k for k in extra if SPECIAL.search(k)],
-    )
+    places = {key: i for i, key in enumerate(extra)}
+    patterns = [k for k in extra if SPECIAL.search(k)]
     answer = {}
     for name in q.names:
         ends = (end for end in list(tails(name))[1:] if end in places)

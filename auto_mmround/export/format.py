@@ -1,6 +1,6 @@
 """What an export format is (`Format`). What it is told about the model: `layout`."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,22 +28,6 @@ class Whole:
     config: Mapping[str, Any]
     layout: Layout
     source: Path | None
-
-
-class Tensors(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
-        self._makers = makers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
 
 
 def _no_tensors(*_: Any) -> NoReturn:

@@ -78,11 +78,9 @@ def _both(layout: Layout, name: str) -> list[str]:
         return list(dict.fromkeys([name, stored.removesuffix(rest)]))
     # respelled below the prefix too: a list of blocks still ends at the number
     number = rest.split(".")[1]
-    return (
-        [name, stored.partition(f".{number}.")[0]]
-        if number.isdigit() and f".{number}." in stored
-        else [name]
-    )
+    if number.isdigit() and f".{number}." in stored:
+        return [name, stored.partition(f".{number}.")[0]]
+    return [name]
 
 
 def kept_groups(layout: Layout) -> tuple[list[str], list[str]]:
@@ -104,7 +102,7 @@ def tower_patterns(layout: Layout, group: str) -> list[str]:
     word = [rf".*{re.escape(_short(group))}\..*"]
     choices = [word, *([head + name + r"\..*" for name in spelled] for head in (".*", r"(^|.*\.)"))]
     return next(
-        (found for found in choices if not _hits(layout, found)),
+        (patterns for patterns in choices if not _hits(layout, patterns)),
         [rf"^{name}\..*" for name in spelled],
     )
 
@@ -116,11 +114,11 @@ def tower_substrings(layout: Layout, group: str) -> list[str]:
     spelled = [spelling + "." for spelling in both_spellings(layout, group)]
     short = [_short(group) + "."]
     free = [word for word in short if not _hits(layout, [".*" + re.escape(word)])]
-    found = [
+    words = [
         "^" + re.escape(word) if _hits(layout, [".*" + re.escape(word)]) else word
         for word in spelled
     ]
-    return list(dict.fromkeys(found + free))
+    return list(dict.fromkeys(words + free))
 
 
 def carried_names(layout: Layout) -> list[str]:

@@ -35,8 +35,8 @@ class Question:
 
     def listed(self, *keys: str) -> list[str]:
         """The names and patterns of the first of these keys that has any, rewritten."""
-        found = (entries(self.config, [key]) for key in keys)
-        return [self.rename(item) for item in next(filter(None, found), [])]
+        lists = (entries(self.config, [key]) for key in keys)
+        return [self.rename(item) for item in next(filter(None, lists), [])]
 
 
 # The answer: the quantized layers, with what the configuration says of each beyond its defaults;
@@ -61,12 +61,13 @@ def flat_schemes(
     named = {**{key: value for key, value in config.items() if isinstance(value, Mapping)}, **extra}
     names, patterns = list(named), [key for key in extra if "*" in key]
     rules = [key for key in dynamic if key[:2] == "+:"]
-    found = [*named.values(), *(extra[key] for key in patterns)]
+    overrides = [*named.values(), *(extra[key] for key in patterns)]
     places, later = Lookup(names, patterns, anywhere=True), Lookup([], [key[2:] for key in rules])
 
     def scheme(name: str) -> Scheme:
         place, rule = places.first(name), later.first(name)
-        own = found[place] if place is not None else {} if rule is None else dynamic[rules[rule]]
+        later_own = {} if rule is None else dynamic[rules[rule]]
+        own = later_own if place is None else overrides[place]
         return make(**{key: own.get(key, value) for key, value in base.items()})
 
     return scheme
@@ -102,7 +103,7 @@ def entries(config: Config, keys: Sequence[str]) -> list[str]:
 def _flat(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         groups = (options.get("targets") for options in value.values())
-        return [item for key, found in zip(value, groups) for item in found or [key]]
+        return [item for key, targets in zip(value, groups) for item in targets or [key]]
     nested = isinstance(value, (list, tuple))
     return [item for part in value for item in _flat(part)] if nested else [value]
 

@@ -24,15 +24,12 @@ GROUP_SIZES = (32, 64, 128)  # all that MLX's kernels exist for
 
 # How Transformers' module names begin -> how the modules of mlx-vlm are called.
 PREFIXES = {
-    "model.language_model.": "language_model.model.",
-    "model.text_model.": "language_model.",
-    "model.visual.": "vision_tower.",
-    "model.vision_tower.": "vision_tower.",
+    "model.language_model.": "language_model.model.", "model.text_model.": "language_model.",
+    "model.visual.": "vision_tower.", "model.vision_tower.": "vision_tower.",
     "model.vision_model.": "vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.connector.": "connector.",
+    "model.multi_modal_projector.": "multi_modal_projector.", "model.connector.": "connector.",
     "lm_head": "language_model.lm_head",
-}
+}  # fmt: skip
 
 
 def pack(name: str, codes: Codes) -> dict[str, Tensor]:

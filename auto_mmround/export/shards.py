@@ -44,7 +44,7 @@ class ShardWriter:
             if self._pending and self._pending_bytes + size > self._limit:
                 self.flush()
             with self._values.open("ab") as file:
-                file.write(_bytes(tensor))
+                file.write(values_of(tensor))
             self._pending[name] = _Span(
                 tensor.dtype, tuple(tensor.shape), self._pending_bytes, size
             )
@@ -120,6 +120,6 @@ def _header(spans: Mapping[str, _Span]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def values_of(tensor: Tensor) -> memoryview:
     """The values of a tensor, row-major, without another copy of them where they lie so already."""
     return raw_bytes(tensor.cpu().reshape(-1)).numpy().data

@@ -111,11 +111,9 @@ class _Passing:
             raise output
         if block not in self._starts and not any(edge for _, edge in given):
             return output
-        visit, places, anchor = (
-            _Visit(block, call, given),
-            count(),
-            torch.zeros((), requires_grad=True),
-        )
+        visit = _Visit(block, call, given)
+        places = count()
+        anchor = torch.zeros((), requires_grad=True)
         self.visits.append(visit)
 
         def cut(tensor: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def capture(
     for i in range(len(inputs)) if only is None else only:
         kwargs = inputs[i]
         kind = frozenset(kwargs)
-        found = _record(model, stages, kwargs, precision, store, quiet.get(kind))
-        for stage, recorder in zip(stages, found, strict=True):
+        recorders = _record(model, stages, kwargs, precision, store, quiet.get(kind))
+        for stage, recorder in zip(stages, recorders, strict=True):
             _check_order(stage, recorder.passes, i)
             chain = chains.setdefault(stage.path, Chain(stage, device=device, place=place))
             passes = recorder.passes
@@ -158,16 +158,16 @@ def _without_blocks(
     return seen.passes, None
 
 
-def _start_alike(found: Sequence["Pass"], expected: Sequence["Pass"]) -> bool:
+def _start_alike(passes: Sequence["Pass"], expected: Sequence["Pass"]) -> bool:
     """Whether passes begin with the same hidden states: later ones may read what earlier ones
     gave."""
-    ours, own = ([one.first for one in each] for each in (found, expected))
+    ours, own = ([one.first for one in each] for each in (passes, expected))
     return len(ours) == len(own) and all(map(torch.equal, ours, own))
 
 
 def _check_order(stage: Stage, passes: Sequence[Pass], sample: int) -> None:
     """In each pass each block exactly once, in order; everything else needs code of its own."""
-    orders = [found.order for found in passes]
+    orders = [one.order for one in passes]
     if all(order == list(range(stage.depth)) for order in orders):
         return
     if len(orders) == 1:
@@ -186,14 +186,14 @@ def _check_order(stage: Stage, passes: Sequence[Pass], sample: int) -> None:
 def _prove(
     model: nn.Module,
     chain: Chain,
-    found: Sequence[Pass],
+    recorded: Sequence[Pass],
     expected: Sequence[Pass],
     kwargs: Inputs,
     precision: Precision,
 ) -> None:
     """Replay one sample's passes; UserError if that is not the model, ``live`` if it is only
     undisturbed."""
-    exact, disturbed = _gaps(model, chain, found, expected, kwargs, precision)
+    exact, disturbed = _gaps(model, chain, recorded, expected, kwargs, precision)
     if not exact <= 1.0:
         raise UserError(
             f"{chain.stage.path}: replaying the blocks misses the model's own output ({exact:.1f}"
@@ -211,7 +211,7 @@ def _prove(
 def _gaps(
     model: nn.Module,
     chain: Chain,
-    found: Sequence[Pass],
+    recorded: Sequence[Pass],
     expected: Sequence[Pass],
     kwargs: Inputs,
     precision: Precision,
@@ -220,7 +220,7 @@ def _gaps(
     it ran (``expected``) and with its first hidden state disturbed."""
     stage = chain.stage
     blocks = [model.get_submodule(name) for name in stage.blocks]
-    calls, shared = [one.calls for one in found], [one.shared() for one in found]
+    calls, shared = [one.calls for one in recorded], [one.shared() for one in recorded]
 
     def gap(passes: Sequence[Pass]) -> float:
         clean = replace(

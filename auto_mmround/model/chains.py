@@ -315,11 +315,9 @@ def token_kinds(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
     sample's.
     """
     own = kinds.text_T if stage.name == "text" else kinds.tower_F
-    return (
-        own.long()
-        if own is not None and len(own) == tokens
-        else torch.zeros(tokens, dtype=torch.long)
-    )
+    if own is not None and len(own) == tokens:
+        return own.long()
+    return torch.zeros(tokens, dtype=torch.long)
 
 
 def to_device(call: Call, device: torch.device) -> Call:

@@ -213,7 +213,7 @@ def fast_bf16(device: torch.device) -> bool:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on ``device``; out of host memory by way of pinned pages, so that nobody waits for
     the copy, and the next one can be made ready while the device works."""
-    if tensor.is_cpu and device.type != "cpu":
+    if tensor.is_cpu and device.type not in ("cpu", "meta"):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -1,10 +1,10 @@
-"""Experts of a mixture, which Transformers keeps as one parameter a layer, seen one by one while
-they are quantized.
+"""Experts of a mixture, one by one. Transformers keeps all experts of a layer as one parameter;
+quantizing needs the single matrices.
 
 Most checkpoints name every expert's matrices (`experts.3.gate_proj.weight`), and Transformers
-stacks them while loading. Some stack them too; quantized checkpoints of those name them all the
-same, which is what engines expect. While `separated`, each matrix is a linear layer whose weight is
-a view into the stacked parameter: what is written into it is written into the model.
+stacks them while loading. Some checkpoints store stacks; their quantized checkpoints name single
+matrices too, as engines expect. While `separated`, each matrix is a linear layer whose weight is a
+view into the stacked parameter, so writing into it changes the model.
 """
 
 import inspect
@@ -23,17 +23,18 @@ from auto_mmround.errors import UserError
 from auto_mmround.model.structure import find_experts
 
 HALVES = ("gate_proj", "up_proj")  # of gate_up_proj, in this order
-ROWS = 4  # of a numbered expert: of whatever conversions split or exchange, each part has some
+ROWS = 4  # of a numbered expert: enough for every part that conversions split or exchange
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One matrix (out, in) of one expert: ``rows`` of ``parameter[index]``, which is (in, out)
-    where ``transposed``.
+    """One matrix (out, in) of one expert: ``rows`` of ``parameter[index]``, which is (in, out) if
+    ``transposed``.
 
-    key: its checkpoint key, as Transformers would save it. stacked: the original checkpoint has no
-      such key. alone: of a stack that readers take one by one too. named: the checkpoint calls the
-      stack as the model does. biases: the parameter (experts, out) that is added, if there is one.
+    key: the checkpoint key, as Transformers would save it. stacked: the original checkpoint stacks
+      it and has no such key. alone: readers also take the experts of this stack one by one. named:
+      the checkpoint calls the stack as the model does. biases: the parameter (experts, out) of the
+      biases, if there is one.
     """
 
     key: str
@@ -66,10 +67,10 @@ class Expert:
 
 
 class Stack(NamedTuple):
-    """A parameter that holds a matrix of every expert, or two, of ``leaves``, one below the other.
-    Where a model mixes gate and up line by line (gpt-oss), both are halves of the mixture: so
-    AutoRound takes them apart. exchanged: of a module whose kernel Transformers can exchange; these
-    AutoRound takes apart, whatever their checkpoints call them."""
+    """A parameter that holds one matrix of every expert, or two, one below the other. leaves: their
+    names. Some models mix gate and up line by line (gpt-oss). AutoRound cuts these into an upper
+    and a lower half, and so do we. exchanged: Transformers can exchange the kernel of its module.
+    AutoRound takes such stacks apart, whatever their checkpoints call them."""
 
     parameter: str
     shape: tuple[int, int, int]
@@ -86,17 +87,17 @@ class Stack(NamedTuple):
 
 
 def separable(model: PreTrainedModel) -> dict[str, Expert]:
-    """Module name as if experts were modules (`..experts.3.up_proj`) -> where its weight lies.
+    """Module name as if experts were modules (`..experts.3.up_proj`) -> the place of its weight.
 
-    Experts that are stacked in a way that is not understood are left out, as are those that compute
-    something else than `Separate`.
+    Left out are experts that are stacked in an unknown way, and experts that compute something else
+    than `Separate`.
     """
     fused, stacks = find_experts(model).fused, dict[str, list[Stack]]()
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
         stacks[path] = _stacks(model.get_submodule(path), path, fused)
     keys = _keys(model, [stack for each in stacks.values() for stack in each])
     beginnings = _beginnings(model, stacks)
-    found: dict[str, Expert] = {}
+    singles: dict[str, Expert] = {}
     checked: dict[tuple[type, int], bool] = {}
     for path, each in stacks.items():
         experts = {
@@ -109,13 +110,13 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
         if experts and kind not in checked:
             checked[kind] = _same(module, Separate(module, _layers(module, path, experts)))
         if experts and checked[kind]:
-            found |= experts
-    return found
+            singles |= experts
+    return singles
 
 
 def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -> list[Stack]:
-    """The stacked parameters of a module; none where they are not the ones that `Separate` knows:
-    gate and up with down, up with down, a single one."""
+    """The stacked parameters of a module, if `Separate` knows them: gate and up with down, up with
+    down, or a single one. Else none."""
     leaves = [name for name, _ in module.named_parameters(recurse=False)]
     shapes = {leaf: fused[f"{path}.{leaf}"] for leaf in leaves if f"{path}.{leaf}" in fused}
     biases = {f"{leaf}_bias" for leaf in shapes}
@@ -150,8 +151,9 @@ def _stacks(module: Any, path: str, fused: Mapping[str, tuple[int, int, int]]) -
 def _keys(
     model: PreTrainedModel, stacks: Sequence[Stack]
 ) -> dict[str, dict[str, tuple[int, Tensor]]]:
-    """Parameter -> key that Transformers saves of it -> (element where it begins, the elements).
-    All elements are numbered; how it stacks is found out by undoing it."""
+    """Parameter -> key that Transformers saves of it -> (number of the parameter's first element,
+    the elements). All elements get numbers. Undoing the stacking then shows where each came from.
+    """
     sizes = [stack.shape[0] * ROWS for stack in stacks]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     numbered = {
@@ -166,15 +168,15 @@ def _keys(
         for stack, size, start in zip(stacks, sizes, starts)
         for i in range(size)
     }
-    found: dict[str, dict[str, tuple[int, Tensor]]] = {name: {} for name in numbered}
+    saved: dict[str, dict[str, tuple[int, Tensor]]] = {name: {} for name in numbered}
     for key, part in revert_weight_conversion(model, numbered).items():
         parameter, start = owner[int(part.flatten()[0])]
-        found[parameter][key] = start, part - start
-    return found
+        saved[parameter][key] = start, part - start
+    return saved
 
 
 def _beginnings(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, str]:
-    """Module of experts -> what Transformers would call it in a checkpoint."""
+    """Module of experts -> its name in a checkpoint that Transformers saves."""
     single = ".0.gate_proj.weight"
     undone = revert_weight_conversion(model, {f"{p}{single}": torch.empty(0) for p in paths})
     return dict(zip(paths, (key.removesuffix(single) for key in undone)))
@@ -183,8 +185,8 @@ def _beginnings(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, str]:
 def _matrices(
     stack: Stack, keys: Mapping[str, tuple[int, Tensor]], beginning: str
 ) -> Iterator[tuple[str, Expert]]:
-    """(name of the matrix, where it lies) of all matrices in a stacked parameter, in their order.
-    keys: of `_keys`. beginning: of `_beginnings`."""
+    """(name of the matrix, its place) of all matrices in a stacked parameter, in their order. keys:
+    from `_keys`. beginning: from `_beginnings`."""
     size = stack.shape[2 if stack.transposed else 1]
     parts = [part for _, part in keys.values()]
     if len(parts) <= len(stack.leaves) and all(part.ndim == 3 for part in parts):
@@ -200,7 +202,7 @@ def _matrices(
                 where = key, stack.parameter, i, lines, stack.transposed
                 yield leaf, Expert(*where, True, alone, named, stack.biases)
         return
-    found = []
+    matrices = []
     numbered = torch.arange(stack.shape[0] * ROWS).reshape(-1, ROWS, 1).expand(-1, -1, 2)
     for key, part in ((key, part) for key, (_, part) in keys.items()):
         first = int(part.flatten()[0])
@@ -212,8 +214,8 @@ def _matrices(
         lines = slice(at * size // ROWS, (at + len(part)) * size // ROWS)
         leaf = key.split(".")[-2]
         expert = Expert(key, stack.parameter, index, lines, False, False)
-        found.append((index, lines.start, leaf, expert))
-    for _, _, leaf, expert in sorted(found, key=lambda each: each[:2]):
+        matrices.append((index, lines.start, leaf, expert))
+    for _, _, leaf, expert in sorted(matrices, key=lambda each: each[:2]):
         yield leaf, expert
 
 
@@ -224,12 +226,11 @@ def separated(
     blocks: Sequence[str] = ("",),
     known: bool = False,
 ) -> Iterator[None]:
-    """While open, the model's separable experts are linear layers of their own, with views as
-    weights.
+    """While open, the model's separable experts are linear layers, whose weights are views.
 
-    experts: those of `separable`, if it is known. blocks: names of modules, to separate nothing
-    outside of them. known: that the model's own experts compute the same; else it is tried, and
-    UserError raised where they do not.
+    experts: the result of `separable`, if the caller has it. blocks: names of modules; experts
+    outside of them stay. known: the caller knows that `Separate` computes what the model does; else
+    it is tried. Raises UserError if it does not.
     """
     inside: dict[str, dict[str, Expert]] = {}
     for name, expert in (separable(model) if experts is None else experts).items():
@@ -283,7 +284,7 @@ def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
 
 
 class Separate(nn.Module):
-    """Stands for a stacked experts module: the same tokens through the same matrices, one expert
+    """Stands in for a module of stacked experts. The same tokens pass the same matrices, one expert
     after the other."""
 
     def __init__(self, stacked: Any, experts: Mapping[str, Mapping[str, nn.Linear]]):
@@ -293,16 +294,17 @@ class Separate(nn.Module):
         self.own_gate = getattr(stacked, "_apply_gate", None)
         # Llama 4 sorts tokens beforehand
         self.routed = len(inspect.signature(type(stacked).forward).parameters) != 2
-        # two that read the token, then the one that reads them
+        # first the layers that read the token, then the one that reads their output
         for index, layers in experts.items():
             self.add_module(index, layers[""] if "" in layers else nn.ModuleDict(layers))
         if hasattr(stacked, "post_expert_norm"):
             self.post_expert_norm = stacked.post_expert_norm
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
-        """hidden_states (T, D), top_k_index and top_k_weights (T, k): the weighted sum of the
-        chosen experts; without them (E T, D), the tokens of every expert, zero where it was not
-        chosen. With a single matrix an expert (T, D) and how many of the tokens are each expert's.
+        """With top_k_index and top_k_weights (T, k): hidden_states are (T, D); the result is the
+        weighted sum of the chosen experts. Without them: hidden_states are (E T, D), the tokens of
+        every expert, zero for an expert that was not chosen. With a single matrix an expert:
+        hidden_states are (T, D), sorted by expert, with the number of tokens of each expert.
         """
         if isinstance(self.get_submodule("0"), nn.Linear):
             parts = hidden_states.split(*routing, **named)
@@ -327,10 +329,8 @@ class Separate(nn.Module):
         numbers_E = torch.arange(self.count, device=sorted_N.device)
         ends = torch.searchsorted(sorted_N, numbers_E, right=True).tolist()
         sizes = [end - start for start, end in pairwise([0, *ends])]
-        tokens_N, weight_N1 = (
-            order_N // top_k_index.shape[-1],
-            top_k_weights.flatten()[order_N, None],
-        )
+        tokens_N = order_N // top_k_index.shape[-1]
+        weight_N1 = top_k_weights.flatten()[order_N, None]
         for i, (own_n, weight_n1) in enumerate(
             zip(tokens_N.split(sizes), weight_N1.split(sizes), strict=True)
         ):
@@ -354,8 +354,8 @@ class Separate(nn.Module):
 
 
 def _same(original: Any, separate: Separate) -> bool:
-    """Whether both give the same for two tokens an expert; without weights there is nothing to
-    try."""
+    """Whether both give the same for two tokens an expert. True for a module without weights, which
+    can't be tried."""
     weight, first = next(original.parameters()), separate.get_submodule("0")
     if weight.is_meta:
         return True

@@ -1,11 +1,11 @@
-"""What the model's own output distribution cares about at each block's output.
+"""The Fisher information of the model's output distribution at each block's output.
 
-For every sample labels are drawn from the model's prediction, two a position, and the difference of
+For every sample two labels a position are drawn from the model's prediction. The difference of
 their log probabilities is run backwards. The mean squared gradient at a block's output is the
 diagonal of the Fisher information there: the second-order change of KL(model || changed model) for
-a small change of that channel, for tokens of that modality. The first tokens of a text are apart:
-they are much alike in all samples, and where one of them serves as a sink of attention, its hidden
-state is a thousand times as large as the others' and hardly matters to the output.
+a small change of that channel, for tokens of that modality. The first tokens of a text have rows of
+their own, because they are much alike in all samples. One of them often is a sink of attention: its
+hidden state is a thousand times as large as others, but hardly matters to the output.
 """
 
 import math
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from auto_mmround.modalities import PAD
 from auto_mmround.model import devices
 from auto_mmround.model.abreast import abreast
 from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, with_hidden
 from auto_mmround.model.head import ToHead, parts, to_head
-from auto_mmround.model.squares import KINDS, Readers, Squares
+from auto_mmround.model.squares import Readers, Squares
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
@@ -34,8 +35,9 @@ Precision = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class SideBySide:
-    """``count`` samples go through the blocks together, see `abreast`. order: all blocks, as a pass
-    meets them. keep: where a block's inputs lie until the backward pass."""
+    """``count`` samples go through the blocks together, see `abreast`. order: all blocks, in the
+    order of a pass. keep: moves a block's inputs to the place where they wait for the backward
+    pass."""
 
     count: int
     order: Sequence[str]
@@ -44,10 +46,9 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Fisher:
-    """What the model's output depends on. channels: block -> mean squared gradient (ROWS, channels)
-    at its output, see `rows_of`. tokens: layer -> sample -> (tokens,) mean squared gradient over
-    the layer's outputs, relative to that of all tokens and within BOUNDS; layers that read the same
-    input have the mean of theirs."""
+    """How much the model's output depends on blocks and tokens. channels: block -> mean squared
+    gradient (ROWS, channels) at its output, see `rows_of`. tokens: layer -> sample -> (tokens,)
+    weights from the mean squared gradient over the layer's outputs, see `squares.shared`."""
 
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
@@ -57,11 +58,11 @@ class Fisher:
 class FisherPasses:
     """How samples are run.
 
-    enough: tokens of text that suffice where no layer's tokens are weighed. weighed: this process's
-    samples that are run where they are; None: all. side: how several samples go through the blocks
-    together, where blocks are dear to come by; the result is the same. Of several processes
-    ``share`` gives one's part of the samples, ``add_up`` the sums by block over all; ``here`` of
-    them share this machine's memory.
+    enough: tokens of text that suffice if no layer's tokens are weighed. weighed: this process's
+    samples to run if they are; None: all. side: how several samples go through the blocks
+    together, for blocks that have to be read; the result is the same. For several processes:
+    ``share`` gives one process its part of the samples, ``add_up`` adds up the sums by block, and
+    ``here`` processes share this machine's memory.
     """
 
     seed: int = 42
@@ -82,14 +83,15 @@ def measure_fisher(
     layers: Iterable[str] = (),
     how: FisherPasses = FisherPasses(),
 ) -> Fisher:
-    """Run the model forward and backward over the samples; one in memory at a time, logits a few
-    positions at a time.
+    """Run the model forward and backward over the samples, with one sample in memory at a time and
+    the logits of a few positions.
 
-    A tower's tokens all count as the first row, unless their kinds are known; modalities without
-    tokens are zero. No gradient of a weight is ever made. ``layers``: those whose tokens are
-    weighed; then ``how.weighed`` are run, else as many as hold ``how.enough`` tokens of text, see
-    `spread`. A layer that runs more than once a sample (one image after another) gets no weights of
-    tokens, nor does one that only stands in for a part of a weight (fused experts).
+    All tokens of a tower count as the first row, unless their modalities are known. Modalities
+    without tokens have zeros. Weights get no gradients. ``layers``: layers whose tokens get
+    weights. With any, the samples ``how.weighed`` are run; else as many as hold ``how.enough``
+    tokens of text, see `spread`. Two kinds of layers get no weights of tokens: a layer that runs
+    more than once a sample (one image after another), and a layer that stands in for a part of a
+    weight (fused experts).
     """
     present = [name for name in layers if _is_there(model, name)]
     if present and how.weighed is not None:
@@ -98,7 +100,7 @@ def measure_fisher(
         every = list(range(len(inputs)))
         chosen = how.share(every if present else spread(modalities, how.enough))
     squares, readers = Squares(stages, modalities, present, chosen), Readers()
-    spoken = {i: modalities[i].text_T != KINDS - 1 for i in chosen}
+    spoken = {i: modalities[i].text_T != PAD for i in chosen}
     if chosen:
         mine = {i: inputs[i] for i in chosen}
         passes, current = _Passes(model, mine, spoken, how.seed, how.precision), [0]
@@ -125,8 +127,8 @@ def _is_there(model: nn.Module, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Passes:
-    """Samples that run through the model and back. spoken: sample -> bool (T,), those that draw a
-    label; all, if none is given."""
+    """Runs samples through the model and back. spoken: sample -> bool (T,), the tokens that draw a
+    label; all of them for a sample that is not in it."""
 
     model: PreTrainedModel
     inputs: Mapping[int, Mapping[str, Any]]
@@ -182,7 +184,7 @@ class _Passes:
         return run(self.model, self._kwargs(i))
 
     def _gradient(self, i: int, hidden_TD: Tensor, head: nn.Module) -> Tensor:
-        """At the end of the model, from labels that are drawn."""
+        """The gradient (T, D) at the end of the model, from drawn labels."""
         generator = torch.Generator().manual_seed(self.seed + i)  # a sample's own, whoever runs it
         device = hidden_TD.device  # of several the last one
         rows_T = self.spoken.get(i, torch.ones(0)).to(device)
@@ -201,26 +203,27 @@ def _flat(grad: Tensor) -> Tensor:
 
 
 def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:
-    """Indices of samples that hold about ``enough`` tokens together (all, if there are fewer): of
-    every mixture of modalities the same share, at least one sample, evenly spread."""
+    """Indices of samples that hold about ``enough`` tokens together, or all if there are fewer.
+    Every mixture of modalities gives the same share of its samples, evenly spread, and at least
+    one."""
     share = enough / max(1, sum(len(kinds.text_T) for kinds in modalities))
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, kinds in enumerate(modalities):
         alike.setdefault(tuple(kinds.text_T.unique().tolist()), []).append(i)
-    found = []
+    chosen = []
     for group in alike.values():
         wanted = min(len(group), max(1, round(len(group) * share)))
-        found += [group[i * len(group) // wanted] for i in range(wanted)]
-    return sorted(found)
+        chosen += [group[i * len(group) // wanted] for i in range(wanted)]
+    return sorted(chosen)
 
 
 def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
     """A gradient (T, D) whose second moments are the Fisher information F of p =
     softmax(head(hidden)).
 
-    The rows of the head of two labels y, y' drawn from p, (W_y - W_y') / sqrt(2): as d log p(y) / d
-    hidden = W_y - E[W] its mean is 0 and its covariance F, without a product of all words for the
-    mean. A few positions at a time.
+    It is (W_y - W_y') / sqrt(2), with the rows W of the head for two labels y, y' drawn from p.
+    The gradient d log p(y) / d hidden is W_y - E[W]. So the difference has mean 0 and covariance F,
+    and the mean over all words is not needed. A few positions at a time.
     """
     grad_TD = torch.empty_like(hidden_TD)
     with torch.no_grad():
@@ -241,11 +244,11 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
 
 
 def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
-    """Labels of every position (T, count) with chances in proportion to the weights.
+    """Labels of every position (T, count), drawn in proportion to the weights.
 
-    First the run of labels, then the label in it: one pass over the words, where multinomial takes
-    many. Weights may be 16-bit: their rounding is far below what a draw can show, and they are as
-    many as nothing else here.
+    First a run of labels is drawn, then the label in it: one pass over the words, where multinomial
+    takes many. Weights may be 16-bit, since they are the largest tensor here; the rounding is far
+    too small to show in draws.
     """
     run = math.isqrt(weight_TV.shape[1])
     ends_TR = weight_TV.unfold(1, run, run).sum(-1, dtype=torch.float32)
@@ -260,8 +263,7 @@ def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tens
         label_TCr == known_TCr
     )
     ends_TCr = inside_TCr.cumsum_(-1)
-    # No label without weight: where rounding puts the mark behind the last one, the last that adds
-    # something.
+    # Rounding may put the mark behind the last label. Then the last label with a weight is taken.
     mark_TC = torch.minimum(at_TC - before_TC, ends_TCr[..., -1] * (1 - 1e-6))
     place_TC1 = torch.searchsorted(ends_TCr, mark_TC[..., None], right=True).clamp_(max=run - 1)
     return label_TCr.gather(2, place_TC1).squeeze(-1)
@@ -275,8 +277,8 @@ def _watching(
     add: Callable[[str, Tensor], None],
     note: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
-    """Gradients at the output of every watched module go to ``add``; the graph begins at the first
-    block."""
+    """While open, the gradient at every watched module's output goes to ``add``, and the module's
+    input to ``note``. The graph begins at the first block of each stage."""
     with ExitStack() as stack:
         for name in watched:
             module = model.get_submodule(name)

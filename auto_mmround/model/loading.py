@@ -39,18 +39,9 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
 # Configuration keys that say how many modules are built one by one, and the most that is believed.
 DEPTHS = {
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "depth",
-    "depths",
-    "encoder_layers",
-    "decoder_layers",
-    "num_hidden_groups",
-    "vision_depth",
-    "num_nextn_predict_layers",
-}
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths", "encoder_layers",
+    "decoder_layers", "num_hidden_groups", "vision_depth", "num_nextn_predict_layers",
+}  # fmt: skip
 DEEPEST = 1000
 # Architectures as published -> the class that Transformers has for them.
 PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}
@@ -268,10 +259,10 @@ def read_by(
     reader alone: Qwen2.5-Omni's unpickles its voices (`spk_dict.pt`), for which quantizing has no
     use, and loses what loading met."""
     reader: Any = PreTrainedModel if is_several(cls) else cls
-    found: tuple[PreTrainedModel, dict[str, Any]] = reader.from_pretrained.__func__(
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = reader.from_pretrained.__func__(
         cls, folder, output_loading_info=True, **options
     )
-    return found
+    return loaded
 
 
 def _trust(remote_code: bool) -> dict[str, Any]:
@@ -300,8 +291,8 @@ def _too_deep(config: Any) -> str | None:
         numbers = value if isinstance(value, list) else [value]
         if key in DEPTHS and any(isinstance(n, int | float) and n > DEEPEST for n in numbers):
             return f"{key} = {str(value)[:80]}"
-        if found := _too_deep(value):
-            return found
+        if deep := _too_deep(value):
+            return deep
     return None
 
 
@@ -389,9 +380,9 @@ def _complete(processor: Any, config: Any) -> None:
 def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> Any:
     """The processor's tokenizer, or the folder's own. Raises UserError for one that can't be
     read."""
-    found = getattr(processor, "tokenizer", None)
-    if found:
-        return found
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer:
+        return tokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, **_trust(remote_code))
     except NONSENSE as error:

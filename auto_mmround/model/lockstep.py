@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from auto_mmround.model import devices
-from auto_mmround.model.speaking import output_head
+from auto_mmround.model.speaking import output_head, path_of
 
 MOST = 256  # passes side by side: each has a thread
 SHARE = 0.5  # of the free host memory that their hidden states may take
@@ -70,8 +70,8 @@ class _Pass(Generic[T]):
         """What came out; it is not kept."""
         while self.stands is not None:
             self.advance()
-        found, self._future = self._future.result(), Future()
-        return found
+        result, self._future = self._future.result(), Future()
+        return result
 
     def abandon(self) -> None:
         """End the thread, if it is still on its way."""
@@ -132,7 +132,8 @@ def in_turn(
     if not blocks:
         yield from (work() for work in works)
         return
-    size, last = _fitting(model, inputs), _head_of(model) if at_head else None
+    size = _fitting(model, inputs)
+    last = path_of(model, output_head(model)) or None if at_head else None
     for at in range(0, len(works), size):
         some = works[at : at + size]
         with side_by_side(model, blocks, some, last) as end:
@@ -151,8 +152,3 @@ def _tokens(kwargs: Mapping[str, Any]) -> int:
     """The longest sequence of an input: of its ids, or of its pictures' patches."""
     tensors = (value for value in kwargs.values() if isinstance(value, torch.Tensor))
     return max((max(tensor.shape[:2]) for tensor in tensors if tensor.ndim > 1), default=1)
-
-
-def _head_of(model: nn.Module) -> str | None:
-    head = output_head(model)
-    return next((name for name, module in model.named_modules() if module is head), None)

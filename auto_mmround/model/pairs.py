@@ -104,7 +104,8 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     hidden = hidden.to(device).to(torch.float64)
     order: list[str] = []
     handles = [
-        layer.register_forward_pre_hook(_append(order, name)) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name, layer in layers.items()
     ]
     try:
         before = call.run(twin, hidden)
@@ -151,10 +152,6 @@ def _passes(twin: nn.Module, call: Call, hidden: Tensor, before: Tensor, pair: P
         for layer, state in zip(changed, kept):
             layer.load_state_dict(state)
     return changes[0] < CANCELS * changes[1]
-
-
-def _append(order: list[str], name: str) -> Any:
-    return lambda layer, args: order.append(name)
 
 
 @torch.no_grad()

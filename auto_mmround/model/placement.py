@@ -6,7 +6,7 @@ from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 from transformers import PreTrainedModel
 
-from auto_mmround.errors import UserError
+from auto_mmround.errors import UserError, several
 from auto_mmround.model import devices
 
 OUTSIDE = {"cpu", "disk"}  # what an accelerator has no room for
@@ -44,8 +44,8 @@ def placed(
     ]
     if left:
         raise UserError(
-            f"device_map {name}: the devices have no room for {left[0]}{_more(left)}; leave it out"
-            " and use --stream, which reads blocks when their turn comes"
+            f"device_map {name}: the devices have no room for {left[0]}{several(left)}; leave it"
+            " out and use --stream, which reads blocks when their turn comes"
         )
     return places
 
@@ -56,9 +56,5 @@ def check_present(model: nn.Module) -> None:
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise UserError(
-            f"model: {left[0]}{_more(left)} is not in memory, accelerate has offloaded it; {HELP}"
+            f"model: {left[0]}{several(left)} is not in memory, accelerate has offloaded it; {HELP}"
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -29,15 +29,15 @@ Block = tuple[int, int]
 def told(folder: Path) -> list[dict[str, Any]]:
     """Every configuration of a quantization in a folder, each with its `quant_method`. Raises
     UserError for one that is no object."""
-    found = list(_told(read_object(folder / "config.json"), folder))
+    configs = list(_told(read_object(folder / "config.json"), folder))
     if (folder / MODELOPT).is_file():
-        found.append({"quant_method": "modelopt"} | read_object(folder / MODELOPT))
-    if any(config.get("transform_config") for config in found):
+        configs.append({"quant_method": "modelopt"} | read_object(folder / MODELOPT))
+    if any(config.get("transform_config") for config in configs):
         raise UserError(
             f"model {folder} is quantized already, its inputs transformed; give the original"
             " weights"
         )
-    return found
+    return configs
 
 
 def _told(config: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:

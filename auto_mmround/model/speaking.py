@@ -25,7 +25,11 @@ def speaking(model: PreTrainedModel) -> PreTrainedModel:
 
 def speaking_path(model: PreTrainedModel) -> str:
     """Dotted name of that part, "" where it is the model itself."""
-    part = speaking(model)
+    return path_of(model, speaking(model))
+
+
+def path_of(model: nn.Module, part: nn.Module | None) -> str:
+    """Dotted name of a module, "" where it is the model itself or no part of it."""
     return next((name for name, module in model.named_modules() if module is part), "")
 
 

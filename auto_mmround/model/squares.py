@@ -8,23 +8,21 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from auto_mmround.modalities import MODALITIES, PAD
 from auto_mmround.model.chains import Kinds, token_kinds
 from auto_mmround.model.structure import Stage
 
-KINDS = 5  # modalities of tokens: text, image, video, audio, pad
-
-# tokens at the beginning of a text, each with a row of its own after those of the modalities
-FIRST = 4
-
+# Rows of a table of squares: one a modality, then one for each of a text's first tokens.
+KINDS, FIRST = len(MODALITIES), 4
 ROWS = KINDS + FIRST
 
-# Of a token's weight: one of a heavy tail must not stand for all, nor a sink of attention, huge as
-# it is, for nothing.
+# Bounds of a token's weight. Few tokens with huge gradients must not outweigh all others, and a
+# sink of attention, whose inputs are huge, must not count nothing.
 BOUNDS = (0.001, 20.0)
 
 
 def put(waiting: list[tuple["Tokens", int, Tensor]]) -> None:
-    """Bring what waits to the host, in one copy from each device, and forget it."""
+    """Copy the waiting values to the host, in one copy from each device, and empty the list."""
     for device in {value_T.device for _, _, value_T in waiting}:
         here = [each for each in waiting if each[2].device == device]
         sizes = [len(value_T) for _, _, value_T in here]
@@ -35,9 +33,9 @@ def put(waiting: list[tuple["Tokens", int, Tensor]]) -> None:
 
 
 class Tokens:
-    """A number a token and sample, in one piece of memory for samples of the expected ``lengths``:
-    thousands of small tensors, kept between large ones that come and go, would hold the heap at
-    several times its size."""
+    """One number for each token of each sample. Samples of the expected ``lengths`` share one piece
+    of memory: thousands of small tensors between large ones would keep the heap several times
+    larger than its contents."""
 
     def __init__(self, lengths: Mapping[int, int]) -> None:
         ends = list(accumulate(lengths.values()))
@@ -48,7 +46,7 @@ class Tokens:
         self.seen: set[int] = set()
 
     def put(self, i: int, value_T: Tensor) -> None:
-        """Those of a sample, in host memory; the last ones count."""
+        """Store the numbers of a sample, in host memory. A later call replaces an earlier one."""
         into_T = self._room[self._places[i]]
         if len(into_T) == len(value_T):
             into_T.copy_(value_T)
@@ -65,7 +63,7 @@ class Tokens:
 
 
 class Readers:
-    """Layers that are given the same tensor, in the order in which they run."""
+    """Groups of layers that read the same tensor, in the order in which they run."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[weakref.ref[Tensor], tuple[str, ...]]] = {}
@@ -86,10 +84,11 @@ def shared(
     means: Mapping[str, Tensor],
     groups: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[int, Tensor]]:
-    """Relative to the layer's mean, within BOUNDS, 1 where that is zero; then the mean over the
-    layers of a group."""
+    """Weights of tokens: layer -> sample -> (tokens,). A token's number is divided by the layer's
+    mean and kept within BOUNDS; it is 1 where the mean is zero. Layers of a group share the mean of
+    theirs."""
     made: dict[tuple[str, ...], dict[int, Tensor]] = {}
-    found: dict[str, dict[int, Tensor]] = {}
+    weights: dict[str, dict[int, Tensor]] = {}
     for name in means:
         group = tuple(other for other in groups.get(name, (name,)) if other in means)
         if group not in made:
@@ -106,8 +105,8 @@ def shared(
                 if all(i in part and len(part[i]) == len(parts[0][i]) for part in parts)
             ]
             made[group] = {i: torch.stack([part[i] for part in parts]).mean(0) for i in samples}
-        found[name] = made[group]
-    return found
+        weights[name] = made[group]
+    return weights
 
 
 def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
@@ -118,7 +117,7 @@ def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
         first_F = rows_T[:FIRST]
         rows_T = torch.cat(
             [
-                torch.where(first_F == KINDS - 1, first_F, KINDS + torch.arange(len(first_F))),
+                torch.where(first_F == PAD, first_F, KINDS + torch.arange(len(first_F))),
                 rows_T[FIRST:],
             ]
         )
@@ -134,8 +133,8 @@ def _one_hot(
 
 
 def means_of(squares_RD: Tensor, counts_R1: Tensor) -> Tensor:
-    """Mean squares by row. The first tokens are few: of each only the size is its own, the channels
-    are all tokens'."""
+    """Mean squares by row. The first tokens are too few for channels of their own: each has its own
+    size, with the mean over all tokens as its channels."""
     means_RD = squares_RD / counts_R1.clamp(min=1)
     all_D = squares_RD.sum(0) / counts_R1.sum()
     means_RD[KINDS:] = (
@@ -145,7 +144,7 @@ def means_of(squares_RD: Tensor, counts_R1: Tensor) -> Tensor:
 
 
 class Squares:
-    """Sums over samples of what their gradients say of blocks and layers.
+    """Sums of squared gradients over samples, for blocks and for layers.
 
     blocks: block -> squares (ROWS, channels), then a column with the number of tokens. tokens:
     layer -> a number for each sample and token.
@@ -163,10 +162,10 @@ class Squares:
         self.tokens = {name: Tokens(lengths) for name in layers}
         self._stage_of = {name: stage for stage in stages for name in stage.blocks}
         self._again = set[str]()
-        # of one sample, until it is through: then they come to the host together
+        # of one sample; they go to the host together when the next sample begins
         self._waiting: list[tuple[Tokens, int, Tensor]] = []
-        # The blocks of a stage are given the same tokens. No bound method here: what it belongs to
-        # would hold itself, and tensors on a device would wait for the garbage collector.
+        # The blocks of a stage read the same tokens. A bound method here would make a cycle: its
+        # object would hold itself, and tensors on a device would wait for the garbage collector.
         self._one_hot = lru_cache(maxsize=2 * len(stages))(partial(_one_hot, modalities))
 
     @property
@@ -194,14 +193,14 @@ class Squares:
         spoken: Mapping[int, Tensor],
         groups: Mapping[str, Sequence[str]],
     ) -> tuple[dict[str, Tensor], dict[str, dict[int, Tensor]]]:
-        """Of blocks (ROWS, channels); of layers by sample, relative to all, those of a group alike.
+        """Block -> (ROWS, channels), and layer -> sample -> weights of its tokens, see `shared`.
 
         add_up: over several processes. spoken: sample -> bool (T,), tokens that are no padding.
         """
         put(self._waiting)
-        found = {name: part.by_sample() for name, part in self.tokens.items()}
+        tokens = {name: part.by_sample() for name, part in self.tokens.items()}
         sums = dict(self.blocks)
-        for name, by_sample in found.items():
+        for name, by_sample in tokens.items():
             # padding has no gradient
             counted = [
                 t[spoken[i]] if len(t) == len(spoken[i]) else t for i, t in by_sample.items()
@@ -219,4 +218,4 @@ class Squares:
             for name in self.tokens
             if name not in self._again
         }
-        return of_blocks, shared(found, of_layers, groups)
+        return of_blocks, shared(tokens, of_layers, groups)

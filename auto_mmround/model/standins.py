@@ -113,6 +113,6 @@ def recomputed(model: nn.Module, blocks: Iterable[str]) -> AbstractContextManage
 
 
 def _holds_tensors(value: Sequence[Any] | None) -> bool:
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return bool(found)
+    tensors: list[Tensor] = []
+    map_tensors(value, tensors.append)
+    return bool(tensors)

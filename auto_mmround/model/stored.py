@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.headers import DAMAGED, read_header
+from auto_mmround.headers import DAMAGED, OpenFiles, read_header
+from auto_mmround.lazy import LazyTensor
 from auto_mmround.model.quantized import FLOATS, METHODS, Block, block_sizes, told
 from auto_mmround.untrusted import one_line, weight_files
 
-MAPPED = 2**26  # bytes read after which files are opened anew
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = ("U8", "I8", "I16", "I32", "U16", "U32")  # integers of another quantization
 SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
@@ -79,64 +78,30 @@ class Stored:
         )
 
 
-class Reader:
+class Reader(OpenFiles):
     """Reads tensors while it is open."""
 
     def __init__(self, stored: Stored):
+        super().__init__()
         self.stored = stored
-        self._opened: dict[Path, Any] = {}
-        self._read = 0
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._opened = {}
 
     def plain(self, key: str, path: Path | None = None) -> Any:
         """What the file holds, as safetensors' slice."""
-        path = path or self.stored.files[key]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, "pt")
-        return self._opened[path].get_slice(self.stored.packed.get(key, key))
+        file = self.file(path or self.stored.files[key])
+        return file.get_slice(self.stored.packed.get(key, key))
 
     def slice(self, key: str) -> Any:
         """Something that gives the tensor when it is asked for ``[...]``."""
         if key not in self.stored.scales:
             return self.plain(key)
-        scale = self.plain(*self.stored.scales[key])
+        q, scale = self.plain(key), self.plain(*self.stored.scales[key])
         if key in self.stored.packed:
-            return _Packed(key, self.plain(key), scale)
-        return _Encoded(key, self.plain(key), scale, self.stored.blocks)
+            return LazyTensor(lambda: unpacked(key, q[...], scale[...]))
+        return LazyTensor(lambda: decoded(key, q[...], scale[...], self.stored.blocks))
 
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
-        tensor: Tensor = self.slice(key)[...]
-        self._read += tensor.nbytes
-        if self._read > MAPPED:  # what was read stays in memory as long as its file is mapped
-            self._opened, self._read = {}, 0
-        return tensor
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    key: str
-    q: Any
-    scale: Any
-    blocks: Sequence[Block]
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return decoded(self.key, self.q[...], self.scale[...], self.blocks)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    key: str
-    q: Any
-    scale: Any
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return unpacked(self.key, self.q[...], self.scale[...])
+        return self.counted(self.slice(key)[...])
 
 
 def stored_tensors(folder: Path) -> Stored:
@@ -146,9 +111,9 @@ def stored_tensors(folder: Path) -> Stored:
     files, dtypes = _headers(folder)
     configs = told(folder)
     names = {
-        key: found
+        key: scale
         for key, dtype in dtypes.items()
-        if dtype in FP8 and (found := _scale_of(key, dtypes))
+        if dtype in FP8 and (scale := _scale_of(key, dtypes))
     }
     pairs = {
         key.removesuffix(BLOCKS): key
@@ -223,11 +188,9 @@ def _problem(key: str, dtypes: Mapping[str, str], of_scales: set[str]) -> str | 
     if key.endswith(".weight") and smoothed in dtypes:
         return f"{key} needs {smoothed} on its inputs, which is not read"
     if key in of_scales:
-        return (
-            None
-            if dtype in FLOATS or dtype in EXPONENTS
-            else f"{key}, a scale, is stored as {dtype}"
-        )
+        if dtype in FLOATS or dtype in EXPONENTS:
+            return None
+        return f"{key}, a scale, is stored as {dtype}"
     if dtype in FP8 and scale is None:
         return f"{key} is stored in FP8, but the files hold no scale for it"
     second = next((key + end for end in SECOND if key + end in dtypes), None)
@@ -281,12 +244,12 @@ def unpacked(key: str, q_EOGb: Tensor, exponent_EOG: Tensor) -> Tensor:
         )
     levels = torch.tensor([*E2M1, *(-level for level in E2M1)], dtype=torch.bfloat16)
     experts, rows, groups, half = q_EOGb.shape
-    found = torch.empty(experts, 2 * groups * half, rows, dtype=torch.bfloat16)
+    whole_EIO = torch.empty(experts, 2 * groups * half, rows, dtype=torch.bfloat16)
     for i in range(experts):
         codes = torch.stack([q_EOGb[i] & 15, q_EOGb[i] >> 4], -1).flatten(-2)
         values = torch.ldexp(levels[codes.int()], exponent_EOG[i, ..., None].int() - 127)
-        found[i] = values.flatten(1).t()
-    return found
+        whole_EIO[i] = values.flatten(1).t()
+    return whole_EIO
 
 
 def _steps(sizes: Sequence[int], counts: Sequence[int], blocks: Sequence[Block]) -> Block | None:

@@ -23,7 +23,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.stored import Stored
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.structure import every_block, find_stages
 
 SHARE = 0.6  # of the free memory that a model may take as a whole
 Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, bool]]]
@@ -152,7 +152,7 @@ class Streamed(InTurn):
         """stored: the checkpoint's tensors. names: the parameter that each of its keys becomes, or
         a part of."""
         self._stored, self._config = stored, config
-        super().__init__(model, [block for stage in find_stages(model) for block in stage.blocks])
+        super().__init__(model, every_block(model))
         self._keys: dict[str, list[str]] = {block: [] for block in self.blocks}
         owners = {f"{block}.": block for block in self._keys}
         for key, name in names.items():

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.families import family_of
-from auto_mmround.model.speaking import speaking, speaking_path
+from auto_mmround.model.speaking import path_of, speaking, speaking_path
 
 LINEAR = (nn.Linear, Conv1D)
-TOWERS = {"image": "vision", "audio": "audio"}  # what a tower reads -> name of its stage
-READS = {name: kind for kind, name in TOWERS.items()}
+STAGE_OF = {"image": "vision", "audio": "audio"}  # what a tower reads -> name of its stage
+READS = {name: kind for kind, name in STAGE_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,15 @@ def find_stages(model: PreTrainedModel) -> list[Stage]:
     has no text blocks."""
     whole = speaking_path(model)
     if whole:
-        found = find_stages(model.get_submodule(whole))  # type: ignore[arg-type]
-        return [replace(stage, path=f"{whole}.{stage.path}") for stage in found]
+        inner = find_stages(model.get_submodule(whole))  # type: ignore[arg-type]
+        return [replace(stage, path=f"{whole}.{stage.path}") for stage in inner]
     family = family_of(model.config.model_type)
     lists = {
-        path: found
-        for path, found in _block_lists(model)
+        path: blocks
+        for path, blocks in _block_lists(model)
         if path.rpartition(".")[2] not in family.connectors
     }
-    decoder = family.decoder or _prefix_of(model, _decoder(model))
+    decoder = family.decoder or path_of(model, _decoder(model))
     # A decoder without blocks of its own (a transducer's, or a head of that name) tells nothing.
     inside = [path for path in lists if _is_inside(path, decoder)] or list(lists)
     if not inside:
@@ -183,7 +183,12 @@ def used_twice(model: nn.Module, stages: Sequence[Stage]) -> set[int]:
         for module in model.get_submodule(block).modules():
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), set()).add((block, id(module)))
-    return {weight for weight, found in users.items() if len(found) > 1}
+    return {weight for weight, places in users.items() if len(places) > 1}
+
+
+def every_block(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the blocks of all stages. Raises UserError as `find_stages` does."""
+    return [block for stage in find_stages(model) for block in stage.blocks]
 
 
 def select_stages(stages: list[Stage], nontext: bool, names: str | None) -> list[Stage]:
@@ -197,14 +202,14 @@ def select_stages(stages: list[Stage], nontext: bool, names: str | None) -> list
         return [stage for stage in stages if nontext or stage.name == "text"]
     chosen = []
     for pattern in (part.strip() for part in names.split(",")):
-        found = [stage for stage in stages if re.search(pattern, stage.path)]
-        if not found:
+        matching = [stage for stage in stages if re.search(pattern, stage.path)]
+        if not matching:
             known = ", ".join(stage.path for stage in stages)
             raise UserError(
                 f"to_quant_block_names: {pattern!r} matches no list of blocks; this model has"
                 f" {known}"
             )
-        chosen += found
+        chosen += matching
     return [stage for stage in stages if stage in chosen]
 
 
@@ -231,11 +236,11 @@ def _tower_name(model: PreTrainedModel, path: str) -> str:
     for part, name in family_of(model.config.model_type).towers.items():
         if part in path.split("."):
             return name
-    towers = {name: model.get_encoder(modality=kind) for kind, name in TOWERS.items()}
+    towers = {name: model.get_encoder(modality=kind) for kind, name in STAGE_OF.items()}
     for name, tower in towers.items():
         # A class that answers alike for all it reads does not tell what this one reads.
         own = sum(other is tower for other in towers.values()) == 1
-        if own and tower is not model and _is_inside(path, _prefix_of(model, tower)):
+        if own and tower is not model and _is_inside(path, path_of(model, tower)):
             return name
     declared, alone = _declared(model, path)
     if declared and alone:
@@ -244,7 +249,7 @@ def _tower_name(model: PreTrainedModel, path: str) -> str:
     if (
         model.config.is_encoder_decoder
         and encoder is not model
-        and _is_inside(path, _prefix_of(model, encoder))
+        and _is_inside(path, path_of(model, encoder))
     ):
         return "encoder"
     return declared or "nontext"
@@ -261,13 +266,9 @@ def _declared(model: PreTrainedModel, path: str) -> tuple[str | None, bool]:
             # the latter says nothing
             known = kinds[0] in model.input_modalities or model.input_modalities == "text"
             words = "input_ids" in signature(parent.forward).parameters
-            name = TOWERS.get(kinds[0]) if known and not words else None
+            name = STAGE_OF.get(kinds[0]) if known and not words else None
             return name, "text" not in kinds
     return None, False
-
-
-def _prefix_of(model: nn.Module, part: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is part), "")
 
 
 def _is_inside(path: str, prefix: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.model import devices
 from auto_mmround.model.streaming import InTurn, has_room
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.structure import every_block
 
 
 def fits_whole(model: nn.Module, device: torch.device) -> bool:
@@ -26,7 +26,7 @@ def fits_whole(model: nn.Module, device: torch.device) -> bool:
 def visiting(model: PreTrainedModel, device: torch.device, whole: bool) -> Iterator["Visiting"]:
     """While open, the model computes on ``device``; if not ``whole``, its blocks come one by one.
     Afterwards it holds the tensors that it held, at home, with what was changed in them."""
-    blocks = [] if whole else [block for stage in find_stages(model) for block in stage.blocks]
+    blocks = [] if whole else every_block(model)
     device = torch.empty(0, device=device).device  # with its number
     guest = Visiting(model, device, blocks)
     try:

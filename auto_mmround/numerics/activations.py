@@ -1,7 +1,7 @@
-"""What engines make of a layer's inputs where they quantize them as they run.
+"""Rounding of a layer's inputs, as engines do it while they run.
 
-Pure functions of (.., in) tensors, dtype kept: the loader's hooks, `verify` and the tuner see the
-same numbers.
+Pure functions of (.., in) tensors, which keep the dtype. The loader's hooks, `verify` and the tuner
+call the same ones.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ def rounded_inputs(
     whole: Tensor | None = None,
     how: str = "compressed_tensors",
 ) -> Tensor:
-    """The inputs of a layer as its scheme says (`Scheme.inputs`). bits: of an integer.
+    """The inputs of a layer, rounded as its scheme says (`Scheme.inputs`). bits: of an integer.
 
-    whole: what calibration measured of all inputs: the scale of static FP8, the divisor of NVFP4's
-    scales. how: who reads the file, a row of `float_grids.HOW`.
+    whole: measured over all inputs in calibration: the scale of static FP8, or the divisor of
+    NVFP4's scales. how: the reader's arithmetic, a row of `float_grids.HOW`.
     """
     if data_type == "int":
         return integers_a_token(x_TI, bits)
@@ -42,19 +42,19 @@ def rounded_inputs(
 
 
 def integers_a_token(x_TI: Tensor, bits: int = 8) -> Tensor:
-    """Symmetric, one scale, max|x| / top, a token."""
+    """Symmetric integers. Each token has one scale, max|x| / top."""
     top = 2 ** (bits - 1) - 1
     scale_T1 = (x_TI.float().abs().amax(-1, keepdim=True) / top).clamp(min=TINY)
     return ((x_TI.float() / scale_T1).round().clamp(-top - 1, top) * scale_T1).to(x_TI.dtype)
 
 
 def e4m3_static(x_TI: Tensor, scale: Tensor) -> Tensor:
-    """FP8 under one scale for all inputs; beyond 448 scales they stay there."""
+    """FP8 under one scale for all inputs. Numbers beyond 448 scales become 448 scales."""
     return (levels(to_e4m3(x_TI.float() / scale), 8) * scale).to(x_TI.dtype)
 
 
 def e4m3_a_token(x_TI: Tensor, group_size: int = -1) -> Tensor:
-    """FP8 under a scale, max|x| / 448, a token or a token and group."""
+    """FP8. Each token, or each group of a token, has one scale, max|x| / 448."""
     columns = x_TI.shape[-1]
     x_TGg = to_groups(x_TI.float().flatten(0, -2), group_size)
     scale_TG1 = (x_TGg.abs().amax(-1, keepdim=True) / E4M3_TOP).clamp(min=TINY)
@@ -70,7 +70,8 @@ def as_rows(
     global_scale: Tensor | None = None,
     how: str = "compressed_tensors",
 ) -> Tensor:
-    """MX or NVFP4, as of a weight's rows. global_scale: NVFP4's; None: that of these inputs."""
+    """MX or NVFP4, rounded like the rows of a weight. global_scale: of NVFP4; None: that of these
+    inputs."""
     x_TGg = to_groups(x_TI.float().flatten(0, -2), group_size)
     if data_type == "nvfp4" and global_scale is None:
         global_scale = nvfp4_global(x_TGg.abs().max())
@@ -81,8 +82,8 @@ def as_rows(
 
 def straight_through(x: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """``function(x, *args)``, to the bit; gradients pass as if it did nothing."""
-    found: Tensor = _StraightThrough.apply(x, function, args)  # type: ignore[no-untyped-call]
-    return found
+    result: Tensor = _StraightThrough.apply(x, function, args)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _StraightThrough(torch.autograd.Function):

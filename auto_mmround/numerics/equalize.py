@@ -1,13 +1,13 @@
 """Equalization: move magnitude between a layer's inputs and its weights, channel by channel, before
 rounding.
 
-The inputs of some linear layers are divided by a scale s a channel and the layers' columns
-multiplied by it, so the function stays. `smoothquant` (arXiv 2211.10438) makes activations easier
-to quantize, `awq` (arXiv 2306.00978) protects the weights that large activations meet. Both look at
-the channels of the modality in which each stands out most, not at the pooled range: one loud
-modality would hide what the others need. A common factor of s changes nothing, so scales are given
-with a geometric mean of 1. Shape suffixes: K modalities, C channels (inputs of the layers), O
-outputs, G groups a row, g columns a group.
+The inputs of some linear layers are divided by a scale s for each channel, and the layers' columns
+are multiplied by it, so the function stays. `smoothquant` (arXiv 2211.10438) makes activations
+easier to quantize. `awq` (arXiv 2306.00978) protects the weights that large activations meet. Both
+take each channel from the modality in which it stands out most, and not the pooled range: one loud
+modality would hide the needs of the others. A common factor of s changes nothing, so scales have a
+geometric mean of 1. Shape suffixes: K modalities, C channels (inputs of the layers), O outputs, G
+groups a row, g columns a group.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,8 +36,8 @@ def worst_modality(act_KC: Tensor) -> Tensor:
     Rows without any magnitude are modalities that no token had. With one modality it is that row.
     """
     level_K1 = act_KC.float().mean(1, keepdim=True)
-    found_C = torch.where(level_K1 > 0, act_KC / level_K1, 0.0).amax(0) * level_K1.max()
-    return torch.where(level_K1.max() > 0, found_C, 1.0)
+    most_C = torch.where(level_K1 > 0, act_KC / level_K1, 0.0).amax(0) * level_K1.max()
+    return torch.where(level_K1.max() > 0, most_C, 1.0)
 
 
 def smoothquant(act_KC: Tensor, weights: Sequence[Tensor], strength: float = 0.8) -> Tensor:
@@ -113,8 +113,8 @@ def awq(
 
 
 def quantizer(grid: Points, group_size: int, searched: bool) -> Quantize:
-    """Rounding to nearest as the run will do it: under searched scales, or under those of the plain
-    range."""
+    """Rounding to nearest as the run will do it: under searched scales, or under the scales of the
+    plain range."""
 
     def rounded(w_OC: Tensor, importance_C: Tensor) -> Tensor:
         columns = w_OC.shape[1]

@@ -1,11 +1,11 @@
 """Float grids: FP8 and MXFP8 (e4m3), NVFP4 and MXFP4 (e2m1). Codes are the numbers themselves, zero
 points are 0, and the distance of the points grows with the numbers.
 
-Scales: FP8 ``max|w| / 448`` in float32, a row or a 128 x 128 block. MX: a power of two for 32
-columns, the one that puts the largest magnitude into the last binade of e2m1 or e4m3 (OCP MX v1.0),
-moved up from 1.75 of it on. NVFP4: e4m3 for 16 columns, divided by one float32 for the whole
-weight, ``448 * 6 / max|w|``. These are where round to nearest and every search begin. Suffixes as
-in `grids`.
+Scales: FP8 has ``max|w| / 448`` in float32, for a row or a 128 x 128 block. MX has a power of two
+for 32 columns: the one that puts the largest magnitude into the last binade of e2m1 or e4m3 (OCP MX
+v1.0); from 1.75 of that binade on the next one. NVFP4 has e4m3 for 16 columns, divided by one
+float32 for the whole weight, ``448 * 6 / max|w|``. Round to nearest and every search begin there.
+Suffixes as in `grids`.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,9 @@ EXPONENT = 0x7F800000  # of a float32, as bits
 class FloatGrid(NamedTuple):
     """The `grids.Points` of a float grid.
 
-    rows: that share a scale.
-    whole: what NVFP4's scales are divided by; a tensor where nothing is tuned and the host must not
-      wait.
-    fixed: the only scale, of FP8 by tensor.
-    how: a row of HOW; of inputs only.
+    rows: number of rows that share a scale. whole: the divisor of NVFP4's scales; a tensor for
+    inputs, so that the host need not wait. fixed: the only scale of FP8 by tensor. how: a row of
+    HOW, for inputs only.
     """
 
     data_type: str
@@ -88,7 +86,7 @@ class FloatGrid(NamedTuple):
 
     @property
     def factor_rate(self) -> float:
-        """The next scale of MX is twice as large: no sign step gets there."""
+        """0 for MX: its next scale is twice as large, too far for a sign step."""
         rates = {"fp8": 1.0, "nvfp4": 0.5} if self.fixed is None else {}
         return rates.get(self.data_type, 0.0)
 
@@ -109,7 +107,6 @@ class FloatGrid(NamedTuple):
         return power.mul_(share).clamp_(min=least)
 
     def held(self, code: Tensor, zero: Tensor) -> Tensor:
-        """See `Points`."""
         return code.clamp(self.low, self.top)
 
     def gaps(self, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,16 +116,13 @@ class FloatGrid(NamedTuple):
         return torch.where(negative, outer, inner), torch.where(negative, inner, outer)
 
     def snap_(self, x: Tensor) -> Tensor:
-        """See `Points`."""
         step = self.spacing(x)
         return x.div_(step).round_().mul_(step)
 
     def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """See `Points`."""
         return self.snap_(torch.div(x, scale, out=out))
 
     def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Points`."""
         peak_OG = w_OGg.abs().amax(-1).float()
         if self.fixed is not None:
             return torch.full_like(peak_OG, self.fixed), torch.full_like(peak_OG, -0.0)
@@ -160,12 +154,12 @@ class FloatGrid(NamedTuple):
         return torch.ldexp(torch.ones_like(scale_OG), (exponent_OG - 1 + up_OG).clamp(max=127))
 
     def _e4m3_scale(self, scale_OG: Tensor) -> Tensor:
-        """What NVFP4's file holds of a scale."""
+        """The scale as NVFP4's file holds it."""
         return levels(to_e4m3((scale_OG * self.whole).clamp(min=NVFP4_LEAST)), 8)
 
     def _divided(self, scale_OG: Tensor) -> Tensor:
-        """What `grids.dequantize` makes of it; by a tensor, since accelerators multiply by the
-        reciprocal of a number."""
+        """The scale as `grids.dequantize` uses it. The divisor is a tensor, since accelerators turn
+        division by a number into a product with its reciprocal."""
         whole = self.whole
         return scale_OG / (whole if isinstance(whole, Tensor) else scale_OG.new_full((), whole))
 
@@ -178,11 +172,9 @@ class FloatGrid(NamedTuple):
         return (number + 8 * code.signbit()).to(torch.uint8)
 
     def unpacked(self, byte: Tensor) -> Tensor:
-        """See `Points`."""
         return levels(byte, self.bits)
 
     def fit(self, w_OGg: Tensor) -> Fit:
-        """See `Points`."""
         peak_OG = w_OGg.abs().amax(-1).float()
         if self.data_type != "nvfp4":  # float32, or all its powers of two
             return Fit.of(peak_OG, TINY, torch.inf)
@@ -190,7 +182,6 @@ class FloatGrid(NamedTuple):
         return Fit.of(peak_OG / E2M1_TOP * self.whole, NVFP4_LEAST, torch.inf)
 
     def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
-        """See `Points`."""
         whole = None
         if self.data_type == "nvfp4":
             scale_OG = self._e4m3_scale(scale_OG)
@@ -201,8 +192,8 @@ class FloatGrid(NamedTuple):
 
 
 def float_grid(data_type: str, group_size: int, peak: Tensor | None = None) -> FloatGrid:
-    """The grid of a weight. peak: largest magnitude that the scale for the whole weight is for, of
-    NVFP4 and FP8 by tensor; engines that fuse weights want one for all."""
+    """The grid of a weight. peak: for NVFP4 and FP8 by tensor, the largest magnitude of the weight
+    and of those that engines fuse with it: they share the scale for the whole weight."""
     rows = BLOCK if group_size == BLOCK else 1
     if data_type != "nvfp4" and group_size != 0:
         return FloatGrid(data_type, rows)
@@ -237,8 +228,8 @@ def _reciprocal(x: Tensor) -> Tensor:
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """The nearest e4m3 numbers as their bytes, uint8; half rounds to even, beyond 448 stays at
-    448."""
+    """The nearest e4m3 numbers as their bytes, uint8. Half rounds to even; numbers beyond 448
+    become 448."""
     return x.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
@@ -256,8 +247,8 @@ def _nearly_rounded(peak: Tensor, binade: int) -> Tensor:
     return exponent - 1 + (mantissa >= 0.875) - binade
 
 
-# Who rounds inputs -> how the exponent of an MX scale is found, in that reader's order of
-# operations. AutoRound clips what lies above the last number; with "rceil" in its name nothing.
+# Reader that rounds inputs -> exponent of an MX scale, in that reader's order of operations.
+# AutoRound clips numbers above the last one; with "rceil" in its name no number lies above.
 HOW: dict[str, Callable[[Tensor, int], Tensor]] = {
     "compressed_tensors": _nearly_rounded,
     "auto_round": lambda peak, binade: peak.log2().floor() - binade,

@@ -1,5 +1,5 @@
-"""Integers that answer for each other's errors under all of H, for given scales (GPTQ); scales
-refitted to given integers; where sign steps start from.
+"""For given scales, integers that answer for each other's errors under all of H (GPTQ). For given
+integers, refitted scales. And the offsets from which sign steps start.
 
 Shapes: O out, I in, G groups a row, g columns a group, B columns of a block.
 """
@@ -23,12 +23,12 @@ TURNED = 256  # rows that change places at a time
 
 
 def retarget(w_OI: Tensor, hessian_II: Tensor, cross_II: Tensor, dampening: float = 0.01) -> Tensor:
-    """The weight that makes most of the student's inputs: argmin |W' x_student - W x_teacher|^2,
-    drawn towards W.
+    """The weight that gives the teacher's outputs best from the student's inputs: argmin |W'
+    x_student - W x_teacher|^2, drawn towards W. (out, in) float32.
 
     W' = W + W (C - H)^T (H + d I)^-1 with C = E[x_student x_teacher^T], d = dampening * mean
-    diag(H). A solve for W' under H then is a solve against the teacher's outputs (the aim of GPTAQ,
-    arXiv 2504.02692). (out, in) float32.
+    diag(H). A solve for W' under H is then a solve against the teacher's outputs (the aim of GPTAQ,
+    arXiv 2504.02692).
     """
     diagonal_I = hessian_II.diagonal()
     damp = (dampening * diagonal_I.mean()).clamp(min=1e-30)
@@ -38,9 +38,9 @@ def retarget(w_OI: Tensor, hessian_II: Tensor, cross_II: Tensor, dampening: floa
 
 
 class Solving(NamedTuple):
-    """dampening: of H's diagonal, a share of its mean. order: of the columns; "weight" by falling
-    diag(H), "group" by groups of falling sum of diag(H) and so within each. block: columns at a
-    time."""
+    """dampening: is added to H's diagonal, as a share of its mean. order: of the columns. "weight":
+    by falling diag(H). "group": groups by falling sum of diag(H), columns of a group by falling
+    diag(H). block: columns at a time."""
 
     dampening: float = 0.01
     order: Order = "none"
@@ -60,13 +60,12 @@ def solve(
     how: Solving = PLAINLY,
 ) -> Tensor:
     """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for
-    each other's errors.
+    each other's errors. Returns codes (out, in) as floats, unpacked.
 
-    Returns codes (out, in) as floats, unpacked. Columns are rounded in turn; all groups stay where
-    they are. With the error E = W - W~ and H = R R^T, R upper triangular, tr(E H E^T) = |E R|^2,
-    and column k of E R is zero for w~_k = w_k + sum_{j<k} E_j R_jk / R_kk. Rounding that to the
-    grid is GPTQ's step (QuIP, arXiv 2307.13304, section 3.2) without inverting H. Columns without
-    inputs are rounded to nearest.
+    Columns are rounded in turn; groups stay in their places. Let E = W - W~ and H = R R^T with R
+    upper triangular. Then tr(E H E^T) = |E R|^2, and column k of E R is zero for w~_k = w_k +
+    sum_{j<k} E_j R_jk / R_kk. Rounding this to the grid is GPTQ's step without inverting H (QuIP,
+    arXiv 2307.13304, section 3.2). Columns without inputs are rounded to nearest.
     """
     order_I = column_order(hessian_II.diagonal(), how.order, group_size)
     feedback_II = _damped(hessian_II, order_I, how.dampening)
@@ -89,7 +88,7 @@ def solve(
 
 
 def _as_rows(x_IO: Tensor, order_I: Tensor) -> Tensor:
-    """(out, in) again, the columns where they were."""
+    """(out, in), with the columns in their own places again."""
     return x_IO[order_I.argsort()].t().contiguous()
 
 
@@ -105,8 +104,9 @@ def descend(
 ) -> Tensor:
     """Codes (out, in) rounded once more, column after column, now on the errors of all others.
 
-    With the others as they are the best of column k is w_k + sum_{j != k} E_j H_jk / H_kk, so tr(E
-    H E^T) of the damped H never grows: descent by coordinates, as in CDQuant (arXiv 2406.17542).
+    While the others stay, the best value of column k is w_k + sum_{j != k} E_j H_jk / H_kk. So
+    tr(E H E^T) of the damped H never grows: descent by coordinates, as in CDQuant (arXiv
+    2406.17542).
     """
     diagonal_I = hessian_II.diagonal()
     order_I = column_order(diagonal_I, how.order, group_size)
@@ -129,9 +129,9 @@ def descend(
 
 
 def answers(hessian_BI: Tensor, first: int, damp: Tensor) -> tuple[Tensor, Tensor]:
-    """H_kj / H_kk, 0 for j = k: how column k answers for the error of column j; and H_kk (..., B),
-    damped. Writes into rows ``first`` and on (..., B, in) of H. To nearest where second moments say
-    nothing."""
+    """H_kj / H_kk, 0 for j = k: how column k answers for the error of column j. And H_kk (..., B),
+    damped. Overwrites hessian_BI, the rows from ``first`` on (..., B, in) of H. A column without
+    second moments answers for nothing."""
     own_BB = hessian_BI[..., first : first + hessian_BI.shape[-2]]
     own_B = (own_BB.diagonal(dim1=-2, dim2=-1) + damp).clamp(min=1e-30)
     hessian_BI /= own_B[..., None]
@@ -140,8 +140,8 @@ def answers(hessian_BI: Tensor, first: int, damp: Tensor) -> tuple[Tensor, Tenso
 
 
 class _Groups(NamedTuple):
-    """Scale, and bounds of the centred integers q - z; transposed, so that a group's row is
-    contiguous."""
+    """Scales, zero points, and bounds of the centred integers q - z. Transposed, so that a group's
+    row is contiguous."""
 
     scale_GO: Tensor
     zero_GO: Tensor
@@ -150,7 +150,7 @@ class _Groups(NamedTuple):
 
     @classmethod
     def of(cls, scale_OG: Tensor, zero_OG: Tensor, grid: Points) -> "_Groups":
-        """Those of a weight."""
+        """From the scales and zero points (out, G) of a weight."""
         scale_GO, zero_GO = (x_OG.float().t().contiguous() for x_OG in (scale_OG, zero_OG))
         return cls(scale_GO, zero_GO, grid.low - zero_GO, grid.top - zero_GO)
 
@@ -168,8 +168,8 @@ def _solve_block(
     error_BO: Tensor,
     q_BO: Tensor,
 ) -> None:
-    """Round the columns of one block in turn; fills ``error_BO`` and the centred ``q_BO``. Five
-    passes a column."""
+    """Round the columns of one block in turn, and write ``error_BO`` and the centred ``q_BO``. A
+    column takes five passes."""
     feedback_BB = feedback_BB.contiguous()
     rows = [x_BO.unbind() for x_BO in (target_BO, w_BO, error_BO, q_BO, *groups_BO)]
     for k, (target_O, w_O, error_O, q_O, scale_O, low_O, high_O) in enumerate(zip(*rows)):
@@ -180,7 +180,7 @@ def _solve_block(
 
 
 def column_order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
-    """The columns in the order in which they are rounded, see `solve`."""
+    """The columns in the order of rounding, see `Solving`."""
     if order == "none":
         return torch.arange(len(diagonal_I), device=diagonal_I.device)
     falling_I = diagonal_I.argsort(descending=True, stable=True)
@@ -192,11 +192,11 @@ def column_order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
 
 
 def factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
-    """N_kj = R_jk / R_kk, unit lower triangular, of the damped H = R R^T in the given order:
-    Cholesky of H with both axes reversed makes R upper triangular. And whether that went well, a
-    bool of the device that nothing here waits for.
+    """N_kj = R_jk / R_kk, unit lower triangular, of the damped H = R R^T in the given order; and
+    whether the factorization went well, a bool on the device, for which the host does not wait.
 
-    ``dampening`` is a fraction of the mean of diag(H) over the columns that have inputs.
+    Both axes of H are reversed for Cholesky, which makes R upper triangular. ``dampening`` is a
+    fraction of the mean of diag(H) over the columns that have inputs.
     """
     diagonal_I, turned_I = hessian_II.diagonal()[order_I], order_I.flip(0)
     live_I = diagonal_I > 0
@@ -213,7 +213,7 @@ def factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> tuple[Tenso
 
 
 def _turn(a_II: Tensor) -> None:
-    """Reverse both axes, in place: of a wide layer each copy takes more than a gigabyte."""
+    """Reverse both axes, in place: for a wide layer a copy takes more than a gigabyte."""
     size, half = len(a_II), len(a_II) // 2
     for i in range(0, half, TURNED):
         j = min(i + TURNED, half)
@@ -226,7 +226,7 @@ def _turn(a_II: Tensor) -> None:
 
 
 def _damped(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:
-    """The `factor` with dampening that grows tenfold until it goes well. None: no luck."""
+    """The `factor`, with dampening that grows tenfold until it goes well. None if it never does."""
     fraction = dampening
     while True:
         feedback_II, sound = factor(hessian_II, order_I, fraction)
@@ -280,11 +280,11 @@ def refit_scale(
 def place_start(
     ratio_OGg: Tensor, q_OGg: Tensor, zero_OG: Tensor, grid: Points, margin: float = 0.1
 ) -> Tensor:
-    """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, low, top) = q and W/s + V
-    ``margin`` steps off the edges. q: unpacked.
+    """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, low, top) = q, where W/s + V
+    stays ``margin`` steps away from the edges. q: unpacked. ratio: W/s.
 
-    Edges are half a step from q - z; beyond a bound of the clamp there is none. Small offsets let
-    few sign steps undo a choice. ratio: W/s.
+    Edges are half a step from q - z. There is none beyond a bound of the clamp. Small offsets let
+    few sign steps undo a choice.
     """
     centre_OGg = q_OGg.float() - zero_OG[..., None]
     below, above = grid.gaps(centre_OGg)

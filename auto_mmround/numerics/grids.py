@@ -1,5 +1,5 @@
-"""Integer grids: pure quantize and dequantize, symmetric full-range and asymmetric, 2 to 8 bits;
-and `Points`, what solvers and sign steps ask of any grid (floats: `float_grids`).
+"""Integer grids of 2 to 8 bits, symmetric full-range and asymmetric: pure quantize and dequantize.
+And `Points`: the questions of solvers and sign steps to any grid (floats: `float_grids`).
 
 A weight ``w_OI`` (out x in) is cut along ``in`` into groups of ``group_size``; each group has one
 scale and one zero point. A stored code ``q`` is unsigned, ``0 .. 2**bits - 1``, and means ``scale *
@@ -40,13 +40,13 @@ class Codes(NamedTuple):
 
 
 class Points(Protocol):
-    """A grid to solvers and sign steps: W~ = scale * (code - zero). Codes of integers are 0 .. top,
-    those of floats the numbers themselves, zero 0; `packed` are their bytes.
+    """A grid as solvers and sign steps see it: W~ = scale * (code - zero). Codes of integers are 0
+    .. top. Codes of floats are the numbers themselves, with zero 0; `packed` gives their bytes.
 
-    middle: zero point of a symmetric grid. rows: that share a scale. exact_scales: every real
-    number is nearly one that the file can hold. scale_range: see `Grid`. offset_dtype: that keeps
-    offsets off the rounding edge. factor_rate: of sign steps, by which the rate of factors is
-    multiplied.
+    middle: zero point of a symmetric grid. rows: number of rows that share a scale. exact_scales:
+    the file can hold nearly every real number as a scale. scale_range: see `Grid`. offset_dtype: a
+    dtype that keeps offsets off the rounding edge. factor_rate: sign steps multiply the rate of
+    factors by it.
     """
 
     @property
@@ -77,7 +77,7 @@ class Points(Protocol):
         ...
 
     def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """The nearest point of ``x / scale``; to x `sweep_shift` scales were added."""
+        """The nearest point of ``x / scale``. The caller has added `sweep_shift` scales to x."""
         ...
 
     @property
@@ -108,7 +108,7 @@ class Points(Protocol):
         ...
 
     def unpacked(self, byte: Tensor) -> Tensor:
-        """Codes that arithmetic understands."""
+        """Codes as numbers."""
         ...
 
     def fit(self, w_OGg: Tensor) -> "Fit":
@@ -163,12 +163,10 @@ class Grid(NamedTuple):
 
     @property
     def offset_dtype(self) -> torch.dtype:
-        """See `Points`."""
         return torch.float16
 
     @property
     def factor_rate(self) -> float:
-        """See `Points`."""
         return 1.0
 
     @property
@@ -177,58 +175,48 @@ class Grid(NamedTuple):
         return 0.5
 
     def snap_(self, x: Tensor) -> Tensor:
-        """See `Points`."""
         return x.round_()
 
     def sweep(self, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """See `Points`."""
         return torch.div(x, scale, rounding_mode="floor", out=out)
 
     def spacing(self, x: Tensor) -> float:
-        """See `Points`."""
         return 1.0
 
     def held(self, code: Tensor, zero: Tensor) -> Tensor:
-        """See `Points`."""
         if self.sym:
             return code.clamp(-self.middle, self.top - self.middle)
         return torch.maximum(code, -zero).minimum(self.top - zero)
 
     def gaps(self, point: Tensor) -> tuple[float, float]:
-        """See `Points`."""
         return 1.0, 1.0
 
     def plain(self, w_OGg: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Points`."""
         return scale_and_zero(*ranges(w_OGg, self), self)
 
     def storable(self, scale_OG: Tensor, unit_OG: Tensor | None = None) -> Tensor:
-        """See `Points`."""
         return storable(scale_OG, self, unit_OG)
 
     def packed(self, code: Tensor) -> Tensor:
-        """See `Points`."""
         return code.to(torch.uint8)
 
     def unpacked(self, byte: Tensor) -> Tensor:
-        """See `Points`."""
         return byte
 
     def fit(self, w_OGg: Tensor) -> "Fit":
-        """See `Points`."""
         low_OG, high_OG = ranges(w_OGg, self)
         peak_OG = torch.maximum(-low_OG, high_OG)
         need_OG = peak_OG / self.middle if self.sym else (high_OG - low_OG) / self.top
         return Fit.of(need_OG, *self.bounds)
 
     def codes(self, q_OGg: Tensor, scale_OG: Tensor, zero_OG: Tensor, columns: int) -> Codes:
-        """See `Points`."""
         return make_codes(q_OGg, scale_OG, zero_OG, columns, self)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Smallest and largest magnitude of a scale that the file can hold, its product with a zero
-        point too where that is stored. In super-blocks of a unit, though a scale may be many."""
+        """Smallest and largest magnitude of a scale that the file can hold. Where the product with
+        a zero point is stored, the product fits too. For super-blocks these are bounds of a unit,
+        though a scale may be many units."""
         facts = torch.finfo(self.scale_dtype)
         low, high = LEAST.get(self.scale_dtype, facts.tiny), facts.max
         return low, (
@@ -264,8 +252,8 @@ def _decoded(codes: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
-    """Cut rows into groups, (out, G, group_size); a short last one gets zeros: no range changes.
-    Sizes below 1: one a row."""
+    """Cut rows into groups, (out, G, group_size). A short last group is filled with zeros, which
+    change no range. A size below 1 means one group a row."""
     group_size = group_size if group_size > 0 else w_OI.shape[1]
     if short := -w_OI.shape[1] % group_size:
         w_OI = torch.nn.functional.pad(w_OI, (0, short))
@@ -306,8 +294,8 @@ def scale_and_zero(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 class Fit(NamedTuple):
-    """Counts of a weight's groups: those that hold anything but zeros, and of these those that need
-    a smaller, and those that need a larger scale than there is."""
+    """Counts of a weight's groups. groups: all that hold anything but zeros. small, large: those
+    that need a smaller, or a larger, scale than there is."""
 
     groups: int
     small: int

@@ -14,8 +14,8 @@ PANEL = 256
 
 
 class Moments:
-    """Running second moments of a layer's inputs, float32; with ``cross`` also student x teacher
-    (see `retarget`)."""
+    """Running second moments of a layer's inputs, float32. cross: those of student inputs with
+    teacher inputs too (see `gptq.retarget`)."""
 
     def __init__(
         self, features: int, *, cross: bool = False, device: torch.device | str | None = None
@@ -31,13 +31,12 @@ class Moments:
 
     @classmethod
     def pooled(cls, parts: Sequence["Moments"]) -> "Moments":
-        """Those of all tokens of several."""
+        """One object with the tokens of several."""
         crossed = all(part.crossed for part in parts)
         whole = cls(parts[0].features, cross=crossed, device=parts[0]._device)
         for part in parts:
-            for own, other in zip(
-                whole.sums(), part.sums(), strict=False
-            ):  # cross moments come last
+            # cross moments come last
+            for own, other in zip(whole.sums(), part.sums(), strict=False):
                 own += other
         return whole
 
@@ -52,7 +51,7 @@ class Moments:
         return self._cross_II is not None
 
     def sums(self) -> list[Tensor]:
-        """What adds up over parts of the tokens, in its own memory."""
+        """The running sums themselves, not copies. Sums over parts of the tokens may be added."""
         cross = [] if self._cross_II is None else [self._cross_II]
         return [*self._panels_PI, self._total, *cross]
 
@@ -87,7 +86,8 @@ class Moments:
         return h_II
 
     def rest(self) -> None:
-        """Keep what `error` reads, in host memory and bf16; nothing else can be asked any more."""
+        """Keep only the sums that `error` reads, in host memory and bf16. No other method works
+        after this."""
         flat = [panel_PI.flatten().bfloat16() for panel_PI in self._panels_PI]
         shapes = [panel_PI.shape for panel_PI in self._panels_PI]
         kept = torch.cat(flat).cpu().split([shape.numel() for shape in shapes])
@@ -95,14 +95,14 @@ class Moments:
         self._cross_II = None
 
     def error(self, error_OI: Tensor) -> Tensor:
-        """tr(E H E^T), summed over the outputs, as `output_error` gives it; to a thousandth,
-        without H made whole. On the errors' device, nothing waits for it."""
-        found = torch.zeros((), device=error_OI.device)
+        """tr(E H E^T), summed over the outputs, as `output_error` gives it, exact to a thousandth.
+        H is not made whole. The result is on the errors' device, and the host does not wait."""
+        total = torch.zeros((), device=error_OI.device)
         with bf16_products(True):
             for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
                 along_OI = error_OI[:, i : i + PANEL] @ panel_PI.to(error_OI) * error_OI[:, i:]
-                found += along_OI[:, :PANEL].sum() + 2 * along_OI[:, PANEL:].sum()  # H is symmetric
-        return found / self._total.clamp(min=1e-30)
+                total += along_OI[:, :PANEL].sum() + 2 * along_OI[:, PANEL:].sum()  # H is symmetric
+        return total / self._total.clamp(min=1e-30)
 
     def cross(self) -> Tensor:
         """C = mean_t w_t x_student x_teacher^T, (in, in). Raises ValueError if they were not asked
@@ -114,16 +114,16 @@ class Moments:
 
 @cache
 def sums_wide(kind: str) -> bool:
-    """Whether devices of this kind sum products of bf16 factors, and give them, in float32. ROCm
-    has the operation too and refuses it."""
+    """Whether devices of this kind multiply bf16 factors with a float32 result. ROCm has the
+    operation too, but refuses it."""
     key = torch._C._dispatch_key_for_device(kind)
     known = torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
     return bool(known) and not (kind == "cuda" and torch.version.hip)
 
 
 def _rows(x: Tensor, root_T1: Tensor | None) -> Tensor:
-    """Tokens as rows, times the square roots of their weights; float32, but bf16 stays where
-    products of it `sums_wide`."""
+    """Tokens as rows, times the square roots of their weights. float32; bf16 stays on devices
+    where `sums_wide` holds."""
     x_TI = x.detach().reshape(-1, x.shape[-1])
     narrow = x.dtype == torch.bfloat16 and sums_wide(x.device.type)
     dtype = torch.bfloat16 if narrow else torch.float32

@@ -1,4 +1,4 @@
-"""Large weights some rows at a time: on the way from codes to values a weight takes several bytes.
+"""Large weights, some rows at a time: a value takes several bytes while it is decoded.
 
 Shapes: O out, I in, G groups a row.
 """
@@ -19,7 +19,7 @@ def pieces_of(shape: torch.Size | tuple[int, int]) -> list[slice]:
 
 
 def rows_of(codes: Any, rows: slice) -> Any:
-    """`Codes` of some rows; units of super-blocks are left out."""
+    """`Codes` of some rows, without the units of super-blocks."""
     tables = {
         name: None if (table := getattr(codes, name)) is None else table[rows]
         for name in ("q_OI", "scale_OG", "zero_OG", "min_OG")
@@ -28,18 +28,18 @@ def rows_of(codes: Any, rows: slice) -> Any:
 
 
 def by_rows(decode: Callable[[Any, torch.dtype], Tensor], codes: Any, dtype: torch.dtype) -> Tensor:
-    """What ``decode`` makes of all rows, (out, in)."""
+    """All rows decoded by ``decode``, (out, in)."""
     pieces = pieces_of(codes.q_OI.shape)
     if len(pieces) < 2:
         return decode(codes, dtype)
-    found_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
+    made_OI = torch.empty(codes.q_OI.shape, dtype=dtype, device=codes.q_OI.device)
     for rows in pieces:
-        found_OI[rows] = decode(rows_of(codes, rows), dtype)
-    return found_OI
+        made_OI[rows] = decode(rows_of(codes, rows), dtype)
+    return made_OI
 
 
 def over_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
-    """The sum over every ``rows`` along a dimension, given to each of them."""
+    """Each entry is the sum over its run of ``rows`` entries along a dimension."""
     if rows == 1:
         return x
     sum_B = fold_rows(x.movedim(dim, 0), rows).sum(1)
@@ -47,7 +47,7 @@ def over_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
 
 
 def fold_rows(x_O: Tensor, rows: int) -> Tensor:
-    """Rows in blocks, (blocks, rows, ...); those that the last one lacks are zeros."""
+    """Rows in blocks, (blocks, rows, ...). The last block is filled up with zeros."""
     short = -len(x_O) % rows
     if short:
         x_O = torch.cat([x_O, x_O.new_zeros(short, *x_O.shape[1:])])
@@ -55,5 +55,5 @@ def fold_rows(x_O: Tensor, rows: int) -> Tensor:
 
 
 def spread_rows(x_B: Tensor, rows: int, count: int) -> Tensor:
-    """What belongs to a block of rows for each of ``count`` rows."""
+    """The entry of a block of rows, repeated for each of ``count`` rows."""
     return x_B.repeat_interleave(rows, 0)[:count]

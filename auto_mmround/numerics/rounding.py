@@ -26,10 +26,10 @@ from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Codes, Grid, Points
 from auto_mmround.numerics.super_grids import Super
 
-# of the rate of factors where scales are integers times a unit: a step of these is a jump
+# Share of the rate of factors for scales that are integers times a unit: their steps are large.
 COARSE = 0.5
-# Elements of a weight worked on at a time: they stay in a processor's cache; on an accelerator a
-# kernel takes as long as its start, and what lies in between is small beside a block.
+# Elements of a weight worked on at a time. On a processor they stay in its cache. On an accelerator
+# the start of a kernel is dear, and the temporaries are still small beside a block.
 CHUNK, CHUNK_THERE = 2**18, 2**22
 
 
@@ -42,12 +42,9 @@ def leaf_gradients(
     grid: Points,
     zeros: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a step needs from dL/dW~: dL/dV up to the factor s (O,G,g), dL/ds (O,G), and with
-    ``zeros`` dL/dz (O,G). Writes into the ratio W/s.
-
-    Few passes over the weight, each a kernel: only signs are used of the first, so it is left in
-    the gradient's dtype; codes are counted from the zero point.
-    """
+    """From dL/dW~ the gradients of a step: dL/dV up to the factor s (O,G,g), whose signs alone
+    count, dL/ds (O,G), and with ``zeros`` dL/dz (O,G). Overwrites the ratio W/s. Codes are counted
+    from the zero point."""
     code_OGg = grid.snap_(ratio_OGg + offset_OGg)
     value_OGg = grid.held(code_OGg, zero_OG1)
     passed_OGg = grad_OGg * (code_OGg == value_OGg)  # inside, the bounds included
@@ -59,8 +56,8 @@ def leaf_gradients(
 
 
 class Now(NamedTuple):
-    """Scales and zero points (out, G), float32 with the values that the file will hold; of
-    super-blocks more."""
+    """Scales and zero points (out, G), float32 with the values that the file will hold; for
+    super-blocks also units and minima."""
 
     scale_OG: Tensor
     zero_OG: Tensor
@@ -87,7 +84,7 @@ def moved(
     grid: Points,
     zeros: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The offsets' part of a step, in place. The gradients of scales and zero points, see
+    """The offsets' part of a step, in place. Returns the gradients of scales and zero points, see
     `leaf_gradients`. turn: the scale's sign times the rate."""
     scale_OG1, zero_OG1 = now.scale_OG[..., None], now.zero_OG[..., None]
     ratio_OGg, far = now.ratio(w_OGg), None
@@ -118,10 +115,11 @@ def put(into_OI: Tensor, w_OGg: Tensor, offset_OGg: Tensor, now: Now, grid: Poin
 
 
 class Kernels(NamedTuple):
-    """What a step does with every element of a weight: `moved` and `put`, or the same compiled.
+    """The functions of a step that work on every element of a weight: `moved` and `put`, or the
+    same compiled.
 
-    in_pieces: a few rows at a time. On a processor every intermediate stays in its cache then, and
-      no page of memory is asked for and given back; compiled code has none.
+    in_pieces: a few rows at a time, so that temporaries stay in a processor's cache. Compiled code
+      has none.
     """
 
     moved: Callable[..., tuple[Tensor, Tensor | None]] = moved
@@ -148,15 +146,13 @@ class RangeFactors:
     def rows(self, part: slice) -> "RangeFactors":
         """Those of some rows, in the same memory."""
         view = copy.copy(self)
-        view.low_OG, view.high_OG, view.factors_2OG = (
-            self.low_OG[part],
-            self.high_OG[part],
-            self.factors_2OG[:, part],
-        )
+        view.low_OG = self.low_OG[part]
+        view.high_OG = self.high_OG[part]
+        view.factors_2OG = self.factors_2OG[:, part]
         return view
 
     def now(self) -> Now:
-        """What the factors make of the ranges."""
+        """Scales and zero points of the ranges times their factors."""
         low_OG, high_OG = self.low_OG * self.factors_2OG[0], self.high_OG * self.factors_2OG[1]
         return Now(*grids.scale_and_zero(low_OG, high_OG, self.grid))
 
@@ -207,7 +203,7 @@ class ScaleFactor:
         return view
 
     def now(self) -> Now:
-        """What the factor makes of the scales."""
+        """The scales times their factor, as the file can hold them."""
         if self.blocks is None:
             return Now(self.grid.storable(self.scale_OG * self.factors_2OG[0]), self.zero_OG)
         assert isinstance(self.grid, Grid)
@@ -227,19 +223,20 @@ class ScaleFactor:
 
 
 class Kept(NamedTuple):
-    """Of a `Rounding` all that its result depends on: codes, uint8 (out, G, g), and factors."""
+    """Everything that the result of a `Rounding` depends on: codes, uint8 (out, G, g), and
+    factors."""
 
     q_OGg: Tensor
     factors_2OG: Tensor
 
 
 class Rounding:
-    """Offsets V of one weight, and what gives its scales and zero points.
+    """Offsets V of one weight, and the factors of its scales and zero points.
 
-    By default V = 0 (float32) and the ranges are those of the weight: rounded to nearest.
-    `start_at` sets a better start, with V in float16: offsets are at most a few steps of the grid,
-    and stay off the rounding edge. Minima of super-blocks are added to W beforehand and taken off
-    W~, which leaves a grid like the others.
+    At first V = 0 (float32) and the ranges are those of the weight: rounded to nearest. `start_at`
+    sets a better start, with V in float16: offsets are at most a few steps of the grid, and stay
+    off the rounding edge. Minima of super-blocks are added to W and taken off W~, so the grid
+    between is like any other.
     """
 
     def __init__(self, w_OI: Tensor, group_size: int, grid: Points):
@@ -255,14 +252,14 @@ class Rounding:
             self.ranges = RangeFactors(*grids.ranges(self.w_OGg, grid), grid)
         else:
             alike_Gg = torch.ones(self.w_OGg.shape[1:], device=w_OI.device)
-            found = super_grids.search(self.w_OGg, alike_Gg, grid)
-            self.start_at(found.scale_OG, super_grids.zeros(found, grid), self.offset_OGg, found)
+            blocks = super_grids.search(self.w_OGg, alike_Gg, grid)
+            self.start_at(blocks.scale_OG, super_grids.zeros(blocks, grid), self.offset_OGg, blocks)
 
     def start_at(
         self, scale_OG: Tensor, zero_OG: Tensor, offset_OGg: Tensor, blocks: Super | None = None
     ) -> None:
-        """Begin from scales, zero points and offsets found in closed form; a factor of the scale is
-        tuned then.
+        """Begin from scales, zero points and offsets found in closed form. From then on a factor of
+        the scale is tuned.
 
         blocks: super-blocks to which the scales belong.
         """
@@ -335,7 +332,7 @@ class Rounding:
             self.offset_OGg = self.offset_OGg.clone(memory_format=torch.contiguous_format)
         now = self.ranges.now()
         turn_OG = now.scale_OG.sign() * lr
-        found = [
+        gradients = [
             kernels.moved(
                 view.w_OGg, view.offset_OGg, now.rows(part),
                 grids.to_groups(grad_OI[part], self.w_OGg.shape[-1]), turn_OG[part],
@@ -344,8 +341,8 @@ class Rounding:
             for part, view in self._pieces(kernels.in_pieces)
         ]  # fmt: skip
         if factor_lr:
-            grad_scale_OG = torch.cat([scale_OG for scale_OG, _ in found])
-            zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
+            grad_scale_OG = torch.cat([scale_OG for scale_OG, _ in gradients])
+            zeros = [zero_OG for _, zero_OG in gradients if zero_OG is not None]
             grad_zero_OG = torch.cat(zeros) if zeros else None
             self.ranges.step(now.scale_OG, grad_scale_OG, grad_zero_OG, factor_lr)
         self.write(into_OI, kernels)
@@ -363,16 +360,14 @@ class Rounding:
     def rows(self, part: slice) -> "Rounding":
         """The state of some rows, in the same memory."""
         view = copy.copy(self)
-        view.w_OGg, view.offset_OGg, view.ranges = (
-            self.w_OGg[part],
-            self.offset_OGg[part],
-            self.ranges.rows(part),
-        )
+        view.w_OGg = self.w_OGg[part]
+        view.offset_OGg = self.offset_OGg[part]
+        view.ranges = self.ranges.rows(part)
         return view
 
     def keep(self, into: "Kept", better: Tensor) -> None:
-        """Where ``better``, a bool of the device, ``into`` holds the state from now on. Nothing
-        waits for it."""
+        """Write the state into ``into`` if ``better``, a bool on the device, is true. The host does
+        not wait for it."""
         now = self.ranges.now()
         for part, view in self._pieces():
             q_OGg = view._packed(now.rows(part))
@@ -381,7 +376,7 @@ class Rounding:
         torch.where(better, factors_2OG, into.factors_2OG, out=into.factors_2OG)
 
     def kept(self) -> "Kept":
-        """What `keep` writes into: the state as it is now."""
+        """A copy of the state as it is now, for `keep` to write into."""
         q_OGg = torch.empty(self.w_OGg.shape, dtype=torch.uint8, device=self.w_OGg.device)
         made = Kept(q_OGg, self.ranges.factors_2OG.clone())
         self.keep(made, torch.ones((), dtype=torch.bool, device=q_OGg.device))

@@ -13,8 +13,8 @@ from auto_mmround.numerics import grids, pieces
 from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Points
 
-# elements of a weight searched at a time: the temporaries stay in the processor's cache; on an
-# accelerator so many times as much, candidates that fit into that at once
+# Elements of a weight searched at a time: so few that temporaries stay in the processor's cache. An
+# accelerator takes THERE times as many, and tries as many candidates at once as fit into that.
 CHUNK, THERE = 2**16, 256
 
 
@@ -32,9 +32,9 @@ def spread(low: float, high: float, count: int) -> tuple[float, ...]:
     return tuple(low * (high / low) ** (i / (count - 1)) for i in range(count))
 
 
-# Of the scale that brings a group's largest magnitude to 6 or 448: NVFP4's also to 4 and to what
-# lies between, as far as e4m3 tells them apart; MX's half and twice it; FP8's within one power of
-# two, behind which its points repeat.
+# Factors of the scale that brings a group's largest magnitude to 6 or 448. NVFP4: also to 4 and
+# between, as far as e4m3 tells them apart. MX: half and twice the scale. FP8: within one power of
+# two; beyond it the points repeat.
 FLOATS = {
     "nvfp4": spread(0.7, 1.75, 12),
     "mxfp4": (1.0, 0.5, 2.0),
@@ -44,8 +44,8 @@ FLOATS = {
 
 
 def search_plan(grid: Points) -> Search:
-    """What `search_scale` tries: 22 to 46 candidates. A symmetric scale of the other sign wins
-    often up to 4 bits.
+    """The candidates of `search_scale`, 22 to 46. Up to 4 bits, a symmetric scale of the other sign
+    often wins.
 
     Floats: `FLOATS`. Integers move with steps of about 1 / top, so the last round's steps shrink
     with the bits.
@@ -73,38 +73,38 @@ def search_scale(w_OGg: Tensor, importance: Tensor, grid: Points) -> tuple[Tenso
     """Scale and zero point (out, G), float32 as the file will hold them, with small sum of
     importance * (w - w~)^2.
 
-    ``importance`` is E[x^2], (G, g) or (out, G, g); a group without any is searched unweighted.
-    Candidates shrink the range, as SignRoundV2 does (arXiv 2512.04746), coarse steps first and
-    finer ones around the best. But a candidate's integers are judged with the scale that fits them
-    best, s = sum(iwq) / sum(iqq), which leaves the error sum(iww) - sum(iwq)^2 / sum(iqq): so a few
-    candidates find more than a fine grid of scales does. Never worse than the plain scale of
-    `grids.scale_and_zero`. Scales of floats are coarse: each candidate is judged by the nearest
-    one that the file can hold. Rows that share a scale are one long group.
+    ``importance`` is E[x^2], (G, g) or (out, G, g). A group without any is searched unweighted.
+    Candidates shrink the range, as in SignRoundV2 (arXiv 2512.04746), in coarse steps first and
+    then in finer ones around the best. But a candidate's integers are judged with the scale that
+    fits them best, s = sum(iwq) / sum(iqq). The error is then sum(iww) - sum(iwq)^2 / sum(iqq). So
+    a few candidates find more than a fine grid of scales. The result is never worse than the plain
+    scale of `grids.scale_and_zero`. Scales of floats are coarse: each candidate is judged with the
+    nearest scale that the file can hold. Rows that share a scale are one long group.
     """
     if grid.rows > 1:
         assert isinstance(grid, FloatGrid)
         return _by_rows(w_OGg, importance, grid)
     rows = max(1, (CHUNK if w_OGg.is_cpu else THERE * CHUNK) // w_OGg[0].numel())
-    found = []
+    parts = []
     for at in range(0, len(w_OGg), rows):
         part = importance[at : at + rows] if importance.dim() == 3 else importance
         w_PGg = w_OGg[at : at + rows].float()
         together = 1 if w_OGg.is_cpu else max(1, THERE * CHUNK // w_PGg.numel())
-        found.append(_search(w_PGg, part.float(), grid, search_plan(grid), together))
-    return torch.cat([scale_OG for scale_OG, _ in found]), torch.cat(
-        [zero_OG for _, zero_OG in found]
+        parts.append(_search(w_PGg, part.float(), grid, search_plan(grid), together))
+    return torch.cat([scale_OG for scale_OG, _ in parts]), torch.cat(
+        [zero_OG for _, zero_OG in parts]
     )
 
 
 def _by_rows(w_OGg: Tensor, importance: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
-    """`search_scale` where blocks of rows share a scale."""
+    """`search_scale` for blocks of rows that share a scale."""
 
     def long(x_OGg: Tensor) -> Tensor:
         return pieces.fold_rows(x_OGg, grid.rows).transpose(1, 2).flatten(2)
 
     importance_OGg = importance.expand(w_OGg.shape)
-    found = search_scale(long(w_OGg), long(importance_OGg), grid._replace(rows=1))
-    scale_OG, zero_OG = (pieces.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in found)
+    folded = search_scale(long(w_OGg), long(importance_OGg), grid._replace(rows=1))
+    scale_OG, zero_OG = (pieces.spread_rows(x_BG, grid.rows, len(w_OGg)) for x_BG in folded)
     return scale_OG, zero_OG
 
 
@@ -144,8 +144,8 @@ def _better(
     zero_OG: Tensor,
     grid: Points,
 ) -> _Best:
-    """The better of ``best`` and the integers that a candidate scale and zero point give, group by
-    group; or several candidates, (C, O, G)."""
+    """Group by group the better of ``best`` and a candidate scale and zero point, or several
+    candidates, (C, O, G)."""
     if not grid.exact_scales:
         scale_OG = grid.storable(scale_OG)
     if grid.sym:

@@ -1,5 +1,5 @@
-"""The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, offsets
-that say it."""
+"""The closed-form start: second moments of a block's inputs, a scale search, a GPTQ solve, and
+offsets that give the solved integers."""
 
 import math
 import re
@@ -21,14 +21,13 @@ MOST = 2**26  # elements of weights under one H that are worked on at a time
 
 @dataclass(frozen=True)
 class StartConfig:
-    """dampening: share of the mean of diag(H) added to it. order, block: of the columns, see
-    `gptq.solve`.
+    """dampening, order, block: see `gptq.Solving`.
 
-    refit: fit the scales to the solved integers at the end. again: how often the integers are then
-    rounded once more, each on the errors of all others, and the scales fitted again. margin: how
-    far the start stays from the rounding edge, in steps of the grid; sign steps can flip what is
-    close to it. retarget: solve for the teacher's outputs, see `gptq.retarget`; the moments must
-    have been taken with teacher inputs.
+    refit: fit the scales to the solved integers at the end. again: number of further rounds. In
+    each the integers are rounded once more on the errors of all others, and the scales are fitted
+    again. margin: distance of the start from the rounding edge, in steps of the grid; sign steps
+    can flip integers close to the edge. retarget: solve for the teacher's outputs, see
+    `gptq.retarget`; this needs moments with teacher inputs.
     """
 
     dampening: float = 0.05
@@ -41,12 +40,11 @@ class StartConfig:
 
 
 class Collector:
-    """Second moments of the inputs of some layers, added up while hooks see forward passes.
+    """Adds up second moments of the inputs of some layers, in hooks on forward passes.
 
-    Layers that are fed the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass`
-    before each pass.
-    cross: each pass comes after one over the same samples with the teacher's inputs
-      (``next_pass(teacher=True)``).
+    Layers that read the same tensor (q, k, v; gate, up) share one `Moments`. Call `next_pass`
+    before each pass. cross: before each pass comes one over the same samples with the teacher's
+    inputs (``next_pass(teacher=True)``).
     """
 
     def __init__(self, weights: Callable[[str], Tensor | None], cross: bool = False):
@@ -68,8 +66,8 @@ class Collector:
         return {name: self._moments[owner] for name, owner in self._owner.items()}
 
     def see(self, name: str, x: Tensor) -> None:
-        """Add the input (..., in) of a layer, with the tokens' weights if they are as many as its
-        tokens."""
+        """Add the input (..., in) of a layer. Weights of tokens are used if there is one for each
+        token."""
         if self._listening:
             self._teacher[name] = x.detach()
             return
@@ -95,8 +93,8 @@ class Collector:
 def collecting(
     layers: Mapping[str, nn.Module], weights: Callable[[str], Tensor | None], cross: bool = False
 ) -> Iterator[Collector]:
-    """A `Collector` that watches the layers while open. weights: of a layer's tokens in the current
-    pass, pads 0; the same for layers that share an input."""
+    """A `Collector` that watches the layers while open. weights: layer -> weights of its tokens in
+    the current pass, 0 for padding; layers that share an input must have the same."""
     collector = Collector(weights, cross)
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -111,25 +109,23 @@ def collecting(
 
 
 def in_turn(moments: Mapping[str, Moments], blocks: Sequence[str]) -> list[list[str]]:
-    """Layers in the order in which they run, those together that share an input (q, k, v; gate,
-    up).
-
-    Experts, which run one by one on different tokens, come as those of one name.
+    """Groups of layers in the order in which they run. Layers that share an input (q, k, v; gate,
+    up) are one group. So are all experts' matrices of one name, which run on different tokens.
     """
     turns: dict[str, list[str]] = {}
     of_input: dict[int, str] = {}
-    for name, found in moments.items():
+    for name, own in moments.items():
         block = next(block for block in blocks if name.startswith(f"{block}."))
         title = block + re.sub(r"\.\d+(?=\.)", ".*", name.removeprefix(block))
-        turns.setdefault(of_input.setdefault(id(found), title), []).append(name)
+        turns.setdefault(of_input.setdefault(id(own), title), []).append(name)
     return list(turns.values())
 
 
 def closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartConfig) -> None:
     """Put weights of one grid that read the same input at the GPTQ solution under searched scales.
 
-    They are stacked along their outputs, which are independent, so one factorization serves all. In
-    float32, whatever the caller computes blocks in.
+    They are stacked along their outputs. Outputs are independent, so one factorization serves all.
+    The work is in float32, in whatever dtype the caller computes blocks.
     """
     _place([_Stack(list(roundings), moments)], config)
 
@@ -137,10 +133,10 @@ def closed_form(roundings: Sequence[Rounding], moments: Moments, config: StartCo
 def closed_forms(
     roundings: Mapping[str, Rounding], moments: Mapping[str, Moments], config: StartConfig
 ) -> None:
-    """`closed_form` for the layers of a block; for those that no token reached see `_for_all`.
+    """`closed_form` for the layers of a block. For layers that no token reached see `_for_all`.
 
-    On accelerators by `sweeps`, stacks of one shape (experts) together; the host asks once which
-    have to be solved in turn all the same.
+    Accelerators solve by `sweeps`, stacks of one shape (experts) together. The host asks once which
+    of them must be solved in turn all the same.
     """
     stacks: dict[tuple[Any, ...], _Stack] = {}
     waiting: list[_Stack] = []
@@ -168,9 +164,9 @@ def closed_forms(
 def _for_all(
     roundings: Mapping[str, Rounding], moments: Mapping[str, Moments]
 ) -> dict[str, Moments]:
-    """Moments for every layer, those alike one object. Of an expert that no token reached: those of
-    all tokens that reached the others, for the matrices that read tokens as they come. What no
-    other tells of (a later matrix, a layer of another kind) has inputs that all count alike."""
+    """Moments for every layer; equal ones are one object. An expert that no token reached gets the
+    moments of all tokens that reached the other experts, for the matrices that read tokens
+    directly. For other layers without tokens all inputs count alike."""
     first: dict[tuple[str, str], Moments] = {}  # (list of experts, number) -> of what it reads
     reached: dict[tuple[str, str], list[Moments]] = {}  # (list of experts, matrix)
     for name, own in moments.items():  # in the order in which layers run
@@ -179,22 +175,22 @@ def _for_all(
             if first.setdefault((experts, number), own) is own:
                 reached.setdefault((experts, matrix), []).append(own)
     made: dict[Any, Moments] = {}
-    found = {}
+    whole = {}
     for name, rounding in roundings.items():
         experts, _, matrix = _expert(name) or (name, "", "")
         others = reached.get((experts, matrix), [])
         key = tuple(map(id, others)) or rounding.columns
         if name not in moments and key not in made:
             made[key] = Moments.pooled(others) if others else _alike(rounding)
-        found[name] = moments[name] if name in moments else made[key]
-    return found
+        whole[name] = moments[name] if name in moments else made[key]
+    return whole
 
 
 def _alike(rounding: Rounding) -> Moments:
     device = rounding.w_OGg.device
-    found = Moments(rounding.columns, device=device)
-    found.add(torch.eye(rounding.columns, device=device))
-    return found
+    moments = Moments(rounding.columns, device=device)
+    moments.add(torch.eye(rounding.columns, device=device))
+    return moments
 
 
 def is_expert(name: str) -> bool:
@@ -203,8 +199,8 @@ def is_expert(name: str) -> bool:
 
 
 def _expert(name: str) -> tuple[str, str, str] | None:
-    """Its list of experts, its number there, and which of its matrices: of a layer in a numbered
-    list inside a numbered block."""
+    """(list of experts, number in it, name of the matrix) of a layer in a numbered list inside a
+    numbered block; None for other layers."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     if len(numbers) < 2:
@@ -230,8 +226,8 @@ class _Stack(NamedTuple):
 
 
 def _batches(stacks: Sequence[_Stack]) -> list[list[_Stack]]:
-    """Stacks of one shape together, as many as `sweeps.MOST` elements are. Super-blocks are
-    searched under one diagonal, so they stay apart, as do rows that share a scale."""
+    """Stacks of one shape together, with at most `sweeps.MOST` elements. Super-blocks stay apart,
+    because they are searched under one diagonal. So do rows that share a scale."""
     batches: list[list[_Stack]] = []
     open_: dict[tuple[Any, ...], list[_Stack]] = {}
     for stack in stacks:
@@ -249,21 +245,23 @@ def _batches(stacks: Sequence[_Stack]) -> list[list[_Stack]]:
 
 
 def _place(stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool = False) -> Tensor:
-    """Put stacks of one shape at their start; only one, unless ``in_sweeps``. bool (N,): those of
-    which the sweeps are not sure."""
+    """Put stacks of one shape at their start; only one stack, unless ``in_sweeps``. Returns bool
+    (N,): True for stacks that must be solved in turn, see `sweeps.Sweeping.doubtful`."""
     with torch.autocast(stacks[0].device.type, enabled=False):
-        found, doubtful_N = _solved(stacks, config, in_sweeps)
+        solved, doubtful_N = _solved(stacks, config, in_sweeps)
         roundings = [rounding for stack in stacks for rounding in stack.roundings]
         rows = [len(rounding.w_OGg) for rounding in roundings]
-        blocks = found.blocks or ()
-        split = [part.split(rows) for part in (found.scale_OG, found.zero_OG, found.q_OGg, *blocks)]
+        blocks = solved.blocks or ()
+        split = [
+            part.split(rows) for part in (solved.scale_OG, solved.zero_OG, solved.q_OGg, *blocks)
+        ]
         for rounding, scale, zero, q, *own in zip(roundings, *split, strict=True):
             super_ = super_grids.Super(*(part.clone() for part in own)) if own else None
             rounding.start_from(scale.clone(), zero.clone(), q, super_, config.margin)
         return doubtful_N
 
 
-class _Found(NamedTuple):
+class _Start(NamedTuple):
     """Scales, zero points (out, G), codes uint8 (out, G, g), super-blocks."""
 
     scale_OG: Tensor
@@ -272,7 +270,7 @@ class _Found(NamedTuple):
     blocks: super_grids.Super | None
 
     @classmethod
-    def joined(cls, parts: Sequence["_Found"]) -> "_Found":
+    def joined(cls, parts: Sequence["_Start"]) -> "_Start":
         """Of all rows."""
         if len(parts) == 1:
             return parts[0]
@@ -284,8 +282,8 @@ class _Found(NamedTuple):
 
 def _solved(
     stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool
-) -> tuple[_Found, Tensor]:
-    """What `_place` puts there. On accelerators a part of the rows at a time."""
+) -> tuple[_Start, Tensor]:
+    """The start of the stacks. Accelerators take a part of the rows at a time."""
     first, count = stacks[0].roundings[0], len(stacks)
     grid, columns, group_size = first.grid, first.columns, first.w_OGg.shape[-1]
     weights = [rounding.w_OGg for stack in stacks for rounding in stack.roundings]
@@ -314,14 +312,14 @@ def _solved(
                 q_OI = under.descend(w_OI, q_OI, scale_OG=scale_OG, zero_OG=zero_OG)
             scale_OG = under.refit(w_OI, q_OI, scale_OG, zero_OG, unit_OG)
         q_OGg = grids.to_groups(grid.packed(q_OI), group_size)
-        parts.append(_Found(scale_OG, zero_OG, q_OGg, blocks))
+        parts.append(_Start(scale_OG, zero_OG, q_OGg, blocks))
     doubtful_N = under.sweeping.doubtful() if under.sweeping else torch.zeros(count)
-    return _Found.joined(parts), doubtful_N
+    return _Start.joined(parts), doubtful_N
 
 
 class _Under(NamedTuple):
-    """Second moments (I, I), or (N, I, I) of N weights of one shape, and what is done under
-    them."""
+    """Second moments (I, I), or (N, I, I) of N weights of one shape, and the functions that solve
+    under them."""
 
     hessian: Tensor
     group_size: int

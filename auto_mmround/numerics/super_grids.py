@@ -2,11 +2,11 @@
 second, e.
 
 W~ = d k (n - M) if symmetric, d k n - e m if not, with codes n, and integers k and m a group. So a
-group's scale and minimum are no free choice: they are found here together, for the whole
-super-block, by weighted squared error. The units found then are fixed. A minimum is real, not a
-multiple of the scale; adding it to the weight (`Super.min_OG`) leaves a grid with the zero point 0,
-on which everything else of this package works as on any other. Suffixes as in `grids`; S
-super-blocks a row, J groups a super-block.
+group's scale and minimum depend on the whole super-block. They are found here together, by weighted
+squared error. After that the units stay fixed. A minimum is a real number, no multiple of the
+scale. Adding it to the weight (`Super.min_OG`) leaves a grid with the zero point 0, which is like
+any other grid to the rest of this package. Suffixes as in `grids`; S super-blocks a row, J groups a
+super-block.
 """
 
 from itertools import product
@@ -20,7 +20,7 @@ from auto_mmround.numerics.grids import Grid, integers
 from auto_mmround.numerics.scale_search import CHUNK, THERE
 
 TINY, HUGE = 2.0**-24, torch.finfo(torch.float16).max  # of float16
-BELOW = (0, 1, 2, 3, -1)  # the bound: where the largest scale of a super-block may come to lie
+BELOW = (0, 1, 2, 3, -1)  # so far below the bound the largest scale of a super-block may lie
 TURNS = 3
 
 
@@ -66,10 +66,10 @@ def search(w_OGg: Tensor, importance_Gg: Tensor, grid: Grid) -> Super:
 def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: Tensor) -> Super:
     """The best super-blocks near these scales and minima of the groups.
 
-    Units and integers take turns: integers by rounding, units by least squares for the codes that
-    follow; several first units are tried, which bring the largest scale to the bound of larger
-    magnitude or near it. At the end each group looks at its neighbouring integers. ValueError for
-    columns that are no multiple of 256.
+    Integers and units are found in turns: integers by rounding, then units by least squares for the
+    resulting codes. Several first units are tried: they bring the largest scale to the bound of
+    larger magnitude, or near it. At the end each group tries its neighbouring integers. ValueError
+    for columns that are no multiple of 256.
     """
     groups, columns = w_OGg.shape[1:]
     if groups * columns % grids.SUPER:
@@ -86,44 +86,46 @@ def fit(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid, scale_OG: Tensor, min_OG: 
             min_OSJ.amax(-1) / (high - below),
         )
         for _ in range(TURNS):
-            found = _rounded(scale_OG, min_OG, unit_OS2, grid)
-            n_OGg, error_OG = _measure(w_OGg, weight_Gg, found, grid)
-            best = _better(best, _by_super(error_OG, columns), found)
-            unit_OS2 = _least_squares(w_OGg, weight_Gg, n_OGg, found, grid)
+            blocks = _rounded(scale_OG, min_OG, unit_OS2, grid)
+            n_OGg, error_OG = _measure(w_OGg, weight_Gg, blocks, grid)
+            best = _better(best, _by_super(error_OG, columns), blocks)
+            unit_OS2 = _least_squares(w_OGg, weight_Gg, n_OGg, blocks, grid)
     assert best is not None
     for _ in range(2):
-        found = _neighbours(w_OGg, weight_Gg, best[1], grid)
-        n_OGg, error_OG = _measure(w_OGg, weight_Gg, found, grid)
-        best = _better(best, _by_super(error_OG, columns), found)
+        blocks = _neighbours(w_OGg, weight_Gg, best[1], grid)
+        n_OGg, error_OG = _measure(w_OGg, weight_Gg, blocks, grid)
+        best = _better(best, _by_super(error_OG, columns), blocks)
         again = _rounded(
-            found.scale_OG, found.min_OG, _least_squares(w_OGg, weight_Gg, n_OGg, found, grid), grid
+            blocks.scale_OG,
+            blocks.min_OG,
+            _least_squares(w_OGg, weight_Gg, n_OGg, blocks, grid),
+            grid,
         )
         best = _better(best, _by_super(_measure(w_OGg, weight_Gg, again, grid)[1], columns), again)
     return best[1]
 
 
-def zeros(found: Super, grid: Grid) -> Tensor:
-    """Zero points of the grid on which a weight lies once the minima are added, float32 (out,
-    G)."""
-    return torch.full_like(found.scale_OG, grid.middle if grid.sym else 0)
+def zeros(blocks: Super, grid: Grid) -> Tensor:
+    """Zero points of the grid of a weight to which the minima are added, float32 (out, G)."""
+    return torch.full_like(blocks.scale_OG, grid.middle if grid.sym else 0)
 
 
 def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and minima of the groups if each were free: those of a plain grid, then minima that
-    are real numbers."""
+    """Scales and minima of the groups, each found without the others: those of a plain grid, then
+    minima that are real numbers."""
     scale_OG, zero_OG = scale_search.search_scale(w_OGg, weight_Gg, grid)
     min_OG = torch.zeros_like(scale_OG)
     if grid.sym:
         return scale_OG, min_OG
     best_OG, min_OG = torch.full_like(scale_OG, torch.inf), scale_OG * zero_OG
-    found = scale_OG, min_OG
+    kept = scale_OG, min_OG
     for _ in range(TURNS):
         n_OGg = _nearest(w_OGg, scale_OG, min_OG, grid)
         error_OG = (
             (n_OGg * scale_OG[..., None] - min_OG[..., None] - w_OGg).square() * weight_Gg
         ).sum(-1)
         wins_OG = error_OG < best_OG
-        found = torch.where(wins_OG, scale_OG, found[0]), torch.where(wins_OG, min_OG, found[1])
+        kept = torch.where(wins_OG, scale_OG, kept[0]), torch.where(wins_OG, min_OG, kept[1])
         best_OG = torch.minimum(best_OG, error_OG)
         # Weighted regression of w on n.
         total_OG = weight_Gg.sum(-1)
@@ -132,7 +134,7 @@ def _alone(w_OGg: Tensor, weight_Gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor
         slope_OG = (about_OGg * w_OGg).sum(-1) / (about_OGg * n_OGg).sum(-1).clamp(min=1e-30)
         scale_OG = torch.where(slope_OG > 0, slope_OG, scale_OG)
         min_OG = (scale_OG * n_OG - w_OG).clamp(min=0)
-    return found
+    return kept
 
 
 def _nearest(w_OGg: Tensor, scale_OG: Tensor, min_OG: Tensor, grid: Grid) -> Tensor:
@@ -145,10 +147,10 @@ def _nearest(w_OGg: Tensor, scale_OG: Tensor, min_OG: Tensor, grid: Grid) -> Ten
     )
 
 
-def _measure(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> tuple[Tensor, Tensor]:
+def _measure(w_OGg: Tensor, weight_Gg: Tensor, blocks: Super, grid: Grid) -> tuple[Tensor, Tensor]:
     """Codes less M, and the weighted error of each group."""
-    n_OGg = _nearest(w_OGg, found.scale_OG, found.min_OG, grid)
-    error_OGg = n_OGg * found.scale_OG[..., None] - found.min_OG[..., None] - w_OGg
+    n_OGg = _nearest(w_OGg, blocks.scale_OG, blocks.min_OG, grid)
+    error_OGg = n_OGg * blocks.scale_OG[..., None] - blocks.min_OG[..., None] - w_OGg
     return n_OGg, error_OGg.square_().mul_(weight_Gg).sum(-1)
 
 
@@ -161,25 +163,25 @@ def _rounded(scale_OG: Tensor, min_OG: Tensor, unit_OS2: Tensor, grid: Grid) -> 
 
 
 def _units(d_OS: Tensor, e_OS: Tensor) -> Tensor:
-    """As the file holds them; never zero, so that there is something to divide by, nor infinite."""
+    """As the file holds them. Never zero, because they are divisors, and never infinite."""
     pair_OS2 = torch.stack([d_OS, e_OS], -1).clamp(-HUGE, HUGE)
     return torch.where(pair_OS2 < 0, pair_OS2.clamp(max=-TINY), pair_OS2.clamp(min=TINY)).half()
 
 
 def _least_squares(
-    w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, found: Super, grid: Grid
+    w_OGg: Tensor, weight_Gg: Tensor, n_OGg: Tensor, blocks: Super, grid: Grid
 ) -> Tensor:
     """Units with the least weighted error for these integers: one or two normal equations a
     super-block."""
     columns = w_OGg.shape[-1]
-    a_OGg = n_OGg * (found.scale_OG / found.unit_OG)[..., None]
-    b_OG1 = -(found.min_OG / found.min_unit_OG)[..., None]
+    a_OGg = n_OGg * (blocks.scale_OG / blocks.unit_OG)[..., None]
+    b_OG1 = -(blocks.min_OG / blocks.min_unit_OG)[..., None]
 
     def total(x: Tensor, y: Tensor) -> Tensor:
         return _by_super((x * y * weight_Gg).sum(-1), columns)
 
     aa, aw = total(a_OGg, a_OGg), total(a_OGg, w_OGg)
-    d_OS, e_OS = (unit.float() for unit in found.unit_OS2.unbind(-1))
+    d_OS, e_OS = (unit.float() for unit in blocks.unit_OS2.unbind(-1))
     if grid.sym:
         return _units(torch.where(aa > 0, aw / aa.clamp(min=1e-30), d_OS), e_OS)
     ab, bb, bw = total(a_OGg, b_OG1), total(b_OG1, b_OG1), total(b_OG1, w_OGg)
@@ -191,38 +193,36 @@ def _least_squares(
     return _units(torch.where(good, new_d, d_OS), torch.where(good, new_e, e_OS))
 
 
-def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, found: Super, grid: Grid) -> Super:
-    """Each group's best of its integers and those next to them."""
+def _neighbours(w_OGg: Tensor, weight_Gg: Tensor, blocks: Super, grid: Grid) -> Super:
+    """For each group the best of its integers and their neighbours."""
     assert grid.scale_range is not None
-    d_OG, e_OG = found.unit_OG, found.min_unit_OG
-    best_OG, scale_OG, min_OG = torch.full_like(d_OG, torch.inf), found.scale_OG, found.min_OG
+    d_OG, e_OG = blocks.unit_OG, blocks.min_unit_OG
+    best_OG, scale_OG, min_OG = torch.full_like(d_OG, torch.inf), blocks.scale_OG, blocks.min_OG
     for more_k, more_m in product((0, -1, 1), (0,) if grid.sym else (0, -1, 1)):
-        m_OG = (found.min_OG / e_OG + more_m).round().clamp(0, grid.scale_range[1])
+        m_OG = (blocks.min_OG / e_OG + more_m).round().clamp(0, grid.scale_range[1])
         near = Super(
-            d_OG * integers(found.scale_OG / d_OG + more_k, grid), e_OG * m_OG, found.unit_OS2
+            d_OG * integers(blocks.scale_OG / d_OG + more_k, grid), e_OG * m_OG, blocks.unit_OS2
         )
         error_OG = _measure(w_OGg, weight_Gg, near, grid)[1]
         wins_OG = error_OG < best_OG
-        scale_OG, min_OG = (
-            torch.where(wins_OG, near.scale_OG, scale_OG),
-            torch.where(wins_OG, near.min_OG, min_OG),
-        )
+        scale_OG = torch.where(wins_OG, near.scale_OG, scale_OG)
+        min_OG = torch.where(wins_OG, near.min_OG, min_OG)
         best_OG = torch.minimum(best_OG, error_OG)
-    return Super(scale_OG, min_OG, found.unit_OS2)
+    return Super(scale_OG, min_OG, blocks.unit_OS2)
 
 
 def _better(
-    best: tuple[Tensor, Super] | None, error_OS: Tensor, found: Super
+    best: tuple[Tensor, Super] | None, error_OS: Tensor, blocks: Super
 ) -> tuple[Tensor, Super]:
-    """Super-block by super-block the one with the smaller error."""
+    """For each super-block the solution with the smaller error."""
     if best is None:
-        return error_OS, found
+        return error_OS, blocks
     wins_OS = error_OS < best[0]
-    wins_OG = _by_group(wins_OS, found.scale_OG.shape[1])
+    wins_OG = _by_group(wins_OS, blocks.scale_OG.shape[1])
     return torch.minimum(error_OS, best[0]), Super(
-        torch.where(wins_OG, found.scale_OG, best[1].scale_OG),
-        torch.where(wins_OG, found.min_OG, best[1].min_OG),
-        torch.where(wins_OS[..., None], found.unit_OS2, best[1].unit_OS2),
+        torch.where(wins_OG, blocks.scale_OG, best[1].scale_OG),
+        torch.where(wins_OG, blocks.min_OG, best[1].min_OG),
+        torch.where(wins_OS[..., None], blocks.unit_OS2, best[1].unit_OS2),
     )
 
 

@@ -1,10 +1,11 @@
-"""`gptq.solve` where starting a kernel takes longer than what it does: a block of columns
-is rounded at once, again and again, until no integer moves.
+"""`gptq.solve` for accelerators, where the start of a kernel takes longer than its work. A block of
+columns is rounded at once, again and again, until no integer moves.
 
-Column k of a block answers for the errors of those before it. If all are rounded with the errors of
-the last sweep, the first k columns are right after k sweeps; on all second moments seen so far
-nothing moves after 8 to 20. What has stopped moving is what rounding in turn gives; what has not
-is told, so that the caller can solve it in turn. Weights of one shape go together (experts).
+Column k of a block answers for the errors of the columns before it. Every sweep rounds all columns
+with the errors of the last sweep, so the first k columns are right after k sweeps. On all second
+moments seen so far nothing moves after 8 to 20 sweeps. Integers that have stopped moving are those
+of rounding in turn. `doubtful` tells the weights whose integers still move, so that the caller can
+solve them in turn. Weights of one shape (experts) go together.
 
 Shapes: N weights, O out, I in, G groups a row, B columns of a block.
 """
@@ -30,21 +31,21 @@ class Sweeping:
         self._dampening = how.dampening
         each = hessian_NII.unbind()
         orders = [gptq.column_order(h.diagonal(), how.order, group_size) for h in each]
-        found = [gptq.factor(*both, how.dampening) for both in zip(each, orders, strict=True)]
+        factored = [gptq.factor(*both, how.dampening) for both in zip(each, orders, strict=True)]
         self._order_NI = torch.stack(orders)
-        factors = [feedback_II for feedback_II, _ in found]
-        self._feedback_NII = torch.stack(factors) if len(found) > 1 else factors[0][None]
-        self._sound_N = torch.stack([sound for _, sound in found])
-        self._moving_N = torch.zeros(len(found), device=hessian_NII.device)
+        factors = [feedback_II for feedback_II, _ in factored]
+        self._feedback_NII = torch.stack(factors) if len(factored) > 1 else factors[0][None]
+        self._sound_N = torch.stack([sound for _, sound in factored])
+        self._moving_N = torch.zeros(len(factored), device=hessian_NII.device)
 
     def rows(self, columns: int) -> int:
-        """How many to solve at a time."""
+        """How many rows to solve at a time."""
         rows = max(len(self._order_NI), MOST // columns)
         return rows + -rows % self._grid.rows
 
     def doubtful(self) -> Tensor:
-        """bool (N,), on the device: second moments without a factor, and weights with integers that
-        still moved in the last sweep."""
+        """bool (N,), on the device: True for second moments without a factor, and for weights with
+        integers that still moved in the last sweep."""
         return ~self._sound_N | (self._moving_N > 0)
 
     def __call__(self, w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
@@ -64,8 +65,8 @@ class Sweeping:
         return self._rows(q_NIO)
 
     def descend(self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        """`gptq.descend` of codes (N * O, I). Columns that answer for the errors of a sweep before
-        may go too far: where a block of a row is not better, it stays as it was."""
+        """`gptq.descend` of codes (N * O, I). Columns answer for the errors of the sweep before, so
+        they may go too far: a block of a row that is not better keeps its old codes."""
         w_NIO, q_NIO = self._columns(w_OI), self._columns(q_OI)
         error_NIO = torch.empty_like(w_NIO)
         for part, (scale_NBO, zero_NBO) in self._blocks(scale_OG, zero_OG):
@@ -92,12 +93,12 @@ class Sweeping:
         return self._rows(q_NIO)
 
     def _columns(self, x_OI: Tensor) -> Tensor:
-        """(N, I, O), in the order in which columns are rounded."""
+        """(N, I, O), columns in the order of rounding."""
         x_NIO = x_OI.unflatten(0, (len(self._order_NI), -1)).mT
         return x_NIO.gather(1, self._order_NI[..., None].expand_as(x_NIO))
 
     def _rows(self, x_NIO: Tensor) -> Tensor:
-        """(N * O, I), as they lie in the weight."""
+        """(N * O, I), columns in the order of the weight."""
         back_NI = self._order_NI.argsort(-1)
         return x_NIO.gather(1, back_NI[..., None].expand_as(x_NIO)).mT.flatten(0, 1)
 
@@ -122,10 +123,12 @@ class Sweeping:
         q_NBO: Tensor,
         known: int = 0,
     ) -> Tensor:
-        """Round the columns of one block; fills errors and codes. (N,): how many moved in the last
-        sweep. Four kernels a sweep: the nearest integer is the floor half a step up.
+        """Round the columns of one block, and write their errors and codes. Returns (N,): how many
+        integers moved in the last sweep. A sweep takes four kernels, because the nearest integer is
+        the floor of half a step more.
 
-        known: sweeps, where errors are known to begin with; 0: none are, and all sweeps."""
+        known: number of sweeps if the errors hold values at the start; 0: they hold none, and all
+        sweeps are made."""
         scale_NBO, zero_NBO = tables_NBO
         bounds = self._grid.low - zero_NBO, self._grid.top - zero_NBO
         target_NBO = target_NBO.add(scale_NBO, alpha=self._grid.sweep_shift)

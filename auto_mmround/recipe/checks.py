@@ -26,10 +26,14 @@ def mapping_pairs(mappings: Any) -> list[Any]:
     ]
 
 
+def types_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a field may have."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
 def coerce(name: str, value: Any, hint: Any) -> Any:
     """Check ``value`` against the field's type. Only an int for a float is converted."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = tuple(typing.get_origin(option) or option for option in options)
+    plain = tuple(typing.get_origin(option) or option for option in types_of(hint))
     if (
         isinstance(value, int)
         and not isinstance(value, bool)

@@ -12,6 +12,11 @@ def is_pattern(pattern: str) -> bool:
         return False
 
 
+def starred(name: str) -> str:
+    """The name with a star for each number in it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern names a layer.
 
@@ -45,6 +50,6 @@ class Patterns:
         runs = {
             ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)
         }
-        found = [self._plain[run] for run in {*runs, *classes} if run in self._plain]
-        found += [i for pattern, i in self._regular if pattern.match(name)]
-        return [self.all[i] for i in sorted(found)]
+        places = [self._plain[run] for run in {*runs, *classes} if run in self._plain]
+        places += [i for pattern, i in self._regular if pattern.match(name)]
+        return [self.all[i] for i in sorted(places)]

@@ -217,8 +217,9 @@ def strips(rows: Mapping[str, Sequence[int]], places: Mapping[str, Sequence[str]
     value. Rows whose names begin alike share their columns; what lies in one block shares its
     cell."""
     columns: dict[str, set[str]] = {}
-    for name, found in places.items():
-        columns.setdefault(name.partition("*")[0], set()).update(p.partition(".")[0] for p in found)
+    for name, numbers in places.items():
+        own = columns.setdefault(name.partition("*")[0], set())
+        own.update(number.partition(".")[0] for number in numbers)
     every = {value for values in rows.values() for value in values}
     return [
         _strip(name, dict(zip(places[name], values)), columns[name.partition("*")[0]], every)

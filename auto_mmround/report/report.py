@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.files import read
+from auto_mmround.recipe.patterns import starred
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
 from auto_mmround.report.headline import differing_first, headline, spoken, trade
@@ -105,7 +106,7 @@ def _mixed(run: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in sorted(
         bits, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")]
     ):
-        template = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        template = starred(name)
         rows.setdefault(template, []).append(bits[name])
         places.setdefault(template, []).append(".".join(filter(str.isdigit, name.split("."))))
     expected = run.get("mixed")
@@ -283,14 +284,12 @@ def _chosen(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(kept: Mapping[str, str]) -> list[dict[str, Any]]:
     """Reason -> number of weights, and their names with a star for block numbers."""
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name, reason in kept.items():
-        found.setdefault(reason, []).append(
-            ".".join("*" if part.isdigit() else part for part in name.split("."))
-        )
+        names_of.setdefault(reason, []).append(starred(name))
     return [
         {"reason": reason, "count": len(names), "names": list(dict.fromkeys(names))}
-        for reason, names in found.items()
+        for reason, names in names_of.items()
     ]
 
 
@@ -374,11 +373,9 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _json(path: Path) -> dict[str, Any]:

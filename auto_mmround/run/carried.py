@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.lazy import Lazy
 from auto_mmround.model.experts import HALVES
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.quantized import FLOATS
@@ -29,7 +30,7 @@ from auto_mmround.numerics.scale_search import search_scale
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.given import pruned
-from auto_mmround.run.plan import Plan, WeightPlan, fused_set, grid_of
+from auto_mmround.run.plan import Plan, WeightPlan, fused_set, grid_of, held
 
 BITS = 8  # with 4 fewer of the tokens that such layers propose are right
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embedding")
@@ -55,19 +56,19 @@ def carried_modules(
     """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
     layers that the class does not load, and of single experts that are stacked there. gone: keys
     that a user's own model has left behind."""
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     unread = unread_keys(model, stored.files).items()
     with Reader(stored) as reader:
         for key, name in ((key, name) for key, name in unread if key not in gone):
             leaves = STACKED.get(key.rpartition(".")[2], ())
             if _may_be_linear(key, stored):
-                found[name.removesuffix(END)] = key.removesuffix(END)
+                modules[name.removesuffix(END)] = key.removesuffix(END)
             elif leaves and len(shape := reader.plain(key).get_shape()) == 3:
                 places = [n.rpartition(".")[0] for n in (name, key)]
                 for i, leaf in product(range(shape[0]), leaves):
                     module, stored_as = (f"{place}.{i}.{leaf}" for place in places)
-                    found[module] = stored_as
-    return found
+                    modules[module] = stored_as
+    return modules
 
 
 def _shape(reader: Reader, key: str) -> Sequence[int]:
@@ -105,8 +106,8 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
                 reason = None if wanted else f"{type(model).__name__} does not load it"
                 weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
     if scheme is not None:
-        held = [_held(weight, recipe) for weight in weights]
-        weights = _together(held, held)
+        rounded = [_held(weight, recipe) for weight in weights]
+        weights = _together(rounded, rounded)
         if not any(weight.scheme for weight in weights):
             raise UserError(
                 "quant_mtp: the model has no layers that its class does not load, of a kind with"
@@ -139,11 +140,7 @@ def _scheme(recipe: Recipe) -> Scheme:
 def _held(weight: WeightPlan, recipe: Recipe) -> WeightPlan:
     if weight.scheme is None:
         return weight
-    for target in (formats.resolve(name, {weight.scheme}) for name in recipe.formats):
-        problem = target.check(weight.scheme, weight.out_features, weight.in_features)
-        if problem:
-            return replace(weight, scheme=None, reason=f"{target.name} {problem}")
-    return weight
+    return held(weight, [formats.resolve(name, {weight.scheme}) for name in recipe.formats])
 
 
 def _together(weights: Sequence[WeightPlan], others: Sequence[WeightPlan]) -> list[WeightPlan]:
@@ -165,25 +162,18 @@ def _kinds(name: str) -> Iterator[str]:
         yield ".".join(parts[parts.index("#") + 1 :])
 
 
-class CarriedCodes(Mapping[str, Codes]):
-    """Module -> codes of the weights that `quant_mtp` rounds, made when they are asked for."""
+def carried_codes(
+    weights: Sequence[WeightPlan], keys: Mapping[str, str], stored: Stored
+) -> Mapping[str, Codes]:
+    """Module -> codes of the weights that `quant_mtp` rounds, made when they are asked for. keys:
+    module -> as the checkpoint calls it."""
 
-    def __init__(self, weights: Sequence[WeightPlan], keys: Mapping[str, str], stored: Stored):
-        """keys: module -> as the checkpoint calls it."""
-        self._planned = {weight.name: weight for weight in weights if weight.scheme}
-        self._keys, self._stored = keys, stored
+    def made(planned: tuple[str, Scheme]) -> Codes:
+        module, scheme = planned
+        with Reader(stored) as reader:
+            return nearest(reader.tensor(f"{keys[module]}{END}"), scheme)
 
-    def __getitem__(self, module: str) -> Codes:
-        scheme = self._planned[module].scheme
-        assert scheme is not None
-        with Reader(self._stored) as reader:
-            return nearest(reader.tensor(f"{self._keys[module]}{END}"), scheme)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._planned)
-
-    def __len__(self) -> int:
-        return len(self._planned)
+    return Lazy({w.name: (w.name, w.scheme) for w in weights if w.scheme}, made)
 
 
 def nearest(w_OI: Tensor, scheme: Scheme) -> Codes:

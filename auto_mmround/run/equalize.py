@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import PAD
 from auto_mmround.errors import UserError
+from auto_mmround.modalities import PAD
 from auto_mmround.model.chains import (
     TOLERANCE,
     Call,
@@ -71,9 +71,9 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
         what, pairs = f"{WHAT} of {name}", list[Pair]()
         if session.plan.of_block(name):
             with session.exactly():
-                found = _pairs(session, chain, window, links)
+                all_pairs = _pairs(session, chain, window, links)
             pairs = [
-                p for p in found if _free(p, block, shared) and _planned(p, name, session.plan)
+                p for p in all_pairs if _free(p, block, shared) and _planned(p, name, session.plan)
             ]
         watched = partial(_watched_pass, session, chain, window, pairs)
         after, statistics = session.fitting(what, watched, [chain], HELPS)
@@ -112,11 +112,11 @@ def _pairs(
     blocks of one kind."""
     (name,), index, (block,) = window
     first = block, *_first_call(chain, index, block)
-    found, shape = norm_pairs(*first), shape_signature(block)
+    seen, shape = norm_pairs(*first), shape_signature(block)
     if session.recipe.equalize == "awq" and shape not in links:
         links[shape] = linear_pairs(*first)
     return _chosen(
-        replace(found, pairs=found.pairs + links.get(shape, ())), session.recipe, name, block
+        replace(seen, pairs=seen.pairs + links.get(shape, ())), session.recipe, name, block
     )
 
 
@@ -215,10 +215,8 @@ def _apply(
         scaled = numerics.awq(weights, hessians, rounding, sizes, duo=recipe.duo_scaling)
         if scaled.ratio is None:
             return None
-        scale_C, change = (
-            scaled.scale_C,
-            replace(change, ratio=scaled.ratio, before=scaled.before, after=scaled.after),
-        )
+        scale_C = scaled.scale_C
+        change = replace(change, ratio=scaled.ratio, before=scaled.before, after=scaled.after)
     rescale(block, pair, scale_C)
     return change
 
@@ -236,13 +234,13 @@ def _check_unchanged(name: str, output: Tensor, expected: Tensor) -> None:
         )
 
 
-def _chosen(found: Found, recipe: Recipe, name: str, block: nn.Module) -> list[Pair]:
+def _chosen(seen: Found, recipe: Recipe, name: str, block: nn.Module) -> list[Pair]:
     """All pairs found, or those that the recipe's mappings name."""
     if recipe.mappings is None:
-        return list(found.pairs)
+        return list(seen.pairs)
     modules = [part for part, _ in block.named_modules() if part]
     layers = [part for part, _ in linears(block)]
-    pairs = {pair.source: pair for pair in found.pairs}
+    pairs = {pair.source: pair for pair in seen.pairs}
     chosen: dict[str, Pair] = {}
     for patterns, source_pattern in recipe.mappings:
         sources = [part for part in modules if matches(source_pattern, f"{name}.{part}")]
@@ -253,10 +251,8 @@ def _chosen(found: Found, recipe: Recipe, name: str, block: nn.Module) -> list[P
         }
         fitting = [pairs[s] for s in sources if s in pairs and readers & set(pairs[s].readers)]
         if sources and readers and not fitting:
-            source = next((s for s in sources if s in found.refused), sources[0])
-            reason = found.refused.get(
-                source, f"no scale passes from there to {sorted(readers)[0]}"
-            )
+            source = next((s for s in sources if s in seen.refused), sources[0])
+            reason = seen.refused.get(source, f"no scale passes from there to {sorted(readers)[0]}")
             raise UserError(f"mappings: {name}.{source} can't be rescaled: {reason}")
         for pair in fitting:
             left = [reader for reader in pair.readers if reader not in readers]

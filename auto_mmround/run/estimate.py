@@ -146,11 +146,9 @@ class _Probe:
             kind = kinds[window.first]
             if kind not in self.known:
                 self.known[kind] = self._measure(chain, window)
-            return (
-                chain.advanced(window.blocks, window.first, self.session.recipe.batch)
-                if handed_on
-                else chain
-            )
+            if handed_on:
+                return chain.advanced(window.blocks, window.first, self.session.recipe.batch)
+            return chain
 
         def skip(name: str) -> bool:
             return not handed_on and self._kind(chain, name) in self.known
@@ -162,12 +160,10 @@ class _Probe:
         return chain.stage.path, shape_signature(self.session.model.get_submodule(name))
 
     def _measure(self, chain: Chain, window: Window) -> BlockCost:
-        session, recipe, count, started = (
-            self.session,
-            self.session.recipe,
-            len(chain),
-            self.clock(),
-        )
+        session = self.session
+        recipe = self.session.recipe
+        count = len(chain)
+        started = self.clock()
         planned = [weight for name in window.names for weight in session.plan.of_block(name)]
         run = partial(chain.advanced, window.blocks, window.first, recipe.batch)
         target, first = run(), self.clock() - started  # the first time is not the usual one
@@ -371,11 +367,9 @@ def _peak() -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return (
-        1000 * kilobytes[0]
-        if kilobytes
-        else int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
-    )
+    if kilobytes:
+        return 1000 * kilobytes[0]
+    return int(devices.peak_memory(torch.device("cpu"))["process"] * 1e9)
 
 
 def _advice(job: Job, costs: Estimate, states: int) -> Iterator[str]:

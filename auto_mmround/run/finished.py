@@ -30,6 +30,7 @@ from auto_mmround.atomic import write_whole
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.export.packing import pack_bits, unpack_bits
+from auto_mmround.lazy import Lazy
 from auto_mmround.model.spool import Spool
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
@@ -46,19 +47,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where a run may go on under another value: the result does not depend on it, or the files
 # themselves are compared.
 FREE = {
-    "model",
-    "output_dir",
-    "overwrite",
-    "restart",
-    "check",
-    "sample_generation",
-    "low_gpu_mem_usage",
-    "stream",
-    "offload_states",
-    "low_cpu_mem_mode",
-    "low_cpu_mem_usage",
+    "model", "output_dir", "overwrite", "restart", "check", "sample_generation",
+    "low_gpu_mem_usage", "stream", "offload_states", "low_cpu_mem_mode", "low_cpu_mem_usage",
     "low_cpu_mem_tmp_dir",
-}
+}  # fmt: skip
 
 
 class Finished:
@@ -224,22 +216,24 @@ def weights_sum(model: nn.Module) -> str:
     return _sum_of(state)
 
 
-class Parts(Mapping[str, Codes]):
+class Parts(Lazy[tuple[str, Path, dict[str, Any]], Codes]):
     """Codes by weight name, read from part files when they are asked for."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
-        self._where: dict[str, tuple[Path, dict[str, Any]]] = {}  # file, scheme and columns
+        # name, file, scheme and columns
+        self._where: dict[str, tuple[str, Path, dict[str, Any]]] = {}
+        super().__init__(self._where, self._codes)
         self._open: tuple[Path, Any] | None = None  # the file that was asked last
 
     def read(self, path: Path) -> None:
         """Take up a part file's weights."""
         with safe_open(path, "pt") as file:
-            self._where |= {name: (path, facts) for name, facts in _facts(file).items()}
+            self._where |= {name: (name, path, facts) for name, facts in _facts(file).items()}
         self.files.append(path)
 
-    def __getitem__(self, name: str) -> Codes:
-        path, facts = self._where[name]
+    def _codes(self, where: tuple[str, Path, dict[str, Any]]) -> Codes:
+        name, path, facts = where
         if self._open is None or self._open[0] != path:
             file = safe_open(path, "pt")
             self._open = path, (file, set(file.keys()))
@@ -254,12 +248,6 @@ class Parts(Mapping[str, Codes]):
         }
         q_OI = unpack_bits(parts["q"], facts["bits"], columns)
         return Codes(q_OI, parts["scale"], parts["zero"], **facts)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 def _encode(codes: Mapping[str, Codes]) -> bytes:
@@ -280,8 +268,8 @@ def _encode(codes: Mapping[str, Codes]) -> bytes:
 
 def _facts(file: Any) -> dict[str, dict[str, Any]]:
     """Weight name -> scheme and columns, in the order in which they were written."""
-    found: dict[str, dict[str, Any]] = json.loads(file.metadata()["weights"])
-    return found
+    facts: dict[str, dict[str, Any]] = json.loads(file.metadata()["weights"])
+    return facts
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

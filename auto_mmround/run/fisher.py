@@ -14,7 +14,7 @@ from auto_mmround.model import devices, fisher
 from auto_mmround.model.chains import Kinds
 from auto_mmround.model.fisher import Fisher, FisherPasses, SideBySide
 from auto_mmround.model.streaming import Holder
-from auto_mmround.model.structure import Stage, find_stages
+from auto_mmround.model.structure import Stage, every_block
 from auto_mmround.run.out_of_memory import FEWER, SHARE, BatchSize, Graph
 
 WHAT, HELPS = "Fisher information", f"--disable_fisher leaves it out, or {FEWER}"
@@ -57,7 +57,7 @@ def measure_fisher(
     left = list(places)
     in_host = left[0] in (_as_it_is, Tensor.cpu)
     # All blocks, also one that its holder leaves where it is: graphs are cut at each.
-    order = [block for stage in find_stages(model) for block in stage.blocks]
+    order = every_block(model)
     count = _side_by_side(model, order, longest * how.here) if in_host else MOST
 
     def streamed(size: int) -> Fisher:

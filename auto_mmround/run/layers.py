@@ -51,8 +51,8 @@ class LayerErrors:
         parts = [x for name in known for x in (self._whole[name], *self._found[name].values())]
         device = parts[0].device if parts else None
         numbers = iter(torch.stack([x.to(device) for x in parts]).tolist() if parts else ())
-        found = {}
+        shares = {}
         for name in known:
             whole = max(next(numbers), 1e-30)
-            found[name] = {when: next(numbers) / whole for when in self._found[name]}
-        return found
+            shares[name] = {when: next(numbers) / whole for when in self._found[name]}
+        return shares

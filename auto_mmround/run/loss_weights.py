@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from auto_mmround.calibration.inputs import PAD, ModelInput
+from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.modalities import PAD
 from auto_mmround.model.chains import Chain, Kinds, token_kinds
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.squares import ROWS, rows_of
@@ -82,7 +83,7 @@ class Weights:
         measured = self.fisher.tokens.get(layer, {})
         asked = range(len(chain)) if entries is None else entries
         known = all(chain.sample[i] in measured for i in asked)
-        found = []
+        counts = []
         for i in asked:
             sample = chain.sample[i]
             counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
@@ -93,8 +94,8 @@ class Weights:
             if known:  # of as many tokens as the layer reads: another stage's in cross attention
                 same = len(measured[sample]) == len(counted_N)
                 counted_N = measured[sample] * counted_N if same else measured[sample]
-            found.append(counted_N)
-        return found
+            counts.append(counted_N)
+        return counts
 
     def _table(self, stage: Stage, block: str) -> Tensor:
         """Weights by row of the Fisher table, (ROWS, channels or 1).

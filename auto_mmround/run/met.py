@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT, ModelInput, token_ids
+from auto_mmround.calibration.inputs import ModelInput, token_ids
 from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.calibration.rows import BadSample
 from auto_mmround.errors import UserError
 from auto_mmround.families import calibrates, reads_words
+from auto_mmround.modalities import MODALITIES, PAD, TEXT
 from auto_mmround.model.chains import as_dtype
 from auto_mmround.model.passes import NotTaken, reached
 from auto_mmround.model.speaking import speaking

@@ -104,8 +104,8 @@ class Names:
             same = [each for each in made if not set(keys).isdisjoint(each[1])]
             made = [each for each in made if each not in same]
             names = [name for each in same for name in each[0]] + group
-            found = [key for each in same for key in each[1]] + keys
-            made.append((names, list(dict.fromkeys(found))))
+            merged = [key for each in same for key in each[1]] + keys
+            made.append((names, list(dict.fromkeys(merged))))
         return made
 
     @cached_property
@@ -120,8 +120,8 @@ class Names:
         }
         stacked = [self.key(f"{name}.weight") for name in apart]
         stacks = {key for expert in apart.values() for key in self.held[expert.parameter]}
-        found = [*self.files, *sorted(self.added), *stacked]
-        return [key for key in dict.fromkeys(found) if key not in self.gone and key not in stacks]
+        keys = [*self.files, *sorted(self.added), *stacked]
+        return [key for key in dict.fromkeys(keys) if key not in self.gone and key not in stacks]
 
     def config(self) -> dict[str, Any]:
         """`config.json`, but for what formats add."""
@@ -139,12 +139,12 @@ class Names:
         held: dict[str, list[str]] = {}
         for key, name in [*self.converted.items(), *((k, n) for n, k in self.keys.items())]:
             held.setdefault(name, []).append(key)
-        found = {}
+        keys_of = {}
         for name in {expert.parameter for expert in self.experts.values() if expert.stacked}:
             empty = torch.empty(self.model.get_parameter(name).shape, device="meta")
             saved = held.get(name) or revert_weight_conversion(self.model, {name: empty})
-            found[name] = tuple(saved)
-        return found
+            keys_of[name] = tuple(saved)
+        return keys_of
 
     def key(self, parameter: str) -> str:
         """The checkpoint's key of a parameter."""

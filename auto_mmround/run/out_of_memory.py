@@ -16,7 +16,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.standins import recomputed
 from auto_mmround.model.streaming import device_of
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.structure import every_block
 from auto_mmround.recipe.recipe import Recipe
 
 log = logging.getLogger("auto_mmround")
@@ -146,9 +146,7 @@ class Graph:
     def __init__(self, model: PreTrainedModel | None = None, tokens: int = 0):
         """tokens: of the longest sample. Without a model: everything is kept."""
         self._model, self.again = model, False
-        self._blocks = (
-            [block for stage in find_stages(model) for block in stage.blocks] if model else []
-        )
+        self._blocks = every_block(model) if model else []
         if model:
             size = sum(computed(model.get_submodule(block)) for block in self._blocks) * tokens
             self.again = size > SHARE * devices.free_memory(device_of(model))

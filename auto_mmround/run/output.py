@@ -20,12 +20,13 @@ from auto_mmround.export.format import Whole
 from auto_mmround.export.formats import Format
 from auto_mmround.export.layout import Layout
 from auto_mmround.export.shards import ShardWriter
+from auto_mmround.lazy import Lazy
 from auto_mmround.model.kv_cache import SCALES, cached_attention, strategy_of
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.run.carried import CarriedCodes
+from auto_mmround.run.carried import carried_codes
 from auto_mmround.run.names import Names
 from auto_mmround.run.plan import NO_LAYER, Plan
 from auto_mmround.run.record import checksum, codes_record
@@ -102,14 +103,16 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     names, plan, source = result.names, result.plan, result.source
     # what `verify` compares with
     records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}, "kv_cache": {}}
-    carried = CarriedCodes(plan.carried, names.carried, names.stored)
+    carried = carried_codes(plan.carried, names.carried, names.stored)
     schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
     packed = schemes if fmt.packs else {}
     layout = _layout(result, schemes)
     config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
     made: Mapping[str, Codes] = ChainMap({}, carried, result.codes)  # type: ignore[arg-type]
-    codes = ByKey(made, {names.module(n): n for n in (*result.codes, *carried)} if packed else {})
+    # by the checkpoint's names; read one by one where they lie on disk
+    by_key = {names.module(n): n for n in (*result.codes, *carried)} if packed else {}
+    codes = Lazy(by_key, made.__getitem__)
     without = {f"{name}.weight" for name in packed}
     rest = _recorded(names.unchanged(without, made, apart=fmt.packs), records["tensors"])
     if fmt.write:
@@ -177,22 +180,6 @@ def _kv_scales(result: Result) -> Iterator[tuple[str, Tensor]]:
 def _exact(fmt: Format, weight: Codes) -> bool:
     """Whether the file has exactly the values of the codes. A fit to super-blocks changes them."""
     return fmt.scale_range is None or weight.unit_OS2 is not None
-
-
-class ByKey(Mapping[str, Codes]):
-    """Codes by the checkpoint's module name; read one by one where they lie on disk."""
-
-    def __init__(self, codes: Mapping[str, Codes], names: Mapping[str, str]):
-        self._codes, self._names = codes, names
-
-    def __getitem__(self, key: str) -> Codes:
-        return self._codes[self._names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _recorded(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from auto_mmround.calibration.inputs import PAD
+from auto_mmround.modalities import PAD
 from auto_mmround.model.chains import moved
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.numerics.moments import Moments

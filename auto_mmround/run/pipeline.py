@@ -191,9 +191,9 @@ class _Journey:
                 head = HeadTuner.of(session, *planned) if solves else None
                 tuned = leaves_of(session.model, planned, session.served.measured)
                 with rounded(tuned):
-                    found: Any = head.tune(*tuned.values()) if head else {}
+                    head_report: Any = head.tune(*tuned.values()) if head else {}
                     report = block_report(session.device, name, stage, tuned, None, started)
-                    self._finish([replace(report, **found)], codes_of(tuned))
+                    self._finish([replace(report, **head_report)], codes_of(tuned))
         if name != OUTSIDE:  # whole passes may follow
             session.holder.replace(name, partial(self._write_back, name, planned))
         self.watcher.block(self.finished.reports[name])

@@ -160,7 +160,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     weights = _without_staying(model, weights, layers, single)
-    weights = [_hold(weight, targets) for weight in weights]
+    weights = [held(weight, targets) for weight in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
             weights.append(
@@ -229,14 +229,14 @@ def _stages(model: PreTrainedModel, recipe: Recipe) -> list[Stage]:
     stages = find_stages(model)
     if not recipe.block_classes:
         return select_stages(stages, recipe.quant_nontext_module, recipe.to_quant_block_names)
-    found = {type(model.get_submodule(stage.blocks[0])).__name__: stage for stage in stages}
+    by_class = {type(model.get_submodule(stage.blocks[0])).__name__: stage for stage in stages}
     for name in recipe.block_classes:
-        if name not in found:
+        if name not in by_class:
             raise UserError(
                 f"sequential_targets: no list of {name}; this model has blocks of"
-                f" {', '.join(found)}"
+                f" {', '.join(by_class)}"
             )
-    return [stage for name, stage in found.items() if name in recipe.block_classes]
+    return [stage for name, stage in by_class.items() if name in recipe.block_classes]
 
 
 def _classes(model: PreTrainedModel, name: str) -> tuple[str, ...]:
@@ -251,7 +251,7 @@ def _check_patterns(recipe: Recipe, classes: Mapping[str, Sequence[str]]) -> Non
     patterns = Patterns(
         [*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})]
     )
-    met = {pattern for name, found in classes.items() for pattern in patterns.of(name, found)}
+    met = {pattern for name, own in classes.items() for pattern in patterns.of(name, own)}
     for pattern in patterns.all:
         if pattern not in met:
             raise UserError(
@@ -341,7 +341,8 @@ def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
     return None if recipe.quant_lm_head else "output head"
 
 
-def _hold(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
+def held(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
+    """The weight, or that it stays where a format can't hold it."""
     if weight.scheme is None:
         return weight
     for target in targets:
@@ -369,10 +370,10 @@ def _check_fused(weights: Sequence[WeightPlan]) -> None:
             members.setdefault(fused_set(weight.name), {})[weight.name.rpartition(".")[2]] = (
                 weight.scheme
             )
-    for (parent, _), found in members.items():
-        if len(set(found.values())) > 1:
+    for (parent, _), schemes in members.items():
+        if len(set(schemes.values())) > 1:
             raise UserError(
-                f"{parent}: engines load {', '.join(sorted(found))} as one matrix, so they must"
+                f"{parent}: engines load {', '.join(sorted(schemes))} as one matrix, so they must"
                 " share a scheme; name all of them in fp_layers or layer_config"
             )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.calibration.inputs import PAD
+from auto_mmround.modalities import PAD
 from auto_mmround.model.divergence import Before
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Codes, Points
@@ -112,7 +112,7 @@ class _Leaf:
 
     parameter: nn.Parameter
     transposed: bool
-    found: Codes
+    start: Codes
     grid: Points
     centred_OGg: Tensor
     factor: Tensor
@@ -126,31 +126,31 @@ class _Leaf:
         return cls(parameter, transposed, codes, grid, centred_OGg, ones_OG)
 
     def scale(self) -> Tensor:
-        """(out, G) float32; as it was found where the factor is 1."""
-        scale_OG = self.found.scale_OG.float().to(self.factor.device)
+        """(out, G) float32; those of the start where the factor is 1."""
+        scale_OG = self.start.scale_OG.float().to(self.factor.device)
         return torch.where(self.factor == 1, scale_OG, self.grid.storable(scale_OG * self.factor))
 
     def codes(self) -> Codes:
         """The same integers under the tuned scales."""
-        return self.found._replace(scale_OG=self.scale().to(self.found.scale_OG.dtype).cpu())
+        return self.start._replace(scale_OG=self.scale().to(self.start.scale_OG.dtype).cpu())
 
     def learn(self, grad: Tensor) -> None:
         """dL/df = s * sum over the group of u * dL/dW~, added to the factor's gradient."""
         grad_OI = grad.t() if self.transposed else grad.flatten(1)
         grad_OGg = grids.to_groups(grad_OI, self.centred_OGg.shape[-1])
         along_OG = (grad_OGg * self.centred_OGg).sum(-1, dtype=torch.float32)
-        _add_gradient(self.factor, along_OG * self.found.scale_OG.float().to(grad.device))
+        _add_gradient(self.factor, along_OG * self.start.scale_OG.float().to(grad.device))
 
     def refresh(self) -> None:
         """Write W~ into the parameter, in place."""
         rows = self.parameter.data.t() if self.transposed else self.parameter.data
         w_OI = grids.from_groups(
-            self.centred_OGg * self.scale()[..., None], self.found.q_OI.shape[1]
+            self.centred_OGg * self.scale()[..., None], self.start.q_OI.shape[1]
         )
         rows.copy_(w_OI.view_as(rows))
 
     def reset(self) -> None:
-        """W~ as it was found."""
+        """W~ as it was at the start."""
         self.factor.fill_(1)
         self.refresh()
 

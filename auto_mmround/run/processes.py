@@ -20,6 +20,7 @@ import torch.distributed
 from torch import Tensor
 
 from auto_mmround.errors import UserError
+from auto_mmround.export.shards import values_of
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import Stage
@@ -31,13 +32,9 @@ T = TypeVar("T")
 VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-)
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+     "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)  # fmt: skip
 PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes
 
 
@@ -101,11 +98,11 @@ class Processes:
         """Second moments over the samples of all processes; layers that share an input go on
         sharing."""
         owner: dict[int, str] = {}
-        found = {
+        mine = {
             name: (owner.setdefault(id(m), name), m.features, m.crossed)
             for name, m in moments.items()
         }
-        every = _first_wins(self.gather(found))
+        every = _first_wins(self.gather(mine))
         whole: dict[str, Moments] = {}
         for name, features, cross in dict.fromkeys(every.values()):
             whole[name] = (
@@ -150,7 +147,7 @@ class Processes:
         if self.count == 1:
             return
         sums = self.gather(codes_checksum(codes))
-        odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
+        odd = [rank for rank, own in enumerate(sums) if own != sums[0]]
         if odd:
             raise UserError(
                 f"{block}: process {odd[0]} rounds it otherwise than process 0; run all processes"
@@ -181,9 +178,7 @@ def codes_checksum(codes: Mapping[str, Codes]) -> str:
         hashed.update(name.encode())
         for part in weight:
             if isinstance(part, Tensor):
-                hashed.update(
-                    part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                )
+                hashed.update(values_of(part))
     return hashed.hexdigest()
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.errors import UserError
+from auto_mmround.errors import UserError, several
 from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.keys import loaded_names
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.stored import Reader, stored_tensors
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.structure import every_block
 from auto_mmround.numerics import grids
 from auto_mmround.numerics.grids import Fit
 from auto_mmround.recipe.schemes import Scheme
@@ -38,7 +38,7 @@ def within_ranges(loaded: Loaded, plan: Plan) -> Plan:
     """
     _check_unread(loaded)
     model, experts, judged = loaded.model, separable(loaded.model), dict[str, Judged]()
-    blocks = [block for stage in find_stages(model) for block in stage.blocks]
+    blocks = every_block(model)
     _check_finite(_tensors(model, skip=tuple(f"{block}." for block in blocks)))
     for block in blocks:
         with loaded.holder.resident([block]), separated(model, experts, [block]):
@@ -124,11 +124,9 @@ def _rows(model: nn.Module, name: str) -> Tensor:
 
 def _with_scales(weight: WeightPlan, dtype: str | None) -> WeightPlan:
     assert weight.scheme is not None
-    return (
-        weight
-        if dtype is None
-        else replace(weight, scheme=replace(weight.scheme, scale_dtype=dtype))
-    )
+    if dtype is None:
+        return weight
+    return replace(weight, scheme=replace(weight.scheme, scale_dtype=dtype))
 
 
 def _held(weight: WeightPlan, plan: Plan) -> bool:
@@ -160,7 +158,7 @@ def _say(judged: Mapping[str, Judged]) -> None:
                 "has groups of numbers below what its scales hold: they may become 0", []
             ).append(name)
     for text, names in lines.items():
-        log.warning("%s%s %s", names[0], f" (and {len(names) - 1} more)" if names[1:] else "", text)
+        log.warning("%s%s %s", names[0], several(names), text)
 
 
 def _tensors(

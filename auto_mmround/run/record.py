@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround import __version__
-from auto_mmround.headers import raw_bytes
+from auto_mmround.export.shards import values_of
 from auto_mmround.model import devices
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.tuner import TunedWeight, TuneResult
@@ -77,7 +77,7 @@ def block_report(
 def checksum(tensor: Tensor) -> str:
     """16 hex digits over dtype, shape and values (row-major, little endian): BLAKE2b of 8 bytes."""
     hashed = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
-    hashed.update(raw_bytes(tensor.cpu().reshape(-1)).numpy().data)
+    hashed.update(values_of(tensor))
     return hashed.hexdigest()
 
 

@@ -1,5 +1,5 @@
-"""What each number of bits, or scheme, does to the model's output, weight by weight, and what a
-choice of them does in truth. Inputs are rounded as engines will round them."""
+"""The damage of fewer bits, or of a scheme, to the model's output: of each weight with each option,
+and of a whole choice. Inputs are rounded as engines will round them."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.calibration.inputs import MODALITIES, PAD, TEXT
+from auto_mmround.modalities import MODALITIES, PAD, TEXT
 from auto_mmround.model.chains import Chain, Kinds
 from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
@@ -38,18 +38,18 @@ from auto_mmround.run.static_inputs import input_scales
 WHAT, HELPS = "choosing bits", f"name the bits in layer_config, or {SHORTER}"
 # tokens on which damage is measured, and those that weights are rounded by
 GRADIENTS, MOMENTS = 2048, 8192
-# samples of a set on which damage is measured: a tower may have many tokens for few of text
+# Most samples of a set on which damage is measured: a tower may have many tokens for few of text.
 MOST = 24
-SHARE = 1 / 3  # of a set's samples at most; the others are what weights are rounded by
-FINE = 6  # bits from which rounding to nearest stands for the closed form: both do next to nothing
+SHARE = 1 / 3  # of a set's samples at most; weights are rounded on the others
+FINE = 6  # from so many bits on, rounding to nearest stands for the closed form: damage is near 0
 FULL = 16  # bits: the weight as it was
 STEP = 0.5**0.5  # where on the way from W to W + E the gradient is taken
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Samples by the medium that they have beside text, and text alone. of: the set of each sample,
-    as an index."""
+    """Samples by their medium beside text; text alone is a set too. of: for each sample the index
+    of its set."""
 
     names: tuple[str, ...]
     of: tuple[int, ...]
@@ -72,10 +72,11 @@ class Sets:
         share: float = 1.0,
         without: Sequence[int] = (),
     ) -> list[int]:
-        """Samples with about ``tokens`` of text together, as many from each set, spread evenly.
+        """Samples that hold about ``tokens`` of text together. Each set gives the same number of
+        tokens, evenly spread.
 
-        most, share: at most so many of a set, and so much of it. without: samples that are not
-        taken, but from a set that has no others.
+        most, share: the most samples of a set, and the largest share of it. without: samples to
+        leave out, unless a set has no others.
         """
         chosen: list[int] = []
         for s in range(len(self.names)):
@@ -89,8 +90,8 @@ class Sets:
 
 @dataclass(frozen=True)
 class Damage:
-    """sets: names of the S sets of samples. of: weight -> option -> nats a position (S,) that it
-    adds then, with the inputs of its layer."""
+    """sets: names of the S sets of samples. of: weight -> option -> nats a position (S,) that the
+    weight and its layer's inputs add with this option."""
 
     sets: tuple[str, ...]
     of: Mapping[str, Mapping[Option, Tensor]]
@@ -98,23 +99,23 @@ class Damage:
 
 @dataclass(frozen=True)
 class Versions:
-    """Weights as each option has them, in files: one a block. where: weight -> its file."""
+    """Every weight with each option, in one file a block. where: weight -> its file."""
 
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)
 
-    def add(self, found: Mapping[str, Mapping[Option, Tensor]]) -> None:
-        """Keep what was found: weight -> option -> values in the layout of its parameter."""
+    def add(self, weights: Mapping[str, Mapping[Option, Tensor]]) -> None:
+        """Write a block's weights: weight -> option -> values in the layout of its parameter."""
         path = self.folder / f"{len(self.where)}.safetensors"
         save_file(
             {
                 f"{name}:{b}": w.contiguous().cpu()
-                for name, each in found.items()
+                for name, each in weights.items()
                 for b, w in each.items()
             },
             path,
         )
-        self.where.update(dict.fromkeys(found, path))
+        self.where.update(dict.fromkeys(weights, path))
 
     def of(self, name: str, bits: Option) -> Tensor:
         """Values of one weight."""
@@ -124,11 +125,10 @@ class Versions:
 
 @dataclass(frozen=True)
 class Trial:
-    """A model whose weights can have any of their options, and some samples that show what that
-    does.
+    """A model whose weights can take any of their options, and samples to measure the damage on.
 
     planned: weight -> its plan. served: option -> what rounds inputs of layers. part: the set of
-      each sample. positions_S: of the model's output, by set. Use it inside `trying` only.
+      each sample. Use it inside `trying` only.
     """
 
     model: PreTrainedModel
@@ -147,8 +147,8 @@ class Trial:
         return self._by_set([float(len(hidden_TD)) for hidden_TD in self.before.hidden_TD])
 
     def kl(self, bits: Mapping[str, Option]) -> Tensor:
-        """Mean KL(the model as it was || with these bits), (S,), nats a position. Others stay as
-        they were."""
+        """Mean KL(original model || model with these bits), (S,), nats a position. Weights without
+        bits here keep their original values."""
         self._put({name: bits.get(name, FULL) for name in self.versions.where})
         served, planned = ServedInputs(), []
         for name in bits.keys() & self.versions.where.keys():
@@ -159,31 +159,32 @@ class Trial:
             return self._by_set(self.before.divergences(self.model)) / self.positions_S
 
     def damage(self) -> Damage:
-        """What every weight owns of the KL when all have as many bits (the nearest option above,
-        where one lacks it).
+        """Each weight's share of the KL when all weights have as many bits. A weight without that
+        option takes the next one above.
 
-        The KL grows along the line W + t E, with E the errors of all weights, by the integral of
-        <gradient, E> over t, a sum over weights (their Aumann-Shapley values). It begins flat, so
-        what it does is nearly a t^2 + b t^4, and of that the gradient at t = 1 / sqrt(2) alone
-        gives the integral: <gradient, t E>. Where inputs are rounded, they move along with them.
+        Let E be the errors of all weights. Along the line W + t E the KL grows by the integral of
+        <gradient, E> over t. The integral is a sum over weights, and each term is the share of one
+        weight (its Aumann-Shapley value). The KL begins flat and is nearly a t^2 + b t^4. For such
+        a curve one gradient, at t = 1 / sqrt(2), gives the integral: <gradient, t E>. Where inputs
+        are rounded, they move along their own line in the same way.
         """
-        found: dict[str, dict[Option, Tensor]] = {name: {} for name in self.versions.where}
+        damages: dict[str, dict[Option, Tensor]] = {name: {} for name in self.versions.where}
         for bits in self.served:
             shares = BatchSize().fitting(
                 WHAT, partial(self._shares, bits), self.graph.relieve, HELPS
             )
             for name, lost_S in shares.items():
                 if bits in self.options[name]:
-                    found[name][bits] = lost_S
-        return Damage(self.sets, found)
+                    damages[name][bits] = lost_S
+        return Damage(self.sets, damages)
 
     def _shares(self, bits: Option, size: int = 1) -> dict[str, Tensor]:
         """Weight -> its share (S,) of the KL when all have these bits. size: samples at a time,
         always one."""
-        at, found = [0], {name: torch.zeros(len(self.sets)) for name in self.versions.where}
+        at, shares = [0], {name: torch.zeros(len(self.sets)) for name in self.versions.where}
         above = [*self.served][[*self.served].index(bits) :]
         with ExitStack() as stack:
-            for name, sums_S in found.items():
+            for name, sums_S in shares.items():
                 own = next((option for option in above if option in self.options[name]), FULL)
                 stack.enter_context(self._adding(sums_S, at, name, own))
                 if own != FULL:
@@ -191,15 +192,15 @@ class Trial:
             for at[0] in range(len(self.sets)):
                 members = [i for i, own in enumerate(self.part) if own == at[0]]
                 self.before.only(members).divergences(self.model, gradients=True, graph=self.graph)
-        return {name: sums_S / self.positions_S for name, sums_S in found.items()}
+        return {name: sums_S / self.positions_S for name, sums_S in shares.items()}
 
     @contextmanager
     def _adding(self, sums_S: Tensor, at: Sequence[int], name: str, bits: Option) -> Iterator[None]:
         """While open, a weight is at W + t E, and each backward pass adds <gradient, t E> to
         ``sums_S[at]``.
 
-        What is added lies in files until a gradient is there: of all weights at once it would be
-        twice the model."""
+        E stays in files until the gradient is there: all of it in memory would be twice the model.
+        """
         weight = self.model.get_submodule(name).get_parameter("weight")
         weight.data.copy_(self.versions.of(name, FULL))
         weight.data.add_(self._step(name, bits, weight.device))
@@ -254,7 +255,7 @@ class Trial:
         return (self.versions.of(name, bits).to(device) - full) * STEP
 
     def _put(self, bits: Mapping[str, Option]) -> None:
-        """Every weight at as many bits."""
+        """Give every weight its option."""
         for name, own in bits.items():
             weight = self.model.get_submodule(name).get_parameter("weight")
             weight.data.copy_(self.versions.of(name, own))
@@ -265,7 +266,7 @@ class Trial:
         )
 
     def restore(self) -> None:
-        """All weights are as they were."""
+        """Give all weights their original values."""
         self._put(dict.fromkeys(self.versions.where, FULL))
 
 
@@ -275,13 +276,13 @@ def trying(
     options: Mapping[str, Sequence[Option]],
     on_block: Told = lambda done, total: None,
 ) -> Iterator[Trial]:
-    """A `Trial` of the model, whose weights are as before at the end.
+    """A `Trial` of the model. At the end the weights have their original values.
 
-    options: weight -> what to try, from the smallest to the largest. Each is rounded in closed
-    form, as the run will begin, on samples that damage is not measured on. Weights that no token
-    reaches are left out. Costs a Fisher pass (if the recipe has one) and a forward one over 8,192
-    tokens of text, and a closed form an option; each option then a pass forward and backward over
-    2,048 tokens. Disk: two bytes a weight and option.
+    options: weight -> what to try, from the smallest to the largest. Each option is rounded in
+    closed form, as at the start of a run. Rounding and measuring use different samples. Weights
+    that no token reaches are left out. Cost: a forward pass over 8,192 tokens of text, a Fisher
+    pass if the recipe has one, and a closed form for each option; then a forward and backward pass
+    over 2,048 tokens for each option. Disk: two bytes for each weight and option.
     """
     model, sets = session.model, Sets.by_medium(session.kinds)
     few = sets.choose(session.kinds, GRADIENTS, MOST, SHARE)
@@ -315,21 +316,21 @@ def _served(
         for weight in session.plan.weights
         for option in options.get(weight.name, ())
     }
-    found = {option: ServedInputs() for option in sorted(sizes, key=lambda each: sizes[each])}
-    for option, served in found.items():
+    rounding = {option: ServedInputs() for option in sorted(sizes, key=lambda each: sizes[each])}
+    for option, served in rounding.items():
         planned = [
             replace(weight, scheme=weight.scheme_at(option))
             for weight in session.plan.weights
             if option in options.get(weight.name, ())
         ]
         served.measured |= input_scales(session, planned)
-    return found
+    return rounding
 
 
 def _round(
     session: Session, options: Mapping[str, Sequence[Option]], versions: Versions, on_block: Told
 ) -> None:
-    """Fill ``versions``, block by block, each on what the model as it is hands to it."""
+    """Fill ``versions``, block by block, on the inputs that the original model gives each block."""
     planned = [weight for weight in session.plan.weights if weight.name in options and weight.block]
     weights = session.weights([weight.name for weight in planned])
     chains = session.record(session.plan.stages, what=WHAT)
@@ -359,13 +360,13 @@ def _alike(
     moments: Mapping[str, Moments],
     options: Mapping[str, Sequence[Option]],
 ) -> list[list[WeightPlan]]:
-    """Weights that share inputs and choices: solved together."""
-    found: dict[Any, list[WeightPlan]] = {}
+    """Groups of weights with the same inputs and options: they are solved together."""
+    groups: dict[Any, list[WeightPlan]] = {}
     for weight in planned:
         if weight.name in moments:
             key = (id(moments[weight.name]), weight.scheme, tuple(options[weight.name]))
-            found.setdefault(key, []).append(weight)
-    return list(found.values())
+            groups.setdefault(key, []).append(weight)
+    return list(groups.values())
 
 
 def _rounded(
@@ -373,7 +374,7 @@ def _rounded(
 ) -> dict[str, dict[Option, Tensor]]:
     """Weight -> option -> values, in the layout and dtype of its parameter."""
     layers: list[Any] = [session.model.get_submodule(weight.name) for weight in group]
-    found: dict[str, dict[Option, Tensor]] = {
+    values: dict[str, dict[Option, Tensor]] = {
         weight.name: {FULL: layer.weight.detach().clone()}
         for weight, layer in zip(group, layers, strict=True)
     }
@@ -393,5 +394,5 @@ def _rounded(
             closed_form(roundings, moments, replace(session.solving, retarget=False))
         for weight, layer, rounding, turn in zip(group, layers, roundings, turned, strict=True):
             w_OI = rounding.weight()
-            found[weight.name][bits] = (w_OI.t() if turn else w_OI).to(layer.weight.dtype)
-    return found
+            values[weight.name][bits] = (w_OI.t() if turn else w_OI).to(layer.weight.dtype)
+    return values

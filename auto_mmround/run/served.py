@@ -30,9 +30,9 @@ class ServedInputs:
 
     def take(self, codes: Mapping[str, Codes]) -> None:
         """What was measured for layers that are finished."""
-        for name, found in codes.items():
-            if found.input_scale is not None:
-                self.measured[name] = found.input_scale
+        for name, weight in codes.items():
+            if weight.input_scale is not None:
+                self.measured[name] = weight.input_scale
 
     @contextmanager
     def rounding(self, model: nn.Module, planned: Sequence[WeightPlan]) -> Iterator[None]:

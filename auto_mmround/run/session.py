@@ -219,8 +219,8 @@ class Session:
             capture, self.model, stages, self.batches, precision=self.precision, only=chosen,
             on_sample=lambda i: told(chosen.index(i) + 1, len(chosen)),
         )  # fmt: skip
-        found = Places.of(self.recipe, self.device, self.disk).fitting(what, run, helps)
-        chains = self.processes.complete(found, stages)
+        recorded = Places.of(self.recipe, self.device, self.disk).fitting(what, run, helps)
+        chains = self.processes.complete(recorded, stages)
         return {
             path: replace(chain, runner=self.runner, device=self.device)
             for path, chain in chains.items()

@@ -70,8 +70,8 @@ class Reference:
                 self.folder, dtype=dtype, activations=self.activations, **self.options
             )
         made = logits_in_turn(rounded.model, self.inputs, rounded.holder.blocks)
-        found = [logits[: len(want)] for logits, want in zip(made, self.logits, strict=True)]
-        return largest_difference(found, self.logits)
+        ends = [logits[: len(want)] for logits, want in zip(made, self.logits, strict=True)]
+        return largest_difference(ends, self.logits)
 
 
 def _round_blocks(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -181,14 +181,14 @@ def _problem(result: EngineResult, planned: int) -> str | None:
     return None
 
 
-def _next_difference(found: Sequence[Mapping[int, float]], wanted: Sequence[Tensor]) -> float:
+def _next_difference(logprobs: Sequence[Mapping[int, float]], wanted: Sequence[Tensor]) -> float:
     """Largest difference of the given log probabilities of next tokens; NaN without any."""
-    if len(found) != len(wanted) or not all(found):
+    if len(logprobs) != len(wanted) or not all(logprobs):
         return float("nan")
     scores = [want[-1].log_softmax(-1) for want in wanted]
     return max(
         abs(value - float(score[i]))
-        for given, score in zip(found, scores)
+        for given, score in zip(logprobs, scores)
         for i, value in given.items()
     )
 
@@ -199,13 +199,13 @@ def _judge_tokens(
     same = total = 0
     tie = max(NEAR_TIE, NOISE * worst) if worst == worst else NEAR_TIE
     works = [
-        partial(greedy, reference.model, kwargs, found.numel())
-        for found, kwargs in zip(result.tokens, reference.inputs)
+        partial(greedy, reference.model, kwargs, answer.numel())
+        for answer, kwargs in zip(result.tokens, reference.inputs)
     ]
     answers = in_turn(reference.model, reference.blocks, works, reference.inputs)
     for i, (tokens, margins) in enumerate(answers):
-        found = result.tokens[i]
-        count, right = agreed(tokens, margins, found.flatten().tolist(), tie)
+        answer = result.tokens[i]
+        count, right = agreed(tokens, margins, answer.flatten().tolist(), tie)
         same, total = same + count, total + len(tokens)
         if not right:
             return (

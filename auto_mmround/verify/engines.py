@@ -233,7 +233,7 @@ def _llamacpp(
 def _result(answer: Mapping[str, Any]) -> EngineResult:
     known = {key: answer[key] for key in EngineResult.__dataclass_fields__ if key in answer}
     known["logprobs"] = [
-        {int(key): value for key, value in found.items()} for found in answer.get("logprobs", ())
+        {int(key): value for key, value in likely.items()} for likely in answer.get("logprobs", ())
     ]
     return EngineResult(**known)
 

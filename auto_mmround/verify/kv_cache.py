@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from auto_mmround.checkpoint.subject import Finding, Subject
+from auto_mmround.checkpoint.subject import Finding, Subject, fault
 from auto_mmround.model.kv_cache import PROJECTIONS, SCALES, STRATEGIES, fits
 from auto_mmround.run.record import checksum
 
@@ -18,11 +18,11 @@ def check_kv_cache(s: Subject) -> Iterator[Finding]:
     if not said:
         for name in sorted(s.kv_scales)[:1]:
             text = "scales keys or values, but quantization_config has no kv_cache_scheme"
-            yield Finding("error", name, text)
+            yield fault(name, text)
         return
     if s.fmt is None or not s.fmt.kv_cache:
         text = f"format {s.fmt.name if s.fmt else 'unknown'} has no place for scales of a cache"
-        yield Finding("error", "quantization_config.kv_cache_scheme", text)
+        yield fault("quantization_config.kv_cache_scheme", text)
         return
     other = [key for key, value in KNOWN.items() if said.get(key, value) != value]
     if other:
@@ -40,24 +40,24 @@ def check_kv_cache(s: Subject) -> Iterator[Finding]:
 def _check_scales(s: Subject, strategy: str) -> Iterator[Finding]:
     wanted = _places(s)
     for name in sorted(wanted - s.kv_scales.keys()):
-        yield Finding("error", name, "is missing, quantization_config has a kv_cache_scheme")
+        yield fault(name, "is missing, quantization_config has a kv_cache_scheme")
     for name in sorted(s.kv_scales.keys() - wanted if wanted else ()):
-        yield Finding("error", name, "belongs to no attention with a cache")
+        yield fault(name, "belongs to no attention with a cache")
     written = s.record.get("kv_cache") or {}
     for name, tensor in s.read(sorted(s.kv_scales)):
         if not fits(strategy, tensor) or not tensor.is_floating_point():
             each = " for each head" if strategy == "attn_head" else ""
             text = f"is {tuple(tensor.shape)} of {tensor.dtype}, no number{each}"
-            yield Finding("error", name, text)
+            yield fault(name, text)
         elif not (good := tensor.isfinite() & (tensor > 0)).all():
             bad = tensor[~good].flatten()[0].float().item()
-            yield Finding("error", name, f"is {bad:g}, no positive number")
+            yield fault(name, f"is {bad:g}, no positive number")
         elif strategy == "attn_head" and _outputs(s, name) % len(tensor):
             text = f"is for {len(tensor)} heads, which {_outputs(s, name)} keys can't be split into"
-            yield Finding("error", name, text)
+            yield fault(name, text)
         elif written.get(name, checksum(tensor)) != checksum(tensor):
             text = "is not what the run wrote (its checksum in run.json differs)"
-            yield Finding("error", name, text)
+            yield fault(name, text)
 
 
 def _places(s: Subject) -> set[str]:

@@ -92,11 +92,11 @@ def refusals(model: PreTrainedModel, plan: Plan, engines: Collection[str] = ()) 
     experts, lines = experts_of(model, plan), []
     for fmt in plan.formats:
         for engine in ENGINES:
-            found = _limit(engine, fmt.name, schemes, experts, model.config.model_type)
-            if found is None:
+            limit = _limit(engine, fmt.name, schemes, experts, model.config.model_type)
+            if limit is None:
                 continue
-            line = _line(found, fmt.name)
-            if found.fatal and engine in engines:
+            line = _line(limit, fmt.name)
+            if limit.fatal and engine in engines:
                 others = ", ".join(e for e in ENGINES if e != engine and e in fmt.engines)
                 hint = f", or --engines {others} if {engine} need not read it" if others else ""
                 raise UserError(f"{line}; write another --format (fake loads anywhere){hint}")
@@ -115,8 +115,8 @@ def refusal(
 
     experts: words of `experts_of`. family: the model type.
     """
-    found = _limit(engine, format_name, schemes, experts, family)
-    return None if found is None else _line(found, format_name)
+    limit = _limit(engine, format_name, schemes, experts, family)
+    return None if limit is None else _line(limit, format_name)
 
 
 def _limit(

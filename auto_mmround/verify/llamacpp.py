@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from auto_mmround.calibration.inputs import IMAGE, placeholder_ids
+from auto_mmround.calibration.inputs import placeholder_ids
 from auto_mmround.export.gguf.towers import tower_of
+from auto_mmround.modalities import IMAGE
 from auto_mmround.verify.agreement import Reference
 from auto_mmround.verify.engines import EngineResult, run_llamacpp
 

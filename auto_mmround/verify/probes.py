@@ -18,9 +18,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from auto_mmround.calibration import samples
-from auto_mmround.calibration.inputs import AUDIO, IMAGE, placeholder_ids
+from auto_mmround.calibration.inputs import placeholder_ids
 from auto_mmround.errors import UserError
 from auto_mmround.families import family_of
+from auto_mmround.modalities import AUDIO, IMAGE
 from auto_mmround.model.loading import Loaded
 from auto_mmround.run.job import preparers
 

@@ -3,7 +3,7 @@
 `run.job.run` and `run.job.save` take `prove` and mark a folder that it finds wrong.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.checkpoint.reading import CONTRADICTIONS
-from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
-from auto_mmround.errors import UserError
+from auto_mmround.checkpoint.reading import CONTRADICTIONS, Decoded, Shards
+from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_subject
+from auto_mmround.errors import UserError, several
 from auto_mmround.export.formats import Format
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.loading import NONSENSE
@@ -28,7 +28,7 @@ from auto_mmround.run.given import OF_THE_FILE, head_is_tied
 from auto_mmround.run.output import Result
 from auto_mmround.strict import tagged
 from auto_mmround.untrusted import one_line
-from auto_mmround.verify.static import run_checks, several
+from auto_mmround.verify.static import run_checks
 from auto_mmround.verify.values import PIECE
 
 GROUP = 2**28  # bytes of tensors outside blocks that are read together
@@ -47,7 +47,7 @@ def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
         try:
             problems = list(_reload(subject, fmt, result))
         except (UserError, OSError, *CONTRADICTIONS) as error:
-            problems = [Finding("error", "the reload", one_line(str(error))[:400])]
+            problems = [fault("the reload", one_line(str(error))[:400])]
     return [finding.line().removeprefix("error: ") for finding in problems]
 
 
@@ -60,18 +60,16 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
     meant = given.config.to_dict() | ({} if tied is None else {"tie_word_embeddings": tied})
     changed = list(_differences(meant, model.config.to_dict()))
     if changed:
-        yield Finding(
-            "error", f"config.json: {changed[0]}", "is not that of the model" + several(changed)
-        )
-    decoder = OtherFiles(subject, model.dtype) if subject.whole else Decoder(subject, model.dtype)
-    filled = Filled(
-        model, decoder, [block for stage in result.plan.stages for block in stage.blocks]
-    )
+        yield fault(f"config.json: {changed[0]}", "is not that of the model" + several(changed))
+    decoded = Decoded(subject.folder, model.dtype)
+    blocks = [block for stage in result.plan.stages for block in stage.blocks]
+    filled = Filled(model, _contents(subject, decoded), blocks)
     expected = Expected(fmt, result)
     differing = []
-    for names in filled.groups(decoder.read):
-        parameters = dict(model.state_dict(keep_vars=True))
-        differing += [name for name in names if not expected.holds(name, parameters[name])]
+    with Shards() as shards:
+        for names in filled.groups(lambda keys: {key: decoded[key](shards) for key in keys}):
+            parameters = dict(model.state_dict(keep_vars=True))
+            differing += [name for name in names if not expected.holds(name, parameters[name])]
     for text, some in (
         ("the model has it, no tensor fills it", filled.missing()),
         ("is no parameter of the model", filled.unknown(result.names.unread)),
@@ -79,7 +77,7 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
         ("reloaded, it is not what was tuned", differing),
     ):
         if some:
-            yield Finding("error", some[0], text + several(some))
+            yield fault(some[0], text + several(some))
 
 
 def _empty(folder: Path, made: PreTrainedModel) -> PreTrainedModel:
@@ -108,56 +106,17 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
             yield f"{path}{key}"
 
 
-class Decoder(Mapping[str, bool]):
-    """The tensors of a checkpoint, packed weights decoded to ``dtype``. keys: whether one was
-    packed."""
-
-    def __init__(self, subject: Subject, dtype: torch.dtype):
-        self._subject, self._dtype = subject, dtype
-        self._packed = {f"{module}.weight": module for module in subject.packed}
-        self._keys = {**dict.fromkeys(subject.plain(), False), **dict.fromkeys(self._packed, True)}
-
-    def __getitem__(self, key: str) -> bool:
-        return self._keys[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors; packed weights are (out, in). Raises the errors of unpacking."""
-        s = self._subject
-        assert s.fmt is not None or not self._packed
-        parts = {key: list(s.parts(self._packed[key])) for key in keys if self[key]}
-        names = [key for key in keys if not self[key]] + [
-            name for part in parts.values() for name in part
-        ]
-        tensors = dict(s.read(names))  # opens every file once
-        for key, part in parts.items():
-            module, own = self._packed[key], {name: tensors.pop(name) for name in part}
-            codes = s.fmt.unpack(module, own, s.schemes[module])  # type: ignore[union-attr]
-            tensors[key] = dequantize(codes, self._dtype)
-        return tensors
-
-
-class OtherFiles(Decoder):
-    """The same of files of another kind, which their format reads, with keys as the run wrote
-    them."""
-
-    def __init__(self, subject: Subject, dtype: torch.dtype):
-        super().__init__(subject, dtype)
-        assert subject.fmt is not None and subject.fmt.read is not None
-        self._tensors = subject.fmt.read(subject.folder)
-        packed = {f"{module}.weight": True for module in subject.record.get("codes") or ()}
-        self._keys = {**dict.fromkeys(subject.record.get("tensors") or (), False), **packed}
-
-    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors."""
-        for absent in (key for key in keys if key not in self._tensors):
-            raise UserError(f"{absent} is not in the files")
-        return {key: self._tensors[key].to(self._dtype) for key in keys}
+def _contents(subject: Subject, decoded: Decoded) -> dict[str, bool]:
+    """Key of a tensor -> whether its weight is packed. Of files of another kind the run's record
+    says it. Raises UserError for a tensor that is not in the files."""
+    tensors: Iterable[str] = decoded
+    packed: Iterable[str] = subject.packed
+    if subject.whole:
+        tensors, packed = (subject.record.get(key) or () for key in ("tensors", "codes"))
+    keys = {**dict.fromkeys(tensors, False), **{f"{module}.weight": True for module in packed}}
+    for absent in keys.keys() - decoded.keys():
+        raise UserError(f"{absent} is not in the files")
+    return keys
 
 
 class Filled:

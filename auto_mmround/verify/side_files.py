@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.checkpoint.folder import is_side_file
-from auto_mmround.checkpoint.subject import Finding, Subject, read_json
+from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json
 
 TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+)  # fmt: skip
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SIDES = (TOKENIZERS, PROCESSORS)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -74,10 +69,8 @@ def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterat
                 and "--" not in reference
                 and f"{reference.split('.')[0]}.py" not in there
             ):
-                yield Finding(
-                    "error",
-                    f"{reference.split('.')[0]}.py",
-                    f"is missing: {file} names it in auto_map",
+                yield fault(
+                    f"{reference.split('.')[0]}.py", f"is missing: {file} names it in auto_map"
                 )
 
 
@@ -86,8 +79,6 @@ def check_tokenizer(s: Subject) -> Iterator[Finding]:
     tokenizer = read_json(s.folder / "tokenizer.json", []) or {}
     for key in ("truncation", "padding"):
         if tokenizer.get(key) is not None:
-            yield Finding(
-                "error",
-                "tokenizer.json",
-                f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}",
+            yield fault(
+                "tokenizer.json", f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}"
             )

@@ -5,12 +5,13 @@ be checked, or may be a habit of the tool that wrote the files.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from auto_mmround.checkpoint.subject import Finding, Subject, read_json, read_subject
+from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json, read_subject
+from auto_mmround.errors import several
 from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
 from auto_mmround.export.method import Overrides, Question, searched
 from auto_mmround.families import vllm_module, vllm_rename
@@ -22,12 +23,7 @@ from auto_mmround.untrusted import TooLong, time_limit
 from auto_mmround.verify.kv_cache import check_kv_cache
 from auto_mmround.verify.side_files import check_side_files, check_tokenizer
 from auto_mmround.verify.together import TOGETHER
-from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values, scheme
-
-
-def several(names: Sequence[str]) -> str:
-    """The number of further things beside the first, in words."""
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values
 
 
 def check_tensors(s: Subject) -> Iterator[Finding]:
@@ -44,13 +40,11 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             ),
         ):
             if group:
-                yield Finding("error", group[0], text + several(group))
+                yield fault(group[0], text + several(group))
         plain = set(s.plain())
         for name, shape in s.skeleton.shapes.items():
             if name in plain and s.tensors[name].shape != shape:
-                yield Finding(
-                    "error", name, f"has shape {s.tensors[name].shape}, the model's is {shape}"
-                )
+                yield fault(name, f"has shape {s.tensors[name].shape}, the model's is {shape}")
     if s.record.get("tensors") and not s.whole:
         plain, written = set(s.plain()), set(s.record["tensors"])
         for text, some in (
@@ -58,16 +52,18 @@ def check_tensors(s: Subject) -> Iterator[Finding]:
             ("was not written", sorted(plain - written)),
         ):
             if some:
-                yield Finding("error", some[0], f"{text} according to run.json" + several(some))
+                yield fault(some[0], f"{text} according to run.json" + several(some))
     if s.source is not None and not s.whole:
         apart = s.skeleton.apart if s.skeleton is not None else ()
         absent = [
             name
             for name, key in s.originals(s.weights()).items()
-            if name not in s.tensors and not _is_packed(s, name) and key not in apart
+            if name not in s.tensors
+            and name.removesuffix(".weight") not in s.packed
+            and key not in apart
         ]
         if absent:
-            yield Finding("error", absent[0], "is in the source, not here" + several(absent))
+            yield fault(absent[0], "is in the source, not here" + several(absent))
 
 
 def check_packed_modules(s: Subject) -> Iterator[Finding]:
@@ -80,9 +76,7 @@ def check_packed_modules(s: Subject) -> Iterator[Finding]:
         ("was not packed", s.packed - written),
     ):
         if some:
-            yield Finding(
-                "error", min(some), f"{text} according to run.json" + several(sorted(some))
-            )
+            yield fault(min(some), f"{text} according to run.json" + several(sorted(some)))
 
 
 def check_layout(s: Subject) -> Iterator[Finding]:
@@ -90,7 +84,7 @@ def check_layout(s: Subject) -> Iterator[Finding]:
     expected: dict[tuple[Scheme, int, int], dict[str, Header]] = {}
     for module in sorted(s.packed):
         layer = s.skeleton.linears.get(module) if s.skeleton else None
-        wanted = scheme(s, module)
+        wanted = s.schemes.get(module)
         if layer is None or wanted is None or s.fmt is None:
             continue
         key = (wanted, layer.out_features, layer.in_features)
@@ -99,7 +93,7 @@ def check_layout(s: Subject) -> Iterator[Finding]:
             variants = (s.fmt, resolve(s.fmt.name, {wanted}))
             fmt = next((each for each in variants if each.check(*key) is None), None)
             if fmt is None:
-                yield Finding("error", module, f"{s.fmt.name} {s.fmt.check(*key)}")
+                yield fault(module, f"{s.fmt.name} {s.fmt.check(*key)}")
             expected[key] = _expected_parts(fmt, *key) if fmt else {}
         yield from _compare_parts(s, module, expected[key])
 
@@ -129,13 +123,11 @@ def _expected_parts(
 
 def _alike(s: Subject) -> set[str]:
     """Dtypes that count as equal: MLX takes any float; other tools' scales may be either half."""
-    return (
-        {"F16", "BF16", "F32"}
-        if s.fmt and s.fmt.any_float
-        else set()
-        if s.record
-        else {"F16", "BF16"}
-    )
+    if s.fmt and s.fmt.any_float:
+        return {"F16", "BF16", "F32"}
+    if s.record:
+        return set()
+    return {"F16", "BF16"}
 
 
 def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> Iterator[Finding]:
@@ -144,17 +136,13 @@ def _compare_parts(s: Subject, module: str, expected: Mapping[str, Header]) -> I
         stored = s.tensors.get(name)
         if stored is None:
             if part != ".g_idx" or s.record:  # other tools leave it out if it has no effect
-                yield Finding("error", name, "is missing")
+                yield fault(name, "is missing")
         elif stored.shape != wanted.shape:
-            yield Finding(
-                "error",
-                name,
-                f"has shape {stored.shape}; bits and group size ask for {wanted.shape}",
+            yield fault(
+                name, f"has shape {stored.shape}; bits and group size ask for {wanted.shape}"
             )
         elif stored.dtype != wanted.dtype and not {stored.dtype, wanted.dtype} <= _alike(s):
-            yield Finding(
-                "error", name, f"is stored as {stored.dtype}, the layout asks for {wanted.dtype}"
-            )
+            yield fault(name, f"is stored as {stored.dtype}, the layout asks for {wanted.dtype}")
 
 
 def check_names(s: Subject) -> Iterator[Finding]:
@@ -185,7 +173,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
             text = (
                 f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"
             )
-            yield Finding("error", "quantization_config", text)
+            yield fault("quantization_config", text)
             continue
         if answer is not None:
             yield from _compare_names(s, engine, spelled, answer)
@@ -201,7 +189,7 @@ def _compare_names(
             f"is packed, but {engine} names it {plain[0]} and by quantization_config makes it a"
             " plain layer"
         )
-        yield Finding("error", spelled[plain[0]], f"{text} of random weights{several(plain)}")
+        yield fault(spelled[plain[0]], f"{text} of random weights{several(plain)}")
     made = [
         n
         for n, key in spelled.items()
@@ -212,10 +200,10 @@ def _compare_names(
             f"is a plain weight, but {engine} names it {made[0]} and by quantization_config"
             " quantizes it"
         )
-        yield Finding("error", spelled[made[0]], text + several(made))
+        yield fault(spelled[made[0]], text + several(made))
     other = []
     for name, options in answer.items():
-        packed = scheme(s, spelled[name]) if spelled[name] in s.packed else None
+        packed = s.schemes.get(spelled[name])
         base = {"bits": s.quantization.get("bits"), "group_size": s.quantization.get("group_size")}
         if (
             packed
@@ -243,7 +231,7 @@ def check_entries(s: Subject) -> Iterator[Finding]:
         with time_limit(PATTERN_SECONDS):
             idle = [entry for entry in entries(s.quantization) if not names_something(entry, known)]
     except TooLong:
-        yield Finding("error", "quantization_config", "its patterns take too long to match")
+        yield fault("quantization_config", "its patterns take too long to match")
         return
     for entry in idle:
         yield Finding(
@@ -278,9 +266,7 @@ def check_fused(s: Subject) -> Iterator[Finding]:
         parent, _, leaf = name.rpartition(".")
         for i, group in enumerate(FUSED):
             if leaf in group:
-                groups.setdefault((parent, i), {})[leaf] = (
-                    scheme(s, name) if name in s.packed else None
-                )
+                groups.setdefault((parent, i), {})[leaf] = s.schemes.get(name)
     for (parent, _), schemes in groups.items():
         if len(set(schemes.values())) > 1:
             odd = [leaf for leaf, one in schemes.items() if list(schemes.values()).count(one) == 1]
@@ -288,11 +274,7 @@ def check_fused(s: Subject) -> Iterator[Finding]:
                 f"engines load {', '.join(sorted(schemes))} as one matrix, but they are not packed"
                 " alike"
             )
-            yield Finding("error", f"{parent}.{(odd or sorted(schemes))[0]}", text)
-
-
-def _is_packed(s: Subject, name: str) -> bool:
-    return name.removesuffix(".weight") in s.packed
+            yield fault(f"{parent}.{(odd or sorted(schemes))[0]}", text)
 
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from auto_mmround.checkpoint.subject import Finding, Subject, read_json
+from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Older spelling of a configuration -> the place of the same value in Transformers 5.
@@ -107,9 +107,7 @@ def check_rope(s: Subject) -> Iterator[Finding]:
                 and new in table
                 and level[old] != table[new]
             ):
-                yield Finding(
-                    "error", "config.json", f"{old} is {level[old]}, {group}.{new} is {table[new]}"
-                )
+                yield fault("config.json", f"{old} is {level[old]}, {group}.{new} is {table[new]}")
 
 
 def check_layer_count(s: Subject) -> Iterator[Finding]:
@@ -117,9 +115,7 @@ def check_layer_count(s: Subject) -> Iterator[Finding]:
     text = _text(s.config)
     layers, kinds = text.get("num_hidden_layers"), text.get("layer_types")
     if type(layers) is int and isinstance(kinds, list) and len(kinds) != layers:
-        yield Finding(
-            "error", "config.json", f"layer_types has {len(kinds)} entries for {layers} layers"
-        )
+        yield fault("config.json", f"layer_types has {len(kinds)} entries for {layers} layers")
 
 
 TOGETHER = (check_vocabulary, check_special_tokens, check_tied, check_rope, check_layer_count)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_state_dict
-from auto_mmround.checkpoint.subject import Finding, Subject
-from auto_mmround.errors import UserError
+from auto_mmround.checkpoint.subject import Finding, Subject, fault
+from auto_mmround.errors import UserError, several
 from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.pieces import pieces_of, rows_of
-from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.record import checksum, codes_record
 
 # With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
@@ -25,12 +24,8 @@ LEAST_CORRELATION = 0.5
 CONSTANT = 0.1  # most that the error's squares may be of those of a matrix of one value
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
+DIFFERS = "(its checksum in run.json differs)"
 HELD = ("q", "scale", "zero", "input_scale")  # by the tensors of a weight, see `Format.parts`
-
-
-def scheme(s: Subject, module: str) -> Scheme | None:
-    """The scheme of a packed module by the configuration; None if that can't be read."""
-    return s.schemes.get(module)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -39,22 +34,17 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def check_plain_values(s: Subject) -> Iterator[Finding]:
     """Plain tensors are finite, and equal to the run's, or else to the source's."""
-    with Reader(s.weights()) as originals:
-        yield from _check_plain_values(s, originals)
-
-
-def _check_plain_values(s: Subject, originals: Reader) -> Iterator[Finding]:
-    written, source = s.record.get("tensors") or {}, s.originals(originals.stored)
-    for name, tensor in s.read(s.plain()):
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            yield Finding("error", name, "holds NaN or infinite values")
-        elif name in written:
-            if checksum(tensor) != written[name]:
-                yield Finding(
-                    "error", name, "is not what the run wrote (its checksum in run.json differs)"
-                )
-        elif name in source and not _same(tensor, originals.tensor(source[name])):
-            yield Finding(s.hygiene, name, "differs from the source")
+    written, weights = s.record.get("tensors") or {}, s.weights()
+    source = s.originals(weights)
+    with Reader(weights) as originals:
+        for name, tensor in s.read(s.plain()):
+            if tensor.is_floating_point() and not _is_finite(tensor):
+                yield fault(name, "holds NaN or infinite values")
+            elif name in written:
+                if checksum(tensor) != written[name]:
+                    yield fault(name, f"is not what the run wrote {DIFFERS}")
+            elif name in source and not _same(tensor, originals.tensor(source[name])):
+                yield Finding(s.hygiene, name, "differs from the source")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -72,7 +62,7 @@ def check_codes(s: Subject) -> Iterator[Finding]:
 def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Finding]:
     source = s.originals(originals.stored)
     for module in sorted(s.packed):
-        wanted = scheme(s, module)
+        wanted = s.schemes.get(module)
         if wanted is None or s.fmt is None:
             continue
         tensors = {
@@ -82,7 +72,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
         try:
             codes = s.fmt.unpack(module, tensors, wanted)
         except CONTRADICTIONS as error:
-            yield Finding("error", module, f"can't be decoded: {' '.join(str(error).split())}")
+            yield fault(module, f"can't be decoded: {' '.join(str(error).split())}")
             continue
         if codes.group_size == 1 != wanted.group_size and not (s.quantization or {}).get(
             "desc_act"
@@ -91,7 +81,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
                 "reorders the inputs, but quantization_config does not say desc_act: vLLM would"
                 " ignore it"
             )
-            yield Finding("error", f"{module}.g_idx", text)
+            yield fault(f"{module}.g_idx", text)
             continue
         broken = list(_ranges(s, module, codes, tensors))
         yield from broken or _against_record(s, module, codes)
@@ -113,33 +103,24 @@ def check_decoded(s: Subject) -> Iterator[Finding]:
     try:
         for name, tensor in dequantized_state_dict(s.folder, torch.float32):
             if not _is_finite(tensor):
-                yield Finding("error", name, "holds NaN or infinite values")
+                yield fault(name, "holds NaN or infinite values")
             elif checksum(tensor) != written.pop(name.removesuffix(".weight"), checksum(tensor)):
-                yield Finding(
-                    "error",
-                    name,
-                    "does not decode to what was tuned (its checksum in run.json differs)",
-                )
+                yield fault(name, f"does not decode to what was tuned {DIFFERS}")
             elif name in rest and not _sums_to(tensor, rest.pop(name)):
-                yield Finding(
-                    "error", name, "is not what the run wrote (its checksum in run.json differs)"
-                )
+                yield fault(name, f"is not what the run wrote {DIFFERS}")
             elif name in source and tensor.ndim == 2:
                 with Reader(weights) as originals:
                     yield from _against_source(name, tensor, originals.tensor(source[name]))
     except (UserError, OSError, *CONTRADICTIONS) as error:
         reason = " ".join(str(error).split())
         named = WEIGHT_FILE.search(reason)
-        yield Finding(
-            "error",
-            named[0] if named else "quantization_config",
-            f"the weights can't be decoded: {reason}",
+        yield fault(
+            named[0] if named else "quantization_config", f"the weights can't be decoded: {reason}"
         )
         return
     gone = {**{f"{name}.weight": sums for name, sums in written.items()}, **rest}
     if gone:
-        others = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        yield Finding("error", min(gone), f"is gone according to run.json{others}")
+        yield fault(min(gone), f"is gone according to run.json{several([*gone])}")
 
 
 def _sums_to(tensor: Tensor, wanted: str) -> bool:
@@ -153,7 +134,7 @@ def _ranges(
 ) -> Iterator[Finding]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
-            yield Finding("error", name, "holds NaN or infinite values")
+            yield fault(name, "holds NaN or infinite values")
     if bool((codes.scale_OG == 0).any()):
         yield Finding(s.hygiene, _part(s, tensors, "scale", module), "holds scales of zero")
     if codes.data_type != "int":
@@ -161,13 +142,10 @@ def _ranges(
     middle, top = 2 ** (codes.bits - 1), 2**codes.bits - 1
     where = _part(s, tensors, "zero", module)
     if int(codes.zero_OG.max()) > top:
-        yield Finding(
-            "error", where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}"
-        )
+        yield fault(where, f"holds a zero point of {int(codes.zero_OG.max())}, above {top}")
     elif codes.sym and bool((codes.zero_OG != middle).any()):
         other = int(codes.zero_OG[codes.zero_OG != middle][0])
-        yield Finding(
-            "error",
+        yield fault(
             where,
             f"holds a zero point of {other}; the configuration is symmetric, so all are {middle}",
         )
@@ -190,25 +168,19 @@ def _against_record(s: Subject, module: str, codes: Codes) -> Iterator[Finding]:
                 f"the configuration gives it {key} = {now[key]}, the run tuned it with"
                 f" {written[key]}"
             )
-            yield Finding("error", f"{module}: quantization_config", text)
+            yield fault(f"{module}: quantization_config", text)
     for key in HELD:
         if now.get(key) != written.get(key):
             where = _part(s, s.parts(module), key, module)
-            yield Finding(
-                "error",
-                where,
-                "does not decode to what was tuned (its checksum in run.json differs)",
-            )
+            yield fault(where, f"does not decode to what was tuned {DIFFERS}")
 
 
 def _against_source(name: str, decoded: Tensor | Codes, wanted: Tensor) -> Iterator[Finding]:
     shape = decoded.q_OI.shape if isinstance(decoded, Codes) else decoded.shape
     correlation = _correlation(decoded, wanted if wanted.shape == shape else wanted.T)
     if not correlation >= LEAST_CORRELATION:
-        yield Finding(
-            "error",
-            name,
-            f"decoded, it has a correlation of {correlation:.2f} with the source's weight",
+        yield fault(
+            name, f"decoded, it has a correlation of {correlation:.2f} with the source's weight"
         )
 
 

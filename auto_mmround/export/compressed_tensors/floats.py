@@ -160,10 +160,10 @@ READ = {
 def scheme_of(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Scheme | None:
     """The scheme of a config group with float weights, None for one that is not read. inputs: empty
     for none."""
-    found = READ.get((weights.get("num_bits", 0), str(weights.get("strategy"))))
-    if found is None:
+    row = READ.get((weights.get("num_bits", 0), str(weights.get("strategy"))))
+    if row is None:
         return None
-    data_type, size = found
+    data_type, size = row
     columns = (weights.get("block_structure") or [None, weights.get("group_size")])[-1]
     act_bits, dynamic = inputs.get("num_bits", 16), bool(inputs.get("dynamic", True))
     scheme = Scheme(

@@ -142,12 +142,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         else {"strategy": "group", "group_size": scheme.group_size}
     )
     activations = {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
-    }
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
     if scheme.data_type != "int":
         weights = floats.weight_args(scheme)
     if scheme.inputs[0] != "int":
@@ -168,7 +164,8 @@ def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
         for group in quantization_config["config_groups"].values()
         for t in group["targets"]
     }
-    order = _in_order(targets)
+    # names first, then patterns, the class last
+    order = sorted(targets, key=lambda t: (t == "Linear", t.startswith("re:"), t))
     names = [t for t in order if t != "Linear" and not t.startswith("re:")]
     places = Lookup(names, [t[3:] for t in order if t.startswith("re:")])
 
@@ -208,12 +205,6 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
         weights.get("symmetric", True),
         act_bits=inputs.get("num_bits", 16),
         act_data_type="fp8" if inputs.get("type") == "float" else None,
-    )
-
-
-def _in_order(targets: Iterable[str]) -> list[str]:
-    return sorted(
-        targets, key=lambda target: (target == "Linear", target.startswith("re:"), target)
     )
 
 

@@ -42,14 +42,14 @@ def targets_of(
     targets = dict.fromkeys(whole.values())
     single = [name for name in names if blocks[name] not in whole]
     for template, members in folded(single, layout.quantized).items():
-        found = _by_name(layout, template, members[0], scheme, ends)
-        if "#" in template and not found[0].startswith("re:"):
-            found = [
+        patterns = _by_name(layout, template, members[0], scheme, ends)
+        if "#" in template and not patterns[0].startswith("re:"):
+            patterns = [
                 target
                 for member in members
                 for target in _by_name(layout, member, member, scheme, ends)
             ]
-        targets |= dict.fromkeys(found)
+        targets |= dict.fromkeys(patterns)
     return list(targets)
 
 

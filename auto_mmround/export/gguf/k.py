@@ -50,13 +50,13 @@ def onto(codes: Codes, ggml: SuperType) -> tuple[Codes, float]:
     w_OI, grid = grids.dequantize(codes), ggml.grid
     w_OGg, scale_OG = grids.to_groups(w_OI, ggml.group), codes.scale_OG.float()
     min_OG = torch.zeros_like(scale_OG) if codes.sym else scale_OG * codes.zero_OG
-    found = super_grids.fit(w_OGg, torch.ones_like(w_OGg[0]), grid, scale_OG, min_OG)
-    zero_OG, own_OG = super_grids.zeros(found, grid), None if grid.sym else found.min_OG
+    blocks = super_grids.fit(w_OGg, torch.ones_like(w_OGg[0]), grid, scale_OG, min_OG)
+    zero_OG, own_OG = super_grids.zeros(blocks, grid), None if grid.sym else blocks.min_OG
     q_OGg = grids.quantize(
-        w_OGg + found.min_OG[..., None], 0.0, found.scale_OG[..., None], zero_OG[..., None], grid
+        w_OGg + blocks.min_OG[..., None], 0.0, blocks.scale_OG[..., None], zero_OG[..., None], grid
     )
     fitted = grids.make_codes(
-        q_OGg, found.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, found.unit_OS2
+        q_OGg, blocks.scale_OG, zero_OG, w_OI.shape[1], grid, own_OG, blocks.unit_OS2
     )
     moved_OGg = grids.to_groups(grids.dequantize(fitted) - w_OI, ggml.group) / scale_OG[..., None]
     return fitted, float(moved_OGg.square().mean().sqrt())

@@ -286,11 +286,9 @@ def extra_tensors(text: Any) -> dict[str, Tensor]:
     if rope["rope_type"] != "llama3":
         return {}
     size, factor = head_dim(text), rope["factor"]
-    low, high, old = (
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    old = rope["original_max_position_embeddings"]
     wave_F = (
         2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     )

@@ -13,13 +13,16 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Tensors
 from auto_mmround.export.gguf.models import Part, Rule, extra_tensors, text_part
 from auto_mmround.export.gguf.towers import ROW_END, tower_part
-from auto_mmround.untrusted import TooLong, one_line, time_limit
+from auto_mmround.lazy import Lazy
+from auto_mmround.untrusted import TooLong, readable, time_limit
 
 # a head that claims one long list makes the reader walk through the whole file, byte by byte
 HEAD_SECONDS = 30.0
+DAMAGED = (
+    ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, OSError, MemoryError,
+)  # fmt: skip
 
 
 def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
@@ -36,7 +39,7 @@ def _files(raw: Mapping[str, Any], folder: Path) -> list[str]:
     return files
 
 
-def read(folder: Path) -> Tensors:
+def read(folder: Path) -> Mapping[str, Tensor]:
     """Checkpoint key -> tensor of all files of a folder, names as `tower_part` and `text_part`
     spell them; 16-bit tensors as they are, the rest in float32. UserError for unknown tensors or a
     missing file.
@@ -67,7 +70,7 @@ def read(folder: Path) -> Tensors:
                 )
             made = [stored[target] for target in rule.targets]
             makers[key] = partial(_tensor, folder / file, rule, made)
-    return Tensors(makers)
+    return Lazy(makers, lambda make: make())
 
 
 def _tensor(path: Path, rule: Rule, stored: Sequence[Any]) -> Tensor:
@@ -79,23 +82,12 @@ def _tensor(path: Path, rule: Rule, stored: Sequence[Any]) -> Tensor:
 def _readable(path: Path) -> Iterator[None]:
     """What the reader and the decoders raise for a damaged file, as a UserError."""
     try:
-        yield
+        with readable(path, DAMAGED):
+            yield
     except TooLong:
         raise UserError(
             f"{path} cannot be read: its head alone takes more than {HEAD_SECONDS:.0f} seconds"
         ) from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-        ArithmeticError,
-        OSError,
-        MemoryError,
-    ) as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
-        ) from error
 
 
 def _decode(stored: Any) -> Tensor:

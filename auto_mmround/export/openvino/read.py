@@ -5,8 +5,7 @@ their values.
 """
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,20 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Tensors
-from auto_mmround.untrusted import one_line, read_text
+from auto_mmround.lazy import Lazy
+from auto_mmround.untrusted import read_text, readable
 
 LANGUAGE = ("openvino_model", "openvino_language_model")
 TOWER = ("openvino_vision_embeddings_model", "openvino_vision_embeddings_merger_model")
 GRAPHS = (*LANGUAGE, "openvino_text_embeddings_model", *TOWER)
 REST = "openvino_rest.safetensors"
 ELEMENTS = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i8": torch.int8,
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8,
     "u8": torch.uint8,
-}
+}  # fmt: skip
 FOUR_BITS = ("i4", "u4")
 # Constants of a checkpoint's tensors are called MARK + key; those of a packed weight MARK + key +
 # "/" + part.
@@ -46,7 +42,7 @@ DAMAGED = (
 )
 
 
-def read(folder: Path) -> Tensors:
+def read(folder: Path) -> Mapping[str, Tensor]:
     """Checkpoint key -> tensor of all graphs of a folder, as stored, packed weights in float32.
 
     Raises UserError for a damaged or missing file; so does asking for a tensor of which two graphs
@@ -56,48 +52,33 @@ def read(folder: Path) -> Tensors:
     if not any((folder / f"{name}.xml").is_file() for name in LANGUAGE):
         raise UserError(f"{folder} has no {LANGUAGE[0]}.xml: copy the folder again")
     for path in [folder / f"{name}.xml" for name in GRAPHS if (folder / f"{name}.xml").is_file()]:
-        with _readable(path):
+        with readable(path, DAMAGED):
             constants = Constants(path)
             for key in constants.names():
                 holders.setdefault(key, []).append((path, constants))
     makers = {key: partial(_equal, key, graphs) for key, graphs in holders.items()}
-    with _readable(folder / REST):
+    with readable(folder / REST, DAMAGED):
         rest = load_file(folder / REST)
-        return Tensors(
-            makers
-            | {
-                key: partial(_rest, folder / REST, rest, key)
-                for key in sorted({name.partition("/")[0] for name in rest})
-            }
-        )
+        names = sorted({name.partition("/")[0] for name in rest})
+    more = {key: partial(_rest, folder / REST, rest, key) for key in names}
+    return Lazy({**makers, **more}, lambda make: make())
 
 
 def _equal(key: str, graphs: Sequence[tuple[Path, "Constants"]]) -> Tensor:
     """A tensor that all these graphs hold."""
     (first, constants), *others = graphs
-    with _readable(first):
+    with readable(first, DAMAGED):
         tensor = constants.tensor(key)
     for path, other in others:
-        with _readable(path):
+        with readable(path, DAMAGED):
             if not torch.equal(tensor, other.tensor(key)):
                 raise ValueError(f"{key} has other values than in {first.name}")
     return tensor
 
 
 def _rest(path: Path, rest: Mapping[str, Tensor], key: str) -> Tensor:
-    with _readable(path):
+    with readable(path, DAMAGED):
         return rest[key] if key in rest else decoded(*(rest[f"{key}/{part}"] for part in PARTS))
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What reading a damaged file raises, as a UserError."""
-    try:
-        yield
-    except DAMAGED as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(str(error))[:200]}): the file is damaged"
-        ) from error
 
 
 def decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
