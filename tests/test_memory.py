@@ -326,7 +326,16 @@ def test_choosing_bits_keeps_no_copy_of_all_weights(tmp_path):
     versions.add(
         {str(i): {16: model[i].weight.clone(), 4: model[i].weight.clone() + 0.01} for i in range(4)}
     )
-    trial = choosing.Trial(model, {str(i): (4,) for i in range(4)}, versions, None, ("text",), [0])  # type: ignore[arg-type]
+    trial = choosing.Trial(
+        model,
+        {},
+        {},
+        {str(i): (4,) for i in range(4)},
+        versions,
+        None,
+        ("text",),
+        [0],  # type: ignore[arg-type]
+    )
 
     def count() -> int:
         gc.collect()
