@@ -32,7 +32,7 @@ from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, work
 from auto_mmround.verify.limits import LIMITS, refusal, support
 from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import check
-from auto_mmround.verify.verify import verify
+from auto_mmround.verify.verify import _reason_not_to_ask, verify
 
 TEXT = "model.language_model.layers.0.mlp.up_proj"
 TOWER = "model.visual.blocks.0.mlp.fc1"
@@ -270,6 +270,22 @@ def test_what_engines_are_known_to_refuse():
     assert refusal("vllm", "compressed_tensors:int8", {Scheme(8, -1, act_bits=8)}) is None
     assert "mismatched sizes" in str(refusal("transformers", "auto_gptq", {Scheme(4), Scheme(8)}))
     assert len(LIMITS) == len({limit for fmt in FORMATS.values() for limit in fmt.limits}) == 30
+
+
+@pytest.mark.parametrize(
+    "name, scheme, reason",
+    [
+        # AutoRound's configurations say the packing, whatever the schemes would make us choose
+        ("auto_round", Scheme(4, 32, False), None),
+        ("compressed_tensors", Scheme(4, 16, data_type="nvfp4"), "takes no compressed_tensors:fl"),
+        ("compressed_tensors", Scheme(8, 32, data_type="mxfp8"), "with MXFP4 and MXFP8"),
+    ],
+)
+def test_limits_are_those_of_the_format_that_was_written(name, scheme, reason, tmp_path):
+    engine = "transformers" if reason is None else "vllm"
+    subject = SimpleNamespace(fmt=FORMATS[name], schemes={"a": scheme})
+    told = _reason_not_to_ask(engine, subject, tmp_path)
+    assert told is None if reason is None else reason in told
 
 
 def test_the_support_matrix_has_a_reader_for_every_format():

@@ -13,7 +13,6 @@ from torch import Tensor
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
-from auto_mmround.export import formats
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
 from auto_mmround.verify.engines import ENGINES, ask, interpreter, reads
@@ -265,6 +264,7 @@ def require_reads(engine: str, name: str) -> None:
 def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
     """Why an engine can't be asked about this folder; None if it can."""
     schemes = frozenset(subject.schemes.values())
-    # a configuration names the method; which of its formats it is, and so its limits, schemes tell
-    name = formats.resolve(subject.fmt.name, schemes).name if subject.fmt else "fake"
+    fmt, name = subject.fmt, "fake"
+    if fmt is not None:  # where a configuration does not tell formats apart, schemes do
+        name = fmt.choose(schemes).name if fmt.choose and not fmt.told else fmt.name
     return refusal(engine, name, schemes) or engines.not_installed(interpreter(name, root, engine))
