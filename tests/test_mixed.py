@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.checkpoint.loader import from_quantized
@@ -172,6 +172,21 @@ def test_schemes_are_chosen_written_and_read(options, tmp_path):
     read_back = from_quantized(folder).model.state_dict()
     assert all(torch.equal(read_back[name], p) for name, p in model.state_dict().items())
     assert ours.verify(["transformers"]).right
+
+
+def test_experts_are_measured_with_rounded_inputs_few_of_them_reached():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=64,
+        num_experts_per_tok=1, vocab_size=60, initializer_range=0.2,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    rows = texts(8)  # 32 tokens, 64 experts
+    options = dict(bit_options="NVFP4,FP8", format="compressed_tensors", target_bits=6, iters=0)
+    ours = AutoRoundMLLM(model, None, dataset=rows, device="cpu", nsamples=8, seqlen=32, **options)
+    job = jobs.prepare(ours.recipe, ours.loaded, rows)
+    assert {"NVFP4", "FP8"} & {layer["bits"] for layer in job.mixed["layers"].values()}
 
 
 def test_a_layer_gets_another_scheme_by_name(tmp_path):

@@ -79,7 +79,7 @@ def check_schemes(names: Iterable[str], schemes: Collection[Scheme]) -> None:
     """Raises UserError for a format that holds none of a recipe's schemes, whatever the model."""
     for name in names:
         fmt = resolve(name, schemes)
-        ordered = sorted(schemes, key=lambda scheme: scheme.stored)
+        ordered = sorted(schemes, key=Scheme.stored)
         problems = [fmt.holds(fitted([name], scheme)) for scheme in ordered]
         if problems and all(problems):
             raise UserError(f"nothing to quantize: {fmt.name} {problems[0]}")

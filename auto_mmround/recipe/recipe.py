@@ -151,13 +151,15 @@ class Recipe(Fields):
 
     def _inputs_first(self) -> dict[str, tuple[bool, str]]:
         """Where inputs of layers are measured on the whole model, by what the recipe asks for."""
+        if not self.inputs_first:
+            return {}
         scheme, other = "act_dynamic = false", "FP8"
-        if any(scheme.data_type == "nvfp4" for scheme in self.schemes):
+        if any(each.data_type == "nvfp4" and each.inputs_measured for each in self.schemes):
             scheme, other = "nvfp4 with 4-bit inputs", "NVFP4A16"
         name, instead = f"{scheme}, rounded to nearest,", "tune the layers"
         if self.calibrates:
             name, instead = f"quant_lm_head with {scheme}", "leave quant_lm_head out"
-        return {name: (self.inputs_first, f"{instead}, or use {other}")}
+        return {name: (True, f"{instead}, or use {other}")}
 
     def _check_mixed(self) -> None:
         options = self._options
@@ -279,7 +281,7 @@ class Recipe(Fields):
     @property
     def mixable(self) -> tuple[Option, ...]:
         """`bit_options` from the smallest to the largest, scales counted."""
-        sizes = {option: of_option(self._plain, option).stored for option in self._options}
+        sizes = {option: of_option(self._plain, option).stored() for option in self._options}
         return tuple(sorted(sizes, key=lambda option: sizes[option]))
 
     @property
@@ -306,8 +308,8 @@ class Recipe(Fields):
 
         Else each block's are when its turn comes.
         """
-        measured = any(scheme.inputs_measured for scheme in self.schemes)
-        return measured and (not self.calibrates or self.quant_lm_head)
+        first = not self.calibrates or self.quant_lm_head
+        return first and any(scheme.inputs_measured for scheme in self.schemes)
 
     @property
     def block_classes(self) -> list[str]:

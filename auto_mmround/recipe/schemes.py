@@ -56,13 +56,15 @@ class Scheme:
             return self.data_type, self.act_bits, self.group_size
         return self.act_data_type, self.act_bits, -1
 
-    @property
-    def stored(self) -> float:
-        """Bits of a weight with its share of a group's scale and zero point; what whole rows and
-        weights share counts as nothing."""
-        size = self.group_size if self.group_size > 0 else 2**20
-        extra = 16 + self.bits if self.data_type == "int" else SCALE_BITS[self.data_type]
-        return self.bits + extra / size
+    def stored(self, rows: int = 2**20, columns: int = 2**20) -> float:
+        """Bits of a value of a weight (rows, columns), with its share of scales and zero points. A
+        group's scale takes 16, its zero point as many as a code. Floats have no zero points, and
+        scales of other sizes, which FP8's blocks and whole weights share among rows."""
+        group = columns if self.group_size < 1 else self.group_size
+        if self.data_type == "int":
+            return self.bits + (16 + self.bits) / group
+        shared = {128: 128, 0: rows}.get(self.group_size, 1)
+        return self.bits + SCALE_BITS[self.data_type] / (group * shared)
 
     @property
     def one_for_fused(self) -> bool:

@@ -27,11 +27,11 @@ from auto_mmround.model.structure import (
     select_stages,
     used_twice,
 )
-from auto_mmround.numerics.float_grids import BLOCK, float_grid
+from auto_mmround.numerics.float_grids import float_grid
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid, Points
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.recipe.schemes import SCALE_BITS, Option, Scheme, of_option, overridden
+from auto_mmround.recipe.schemes import Option, Scheme, of_option, overridden
 
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -66,14 +66,9 @@ class WeightPlan:
 
 
 def stored_bits(weight: WeightPlan, scheme: Scheme) -> float:
-    """Size of a weight under a scheme, in bits; a group's scale takes 16, its zero point as many as
-    a code. Floats have none, and scales of other sizes."""
-    group = weight.in_features if scheme.group_size < 1 else scheme.group_size
-    count = weight.out_features * weight.in_features
-    if scheme.data_type != "int":
-        rows = {BLOCK: BLOCK, 0: weight.out_features}.get(scheme.group_size, 1)
-        return count * (scheme.bits + SCALE_BITS[scheme.data_type] / (group * rows))
-    return count * (scheme.bits + (16 + scheme.bits) / group)
+    """Size of a weight under a scheme, in bits."""
+    shape = weight.out_features, weight.in_features
+    return shape[0] * shape[1] * scheme.stored(*shape)
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,8 @@ class Trial:
 
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
+            if not x.numel():  # an expert without a token
+                return None
             step = (served.seen_by(weight, x.detach()) - x.detach()) * STEP
             seen = x + step
             if torch.is_grad_enabled():
@@ -312,7 +314,7 @@ def _served(
     """Option, from the smallest to the largest, -> what rounds the inputs of layers that may have
     it."""
     sizes = {
-        option: weight.scheme_at(option).stored
+        option: weight.scheme_at(option).stored()
         for weight in session.plan.weights
         for option in options.get(weight.name, ())
     }
