@@ -298,7 +298,8 @@ def test_one_row_without_words_stays_one():
     assert list(split_batch(row)) == [row]
 
 
-@pytest.mark.parametrize("mask", [torch.ones(1, 8), torch.tensor(1), [[1] * 8] * 2, 1])
+# A mask of one row is that of codebooks, see `test_codebooks`.
+@pytest.mark.parametrize("mask", [torch.ones(2, 8), torch.tensor(1), [[1] * 8] * 2, 1])
 def test_a_batch_whose_parts_differ_in_number_is_one_line(mask):
     batch = {"input_ids": torch.arange(24).reshape(3, 8), "labels": None}
     assert len(list(split_batch(batch))) == 3

@@ -71,9 +71,9 @@ WORDLESS = {"input_features": AUDIO, "input_values": AUDIO, "pixel_values": IMAG
 
 def token_ids(kwargs: Mapping[str, Any]) -> Tensor:
     """int64 (1, T), or (1, T, codebooks): the ids that the text model reads; an encoder-decoder's
-    are the decoder's. (1, 0) where it reads no words."""
+    are the decoder's. (1, 0) where it reads no words. Some models want a row for each codebook."""
     ids: Tensor = kwargs.get("decoder_input_ids", kwargs.get("input_ids", torch.empty(1, 0).long()))
-    return ids
+    return ids if len(ids) == 1 else ids.t()[None]
 
 
 def placeholder_ids(config: Any) -> dict[int, int]:
@@ -110,7 +110,7 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
     mask = kwargs.get(
         "decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask"
     )
-    if mask is not None and mask.shape == token_ids(kwargs).shape:
+    if mask is not None and mask.shape == token_ids(kwargs).shape[:2]:
         kinds_T = torch.where(mask[0].bool(), kinds_T, PAD).to(torch.int8)
     return kinds_T
 
@@ -189,7 +189,7 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
     if token_ids(kwargs).shape[1] != tokens:
         return sample
     decoder = "decoder_" if "decoder_input_ids" in kwargs else ""
-    kwargs.setdefault(f"{decoder}attention_mask", torch.ones_like(token_ids(kwargs)))
+    kwargs.setdefault(f"{decoder}attention_mask", torch.ones(1, tokens, dtype=torch.long))
     word = int((sample.modality_T == TEXT).int().argmax())  # never a placeholder
     for key, value in kwargs.items():
         if key in PER_TOKEN and value.ndim > 1 and value.shape[1] == tokens:
@@ -258,11 +258,27 @@ class Encoder:
         return made
 
     def _ready(self, label: str, inputs: Mapping[str, Any]) -> ModelInput:
-        kwargs = with_decoder_ids(tensors(label, inputs), self.config)
+        given = tensors(label, inputs)
+        kwargs = with_decoder_ids(given, self.config)
+        self._check_codebooks(label, kwargs)
         kinds_T = modality(kwargs, self.config)
-        return self._bounded(
-            ModelInput(label, kwargs, kinds_T, torch.ones(len(kinds_T), dtype=torch.bool))
-        )
+        labels, answer_T = given.get("labels"), torch.ones(len(kinds_T), dtype=torch.bool)
+        # Of a decoder they lie beside its ids, negative where no answer is.
+        if labels is not None and labels.shape == token_ids(kwargs).shape == (1, len(kinds_T)):
+            said_T = labels[0] >= 0
+            answer_T = said_T if bool(said_T.any()) else answer_T
+        return self._bounded(ModelInput(label, kwargs, kinds_T, answer_T))
+
+    def _check_codebooks(self, label: str, kwargs: Mapping[str, Any]) -> None:
+        """Raises UserError for several rows of ids that are no codebooks of the model."""
+        text = self.config.get_text_config(decoder=True)
+        for key in ("input_ids", "decoder_input_ids"):
+            rows = len(kwargs.get(key, "1"))
+            if rows not in (1, getattr(text, "num_codebooks", 1)):
+                raise UserError(
+                    f"sample {label}: {rows} rows of {key}, but 1 of the mask or other inputs: give"
+                    " one sample at a time"
+                )
 
     def _plain(self, sample: Sample) -> ModelInput:
         ids = sample.input_ids

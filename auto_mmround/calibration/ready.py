@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.calibration.rows import BadSample
+from auto_mmround.errors import UserError
 
 # Outputs of a processor with one entry a token along dimension 1: they are cut together.
 PER_TOKEN = (
@@ -45,7 +46,8 @@ def check_lengths(label: str, kwargs: Mapping[str, Any]) -> None:
             if ids not in kwargs or not isinstance(kwargs.get(key), Tensor):
                 continue
             wanted, got = kwargs[ids].shape[:2], kwargs[key].shape
-            if len(got) == 2 and got != wanted:
+            # ids may have a row for each codebook
+            if len(got) == 2 and got not in (wanted, (1, wanted[1])):
                 raise BadSample(
                     "form",
                     f"sample {label}: {key} has the shape {tuple(got)}, {ids} {tuple(wanted)}",
@@ -62,7 +64,8 @@ def check_finite(label: str, kwargs: Mapping[str, Any]) -> None:
 
 def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Inputs of an encoder-decoder that has labels only: shifted right behind the decoder's first
-    token, without the padding of a batch at their end."""
+    token, without the padding of a batch at their end. Raises UserError for labels of several
+    rows, or of codebooks."""
     inputs = dict(kwargs)
     labels = inputs.pop("labels", None)
     if (
@@ -71,6 +74,11 @@ def with_decoder_ids(kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
         or not getattr(config, "is_encoder_decoder", False)
     ):
         return inputs
+    if labels.ndim != 2 or len(labels) != 1:
+        raise UserError(
+            f"labels of the shape {tuple(labels.shape)}, not (1, T): give one sample at a time, or"
+            " decoder_input_ids"
+        )
     start = torch.full_like(labels[:, :1], _token(config, "decoder_start", "bos", "pad"))
     said = (labels >= 0).any(0).nonzero()[:, 0]
     labels = labels[:, : int(said[-1]) + 2] if len(said) else labels[:, :1]

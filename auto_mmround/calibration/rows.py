@@ -164,6 +164,8 @@ def _tokens(row: Mapping[str, Any], label: str) -> Sample:
     ids = _integers(row["input_ids"], "input_ids", label)
     if ids.ndim == 3 and len(ids) == 1 and ids.numel():  # a row of codebooks for each token
         return Sample(label, inputs={**row, "input_ids": ids})
+    if ids.ndim == 2 and _has_codebooks(row):
+        return Sample(label, inputs={**row, "input_ids": ids})
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
         raise BadSample(
             "form",
@@ -212,14 +214,14 @@ def split_batch(item: Any) -> Iterator[Any]:
         and isinstance(ids := item.get("input_ids"), Tensor)
         and ids.ndim == 2
     ):
-        if len(ids) > 1 and not set(item) <= TEXT_KEYS | SECOND_KEYS:
+        if len(ids) == 1 or _has_codebooks(item):
+            yield item
+            return
+        if not set(item) <= TEXT_KEYS | SECOND_KEYS:
             raise UserError(
                 "a DataLoader that gives model inputs with media must give one sample at a time"
             )
-        if len(ids) == 1:
-            yield item
-        else:
-            yield from _taken_apart(item, "input_ids")
+        yield from _taken_apart(item, "input_ids")
     elif isinstance(item, Mapping) and (key := _batched(item)):
         # A model without words beside them, as Whisper: each row has one of all.
         for row in _taken_apart(item, key):
@@ -228,6 +230,14 @@ def split_batch(item: Any) -> Iterator[Any]:
         yield from (dict(zip(item, values)) for values in zip(*item.values(), strict=True))
     else:
         yield item
+
+
+def _has_codebooks(row: Mapping[str, Any]) -> bool:
+    """Whether the ids of one sample may have a row for each codebook (Musicgen): several rows, and
+    a mask of one."""
+    ids, mask = row["input_ids"], row.get("attention_mask")
+    one = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == 1
+    return one and len(ids) > 1 and len(ids[0]) == mask.shape[1]
 
 
 def _batched(item: Mapping[str, Any]) -> str | None:

@@ -85,7 +85,7 @@ def logits_of(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
 def _own_logits(model: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """The same in the model's dtype."""
     with torch.inference_mode(), devices.products(device_of(model), model.dtype):
-        return run_model(model, moved(model, kwargs)).logits[0].flatten(0, -2)
+        return run_model(model, moved(model, kwargs)).logits.flatten(0, -2)
 
 
 def logits_in_turn(
@@ -153,7 +153,7 @@ class _Scored(NamedTuple):
 def _scored(logits_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput) -> _Scored:
     """In float32, a few positions at a time: all together take six times the room of the logits."""
     ids_T = token_ids(sample.kwargs)[0].to(logits_TV.device)
-    told = len(ids_T) == len(logits_TV)
+    told = ids_T.ndim == 1 and len(ids_T) == len(logits_TV)
     rows = max(1, AT_ONCE // logits_TV.shape[-1])
     best, losses, kls, same = [], [], [], []
     for at in range(0, len(logits_TV), rows):

@@ -133,4 +133,4 @@ def _until_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tens
 def _whole(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
     """For models that change the head's output: the logits themselves. Of a transducer, or of
     several codebooks, all of a sample's in one list."""
-    return run_model(model, kwargs).logits[0].flatten(0, -2), nn.Identity()
+    return run_model(model, kwargs).logits.flatten(0, -2), nn.Identity()
