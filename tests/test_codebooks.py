@@ -86,8 +86,8 @@ def test_labels_beside_the_ids_tell_the_answers(tmp_path):
     labels[:, :-3] = -100
     family.save(tmp_path / "model", tiny_tokenizer())
     recipe = Recipe(
-        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), nsamples=1, device="cpu", group_size=32,
-        seqlen=labels.shape[1],
+        model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), nsamples=1, group_size=32,
+        device="cpu", seqlen=labels.shape[1],
     )  # fmt: skip
     job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=[row | {"labels": labels}])
     assert job.inputs[0].answer_T.tolist() == [False] * (labels.shape[1] - 3) + [True] * 3

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, Tiny, tiny_tokenizer
 
+from auto_mmround.model.borrowed import borrowed
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify.proof import prove
@@ -105,3 +106,26 @@ def test_a_matrix_of_one_value_must_decode_to_it():
         (quarter, zero, False), (zero, quarter, False), (torch.randn(8, 16), zero, False),
     ]:  # fmt: skip
         assert (not list(_against_source("w", decoded, wanted))) == right
+
+
+@pytest.mark.parametrize("iters", [0, 1])
+def test_experts_whose_rows_do_not_suit_the_grouped_product(iters, tmp_path):
+    """36 channels in bfloat16 are 72 bytes; torch wants a multiple of 16, and Transformers does not
+    look."""
+    family = sized("qwen3_moe", {"moe_intermediate_size": 36})
+    job = planned(
+        family, tmp_path, iters=iters, group_size=-1, model_dtype="bfloat16", amp=True,
+        format="fake",
+    )  # fmt: skip
+    experts = [name for name in job.plan.quantized if ".experts." in name]
+    assert experts
+    jobs.run(job, prove=prove)
+
+
+def test_a_model_gets_its_own_experts_back(tmp_path):
+    family = sized("qwen3_moe", {"moe_intermediate_size": 36})
+    model = family.build().to(torch.bfloat16)
+    before = model.config._experts_implementation
+    with borrowed(model):
+        model(torch.arange(8)[None])
+    assert model.config._experts_implementation == before != "eager"

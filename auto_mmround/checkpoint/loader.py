@@ -18,7 +18,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.lazy import LazyTensor
 from auto_mmround.model import devices
-from auto_mmround.model.borrowed import named
+from auto_mmround.model.borrowed import made_runnable
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
 from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached, fits
 from auto_mmround.model.loading import (
@@ -80,7 +80,7 @@ def from_quantized(
             raise
         raise UserError(f"{folder} can't be loaded: {one_line(str(error))[:400]}") from None
     _check_filled(folder, met)
-    named(model)
+    made_runnable(model)
     if activations:
         _quantize_inputs(model, decoded.checkpoint, state.files, device)
         _quantize_cache(model, decoded.checkpoint, state.files, device)

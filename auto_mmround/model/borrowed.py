@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.streaming import Holder, InMemory
+from auto_mmround.model.structure import find_experts
 from auto_mmround.model.visiting import visiting
+
+ALIGNED = 16  # bytes that a row of an expert's matrix is a multiple of, for torch's grouped product
 
 
 @contextmanager
@@ -41,19 +44,20 @@ def borrowed(
         there = visiting(model, device, whole)
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     answers = [
-        (config, config.return_dict)
+        (config, config.return_dict, config._experts_implementation)
         for config in {id(config): config for config in configs}.values()
     ]
     try:
         model.eval().requires_grad_(False)
         for parameter in model.parameters():
             parameter.grad = None  # an old gradient would add itself to the first step
-        named(model)
+        made_runnable(model)
         with torch.inference_mode(False), torch.enable_grad(), there as holder:
             yield holder
     finally:
-        for config, answer in answers:
+        for config, answer, implementation in answers:
             config.return_dict = answer
+            config._experts_implementation = implementation
         for module, flag in training.items():
             module.training = flag
         for name, parameter in model.named_parameters():
@@ -61,9 +65,16 @@ def borrowed(
             parameter.grad = wanted[name][1]
 
 
-def named(model: Any) -> None:
-    """Outputs by name, also where a configuration asks for tuples (`return_dict` false):
-    Transformers' own classes fail on those in places."""
+def made_runnable(model: Any) -> None:
+    """Set what Transformers' own classes fail on in places.
+
+    Outputs come by name, also where a configuration asks for tuples (`return_dict` false). Experts
+    run one after the other where torch has no grouped product for the width of their matrices,
+    which is Transformers' default.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.return_dict = True
+    stacks = {name: model.get_parameter(name) for name in find_experts(model).fused}
+    if any(stack.shape[-1] * stack.itemsize % ALIGNED for stack in stacks.values()):
+        model.set_experts_implementation("eager")

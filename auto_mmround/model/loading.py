@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.borrowed import named
+from auto_mmround.model.borrowed import made_runnable
 from auto_mmround.model.devices import HOST
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.placement import check_present, placed
@@ -175,7 +175,7 @@ def load(
         device = HOST
     how = _How(own_dtype, device, device_map, streams, remote_code)
     model, holder = _read(name, cls, folder, config, tensors, how)
-    named(model)
+    made_runnable(model)
     processor = load_processor(folder, remote_code)
     return Loaded(model, load_tokenizer(folder, processor, remote_code), processor, folder, holder)
 
