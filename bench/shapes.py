@@ -57,6 +57,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
              num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
         QWEN25 | dict(intermediate_size=3420, out_hidden_size=3584),
     ),
+    "llama-3.2-11b-vision": (
+        "MllamaForConditionalGeneration",
+        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=40,
+             num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+        dict(hidden_size=1280, intermediate_size=5120, attention_heads=16, image_size=560,
+             patch_size=14, max_num_tiles=4, supported_aspect_ratios=[[1, 1], [1, 2]]),
+    ),
     "qwen2.5-vl-72b": (
         "Qwen2_5_VLForConditionalGeneration",
         dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
@@ -80,7 +87,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "out_hidden_size",
           "vocab_size")  # fmt: skip
-HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads")
+HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "attention_heads")
 
 
 def config_of(name: str, layers: int, scale: int) -> Any:
@@ -96,16 +103,25 @@ def config_of(name: str, layers: int, scale: int) -> Any:
                 found[key] = max(1, found[key] // scale)
         return found
 
-    text = smaller(text) | {"num_hidden_layers": layers}
+    text, vision = smaller(text) | {"num_hidden_layers": layers}, smaller(vision)
+    kind = getattr(transformers, cls).config_class
+    if cls.startswith("Mllama"):  # half of the layers read the picture, one in five as published
+        vision |= {"num_hidden_layers": layers, "num_global_layers": layers,
+                   "intermediate_layers_indices": [0],
+                   "vision_output_dim": 2 * vision["hidden_size"]}  # fmt: skip
+        text |= {"cross_attention_layers": list(range(1, layers, 2)), "pad_token_id": 0}
+        return kind(
+            text_config=text, vision_config=vision, image_token_index=IDS["image_token_id"],
+            architectures=[cls], dtype="bfloat16", tie_word_embeddings=False,
+        )  # fmt: skip
     # positions in three dimensions: halves of a head
     half = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) // 2
     part = half * 3 // 8
     sections = [half - 2 * part, part, part]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    kind = getattr(transformers, cls).config_class
     return kind(
         text_config=text | {"rope_parameters": rope},
-        vision_config=smaller(vision) | {"depth": layers}, architectures=[cls],
+        vision_config=vision | {"depth": layers}, architectures=[cls],
         dtype="bfloat16", tie_word_embeddings=False, **IDS,
     )  # fmt: skip
 
@@ -130,21 +146,38 @@ def make(folder: Path, config: Any) -> None:
 def inputs_of(config: Any, samples: int, tokens: int) -> list[ModelInput]:
     """Random words, with a small picture in each sample."""
     draw, found = torch.Generator().manual_seed(1), []
-    vision = config.vision_config
-    size = 3 * vision.temporal_patch_size * vision.patch_size**2
     for i in range(samples):
         ids = torch.randint(10, 120, (1, tokens), generator=draw)
-        ids[0, 1:3] = torch.tensor([IDS["vision_start_token_id"], IDS["image_token_id"]])
-        ids[0, 3:6] = IDS["image_token_id"]
+        tiled = config.model_type == "mllama"  # one place, and its tiles beside the text
+        ids[0, 1] = IDS["vision_start_token_id"]
+        ids[0, 2 : 3 if tiled else 6] = IDS["image_token_id"]
         kind_T = (ids[0] == IDS["image_token_id"]).to(torch.int8)
-        kwargs: dict[str, Tensor] = {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": kind_T[None].int(),
-            "pixel_values": torch.randn(16, size, generator=draw),
-            "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        }  # fmt: skip
+        kwargs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        kwargs |= (tiles if tiled else patches)(config.vision_config, kind_T, draw)
         found.append(ModelInput(str(i), kwargs, kind_T, torch.ones(tokens, dtype=torch.bool)))
     return found
+
+
+def patches(vision: Any, kind_T: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+    """A picture of 16 patches, as Qwen's towers read it."""
+    size = 3 * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "mm_token_type_ids": kind_T[None].int(),
+        "pixel_values": torch.randn(16, size, generator=draw),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+def tiles(vision: Any, kind_T: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+    """A picture of one tile among four, as Llama's tower reads it."""
+    shape = 1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size
+    first = torch.tensor([1] + [0] * (vision.max_num_tiles - 1))
+    return {
+        "pixel_values": torch.randn(shape, generator=draw),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": first[None, None],
+        "cross_attention_mask": first.expand(1, len(kind_T), 1, -1).clone(),
+    }
 
 
 def _reset_peak() -> None:
