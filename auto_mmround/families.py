@@ -212,6 +212,27 @@ UNTESTED = {
     "gemma4_unified": Family("Gemma 4 unified", stages=(), vllm=V_GEMMA),
 }
 
+# Without a quirk: read by their structure, and tested by the sweep in every run of the tests.
+PLAIN = {
+    "MiniCPMV4_6ForConditionalGeneration": Family(
+        "MiniCPM-V 4.6", stages=("vision", "nontext", "text")
+    ),
+    "Ernie4_5_VLMoeForConditionalGeneration": Family("ERNIE-4.5-VL", note="experts"),
+    "DeepseekOcr2ForConditionalGeneration": Family("DeepSeek-OCR 2", note="experts"),
+    "Florence2ForConditionalGeneration": Family("Florence-2", stages=("vision", "encoder", "text")),
+    "Ovis2ForConditionalGeneration": Family("Ovis2"),
+    "AriaForConditionalGeneration": Family("Aria", note="experts"),
+    "Granite4VisionForConditionalGeneration": Family(
+        "Granite 4 Vision", stages=("vision", "nontext", "text")
+    ),
+    "GraniteMoeHybridForCausalLM": Family("Granite 4", TEXT, TEXT, note="hybrid; experts"),
+    "MoonshineForConditionalGeneration": Family("Moonshine", ("audio",), ("audio", "text")),
+    "ParakeetForCTC": Family("Parakeet", ("audio",), TEXT),
+    "GptOssForCausalLM": Family("gpt-oss", TEXT, TEXT, note="experts"),
+    "MiniMaxM2ForCausalLM": Family("MiniMax-M2", TEXT, TEXT, note="experts"),
+    "DeepseekV3ForCausalLM": Family("DeepSeek-V3", TEXT, TEXT, note="experts"),
+}
+
 
 def family_of(model_type: str) -> Family:
     """The family's entry, or one without quirks."""

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from auto_mmround.calibration.template import shipped
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.families import FAMILIES, swept
+from auto_mmround.families import FAMILIES, PLAIN, swept
 from auto_mmround.printing import console, show
 from auto_mmround.verify.engines import ENGINES
 from auto_mmround.verify.limits import LIMITS, support
@@ -31,7 +31,9 @@ def show_families() -> int:
     """The table of families: calibration data, stages, and the writer of conversations."""
     templates = shipped()
     table = Table("model_type", "family", "calibrates with", "stages", "template", "note")
-    for model_type, family in FAMILIES.items():
+    types = {row.architecture: row.model_type for row in swept()}
+    plain = {types[architecture]: family for architecture, family in PLAIN.items()}
+    for model_type, family in [*FAMILIES.items(), *plain.items()]:
         name = family.template or model_type
         stages = ", ".join(dict.fromkeys(family.stages))
         writer = name if name in templates else "the model's own" if len(family.stages) > 1 else "-"
@@ -42,6 +44,7 @@ def show_families() -> int:
     console.print(
         f"{len(FAMILIES)} families, each tested on a tiny random model with --quant_nontext_module:"
         " plan, calibrate, tune, export to auto_round and auto_gptq, read back, equal logits."
+        f" The last {len(PLAIN)} have no quirk, and are tested by class, as below."
         " Others work by structure if the replay of their blocks proves right; else they are"
         " refused with one line. See docs/new-model.md."
     )

@@ -64,6 +64,7 @@ def picture_shapes(config: Any) -> Iterator[tuple[int, ...]]:
         yield (1, 16, 3 * frames * p * p)
         yield (1, 3, p, 16 * p)
     yield from ((16, 3, patch[0], patch[0]), (1, 16, 3, patch[0], patch[0]))
+    yield (16, 2 * patch[0], 2 * patch[0], 3)
 
 
 def sound_shapes(config: Any) -> Iterator[tuple[int, ...]]:
@@ -100,7 +101,7 @@ def companions(name: str, shape: tuple[int, ...]) -> list[Any]:
         "image_num_crops": [torch.tensor([1])],
         "high_res_pixel_values": [noise((1, 3, side, side), 3)],
         "feature_attention_mask": [ones(1, frames, dtype=torch.long)],
-        "input_features_mask": [ones(1, frames, dtype=torch.long)],
+        "input_features_mask": [ones(1, frames, dtype=torch.long), ones(1, 16).bool()],
         "audio_attention_mask": [ones(1, frames, dtype=torch.long)],
         "padding_mask": [ones(1, frames, dtype=torch.long)],
         "audio_embed_sizes": [torch.tensor([4])],
@@ -211,13 +212,15 @@ class Finder:
         if "input_ids" in self.takes:
             count = self._features(kind, name, shape, extra)
             counts, seen = [*([count] if count else []), 4, 16, 1, 17], Counter[str]()
+            tried: list[int] = []
             for count in dict.fromkeys(counts):
                 self.why.append("")
+                tried.append(count)
                 yield count
                 seen[self.why[-1]] += 1
                 told = re.search(r"tokens: \d+,? features:? (\d+)", self.why[-1])
-                if told and int(told[1]) not in counts:
-                    yield from {int(told[1]), int(told[1]) // 64} - {*counts, 0}
+                if told and int(told[1]) not in tried:  # elements, of some classes
+                    yield from {int(told[1]), int(told[1]) // 64} - {*tried, 0}
                     return
                 if not told and seen[self.why[-1]] == 2 and self.why[-1]:
                     return  # it does not come to the words

@@ -122,6 +122,7 @@ NEEDED = {"head_dim": 32, "num_key_value_heads": 2, "num_local_experts": 4}  # e
 KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "layers_types")
 # Model type -> fields, where small numbers alone give no model; "text_config.head_dim" is deeper.
 ROWS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
               "expert_layer_offset": 1},
@@ -146,9 +147,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "wav2vec2-bert": {"vocab_size": 128}, "wav2vec2-conformer": {"vocab_size": 128},
     "molmo2": {"image_patch_id": IMAGE, "adapter_config.vision_feature_layer": [-1, -2]},
-    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "granite_speech_plus": {"encoder_config.input_dim": 16, "downsample_rate": 2, "window_size": 4,
+        "encoder_config.context_size": 8, "encoder_config.conv_kernel_size": 3},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16, "audio_config.num_stacked_frames": 1},
     "janus": {"vq_config.base_channels": 32},
-    "chameleon": {"vocabulary_map": {"<image>": 120}, "vq_config.base_channels": 32},
+    "chameleon": {"vq_config.base_channels": 32, "vq_config.num_embeddings": 10,
+        "vocabulary_map": {"<image>": IMAGE}
+        | {f"IMGIMG{letter}Z": 100 + i for i, letter in enumerate("ABCDEFGHIJ")}},
     "glm46v": {"text_config.rope_parameters": PARTS},
     "glm4v_moe": {"text_config.rope_parameters": PARTS},
     "glm_ocr": {"text_config.rope_parameters": PARTS},

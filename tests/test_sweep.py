@@ -11,6 +11,7 @@ import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.errors import UserError
+from auto_mmround.families import PLAIN, calibrates, swept
 from auto_mmround.model.capture import capture
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.structure import find_stages
@@ -21,16 +22,13 @@ from auto_mmround.run.plan import OTHER_FORM, SHARED, make_plan
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # What people use, but for the families of `tiny_models`, which go further in `test_families`.
 USED = [
+    *PLAIN,
     "Qwen3_5ForConditionalGeneration",
-    "Florence2ForConditionalGeneration",
     "PaliGemmaForConditionalGeneration",
     "T5Gemma2ForConditionalGeneration",
-    "MoonshineForConditionalGeneration",
-    "ParakeetForCTC",
     "BartForConditionalGeneration",
     "T5ForConditionalGeneration",
     "ModernBertDecoderForCausalLM",
-    "MiniCPMV4_6ForConditionalGeneration",
     "FSMTForConditionalGeneration",
     "KyutaiSpeechToTextForConditionalGeneration",
     "ZambaForCausalLM",
@@ -54,6 +52,16 @@ def test_classes_that_people_use(name, sweep):
     known = {}
     sweep.go(case, lambda key, value: known.setdefault(key, []).append(value))
     assert known["ways"]
+
+
+def test_the_table_of_plain_families_says_what_the_sweep_saw(sweep):
+    rows = {row.architecture: row for row in swept()}
+    cases = {case.architecture: case for case in sweep.cases()}
+    for name, family in PLAIN.items():
+        row, kinds = rows[name], family.calibrates
+        assert row.verdict == "passed" and calibrates(sweep.build(cases[name])) == kinds
+        assert set(row.ways) >= {"text"} & set(kinds) | ({"media"} if kinds != ("text",) else set())
+        assert (*dict.fromkeys(row.stages),) == family.stages, name
 
 
 def made(sweep, name):
