@@ -39,11 +39,13 @@ from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain, difference
 from auto_mmround.model.loading import load
+from auto_mmround.numerics.moments import PANEL
 from auto_mmround.numerics.tuner import held_out_split, looked_at
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.loss_weights import samples_a_step
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.session import Session
 
@@ -85,6 +87,8 @@ PARTS: dict[str, tuple[Any, str]] = {
     "steps": (pipeline, "tune_block"),
 }
 FORMATS = "auto_round,auto_gptq,auto_awq,compressed_tensors,mlx"
+# dense bf16 operations a second, by data sheets
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "GAUDI2": 432e12}
 NEAR = 0.05  # of the logits: the device computes in bfloat16 or float16, the processor in float32
 
 Progress = Callable[[str], None]
@@ -129,15 +133,29 @@ def inputs_of(rows_ST: torch.Tensor) -> list[ModelInput]:
     ]
 
 
-def operations(shape: Mapping[str, int], recipe: Recipe, samples: int, tokens: int) -> float:
-    """Of the sign steps of one block: products with its weights and attention, three times where
-    gradients are taken."""
+def operations(
+    shape: Mapping[str, int], recipe: Recipe, tokens: int, session: Session, blocks: int
+) -> dict[str, float]:
+    """By part of the block loop: products with the weights, attention, second moments; three times
+    where gradients are taken. The solve's are left out."""
     width, hidden = shape["hidden_size"], shape["intermediate_size"]
     narrow = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
     weights = 2 * width * width + 2 * width * narrow + 3 * width * hidden
+    one = tokens * (2.0 * weights + 4.0 * tokens * width)  # of a sample through a block
+    squares = 2.0 * tokens * (3 * products(width) + products(hidden))  # q, o, gate, down read these
     looks = 1 + sum(looked_at(step, recipe.steps) for step in range(1, recipe.steps + 1))
-    passes = 3 * recipe.batch * recipe.steps + len(held_out_split(samples)[1]) * looks
-    return passes * tokens * (2.0 * weights + 4.0 * tokens * width)
+    held_out = len(held_out_split(len(session.used))[1])
+    each = samples_a_step(recipe, tokens)
+    return {
+        "passes": one * len(session.used) * (2 * blocks - 1),  # the last block's student gives none
+        "moments": (one + squares) * len(session.sampled) * blocks,
+        "steps": one * (3 * each * recipe.steps + held_out * looks) * blocks,
+    }
+
+
+def products(columns: int) -> int:
+    """Numbers that a token adds up in second moments: panels on and above the diagonal."""
+    return sum(min(PANEL, columns - i) * (columns - i) for i in range(0, columns, PANEL))
 
 
 def rate(device: torch.device, size: int) -> float:
@@ -166,14 +184,16 @@ def ours(
         pipeline.quantize(model, recipe, plan, inputs, finished)
     devices.traits(device).synchronize(device)
     took, count = time.perf_counter() - started, len(finished.reports)
-    work = operations(sizes, recipe, samples, tokens) * count
+    work = operations(sizes, recipe, tokens, Session(model, recipe, plan, inputs), count)
+    loop = sum(meter.seconds[part] for part in (*work, "solve"))
     return {
         "seconds": took,
         "parts": meter.seconds,
         "peaks": meter.peaks,
         "peak_gb": max(meter.peaks.values()),
         "operations": work,
-        "rate": work / meter.seconds["steps"],
+        "rate": work["steps"] / meter.seconds["steps"],
+        "loop_rate": sum(work.values()) / loop,
         "better": all(r.end <= r.nearest for r in finished.reports.values()),
     }
 
@@ -280,10 +300,18 @@ def read_back(device: torch.device) -> dict[str, Any]:
 # what is printed
 
 
+def peak_of(name: str) -> float | None:
+    """bf16 operations a second by the data sheet; None for a card that is not in `PEAKS`."""
+    words = re.split(r"[ -]", name.upper())
+    return next((peak for card, peak in PEAKS.items() if card in words), None)
+
+
 def table(record: Mapping[str, Any]) -> str:
     """The record as Markdown."""
-    head = ["shape", "tokens", "layers", "preset", "seconds", *PARTS, "peak GB", "TFLOP/s, steps",
-            "of matmul", "auto-round s", "GB", "ratio"]  # fmt: skip
+    head = ["shape", "tokens", "layers", "preset", "seconds", *PARTS, "peak GB", "TFLOP, loop",
+            "TFLOP/s, steps", "TFLOP/s, loop", "of matmul", "of peak", "auto-round s", "GB",
+            "ratio"]  # fmt: skip
+    peak = peak_of(record["device"])
     lines = [f"{record['device']}, torch {record['torch']}, transformers {record['transformers']}"]
     lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in record.get("speed", []):
@@ -294,8 +322,10 @@ def table(record: Mapping[str, Any]) -> str:
             peer = row.get("auto_round") or {}
             cells += [f"{row['seconds']:.2f}"]
             cells += [f"{row['parts'].get(part, 0.0):.2f}" for part in PARTS]
-            cells += [f"{row['peak_gb']:.2f}", f"{row['rate'] / 1e12:.3g}"]
-            cells += [f"{row['rate'] / record['matmul']:.0%}"]
+            cells += [f"{row['peak_gb']:.2f}", f"{sum(row['operations'].values()) / 1e12:.3g}"]
+            cells += [f"{row[key] / 1e12:.3g}" for key in ("rate", "loop_rate")]
+            cells += [f"{row['loop_rate'] / record['matmul']:.0%}"]
+            cells += [f"{row['loop_rate'] / peak:.0%}" if peak else "-"]
             cells += [f"{peer[key]:.2f}" if peer else "-" for key in ("seconds", "peak_gb")]
             cells += [f"{row['seconds'] / peer['seconds']:.3f}" if peer else "-"]
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -11,7 +11,8 @@ steps themselves are not. The unit is one forward pass of all samples through th
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -41,16 +42,16 @@ PARTS = (
 
 
 class Counted:
-    """Operations by part; of nested parts the inner one has them."""
+    """What is counted, by part; of nested parts the inner one has it. totals: of all so far."""
 
-    def __init__(self, counter: Any) -> None:
-        self.by_part = dict.fromkeys(PARTS, 0)
-        self._counter, self._open, self._seen = counter, ["rest"], 0
+    def __init__(self, totals: Callable[[], Counter[str]]) -> None:
+        self.by_part: dict[str, Counter[str]] = defaultdict(Counter)
+        self._totals, self._open, self._seen = totals, ["rest"], totals()
 
     def _note(self) -> None:
-        total = self._counter.get_total_flops()
-        self.by_part[self._open[-1]] += total - self._seen
-        self._seen = total
+        now = self._totals()
+        self.by_part[self._open[-1]] += now - self._seen
+        self._seen = now
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -100,8 +101,9 @@ def attention_backward_flop(
 
 
 @contextmanager
-def counting() -> Iterator[Counted]:
-    """Count what is done while open; ours by the functions that do it."""
+def counting(more: Callable[[], Mapping[str, int]] = dict) -> Iterator[Counted]:
+    """Count operations while open, ours by the functions that do them. more: what else is counted,
+    as it stands."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,7 +114,7 @@ def counting() -> Iterator[Counted]:
     from auto_mmround.run.session import Session
 
     aten = torch.ops.aten
-    more = {
+    own = {
         aten.addmm_: mm_flop, aten.addmv_: mv_flop, aten.addmv: mv_flop,
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop,
@@ -124,8 +126,8 @@ def counting() -> Iterator[Counted]:
         ("solve", pipeline, "closed_forms"), ("held out", tuner, "_mean_error"),
         ("held out", pipeline, "mean_error"), ("steps", pipeline, "tune_block"),
     )  # fmt: skip
-    with ExitStack() as undo, FlopCounterMode(display=False, custom_mapping=more) as counter:
-        counted = Counted(counter)
+    with ExitStack() as undo, FlopCounterMode(display=False, custom_mapping=own) as counter:
+        counted = Counted(lambda: Counter(operations=counter.get_total_flops(), **more()))
         for name, owner, attribute in watched:
             work = getattr(owner, attribute)
             undo.callback(setattr, owner, attribute, work)
@@ -134,16 +136,26 @@ def counting() -> Iterator[Counted]:
             yield counted
 
 
-def made(layers: int) -> tuple[Any, Any]:
+def made(layers: int, shape: Mapping[str, Any] = SHAPE) -> tuple[Any, Any]:
     """A model of random weights, and a tokenizer that nothing is read with."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=layers, **SHAPE)).bfloat16().eval()
+    model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=layers, **shape)).bfloat16().eval()
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     return model, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="a")
+
+
+def by_auto_round(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> None:
+    """The peer's default, but for its number of steps."""
+    from tuner import by_peer
+
+    by_peer(
+        job | {"options": {}}, model, tokenizer,
+        [row[None] for row in rows], rows.shape[1], batch_size=8, iters=job["iters"],
+    )  # fmt: skip
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -159,19 +171,14 @@ def worker(job: dict[str, Any]) -> None:
     rows = torch.randint(SHAPE["vocab_size"], shape, generator=generator)  # type: ignore[call-overload]
     with counting() as counted:
         if job["method"] == PEER:
-            from tuner import by_peer
-
-            by_peer(
-                job | {"options": {}}, model, tokenizer,
-                [row[None] for row in rows], length, batch_size=8, iters=job["iters"],
-            )  # fmt: skip
+            by_auto_round(job, model, tokenizer, rows)
         else:
             dataset = [{"input_ids": row.tolist()} for row in rows]
             AutoRoundMLLM(
                 model, tokenizer, dataset=dataset, nsamples=samples, seqlen=length, device="cpu",
                 bits=4, group_size=128, **OURS[job["method"]],
             ).quantize()  # fmt: skip
-    print(json.dumps(counted.by_part))
+    print(json.dumps({part: counted.by_part[part]["operations"] for part in PARTS}))
 
 
 def main() -> None:
@@ -224,12 +231,12 @@ def _answer(job: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def forward_pass(samples: int, length: int, depth: int) -> int:
+def forward_pass(samples: int, length: int, depth: int, shape: Mapping[str, Any] = SHAPE) -> int:
     """Operations of all samples through the blocks: products with weights, and of attention."""
     width, heads, size = (
-        SHAPE[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size")
+        shape[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size")
     )
-    pairs = SHAPE["num_key_value_heads"] * width // heads
+    pairs = shape["num_key_value_heads"] * width // heads
     weights = 2 * width * (width + pairs) + 3 * width * size
     return depth * samples * length * (2 * weights + 4 * length * width)
 

@@ -35,7 +35,7 @@ def test_the_kit_measures_by_part_and_reads_back(kit, tmp_path, capsys):
     record, shown = json.loads(file.read_text()), capsys.readouterr().out
     assert len(record["speed"]) == len(kit.TINY) == 4
     for row in record["speed"]:
-        assert row["better"] and row["rate"] > 0 and row["peak_gb"] > 0
+        assert row["better"] and row["rate"] > 0 and row["loop_rate"] > 0 and row["peak_gb"] > 0
         assert set(row["parts"]) == set(kit.PARTS)
         assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.5)
     assert set(record["reading"]) == set(kit.FORMATS.split(","))
@@ -49,20 +49,28 @@ def test_what_the_time_does_not_suffice_for_is_left_out(kit, capsys):
     assert capsys.readouterr().out.count("left out: no time") == 4
 
 
-def test_operations_are_those_that_torch_counts(kit):
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize("preset", ["light", "default"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_operations_are_those_that_torch_counts(kit, preset, layers):
+    """By part of a whole run."""
+    import operations
 
-    sizes, tokens = kit.SHAPES["tiny"], 16
-    model = kit.model_of(sizes, 1, torch.device("cpu"))
+    sizes, tokens, samples, device = kit.SHAPES["tiny"], 16, 16, torch.device("cpu")
+    recipe = kit.Recipe(preset=preset, nsamples=samples, seqlen=tokens, group_size=32, device="cpu")
+    model = kit.model_of(sizes, layers, device)
     model.set_attn_implementation("eager")  # whose products the counter sees
-    layer = model.model.layers[0]
-    seen = {}
-    layer.register_forward_pre_hook(
-        lambda block, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
-    )
-    model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    with FlopCounterMode(display=False) as counter:
-        layer(*seen["args"], **seen["kwargs"])
-    recipe = kit.Recipe(iters=1, batch_size=1)
-    # three passes of the step, and looks at one sample before and after it
-    assert kit.operations(sizes, recipe, 1, tokens) == 5 * counter.get_total_flops()
+    plan, inputs = kit.make_plan(model, recipe), kit.inputs_of(kit.rows_of(300, samples, tokens))
+    session = kit.Session(model, recipe, plan, inputs)
+    with operations.counting() as counted:
+        kit.pipeline.quantize(model, recipe, plan, inputs, kit.Finished())
+    seen = {part: each["operations"] for part, each in counted.by_part.items()}
+    found = kit.operations(sizes, recipe, tokens, session, layers)
+    assert found["passes"] == seen["teacher, student"]
+    assert found["moments"] == seen["moments"]
+    assert found["steps"] == seen["steps"] + seen["held out"]
+
+
+def test_the_peak_is_that_of_the_card(kit):
+    assert kit.peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert kit.peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert kit.peak_of("a stand-in") is None

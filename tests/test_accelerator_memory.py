@@ -1,11 +1,13 @@
 """The stand-in's memory runs out in one phase of a run after the other: the run goes on with less,
 or ends with one line, and the weights are as they were."""
 
+from dataclasses import replace
+
 import accelerator
 import pytest
 import torch
-from accelerator import NAME, limited
-from tiny_models import FAMILIES, tiny_tokenizer
+from accelerator import NAME, limited, memory
+from tiny_models import FAMILIES, TEXT, ids, tiny_tokenizer
 
 from auto_mmround import cli
 from auto_mmround.errors import UserError
@@ -129,6 +131,29 @@ def test_a_model_that_the_device_has_no_room_for_is_one_line(command, tmp_path, 
         assert cli.main([*([] if command == "quantize" else [command]), *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "not enough memory" in line and not (tmp_path / "out").exists()
+
+
+def test_fisher_information_where_its_graph_has_no_room():
+    """Blocks are computed again in the backward pass, to the same sums."""
+    deep = replace(FAMILIES["llama"], config=TEXT | dict(num_hidden_layers=24))
+    model, rows = deep.build().to(NAME), [ids(after=200, seed=seed) for seed in range(2)]
+    recipe = Recipe(group_size=32, nsamples=2, seqlen=203, amp=False, device=NAME)
+    loaded = jobs.Loaded(model, tiny_tokenizer(), None, None)
+    job = jobs.prepare(recipe, loaded, dataset=rows)
+
+    def needed():
+        session = Session(model, job.recipe, job.plan, job.inputs)
+        before = memory().used
+        accelerator.forget_peak()
+        found = session.fisher(job.plan.quantized)
+        return found, memory().peak - before
+
+    whole, most = needed()
+    with limited(most // 2):
+        again, less = needed()
+    assert less < most // 2 and whole.channels.keys() == again.channels.keys()
+    for name, sums in whole.channels.items():
+        torch.testing.assert_close(again.channels[name].cpu(), sums.cpu())
 
 
 def test_logits_are_made_in_pieces_that_the_device_has_room_for():

@@ -147,6 +147,22 @@ def test_launches_of_a_solve(again, most):
 
 
 @there
+def test_a_weight_is_solved_in_parts_alike(monkeypatch):
+    """7B's `gate`, `up` and `down` have 2.02 times as many elements as are solved at a time: two
+    parts, not two and a few rows, which start as many kernels."""
+
+    def launches(rows):
+        made = {"a": Rounding(torch.randn(rows, 256).to(HERE), 64, GRID)}
+        own = moments_of(torch.randn(300, 256), HERE)
+        with watched() as seen:
+            closed_forms(made, {"a": own}, StartConfig())
+        return seen.count("launch", "numerics/sweeps.py")
+
+    monkeypatch.setattr(sweeps, "MOST", 50 * 256)
+    assert launches(101) == launches(100) < 0.7 * launches(120)
+
+
+@there
 def test_experts_are_solved_together():
     def launches(experts):
         made = {f"{i}": Rounding(torch.randn(8, 256).to(HERE), 64, GRID) for i in range(experts)}

@@ -140,9 +140,9 @@ def measure(
 
 
 class _Scored(NamedTuple):
-    """Of T positions: the most likely token, the log loss of the next one (T - 1; none where a
-    model that hears writes no word for a word), KL to the reference, and whether its most likely
-    token is the same."""
+    """Of T positions, in host memory: the most likely token, the log loss of the next one (T - 1;
+    none where a model that hears writes no word for a word), KL to the reference, and whether its
+    most likely token is the same."""
 
     best_T: Tensor
     loss_T: Tensor | None
@@ -163,17 +163,16 @@ def _scored(logits_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput) ->
             next_T = ids_T[at + 1 : at + 1 + rows]
             losses.append(-scores_TV[: len(next_T)].gather(1, next_T[:, None])[:, 0])
         if teacher_TV is not None:
-            was_TV = teacher_TV[at : at + rows].float().log_softmax(-1)
+            was_TV = teacher_TV[at : at + rows].to(scores_TV).log_softmax(-1)
             kls.append((was_TV.exp() * (was_TV - scores_TV)).sum(-1))
             same.append(best[-1] == was_TV.argmax(-1))
-    of_all = [torch.cat(part) if part else None for part in (losses, kls, same)]
-    return _Scored(torch.cat(best), *of_all)
+    of_all = [torch.cat(part).cpu() if part else None for part in (losses, kls, same)]
+    return _Scored(torch.cat(best).cpu(), *of_all)
 
 
 def _add_sample(metrics: Metrics, scored: _Scored, sample: ModelInput, text: bool) -> None:
     best_T, loss_T, kl_T, same_T = scored
-    ids_T = token_ids(sample.kwargs)[0].to(best_T.device)
-    answer_T = sample.answer_T.to(best_T.device)
+    ids_T, answer_T = token_ids(sample.kwargs)[0].cpu(), sample.answer_T.cpu()
     is_text = bool(answer_T.all())
     wanted, hits = answer_T[1:], best_T[:0] if loss_T is None else best_T[:-1] == ids_T[1:]
     if loss_T is not None and is_text == text:
@@ -185,7 +184,7 @@ def _add_sample(metrics: Metrics, scored: _Scored, sample: ModelInput, text: boo
             metrics.answers += 1
             metrics.right += bool(hits[start:end].all())
     if kl_T is not None and same_T is not None:
-        kind_T = sample.modality_T.to(kl_T.device)
+        kind_T = sample.modality_T.cpu()
         kind_T = kind_T if len(kind_T) == len(kl_T) else kind_T[:1].expand(len(kl_T))
         for code in kind_T.unique().tolist():
             if code == PAD:

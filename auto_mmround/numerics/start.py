@@ -301,7 +301,8 @@ def _solved(
     under = _Under.of(hessian, group_size, grid, config, in_sweeps)
     del hessians
     parts = []
-    for part_OGg in w_OGg.split(under.sweeping.rows(columns) if under.sweeping else len(w_OGg)):
+    rows = under.sweeping.rows(len(w_OGg), columns) if under.sweeping else len(w_OGg)
+    for part_OGg in w_OGg.split(rows):
         scale_OG, zero_OG, blocks = _searched(part_OGg, importance, grid)
         if blocks:  # on the grid that is left, see `super_grids`
             part_OGg = part_OGg.float() + blocks.min_OG[..., None]

@@ -20,7 +20,7 @@ from auto_mmround.numerics.grids import Points
 
 BLOCK, SWEEPS = 128, 32
 FEW = 16  # sweeps where few integers move
-MOST = 2**25  # elements of weights that are worked on at a time
+MOST = 2**25  # elements of weights that are worked on at a time, about
 
 
 class Sweeping:
@@ -38,10 +38,12 @@ class Sweeping:
         self._sound_N = torch.stack([sound for _, sound in factored])
         self._moving_N = torch.zeros(len(factored), device=hessian_NII.device)
 
-    def rows(self, columns: int) -> int:
-        """How many rows to solve at a time."""
-        rows = max(len(self._order_NI), MOST // columns)
-        return rows + -rows % self._grid.rows
+    def rows(self, rows: int, columns: int) -> int:
+        """How many of so many rows to solve at a time: parts are alike, since a small one starts as
+        many kernels, and up to an eighth over `MOST`."""
+        parts = -(-rows * columns // (MOST + MOST // 8))
+        each = max(len(self._order_NI), -(-rows // parts))
+        return each + -each % self._grid.rows
 
     def doubtful(self) -> Tensor:
         """bool (N,), on the device: True for second moments without a factor, and for weights with

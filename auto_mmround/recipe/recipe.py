@@ -132,9 +132,10 @@ class Recipe(Fields):
         require(not alone, "untie_lm_head is for a head that is quantized: set quant_lm_head")
         both = self.retarget and self.in_turn
         require(not both, "retarget and true_sequential exclude one another")
+        other = next((s.data_type for s in self.schemes if s.data_type != "int"), None)
         require(
-            not self.polish or all(scheme.data_type == "int" for scheme in self.schemes),
-            "polish tunes scales of integers; data_type must be int",
+            not (self.polish and other),
+            f"polish tunes scales of integers, not those of {other}; leave polish out",
         )
 
     def _on_the_whole(self) -> dict[str, str]:

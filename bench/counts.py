@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""What an accelerator is asked for: launches, waits, copies and operations of a block, by preset.
+
+    bench/counts.py [--methods "auto light" auto "auto best" auto-round] [--keep DIR]
+
+Counted on the stand-in of the tests, on a miniature: Qwen2-VL-7B's language model with 128 samples
+of 2,048 tokens, where every width, the words, the tokens and each bound on tokens are a sixteenth,
+and bounds on elements a 256th. So each part takes the same share of the operations, and starts the
+same kernels. But sweeps round blocks of 128 columns whatever the width: their launches are
+multiplied by 16, and their operations, counted with 128 and 64 columns, go on to 8 on a line. One
+layer and two are run; their difference is a block. auto-round: its default (200 steps) on the same
+miniature on the processor, from 4 and 8 steps; operations only. The unit of operations is one
+forward pass of all samples through the block.
+"""
+
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import kept
+import operations
+from operations import OURS, PEER
+
+SMALL, DEPTH, SAMPLES = 16, 28, 128
+LENGTH = 2048 // SMALL
+SHAPE = {"hidden_size": 3584 // SMALL, "intermediate_size": 18944 // SMALL,
+         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064 // SMALL,
+         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+# bounds on tokens, outputs and columns; on elements
+BOUNDS = {
+    SMALL: (("run.loss_weights", "TEXT_SAMPLE"), ("run.session", "TOKENS"), ("run.layers", "ROWS"),
+            ("numerics.moments", "PANEL")),
+    SMALL**2: (("numerics.rounding", "CHUNK_THERE"), ("numerics.sweeps", "MOST"),
+               ("numerics.start", "MOST"), ("numerics.scale_search", "CHUNK")),
+}  # fmt: skip
+AT = operations.PARTS.index("solve") + 1
+PARTS = (*operations.PARTS[:AT], "sweeps", *operations.PARTS[AT:])
+COUNTS = ("launches", "waits", "copies")
+Block = dict[str, Counter[str]]  # part -> what -> how often
+
+
+@contextmanager
+def in_miniature(columns: int) -> Iterator[None]:
+    """Every bound as small as the model. columns: that the solve rounds together."""
+    from auto_mmround.model.fisher import FisherPasses
+    from auto_mmround.numerics import sweeps
+    from auto_mmround.run import session
+
+    with ExitStack() as undo:
+        for divisor, names in BOUNDS.items():
+            for module, name in names:
+                owner = importlib.import_module(f"auto_mmround.{module}")
+                undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, getattr(owner, name) // divisor)
+        undo.callback(setattr, sweeps, "BLOCK", sweeps.BLOCK)
+        sweeps.BLOCK = columns
+        undo.callback(setattr, session, "FisherPasses", FisherPasses)
+        enough = FisherPasses.__dataclass_fields__["enough"].default // SMALL
+        session.FisherPasses = partial(FisherPasses, enough=enough)  # type: ignore[misc,assignment]
+        yield
+
+
+@contextmanager
+def swept(counted: operations.Counted) -> Iterator[None]:
+    """The part of the solve that rounds columns is counted by itself."""
+    from auto_mmround.numerics.sweeps import Sweeping
+
+    with ExitStack() as undo:
+        for name in ("__call__", "descend"):
+            work = getattr(Sweeping, name)
+            undo.callback(setattr, Sweeping, name, work)
+            setattr(Sweeping, name, counted.named("sweeps", work))
+        yield
+
+
+def worker(job: dict[str, Any]) -> None:
+    """One method in this process; prints what it asked for, by part."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import accelerator
+    import torch
+
+    from auto_mmround import AutoRoundMLLM
+    from auto_mmround.model import devices
+
+    model, tokenizer = operations.made(job["layers"], SHAPE)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(SHAPE["vocab_size"], (SAMPLES, LENGTH), generator=generator)
+    if job["method"] == PEER:
+        with operations.counting() as counted:
+            operations.by_auto_round(job, model, tokenizer, rows)
+    else:
+        devices.TABLE[accelerator.NAME] = accelerator.ROW
+        with accelerator.shown(), accelerator.watched() as seen, in_miniature(job["columns"]):
+
+            def asked() -> dict[str, int]:
+                waits = seen.count("wait") + seen.count("to host")
+                numbers = seen.count("launch"), waits, seen.count("to device")
+                return dict(zip(COUNTS, numbers, strict=True))
+
+            with operations.counting(asked) as counted, swept(counted):
+                AutoRoundMLLM(
+                    model, tokenizer, dataset=[{"input_ids": row.tolist()} for row in rows],
+                    nsamples=SAMPLES, seqlen=LENGTH, device=accelerator.NAME, bits=4,
+                    group_size=128 // SMALL, **OURS[job["method"]],
+                ).quantize()  # fmt: skip
+    print(json.dumps(counted.by_part))
+
+
+def answer(**job: Any) -> Block:
+    """What a worker counted."""
+    found = kept.answer(__file__, job)
+    if "error" in found:
+        sys.exit(f"{job['method']}: {found['error']}")
+    return {part: Counter(found.get(part, {})) for part in PARTS}
+
+
+def line(one: Block, two: Block, far: float) -> Block:
+    """From ``one`` on, ``far`` times as far as ``two`` is."""
+    return {
+        part: Counter({
+            what: round(one[part][what] + far * (two[part][what] - one[part][what]))
+            for what in ("operations", *COUNTS)
+        })
+        for part in PARTS
+    }  # fmt: skip
+
+
+@cache
+def too_many() -> int:
+    """Operations of a block's sweeps that come from rounding 128 columns together instead of 8; the
+    same for every preset."""
+    wide, less = (answer(method="gptq", layers=1, columns=c)["sweeps"] for c in (128, 64))
+    return (wide["operations"] - less["operations"]) * (128 - 128 // SMALL) // (128 - 64)
+
+
+def of_method(method: str, base: dict[str, Any]) -> tuple[Block, Block]:
+    """(of one block, of the whole model)."""
+    if method == PEER:
+        one, two = (
+            line(*(answer(method=method, layers=n, iters=i, **base) for i in (4, 8)), 196 / 4)
+            for n in (1, 2)
+        )
+    else:
+        one, two = (answer(method=method, layers=n, columns=128) for n in (1, 2))
+        for layers, block in ((1, one), (2, two)):
+            block["sweeps"]["operations"] -= layers * too_many()
+            block["sweeps"]["launches"] *= SMALL
+    return line(one, two, -1), line(one, two, DEPTH - 1)
+
+
+def main() -> None:
+    """Two tables: of a block, and operations of the model."""
+    parser = kept.options(__doc__)
+    parser.add_argument("--worker", type=json.loads)
+    parser.add_argument("--methods", nargs="+", default=["auto light", "auto", "auto best", PEER])
+    found = parser.parse_args()
+    if found.worker:
+        worker(found.worker)
+        return
+    unit = operations.forward_pass(SAMPLES, LENGTH, 1, SHAPE)
+    base = {"samples": SAMPLES, "length": LENGTH} | kept.scheme(f"W4g{128 // SMALL}")
+    made = {method: of_method(method, base) for method in found.methods}
+    block_table = kept.Table("of a block", "method", *PARTS, "together")
+    for method, (block, _) in made.items():
+        for what in COUNTS if method != PEER else ():
+            numbers = [block[part][what] for part in PARTS]
+            block_table.add(what, method, *(f"{n:,}" for n in [*numbers, sum(numbers)]))
+        numbers = [block[part]["operations"] / unit for part in PARTS]
+        block_table.add("operations", method, *(f"{n:.2f}" for n in [*numbers, sum(numbers)]))
+    whole = {
+        m: sum(part["operations"] for part in model.values()) for m, (_, model) in made.items()
+    }
+    model_table = kept.Table("method", "operations in passes", "x auto-round")
+    for method, operations_ in whole.items():
+        share = f"{operations_ / whole[PEER]:.3f}" if PEER in whole else ""
+        model_table.add(method, f"{operations_ / unit / DEPTH:.2f}", share)
+    title = f"What an accelerator is asked for, 7B's shape, {SAMPLES} x 2048 tokens"
+    rest = (f"The model, {DEPTH} layers:", model_table, (__doc__ or "").split("\n\n", 2)[2])
+    kept.keep(found.keep, "counts", title, block_table, *rest)
+
+
+if __name__ == "__main__":
+    main()
