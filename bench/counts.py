@@ -80,44 +80,53 @@ def swept(counted: operations.Counted) -> Iterator[None]:
 
 
 def worker(job: dict[str, Any]) -> None:
-    """One method in this process; prints what it asked for, by part."""
+    """Some runs of one method in this process; prints what each asked for, by part."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import accelerator
+    print(json.dumps([counted_run(job | run) for run in job["runs"]]))
+
+
+def counted_run(job: dict[str, Any]) -> Block:
+    """What one run asked for. layers: of the model. iters: steps of the peer. columns: that our
+    solve rounds together."""
     import torch
+
+    model, tokenizer = operations.made(job["layers"], SHAPE)
+    generator = torch.Generator().manual_seed(1)
+    shape = SAMPLES, LENGTH
+    rows = torch.randint(SHAPE["vocab_size"], shape, generator=generator)  # type: ignore[call-overload]
+    if job["method"] == PEER:
+        with operations.counting() as counted:
+            operations.by_auto_round(job, model, tokenizer, rows)
+        return counted.by_part
+    import accelerator
 
     from auto_mmround import AutoRoundMLLM
     from auto_mmround.model import devices
 
-    model, tokenizer = operations.made(job["layers"], SHAPE)
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(SHAPE["vocab_size"], (SAMPLES, LENGTH), generator=generator)
-    if job["method"] == PEER:
-        with operations.counting() as counted:
-            operations.by_auto_round(job, model, tokenizer, rows)
-    else:
-        devices.TABLE[accelerator.NAME] = accelerator.ROW
-        with accelerator.shown(), accelerator.watched() as seen, in_miniature(job["columns"]):
+    devices.TABLE[accelerator.NAME] = accelerator.ROW
+    with accelerator.shown(), accelerator.watched() as seen, in_miniature(job["columns"]):
 
-            def asked() -> dict[str, int]:
-                waits = seen.count("wait") + seen.count("to host")
-                numbers = seen.count("launch"), waits, seen.count("to device")
-                return dict(zip(COUNTS, numbers, strict=True))
+        def asked() -> dict[str, int]:
+            waits = seen.count("wait") + seen.count("to host")
+            numbers = seen.count("launch"), waits, seen.count("to device")
+            return dict(zip(COUNTS, numbers, strict=True))
 
-            with operations.counting(asked) as counted, swept(counted):
-                AutoRoundMLLM(
-                    model, tokenizer, dataset=[{"input_ids": row.tolist()} for row in rows],
-                    nsamples=SAMPLES, seqlen=LENGTH, device=accelerator.NAME, bits=4,
-                    group_size=128 // SMALL, **OURS[job["method"]],
-                ).quantize()  # fmt: skip
-    print(json.dumps(counted.by_part))
+        with operations.counting(asked) as counted, swept(counted):
+            AutoRoundMLLM(
+                model, tokenizer, dataset=[{"input_ids": row.tolist()} for row in rows],
+                nsamples=SAMPLES, seqlen=LENGTH, device=accelerator.NAME, bits=4,
+                group_size=128 // SMALL, **OURS[job["method"]],
+            ).quantize()  # fmt: skip
+    return counted.by_part
 
 
-def answer(**job: Any) -> Block:
-    """What a worker counted."""
-    found = kept.answer(__file__, job)
+def answers(method: str, *runs: dict[str, int]) -> list[Block]:
+    """What a worker counted in each run."""
+    base = {"samples": SAMPLES, "length": LENGTH} | kept.scheme(f"W4g{128 // SMALL}")
+    found: Any = kept.answer(__file__, base | {"method": method, "runs": runs})
     if "error" in found:
-        sys.exit(f"{job['method']}: {found['error']}")
-    return {part: Counter(found.get(part, {})) for part in PARTS}
+        sys.exit(f"{method}: {found['error']}")
+    return [{part: Counter(each.get(part, {})) for part in PARTS} for each in found]
 
 
 def line(one: Block, two: Block, far: float) -> Block:
@@ -135,19 +144,18 @@ def line(one: Block, two: Block, far: float) -> Block:
 def too_many() -> int:
     """Operations of a block's sweeps that come from rounding 128 columns together instead of 8; the
     same for every preset."""
-    wide, less = (answer(method="gptq", layers=1, columns=c)["sweeps"] for c in (128, 64))
-    return (wide["operations"] - less["operations"]) * (128 - 128 // SMALL) // (128 - 64)
+    runs = answers("gptq", *({"layers": 1, "columns": columns} for columns in (128, 64)))
+    wide, less = (run["sweeps"]["operations"] for run in runs)
+    return (wide - less) * (128 - 128 // SMALL) // (128 - 64)
 
 
-def of_method(method: str, base: dict[str, Any]) -> tuple[Block, Block]:
+def of_method(method: str) -> tuple[Block, Block]:
     """(of one block, of the whole model)."""
     if method == PEER:
-        one, two = (
-            line(*(answer(method=method, layers=n, iters=i, **base) for i in (4, 8)), 196 / 4)
-            for n in (1, 2)
-        )
+        runs = answers(PEER, *({"layers": n, "iters": i} for n in (1, 2) for i in (4, 8)))
+        one, two = (line(four, eight, 196 / 4) for four, eight in (runs[:2], runs[2:]))
     else:
-        one, two = (answer(method=method, layers=n, columns=128) for n in (1, 2))
+        one, two = answers(method, *({"layers": n, "columns": 128} for n in (1, 2)))
         for layers, block in ((1, one), (2, two)):
             block["sweeps"]["operations"] -= layers * too_many()
             block["sweeps"]["launches"] *= SMALL
@@ -164,8 +172,7 @@ def main() -> None:
         worker(found.worker)
         return
     unit = operations.forward_pass(SAMPLES, LENGTH, 1, SHAPE)
-    base = {"samples": SAMPLES, "length": LENGTH} | kept.scheme(f"W4g{128 // SMALL}")
-    made = {method: of_method(method, base) for method in found.methods}
+    made = {method: of_method(method) for method in found.methods}
     block_table = kept.Table("of a block", "method", *PARTS, "together")
     for method, (block, _) in made.items():
         for what in COUNTS if method != PEER else ():

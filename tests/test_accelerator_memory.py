@@ -10,7 +10,9 @@ from accelerator import NAME, limited, memory
 from tiny_models import FAMILIES, TEXT, ids, tiny_tokenizer
 
 from auto_mmround import cli
+from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
+from auto_mmround.evaluate import metrics
 from auto_mmround.model import devices, fisher
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.head import parts
@@ -171,3 +173,18 @@ def test_logits_are_made_in_pieces_that_the_device_has_room_for():
         pieces = [len(piece) for (piece,) in parts(head, hidden_TD)]
         assert max(pieces) * 3000 * 4 < (8 << 20) / 8 and sum(pieces) == 300
         assert torch.equal(gradient(), whole)
+
+
+def test_scores_are_made_in_pieces_that_the_device_has_room_for():
+    """All at once they take six times the room of the logits."""
+    torch.manual_seed(0)
+    logits_TV, teacher_TV = torch.randn(2, 300, 3000).to(NAME)
+    text_T = torch.zeros(300, dtype=torch.int8)
+    ids_BT = torch.randint(0, 3000, (1, 300))
+    sample = ModelInput("a", {"input_ids": ids_BT}, text_T, torch.ones_like(text_T).bool())
+    whole = metrics._scored(logits_TV, teacher_TV, sample)
+    with limited(2 * logits_TV.nbytes):
+        pieces = metrics._scored(logits_TV, teacher_TV, sample)
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.is_cpu
+        torch.testing.assert_close(one, other)

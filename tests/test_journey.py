@@ -10,10 +10,10 @@ import torch
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.checkpoint.loader import from_quantized, load_any
 from auto_mmround.errors import UserError
-from auto_mmround.evaluate import metrics
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
 from auto_mmround.export.formats import FORMATS
+from auto_mmround.model import head
 from auto_mmround.model.loading import DEMO
 from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
@@ -110,7 +110,7 @@ def test_measuring_against_itself_and_a_coarse_copy(demo, tmp_path, monkeypatch)
     assert same.kl == {"text": 0.0, "image": 0.0} and same.agreement == {"text": 1.0, "image": 1.0}
     assert worse.kl["text"] > 0.01 and worse.perplexity > same.perplexity
     assert same.positions == worse.positions and same.answers == 3
-    monkeypatch.setattr(metrics, "AT_ONCE", 3 * demo.model.config.text_config.vocab_size)
+    monkeypatch.setattr(head, "LOGITS", 3 * demo.model.config.text_config.vocab_size)
     assert measure([demo.model, coarse.model], inputs, reference=demo.model) == [same, worse]
     config = json.loads((folders[0] / "config.json").read_text())
     (folders[0] / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))

@@ -12,18 +12,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from auto_mmround.calibration.inputs import ModelInput, token_ids
 from auto_mmround.modalities import MODALITIES, PAD
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
+from auto_mmround.model.head import parts
 from auto_mmround.model.lockstep import in_turn
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.streaming import device_of
 from auto_mmround.run.met import naming
-
-AT_ONCE = 2**24  # logits that are scored at a time
 
 
 @dataclass
@@ -151,21 +150,23 @@ class _Scored(NamedTuple):
 
 
 def _scored(logits_TV: Tensor, teacher_TV: Tensor | None, sample: ModelInput) -> _Scored:
-    """In float32, a few positions at a time: all together take six times the room of the logits."""
+    """In float32, as many positions at a time as there is room for: all together take six times
+    the room of the logits."""
     ids_T = token_ids(sample.kwargs)[0].to(logits_TV.device)
     told = ids_T.ndim == 1 and len(ids_T) == len(logits_TV)
-    rows = max(1, AT_ONCE // logits_TV.shape[-1])
-    best, losses, kls, same = [], [], [], []
-    for at in range(0, len(logits_TV), rows):
-        scores_TV = logits_TV[at : at + rows].float().log_softmax(-1)
+    given = (logits_TV,) if teacher_TV is None else (logits_TV, teacher_TV)
+    best, losses, kls, same, at = [], [], [], [], 0
+    for own_TV, *was in parts(nn.Identity(), *given):
+        scores_TV = own_TV.float().log_softmax(-1)
         best.append(scores_TV.argmax(-1))
         if told:
-            next_T = ids_T[at + 1 : at + 1 + rows]
+            next_T = ids_T[at + 1 : at + 1 + len(own_TV)]
             losses.append(-scores_TV[: len(next_T)].gather(1, next_T[:, None])[:, 0])
-        if teacher_TV is not None:
-            was_TV = teacher_TV[at : at + rows].to(scores_TV).log_softmax(-1)
+        for its_TV in was:
+            was_TV = its_TV.to(scores_TV).log_softmax(-1)
             kls.append((was_TV.exp() * (was_TV - scores_TV)).sum(-1))
             same.append(best[-1] == was_TV.argmax(-1))
+        at += len(own_TV)
     of_all = [torch.cat(part).cpu() if part else None for part in (losses, kls, same)]
     return _Scored(torch.cat(best).cpu(), *of_all)
 
