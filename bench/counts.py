@@ -7,10 +7,11 @@ Counted on the stand-in of the tests, on a miniature: Qwen2-VL-7B's language mod
 of 2,048 tokens, where every width, the words, the tokens and each bound on tokens are a sixteenth,
 and bounds on elements a 256th. So each part takes the same share of the operations, and starts the
 same kernels. But sweeps round blocks of 128 columns whatever the width: their launches are
-multiplied by 16, and their operations, counted with 128 and 64 columns, go on to 8 on a line. One
-layer and two are run; their difference is a block. auto-round: its default (200 steps) on the same
-miniature on the processor, from 4 and 8 steps; operations only. The unit of operations is one
-forward pass of all samples through the block.
+multiplied by 16, and their operations, counted with 128 and 64 columns, go on to 8 on a line. The
+first table is of one block, from the teacher's pass to its codes in host memory; waits are numbers
+and tensors that the host reads, copies go to the device. The second is of 28 layers, from one and
+two; auto-round has its default (200 steps) on the same miniature on the processor, from 4 and 8.
+The unit of operations is one forward pass of all samples through the blocks.
 """
 
 import importlib
@@ -18,7 +19,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ BOUNDS = {
 }  # fmt: skip
 AT = operations.PARTS.index("solve") + 1
 PARTS = (*operations.PARTS[:AT], "sweeps", *operations.PARTS[AT:])
+LOOP = ("teacher, student", "moments", "solve", "sweeps", "held out", "steps", "rest")
 COUNTS = ("launches", "waits", "copies")
 Block = dict[str, Counter[str]]  # part -> what -> how often
 
@@ -87,7 +89,7 @@ def worker(job: dict[str, Any]) -> None:
 
 def counted_run(job: dict[str, Any]) -> Block:
     """What one run asked for. layers: of the model. iters: steps of the peer. columns: that our
-    solve rounds together."""
+    solve rounds together. first_block: count that one alone."""
     import torch
 
     model, tokenizer = operations.made(job["layers"], SHAPE)
@@ -112,12 +114,45 @@ def counted_run(job: dict[str, Any]) -> Block:
             return dict(zip(COUNTS, numbers, strict=True))
 
         with operations.counting(asked) as counted, swept(counted):
-            AutoRoundMLLM(
+            made = AutoRoundMLLM(
                 model, tokenizer, dataset=[{"input_ids": row.tolist()} for row in rows],
                 nsamples=SAMPLES, seqlen=LENGTH, device=accelerator.NAME, bits=4,
                 group_size=128 // SMALL, **OURS[job["method"]],
-            ).quantize()  # fmt: skip
+            )  # fmt: skip
+            if job.get("first_block"):
+                return block_of(made, counted)
+            made.quantize()
     return counted.by_part
+
+
+class Done(BaseException):
+    """The first block is finished."""
+
+
+def block_of(made: Any, counted: operations.Counted) -> Block:
+    """What the first block asks for, from the begin of the loop until it is finished."""
+    from auto_mmround.run.pipeline import Watcher
+    from auto_mmround.run.session import Session
+
+    marks: list[Block] = []
+    walk = Session.walk
+
+    def mark(report: Any = None) -> None:
+        with counted.part("rest"):  # so that all before is counted
+            marks.append({part: Counter(each) for part, each in counted.by_part.items()})
+        if report:
+            raise Done
+
+    def marked(*args: Any, **named: Any) -> None:
+        mark()
+        walk(*args, **named)
+
+    with ExitStack() as undo, suppress(Done):
+        undo.callback(setattr, Session, "walk", walk)
+        Session.walk = marked  # type: ignore[method-assign]
+        made.quantize(Watcher(block=mark))
+    before, after = marks
+    return {part: after[part] - before.get(part, Counter()) for part in after}
 
 
 def answers(method: str, *runs: dict[str, int]) -> list[Block]:
@@ -149,8 +184,8 @@ def too_many() -> int:
     return (wide - less) * (128 - 128 // SMALL) // (128 - 64)
 
 
-def of_method(method: str) -> tuple[Block, Block]:
-    """(of one block, of the whole model)."""
+def of_model(method: str) -> int:
+    """Operations of all layers."""
     if method == PEER:
         runs = answers(PEER, *({"layers": n, "iters": i} for n in (1, 2) for i in (4, 8)))
         one, two = (line(four, eight, 196 / 4) for four, eight in (runs[:2], runs[2:]))
@@ -158,8 +193,14 @@ def of_method(method: str) -> tuple[Block, Block]:
         one, two = answers(method, *({"layers": n, "columns": 128} for n in (1, 2)))
         for layers, block in ((1, one), (2, two)):
             block["sweeps"]["operations"] -= layers * too_many()
-            block["sweeps"]["launches"] *= SMALL
-    return line(one, two, -1), line(one, two, DEPTH - 1)
+    return sum(part["operations"] for part in line(one, two, DEPTH - 1).values())
+
+
+def of_block(method: str) -> Block:
+    """What the block loop asks for in one block."""
+    (block,) = answers(method, {"layers": 2, "columns": 128, "first_block": True})
+    block["sweeps"]["launches"] *= SMALL
+    return block
 
 
 def main() -> None:
@@ -167,29 +208,28 @@ def main() -> None:
     parser = kept.options(__doc__)
     parser.add_argument("--worker", type=json.loads)
     parser.add_argument("--methods", nargs="+", default=["auto light", "auto", "auto best", PEER])
+    parser.add_argument("--tables", nargs="+", default=["block", "model"])
     found = parser.parse_args()
     if found.worker:
         worker(found.worker)
         return
-    unit = operations.forward_pass(SAMPLES, LENGTH, 1, SHAPE)
-    made = {method: of_method(method) for method in found.methods}
-    block_table = kept.Table("of a block", "method", *PARTS, "together")
-    for method, (block, _) in made.items():
-        for what in COUNTS if method != PEER else ():
-            numbers = [block[part][what] for part in PARTS]
-            block_table.add(what, method, *(f"{n:,}" for n in [*numbers, sum(numbers)]))
-        numbers = [block[part]["operations"] / unit for part in PARTS]
-        block_table.add("operations", method, *(f"{n:.2f}" for n in [*numbers, sum(numbers)]))
-    whole = {
-        m: sum(part["operations"] for part in model.values()) for m, (_, model) in made.items()
-    }
-    model_table = kept.Table("method", "operations in passes", "x auto-round")
-    for method, operations_ in whole.items():
-        share = f"{operations_ / whole[PEER]:.3f}" if PEER in whole else ""
-        model_table.add(method, f"{operations_ / unit / DEPTH:.2f}", share)
+    tables: list[object] = []
+    if "block" in found.tables:
+        tables.append(table := kept.Table("of a block", "method", *LOOP, "together"))
+        for method in found.methods:
+            block = of_block(method) if method != PEER else {}
+            for what in COUNTS if block else ():
+                numbers = [block[part][what] for part in LOOP]
+                table.add(what, method, *(f"{n:,}" for n in [*numbers, sum(numbers)]))
+    if "model" in found.tables:
+        unit = operations.forward_pass(SAMPLES, LENGTH, DEPTH, SHAPE)
+        whole = {method: of_model(method) for method in found.methods}
+        tables.append(table := kept.Table("method", "operations, in passes", "x auto-round"))
+        for method, count in whole.items():
+            share = f"{count / whole[PEER]:.3f}" if PEER in whole else ""
+            table.add(method, f"{count / unit:.2f}", share)
     title = f"What an accelerator is asked for, 7B's shape, {SAMPLES} x 2048 tokens"
-    rest = (f"The model, {DEPTH} layers:", model_table, (__doc__ or "").split("\n\n", 2)[2])
-    kept.keep(found.keep, "counts", title, block_table, *rest)
+    kept.keep(found.keep, "counts", title, *tables, (__doc__ or "").split("\n\n", 2)[2])
 
 
 if __name__ == "__main__":
