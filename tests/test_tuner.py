@@ -157,8 +157,8 @@ def test_a_models_codes_are_the_same_in_one_part_and_in_many(name):
     inputs, codes = [], []
     for i in range(24):
         words = torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(i))
-        kinds, answers = torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool)
-        inputs.append(ModelInput(str(i), {"input_ids": words}, kinds, answers))
+        modalities, answers = torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool)
+        inputs.append(ModelInput(str(i), {"input_ids": words}, modalities, answers))
     for batch_size, accumulate in PARTS:
         model = FAMILIES[name].build().double()
         if name == "qwen3_moe":

@@ -17,6 +17,7 @@ from auto_mmround.export.formats import FORMATS
 from auto_mmround.export.method import Question
 from auto_mmround.families import vllm_module
 from auto_mmround.model.loading import DEMO
+from auto_mmround.readers import ENGINES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
@@ -28,7 +29,7 @@ from auto_mmround.verify.agreement import (
     largest_difference,
     make_reference,
 )
-from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, worker
+from auto_mmround.verify.engines import EngineResult, interpreter, worker
 from auto_mmround.verify.limits import LIMITS, refusal, support
 from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import check

@@ -26,8 +26,8 @@ from auto_mmround.calibration.tables import (
     PLAIN,
     TABLES,
     Joined,
+    ending,
     is_data,
-    kind_of,
     read_files,
 )
 from auto_mmround.calibration.template import did_you_mean
@@ -132,7 +132,7 @@ def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
     folder = path.resolve()
     files = folders.walk(folder)
     data = folders.data_files(folder, files)
-    tables = any(kind_of(file.path) in TABLES for file in data)
+    tables = any(ending(file.path) in TABLES for file in data)
     rows: Sequence[Any] | None = None
     if (
         not tables
@@ -145,7 +145,7 @@ def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
         ]
         rows = Joined(part for each in parts if isinstance(each, Joined) for part in each.parts)
     elif not tables and not any(
-        kind_of(f.path) in (".json", *LINES) and f.path.parent == folder for f in data
+        ending(f.path) in (".json", *LINES) and f.path.parent == folder for f in data
     ):
         spoken = transcribed(folder, files)
         rows = None if spoken is None else Joined([(folder, spoken)])

@@ -198,7 +198,7 @@ def _usable(
 
 
 def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
-    """Those of the kinds that the model can't read."""
+    """The kinds that the model can't read."""
     if takes is None:
         return frozenset()
     return frozenset(

@@ -40,8 +40,8 @@ from auto_mmround.untrusted import one_line, read_object
 
 log = logging.getLogger("auto_mmround")
 
-# Formats in which a source may be stored. Those of compressed-tensors are read as by engines, with
-# activations.
+# Methods in which a source may be stored. compressed-tensors is not among them: it is read as
+# engines read it, with activations.
 SOURCES = tuple(method for method in METHODS if method != "compressed-tensors")
 
 
@@ -105,8 +105,8 @@ def _streams(
 
 
 def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[str]:
-    """Those of the keys that the model's class does not load, and did not in the source either:
-    layers behind its own, and what `run.json` names."""
+    """The keys that the model's class does not load, and did not load from the source either:
+    layers behind its own, and the keys that `run.json` names."""
     record = folder / "run.json"
     unread = read_object(record).get("unread") if record.is_file() else None
     known = set(map(str, unread)) if isinstance(unread, list) else set()

@@ -146,7 +146,7 @@ def _unpack_floats(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> 
 
 def _transformers(q: Question) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
-    # Without prefixes all numbered blocks count, those of towers too.
+    # Without prefixes all numbered blocks count, also in towers.
     inside = [
         n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))
     ]

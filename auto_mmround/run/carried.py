@@ -40,8 +40,8 @@ STACKED = {"gate_up_proj": HALVES, "down_proj": ("down_proj",)}
 
 
 def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Those of the keys that become no parameter of the model, nor a part of one -> what
-    Transformers would call it."""
+    """The keys that become no parameter of the model, nor a part of one -> what Transformers would
+    call it."""
     own = set(model.state_dict())
     return {
         key: key if converted else name
@@ -94,7 +94,7 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
     stored = stored_tensors(source)
     modules = carried_modules(model, stored, pruned(model, stored, source))
     scheme = _scheme(recipe) if recipe.quant_mtp else None
-    kinds = {kind for name in plan.quantized for kind in _kinds(name)}
+    called = {part for name in plan.quantized for part in _called(name)}
     beside = {fused_set(name) for name in plan.quantized}
     weights = []
     with Reader(stored) as reader:
@@ -102,7 +102,7 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
             shape = _shape(reader, key)
             if len(shape) == 2:
                 alone = f"{key}{END}" in stored.files and fused_set(module) not in beside
-                wanted = scheme if alone and kinds.intersection(_kinds(module)) else None
+                wanted = scheme if alone and called.intersection(_called(module)) else None
                 reason = None if wanted else f"{type(model).__name__} does not load it"
                 weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
     if scheme is not None:
@@ -155,7 +155,7 @@ def _together(weights: Sequence[WeightPlan], others: Sequence[WeightPlan]) -> li
     ]
 
 
-def _kinds(name: str) -> Iterator[str]:
+def _called(name: str) -> Iterator[str]:
     """What a layer is called below its block, such as `self_attn.q_proj`; experts are all alike."""
     parts = ["#" if part.isdigit() else part for part in name.split(".")]
     if "#" in parts:

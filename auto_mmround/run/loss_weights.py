@@ -10,7 +10,7 @@ from torch import Tensor
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.modalities import PAD
-from auto_mmround.model.chains import Chain, Kinds, token_kinds
+from auto_mmround.model.chains import Chain, Modalities, token_modalities
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
@@ -21,9 +21,9 @@ from auto_mmround.recipe.recipe import Recipe
 TEXT_SAMPLE, TOWER_SAMPLE = 1024, 512
 
 
-def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
-    """Modalities of every sample's tokens."""
-    return [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
+def modalities_of(inputs: Sequence[ModelInput]) -> list[Modalities]:
+    """One `Modalities` a sample."""
+    return [Modalities(sample.modality_T, sample.tower_F) for sample in inputs]
 
 
 def tokens_of(chain: Chain) -> int:
@@ -57,14 +57,14 @@ class ErrorWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """kinds: by sample. fisher: empty where all errors have the same weight."""
+    """modalities: by sample. fisher: empty where all errors have the same weight."""
 
-    kinds: Sequence[Kinds]
+    modalities: Sequence[Modalities]
     fisher: Fisher
 
     def of_errors(self, chain: Chain, block: str) -> ErrorWeights:
         """Of the block's error for every sample: 0 on padding, else 1, or the Fisher information of
-        the channel for that kind of token, scaled to a mean of 1 over the rows of the table. On the
+        the channel for that modality, scaled to a mean of 1 over the rows of the table. On the
         device that the block runs on."""
         rows = [self._rows(chain, i) for i in range(len(chain))]
         ends = [0, *accumulate(map(len, rows))]
@@ -89,7 +89,7 @@ class Weights:
             counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
             if chain.stage.name == "text":
                 counted_N = (
-                    token_kinds(chain.stage, self.kinds[sample], len(counted_N)) != PAD
+                    token_modalities(chain.stage, self.modalities[sample], len(counted_N)) != PAD
                 ).float()
             if known:  # of as many tokens as the layer reads: another stage's in cross attention
                 same = len(measured[sample]) == len(counted_N)
@@ -115,4 +115,6 @@ class Weights:
 
     def _rows(self, chain: Chain, i: int) -> Tensor:
         """Row of the Fisher table for every token of a hidden state, flat."""
-        return rows_of(chain.stage, self.kinds[chain.sample[i]], chain.hidden[i].shape[:-1].numel())
+        return rows_of(
+            chain.stage, self.modalities[chain.sample[i]], chain.hidden[i].shape[:-1].numel()
+        )

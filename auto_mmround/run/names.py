@@ -241,7 +241,7 @@ class Names:
     def _remade(
         self, kept: dict[str, Tensor], keys: list[str], reader: Reader
     ) -> Iterator[tuple[str, Tensor]]:
-        """What parameters are saved as that the source has not, or in other pieces."""
+        """Tensors of the parameters that the source does not have, or has in other pieces."""
         known = {key: reader.tensor(key) for key in keys if key in self.files}
         if known and (not self.given or any(tensor.is_meta for tensor in kept.values())):
             yield from known.items()  # how Transformers would save it is not sure

@@ -176,8 +176,8 @@ def _without_staying(
     layers: Mapping[str, Any],
     experts: Mapping[str, Expert],
 ) -> list[WeightPlan]:
-    """The weights without those that checkpoints hold in another form, and those that are used
-    twice. What engines load as one matrix stays as a whole."""
+    """The weights. Those that checkpoints hold in another form stay, and those that are used twice.
+    Where engines load several as one matrix, all of them stay or none."""
     converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
     stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
     twice = used_twice(model, find_stages(model))

@@ -20,14 +20,13 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.prompts import ASK_FOR_WORDS, Prompt, asked, generate
 from auto_mmround.model import devices
 from auto_mmround.model.loading import DEMO, Loaded
+from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
-from auto_mmround.verify.engines import ENGINES, EngineResult, OnPiece, ask, ask_llamacpp_aloud
+from auto_mmround.verify.engines import EngineResult, OnPiece, ask, ask_llamacpp_aloud
 from auto_mmround.verify.verify import require_reads
 
 LOADER = "loader"
-# Engines whose programs generate.
-GENERATE = ("vllm", "llamacpp", "mlx", "openvino")
-PLAIN = ("vllm",)  # of these, those that read a model in 16 bits, too
+SPEAKING = [name for name, row in ENGINES.items() if row.speaks]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Way:
     root: Path | None = None
 
 
-class Streamed(TextStreamer):
+class Aloud(TextStreamer):
     """Hands on each piece of an answer as soon as its words are whole."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], skip_prompt: bool = True):
@@ -119,7 +118,7 @@ def ask_folder(
     prompt = _prompt(loaded, question)
     # Whisper generates window by window
     windows = loaded.model.main_input_name == "input_features"
-    streamer = None if windows else Streamed(loaded.tokenizer, on_text)
+    streamer = None if windows else Aloud(loaded.tokenizer, on_text)
     started = time.perf_counter()
     ids_T = generate(loaded, prompt, streamer)
     seconds = time.perf_counter() - started
@@ -143,12 +142,12 @@ def check_engine(names: Sequence[str], question: Question, way: Way) -> Path:
     """The interpreter of the way's engine. Raises UserError where it can't answer for all folders:
     for one that it does not read before the engine that is not installed."""
     engine = str(way.engine)
-    if engine not in GENERATE:
-        raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(GENERATE)}")
+    if engine not in SPEAKING:
+        raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(SPEAKING)}")
     for name in names:
         subject = read_subject(_folder(name), None, way.remote_code)
         fmt = subject.fmt.name if subject.fmt else "fake"
-        if fmt != "fake" or engine not in PLAIN:
+        if fmt != "fake" or not ENGINES[engine].plain:
             require_reads(engine, fmt)
         _check_kinds(engine, _folder(name), question)
     python = engines.python_of(engine, engines.root() if way.root is None else way.root)
@@ -165,7 +164,7 @@ def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str],
     engine, folder, python = str(way.engine), _folder(name), check_engine([name], question, way)
     loaded = _for_prompt(folder, way.remote_code)
     prompt = _prompt(loaded, question)
-    streamer = Streamed(loaded.tokenizer, on_text, skip_prompt=False)
+    streamer = Aloud(loaded.tokenizer, on_text, skip_prompt=False)
     if engine == "llamacpp":
         result = _llamacpp(folder, question, prompt, python, way.timeout, streamer.hear)
     else:

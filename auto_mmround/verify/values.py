@@ -21,7 +21,7 @@ from auto_mmround.run.record import checksum, codes_record
 # With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
 # wrong one about 0.
 LEAST_CORRELATION = 0.5
-CONSTANT = 0.1  # most that the error's squares may be of those of a matrix of one value
+CONSTANT = 0.1  # of a matrix of one value: largest sum of squared errors, over its sum of squares
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
 DIFFERS = "(its checksum in run.json differs)"

@@ -13,9 +13,10 @@ from torch import Tensor
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
+from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
-from auto_mmround.verify.engines import ENGINES, ask, interpreter, reads
+from auto_mmround.verify.engines import ask, interpreter, reads
 from auto_mmround.verify.limits import refusal
 from auto_mmround.verify.llamacpp import ask_llamacpp
 from auto_mmround.verify.probes import Probe, make_probes
