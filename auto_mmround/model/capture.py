@@ -216,8 +216,8 @@ def _gaps(
     kwargs: Inputs,
     precision: Precision,
 ) -> tuple[float, float]:
-    """How far a replay of the calls ``found`` is from the model, as a multiple of `TOLERANCE`: as
-    it ran (``expected``) and with its first hidden state disturbed."""
+    """How far a replay of the ``recorded`` calls is from the model, as multiples of `TOLERANCE`:
+    as it ran (``expected``) and with its first hidden state disturbed."""
     stage = chain.stage
     blocks = [model.get_submodule(name) for name in stage.blocks]
     calls, shared = [one.calls for one in recorded], [one.shared() for one in recorded]

@@ -53,9 +53,9 @@ def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 def carried_modules(
     model: PreTrainedModel, stored: Stored, gone: Collection[str]
 ) -> dict[str, str]:
-    """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
-    layers that the class does not load, and of single experts that are stacked there. gone: keys
-    that a user's own model has left behind."""
+    """Module as Transformers would call it -> as the checkpoint does. These are linear layers that
+    the class does not load, and single experts of stacks that it does not load. gone: keys that a
+    user's own model has left behind."""
     modules: dict[str, str] = {}
     unread = unread_keys(model, stored.files).items()
     with Reader(stored) as reader:

@@ -121,8 +121,8 @@ def run_record(
     mixed: Mapping[str, Any] | None = None,
     polished: Polished | None = None,
 ) -> dict[str, Any]:
-    """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs
-    between equal runs."""
+    """Everything about a run but its recipe, which lies beside it. Equal runs differ
+    under "measured" alone."""
     reports = [block.as_dict() for block in blocks]
     timing = ("seconds", "steps_seconds", "peak_gb")
     return {
