@@ -15,7 +15,7 @@ from auto_mmround.export.format import (
     NO_EXPERTS,
     STACKS_ALONE,
     WORDS,
-    Format,
+    PackedFormat,
     check_integers,
     differences,
 )
@@ -101,7 +101,7 @@ def _vllm(q: Question) -> Mapping[str, Overrides] | None:
     return dict.fromkeys((n for n in q.names if n not in skipped and n != head), DEFAULTS)
 
 
-FORMAT = Format(
+FORMAT = PackedFormat(
     name="auto_awq",
     summary="AWQ checkpoint, 4 bits: Transformers (gptqmodel), vLLM, SGLang",
     bits=(4,),

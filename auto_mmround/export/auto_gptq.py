@@ -17,8 +17,8 @@ from auto_mmround.export.format import (
     NO_EXPERTS,
     STACKS_ALONE,
     WORDS,
-    Format,
     Limit,
+    PackedFormat,
     any_scheme,
     check_integers,
     differences,
@@ -235,7 +235,7 @@ def _vllm(q: Question) -> Mapping[str, Overrides] | None:
     return answer
 
 
-FORMAT = Format(
+FORMAT = PackedFormat(
     name="auto_gptq",
     summary="GPTQ checkpoint: Transformers (gptqmodel), vLLM, SGLang; no zero point 0",
     bits=(2, 3, 4, 8),

@@ -24,6 +24,7 @@ from auto_mmround.export.format import (
     WORDS,
     Format,
     Limit,
+    PackedFormat,
     any_scheme,
     check_integers,
     wrong,
@@ -257,7 +258,7 @@ _LIMITS = (
     ),
 )  # fmt: skip
 _INTEGERS = check_integers(range(2, 9), (32, 32))
-PLAIN = Format(
+PLAIN = PackedFormat(
     name="auto_round",
     summary="AutoRound checkpoint, zero points as they are: Transformers (auto-round)",
     bits=(2, 3, 4, 5, 6, 7, 8),

@@ -14,25 +14,9 @@ from typing import Any
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, method
 from auto_mmround.export.format import Format
-from auto_mmround.export.layout import Layout
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit
 
-__all__ = [
-    "FORMATS",
-    "Format",
-    "Layout",
-    "entries",
-    "fitted",
-    "from_config",
-    "get",
-    "of_method",
-    "problem",
-    "reader",
-    "resolve",
-    "scheme_of",
-    "schemes_of",
-]
 PATTERN_SECONDS = 30.0
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.export.format import WholeFormat
 from auto_mmround.lazy import Lazy
 from auto_mmround.model.experts import HALVES
 from auto_mmround.model.keys import renamed_keys
@@ -129,7 +130,7 @@ def _scheme(recipe: Recipe) -> Scheme:
         )
     for name in recipe.formats:
         fmt = formats.get(name)
-        if fmt.write or (BITS not in fmt.bits and fmt.packs):
+        if isinstance(fmt, WholeFormat) or (BITS not in fmt.bits and fmt.packs):
             raise UserError(
                 f"quant_mtp: {name} holds no {BITS}-bit layers beside others; leave it off, or"
                 " write auto_round, auto_gptq, compressed_tensors or mlx"

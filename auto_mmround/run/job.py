@@ -19,7 +19,7 @@ from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format
 from auto_mmround.families import FAMILIES, calibrates, family_of
 from auto_mmround.model import devices
 from auto_mmround.model.head import check_head, untie

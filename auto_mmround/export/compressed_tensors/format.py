@@ -18,6 +18,7 @@ from auto_mmround.export.format import (
     STACKS_ALONE,
     Format,
     Limit,
+    PackedFormat,
     any_scheme,
     check_integers,
     wrong,
@@ -254,7 +255,7 @@ def _check_mixed(scheme: Scheme, out_features: int, in_features: int) -> str | N
 
 # Every layout has these. Transformers unpacks these weights in the model's first forward pass, but
 # transcribing calls the encoder alone first.
-_BASE = Format(
+_BASE = PackedFormat(
     name="compressed_tensors",
     summary=(
         "compressed-tensors checkpoint, packed: Transformers (compressed-tensors), vLLM, SGLang"
