@@ -10,8 +10,9 @@ class Engine:
     compute in. kinds: of inputs it takes, see `verify.probes.Probe`. tower: the file without which
     it takes texts only. own_media: it processes media itself, and gets token ids, images and sounds
     as they are. rounds_inputs: it always quantizes activations where the checkpoint says so.
-    speaks: its program generates. plain: that one reads a model in 16 bits, too. build: the one
-    that limits were seen with, where there are several."""
+    speaks: its program generates. answers_in: what it computes in then; None: its own choice.
+    plain: it reads a model in 16 bits, too. build: the one that limits were seen with, where there
+    are several."""
 
     asked: bool = True
     dtype: str = "float32"
@@ -20,6 +21,7 @@ class Engine:
     own_media: bool = False
     rounds_inputs: bool = False
     speaks: bool = True
+    answers_in: str | None = None
     plain: bool = False
     build: str = ""
 
@@ -27,10 +29,10 @@ class Engine:
 # The formats say which of them read it.
 READERS: Mapping[str, Engine] = {
     "transformers": Engine(speaks=False),
-    # In float16 vLLM keeps the scales as they are stored.
+    # In float16 vLLM keeps the scales as they are stored; bfloat16 stands in many configurations.
     "vllm": Engine(
         dtype="float16", kinds=("text", "image", "speech"), own_media=True, rounds_inputs=True,
-        plain=True, build="vllm on processors",
+        answers_in="float16", plain=True, build="vllm on processors",
     ),
     "sglang": Engine(asked=False),
     "llamacpp": Engine(kinds=("text", "image"), own_media=True),

@@ -165,19 +165,8 @@ def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str],
     loaded = _for_prompt(folder, way.remote_code)
     prompt = _prompt(loaded, question)
     streamer = Aloud(loaded.tokenizer, on_text, skip_prompt=False)
-    if engine == "llamacpp":
-        result = _llamacpp(folder, question, prompt, python, way.timeout, streamer.hear)
-    else:
-        given = {
-            # how the engine computes by itself; vLLM would take bfloat16 from the configuration
-            "dtype": ENGINES[engine].dtype if engine == "vllm" else None,
-            "new_tokens": question.tokens,
-            "ends": sorted(_ends(loaded)),
-        }
-        result = ask(
-            engine, folder, [_inputs(engine, prompt)], given, python=python, timeout=way.timeout,
-            on_piece=streamer.hear,
-        )  # fmt: skip
+    adapter = ADAPTERS.get(engine, _ask_with_tensors)
+    result = adapter(way, folder, question, prompt, loaded, python, streamer.hear)
     streamer.end()
     if not result.ok:
         raise UserError(f"{engine} gave no answer: {result.error}")
@@ -216,14 +205,37 @@ def _inputs(engine: str, prompt: Prompt) -> Mapping[str, Tensor]:
     return {"input_ids": prompt.kwargs["input_ids"]} | images
 
 
-def _llamacpp(
+def _ask_with_tensors(
+    way: Way,
     folder: Path,
     question: Question,
     prompt: Prompt,
+    loaded: Loaded,
     python: Path,
-    timeout: float,
     on_piece: OnPiece,
 ) -> EngineResult:
+    engine = str(way.engine)
+    given = {
+        "dtype": ENGINES[engine].answers_in,
+        "new_tokens": question.tokens,
+        "ends": sorted(_ends(loaded)),
+    }
+    return ask(
+        engine, folder, [_inputs(engine, prompt)], given, python=python, timeout=way.timeout,
+        on_piece=on_piece,
+    )  # fmt: skip
+
+
+def _ask_with_files(
+    way: Way,
+    folder: Path,
+    question: Question,
+    prompt: Prompt,
+    loaded: Loaded,
+    python: Path,
+    on_piece: OnPiece,
+) -> EngineResult:
+    """The text as it is, pictures as files."""
     with tempfile.TemporaryDirectory() as made:
         content: list[str | dict[str, str]] = []
         for i, image in enumerate(prompt.images):
@@ -231,7 +243,13 @@ def _llamacpp(
             Image.fromarray(np.array(image.convert("RGB"))).save(path)
             content.append({"image": str(path)})
         asked = {"content": [*content, question.text], "max_tokens": question.tokens}
-        return ask_llamacpp_aloud(folder, asked, python=python, timeout=timeout, on_piece=on_piece)
+        return ask_llamacpp_aloud(
+            folder, asked, python=python, timeout=way.timeout, on_piece=on_piece
+        )
+
+
+# Engines that are asked in another way than `_ask_with_tensors`.
+ADAPTERS = {"llamacpp": _ask_with_files}
 
 
 def _ends(loaded: Loaded) -> set[int]:

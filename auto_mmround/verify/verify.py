@@ -4,6 +4,7 @@ engine."""
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
-from auto_mmround.verify.engines import ask, interpreter, reads
+from auto_mmround.verify.engines import EngineResult, ask, interpreter, reads
 from auto_mmround.verify.limits import refusal
 from auto_mmround.verify.llamacpp import ask_llamacpp
 from auto_mmround.verify.probes import Probe, make_probes
@@ -217,10 +218,25 @@ def _verdict(
     media: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: Any = None,
 ) -> Verdict:
-    """media: one mapping for each input, for an engine that processes media itself.
+    """media: one mapping for each input, for an engine that processes media itself."""
+    python = interpreter(name, root, engine)
+    adapter = ADAPTERS.get(engine, partial(_ask_with_tensors, engine))
+    result = adapter(reference, media, tokenizer, python=python, timeout=timeout)
+    facts = judge(result, reference, planned)
+    return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
 
-    Such an engine gets no other keyword arguments than the ids.
-    """
+
+def _ask_with_tensors(
+    engine: str,
+    reference: Reference,
+    media: Sequence[Mapping[str, Tensor]] | None,
+    tokenizer: Any,
+    *,
+    python: Path,
+    timeout: float,
+) -> EngineResult:
+    """Tensors of every input to the engine's program. With ``media`` it gets these and the ids
+    alone."""
     class_name = type(reference.model).__name__
     cls = class_name if hasattr(transformers, class_name) else "AutoModelForImageTextToText"
     asked = {
@@ -236,13 +252,11 @@ def _verdict(
             {**{k: kwargs[k] for k in ids if k in kwargs}, **own}
             for kwargs, own in zip(inputs, media)
         ]
-    python = interpreter(name, root, engine)
-    if engine == "llamacpp":
-        result = ask_llamacpp(reference, media or (), tokenizer, python=python, timeout=timeout)
-    else:
-        result = ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
-    facts = judge(result, reference, planned)
-    return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
+    return ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
+
+
+# Engines that are asked in another way than `_ask_with_tensors`.
+ADAPTERS = {"llamacpp": ask_llamacpp}
 
 
 def require(engine: str, name: str, root: Path) -> None:
