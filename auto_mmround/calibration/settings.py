@@ -203,8 +203,8 @@ def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
 
 
 def _check_kinds(dataset: Any, media: Sequence[Media], model: Reads, demanded: bool) -> None:
-    """One line for a set with media that the model can't read, or when a tower would see no
-    sample; where `some` is enough, when all would see none."""
+    """Raises UserError for a set with media that the model can't read, and where a tower would see
+    no sample. With `some` it is enough that one tower sees samples."""
     needs, takes = (model.needs if demanded else ()), model.takes
     present: Media = frozenset().union(*media)
     name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"

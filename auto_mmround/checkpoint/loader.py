@@ -125,7 +125,7 @@ def _check_filled(folder: Path, met: LoadStateDictInfo) -> None:
 
 
 class AsKept:
-    """Decoded tensors in the form in which a model's class reads them, a `Source`.
+    """Decoded tensors in the form in which a model's class reads them, a `Keyed`.
 
     Packed weights are (out, in). GPT-2's Conv1D is (in, out); some families stack experts.
     """
@@ -145,7 +145,7 @@ class AsKept:
 
     @contextmanager
     def reader(self) -> Iterator["_Slices"]:
-        """See `Source.reader`."""
+        """See `Keyed.reader`."""
         with Shards() as shards:
             yield _Slices(partial(self.tensor, shards=shards))
 

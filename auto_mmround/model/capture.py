@@ -132,9 +132,9 @@ def _without_blocks(
     precision: Precision,
     store: torch.device | str,
 ) -> tuple[list["Pass"], Rests | None]:
-    """What the model does around the blocks of the chain's stage: as recorded while they do
-    nothing, and their answers then, if a replay of that is the model; else as it was ``seen``, and
-    None, if that is. UserError if neither is."""
+    """Record once more while the blocks of the chain's stage do nothing. If a replay of that is the
+    model: these passes, and the answers that the blocks gave instead. Else the passes as ``seen``,
+    and None. Raises UserError if a replay of those is not the model either."""
     stage = chain.stage
     rests: Rests | None = None
     try:

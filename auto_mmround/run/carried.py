@@ -1,11 +1,11 @@
 """Linear weights that a checkpoint has and the model's class does not load: layers that predict
 further tokens (MTP), extra heads, teachers.
 
-They come along bit for bit, and every format names them among what is not quantized, since engines
-build them. `quant_mtp` rounds those to 8 bits that are of a kind with a quantized layer of the
-blocks (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the configuration; what
-joins two hidden states (`eh_proj`) is a plain layer to them. Experts that such a layer stacks
-(Qwen3.5's) are named one by one, as engines ask for them, and stay.
+They come along bit for bit. Engines build them, so every format lists them among the layers that
+are not quantized. `quant_mtp` rounds a layer to 8 bits if the blocks have a quantized one of that
+name (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the configuration. The
+layer that joins two hidden states (`eh_proj`) is a plain one to them. Stacked experts (Qwen3.5's)
+are named one by one, as engines ask for them, and stay.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

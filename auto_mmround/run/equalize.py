@@ -1,8 +1,8 @@
 """Equalize before quantizing: one pass over the calibration samples, block by block, that leaves
 the function as it is.
 
-Norms and linear layers that stay in 16 bits change with the quantized ones; what changed in memory
-is what the checkpoint gets.
+Norms and linear layers that stay in 16 bits change with the quantized ones. The checkpoint gets
+them as they are then in memory.
 """
 
 import logging

@@ -156,7 +156,7 @@ class _Probe:
         return [self.known[like] for like in alike]
 
     def _like(self, chain: Chain, name: str) -> Any:
-        """The same for blocks that cost the same."""
+        """Equal for blocks that cost the same."""
         return chain.stage.path, shape_signature(self.session.model.get_submodule(name))
 
     def _measure(self, chain: Chain, window: Window) -> BlockCost:

@@ -40,9 +40,10 @@ def measure_fisher(
 ) -> Fisher:
     """`fisher.measure_fisher` within the memory that there is.
 
-    Of a model in memory a sample at a time; where its graph does not fit, blocks are computed
-    again. Of a streamed one as many side by side as the first of ``places`` holds what their blocks
-    are given, or the next one does. Raises UserError where memory does not suffice for one sample.
+    A model in memory takes one sample at a time. Where its graph does not fit, blocks are computed
+    again. A streamed model takes as many samples side by side as have room in the first of
+    ``places`` for the inputs of their blocks; then in the next. Raises UserError where memory does
+    not suffice for one sample.
     """
     measure = partial(fisher.measure_fisher, model, stages, batches, modalities, list(layers))
     longest = max((len(own.text_T) for own in modalities), default=0)

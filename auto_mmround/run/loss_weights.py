@@ -77,9 +77,9 @@ class Weights:
     def of_tokens(
         self, chain: Chain, layer: str, entries: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """What a layer's tokens count in its second moments, flat, for every sample or entry of the
-        chain asked for: 0 on padding of text, else 1, or how much the model's output depends on the
-        layer's output there."""
+        """Weights of a layer's tokens in its second moments, flat, one tensor for each entry of the
+        chain, or for ``entries``. A weight is 0 on padding of text. Else it is 1, or it tells how
+        much the model's output depends on the layer's output at that token."""
         measured = self.fisher.tokens.get(layer, {})
         asked = range(len(chain)) if entries is None else entries
         known = all(chain.sample[i] in measured for i in asked)

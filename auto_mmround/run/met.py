@@ -67,7 +67,7 @@ class StageTrial:
 
 @contextmanager
 def naming(inputs: Sequence[ModelInput]) -> Iterator[None]:
-    """To be open while samples run through a model: what it does not take is named."""
+    """While open, samples run through a model. Raises UserError that names one it does not take."""
     try:
         yield
     except NotTaken as error:
