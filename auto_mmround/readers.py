@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Engine:
     answers_in: str | None = None
     plain: bool = False
     build: str = ""
+
+    def takes(self, folder: Path) -> tuple[str, ...]:
+        """The kinds of inputs that it takes of a checkpoint."""
+        return self.kinds if self.tower is None or (folder / self.tower).is_file() else ("text",)
 
 
 # The formats say which of them read it.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from auto_mmround.model import devices
 from auto_mmround.model.loading import DEMO, Loaded
 from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
-from auto_mmround.verify.engines import EngineResult, OnPiece, ask, ask_llamacpp_aloud
+from auto_mmround.verify.engines import EngineResult, ask, ask_llamacpp_aloud
 from auto_mmround.verify.verify import require_reads
 
 LOADER = "loader"
@@ -160,13 +160,25 @@ def _folder(name: str) -> Path:
     return DEMO if name == "demo" else Path(name)
 
 
+class _Asked(NamedTuple):
+    """A question on its way to an engine. how: keywords of `engines.ask`."""
+
+    engine: str
+    folder: Path
+    question: Question
+    prompt: Prompt
+    loaded: Loaded
+    how: dict[str, Any]
+
+
 def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str], None]) -> Answer:
     engine, folder, python = str(way.engine), _folder(name), check_engine([name], question, way)
     loaded = _for_prompt(folder, way.remote_code)
     prompt = _prompt(loaded, question)
     streamer = Aloud(loaded.tokenizer, on_text, skip_prompt=False)
-    adapter = ADAPTERS.get(engine, _ask_with_tensors)
-    result = adapter(way, folder, question, prompt, loaded, python, streamer.hear)
+    how = {"python": python, "timeout": way.timeout, "on_piece": streamer.hear}
+    asking = _Asked(engine, folder, question, prompt, loaded, how)
+    result = ADAPTERS.get(engine, _ask_with_tensors)(asking)
     streamer.end()
     if not result.ok:
         raise UserError(f"{engine} gave no answer: {result.error}")
@@ -184,9 +196,7 @@ def _for_prompt(folder: Path, remote_code: bool) -> Loaded:
 
 
 def _check_kinds(engine: str, folder: Path, question: Question) -> None:
-    row = ENGINES[engine]
-    whole = row.tower is None or (folder / row.tower).is_file()
-    kinds = row.kinds if whole else ("text",)
+    kinds = ENGINES[engine].takes(folder)
     for kind in question.kinds:
         if kind not in kinds and not (kind == "audio" and "speech" in kinds):
             raise UserError(f"{engine} takes no {kind} of {folder}: leave --engine out")
@@ -205,47 +215,25 @@ def _inputs(engine: str, prompt: Prompt) -> Mapping[str, Tensor]:
     return {"input_ids": prompt.kwargs["input_ids"]} | images
 
 
-def _ask_with_tensors(
-    way: Way,
-    folder: Path,
-    question: Question,
-    prompt: Prompt,
-    loaded: Loaded,
-    python: Path,
-    on_piece: OnPiece,
-) -> EngineResult:
-    engine = str(way.engine)
+def _ask_with_tensors(q: _Asked) -> EngineResult:
     given = {
-        "dtype": ENGINES[engine].answers_in,
-        "new_tokens": question.tokens,
-        "ends": sorted(_ends(loaded)),
+        "dtype": ENGINES[q.engine].answers_in,
+        "new_tokens": q.question.tokens,
+        "ends": sorted(_ends(q.loaded)),
     }
-    return ask(
-        engine, folder, [_inputs(engine, prompt)], given, python=python, timeout=way.timeout,
-        on_piece=on_piece,
-    )  # fmt: skip
+    return ask(q.engine, q.folder, [_inputs(q.engine, q.prompt)], given, **q.how)
 
 
-def _ask_with_files(
-    way: Way,
-    folder: Path,
-    question: Question,
-    prompt: Prompt,
-    loaded: Loaded,
-    python: Path,
-    on_piece: OnPiece,
-) -> EngineResult:
+def _ask_with_files(q: _Asked) -> EngineResult:
     """The text as it is, pictures as files."""
     with tempfile.TemporaryDirectory() as made:
         content: list[str | dict[str, str]] = []
-        for i, image in enumerate(prompt.images):
+        for i, image in enumerate(q.prompt.images):
             path = Path(made) / f"{i}.png"
             Image.fromarray(np.array(image.convert("RGB"))).save(path)
             content.append({"image": str(path)})
-        asked = {"content": [*content, question.text], "max_tokens": question.tokens}
-        return ask_llamacpp_aloud(
-            folder, asked, python=python, timeout=way.timeout, on_piece=on_piece
-        )
+        asked = {"content": [*content, q.question.text], "max_tokens": q.question.tokens}
+        return ask_llamacpp_aloud(q.folder, asked, **q.how)
 
 
 # Engines that are asked in another way than `_ask_with_tensors`.

@@ -20,7 +20,7 @@ from auto_mmround.verify.agreement import Reference, judge, make_reference, roun
 from auto_mmround.verify.engines import EngineResult, ask, interpreter, reads
 from auto_mmround.verify.limits import refusal
 from auto_mmround.verify.llamacpp import ask_llamacpp
-from auto_mmround.verify.probes import Probe, make_probes
+from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import run_checks
 
 NEW_TOKENS = 8
@@ -183,10 +183,11 @@ def _ask_all(
         )
     for engine in asked:
         reference = references.get(ENGINES[engine].rounds_inputs, references[False])
-        taken = _taken(engine, folder, probes)
+        kinds = ENGINES[engine].takes(folder)
+        taken = [i for i, probe in enumerate(probes) if probe.kind in kinds]
         if not taken:
-            kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
-            reason = f"{engine} is asked nothing: it takes no {kinds}"
+            refused = " or ".join(dict.fromkeys(probe.kind for probe in probes))
+            reason = f"{engine} is asked nothing: it takes no {refused}"
             verdicts[engine] = Verdict(folder, name, engine, "not run", reason)
             continue
         part = replace(
@@ -199,13 +200,6 @@ def _ask_all(
             engine, name, part, planned, root, timeout, media, exact.tokenizer
         )
     return verdicts, notes
-
-
-def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
-    """Indices of the inputs that an engine takes, for this folder."""
-    row = ENGINES[engine]
-    kinds = row.kinds if row.tower is None or (folder / row.tower).is_file() else ("text",)
-    return [i for i, probe in enumerate(probes) if probe.kind in kinds]
 
 
 def _verdict(
