@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.calibration import dotted, folders
+from auto_mmround.calibration.columns import PLURAL
 from auto_mmround.calibration.hub import STREAMED, load_hub, undecoded
 from auto_mmround.calibration.layouts import transcribed
 from auto_mmround.calibration.named import DEMO, KNOWN, LOCAL, NAMED, SHORT, Named
 from auto_mmround.calibration.roots import find_file
-from auto_mmround.calibration.rows import PLURAL, BadSample, Sample, parse_row, split_batch
+from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
 from auto_mmround.calibration.sources import Source, parse_spec
 from auto_mmround.calibration.tables import (
     LINES,

@@ -11,6 +11,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 
 from auto_mmround.calibration import media
+from auto_mmround.calibration.columns import PLURAL
 from auto_mmround.calibration.dotted import MISTAKES, blamed
 from auto_mmround.calibration.processor import Processor, hearing, render
 from auto_mmround.calibration.ready import (
@@ -21,7 +22,7 @@ from auto_mmround.calibration.ready import (
     with_decoder_ids,
 )
 from auto_mmround.calibration.roots import MediaError, Roots
-from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
+from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
 from auto_mmround.errors import UserError
 from auto_mmround.modalities import AUDIO, IMAGE, MODALITIES, PAD, TEXT, VIDEO

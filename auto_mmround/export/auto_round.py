@@ -37,7 +37,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )
-from auto_mmround.export.method import Config, Method, Overrides, Question, flat_schemes, searched
+from auto_mmround.export.method import Config, Method, Overrides, Spelling, flat_schemes, searched
 from auto_mmround.export.patterns import tails
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme
@@ -145,7 +145,7 @@ def _unpack_floats(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> 
     return floats.unpack(name, parts, scheme)
 
 
-def _transformers(q: Question) -> Mapping[str, Overrides]:
+def _transformers(q: Spelling) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
     # Without prefixes all numbered blocks count, also in towers.
     inside = [
@@ -167,7 +167,7 @@ def _transformers(q: Question) -> Mapping[str, Overrides]:
     }
 
 
-def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+def _vllm(q: Spelling) -> Mapping[str, Overrides] | None:
     if q.config.get("packing_format") not in (GPTQ.name, AWQ.name, FLOAT.name):
         return None
     prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))

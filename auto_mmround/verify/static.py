@@ -14,7 +14,7 @@ from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json, 
 from auto_mmround.errors import several
 from auto_mmround.export.format import PackedFormat
 from auto_mmround.export.formats import PATTERN_SECONDS, entries, resolve
-from auto_mmround.export.method import Overrides, Question, searched
+from auto_mmround.export.method import Overrides, Spelling, searched
 from auto_mmround.families import vllm_module, vllm_rename
 from auto_mmround.headers import TYPE_NAMES, Header
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
@@ -160,7 +160,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
         reader = s.fmt.method.readers.get(engine) if s.fmt.method else None
         if reader is None:
             continue
-        question = Question(
+        spelling = Spelling(
             s.quantization,
             list(spelled),
             next((name for name, stored in spelled.items() if stored == s.skeleton.head), None),
@@ -169,7 +169,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
         )
         try:
             with time_limit(PATTERN_SECONDS):
-                answer = reader(question)
+                answer = reader(spelling)
         except (TooLong, re.error) as error:
             text = (
                 f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"

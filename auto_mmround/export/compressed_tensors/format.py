@@ -31,7 +31,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )  # fmt: skip
-from auto_mmround.export.method import Method, Overrides, Question
+from auto_mmround.export.method import Method, Overrides, Spelling
 from auto_mmround.export.patterns import Lookup
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -209,7 +209,7 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
     )
 
 
-def _names(q: Question) -> Mapping[str, Overrides]:
+def _names(q: Spelling) -> Mapping[str, Overrides]:
     """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both
     engines."""
     ignored = [_renamed(q, item) for item in q.config.get("ignore") or ()]
@@ -224,7 +224,7 @@ def _names(q: Question) -> Mapping[str, Overrides]:
     return answer
 
 
-def _renamed(q: Question, item: str) -> str:
+def _renamed(q: Spelling, item: str) -> str:
     return item if item.startswith("re:") else q.rename(item)
 
 
