@@ -18,7 +18,7 @@ from auto_mmround.calibration.turns import MARKER, Message
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.generation import generated
 from auto_mmround.evaluate.held_out import MANY, parts
-from auto_mmround.evaluate.metrics import logits_of, placed
+from auto_mmround.evaluate.metrics import logits_of, moved
 from auto_mmround.model.loading import Loaded
 from auto_mmround.model.positions import position_limit, room
 from auto_mmround.run.job import preparers
@@ -255,7 +255,7 @@ def answer(loaded: Loaded, prompt: Prompt) -> str:
 
 def generate(loaded: Loaded, prompt: Prompt, streamer: Any = None) -> torch.Tensor:
     """Token ids (T,) of the greedy answer. streamer: of Transformers, gets them one by one."""
-    kwargs, options = placed(loaded.model, prompt.kwargs), dict(prompt.options)
+    kwargs, options = moved(loaded.model, prompt.kwargs), dict(prompt.options)
     if not loaded.model.config.is_encoder_decoder:
         options["max_new_tokens"] = room(
             loaded.model, kwargs["input_ids"].shape[1], options["max_new_tokens"]
