@@ -17,7 +17,6 @@ from typing import Any
 from auto_mmround.calibration import dotted, folders
 from auto_mmround.calibration.columns import PLURAL
 from auto_mmround.calibration.hub import STREAMED, load_hub, undecoded
-from auto_mmround.calibration.layouts import transcribed
 from auto_mmround.calibration.named import DEMO, KNOWN, LOCAL, NAMED, SHORT, Named
 from auto_mmround.calibration.roots import find_file
 from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
@@ -32,6 +31,7 @@ from auto_mmround.calibration.tables import (
     read_files,
 )
 from auto_mmround.calibration.template import did_you_mean
+from auto_mmround.calibration.transcripts import transcribed
 from auto_mmround.errors import UserError
 
 SUFFIXES = (*PLAIN, *TABLES)
