@@ -155,9 +155,8 @@ class _Statistics:
             largest_C = part_TC.abs().amax(0).float()
             self.largest[modality] = torch.maximum(self.largest.get(modality, largest_C), largest_C)
             if self.with_moments:
-                self.moments.setdefault(modality, Moments(x.shape[-1], device=x.device)).add(
-                    part_TC
-                )
+                moments = Moments(x.shape[-1], device=x.device)
+                self.moments.setdefault(modality, moments).add(part_TC)
 
 
 def _watched_pass(
@@ -187,11 +186,8 @@ def _watched_pass(
 
 
 def _modality_T(chain: Chain, i: int, modalities: Sequence[Modalities]) -> Tensor:
-    return token_modalities(
-        chain.stage,
-        Modalities(modalities[chain.sample[i]].text_T),
-        chain.hidden[i].shape[:-1].numel(),
-    )
+    own = Modalities(modalities[chain.sample[i]].text_T)
+    return token_modalities(chain.stage, own, chain.hidden[i].shape[:-1].numel())
 
 
 def _apply(

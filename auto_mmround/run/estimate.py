@@ -190,9 +190,8 @@ class _Probe:
         with rounded(leaves, keep=False):
             if recipe.closed_form:
                 plain = replace(session.solving, retarget=False)
-                starting(recipe.how)(
-                    {n: leaf.rounding for n, leaf in leaves.items()}, moments, plain
-                )
+                roundings = {name: leaf.rounding for name, leaf in leaves.items()}
+                starting(recipe.how)(roundings, moments, plain)
             cost.once = self.clock() - started
             if recipe.steps:
                 steps = partial(self._step, chain, window, leaves, target, cost.forward * count)

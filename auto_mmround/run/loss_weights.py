@@ -115,6 +115,5 @@ class Weights:
 
     def _rows(self, chain: Chain, i: int) -> Tensor:
         """Row of the Fisher table for every token of a hidden state, flat."""
-        return rows_of(
-            chain.stage, self.modalities[chain.sample[i]], chain.hidden[i].shape[:-1].numel()
-        )
+        own = self.modalities[chain.sample[i]]
+        return rows_of(chain.stage, own, chain.hidden[i].shape[:-1].numel())

@@ -141,11 +141,10 @@ class Session:
     def weights(self, layers: Iterable[str] | None = None) -> Weights:
         """The weights of errors, by the model as it is now. layers: whose tokens get weights, too;
         default the planned ones."""
-        if not (self.recipe.fisher and self.recipe.closed_form):
-            return Weights(self.modalities, Fisher())
-        return Weights(
-            self.modalities, self.fisher(self.plan.quantized if layers is None else layers)
-        )
+        fisher = Fisher()
+        if self.recipe.fisher and self.recipe.closed_form:
+            fisher = self.fisher(self.plan.quantized if layers is None else layers)
+        return Weights(self.modalities, fisher)
 
     @cached_property
     def used(self) -> list[int]:
@@ -201,15 +200,9 @@ class Session:
         )  # fmt: skip
         places = places_of(self.device, self.disk, self.recipe.offload_states)
         return measure_fisher(
-            self.model,
-            self.plan.stages,
-            self.batches,
-            self.modalities,
-            layers,
-            how,
-            self.holder,
+            self.model, self.plan.stages, self.batches, self.modalities, layers, how, self.holder,
             places,
-        )
+        )  # fmt: skip
 
     def record(
         self,
