@@ -1,4 +1,4 @@
-"""Arguments of `AutoRoundMLLM`: told apart by kind, corrected if that is clear, else refused."""
+"""Arguments of `AutoRoundMLLM`: told apart by type, corrected if that is clear, else refused."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
