@@ -149,8 +149,8 @@ def verify(
     notes: list[str] = []
     if asked:
         options = {"remote_code": remote_code, "stream": stream}
-        found, notes = _ask_all(asked, subject, name, root, timeout, options)
-        verdicts |= found
+        given, notes = _ask_all(asked, subject, name, root, timeout, options)
+        verdicts |= given
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
