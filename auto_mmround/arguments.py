@@ -1,4 +1,4 @@
-"""Arguments of `AutoRoundMLLM`: told apart by kind, corrected if that is clear, else refused."""
+"""Arguments of `AutoRoundMLLM`: told apart by type, corrected if that is clear, else refused."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -35,7 +35,7 @@ def checked_model(model: Any) -> PreTrainedModel | str:
             else ""
         )
         raise UserError(
-            f"model is {_kind(model)}, expected a model of Transformers, a folder or a hub"
+            f"model is {_described(model)}, expected a model of Transformers, a folder or a hub"
             f" name{hint}"
         )
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
@@ -70,7 +70,7 @@ def told_apart(tokenizer: Any, processor: Any, image_processor: Any) -> tuple[An
         ("image_processor", image_processor, "AutoImageProcessor.from_pretrained(..)"),
     ):
         if thing is not None and (not callable(thing) or isinstance(thing, nn.Module | type)):
-            raise UserError(f"{name} is {_kind(thing)}, expected what {example} returns")
+            raise UserError(f"{name} is {_described(thing)}, expected what {example} returns")
     if isinstance(processor, PreTrainedTokenizerBase):
         raise UserError(
             "processor is a second tokenizer, expected what AutoProcessor.from_pretrained(..)"
@@ -86,7 +86,7 @@ def checked_dataset(dataset: Any) -> Any:
     if isinstance(dataset, Mapping):
         parts = ", ".join(map(str, list(dataset)[:4]))
         raise UserError(
-            f"dataset is {_kind(dataset)} of {parts}: give one of its parts, or a list of rows"
+            f"dataset is {_described(dataset)} of {parts}: give one of its parts, or a list of rows"
         )
     if not isinstance(dataset, NO_ROWS):
         if isinstance(dataset, Iterable):
@@ -94,7 +94,7 @@ def checked_dataset(dataset: Any) -> Any:
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # of torch.utils.data
             return [dataset[index] for index in range(len(dataset))]
     raise UserError(
-        f"dataset is {_kind(dataset)}, expected a name, a path, a list of rows or a DataLoader"
+        f"dataset is {_described(dataset)}, expected a name, a path, a list of rows or a DataLoader"
     )
 
 
@@ -115,7 +115,7 @@ def _package(thing: Any) -> str:
     return type(thing).__module__.partition(".")[0]
 
 
-def _kind(thing: Any) -> str:
+def _described(thing: Any) -> str:
     if thing is None:
         return "None"
     if isinstance(thing, str):

@@ -32,5 +32,5 @@ def _argcomplete() -> ModuleType:
         import argcomplete
     except ImportError:
         raise UserError("completion needs argcomplete: pip install argcomplete") from None
-    found: ModuleType = argcomplete
-    return found
+    module: ModuleType = argcomplete
+    return module

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.evaluate.evaluate import Way, evaluate, keep
+from auto_mmround.evaluate.evaluate import HowLoaded, evaluate, keep
 from auto_mmround.evaluate.generation import generate_sample
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import Metrics
@@ -258,7 +258,7 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
             reference=flags.reference,
             baseline=flags.baseline,
             names=flags.tasks,
-            way=Way(flags.device, flags.trust_remote_code, flags.stream),
+            way=HowLoaded(flags.device, flags.trust_remote_code, flags.stream),
             progress=progress,
         )
     record["command"] = shlex.join(["auto-round-mllm", "eval", *flags.words])

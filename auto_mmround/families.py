@@ -60,11 +60,11 @@ class Family:
     another. note: what users should know. Rows with stages are tested on tiny models, from plan to
     reload, towers included.
 
-    Names in engines. vllm: renamings from the checkpoint's names to those of vLLM's model class, in
-    order; without any vLLM keeps the checkpoint's. gguf: how checkpoints begin the text model's
-    names -> how the tables of `export/gguf` do. mlx_vision: the vision model_type that mlx-vlm
-    insists on; it reads the text configuration of these flat from the root. openvino: the converter
-    has a way for its tower. What llama.cpp computes stands in `export/gguf`: it is code.
+    Names in engines. vllm: renamings from the checkpoint's names to the names in vLLM's model
+    class, in order; without any vLLM keeps the checkpoint's. gguf: how checkpoints begin the text
+    model's names -> how the tables of `export/gguf` do. mlx_vision: the vision model_type that
+    mlx-vlm insists on; it reads the text configuration of these flat from the root. openvino: the
+    converter has a way for its tower. What llama.cpp computes stands in `export/gguf`: it is code.
     """
 
     title: str

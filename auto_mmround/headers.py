@@ -19,7 +19,7 @@ TYPE_NAMES = {
 }  # fmt: skip
 BYTES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
 MAPPED = 2**26  # bytes read after which files are opened anew
-# What reading a file that is damaged or cut off raises.
+# Raised while a file is read that is damaged or cut off.
 DAMAGED = (SafetensorError, OSError, ValueError)
 
 
@@ -68,8 +68,8 @@ class OpenFiles:
         return opened[path]
 
     def counted(self, tensor: Tensor) -> Tensor:
-        """The same tensor. What was read stays in memory as long as its file is mapped, so files
-        are opened anew after many bytes."""
+        """The same tensor. Bytes stay in memory as long as their file is mapped, so files are
+        opened anew after many bytes."""
         self._read += tensor.nbytes
         if self._read > MAPPED:
             self._opened, self._read = {}, 0

@@ -9,7 +9,7 @@ from auto_mmround.calibration.template import shipped
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.families import FAMILIES, PLAIN, swept
 from auto_mmround.printing import console, show
-from auto_mmround.verify.engines import ENGINES
+from auto_mmround.readers import ENGINES
 from auto_mmround.verify.limits import LIMITS, support
 
 

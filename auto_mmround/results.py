@@ -15,7 +15,7 @@ from auto_mmround.verify.verify import Verification
 
 
 @dataclass(frozen=True)
-class Rows:
+class Listing:
     """A table: its title, the names of its columns, its rows, and lines below it."""
 
     title: str
@@ -43,7 +43,7 @@ class Rows:
 class Shown:
     """Something with a table of itself."""
 
-    rows: Rows = field(repr=False)
+    rows: Listing = field(repr=False)
 
     def __str__(self) -> str:
         return str(self.rows)
@@ -113,7 +113,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
 def planned(plan: Plan, title: str) -> Planned:
     """The result of `AutoRoundMLLM.plan`."""
     bits = plan.bits_per_weight()
-    rows = Rows(title, ("layer", "count", "shape", "becomes"), plan_rows(plan),
+    rows = Listing(title, ("layer", "count", "shape", "becomes"), plan_rows(plan),
                 (f"{bits:.2f} bits a weight",))  # fmt: skip
     return Planned(rows, plan, bits)
 
@@ -134,7 +134,7 @@ def evaluated(
         for name, metrics in figures.items()
     ]
     notes = [f"{each.benchmark} ({each.metric}): {each.quantized:.4f}" for each in scores]
-    return Evaluated(Rows("measured", head, rows, notes), figures, scores, record)
+    return Evaluated(Listing("measured", head, rows, notes), figures, scores, record)
 
 
 def verified(results: Sequence[Verification]) -> Verified:
@@ -148,4 +148,4 @@ def verified(results: Sequence[Verification]) -> Verified:
             (each.folder.name, v.engine, v.status, v.reason or v.line()) for v in each.verdicts
         ]
     right = all(each.right for each in results)
-    return Verified(Rows("verified", ("folder", "by", "verdict", "why"), rows), right, results)
+    return Verified(Listing("verified", ("folder", "by", "verdict", "why"), rows), right, results)

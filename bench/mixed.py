@@ -24,7 +24,7 @@ import kept
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.evaluate.held_out import held_out
 from auto_mmround.evaluate.metrics import measure
-from auto_mmround.model.chains import Kinds
+from auto_mmround.model.chains import Modalities
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
@@ -34,7 +34,7 @@ from auto_mmround.run.sensitivity import Sets
 
 def kl_by_set(model: Any, reference: Any, rows: Sequence[ModelInput]) -> dict[str, float]:
     """Set of samples -> mean KL(reference || model) over all their positions, nats."""
-    sets = Sets.by_medium([Kinds(row.modality_T) for row in rows])
+    sets = Sets.by_medium([Modalities(row.modality_T) for row in rows])
     found = {}
     for s, name in enumerate(sets.names):
         members = [row for row, own in zip(rows, sets.of, strict=True) if own == s]

@@ -177,9 +177,10 @@ def text_figures(job: dict[str, Any], prepared_job: Any) -> dict[str, Any]:
         inputs = held_out(loaded, "demo", limit=job["answers"])
     else:
         ids = tokens(loaded.tokenizer, Path(job["held_out"]), FIRST_ROW + limit, 256)[FIRST_ROW:]
-        kind_T, all_T = torch.full((256,), TEXT), torch.ones(256, dtype=torch.bool)
+        modality_T, all_T = torch.full((256,), TEXT), torch.ones(256, dtype=torch.bool)
         inputs = [
-            ModelInput(str(i), {"input_ids": row[None]}, kind_T, all_T) for i, row in enumerate(ids)
+            ModelInput(str(i), {"input_ids": row[None]}, modality_T, all_T)
+            for i, row in enumerate(ids)
         ]
     reference = jobs.load_model(prepared_job.recipe).model
     (found,) = measure([loaded.model], inputs, reference=reference)

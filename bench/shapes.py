@@ -151,24 +151,24 @@ def inputs_of(config: Any, samples: int, tokens: int) -> list[ModelInput]:
         tiled = config.model_type == "mllama"  # one place, and its tiles beside the text
         ids[0, 1] = IDS["vision_start_token_id"]
         ids[0, 2 : 3 if tiled else 6] = IDS["image_token_id"]
-        kind_T = (ids[0] == IDS["image_token_id"]).to(torch.int8)
+        modality_T = (ids[0] == IDS["image_token_id"]).to(torch.int8)
         kwargs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        kwargs |= (tiles if tiled else patches)(config.vision_config, kind_T, draw)
-        found.append(ModelInput(str(i), kwargs, kind_T, torch.ones(tokens, dtype=torch.bool)))
+        kwargs |= (tiles if tiled else patches)(config.vision_config, modality_T, draw)
+        found.append(ModelInput(str(i), kwargs, modality_T, torch.ones(tokens, dtype=torch.bool)))
     return found
 
 
-def patches(vision: Any, kind_T: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+def patches(vision: Any, modality_T: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
     """A picture of 16 patches, as Qwen's towers read it."""
     size = 3 * vision.temporal_patch_size * vision.patch_size**2
     return {
-        "mm_token_type_ids": kind_T[None].int(),
+        "mm_token_type_ids": modality_T[None].int(),
         "pixel_values": torch.randn(16, size, generator=draw),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     }
 
 
-def tiles(vision: Any, kind_T: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+def tiles(vision: Any, modality_T: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
     """A picture of one tile among four, as Llama's tower reads it."""
     shape = 1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size
     first = torch.tensor([1] + [0] * (vision.max_num_tiles - 1))
@@ -176,7 +176,7 @@ def tiles(vision: Any, kind_T: Tensor, draw: torch.Generator) -> dict[str, Tenso
         "pixel_values": torch.randn(shape, generator=draw),
         "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
         "aspect_ratio_mask": first[None, None],
-        "cross_attention_mask": first.expand(1, len(kind_T), 1, -1).clone(),
+        "cross_attention_mask": first.expand(1, len(modality_T), 1, -1).clone(),
     }
 
 

@@ -8,6 +8,11 @@ answer, there is one input, and only its tokens are said one by one, as the pack
 loaders are strict: one tensor too many or too few is an error.
 """
 
+# What `scripts/engines.sh` installs: MLX's own backend for processors. mlx-vlm's other requirements
+# are servers and audio, which loading does not need.
+# packages: mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
+# tried by: import mlx_lm.utils, mlx_vlm.utils
+
 import json
 from collections import Counter
 from collections.abc import Iterator

@@ -8,6 +8,10 @@ a matrix product). "new_tokens": number of greedy tokens for each input, with th
 greedy tokens are said one by one, as fast as the plugin can.
 """
 
+# What `scripts/engines.sh` installs; torch and transformers are the main environment's.
+# packages: openvino==2026.4.1 openvino-telemetry==2025.2.0
+# tried by: import openvino
+
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the environment of one engine below .engines/NAME:  scripts/engines.sh NAME
-# Each engine is one function below; a thin overlay shares torch and transformers with the main environment.
+# Each engine is one function below, or its program in engines/ names its packages; a thin overlay shares torch and transformers with the main environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MAIN_PYTHON="${PYTHON:-.venv/bin/python}"
@@ -33,16 +33,6 @@ install_llmcompressor() {  # a peer of bench/recipes.py; --no-deps: it asks for 
 install_autoawq() {  # writes checkpoints for tests/test_peers_files.py
     overlay autoawq autoawq==0.2.9
     .engines/autoawq/bin/python -c "import awq"  # says that it is no longer maintained
-}
-
-install_mlx() {  # MLX's own backend for the CPU; --no-deps: mlx-vlm asks for servers and audio that loading needs none of
-    overlay mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
-    .engines/mlx/bin/python -c 'import mlx_lm.utils, mlx_vlm.utils' > /dev/null
-}
-
-install_openvino() {  # converts and runs; torch and transformers are the main environment's
-    overlay openvino openvino==2026.4.1 openvino-telemetry==2025.2.0
-    .engines/openvino/bin/python -c 'import openvino' > /dev/null
 }
 
 install_llamacpp() {  # nothing but the engine: its worker needs no torch
@@ -90,16 +80,19 @@ install_vllm() {  # an environment of its own (3.5 GB): vLLM pins torch and tran
     "$folder/bin/python" -c 'import torch, transformers, vllm.version; print("engine vllm:", vllm.version.__version__, torch.__version__)'
 }
 
-case "${1:-}" in
-    gptqmodel) install_gptqmodel ;;
-    autoawq) install_autoawq ;;
-    llmcompressor) install_llmcompressor ;;
-    mlx) install_mlx ;;
-    openvino) install_openvino ;;
-    llamacpp) install_llamacpp ;;
-    vllm) install_vllm ;;
-    lm_eval) install_lm_eval ;;
-    lmms) install_lmms ;;
-    vlmeval) install_vlmeval ;;
-    *) echo "usage: scripts/engines.sh gptqmodel|llmcompressor|autoawq|vllm|llamacpp|mlx|openvino|lm_eval|lmms|vlmeval" >&2; exit 2 ;;
-esac
+of_program() {  # ENGINE: an overlay of the packages that its program names, and the line that tries them
+    local program="engines/engine_$1.py"
+    overlay "$1" $(sed -n 's/^# packages: //p' "$program")
+    ".engines/$1/bin/python" -c "$(sed -n 's/^# tried by: //p' "$program")" > /dev/null
+}
+
+functions="$(declare -F | sed -n 's/^declare -f install_//p')"
+programs="$(grep -l '^# packages: ' engines/engine_*.py | sed 's/.*engine_\(.*\)\.py/\1/')"
+if grep -qx -- "${1:-}" <<< "$functions"; then
+    "install_$1"
+elif grep -qx -- "${1:-}" <<< "$programs"; then
+    of_program "$1"
+else
+    echo "usage: scripts/engines.sh $(sort <<< "$functions"$'\n'"$programs" | paste -sd '|')" >&2
+    exit 2
+fi

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from auto_mmround.checkpoint.loader import from_quantized
-from auto_mmround.verify.engines import ENGINES, EngineResult, ask
+from auto_mmround.readers import ENGINES
+from auto_mmround.verify.engines import EngineResult, ask
 
 
 def run_transformers(

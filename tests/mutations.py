@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nearest import round_to_nearest
 from safetensors.torch import load_file, save_file
 
 from auto_mmround.export import auto_awq, auto_gptq
-from auto_mmround.numerics.grids import Grid, round_to_nearest
+from auto_mmround.numerics.grids import Grid
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"

@@ -16,6 +16,7 @@ from auto_mmround.evaluate import metrics
 from auto_mmround.model import devices, fisher
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.head import parts
+from auto_mmround.numerics import start
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
@@ -54,7 +55,7 @@ PHASES = {
     "teacher": (Chain, "advanced", {}, "layers.0", True),
     "second moments": (Session, "moments", {}, "layers.0", True),
     "weights under rounding": (pipeline, "leaves_of", {}, "layers.0", True),
-    "solve": (pipeline, "closed_forms", {}, "layers.0", True),
+    "solve": (start, "closed_forms", {}, "layers.0", True),
     "steps": (pipeline, "tune_block", {}, "layers.0", True),
     "nearest": (pipeline, "leaves_of", dict(iters=0), "layers.0", False),
     "what the teacher says": (pipeline, "listen", dict(polish=True), "polish", False),

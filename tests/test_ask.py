@@ -17,7 +17,7 @@ from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.errors import UserError
 from auto_mmround.model.loading import DEMO
 from auto_mmround.verify import answers, engines
-from auto_mmround.verify.answers import GENERATE, Question, Way, ask_folder
+from auto_mmround.verify.answers import SPEAKING, Question, Way, ask_folder
 
 PICTURE = DEMO.parent / "heldout" / "images" / "0000.png"
 QUESTION = "What color is the digit?"
@@ -130,7 +130,7 @@ def test_an_engine_that_is_not_there_is_one_line(engine, folders, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", GENERATE)
+@pytest.mark.parametrize("engine", SPEAKING)
 def test_engines_answer(engine, folders, tmp_path):
     if not engines.python_of(engine, engines.root()).is_file():
         pytest.skip(f"scripts/engines.sh {engine} installs the engine")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nearest import round_to_nearest
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround import cli
@@ -124,7 +125,7 @@ def test_large_weights_are_decoded_and_packed_some_rows_at_a_time(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     w_OI = torch.randn(24, 96, generator=draw)
     for grid in (grids.Grid(3, True), grids.Grid(5, False)):
-        codes = grids.round_to_nearest(w_OI, 32, grid)
+        codes = round_to_nearest(w_OI, 32, grid)
         whole = grids.dequantize(codes), packing.pack_bits(codes.q_OI, grid.bits)
         correlation = values._correlation(codes, w_OI)
         with monkeypatch.context() as patch:

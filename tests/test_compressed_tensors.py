@@ -11,6 +11,7 @@ import torch
 from asking import run_transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nearest import round_to_nearest
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from auto_mmround.export.layout import Layout
 from auto_mmround.model.devices import autocast
 from auto_mmround.model.loading import load
 from auto_mmround.numerics.activations import integers_a_token
-from auto_mmround.numerics.grids import Codes, dequantize, round_to_nearest
+from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.recipe.aliases import preset
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme

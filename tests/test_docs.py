@@ -230,7 +230,7 @@ def test_the_format_of_the_new_format_page(tmp_path, monkeypatch):
     ]
     (tmp_path / "nibbles.py").write_text("\n".join(found))
     monkeypatch.setattr(export, "__path__", [*export.__path__, str(tmp_path)])
-    for name, fmt in formats.found().items():
+    for name, fmt in formats.by_name().items():
         monkeypatch.setitem(formats.FORMATS, name, fmt)
     monkeypatch.delitem(sys.modules, "auto_mmround.export.nibbles")
     out = tmp_path / "out"

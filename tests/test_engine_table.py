@@ -24,10 +24,11 @@ from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.evaluate.held_out import HELD_OUT, held_out
 from auto_mmround.evaluate.scoring import exact_match
 from auto_mmround.model.loading import load
+from auto_mmround.readers import ENGINES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify.agreement import Reference, judge, make_reference
-from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, python_of, run_llamacpp
+from auto_mmround.verify.engines import EngineResult, interpreter, python_of, run_llamacpp
 from auto_mmround.verify.engines import ask as ask_engine
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
-from auto_mmround.verify.engines import ENGINES, EngineResult, ask
+from auto_mmround.verify.engines import EngineResult, ask
 
 WORKERS = {
     "import of a missing package": (

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nearest import round_to_nearest
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig, WhisperModel
@@ -61,7 +62,7 @@ def test_smoothquant_is_the_published_quotient_up_to_a_factor():
 def rounded_error(w, h, scale, bits=3, group_size=32):
     grid = grids.Grid(bits, True)
     return output_error(
-        w, grids.dequantize(grids.round_to_nearest(w * scale, group_size, grid)) / scale, h
+        w, grids.dequantize(round_to_nearest(w * scale, group_size, grid)) / scale, h
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nearest import round_to_nearest
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.checkpoint.loader import from_quantized
@@ -131,7 +132,7 @@ def test_what_is_exported_is_what_was_tuned(name, size, rows, shape):
     """Through start, steps, the best so far and back to it; scales that the file holds."""
     w_OI = weight(*shape)
     rounding = rounding_of(w_OI, name, size)
-    nearest = grids.round_to_nearest(w_OI, size, rounding.grid)
+    nearest = round_to_nearest(w_OI, size, rounding.grid)
     for part in ("q_OI", "scale_OG"):
         assert torch.equal(getattr(rounding.codes(), part), getattr(nearest, part))
     assert torch.equal(rounding.weight(), grids.dequantize(nearest))
@@ -291,7 +292,7 @@ def test_a_run_writes_what_it_tuned(scheme, algorithm, tmp_path):
     nearest = {}
     for name, planned in job.plan.quantized.items():
         w_OI = load(str(tmp_path / "model")).model.get_submodule(name).weight
-        codes = grids.round_to_nearest(w_OI, planned.group_size, grid_of(planned, w_OI.abs().max()))
+        codes = round_to_nearest(w_OI, planned.group_size, grid_of(planned, w_OI.abs().max()))
         nearest[name] = torch.equal(grids.dequantize(codes), tuned[f"{name}.weight"].float())
     assert nearest and not all(nearest.values())
     for block in json.loads((folder / "run.json").read_text())["blocks"]:

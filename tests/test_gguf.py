@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from asking import same_weights
+from nearest import round_to_nearest
 from tiny_gguf import CONFIGS, VOCABULARY, byte_level_tokenizer, export, source_tensors, tiny
 from tokenizers import pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,7 +29,7 @@ from auto_mmround.export.gguf import towers as gguf_towers
 from auto_mmround.export.gguf.types import TYPES, exact_type, pack, unpack
 from auto_mmround.model.loading import load
 from auto_mmround.numerics import super_grids
-from auto_mmround.numerics.grids import SUPER, Codes, Grid, dequantize, round_to_nearest
+from auto_mmround.numerics.grids import SUPER, Codes, Grid, dequantize
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nearest import round_to_nearest
 from torch import Tensor
 
 from auto_mmround.numerics import gptq, grids, scale_search
@@ -284,7 +285,7 @@ def test_solve_equals_the_published_algorithm(grid, order, block):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_uncorrelated_inputs_are_rounded_to_nearest(grid):
     w_OI = weight(12, 64)
-    codes = grids.round_to_nearest(w_OI, 16, grid)
+    codes = round_to_nearest(w_OI, 16, grid)
     q_OI = gptq.solve(w_OI, torch.diag(torch.rand(64) + 0.1), *plain(w_OI, 16, grid), 16, grid)
     assert torch.equal(q_OI.to(torch.uint8), codes.q_OI)
 
@@ -293,9 +294,7 @@ def test_uncorrelated_inputs_are_rounded_to_nearest(grid):
 def test_solve_halves_the_error_on_correlated_inputs(grid):
     w_OI, hessian_II = weight(32, 128), moments(inputs(1000, 128))
     scale_OG, zero_OG = plain(w_OI, 32, grid)
-    nearest = output_error(
-        w_OI, grids.dequantize(grids.round_to_nearest(w_OI, 32, grid)), hessian_II
-    )
+    nearest = output_error(w_OI, grids.dequantize(round_to_nearest(w_OI, 32, grid)), hessian_II)
     assert solved_error(w_OI, hessian_II, scale_OG, zero_OG, 32, grid) < 0.6 * nearest
 
 
@@ -391,7 +390,7 @@ def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():
     one, other = (gptq.solve(w, hessian_II, *ranges, 16, grid) for w in (w_OI, changed_OI))
     live_I = torch.arange(32) != 3
     assert torch.equal(one[:, live_I], other[:, live_I])
-    nearest_OI = grids.round_to_nearest(w_OI, 16, grid).q_OI
+    nearest_OI = round_to_nearest(w_OI, 16, grid).q_OI
     assert torch.equal(one[:, [3, 20]].to(torch.uint8), nearest_OI[:, [3, 20]])
     unseen = gptq.solve(w_OI, torch.zeros(32, 32), *ranges, 16, grid)
     assert torch.equal(unseen.to(torch.uint8), nearest_OI)
@@ -399,7 +398,7 @@ def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():
 
 def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
     grid, w_OI = Grid(4, True), weight(8, 32)
-    ranges, nearest_OI = plain(w_OI, 16, grid), grids.round_to_nearest(w_OI, 16, grid).q_OI
+    ranges, nearest_OI = plain(w_OI, 16, grid), round_to_nearest(w_OI, 16, grid).q_OI
     with caplog.at_level(logging.WARNING, "auto_mmround"):
         gptq.solve(
             w_OI,

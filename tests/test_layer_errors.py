@@ -4,7 +4,7 @@ tensors."""
 import pytest
 import torch
 
-from auto_mmround.model.chains import Chain, Kinds
+from auto_mmround.model.chains import Chain, Modalities
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
@@ -70,7 +70,7 @@ def test_weights_of_errors_are_rows_of_a_small_table(known):
     stage, channels = Stage("text", "layers", 1), 256
     tokens = [40, 64, 40, 9]
     torch.manual_seed(0)
-    kinds = [Kinds(torch.randint(0, 5, (n,)).to(torch.int8)) for n in tokens]
+    kinds = [Modalities(torch.randint(0, 5, (n,)).to(torch.int8)) for n in tokens]
     fisher = Fisher({"layers.0": torch.rand(ROWS, channels)} if known else {})
     weights = Weights(kinds, fisher)
     hidden = [torch.zeros(1, n, channels) for n in tokens]

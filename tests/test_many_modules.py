@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from nearest import round_to_nearest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -167,7 +168,7 @@ def test_recipes_with_an_entry_a_weight_are_matched_in_linear_time():
 
 
 def test_decoding_opens_each_file_once(tmp_path, monkeypatch):
-    codes = grids.round_to_nearest(torch.randn(32, 32), 32, grids.Grid(4, True, min_zero=1))
+    codes = round_to_nearest(torch.randn(32, 32), 32, grids.Grid(4, True, min_zero=1))
     all_ = names(2, 4)
     config = formats.get("auto_gptq").config(Layout(dict.fromkeys(all_, W4), [], [BLOCKS], str, W4))
     tensors = {key: t for n in all_ for key, t in formats.get("auto_gptq").pack(n, codes).items()}

@@ -19,7 +19,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import capture as capturing
 from auto_mmround.model import devices, placement
 from auto_mmround.model import fisher as model_fisher
-from auto_mmround.model.chains import Kinds
+from auto_mmround.model.chains import Modalities
 from auto_mmround.model.fisher import FisherPasses, SideBySide, measure_fisher
 from auto_mmround.model.spool import Spool
 from auto_mmround.model.streaming import Streamed
@@ -31,7 +31,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run import out_of_memory as memory
 from auto_mmround.run import pipeline, session
 from auto_mmround.run import sensitivity as choosing
-from auto_mmround.run.loss_weights import kinds_of
+from auto_mmround.run.loss_weights import modalities_of
 from auto_mmround.run.out_of_memory import Graph, Places
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
@@ -169,8 +169,8 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
     torch.manual_seed(0)
     family = FAMILIES[name]
     model, inputs = family.build(), family.samples()
-    kinds = [
-        Kinds(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs
+    modalities = [
+        Modalities(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs
     ]
     stages = find_stages(model)
     order = [block for stage in stages for block in stage.blocks]
@@ -179,12 +179,12 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
         for layer, _ in linears(model)
         if any(layer.startswith(f"{block}.") for block in order)
     ]
-    whole = measure_fisher(model, stages, inputs, kinds, layers)
+    whole = measure_fisher(model, stages, inputs, modalities, layers)
     assert len(whole.channels) > len(stages) - 1 and whole.tokens
     graph = Graph(model)
     assert not graph.again and graph.relieve() and not graph.relieve()
     with graph():
-        again = measure_fisher(model, stages, inputs, kinds, layers)
+        again = measure_fisher(model, stages, inputs, modalities, layers)
     sides = [
         SideBySide(count, order, keep)
         for count, keep in ((1, torch.clone), (len(inputs), Spool(tmp_path)))
@@ -192,7 +192,7 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
     for found in (
         again,
         *(
-            measure_fisher(model, stages, inputs, kinds, layers, FisherPasses(side=side))
+            measure_fisher(model, stages, inputs, modalities, layers, FisherPasses(side=side))
             for side in sides
         ),
     ):
@@ -214,13 +214,15 @@ def test_a_block_that_stays_while_others_visit_has_its_gradients_too(name):
     """The model's first parameter lies in it, by which others see where the model is."""
     family = FAMILIES[name]
     model, inputs = family.build().requires_grad_(False), family.samples()
-    kinds = [Kinds(torch.zeros(s["input_ids"].shape[1], dtype=torch.int8)) for s in inputs]
+    modalities = [
+        Modalities(torch.zeros(s["input_ids"].shape[1], dtype=torch.int8)) for s in inputs
+    ]
     stages, cpu = find_stages(model), torch.device("cpu")
-    whole = measure_fisher(model, stages, inputs, kinds)
+    whole = measure_fisher(model, stages, inputs, modalities)
     with visiting(model, cpu, whole=False) as holder:
         assert len(holder.blocks) < sum(len(stage.blocks) for stage in stages)
         found = fishing.measure_fisher(
-            model, stages, inputs, kinds, [], FisherPasses(), holder,
+            model, stages, inputs, modalities, [], FisherPasses(), holder,
             fishing.places_of(cpu, None, False),
         )  # fmt: skip
     assert found.channels.keys() == whole.channels.keys()
@@ -234,8 +236,8 @@ def test_an_error_in_one_of_several_samples_ends_them_all():
 
     model, before = FAMILIES["llama"].build(), threading.active_count()
     inputs = FAMILIES["llama"].samples()
-    kinds = [
-        Kinds(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs
+    modalities = [
+        Modalities(torch.zeros(sample["input_ids"].shape[1], dtype=torch.int8)) for sample in inputs
     ]
     stages, calls = find_stages(model), []
     layer = model.model.layers[1]
@@ -248,7 +250,7 @@ def test_an_error_in_one_of_several_samples_ends_them_all():
     handle = layer.register_forward_pre_hook(short)
     with pytest.raises(torch.OutOfMemoryError):
         side = SideBySide(4, stages[0].blocks, torch.clone)
-        measure_fisher(model, stages, inputs, kinds, how=FisherPasses(side=side, enough=10**9))
+        measure_fisher(model, stages, inputs, modalities, how=FisherPasses(side=side, enough=10**9))
     handle.remove()
     assert threading.active_count() == before and model.model.layers[1] is layer
     assert not any(module._forward_hooks for module in model.model.layers[0].modules())
@@ -267,10 +269,10 @@ def test_blocks_are_read_a_few_times_however_many_samples(llama, monkeypatch):
         )  # fmt: skip
         job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=llama.texts)
         assert len(job.inputs) == samples
-        kinds = kinds_of(job.inputs)
+        modalities = modalities_of(job.inputs)
         reads.clear()
         found = fishing.measure_fisher(
-            job.loaded.model, job.plan.stages, [one.kwargs for one in job.inputs], kinds,
+            job.loaded.model, job.plan.stages, [one.kwargs for one in job.inputs], modalities,
             job.plan.quantized, FisherPasses(), job.loaded.holder,
             fishing.places_of(torch.device("cpu"), None, False),
         )  # fmt: skip

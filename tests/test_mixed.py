@@ -17,7 +17,7 @@ from auto_mmround import AutoRoundMLLM
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.cli import main
 from auto_mmround.errors import UserError
-from auto_mmround.model.chains import Kinds
+from auto_mmround.model.chains import Modalities
 from auto_mmround.model.divergence import Before
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import Moments
@@ -350,14 +350,14 @@ def test_of_several_choices_the_samples_pick_one(kl, best, warned, caplog):
 
 def test_samples_are_told_apart_by_what_they_show():
     text, image = torch.zeros(10, dtype=torch.int8), torch.tensor([0, 1, 1, 0, 4], dtype=torch.int8)
-    kinds = [Kinds(each) for each in (text, image, text, image, image)]
-    sets = Sets.by_medium(kinds)
+    modalities = [Modalities(each) for each in (text, image, text, image, image)]
+    sets = Sets.by_medium(modalities)
     assert sets == Sets(("text", "image"), (0, 1, 0, 1, 1))
-    assert sets.choose(kinds, 20) == [0, 1, 3]  # 10 tokens of each
-    assert sets.choose(kinds, 20, 1) == [0, 1]
-    assert sets.choose(kinds, 20, share=0.4) == [0, 1]
-    assert sets.choose(kinds, 20, without=[0, 1, 3]) == [2, 4]
-    assert sets.choose(kinds, 20, without=[0, 1, 2, 3]) == [0, 4]  # no other text
+    assert sets.choose(modalities, 20) == [0, 1, 3]  # 10 tokens of each
+    assert sets.choose(modalities, 20, 1) == [0, 1]
+    assert sets.choose(modalities, 20, share=0.4) == [0, 1]
+    assert sets.choose(modalities, 20, without=[0, 1, 3]) == [2, 4]
+    assert sets.choose(modalities, 20, without=[0, 1, 2, 3]) == [0, 4]  # no other text
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_where_something_comes_behind_the_head_it_is_rounded_to_nearest():
     model.config.final_logit_softcapping = 3.0
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
     inputs = [
-        ModelInput(str(i), kwargs, kind_T := torch.zeros(n, dtype=torch.int8), kind_T == 0)
+        ModelInput(str(i), kwargs, modality_T := torch.zeros(n, dtype=torch.int8), modality_T == 0)
         for i, kwargs in enumerate(family.samples(4))
         for n in [kwargs["input_ids"].shape[1]]
     ]

@@ -142,7 +142,7 @@ def test_what_cannot_work_is_refused_with_flags(job, monkeypatch, tmp_path):
 def test_plan_prints_the_estimate_where_a_dataset_is_named(capsys, tmp_path):
     words = (
         "plan --model demo --dataset demo-text --iters 1 --nsamples 8 --seqlen 64 --device cpu"
-        " --output_dir"
+        " --format auto_round,fake --output_dir"
     )
     assert cli.main([*words.split(), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from nearest import round_to_nearest
 from test_journey import run
 from test_start import tiny_text_model
 
@@ -11,7 +12,7 @@ from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
 from auto_mmround.modalities import PAD
-from auto_mmround.numerics.grids import Grid, round_to_nearest
+from auto_mmround.numerics.grids import Grid
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import polish as polishing
 from auto_mmround.run.plan import Plan

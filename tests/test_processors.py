@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 
 from auto_mmround.calibration import processor as registry
 from auto_mmround.calibration.processor import (
@@ -21,14 +20,13 @@ from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import Message, Template, load_template, parse_template
 from auto_mmround.errors import UserError
 
-MODEL = "auto_mmround/demo/model"
 CHAT = (Message("user", "<image>\nWhat?"), Message("assistant", "A cat."), Message("user", "Sure?"))
 IMAGE = Image.new("RGB", (56, 56), "red")
 
 
 @pytest.fixture(scope="module")
-def demo(request):
-    return AutoProcessor.from_pretrained(request.config.rootpath / MODEL)
+def processor(demo):
+    return demo.processor
 
 
 class Writer:
@@ -151,24 +149,24 @@ def test_processor_wins_over_tokenizer_and_replace_tokens_ask_for_strings():
     assert "<|image_1|>\nWhat?" in render(CHAT, load_template("phi3_v"), Writer(False)).text
 
 
-def test_without_any_chat_template_contents_are_joined(demo):
+def test_without_any_chat_template_contents_are_joined(processor):
     class Bare:
         chat_template = None
 
     assert render(CHAT, load_template("default"), Bare()).text == "<image>\nWhat?A cat.Sure?"
 
 
-def test_demo_chat_template_and_shelf_template_agree(demo):
-    ours = render(CHAT, load_template("qwen2_vl"), demo.tokenizer, demo)
-    theirs = render(CHAT, Template(), demo.tokenizer, demo)
+def test_demo_chat_template_and_shelf_template_agree(processor):
+    ours = render(CHAT, load_template("qwen2_vl"), processor.tokenizer, processor)
+    theirs = render(CHAT, Template(), processor.tokenizer, processor)
     assert ours.text.replace("<|vision_end|>\n", "<|vision_end|>") == theirs.text
     assert len(ours.answers) == len(theirs.answers) == 1
 
 
-def test_qwen2_vl_passes_everything_on_and_changes_nothing(demo):
-    before = demo.tokenizer.backend_tokenizer.to_str(), demo.to_json_string()
+def test_qwen2_vl_passes_everything_on_and_changes_nothing(processor):
+    before = processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()
     sample = Sample("s", messages=CHAT, images=(IMAGE,))
-    inputs = find_processor("qwen2_vl")(demo.tokenizer, demo).encode(
+    inputs = find_processor("qwen2_vl")(processor.tokenizer, processor).encode(
         sample, load_template("qwen2_vl")
     )
     assert set(inputs) == {
@@ -180,27 +178,27 @@ def test_qwen2_vl_passes_everything_on_and_changes_nothing(demo):
     }
     assert inputs["input_ids"].shape[0] == 1
     assert int(inputs["mm_token_type_ids"].sum()) == int(inputs["image_grid_thw"].prod()) // 4
-    assert before == (demo.tokenizer.backend_tokenizer.to_str(), demo.to_json_string())
+    assert before == (processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string())
 
 
-def test_qwen2_vl_video(demo):
+def test_qwen2_vl_video(processor):
     video = torch.zeros(4, 56, 56, 3, dtype=torch.uint8).numpy()
     sample = Sample("s", messages=(Message("user", "<video>What?"),), videos=(video,))
-    inputs = find_processor("qwen2_vl")(demo.tokenizer, demo).encode(
+    inputs = find_processor("qwen2_vl")(processor.tokenizer, processor).encode(
         sample, load_template("qwen2_vl")
     )
     assert "pixel_values_videos" in inputs and int((inputs["mm_token_type_ids"] == 2).sum()) > 0
 
 
-def test_basic_without_processor_takes_text_only(demo):
-    basic = find_processor("basic")(demo.tokenizer)
+def test_basic_without_processor_takes_text_only(processor):
+    basic = find_processor("basic")(processor.tokenizer)
     inputs = basic.encode(Sample("s", messages=CHAT[1:]), load_template("qwen2_vl"))
     assert set(inputs) == {"input_ids", "attention_mask"}
     with pytest.raises(UserError, match="no processor"):
         basic.encode(Sample("s", messages=CHAT, images=(IMAGE,)), load_template("qwen2_vl"))
 
 
-def test_no_second_bos(demo):
+def test_no_second_bos(processor):
     class Tokenizer:
         bos_token = "<s>"
         chat_template = None
@@ -226,7 +224,7 @@ def test_llava_falls_back_to_the_vicuna_form():
     assert text == "USER: <image>\nWhat? ASSISTANT: A cat.</s>"
 
 
-def test_cogvlm2_from_its_configuration(demo):
+def test_cogvlm2_from_its_configuration(processor):
     class Config:
         vision_config = {"image_size": 56, "patch_size": 14}  # noqa: RUF012
 
@@ -248,10 +246,12 @@ def test_cogvlm2_from_its_configuration(demo):
         family.encode(Sample("s", messages=CHAT, images=(IMAGE, IMAGE)), load_template("cogvlm2"))
 
 
-def test_a_sound_is_refused_where_nothing_hears(demo):
+def test_a_sound_is_refused_where_nothing_hears(processor):
     sample = Sample("s", messages=(Message("user", "<audio>\nWhat?"),), audios=(torch.zeros(800),))
     with pytest.raises(BadSample, match="sample s: the model's processor reads no sound"):
-        find_processor("qwen2_vl")(demo.tokenizer, demo).encode(sample, load_template("qwen2_vl"))
+        find_processor("qwen2_vl")(processor.tokenizer, processor).encode(
+            sample, load_template("qwen2_vl")
+        )
 
 
 def test_template_file_and_processor_file_make_a_family(tmp_path):

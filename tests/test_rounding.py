@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nearest import round_to_nearest
 
 from auto_mmround.numerics import grids
 from auto_mmround.numerics import rounding as rounding_module
@@ -121,7 +122,7 @@ def test_super_blocks_step_as_autograd_does(bits, g, scale_range):
 @pytest.mark.parametrize("columns, g", [(64, 16), (50, 16), (33, -1)])
 def test_start_is_round_to_nearest(grid, columns, g):
     w = torch.randn(6, columns)
-    rounding, codes = Rounding(w, g, grid), grids.round_to_nearest(w, g, grid)
+    rounding, codes = Rounding(w, g, grid), round_to_nearest(w, g, grid)
     assert torch.equal(rounding.codes().q_OI, codes.q_OI)
     assert torch.equal(rounding.weight(), grids.dequantize(codes))
     error = (grids.dequantize(codes) - w).abs()
@@ -133,7 +134,7 @@ def test_start_is_round_to_nearest(grid, columns, g):
 
 def test_full_range_puts_the_largest_on_the_first_code():
     w = torch.randn(64, 32)
-    codes = grids.round_to_nearest(w, 32, Grid(4, True))
+    codes = round_to_nearest(w, 32, Grid(4, True))
     largest = w.abs().argmax(1)
     assert (codes.q_OI[torch.arange(64), largest] == 0).all()
     assert (codes.scale_OG < 0).any() and (codes.scale_OG > 0).any()
@@ -142,7 +143,7 @@ def test_full_range_puts_the_largest_on_the_first_code():
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1.0, -1.0])
 def test_constant_groups(grid, value):
-    codes = grids.round_to_nearest(torch.full((2, 16), value), 8, grid)
+    codes = round_to_nearest(torch.full((2, 16), value), 8, grid)
     w = grids.dequantize(codes)
     assert w.isfinite().all() and (w - value).abs().max() <= max(1e-5, abs(value) * 0.34)
     assert codes.zero_OG.min() >= grid.min_zero

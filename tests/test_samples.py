@@ -83,7 +83,7 @@ def pick_settings(dataset, text_only=True, **kw):
 
 def test_text_defaults():
     settings, notes = pick_settings(None)
-    assert settings == Settings("NeelNanda/pile-10k", False, 128, 2048, True, 8, 1) and notes == ()
+    assert settings == Settings("NeelNanda/pile-10k", 128, 2048, True, 8, 1) and notes == ()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_text_defaults():
 )
 def test_media_sets_change_the_settings_and_say_so(name):
     settings, notes = pick_settings(name, gradient_accumulate_steps=2)
-    assert settings == Settings(name, True, 128, 512, False, 1, 16)
+    assert settings == Settings(name, 128, 512, False, 1, 16)
     assert any("batch_size 8 becomes 1 with gradient_accumulate_steps 16" in note for note in notes)
     assert any("seqlen is 512" in note for note in notes)
     assert set(notes) == set(settings.usual)  # nobody asked for anything else
@@ -105,12 +105,7 @@ def test_media_sets_change_the_settings_and_say_so(name):
 
 def test_local_llava_file_is_known_by_its_content(llava):
     settings, _ = pick_settings(llava(1))
-    assert (settings.multimodal, settings.seqlen, settings.truncation, settings.batch_size) == (
-        True,
-        512,
-        False,
-        1,
-    )
+    assert (settings.seqlen, settings.truncation, settings.batch_size) == (512, False, 1)
 
 
 @pytest.mark.parametrize("kw", [{"text_only": False}, {"towers": True}])
@@ -139,7 +134,7 @@ CLIP = [{"video": "a.mp4", "text": "What?"}]
 
 def test_a_model_that_hears_alone_gets_speech():
     settings, notes = chosen(None, load_template("whisper"), **HEARS)
-    assert settings.dataset == "MLCommons/peoples_speech" and settings.multimodal
+    assert settings.dataset == "MLCommons/peoples_speech" and settings.seqlen == 512
     assert not any("replaced" in note for note in notes)
     settings, notes = chosen("demo-text", load_template("whisper"), **HEARS)
     assert settings.dataset == "MLCommons/peoples_speech" and "replaced" in notes[0]
@@ -173,9 +168,8 @@ def test_kinds_of_media_that_fit():
     )
     settings, notes = pick_settings(None, **both)
     assert settings.dataset == "liuhaotian/llava_conv_58k,MLCommons/peoples_speech"
-    assert pick_settings([*CHAT, *SPEECH], **both)[0].multimodal and pick_settings(
-        [*CLIP, *SPEECH], **both
-    )
+    assert pick_settings([*CHAT, *SPEECH], **both)[0].seqlen == 512
+    assert pick_settings([*CLIP, *SPEECH], **both)[0].seqlen == 512
     # nobody asks what finished inputs hold
     ready = [{"input_ids": [1, 2], "pixel_values": torch.zeros(1)}]
     assert pick_settings(ready, **both)[0].dataset is ready

@@ -70,8 +70,10 @@ def served(model, plan, measured=None):
 def family_inputs(name):
     found = []
     for i, kwargs in enumerate(FAMILIES[name].samples(4)):
-        kind_T = torch.zeros(kwargs["input_ids"].shape[1], dtype=torch.int8)
-        found.append(ModelInput(str(i), kwargs, kind_T, torch.ones(len(kind_T), dtype=torch.bool)))
+        modality_T = torch.zeros(kwargs["input_ids"].shape[1], dtype=torch.int8)
+        found.append(
+            ModelInput(str(i), kwargs, modality_T, torch.ones(len(modality_T), dtype=torch.bool))
+        )
     return found
 
 
@@ -152,7 +154,7 @@ def test_the_student_is_given_what_the_served_model_gives_and_the_teacher_is_unt
 def test_families_hand_on_rounded_inputs(name, given):
     """Experts, keys that later blocks read, features that join between blocks, Conv1D."""
     inputs = [
-        ModelInput(str(i), kwargs, kind_T := torch.zeros(n, dtype=torch.int8), kind_T == 0)
+        ModelInput(str(i), kwargs, modality_T := torch.zeros(n, dtype=torch.int8), modality_T == 0)
         for i, kwargs in enumerate(FAMILIES[name].samples(4))
         for n in [next(v.shape[1] for k, v in kwargs.items() if k.endswith("input_ids"))]
     ]

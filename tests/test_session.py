@@ -8,7 +8,7 @@ import torch
 from test_streaming import run
 from tiny_models import FAMILIES, tiny_tokenizer
 
-from auto_mmround.model.chains import Chain, Kinds
+from auto_mmround.model.chains import Chain, Modalities
 from auto_mmround.model.fisher import FisherPasses, measure_fisher, spread
 from auto_mmround.model.structure import Stage
 from auto_mmround.recipe.recipe import Recipe
@@ -56,11 +56,11 @@ def test_an_estimate_hands_on_what_blocks_share(family, stream, tmp_path):
 
 def test_samples_are_taken_of_every_mixture_of_modalities():
     text, image = torch.zeros(10, dtype=torch.long), torch.tensor([0] * 5 + [1] * 5)
-    in_turn = [Kinds(image if i % 2 else text) for i in range(16)]
+    in_turn = [Modalities(image if i % 2 else text) for i in range(16)]
     chosen = spread(in_turn, 80)
     assert len(chosen) == 8 and sum(i % 2 for i in chosen) == 4
     assert spread(in_turn, 10**9) == list(range(16))
-    rare = [Kinds(text)] * 15 + [Kinds(image)]
+    rare = [Modalities(text)] * 15 + [Modalities(image)]
     assert 15 in spread(rare, 20)
 
 
@@ -159,6 +159,6 @@ def test_a_process_takes_second_moments_of_samples_that_it_captures(rank, tmp_pa
     how = FisherPasses(weighed=session.sampled, share=session.processes.share)
     layers = session.plan.quantized
     found = measure_fisher(
-        session.model, session.plan.stages, session.batches, session.kinds, layers, how
+        session.model, session.plan.stages, session.batches, session.modalities, layers, how
     )
     assert all(sorted(tokens) == session.sampled for tokens in found.tokens.values())

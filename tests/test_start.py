@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nearest import round_to_nearest
 from tiny_models import FAMILIES
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
-from auto_mmround.model.chains import Kinds, token_kinds
+from auto_mmround.model.chains import Modalities, token_modalities
 from auto_mmround.model.fisher import _draw, _sampled_gradient, measure_fisher, spread
 from auto_mmround.model.squares import BOUNDS, rows_of
 from auto_mmround.model.structure import find_stages
@@ -67,9 +68,7 @@ def test_start_is_the_solution_and_far_better_than_nearest(grid, order):
     w = torch.randn(24, 64)
     moments = Moments(64)
     moments.add(x)
-    nearest = output_error(
-        w, grids.dequantize(grids.round_to_nearest(w, 32, grid)), moments.hessian()
-    )
+    nearest = output_error(w, grids.dequantize(round_to_nearest(w, 32, grid)), moments.hessian())
     rounding = Rounding(w, 32, grid)
     closed_form([rounding], moments, StartConfig(order=order))
     assert output_error(w, rounding.weight(), moments.hessian()) < 0.5 * nearest
@@ -176,8 +175,8 @@ def test_fisher_is_the_curvature_of_kl():
     d^2 / 2."""
     model = tiny_text_model()
     inputs = [{"input_ids": torch.randint(0, 50, (1, 24))} for _ in range(200)]
-    kinds = [Kinds(torch.zeros(24, dtype=torch.int8))] * len(inputs)
-    fisher = measure_fisher(model, find_stages(model), inputs, kinds).channels
+    modalities = [Modalities(torch.zeros(24, dtype=torch.int8))] * len(inputs)
+    fisher = measure_fisher(model, find_stages(model), inputs, modalities).channels
     assert set(fisher) == {"model.layers.0", "model.layers.1"}
     table = fisher["model.layers.1"]
     assert table.shape == (9, 32) and (table[[0, 5, 6, 7, 8]] > 0).all() and (table[1:5] == 0).all()
@@ -198,9 +197,9 @@ def test_fisher_is_the_curvature_of_kl():
 
 def test_fisher_tells_modalities_apart_and_leaves_no_gradients():
     model = tiny_text_model()
-    kinds = Kinds(torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8))
+    modalities = Modalities(torch.tensor([0] * 6 + [1] * 6, dtype=torch.int8))
     fisher = measure_fisher(
-        model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]
+        model, find_stages(model), [{"input_ids": torch.randint(0, 50, (1, 12))}], [modalities]
     ).channels
     table = fisher["model.layers.0"]
     assert (
@@ -219,9 +218,9 @@ def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
         "self_attn.v_proj",
               "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")]  # fmt: skip
     inputs = [{"input_ids": torch.randint(0, 50, (1, n))} for n in (12, 9)]
-    kinds = [Kinds(torch.zeros(n, dtype=torch.int8)) for n in (12, 9)]
+    modalities = [Modalities(torch.zeros(n, dtype=torch.int8)) for n in (12, 9)]
     found = measure_fisher(
-        model, find_stages(model), inputs, kinds, [*layers, "model.layers.0.experts.0"]
+        model, find_stages(model), inputs, modalities, [*layers, "model.layers.0.experts.0"]
     ).tokens
     assert set(found) == set(layers) and [len(found[layers[0]][i]) for i in (0, 1)] == [12, 9]
     assert found[layers[0]] is found[layers[1]] and found[layers[3]] is found[layers[4]]
@@ -235,7 +234,9 @@ def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
             and every.mean().item() == pytest.approx(1, abs=0.3)
             and every.std() > 0.1
         )
-    alone = measure_fisher(model, find_stages(model), inputs, kinds, layers[2:3]).tokens[layers[2]]
+    alone = measure_fisher(model, find_stages(model), inputs, modalities, layers[2:3]).tokens[
+        layers[2]
+    ]
     torch.testing.assert_close(alone[1], found[layers[2]][1])
 
 
@@ -297,14 +298,17 @@ def test_gradients_of_drawn_labels_have_the_fisher_information(whole):
 
 def test_a_tower_with_as_many_tokens_as_the_text_has_no_modalities_of_its_own():
     model = tiny_text_model()
-    kinds = Kinds(torch.tensor([0] * 5 + [1] * 7))
+    modalities = Modalities(torch.tensor([0] * 5 + [1] * 7))
     inputs = [{"input_ids": torch.randint(0, 50, (1, 12))}]
     (text,) = find_stages(model)
     tower = replace(text, name="vision")
-    table = measure_fisher(model, [tower], inputs, [kinds]).channels["model.layers.0"]
+    table = measure_fisher(model, [tower], inputs, [modalities]).channels["model.layers.0"]
     assert table[0].min() > 0 and not table[1:].any()
-    assert token_kinds(text, kinds, 12).tolist() == kinds.text_T.tolist()
-    assert not token_kinds(tower, kinds, 12).any() and len(token_kinds(text, kinds, 9)) == 9
+    assert token_modalities(text, modalities, 12).tolist() == modalities.text_T.tolist()
+    assert (
+        not token_modalities(tower, modalities, 12).any()
+        and len(token_modalities(text, modalities, 9)) == 9
+    )
 
 
 def test_a_sample_that_reaches_no_watched_tower_has_no_say():
@@ -314,14 +318,14 @@ def test_a_sample_that_reaches_no_watched_tower_has_no_say():
         find_stages(model),
         [sample for sample in inputs if "pixel_values" in sample],
     )
-    kinds = [Kinds(torch.zeros(sample["input_ids"].shape[1])) for sample in inputs]
-    found = measure_fisher(model, [tower], inputs, kinds)
+    modalities = [Modalities(torch.zeros(sample["input_ids"].shape[1])) for sample in inputs]
+    found = measure_fisher(model, [tower], inputs, modalities)
     assert set(found.channels) == set(tower.blocks) and 0 < len(with_image) < len(inputs)
     assert all(table.sum() > 0 for table in found.channels.values())
 
 
 def test_fisher_samples_are_spread_evenly():
-    lengths = [Kinds(torch.zeros(100))] * 40
+    lengths = [Modalities(torch.zeros(100))] * 40
     assert spread(lengths, 1000) == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
     assert spread(lengths, 10**6) == list(range(40)) and spread(lengths, 1) == [0]
 
@@ -333,17 +337,17 @@ def test_first_tokens_and_silent_frames_have_rows_of_their_own():
     (text,) = find_stages(model)
     tower = replace(text, name="audio")
     frames_F = torch.tensor([3] * 8 + [4] * 4)
-    kinds = Kinds(torch.tensor([4, 0, 0, 0, 0, 1, 1]), frames_F)
+    modalities = Modalities(torch.tensor([4, 0, 0, 0, 0, 1, 1]), frames_F)
     assert (
-        rows_of(tower, kinds, 12).tolist() == frames_F.tolist()
-        and not rows_of(tower, kinds, 7).any()
+        rows_of(tower, modalities, 12).tolist() == frames_F.tolist()
+        and not rows_of(tower, modalities, 7).any()
     )
     assert (
-        rows_of(text, kinds, 7).tolist() == [4, 6, 7, 8, 0, 1, 1]
-        and not rows_of(text, kinds, 12).any()
+        rows_of(text, modalities, 7).tolist() == [4, 6, 7, 8, 0, 1, 1]
+        and not rows_of(text, modalities, 12).any()
     )
     table = measure_fisher(
-        model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [kinds]
+        model, [tower], [{"input_ids": torch.randint(0, 50, (1, 12))}], [modalities]
     ).channels["model.layers.1"]
     assert (table[3:5].sum(1) > 0).all() and not table[:3].any() and not table[5:].any()
 
@@ -353,8 +357,8 @@ def test_a_sink_of_attention_weighs_what_its_gradient_says():
     tokens."""
     model = tiny_text_model()
     sample = {"input_ids": torch.randint(0, 50, (1, 12))}
-    kinds = Kinds(torch.zeros(12, dtype=torch.int8))
-    table = measure_fisher(model, find_stages(model), [sample] * 40, [kinds] * 40).channels[
+    modalities = Modalities(torch.zeros(12, dtype=torch.int8))
+    table = measure_fisher(model, find_stages(model), [sample] * 40, [modalities] * 40).channels[
         "model.layers.0"
     ]
     shares = table / table.mean(1, keepdim=True).clamp(min=1e-30)

@@ -70,11 +70,11 @@ def test_infinity_in_a_configuration_is_written_as_transformers_does():
 def test_padding_keeps_every_field_of_a_sample():
     ids = torch.arange(20)[None]
     given = {"input_features": torch.zeros(1, 8, 32), "decoder_input_ids": ids}
-    kinds_T, tower_F = (
+    modality_T, tower_F = (
         torch.zeros(20, dtype=torch.int8),
         torch.tensor([3] * 8 + [4] * 8, dtype=torch.int8),
     )
-    sample = ModelInput("a", given, kinds_T, torch.ones(20, dtype=torch.bool), tower_F)
+    sample = ModelInput("a", given, modality_T, torch.ones(20, dtype=torch.bool), tower_F)
     found = padded(sample, 32)
     assert (
         found.tower_F is tower_F

@@ -49,7 +49,7 @@ def problem(seed=0, lengths=(5, 9, 5, 7) * 8, bits=2, pads=0):
 def test_tuning_lowers_the_held_out_error_and_codes_equal_the_weights():
     tuned, forward, count = problem()
     result = tune_block(tuned, forward, count, TuneConfig(iters=60, batch_size=4))
-    assert result.end < 0.6 * result.start and result.held_out == 4
+    assert result.end < 0.6 * result.start
     for weight in tuned:
         assert torch.equal(weight.parameter, dequantize(weight.rounding.codes()))
         assert weight.parameter.grad is None and not weight.parameter.requires_grad
@@ -157,8 +157,8 @@ def test_a_models_codes_are_the_same_in_one_part_and_in_many(name):
     inputs, codes = [], []
     for i in range(24):
         words = torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(i))
-        kinds, answers = torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool)
-        inputs.append(ModelInput(str(i), {"input_ids": words}, kinds, answers))
+        modalities, answers = torch.zeros(5, dtype=torch.int8), torch.ones(5, dtype=torch.bool)
+        inputs.append(ModelInput(str(i), {"input_ids": words}, modalities, answers))
     for batch_size, accumulate in PARTS:
         model = FAMILIES[name].build().double()
         if name == "qwen3_moe":

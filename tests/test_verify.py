@@ -14,9 +14,10 @@ from auto_mmround.checkpoint.subject import read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.export.method import Question
+from auto_mmround.export.method import Spelling
 from auto_mmround.families import vllm_module
 from auto_mmround.model.loading import DEMO
+from auto_mmround.readers import ENGINES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
@@ -28,7 +29,7 @@ from auto_mmround.verify.agreement import (
     largest_difference,
     make_reference,
 )
-from auto_mmround.verify.engines import ENGINES, EngineResult, interpreter, worker
+from auto_mmround.verify.engines import EngineResult, interpreter, worker
 from auto_mmround.verify.limits import LIMITS, refusal, support
 from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import check
@@ -116,7 +117,7 @@ def test_module_names_in_vllm(model_type, name, spelled):
 )
 def test_readers(engine, method, config, quantized):
     stated = {"bits": 4, "sym": True, "packing_format": "auto_round:auto_gptq"}
-    question = Question(stated | config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
+    question = Spelling(stated | config, [TEXT, TOWER, "lm_head"], "lm_head", frozenset({TEXT}))
     (found, *_) = formats.of_method({"quant_method": method})
     assert set(found.method.readers[engine](question)) == quantized
 

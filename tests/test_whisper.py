@@ -28,7 +28,7 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import card
 from auto_mmround.run import pipeline, session
 from auto_mmround.run.finished import Finished
-from auto_mmround.run.loss_weights import Weights, kinds_of, samples_a_step
+from auto_mmround.run.loss_weights import Weights, modalities_of, samples_a_step
 from auto_mmround.run.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -83,8 +83,8 @@ def test_frames_in_which_nothing_is_heard_are_padding():
     features = torch.full((1, 8, 20), -0.5)
     features[0, 3, :7] = 0.1
     features[0, :, 12] = -0.4
-    kinds = processor_for().tower_modality({"input_features": features})
-    assert kinds.tolist() == [AUDIO] * 4 + [PAD] * 2 + [AUDIO] + [PAD] * 3
+    modality_F = processor_for().tower_modality({"input_features": features})
+    assert modality_F.tolist() == [AUDIO] * 4 + [PAD] * 2 + [AUDIO] + [PAD] * 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_silence_and_sinks_weigh_what_their_gradients_say():
     table = {
         name: torch.rand(9, 64, generator=rng) for stage in plan.stages for name in stage.blocks
     }
-    weights = Weights(kinds_of(inputs), Fisher(table))
+    weights = Weights(modalities_of(inputs), Fisher(table))
     heard = Chain(encoder, hidden=[torch.zeros(1, 16, 64)], sample=[0])
     block = encoder.blocks[-1]
     errors = weights.of_errors(heard, block).of([0], heard.hidden[0].shape[:2])
@@ -162,15 +162,17 @@ def test_second_moments_weigh_a_layers_own_tokens():
     said = Chain(text, hidden=[torch.zeros(1, length, 64)], sample=[0])
     frames_N, words_N = torch.rand(16), torch.rand(length)
     own, cross = f"{text.blocks[0]}.self_attn.k_proj", f"{text.blocks[0]}.encoder_attn.k_proj"
-    weights = Weights(kinds_of(inputs), Fisher(tokens={own: {0: words_N}, cross: {0: frames_N}}))
+    weights = Weights(
+        modalities_of(inputs), Fisher(tokens={own: {0: words_N}, cross: {0: frames_N}})
+    )
     spoken_N = (inputs[0].modality_T != PAD).float()
     torch.testing.assert_close(weights.of_tokens(said, own)[0], words_N * spoken_N)
     torch.testing.assert_close(weights.of_tokens(said, cross)[0], frames_N)
     torch.testing.assert_close(
-        Weights(kinds_of(inputs), Fisher()).of_tokens(said, own)[0], spoken_N
+        Weights(modalities_of(inputs), Fisher()).of_tokens(said, own)[0], spoken_N
     )
     heard = Chain(plan.stages[0], hidden=[torch.zeros(1, 16, 64)], sample=[0])
-    assert Weights(kinds_of(inputs), Fisher()).of_tokens(heard, "any")[0].eq(1).all()
+    assert Weights(modalities_of(inputs), Fisher()).of_tokens(heard, "any")[0].eq(1).all()
 
 
 def test_moments_take_the_weights_that_are_as_many_as_the_tokens():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from nearest import round_to_nearest
 from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,7 +16,7 @@ from auto_mmround.export import formats
 from auto_mmround.export.format import Whole
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.layout import Layout
-from auto_mmround.numerics.grids import Grid, round_to_nearest
+from auto_mmround.numerics.grids import Grid
 from auto_mmround.recipe.schemes import Scheme
 
 VOCABULARY = 320

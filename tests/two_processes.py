@@ -10,13 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from nearest import round_to_nearest
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.errors import UserError
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import Stage
-from auto_mmround.numerics.grids import Grid, round_to_nearest
+from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -64,10 +65,10 @@ def mixed_inputs():
                 "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
                 "image_grid_thw": torch.tensor([[1, 4, 4]]),
             }
-        kind_T = (ids[0] == IMAGE).to(torch.int8)
-        kwargs |= {"input_ids": ids, "mm_token_type_ids": kind_T[None].int()}
+        modality_T = (ids[0] == IMAGE).to(torch.int8)
+        kwargs |= {"input_ids": ids, "mm_token_type_ids": modality_T[None].int()}
         inputs.append(
-            ModelInput(str(i), kwargs, kind_T, torch.ones(ids.shape[1], dtype=torch.bool))
+            ModelInput(str(i), kwargs, modality_T, torch.ones(ids.shape[1], dtype=torch.bool))
         )
     return inputs
 

@@ -41,7 +41,7 @@ MEDIA = {
         "mp3"),
 }  # fmt: skip
 FILES = ("file_name", "path", "file", "filename", "filepath")  # of the kind that the ending tells
-SUFFIXES = {
+ENDINGS = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".opus"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
               ".tga", ".ppm"),
@@ -224,7 +224,7 @@ def _kind_of(value: Any, base: Path | None = None, named: bool = False) -> str |
         )
     if not isinstance(value, str) or len(value) >= 1024:
         return None
-    told = next((kind for kind, ends in SUFFIXES.items() if value.lower().endswith(ends)), None)
+    told = next((kind for kind, ends in ENDINGS.items() if value.lower().endswith(ends)), None)
     return told if told and (named or (base and find_file(value, (), base))) else None
 
 

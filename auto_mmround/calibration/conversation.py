@@ -82,10 +82,10 @@ def _written(write: Write, chat: Turns) -> str | None:
 def _knows(role: str, write: Write) -> bool:
     """Whether a template treats a role otherwise than one that nobody has heard of."""
     asked = {"role": "user", "content": "a"}
-    found, other = (
+    own, other = (
         _written(write, [{"role": name, "content": "b"}, asked]) for name in (role, "xyzzy")
     )
-    return found is not None and (other is None or found.replace(role, "xyzzy") != other)
+    return own is not None and (other is None or own.replace(role, "xyzzy") != other)
 
 
 def _with_text(turn: Mapping[str, Any]) -> dict[str, Any]:

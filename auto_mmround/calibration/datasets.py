@@ -15,22 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.calibration import dotted, folders
+from auto_mmround.calibration.columns import PLURAL
 from auto_mmround.calibration.hub import STREAMED, load_hub, undecoded
-from auto_mmround.calibration.layouts import transcribed
 from auto_mmround.calibration.named import DEMO, KNOWN, LOCAL, NAMED, SHORT, Named
 from auto_mmround.calibration.roots import find_file
-from auto_mmround.calibration.rows import PLURAL, BadSample, Sample, parse_row, split_batch
+from auto_mmround.calibration.rows import BadSample, Sample, parse_row, split_batch
 from auto_mmround.calibration.sources import Source, parse_spec
 from auto_mmround.calibration.tables import (
     LINES,
     PLAIN,
     TABLES,
     Joined,
+    ending,
     is_data,
-    kind_of,
     read_files,
 )
 from auto_mmround.calibration.template import did_you_mean
+from auto_mmround.calibration.transcripts import transcribed
 from auto_mmround.errors import UserError
 
 SUFFIXES = (*PLAIN, *TABLES)
@@ -132,7 +133,7 @@ def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
     folder = path.resolve()
     files = folders.walk(folder)
     data = folders.data_files(folder, files)
-    tables = any(kind_of(file.path) in TABLES for file in data)
+    tables = any(ending(file.path) in TABLES for file in data)
     rows: Sequence[Any] | None = None
     if (
         not tables
@@ -145,7 +146,7 @@ def _local(path: Path, source: Source, named: Named | None = None) -> Rows:
         ]
         rows = Joined(part for each in parts if isinstance(each, Joined) for part in each.parts)
     elif not tables and not any(
-        kind_of(f.path) in (".json", *LINES) and f.path.parent == folder for f in data
+        ending(f.path) in (".json", *LINES) and f.path.parent == folder for f in data
     ):
         spoken = transcribed(folder, files)
         rows = None if spoken is None else Joined([(folder, spoken)])

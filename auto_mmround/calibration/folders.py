@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_mmround.calibration.named import Named
-from auto_mmround.calibration.tables import PLAIN, TABLES, Joined, is_data, kind_of, read_files
+from auto_mmround.calibration.tables import PLAIN, TABLES, Joined, ending, is_data, read_files
 from auto_mmround.errors import UserError
 from auto_mmround.untrusted import belongs, is_plain, read_object
 
@@ -30,7 +30,7 @@ SPLITS = {
 }  # fmt: skip
 SHARD = re.compile(r"(?P<split>[\w.]+(?:-[\w.]+)*?)-\d{5,}-of-\d{5,}(?:-[0-9a-f]+)?")
 PART = re.compile(r"(?P<name>[^\[\]]*)(?:\[(?P<start>\d*)(?P<p>%?):(?P<end>\d*)(?P<q>%?)\])?")
-# What lies beside data and is none.
+# Files that lie beside data and are none.
 METADATA = {
     "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json",
     "requirements.txt",
@@ -84,23 +84,23 @@ def _unreadable(error: OSError) -> None:
 
 
 def data_files(folder: Path, files: Sequence[Path]) -> list[DataFile]:
-    """Those of the files that hold the rows of a folder: what `save_to_disk` lists, else tables,
-    else plain files, which a folder that has some itself does not look for deeper. Files of other
-    kinds that stay unread are said."""
+    """The files that hold the rows of a folder: what `save_to_disk` lists, else tables, else plain
+    files. Plain files deeper down count only where the folder itself has none. A warning names the
+    endings of files that stay unread."""
     saved = _saved(folder)
     if saved is not None:
         return saved
     data = [path for path in files if is_data(path) and path.name.lower() not in METADATA]
-    tables = [path for path in data if kind_of(path) in TABLES]
-    plain = [path for path in data if kind_of(path) in PLAIN[:4]] or data
+    tables = [path for path in data if ending(path) in TABLES]
+    plain = [path for path in data if ending(path) in PLAIN[:4]] or data
     chosen = tables or [path for path in plain if path.parent == folder] or plain
-    kinds = {kind_of(path) for path in chosen}
-    if left := Counter(kind_of(path) for path in data if kind_of(path) not in kinds):
-        counted = ", ".join(f"{count} {kind}" for kind, count in left.items())
+    endings = {ending(path) for path in chosen}
+    if left := Counter(ending(path) for path in data if ending(path) not in endings):
+        counted = ", ".join(f"{count} {end}" for end, count in left.items())
         log.warning(
             "dataset folder %s: its %s files are read; left out: %s",
             folder,
-            "/".join(sorted(kinds)),
+            "/".join(sorted(endings)),
             counted,
         )
     return [_named(path, folder) for path in chosen]

@@ -11,6 +11,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 
 from auto_mmround.calibration import media
+from auto_mmround.calibration.columns import PLURAL
 from auto_mmround.calibration.dotted import MISTAKES, blamed
 from auto_mmround.calibration.processor import Processor, hearing, render
 from auto_mmround.calibration.ready import (
@@ -21,7 +22,7 @@ from auto_mmround.calibration.ready import (
     with_decoder_ids,
 )
 from auto_mmround.calibration.roots import MediaError, Roots
-from auto_mmround.calibration.rows import PLURAL, BadSample, Sample
+from auto_mmround.calibration.rows import BadSample, Sample
 from auto_mmround.calibration.template import Encoded, Template
 from auto_mmround.errors import UserError
 from auto_mmround.modalities import AUDIO, IMAGE, MODALITIES, PAD, TEXT, VIDEO
@@ -102,17 +103,17 @@ def modality(kwargs: Mapping[str, Any], config: Any = None) -> Tensor:
         return torch.tensor(media, dtype=torch.int8)
     given = kwargs.get("mm_token_type_ids")
     if given is not None:
-        kinds_T = given[0].to(torch.int8)
+        modality_T = given[0].to(torch.int8)
     else:
-        kinds_T = torch.where(ids_T < 0, IMAGE, TEXT).to(torch.int8)
+        modality_T = torch.where(ids_T < 0, IMAGE, TEXT).to(torch.int8)
         for token, kind in placeholder_ids(config).items():
-            kinds_T = torch.where(ids_T == token, kind, kinds_T).to(torch.int8)
+            modality_T = torch.where(ids_T == token, kind, modality_T).to(torch.int8)
     mask = kwargs.get(
         "decoder_attention_mask" if "decoder_input_ids" in kwargs else "attention_mask"
     )
     if mask is not None and mask.shape == token_ids(kwargs).shape[:2]:
-        kinds_T = torch.where(mask[0].bool(), kinds_T, PAD).to(torch.int8)
-    return kinds_T
+        modality_T = torch.where(mask[0].bool(), modality_T, PAD).to(torch.int8)
+    return modality_T
 
 
 def answer_mask(encoded: Encoded, input_ids: Tensor, tokenizer: Any) -> Tensor | None:
@@ -197,11 +198,11 @@ def padded(sample: ModelInput, length: int) -> ModelInput:
             one = one if key.endswith("input_ids") else torch.zeros_like(one)
             kwargs[key] = torch.cat([value, one.expand(-1, length - tokens, *value.shape[2:])], 1)
     more = (0, length - tokens)
-    kind_T = nn.functional.pad(sample.modality_T, more, value=PAD)
+    modality_T = nn.functional.pad(sample.modality_T, more, value=PAD)
     return replace(
         sample,
         kwargs=kwargs,
-        modality_T=kind_T,
+        modality_T=modality_T,
         answer_T=nn.functional.pad(sample.answer_T, more, value=False),
     )
 
@@ -261,13 +262,13 @@ class Encoder:
         given = tensors(label, inputs)
         kwargs = with_decoder_ids(given, self.config)
         self._check_codebooks(label, kwargs)
-        kinds_T = modality(kwargs, self.config)
-        labels, answer_T = given.get("labels"), torch.ones(len(kinds_T), dtype=torch.bool)
+        modality_T = modality(kwargs, self.config)
+        labels, answer_T = given.get("labels"), torch.ones(len(modality_T), dtype=torch.bool)
         # Of a decoder they lie beside its ids, negative where no answer is.
-        if labels is not None and labels.shape == token_ids(kwargs).shape == (1, len(kinds_T)):
+        if labels is not None and labels.shape == token_ids(kwargs).shape == (1, len(modality_T)):
             said_T = labels[0] >= 0
             answer_T = said_T if bool(said_T.any()) else answer_T
-        return self._bounded(ModelInput(label, kwargs, kinds_T, answer_T))
+        return self._bounded(ModelInput(label, kwargs, modality_T, answer_T))
 
     def _check_codebooks(self, label: str, kwargs: Mapping[str, Any]) -> None:
         """Raises UserError for several rows of ids that are no codebooks of the model."""
@@ -290,17 +291,19 @@ class Encoder:
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(self.config, "is_encoder_decoder", False):  # a decoder that writes what it reads
             kwargs = with_decoder_ids({**kwargs, "labels": ids}, self.config)
-        kinds_T = modality(kwargs, self.config)
+        modality_T = modality(kwargs, self.config)
         if not ids.numel():
             raise BadSample("too short", f"sample {sample.id} is empty")
-        if bool((kinds_T != TEXT).any()):
+        if bool((modality_T != TEXT).any()):
             raise BadSample(
                 "plain text with a media placeholder",
                 f"sample {sample.id}: a media placeholder in its text",
             )
         if ids.shape[1] >= MIN_TOKENS and int((ids == ids[0, -1]).sum()) > ids.shape[1] // 2:
             raise BadSample("repetitive", f"sample {sample.id} repeats one token")
-        return ModelInput(sample.id, kwargs, kinds_T, torch.ones_like(kinds_T, dtype=torch.bool))
+        return ModelInput(
+            sample.id, kwargs, modality_T, torch.ones_like(modality_T, dtype=torch.bool)
+        )
 
     def _read(self, sample: Sample) -> Sample:
         rate = getattr(hearing(self.processor), "sampling_rate", 16000)
@@ -320,13 +323,13 @@ class Encoder:
         check_lengths(sample.id, kwargs)
         ids = token_ids(kwargs)
         own = getattr(self.family, "modality", None)
-        kinds_T = own(kwargs) if own else modality(kwargs, self.config)
+        modality_T = own(kwargs) if own else modality(kwargs, self.config)
         known = {
             *placeholder_ids(self.config).values(),
             *((IMAGE, VIDEO) if "mm_token_type_ids" in kwargs else ()),
         }
         for kind, items in ((IMAGE, sample.images), (VIDEO, sample.videos), (AUDIO, sample.audios)):
-            places = bool((kinds_T == kind).any())
+            places = bool((modality_T == kind).any())
             if places != bool(items) and (places or kind in known):
                 seen = "a place" if places else "no place"
                 message = (
@@ -350,7 +353,7 @@ class Encoder:
             answer_T = ~answer_T
         tower = getattr(self.family, "tower_modality", None)
         made = ModelInput(
-            sample.id, kwargs, kinds_T, answer_T, tower(kwargs) if tower else None, encoded.left
+            sample.id, kwargs, modality_T, answer_T, tower(kwargs) if tower else None, encoded.left
         )
         return self._bounded(made, self.seqlen if self.truncation else None)
 

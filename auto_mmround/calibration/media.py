@@ -215,7 +215,7 @@ def read_video(data: bytes, name: str, rate: int = 0) -> np.ndarray:
     return np.stack(taken)
 
 
-READERS: Mapping[str, Callable[..., Any]] = {
+DECODERS: Mapping[str, Callable[..., Any]] = {
     "image": lambda data, name, rate: read_image(data, name),
     "video": read_video,
     "audio": read_audio,
@@ -291,4 +291,4 @@ def load(
         )
     if len(data) > BYTES[kind]:
         raise MediaError(f"{name} is larger than {BYTES[kind] >> 20} MiB")
-    return READERS[kind](data, name, rate)
+    return DECODERS[kind](data, name, rate)

@@ -49,9 +49,9 @@ DEMO = {"demo-text": "text.jsonl", "demo-llava": "llava.json"}
 DEMO_KINDS: dict[str, tuple[str, ...]] = {"demo-text": (), "demo-llava": ("image",)}
 SHORT = {name.rpartition("/")[2]: name for name in NAMED}
 KNOWN = [*NAMED, *(short for short in SHORT if short not in NAMED), "demo", *DEMO]
-# What is read where samples with a kind of media are needed and the user's set has none.
+# Read where samples with a kind of media are needed and the user's set has none.
 STAND_IN = {"image": "liuhaotian/llava_conv_58k", "audio": "MLCommons/peoples_speech"}
-# What to give instead where the hub can't be reached, by the kind that the set would have brought.
+# Told where the hub can't be reached: what to give instead, by the kind of media of the set.
 LOCAL = {
     "image": "--dataset demo or a local .json, .jsonl, .txt or .parquet file or folder",
     "audio": (

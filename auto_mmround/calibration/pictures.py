@@ -34,13 +34,13 @@ SPANS = {
 
 
 def as_seen(given: Any) -> Image.Image:
-    """RGB, upright by its orientation tag, what is transparent white, grey of any depth scaled to 8
+    """RGB, upright by its orientation tag, transparent parts white, grey of any depth scaled to 8
     bits.
 
     given: an image, of several frames the one that it stands at; or an array or tensor of grey (H,
-    W), or with 1 to 4 channels (grey, grey and alpha, RGB, RGBA) last or first; where both could
-    be, NumPy's has them last and torch's first. Any dtype: floats count to 1 or to 255. Raises
-    ValueError for other shapes, and what Pillow does where the data are damaged.
+    W), or with 1 to 4 channels (grey, grey and alpha, RGB, RGBA) last or first. Where both could
+    be, arrays of NumPy have them last and tensors of torch first. Any dtype; white is 1 or 255 in
+    floats. Raises ValueError for other shapes, and Pillow's own errors for damaged data.
     """
     image = given if isinstance(given, Image.Image) else _from_array(given)
     packed = _packed(image)  # known until the image is loaded

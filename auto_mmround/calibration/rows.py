@@ -236,8 +236,9 @@ def _has_codebooks(row: Mapping[str, Any]) -> bool:
     """Whether the ids of one sample may have a row for each codebook (Musicgen): several rows, and
     a mask of one."""
     ids, mask = row["input_ids"], row.get("attention_mask")
-    one = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == 1
-    return one and len(ids) > 1 and len(ids[0]) == mask.shape[1]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != 1:
+        return False
+    return len(ids) > 1 and len(ids[0]) == mask.shape[1]
 
 
 def _batched(item: Mapping[str, Any]) -> str | None:

@@ -51,11 +51,9 @@ class Reads:
 
 @dataclass(frozen=True)
 class Settings:
-    """Resolved values. multimodal: some samples carry media. usual: notes on what nobody asked for
-    otherwise."""
+    """Resolved values. usual: notes on values that nobody asked for."""
 
     dataset: Any
-    multimodal: bool
     nsamples: int
     seqlen: int
     truncation: bool
@@ -122,9 +120,7 @@ def choose(
         notes.append(
             f"nsamples {asked.nsamples} becomes {nsamples}, a multiple of batch_size {batch}"
         )
-    settings = Settings(
-        dataset, multimodal, nsamples, seqlen, truncation, batch, steps, tuple(usual)
-    )
+    settings = Settings(dataset, nsamples, seqlen, truncation, batch, steps, tuple(usual))
     return settings, (*notes, *usual)
 
 
@@ -198,7 +194,7 @@ def _usable(
 
 
 def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
-    """Those of the kinds that the model can't read."""
+    """The kinds that the model can't read."""
     if takes is None:
         return frozenset()
     return frozenset(
@@ -207,8 +203,8 @@ def _foreign(kinds: Media, takes: Sequence[str] | None) -> Media:
 
 
 def _check_kinds(dataset: Any, media: Sequence[Media], model: Reads, demanded: bool) -> None:
-    """One line for a set with media that the model can't read, or when a tower would see no
-    sample; where `some` is enough, when all would see none."""
+    """Raises UserError for a set with media that the model can't read, and where a tower would see
+    no sample. With `some` it is enough that one tower sees samples."""
     needs, takes = (model.needs if demanded else ()), model.takes
     present: Media = frozenset().union(*media)
     name = f"the dataset {dataset}" if isinstance(dataset, str) else "the given dataset"

@@ -26,7 +26,7 @@ TABLE_BYTES = 64 << 30  # of one decoded table: a small file may claim to hold a
 ROW_KEYS = {"text", "input_ids", "conversations", "messages"}
 
 
-def kind_of(path: Path) -> str:
+def ending(path: Path) -> str:
     """The ending that says how a file is read, `.gz` left out: `.jsonl` for a.jsonl.gz."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix if name.endswith(".gz") else path.suffix.lower()
@@ -35,7 +35,7 @@ def kind_of(path: Path) -> str:
 def is_data(path: Path) -> bool:
     """Whether `read_files` can read a file of this name."""
     packed = path.suffix.lower() == ".gz"
-    return kind_of(path) in PLAIN or (kind_of(path) in TABLES and not packed)
+    return ending(path) in PLAIN or (ending(path) in TABLES and not packed)
 
 
 class Joined(Sequence[Any]):
@@ -98,7 +98,7 @@ def read_files(paths: Sequence[Path]) -> Joined:
     left, parts = HELD_BYTES, []
     for path in paths:
         rows: Sequence[Any]
-        if kind_of(path) in TABLES:
+        if ending(path) in TABLES:
             rows = read_table(path, left)
             left -= min(left, rows.table.nbytes)
         else:
@@ -114,7 +114,7 @@ def read_table(path: Path, held: int = HELD_BYTES) -> TableRows:
 
     what = f"dataset {path}"
     try:
-        if kind_of(path) == ".arrow":
+        if ending(path) == ".arrow":
             table = _arrow(path)
         else:
             with pq.ParquetFile(path) as file:
@@ -169,18 +169,18 @@ def _gathered(schema: Any, batches: Iterator[Any], held: int, what: str) -> Any:
 def read_plain(path: Path) -> list[Any]:
     """The rows of a JSON, JSON lines, text or CSV file (.gz too). Raises UserError when it can't be
     read."""
-    what, kind = f"dataset {path}", kind_of(path)
+    what, end = f"dataset {path}", ending(path)
     text = _text(path, what).removeprefix("\ufeff")
-    if kind == ".txt":
+    if end == ".txt":
         return [line for _, line in _lines(text)]
-    if kind in DELIMITERS:
-        return _csv(text, DELIMITERS[kind], what)
+    if end in DELIMITERS:
+        return _csv(text, DELIMITERS[end], what)
     # Many call JSON lines .json and a list .jsonl: where the first line is a value, it can't be a
     # part of a larger one.
     first = re.search(r"\S[^\r\n]*", text)
     alone = first is not None and _is_json(first[0])
     more = first is not None and re.compile(r"\S").search(text, first.end()) is not None
-    if (alone and (more or kind in LINES)) or (kind in LINES and not _is_json(text)):
+    if (alone and (more or end in LINES)) or (end in LINES and not _is_json(text)):
         return [parse_json(line, f"{what} line {number}") for number, line in _lines(text)]
     return _json_rows(parse_json(text, what), what)
 

@@ -27,9 +27,9 @@ TEMPLATE_BYTES = 1 << 20
 
 
 class Encoded(NamedTuple):
-    """text, the (start, end) character spans of its assistant answers (closing token in, trailing
-    blanks out), and the names of what the conversation holds and the text doesn't, once for each
-    time."""
+    """A conversation as text. answers: (start, end) character spans of the assistant's answers,
+    closing token in, trailing blanks out. left: names of parts of the conversation that the text
+    does not hold, once for each time."""
 
     text: str
     answers: tuple[tuple[int, int], ...]

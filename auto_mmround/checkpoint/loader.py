@@ -40,8 +40,8 @@ from auto_mmround.untrusted import one_line, read_object
 
 log = logging.getLogger("auto_mmround")
 
-# Formats in which a source may be stored. Those of compressed-tensors are read as by engines, with
-# activations.
+# Methods in which a source may be stored. compressed-tensors is not among them: it is read as
+# engines read it, with activations.
 SOURCES = tuple(method for method in METHODS if method != "compressed-tensors")
 
 
@@ -105,8 +105,8 @@ def _streams(
 
 
 def _carried(model: PreTrainedModel, folder: Path, keys: Iterable[str]) -> set[str]:
-    """Those of the keys that the model's class does not load, and did not in the source either:
-    layers behind its own, and what `run.json` names."""
+    """The keys that the model's class does not load, and did not load from the source either:
+    layers behind its own, and the keys that `run.json` names."""
     record = folder / "run.json"
     unread = read_object(record).get("unread") if record.is_file() else None
     known = set(map(str, unread)) if isinstance(unread, list) else set()
@@ -125,7 +125,7 @@ def _check_filled(folder: Path, met: LoadStateDictInfo) -> None:
 
 
 class AsKept:
-    """Decoded tensors in the form in which a model's class reads them, a `Source`.
+    """Decoded tensors in the form in which a model's class reads them, a `Keyed`.
 
     Packed weights are (out, in). GPT-2's Conv1D is (in, out); some families stack experts.
     """
@@ -145,7 +145,7 @@ class AsKept:
 
     @contextmanager
     def reader(self) -> Iterator["_Slices"]:
-        """See `Source.reader`."""
+        """See `Keyed.reader`."""
         with Shards() as shards:
             yield _Slices(partial(self.tensor, shards=shards))
 

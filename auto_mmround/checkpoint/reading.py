@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.export.format import Format
+from auto_mmround.export.format import PackedFormat, WholeFormat
 from auto_mmround.headers import DAMAGED, OpenFiles, read_header
 from auto_mmround.lazy import Lazy
 from auto_mmround.model.kv_cache import SCALES
@@ -83,7 +83,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _reader(quantization: Mapping[str, Any]) -> Any:
     """How a format reads files of its own kind, None for safetensors."""
-    return next((fmt.read for fmt in formats.of_method(quantization) if fmt.read), None)
+    known = formats.of_method(quantization)
+    return next((fmt.read for fmt in known if isinstance(fmt, WholeFormat)), None)
 
 
 Maker = Callable[[Shards], Tensor]
@@ -113,7 +114,11 @@ class Decoded(Lazy[Maker, Maker]):
         scales = set(self.checkpoint.kv_scales)
         for name in (name for name in self.checkpoint.files if name not in scales):
             module, _, part = name.rpartition(".")
-            if fmt is None or module not in self.packed or part not in fmt.parts:
+            if (
+                not isinstance(fmt, PackedFormat)
+                or module not in self.packed
+                or part not in fmt.parts
+            ):
                 makers[name] = partial(self._stored, name)
             elif part == next(iter(fmt.parts)):
                 scheme = schemes.get(module)
@@ -125,7 +130,9 @@ class Decoded(Lazy[Maker, Maker]):
     def _stored(self, name: str, shards: Shards) -> Tensor:
         return shards.tensor(self.checkpoint.folder / self.checkpoint.files[name], name)
 
-    def _unpacked(self, fmt: Format, module: str, scheme: Scheme | None, shards: Shards) -> Tensor:
+    def _unpacked(
+        self, fmt: PackedFormat, module: str, scheme: Scheme | None, shards: Shards
+    ) -> Tensor:
         names = [n for part in fmt.parts if (n := f"{module}.{part}") in self.checkpoint.files]
         parts = {name: self._stored(name, shards) for name in names}
         try:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.checkpoint.reading import Shards
 from auto_mmround.errors import UserError, several
 from auto_mmround.export import formats
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.experts import separable
 from auto_mmround.model.keys import filled_parameters, further_layers, loaded_names
@@ -113,7 +113,7 @@ class Subject:
     @property
     def whole(self) -> bool:
         """Whether the weights lie in files of another kind, which only the format reads."""
-        return self.fmt is not None and self.fmt.write is not None
+        return isinstance(self.fmt, WholeFormat)
 
     @property
     def hygiene(self) -> str:
@@ -162,7 +162,7 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     fmt = _format(quantization, findings)
     if formats.problem(quantization):
         quantization = None  # a finding of its own by now; nothing else may lean on it
-    whole = fmt is not None and fmt.write is not None
+    whole = isinstance(fmt, WholeFormat)
     tensors = {} if whole else _headers(folder, weight_map, findings)
     here = fmt is not None and fmt.kv_cache
     kv_scales = {n: h for n, h in tensors.items() if here and n.rpartition(".")[2] in SCALES}

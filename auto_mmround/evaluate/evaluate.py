@@ -19,7 +19,7 @@ from auto_mmround.run.record import machine
 WIDTHS = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
-class Way(NamedTuple):
+class HowLoaded(NamedTuple):
     """How models are loaded. stream: read blocks when their turn comes; None: of models that take
     most of the free memory."""
 
@@ -35,7 +35,7 @@ def evaluate(
     reference: str | None = None,
     baseline: str | None = None,
     names: str | None = None,
-    way: Way | None = None,
+    way: HowLoaded | None = None,
     progress: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> tuple[tasks.Measured, dict[str, Any]]:
     """What the tasks found, and the record of it.
@@ -44,7 +44,7 @@ def evaluate(
     quantization. baseline: another checkpoint to compare with. Raises UserError for unknown tasks,
     models or sets, for sets without a row that a task needs, and for tasks that can't be streamed.
     """
-    way = way or Way()
+    way = way or HowLoaded()
     wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
     outside = [name for name in wanted if name not in tasks.TASKS]
     if outside and way.stream:

@@ -94,7 +94,7 @@ def teacher_forced(setting: Setting) -> Measured:
 
 def forced_scores(metrics_of: Mapping[str, Metrics], title: str) -> Iterable[Score]:
     """Lines of the recovery table from teacher-forced figures by role."""
-    kinds = (
+    figures = (
         ("perplexity", "", True, lambda m: m.perplexity, lambda m: m.tokens),
         (
             "accuracy, teacher-forced",
@@ -104,7 +104,7 @@ def forced_scores(metrics_of: Mapping[str, Metrics], title: str) -> Iterable[Sco
             lambda m: m.answers,
         ),
     )
-    for metric, unit, lower, figure, count in kinds:
+    for metric, unit, lower, figure, count in figures:
         values = {role: figure(metrics) for role, metrics in metrics_of.items()}
         if values["quantized"] is not None:
             yield Score(

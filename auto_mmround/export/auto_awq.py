@@ -15,12 +15,12 @@ from auto_mmround.export.format import (
     NO_EXPERTS,
     STACKS_ALONE,
     WORDS,
-    Format,
+    PackedFormat,
     check_integers,
     differences,
 )
 from auto_mmround.export.layout import Layout, both_spellings, kept_groups, tower_substrings
-from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
+from auto_mmround.export.method import DEFAULTS, Method, Overrides, Spelling
 from auto_mmround.export.packing import pack_awq, unpack_awq
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -83,14 +83,14 @@ def config(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _transformers(q: Question) -> Mapping[str, Overrides]:
+def _transformers(q: Spelling) -> Mapping[str, Overrides]:
     keep = q.listed("modules_to_not_convert")
     matches = [re.compile(rf"(?:{key})(?:(?<=\.)|(?=\.|$))") for key in keep]
     kept = {n for n in q.names if n.endswith(tuple(keep)) or any(m.match(n) for m in matches)}
     return dict.fromkeys((n for n in q.names if n not in kept and n != q.head), DEFAULTS)
 
 
-def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+def _vllm(q: Spelling) -> Mapping[str, Overrides] | None:
     if q.config.get("bits") != 4:
         return None
     keep = q.listed("modules_to_not_convert")
@@ -101,7 +101,7 @@ def _vllm(q: Question) -> Mapping[str, Overrides] | None:
     return dict.fromkeys((n for n in q.names if n not in skipped and n != head), DEFAULTS)
 
 
-FORMAT = Format(
+FORMAT = PackedFormat(
     name="auto_awq",
     summary="AWQ checkpoint, 4 bits: Transformers (gptqmodel), vLLM, SGLang",
     bits=(4,),

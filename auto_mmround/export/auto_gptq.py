@@ -17,8 +17,8 @@ from auto_mmround.export.format import (
     NO_EXPERTS,
     STACKS_ALONE,
     WORDS,
-    Format,
     Limit,
+    PackedFormat,
     any_scheme,
     check_integers,
     differences,
@@ -31,7 +31,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )
-from auto_mmround.export.method import DEFAULTS, Method, Overrides, Question
+from auto_mmround.export.method import DEFAULTS, Method, Overrides, Spelling
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.export.patterns import as_pattern, folded, tails, templates
 from auto_mmround.numerics.grids import Codes
@@ -204,7 +204,7 @@ def _tails(
     return dict.fromkeys([pattern, *others])
 
 
-def _transformers(q: Question) -> Mapping[str, Overrides]:
+def _transformers(q: Spelling) -> Mapping[str, Overrides]:
     """optimum reads the block prefix and the endings, but not ``dynamic``."""
     prefix = q.config.get("block_name_to_quantize")
     if prefix is None:
@@ -218,7 +218,7 @@ def _transformers(q: Question) -> Mapping[str, Overrides]:
     )
 
 
-def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+def _vllm(q: Spelling) -> Mapping[str, Overrides] | None:
     if q.config.get("bits") not in (4, 8) or not q.config.get("sym"):
         return None
     # by substring; without a list, whatever is packed in the file
@@ -235,7 +235,7 @@ def _vllm(q: Question) -> Mapping[str, Overrides] | None:
     return answer
 
 
-FORMAT = Format(
+FORMAT = PackedFormat(
     name="auto_gptq",
     summary="GPTQ checkpoint: Transformers (gptqmodel), vLLM, SGLang; no zero point 0",
     bits=(2, 3, 4, 8),

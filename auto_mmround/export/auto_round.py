@@ -24,6 +24,7 @@ from auto_mmround.export.format import (
     WORDS,
     Format,
     Limit,
+    PackedFormat,
     any_scheme,
     check_integers,
     wrong,
@@ -36,7 +37,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )
-from auto_mmround.export.method import Config, Method, Overrides, Question, flat_schemes, searched
+from auto_mmround.export.method import Config, Method, Overrides, Spelling, flat_schemes, searched
 from auto_mmround.export.patterns import tails
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme
@@ -144,9 +145,9 @@ def _unpack_floats(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> 
     return floats.unpack(name, parts, scheme)
 
 
-def _transformers(q: Question) -> Mapping[str, Overrides]:
+def _transformers(q: Spelling) -> Mapping[str, Overrides]:
     prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
-    # Without prefixes all numbered blocks count, those of towers too.
+    # Without prefixes all numbered blocks count, also in towers.
     inside = [
         n for n in q.names if (n.startswith(prefixes) if prefixes else re.search(r"\.\d+\.", n))
     ]
@@ -166,7 +167,7 @@ def _transformers(q: Question) -> Mapping[str, Overrides]:
     }
 
 
-def _vllm(q: Question) -> Mapping[str, Overrides] | None:
+def _vllm(q: Spelling) -> Mapping[str, Overrides] | None:
     if q.config.get("packing_format") not in (GPTQ.name, AWQ.name, FLOAT.name):
         return None
     prefixes = tuple(q.listed("block_name_to_quantize", "to_quant_block_names"))
@@ -257,7 +258,7 @@ _LIMITS = (
     ),
 )  # fmt: skip
 _INTEGERS = check_integers(range(2, 9), (32, 32))
-PLAIN = Format(
+PLAIN = PackedFormat(
     name="auto_round",
     summary="AutoRound checkpoint, zero points as they are: Transformers (auto-round)",
     bits=(2, 3, 4, 5, 6, 7, 8),

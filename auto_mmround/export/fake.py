@@ -2,7 +2,6 @@
 anywhere."""
 
 from auto_mmround.export.format import Format
-from auto_mmround.export.layout import Layout
 from auto_mmround.recipe.schemes import Scheme
 
 
@@ -11,17 +10,12 @@ def check(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     return f"cannot state {scheme.act_bits}-bit activations" if scheme.act_bits < 16 else None
 
 
-def config(layout: Layout) -> None:
-    """No ``quantization_config``: readers must see an ordinary model."""
-
-
 FORMATS = (
     Format(
         name="fake",
         summary="dequantized weights in the source's dtype: everything that reads the source",
         bits=(2, 3, 4, 5, 6, 7, 8),
         check=check,
-        config=config,
         engines={"transformers": None},
     ),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,11 +28,6 @@ class Whole:
     config: Mapping[str, Any]
     layout: Layout
     source: Path | None
-
-
-def _no_tensors(*_: Any) -> NoReturn:
-    """Not called: what has no `parts` is not written as packed tensors."""
-    raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -96,31 +91,23 @@ STACKS_ALONE = Limit(
 WORDS = {"qweight": "q", "qzeros": "zero", "scales": "scale", "g_idx": ""}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
-    """One export format: functions on weights, and what others must know of it, as data.
+    """One export format: functions on weights, and what others must know of it, as data. One of
+    this class itself packs nothing, a `PackedFormat` packs tensors, a `WholeFormat` writes files of
+    its own kind.
 
-    Weights. check(scheme, out, in): why this weight cannot be held, or None. pack(module name,
-    codes): tensors by full name. unpack(module name, tensors, scheme): the exact inverse,
-    ValueError on tensors that contradict the scheme. parts: endings of the tensors that make
-    one weight -> what each holds ("q", "scale", "zero", "input_scale" or nothing of these); no
-    unquantized Linear has the first. any_float: floating parts may be float16, bfloat16 or
-    float32, whatever the scheme says. kv_cache: has a place for scales of keys and values.
-    min_zero: smallest zero point an asymmetric weight may have. fused_zero: stores scale * zero
-    as one float16, which is exact only for scales of 11 - bits significant bits. scale_range:
-    holds super-blocks, with such bounds of the scales' integers (`Grid`); what was tuned on
-    another grid is fitted once more. act_how: in whose arithmetic engines round MX and NVFP4
-    inputs (`Scheme`). choose(schemes): the format of several under one name that
-    holds them.
+    Weights. check(scheme, out, in): why this weight cannot be held, or None. parts: endings of the
+    tensors that make one weight -> what each holds ("q", "scale", "zero", "input_scale" or nothing
+    of these); no unquantized Linear has the first. kv_cache: has a place for scales of keys and
+    values. min_zero: smallest zero point an asymmetric weight may have. fused_zero: stores scale *
+    zero as one float16, which is exact only for scales of 11 - bits significant bits. scale_range:
+    holds super-blocks, with such bounds of the scales' integers (`Grid`); what was tuned on another
+    grid is fitted once more. act_how: in whose arithmetic engines round MX and NVFP4 inputs
+    (`Scheme`). choose(schemes): the format of several under one name that holds them.
 
     Files. config(layout): the ``quantization_config``, None for none. model_config(source's
     config.json, layout): `config.json` but for that, if readers need more than the source's.
-    write(folder, whole): for files of another kind (GGUF, OpenVINO): writes them, and returns what
-    `config` would; pack is not called then. read(folder): checkpoint key -> decoded tensor of what
-    `write` made, each read when it is asked for. exact_rest: there, tensors that are not quantized
-    are read back to the bit. ready(): raises UserError if a program that writing needs is not
-    installed. check_model(config, checkpoint keys, source folder): UserError for a model it cannot
-    write. Both are asked before anything is tuned.
 
     Readers. method: what its configurations say. told: their keys that tell it from other formats
     of the method -> the values it may have, "" for a key that is not there. engines: those that
@@ -128,15 +115,13 @@ class Format:
     limits: what they refuse of it. card: words for the code of a model card.
     """
 
+    packs: ClassVar[bool] = False  # weights are stored as codes, not as the model holds them
     name: str
     summary: str
     bits: tuple[int, ...]
     check: Callable[[Scheme, int, int], str | None]
-    config: Callable[[Layout], dict[str, Any] | None]
-    pack: Callable[[str, Codes], dict[str, Tensor]] = _no_tensors
-    unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes] = _no_tensors
+    config: Callable[[Layout], dict[str, Any] | None] = lambda layout: None
     parts: Mapping[str, str] = field(default_factory=dict)
-    any_float: bool = False
     kv_cache: bool = False
     min_zero: int = 0
     fused_zero: bool = False
@@ -144,21 +129,11 @@ class Format:
     act_how: str = "compressed_tensors"
     choose: Callable[[Collection[Scheme]], "Format"] | None = None
     model_config: Callable[[Mapping[str, Any], Layout], dict[str, Any]] | None = None
-    write: Callable[[Path, Whole], dict[str, Any]] | None = None
-    read: Callable[[Path], Mapping[str, Tensor]] | None = None
-    exact_rest: bool = True
-    ready: Callable[[], object] | None = None
-    check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None] | None = None
     method: Method | None = None
     told: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     engines: Mapping[str, str | None] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     card: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def packs(self) -> bool:
-        """Whether weights are stored as codes; else they are written as the model holds them."""
-        return bool(self.parts) or self.write is not None
 
     def packed(self, names: Iterable[str]) -> frozenset[str]:
         """The modules of a checkpoint whose weight is packed in tensors."""
@@ -186,6 +161,41 @@ class Format:
         size = 8192 * max(scheme.group_size, 1)  # a multiple of all that formats ask for
         broken_rule = next((reason for broken, reason in rules if broken), None)
         return broken_rule or self.check(scheme, size, size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFormat(Format):
+    """Weights as packed tensors among the tensors of a Transformers checkpoint.
+
+    pack(module name, codes): tensors by full name. unpack(module name, tensors, scheme): the exact
+    inverse, ValueError on tensors that contradict the scheme. any_float: floating parts may be
+    float16, bfloat16 or float32, whatever the scheme says.
+    """
+
+    packs: ClassVar[bool] = True
+    pack: Callable[[str, Codes], dict[str, Tensor]]
+    unpack: Callable[[str, Mapping[str, Tensor], Scheme], Codes]
+    parts: Mapping[str, str]
+    any_float: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeFormat(Format):
+    """Files of another kind than a Transformers checkpoint (GGUF, OpenVINO).
+
+    write(folder, whole): writes them, and returns the ``quantization_config``. read(folder):
+    checkpoint key -> decoded tensor of what `write` made, each read when it is asked for.
+    exact_rest: tensors that are not quantized are read back to the bit. ready(): raises UserError
+    if a program that writing needs is not installed. check_model(config, checkpoint keys, source
+    folder): UserError for a model it cannot write. Both are asked before anything is tuned.
+    """
+
+    packs: ClassVar[bool] = True
+    write: Callable[[Path, Whole], dict[str, Any]]
+    read: Callable[[Path], Mapping[str, Tensor]]
+    check_model: Callable[[Mapping[str, Any], Iterable[str], Path | None], None]
+    exact_rest: bool = True
+    ready: Callable[[], object] = lambda: None
 
 
 def check_integers(

@@ -14,29 +14,13 @@ from typing import Any
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check, method
 from auto_mmround.export.format import Format
-from auto_mmround.export.layout import Layout
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.untrusted import TooLong, time_limit
 
-__all__ = [
-    "FORMATS",
-    "Format",
-    "Layout",
-    "entries",
-    "fitted",
-    "from_config",
-    "get",
-    "of_method",
-    "problem",
-    "reader",
-    "resolve",
-    "scheme_of",
-    "schemes_of",
-]
 PATTERN_SECONDS = 30.0
 
 
-def found() -> dict[str, Format]:
+def by_name() -> dict[str, Format]:
     """All by name, AutoRound's own first: they are the default."""
     room = iter_modules(import_module(str(__package__)).__path__)
     files = [f"{file.name}.format" if file.ispkg else file.name for file in room]
@@ -45,7 +29,7 @@ def found() -> dict[str, Format]:
     return {fmt.name: fmt for fmt in sorted(every, key=lambda fmt: "auto_round" not in fmt.name)}
 
 
-FORMATS: dict[str, Format] = found()
+FORMATS: dict[str, Format] = by_name()
 
 
 def get(name: str) -> Format:
@@ -89,9 +73,9 @@ def fitted(names: Iterable[str], scheme: Scheme) -> Scheme:
     """The scheme with the grid that every one of these formats stores exactly: its smallest zero
     point, the significant bits of its scales, and their range in super-blocks.
 
-    A float16 has 11 bits: scale * zero keeps them if the scale leaves room for those of the zero
-    point. Formats that pack nothing hold whatever was tuned. A range is set where all others have
-    that one.
+    A float16 has 11 bits. scale * zero is exact if the bits of the scale and of the zero point fit
+    into them. Formats that pack nothing hold whatever was tuned. A range is set where all others
+    have that one.
     """
     targets = [resolve(name, [scheme]) for name in names]
     ranges = {fmt.scale_range for fmt in targets if fmt.packs}

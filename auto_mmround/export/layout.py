@@ -2,9 +2,9 @@
 
 A configuration has to be understood by Transformers (its module names), by vLLM (its own module
 names, matched by substring, prefix or regex) and by readers that only know the checkpoint. vLLM
-renames plain names by itself, if what follows them is not needed for that, and patterns never. So
-names are written in both spellings, Transformers' and the checkpoint's, patterns in vLLM's too,
-and a tower is named by a pattern without an anchored prefix.
+renames plain names by itself, if it needs no more than the name for that. It never renames
+patterns. So names are written in both spellings, Transformers' and the checkpoint's, and patterns
+in vLLM's too. A tower is named by a pattern without an anchored prefix.
 """
 
 import re

@@ -22,7 +22,7 @@ DEFAULTS: Overrides = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Question:
+class Spelling:
     """Which layers does an engine quantize? names: linear layers as the engine spells them. head:
     the output head's name. packed: those packed in the file. rename: a name of the configuration as
     the engine rewrites it before matching."""
@@ -41,7 +41,7 @@ class Question:
 
 # The answer: the quantized layers, with what the configuration says of each beyond its defaults;
 # None where the engine takes no such checkpoint.
-Matcher = Callable[[Question], Mapping[str, Overrides] | None]
+Matcher = Callable[[Spelling], Mapping[str, Overrides] | None]
 
 
 def flat_schemes(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.format import Format, check_integers, differences
+from auto_mmround.export.format import PackedFormat, check_integers, differences
 from auto_mmround.export.layout import Layout, both_spellings
 from auto_mmround.export.method import Method
 from auto_mmround.export.packing import pack_bits, unpack_bits
@@ -153,7 +153,7 @@ def _flat_rope(level: Mapping[str, Any], vision_type: str | None) -> dict[str, A
     return {key: value for key, value in flat.items() if value is not None}
 
 
-FORMAT = Format(
+FORMAT = PackedFormat(
     name="mlx",
     summary="MLX checkpoint, affine: mlx-vlm, mlx-lm",
     bits=(2, 3, 4, 5, 6, 8),

@@ -1,9 +1,8 @@
 """Names and patterns of a configuration, matched with many names: exact ones by a table, patterns
 by their literal end.
 
-Configurations of mixtures of experts hold tens of thousands of both, so nothing here looks at each
-pattern for each name, unless the pattern has another form than those that tools write for one
-module.
+Configurations of mixtures of experts hold tens of thousands of both. So nothing here tries each
+pattern on each name, if the pattern has a form that tools write for one module.
 """
 
 import re

@@ -10,7 +10,7 @@ of one sample after the other, to the bit.
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from auto_mmround.model.chains import map_tensors
+from auto_mmround.model.chains import Precision, map_tensors
+from auto_mmround.model.lockstep import AbandonedError
 from auto_mmround.model.standins import Standin, standing_in
 
 Keep = Callable[[Tensor], Tensor]
-Precision = Callable[[], AbstractContextManager]
 Work = Callable[[], tuple[Tensor, nn.Module]]
 
 
@@ -58,10 +58,6 @@ class _Cut(torch.autograd.Function):
         known = ctx.visit.grads.get(ctx.place)
         ctx.visit.grads[ctx.place] = grad if known is None else known + grad
         return None, None, None, None
-
-
-class _AbandonedError(Exception):
-    """The others have failed; this sample's pass is not wanted any more."""
 
 
 class _Passing:
@@ -144,7 +140,7 @@ class _Passing:
     def abandon(self) -> None:
         """End the thread, if it is still on its way."""
         if not self._future.done():
-            self._answers.put(_AbandonedError())
+            self._answers.put(AbandonedError())
 
     def begin_backward(self, grad_TD: Tensor) -> None:
         """The gradient of what came out at the end."""
@@ -182,8 +178,8 @@ class _Passing:
                 self._add(edge, leaf.grad)
 
     def _add(self, edge: GradientEdge, grad: Tensor) -> None:
-        """Note a gradient; it goes on when the visit that it leads to is next, with those of all
-        later visits."""
+        """Note a gradient. It goes on when the visit that it leads to is next, together with the
+        gradients of all later visits."""
         key = edge.node, edge.output_nr
         known = self._pending.get(key)
         self._pending[key] = edge, grad if known is None else known[1] + grad

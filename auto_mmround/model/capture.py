@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.chains import TOLERANCE, Chain, difference
-from auto_mmround.model.passes import Inputs, Precision
+from auto_mmround.model.chains import TOLERANCE, Chain, Precision, difference
+from auto_mmround.model.passes import Inputs
 from auto_mmround.model.recorder import Pass, Recorder, disturbed_hidden, run_recording
 from auto_mmround.model.standins import UNFIT, idle, rest_of
 from auto_mmround.model.streaming import device_of
@@ -52,21 +52,21 @@ def capture(
     device = device_of(model)
     chains: dict[str, Chain] = {}
     proven: set[tuple[str, frozenset[str]]] = set()
-    # kind of input -> text blocks that need not run for it
+    # names of inputs -> text blocks that need not run for it
     quiet: dict[frozenset[str], Rests | None] = {}
     for i in range(len(inputs)) if only is None else only:
         kwargs = inputs[i]
-        kind = frozenset(kwargs)
-        recorders = _record(model, stages, kwargs, precision, store, quiet.get(kind))
+        names = frozenset(kwargs)
+        recorders = _record(model, stages, kwargs, precision, store, quiet.get(names))
         for stage, recorder in zip(stages, recorders, strict=True):
             _check_order(stage, recorder.passes, i)
             chain = chains.setdefault(stage.path, Chain(stage, device=device, place=place))
             passes = recorder.passes
-            if passes and (stage.path, kind) not in proven:
-                proven.add((stage.path, kind))
+            if passes and (stage.path, names) not in proven:
+                proven.add((stage.path, names))
                 given = kwargs, precision
                 if stage.name == "text":
-                    passes, quiet[kind] = _without_blocks(model, chain, recorder, *given, store)
+                    passes, quiet[names] = _without_blocks(model, chain, recorder, *given, store)
                 else:
                     _prove(model, chain, passes, passes, *given)
             for one in passes:
@@ -132,9 +132,9 @@ def _without_blocks(
     precision: Precision,
     store: torch.device | str,
 ) -> tuple[list["Pass"], Rests | None]:
-    """What the model does around the blocks of the chain's stage: as recorded while they do
-    nothing, and their answers then, if a replay of that is the model; else as it was ``seen``, and
-    None, if that is. UserError if neither is."""
+    """Record once more while the blocks of the chain's stage do nothing. If a replay of that is the
+    model: these passes, and the answers that the blocks gave instead. Else the passes as ``seen``,
+    and None. Raises UserError if a replay of those is not the model either."""
     stage = chain.stage
     rests: Rests | None = None
     try:
@@ -216,8 +216,8 @@ def _gaps(
     kwargs: Inputs,
     precision: Precision,
 ) -> tuple[float, float]:
-    """How far a replay of the calls ``found`` is from the model, as a multiple of `TOLERANCE`: as
-    it ran (``expected``) and with its first hidden state disturbed."""
+    """How far a replay of the ``recorded`` calls is from the model, as multiples of `TOLERANCE`:
+    as it ran (``expected``) and with its first hidden state disturbed."""
     stage = chain.stage
     blocks = [model.get_submodule(name) for name in stage.blocks]
     calls, shared = [one.calls for one in recorded], [one.shared() for one in recorded]

@@ -9,6 +9,7 @@ alike.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from auto_mmround.errors import UserError
 from auto_mmround.model import devices
 from auto_mmround.model.structure import Stage
 
+# Opens what blocks compute in.
+Precision = Callable[[], AbstractContextManager]
 # Largest relative difference between replay and model that may be rounding of the compute dtype.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -299,7 +302,7 @@ def as_dtype(value: Any, dtype: torch.dtype) -> Any:
     )
 
 
-class Kinds(NamedTuple):
+class Modalities(NamedTuple):
     """Modalities of one sample's tokens: of the text stage (T,), and of the tower (frames,) where
     that is known."""
 
@@ -307,14 +310,14 @@ class Kinds(NamedTuple):
     tower_F: Tensor | None = None
 
 
-def token_kinds(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
+def token_modalities(stage: Stage, modalities: Modalities, tokens: int) -> Tensor:
     """Modality (tokens,) of a stage's tokens: the sample's own for that stage, 0 throughout where
     it has none.
 
     A tower's number of tokens may be the text's by chance, and the text stage may add tokens to the
     sample's.
     """
-    own = kinds.text_T if stage.name == "text" else kinds.tower_F
+    own = modalities.text_T if stage.name == "text" else modalities.tower_F
     if own is not None and len(own) == tokens:
         return own.long()
     return torch.zeros(tokens, dtype=torch.long)

@@ -51,7 +51,7 @@ def _has_gaudi() -> bool:
 
 @dataclass(frozen=True)
 class Traits:
-    """What differs between kinds of devices.
+    """What differs between types of devices.
 
     backend: of torch.distributed, for tensors there and in host memory. count: devices on this
     machine. synchronize: waits for all work. mark_step: ends a graph that gathers operations
@@ -117,7 +117,7 @@ TABLE: dict[str, Traits] = {
 
 
 def traits(device: torch.device) -> Traits:
-    """The device's row of the table; of a kind that has none, the processor's."""
+    """The device's row of the table; the processor's where its type has none."""
     return TABLE.get(device.type, TABLE["cpu"])
 
 
@@ -128,7 +128,7 @@ def _accelerator() -> str | None:
 
 
 def accelerators() -> list[torch.device]:
-    """Those of this machine, of the kind that "auto" means."""
+    """The accelerators of this machine that "auto" means."""
     backend = _accelerator()
     return (
         [torch.device(backend, index) for index in range(TABLE[backend].count())] if backend else []

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auto_mmround.model.chains import moved
-from auto_mmround.model.fisher import Precision
+from auto_mmround.model.chains import Precision, moved
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.streaming import device_of
 

@@ -81,7 +81,7 @@ class Stack(NamedTuple):
     biases: str = ""
 
     def lines(self, at: int, size: int) -> slice:
-        """Of ``size`` rows an expert, those of leaf number ``at``."""
+        """The rows of leaf number ``at`` among an expert's ``size`` rows."""
         count = len(self.leaves)
         return slice(at * size // count, (at + 1) * size // count)
 

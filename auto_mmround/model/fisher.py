@@ -10,7 +10,7 @@ hidden state is a thousand times as large as others, but hardly matters to the o
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,15 +22,20 @@ from transformers import PreTrainedModel
 from auto_mmround.modalities import PAD
 from auto_mmround.model import devices
 from auto_mmround.model.abreast import abreast
-from auto_mmround.model.chains import Kinds, first_tensor, hidden_of, moved, with_hidden
+from auto_mmround.model.chains import (
+    Modalities,
+    Precision,
+    first_tensor,
+    hidden_of,
+    moved,
+    with_hidden,
+)
 from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.model.squares import Readers, Squares
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
-
-Precision = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def measure_fisher(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     inputs: Sequence[Mapping[str, Any]],
-    modalities: Sequence[Kinds],
+    modalities: Sequence[Modalities],
     layers: Iterable[str] = (),
     how: FisherPasses = FisherPasses(),
 ) -> Fisher:
@@ -202,14 +207,14 @@ def _flat(grad: Tensor) -> Tensor:
     return grad.float().reshape(-1, grad.shape[-1])
 
 
-def spread(modalities: Sequence[Kinds], enough: int) -> list[int]:
+def spread(modalities: Sequence[Modalities], enough: int) -> list[int]:
     """Indices of samples that hold about ``enough`` tokens together, or all if there are fewer.
     Every mixture of modalities gives the same share of its samples, evenly spread, and at least
     one."""
-    share = enough / max(1, sum(len(kinds.text_T) for kinds in modalities))
+    share = enough / max(1, sum(len(own.text_T) for own in modalities))
     alike: dict[tuple[int, ...], list[int]] = {}
-    for i, kinds in enumerate(modalities):
-        alike.setdefault(tuple(kinds.text_T.unique().tolist()), []).append(i)
+    for i, own in enumerate(modalities):
+        alike.setdefault(tuple(own.text_T.unique().tolist()), []).append(i)
     chosen = []
     for group in alike.values():
         wanted = min(len(group), max(1, round(len(group) * share)))

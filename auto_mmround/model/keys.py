@@ -58,8 +58,8 @@ def filled_parameters(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
 
 
 def further_layers(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
-    """Those of the keys that belong to layers behind the model's own, which predict further tokens:
-    told by their prefix, since the lists of classes name the numbers of one published model."""
+    """The keys of layers behind the model's own, which predict further tokens. Their prefix tells
+    them, since the lists of classes name the numbers of one published model."""
     own, text = set(model.state_dict()), find_stages(model)[-1]
     number = re.compile(rf"{re.escape(text.path)}\.(\d+)\.")
     return {
@@ -101,8 +101,8 @@ def renamed_by(
 
 
 def converted_parameters(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Those of the parameters that Transformers splits, fuses or permutes on the way from the
-    checkpoint's tensors."""
+    """The parameters that Transformers splits, fuses or permutes on the way from the checkpoint's
+    tensors."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:
         transforms = get_model_conversion_mapping(model, add_legacy=False)

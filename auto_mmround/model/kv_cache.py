@@ -14,7 +14,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import find_stages
 
-# What engines find attention by that has keys and values of its own.
+# Engines find attention that has keys and values of its own by these layers.
 PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 # Ends of the names of their scales, behind the attention's.
 SCALES = ("k_scale", "v_scale")
@@ -99,7 +99,7 @@ class _OnTheWay:
         self._cache, self._change = cache, change
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What attention reads: these, changed, behind those of the cache."""
+        """What attention reads: the cache's own, then these, changed."""
         key, value = self._change(key, value)
         if self._cache is None:
             return key, value

@@ -2,7 +2,7 @@
 read once for all of them.
 
 Every pass runs in a thread of its own, one thread at a time. It stands still before each block, and
-the one that has come the least far goes on. What a pass computes and draws is what it would alone.
+the one that has come the least far goes on. A pass computes and draws the same as it would alone.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ COPIES = 4  # of a hidden state that a pass holds while it stands still: residua
 T = TypeVar("T")
 
 
-class _AbandonedError(Exception):
+class AbandonedError(Exception):
     """The others have failed; this pass is not wanted any more."""
 
 
@@ -50,7 +50,7 @@ class _Pass(Generic[T]):
 
     def _may_go(self) -> None:
         if not self._go.get():
-            raise _AbandonedError
+            raise AbandonedError
 
     def halt(self, rank: int) -> None:
         """In the thread: wait until this module's turn has come."""

@@ -57,8 +57,8 @@ def merged_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 
 
 def own_merges(model: PreTrainedModel) -> set[str]:
-    """Those of `merged_parameters` that the table of the model's own type makes, not one of its
-    parts."""
+    """The `merged_parameters` that the table of the model's own type makes, without the tables of
+    its parts."""
     own = get_checkpoint_conversion_mapping(model.config.model_type) or []
     patterns = {
         source

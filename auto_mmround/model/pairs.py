@@ -95,7 +95,7 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     """
     own = next(block.parameters()).device
     device = own if devices.traits(own).doubles else torch.device("cpu")
-    # those of a device map would move its inputs
+    # hooks of a device map would move its inputs
     twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)
     twin = twin.to(device).to(torch.float64)  # first away from a device that has no float64
     layers = dict(linears(twin))

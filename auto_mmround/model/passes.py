@@ -1,7 +1,7 @@
 """Forward passes of the whole model: to its end, to its head, or to a stage."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from inspect import Parameter, signature
 from itertools import dropwhile
 from threading import get_ident
@@ -15,13 +15,12 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from auto_mmround.errors import UserError
 from auto_mmround.model import devices
-from auto_mmround.model.chains import hidden_of, moved
+from auto_mmround.model.chains import Precision, hidden_of, moved
 from auto_mmround.model.speaking import output_head, speaking
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.untrusted import one_line
 
-Precision = Callable[[], AbstractContextManager]
 Inputs = Mapping[str, Any]
 # What the code of models raises for inputs that it does not take.
 REFUSES = (
@@ -68,8 +67,8 @@ def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def run_model(model: Any, kwargs: Inputs) -> Any:
-    """The model's answer; without a cache, where it makes one. What it draws is the same in each
-    pass, so that teacher and student see the same noise."""
+    """The model's answer; without a cache, where it makes one. It draws the same random numbers in
+    each pass, so that teacher and student see the same noise."""
     model = speaking(model)
     takes = signature(model.forward).parameters
     others = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
@@ -121,8 +120,8 @@ def _in_our_code(error: BaseException) -> bool:
 
 @contextmanager
 def _same_noise(device: torch.device) -> Iterator[None]:
-    """Random numbers that begin anew, and leave those of the caller as they were, on every device
-    of the kind: they are seeded together."""
+    """Random numbers begin anew, on every device of that type, since they are seeded together. The
+    caller's own go on afterwards as if nothing had been drawn."""
     backend, row = device.type, devices.traits(device)
     asked = backend != "cpu" and hasattr(getattr(torch, backend, None), "get_rng_state")
     count = (1 if row.alone else row.count()) if asked else 0

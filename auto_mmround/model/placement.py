@@ -34,8 +34,8 @@ def placed(
     places = infer_auto_device_map(
         model, max_memory=memory, no_split_module_classes=whole, dtype=dtype
     )
-    kinds = {device.index: str(device) for device in ours}  # that accelerate has no number for
-    places = {module: kinds.get(place, place) for module, place in places.items()}
+    spelled = {device.index: str(device) for device in ours}  # that accelerate has no number for
+    places = {module: spelled.get(place, place) for module, place in places.items()}
     used = {str(place) for place in places.values()}
     left = [
         module

@@ -1,9 +1,9 @@
 """bfloat16 on processors without instructions for it: products read their factors as float32,
 results are rounded.
 
-torch emulates such products at a quarter of float32's speed. What comes out here is what the
-instructions give, float32 sums of exact products rounded once, up to the order of summation;
-weights stay in bfloat16 in memory.
+torch emulates such products at a quarter of float32's speed. The results here are those of the
+instructions, up to the order of summation: exact products, added up in float32, rounded once.
+Weights stay in bfloat16 in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Those of x, W and b, where they are asked for."""
+        """The gradients of x, W and b, where they are asked for."""
         x, w_OI = ctx.saved_tensors
         parts = _parts(w_OI)
         grad_TO = grad.reshape(-1, len(w_OI)).float()

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from auto_mmround.model import passes
-from auto_mmround.model.chains import Call, Glue, first_tensor, hidden_of, map_tensors, with_hidden
-from auto_mmround.model.passes import Inputs, Precision, ReachedError
+from auto_mmround.model.chains import (
+    Call,
+    Glue,
+    Precision,
+    first_tensor,
+    hidden_of,
+    map_tensors,
+    with_hidden,
+)
+from auto_mmround.model.passes import Inputs, ReachedError
 from auto_mmround.model.structure import Stage
 
 DISTURBANCE = 0.1  # of the hidden state's own size

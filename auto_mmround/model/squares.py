@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_mmround.modalities import MODALITIES, PAD
-from auto_mmround.model.chains import Kinds, token_kinds
+from auto_mmround.model.chains import Modalities, token_modalities
 from auto_mmround.model.structure import Stage
 
 # Rows of a table of squares: one a modality, then one for each of a text's first tokens.
@@ -109,11 +109,11 @@ def shared(
     return weights
 
 
-def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
+def rows_of(stage: Stage, own: Modalities, tokens: int) -> Tensor:
     """Row (tokens,) of the table for each of a stage's tokens: its modality, or its place among the
     first of a text."""
-    rows_T = token_kinds(stage, kinds, tokens)
-    if stage.name == "text" and len(kinds.text_T) == tokens:
+    rows_T = token_modalities(stage, own, tokens)
+    if stage.name == "text" and len(own.text_T) == tokens:
         first_F = rows_T[:FIRST]
         rows_T = torch.cat(
             [
@@ -125,7 +125,7 @@ def rows_of(stage: Stage, kinds: Kinds, tokens: int) -> Tensor:
 
 
 def _one_hot(
-    modalities: Sequence[Kinds], stage: Stage, i: int, count: int, device: torch.device
+    modalities: Sequence[Modalities], stage: Stage, i: int, count: int, device: torch.device
 ) -> Tensor:
     """`rows_of` sample ``i``'s tokens as (T, ROWS), one in each row's column."""
     rows_T = rows_of(stage, modalities[i], count)
@@ -153,7 +153,7 @@ class Squares:
     def __init__(
         self,
         stages: Sequence[Stage],
-        modalities: Sequence[Kinds],
+        modalities: Sequence[Modalities],
         layers: Iterable[str],
         samples: Iterable[int],
     ):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from auto_mmround.model import devices
 from auto_mmround.model.chains import hidden_of, map_tensors
 
-# What a model may raise when a block is not the class that it knows; then its blocks have to run.
+# A model may raise these when a block is not the class that it knows. Then its blocks have to run.
 UNFIT = (AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError)
 
 

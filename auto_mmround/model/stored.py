@@ -30,7 +30,7 @@ SMALL = ("F8_", "F6_", "F4")  # floats that mean nothing without a scale
 # Ends of keys that name a weight, where integers can be nothing but packed; masks of old models are
 # integers too.
 WEIGHTS = (".weight", ".qweight", ".weight_packed", "_proj", "_proj_blocks")
-SCALES = ("_scale_inv", "_scale")  # behind the key of a weight
+SCALE_ENDS = ("_scale_inv", "_scale")  # behind the key of a weight
 EXPONENTS = ("F8_E8M0", "U8")  # 2^(n - 127); files of MXFP8 name them bytes
 # What changes a weight besides one scale. It is not read.
 SECOND = ("_scale_2", "_zero_point")
@@ -173,7 +173,7 @@ def _headers(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _scale_of(key: str, dtypes: Mapping[str, str]) -> str | None:
-    return next((key + end for end in SCALES if key + end in dtypes), None)
+    return next((key + end for end in SCALE_ENDS if key + end in dtypes), None)
 
 
 def _ordered(dtypes: Mapping[str, str]) -> list[str]:

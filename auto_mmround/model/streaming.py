@@ -26,7 +26,7 @@ from auto_mmround.model.stored import Stored
 from auto_mmround.model.structure import every_block, find_stages
 
 SHARE = 0.6  # of the free memory that a model may take as a whole
-Rename = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, bool]]]
+Renaming = Callable[[PreTrainedModel, Iterable[str]], Iterator[tuple[str, str, bool]]]
 
 
 class Slices(Protocol):
@@ -36,7 +36,7 @@ class Slices(Protocol):
         """Something that gives the tensor when it is asked for ``[...]``."""
 
 
-class Source(Protocol):
+class Keyed(Protocol):
     """Tensors of a checkpoint. files: its keys."""
 
     @property
@@ -145,7 +145,7 @@ class Streamed(InTurn):
     def __init__(
         self,
         model: PreTrainedModel,
-        stored: Source,
+        stored: Keyed,
         names: Mapping[str, str],
         config: LoadStateDictConfig,
     ):
@@ -213,10 +213,10 @@ def stored_dtype(stored: Stored, config: Any) -> torch.dtype | None:
 def load_streamed(
     cls: Any,
     config: Any,
-    stored: Source,
+    stored: Keyed,
     dtype: torch.dtype,
     device: torch.device,
-    rename: Rename,
+    rename: Renaming,
     whole: bool = False,
 ) -> tuple[PreTrainedModel, Holder, LoadStateDictInfo]:
     """A model without its blocks, what reads them, and what loading met.

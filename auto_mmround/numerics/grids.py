@@ -343,15 +343,6 @@ def quantize(
     return grid.snap_(ratio_OGg).add(zero_OG1).clamp(grid.low, grid.top)
 
 
-def round_to_nearest(w_OI: Tensor, group_size: int, grid: Points) -> Codes:
-    """Codes of a weight without any tuning; ``group_size`` -1 is one group a row."""
-    columns = w_OI.shape[1]
-    w_OGg = to_groups(w_OI.float(), group_size)
-    scale_OG, zero_OG = grid.plain(w_OGg)
-    q_OGg = quantize(w_OGg, 0.0, scale_OG[..., None], zero_OG[..., None], grid)
-    return grid.codes(grid.packed(q_OGg), scale_OG, zero_OG, columns)
-
-
 def make_codes(
     q_OGg: Tensor,
     scale_OG: Tensor,

@@ -113,12 +113,12 @@ class Moments:
 
 
 @cache
-def sums_wide(kind: str) -> bool:
-    """Whether devices of this kind multiply bf16 factors with a float32 result. ROCm has the
+def sums_wide(device_type: str) -> bool:
+    """Whether devices of this type multiply bf16 factors with a float32 result. ROCm has the
     operation too, but refuses it."""
-    key = torch._C._dispatch_key_for_device(kind)
+    key = torch._C._dispatch_key_for_device(device_type)
     known = torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
-    return bool(known) and not (kind == "cuda" and torch.version.hip)
+    return bool(known) and not (device_type == "cuda" and torch.version.hip)
 
 
 def _rows(x: Tensor, root_T1: Tensor | None) -> Tensor:

@@ -2,9 +2,9 @@
 
 The block is an ordinary module whose tuned parameters hold W~. Each iteration draws samples,
 compares the block's output with the teacher's, and lets every `Rounding` that has a gradient take
-one sign step (p <- p - lr * sign(dL/dp), lr falling linearly to 0). With one batch a step that is
-in a hook that runs the moment the gradient is complete, so gradients of a block never pile up; with
-several, at the latest behind the last of them.
+one sign step (p <- p - lr * sign(dL/dp), lr falling linearly to 0). With one batch a step, a hook
+does this the moment the gradient is complete, so gradients of a block never pile up. With several
+batches it is done behind the last of them at the latest.
 """
 
 import math
@@ -53,7 +53,6 @@ class TuneResult:
     start: float
     end: float
     best_iter: int
-    held_out: int
     seconds: float = 0.0  # of the steps and of the looks at the held-out samples between them
 
 
@@ -168,7 +167,7 @@ def tune_block(
     train, held = held_out_split(sample_count)
     start = _mean_error(forward, held, config.batch_size, add_up)
     if config.iters == 0 or not weights:
-        return TuneResult(start.item(), start.item(), 0, len(held))
+        return TuneResult(start.item(), start.item(), 0)
     started = time.perf_counter()
     best = _Best(start, weights)
     draw = _draws(train, config)
@@ -185,7 +184,7 @@ def tune_block(
     best.restore()
     end, step = best.read()
     seconds = time.perf_counter() - started
-    return TuneResult(start.item(), end, int(step), len(held), seconds)
+    return TuneResult(start.item(), end, int(step), seconds)
 
 
 class _Best:

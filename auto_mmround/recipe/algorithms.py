@@ -15,15 +15,16 @@ class Steps(NamedTuple):
 class Algorithm(NamedTuple):
     """One algorithm.
 
-    text: for help. start: of the sign steps: "nearest" or "closed_form". The closed form needs
-    second moments of every layer's inputs, and held-out samples to choose the best step. presets:
-    steps if the recipe sets none, by the name of a preset. steps: whether it takes sign steps; 0
-    steps then mean round to nearest. bounded: fewer samples per step if they are long, see
+    text: for help. start: `file.function` of `numerics` that puts weights where sign steps begin,
+    called as `numerics.start.closed_forms` is; None: rounding to nearest. A function needs second
+    moments of every layer's inputs, and held-out samples to choose the best step. presets: steps if
+    the recipe sets none, by the name of a preset. steps: whether it takes sign steps; 0 steps then
+    mean round to nearest. bounded: fewer samples per step if they are long, see
     `run.loss_weights.samples_a_step`.
     """
 
     text: str
-    start: str
+    start: str | None
     presets: Mapping[str, Steps]
     steps: bool = True
     bounded: bool = False
@@ -34,12 +35,13 @@ class Algorithm(NamedTuple):
 _AUTO = {"light": Steps(16, 0.02, 4), "default": Steps(20, 0.02, 8), "best": Steps(60, 0.01, 8)}
 PRESETS = tuple(_AUTO)
 _NONE = {"default": Steps(0, None, 8)}
+_CLOSED_FORM = "start.closed_forms"
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "auto": Algorithm("closed form, then few sign steps", "closed_form", _AUTO, bounded=True),
+    "auto": Algorithm("closed form, then few sign steps", _CLOSED_FORM, _AUTO, bounded=True),
     "sign_round": Algorithm(
-        "many sign steps from round to nearest", "nearest", {"default": Steps(200, None, 8)}
+        "many sign steps from round to nearest", None, {"default": Steps(200, None, 8)}
     ),
-    "gptq": Algorithm("closed form alone", "closed_form", _NONE, steps=False),
-    "rtn": Algorithm("round to nearest", "nearest", _NONE, steps=False),
+    "gptq": Algorithm("closed form alone", _CLOSED_FORM, _NONE, steps=False),
+    "rtn": Algorithm("round to nearest", None, _NONE, steps=False),
 }

@@ -13,7 +13,6 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EQUALIZERS = ("none", "smoothquant", "awq")
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 CACHES = ("fp8", "fp8_head")
-READERS = ("transformers", "vllm", "sglang", "llamacpp", "mlx", "openvino")
 
 
 @dataclass(frozen=True)

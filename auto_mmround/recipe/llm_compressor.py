@@ -243,13 +243,13 @@ def _weights(value: Any, where: str) -> Values:
     _only("group", "channel")(strategy, f"{where}: strategy")
     if strategy == "group" and not group_size:
         raise UserError(f"{where}: strategy group needs group_size")
-    found = {
+    keys = {
         "bits": options.get("num_bits", 8),
         "group_size": group_size if strategy == "group" else -1,
         "sym": options.get("symmetric", True),
         "act_bits": 32,
     }
-    return found | ({"actorder": options["actorder"]} if "actorder" in options else {})
+    return keys | ({"actorder": options["actorder"]} if "actorder" in options else {})
 
 
 def _activations(value: Any, where: str) -> Values:

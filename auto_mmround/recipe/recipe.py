@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from auto_mmround.readers import READERS
 from auto_mmround.recipe import aliases
 from auto_mmround.recipe.algorithms import ALGORITHMS, Algorithm, Steps
 from auto_mmround.recipe.checks import all_strings, coerce, mapping_pairs, require
-from auto_mmround.recipe.fields import READERS, Fields, Key
+from auto_mmround.recipe.fields import Fields, Key
 from auto_mmround.recipe.patterns import is_pattern
 from auto_mmround.recipe.schemes import (
     FLOATS,
@@ -184,8 +185,8 @@ class Recipe(Fields):
             require(self.target_bits > bits, f"target_bits = {self.target_bits:g}: {least}")
 
     def _check_float(self) -> None:
-        kinds = ", ".join(["int", *FLOATS])
-        require(self.data_type in FLOATS, f"data_type = {self.data_type!r}: one of {kinds}")
+        names = ", ".join(["int", *FLOATS])
+        require(self.data_type in FLOATS, f"data_type = {self.data_type!r}: one of {names}")
         bits, groups = FLOATS[self.data_type]
         fits = self.bits == bits and self.group_size in groups and self.sym
         sizes = " or ".join(map(str, groups))
@@ -242,7 +243,7 @@ class Recipe(Fields):
 
     @property
     def batch(self) -> int:
-        """Samples that run together; times `gradient_accumulate_steps`, those of a sign step."""
+        """Samples that run together; a sign step takes `step_samples`."""
         return self._usual.batch if self.batch_size is None else self.batch_size
 
     @property
@@ -330,8 +331,8 @@ class Recipe(Fields):
 
     @property
     def closed_form(self) -> bool:
-        """Whether weights start from a GPTQ solution."""
-        return self.how.start == "closed_form" and self.calibrates
+        """Whether weights start elsewhere than at rounding to nearest, by second moments."""
+        return self.how.start is not None and self.calibrates
 
     @property
     def details(self) -> dict[str, Any]:
@@ -348,7 +349,7 @@ class Recipe(Fields):
     @property
     def calibrates(self) -> bool:
         """False if weights are only rounded to nearest: `rtn`, or 0 iterations."""
-        return self.steps > 0 or (self.how.start == "closed_form" and not self.how.steps)
+        return self.steps > 0 or (self.how.start is not None and not self.how.steps)
 
 
 HINTS = typing.get_type_hints(Recipe)

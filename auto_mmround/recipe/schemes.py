@@ -116,7 +116,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "NVFP4": _floats("nvfp4", 16, 4),
     "NVFP4A16": _floats("nvfp4", 16),
 }
-# Inputs of another kind than the weights: those of weights -> of inputs -> bits of the weights.
+# Data type of weights -> another one that their inputs may have -> bits of the weights then.
 OTHER_INPUTS: dict[str, dict[str, tuple[int, ...]]] = {"int": {"fp8": (4,)}}
 
 

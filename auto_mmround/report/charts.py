@@ -46,8 +46,9 @@ class Scale:
 
 def scale(values: Iterable[float]) -> Scale:
     """Logarithmic if positive values lie more than a factor of 20 apart."""
-    found = [value for value in values if math.isfinite(value)]
-    top, small = max(found, default=1.0), min((value for value in found if value > 0), default=1.0)
+    finite = [value for value in values if math.isfinite(value)]
+    top = max(finite, default=1.0)
+    small = min((value for value in finite if value > 0), default=1.0)
     if top > 20 * small:
         return Scale(small / 1.5, top * 1.5, True)
     return Scale(0.0, top * 1.05 or 1.0, False)

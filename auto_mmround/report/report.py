@@ -301,7 +301,8 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:
-    """(title, one value per run, kind) of every line of the comparison, without empty lines."""
+    """(title, one value per run, how it is written) of every line of the comparison, without
+    empty lines."""
     rows: list[tuple[str, list[Any], str]] = [
         ("model", [report["model"] for report in reports], "text"),
         ("scheme", [report["scheme"] for report in reports], "text"),

@@ -1,11 +1,11 @@
 """Linear weights that a checkpoint has and the model's class does not load: layers that predict
 further tokens (MTP), extra heads, teachers.
 
-They come along bit for bit, and every format names them among what is not quantized, since engines
-build them. `quant_mtp` rounds those to 8 bits that are of a kind with a quantized layer of the
-blocks (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the configuration; what
-joins two hidden states (`eh_proj`) is a plain layer to them. Experts that such a layer stacks
-(Qwen3.5's) are named one by one, as engines ask for them, and stay.
+They come along bit for bit. Engines build them, so every format lists them among the layers that
+are not quantized. `quant_mtp` rounds a layer to 8 bits if the blocks have a quantized one of that
+name (`self_attn.q_proj`, an expert's `gate_proj`): engines build these by the configuration. The
+layer that joins two hidden states (`eh_proj`) is a plain one to them. Stacked experts (Qwen3.5's)
+are named one by one, as engines ask for them, and stay.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.export.format import WholeFormat
 from auto_mmround.lazy import Lazy
 from auto_mmround.model.experts import HALVES
 from auto_mmround.model.keys import renamed_keys
@@ -40,8 +41,8 @@ STACKED = {"gate_up_proj": HALVES, "down_proj": ("down_proj",)}
 
 
 def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Those of the keys that become no parameter of the model, nor a part of one -> what
-    Transformers would call it."""
+    """The keys that become no parameter of the model, nor a part of one -> what Transformers would
+    call it."""
     own = set(model.state_dict())
     return {
         key: key if converted else name
@@ -53,9 +54,9 @@ def unread_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 def carried_modules(
     model: PreTrainedModel, stored: Stored, gone: Collection[str]
 ) -> dict[str, str]:
-    """Module as Transformers would call it -> as the checkpoint does, of the weights of linear
-    layers that the class does not load, and of single experts that are stacked there. gone: keys
-    that a user's own model has left behind."""
+    """Module as Transformers would call it -> as the checkpoint does. These are linear layers that
+    the class does not load, and single experts of stacks that it does not load. gone: keys that a
+    user's own model has left behind."""
     modules: dict[str, str] = {}
     unread = unread_keys(model, stored.files).items()
     with Reader(stored) as reader:
@@ -94,7 +95,7 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
     stored = stored_tensors(source)
     modules = carried_modules(model, stored, pruned(model, stored, source))
     scheme = _scheme(recipe) if recipe.quant_mtp else None
-    kinds = {kind for name in plan.quantized for kind in _kinds(name)}
+    called = {part for name in plan.quantized for part in _called(name)}
     beside = {fused_set(name) for name in plan.quantized}
     weights = []
     with Reader(stored) as reader:
@@ -102,7 +103,7 @@ def with_carried(plan: Plan, model: PreTrainedModel, source: Path, recipe: Recip
             shape = _shape(reader, key)
             if len(shape) == 2:
                 alone = f"{key}{END}" in stored.files and fused_set(module) not in beside
-                wanted = scheme if alone and kinds.intersection(_kinds(module)) else None
+                wanted = scheme if alone and called.intersection(_called(module)) else None
                 reason = None if wanted else f"{type(model).__name__} does not load it"
                 weights.append(WeightPlan(module, shape[0], shape[1], None, wanted, reason))
     if scheme is not None:
@@ -129,7 +130,7 @@ def _scheme(recipe: Recipe) -> Scheme:
         )
     for name in recipe.formats:
         fmt = formats.get(name)
-        if fmt.write or (BITS not in fmt.bits and fmt.packs):
+        if isinstance(fmt, WholeFormat) or (BITS not in fmt.bits and fmt.packs):
             raise UserError(
                 f"quant_mtp: {name} holds no {BITS}-bit layers beside others; leave it off, or"
                 " write auto_round, auto_gptq, compressed_tensors or mlx"
@@ -155,7 +156,7 @@ def _together(weights: Sequence[WeightPlan], others: Sequence[WeightPlan]) -> li
     ]
 
 
-def _kinds(name: str) -> Iterator[str]:
+def _called(name: str) -> Iterator[str]:
     """What a layer is called below its block, such as `self_attn.q_proj`; experts are all alike."""
     parts = ["#" if part.isdigit() else part for part in name.split(".")]
     if "#" in parts:

@@ -1,8 +1,8 @@
 """Equalize before quantizing: one pass over the calibration samples, block by block, that leaves
 the function as it is.
 
-Norms and linear layers that stay in 16 bits change with the quantized ones; what changed in memory
-is what the checkpoint gets.
+Norms and linear layers that stay in 16 bits change with the quantized ones. The checkpoint gets
+them as they are then in memory.
 """
 
 import logging
@@ -23,11 +23,11 @@ from auto_mmround.model.chains import (
     TOLERANCE,
     Call,
     Chain,
-    Kinds,
+    Modalities,
     as_dtype,
     difference,
     to_device,
-    token_kinds,
+    token_modalities,
 )
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
 from auto_mmround.model.structure import linears
@@ -108,8 +108,8 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
 def _pairs(
     session: Session, chain: Chain, window: Window, links: dict[Any, tuple[Pair, ...]]
 ) -> list[Pair]:
-    """The pairs of a block that the recipe is for. links: those of linear layers, found once for
-    blocks of one kind."""
+    """The pairs of a block that the recipe is for. links: pairs of linear layers, which blocks of
+    one shape share."""
     (name,), index, (block,) = window
     first = block, *_first_call(chain, index, block)
     seen, shape = norm_pairs(*first), shape_signature(block)
@@ -142,20 +142,21 @@ class _Statistics:
     largest: dict[int, Tensor] = field(default_factory=dict)
     moments: dict[int, Moments] = field(default_factory=dict)
 
-    def add(self, x: Tensor, kind_T: Tensor) -> None:
-        """x: (..., C). kind_T: modality of its tokens; where their number differs all count as one
-        kind."""
+    def add(self, x: Tensor, modality_T: Tensor) -> None:
+        """x: (..., C). modality_T: of its tokens. Where their number differs all count as one
+        modality."""
         x_TC = x.detach().reshape(-1, x.shape[-1])
-        # On the host: a device does not know beforehand how many of a kind there are.
-        kind_T = kind_T.cpu() if len(kind_T) == len(x_TC) else torch.zeros(len(x_TC))
-        for kind in kind_T.unique().tolist():
-            if kind == PAD:
+        # On the host: a device does not know beforehand how many of a modality there are.
+        modality_T = modality_T.cpu() if len(modality_T) == len(x_TC) else torch.zeros(len(x_TC))
+        for modality in modality_T.unique().tolist():
+            if modality == PAD:
                 continue
-            part_TC = x_TC[(kind_T == kind).nonzero()[:, 0].to(x.device)]
+            part_TC = x_TC[(modality_T == modality).nonzero()[:, 0].to(x.device)]
             largest_C = part_TC.abs().amax(0).float()
-            self.largest[kind] = torch.maximum(self.largest.get(kind, largest_C), largest_C)
+            self.largest[modality] = torch.maximum(self.largest.get(modality, largest_C), largest_C)
             if self.with_moments:
-                self.moments.setdefault(kind, Moments(x.shape[-1], device=x.device)).add(part_TC)
+                moments = Moments(x.shape[-1], device=x.device)
+                self.moments.setdefault(modality, moments).add(part_TC)
 
 
 def _watched_pass(
@@ -164,10 +165,11 @@ def _watched_pass(
     """Push all samples through the block; the chain behind it, and what the pairs' readers were
     given."""
     statistics = {pair.source: _Statistics(session.recipe.equalize == "awq") for pair in pairs}
-    kinds, current = [_kinds(chain, i, session.kinds) for i in range(len(chain))], [torch.empty(0)]
+    own = [_modality_T(chain, i, session.modalities) for i in range(len(chain))]
+    current = [torch.empty(0)]
 
     def before(group: list[int]) -> None:
-        current[0] = torch.cat([kinds[i] for i in group])
+        current[0] = torch.cat([own[i] for i in group])
 
     def hook_for(pair: Pair) -> Callable[..., None]:
         return lambda layer, args: statistics[pair.source].add(args[0], current[0])
@@ -183,10 +185,9 @@ def _watched_pass(
         return chain.advanced(window.blocks, window.first, batch_size, before=before), statistics
 
 
-def _kinds(chain: Chain, i: int, kinds: Sequence[Kinds]) -> Tensor:
-    return token_kinds(
-        chain.stage, Kinds(kinds[chain.sample[i]].text_T), chain.hidden[i].shape[:-1].numel()
-    )
+def _modality_T(chain: Chain, i: int, modalities: Sequence[Modalities]) -> Tensor:
+    own = Modalities(modalities[chain.sample[i]].text_T)
+    return token_modalities(chain.stage, own, chain.hidden[i].shape[:-1].numel())
 
 
 def _apply(

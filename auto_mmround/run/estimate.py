@@ -25,7 +25,6 @@ from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.pairs import shape_signature
 from auto_mmround.numerics.moments import Moments
-from auto_mmround.numerics.start import closed_forms
 from auto_mmround.numerics.tuner import (
     TuneConfig,
     TunedWeight,
@@ -35,7 +34,7 @@ from auto_mmround.numerics.tuner import (
 )
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.job import Job
-from auto_mmround.run.leaves import leaves_of, rounded
+from auto_mmround.run.leaves import leaves_of, rounded, starting
 from auto_mmround.run.loss_weights import samples_a_step, tokens_of
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
@@ -140,23 +139,24 @@ class _Probe:
         are given the first one's hidden states, which cost the same.
         """
         handed_on = any(chain.shared)
-        kinds = [self._kind(chain, name) for name in chain.stage.blocks]
+        alike = [self._like(chain, name) for name in chain.stage.blocks]
 
         def visit(chain: Chain, window: Window) -> Chain:
-            kind = kinds[window.first]
-            if kind not in self.known:
-                self.known[kind] = self._measure(chain, window)
+            like = alike[window.first]
+            if like not in self.known:
+                self.known[like] = self._measure(chain, window)
             if handed_on:
                 return chain.advanced(window.blocks, window.first, self.session.recipe.batch)
             return chain
 
         def skip(name: str) -> bool:
-            return not handed_on and self._kind(chain, name) in self.known
+            return not handed_on and self._like(chain, name) in self.known
 
         self.session.push(chain, visit, skip)
-        return [self.known[kind] for kind in kinds]
+        return [self.known[like] for like in alike]
 
-    def _kind(self, chain: Chain, name: str) -> Any:
+    def _like(self, chain: Chain, name: str) -> Any:
+        """Equal for blocks that cost the same."""
         return chain.stage.path, shape_signature(self.session.model.get_submodule(name))
 
     def _measure(self, chain: Chain, window: Window) -> BlockCost:
@@ -190,7 +190,8 @@ class _Probe:
         with rounded(leaves, keep=False):
             if recipe.closed_form:
                 plain = replace(session.solving, retarget=False)
-                closed_forms({n: leaf.rounding for n, leaf in leaves.items()}, moments, plain)
+                roundings = {name: leaf.rounding for name, leaf in leaves.items()}
+                starting(recipe.how)(roundings, moments, plain)
             cost.once = self.clock() - started
             if recipe.steps:
                 steps = partial(self._step, chain, window, leaves, target, cost.forward * count)
@@ -278,7 +279,7 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int, di
     """Seconds by part; bytes of the hidden states that a run keeps; by preset, seconds more than
     the recipe's."""
     recipe, stages = probe.session.recipe, probe.session.plan.stages
-    lengths = [len(kinds.text_T) for kinds in probe.session.kinds]
+    lengths = [len(own.text_T) for own in probe.session.modalities]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     chains, each, once = probe.capture(by_length[len(by_length) // 2 :][:1])
     most = min(len(lengths), 8, recipe.step_samples)

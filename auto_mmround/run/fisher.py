@@ -1,7 +1,7 @@
 """The Fisher information within the memory that there is; of a streamed model with few readings of
 its files."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auto_mmround.model import devices, fisher
-from auto_mmround.model.chains import Kinds
+from auto_mmround.model.abreast import Keep
+from auto_mmround.model.chains import Modalities
 from auto_mmround.model.fisher import Fisher, FisherPasses, SideBySide
 from auto_mmround.model.streaming import Holder
 from auto_mmround.model.structure import Stage, every_block
@@ -19,7 +20,6 @@ from auto_mmround.run.out_of_memory import FEWER, SHARE, BatchSize, Graph
 
 WHAT, HELPS = "Fisher information", f"--disable_fisher leaves it out, or {FEWER}"
 MOST = 64  # samples side by side: each has a thread
-Keep = Callable[[Tensor], Tensor]  # where a block's inputs lie until the backward pass
 
 
 def places_of(device: torch.device, disk: Keep | None, offload: bool) -> list[Keep]:
@@ -32,7 +32,7 @@ def measure_fisher(
     model: PreTrainedModel,
     stages: Sequence[Stage],
     batches: Sequence[Mapping[str, Any]],
-    kinds: Sequence[Kinds],
+    modalities: Sequence[Modalities],
     layers: Iterable[str],
     how: FisherPasses,
     holder: Holder,
@@ -40,12 +40,13 @@ def measure_fisher(
 ) -> Fisher:
     """`fisher.measure_fisher` within the memory that there is.
 
-    Of a model in memory a sample at a time; where its graph does not fit, blocks are computed
-    again. Of a streamed one as many side by side as the first of ``places`` holds what their blocks
-    are given, or the next one does. Raises UserError where memory does not suffice for one sample.
+    A model in memory takes one sample at a time. Where its graph does not fit, blocks are computed
+    again. A streamed model takes as many samples side by side as have room in the first of
+    ``places`` for the inputs of their blocks; then in the next. Raises UserError where memory does
+    not suffice for one sample.
     """
-    measure = partial(fisher.measure_fisher, model, stages, batches, kinds, list(layers))
-    longest = max((len(own.text_T) for own in kinds), default=0)
+    measure = partial(fisher.measure_fisher, model, stages, batches, modalities, list(layers))
+    longest = max((len(own.text_T) for own in modalities), default=0)
     if not holder.blocks:
         graph = Graph(model, longest)
 

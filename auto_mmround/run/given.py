@@ -20,7 +20,7 @@ from auto_mmround.model.structure import input_weight
 from auto_mmround.strict import untagged
 from auto_mmround.untrusted import read_object
 
-# What a configuration says of its file, not of the model.
+# Keys by which a configuration speaks of its file, not of the model.
 OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures",
     "auto_map",
                "quantization_config", "return_dict", "transformers_weights"}  # fmt: skip

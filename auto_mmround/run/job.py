@@ -19,7 +19,7 @@ from auto_mmround.calibration.template import Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format
 from auto_mmround.families import FAMILIES, calibrates, family_of
 from auto_mmround.model import devices
 from auto_mmround.model.head import check_head, untie
@@ -32,7 +32,7 @@ from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
-from auto_mmround.run.met import Trial, met, naming
+from auto_mmround.run.met import StageTrial, met, naming
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
 from auto_mmround.run.out_of_memory import phase
@@ -151,7 +151,7 @@ def prepare(
     chosen = choose_samples(recipe, loaded, plan, dataset)
     recipe, ready = chosen.recipe, preparers(loaded, recipe.template)
     skip = chosen.reading.on_bad_sample == "skip"
-    trial = Trial(Session(loaded.model, recipe, plan, ()), every=skip)
+    trial = StageTrial(Session(loaded.model, recipe, plan, ()), every=skip)
     inputs, report = build(
         chosen.settings.dataset,
         replace(
@@ -159,7 +159,7 @@ def prepare(
         ),
         chosen.reading,
     )
-    plan = met(plan, trial.found)
+    plan = met(plan, trial.reached)
     mixed = None
     if recipe.target_bits is not None:
         with phase(WHAT, HELPS), naming(inputs):

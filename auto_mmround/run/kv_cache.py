@@ -13,10 +13,10 @@ from auto_mmround.run.session import Session, Told
 
 def kv_scales(session: Session, told: Told = lambda done, total: None) -> dict[str, Tensor]:
     """``<attention>.k_scale`` and ``.v_scale`` -> float32 (1,), or (heads, 1, 1) where the recipe
-    wants one a head, max|x| / 448 over all samples of all processes, as the model is now, of what
-    engines put into the cache: keys are turned by then.
+    wants one a head: max|x| / 448 over all samples of all processes, as the model is now. x is what
+    engines put into the cache; keys are turned by then.
 
-    Raises UserError for attention that no key passes: it reads those of another layer.
+    Raises UserError for attention that no key passes: it reads another layer's keys.
     """
     peaks: dict[str, Tensor] = {}
     of_heads = session.recipe.kv_cache_scheme == "fp8_head"

@@ -1,8 +1,9 @@
 """Between a model's weights and their codes: rounding states for weights, codes from them, weights
 from codes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,9 +11,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.numerics.grids import Codes, dequantize
+from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.start import StartConfig
 from auto_mmround.numerics.tuner import TunedWeight
+from auto_mmround.recipe.algorithms import Algorithm
 from auto_mmround.run.plan import WeightPlan, fused_set, grid_of
+
+# Puts the layers of a block at their start under second moments of their inputs.
+Starting = Callable[[Mapping[str, Rounding], Mapping[str, Moments], StartConfig], None]
+
+
+def starting(how: Algorithm) -> Starting:
+    """The function that finds an algorithm's start; there is none for rounding to nearest."""
+    file, _, name = str(how.start).rpartition(".")
+    function: Starting = getattr(import_module(f"auto_mmround.numerics.{file}"), name)
+    return function
 
 
 def leaves_of(

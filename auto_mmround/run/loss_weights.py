@@ -10,7 +10,7 @@ from torch import Tensor
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.modalities import PAD
-from auto_mmround.model.chains import Chain, Kinds, token_kinds
+from auto_mmround.model.chains import Chain, Modalities, token_modalities
 from auto_mmround.model.fisher import Fisher
 from auto_mmround.model.squares import ROWS, rows_of
 from auto_mmround.model.structure import Stage
@@ -21,9 +21,9 @@ from auto_mmround.recipe.recipe import Recipe
 TEXT_SAMPLE, TOWER_SAMPLE = 1024, 512
 
 
-def kinds_of(inputs: Sequence[ModelInput]) -> list[Kinds]:
-    """Modalities of every sample's tokens."""
-    return [Kinds(sample.modality_T, sample.tower_F) for sample in inputs]
+def modalities_of(inputs: Sequence[ModelInput]) -> list[Modalities]:
+    """One `Modalities` a sample."""
+    return [Modalities(sample.modality_T, sample.tower_F) for sample in inputs]
 
 
 def tokens_of(chain: Chain) -> int:
@@ -57,14 +57,14 @@ class ErrorWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """kinds: by sample. fisher: empty where all errors have the same weight."""
+    """modalities: by sample. fisher: empty where all errors have the same weight."""
 
-    kinds: Sequence[Kinds]
+    modalities: Sequence[Modalities]
     fisher: Fisher
 
     def of_errors(self, chain: Chain, block: str) -> ErrorWeights:
         """Of the block's error for every sample: 0 on padding, else 1, or the Fisher information of
-        the channel for that kind of token, scaled to a mean of 1 over the rows of the table. On the
+        the channel for that modality, scaled to a mean of 1 over the rows of the table. On the
         device that the block runs on."""
         rows = [self._rows(chain, i) for i in range(len(chain))]
         ends = [0, *accumulate(map(len, rows))]
@@ -77,9 +77,9 @@ class Weights:
     def of_tokens(
         self, chain: Chain, layer: str, entries: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """What a layer's tokens count in its second moments, flat, for every sample or entry of the
-        chain asked for: 0 on padding of text, else 1, or how much the model's output depends on the
-        layer's output there."""
+        """Weights of a layer's tokens in its second moments, flat, one tensor for each entry of the
+        chain, or for ``entries``. A weight is 0 on padding of text. Else it is 1, or it tells how
+        much the model's output depends on the layer's output at that token."""
         measured = self.fisher.tokens.get(layer, {})
         asked = range(len(chain)) if entries is None else entries
         known = all(chain.sample[i] in measured for i in asked)
@@ -89,7 +89,7 @@ class Weights:
             counted_N = torch.ones(chain.hidden[i].shape[:-1].numel())
             if chain.stage.name == "text":
                 counted_N = (
-                    token_kinds(chain.stage, self.kinds[sample], len(counted_N)) != PAD
+                    token_modalities(chain.stage, self.modalities[sample], len(counted_N)) != PAD
                 ).float()
             if known:  # of as many tokens as the layer reads: another stage's in cross attention
                 same = len(measured[sample]) == len(counted_N)
@@ -115,4 +115,5 @@ class Weights:
 
     def _rows(self, chain: Chain, i: int) -> Tensor:
         """Row of the Fisher table for every token of a hidden state, flat."""
-        return rows_of(chain.stage, self.kinds[chain.sample[i]], chain.hidden[i].shape[:-1].numel())
+        own = self.modalities[chain.sample[i]]
+        return rows_of(chain.stage, own, chain.hidden[i].shape[:-1].numel())

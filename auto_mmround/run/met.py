@@ -31,17 +31,17 @@ FEATURES = re.compile("pixel|image|video|audio|input_features|input_values")  # 
 log = logging.getLogger("auto_mmround")
 
 
-class Trial:
+class StageTrial:
     """Runs samples up to the last stage's blocks: does the model take them, and which stages do
     they reach?
 
-    every: not only the first of each kind. found: paths of the stages that were reached.
+    every: not only the first of each kind. reached: paths of the stages that were reached.
     """
 
     def __init__(self, session: Session, every: bool) -> None:
         self._session, self._every = session, every
-        self._kinds: set[frozenset[str]] = set()
-        self.found: set[str] = set()
+        self._known: set[frozenset[str]] = set()
+        self.reached: set[str] = set()
 
     def __call__(self, made: ModelInput) -> None:
         """Raises BadSample for a sample that the model does not take, and UserError for one whose
@@ -51,23 +51,23 @@ class Trial:
         check_vocabulary(model, [made])
         if missing := no_features(model, made):
             raise BadSample("markers", missing)
-        known = given in self._kinds
+        known = given in self._known
         if known and not self._every:
             return
-        self._kinds.add(given)
+        self._known.add(given)
         stages = self._session.plan.stages
         kwargs = as_dtype(made.kwargs, self._session.dtype)
         try:
             with phase("looking for the stages that samples reach"):
                 within = stages[-1:] if known else stages  # no further than the last one's start
-                self.found |= reached(model, within, kwargs, self._session.precision)
+                self.reached |= reached(model, within, kwargs, self._session.precision)
         except NotTaken as error:
             raise BadSample("refused by the model", f"sample {made.id}: {error}") from error
 
 
 @contextmanager
 def naming(inputs: Sequence[ModelInput]) -> Iterator[None]:
-    """To be open while samples run through a model: what it does not take is named."""
+    """While open, samples run through a model. Raises UserError that names one it does not take."""
     try:
         yield
     except NotTaken as error:

@@ -45,8 +45,8 @@ class Unit:
 
 
 def units(model: PreTrainedModel, recipe: Recipe, plan: Plan) -> list[Unit]:
-    """What there is to choose: all planned weights of the blocks whose bits `layer_config` does not
-    name.
+    """The choices: all planned weights of the blocks, but for those whose bits `layer_config`
+    names.
 
     Raises UserError for bits that a format holds for none of them.
     """

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.model.experts import Expert, separable
 from auto_mmround.model.keys import converted_keys, parameter_names
 from auto_mmround.model.merging import loaded_tensors
@@ -241,7 +241,7 @@ class Names:
     def _remade(
         self, kept: dict[str, Tensor], keys: list[str], reader: Reader
     ) -> Iterator[tuple[str, Tensor]]:
-        """What parameters are saved as that the source has not, or in other pieces."""
+        """Tensors of the parameters that the source does not have, or has in other pieces."""
         known = {key: reader.tensor(key) for key in keys if key in self.files}
         if known and (not self.given or any(tensor.is_meta for tensor in kept.values())):
             yield from known.items()  # how Transformers would save it is not sure
@@ -327,7 +327,7 @@ def _tail(key: str, parts: int = 3) -> str:
 def check_formats(formats: Sequence[Format], names: Names, source: Path | None) -> None:
     """Ask the formats that write a model as a whole whether they can; UserError with the reason."""
     for fmt in formats:
-        if fmt.check_model:
+        if isinstance(fmt, WholeFormat):
             fmt.check_model(names.config(), names.written(), source)
 
 

@@ -16,8 +16,7 @@ from auto_mmround.atomic import write_whole
 from auto_mmround.checkpoint.folder import begin, commit, write_config, write_side_files, wrong_name
 from auto_mmround.checkpoint.objects import write_code, write_objects
 from auto_mmround.errors import NotProved
-from auto_mmround.export.format import Whole
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format, PackedFormat, Whole, WholeFormat
 from auto_mmround.export.layout import Layout
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.lazy import Lazy
@@ -115,15 +114,16 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     codes = Lazy(by_key, made.__getitem__)
     without = {f"{name}.weight" for name in packed}
     rest = _recorded(names.unchanged(without, made, apart=fmt.packs), records["tensors"])
-    if fmt.write:
+    if isinstance(fmt, WholeFormat):
         records["codes"] = {
             key: codes_record(weight, _exact(fmt, weight)) for key, weight in codes.items()
         }
     else:
         writer = ShardWriter(folder)
-        for key, weight in codes.items():
-            records["codes"][key] = codes_record(weight)
-            writer.add(fmt.pack(key, weight))
+        if isinstance(fmt, PackedFormat):
+            for key, weight in codes.items():
+                records["codes"][key] = codes_record(weight)
+                writer.add(fmt.pack(key, weight))
         for key, tensor in rest:
             writer.add({key: tensor})
         for key, tensor in _kv_scales(result):
@@ -136,7 +136,8 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     files = write_objects(folder, source, copied, **result.objects)
     (folder / "recipe.toml").write_text(to_toml(result.recipe))
     whole = Whole(codes, rest, config, layout, source)
-    write_config(folder, config, fmt.write(folder, whole) if fmt.write else fmt.config(layout))
+    own = fmt.write(folder, whole) if isinstance(fmt, WholeFormat) else fmt.config(layout)
+    write_config(folder, config, own)
     _write_record(
         folder,
         {

@@ -56,9 +56,9 @@ class HeadTuner:
             x_TD, last = read(session.model, moved(dict(session.batches[i]), session.device))
             if last is not head:
                 return False
-            kind_T = session.kinds[i].text_T
-            if len(kind_T) == len(x_TD):
-                x_TD = x_TD[(kind_T != PAD).nonzero()[:, 0].to(x_TD.device)]
+            modality_T = session.modalities[i].text_T
+            if len(modality_T) == len(x_TD):
+                x_TD = x_TD[(modality_T != PAD).nonzero()[:, 0].to(x_TD.device)]
             if i in self._held_out:
                 self._held.append(x_TD.cpu())
             if i in self._train:

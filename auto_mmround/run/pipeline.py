@@ -21,7 +21,7 @@ from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import READS, Stage
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.numerics.moments import Moments
-from auto_mmround.numerics.start import closed_forms, in_turn
+from auto_mmround.numerics.start import in_turn
 from auto_mmround.numerics.tuner import TunedWeight, held_out_split, mean_error, tune_block
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.block_loss import forward_of, tune_config
@@ -29,7 +29,7 @@ from auto_mmround.run.equalize import equalize
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.kv_cache import kv_scales
 from auto_mmround.run.layers import LayerErrors
-from auto_mmround.run.leaves import codes_of, leaves_of, rounded, write_back
+from auto_mmround.run.leaves import codes_of, leaves_of, rounded, starting, write_back
 from auto_mmround.run.loss_weights import Weights, samples_a_step, tokens_of
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.output_head import HeadTuner
@@ -370,7 +370,7 @@ class _Journey:
         measure: Callable[[Sequence[str]], dict[str, Moments]],
         batch_size: int,
     ) -> float | None:
-        """Put every weight at its closed-form start; returns the held-out error of rounding to
+        """Put every weight at the algorithm's start; returns the held-out error of rounding to
         nearest. Without moments there is no such start, and None.
 
         turns: groups of layers that are solved one after another, each on what those before it,
@@ -381,15 +381,15 @@ class _Journey:
         nearest = mean_error(
             forward, held_out_split(count)[1], batch_size, self.session.processes.add_up
         )
-        config = self.session.solving
+        config, start = self.session.solving, starting(self.session.recipe.how)
         waiting = dict(leaves)
         for leaf in leaves.values() if turns else ():
             leaf.show_original()
         for turn in turns:
             fresh = moments if turn is turns[0] else {**moments, **measure(turn)}
             now = {name: waiting.pop(name) for name in turn}
-            closed_forms({name: leaf.rounding for name, leaf in now.items()}, fresh, config)
+            start({name: leaf.rounding for name, leaf in now.items()}, fresh, config)
             for leaf in now.values():
                 leaf.refresh()
-        closed_forms({name: leaf.rounding for name, leaf in waiting.items()}, moments, config)
+        start({name: leaf.rounding for name, leaf in waiting.items()}, moments, config)
         return nearest

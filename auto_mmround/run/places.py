@@ -8,6 +8,7 @@ from pathlib import Path
 from auto_mmround.checkpoint.folder import check_free, side_files, wrong_name
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
+from auto_mmround.export.format import WholeFormat
 from auto_mmround.model.loading import find_folder
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import JOURNAL
@@ -50,7 +51,7 @@ def check_before_loading(recipe: Recipe) -> None:
         formats.check_kv_cache(recipe.formats)
     formats.check_schemes(recipe.formats, recipe.schemes)
     for fmt in map(formats.get, recipe.formats):
-        if fmt.ready:
+        if isinstance(fmt, WholeFormat):
             fmt.ready()
     unfinished, outs = places(recipe)
     check_places([unfinished, *outs], None)

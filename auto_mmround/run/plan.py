@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.keys import converted_parameters
 from auto_mmround.model.speaking import speaking
@@ -145,7 +145,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
             " it out"
         )
     for fmt in wanted:
-        if fmt.ready:
+        if isinstance(fmt, WholeFormat):
             fmt.ready()
     # First without formats, to know the schemes by which `auto_round` chooses its packing.
     named, owners = _Named.of(recipe), set(blocks)
@@ -176,8 +176,8 @@ def _without_staying(
     layers: Mapping[str, Any],
     experts: Mapping[str, Expert],
 ) -> list[WeightPlan]:
-    """The weights without those that checkpoints hold in another form, and those that are used
-    twice. What engines load as one matrix stays as a whole."""
+    """The weights. Those that checkpoints hold in another form stay, and those that are used twice.
+    Where engines load several as one matrix, all of them stay or none."""
     converted = converted_parameters(model, [f"{w.name}.weight" for w in weights if w.scheme])
     stays = {name.removesuffix(".weight"): OTHER_FORM for name in converted}
     twice = used_twice(model, find_stages(model))

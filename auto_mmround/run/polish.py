@@ -1,10 +1,10 @@
 """KL polish: after the last block, scales and norms are tuned together on the output of the whole
 model.
 
-The integers stay. What is learned is one factor a group and one a norm's channel (start 1), by Adam
-on KL(teacher || student); what the teacher's output head reads is noted before anything is
-quantized. It is kept only if KL on held-out samples falls.
-Scales are rounded to what the file can hold at every step.
+The integers stay. Adam learns one factor a group and one a norm's channel (start 1) on
+KL(teacher || student). The inputs of the teacher's output head are noted before anything is
+quantized. Scales are rounded at every step to values that the file can hold. The result is kept
+only if KL on held-out samples falls.
 """
 
 import logging
@@ -31,7 +31,7 @@ STEPS, RATE = 16, 5e-4  # of Adam; the rate falls linearly to 0
 
 def listen(session: Session) -> Before:
     """Note what the untouched model says to every sample; padding is left out."""
-    counted = [own.text_T != PAD for own in session.kinds]
+    counted = [own.text_T != PAD for own in session.modalities]
     return Before.of(
         session.model, session.batches, session.precision, counted=counted, place=Tensor.cpu
     )
@@ -126,7 +126,7 @@ class _Leaf:
         return cls(parameter, transposed, codes, grid, centred_OGg, ones_OG)
 
     def scale(self) -> Tensor:
-        """(out, G) float32; those of the start where the factor is 1."""
+        """(out, G) float32; the start's own where the factor is 1."""
         scale_OG = self.start.scale_OG.float().to(self.factor.device)
         return torch.where(self.factor == 1, scale_OG, self.grid.storable(scale_OG * self.factor))
 
@@ -187,7 +187,7 @@ def _add_gradient(factor: Tensor, grad: Tensor) -> None:
 
 
 def norm_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of one dimension, each once: those of norms."""
+    """Weights of one dimension, which norms have, each once."""
     own = (
         p
         for module in model.modules()

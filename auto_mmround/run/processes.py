@@ -40,7 +40,7 @@ PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run. rank: 0 to count - 1; local_rank: the same on this machine
+    """This process among all of a run. rank: 0 to count - 1; local_rank: the same on this machine
     alone. local_count: processes on this machine, 0 where the launcher does not tell."""
 
     rank: int = 0

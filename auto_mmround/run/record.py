@@ -82,8 +82,8 @@ def checksum(tensor: Tensor) -> str:
 
 
 def codes_record(codes: Codes, decoded: bool = False) -> dict[str, Any]:
-    """What a decoded checkpoint must give back for one weight: its scheme, and checksums that no
-    packing changes.
+    """The facts that a decoded checkpoint must give back for one weight: its scheme, and checksums
+    that no packing changes.
 
     q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups), a
     static input_scale as float32 (1,). decoded: the float32 weight (out, in) too, for formats whose
@@ -121,8 +121,8 @@ def run_record(
     mixed: Mapping[str, Any] | None = None,
     polished: Polished | None = None,
 ) -> dict[str, Any]:
-    """Everything about a run but its recipe, which lies beside it. Only ``measured`` differs
-    between equal runs."""
+    """Everything about a run but its recipe, which lies beside it. Equal runs differ
+    under "measured" alone."""
     reports = [block.as_dict() for block in blocks]
     timing = ("seconds", "steps_seconds", "peak_gb")
     return {

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.modalities import MODALITIES, PAD, TEXT
-from auto_mmround.model.chains import Chain, Kinds
+from auto_mmround.model.chains import Chain, Modalities
 from auto_mmround.model.divergence import Before
 from auto_mmround.model.experts import separated
 from auto_mmround.model.fisher import spread
@@ -55,18 +55,18 @@ class Sets:
     of: tuple[int, ...]
 
     @classmethod
-    def by_medium(cls, modalities: Sequence[Kinds]) -> "Sets":
+    def by_medium(cls, modalities: Sequence[Modalities]) -> "Sets":
         """A sample with several media goes to the last of MODALITIES."""
         media = [
-            max((k for k in kinds.text_T.unique().tolist() if k != PAD), default=TEXT)
-            for kinds in modalities
+            max((k for k in own.text_T.unique().tolist() if k != PAD), default=TEXT)
+            for own in modalities
         ]
         present = sorted(set(media))
         return cls(tuple(MODALITIES[k] for k in present), tuple(present.index(k) for k in media))
 
     def choose(
         self,
-        modalities: Sequence[Kinds],
+        modalities: Sequence[Modalities],
         tokens: int,
         most: int = 10**9,
         share: float = 1.0,
@@ -286,9 +286,9 @@ def trying(
     pass if the recipe has one, and a closed form for each option; then a forward and backward pass
     over 2,048 tokens for each option. Disk: two bytes for each weight and option.
     """
-    model, sets = session.model, Sets.by_medium(session.kinds)
-    few = sets.choose(session.kinds, GRADIENTS, MOST, SHARE)
-    many = sets.choose(session.kinds, MOMENTS, without=few)
+    model, sets = session.model, Sets.by_medium(session.modalities)
+    few = sets.choose(session.modalities, GRADIENTS, MOST, SHARE)
+    many = sets.choose(session.modalities, MOMENTS, without=few)
     with tempfile.TemporaryDirectory() as folder, separated(model, session.experts):
         versions = Versions(Path(folder))
         rounded = session.of(many)
@@ -296,7 +296,7 @@ def trying(
         _round(replace(rounded, disk=Spool(versions.folder)), options, versions, on_block)
         measured = session.of(few)
         before = Before.of(model, measured.batches, session.precision)
-        graph = Graph(model, max(len(kinds.text_T) for kinds in measured.kinds))
+        graph = Graph(model, max(len(own.text_T) for own in measured.modalities))
         planned = {weight.name: weight for weight in session.plan.weights if weight.name in options}
         trial = Trial(
             model, planned, served, options, versions, before, sets.names,

@@ -29,7 +29,7 @@ class ServedInputs:
         self._paused = False
 
     def take(self, codes: Mapping[str, Codes]) -> None:
-        """What was measured for layers that are finished."""
+        """Remember what was measured for finished layers: it stands in their codes."""
         for name, weight in codes.items():
             if weight.input_scale is not None:
                 self.measured[name] = weight.input_scale

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model import devices
 from auto_mmround.model.capture import capture
-from auto_mmround.model.chains import Chain, Kinds, Runner, as_dtype, run_plainly
+from auto_mmround.model.chains import Chain, Modalities, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import Expert, separable, separated
 from auto_mmround.model.fisher import Fisher, FisherPasses, spread
@@ -27,7 +27,7 @@ from auto_mmround.numerics.start import Collector, StartConfig, collecting, is_e
 from auto_mmround.numerics.tuner import HELD_OUT
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.fisher import measure_fisher, places_of
-from auto_mmround.run.loss_weights import Weights, kinds_of, samples_a_step
+from auto_mmround.run.loss_weights import Weights, modalities_of, samples_a_step
 from auto_mmround.run.out_of_memory import FEWER, BatchSize, Places, moved_away
 from auto_mmround.run.plan import Plan, WeightPlan
 from auto_mmround.run.processes import ALONE, Processes
@@ -87,9 +87,9 @@ class Session:
         return [as_dtype(sample.kwargs, self.dtype) for sample in self.inputs]
 
     @cached_property
-    def kinds(self) -> list[Kinds]:
+    def modalities(self) -> list[Modalities]:
         """Modalities of every sample's tokens."""
-        return kinds_of(self.inputs)
+        return modalities_of(self.inputs)
 
     @cached_property
     def experts(self) -> Mapping[str, Expert]:
@@ -141,9 +141,10 @@ class Session:
     def weights(self, layers: Iterable[str] | None = None) -> Weights:
         """The weights of errors, by the model as it is now. layers: whose tokens get weights, too;
         default the planned ones."""
-        if not (self.recipe.fisher and self.recipe.closed_form):
-            return Weights(self.kinds, Fisher())
-        return Weights(self.kinds, self.fisher(self.plan.quantized if layers is None else layers))
+        fisher = Fisher()
+        if self.recipe.fisher and self.recipe.closed_form:
+            fisher = self.fisher(self.plan.quantized if layers is None else layers)
+        return Weights(self.modalities, fisher)
 
     @cached_property
     def used(self) -> list[int]:
@@ -154,18 +155,18 @@ class Session:
         mine = self.processes.share(range(len(self.inputs)))
         ranges = any(w.scheme and w.scheme.inputs_measured for w in self.plan.weights)
         towers = any(stage.name != "text" for stage in self.plan.stages)
-        mixtures = {tuple(kinds.text_T.unique().tolist()) for kinds in self.kinds}
+        mixtures = {tuple(own.text_T.unique().tolist()) for own in self.modalities}
         parted = towers and len(mixtures) > 1
         if self._routes or ranges or parted or not self.recipe.closed_form:
             return mine
-        tokens = sum(len(kinds.text_T) for kinds in self.kinds) // max(1, len(self.kinds))
+        tokens = sum(len(own.text_T) for own in self.modalities) // max(1, len(self.modalities))
         steps = self.recipe.steps * samples_a_step(self.recipe, tokens)
         return self._spread(mine, max(self._enough, (max(steps, HELD_OUT) + HELD_OUT) * tokens))
 
     @cached_property
     def sampled(self) -> list[int]:
-        """Those of `used` for second moments, and for the weights of their tokens: `TOKENS` of
-        text, more where a layer is wide. All of them where experts share the tokens."""
+        """The part of `used` for second moments, and for the weights of their tokens: `TOKENS` of
+        text, more where a layer is wide. All of `used` where experts share the tokens."""
         return self.used if self._routes else self._spread(self.used, self._enough)
 
     @property
@@ -181,8 +182,8 @@ class Session:
 
     def _spread(self, samples: Sequence[int], tokens: int) -> list[int]:
         """This process's part of so many tokens, of every mixture of modalities alike."""
-        kinds = [self.kinds[i] for i in samples]
-        return [samples[i] for i in spread(kinds, tokens // self.processes.count)]
+        own = [self.modalities[i] for i in samples]
+        return [samples[i] for i in spread(own, tokens // self.processes.count)]
 
     def measured(self, chain: Chain) -> list[int] | None:
         """The chain's entries of those samples; None: all, as where none of them is in the
@@ -191,7 +192,7 @@ class Session:
         return [i for i, sample in enumerate(chain.sample) if sample in sampled] or None
 
     def fisher(self, layers: Iterable[str]) -> Fisher:
-        """The Fisher information at the blocks' outputs, and at those of some layers."""
+        """The Fisher information at the outputs of the blocks, and of some layers."""
         how = FisherPasses(
             self.recipe.seed, self.precision, weighed=self.sampled, share=self.processes.share,
             add_up=lambda sums: self.processes.add_named(sums, self.device),
@@ -199,8 +200,9 @@ class Session:
         )  # fmt: skip
         places = places_of(self.device, self.disk, self.recipe.offload_states)
         return measure_fisher(
-            self.model, self.plan.stages, self.batches, self.kinds, layers, how, self.holder, places
-        )
+            self.model, self.plan.stages, self.batches, self.modalities, layers, how, self.holder,
+            places,
+        )  # fmt: skip
 
     def record(
         self,

@@ -10,6 +10,7 @@ import torch
 
 from auto_mmround.checkpoint.folder import is_side_file
 from auto_mmround.errors import UserError
+from auto_mmround.export.format import PackedFormat
 from auto_mmround.model.experts import separated
 from auto_mmround.model.stored import stored_tensors
 from auto_mmround.run.job import Job
@@ -48,7 +49,7 @@ def writing(job: Job, clock: Callable[[], float]) -> tuple[dict[str, int], float
     started = clock()
     codes_record(codes)
     for fmt in job.plan.formats:
-        if not fmt.write:
+        if isinstance(fmt, PackedFormat):
             fmt.pack(weight.name, codes)
     each = (clock() - started) / codes.q_OI.numel()
     blob = torch.zeros(TRIAL, dtype=torch.uint8)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,13 @@ from auto_mmround.errors import UserError
 from auto_mmround.evaluate.prompts import ASK_FOR_WORDS, Prompt, asked, generate
 from auto_mmround.model import devices
 from auto_mmround.model.loading import DEMO, Loaded
+from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
-from auto_mmround.verify.engines import ENGINES, EngineResult, OnPiece, ask, ask_llamacpp_aloud
+from auto_mmround.verify.engines import EngineResult, ask, ask_llamacpp_aloud
 from auto_mmround.verify.verify import require_reads
 
 LOADER = "loader"
-# Engines whose programs generate.
-GENERATE = ("vllm", "llamacpp", "mlx", "openvino")
-PLAIN = ("vllm",)  # of these, those that read a model in 16 bits, too
+SPEAKING = [name for name, row in ENGINES.items() if row.speaks]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Way:
     root: Path | None = None
 
 
-class Streamed(TextStreamer):
+class Aloud(TextStreamer):
     """Hands on each piece of an answer as soon as its words are whole."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], skip_prompt: bool = True):
@@ -119,7 +118,7 @@ def ask_folder(
     prompt = _prompt(loaded, question)
     # Whisper generates window by window
     windows = loaded.model.main_input_name == "input_features"
-    streamer = None if windows else Streamed(loaded.tokenizer, on_text)
+    streamer = None if windows else Aloud(loaded.tokenizer, on_text)
     started = time.perf_counter()
     ids_T = generate(loaded, prompt, streamer)
     seconds = time.perf_counter() - started
@@ -143,12 +142,12 @@ def check_engine(names: Sequence[str], question: Question, way: Way) -> Path:
     """The interpreter of the way's engine. Raises UserError where it can't answer for all folders:
     for one that it does not read before the engine that is not installed."""
     engine = str(way.engine)
-    if engine not in GENERATE:
-        raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(GENERATE)}")
+    if engine not in SPEAKING:
+        raise UserError(f"engine {engine!r} answers no questions: one of {', '.join(SPEAKING)}")
     for name in names:
         subject = read_subject(_folder(name), None, way.remote_code)
         fmt = subject.fmt.name if subject.fmt else "fake"
-        if fmt != "fake" or engine not in PLAIN:
+        if fmt != "fake" or not ENGINES[engine].plain:
             require_reads(engine, fmt)
         _check_kinds(engine, _folder(name), question)
     python = engines.python_of(engine, engines.root() if way.root is None else way.root)
@@ -161,24 +160,25 @@ def _folder(name: str) -> Path:
     return DEMO if name == "demo" else Path(name)
 
 
+class _Asked(NamedTuple):
+    """A question on its way to an engine. how: keywords of `engines.ask`."""
+
+    engine: str
+    folder: Path
+    question: Question
+    prompt: Prompt
+    loaded: Loaded
+    how: dict[str, Any]
+
+
 def _by_engine(name: str, question: Question, way: Way, on_text: Callable[[str], None]) -> Answer:
     engine, folder, python = str(way.engine), _folder(name), check_engine([name], question, way)
     loaded = _for_prompt(folder, way.remote_code)
     prompt = _prompt(loaded, question)
-    streamer = Streamed(loaded.tokenizer, on_text, skip_prompt=False)
-    if engine == "llamacpp":
-        result = _llamacpp(folder, question, prompt, python, way.timeout, streamer.hear)
-    else:
-        given = {
-            # how the engine computes by itself; vLLM would take bfloat16 from the configuration
-            "dtype": ENGINES[engine].dtype if engine == "vllm" else None,
-            "new_tokens": question.tokens,
-            "ends": sorted(_ends(loaded)),
-        }
-        result = ask(
-            engine, folder, [_inputs(engine, prompt)], given, python=python, timeout=way.timeout,
-            on_piece=streamer.hear,
-        )  # fmt: skip
+    streamer = Aloud(loaded.tokenizer, on_text, skip_prompt=False)
+    how = {"python": python, "timeout": way.timeout, "on_piece": streamer.hear}
+    asking = _Asked(engine, folder, question, prompt, loaded, how)
+    result = ADAPTERS.get(engine, _ask_with_tensors)(asking)
     streamer.end()
     if not result.ok:
         raise UserError(f"{engine} gave no answer: {result.error}")
@@ -196,9 +196,7 @@ def _for_prompt(folder: Path, remote_code: bool) -> Loaded:
 
 
 def _check_kinds(engine: str, folder: Path, question: Question) -> None:
-    row = ENGINES[engine]
-    whole = row.tower is None or (folder / row.tower).is_file()
-    kinds = row.kinds if whole else ("text",)
+    kinds = ENGINES[engine].takes(folder)
     for kind in question.kinds:
         if kind not in kinds and not (kind == "audio" and "speech" in kinds):
             raise UserError(f"{engine} takes no {kind} of {folder}: leave --engine out")
@@ -217,22 +215,29 @@ def _inputs(engine: str, prompt: Prompt) -> Mapping[str, Tensor]:
     return {"input_ids": prompt.kwargs["input_ids"]} | images
 
 
-def _llamacpp(
-    folder: Path,
-    question: Question,
-    prompt: Prompt,
-    python: Path,
-    timeout: float,
-    on_piece: OnPiece,
-) -> EngineResult:
+def _ask_with_tensors(q: _Asked) -> EngineResult:
+    given = {
+        "dtype": ENGINES[q.engine].answers_in,
+        "new_tokens": q.question.tokens,
+        "ends": sorted(_ends(q.loaded)),
+    }
+    return ask(q.engine, q.folder, [_inputs(q.engine, q.prompt)], given, **q.how)
+
+
+def _ask_with_files(q: _Asked) -> EngineResult:
+    """The text as it is, pictures as files."""
     with tempfile.TemporaryDirectory() as made:
         content: list[str | dict[str, str]] = []
-        for i, image in enumerate(prompt.images):
+        for i, image in enumerate(q.prompt.images):
             path = Path(made) / f"{i}.png"
             Image.fromarray(np.array(image.convert("RGB"))).save(path)
             content.append({"image": str(path)})
-        asked = {"content": [*content, question.text], "max_tokens": question.tokens}
-        return ask_llamacpp_aloud(folder, asked, python=python, timeout=timeout, on_piece=on_piece)
+        asked = {"content": [*content, q.question.text], "max_tokens": q.question.tokens}
+        return ask_llamacpp_aloud(q.folder, asked, **q.how)
+
+
+# Engines that are asked in another way than `_ask_with_tensors`.
+ADAPTERS = {"llamacpp": _ask_with_files}
 
 
 def _ends(loaded: Loaded) -> set[int]:

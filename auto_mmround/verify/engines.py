@@ -19,6 +19,7 @@ from torch import Tensor
 from auto_mmround import strict
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.programs import answer_of, piece_of, program
+from auto_mmround.readers import ENGINES
 
 # only llama.cpp's log says it
 LOADED = re.compile(r"llama_model_loader: - type +(\w+): +(\d+) tensors")
@@ -32,34 +33,6 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
 
 # Gets a piece of an answer as soon as it is there: text, or the id of a token.
 OnPiece = Callable[[str | int], None]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """dtype: what it is asked to compute in. kinds: of inputs it takes, see
-    `Probe`; tower: the file without which it takes texts only. own_media: it processes media
-    itself, and gets token ids, images and sounds as they are.
-    rounds_inputs: it always quantizes activations where the checkpoint says so. The
-    worker is engine_<name>.py on the shelf."""
-
-    dtype: str = "float32"
-    kinds: tuple[str, ...] = ("text", "image", "audio", "speech")
-    tower: str | None = None
-    own_media: bool = False
-    rounds_inputs: bool = False
-
-
-# What they read is said by the formats.
-ENGINES: dict[str, Engine] = {
-    "transformers": Engine(),
-    # In float16 vLLM keeps the scales as they are stored.
-    "vllm": Engine(
-        dtype="float16", kinds=("text", "image", "speech"), own_media=True, rounds_inputs=True
-    ),
-    "llamacpp": Engine(kinds=("text", "image"), own_media=True),
-    "mlx": Engine(kinds=("text", "image")),
-    "openvino": Engine(kinds=("text", "image"), tower="openvino_vision_embeddings_model.xml"),
-}
 
 
 def reads(engine: str) -> list[str]:
@@ -249,8 +222,8 @@ def _answer(
     """The worker's answer; {"ok": False, "error": ..} if there is none."""
     request_file = folder / "request.json"
     request_file.write_text(strict.dumps(request), encoding="utf-8")
-    # In an empty folder, and -P: the worker must find neither this package's modules nor those of
-    # the caller's folder.
+    # In an empty folder, and -P: the worker must find neither this package's modules nor modules
+    # in the caller's folder.
     command = [str(python.absolute()), "-P", str(RUNNER), str(program), str(request_file)]
     log = folder / "log.txt"
     code, last = _run(command, log, timeout, on_piece)

@@ -7,7 +7,7 @@ from auto_mmround.checkpoint.subject import Finding, Subject, fault
 from auto_mmround.model.kv_cache import PROJECTIONS, SCALES, STRATEGIES, fits
 from auto_mmround.run.record import checksum
 
-# What engines do with keys and values that a configuration says otherwise is not known here.
+# Of a configuration that says anything else it is not known here what engines do.
 KNOWN = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 
 

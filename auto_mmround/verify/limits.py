@@ -15,14 +15,12 @@ from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.experts import HALVES, separable
 from auto_mmround.model.merging import merged_parameters, own_merges
 from auto_mmround.model.structure import find_experts
+from auto_mmround.readers import ENGINES, READERS
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan
-from auto_mmround.verify.engines import ENGINES
 
 # Every one once, though several formats have it.
 LIMITS = tuple(dict.fromkeys(limit for fmt in FORMATS.values() for limit in fmt.limits))
-# Of which build the limits of an engine are.
-BUILDS = {"vllm": "vllm on processors"}
 
 
 def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
@@ -131,7 +129,7 @@ def _limit(
 
 
 def _line(limit: Limit, format_name: str) -> str:
-    engine = BUILDS.get(limit.engine, limit.engine)
+    engine = READERS[limit.engine].build or limit.engine
     return f"{engine} takes no {format_name} with {limit.what}: {limit.message}"
 
 

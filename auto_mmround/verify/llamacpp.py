@@ -51,7 +51,7 @@ def pieces(
 
 def ask_llamacpp(
     reference: Reference,
-    media: Sequence[Mapping[str, Tensor]],
+    media: Sequence[Mapping[str, Tensor]] | None,
     tokenizer: Any,
     *,
     python: Path,
@@ -62,6 +62,7 @@ def ask_llamacpp(
     media: its images, as `Probe.media`. It is an error if llama.cpp makes another number of tokens
     from an image: the two would see different inputs.
     """
+    media = media or ()
     with tempfile.TemporaryDirectory() as folder:
         prompts, questions = [], []
         for i, (kwargs, own) in enumerate(zip(reference.inputs, media, strict=True)):

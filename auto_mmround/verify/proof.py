@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Decoded, Shards
 from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_subject
 from auto_mmround.errors import UserError, several
-from auto_mmround.export.formats import Format
+from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.loading import NONSENSE
 from auto_mmround.model.restacking import SINGLE, restack, stacking
@@ -226,7 +226,7 @@ class Expected:
     def __init__(self, fmt: Format, result: Result):
         self._codes = result.codes
         # `static` has compared checksums of the values that such formats hold exactly
-        self._same = _alike if fmt.write else _same
+        self._same = _alike if isinstance(fmt, WholeFormat) else _same
         self._memory = result.names.model.state_dict()
         self._turned = {
             n for n, module in result.names.model.named_modules() if isinstance(module, Conv1D)

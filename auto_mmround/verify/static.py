@@ -12,8 +12,9 @@ import torch
 
 from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json, read_subject
 from auto_mmround.errors import several
-from auto_mmround.export.formats import PATTERN_SECONDS, Format, entries, resolve
-from auto_mmround.export.method import Overrides, Question, searched
+from auto_mmround.export.format import PackedFormat
+from auto_mmround.export.formats import PATTERN_SECONDS, entries, resolve
+from auto_mmround.export.method import Overrides, Spelling, searched
 from auto_mmround.families import vllm_module, vllm_rename
 from auto_mmround.headers import TYPE_NAMES, Header
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
@@ -94,12 +95,12 @@ def check_layout(s: Subject) -> Iterator[Finding]:
             fmt = next((each for each in variants if each.check(*key) is None), None)
             if fmt is None:
                 yield fault(module, f"{s.fmt.name} {s.fmt.check(*key)}")
-            expected[key] = _expected_parts(fmt, *key) if fmt else {}
+            expected[key] = _expected_parts(fmt, *key) if isinstance(fmt, PackedFormat) else {}
         yield from _compare_parts(s, module, expected[key])
 
 
 def _expected_parts(
-    fmt: Format, wanted: Scheme, out_features: int, in_features: int
+    fmt: PackedFormat, wanted: Scheme, out_features: int, in_features: int
 ) -> dict[str, Header]:
     """What our own packer makes of a weight of zeros; nothing for floats, whose unpacking tells
     enough."""
@@ -123,7 +124,7 @@ def _expected_parts(
 
 def _alike(s: Subject) -> set[str]:
     """Dtypes that count as equal: MLX takes any float; other tools' scales may be either half."""
-    if s.fmt and s.fmt.any_float:
+    if isinstance(s.fmt, PackedFormat) and s.fmt.any_float:
         return {"F16", "BF16", "F32"}
     if s.record:
         return set()
@@ -159,7 +160,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
         reader = s.fmt.method.readers.get(engine) if s.fmt.method else None
         if reader is None:
             continue
-        question = Question(
+        spelling = Spelling(
             s.quantization,
             list(spelled),
             next((name for name, stored in spelled.items() if stored == s.skeleton.head), None),
@@ -168,7 +169,7 @@ def check_names(s: Subject) -> Iterator[Finding]:
         )
         try:
             with time_limit(PATTERN_SECONDS):
-                answer = reader(question)
+                answer = reader(spelling)
         except (TooLong, re.error) as error:
             text = (
                 f"its patterns can't be matched as {engine} does: {error or 'they take too long'}"

@@ -113,9 +113,11 @@ def check_rope(s: Subject) -> Iterator[Finding]:
 def check_layer_count(s: Subject) -> Iterator[Finding]:
     """Lists with one entry per layer have as many entries as there are layers."""
     text = _text(s.config)
-    layers, kinds = text.get("num_hidden_layers"), text.get("layer_types")
-    if type(layers) is int and isinstance(kinds, list) and len(kinds) != layers:
-        yield fault("config.json", f"layer_types has {len(kinds)} entries for {layers} layers")
+    layers, layer_types = text.get("num_hidden_layers"), text.get("layer_types")
+    if type(layers) is int and isinstance(layer_types, list) and len(layer_types) != layers:
+        yield fault(
+            "config.json", f"layer_types has {len(layer_types)} entries for {layers} layers"
+        )
 
 
 TOGETHER = (check_vocabulary, check_special_tokens, check_tied, check_rope, check_layer_count)

@@ -13,6 +13,7 @@ from torch import Tensor
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_state_dict
 from auto_mmround.checkpoint.subject import Finding, Subject, fault
 from auto_mmround.errors import UserError, several
+from auto_mmround.export.format import PackedFormat, WholeFormat
 from auto_mmround.model.stored import Reader
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.pieces import pieces_of, rows_of
@@ -21,7 +22,7 @@ from auto_mmround.run.record import checksum, codes_record
 # With the right layout, even a weight of 2 bits has a correlation above 0.7 with its source; with a
 # wrong one about 0.
 LEAST_CORRELATION = 0.5
-CONSTANT = 0.1  # most that the error's squares may be of those of a matrix of one value
+CONSTANT = 0.1  # of a matrix of one value: largest sum of squared errors, over its sum of squares
 PIECE = 2**22  # values looked at together
 WEIGHT_FILE = re.compile(r"[\w.-]+\.(gguf|xml|bin|safetensors)\b")
 DIFFERS = "(its checksum in run.json differs)"
@@ -63,7 +64,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
     source = s.originals(originals.stored)
     for module in sorted(s.packed):
         wanted = s.schemes.get(module)
-        if wanted is None or s.fmt is None:
+        if wanted is None or not isinstance(s.fmt, PackedFormat):
             continue
         tensors = {
             name: shards.tensor(s.folder / part.file, name)
@@ -92,7 +93,7 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
 
 def check_decoded(s: Subject) -> Iterator[Finding]:
     """Whole files, decoded by their format, hold finite values, equal to what the run tuned."""
-    if not s.whole or s.fmt is None:
+    if not isinstance(s.fmt, WholeFormat):
         return
     rest: dict[str, str] = dict(s.record.get("tensors") or {}) if s.fmt.exact_rest else {}
     written: dict[str, str] = {

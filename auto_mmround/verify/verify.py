@@ -4,6 +4,7 @@ engine."""
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
 from auto_mmround.errors import UserError
+from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
-from auto_mmround.verify.engines import ENGINES, ask, interpreter, reads
+from auto_mmround.verify.engines import EngineResult, ask, interpreter, reads
 from auto_mmround.verify.limits import refusal
 from auto_mmround.verify.llamacpp import ask_llamacpp
-from auto_mmround.verify.probes import Probe, make_probes
+from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import run_checks
 
 NEW_TOKENS = 8
@@ -147,8 +149,8 @@ def verify(
     notes: list[str] = []
     if asked:
         options = {"remote_code": remote_code, "stream": stream}
-        found, notes = _ask_all(asked, subject, name, root, timeout, options)
-        verdicts |= found
+        given, notes = _ask_all(asked, subject, name, root, timeout, options)
+        verdicts |= given
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
@@ -181,10 +183,11 @@ def _ask_all(
         )
     for engine in asked:
         reference = references.get(ENGINES[engine].rounds_inputs, references[False])
-        taken = _taken(engine, folder, probes)
+        kinds = ENGINES[engine].takes(folder)
+        taken = [i for i, probe in enumerate(probes) if probe.kind in kinds]
         if not taken:
-            kinds = " or ".join(dict.fromkeys(probe.kind for probe in probes))
-            reason = f"{engine} is asked nothing: it takes no {kinds}"
+            refused = " or ".join(dict.fromkeys(probe.kind for probe in probes))
+            reason = f"{engine} is asked nothing: it takes no {refused}"
             verdicts[engine] = Verdict(folder, name, engine, "not run", reason)
             continue
         part = replace(
@@ -199,13 +202,6 @@ def _ask_all(
     return verdicts, notes
 
 
-def _taken(engine: str, folder: Path, probes: Sequence[Probe]) -> list[int]:
-    """Indices of the inputs that an engine takes, for this folder."""
-    row = ENGINES[engine]
-    kinds = row.kinds if row.tower is None or (folder / row.tower).is_file() else ("text",)
-    return [i for i, probe in enumerate(probes) if probe.kind in kinds]
-
-
 def _verdict(
     engine: str,
     name: str,
@@ -216,10 +212,25 @@ def _verdict(
     media: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: Any = None,
 ) -> Verdict:
-    """media: one mapping for each input, for an engine that processes media itself.
+    """media: one mapping for each input, for an engine that processes media itself."""
+    python = interpreter(name, root, engine)
+    adapter = ADAPTERS.get(engine, partial(_ask_with_tensors, engine))
+    result = adapter(reference, media, tokenizer, python=python, timeout=timeout)
+    facts = judge(result, reference, planned)
+    return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
 
-    Such an engine gets no other keyword arguments than the ids.
-    """
+
+def _ask_with_tensors(
+    engine: str,
+    reference: Reference,
+    media: Sequence[Mapping[str, Tensor]] | None,
+    tokenizer: Any,
+    *,
+    python: Path,
+    timeout: float,
+) -> EngineResult:
+    """Tensors of every input to the engine's program. With ``media`` it gets these and the ids
+    alone."""
     class_name = type(reference.model).__name__
     cls = class_name if hasattr(transformers, class_name) else "AutoModelForImageTextToText"
     asked = {
@@ -235,13 +246,11 @@ def _verdict(
             {**{k: kwargs[k] for k in ids if k in kwargs}, **own}
             for kwargs, own in zip(inputs, media)
         ]
-    python = interpreter(name, root, engine)
-    if engine == "llamacpp":
-        result = ask_llamacpp(reference, media or (), tokenizer, python=python, timeout=timeout)
-    else:
-        result = ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
-    facts = judge(result, reference, planned)
-    return Verdict(reference.folder, name, engine, planned=planned, version=result.engine, **facts)
+    return ask(engine, reference.folder, inputs, asked, python=python, timeout=timeout)
+
+
+# Engines that are asked in another way than `_ask_with_tensors`.
+ADAPTERS = {"llamacpp": ask_llamacpp}
 
 
 def require(engine: str, name: str, root: Path) -> None:

@@ -18,6 +18,7 @@ from auto_mmround.export.format import (
     STACKS_ALONE,
     Format,
     Limit,
+    PackedFormat,
     any_scheme,
     check_integers,
     wrong,
@@ -30,7 +31,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )  # fmt: skip
-from auto_mmround.export.method import Method, Overrides, Question
+from auto_mmround.export.method import Method, Overrides, Spelling
 from auto_mmround.export.patterns import Lookup
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -93,7 +94,7 @@ def config(layout: Layout) -> dict[str, Any]:
     dequantize = {"dequantize": True} if len(by_scheme) == 1 and not largest.sym else {}
     return {
         "quant_method": "compressed-tensors",
-        "format": _whole_kind(by_scheme),
+        "format": _whole_layout(by_scheme),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": (KV_CACHE | {"strategy": layout.kv_cache} if layout.kv_cache else None),
@@ -119,14 +120,14 @@ def _outside_lists(layout: Layout, singles: Iterable[str]) -> list[str]:
     return [leaf for leaf in leaves if not any(name.endswith(leaf) for name in layout.quantized)]
 
 
-def _kind(scheme: Scheme) -> str:
+def _layout(scheme: Scheme) -> str:
     integers = "int-quantized" if _int_inputs(scheme) else "pack-quantized"
     return floats.LAYOUTS.get(scheme.data_type, integers)
 
 
-def _whole_kind(schemes: Iterable[Scheme]) -> str:
-    kinds = {*map(_kind, schemes)}
-    return kinds.pop() if len(kinds) == 1 else "mixed-precision"
+def _whole_layout(schemes: Iterable[Scheme]) -> str:
+    layouts = {*map(_layout, schemes)}
+    return layouts.pop() if len(layouts) == 1 else "mixed-precision"
 
 
 def _int_inputs(scheme: Scheme) -> bool:
@@ -150,7 +151,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         activations = floats.input_args(scheme)
     return {
         "targets": targets,
-        "format": _kind(scheme),
+        "format": _layout(scheme),
         "weights": weights,
         "input_activations": activations if scheme.act_bits < 16 else None,
         "output_activations": None,
@@ -208,7 +209,7 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
     )
 
 
-def _names(q: Question) -> Mapping[str, Overrides]:
+def _names(q: Spelling) -> Mapping[str, Overrides]:
     """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both
     engines."""
     ignored = [_renamed(q, item) for item in q.config.get("ignore") or ()]
@@ -223,7 +224,7 @@ def _names(q: Question) -> Mapping[str, Overrides]:
     return answer
 
 
-def _renamed(q: Question, item: str) -> str:
+def _renamed(q: Spelling, item: str) -> str:
     return item if item.startswith("re:") else q.rename(item)
 
 
@@ -233,7 +234,7 @@ def _named(target: str, name: str) -> bool:
 
 def _choose(schemes: Collection[Scheme]) -> Format:
     """Packed words, int8 beside 8-bit activations, floats, or several of these."""
-    if len({*map(_kind, schemes)}) > 1:
+    if len({*map(_layout, schemes)}) > 1:
         return MIXED
     if any(scheme.data_type != "int" for scheme in schemes):
         return FLOAT
@@ -246,15 +247,15 @@ def _pack(name: str, codes: Codes) -> dict[str, Tensor]:
 
 
 def _check_mixed(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why the layout of its kind could not hold this weight, or None."""
+    """Why the layout could not hold this weight, or None."""
     if _int_inputs(scheme):
         return "holds no 8-bit integers of inputs beside layers of another kind"
     return _choose([scheme]).check(scheme, out_features, in_features)
 
 
-# What every layout has. Transformers unpacks these weights in the model's first forward pass, but
+# Every layout has these. Transformers unpacks these weights in the model's first forward pass, but
 # transcribing calls the encoder alone first.
-_BASE = Format(
+_BASE = PackedFormat(
     name="compressed_tensors",
     summary=(
         "compressed-tensors checkpoint, packed: Transformers (compressed-tensors), vLLM, SGLang"

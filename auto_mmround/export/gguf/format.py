@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Whole, check_integers
+from auto_mmround.export.format import Whole, WholeFormat, check_integers
 from auto_mmround.export.gguf import tokens as gguf_tokens
 from auto_mmround.export.gguf.k import SUPER_TYPES, SuperType, onto
 from auto_mmround.export.gguf.k import pack as pack_super
@@ -261,18 +261,17 @@ def _quantization_config(layout: Layout, label: str, files: Sequence[str]) -> di
 METHOD = Method("gguf")
 
 
-def _format(ggml: Blocks | None) -> Format:
+def _format(ggml: Blocks | None) -> WholeFormat:
     chosen = (
         "the smallest blocks that hold the weights exactly"
         if ggml is None
         else f"{ggml.name} blocks"
     )
-    return Format(
+    return WholeFormat(
         name="gguf" if ggml is None else f"gguf:{ggml.name.lower()}",
         summary=f"llama.cpp: {chosen}; a vision tower as mmproj",
         bits=(2, 3, 4, 5, 6, 7, 8) if ggml is None else (ggml.bits,),
         check=partial(check, ggml),
-        config=lambda layout: _quantization_config(layout, "", ()),
         fused_zero=ggml is None or (isinstance(ggml, BlockType) and not ggml.sym),
         write=partial(write, ggml),
         read=read,

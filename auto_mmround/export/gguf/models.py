@@ -186,10 +186,10 @@ def architecture(text: Any) -> Architecture:
         )
     act = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
     rope = _rope(text)
-    kinds = list(getattr(text, "layer_types", None) or ())
+    layer_types = list(getattr(text, "layer_types", None) or ())
     wanted = ["full_attention" if (i + 1) % known.windows == 0 else "sliding_attention"
-        for i in range(len(kinds))] \
-        if known.windows else ["full_attention"] * len(kinds)  # fmt: skip
+        for i in range(len(layer_types))] \
+        if known.windows else ["full_attention"] * len(layer_types)  # fmt: skip
     scalar = getattr(text, "query_pre_attn_scalar", None)
     # as in the 27 B
     wide = text.num_hidden_layers == 62 and scalar == text.hidden_size // text.num_attention_heads
@@ -200,7 +200,7 @@ def architecture(text: Any) -> Architecture:
             f"rope type {rope['rope_type']} is not exported",
         ),
         (rope["rope_type"] == "llama3" and known.name != "llama", "has llama3 rope for llama only"),
-        (kinds != wanted, "uses another pattern of sliding windows"),
+        (layer_types != wanted, "uses another pattern of sliding windows"),
         (
             known.name.endswith("vl") and "mrope_section" not in rope,
             "needs mrope_section in the rope parameters",

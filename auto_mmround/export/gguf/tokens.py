@@ -82,22 +82,22 @@ def metadata(folder: Path, rows: int) -> dict[str, Any]:
     tokenizer = read_tokenizer(folder)
     model = tokenizer["model"]
     tokens = {index: token for token, index in model["vocab"].items()}
-    kinds = dict.fromkeys(tokens, NORMAL)
+    token_types = dict.fromkeys(tokens, NORMAL)
     if model.get("byte_fallback"):
-        kinds |= {
+        token_types |= {
             i: BYTE
             for i, t in tokens.items()
             if len(t) == 6 and t.startswith("<0x") and t.endswith(">")
         }
-        kinds |= {i: UNKNOWN for i, t in tokens.items() if t == model.get("unk_token")}
+        token_types |= {i: UNKNOWN for i, t in tokens.items() if t == model.get("unk_token")}
     for token in tokenizer.get("added_tokens", ()):
         tokens[token["id"]] = token["content"]
-        if kinds.get(token["id"]) != UNKNOWN:
-            kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+        if token_types.get(token["id"]) != UNKNOWN:
+            token_types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     listed = [tokens.get(i, f"[PAD{i}]") for i in range(rows)]
     facts: dict[str, Any] = {
         "ggml.tokens": listed,
-        "ggml.token_type": [kinds.get(i, UNUSED) for i in range(rows)],
+        "ggml.token_type": [token_types.get(i, UNUSED) for i in range(rows)],
     }
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     if model.get("byte_fallback"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.export.format import Format, Whole, check_integers
+from auto_mmround.export.format import Whole, WholeFormat, check_integers
 from auto_mmround.export.layout import Layout
 from auto_mmround.export.method import Method
 from auto_mmround.export.openvino.read import read
@@ -131,7 +131,7 @@ def _config(layout: Layout) -> dict[str, Any]:
     }
 
 
-FORMAT = Format(
+FORMAT = WholeFormat(
     name="openvino",
     summary=(
         "OpenVINO IR, 4 and 8 bits, of the language model and the towers of Qwen2-VL and LLaVA:"
@@ -139,7 +139,6 @@ FORMAT = Format(
     ),
     bits=(4, 8),
     check=check_integers((4, 8), (1, 2), SCALE_DTYPES),
-    config=_config,
     write=write,
     read=read,
     ready=converter_python,

@@ -28,8 +28,8 @@ ELEMENTS = {
     "u8": torch.uint8,
 }  # fmt: skip
 FOUR_BITS = ("i4", "u4")
-# Constants of a checkpoint's tensors are called MARK + key; those of a packed weight MARK + key +
-# "/" + part.
+# The constant of a tensor is called MARK + key. A packed weight has one for each part, called
+# MARK + key + "/" + part.
 MARK, PARTS = "checkpoint/", ("codes", "scales", "zeros")
 DAMAGED = (
     ValueError,
