@@ -38,7 +38,9 @@ from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run import job as jobs
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
+from auto_mmround.run.record import checksum, codes_record
 from auto_mmround.verify.static import check
+from auto_mmround.verify.values import _tuned_so
 
 gguf = pytest.importorskip("gguf")
 
@@ -74,6 +76,23 @@ def test_lowest_and_highest_codes_reach_their_ends():
             pack(codes, kind).numpy(), gguf.GGMLQuantizationType[kind.name]
         )
         assert set(decoded.ravel()) == {-float(zero), 2**kind.bits - 1 - float(zero)}
+
+
+def test_a_scale_below_zero_is_no_difference():
+    """Zeros of such a group are -0.0 by scale * (q - zero), and 0.0 by d * n + m. A model of 1.5
+    billion weights had one such group, and its file was called wrong."""
+    q_OI = torch.arange(64, dtype=torch.uint8).reshape(2, 32) % 16
+    zero_OG = torch.zeros(2, 1, dtype=torch.uint8)
+    scale_OG = torch.tensor([[-0.25], [0.5]]).half()
+    codes = Codes(q_OI, scale_OG, zero_OG, 4, 32, False)
+    blocks = pack(codes, TYPES["Q4_1"])
+    read = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q4_1))
+    decoded = dequantize(codes)
+    assert torch.equal(read, decoded) and checksum(read) != checksum(decoded)
+    for wanted in (codes_record(codes, decoded=True)["weight"], checksum(decoded)):
+        assert _tuned_so(decoded, wanted)
+    assert _tuned_so(read, codes_record(codes, decoded=True)["weight"])
+    assert not _tuned_so(read + 1, codes_record(codes, decoded=True)["weight"])
 
 
 def test_pack_refuses_what_it_cannot_hold():

@@ -86,8 +86,8 @@ def codes_record(codes: Codes, decoded: bool = False) -> dict[str, Any]:
     that no packing changes.
 
     q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups), a
-    static input_scale as float32 (1,). decoded: the float32 weight (out, in) too, for formats whose
-    files hold no such codes.
+    static input_scale as float32 (1,). decoded: the float32 weight (out, in) too, its zeros
+    positive, for formats whose files hold no such codes.
     """
     values = {
         "q": codes.q_OI.to(torch.uint8),
@@ -97,7 +97,7 @@ def codes_record(codes: Codes, decoded: bool = False) -> dict[str, Any]:
     if codes.input_scale is not None:
         values["input_scale"] = codes.input_scale.float()
     if decoded:
-        values["weight"] = dequantize(codes)
+        values["weight"] = dequantize(codes) + 0.0  # readers differ in the sign of zero
     scheme = {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.sym}
     return scheme | {name: checksum(tensor) for name, tensor in values.items()}
 
