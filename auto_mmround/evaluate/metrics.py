@@ -185,12 +185,14 @@ def _add_sample(metrics: Metrics, scored: _Scored, sample: ModelInput, text: boo
             metrics.answers += 1
             metrics.right += bool(hits[start:end].all())
     if kl_T is not None and same_T is not None:
-        kind_T = sample.modality_T.cpu()
-        kind_T = kind_T if len(kind_T) == len(kl_T) else kind_T[:1].expand(len(kl_T))
-        for code in kind_T.unique().tolist():
+        modality_T = sample.modality_T.cpu()
+        modality_T = (
+            modality_T if len(modality_T) == len(kl_T) else modality_T[:1].expand(len(kl_T))
+        )
+        for code in modality_T.unique().tolist():
             if code == PAD:
                 continue
-            here, name = kind_T == code, MODALITIES[code]
+            here, name = modality_T == code, MODALITIES[code]
             metrics.positions[name] = metrics.positions.get(name, 0) + int(here.sum())
             metrics.kl_sum[name] = metrics.kl_sum.get(name, 0.0) + kl_T[here].double().sum().item()
             metrics.agreed[name] = metrics.agreed.get(name, 0) + int(same_T[here].sum())

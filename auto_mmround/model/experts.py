@@ -106,10 +106,10 @@ def separable(model: PreTrainedModel) -> dict[str, Expert]:
             for leaf, expert in _matrices(stack, keys[stack.parameter], beginnings[path])
         }
         module = model.get_submodule(path)
-        kind = type(module), len(experts)
-        if experts and kind not in checked:
-            checked[kind] = _same(module, Separate(module, _layers(module, path, experts)))
-        if experts and checked[kind]:
+        form = type(module), len(experts)
+        if experts and form not in checked:
+            checked[form] = _same(module, Separate(module, _layers(module, path, experts)))
+        if experts and checked[form]:
             singles |= experts
     return singles
 
