@@ -39,6 +39,7 @@ from auto_mmround.evaluate.metrics import logits_of
 from auto_mmround.model import devices
 from auto_mmround.model.chains import Chain, difference
 from auto_mmround.model.loading import load
+from auto_mmround.numerics import start
 from auto_mmround.numerics.moments import PANEL
 from auto_mmround.numerics.tuner import held_out_split, looked_at
 from auto_mmround.recipe.recipe import Recipe
@@ -83,7 +84,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "Fisher": (Session, "fisher"),
     "passes": (Chain, "advanced"),
     "moments": (Session, "moments"),
-    "solve": (pipeline, "closed_forms"),
+    "solve": (start, "closed_forms"),
     "steps": (pipeline, "tune_block"),
 }
 FORMATS = "auto_round,auto_gptq,auto_awq,compressed_tensors,mlx"

@@ -109,7 +109,7 @@ def counting(more: Callable[[], Mapping[str, int]] = dict) -> Iterator[Counted]:
 
     from auto_mmround.model import fisher
     from auto_mmround.model.chains import Chain
-    from auto_mmround.numerics import tuner
+    from auto_mmround.numerics import start, tuner
     from auto_mmround.run import pipeline
     from auto_mmround.run.session import Session
 
@@ -123,7 +123,7 @@ def counting(more: Callable[[], Mapping[str, int]] = dict) -> Iterator[Counted]:
         ("capture", Session, "record"), ("Fisher", Session, "fisher"),
         ("head", fisher, "_sampled_gradient"),
         ("teacher, student", Chain, "advanced"), ("moments", Session, "moments"),
-        ("solve", pipeline, "closed_forms"), ("held out", tuner, "_mean_error"),
+        ("solve", start, "closed_forms"), ("held out", tuner, "_mean_error"),
         ("held out", pipeline, "mean_error"), ("steps", pipeline, "tune_block"),
     )  # fmt: skip
     with ExitStack() as undo, FlopCounterMode(display=False, custom_mapping=own) as counter:

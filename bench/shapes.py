@@ -25,7 +25,7 @@ from auto_mmround.checkpoint.folder import write_config
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import find_stages
-from auto_mmround.numerics import gptq, scale_search
+from auto_mmround.numerics import gptq, scale_search, start
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "Fisher": (Session, "fisher"),
     "passes": (Chain, "advanced"),
     "moments": (Session, "moments"),
-    "solve": (pipeline, "closed_forms"),
+    "solve": (start, "closed_forms"),
     "- search": (scale_search, "search_scale"),
     "- columns": (gptq, "solve"),
     "- refit": (gptq, "refit_scale"),

@@ -79,3 +79,17 @@ def test_a_result_is_made_once(kept, tmp_path):
         "    file.write('[1]')\n"
     )
     assert kept.result(str(program), job) == kept.result(str(program), job) == [1]
+
+
+@pytest.mark.parametrize("name", ["accelerator", "shapes"])
+def test_the_parts_that_a_bench_watches_are_there(name, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    for owner, attribute in of_bench(name).PARTS.values():
+        assert callable(getattr(owner, attribute)), attribute
+
+
+def test_the_parts_that_are_counted_are_there(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    with of_bench("operations").counting() as counted:
+        pass
+    assert not any(counter.total() for counter in counted.by_part.values())
