@@ -272,7 +272,7 @@ class Encoder:
 
     def _check_codebooks(self, label: str, kwargs: Mapping[str, Any]) -> None:
         """Raises UserError for several rows of ids that are no codebooks of the model."""
-        text = self.config.get_text_config(decoder=True)
+        text = self.config and self.config.get_text_config(decoder=True)
         for key in ("input_ids", "decoder_input_ids"):
             rows = len(kwargs.get(key, "1"))
             if rows not in (1, getattr(text, "num_codebooks", 1)):
