@@ -209,7 +209,7 @@ def main() -> None:
         took = part(asked, name, process(command))
         table.add(name, *shown(took))
     for name, folder in exports(asked).items():
-        command = [*cli, "verify", str(folder)]
+        command = [*cli, "verify", str(folder), "--timeout", "3600"]
         took = part(
             asked, f"verify-{name}", lambda path, c=command: run(c, path.with_suffix(".log"))
         )

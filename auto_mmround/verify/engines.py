@@ -229,7 +229,8 @@ def _answer(
     code, last = _run(command, log, timeout, on_piece)
     said = log.read_text(encoding="utf-8", errors="replace")
     if code is None:
-        return {"ok": False, "error": f"no answer after {timeout:.0f} s"}
+        reason = f"no answer after {timeout:.0f} s; --timeout gives it longer"
+        return {"ok": False, "error": reason}
     tail = (said.strip().splitlines() or ["no output"])[-1]
     answer = answer_of(last) or {"ok": False, "error": f"the engine died (exit {code}): {tail}"}
     counts = {type_name: int(count) for type_name, count in LOADED.findall(said)}
