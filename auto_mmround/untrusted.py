@@ -15,6 +15,7 @@ from auto_mmround.errors import UserError
 SETTINGS_BYTES = 64 << 20
 DATASET_BYTES = 4 << 30
 LINE = 2000  # characters of a message for the terminal
+PATIENCE = 20  # how much longer than its own time a piece of work may take on a busy machine
 SAFE, INDEX_END = ".safetensors", ".safetensors.index.json"
 SINGLE, INDEX = f"model{SAFE}", f"model{INDEX_END}"
 # Arrays that classes read beside the weights, though they are called like weights: the voices of
@@ -175,13 +176,16 @@ class TooLong(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooLong in the body after so many seconds; in threads other than the main one, never.
+    """Raises TooLong in the body after so many seconds of a processor, or PATIENCE times as many by
+    the clock: other work on the machine is no fault of the data. In threads other than the main
+    one, never.
 
     Data alone can keep some work busy: chat templates, and patterns from a checkpoint's
     configuration.
     """
     import signal
     import threading
+    import time
 
     if threading.current_thread() is not threading.main_thread() or not hasattr(
         signal, "setitimer"
@@ -189,8 +193,12 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    worked, began = time.thread_time(), time.monotonic()
+
     def stop(_: int, __: FrameType | None) -> None:
-        raise TooLong
+        waited = (time.monotonic() - began) / PATIENCE
+        if max(time.thread_time() - worked, waited) >= seconds:
+            raise TooLong
 
     def told(dropped: Any) -> None:
         if dropped.exc_type is not TooLong:
@@ -200,7 +208,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     # Python drops what a finalizer or a hook of the garbage collector raises, and prints it. So the
     # alarm comes again every second, and what was dropped is not printed.
     sys.unraisablehook = told
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 1.0))
     try:
         yield
     finally:

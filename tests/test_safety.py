@@ -704,3 +704,11 @@ def test_a_limit_is_raised_again_where_python_dropped_it(monkeypatch):
         while time.monotonic() < deadline:
             pass
     assert not printed and sys.unraisablehook == printed.append
+
+
+def test_a_limit_is_of_work_and_not_of_the_clock():
+    """A busy machine once made the head of a right GGUF file of 150,000 words "too long"."""
+    with untrusted.time_limit(0.2):
+        time.sleep(1)
+    with pytest.raises(untrusted.TooLong), untrusted.time_limit(0.1):
+        time.sleep(untrusted.PATIENCE * 0.1 + 2)
