@@ -104,7 +104,7 @@ def by_peer(asked: argparse.Namespace, result: Path) -> None:
     tuned = peer.quantize()[0]
     took = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
     weights = {
-        f"{i}.{name}": module.weight.detach().clone()
+        f"{i}.{name}.weight": module.weight.detach().clone()
         for i, block in enumerate(tuned.model.layers[:count])
         for name, module in block.named_modules()
         if getattr(module, "weight", None) is not None
