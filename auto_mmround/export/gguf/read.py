@@ -19,7 +19,7 @@ from auto_mmround.lazy import Lazy
 from auto_mmround.untrusted import TooLong, readable, time_limit
 
 # a head that claims one long list makes the reader walk through the whole file, byte by byte
-HEAD_SECONDS = 60.0
+HEAD_SECONDS = 30.0
 DAMAGED = (
     ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, OSError, MemoryError,
 )  # fmt: skip
