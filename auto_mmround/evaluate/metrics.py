@@ -180,7 +180,7 @@ def _add_sample(metrics: Metrics, scored: _Scored, sample: ModelInput, text: boo
         metrics.log_loss += loss_T[wanted].double().sum().item()
         metrics.tokens += int(wanted.sum())
         metrics.hits += int(hits[wanted].sum())
-    if not is_text:
+    if loss_T is not None and not is_text:
         for start, end in _runs(wanted.tolist()):
             metrics.answers += 1
             metrics.right += bool(hits[start:end].all())
