@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mixtures
 import pytest
 import torch
 from tiny_models import FAMILIES, Tiny, tiny_tokenizer
 
-from auto_mmround.model.borrowed import borrowed
+from auto_mmround.model.borrowed import borrowed, made_runnable
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.verify.proof import prove
@@ -129,3 +130,14 @@ def test_a_model_gets_its_own_experts_back(tmp_path):
     with borrowed(model):
         model(torch.arange(8)[None])
     assert model.config._experts_implementation == before != "eager"
+
+
+def test_the_rows_of_inputs_count_too():
+    """gpt-oss keeps its matrices as (in, out): 44 channels go into a matrix of 64."""
+    config = mixtures.config_of("gpt_oss")
+    config.intermediate_size = 44
+    model = mixtures.class_of("gpt_oss")(config).bfloat16().eval()
+    with pytest.raises(RuntimeError, match="strides"):
+        model(torch.arange(8)[None])
+    made_runnable(model)
+    model(torch.arange(8)[None])

@@ -57,7 +57,7 @@ def borrowed(
     finally:
         for config, answer, implementation in answers:
             config.return_dict = answer
-            config._experts_implementation = implementation
+            config._experts_implementation_internal = implementation  # of this one alone
         for module, flag in training.items():
             module.training = flag
         for name, parameter in model.named_parameters():
@@ -75,6 +75,8 @@ def made_runnable(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.return_dict = True
-    stacks = {name: model.get_parameter(name) for name in find_experts(model).fused}
-    if any(stack.shape[-1] * stack.itemsize % ALIGNED for stack in stacks.values()):
+    shapes = find_experts(model).fused
+    size = {name: model.get_parameter(name).itemsize for name in shapes}
+    # Of a matrix (in, out) the inputs' rows count, too.
+    if any(width * size[name] % ALIGNED for name, shape in shapes.items() for width in shape[1:]):
         model.set_experts_implementation("eager")
