@@ -105,9 +105,12 @@ WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "out_hidd
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "attention_heads")
 
 
-def config_of(name: str, layers: int, scale: int) -> Any:
+def config_of(found: Any) -> Any:
     """The configuration with so many layers of each kind, its widths divided by ``scale``."""
-    cls, text, vision = SHAPES[name]
+    layers, scale = found.layers, found.scale
+    cls, text, vision = SHAPES[found.shape]
+    if found.experts:
+        text = text | {"num_experts": found.experts}
 
     def smaller(part: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(part)
@@ -211,21 +214,23 @@ def main() -> int:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--group_size", type=int, default=32)
+    parser.add_argument("--experts", type=int, help="so many in place of the published number")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--text_only", action="store_true", help="leave the tower as it is")
     parser.add_argument("--scratch", type=Path, default=Path(".bench/shapes"))
     found = parser.parse_args()
-    folder, config = found.scratch / found.shape, config_of(found.shape, found.layers, found.scale)
+    folder, config = found.scratch / found.shape, config_of(found)
     out = found.scratch / f"{found.shape}-out"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         make(folder, config)
         recipe = Recipe(
             model=str(folder), output_dir=str(out), preset="light", device="cpu",
-            nsamples=found.samples, seqlen=found.tokens,
-            quant_nontext_module=not found.text_only, group_size=32, stream=True, check=False,
-            overwrite=True, restart=True,
+            nsamples=found.samples, seqlen=found.tokens, group_size=found.group_size,
+            quant_nontext_module=not found.text_only, stream=True, check=False, overwrite=True,
+            restart=True,
         )  # fmt: skip
         loaded = jobs.load_model(recipe)
         inputs = inputs_of(config, found.samples, found.tokens)
