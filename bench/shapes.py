@@ -2,13 +2,14 @@
 
 `bench/shapes.py qwen2.5-vl-7b` writes a folder of that configuration with random weights and two
 layers of text and of the tower each, runs `--preset light` on it, streamed, with images, and
-multiplies what a block took by the number of blocks. `--scale 8` divides every width by 8. Other
-work on the machine counts.
+multiplies what a block took by the number of blocks. `--scale 8` divides every width by 8. Seconds
+are of the processor, all threads together, so that other work on the machine counts little.
 """
 
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gptq, scale_search, start
+from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
+from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.session import Session
 
-# part -> who does it, under what name; search, sweep and refit are inside of solve
+# part -> who does it, under what name; search, columns, again and refit are inside of
+# solve, signs inside of steps
 PARTS: dict[str, tuple[Any, str]] = {
     "capture": (Session, "record"),
     "Fisher": (Session, "fisher"),
@@ -41,8 +45,12 @@ PARTS: dict[str, tuple[Any, str]] = {
     "solve": (start, "closed_forms"),
     "- search": (scale_search, "search_scale"),
     "- columns": (gptq, "solve"),
+    "- again": (gptq, "descend"),
     "- refit": (gptq, "refit_scale"),
+    "nearest": (pipeline, "mean_error"),
     "steps": (pipeline, "tune_block"),
+    "- signs": (Rounding, "step"),
+    "errors": (LayerErrors, "note"),
     "write": (jobs, "_write"),
 }
 QWEN25 = dict(depth=32, hidden_size=1280, num_heads=16, patch_size=14, fullatt_block_indexes=[1])
@@ -77,6 +85,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
              num_experts=128, num_experts_per_tok=8, vocab_size=151936),
         QWEN3 | dict(out_hidden_size=2048),
     ),
+    # the 8 experts that a token of qwen3-vl-30b-a3b chooses, as one matrix each
+    "qwen3-vl-30b-a3b-dense": (
+        "Qwen3VLForConditionalGeneration",
+        dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+             num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936),
+        QWEN3 | dict(out_hidden_size=2048),
+    ),
     "qwen3-vl-235b-a22b": (
         "Qwen3VLMoeForConditionalGeneration",
         dict(hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536,
@@ -90,9 +105,12 @@ WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "out_hidd
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "attention_heads")
 
 
-def config_of(name: str, layers: int, scale: int) -> Any:
+def config_of(found: Any) -> Any:
     """The configuration with so many layers of each kind, its widths divided by ``scale``."""
-    cls, text, vision = SHAPES[name]
+    layers, scale = found.layers, found.scale
+    cls, text, vision = SHAPES[found.shape]
+    if found.experts:
+        text = text | {"num_experts": found.experts}
 
     def smaller(part: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(part)
@@ -196,27 +214,31 @@ def main() -> int:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--group_size", type=int, default=32)
+    parser.add_argument("--experts", type=int, help="so many in place of the published number")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--text_only", action="store_true", help="leave the tower as it is")
     parser.add_argument("--scratch", type=Path, default=Path(".bench/shapes"))
     found = parser.parse_args()
-    folder, config = found.scratch / found.shape, config_of(found.shape, found.layers, found.scale)
+    folder, config = found.scratch / found.shape, config_of(found)
     out = found.scratch / f"{found.shape}-out"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         make(folder, config)
         recipe = Recipe(
             model=str(folder), output_dir=str(out), preset="light", device="cpu",
-            nsamples=found.samples, seqlen=found.tokens, batch_size=min(8, found.samples),
-            quant_nontext_module=not found.text_only, group_size=32, stream=True, check=False,
-            overwrite=True, restart=True,
+            nsamples=found.samples, seqlen=found.tokens, group_size=found.group_size,
+            quant_nontext_module=not found.text_only, stream=True, check=False, overwrite=True,
+            restart=True,
         )  # fmt: skip
         loaded = jobs.load_model(recipe)
         inputs = inputs_of(config, found.samples, found.tokens)
-        meter, plan = Meter(_reset_peak, _peak), make_plan(loaded.model, recipe)
+        meter = Meter(_reset_peak, _peak, clock=time.process_time)
+        plan, started = make_plan(loaded.model, recipe), time.perf_counter()
         with meter.watching(PARTS), meter.part("all"):
             jobs.run(jobs.Job(recipe, loaded, plan, inputs, None, ()))
+        print(f"{time.perf_counter() - started:.0f} s by the clock, others on the machine included")
         show(found, meter, loaded.model)
     finally:
         for made in (folder, out):
@@ -231,12 +253,15 @@ def show(found: Any, meter: Meter, model: Any) -> None:
     blocks += 0 if found.text_only else found.layers
     print(f"{found.shape}: {found.layers} layers, {found.samples} samples of {found.tokens} tokens")
     table = kept.Table("part", "seconds", "a block", f"{depth} text blocks, minutes", "peak, GB")
-    for name in (*PARTS, "all"):
+    parts = [name for name in PARTS if name in meter.seconds and name[0] != "-"]
+    meter.seconds["rest"] = meter.seconds["all"] - sum(meter.seconds[name] for name in parts)
+    for name in (*PARTS, "rest", "all"):
         if name in meter.seconds:
             seconds = meter.seconds[name]
             each = seconds / blocks
             cells = f"{seconds:.1f}", f"{each:.1f}", f"{each * depth / 60:.0f}"
-            table.add(name, *cells, f"{meter.peaks[name] / 1e9:.2f}")
+            peak = f"{meter.peaks[name] / 1e9:.2f}" if name in meter.peaks else "-"
+            table.add(name, *cells, peak)
     block = model.get_submodule(find_stages(model)[-1].blocks[0])
     weights = sum(parameter.numel() for parameter in block.parameters())
     size = f"A text block has {weights / 1e6:.0f} M weights."

@@ -324,6 +324,27 @@ def test_search_then_solve_then_refit_each_lower_the_error():
     assert torch.equal(refit_OG, refit_OG.half().float())
 
 
+@pytest.mark.parametrize("size", [8, 16, 64])  # products of two groups at once, and of one
+def test_refit_fits_each_group_to_the_errors_of_all_others(size):
+    grid, w_OI, hessian_II = (
+        Grid(3, False, torch.float32),
+        weight(16, 256),
+        moments(inputs(900, 256)),
+    )
+    scale_OG, zero_OG = plain(w_OI, size, grid)
+    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid)
+    wanted_OG, u_OI = scale_OG.double(), (q_OI - zero_OG.repeat_interleave(size, 1)).double()
+    for group in range(256 // size):
+        u_OGg = torch.zeros_like(u_OI)
+        u_OGg[:, group * size : (group + 1) * size] = u_OI[:, group * size : (group + 1) * size]
+        under_OI = u_OGg @ hessian_II.double()
+        error_OI = w_OI - u_OI * wanted_OG.repeat_interleave(size, 1)
+        wanted_OG[:, group] += (error_OI * under_OI).sum(1) / (u_OGg * under_OI).sum(1)
+    found_OG = gptq.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, size, grid)
+    torch.testing.assert_close(found_OG.double(), wanted_OG, rtol=1e-3, atol=0.0)
+    assert not torch.equal(found_OG, scale_OG)
+
+
 def slow_descent(w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid) -> Tensor:
     """Every code in turn set to the best of all that the grid has, the others as they are."""
     q_OI, own = q_OI.clone(), torch.arange(grid.low, grid.top + 1.0)

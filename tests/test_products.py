@@ -101,3 +101,22 @@ def test_blocks_that_are_computed_again_are_computed_alike(monkeypatch):
         return given.grad
 
     assert torch.equal(gradient(recomputed(model, ["0", "1", "2"])), gradient(nullcontext()))
+
+
+def test_small_operations_are_not_asked_about_in_work_of_float32():
+    seen = []
+
+    class Asked(Float32Products):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    def twice(x, *, more):
+        return x.mul(2).add(more)
+
+    x = torch.ones(3)
+    with Asked():
+        made = products.unseen(twice)(x, more=1)
+        assert not seen
+        assert twice(x, more=1).tolist() == made.tolist() == [3, 3, 3]
+    assert seen[:2] == [torch.Tensor.mul, torch.Tensor.add]

@@ -7,12 +7,15 @@ Weights stay in bfloat16 in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CHUNK = 2**21  # elements of a weight that are float32 at a time: they stay in the processor's cache
 FEW = 8  # tokens; below that torch's own products are no slower
@@ -109,3 +112,14 @@ class Float32Products(TorchFunctionMode):
         ):
             func = PRODUCTS[func]
         return func(*args, **(kwargs or {}))
+
+
+def unseen(work: Callable[P, T]) -> Callable[P, T]:
+    """The same work, without `Float32Products`. For work in float32 that consists of many small
+    operations: to be asked about one takes longer than to do it."""
+
+    def call(*args: P.args, **named: P.kwargs) -> T:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **named)
+
+    return call

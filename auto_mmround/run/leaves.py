@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.model.products import unseen
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
@@ -26,7 +27,7 @@ def starting(how: Algorithm) -> Starting:
     """The function that finds an algorithm's start; there is none for rounding to nearest."""
     file, _, name = str(how.start).rpartition(".")
     function: Starting = getattr(import_module(f"auto_mmround.numerics.{file}"), name)
-    return function
+    return unseen(function)
 
 
 def leaves_of(
