@@ -282,7 +282,8 @@ class Rounding:
         self._place(q_OGg, margin)
 
     def _place(self, q_OGg: Tensor, margin: float = 0.1) -> None:
-        now, margins = self.ranges.now(), margin
+        now = self.ranges.now()
+        margins: float | Tensor = margin
         if not self.grid.factor_rate:
             margins = gptq.margins(margin, self.columns, self.w_OGg)
         for part, view in self._pieces():
