@@ -58,6 +58,16 @@ SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
         "W4A8",
     ),
 }
+# Schemes of ours alone -> keys of a recipe. Those ending in A16 leave inputs as they are.
+ALONE: dict[str, dict[str, Any]] = {
+    name: {"scheme": name}
+    for name in ("W4AFP8", "FP8_STATIC", "FP8_TENSOR", "FP8_BLOCK", "MXFP8", "NVFP4A16",
+                 "MXFP4A16", "W8A16", "W4A16")
+} | {
+    "FP8A16": {"scheme": "FP8", "act_bits": 16},
+    "FP8_BLOCKA16": {"scheme": "FP8_BLOCK", "act_bits": 16},
+    "MXFP8A16": {"scheme": "MXFP8", "act_bits": 16},
+}  # fmt: skip
 
 
 def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
@@ -138,10 +148,9 @@ def worker(job: dict[str, Any]) -> None:
     from auto_mmround.run.session import Session
     from auto_mmround.run.static_inputs import input_scales
 
-    keys = ("model", "dataset", "nsamples", "seqlen", "seed", "scheme")
-    recipe = from_mapping(
-        {key: job[key] for key in keys} | {"device": "cpu", "format": "compressed_tensors"}
-    )
+    keys = {key: job[key] for key in ("model", "dataset", "nsamples", "seqlen", "seed")}
+    keys |= {"device": "cpu", "format": "compressed_tensors"}
+    recipe = from_mapping(keys | ALONE.get(job["scheme"], {"scheme": job["scheme"]}))
     prepared = jobs.prepare(recipe, jobs.load_model(recipe))
     reference, model = load(job["model"]), prepared.loaded.model
     session = Session(model, prepared.recipe, prepared.plan, prepared.inputs)
@@ -215,7 +224,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dataset", default="demo")
     parser.add_argument("--held_out")
-    parser.add_argument("--schemes", nargs="+", default=[*SCHEMES], choices=[*SCHEMES])
+    parser.add_argument("--schemes", nargs="+", default=[*SCHEMES], choices=[*SCHEMES, *ALONE])
     every = [FLOOR, *OURS, *AUTO_ROUND, *COMPRESSOR]
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument("--nsamples", type=int, default=128)
@@ -242,6 +251,8 @@ def main() -> None:
     found = {}
     label = Path(asked.model).resolve().name
     for scheme, method in product(asked.schemes, asked.methods):
+        if scheme in ALONE and (method in AUTO_ROUND or method in COMPRESSOR):
+            continue
         name = f"{label}-{scheme}-{method}.json".replace(",", "").replace(" ", "-")
         job = base | {"scheme": scheme, "method": method, "result": str(asked.work / name)}
         found[scheme, method] = tried(job)

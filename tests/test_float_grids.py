@@ -249,6 +249,23 @@ def test_placed_offsets_give_the_codes_off_the_edge(seed, name, margin):
         assert torch.equal(again[near], q_OGg[near])
 
 
+@pytest.mark.parametrize("name, size", [("mxfp4", 32), ("mxfp8", 32), ("fp8", 0)])
+def test_where_no_scale_moves_codes_change_a_few_at_a_time(name, size):
+    """A step of MXFP4 changed no code for five steps, then all that the solve had moved at once,
+    and the error became many times as large."""
+    w_OI = weight(48, 256)
+    rounding = rounding_of(w_OI, name, size)
+    closed_form([rounding], moments_of(256), StartConfig())
+    before, into, grad = rounding.kept().q_OGg, torch.empty_like(w_OI), rounding.weight() - w_OI
+    shares = []
+    for step in range(10):
+        rounding.step(grad, 0.02 * (1 - step / 20), 0.02, into)
+        now = rounding.kept().q_OGg
+        shares.append((now != before).float().mean().item())
+        before = now
+    assert sum(shares) > 0.05 and max(shares) < 0.3 * sum(shares)
+
+
 @pytest.mark.parametrize("again", [0, 4])
 @pytest.mark.parametrize("name, size, rows", KINDS)
 def test_sweeps_find_what_the_solve_in_turn_finds(name, size, rows, again):

@@ -23,6 +23,8 @@ MOST_DAMPENING = 1.0
 TURNED = 256  # rows that change places at a time
 WIDER = 4  # blocks; products of one take 1.4 times as long
 AHEAD = 512  # columns of E H at a time, of wide layers: narrow products take up to twice as long
+# The parts of its multiples behind the point lie evenly between 0 and 1, however many there are.
+GOLDEN = 0.6180339887498949
 
 
 def retarget(w_OI: Tensor, hessian_II: Tensor, cross_II: Tensor, dampening: float = 0.01) -> Tensor:
@@ -322,7 +324,7 @@ def refit_scale(
 
 
 def place_start(
-    ratio_OGg: Tensor, q_OGg: Tensor, zero_OG: Tensor, grid: Points, margin: float = 0.1
+    ratio_OGg: Tensor, q_OGg: Tensor, zero_OG: Tensor, grid: Points, margin: float | Tensor = 0.1
 ) -> Tensor:
     """Smallest offsets V (out, G, g) with clamp(round(W/s + V) + z, low, top) = q, where W/s + V
     stays ``margin`` steps away from the edges. q: unpacked. ratio: W/s.
@@ -335,3 +337,13 @@ def place_start(
     low_OGg = torch.where(q_OGg <= grid.low, -torch.inf, centre_OGg - below * (0.5 - margin))
     high_OGg = torch.where(q_OGg >= grid.top, torch.inf, centre_OGg + above * (0.5 - margin))
     return torch.clamp(ratio_OGg, low_OGg, high_OGg) - ratio_OGg
+
+
+def margins(mean: float, columns: int, w_OGg: Tensor) -> Tensor:
+    """Margins (G, g) for `place_start`, each column its own, from .2 to 2 times the mean.
+
+    Factors move scales from the first sign step on, and integers change a few at a time. Where none
+    moves, all that lie at one margin would change in one step, each as if the others stayed.
+    """
+    share_I = torch.arange(columns, dtype=torch.float32, device=w_OGg.device) * GOLDEN % 1.0
+    return grids.to_groups(mean * (0.2 + 1.8 * share_I[None]), w_OGg.shape[-1])[0]

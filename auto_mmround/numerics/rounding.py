@@ -283,10 +283,13 @@ class Rounding:
 
     def _place(self, q_OGg: Tensor, margin: float = 0.1) -> None:
         now = self.ranges.now()
+        margins: float | Tensor = margin
+        if not self.grid.factor_rate:
+            margins = gptq.margins(margin, self.columns, self.w_OGg)
         for part, view in self._pieces():
             own, q = now.rows(part), self.grid.unpacked(q_OGg[part])
             view.offset_OGg.copy_(
-                gptq.place_start(own.ratio(view.w_OGg), q, own.zero_OG, self.grid, margin)
+                gptq.place_start(own.ratio(view.w_OGg), q, own.zero_OG, self.grid, margins)
             )
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
