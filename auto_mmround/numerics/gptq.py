@@ -108,7 +108,7 @@ def _as_rows(x_IO: Tensor, order_I: Tensor) -> Tensor:
 
 def _spread(x_OG: Tensor, group_size: int, columns: int) -> Tensor:
     """(.., out, in): each column has its group's number."""
-    return x_OG[..., None].expand(*x_OG.shape, group_size).flatten(-2)[..., :columns]
+    return grids.from_groups(x_OG[..., None].expand(*x_OG.shape, group_size), columns)
 
 
 def descend(

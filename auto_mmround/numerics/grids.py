@@ -261,8 +261,9 @@ def to_groups(w_OI: Tensor, group_size: int) -> Tensor:
 
 
 def from_groups(w_OGg: Tensor, columns: int) -> Tensor:
-    """Inverse of `to_groups` for a weight of ``columns`` input features."""
-    return w_OGg.flatten(1)[:, :columns]
+    """Inverse of `to_groups` for a weight of ``columns`` input features; dimensions may lie in
+    front."""
+    return w_OGg.flatten(-2)[..., :columns]
 
 
 def ranges(w_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
