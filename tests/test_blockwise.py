@@ -1,6 +1,7 @@
 """`eval` and `verify` of models that are decoded block by block: the same figures and verdicts, and
 how much of a model is in memory at a time."""
 
+import ctypes
 import importlib.util
 import json
 import shutil
@@ -316,3 +317,17 @@ def test_a_model_of_two_gigabytes_takes_the_memory_of_a_block(two_gigabytes, wha
     start, peak = map(int, done.stdout.split("PEAK ")[1].split())
     print(what, f"{start / 1e6:.0f} -> {peak / 1e6:.0f} MB, a block {wide * block / 1e6:.0f}")
     assert peak - start <= wide * block + ROOM  # decoded to float32 a block is twice as large
+
+
+def test_threads_of_passes_compute_on_as_many_cores_as_the_caller():
+    """Products in a new thread go to all cores else, and their last bits may differ."""
+    places = (Path(torch.__file__).parent / "lib").glob("libgomp*")
+    openmp = ctypes.CDLL(str(next(iter(places), "") or pytest.skip("torch with another OpenMP")))
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with lockstep.threads_of(1) as threads:
+                assert threads.submit(openmp.omp_get_max_threads).result() == count
+    finally:
+        torch.set_num_threads(before)

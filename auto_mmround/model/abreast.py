@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from auto_mmround.model.chains import Precision, map_tensors
-from auto_mmround.model.lockstep import AbandonedError
+from auto_mmround.model.lockstep import AbandonedError, threads_of
 from auto_mmround.model.standins import Standin, standing_in
 
 Keep = Callable[[Tensor], Tensor]
@@ -271,7 +271,7 @@ def abreast(
                     passings[i].back(blocks)
 
     halts = {name: partial(_Halt, name=name, here=here) for name in order}
-    with standing_in(model, halts), ThreadPoolExecutor(len(works)) as threads:
+    with standing_in(model, halts), threads_of(len(works)) as threads:
         try:
             for one in passings.values():
                 one.start(threads)

@@ -29,6 +29,12 @@ class AbandonedError(Exception):
     """The others have failed; this pass is not wanted any more."""
 
 
+def threads_of(count: int) -> ThreadPoolExecutor:
+    """Threads that compute on as many cores as this one. In a new thread products run on all cores
+    until torch has told its libraries how many they may use. Then last bits differ."""
+    return ThreadPoolExecutor(count, initializer=torch.get_num_threads)
+
+
 class _Pass(Generic[T]):
     """stands: the rank of the module that it waits for, None at its end."""
 
@@ -90,7 +96,7 @@ def side_by_side(
     rank = {name: place for place, name in enumerate([*blocks, *([last] if last else [])])}
     here: dict[int, _Pass[T]] = {}
     drawn = torch.get_rng_state()
-    with ExitStack() as stack, ThreadPoolExecutor(len(works)) as threads:
+    with ExitStack() as stack, threads_of(len(works)) as threads:
         for name, place in rank.items():
 
             def hook(module: nn.Module, args: Any, place: int = place) -> None:
