@@ -72,7 +72,7 @@ def test_others_are_left_alone():
     ("known", "wide"),
     [
         ({"avx2": True, "avx512_bf16": False}, True),
-        ({"avx512_bf16": True}, False),
+        ({"avx512_bf16": True, "amx_bf16": True}, False),
         ({"bf16": True}, False),
         ({}, False),
     ],
@@ -85,6 +85,27 @@ def test_only_where_the_processor_is_slow(monkeypatch, known, wide):
     for dtype, amp in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
         with devices.autocast(cpu, dtype, amp):
             assert torch.is_autocast_enabled("cpu") == (amp and dtype == torch.float32 and not wide)
+
+
+@pytest.mark.parametrize("bf16", [0.5, 1.0, 1.7])
+def test_avx512_alone_is_timed_once(monkeypatch, bf16):
+    """A busy machine makes some of the products slow: the quickest counts."""
+    asked = []
+
+    def seconds(x):
+        asked.append(x.dtype)
+        return (bf16 if x.dtype == torch.bfloat16 else 1.0) * (1.0 if len(asked) % 3 else 50.0)
+
+    monkeypatch.setattr(devices, "_seconds", seconds)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    threads = torch.get_num_threads()
+    devices._bf16_keeps_up.cache_clear()
+    try:
+        found = {devices.fast_bf16(torch.device("cpu")) for _ in range(2)}
+    finally:
+        devices._bf16_keeps_up.cache_clear()
+    assert found == {bf16 < 1.25} and len(asked) == 2 * devices.TIMES
+    assert torch.get_num_threads() == threads
 
 
 def test_blocks_that_are_computed_again_are_computed_alike(monkeypatch):
