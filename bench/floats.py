@@ -123,7 +123,8 @@ def by_compressor(job: dict[str, Any], prepared: Any) -> None:
     if wanted != weights.keys():
         sys.exit(f"it quantized other layers: {sorted(wanted ^ weights.keys())[:4]}")
     model.load_state_dict(weights, strict=False)
-    job["peer_seconds"] = json.loads(Path(order["result"]).read_text())["seconds"]
+    figures = json.loads(Path(order["result"]).read_text())
+    job["peer"] = {"seconds": figures["seconds"], "cpu": figures["cpu_seconds"]}
 
 
 def by_us(job: dict[str, Any], prepared: Any) -> Any:
@@ -163,8 +164,10 @@ def worker(job: dict[str, Any]) -> None:
             (by_auto_round if job["method"] in AUTO_ROUND else by_compressor)(job, prepared)
         result = {"cpu": time.process_time() - used}
         session.served.measured |= input_scales(session, prepared.plan.weights)
-    result["seconds"] = job.get("peer_seconds", time.perf_counter() - started)
-    rows = held_out(reference, job["held_out"] or job["dataset"], limit=job["rows"])
+    result["seconds"] = time.perf_counter() - started
+    result |= job.get("peer", {})
+    texts, longest = job["held_out"] or job["dataset"], job["seqlen"] or 4096
+    rows = held_out(reference, texts, limit=job["rows"], seqlen=longest)
     with session.served.rounding(model, prepared.plan.weights):
         (found,) = measure([model], rows, reference=reference.model)
     result |= {"kl": found.kl, "perplexity": found.perplexity, "peak_gb": kept.peak_gb()}

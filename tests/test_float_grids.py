@@ -249,7 +249,7 @@ def test_placed_offsets_give_the_codes_off_the_edge(seed, name, margin):
         assert torch.equal(again[near], q_OGg[near])
 
 
-@pytest.mark.parametrize("name, size", [("mxfp4", 32), ("mxfp8", 32), ("fp8", 0)])
+@pytest.mark.parametrize("name, size", [("mxfp4", 32), ("mxfp8", 32), ("fp8", 0), ("fp8", -1)])
 def test_where_no_scale_moves_codes_change_a_few_at_a_time(name, size):
     """A step of MXFP4 changed no code for five steps, then all that the solve had moved at once,
     and the error became many times as large."""
@@ -264,6 +264,20 @@ def test_where_no_scale_moves_codes_change_a_few_at_a_time(name, size):
         shares.append((now != before).float().mean().item())
         before = now
     assert sum(shares) > 0.05 and max(shares) < 0.3 * sum(shares)
+
+
+@pytest.mark.parametrize("name, size, moves", [("fp8", -1, False), ("nvfp4", 16, True)])
+def test_scales_of_fp8_stay_behind_a_solve(name, size, moves):
+    """From round to nearest they move."""
+    w_OI = weight(48, 256)
+    for solved in (False, True):
+        rounding = rounding_of(w_OI, name, size)
+        if solved:
+            closed_form([rounding], moments_of(256), StartConfig())
+        before = rounding.ranges.factors_2OG.clone()
+        rounding.step(torch.randn(48, 256), 0.02, 0.02, torch.empty_like(w_OI))
+        same = torch.equal(rounding.ranges.factors_2OG, before)
+        assert same != (moves or not solved)
 
 
 @pytest.mark.parametrize("again", [0, 4])

@@ -30,7 +30,7 @@ class FloatGrid(NamedTuple):
 
     rows: number of rows that share a scale. whole: the divisor of NVFP4's scales; a tensor for
     inputs, so that the host need not wait. fixed: the only scale of FP8 by tensor. how: a row of
-    HOW, for inputs only.
+    HOW, for inputs only. solved: see `started`.
     """
 
     data_type: str
@@ -38,6 +38,7 @@ class FloatGrid(NamedTuple):
     whole: float | Tensor = 1.0
     fixed: float | None = None
     how: str = "compressed_tensors"
+    solved: bool = False
 
     @property
     def bits(self) -> int:
@@ -87,8 +88,13 @@ class FloatGrid(NamedTuple):
     @property
     def factor_rate(self) -> float:
         """0 for MX: its next scale is twice as large, too far for a sign step."""
-        rates = {"fp8": 1.0, "nvfp4": 0.5} if self.fixed is None else {}
+        rates = {"fp8": 0.0 if self.solved else 1.0, "nvfp4": 0.5} if self.fixed is None else {}
         return rates.get(self.data_type, 0.0)
+
+    def started(self) -> "FloatGrid":
+        """FP8's scales stay: a factor's step of .02 moves all codes of a row that solved for each
+        other, and the KL is lower without."""
+        return self._replace(solved=True)
 
     @property
     def sweep_shift(self) -> float:

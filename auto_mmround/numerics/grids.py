@@ -72,6 +72,9 @@ class Points(Protocol):
     @property
     def factor_rate(self) -> float: ...
 
+    def started(self) -> "Points":
+        """The grid behind a start in closed form, where other factors may be tuned."""
+
     def snap_(self, x: Tensor) -> Tensor:
         """Round to the nearest point, in place and without bounds; half to even."""
         ...
@@ -168,6 +171,9 @@ class Grid(NamedTuple):
     @property
     def factor_rate(self) -> float:
         return 1.0
+
+    def started(self) -> "Grid":
+        return self
 
     @property
     def sweep_shift(self) -> float:

@@ -275,6 +275,7 @@ class Rounding:
         margin: float = 0.1,
     ) -> None:
         """`start_at` with offsets that give these codes, see `gptq.place_start`."""
+        self.grid = self.grid.started()
         self.ranges = ScaleFactor(scale_OG, zero_OG, self.grid, blocks)
         self.offset_OGg = torch.empty(
             self.w_OGg.shape, dtype=self.grid.offset_dtype, device=q_OGg.device
