@@ -49,11 +49,12 @@ PEERS: dict[str, dict[str, Any]] = {
 
 
 def tokens(tokenizer: Any, path: Path, count: int, length: int) -> Any:
-    """The first ``count`` rows of ``length`` tokens of a text, each opened by the tokenizer's BOS
-    if it has one."""
+    """The first ``count`` rows of ``length`` tokens of a text, each opened by a BOS where the
+    tokenizer itself puts one."""
     import torch
 
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    first = tokenizer("a")["input_ids"][:1]
+    bos = first if first == [tokenizer.bos_token_id] else []
     body = length - len(bos)
     ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     if len(ids) < count * body:
