@@ -16,6 +16,7 @@ from auto_mmround.model.head import ToHead, parts, to_head
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.start import closed_forms
 from auto_mmround.numerics.tuner import TunedWeight, held_out_split
+from auto_mmround.run.nearest import Nearest
 from auto_mmround.run.plan import WeightPlan
 from auto_mmround.run.session import Session
 
@@ -72,16 +73,15 @@ class HeadTuner:
         """Put the weight at the better of nearest and the closed form. Of the report: nearest,
         start (the closed form) and end, KL in nats a position of the held-out samples."""
         session, name = self._session, self._planned.name
-        nearest = self.divergence(leaf)
+        error = self.divergence(leaf)
+        nearest = Nearest.of({name: leaf}, error)
         moments = session.processes.add_moments({name: self._moments}, self._device)
-        ranges, offset = leaf.rounding.ranges, leaf.rounding.offset_OGg
         closed_forms({name: leaf.rounding}, moments, session.solving)
         leaf.refresh()
         solved = self.divergence(leaf)
-        if not solved < nearest:
-            leaf.rounding.ranges, leaf.rounding.offset_OGg = ranges, offset
-            leaf.refresh()
-        return {"nearest": nearest, "start": solved, "end": min(nearest, solved)}
+        if not solved < error:
+            nearest.put_back({name: leaf})
+        return {"nearest": error, "start": solved, "end": min(error, solved)}
 
     def divergence(self, leaf: TunedWeight) -> float:
         """KL(the head as it was || the head), nats a position."""

@@ -31,6 +31,7 @@ from auto_mmround.run.kv_cache import kv_scales
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, starting, write_back
 from auto_mmround.run.loss_weights import Weights, samples_a_step, tokens_of
+from auto_mmround.run.nearest import Nearest
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.output_head import HeadTuner
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
@@ -293,8 +294,7 @@ class _Journey:
 
     def _compared(self, teacher: Chain) -> list[int] | None:
         """Entries of a chain whose outputs the student's are compared with: without sign steps only
-        the held-out ones.
-        None: all."""
+        the held-out ones. None: all."""
         recipe = self.session.recipe
         if recipe.steps or recipe.retarget or teacher.live or not recipe.enable_quanted_input:
             return None
@@ -322,10 +322,8 @@ class _Journey:
         )  # fmt: skip
         planned = [weight.name for name in names for weight in session.plan.of_block(name)]
         moments = measure(planned) if recipe.closed_form else {}
-        tuned = {
-            name: leaves_of(session.model, session.plan.of_block(name), session.served.measured)
-            for name in names
-        }
+        scales = session.served.measured
+        tuned = {n: leaves_of(session.model, session.plan.of_block(n), scales) for n in names}
         leaves = {name: leaf for part in tuned.values() for name, leaf in part.items()}
         forward = forward_of(student, blocks, first, target, loss_weights, places)
         turns = in_turn(moments, names) if recipe.in_turn else []
@@ -345,14 +343,15 @@ class _Journey:
                 add_up=session.processes.add_up if session.processes.count > 1 else None,
                 kernels=session.kernels,
             )
-            errors.note("end", "" if recipe.steps or not moments else "start")
+            result = nearest.at_worst(result, leaves, names[-1])
+            errors.note("end", nearest.same_as(result, recipe.steps))
             reports = []
-            for name in names:
+            for name, part in tuned.items():
                 report = block_report(
-                    session.device, name, student.stage.name, tuned[name], result, started, nearest
+                    session.device, name, student.stage.name, part, result, started, nearest.error
                 )
-                missed = len(unreached & set(tuned[name]))
-                reports.append(replace(report, layers=errors.of(tuned[name]), unreached=missed))
+                missed = len(unreached & set(part))
+                reports.append(replace(report, layers=errors.of(part), unreached=missed))
                 _say_unreached(name, missed)
             self._finish(reports, codes_of(leaves))
 
@@ -369,19 +368,19 @@ class _Journey:
         turns: Sequence[Sequence[str]],
         measure: Callable[[Sequence[str]], dict[str, Moments]],
         batch_size: int,
-    ) -> float | None:
-        """Put every weight at the algorithm's start; returns the held-out error of rounding to
-        nearest. Without moments there is no such start, and None.
+    ) -> Nearest:
+        """Put every weight at the algorithm's start; returns what they were, rounded to nearest.
+        Without moments there is no such start.
 
         turns: groups of layers that are solved one after another, each on what those before it,
           rounded, hand to it.
         """
         if not moments:
-            return None
-        nearest = mean_error(
-            forward, held_out_split(count)[1], batch_size, self.session.processes.add_up
-        )
-        config, start = self.session.solving, starting(self.session.recipe.how)
+            return Nearest()
+        held, recipe = held_out_split(count)[1], self.session.recipe
+        error = mean_error(forward, held, batch_size, self.session.processes.add_up)
+        nearest = Nearest.of({} if recipe.not_use_best_mse else leaves, error)
+        config, start = self.session.solving, starting(recipe.how)
         waiting = dict(leaves)
         for leaf in leaves.values() if turns else ():
             leaf.show_original()
