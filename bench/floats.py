@@ -166,8 +166,8 @@ def worker(job: dict[str, Any]) -> None:
         session.served.measured |= input_scales(session, prepared.plan.weights)
     result["seconds"] = time.perf_counter() - started
     result |= job.get("peer", {})
-    texts, longest = job["held_out"] or job["dataset"], job["seqlen"] or 4096
-    rows = held_out(reference, texts, limit=job["rows"], seqlen=longest)
+    longest = {"seqlen": job["seqlen"]} if job["seqlen"] else {}
+    rows = held_out(reference, job["held_out"] or job["dataset"], limit=job["rows"], **longest)
     with session.served.rounding(model, prepared.plan.weights):
         (found,) = measure([model], rows, reference=reference.model)
     result |= {"kl": found.kl, "perplexity": found.perplexity, "peak_gb": kept.peak_gb()}

@@ -13,7 +13,7 @@ from auto_mmround.run.finished import Finished
 
 
 def run(**options):
-    """What a run of a tiny model finished, its recipe, and the model."""
+    """What a run of a tiny model finished, and the model."""
     made = FAMILIES["llama"]
     recipe = Recipe(dataset=None, group_size=32, nsamples=16, seqlen=12, amp=False, **options)
     loaded = jobs.Loaded(made.build(), tiny_tokenizer(), None, None)

@@ -87,7 +87,8 @@ class FloatGrid(NamedTuple):
 
     @property
     def factor_rate(self) -> float:
-        """0 for MX: its next scale is twice as large, too far for a sign step."""
+        """0 for MX: its next scale is twice as large, too far for a sign step. 0 for FP8 behind a
+        solve, see `started`."""
         rates = {"fp8": 0.0 if self.solved else 1.0, "nvfp4": 0.5} if self.fixed is None else {}
         return rates.get(self.data_type, 0.0)
 
