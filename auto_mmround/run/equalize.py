@@ -64,7 +64,7 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
     not stay.
     """
     method, done = session.recipe.equalize, list[Equalized]()
-    shared, links = _shared_parameters(session.model), dict[Any, tuple[Pair, ...]]()
+    shared, links = shared_parameters(session.model), dict[Any, tuple[Pair, ...]]()
 
     def visit(chain: Chain, window: Window) -> Chain:
         (name,), index, (block,) = window
@@ -83,9 +83,9 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
                     id(p): p for pair in pairs for p in _parameters(pair, block)
                 }.values():
                     undo.callback(parameter.copy_, parameter.clone())
-                call, hidden = _first_call(chain, index, block)
+                call, hidden = first_call(chain, index, block)
                 expected = call.run(block, hidden)
-                call, hidden = _first_call(chain, index, block)
+                call, hidden = first_call(chain, index, block)
                 fresh = [
                     _apply(block, name, p, statistics[p.source], session.plan, session.recipe)
                     for p in pairs
@@ -111,7 +111,7 @@ def _pairs(
     """The pairs of a block that the recipe is for. links: pairs of linear layers, which blocks of
     one shape share."""
     (name,), index, (block,) = window
-    first = block, *_first_call(chain, index, block)
+    first = block, *first_call(chain, index, block)
     seen, shape = norm_pairs(*first), shape_signature(block)
     if session.recipe.equalize == "awq" and shape not in links:
         links[shape] = linear_pairs(*first)
@@ -120,7 +120,7 @@ def _pairs(
     )
 
 
-def _first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
+def first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
     """How the block is called on the first sample, in the dtype of its weights, with what earlier
     ones left it."""
     parameter = next(block.parameters())
@@ -270,7 +270,7 @@ def _planned(pair: Pair, name: str, plan: Plan) -> bool:
     return any(f"{name}.{reader}" in plan.quantized for reader in pair.readers)
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     counts = Counter(
         id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)
     )
