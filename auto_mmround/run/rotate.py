@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
 from auto_mmround.modalities import PAD
-from auto_mmround.model.chains import Chain, difference, first_tensor
+from auto_mmround.model.chains import Chain, difference, first_tensor, moved
 from auto_mmround.model.pairs import as_twin, final_norm, norm_pairs, twin_of
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.speaking import path_of, speaking
@@ -72,6 +72,10 @@ def rotate(session: Session) -> Stream:
             "equalize = hadamard is for MXFP4: with NVFP4 the damage was 1.8 times as large"
             " (docs/tuner.md)"
         )
+    if session.plan.carried:
+        raise _refused(
+            f"{session.plan.carried[0].name}, which the class does not load, may read them"
+        )
     mixtures = {tuple(own.text_T.unique().tolist()): i for i, own in enumerate(session.modalities)}
     few = replace(session.of(sorted(mixtures.values())), processes=ALONE)
     with phase(WHAT), few.exactly(), torch.no_grad():
@@ -100,7 +104,11 @@ def _width(session: Session) -> int:
 
 
 def _logits(session: Session) -> list[Tensor]:
-    return [run_model(speaking(session.model), kwargs).logits.float() for kwargs in session.batches]
+    return [run_model(speaking(session.model), kwargs).logits.float() for kwargs in _given(session)]
+
+
+def _given(session: Session) -> list[dict[str, Any]]:
+    return [moved(kwargs, session.device) for kwargs in session.batches]
 
 
 def _stream(session: Session, sign_D: Tensor) -> Stream:
@@ -128,7 +136,7 @@ def _stream(session: Session, sign_D: Tensor) -> Stream:
     first_hidden = list(chain.hidden)
     session.push(chain, visit)
     head = speaking(model).get_output_embeddings()
-    found = final_norm(model, head, session.batches[0])
+    found = final_norm(model, head, _given(session)[0])
     if found is None:
         raise _refused("no norm was found before the output head")
     norms[found[0]] = Gain(found[1], (path_of(model, head),))
@@ -206,7 +214,7 @@ def _sources(
     }
     ran, makers = set[str](), {words: None}
     watched = {words: model.get_submodule(words), **outside}
-    for kwargs, own, state in zip(session.batches, session.modalities, hidden, strict=True):
+    for kwargs, own, state in zip(_given(session), session.modalities, hidden, strict=True):
         with _outputs(watched) as outputs:
             run_model(speaking(model), kwargs)
         ran |= outputs.keys()
@@ -254,7 +262,10 @@ def _turning(model: nn.Module, stream: Stream, sign_D: Tensor) -> Iterator[None]
     """While open, the model runs as if it were folded."""
 
     def back(gain_D: Tensor) -> Callable[..., Any]:
-        return lambda layer, args: (turned_back(args[0], sign_D) * gain_D, *args[1:])
+        return lambda layer, args: (
+            turned_back(args[0], sign_D) * gain_D.to(args[0].device),
+            *args[1:],
+        )
 
     with ExitStack() as stack:
         for name in stream.writers:
@@ -306,4 +317,4 @@ def _fold(model: nn.Module, stream: Stream, sign_D: Tensor) -> None:
 
 
 def _gained(rows_PD: Tensor, gain_D: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-    return turn(rows_PD * gain_D)
+    return turn(rows_PD * gain_D.to(rows_PD.device))
