@@ -175,7 +175,7 @@ def test_a_channel_that_sticks_out_is_spread_and_the_checkpoint_holds_it(tmp_pat
     assert damage["hadamard"] < 0.85 * damage["none"]
 
 
-def test_a_finished_run_continues_from_the_same_rotation(tmp_path):
+def test_two_runs_turn_alike(tmp_path):
     folder = tmp_path / "model"
     FAMILIES["llama"].save(folder, tiny_tokenizer())
     made = []

@@ -39,7 +39,6 @@ from auto_mmround.run.polish import PolishSteps, listen, polish
 from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.ranges import check_equalized
 from auto_mmround.run.record import BlockReport, block_report
-from auto_mmround.run.rotate import rotate
 from auto_mmround.run.session import Session, Window
 from auto_mmround.run.static_inputs import input_scales, scales_of_window
 
@@ -84,10 +83,7 @@ def quantize(
     )  # fmt: skip
     if recipe.equalize != "none":
         with phase("equalizing"):
-            if recipe.equalize == "hadamard":
-                rotate(session)
-            else:
-                equalize(replace(session, processes=ALONE), watcher.captured)  # all samples
+            equalize(replace(session, processes=ALONE), watcher.captured)  # all samples
         check_equalized(model, plan)
     early = plan.weights if not recipe.calibrates else [w for w in plan.weights if not w.block]
     session.served.measured |= input_scales(session, early, watcher.captured)

@@ -12,7 +12,7 @@ any weight changes: each block on a copy in float64, and the whole model.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,16 +21,14 @@ from torch import Tensor, nn
 
 from auto_mmround.errors import UserError
 from auto_mmround.modalities import PAD
-from auto_mmround.model.chains import Chain, difference, first_tensor, moved
+from auto_mmround.model.chains import Chain, difference, first_call, first_tensor, moved
 from auto_mmround.model.pairs import as_twin, final_norm, norm_pairs, twin_of
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.speaking import path_of, speaking
-from auto_mmround.model.structure import find_stages
+from auto_mmround.model.structure import find_stages, shared_parameters
 from auto_mmround.numerics.rotation import SIZE, signs, turned, turned_back
-from auto_mmround.run.equalize import first_call, shared_parameters
 from auto_mmround.run.out_of_memory import phase
-from auto_mmround.run.processes import ALONE
-from auto_mmround.run.session import Session, Window
+from auto_mmround.run.session import Session, Told, Window
 
 log = logging.getLogger("auto_mmround")
 
@@ -61,7 +59,7 @@ class Stream:
     norms: Mapping[str, Gain]
 
 
-def rotate(session: Session) -> Stream:
+def rotate(session: Session, told: Told = lambda done, total: None) -> Stream:
     """Turn the hidden states of the text model, in place; its function stays, but for rounding.
 
     Raises UserError for a model whose hidden states are read or written by something else, and
@@ -77,10 +75,10 @@ def rotate(session: Session) -> Stream:
             f"{session.plan.carried[0].name}, which the class does not load, may read them"
         )
     mixtures = {tuple(own.text_T.unique().tolist()): i for i, own in enumerate(session.modalities)}
-    few = replace(session.of(sorted(mixtures.values())), processes=ALONE)
+    few = session.of(sorted(mixtures.values()))  # in each process the same
     with phase(WHAT), few.exactly(), torch.no_grad():
         sign_D = signs(_width(session))
-        stream = _stream(few, sign_D)
+        stream = _stream(few, sign_D, told)
         before = _logits(few)
         with _turning(session.model, stream, sign_D):
             gap = max(map(difference, _logits(few), before))
@@ -111,7 +109,7 @@ def _given(session: Session) -> list[dict[str, Any]]:
     return [moved(kwargs, session.device) for kwargs in session.batches]
 
 
-def _stream(session: Session, sign_D: Tensor) -> Stream:
+def _stream(session: Session, sign_D: Tensor, told: Told) -> Stream:
     """What touches the hidden states of the samples."""
     model, width = session.model, len(sign_D)
     if width % SIZE:
@@ -132,7 +130,7 @@ def _stream(session: Session, sign_D: Tensor) -> Stream:
             norms[f"{name}.{norm}"] = Gain(gain.offset, readers)
         return chain.advanced(window.blocks, window.first, 1)
 
-    chain = session.record([text])[text.path]
+    chain = session.record([text], told, WHAT)[text.path]
     first_hidden = list(chain.hidden)
     session.push(chain, visit)
     head = speaking(model).get_output_embeddings()
