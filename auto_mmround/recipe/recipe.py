@@ -129,7 +129,7 @@ class Recipe(Fields):
         for name, instead in self._on_the_whole().items():
             text = f"{name} needs the whole model in memory: no streaming; {instead}"
             require(not self.streams, text)
-        alone = self.untie_lm_head and not self.quant_lm_head
+        alone = self.untie_lm_head and not (self.quant_lm_head or self.equalize == "hadamard")
         require(not alone, "untie_lm_head is for a head that is quantized: set quant_lm_head")
         both = self.retarget and self.in_turn
         require(not both, "retarget and true_sequential exclude one another")
