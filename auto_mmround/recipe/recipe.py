@@ -71,6 +71,7 @@ class Recipe(Fields):
             ("dampening", self.dampening > 0, "above 0"),
             ("smoothing_strength", 0 <= self.smoothing_strength <= 1, "from 0 to 1"),
             ("batch_size", self.batch >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to below 2^63"),
             ("trim", 0 <= self.trim < 0.5, "a share of the errors, from 0 to below 0.5"),
         ):  # fmt: skip
             require(fits, f"{name} = {getattr(self, name)}: {allowed}")
