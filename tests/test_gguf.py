@@ -433,7 +433,8 @@ def test_k_types_export_what_was_tuned(tmp_path, caplog, kind, algorithm):
     changed[down.data_offset + 20] ^= 1
     next(folder.glob("model-*.gguf")).write_bytes(changed)
     assert [f.where for f in check(folder) if f.severity == "error"] == [
-        "model.layers.0.mlp.down_proj.weight"
+        "model.layers.0.mlp.down_proj.weight",
+        next(folder.glob("model-*.gguf")).name,
     ]
 
 

@@ -258,7 +258,7 @@ def test_a_configuration_that_is_another_model(tmp_path):
     config["rope_parameters"]["rope_theta"] = 77.0
     path.write_text(json.dumps(config))
     (line,) = prove(written.folder, written.fmt, written.result)
-    assert line.startswith("config.json: rope_parameters.rope_theta: is not that of the model")
+    assert line.startswith("config.json: rope_parameters: is not what the run wrote")
 
 
 def test_a_reload_holds_one_block(tmp_path):
