@@ -4,7 +4,8 @@ BIN := .venv/bin
 ENV := .venv/.ready
 GPTQMODEL := .engines/gptqmodel/.ready
 
-ENGINE_TESTS := $(addprefix tests/test_,checkpoint.py compressed_tensors.py engine_experts.py engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py)
+ENGINE_TESTS := $(addprefix tests/test_,ask.py checkpoint.py compressed_tensors.py docs.py::test_vllm_lists_what_the_page_says engine_experts.py \
+	engine_table.py engine_whisper.py llamacpp.py mlx.py openvino.py peers_files.py verify.py vllm.py whisper.py)
 
 .PHONY: demo test test-all test-engines check docs bench bench-tuner bench-floats bench-whisper bench-recapture bench-padding \
 	bench-scale bench-2b bench-mixed bench-recipes test-harnesses fuzz clean

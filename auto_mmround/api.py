@@ -12,7 +12,14 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from auto_mmround.arguments import checked_dataset, checked_model, plain_options, told_apart
+from auto_mmround.arguments import (
+    checked_dataset,
+    checked_model,
+    folder_of,
+    listed,
+    plain_options,
+    told_apart,
+)
 from auto_mmround.checkpoint.folder import check_free
 from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.errors import UserError
@@ -222,9 +229,13 @@ class AutoRoundMLLM:
         return layers
 
     def save_quantized(
-        self, output_dir: str | Path | None = None, format: str = "auto_round", inplace: bool = True
+        self,
+        output_dir: str | Path | None = None,
+        format: str | Sequence[str] = "auto_round",
+        inplace: bool = True,
     ) -> list[Path]:
         """Write one checkpoint per format, into ``output_dir`` or, if there are several, below it.
+        format: a comma list, or a list. Nothing is written unless all of them hold what was tuned.
 
         ``inplace`` is accepted as in the original; saving never changes the model in memory. Raises
         UserError for a format that one of the recipe's `engines` would load otherwise. Raises
@@ -234,8 +245,9 @@ class AutoRoundMLLM:
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
         job, finished = self._done
-        root = Path(output_dir or self.recipe.output_dir)
-        names = [formats.get(part.strip()).name for part in format.split(",")]
+        root = folder_of(output_dir or self.recipe.output_dir, "output_dir")
+        words = listed(format, "format")
+        names = list(dict.fromkeys(formats.get(word).name for word in words))
         label = model_label(self.recipe)
         folders = (
             [root]
@@ -243,10 +255,13 @@ class AutoRoundMLLM:
             else [root / folder_name(label, self.recipe, name) for name in names]
         )
         check_places(folders, job.loaded.source)
+        if finished.kv_scales:
+            formats.check_kv_cache(names)
         targets = [formats.resolve(name, job.plan.schemes) for name in names]
         refusals(self.loaded.model, replace(job.plan, formats=tuple(targets)), self.recipe.read_by)
-        for folder in folders:
+        for folder, name in zip(folders, names):
             check_free(folder, self.recipe.overwrite)
+            jobs.holding(job, name)
         settings = self.loaded.model.generation_config if self.loaded.given else None
         objects = self._objects | {"generation_config": settings}
         saved = jobs.write_all(
@@ -287,12 +302,15 @@ class AutoRoundMLLM:
             keep(folder, made)
         return evaluated(measured.figures, measured.scores, made)
 
-    def verify(self, engines: Sequence[str] | None = None) -> Verified:
+    def verify(self, engines: str | Sequence[str] | None = None) -> Verified:
         """Check what `save_quantized` wrote: the files, then every installed engine that reads
-        them, or the ``engines`` named; an empty list asks none.
+        them, or the ``engines`` named, as a list or a comma list; an empty list, or "none", asks
+        none.
 
         Raises UserError before `save_quantized`, and for engines that can't be asked.
         """
+        if engines is not None:
+            engines = [] if engines in ("none", [], ()) else listed(engines, "engines")
         results = [verify(folder, engines) for folder in self._folders("verify")]
         for each in results:
             if each.verdicts:

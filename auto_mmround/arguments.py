@@ -111,6 +111,24 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def listed(value: Any, name: str) -> list[str]:
+    """The names in a comma list, or in a list. Raises UserError for others, and for none."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise UserError(f"{name} is {_described(value)}, expected names with commas, or a list")
+    words = [part.strip() for part in parts if part.strip()]
+    if not words:
+        raise UserError(f"{name} is empty: name at least one")
+    return words
+
+
+def folder_of(value: Any, name: str) -> Path:
+    """A folder's path. Raises UserError for what is none."""
+    if not isinstance(value, str | Path):
+        raise UserError(f"{name} is {_described(value)}, expected a folder")
+    return Path(value)
+
+
 def _package(thing: Any) -> str:
     return type(thing).__module__.partition(".")[0]
 

@@ -141,6 +141,7 @@ RUNS = {
     "awq": dict(equalize="awq", algorithm="gptq"),
     "smoothquant to W8A8": dict(equalize="smoothquant", bits=8, act_bits=8, iters=0,
         format="compressed_tensors"),
+    "turned": dict(equalize="hadamard", untie_lm_head=True, algorithm="gptq"),
     "static FP8": dict(data_type="fp8", bits=8, act_bits=8, group_size=-1, act_dynamic=False,
         iters=0,
                        format="compressed_tensors"),
@@ -633,6 +634,7 @@ SPREAD = {
     "a layer with a scheme": FLOATS
     | dict(data_type="nvfp4", group_size=16, layer_config={"o_proj": {"scheme": "FP8"}}),
     "equalized": dict(equalize="awq"),
+    "turned": dict(equalize="hadamard"),
 }
 
 

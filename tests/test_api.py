@@ -41,6 +41,25 @@ def test_plan_evaluate_verify_report(tmp_path):
         mine.report()
 
 
+def test_what_saving_and_verifying_are_given(tmp_path):
+    mine = AutoRoundMLLM("demo", iters=0, group_size=32, device="cpu")
+    mine.quantize()
+    for given, line in (
+        ({"format": ""}, "format is empty"),
+        ({"format": 4}, "format is an int, expected names with commas, or a list"),
+        ({"output_dir": 4}, "output_dir is an int, expected a folder"),
+        ({"format": "fake,gguf:q4_k"}, "holds one scheme"),
+    ):
+        with pytest.raises(UserError, match=line):
+            mine.save_quantized(**{"output_dir": tmp_path / "none"} | given)
+    assert not list(tmp_path.iterdir())  # neither of the two
+    (folder,) = mine.save_quantized(tmp_path / "one", ["fake", "fake"])
+    assert folder == tmp_path / "one" and (folder / "config.json").is_file()
+    assert mine.verify("none").right
+    with pytest.raises(UserError, match="unknown engine 'word'"):
+        mine.verify("word")
+
+
 class Crash(Exception):
     pass
 

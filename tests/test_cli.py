@@ -127,6 +127,9 @@ def other_weights(folder: Path) -> str:
         (["no.toml"], "no.toml"),
         (["eval", "--model", "demo", "--dataset", "no.json"], "no.json"),
         (["eval"], "--model"),
+        (["eval", "--model", ""], "no config.json"),
+        (["eval", "--model", "demo", "--reference", "", "--limit", "1"], "no config.json"),
+        (["--seed", "-1"], "seed = -1: from 0"),
     ],
 )
 def test_every_mistake_is_one_line_exit_2_and_leaves_nothing(wrong, word, tmp_path, capfd):

@@ -1,5 +1,6 @@
 """The subprocess protocol: whatever a worker does, the parent gets an answer."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -114,3 +115,21 @@ def answer(request):
 
 def test_every_engine_has_a_worker() -> None:
     assert all(engines.worker(name).is_file() for name in ENGINES)
+
+
+# what skips or changes where an engine's environment is missing
+NEEDS = re.compile(r"python_of\(|/ \"\.engines\"|scripts/engines\.sh")
+
+
+def test_make_test_engines_runs_every_slow_test_that_asks_an_engine() -> None:
+    tests = Path(__file__).parent
+    listed = (tests.parent / "Makefile").read_text().partition("ENGINE_TESTS := ")[2]
+    named = {f"test_{name}" for name in re.findall(r"(\w+\.py)", listed.partition("\n\n")[0])}
+    assert named <= {path.name for path in tests.glob("test_*.py")}
+    missing = {
+        path.name
+        for path in tests.glob("test_*.py")
+        if "mark.slow" in (text := path.read_text()) and NEEDS.search(text)
+    } - named
+    # it makes an environment of its own from the package index, as the README does
+    assert missing == {"test_new_user.py"}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from auto_mmround import cli
+from auto_mmround import AutoRoundMLLM, cli
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.errors import UserError
 from auto_mmround.model.kv_cache import cached_attention, changing
@@ -40,6 +40,23 @@ def run(folder: Path, name: str = "llama", model=None, **changes) -> tuple[Path,
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return run(tmp_path_factory.mktemp("kv"))
+
+
+def test_from_python_they_are_the_same(made, tmp_path):
+    folder, job = made
+    names = ("format", "group_size", "iters", "nsamples", "seqlen", "amp", "kv_cache_scheme")
+    options = {name: getattr(job.recipe, name) for name in names}
+    samples = FAMILIES["llama"].samples(4)
+    mine = AutoRoundMLLM(job.recipe.model, dataset=samples, device="cpu", **options)
+    mine.quantize()
+    (out,) = mine.save_quantized(tmp_path / "out", format="compressed_tensors")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == CONFIG
+    wanted, got = (load_file(each / "model.safetensors") for each in (folder, out))
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    with pytest.raises(UserError, match="has no place for scales of keys and values"):
+        mine.save_quantized(tmp_path / "other", format="auto_round")
 
 
 def seen(model, inputs):

@@ -179,12 +179,13 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
         for layer, _ in linears(model)
         if any(layer.startswith(f"{block}.") for block in order)
     ]
-    whole = measure_fisher(model, stages, inputs, modalities, layers)
+    twice = FisherPasses(draws=2)
+    whole = measure_fisher(model, stages, inputs, modalities, layers, twice)
     assert len(whole.channels) > len(stages) - 1 and whole.tokens
     graph = Graph(model)
     assert not graph.again and graph.relieve() and not graph.relieve()
     with graph():
-        again = measure_fisher(model, stages, inputs, modalities, layers)
+        again = measure_fisher(model, stages, inputs, modalities, layers, twice)
     sides = [
         SideBySide(count, order, keep)
         for count, keep in ((1, torch.clone), (len(inputs), Spool(tmp_path)))
@@ -192,7 +193,7 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
     for found in (
         again,
         *(
-            measure_fisher(model, stages, inputs, modalities, layers, FisherPasses(side=side))
+            measure_fisher(model, stages, inputs, modalities, layers, replace(twice, side=side))
             for side in sides
         ),
     ):

@@ -6,17 +6,21 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 
+from auto_mmround.errors import UserError
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
 from auto_mmround.run.finished import Finished
 
 
-def run(**options):
-    """What a run of a tiny model finished, and the model."""
+def run(louder=1.0, **options):
+    """What a run of a tiny model finished, and the model. louder: the second block's MLP."""
     made = FAMILIES["llama"]
     recipe = Recipe(dataset=None, group_size=32, nsamples=16, seqlen=12, amp=False, **options)
     loaded = jobs.Loaded(made.build(), tiny_tokenizer(), None, None)
+    with torch.no_grad():
+        for parameter in loaded.model.model.layers[1].mlp.parameters():
+            parameter *= louder
     job = jobs.prepare(recipe, loaded, dataset=made.samples(16))
     finished = Finished()
     pipeline.quantize(loaded.model, job.recipe, job.plan, job.inputs, finished)
@@ -62,3 +66,21 @@ def test_the_last_parameters_are_kept_where_they_are_asked_for(monkeypatch):
     monkeypatch.setattr(pipeline, "starting", lambda how: spoilt)
     found, _ = run(iters=1, lr=1e-6, not_use_best_mse=True)
     assert all(report.end > report.nearest for report in found.reports.values())
+
+
+@pytest.mark.parametrize("options", [{"iters": 1}, {"algorithm": "gptq"}])
+def test_a_block_whose_error_overflows_stays_rounded_to_nearest(options, caplog):
+    nearest, _ = run(1e9, algorithm="rtn")
+    found, _ = run(1e9, **options)
+    assert "model.layers.1: its held-out error is inf" in caplog.text
+    assert "model.layers.0: " not in caplog.text
+    for name, codes in found.codes.items():
+        same = torch.equal(codes.q_OI, nearest.codes[name].q_OI)
+        assert same == name.startswith("model.layers.1.")
+    errors = found.reports["model.layers.1"].layers["model.layers.1.self_attn.v_proj"]
+    assert errors["end"] == errors["nearest"] != errors["start"]
+
+
+def test_outputs_that_are_no_numbers_are_said():
+    with pytest.raises(UserError, match="holds NaN or infinity: mend the model's weights"):
+        run(1e14)

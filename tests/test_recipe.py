@@ -34,6 +34,7 @@ def test_yaml_and_sections(tmp_path):
     [
         ({"bit": 4}, "did you mean bits?"),
         ({"bits": 9}, "2 to 8"),
+        ({"seed": 2**63}, "seed"),
         ({"bits": "4"}, "expected int"),
         ({"sym": 1}, "expected bool"),
         ({"bits": True}, "expected int"),

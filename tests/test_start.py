@@ -11,7 +11,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.model.chains import Modalities, token_modalities
-from auto_mmround.model.fisher import _draw, _sampled_gradient, measure_fisher, spread
+from auto_mmround.model.fisher import (
+    FisherPasses,
+    _draw,
+    _sampled_gradient,
+    draws_of,
+    measure_fisher,
+    spread,
+)
 from auto_mmround.model.squares import BOUNDS, rows_of
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gptq, grids, start
@@ -238,6 +245,35 @@ def test_tokens_weigh_what_their_gradients_say_and_layers_of_one_input_alike():
         layers[2]
     ]
     torch.testing.assert_close(alone[1], found[layers[2]][1])
+
+
+def test_several_draws_a_sample_are_the_mean_of_as_many_passes():
+    torch.manual_seed(0)
+    model = tiny_text_model()
+    layers = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    inputs = [{"input_ids": torch.randint(0, 50, (1, n))} for n in (12, 9)]
+    modalities = [Modalities(torch.zeros(n, dtype=torch.int8)) for n in (12, 9)]
+
+    def found(seed=42, draws=1):
+        how = FisherPasses(seed=seed, draws=draws)
+        return measure_fisher(model, find_stages(model), inputs, modalities, layers, how)
+
+    one, other, both = found(), found(42 + 2**24), found(draws=2)
+    for block, table in both.channels.items():
+        pair = one.channels[block], other.channels[block]
+        assert not torch.equal(*pair)
+        # the first tokens' rows are products of two means
+        torch.testing.assert_close(table[0], sum(pair)[0] / 2)
+    assert set(both.tokens) == set(layers)
+    # a plain layer has a single pass a sample, however many draws
+    assert [len(tokens) for tokens in both.tokens.values()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("samples", "draws"), [(1, 4), (32, 4), (33, 3), (64, 2), (65, 1), (128, 1), (0, 4)]
+)
+def test_few_samples_draw_several_times(samples, draws):
+    assert draws_of(samples) == draws
 
 
 def test_moments_pair_the_students_inputs_with_the_teachers():

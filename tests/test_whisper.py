@@ -37,7 +37,6 @@ import speech  # noqa: E402
 import whisper as bench  # noqa: E402
 import whisper_engines  # noqa: E402
 
-MODEL = ROOT / ".bench" / "whisper-base"  # the real one, see docs/whisper.md
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",
     "<|transcribe|>",
            "<|notimestamps|>"]  # fmt: skip
@@ -292,18 +291,16 @@ def test_the_cards_code_unpacks_compressed_tensors_when_it_loads_them(method):
 # --------------------------------------------------------------------------------------------------
 # real ones
 
-real = pytest.mark.skipif(
-    not MODEL.is_dir() or not shutil.which("flite"),
-    reason="needs Whisper base in .bench/whisper-base, and flite",
-)
-
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(request, tmp_path_factory):
     """Whisper base rounded to W4A16, group 64, and six spoken sentences."""
+    model = request.config.getoption("--whisper")
+    if model is None or not shutil.which("flite"):
+        pytest.skip("make test-engines WHISPER=DIR; apt-get install flite")
     folder = tmp_path_factory.mktemp("whisper")
     job = {
-        "model": str(MODEL),
+        "model": model,
         "method": "rtn",
         "bits": 4,
         "group_size": 64,
@@ -316,7 +313,6 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.slow
-@real
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_engines_hear_what_our_reader_hears(exported, engine):
     folder, table, count = exported

@@ -206,14 +206,12 @@ def _schemes(
 
 def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
     """`run.json`, if it has the form that a run writes; else empty."""
-    record = read_json(path, findings) if path.is_file() else None
-    texts = record is None or all(isinstance(name, str) for name in record.get("files") or ())
-    sums = record is None or all(isinstance(s, str) for s in _values(record.get("tensors")))
-    codes = record is None or all(
-        isinstance(c, dict) and c.keys() >= CODES_RECORD for c in _values(record.get("codes"))
-    )
-    if texts and sums and codes:
-        return record or {}
+    record = (read_json(path, findings) if path.is_file() else None) or {}
+    sums = [*_values(record.get("tensors")), *_values(record.get("sums"))]
+    codes = _values(record.get("codes"))
+    texts = all(isinstance(each, str) for each in (*(record.get("files") or ()), *sums))
+    if texts and all(isinstance(c, dict) and c.keys() >= CODES_RECORD for c in codes):
+        return record
     findings.append(fault(path.name, "has not the form that a run writes"))
     return {}
 

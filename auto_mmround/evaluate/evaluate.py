@@ -45,7 +45,8 @@ def evaluate(
     models or sets, for sets without a row that a task needs, and for tasks that can't be streamed.
     """
     way = way or HowLoaded()
-    wanted = tasks.parse(names or ("kl,ppl" if reference else "ppl"), bool(reference))
+    with_it = reference is not None
+    wanted = tasks.parse(names or ("kl,ppl" if with_it else "ppl"), with_it)
     outside = [name for name in wanted if name not in tasks.TASKS]
     if outside and way.stream:
         raise UserError(f"task {outside[0]} needs the whole model in memory: leave --stream out")
@@ -56,7 +57,7 @@ def evaluate(
     models = {
         role: load_any(name, device=place, remote_code=way.remote_code, stream=stream)
         for role, name in named.items()
-        if name
+        if name is not None
     }
     measured = tasks.run(wanted, tasks.Setting(models, data, progress))
     return measured, record(measured, named, models, data, wanted, time.perf_counter() - started)

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import count
 from queue import SimpleQueue
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -29,6 +29,7 @@ from auto_mmround.model.standins import Standin, standing_in
 
 Keep = Callable[[Tensor], Tensor]
 Work = Callable[[], tuple[Tensor, nn.Module]]
+Key = TypeVar("Key")
 
 
 @dataclass(eq=False)
@@ -238,11 +239,11 @@ def abreast(
     model: nn.Module,
     order: Sequence[str],
     starts: frozenset[str],
-    works: Mapping[int, Work],
+    works: Mapping[Key, Work],
     keep: Keep,
     precision: Precision,
-) -> Iterator[tuple[dict[int, _Passing], Callable[[Callable[[int], None]], None]]]:
-    """Run samples forward; yields them at their ends, by number, and what runs them backwards.
+) -> Iterator[tuple[dict[Key, _Passing], Callable[[Callable[[Key], None]], None]]]:
+    """Run samples forward; yields them at their ends, by key, and what runs them backwards.
 
     order: all blocks, as a forward pass meets them. starts: those at whose inputs a graph begins.
     works: how to run the model to its end, by sample: what came out there, and the head. keep:
@@ -253,14 +254,14 @@ def abreast(
     blocks = {name: model.get_submodule(name) for name in order}
     here: dict[int, _Passing] = {}
 
-    def begin(i: int) -> tuple[Tensor, nn.Module]:
+    def begin(i: Key) -> tuple[Tensor, nn.Module]:
         here[get_ident()] = passings[i]
         with precision(), torch.enable_grad():
             return works[i]()
 
     passings = {i: _Passing(partial(begin, i), starts, keep) for i in works}
 
-    def backward(on_sample: Callable[[int], None]) -> None:
+    def backward(on_sample: Callable[[Key], None]) -> None:
         while on_way := {
             i: rank[one.visits[-1].block] for i, one in passings.items() if one.visits
         }:

@@ -194,6 +194,12 @@ def _prove(
     """Replay one sample's passes; UserError if that is not the model, ``live`` if it is only
     undisturbed."""
     exact, disturbed = _gaps(model, chain, recorded, expected, kwargs, precision)
+    if not all(bool(own.last.isfinite().all()) for own in expected):
+        raise UserError(
+            f"{chain.stage.path}: what its last block gives for a sample holds NaN or infinity:"
+            " mend the model's weights, try --model_dtype float32 with --disable_amp, or"
+            " --algorithm rtn, which needs no samples"
+        )
     if not exact <= 1.0:
         raise UserError(
             f"{chain.stage.path}: replaying the blocks misses the model's own output ({exact:.1f}"

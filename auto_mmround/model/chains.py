@@ -328,6 +328,19 @@ def to_device(call: Call, device: torch.device) -> Call:
     return replace(call, args=moved(call.args, device), kwargs=moved(call.kwargs, device))
 
 
+def first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
+    """How the block is called on the first sample, in the dtype of its weights, with what earlier
+    ones left it."""
+    parameter = next(block.parameters())
+    call, hidden = chain.calls[0][index], chain.hidden[0].to(parameter.device, parameter.dtype)
+    # a copy, for the block to fill
+    kwargs = as_dtype({**call.kwargs, **chain.shared[0]}, parameter.dtype)
+    return (
+        to_device(Call(as_dtype(call.args, parameter.dtype), kwargs, call.slot), parameter.device),
+        hidden,
+    )
+
+
 def signature(value: Any) -> Any:
     """Shapes in nested arguments, and the other values themselves where they can be compared."""
     if isinstance(value, Tensor):

@@ -1,11 +1,12 @@
 """The Fisher information of the model's output distribution at each block's output.
 
 For every sample two labels a position are drawn from the model's prediction. The difference of
-their log probabilities is run backwards. The mean squared gradient at a block's output is the
-diagonal of the Fisher information there: the second-order change of KL(model || changed model) for
-a small change of that channel, for tokens of that modality. The first tokens of a text have rows of
-their own, because they are much alike in all samples. One of them often is a sink of attention: its
-hidden state is a thousand times as large as others, but hardly matters to the output.
+their log probabilities is run backwards; where samples are few, this is done several times. The
+mean squared gradient at a block's output is the diagonal of the Fisher information there: the
+second-order change of KL(model || changed model) for a small change of that channel, for tokens of
+that modality. The first tokens of a text have rows of their own, because they are much alike in all
+samples. One of them often is a sink of attention: its hidden state is a thousand times as large as
+others, but hardly matters to the output.
 """
 
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
+GRADIENTS, DRAWS = 128, 4  # gradients that keep noise low; at most so many of one sample
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ class FisherPasses:
     """How samples are run.
 
     enough: tokens of text that suffice if no layer's tokens are weighed. weighed: this process's
-    samples to run if they are; None: all. side: how several samples go through the blocks
-    together, for blocks that have to be read; the result is the same. For several processes:
+    samples to run if they are; None: all. draws: gradients of each sample, from labels drawn anew,
+    see `draws_of`. side: how several samples go through the blocks together, for blocks that have
+    to be read; the result is the same. For several processes:
     ``share`` gives one process its part of the samples, ``add_up`` adds up the sums by block, and
     ``here`` processes share this machine's memory.
     """
@@ -74,6 +78,7 @@ class FisherPasses:
     precision: Precision = nullcontext
     enough: int = ENOUGH
     weighed: Sequence[int] | None = None
+    draws: int = 1
     side: SideBySide | None = None
     share: Callable[[list[int]], list[int]] = list
     add_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
@@ -108,11 +113,13 @@ def measure_fisher(
     spoken = {i: modalities[i].text_T != PAD for i in chosen}
     if chosen:
         mine = {i: inputs[i] for i in chosen}
-        passes, current = _Passes(model, mine, spoken, how.seed, how.precision), [0]
+        passes = _Passes(model, mine, spoken, how.seed, how.draws, how.precision)
+        current = [(0, 0)]
         run = passes.to_head()  # before anything watches
 
         def see(name: str, grad: Tensor) -> None:
-            squares.add(name, current[0], _flat(grad))
+            i, draw = current[0]
+            squares.add(name, i, _flat(grad), draw)
 
         with _watching(model, stages, squares.watched, see, readers.see):
             if how.side is None:
@@ -139,6 +146,7 @@ class _Passes:
     inputs: Mapping[int, Mapping[str, Any]]
     spoken: Mapping[int, Tensor]
     seed: int
+    draws: int
     precision: Precision
 
     def to_head(self) -> ToHead:
@@ -146,38 +154,41 @@ class _Passes:
         with self.precision():
             return to_head(self.model, self._kwargs(next(iter(self.inputs))))
 
-    def one_by_one(self, run: ToHead, current: list[int]) -> None:
-        """``current[0]`` is the sample whose gradients are made."""
+    def one_by_one(self, run: ToHead, current: list[tuple[int, int]]) -> None:
+        """``current[0]`` is the sample whose gradients are made, and which of them."""
         for i in self.inputs:
-            current[0] = i
             with self.precision(), torch.enable_grad():
                 hidden_TD, head = self._forward(run, i)
                 # else none of the watched ran, as towers don't for plain text
-                if hidden_TD.requires_grad:
-                    hidden_TD.backward(self._gradient(i, hidden_TD, head))
+                for draw in range(self.draws if hidden_TD.requires_grad else 0):
+                    current[0] = i, draw
+                    grad_TD = self._gradient(current[0], hidden_TD, head)
+                    hidden_TD.backward(grad_TD, retain_graph=draw + 1 < self.draws)
             del hidden_TD
             devices.trim_heap()
 
     def side_by_side(
-        self, run: ToHead, side: SideBySide, stages: Sequence[Stage], current: list[int]
+        self, run: ToHead, side: SideBySide, stages: Sequence[Stage], current: list[tuple[int, int]]
     ) -> None:
-        """The same, ``side.count`` samples at a time, block by block."""
-        samples, starts = list(self.inputs), frozenset(stage.blocks[0] for stage in stages)
+        """The same, ``side.count`` samples at a time, block by block. Each gradient has a forward
+        pass of its own: blocks are computed again on the way back anyway."""
+        starts = frozenset(stage.blocks[0] for stage in stages)
+        each = list(product(self.inputs, range(self.draws)))
 
-        def begin(i: int) -> None:
-            current[0] = i
+        def begin(one: tuple[int, int]) -> None:
+            current[0] = one
 
-        for at in range(0, len(samples), side.count):
-            works = {i: partial(self._forward, run, i) for i in samples[at : at + side.count]}
+        for at in range(0, len(each), side.count):
+            works = {one: partial(self._forward, run, one[0]) for one in each[at : at + side.count]}
             with abreast(self.model, side.order, starts, works, side.keep, self.precision) as (
                 passings,
                 backward,
             ):
-                for i, one in passings.items():
-                    hidden_TD, head = one.end
+                for one, passing in passings.items():
+                    hidden_TD, head = passing.end
                     if hidden_TD.requires_grad:
                         with self.precision():
-                            one.begin_backward(self._gradient(i, hidden_TD, head))
+                            passing.begin_backward(self._gradient(one, hidden_TD, head))
                     del hidden_TD
                 backward(begin)
             devices.trim_heap()
@@ -188,9 +199,11 @@ class _Passes:
     def _forward(self, run: ToHead, i: int) -> tuple[Tensor, nn.Module]:
         return run(self.model, self._kwargs(i))
 
-    def _gradient(self, i: int, hidden_TD: Tensor, head: nn.Module) -> Tensor:
-        """The gradient (T, D) at the end of the model, from drawn labels."""
-        generator = torch.Generator().manual_seed(self.seed + i)  # a sample's own, whoever runs it
+    def _gradient(self, one: tuple[int, int], hidden_TD: Tensor, head: nn.Module) -> Tensor:
+        """The gradient (T, D) at the end of the model, from drawn labels. one: sample and draw."""
+        i, draw = one
+        # a sample's own, whoever runs it; the generator reads 32 bits
+        generator = torch.Generator().manual_seed(self.seed + i + (draw << 24))
         device = hidden_TD.device  # of several the last one
         rows_T = self.spoken.get(i, torch.ones(0)).to(device)
         rows_T = (
@@ -201,6 +214,11 @@ class _Passes:
         grad_TD = torch.zeros_like(hidden_TD)
         grad_TD[rows_T] = _sampled_gradient(hidden_TD.detach()[rows_T], head, generator)
         return grad_TD
+
+
+def draws_of(samples: int) -> int:
+    """Gradients of each sample, so that there are `GRADIENTS` of all together."""
+    return max(1, min(DRAWS, GRADIENTS // max(1, samples)))
 
 
 def _flat(grad: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ divided, the other multiplied, and the block's output must stay.
 import copy
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.model import devices
@@ -29,6 +31,8 @@ from auto_mmround.model.chains import (
     map_tensors,
     to_device,
 )
+from auto_mmround.model.passes import run_model
+from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import LINEAR, linears
 
 log = logging.getLogger("auto_mmround")
@@ -93,15 +97,9 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
     channel, so grouped-query attention, with fewer values than the output projection has inputs,
     has no pair.
     """
-    own = next(block.parameters()).device
-    device = own if devices.traits(own).doubles else torch.device("cpu")
-    # hooks of a device map would move its inputs
-    twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)
-    twin = twin.to(device).to(torch.float64)  # first away from a device that has no float64
+    twin = twin_of(block)
+    call, hidden = as_twin(twin, call, hidden)
     layers = dict(linears(twin))
-    call = to_device(Call(call.args, call.kwargs, call.slot), device)
-    call = Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot)
-    hidden = hidden.to(device).to(torch.float64)
     order: list[str] = []
     handles = [
         layer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -129,6 +127,23 @@ def linear_pairs(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Pair, ..
                 pairs.append(pair)
                 break
     return tuple(pairs)
+
+
+def twin_of(block: nn.Module) -> nn.Module:
+    """A copy of a block in float64, on a device that has it."""
+    own = next(block.parameters()).device
+    device = own if devices.traits(own).doubles else torch.device("cpu")
+    # hooks of a device map would move its inputs
+    twin = remove_hook_from_module(copy.deepcopy(block), recurse=True)
+    return twin.to(device).to(torch.float64)  # first away from a device that has no float64
+
+
+def as_twin(twin: nn.Module, call: Call, hidden: Tensor) -> tuple[Call, Tensor]:
+    """How the model calls a block, for the block's twin."""
+    device = next(twin.parameters()).device
+    call = to_device(Call(call.args, call.kwargs, call.slot), device)
+    call = Call(as_dtype(call.args, torch.float64), as_dtype(call.kwargs, torch.float64), call.slot)
+    return call, hidden.to(device).to(torch.float64)
 
 
 def shape_signature(block: nn.Module) -> tuple[Any, ...]:
@@ -211,6 +226,34 @@ def gain_offset(norm: nn.Module, *args: Any, **kwargs: Any) -> float | None:
     if not zero.any():
         return 0.0
     return 1.0 if difference(one, 2 * zero) < 2e-2 else None
+
+
+@torch.no_grad()
+def final_norm(
+    model: PreTrainedModel, head: nn.Module, kwargs: Mapping[str, Any]
+) -> tuple[str, float] | None:
+    """The norm whose output the output head reads, and its offset, see `Pair`; None where another
+    module makes what it reads, or where the norm does something else."""
+    made: dict[int, tuple[str, tuple[Any, ...], Tensor]] = {}
+    read: list[int] = []
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if _looks_like_norm(module):
+                stack.callback(module.register_forward_hook(_note(made, name)).remove)
+        hook = head.register_forward_pre_hook(lambda layer, args: read.append(_memory(args[0])))
+        stack.callback(hook.remove)
+        run_model(speaking(model), kwargs)
+    name, args, _ = made.get(read[-1], ("", (), None)) if read else ("", (), None)
+    offset = gain_offset(model.get_submodule(name), *args) if name else None
+    return None if offset is None else (name, offset)
+
+
+def _note(made: dict[int, tuple[str, tuple[Any, ...], Tensor]], name: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and args:
+            made[_memory(output)] = name, args, output  # alive: its memory is its name
+
+    return hook
 
 
 @dataclass

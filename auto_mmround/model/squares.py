@@ -28,7 +28,7 @@ def put(waiting: list[tuple["Tokens", int, Tensor]]) -> None:
         sizes = [len(value_T) for _, _, value_T in here]
         values = torch.cat([value_T for _, _, value_T in here]).cpu().split(sizes)
         for (tokens, i, _), value_T in zip(here, values, strict=True):
-            tokens.put(i, value_T)
+            tokens.add(i, value_T)
     waiting.clear()
 
 
@@ -42,15 +42,15 @@ class Tokens:
         self._places = {
             i: slice(end - lengths[i], end) for i, end in zip(lengths, ends, strict=True)
         }
-        self._room, self._others = torch.empty(ends[-1] if ends else 0), dict[int, Tensor]()
-        self.seen: set[int] = set()
+        self._room, self._others = torch.zeros(ends[-1] if ends else 0), dict[int, Tensor]()
+        self.seen: set[tuple[int, int]] = set()  # samples, and which of their draws
 
-    def put(self, i: int, value_T: Tensor) -> None:
-        """Store the numbers of a sample, in host memory. A later call replaces an earlier one."""
-        into_T = self._room[self._places[i]]
+    def add(self, i: int, value_T: Tensor) -> None:
+        """Add to the numbers of a sample, in host memory. Where the number of tokens has changed,
+        the new numbers replace the old ones."""
+        into_T = self._others.get(i, self._room[self._places[i]])
         if len(into_T) == len(value_T):
-            into_T.copy_(value_T)
-            self._others.pop(i, None)
+            into_T.add_(value_T)
         else:
             self._others[i] = value_T.clone()
 
@@ -58,7 +58,7 @@ class Tokens:
         """Sample -> (tokens,)."""
         return {
             i: self._others[i] if i in self._others else self._room[self._places[i]]
-            for i in sorted(self.seen)
+            for i in sorted({sample for sample, _ in self.seen})
         }
 
 
@@ -173,13 +173,14 @@ class Squares:
         """Blocks and layers whose gradients are wanted."""
         return [*self._stage_of, *self.tokens]
 
-    def add(self, name: str, i: int, grad_TD: Tensor) -> None:
-        """The gradient at the output of a block or layer, for sample ``i``."""
+    def add(self, name: str, i: int, grad_TD: Tensor, draw: int = 0) -> None:
+        """The gradient at the output of a block or layer, for sample ``i``. draw: which of the
+        gradients of this sample."""
         if self._waiting and self._waiting[0][1] != i:
             put(self._waiting)
         if name in self.tokens:
-            self._again.update([name] if i in self.tokens[name].seen else [])
-            self.tokens[name].seen.add(i)
+            self._again.update([name] if (i, draw) in self.tokens[name].seen else [])
+            self.tokens[name].seen.add((i, draw))
             self._waiting.append((self.tokens[name], i, grad_TD.square().mean(-1)))
             return
         one_hot_TR = self._one_hot(self._stage_of[name], i, len(grad_TD), grad_TD.device)

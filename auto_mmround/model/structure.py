@@ -7,6 +7,7 @@ seen when inputs are captured (`capture`).
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -184,6 +185,14 @@ def used_twice(model: nn.Module, stages: Sequence[Stage]) -> set[int]:
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), set()).add((block, id(module)))
     return {weight for weight, places in users.items() if len(places) > 1}
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that stand in several places."""
+    counts = Counter(
+        id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    return {identity for identity, count in counts.items() if count > 1}
 
 
 def every_block(model: PreTrainedModel) -> list[str]:

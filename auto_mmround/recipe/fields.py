@@ -10,7 +10,7 @@ from auto_mmround.recipe.checks import require
 
 ORDERS = ("none", "weight", "group")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-EQUALIZERS = ("none", "smoothquant", "awq")
+EQUALIZERS = ("none", "smoothquant", "awq", "hadamard")
 SCALE_DTYPES = ("fp16", "bf16", "fp32")
 CACHES = ("fp8", "fp8_head")
 
@@ -99,7 +99,8 @@ class Fields:
     quant_lm_head: Annotated[bool, _scheme(
         "quantize the output head too, on the KL of the words, if its weight is its own")] = False
     untie_lm_head: Annotated[bool, _scheme(
-        "with quant_lm_head: a head that is the input embedding gets a weight of its own")] = False
+        "with quant_lm_head, or equalize = hadamard: a head that is the input embedding gets a"
+        " weight of its own")] = False
     quant_mtp: Annotated[bool, _scheme(
         "round layers that the model's class does not load (MTP) to 8 bits; otherwise they are"
         " copied")] = False
@@ -107,7 +108,8 @@ class Fields:
         "comma list of regular expressions for the block lists to quantize")] = None
 
     equalize: Annotated[str, _equalization(
-        f"first move magnitude between inputs and weights: {', '.join(EQUALIZERS)}",
+        f"first move magnitude between inputs and weights: {', '.join(EQUALIZERS[:3])}; or turn the"
+        " hidden states: hadamard, for MXFP4",
         choices=EQUALIZERS)] = "none"
     smoothing_strength: Annotated[float, _equalization(
         "smoothquant: share of the activations' range that goes into the weights, 0 to 1")] = 0.8

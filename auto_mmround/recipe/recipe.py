@@ -71,6 +71,7 @@ class Recipe(Fields):
             ("dampening", self.dampening > 0, "above 0"),
             ("smoothing_strength", 0 <= self.smoothing_strength <= 1, "from 0 to 1"),
             ("batch_size", self.batch >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to below 2^63"),
             ("trim", 0 <= self.trim < 0.5, "a share of the errors, from 0 to below 0.5"),
         ):  # fmt: skip
             require(fits, f"{name} = {getattr(self, name)}: {allowed}")
@@ -129,7 +130,7 @@ class Recipe(Fields):
         for name, instead in self._on_the_whole().items():
             text = f"{name} needs the whole model in memory: no streaming; {instead}"
             require(not self.streams, text)
-        alone = self.untie_lm_head and not self.quant_lm_head
+        alone = self.untie_lm_head and not (self.quant_lm_head or self.equalize == "hadamard")
         require(not alone, "untie_lm_head is for a head that is quantized: set quant_lm_head")
         both = self.retarget and self.in_turn
         require(not both, "retarget and true_sequential exclude one another")

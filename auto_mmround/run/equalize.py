@@ -6,7 +6,6 @@ them as they are then in memory.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,22 +20,21 @@ from auto_mmround.errors import UserError
 from auto_mmround.modalities import PAD
 from auto_mmround.model.chains import (
     TOLERANCE,
-    Call,
     Chain,
     Modalities,
-    as_dtype,
     difference,
-    to_device,
+    first_call,
     token_modalities,
 )
 from auto_mmround.model.pairs import Found, Pair, linear_pairs, norm_pairs, rescale, shape_signature
-from auto_mmround.model.structure import linears
+from auto_mmround.model.structure import linears, shared_parameters
 from auto_mmround.numerics import equalize as numerics
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.recipe.patterns import matches
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.out_of_memory import FEWER, phase
 from auto_mmround.run.plan import Plan, grid_of
+from auto_mmround.run.rotate import rotate
 from auto_mmround.run.session import Session, Told, Window
 
 log = logging.getLogger("auto_mmround")
@@ -57,14 +55,17 @@ class Equalized:
 
 
 def equalize(session: Session, told: Told = lambda done, total: None) -> list[Equalized]:
-    """Rescale the pairs of all planned blocks in place, by the recipe's `equalize`; returns what
-    was done.
+    """Rescale the pairs of all planned blocks in place, by the recipe's `equalize`, or turn the
+    hidden states; returns what was done.
 
-    Raises UserError for mappings that name no pair of the model, and where a block's output does
-    not stay.
+    Raises UserError as `rotate` does, for mappings that name no pair of the model, and where a
+    block's output does not stay.
     """
     method, done = session.recipe.equalize, list[Equalized]()
-    shared, links = _shared_parameters(session.model), dict[Any, tuple[Pair, ...]]()
+    if method == "hadamard":
+        norms = rotate(session, told).norms
+        return [Equalized(norm, gain.readers) for norm, gain in norms.items()]
+    shared, links = shared_parameters(session.model), dict[Any, tuple[Pair, ...]]()
 
     def visit(chain: Chain, window: Window) -> Chain:
         (name,), index, (block,) = window
@@ -83,9 +84,9 @@ def equalize(session: Session, told: Told = lambda done, total: None) -> list[Eq
                     id(p): p for pair in pairs for p in _parameters(pair, block)
                 }.values():
                     undo.callback(parameter.copy_, parameter.clone())
-                call, hidden = _first_call(chain, index, block)
+                call, hidden = first_call(chain, index, block)
                 expected = call.run(block, hidden)
-                call, hidden = _first_call(chain, index, block)
+                call, hidden = first_call(chain, index, block)
                 fresh = [
                     _apply(block, name, p, statistics[p.source], session.plan, session.recipe)
                     for p in pairs
@@ -111,25 +112,12 @@ def _pairs(
     """The pairs of a block that the recipe is for. links: pairs of linear layers, which blocks of
     one shape share."""
     (name,), index, (block,) = window
-    first = block, *_first_call(chain, index, block)
+    first = block, *first_call(chain, index, block)
     seen, shape = norm_pairs(*first), shape_signature(block)
     if session.recipe.equalize == "awq" and shape not in links:
         links[shape] = linear_pairs(*first)
     return _chosen(
         replace(seen, pairs=seen.pairs + links.get(shape, ())), session.recipe, name, block
-    )
-
-
-def _first_call(chain: Chain, index: int, block: nn.Module) -> tuple[Call, Tensor]:
-    """How the block is called on the first sample, in the dtype of its weights, with what earlier
-    ones left it."""
-    parameter = next(block.parameters())
-    call, hidden = chain.calls[0][index], chain.hidden[0].to(parameter.device, parameter.dtype)
-    # a copy, for the block to fill
-    kwargs = as_dtype({**call.kwargs, **chain.shared[0]}, parameter.dtype)
-    return (
-        to_device(Call(as_dtype(call.args, parameter.dtype), kwargs, call.slot), parameter.device),
-        hidden,
     )
 
 
@@ -268,13 +256,6 @@ def _chosen(seen: Found, recipe: Recipe, name: str, block: nn.Module) -> list[Pa
 
 def _planned(pair: Pair, name: str, plan: Plan) -> bool:
     return any(f"{name}.{reader}" in plan.quantized for reader in pair.readers)
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    counts = Counter(
-        id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)
-    )
-    return {identity for identity, count in counts.items() if count > 1}
 
 
 def _free(pair: Pair, block: nn.Module, shared: set[int]) -> bool:

@@ -123,7 +123,7 @@ class _Probe:
         at = len(self.session.inputs) // 2
 
         def run(samples: Sequence[int]) -> Fisher:
-            return self.session.of(samples).fisher(self.session.plan.quantized)
+            return self.session.of(samples).fisher(self.session.plan.quantized, self.session.draws)
 
         one = self.timed(lambda: run([at]), 0.0)
         if wanted == 1 or self.clock() + 2 * one > self.deadline:

@@ -77,8 +77,8 @@ class Finished:
     def in_memory(self) -> "Finished":
         """The same without any file."""
         copy = Finished()
-        copy.reports, copy.polished = dict(self.reports), self.polished
-        copy.codes = dict(self.codes)
+        copy.reports, copy.codes = dict(self.reports), dict(self.codes)
+        copy.polished, copy.kv_scales = self.polished, self.kv_scales
         return copy
 
     def add(self, reports: Sequence[BlockReport], codes: Mapping[str, Codes]) -> None:

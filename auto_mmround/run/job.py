@@ -337,19 +337,9 @@ def _record(job: Job, finished: Finished) -> dict[str, Any]:
     return run_record(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
 
 
-def save(
-    job: Job,
-    finished: Finished,
-    out: Path,
-    format_name: str,
-    objects: Mapping[str, Any] | None = None,
-    prove: Prove | None = None,
-) -> Path:
-    """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
-
-    Raises UserError if the format can't hold what was tuned; name it in the recipe's `format`
-    before tuning. prove: as in `run`.
-    """
+def holding(job: Job, format_name: str) -> Format:
+    """The format of that name. Raises UserError if it can't hold what was tuned; name it in the
+    recipe's `format` before tuning."""
     fmt = formats.resolve(format_name, job.plan.schemes)
     for weight in job.plan.all:
         if weight.scheme:
@@ -361,6 +351,22 @@ def save(
                     f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before"
                     " tuning"
                 )
+    return fmt
+
+
+def save(
+    job: Job,
+    finished: Finished,
+    out: Path,
+    format_name: str,
+    objects: Mapping[str, Any] | None = None,
+    prove: Prove | None = None,
+) -> Path:
+    """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
+
+    Raises UserError as `holding` does. prove: as in `run`.
+    """
+    fmt = holding(job, format_name)
     loaded, source = job.loaded, job.loaded.source
     names = Names(loaded.model, source, loaded.given)
     check_names(names, replace(job.plan, formats=(fmt,)))

@@ -3,6 +3,7 @@ is not kept."""
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -34,25 +35,27 @@ class Nearest(NamedTuple):
 
     def at_worst(
         self, result: TuneResult, leaves: Mapping[str, TunedWeight], block: str
-    ) -> TuneResult:
-        """The result of tuning, or rounding to nearest where its error is lower.
+    ) -> tuple[TuneResult, bool]:
+        """The result of tuning, or rounding to nearest where its error is lower or tuning's is no
+        number; and whether it is the latter.
 
         A start fits the calibration samples. If they are few, or unlike one another, it may do
         worse on others: a channel that only the first word of a text sets, say.
         """
-        if self.error is None or not self.states or not result.end > self.error:
-            return result
-        log.warning(
-            "%s: stays rounded to nearest: its held-out error is %.3g so, and %.3g tuned; more or"
-            " other samples may help",
-            block, self.error, result.end,
-        )  # fmt: skip
+        finite, known = math.isfinite(result.end), self.error is not None and bool(self.states)
+        if finite and not (known and result.end > (self.error or 0.0)):
+            return result, False
+        if finite:
+            log.warning(
+                "%s: stays rounded to nearest: its held-out error is %.3g so, and %.3g tuned; more"
+                " or other samples may help", block, self.error, result.end,
+            )  # fmt: skip
+        else:
+            log.warning(
+                "%s: its held-out error is %g, so tuning cannot be judged: its outputs are too"
+                " large, or NaN", block, result.end,
+            )  # fmt: skip
+        if self.error is None or not known:
+            return result, False
         self.put_back(leaves)
-        return replace(result, end=self.error, best_iter=0)
-
-    def same_as(self, result: TuneResult, steps: int) -> str:
-        """When the weights were as they are behind `at_worst`: "nearest", "start", or "" if steps
-        may have changed them."""
-        if self.error is None:
-            return ""
-        return "nearest" if result.end == self.error else "" if steps else "start"
+        return replace(result, end=self.error, best_iter=0), True

@@ -15,6 +15,7 @@ from auto_mmround import strict
 from auto_mmround.atomic import write_whole
 from auto_mmround.checkpoint.folder import begin, commit, write_config, write_side_files, wrong_name
 from auto_mmround.checkpoint.objects import write_code, write_objects
+from auto_mmround.checkpoint.sums import file_sums
 from auto_mmround.errors import NotProved
 from auto_mmround.export.format import Format, PackedFormat, Whole, WholeFormat
 from auto_mmround.export.layout import Layout
@@ -130,8 +131,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
             records["kv_cache"][key] = checksum(tensor)
             writer.add({key: tensor})
         writer.finish()
-    if source is None:
-        config |= write_code(folder, names.model)
+    config |= write_code(folder, names.model) if source is None else {}
     copied = write_side_files(source, folder) if source is not None else []
     files = write_objects(folder, source, copied, **result.objects)
     (folder / "recipe.toml").write_text(to_toml(result.recipe))
@@ -144,6 +144,7 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
             **result.record,
             "checked": False,
             "files": sorted(files),
+            "sums": file_sums(folder, shards=isinstance(fmt, WholeFormat)),
             "unread": names.unread,
             **records,
         },

@@ -109,11 +109,11 @@ def quantize(
             finished.kv_scales = kv_scales(session, watcher.captured)
 
 
-def _say_unreached(block: str, count: int) -> None:
+def _say_unreached(block: str, count: int, back: bool) -> None:
+    """back: the block is rounded to nearest anyway."""
     if count:
-        log.warning(
-            "%s: %d weights saw no calibration token: searched scales, not tuned", block, count
-        )
+        what = "" if back else ": searched scales, not tuned"
+        log.warning("%s: %d weights saw no calibration token%s", block, count, what)
 
 
 def _unreached(stage: Stage) -> str:
@@ -343,8 +343,8 @@ class _Journey:
                 add_up=session.processes.add_up if session.processes.count > 1 else None,
                 kernels=session.kernels,
             )
-            result = nearest.at_worst(result, leaves, names[-1])
-            errors.note("end", nearest.same_as(result, recipe.steps))
+            result, back = nearest.at_worst(result, leaves, names[-1])
+            errors.note("end", "nearest" if back else "" if recipe.steps else "start")
             reports = []
             for name, part in tuned.items():
                 report = block_report(
@@ -352,7 +352,7 @@ class _Journey:
                 )
                 missed = len(unreached & set(part))
                 reports.append(replace(report, layers=errors.of(part), unreached=missed))
-                _say_unreached(name, missed)
+                _say_unreached(name, missed, back)
             self._finish(reports, codes_of(leaves))
 
     def _stepped(self, block: str, total: int, step: int) -> None:

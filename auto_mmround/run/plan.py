@@ -255,7 +255,7 @@ def _check_patterns(recipe: Recipe, classes: Mapping[str, Sequence[str]]) -> Non
 
 
 def _check_mappings(model: PreTrainedModel, recipe: Recipe, blocks: Sequence[str]) -> None:
-    if recipe.mappings and recipe.equalize == "none":
+    if recipe.mappings and recipe.equalize not in ("smoothquant", "awq"):
         raise UserError("mappings: nothing uses them; set equalize to smoothquant or awq")
     inside = [
         (name, module)

@@ -85,17 +85,18 @@ def codes_record(codes: Codes, decoded: bool = False) -> dict[str, Any]:
     """The facts that a decoded checkpoint must give back for one weight: its scheme, and checksums
     that no packing changes.
 
-    q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups), a
-    static input_scale as float32 (1,). decoded: the float32 weight (out, in) too, its zeros
-    positive, for formats whose files hold no such codes.
+    q and zero are summed as uint8 (out, in) and (out, groups), scale as float32 (out, groups), and
+    what a weight has one of, global_scale and input_scale, as float32 (1,). decoded: the float32
+    weight (out, in) too, its zeros positive, for formats whose files hold no such codes.
     """
     values = {
         "q": codes.q_OI.to(torch.uint8),
         "scale": codes.scale_OG.float(),
         "zero": codes.zero_OG.to(torch.uint8),
     }
-    if codes.input_scale is not None:
-        values["input_scale"] = codes.input_scale.float()
+    for name in ("global_scale", "input_scale"):
+        if (whole := getattr(codes, name)) is not None:
+            values[name] = whole.float()
     if decoded:
         values["weight"] = dequantize(codes) + 0.0  # readers differ in the sign of zero
     scheme = {"bits": codes.bits, "group_size": codes.group_size, "sym": codes.sym}

@@ -18,7 +18,7 @@ from auto_mmround.model.capture import capture
 from auto_mmround.model.chains import Chain, Modalities, Runner, as_dtype, run_plainly
 from auto_mmround.model.compiled import Compiled
 from auto_mmround.model.experts import Expert, separable, separated
-from auto_mmround.model.fisher import Fisher, FisherPasses, spread
+from auto_mmround.model.fisher import Fisher, FisherPasses, draws_of, spread
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import Stage
 from auto_mmround.numerics.moments import Moments
@@ -191,10 +191,17 @@ class Session:
         sampled = set(self.sampled)
         return [i for i, sample in enumerate(chain.sample) if sample in sampled] or None
 
-    def fisher(self, layers: Iterable[str]) -> Fisher:
+    @property
+    def draws(self) -> int:
+        """Gradients of each sample for the Fisher information; in all processes the same."""
+        own = self.modalities
+        return draws_of(len(own) if self._routes else len(spread(own, self._enough)))
+
+    def fisher(self, layers: Iterable[str], draws: int | None = None) -> Fisher:
         """The Fisher information at the outputs of the blocks, and of some layers."""
         how = FisherPasses(
-            self.recipe.seed, self.precision, weighed=self.sampled, share=self.processes.share,
+            self.recipe.seed, self.precision, weighed=self.sampled,
+            draws=self.draws if draws is None else draws, share=self.processes.share,
             add_up=lambda sums: self.processes.add_named(sums, self.device),
             here=self.processes.here,
         )  # fmt: skip

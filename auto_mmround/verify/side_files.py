@@ -7,6 +7,7 @@ from typing import Any
 
 from auto_mmround.checkpoint.folder import is_side_file
 from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json
+from auto_mmround.checkpoint.sums import CONFIG, file_sums
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -14,6 +15,8 @@ TOKENIZERS = (
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SIDES = (TOKENIZERS, PROCESSORS)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
+SETTINGS = ("generation_config.json", *TEMPLATES)  # people may change these on purpose
+TEXTS = ("", ".md")  # LICENSE and the like
 
 
 def check_side_files(s: Subject) -> Iterator[Finding]:
@@ -82,3 +85,21 @@ def check_tokenizer(s: Subject) -> Iterator[Finding]:
             yield fault(
                 "tokenizer.json", f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}"
             )
+
+
+def check_written(s: Subject) -> Iterator[Finding]:
+    """Every file beside the tensors, and every key of the configuration, is as the run wrote it."""
+    written: dict[str, str] = dict(s.record.get("sums") or {})
+    now = file_sums(s.folder, s.whole) if written else {}
+    for where in sorted(now.keys() | written.keys()):
+        path = Path(where.partition(": ")[0])
+        of_config = str(path) == CONFIG
+        if now.get(where) == written.get(where) or (not of_config and where not in written):
+            continue
+        if where not in now and not (of_config and s.config):
+            continue  # a missing file is found otherwise
+        text = "is not what the run wrote (its checksum in run.json differs)"
+        if where not in written or where not in now:
+            text = f"is {'new' if where not in written else 'gone'} since the run wrote the file"
+        free = path.name in SETTINGS or path.suffix in TEXTS
+        yield Finding("warning" if free else "error", where, text)

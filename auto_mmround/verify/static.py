@@ -22,7 +22,7 @@ from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import FUSED
 from auto_mmround.untrusted import TooLong, time_limit
 from auto_mmround.verify.kv_cache import check_kv_cache
-from auto_mmround.verify.side_files import check_side_files, check_tokenizer
+from auto_mmround.verify.side_files import check_side_files, check_tokenizer, check_written
 from auto_mmround.verify.together import TOGETHER
 from auto_mmround.verify.values import check_codes, check_decoded, check_plain_values
 
@@ -293,6 +293,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     check_codes,
     check_decoded,
     check_kv_cache,
+    check_written,  # last: what a change does says more than that there is one
 )
 
 

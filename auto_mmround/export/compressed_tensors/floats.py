@@ -20,7 +20,8 @@ LAYOUTS = {
 MX = ("mxfp4", "mxfp8")
 # As `Format.parts`; weight_scale first: the part that every quantized module has and no other.
 PARTS = {
-    "weight_scale": "scale", "weight_packed": "q", "weight": "q", "weight_global_scale": "",
+    "weight_scale": "scale", "weight_packed": "q", "weight": "q",
+    "weight_global_scale": "global_scale",
     "input_scale": "input_scale", "input_global_scale": "input_scale", "weight_zero_point": "zero",
 }  # fmt: skip
 INPUT = {"nvfp4": "input_global_scale"}  # what was measured of inputs, where its name is its own

@@ -1,0 +1,80 @@
+"""Checksums of what lies beside the tensors: each file, and each key of `config.json`."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from auto_mmround import strict
+from auto_mmround.errors import UserError
+from auto_mmround.untrusted import belongs, parse_json, read_text
+
+CONFIG = "config.json"
+# Written after a folder is finished, again and again, or not part of the checkpoint; the copy of
+# what is in the configuration is compared with that.
+_OWN = (
+    "run.json", "recipe.toml", "eval.json", "verify.json", "report.json", "report.html",
+    "quantization_config.json",
+)  # fmt: skip
+_SHARDS = (".safetensors", ".safetensors.index.json")  # their tensors have checksums of their own
+_NOTES = ("_name_or_path", "transformers_version")  # a loader's, on itself
+
+
+def file_sums(folder: Path, shards: bool) -> dict[str, str]:
+    """File -> checksum, of the files in a folder; JSON counts by its content. Of `config.json` each
+    key has its own, as "config.json: key", and each of its `quantization_config`.
+
+    shards: also of safetensors files. Links out of the folder are left out.
+    """
+    return dict(_sums(folder, shards))
+
+
+def _sums(folder: Path, shards: bool) -> Iterator[tuple[str, str]]:
+    for path in _files(folder, shards):
+        name = str(path.relative_to(folder))
+        value = _content(path, name) if path.suffix == ".json" else None
+        if name == CONFIG and isinstance(value, dict):
+            method = value.get("quantization_config")
+            for key, item in value.items():
+                if key == "quantization_config" and isinstance(method, dict):
+                    yield from (
+                        (f"{name}: {key}.{inner}", _sum(each)) for inner, each in method.items()
+                    )
+                elif key not in _NOTES:
+                    yield f"{name}: {key}", _sum(item)
+        elif value is not None:
+            yield name, _sum(value)
+        else:
+            with path.open("rb") as file:
+                yield name, hashlib.file_digest(file, _blake).hexdigest()
+
+
+def _files(folder: Path, shards: bool) -> Iterable[Path]:
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if hidden or parts[0] in _OWN or (not shards and path.name.endswith(_SHARDS)):
+            continue
+        if path.is_file() and belongs(path, folder):
+            yield path
+
+
+def _content(path: Path, name: str) -> Any:
+    """Without NaN; None where it is no JSON that we read."""
+    try:
+        value = strict.tagged(parse_json(read_text(path, name), name))
+        strict.dumps(value)
+    except (UserError, RecursionError):
+        return None
+    return value
+
+
+def _blake() -> Any:
+    return hashlib.blake2b(digest_size=8)
+
+
+def _sum(value: Any) -> str:
+    hashed = _blake()
+    hashed.update(strict.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass"))
+    digest: str = hashed.hexdigest()
+    return digest
