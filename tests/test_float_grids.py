@@ -274,10 +274,31 @@ def test_scales_of_fp8_stay_behind_a_solve(name, size, moves):
         rounding = rounding_of(w_OI, name, size)
         if solved:
             closed_form([rounding], moments_of(256), StartConfig())
-        before = rounding.ranges.factors_2OG.clone()
-        rounding.step(torch.randn(48, 256), 0.02, 0.02, torch.empty_like(w_OI))
-        same = torch.equal(rounding.ranges.factors_2OG, before)
-        assert same != (moves or not solved)
+        assert scales_move(rounding) == (moves or not solved)
+
+
+@pytest.mark.parametrize(
+    "grid, moves",
+    [(grids.Grid(2, True), True), (grids.Grid(3, False), True), (grids.Grid(4, True), False),
+     (grids.Grid(4, False), False), (grids.Grid(8, True), False),
+     (grids.Grid(4, True, scale_range=(-32, 31)), True)],
+)  # fmt: skip
+def test_scales_of_four_bits_and_more_stay_behind_a_solve(grid, moves):
+    """A factor's step of .02 is .16 steps of the largest code of 4 bits, and 2.5 of 8 bits': no
+    step was better than the start. From round to nearest ranges move; K types have units."""
+    w_OI = weight(48, 256)
+    rounding = Rounding(w_OI, 64, grid)
+    assert scales_move(rounding)
+    rounding = Rounding(w_OI, 64, grid)
+    closed_form([rounding], moments_of(256), StartConfig())
+    assert scales_move(rounding) == moves
+
+
+def scales_move(rounding):
+    """Whether a sign step moves factors."""
+    before = rounding.ranges.factors_2OG.clone()
+    rounding.step(torch.randn(48, 256), 0.02, 0.02, torch.empty(48, 256))
+    return not torch.equal(rounding.ranges.factors_2OG, before)
 
 
 @pytest.mark.parametrize("again", [0, 4])

@@ -40,7 +40,7 @@ def assert_steps_as_autograd(rounding, weight, leaves, least):
     expected = torch.autograd.grad(weight, leaves, grad)
     before = state_of(rounding)
     rounding.step(grad, 1e-3, 1e-3, torch.empty_like(grad))
-    for old, new, slope in zip(before, state_of(rounding), expected, strict=True):
+    for old, new, slope in zip(before, state_of(rounding), expected):  # or offsets alone
         clear = slope.abs() > least
         assert clear.float().mean() > 0.5
         assert torch.equal((old - new)[clear].sign(), slope[clear].sign())
@@ -169,7 +169,11 @@ def test_scale_factor_step_is_the_autograd_step(seed, grid):
     code = inclusive_clamp(straight_through(rounding.w_OGg / s + offset) + z, 0, grid.top)
     weight = grids.from_groups((code - z) * s, 16)
     torch.testing.assert_close(weight, rounding.weight())
-    assert_steps_as_autograd(rounding, weight, (offset, factor), 1e-4)
+    if grid.factor_rate:
+        assert_steps_as_autograd(rounding, weight, (offset, factor), 1e-4)
+        return
+    assert_steps_as_autograd(rounding, weight, (offset,), 1e-4)
+    assert torch.equal(rounding.ranges.factors_2OG, factor.detach())
 
 
 @pytest.mark.parametrize("closed_form", [False, True])
