@@ -130,8 +130,8 @@ class Fields:
         "first rate of the offsets; default 0.02 with auto, with best 0.01, with sign_round 1/iters"
     )] = None
     minmax_lr: Annotated[float | None, _tuning(
-        "first learning rate of the ranges, or of the scales' factors behind a closed form, which move"
-        " at 2 and 3 bits, in NVFP4 and in K types; default lr")] = None
+        "first learning rate of the ranges, or of the scales' factors behind a closed form, which"
+        " move at 2 and 3 bits, in NVFP4 and in K types; default lr")] = None
     batch_size: Annotated[int | None, _tuning(
         "samples run together; default 8, with preset light 4", names=("train_bs", "bs"))] = None
     gradient_accumulate_steps: Annotated[int, _tuning("batches a step", least=1)] = 1
