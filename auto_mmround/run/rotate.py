@@ -35,7 +35,7 @@ log = logging.getLogger("auto_mmround")
 WHAT, OFF = "turning the hidden states", "leave equalize = hadamard off"
 # Largest relative difference that may be rounding: of a block in float64, whose norms compute in
 # float32, and of the whole model's logits.
-EXACT = 1e-4
+EXACT = 1e-5
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 PARALLEL = 0.999  # cosine of a token's hidden state with what a layer made
 PIECE = 4096  # rows of a weight at a time
