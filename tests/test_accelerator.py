@@ -319,6 +319,7 @@ def test_the_same_on_a_device_that_compiles_graphs(name, tiny, gaudi):
 
 
 @accelerator.STRICT
+@pytest.mark.usefixtures("one_solve")  # that of `test_families` is not asked for in a plain call
 def test_experts_on_a_device_that_compiles_graphs(tiny, gaudi):
     """Numbers of tokens are read, and no shape depends on a mask."""
     test_families("qwen3_moe", tiny)

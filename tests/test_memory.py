@@ -443,7 +443,9 @@ def test_the_head_may_lie_on_another_device_than_the_embeddings(monkeypatch):
         monkeypatch.setattr(place, "device_of", lambda model: torch.device("meta"))
     spoken_T, head = torch.tensor([True, True, False, True]), torch.nn.Linear(8, 50)
     hidden_TD = torch.randn(4, 8, requires_grad=True)
-    grad_TD = _Passes(head, {0: {}}, {0: spoken_T}, 1, nullcontext)._gradient(0, hidden_TD, head)
+    grad_TD = _Passes(head, {0: {}}, {0: spoken_T}, 1, 1, nullcontext)._gradient(
+        (0, 0), hidden_TD, head
+    )
     assert grad_TD[spoken_T].abs().sum(1).min() > 0 and not grad_TD[2].any()
     before = divergence.Before(
         [{}], [torch.randn(3, 8)], lambda model, kwargs: (hidden_TD * 1, head), nullcontext,
