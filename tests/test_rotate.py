@@ -1,8 +1,6 @@
 """Hidden states turned by a Hadamard matrix: who takes part, that the function stays, and that
 inputs of few bits lose less."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -182,6 +180,6 @@ def test_two_runs_turn_alike(tmp_path):
     for out in ("one", "two"):
         job = job_of(folder, tmp_path / out, equalize="hadamard", scheme="W4A16", format="fake",
                      group_size=32, untie_lm_head=True)  # fmt: skip
-        (made_folder,) = jobs.run(replace(job))
+        (made_folder,) = jobs.run(job)
         made.append(load_file(made_folder / "model.safetensors"))
     assert all(value.equal(made[1][key]) for key, value in made[0].items())

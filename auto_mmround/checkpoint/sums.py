@@ -45,8 +45,7 @@ def _sums(folder: Path, shards: bool) -> Iterator[tuple[str, str]]:
         elif value is not None:
             yield name, _sum(value)
         else:
-            with path.open("rb") as file:
-                yield name, hashlib.file_digest(file, _blake).hexdigest()
+            yield name, file_sum(path)
 
 
 def _files(folder: Path, shards: bool) -> Iterable[Path]:
@@ -69,12 +68,16 @@ def _content(path: Path, name: str) -> Any:
     return value
 
 
-def _blake() -> Any:
-    return hashlib.blake2b(digest_size=8)
+def content_sum(content: bytes) -> str:
+    """A checksum in hexadecimal."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def file_sum(path: Path) -> str:
+    """`content_sum` of a file, which is never whole in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def _sum(value: Any) -> str:
-    hashed = _blake()
-    hashed.update(strict.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass"))
-    digest: str = hashed.hexdigest()
-    return digest
+    return content_sum(strict.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass"))

@@ -9,7 +9,6 @@ bad sector is seen, and work goes on from the last block that is whole.
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from auto_mmround import __version__, strict
 from auto_mmround.atomic import write_whole
 from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.checkpoint.sums import content_sum, file_sum
 from auto_mmround.errors import UserError
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.lazy import Lazy
@@ -94,7 +94,7 @@ class Unfinished(Finished):
         super().__init__(folder)
         self.folder, self.identity = folder, dict(identity)
         self.codes: Parts = Parts()
-        self.run = _sum(json.dumps(self.identity, sort_keys=True).encode())
+        self.run = content_sum(json.dumps(self.identity, sort_keys=True).encode())
         self._journal = folder / JOURNAL
         lines = _valid_lines(self._journal)
         if lines:
@@ -103,7 +103,7 @@ class Unfinished(Finished):
             write_whole(self._journal, _line(self.identity))
         for number, line in enumerate(lines[1:]):
             path = folder / line["part"]
-            if not path.is_file() or _file_sum(path) != line["sum"]:
+            if not path.is_file() or file_sum(path) != line["sum"]:
                 log.warning("%s: %s is damaged, going on from the block before", folder, path.name)
                 lines = lines[: number + 1]
                 break
@@ -117,7 +117,7 @@ class Unfinished(Finished):
         write_whole(path, _encode(codes))
         line = {
             "part": path.name,
-            "sum": _file_sum(path),
+            "sum": file_sum(path),
             "reports": [asdict(report) for report in reports],
         }
         with self._journal.open("ab") as journal:
@@ -199,7 +199,7 @@ def identity(
     samples."""
     facts: dict[str, Any] = {"auto_mmround": __version__}
     facts |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
-    facts["config.json"] = _sum(config.encode())
+    facts["config.json"] = content_sum(config.encode())
     for path in weight_files(source) if source else ():
         status = path.stat()
         facts[path.name] = [status.st_size, status.st_mtime_ns]
@@ -274,7 +274,7 @@ def _facts(file: Any) -> dict[str, dict[str, Any]]:
 
 def _line(value: Mapping[str, Any]) -> bytes:
     text = strict.dumps(value).encode()
-    return _sum(text).encode() + b" " + text + b"\n"
+    return content_sum(text).encode() + b" " + text + b"\n"
 
 
 def _valid_lines(path: Path) -> list[dict[str, Any]]:
@@ -282,19 +282,10 @@ def _valid_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for raw in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         mark, _, text = raw.partition(b" ")
-        if mark != _sum(text).encode():
+        if mark != content_sum(text).encode():
             break
         lines.append(json.loads(text))
     return lines
-
-
-def _sum(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def _file_sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def _sum_of(value: Any) -> str:
@@ -305,7 +296,7 @@ def _sum_of(value: Any) -> str:
         value = sorted((str(key), _sum_of(item)) for key, item in value.items())
     elif isinstance(value, (list, tuple)):
         value = [_sum_of(item) for item in value]
-    return _sum(repr(value).encode())
+    return content_sum(repr(value).encode())
 
 
 def _empty(folder: Path) -> None:

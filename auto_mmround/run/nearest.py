@@ -42,20 +42,21 @@ class Nearest(NamedTuple):
         A start fits the calibration samples. If they are few, or unlike one another, it may do
         worse on others: a channel that only the first word of a text sets, say.
         """
-        finite, known = math.isfinite(result.end), self.error is not None and bool(self.states)
-        if finite and not (known and result.end > (self.error or 0.0)):
+        known = self.error if self.states else None
+        finite = math.isfinite(result.end)
+        if finite and (known is None or not result.end > known):
             return result, False
         if finite:
             log.warning(
                 "%s: stays rounded to nearest: its held-out error is %.3g so, and %.3g tuned; more"
-                " or other samples may help", block, self.error, result.end,
+                " or other samples may help", block, known, result.end,
             )  # fmt: skip
         else:
             log.warning(
                 "%s: its held-out error is %g, so tuning cannot be judged: its outputs are too"
                 " large, or NaN", block, result.end,
             )  # fmt: skip
-        if self.error is None or not known:
+        if known is None:
             return result, False
         self.put_back(leaves)
-        return replace(result, end=self.error, best_iter=0), True
+        return replace(result, end=known, best_iter=0), True

@@ -116,6 +116,8 @@ def _stream(session: Session, sign_D: Tensor, told: Told) -> Stream:
         raise _refused(f"their {width} channels are no multiple of {SIZE}")
     text = find_stages(model)[-1]
     norms, writers = dict[str, Gain](), list[str]()
+    head = speaking(model).get_output_embeddings()
+    _check(model, [path_of(model, speaking(model).get_input_embeddings()), path_of(model, head)])
 
     def visit(chain: Chain, window: Window) -> Chain:
         (name,), index, (block,) = window
@@ -133,13 +135,13 @@ def _stream(session: Session, sign_D: Tensor, told: Told) -> Stream:
     chain = session.record([text], told, WHAT)[text.path]
     first_hidden = list(chain.hidden)
     session.push(chain, visit)
-    head = speaking(model).get_output_embeddings()
     found = final_norm(model, head, _given(session)[0])
     if found is None:
         raise _refused("no norm was found before the output head")
     norms[found[0]] = Gain(found[1], (path_of(model, head),))
     stream = Stream((*_sources(session, first_hidden, text.path, head), *writers), norms)
-    _check(model, stream)
+    readers = [reader for gain in norms.values() for reader in gain.readers]
+    _check(model, [*stream.writers, *readers])
     return stream
 
 
@@ -180,11 +182,10 @@ def _of_block(chain: Chain, window: Window, width: int) -> Stream:
     return Stream(writers, norms)
 
 
-def _check(model: nn.Module, stream: Stream) -> None:
-    """Raises UserError for modules that can't be folded."""
+def _check(model: nn.Module, layers: Sequence[str]) -> None:
+    """Raises UserError for layers that can't be folded."""
     shared = shared_parameters(model)
-    readers = [reader for gain in stream.norms.values() for reader in gain.readers]
-    for name in (*stream.writers, *readers):
+    for name in layers:
         layer = model.get_submodule(name)
         if any(id(parameter) in shared for parameter in layer.parameters()):
             raise _refused(
