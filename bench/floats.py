@@ -247,7 +247,7 @@ def main() -> None:
     if asked.worker:
         worker(json.loads(asked.worker))
         return
-    asked.work.mkdir(parents=True, exist_ok=True)
+    work = kept.work_folder(asked, "schemes", "methods", "limit")
     base = {k: v for k, v in vars(asked).items()
             if k not in ("worker", "schemes", "methods", "keep", "work")}  # fmt: skip
     table = kept.Table("scheme", "method", "KL", "perplexity", "seconds", "processor s")
@@ -257,7 +257,7 @@ def main() -> None:
         if scheme in ALONE and (method in AUTO_ROUND or method in COMPRESSOR):
             continue
         name = f"{label}-{scheme}-{method}.json".replace(",", "").replace(" ", "-")
-        job = base | {"scheme": scheme, "method": method, "result": str(asked.work / name)}
+        job = base | {"scheme": scheme, "method": method, "result": str(work / name)}
         found[scheme, method] = tried(job)
         table.add(scheme, method, *cells(found[scheme, method]))
     lines = "\n".join(verdicts(found))

@@ -106,6 +106,26 @@ def result(
     return json.loads(path.read_text())
 
 
+def work_folder(asked: argparse.Namespace, *choices: str) -> Path:
+    """`asked.work`, made. Exits where it holds results of other options.
+
+    choices: options that only say which cells are run.
+    """
+    path, skipped = asked.work / "options.json", {"keep", "work", "worker", *choices}
+    asked.work.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    given = {k: v for k, v in vars(asked).items() if k not in skipped and v is not None}
+    now = json.loads(json.dumps(given, default=str))
+    for name, value in now.items():
+        if before.get(name) not in (None, value):
+            sys.exit(
+                f"{asked.work} holds results with another {name} ({before[name]}, now {value}):"
+                " give --work another folder"
+            )
+    path.write_text(json.dumps(before | now, indent=1))
+    return asked.work
+
+
 def peak_gb() -> float:
     """Largest resident set of this process so far."""
     from auto_mmround.model import devices

@@ -297,7 +297,7 @@ def main() -> None:
         return worker(json.loads(asked.worker))
     if not PEER.is_file():
         sys.exit("llm-compressor is missing: scripts/engines.sh llmcompressor")
-    asked.work.mkdir(parents=True, exist_ok=True)
+    kept.work_folder(asked, "cases", "no_runs")
     found = {}
     for job in jobs_of(asked):
         key, there = (job["case"], job["scheme"], job["method"]), Path(job["result"]).is_file()

@@ -271,7 +271,6 @@ def run(job: dict[str, Any], path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     result = kept.answer(__file__, job)
     if "error" not in result:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
     return result
 
@@ -311,6 +310,7 @@ def main() -> None:
     if found.worker:
         worker(json.loads(found.worker))
         return
+    work = kept.work_folder(found, "schemes", "methods", "title")
     names = ("model", "calibration", "held_out", "samples", "length", "held_rows", "held_from")
     base = {name: getattr(found, name) for name in (*names, "options")}
     schemes: dict[str, dict[str, Any]] = {name: named(name) for name in found.schemes}
@@ -318,7 +318,7 @@ def main() -> None:
     for scheme, values in ({"-": {}} | schemes).items():
         for method in found.methods if values else ["full precision"]:
             job = base | values | {"method": method}
-            table.add(scheme, method, *cells(run(job, found.work / f"{scheme} {method}.json")))
+            table.add(scheme, method, *cells(run(job, work / f"{scheme} {method}.json")))
     kept.keep(found.keep, found.title, found.title.capitalize(), table)
 
 

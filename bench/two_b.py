@@ -184,7 +184,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Part by part."""
     asked = options()
-    asked.work.mkdir(parents=True, exist_ok=True)
+    kept.work_folder(asked, "part")
     if asked.part:
         {"auto-round": by_peer, "damage": damage}[asked.part](
             asked, asked.work / f"{asked.part}.json"

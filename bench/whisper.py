@@ -229,6 +229,7 @@ def main() -> None:
     given = asked()
     if given.worker:
         return worker(json.loads(given.worker))
+    kept.work_folder(given, "schemes", "methods")
     texts = speech.sentences(given.text, given.per_clip)
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs_of(given, texts):

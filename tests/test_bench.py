@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,14 @@ def test_the_parts_that_are_counted_are_there(monkeypatch):
     with of_bench("operations").counting() as counted:
         pass
     assert not any(counter.total() for counter in counted.by_part.values())
+
+
+def test_results_of_other_options_are_not_taken_for_those_that_were_asked_for(kept, tmp_path):
+    def asked(**options):
+        return Namespace(work=tmp_path / "w", keep=None, worker=None, **options)
+
+    for more in ({}, {"text": Path("b.txt")}, {"methods": ["rtn"]}):
+        options = {"samples": 32, "text": None, "methods": ["auto"]} | more
+        assert kept.work_folder(asked(**options), "methods") == tmp_path / "w"
+    with pytest.raises(SystemExit, match=r"another samples \(32, now 128\): give --work another"):
+        kept.work_folder(asked(samples=128, text=None, methods=["rtn"]), "methods")
