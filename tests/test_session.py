@@ -109,12 +109,12 @@ def test_experts_share_the_tokens_of_all_samples(tmp_path, monkeypatch):
 
 
 def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch):
-    """Ten steps of one sample, eight held out: six of 24 would run for nothing. With fewer than 16
-    all would be held out and trained on."""
+    """Twenty steps of one sample, each seen twice, eight held out: six of 24 would run for nothing.
+    With fewer than 16 all would be held out and trained on."""
     monkeypatch.setattr(sessions, "TOKENS", 4 * 24)
     monkeypatch.setattr(sessions, "PER_COLUMN", 0)
     monkeypatch.setattr(loss_weights, "TEXT_SAMPLE", 3)
-    session = prepared(tmp_path, iters=10, nsamples=24)
+    session = prepared(tmp_path, iters=20, nsamples=24)
     assert len(session.used) == 18 and len(session.sampled) == 4
     assert set(session.sampled) < set(session.used)
     totals, passed, advanced = set(), set(), Chain.advanced
@@ -128,12 +128,21 @@ def test_samples_that_nothing_uses_do_not_pass_the_blocks(tmp_path, monkeypatch)
     )
     assert totals == passed == {18} and finished.has(session.plan.stages[0].blocks)
     assert len(prepared(tmp_path, iters=2, nsamples=24).used) == 16
-    assert len(prepared(tmp_path, iters=16, nsamples=24).used) == 24
+    assert len(prepared(tmp_path, iters=32, nsamples=24).used) == 24
     static = SCHEMES["FP8_STATIC"] | {"format": "compressed_tensors"}
     for whole in ({"algorithm": "sign_round"}, static):
         assert len(prepared(tmp_path, **{"iters": 2, "nsamples": 24} | whole).used) == 24
     monkeypatch.setattr(sessions, "is_expert", lambda name: name.endswith("up_proj"))
     assert len(prepared(tmp_path, iters=2, nsamples=24).used) == 24
+
+
+def test_a_step_has_as_many_samples_as_were_asked_for(tmp_path, monkeypatch):
+    """Each is seen by two steps, but not where one step alone wants more."""
+    monkeypatch.setattr(sessions, "TOKENS", 4 * 24)
+    monkeypatch.setattr(sessions, "PER_COLUMN", 0)
+    for steps in (1, 2, 3):
+        session = prepared(tmp_path, iters=steps, batch_size=10, nsamples=24)
+        assert len(session.used) == max(10, steps * 10 // 2) + 8
 
 
 def test_a_tower_gets_all_samples_of_a_mixture(tmp_path, monkeypatch):

@@ -40,6 +40,8 @@ MANY = 12
 # Tokens that second moments are taken over, and at least as many a column: more change little, and
 # each costs a forward pass, and its weight costs two.
 TOKENS, PER_COLUMN = 2**15, 4
+# Sign steps that see a sample: a sample's way through the blocks costs nearly as much as one.
+SEEN = 2
 
 T = TypeVar("T")
 Told = Callable[[int, int], None]  # (done, total)
@@ -113,10 +115,9 @@ class Session:
 
     def _alike(self) -> int:
         """How many of the blocks are of one class."""
-        names = [name for stage in self.plan.stages for name in stage.blocks]
-        return max(
-            Counter(type(self.model.get_submodule(name)) for name in names).values(), default=0
-        )
+        names = (name for stage in self.plan.stages for name in stage.blocks)
+        kinds = Counter(type(self.model.get_submodule(name)) for name in names)
+        return max(kinds.values(), default=0)
 
     @property
     def solving(self) -> StartConfig:
@@ -148,10 +149,9 @@ class Session:
 
     @cached_property
     def used(self) -> list[int]:
-        """Samples that pass the blocks: as many as sign steps, held-out errors and second moments
-        need. All of them where experts share the tokens, where ranges of inputs are measured, where
-        only a part of them may reach a tower, and without closed form. Of several processes this
-        one takes its own."""
+        """Those of this process's samples that pass the blocks: as many as sign steps, held-out
+        errors and second moments need. All where experts share the tokens, where ranges of inputs
+        are measured, where only a part may reach a tower, and without closed form."""
         mine = self.processes.share(range(len(self.inputs)))
         ranges = any(w.scheme and w.scheme.inputs_measured for w in self.plan.weights)
         towers = any(stage.name != "text" for stage in self.plan.stages)
@@ -160,8 +160,9 @@ class Session:
         if self._routes or ranges or parted or not self.recipe.closed_form:
             return mine
         tokens = sum(len(own.text_T) for own in self.modalities) // max(1, len(self.modalities))
-        steps = self.recipe.steps * samples_a_step(self.recipe, tokens)
-        return self._spread(mine, max(self._enough, (max(steps, HELD_OUT) + HELD_OUT) * tokens))
+        step = samples_a_step(self.recipe, tokens)
+        steps = max(step, self.recipe.steps * step // SEEN, HELD_OUT)
+        return self._spread(mine, max(self._enough, (steps + HELD_OUT) * tokens))
 
     @cached_property
     def sampled(self) -> list[int]:
@@ -222,8 +223,8 @@ class Session:
         """The chains of the stages that samples reach, each before its first block. samples: this
         process's; None: all. Raises UserError for a stage whose replay is not the model, and where
         memory does not suffice."""
-        every = self.processes.share(range(len(self.batches)))
-        chosen = every if samples is None else list(samples)
+        chosen = self.processes.share(range(len(self.batches)))
+        chosen = chosen if samples is None else list(samples)
         run = partial(
             capture, self.model, stages, self.batches, precision=self.precision, only=chosen,
             on_sample=lambda i: told(chosen.index(i) + 1, len(chosen)),
@@ -273,17 +274,15 @@ class Session:
             running.enter_context(separated(self.model, self.experts, [block], known=True))
             running.enter_context(self.served.rounding(self.model, planned))
 
-        module = self.model.get_submodule(block)
-        hooks = (
-            module.register_forward_pre_hook(enter),  # behind the one that reads the block
-            module.register_forward_hook(lambda *_: running.close(), always_call=True),
-        )
-        try:
-            yield
-        finally:
+        def leave(*_: Any) -> None:
             running.close()
-            for hook in hooks:
-                hook.remove()
+
+        module = self.model.get_submodule(block)
+        with running, ExitStack() as hooks:
+            # behind the hook that reads the block
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield
 
     def walk(
         self,
