@@ -37,7 +37,7 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import report
 from auto_mmround.results import Evaluated, Page, Planned, Verified, evaluated, planned, verified
 from auto_mmround.run import job as jobs
-from auto_mmround.run.finished import Finished, identity, unfinished, weights_sum
+from auto_mmround.run.finished import Finished, alike, identity, unfinished, weights_sum
 from auto_mmround.run.given import is_from
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
@@ -158,6 +158,8 @@ class AutoRoundMLLM:
                 f"{again} holds what quantize() wrote: this model was quantized before; load it"
                 " anew"
             )
+        if self._resumes:
+            alike(places(self.recipe)[0], self.recipe.restart)
         held = weights_sum(model) if self._resumes else ""
         with phase("quantizing"), self._lent() as holder:
             job = self._job()
@@ -245,7 +247,7 @@ class AutoRoundMLLM:
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
         job, finished = self._done
-        root = folder_of(output_dir or self.recipe.output_dir, "output_dir")
+        root = folder_of(self.recipe.output_dir if output_dir is None else output_dir, "output_dir")
         words = listed(format, "format")
         names = list(dict.fromkeys(formats.get(word).name for word in words))
         label = model_label(self.recipe)

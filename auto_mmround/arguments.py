@@ -126,6 +126,8 @@ def folder_of(value: Any, name: str) -> Path:
     """A folder's path. Raises UserError for what is none."""
     if not isinstance(value, str | Path):
         raise UserError(f"{name} is {_described(value)}, expected a folder")
+    if not str(value).strip():
+        raise UserError(f"{name} is empty: name a folder, or . for the current one")
     return Path(value)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
+from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
 
 from auto_mmround import cli, flags
 from auto_mmround.model.loading import DEMO
@@ -32,6 +33,15 @@ def test_the_original_command_with_other_names(tmp_path, capsys):
     assert (out / "demo-w4g128-auto_round" / "config.json").is_file()
     printed = capsys.readouterr()
     assert "done in" in printed.out and "loss" in printed.err and "Traceback" not in printed.err
+
+
+def test_a_family_without_a_template_is_said_once(tmp_path, capfd):
+    FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts(8, 40)))
+    words = f"--model {tmp_path}/model --dataset {tmp_path}/a.txt --group_size 32 --iters 1"
+    words += f" --nsamples 8 --seqlen 16 --device cpu --output_dir {tmp_path}/out"
+    assert cli.main(words.split()) == 0
+    assert capfd.readouterr().err.count("no template for model type 'llama'") == 1
 
 
 def test_a_recipe_file_and_flags_over_it(tmp_path):

@@ -78,6 +78,10 @@ class Recipe(Fields):
         for name, (allowed, why) in REFUSED.items():
             value = getattr(self, name)
             require(value == allowed, f"{name} = {value!r} is refused: {why}")
+        require(
+            bool(self.output_dir.strip()),
+            "output_dir is empty: name a folder, or . for the current one",
+        )
 
     def _check_names(self) -> None:
         """The form of lists and tables of names, and of each pattern in them."""

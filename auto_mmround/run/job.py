@@ -15,7 +15,7 @@ from auto_mmround.calibration.dotted import collator
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.samples import Preparers, Reading, build
 from auto_mmround.calibration.settings import Asked, Reads, Settings, choose
-from auto_mmround.calibration.template import Template, load_template
+from auto_mmround.calibration.template import DEFAULT, Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
@@ -207,9 +207,12 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
     kinds = calibrates(loaded.model)
     needs = _needs(towers, kinds)
     collate = collator(recipe.collator) if recipe.collator else None
+    template = template_for(loaded.model, recipe.template)
+    if recipe.template is None and template.model_type == DEFAULT:
+        log.info("no template for model type %r: its own chat template is used", model_type)
     settings, notes = choose(
         recipe.dataset if dataset is None else dataset,
-        template_for(loaded.model, recipe.template),
+        template,
         Reads(
             "text" in kinds,
             bool(towers and needs),
