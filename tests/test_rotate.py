@@ -1,6 +1,8 @@
 """Hidden states turned by a Hadamard matrix: who takes part, that the function stays, and that
 inputs of few bits lose less."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -103,6 +105,29 @@ def test_other_families_are_refused_and_left_alone(name, reason):
 def test_images_that_no_sample_shows_are_no_silent_gap():
     session = session_of("qwen2_vl", [ids(after=12)])
     with pytest.raises(UserError, match=r"no calibration sample reaches model\.visual"):
+        rotate(session)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64,)])
+def test_what_no_sample_runs_may_belong_to_the_hidden_states(shape):
+    """A projector may be a parameter, a reader any layer as wide as they are."""
+    session = session_of("llama")
+    session.model.model.aside = torch.nn.Module()
+    session.model.model.aside.matrix = torch.nn.Parameter(torch.ones(shape))
+    with pytest.raises(UserError, match=r"no calibration sample reaches model\.aside"):
+        rotate(session)
+
+
+def test_a_speaker_reads_the_hidden_states_of_the_thinker(monkeypatch):
+    """No layer of it writes them, and logits of text do not tell."""
+    config = dict(FAMILIES["qwen2_5_omni"].config)
+    config["talker_config"] = config["talker_config"] | dict(
+        hidden_size=48, num_attention_heads=3, head_dim=16, intermediate_size=80
+    )
+    narrow = replace(FAMILIES["qwen2_5_omni"], config=config)
+    monkeypatch.setitem(FAMILIES, "qwen2_5_omni", narrow)
+    session = session_of("qwen2_5_omni")
+    with pytest.raises(UserError, match=r"talker\..* takes no part in making text"):
         rotate(session)
 
 
