@@ -28,7 +28,7 @@ from auto_mmround.evaluate.evaluate import keep, record
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.export import formats
 from auto_mmround.model import devices
-from auto_mmround.model.borrowed import borrowed
+from auto_mmround.model.borrowed import borrowed, check_hooks, hooks_of
 from auto_mmround.model.devices import HOST
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
 from auto_mmround.model.streaming import Holder
@@ -160,9 +160,11 @@ class AutoRoundMLLM:
             )
         if self._resumes:
             alike(places(self.recipe)[0], self.recipe.restart)
-        held = weights_sum(model) if self._resumes else ""
+        held, hooks = weights_sum(model) if self._resumes else "", hooks_of(model)
         with phase("quantizing"), self._lent() as holder:
             job = self._job()
+            mixtures = {tuple(s.modality_T.unique().tolist()): s.kwargs for s in job.inputs}
+            check_hooks(model, hooks, list(mixtures.values()))
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:

@@ -19,6 +19,15 @@ def checked_model(model: Any) -> PreTrainedModel | str:
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, nn.Module):
+        compiled = next(
+            (name for name, part in model.named_modules() if hasattr(part, "_orig_mod")), None
+        )
+        if compiled is not None:
+            where = f"model.{compiled}".removesuffix(".")
+            raise UserError(
+                f"{where} is what torch.compile returned: give what it was made of,"
+                f" {where}._orig_mod"
+            )
         layer = next(
             (name for name, module in model.named_modules() if _package(module) == "peft"), None
         )
