@@ -1,5 +1,6 @@
 """Arguments of `AutoRoundMLLM`: told apart by type, corrected if that is clear, else refused."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def folder_of(value: Any, name: str) -> Path:
         raise UserError(f"{name} is {_described(value)}, expected a folder")
     if not str(value).strip():
         raise UserError(f"{name} is empty: name a folder, or . for the current one")
-    return Path(value)
+    return Path(os.path.expanduser(value))
 
 
 def _package(thing: Any) -> str:

@@ -312,6 +312,8 @@ def show_report(folders: Sequence[str], output: str | None, opened: bool = False
     """Write a run's report again, or a comparison of several runs, and name the page. opened: in
     the browser too."""
     quiet_libraries()
+    if output is not None and not output.strip():
+        raise UserError("output is empty: name a file for the page, such as report.html")
     if len(folders) == 1 and output is None:
         page = report.write(Path(folders[0]))
     else:

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
+from tiny_models import FAMILIES, TEXT, tiny_texts, tiny_tokenizer
 
 from auto_mmround import cli, flags
 from auto_mmround.model.loading import DEMO
@@ -109,6 +110,12 @@ def other_weights(folder: Path) -> str:
     return str(folder / "model")
 
 
+def other_vocabulary(folder: Path) -> str:
+    tiny = replace(FAMILIES["llama"], config=TEXT | {"vocab_size": 2500})
+    tiny.save(folder / "model", tiny_tokenizer())
+    return str(folder / "model")
+
+
 @pytest.mark.parametrize(
     "wrong, word",
     [
@@ -139,7 +146,15 @@ def other_weights(folder: Path) -> str:
         (["eval"], "--model"),
         (["eval", "--model", ""], "no config.json"),
         (["eval", "--model", "demo", "--reference", "", "--limit", "1"], "no config.json"),
+        (
+            ["eval", "--model", "demo", "--reference", other_vocabulary],
+            "is another model: it gives",
+        ),
         (["--seed", "-1"], "seed = -1: from 0"),
+        (["--lr", "-1"], "lr = -1.0: 0"),
+        (["--minmax_lr=-1"], "minmax_lr = -1.0: 0"),
+        (["--block_size", "9" * 20], "below 2^63"),
+        (["report", "a", "--output", ""], "output is empty"),
     ],
 )
 def test_every_mistake_is_one_line_exit_2_and_leaves_nothing(wrong, word, tmp_path, capfd):
@@ -147,7 +162,7 @@ def test_every_mistake_is_one_line_exit_2_and_leaves_nothing(wrong, word, tmp_pa
     out = tmp_path / "out"
     command = (
         words
-        if words[0] in ("eval", "evla", "no.toml")
+        if words[0] in ("eval", "evla", "no.toml", "report")
         else [*FAST, "--output_dir", str(out), *words]
     )
     assert cli.main(command) == 2

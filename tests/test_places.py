@@ -112,9 +112,22 @@ def test_an_empty_name_is_no_place(nothing, model, tmp_path, monkeypatch, capfd)
     with pytest.raises(UserError, match="output_dir is empty"):
         AutoRoundMLLM(str(model), iters=0, output_dir=nothing)
     ours.quantize()
+    with pytest.raises(UserError, match="output_dir holds a NUL"):
+        Recipe(output_dir="a\0b")
     with pytest.raises(UserError, match="output_dir is empty"):
         ours.save_quantized(nothing)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch):
+    """The shell leaves it in --output_dir=~/out, and Python everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(model.parent)
+    assert run("~/model", "~/out") == 0
+    ours = AutoRoundMLLM("~/model", iters=0, group_size=32, device="cpu")
+    ours.quantize()
+    assert ours.save_quantized("~/mine") == [tmp_path / "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model", "out"]
 
 
 def test_links_out_of_the_models_folder(model, tmp_path, capfd, unloaded):
