@@ -31,7 +31,7 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
-from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
+from auto_mmround.run.finished import FULL, Finished, Unfinished, identity, unfinished
 from auto_mmround.run.met import StageTrial, met, naming
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
@@ -367,7 +367,7 @@ def save(
 ) -> Path:
     """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
 
-    Raises UserError as `holding` does. prove: as in `run`.
+    Raises UserError as `holding` does, and for a full disk. prove: as in `run`.
     """
     fmt = holding(job, format_name)
     loaded, source = job.loaded, job.loaded.source
@@ -380,4 +380,9 @@ def save(
         names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {},
         finished.kv_scales,
     )  # fmt: skip
-    return write_checkpoint(fmt, out, result, prove)
+    try:
+        return write_checkpoint(fmt, out, result, prove)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{out}: {error.strerror}; make room and save again") from None
