@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, ids, tiny_texts, tiny_tokenizer
 
 from auto_mmround.calibration.inputs import ModelInput
@@ -20,6 +20,7 @@ from auto_mmround.run import rotate as rotating
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.rotate import rotate
 from auto_mmround.run.session import Session
+from auto_mmround.verify.static import check
 
 MEDIA = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
@@ -196,6 +197,20 @@ def test_a_channel_that_sticks_out_is_spread_and_the_checkpoint_holds_it(tmp_pat
         same = written["model.embed_tokens.weight"].equal(source["model.embed_tokens.weight"])
         assert same == (equalize == "none")
     assert damage["hadamard"] < 0.85 * damage["none"]
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "mlx"])
+def test_a_turned_checkpoint_is_right_beside_its_source(fmt, tmp_path):
+    """No weight is like the source's any more; what was tuned is still compared."""
+    folder = tmp_path / "model"
+    FAMILIES["llama"].save(folder, tiny_tokenizer())
+    (out,) = jobs.run(job_of(folder, tmp_path / "out", equalize="hadamard", scheme="W4A16",
+                             format=fmt, group_size=32))  # fmt: skip
+    assert not check(out, source=folder)
+    tensors = load_file(out / "model.safetensors")
+    scale = next(name for name in tensors if name.endswith("scales"))
+    save_file(tensors | {scale: tensors[scale] * 2}, out / "model.safetensors", {"format": "pt"})
+    assert "tuned" in check(out, source=folder)[0].message
 
 
 def test_two_runs_turn_alike(tmp_path):

@@ -75,9 +75,9 @@ def _plainly(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             table = vars(module)
-            if module._compiled_call_impl is not None:
-                stack.callback(table.__setitem__, "_compiled_call_impl", module._compiled_call_impl)
-                module._compiled_call_impl = None
+            if table.get("_compiled_call_impl") is not None:
+                name = "_compiled_call_impl"
+                stack.callback(table.__setitem__, name, table.pop(name))
             forward = table.get("forward")
             if getattr(forward, "_torchdynamo_orig_callable", None) is not None:
                 stack.callback(table.__setitem__, "forward", table.pop("forward"))

@@ -337,7 +337,8 @@ def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path
 
 def _record(job: Job, finished: Finished) -> dict[str, Any]:
     blocks = list(finished.reports.values())
-    return run_record(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
+    made = run_record(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
+    return made | {"equalize": job.recipe.equalize}
 
 
 def holding(job: Job, format_name: str) -> Format:
