@@ -28,7 +28,7 @@ from auto_mmround.evaluate.evaluate import keep, record
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.export import formats
 from auto_mmround.model import devices
-from auto_mmround.model.borrowed import borrowed
+from auto_mmround.model.borrowed import borrowed, check_hooks, hooks_of
 from auto_mmround.model.devices import HOST
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
 from auto_mmround.model.streaming import Holder
@@ -37,7 +37,7 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import report
 from auto_mmround.results import Evaluated, Page, Planned, Verified, evaluated, planned, verified
 from auto_mmround.run import job as jobs
-from auto_mmround.run.finished import Finished, identity, unfinished, weights_sum
+from auto_mmround.run.finished import Finished, alike, identity, unfinished, weights_sum
 from auto_mmround.run.given import is_from
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
@@ -158,9 +158,13 @@ class AutoRoundMLLM:
                 f"{again} holds what quantize() wrote: this model was quantized before; load it"
                 " anew"
             )
-        held = weights_sum(model) if self._resumes else ""
+        if self._resumes:
+            alike(places(self.recipe)[0], self.recipe.restart)
+        held, hooks = weights_sum(model) if self._resumes else "", hooks_of(model)
         with phase("quantizing"), self._lent() as holder:
             job = self._job()
+            mixtures = {tuple(s.modality_T.unique().tolist()): s.kwargs for s in job.inputs}
+            check_hooks(model, hooks, list(mixtures.values()))
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:
@@ -245,7 +249,7 @@ class AutoRoundMLLM:
         if self._done is None:
             raise UserError("save_quantized: call quantize() first")
         job, finished = self._done
-        root = folder_of(output_dir or self.recipe.output_dir, "output_dir")
+        root = folder_of(self.recipe.output_dir if output_dir is None else output_dir, "output_dir")
         words = listed(format, "format")
         names = list(dict.fromkeys(formats.get(word).name for word in words))
         label = model_label(self.recipe)

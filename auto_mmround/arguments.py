@@ -1,5 +1,6 @@
 """Arguments of `AutoRoundMLLM`: told apart by type, corrected if that is clear, else refused."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ def checked_model(model: Any) -> PreTrainedModel | str:
     if isinstance(model, str | Path):
         return str(model)
     if isinstance(model, nn.Module):
+        compiled = next(
+            (name for name, part in model.named_modules() if hasattr(part, "_orig_mod")), None
+        )
+        if compiled is not None:
+            where = f"model.{compiled}".removesuffix(".")
+            raise UserError(
+                f"{where} is what torch.compile returned: give what it was made of,"
+                f" {where}._orig_mod"
+            )
         layer = next(
             (name for name, module in model.named_modules() if _package(module) == "peft"), None
         )
@@ -126,7 +136,9 @@ def folder_of(value: Any, name: str) -> Path:
     """A folder's path. Raises UserError for what is none."""
     if not isinstance(value, str | Path):
         raise UserError(f"{name} is {_described(value)}, expected a folder")
-    return Path(value)
+    if not str(value).strip():
+        raise UserError(f"{name} is empty: name a folder, or . for the current one")
+    return Path(os.path.expanduser(value))
 
 
 def _package(thing: Any) -> str:

@@ -33,8 +33,9 @@ from auto_mmround.report import card, report
 from auto_mmround.results import plan_rows
 from auto_mmround.run import job as jobs
 from auto_mmround.run.estimate import Estimate, estimate
+from auto_mmround.run.finished import alike
 from auto_mmround.run.out_of_memory import phase
-from auto_mmround.run.places import check_before_loading
+from auto_mmround.run.places import check_before_loading, places
 from auto_mmround.run.plan import Plan
 from auto_mmround.run.processes import joined, launched
 from auto_mmround.run.staying import Staying, cost_of_untying, staying
@@ -56,6 +57,7 @@ def quantize_with_progress(
             one.quiet = True
         if processes.first:
             check_before_loading(recipe)
+        alike(places(recipe)[0], recipe.restart, processes)
         events = Events(telling if processes.first else Telling(quiet=True))
         with events.told():
             events.at(f"loading {recipe.model}")
@@ -310,6 +312,8 @@ def show_report(folders: Sequence[str], output: str | None, opened: bool = False
     """Write a run's report again, or a comparison of several runs, and name the page. opened: in
     the browser too."""
     quiet_libraries()
+    if output is not None and not output.strip():
+        raise UserError("output is empty: name a file for the page, such as report.html")
     if len(folders) == 1 and output is None:
         page = report.write(Path(folders[0]))
     else:

@@ -24,6 +24,7 @@ from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.evaluate.prompts import Data, answer, clips
 from auto_mmround.evaluate.scoring import error_rates, normaliser
 from auto_mmround.model.loading import Loaded
+from auto_mmround.programs import environment_of
 from auto_mmround.verify import engines
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def by_vllm(folder: Path, tables: Sequence[Path], *, timeout: float = 1200) -> d
         paths = [str(folder.resolve()), f"{place}/sounds.safetensors", f"{place}/answer.json"]
         save_file(sounds, paths[1])
         command = [str(python.absolute()), str(ROOT / "bench" / "vllm_transcribe.py"), *paths]
-        subprocess.run(command, env=engines.OFFLINE, check=True, timeout=timeout)
+        subprocess.run(command, env=environment_of(python), check=True, timeout=timeout)
         return json.loads(Path(paths[2]).read_text())
 
 

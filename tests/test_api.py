@@ -1,6 +1,7 @@
 """`AutoRoundMLLM` from plan to report: results that notebooks show, and runs that go on after a
 crash."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 import auto_mmround
 from auto_mmround import AutoRoundMLLM, UserError
+from auto_mmround.model import devices
 from auto_mmround.model.loading import load
+from auto_mmround.run import job as jobs
 from auto_mmround.run.pipeline import Watcher
 
 SHORT = {"dataset": "demo", "iters": 1, "nsamples": 8, "seqlen": 64, "device": "cpu"}
@@ -86,6 +89,36 @@ def test_a_crashed_run_goes_on_to_the_same_bits(tmp_path, caplog):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert len(mine.reports) == 5 and not list(tmp_path.glob("*.unfinished"))
     assert (mine.save_quantized(tmp_path / "done")[0] / "config.json").is_file()
+
+
+def test_a_run_goes_on_with_the_products_that_it_began_with(tmp_path, monkeypatch):
+    """Timed anew, as by another process, they may come out otherwise."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    short = SHORT | {"model_dtype": "bfloat16"}
+    for first in (True, False):
+        monkeypatch.setattr(devices, "_KNOWN_BF16", [first])
+        whole, _ = AutoRoundMLLM("demo", **short).quantize()
+        with pytest.raises(Crash):
+            AutoRoundMLLM("demo", output_dir=tmp_path, **short).quantize(Watcher(block=crash))
+        monkeypatch.setattr(devices, "_KNOWN_BF16", [])
+        monkeypatch.setattr(devices, "_bf16_keeps_up", lambda now=not first: now)
+        model, _ = AutoRoundMLLM("demo", output_dir=tmp_path, **short).quantize()
+        state = whole.state_dict()
+        assert devices.timed_bf16() == first
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_full_disk_is_one_line_when_saving(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    mine = AutoRoundMLLM("demo", iters=0, group_size=32, device="cpu")
+    mine.quantize()
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "write_checkpoint", full)
+        with pytest.raises(UserError, match="out: No space left on device; make room"):
+            mine.save_quantized(tmp_path / "out")
+    assert mine.save_quantized(tmp_path / "out") == [tmp_path / "out"]
 
 
 def test_a_model_that_was_changed_does_not_take_up_another_run(tmp_path):

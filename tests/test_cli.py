@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
+from tiny_models import FAMILIES, TEXT, tiny_texts, tiny_tokenizer
 
 from auto_mmround import cli, flags
 from auto_mmround.model.loading import DEMO
@@ -32,6 +34,15 @@ def test_the_original_command_with_other_names(tmp_path, capsys):
     assert (out / "demo-w4g128-auto_round" / "config.json").is_file()
     printed = capsys.readouterr()
     assert "done in" in printed.out and "loss" in printed.err and "Traceback" not in printed.err
+
+
+def test_a_family_without_a_template_is_said_once(tmp_path, capfd):
+    FAMILIES["llama"].save(tmp_path / "model", tiny_tokenizer())
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts(8, 40)))
+    words = f"--model {tmp_path}/model --dataset {tmp_path}/a.txt --group_size 32 --iters 1"
+    words += f" --nsamples 8 --seqlen 16 --device cpu --output_dir {tmp_path}/out"
+    assert cli.main(words.split()) == 0
+    assert capfd.readouterr().err.count("no template for model type 'llama'") == 1
 
 
 def test_a_recipe_file_and_flags_over_it(tmp_path):
@@ -99,6 +110,12 @@ def other_weights(folder: Path) -> str:
     return str(folder / "model")
 
 
+def other_vocabulary(folder: Path) -> str:
+    tiny = replace(FAMILIES["llama"], config=TEXT | {"vocab_size": 2500})
+    tiny.save(folder / "model", tiny_tokenizer())
+    return str(folder / "model")
+
+
 @pytest.mark.parametrize(
     "wrong, word",
     [
@@ -129,7 +146,15 @@ def other_weights(folder: Path) -> str:
         (["eval"], "--model"),
         (["eval", "--model", ""], "no config.json"),
         (["eval", "--model", "demo", "--reference", "", "--limit", "1"], "no config.json"),
+        (
+            ["eval", "--model", "demo", "--reference", other_vocabulary],
+            "is another model: it gives",
+        ),
         (["--seed", "-1"], "seed = -1: from 0"),
+        (["--lr", "-1"], "lr = -1.0: 0"),
+        (["--minmax_lr=-1"], "minmax_lr = -1.0: 0"),
+        (["--block_size", "9" * 20], "below 2^63"),
+        (["report", "a", "--output", ""], "output is empty"),
     ],
 )
 def test_every_mistake_is_one_line_exit_2_and_leaves_nothing(wrong, word, tmp_path, capfd):
@@ -137,7 +162,7 @@ def test_every_mistake_is_one_line_exit_2_and_leaves_nothing(wrong, word, tmp_pa
     out = tmp_path / "out"
     command = (
         words
-        if words[0] in ("eval", "evla", "no.toml")
+        if words[0] in ("eval", "evla", "no.toml", "report")
         else [*FAST, "--output_dir", str(out), *words]
     )
     assert cli.main(command) == 2

@@ -70,9 +70,23 @@ def answer(request):
     ours = [name for name in ("metrics", "engines", "verify") if importlib.util.find_spec(name)]
     return {"ok": True, "missing": ours, "logprobs": [{7: -1.5}], "not a field": 1}
 """
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # of those who run the tests
     result = asked(code, tmp_path, monkeypatch)
     assert result.ok and result.missing == [] and result.logprobs == [{7: -1.5}]
     assert result.tokens[0].tolist() == [[1, 2, 1, 2]] and result.logits == []
+
+
+def test_an_environment_does_not_see_the_callers_packages(tmp_path: Path, monkeypatch) -> None:
+    """Our own interpreter does: some of its packages may lie there."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "import os\ndef answer(request):\n    return {'ok': True, 'dtype': f'{os.environ}'}\n"
+    assert asked(code, tmp_path, monkeypatch).ok
+    other = tmp_path / "other"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    seen = [ask("mlx", tmp_path, [], {}, python=p).dtype for p in (Path(sys.executable), other)]
+    assert ["PYTHONPATH" in variables for variables in seen] == [True, False]
+    assert all("'HF_HUB_OFFLINE': '1'" in variables for variables in seen)
 
 
 def test_pieces_arrive_before_the_answer(tmp_path: Path, monkeypatch) -> None:

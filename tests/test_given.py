@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_texts, tiny_tokenizer
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from auto_mmround import AutoRoundMLLM
 from auto_mmround.checkpoint.loader import from_quantized
@@ -548,3 +549,57 @@ def test_swapped_objects_are_told_apart(folders):
         "llama"
     )
     assert AutoRoundMLLM(model, None, tokenizer, dataset=TEXTS).loaded.tokenizer is tokenizer
+
+
+FEW = dict(dataset=tiny_texts(4, 30), nsamples=4, seqlen=16, iters=1, group_size=32, device="cpu")
+
+
+def test_hooks_that_change_what_the_model_gives(folders):
+    """No checkpoint holds them. Hooks that only look are left alone, and run."""
+    model, tokenizer = read(folders("llama"))
+    seen: list[int] = []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda *_: seen.append(0))
+    changing = mlp.register_forward_hook(lambda layer, args, output: output * 1.5)
+    mlp.register_forward_hook(lambda *_: seen.append(1))
+    before, state = list(mlp._forward_hooks.items()), model.state_dict()
+    with pytest.raises(UserError, match=r"forward hooks \(the first on model\.layers\.1\.mlp\)"):
+        AutoRoundMLLM(model, tokenizer, **FEW).quantize()
+    assert list(mlp._forward_hooks.items()) == before
+    assert all(value.equal(state[key]) for key, value in model.state_dict().items())
+    changing.remove()
+    seen.clear()
+    AutoRoundMLLM(model, tokenizer, **FEW).quantize()
+    assert seen[:2] == [0, 1]
+
+
+def test_a_compiled_model_is_quantized_as_it_is_written(folders):
+    """A compiled call would not notice hooks that came later."""
+    plain, tokenizer = read(folders("llama"))
+    compiled, _ = read(folders("llama"))
+
+    def fail(*_: object) -> None:
+        raise AssertionError("compiled code ran")
+
+    compiled._compiled_call_impl = fail
+    compiled.model.layers[0].forward = torch.compile(
+        compiled.model.layers[0].forward, backend=lambda *_: fail
+    )
+    states = [
+        AutoRoundMLLM(model, tokenizer, **FEW).quantize()[0].state_dict()
+        for model in (plain, compiled)
+    ]
+    assert all(value.equal(states[1][key]) for key, value in states[0].items())
+    assert compiled._compiled_call_impl is fail and "forward" in vars(compiled.model.layers[0])
+    with pytest.raises(UserError, match=r"layers\.0 is what torch\.compile returned"):
+        plain.model.layers[0] = torch.compile(plain.model.layers[0])
+        AutoRoundMLLM(plain, tokenizer)
+    with pytest.raises(UserError, match=r"^model is what .* model\._orig_mod"):
+        AutoRoundMLLM(torch.compile(compiled), tokenizer)
+
+
+def test_a_weight_that_is_made_as_the_layer_runs(folders):
+    model, tokenizer = read(folders("llama"))
+    weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj: its weight is made of others"):
+        AutoRoundMLLM(model, tokenizer, **FEW).quantize()

@@ -103,6 +103,33 @@ def test_places_that_take_no_result(place, said, model, capfd, unloaded):
     assert said in line and sorted(path for path in model.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_an_empty_name_is_no_place(nothing, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(model), "--iters", "0", "--output_dir", nothing]
+    assert cli.main(words) == 2 and "output_dir is empty" in capfd.readouterr().err
+    ours = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu")
+    with pytest.raises(UserError, match="output_dir is empty"):
+        AutoRoundMLLM(str(model), iters=0, output_dir=nothing)
+    ours.quantize()
+    with pytest.raises(UserError, match="output_dir holds a NUL"):
+        Recipe(output_dir="a\0b")
+    with pytest.raises(UserError, match="output_dir is empty"):
+        ours.save_quantized(nothing)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch):
+    """The shell leaves it in --output_dir=~/out, and Python everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(model.parent)
+    assert run("~/model", "~/out") == 0
+    ours = AutoRoundMLLM("~/model", iters=0, group_size=32, device="cpu")
+    ours.quantize()
+    assert ours.save_quantized("~/mine") == [tmp_path / "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model", "out"]
+
+
 def test_links_out_of_the_models_folder(model, tmp_path, capfd, unloaded):
     (tmp_path / "elsewhere.jinja").write_text("x")
     (model / "chat_template.jinja").symlink_to(tmp_path / "elsewhere.jinja")

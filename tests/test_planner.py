@@ -135,7 +135,7 @@ def test_what_cannot_work_is_refused_with_flags(job, monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
     usage = planner.shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="GB are free there"):
+    with pytest.raises(UserError, match="MB are free there"):
         check_disk(job)
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional
 from auto_mmround.model import devices, products
 from auto_mmround.model.products import Float32Products
 from auto_mmround.model.standins import recomputed
+from auto_mmround.run.finished import alike
+from auto_mmround.run.processes import Processes
 
 
 def run(context, function, *shapes):
@@ -98,14 +100,19 @@ def test_avx512_alone_is_timed_once(monkeypatch, bf16):
 
     monkeypatch.setattr(devices, "_seconds", seconds)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(devices, "_KNOWN_BF16", [])
     threads = torch.get_num_threads()
-    devices._bf16_keeps_up.cache_clear()
-    try:
-        found = {devices.fast_bf16(torch.device("cpu")) for _ in range(2)}
-    finally:
-        devices._bf16_keeps_up.cache_clear()
+    found = {devices.fast_bf16(torch.device("cpu")) for _ in range(2)}
     assert found == {bf16 < 1.25} and len(asked) == 2 * devices.TIMES
     assert torch.get_num_threads() == threads
+
+
+def test_processes_make_products_as_the_first_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(Processes, "gather", lambda self, mine: [False, mine])
+    monkeypatch.setattr(devices, "_KNOWN_BF16", [True])
+    alike(tmp_path, processes=Processes(1, 2))
+    assert not devices.fast_bf16(devices.HOST)
 
 
 def test_blocks_that_are_computed_again_are_computed_alike(monkeypatch):

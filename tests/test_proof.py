@@ -109,6 +109,21 @@ def test_the_other_formats_of_a_run_are_written(model, tmp_path, broken):
     ]
 
 
+@pytest.mark.parametrize("part", ["act_fn", "norm"])
+def test_a_model_that_computes_otherwise_than_its_configuration_says(part, model, tmp_path):
+    """Every tensor is right, and readers would get another function."""
+    made = load(str(model))
+    if part == "act_fn":
+        made.model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    else:
+        made.model.model.norm.variance_epsilon *= 2
+    ours = AutoRoundMLLM(made.model, made.tokenizer, iters=0, group_size=32, device="cpu")
+    ours.quantize()
+    with pytest.raises(NotProved, match=rf"{part}: is .*; readers make .* of its config\.json"):
+        ours.save_quantized(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.wrong"]
+
+
 def test_a_folder_that_was_there_before_stays(model, tmp_path, monkeypatch):
     assert cli.main(command(model, tmp_path)) == 0
     before = (tmp_path / NAME / "model.safetensors").read_bytes()

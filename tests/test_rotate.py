@@ -1,9 +1,11 @@
 """Hidden states turned by a Hadamard matrix: who takes part, that the function stays, and that
 inputs of few bits lose less."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, ids, tiny_texts, tiny_tokenizer
 
 from auto_mmround.calibration.inputs import ModelInput
@@ -18,6 +20,7 @@ from auto_mmround.run import rotate as rotating
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.rotate import rotate
 from auto_mmround.run.session import Session
+from auto_mmround.verify.static import check
 
 MEDIA = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
@@ -106,6 +109,29 @@ def test_images_that_no_sample_shows_are_no_silent_gap():
         rotate(session)
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64,)])
+def test_what_no_sample_runs_may_belong_to_the_hidden_states(shape):
+    """A projector may be a parameter, a reader any layer as wide as they are."""
+    session = session_of("llama")
+    session.model.model.aside = torch.nn.Module()
+    session.model.model.aside.matrix = torch.nn.Parameter(torch.ones(shape))
+    with pytest.raises(UserError, match=r"no calibration sample reaches model\.aside"):
+        rotate(session)
+
+
+def test_a_speaker_reads_the_hidden_states_of_the_thinker(monkeypatch):
+    """No layer of it writes them, and logits of text do not tell."""
+    config = dict(FAMILIES["qwen2_5_omni"].config)
+    config["talker_config"] = config["talker_config"] | dict(
+        hidden_size=48, num_attention_heads=3, head_dim=16, intermediate_size=80
+    )
+    narrow = replace(FAMILIES["qwen2_5_omni"], config=config)
+    monkeypatch.setitem(FAMILIES, "qwen2_5_omni", narrow)
+    session = session_of("qwen2_5_omni")
+    with pytest.raises(UserError, match=r"talker\..* takes no part in making text"):
+        rotate(session)
+
+
 def test_a_head_that_is_the_embedding_is_refused():
     session = session_of("llama")
     head, words = session.model.get_output_embeddings(), session.model.get_input_embeddings()
@@ -171,6 +197,20 @@ def test_a_channel_that_sticks_out_is_spread_and_the_checkpoint_holds_it(tmp_pat
         same = written["model.embed_tokens.weight"].equal(source["model.embed_tokens.weight"])
         assert same == (equalize == "none")
     assert damage["hadamard"] < 0.85 * damage["none"]
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "mlx"])
+def test_a_turned_checkpoint_is_right_beside_its_source(fmt, tmp_path):
+    """No weight is like the source's any more; what was tuned is still compared."""
+    folder = tmp_path / "model"
+    FAMILIES["llama"].save(folder, tiny_tokenizer())
+    (out,) = jobs.run(job_of(folder, tmp_path / "out", equalize="hadamard", scheme="W4A16",
+                             format=fmt, group_size=32))  # fmt: skip
+    assert not check(out, source=folder)
+    tensors = load_file(out / "model.safetensors")
+    scale = next(name for name in tensors if name.endswith("scales"))
+    save_file(tensors | {scale: tensors[scale] * 2}, out / "model.safetensors", {"format": "pt"})
+    assert "tuned" in check(out, source=folder)[0].message
 
 
 def test_two_runs_turn_alike(tmp_path):

@@ -219,6 +219,11 @@ def test_full_texts_first_then_short_ones_and_too_short_ones_counted(kit, caplog
     assert all(bool(made.answer_T.all()) for made in inputs)
 
 
+def test_one_short_text_is_one(kit):
+    texts = [build(rows, seqlen=64, **kit)[1].text() for rows in ([SHORT, LONG], [SHORT] * 2)]
+    assert "; 1 text is shorter than seqlen" in texts[0] and "; 2 texts are shorter" in texts[1]
+
+
 def test_a_text_without_a_token_has_no_kinds():
     assert modality({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}).shape == (0,)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround import cli
 from auto_mmround.checkpoint.subject import read_subject
@@ -16,7 +17,7 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.export.method import Spelling
 from auto_mmround.families import vllm_module
-from auto_mmround.model.loading import DEMO
+from auto_mmround.model.loading import DEMO, load
 from auto_mmround.readers import ENGINES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -181,6 +182,14 @@ def test_probes_need_nothing_but_the_folder(exact_demo, tmp_path):
     probes, notes = make_probes(exact_demo, tmp_path)
     assert [probe.kind for probe in probes] == ["text", "image"] and notes == []
     assert "pixel_values" in probes[1].kwargs and probes[1].media["image0"].dtype == torch.uint8
+
+
+def test_a_tokenizer_that_knows_few_words_still_has_a_probe(tmp_path):
+    FAMILIES["llama"].save(tmp_path, tiny_tokenizer())
+    loaded = load(str(tmp_path))
+    assert len(loaded.tokenizer("In the beginning")["input_ids"]) == 3
+    (probe,), notes = make_probes(loaded, tmp_path)
+    assert probe.kind == "text" and probe.kwargs["input_ids"].shape[1] == 32 and not notes
 
 
 def test_a_probe_for_speech_recognition(exact_demo, tmp_path):

@@ -61,7 +61,8 @@ class Report:
         if len(self.sets) > 1:
             parts.append(", ".join(each.text() for each in self.sets))
         if self.short:
-            parts.append(f"{self.short} texts are shorter than seqlen: the set has no longer ones")
+            texts = "1 text is" if self.short == 1 else f"{self.short} texts are"
+            parts.append(f"{texts} shorter than seqlen: the set has no longer ones")
         for reason, ids in self.skipped.items():
             named = ", ".join(ids[:3]) + (", .." if len(ids) > 3 else "")
             parts.append(f"skipped as {reason}: {len(ids)} ({named})")

@@ -7,7 +7,6 @@ family's processor expects.
 
 import difflib
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -19,8 +18,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.strict import dumps
 from auto_mmround.untrusted import parse_json, read_text
 
-log = logging.getLogger("auto_mmround")
-
+DEFAULT = "default"  # its model_type: of the template that families without one get
 CONTENT = "{{content}}"
 SYSTEM = ("system", "developer")
 TEMPLATE_BYTES = 1 << 20
@@ -209,9 +207,7 @@ def load_template(name: str | Path | None, model_type: str | None = None) -> Tem
     """
     shelf = shipped()
     if name is None:
-        if model_type not in shelf:
-            log.info("no template for model type %r: its own chat template is used", model_type)
-        return shelf.get(model_type or "default", shelf["default"])
+        return shelf.get(model_type or DEFAULT, shelf[DEFAULT])
     if Path(name).is_file():
         return read_template(Path(name))
     if str(name) in shelf:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_mmround.calibration.inputs import ModelInput, token_ids
+from auto_mmround.errors import UserError
 from auto_mmround.modalities import MODALITIES, PAD
 from auto_mmround.model import chains, devices
 from auto_mmround.model.chains import as_dtype
@@ -129,6 +130,7 @@ def measure(
                 made = {model: next(each) for model, each in passes.items()}
             teacher_TV = None if reference is None else made[reference]
             for model, logits_TV in made.items():
+                _check_comparable(logits_TV, teacher_TV)
                 mine = [m for each, m in zip(models, measured, strict=True) if each is model]
                 if mine:
                     scored = _scored(logits_TV, teacher_TV, sample)
@@ -136,6 +138,15 @@ def measure(
                         _add_sample(metrics, scored, sample, plain_text)
             on_sample(i)
     return measured
+
+
+def _check_comparable(logits_TV: Tensor, teacher_TV: Tensor | None) -> None:
+    if teacher_TV is not None and logits_TV.shape != teacher_TV.shape:
+        mine, its = (" x ".join(map(str, t.shape)) for t in (logits_TV, teacher_TV))
+        raise UserError(
+            f"the reference is another model: it gives {its} logits (tokens x words) for a sample,"
+            f" this one {mine}"
+        )
 
 
 class _Scored(NamedTuple):

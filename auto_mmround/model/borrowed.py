@@ -1,15 +1,18 @@
 """A user's own model, used for a while and given back as it was, but for what was written into its
 weights."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
-from auto_mmround.model.streaming import Holder, InMemory
+from auto_mmround.model.chains import TOLERANCE, as_dtype, difference, first_tensor, moved
+from auto_mmround.model.passes import run_model
+from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import find_experts
 from auto_mmround.model.visiting import visiting
 
@@ -21,9 +24,9 @@ def borrowed(
     model: PreTrainedModel, device: torch.device | None = None, whole: bool = True
 ) -> Iterator[Holder]:
     """While open, the model is in evaluation mode on ``device`` (None: where it is), its parameters
-    have no gradients, and it gives its outputs by name; gradients can be asked for, whatever the
-    caller has switched off. Gives who has its blocks: not ``whole``, they visit the device one by
-    one.
+    have no gradients, it gives its outputs by name, and nothing of it is compiled; gradients can be
+    asked for, whatever the caller has switched off. Gives who has its blocks: not ``whole``, they
+    visit the device one by one.
 
     Raises UserError for a model that lies on several devices, and is to be moved.
     """
@@ -52,7 +55,7 @@ def borrowed(
         for parameter in model.parameters():
             parameter.grad = None  # an old gradient would add itself to the first step
         made_runnable(model)
-        with torch.inference_mode(False), torch.enable_grad(), there as holder:
+        with torch.inference_mode(False), torch.enable_grad(), _plainly(model), there as holder:
             yield holder
     finally:
         for config, answer, implementation in answers:
@@ -63,6 +66,68 @@ def borrowed(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name][0])
             parameter.grad = wanted[name][1]
+
+
+@contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """While open, modules run as they are written: what the caller has compiled, whole or by
+    `module.compile()`, would not notice our hooks."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            table = vars(module)
+            if table.get("_compiled_call_impl") is not None:
+                name = "_compiled_call_impl"
+                stack.callback(table.__setitem__, name, table.pop(name))
+            forward = table.get("forward")
+            if getattr(forward, "_torchdynamo_orig_callable", None) is not None:
+                stack.callback(table.__setitem__, "forward", table.pop("forward"))
+        yield
+
+
+class Hook(NamedTuple):
+    """A forward hook of the caller's. path: of its module. table: of the module, with the number
+    of the hook."""
+
+    path: str
+    table: Any
+    number: int
+
+
+def hooks_of(model: nn.Module) -> list[Hook]:
+    """Those that a model has, before any of ours."""
+    return [
+        Hook(path, table, number)
+        for path, module in model.named_modules()
+        for table in (module._forward_pre_hooks, module._forward_hooks)
+        for number in table
+    ]
+
+
+def check_hooks(
+    model: PreTrainedModel, hooks: Sequence[Hook], samples: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises UserError if hooks change what the model gives for one of the samples: a
+    checkpoint would not hold that."""
+    for kwargs in samples if hooks else ():
+        hooked = _answer(model, kwargs)
+        with ExitStack() as stack:
+            for hook in hooks:
+                # a module's hooks run in this order
+                stack.callback(hook.table.update, dict(hook.table))
+                stack.callback(hook.table.clear)
+                del hook.table[hook.number]
+            plain = _answer(model, kwargs)
+        if not difference(hooked, plain) <= TOLERANCE[plain.dtype]:
+            raise UserError(
+                f"the model has forward hooks (the first on {hooks[0].path or 'itself'}) that"
+                " change what it gives, but no checkpoint holds them: remove them"
+            )
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Tensor:
+    made = run_model(model, moved(as_dtype(kwargs, model.dtype), device_of(model)))
+    return made.logits if "logits" in made else first_tensor(made.to_tuple())
 
 
 def made_runnable(model: Any) -> None:

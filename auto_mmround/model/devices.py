@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import importlib
 import importlib.util
 import re
@@ -214,13 +213,28 @@ def fast_bf16(device: torch.device) -> bool:
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type != "cpu" or not known or any(known.get(name) for name in BF16):
         return True
-    return bool(known.get(MAYBE_BF16)) and _bf16_keeps_up()
+    return bool(known.get(MAYBE_BF16)) and timed_bf16()
 
 
-@functools.cache
+def timed_bf16() -> bool:
+    """`fast_bf16` of a processor that has to be timed: once, so that a run stays alike, or what a
+    run has found before that goes on now, see `keep_bf16`."""
+    if not _KNOWN_BF16:
+        _KNOWN_BF16.append(_bf16_keeps_up())
+    return _KNOWN_BF16[0]
+
+
+def keep_bf16(fast: bool) -> None:
+    """What `timed_bf16` says from now on."""
+    _KNOWN_BF16[:] = [fast]
+
+
+_KNOWN_BF16: list[bool] = []  # one value, once it is known
+
+
 def _bf16_keeps_up() -> bool:
     """Whether a product in bfloat16 takes at most a quarter more time here than in float32: the
-    quickest of a few, on one core. It is asked once, so that a run stays alike."""
+    quickest of a few, on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,6 +1,7 @@
 """Load a model with what belongs to it, and map module names to the names in its files."""
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def find_folder(name: str, offline: bool = False) -> Path:
     offline: look in the cache only.
     Raises UserError if there is none, or if it holds no configuration or no safetensors weights.
     """
-    folder = DEMO if name == "demo" else Path(name)
+    folder = DEMO if name == "demo" else Path(os.path.expanduser(name))
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise UserError(

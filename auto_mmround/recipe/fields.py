@@ -40,6 +40,7 @@ class Key:
                 self.least is None or value >= self.least,
                 f"{name} = {value}: at least {self.least}",
             )
+            require(self.least is None or value < 2**63, f"{name} = {value}: below 2^63")
 
 
 SECTIONS = ("model", "scheme", "equalization", "tuning", "calibration", "machine", "result")

@@ -1,6 +1,7 @@
 """The one typed configuration: flags, keyword arguments, TOML and YAML write the same recipe."""
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass
 from itertools import chain
@@ -51,6 +52,7 @@ class Recipe(Fields):
             object.__setattr__(self, "group_size", -1)  # no W8A8 kernel takes the default
         if self.act_data_type == self.data_type:
             object.__setattr__(self, "act_data_type", None)
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
         self._check_ranges()
         self._check_names()
         self._check_mixed()
@@ -71,6 +73,8 @@ class Recipe(Fields):
             ("dampening", self.dampening > 0, "above 0"),
             ("smoothing_strength", 0 <= self.smoothing_strength <= 1, "from 0 to 1"),
             ("batch_size", self.batch >= 1, "at least 1"),
+            ("lr", (self.lr or 0) >= 0, "0 (the usual one) or more"),
+            ("minmax_lr", (self.minmax_lr or 0) >= 0, "0 (that of lr) or more"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to below 2^63"),
             ("trim", 0 <= self.trim < 0.5, "a share of the errors, from 0 to below 0.5"),
         ):  # fmt: skip
@@ -78,6 +82,11 @@ class Recipe(Fields):
         for name, (allowed, why) in REFUSED.items():
             value = getattr(self, name)
             require(value == allowed, f"{name} = {value!r} is refused: {why}")
+        require(
+            bool(self.output_dir.strip()),
+            "output_dir is empty: name a folder, or . for the current one",
+        )
+        require("\0" not in self.output_dir, "output_dir holds a NUL, which no name can")
 
     def _check_names(self) -> None:
         """The form of lists and tables of names, and of each pattern in them."""

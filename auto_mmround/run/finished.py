@@ -31,10 +31,12 @@ from auto_mmround.checkpoint.sums import content_sum, file_sum
 from auto_mmround.errors import UserError
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.lazy import Lazy
+from auto_mmround.model import devices
 from auto_mmround.model.spool import Spool
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.polish import Polished
+from auto_mmround.run.processes import ALONE, Processes
 from auto_mmround.run.record import BlockReport, checksum
 from auto_mmround.untrusted import weight_files
 
@@ -43,6 +45,8 @@ log = logging.getLogger("auto_mmround")
 JOURNAL = "journal"
 # tensors of `Codes`, where there are any
 EXTRAS = ("global_scale", "input_scale", "min_OG", "unit_OS2")
+# How the journal's first line tells `devices.fast_bf16`: taken over, not compared.
+PRODUCTS = "fast bfloat16 products"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where a run may go on under another value: the result does not depend on it, or the files
 # themselves are compared.
@@ -99,8 +103,10 @@ class Unfinished(Finished):
         lines = _valid_lines(self._journal)
         if lines:
             self._check(lines[0])
+            _compute_alike(lines)
         else:
-            write_whole(self._journal, _line(self.identity))
+            first = self.identity | {PRODUCTS: devices.fast_bf16(devices.HOST)}
+            write_whole(self._journal, _line(first))
         for number, line in enumerate(lines[1:]):
             path = folder / line["part"]
             if not path.is_file() or file_sum(path) != line["sum"]:
@@ -145,7 +151,7 @@ class Unfinished(Finished):
     def _check(self, before: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*self.identity, *before]):
             old, new = before.get(key), self.identity.get(key)
-            if old != new:
+            if old != new and key != PRODUCTS:
                 raise UserError(
                     f"{self.folder} holds an unfinished run with another {key} ({old!r}, now"
                     f" {new!r}): give the same command to continue it, or --restart to begin anew"
@@ -190,6 +196,21 @@ def unfinished(
         _remove(folder, made)
     finally:
         os.close(lock)
+
+
+def alike(place: Path, restart: bool = False, processes: Processes = ALONE) -> None:
+    """From now on products of bfloat16 are made as by the run that is unfinished in ``place``, in
+    all processes as in the first. Before anything is computed: what is timed (`devices.timed_bf16`)
+    may come out otherwise the second time, and then so do the last bits."""
+    if not restart:
+        _compute_alike(_valid_lines(place / JOURNAL))
+    devices.keep_bf16(processes.gather(devices.fast_bf16(devices.HOST))[0])
+
+
+def _compute_alike(lines: Sequence[Mapping[str, Any]]) -> None:
+    kept = lines[0].get(PRODUCTS) if lines else None
+    if kept is not None:
+        devices.keep_bf16(kept)
 
 
 def identity(

@@ -15,7 +15,7 @@ from auto_mmround.calibration.dotted import collator
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.samples import Preparers, Reading, build
 from auto_mmround.calibration.settings import Asked, Reads, Settings, choose
-from auto_mmround.calibration.template import Template, load_template
+from auto_mmround.calibration.template import DEFAULT, Template, load_template
 from auto_mmround.checkpoint.folder import check_free, side_files
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.export import formats
@@ -31,7 +31,7 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
-from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
+from auto_mmround.run.finished import FULL, Finished, Unfinished, identity, unfinished
 from auto_mmround.run.met import StageTrial, met, naming
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
@@ -207,9 +207,12 @@ def choose_samples(recipe: Recipe, loaded: Loaded, plan: Plan, dataset: Any = No
     kinds = calibrates(loaded.model)
     needs = _needs(towers, kinds)
     collate = collator(recipe.collator) if recipe.collator else None
+    template = template_for(loaded.model, recipe.template)
+    if recipe.template is None and template.model_type == DEFAULT:
+        log.info("no template for model type %r: its own chat template is used", model_type)
     settings, notes = choose(
         recipe.dataset if dataset is None else dataset,
-        template_for(loaded.model, recipe.template),
+        template,
         Reads(
             "text" in kinds,
             bool(towers and needs),
@@ -334,7 +337,8 @@ def write_all(writes: Iterable[Callable[[], Path]], note: str = "") -> list[Path
 
 def _record(job: Job, finished: Finished) -> dict[str, Any]:
     blocks = list(finished.reports.values())
-    return run_record(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
+    made = run_record(job.plan, blocks, job.notes, job.calibration, job.mixed, finished.polished)
+    return made | {"equalize": job.recipe.equalize}
 
 
 def holding(job: Job, format_name: str) -> Format:
@@ -364,7 +368,7 @@ def save(
 ) -> Path:
     """Write one checkpoint from codes kept in memory, straight into ``out``. objects: see `Result`.
 
-    Raises UserError as `holding` does. prove: as in `run`.
+    Raises UserError as `holding` does, and for a full disk. prove: as in `run`.
     """
     fmt = holding(job, format_name)
     loaded, source = job.loaded, job.loaded.source
@@ -377,4 +381,9 @@ def save(
         names, job.plan, job.recipe, source, finished.result, _record(job, finished), objects or {},
         finished.kv_scales,
     )  # fmt: skip
-    return write_checkpoint(fmt, out, result, prove)
+    try:
+        return write_checkpoint(fmt, out, result, prove)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{out}: {error.strerror}; make room and save again") from None

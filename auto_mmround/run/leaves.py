@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.errors import UserError
 from auto_mmround.model.products import unseen
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.numerics.moments import Moments
@@ -83,7 +84,12 @@ def write_back(model: nn.Module, planned: Sequence[WeightPlan], codes: Mapping[s
 def parameter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
     """A layer's weight, and whether it is (in, out)."""
     layer = model.get_submodule(name)
-    return layer.get_parameter("weight"), isinstance(layer, Conv1D)
+    if not isinstance(layer.weight, nn.Parameter):
+        raise UserError(
+            f"{name}: its weight is made of others as it runs (a parametrization, or pruning of"
+            " torch): make it permanent first, as remove_parametrizations or prune.remove does"
+        )
+    return layer.weight, isinstance(layer, Conv1D)
 
 
 def shared_peaks(model: nn.Module, planned: Sequence[WeightPlan]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from auto_mmround.modalities import PAD
 from auto_mmround.model.chains import Chain, difference, first_call, first_tensor, moved
 from auto_mmround.model.pairs import as_twin, final_norm, norm_pairs, twin_of
 from auto_mmround.model.passes import run_model
-from auto_mmround.model.speaking import path_of, speaking
+from auto_mmround.model.speaking import path_of, speaking, speaking_path
 from auto_mmround.model.structure import find_stages, shared_parameters
 from auto_mmround.numerics.rotation import SIZE, signs, turned, turned_back
 from auto_mmround.run.out_of_memory import phase
@@ -212,7 +212,8 @@ def _sources(
         and not name.startswith(f"{blocks}.")
     }
     ran, makers = set[str](), {words: None}
-    watched = {words: model.get_submodule(words), **outside}
+    touching = _touching(model, blocks, width)
+    watched = {**touching, words: model.get_submodule(words), **outside}
     for kwargs, own, state in zip(_given(session), session.modalities, hidden, strict=True):
         with _outputs(watched) as outputs:
             run_model(speaking(model), kwargs)
@@ -227,12 +228,28 @@ def _sources(
                 rows_TD = rows_TD[~made_T]
         if len(rows_TD):
             raise _refused(f"no layer was found that makes {len(rows_TD)} tokens of a sample")
-    if unseen := sorted(outside.keys() - ran):
+    for name in sorted(touching.keys() - ran):
+        if not name.startswith(speaking_path(model)):
+            raise _refused(f"{name}, which takes no part in making text, may read them")
         raise _refused(
-            f"no calibration sample reaches {unseen[0]}, which may write them: calibrate with"
+            f"no calibration sample reaches {name}, which may read or write them: calibrate with"
             " images or sounds, too"
         )
     return tuple(makers)
+
+
+def _touching(model: nn.Module, blocks: str, width: int) -> dict[str, nn.Module]:
+    """What could read or write hidden states outside the blocks, by the shapes of its own
+    parameters: a layer of any class, a parameter that a projector multiplies with. Tables aside,
+    whose rows are often taken without a call."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and not isinstance(module, nn.Embedding)
+        and not name.startswith(f"{blocks}.")
+        and any(width in parameter.shape for parameter in module.parameters(recurse=False))
+    }
 
 
 def _made_by(rows_TD: Tensor, output_ND: Tensor) -> Tensor:

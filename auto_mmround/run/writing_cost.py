@@ -77,6 +77,6 @@ def check_disk(job: Job) -> None:
     wanted, free = sum(sizes_of(job).values()), shutil.disk_usage(where).free
     if wanted > free:
         raise UserError(
-            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e9:.1f} GB,"
-            f" {free / 1e9:.1f} GB are free there; name another folder or fewer formats"
+            f"output_dir {job.recipe.output_dir}: the result takes {wanted / 1e6:,.1f} MB,"
+            f" {free / 1e6:,.1f} MB are free there; name another folder or fewer formats"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.export.formats import FORMATS
-from auto_mmround.programs import answer_of, piece_of, program
+from auto_mmround.programs import answer_of, environment_of, piece_of, program
 from auto_mmround.readers import ENGINES
 
 # only llama.cpp's log says it
@@ -27,9 +27,6 @@ MADE = ("logits", "tokens")  # results that a worker may write for each input
 CONTEXT = 8192  # tokens that llama.cpp has room for when it answers
 FOLDER = Path(".engines")
 RUNNER = program("engine_main")
-# no debugger on a crash of llama.cpp
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
-
 
 # Gets a piece of an answer as soon as it is there: text, or the id of a token.
 OnPiece = Callable[[str | int], None]
@@ -251,7 +248,8 @@ def _run(
     with (
         log.open("w", encoding="utf-8") as sink,
         subprocess.Popen(
-            command, cwd=log.parent, env=OFFLINE, stdout=subprocess.PIPE, stderr=sink, bufsize=0
+            command, cwd=log.parent, env=environment_of(Path(command[0])),
+            stdout=subprocess.PIPE, stderr=sink, bufsize=0,
         ) as process,
     ):  # fmt: skip
         assert process.stdout is not None  # it is a pipe

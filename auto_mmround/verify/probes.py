@@ -8,6 +8,7 @@ import math
 import struct
 import wave
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,11 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
 
 
 def _words(loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """A text; of a folder without a tokenizer, for which Transformers makes one that knows no word,
-    the first ids."""
+    """A text; where the tokenizer makes too little of it, the first ids. So it is with a folder
+    without one, for which Transformers makes one that knows no word."""
     if loaded.tokenizer is not None and loaded.tokenizer(TEXT)["input_ids"]:
-        return _encode(loaded, {"text": TEXT}, folder)
+        with suppress(UserError):
+            return _encode(loaded, {"text": TEXT}, folder)
     words: Any = loaded.model.get_input_embeddings()
     ids = torch.arange(min(32, len(words.weight)))[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

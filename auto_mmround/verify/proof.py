@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -61,6 +61,7 @@ def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:
     changed = list(_differences(meant, model.config.to_dict()))
     if changed:
         yield fault(f"config.json: {changed[0]}", "is not that of the model" + several(changed))
+    yield from _other_parts(given, model)
     decoded = Decoded(subject.folder, model.dtype)
     blocks = [block for stage in result.plan.stages for block in stage.blocks]
     filled = Filled(model, _contents(subject, decoded), blocks)
@@ -104,6 +105,32 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
             yield from _differences(value, read[key], f"{path}{key}.")
         elif tagged(read.get(key)) != tagged(value):
             yield f"{path}{key}"
+
+
+def _other_parts(made: PreTrainedModel, read: PreTrainedModel) -> Iterator[Finding]:
+    """Modules that compute something else than what readers make of the configuration: another
+    activation, another epsilon. What is replaced in an instance's own `forward` is not seen."""
+    there = dict(read.named_modules())
+    other = [
+        name
+        for name, module in made.named_modules()
+        if name in there and _kind(module) != _kind(there[name])
+    ]
+    if other:
+        new, old = made.get_submodule(other[0]), there[other[0]]
+        text = f"is {new}; readers make {old} of its config.json" + several(other)
+        yield fault(other[0], one_line(text))
+
+
+def _kind(module: nn.Module) -> Any:
+    """What a module without others inside computes, beside its parameters."""
+    if any(True for _ in module.children()) or isinstance(module, nn.modules.dropout._DropoutNd):
+        return None
+    floats = {key: value for key, value in vars(module).items() if isinstance(value, float)}
+    if any(True for _ in module.buffers()):  # some rotary embeddings change as they run
+        floats = {}
+    plain = not any(True for _ in module.parameters())
+    return type(module).forward, floats, repr(module) if plain else ""
 
 
 def _contents(subject: Subject, decoded: Decoded) -> dict[str, bool]:

@@ -26,7 +26,7 @@ from auto_mmround.export.openvino.read import read
 from auto_mmround.export.shards import ShardWriter
 from auto_mmround.families import FAMILIES, family_of
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes, dequantize
-from auto_mmround.programs import answer_of, program
+from auto_mmround.programs import answer_of, environment_of, program
 
 log = logging.getLogger(__name__)
 CONVERTER = [str(program(name)) for name in ("engine_main", "openvino_convert")]
@@ -93,8 +93,12 @@ def write(folder: Path, whole: Whole) -> dict[str, Any]:
         }
         (plain / "request.json").write_text(strict.dumps(request), encoding="utf-8")
         # -P: the script's folder must not be searched before the packages.
-        command = [str(converter_python()), "-P", *CONVERTER, str(plain / "request.json")]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        python = converter_python()
+        command = [str(python), "-P", *CONVERTER, str(plain / "request.json")]
+        done = subprocess.run(
+            command, cwd=scratch, env=environment_of(python), capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
     answer = answer_of(done.stdout) or {
         "error": (done.stderr.strip().splitlines() or ["no answer"])[-1]
     }
