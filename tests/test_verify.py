@@ -2,12 +2,14 @@
 folders."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import FAMILIES
 
 from auto_mmround import cli
 from auto_mmround.checkpoint.subject import read_subject
@@ -31,6 +33,7 @@ from auto_mmround.verify.agreement import (
 )
 from auto_mmround.verify.engines import EngineResult, interpreter, worker
 from auto_mmround.verify.limits import LIMITS, refusal, support
+from auto_mmround.verify.probes import TEXT as PROBE
 from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import check
 from auto_mmround.verify.verify import _reason_not_to_ask, verify
@@ -181,6 +184,20 @@ def test_probes_need_nothing_but_the_folder(exact_demo, tmp_path):
     probes, notes = make_probes(exact_demo, tmp_path)
     assert [probe.kind for probe in probes] == ["text", "image"] and notes == []
     assert "pixel_values" in probes[1].kwargs and probes[1].media["image0"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("form", ["as words", "as letters"])
+def test_a_text_of_few_or_unknown_tokens_is_asked_about(form, tmp_path):
+    """GPT-2's tokenizer makes 29 tokens of the text, fewer than calibration takes."""
+    pieces = re.findall(r"\w+|[^\w\s]", PROBE) if form == "as words" else PROBE
+    ids = [3] * len(pieces)
+    loaded = SimpleNamespace(
+        model=FAMILIES["llama"].build(), processor=None,
+        tokenizer=lambda text, **options: {"input_ids": ids},
+    )  # fmt: skip
+    (probe,), notes = make_probes(loaded, tmp_path)
+    assert probe.kwargs["input_ids"].tolist() == [ids] and notes == []
+    assert sorted(probe.kwargs) == ["attention_mask", "input_ids"]
 
 
 def test_a_probe_for_speech_recognition(exact_demo, tmp_path):

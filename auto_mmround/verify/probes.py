@@ -19,10 +19,13 @@ from torch import Tensor
 
 from auto_mmround.calibration import samples
 from auto_mmround.calibration.inputs import placeholder_ids
+from auto_mmround.calibration.ready import with_decoder_ids
 from auto_mmround.errors import UserError
 from auto_mmround.families import family_of
 from auto_mmround.modalities import AUDIO, IMAGE
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.positions import position_limit
+from auto_mmround.model.speaking import speaking
 from auto_mmround.run.job import preparers
 
 TEXT = (
@@ -58,7 +61,7 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     known = set(placeholder_ids(config).values())
     kinds = [kind for kind, place in (("image", IMAGE), ("audio", AUDIO)) if place in known]
     plain = family_of(config.model_type).text_only
-    probes = [Probe("text", _words(loaded, folder))] if plain else []
+    probes = [Probe("text", _words(loaded))] if plain else []
     notes = []
     for kind in kinds:
         path = MAKERS[kind](folder)
@@ -83,14 +86,15 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     return probes, notes
 
 
-def _words(loaded: Loaded, folder: Path) -> dict[str, Any]:
+def _words(loaded: Loaded) -> dict[str, Any]:
     """A text; of a folder without a tokenizer, for which Transformers makes one that knows no word,
-    the first ids."""
-    if loaded.tokenizer is not None and loaded.tokenizer(TEXT)["input_ids"]:
-        return _encode(loaded, {"text": TEXT}, folder)
+    the first ids. Not through calibration, which has no use for a text of few or equal tokens."""
+    known = loaded.tokenizer(TEXT)["input_ids"] if loaded.tokenizer is not None else []
     words: Any = loaded.model.get_input_embeddings()
-    ids = torch.arange(min(32, len(words.weight)))[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = torch.tensor([known or list(range(min(32, len(words.weight))))])
+    ids = ids[:, : position_limit(loaded.model)]
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return with_decoder_ids(kwargs, speaking(loaded.model).config)
 
 
 def _heard(loaded: Loaded, path: Path) -> Probe:
