@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import IO, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -120,7 +121,12 @@ class RunProgress:
 
     def watcher(self) -> Watcher:
         """The callbacks for `quantize`."""
-        return Watcher(captured=self._captured, step=self._step, block=self._block)
+        return Watcher(
+            captured=self._captured,
+            step=self._step,
+            block=self._block,
+            writing=partial(self.events.at, "writing checkpoints", spoken=False),
+        )
 
     def _captured(self, done: int, total: int) -> None:
         if done <= 1:

@@ -1,28 +1,23 @@
 """bench/accelerator.py, the kit for real machines, on the stand-in with tiny sizes."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import accelerator
 import pytest
 import torch
 from accelerator import NAME
+from benches import bench
 
 from auto_mmround.model import devices
 
 pytestmark = accelerator.NEEDED
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def kit():
-    spec = importlib.util.spec_from_file_location("kit", ROOT / "bench" / "accelerator.py")
-    module = importlib.util.module_from_spec(spec)
     with accelerator.shown(), pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        spec.loader.exec_module(module)
+        module = bench("accelerator")
         patch.setitem(devices.TABLE, NAME, accelerator.ROW)
         patch.setattr(module.importlib.util, "find_spec", lambda name: None)  # no auto-round there
         yield module
@@ -53,8 +48,7 @@ def test_what_the_time_does_not_suffice_for_is_left_out(kit, capsys):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_operations_are_those_that_torch_counts(kit, preset, layers):
     """By part of a whole run."""
-    import operations
-
+    operations = bench("operations")
     sizes, tokens, samples, device = kit.SHAPES["tiny"], 16, 16, torch.device("cpu")
     recipe = kit.Recipe(preset=preset, nsamples=samples, seqlen=tokens, group_size=32, device="cpu")
     model = kit.model_of(sizes, layers, device)

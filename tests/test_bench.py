@@ -1,30 +1,22 @@
 """What benches share, bench/kept.py and bench/meter.py."""
 
-import importlib.util
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
-
-
-def of_bench(name):
-    path = Path(__file__).parents[1] / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benches import FOLDER, bench
 
 
 @pytest.fixture(scope="module")
 def kept():
-    return of_bench("kept")
+    return bench("kept")
 
 
 def test_a_part_has_the_peaks_of_what_came_before_a_part_inside():
     now = [0.0]
-    meter = of_bench("meter").Meter(lambda: now.__setitem__(0, 0.0), lambda: now[0])
+    meter = bench("meter").Meter(lambda: now.__setitem__(0, 0.0), lambda: now[0])
     with meter.part("all"):
         now[0] = 5.0
         with meter.part("inside"):
@@ -83,15 +75,13 @@ def test_a_result_is_made_once(kept, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["accelerator", "shapes"])
-def test_the_parts_that_a_bench_watches_are_there(name, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
-    for owner, attribute in of_bench(name).PARTS.values():
+def test_the_parts_that_a_bench_watches_are_there(name):
+    for owner, attribute in bench(name).PARTS.values():
         assert callable(getattr(owner, attribute)), attribute
 
 
-def test_the_parts_that_are_counted_are_there(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
-    with of_bench("operations").counting() as counted:
+def test_the_parts_that_are_counted_are_there():
+    with bench("operations").counting() as counted:
         pass
     assert not any(counter.total() for counter in counted.by_part.values())
 
@@ -105,3 +95,10 @@ def test_results_of_other_options_are_not_taken_for_those_that_were_asked_for(ke
         assert kept.work_folder(asked(**options), "methods") == tmp_path / "w"
     with pytest.raises(SystemExit, match=r"another samples \(32, now 128\): give --work another"):
         kept.work_folder(asked(samples=128, text=None, methods=["rtn"]), "methods")
+
+
+def test_a_test_may_load_a_bench_without_any_before_it(monkeypatch):
+    """One that imports its neighbours, as the slow test of memory needs it."""
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(FOLDER)])
+    monkeypatch.delitem(sys.modules, "kept", raising=False)
+    assert callable(bench("scale").make) and str(FOLDER) not in sys.path

@@ -2,7 +2,6 @@
 how much of a model is in memory at a time."""
 
 import ctypes
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benches import bench
 from nearest import round_to_nearest
 from tiny_models import FAMILIES, tiny_tokenizer
 
@@ -35,7 +35,6 @@ from auto_mmround.verify import values
 from auto_mmround.verify.agreement import greedy
 from auto_mmround.verify.verify import verify
 
-ROOT = Path(__file__).parents[1]
 KINDS = ["llama", "gpt2", "qwen3_moe", "llama4", "qwen2_vl", "qwen3_vl", "whisper", "gemma4"]
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
@@ -284,11 +283,8 @@ ROOM = 700e6  # bytes above a block, and above Python with its libraries
 def two_gigabytes(tmp_path_factory):
     """A random model of 2 GB, and folders of it rounded to nearest: (its folder's parent, packed,
     plain, bytes of a block)."""
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "bench" / "scale.py")
-    scale = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scale)
     base = tmp_path_factory.mktemp("large")
-    _, size, block = scale.make(base / "model", 2.0)
+    _, size, block = bench("scale").make(base / "model", 2.0)
     assert size > 1.9e9
     command = ["--model", str(base / "model"), "--iters", "0", "--format", "auto_round,fake",
                "--output_dir", str(base / "out"), "--stream", "--device", "cpu"]  # fmt: skip

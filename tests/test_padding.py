@@ -1,30 +1,18 @@
 """Two hundred samples of 1 to 1,500 tokens: hardly any padding is computed, and memory stays as it
 is."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import tiny_processors
+from benches import bench
 from tiny_models import FAMILIES
 
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 
 
-def bench():
-    spec = importlib.util.spec_from_file_location(
-        "padding", Path(__file__).parents[1] / "bench" / "padding.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["padding"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_no_padding_and_flat_memory(tmp_path):
-    padding, draw = bench(), random.Random(0)
+    padding, draw = bench("padding"), random.Random(0)
     FAMILIES["qwen2_vl"].build().save_pretrained(tmp_path)
     tiny_processors.qwen2_vl().save_pretrained(tmp_path)
     rows = padding.rows(

@@ -60,6 +60,8 @@ def test_a_file_gets_whole_lines_without_colours_and_a_program_json(tmp_path):
     assert {"phase", "written"} <= {*kinds} and all("time" in event for event in events)
     (block, *_) = (event for event in events if event["event"] == "block")
     assert block["done"] == 1 and block["total"] == 5 and block["end"] > 0
+    last = len(kinds) - kinds[::-1].index("phase") - 1  # what heartbeats name at the end
+    assert events[last]["phase"] == "writing checkpoints" and "block" not in kinds[last:]
 
 
 def test_a_terminal_gets_a_live_line_and_a_table(tmp_path):

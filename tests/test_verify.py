@@ -2,13 +2,14 @@
 folders."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, tiny_tokenizer
+from tiny_models import FAMILIES
 
 from auto_mmround import cli
 from auto_mmround.checkpoint.subject import read_subject
@@ -17,7 +18,7 @@ from auto_mmround.export import formats
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.export.method import Spelling
 from auto_mmround.families import vllm_module
-from auto_mmround.model.loading import DEMO, load
+from auto_mmround.model.loading import DEMO
 from auto_mmround.readers import ENGINES
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Scheme
@@ -32,6 +33,7 @@ from auto_mmround.verify.agreement import (
 )
 from auto_mmround.verify.engines import EngineResult, interpreter, worker
 from auto_mmround.verify.limits import LIMITS, refusal, support
+from auto_mmround.verify.probes import TEXT as PROBE
 from auto_mmround.verify.probes import make_probes
 from auto_mmround.verify.static import check
 from auto_mmround.verify.verify import _reason_not_to_ask, verify
@@ -184,12 +186,20 @@ def test_probes_need_nothing_but_the_folder(exact_demo, tmp_path):
     assert "pixel_values" in probes[1].kwargs and probes[1].media["image0"].dtype == torch.uint8
 
 
-def test_a_tokenizer_that_knows_few_words_still_has_a_probe(tmp_path):
-    FAMILIES["llama"].save(tmp_path, tiny_tokenizer())
-    loaded = load(str(tmp_path))
-    assert len(loaded.tokenizer("In the beginning")["input_ids"]) == 3
+@pytest.mark.parametrize("form", ["as words", "as letters", "as three"])
+def test_a_text_of_few_or_unknown_tokens_is_asked_about(form, tmp_path):
+    """GPT-2's tokenizer makes 29 tokens of the text, fewer than calibration takes. Three would
+    prove little: the first words are asked about instead."""
+    pieces = {"as words": re.findall(r"\w+|[^\w\s]", PROBE), "as letters": PROBE}.get(form, "abc")
+    ids = [3] * len(pieces)
+    loaded = SimpleNamespace(
+        model=FAMILIES["llama"].build(), processor=None,
+        tokenizer=lambda text, **options: {"input_ids": ids},
+    )  # fmt: skip
     (probe,), notes = make_probes(loaded, tmp_path)
-    assert probe.kind == "text" and probe.kwargs["input_ids"].shape[1] == 32 and not notes
+    wanted = list(range(32)) if form == "as three" else ids
+    assert probe.kwargs["input_ids"].tolist() == [wanted] and notes == []
+    assert sorted(probe.kwargs) == ["attention_mask", "input_ids"]
 
 
 def test_a_probe_for_speech_recognition(exact_demo, tmp_path):

@@ -297,6 +297,7 @@ def run(
         result = Result(
             names, job.plan, recipe, source, finished.result, record, kv_scales=finished.kv_scales
         )
+        (watcher or Watcher()).writing()
         _write(pending, result, finished, prove)
     return outs
 

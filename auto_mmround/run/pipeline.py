@@ -55,6 +55,7 @@ class Watcher:
     captured: Callable[[int, int], None] = lambda done, total: None
     step: Callable[[str, int, int], None] = lambda block, step, total: None
     block: Callable[[BlockReport], None] = lambda report: None
+    writing: Callable[[], None] = lambda: None  # all blocks are done, and folders come next
 
 
 def quantize(

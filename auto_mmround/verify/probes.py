@@ -8,7 +8,6 @@ import math
 import struct
 import wave
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from torch import Tensor
 
 from auto_mmround.calibration import samples
 from auto_mmround.calibration.inputs import placeholder_ids
+from auto_mmround.calibration.ready import with_decoder_ids
 from auto_mmround.errors import UserError
 from auto_mmround.families import family_of
 from auto_mmround.modalities import AUDIO, IMAGE
 from auto_mmround.model.loading import Loaded
+from auto_mmround.model.positions import position_limit
+from auto_mmround.model.speaking import speaking
 from auto_mmround.run.job import preparers
 
 TEXT = (
@@ -32,6 +34,7 @@ TEXT = (
 )
 QUESTIONS = {"image": "What do you see?", "audio": "What do you hear?"}
 RATE = 16000
+FEW = 16  # tokens of a text, at least
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     known = set(placeholder_ids(config).values())
     kinds = [kind for kind, place in (("image", IMAGE), ("audio", AUDIO)) if place in known]
     plain = family_of(config.model_type).text_only
-    probes = [Probe("text", _words(loaded, folder))] if plain else []
+    probes = [Probe("text", _words(loaded))] if plain else []
     notes = []
     for kind in kinds:
         path = MAKERS[kind](folder)
@@ -84,15 +87,17 @@ def make_probes(loaded: Loaded, folder: Path) -> tuple[list[Probe], list[str]]:
     return probes, notes
 
 
-def _words(loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """A text; where the tokenizer makes too little of it, the first ids. So it is with a folder
-    without one, for which Transformers makes one that knows no word."""
-    if loaded.tokenizer is not None and loaded.tokenizer(TEXT)["input_ids"]:
-        with suppress(UserError):
-            return _encode(loaded, {"text": TEXT}, folder)
+def _words(loaded: Loaded) -> dict[str, Any]:
+    """A text; where a tokenizer makes next to nothing of it, the first ids. So it is with a folder
+    without one, for which Transformers makes one that knows no word. Not through calibration, which
+    has no use for a text of few or equal tokens."""
+    known = loaded.tokenizer(TEXT)["input_ids"] if loaded.tokenizer is not None else []
     words: Any = loaded.model.get_input_embeddings()
-    ids = torch.arange(min(32, len(words.weight)))[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first = list(range(min(32, len(words.weight))))
+    ids = torch.tensor([known if len(known) >= FEW else first])
+    ids = ids[:, : position_limit(loaded.model)]
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return with_decoder_ids(kwargs, speaking(loaded.model).config)
 
 
 def _heard(loaded: Loaded, path: Path) -> Probe:
