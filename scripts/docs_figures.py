@@ -178,7 +178,7 @@ def by_modality() -> str:
     """KL of the bundled model by modality, rounded to nearest and tuned."""
     rows = [
         (row[0], float(row[3]), float(row[4]))
-        for row in table("demo-2026-11-22.md")
+        for row in table("demo-2026-11-30.md")
         if row[0] != "full precision"
     ]
     y = axis(0, 0.03, HEIGHT - BOTTOM, TOP)
