@@ -576,6 +576,14 @@ def test_hooks_that_change_what_the_model_gives(folders):
     assert seen[:2] == [0, 1]
 
 
+def test_hooks_that_no_sample_was_tried_with(folders, caplog):
+    """Rounding to nearest reads none."""
+    model, tokenizer = read(folders("llama"))
+    model.model.layers[1].mlp.register_forward_hook(lambda layer, args, output: output * 1.5)
+    AutoRoundMLLM(model, tokenizer, **FEW | {"iters": 0}).quantize()
+    assert "forward hooks (the first on model.layers.1.mlp); without calibration" in caplog.text
+
+
 def test_a_compiled_model_is_quantized_as_it_is_written(folders):
     """A compiled call would not notice hooks that came later."""
     plain, tokenizer = read(folders("llama"))

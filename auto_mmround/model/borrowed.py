@@ -1,6 +1,7 @@
 """A user's own model, used for a while and given back as it was, but for what was written into its
 weights."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from auto_mmround.model.passes import run_model
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import find_experts
 from auto_mmround.model.visiting import visiting
+
+log = logging.getLogger("auto_mmround")
 
 ALIGNED = 16  # bytes that a row of an expert's matrix is a multiple of, for torch's grouped product
 
@@ -106,8 +109,14 @@ def hooks_of(model: nn.Module) -> list[Hook]:
 def check_hooks(
     model: PreTrainedModel, hooks: Sequence[Hook], samples: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raises UserError if hooks change what the model gives for one of the samples: a
-    checkpoint would not hold that."""
+    """Raises UserError if hooks change what the model gives for one of the samples: a checkpoint
+    would not hold that. Without samples nobody can tell, and a warning says so."""
+    if hooks and not samples:
+        log.warning(
+            "the model has forward hooks (the first on %s); without calibration samples it was not"
+            " tried whether they change what it gives, which no checkpoint holds",
+            hooks[0].path or "itself",
+        )
     for kwargs in samples if hooks else ():
         hooked = _answer(model, kwargs)
         with ExitStack() as stack:
