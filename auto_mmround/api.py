@@ -30,6 +30,7 @@ from auto_mmround.export import formats
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import borrowed, check_hooks, hooks_of
 from auto_mmround.model.devices import HOST
+from auto_mmround.model.fisher import spread
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
 from auto_mmround.model.streaming import Holder
 from auto_mmround.model.visiting import fits_whole
@@ -37,8 +38,9 @@ from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.report import report
 from auto_mmround.results import Evaluated, Page, Planned, Verified, evaluated, planned, verified
 from auto_mmround.run import job as jobs
-from auto_mmround.run.finished import Finished, alike, identity, unfinished, weights_sum
+from auto_mmround.run.finished import Finished, compute_alike, identity, unfinished, weights_sum
 from auto_mmround.run.given import is_from
+from auto_mmround.run.loss_weights import modalities_of
 from auto_mmround.run.met import naming
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.pipeline import Watcher, quantize
@@ -159,12 +161,12 @@ class AutoRoundMLLM:
                 " anew"
             )
         if self._resumes:
-            alike(places(self.recipe)[0], self.recipe.restart)
+            compute_alike(places(self.recipe)[0], self.recipe.restart)
         held, hooks = weights_sum(model) if self._resumes else "", hooks_of(model)
         with phase("quantizing"), self._lent() as holder:
             job = self._job()
-            mixtures = {tuple(s.modality_T.unique().tolist()): s.kwargs for s in job.inputs}
-            check_hooks(model, hooks, list(mixtures.values()))
+            few = spread(modalities_of(job.inputs), 0) if hooks else ()
+            check_hooks(model, hooks, [job.inputs[i].kwargs for i in few])
             for line in refusals(model, job.plan):
                 log.warning(line)
             try:

@@ -33,7 +33,7 @@ from auto_mmround.report import card, report
 from auto_mmround.results import plan_rows
 from auto_mmround.run import job as jobs
 from auto_mmround.run.estimate import Estimate, estimate
-from auto_mmround.run.finished import alike
+from auto_mmround.run.finished import compute_alike
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.run.places import check_before_loading, places
 from auto_mmround.run.plan import Plan
@@ -57,7 +57,7 @@ def quantize_with_progress(
             one.quiet = True
         if processes.first:
             check_before_loading(recipe)
-        alike(places(recipe)[0], recipe.restart, processes)
+        compute_alike(places(recipe)[0], recipe.restart, processes)
         events = Events(telling if processes.first else Telling(quiet=True))
         with events.told():
             events.at(f"loading {recipe.model}")

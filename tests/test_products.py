@@ -11,7 +11,7 @@ from torch.nn import functional
 from auto_mmround.model import devices, products
 from auto_mmround.model.products import Float32Products
 from auto_mmround.model.standins import recomputed
-from auto_mmround.run.finished import alike
+from auto_mmround.run.finished import compute_alike
 from auto_mmround.run.processes import Processes
 
 
@@ -111,7 +111,7 @@ def test_processes_make_products_as_the_first_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr(Processes, "gather", lambda self, mine: [False, mine])
     monkeypatch.setattr(devices, "_KNOWN_BF16", [True])
-    alike(tmp_path, processes=Processes(1, 2))
+    compute_alike(tmp_path, processes=Processes(1, 2))
     assert not devices.fast_bf16(devices.HOST)
 
 

@@ -103,7 +103,6 @@ class Unfinished(Finished):
         lines = _valid_lines(self._journal)
         if lines:
             self._check(lines[0])
-            _compute_alike(lines)
         else:
             first = self.identity | {PRODUCTS: devices.fast_bf16(devices.HOST)}
             write_whole(self._journal, _line(first))
@@ -198,19 +197,15 @@ def unfinished(
         os.close(lock)
 
 
-def alike(place: Path, restart: bool = False, processes: Processes = ALONE) -> None:
+def compute_alike(place: Path, restart: bool = False, processes: Processes = ALONE) -> None:
     """From now on products of bfloat16 are made as by the run that is unfinished in ``place``, in
     all processes as in the first. Before anything is computed: what is timed (`devices.timed_bf16`)
     may come out otherwise the second time, and then so do the last bits."""
-    if not restart:
-        _compute_alike(_valid_lines(place / JOURNAL))
-    devices.keep_bf16(processes.gather(devices.fast_bf16(devices.HOST))[0])
-
-
-def _compute_alike(lines: Sequence[Mapping[str, Any]]) -> None:
+    lines = [] if restart else _valid_lines(place / JOURNAL)
     kept = lines[0].get(PRODUCTS) if lines else None
     if kept is not None:
         devices.keep_bf16(kept)
+    devices.keep_bf16(processes.gather(devices.fast_bf16(devices.HOST))[0])
 
 
 def identity(

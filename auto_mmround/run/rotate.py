@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from auto_mmround.errors import UserError
 from auto_mmround.modalities import PAD
 from auto_mmround.model.chains import Chain, difference, first_call, first_tensor, moved
+from auto_mmround.model.fisher import spread
 from auto_mmround.model.pairs import as_twin, final_norm, norm_pairs, twin_of
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.speaking import path_of, speaking, speaking_path
@@ -74,8 +75,7 @@ def rotate(session: Session, told: Told = lambda done, total: None) -> Stream:
         raise _refused(
             f"{session.plan.carried[0].name}, which the class does not load, may read them"
         )
-    mixtures = {tuple(own.text_T.unique().tolist()): i for i, own in enumerate(session.modalities)}
-    few = session.of(sorted(mixtures.values()))  # in each process the same
+    few = session.of(spread(session.modalities, 0))  # in each process the same
     with phase(WHAT), few.exactly(), torch.no_grad():
         sign_D = signs(_width(session))
         stream = _stream(few, sign_D, told)
@@ -213,7 +213,7 @@ def _sources(
     }
     ran, makers = set[str](), {words: None}
     touching = _touching(model, blocks, width)
-    watched = {**touching, words: model.get_submodule(words), **outside}
+    watched = {**touching, words: model.get_submodule(words)}
     for kwargs, own, state in zip(_given(session), session.modalities, hidden, strict=True):
         with _outputs(watched) as outputs:
             run_model(speaking(model), kwargs)

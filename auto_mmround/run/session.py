@@ -155,8 +155,7 @@ class Session:
         mine = self.processes.share(range(len(self.inputs)))
         ranges = any(w.scheme and w.scheme.inputs_measured for w in self.plan.weights)
         towers = any(stage.name != "text" for stage in self.plan.stages)
-        mixtures = {tuple(own.text_T.unique().tolist()) for own in self.modalities}
-        parted = towers and len(mixtures) > 1
+        parted = towers and len(spread(self.modalities, 0)) > 1
         if self._routes or ranges or parted or not self.recipe.closed_form:
             return mine
         tokens = sum(len(own.text_T) for own in self.modalities) // max(1, len(self.modalities))
