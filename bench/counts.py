@@ -70,14 +70,15 @@ def in_miniature(columns: int) -> Iterator[None]:
 
 @contextmanager
 def swept(counted: operations.Counted) -> Iterator[None]:
-    """The part of the solve that rounds columns is counted by itself."""
+    """The parts of the solve that round columns are counted by themselves."""
+    from auto_mmround.numerics.descent import Descent
     from auto_mmround.numerics.sweeps import Sweeping
 
     with ExitStack() as undo:
-        for name in ("__call__", "descend"):
-            work = getattr(Sweeping, name)
-            undo.callback(setattr, Sweeping, name, work)
-            setattr(Sweeping, name, counted.named("sweeps", work))
+        for owner in (Sweeping, Descent):
+            work = owner.__call__
+            undo.callback(setattr, owner, "__call__", work)
+            owner.__call__ = counted.named("sweeps", work)  # type: ignore[method-assign]
         yield
 
 

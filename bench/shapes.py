@@ -27,6 +27,7 @@ from auto_mmround.export.shards import ShardWriter
 from auto_mmround.model.chains import Chain
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gptq, scale_search, start
+from auto_mmround.numerics.descent import Descent
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
@@ -45,7 +46,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "solve": (start, "closed_forms"),
     "- search": (scale_search, "search_scale"),
     "- columns": (gptq, "solve"),
-    "- again": (gptq, "descend"),
+    "- again": (Descent, "__call__"),
     "- refit": (gptq, "refit_scale"),
     "nearest": (pipeline, "mean_error"),
     "steps": (pipeline, "tune_block"),

@@ -2,6 +2,7 @@
 callers rely on."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nearest import round_to_nearest
 from torch import Tensor
 
 from auto_mmround.numerics import gptq, grids, scale_search
+from auto_mmround.numerics.descent import WIDTH, Descent, in_turn
 from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import PANEL, Moments, output_error
@@ -345,36 +347,50 @@ def test_refit_fits_each_group_to_the_errors_of_all_others(size):
     assert not torch.equal(found_OG, scale_OG)
 
 
-def slow_descent(w_OI, q_OI, hessian_II, scale_OG, zero_OG, group_size, grid) -> Tensor:
-    """Every code in turn set to the best of all that the grid has, the others as they are."""
-    q_OI, own = q_OI.clone(), torch.arange(grid.low, grid.top + 1.0)
-    for k in range(w_OI.shape[1]):
-        tried = q_OI.repeat(len(own), 1, 1)
-        tried[..., k] = own[:, None]
-        error = w_OI - torch.stack([values(q, scale_OG, zero_OG, group_size) for q in tried])
-        loss = ((error.double() @ hessian_II.double()) * error).sum(-1)
-        q_OI[:, k] = own[loss.argmin(0)]
-    return q_OI
+def descent(hessian_II, size, grid, how=gptq.PLAINLY, width=WIDTH):
+    in_turn_ = partial(in_turn, grid=grid, block=how.block)
+    return Descent(hessian_II[None], size, grid, how, width, in_turn_)
+
+
+def slow_round(w_OI, q_OI, hessian_II, scale_OG, zero_OG, size, grid, width) -> tuple[Tensor, ...]:
+    """Every code of ``width`` columns in turn set to the best of all that the grid has, and then
+    every scale of them to the best there is, the others as they are."""
+    q_OI, scale_OG, own = q_OI.clone(), scale_OG.clone(), torch.arange(grid.low, grid.top + 1.0)
+    hessian_II = hessian_II.double()
+    for first in range(0, w_OI.shape[1], width):
+        for k in range(first, first + width):
+            tried = q_OI.repeat(len(own), 1, 1)
+            tried[..., k] = own[:, None]
+            error = w_OI - torch.stack([values(q, scale_OG, zero_OG, size) for q in tried])
+            q_OI[:, k] = own[((error.double() @ hessian_II) * error).sum(-1).argmin(0)]
+        for group in range(first // size, (first + width) // size if width >= size else 0):
+            u_OI = torch.zeros_like(q_OI)
+            part = slice(group * size, (group + 1) * size)
+            u_OI[:, part] = q_OI[:, part] - zero_OG[:, group, None]
+            under_OI = u_OI.double() @ hessian_II
+            error_OI = w_OI - values(q_OI, scale_OG, zero_OG, size)
+            step_O = (error_OI * under_OI).sum(1) / (u_OI * under_OI).sum(1)
+            scale_OG[:, group] = grid.storable(scale_OG[:, group] + step_O.float())
+    return q_OI, scale_OG
 
 
 @pytest.mark.parametrize("grid", GRIDS[:4])
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_descent_sets_each_code_to_the_best_for_the_others(grid, block):
-    w_OI, hessian_II = weight(6, 32), moments(inputs(500, 32))
+@pytest.mark.parametrize(("block", "width"), [(1, 16), (7, 32), (64, 48), (64, 8)])
+def test_a_round_sets_each_code_and_scale_to_the_best_for_the_others(grid, block, width):
+    w_OI, hessian_II = weight(6, 96), moments(inputs(500, 96))
     scale_OG, zero_OG = plain(w_OI, 16, grid)
     q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid)
-    how = gptq.Solving(0.0, "none", block)
-    found_OI = gptq.descend(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 16, grid, how)
-    wanted_OI = slow_descent(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 16, grid)
+    one_round = descent(hessian_II, 16, grid, gptq.Solving(0.0, "none", block), width)
+    found_OI, found_OG = one_round(w_OI, q_OI, scale_OG, zero_OG)
+    wanted_OI, wanted_OG = slow_round(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 16, grid, width)
     assert torch.equal(found_OI, wanted_OI) and not torch.equal(found_OI, q_OI)
+    torch.testing.assert_close(found_OG, wanted_OG, rtol=1e-3, atol=0.0)
+    assert one_round.fits == (width >= 16) == (not torch.equal(found_OG, scale_OG))
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from(["none", "weight", "group"]), st.sampled_from([*GRIDS, *FLOATS]),
-    st.integers(0, 50),
-)  # fmt: skip
-def test_descent_never_raises_the_error(order, grid, seed):
+@given(st.sampled_from([*GRIDS, *FLOATS]), st.sampled_from([16, 48, 256]), st.integers(0, 50))
+def test_a_round_never_raises_the_error(grid, width, seed):
     w_OI, x_TI = weight(8, 64, seed), inputs(100, 64, seed)
     x_TI[:, 5] = 0
     hessian_II = moments(x_TI)
@@ -383,13 +399,13 @@ def test_descent_never_raises_the_error(order, grid, seed):
         scale_OG, zero_OG = grid.plain(grids.to_groups(w_OI, size))
     else:
         scale_OG, zero_OG = plain(w_OI, size, grid)
-    how = gptq.Solving(0.01, order, 24)
+    how = gptq.Solving(0.01, block=24)
     q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid, how)
     damped_II = hessian_II + 0.01 * hessian_II.diagonal().mean() * torch.eye(64)
-    errors = []
+    one_round, errors = descent(hessian_II, size, grid, how, width), []
     for _ in range(3):
         errors.append(output_error(w_OI, values(q_OI, scale_OG, zero_OG, size), damped_II))
-        q_OI = gptq.descend(w_OI, q_OI, hessian_II, scale_OG, zero_OG, size, grid, how)
+        q_OI, scale_OG = one_round(w_OI, q_OI, scale_OG, zero_OG)
         assert q_OI.min() >= grid.low and q_OI.max() <= grid.top
     assert errors[1] <= errors[0] * (1 + 1e-5) and errors[2] <= errors[1] * (1 + 1e-5)
 
@@ -398,8 +414,8 @@ def test_second_moments_that_say_nothing_leave_codes_nearest():
     w_OI, empty = weight(4, 32), torch.full((32, 32), torch.nan)
     scale_OG, zero_OG = plain(w_OI, 16, GRIDS[0])
     nearest_OI = gptq.solve(w_OI, torch.eye(32), scale_OG, zero_OG, 16, GRIDS[0])
-    found_OI = gptq.descend(w_OI, nearest_OI, empty, scale_OG, zero_OG, 16, GRIDS[0])
-    assert torch.equal(found_OI, nearest_OI)
+    found_OI, found_OG = descent(empty, 16, GRIDS[0])(w_OI, nearest_OI, scale_OG, zero_OG)
+    assert torch.equal(found_OI, nearest_OI) and torch.equal(found_OG, scale_OG)
 
 
 def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():

@@ -2,6 +2,7 @@
 copies, bytes a weight."""
 
 import os
+from functools import partial
 
 import accelerator
 import mixtures
@@ -13,8 +14,9 @@ from torch import nn
 
 from auto_mmround.model import devices
 from auto_mmround.model.experts import separated
-from auto_mmround.numerics import gptq, rounding, scale_search, sweeps
+from auto_mmround.numerics import descent, gptq, rounding, scale_search, sweeps
 from auto_mmround.numerics.activations import rounded_inputs
+from auto_mmround.numerics.descent import Descent, in_turn
 from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Grid, ranges, scale_and_zero, to_groups
 from auto_mmround.numerics.moments import Moments, sums_wide
@@ -76,12 +78,14 @@ def test_sweeps_round_as_columns_in_turn_do(kind, grid, order):
     if not solver.doubtful():  # a sum in another order may move what lies on an edge
         assert (found_OI != wanted_OI).float().mean() < 0.01
     assert kind == "alike" or not solver.doubtful()
-    how = gptq.Solving(0.05, order)
-    again_OI = solver.descend(w_OI, wanted_OI, *ranges_)
-    expected_OI = gptq.descend(w_OI, wanted_OI, hessian_II, *ranges_, 64, grid, how)
+    ways = (sweeps.BLOCK, solver.rounded), (descent.WIDTH, partial(in_turn, grid=grid, block=64))
+    descents = [
+        Descent(hessian_II[None], 64, grid, gptq.Solving(0.05, order), *way) for way in ways
+    ]
+    found = [(wanted_OI, ranges_[0]), *(each(w_OI, wanted_OI, *ranges_) for each in descents)]
     damped_II = hessian_II + 0.05 * hessian_II.diagonal().mean() * torch.eye(320)
     before_O, after_O, most_O = (
-        loss(w_OI, q_OI, damped_II, *ranges_) for q_OI in (wanted_OI, again_OI, expected_OI)
+        loss(w_OI, q_OI, damped_II, scale_OG, ranges_[1]) for q_OI, scale_OG in found
     )
     assert (after_O <= before_O * 1.0001).all()
     if kind != "alike":  # there one column's choice is every other's
@@ -115,6 +119,8 @@ def moments_of(x_TI, place):
 @there
 @pytest.mark.parametrize("grid", [GRID, Grid(3, False), Grid(4, True, scale_range=(-32, 31))])
 def test_the_start_is_that_of_the_processor_also_where_sweeps_are_not_sure(grid, monkeypatch):
+    monkeypatch.setattr(descent, "WIDTH", sweeps.BLOCK)  # the same columns at a time
+
     def found(place, sweeps_=32):
         monkeypatch.setattr(sweeps, "SWEEPS", sweeps_)
         torch.manual_seed(1)

@@ -88,7 +88,7 @@ def solve(
         for part, target_BO in zip(parts, target_WO.split(how.block), strict=True):
             before = slice(wide.start, part.start)
             target_BO.addmm_(feedback_II[part, before], error_IO[before])
-            _solve_block(
+            round_in_turn(
                 target_BO, w_IO[part], feedback_II[part, part], groups.at(group_I[part]), grid,
                 error_IO[part], q_IO[part],
             )  # fmt: skip
@@ -109,47 +109,6 @@ def _as_rows(x_IO: Tensor, order_I: Tensor) -> Tensor:
 def _spread(x_OG: Tensor, group_size: int, columns: int) -> Tensor:
     """(.., out, in): each column has its group's number."""
     return grids.from_groups(x_OG[..., None].expand(*x_OG.shape, group_size), columns)
-
-
-def descend(
-    w_OI: Tensor,
-    q_OI: Tensor,
-    hessian_II: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor,
-    group_size: int,
-    grid: Points,
-    how: Solving = PLAINLY,
-) -> Tensor:
-    """Codes (out, in) rounded once more, column after column, now on the errors of all others.
-
-    While the others stay, the best value of column k is w_k + sum_{j != k} E_j H_jk / H_kk. So
-    tr(E H E^T) of the damped H never grows: descent by coordinates, as in CDQuant (arXiv
-    2406.17542).
-    """
-    diagonal_I = hessian_II.diagonal()
-    order_I = column_order(diagonal_I, how.order, group_size)
-    damp = how.dampening * diagonal_I.mean()
-    groups, group_I = _Groups.of(scale_OG, zero_OG, grid), order_I // group_size
-    w_IO, q_IO = _as_columns(w_OI.float(), order_I), _as_columns(q_OI, order_I)
-    q_IO.sub_(groups.zero_GO.index_select(0, group_I))
-    error_IO = torch.addcmul(w_IO, groups.scale_GO.index_select(0, group_I), q_IO, value=-1)
-    for wide, parts in _blocks(len(w_IO), how.block):
-        rows_WI = hessian_II.index_select(0, order_I[wide]).index_select(1, order_I)
-        answers_WI, _ = answers(rows_WI, wide.start, damp)
-        target_WO, old_WO = torch.addmm(w_IO[wide], answers_WI, error_IO), error_IO[wide].clone()
-        each = zip(parts, answers_WI.split(how.block), target_WO.split(how.block), strict=True)
-        for part, answers_BI, target_BO in each:
-            before = slice(wide.start, part.start)
-            moved = error_IO[before] - old_WO[: part.start - wide.start]
-            target_BO.addmm_(answers_BI[:, before], moved)
-            among_BB = answers_BI[:, part].tril()
-            target_BO.addmm_(among_BB, error_IO[part], alpha=-1)
-            _solve_block(
-                target_BO, w_IO[part], among_BB, groups.at(group_I[part]), grid, error_IO[part],
-                q_IO[part],
-            )  # fmt: skip
-    return _as_rows(q_IO.add_(groups.zero_GO.index_select(0, group_I)), order_I)
 
 
 def _blocks(columns: int, block: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -191,7 +150,7 @@ class _Groups(NamedTuple):
         return self.scale_GO[group_B], self.low_GO[group_B], self.high_GO[group_B]
 
 
-def _solve_block(
+def round_in_turn(
     target_BO: Tensor,
     w_BO: Tensor,
     feedback_BB: Tensor,
@@ -306,13 +265,8 @@ def refit_scale(
             u_Og, behind = centred_OI[..., part], slice(part.stop, ahead.stop)
             length_O = ((u_Og @ hessian_II[..., part, part]) * u_Og).sum(-1)
             along_O = (along_OA[..., : u_Og.shape[-1]] * u_Og).sum(-1)
-            along_O, length_O = (
-                pieces.over_rows(x_O, grid.rows, -1) for x_O in (along_O, length_O)
-            )
-            step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0)
-            step_O = step_O.nan_to_num(0.0, 0.0, 0.0)
             unit_O = None if unit_OG is None else unit_OG[..., group]
-            scale_OG[..., group] = grid.storable(scale_OG[..., group] + step_O, unit_O)
+            scale_OG[..., group] = fitted(scale_OG[..., group], along_O, length_O, grid, unit_O)
             now_Og = w_OI[..., part] - u_Og * scale_OG[..., group, None]
             along_OA = along_OA[..., group_size:]
             if along_OA.shape[-1]:
@@ -321,6 +275,16 @@ def refit_scale(
                     along_OA += moved_Og @ hessian_II[..., part, behind]
             error_OI[..., part] = now_Og
     return scale_OG
+
+
+def fitted(
+    scale_O: Tensor, along_O: Tensor, length_O: Tensor, grid: Points, unit_O: Tensor | None = None
+) -> Tensor:
+    """Scales (..., out) of a group plus their best change, ``along`` / ``length``, as the file can
+    hold them: E H u^T and u H u^T, see `refit_scale`."""
+    along_O, length_O = (pieces.over_rows(x_O, grid.rows, -1) for x_O in (along_O, length_O))
+    step_O = torch.where(length_O > 0, along_O / length_O.clamp(min=1e-30), 0.0)
+    return grid.storable(scale_O + step_O.nan_to_num(0.0, 0.0, 0.0), unit_O)
 
 
 def place_start(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from auto_mmround.numerics import gptq, grids, scale_search, super_grids, sweeps
+from auto_mmround.numerics import descent, gptq, grids, scale_search, super_grids, sweeps
 from auto_mmround.numerics.moments import Moments
 from auto_mmround.numerics.rounding import Rounding
 
@@ -23,10 +23,9 @@ MOST = 2**26  # elements of weights under one H that are worked on at a time
 class StartConfig:
     """dampening, order, block: see `gptq.Solving`.
 
-    refit: fit the scales to the solved integers at the end. again: number of further rounds. In
-    each the integers are rounded once more on the errors of all others, and the scales are fitted
-    again. margin: distance of the start from the rounding edge, in steps of the grid; sign steps
-    can flip integers close to the edge. retarget: solve for the teacher's outputs, see
+    refit: fit the scales to the solved integers at the end. again: number of further rounds, see
+    `descent`. margin: distance of the start from the rounding edge, in steps of the grid; sign
+    steps can flip integers close to the edge. retarget: solve for the teacher's outputs, see
     `gptq.retarget`; this needs moments with teacher inputs.
     """
 
@@ -310,8 +309,9 @@ def _solved(
         q_OI = under.solve(w_OI, scale_OG=scale_OG, zero_OG=zero_OG)
         for again in range(1 + config.again if config.refit else 0):
             if again:
-                q_OI = under.descend(w_OI, q_OI, scale_OG=scale_OG, zero_OG=zero_OG)
-            scale_OG = under.refit(w_OI, q_OI, scale_OG, zero_OG, unit_OG)
+                q_OI, scale_OG = under.descend(w_OI, q_OI, scale_OG, zero_OG, unit_OG)
+            if not again or not under.descend.fits:
+                scale_OG = under.refit(w_OI, q_OI, scale_OG, zero_OG, unit_OG)
         q_OGg = grids.to_groups(grid.packed(q_OI), group_size)
         parts.append(_Start(scale_OG, zero_OG, q_OGg, blocks))
     doubtful_N = under.sweeping.doubtful() if under.sweeping else torch.zeros(count)
@@ -326,7 +326,7 @@ class _Under(NamedTuple):
     group_size: int
     grid: grids.Points
     solve: Callable[..., Tensor]
-    descend: Callable[..., Tensor]
+    descend: descent.Descent
     sweeping: sweeps.Sweeping | None
 
     @classmethod
@@ -340,13 +340,16 @@ class _Under(NamedTuple):
     ) -> "_Under":
         """Column by column, or by `sweeps`."""
         how = gptq.Solving(config.dampening, config.order, config.block)
+        many = hessian if hessian.ndim == 3 else hessian[None]
+        to_descend = partial(descent.Descent, many, group_size, grid, how)
         if in_sweeps:
-            many = hessian if hessian.ndim == 3 else hessian[None]
             made = sweeps.Sweeping(many, group_size, grid, how)
-            return cls(hessian, group_size, grid, made, made.descend, made)
+            descend = to_descend(sweeps.BLOCK, made.rounded)
+            return cls(hessian, group_size, grid, made, descend, made)
         all_: dict[str, Any] = dict(hessian_II=hessian, group_size=group_size, grid=grid, how=how)
-        solve, descend = partial(gptq.solve, **all_), partial(gptq.descend, **all_)
-        return cls(hessian, group_size, grid, solve, descend, None)
+        in_turn = partial(descent.in_turn, grid=grid, block=config.block)
+        descend = to_descend(descent.WIDTH, in_turn)
+        return cls(hessian, group_size, grid, partial(gptq.solve, **all_), descend, None)
 
     def refit(
         self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, unit_OG: Tensor | None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from auto_mmround.numerics import gptq
+from auto_mmround.numerics.descent import Span
 from auto_mmround.numerics.grids import Points
 
 BLOCK, SWEEPS = 128, 32
@@ -27,8 +28,7 @@ class Sweeping:
     """Second moments of N weights (N, I, I), factorized; solves weights (N * O, I) under them."""
 
     def __init__(self, hessian_NII: Tensor, group_size: int, grid: Points, how: gptq.Solving):
-        self._group_size, self._grid, self._hessian_NII = group_size, grid, hessian_NII
-        self._dampening = how.dampening
+        self._group_size, self._grid = group_size, grid
         each = hessian_NII.unbind()
         orders = [gptq.column_order(h.diagonal(), how.order, group_size) for h in each]
         factored = [gptq.factor(*both, how.dampening) for both in zip(each, orders, strict=True)]
@@ -64,35 +64,25 @@ class Sweeping:
                 error_NIO[:, part],
                 q_NIO[:, part],
             )
+            q_NIO[:, part] += tables_NBO[1]
         return self._rows(q_NIO)
 
-    def descend(self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        """`gptq.descend` of codes (N * O, I). Columns answer for the errors of the sweep before, so
-        they may go too far: a block of a row that is not better keeps its old codes."""
-        w_NIO, q_NIO = self._columns(w_OI), self._columns(q_OI)
-        error_NIO = torch.empty_like(w_NIO)
-        for part, (scale_NBO, zero_NBO) in self._blocks(scale_OG, zero_OG):
-            error_NIO[:, part] = w_NIO[:, part] - scale_NBO * (q_NIO[:, part] - zero_NBO)
-        damp_N1 = self._dampening * self._hessian_NII.diagonal(dim1=1, dim2=2).mean(-1)[:, None]
-        for part, tables_NBO in self._blocks(scale_OG, zero_OG):
-            rows_NBI = self._hessian_NII.take_along_dim(self._order_NI[:, part, None], 1)
-            rows_NBI = rows_NBI.take_along_dim(self._order_NI[:, None], 2)
-            answers_NBI, own_NB = gptq.answers(rows_NBI, part.start, damp_N1)
-            among_NBB, w_NBO = answers_NBI[:, :, part], w_NIO[:, part]
-            target_NBO = torch.baddbmm(w_NBO, answers_NBI, error_NIO)
-            before_NBO, kept_NBO = error_NIO[:, part].clone(), q_NIO[:, part].clone()
-            slope_NBO = (target_NBO - w_NBO).add_(before_NBO)  # half of dL/dE, over H_kk
-            earlier_NBB = among_NBB.tril()
-            target_NBO.baddbmm_(earlier_NBB, before_NBO, alpha=-1)
-            self._block(
-                w_NBO, target_NBO, earlier_NBB, tables_NBO, error_NIO[:, part], q_NIO[:, part], FEW
-            )
-            moved_NBO = error_NIO[:, part] - before_NBO
-            rise_NBO = torch.baddbmm(moved_NBO, among_NBB, moved_NBO).add_(slope_NBO, alpha=2)
-            rise_N1O = rise_NBO.mul_(moved_NBO).mul_(own_NB[..., None]).sum(1, keepdim=True)
-            error_NIO[:, part] = torch.where(rise_N1O < 0, error_NIO[:, part], before_NBO)
-            q_NIO[:, part] = torch.where(rise_N1O < 0, q_NIO[:, part], kept_NBO)
-        return self._rows(q_NIO)
+    def rounded(self, span: Span) -> Tensor:
+        """Round some columns of a descent, and return the change of their slope. Columns answer for
+        the errors of the sweep before, so they may go too far: a row that is not better keeps its
+        old codes."""
+        error_NWO, u_NWO = span.error_NWO, span.u_NWO
+        before_NWO, kept_NWO = error_NWO.clone(), u_NWO.clone()
+        earlier_NWW = span.among_NWW.tril()
+        span.target_NWO.baddbmm_(earlier_NWW, before_NWO, alpha=-1)
+        tables_NWO = span.scale_NWO, span.zero_NWO
+        self._block(span.w_NWO, span.target_NWO, earlier_NWW, tables_NWO, error_NWO, u_NWO, FEW)
+        change_NWO = span.change(moved_NWO := error_NWO - before_NWO)
+        rise_NWO = torch.add(change_NWO, span.slope_NWO, alpha=2).mul_(moved_NWO)
+        better_N1O = rise_NWO.mul_(span.own_NW[..., None]).sum(1, keepdim=True) < 0
+        error_NWO.copy_(torch.where(better_N1O, error_NWO, before_NWO))
+        u_NWO.copy_(torch.where(better_N1O, u_NWO, kept_NWO))
+        return change_NWO.mul_(better_N1O)
 
     def _columns(self, x_OI: Tensor) -> Tensor:
         """(N, I, O), columns in the order of rounding."""
@@ -125,7 +115,7 @@ class Sweeping:
         q_NBO: Tensor,
         known: int = 0,
     ) -> Tensor:
-        """Round the columns of one block, and write their errors and codes. Returns (N,): how many
+        """Round the columns of one block, and write their errors and q - z. Returns (N,): how many
         integers moved in the last sweep. A sweep takes four kernels, because the nearest integer is
         the floor of half a step more.
 
@@ -142,6 +132,4 @@ class Sweeping:
                 last_NBO = q_NBO.clone() if sweep == sweeps - 1 else q_NBO
             self._grid.sweep(answer_NBO, scale_NBO, q_NBO).clamp_(*bounds)
             torch.addcmul(w_NBO, scale_NBO, q_NBO, value=-1, out=error_NBO)
-        moved_N = (q_NBO != last_NBO).sum((1, 2))
-        q_NBO += zero_NBO
-        return moved_N
+        return (q_NBO != last_NBO).sum((1, 2))
