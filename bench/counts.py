@@ -70,15 +70,20 @@ def in_miniature(columns: int) -> Iterator[None]:
 
 @contextmanager
 def swept(counted: operations.Counted) -> Iterator[None]:
-    """The parts of the solve that round columns are counted by themselves."""
+    """The parts of the solve that round columns are counted by themselves; fits of scales, as many
+    as there are groups, are not among them."""
     from auto_mmround.numerics.descent import Descent
     from auto_mmround.numerics.sweeps import Sweeping
 
     with ExitStack() as undo:
-        for owner in (Sweeping, Descent):
-            work = owner.__call__
-            undo.callback(setattr, owner, "__call__", work)
-            owner.__call__ = counted.named("sweeps", work)  # type: ignore[method-assign]
+        for owner, name, part in (
+            (Sweeping, "__call__", "sweeps"),
+            (Descent, "__call__", "sweeps"),
+            (Descent, "_refit", "solve"),
+        ):
+            work = getattr(owner, name)
+            undo.callback(setattr, owner, name, work)
+            setattr(owner, name, counted.named(part, work))
         yield
 
 
