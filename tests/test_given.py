@@ -576,6 +576,29 @@ def test_hooks_that_change_what_the_model_gives(folders):
     assert seen[:2] == [0, 1]
 
 
+def test_a_forward_in_the_place_of_the_class_s(folders):
+    """As patches set it on a module: quicker ones are taken, one that changes the output is not."""
+    model, tokenizer = read(folders("llama"))
+    mlp = model.model.layers[1].mlp
+    written, seen = type(mlp).forward, []
+
+    def patched(x):
+        seen.append(x.shape)
+        return written(mlp, x)
+
+    mlp.forward = patched
+    AutoRoundMLLM(model, tokenizer, **FEW).quantize()
+    assert seen and vars(mlp)["forward"] is patched
+    model, tokenizer = read(folders("llama"))
+    mlp = model.model.layers[1].mlp
+    mlp.forward = changed = lambda x: 1.5 * written(mlp, x)
+    with pytest.raises(
+        UserError, match=r"a forward of its own \(the first on model\.layers\.1\.mlp"
+    ):
+        AutoRoundMLLM(model, tokenizer, **FEW).quantize()
+    assert vars(mlp)["forward"] is changed
+
+
 def test_hooks_that_no_sample_was_tried_with(folders, caplog):
     """Rounding to nearest reads none."""
     model, tokenizer = read(folders("llama"))

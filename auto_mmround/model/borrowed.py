@@ -88,22 +88,34 @@ def _plainly(model: nn.Module) -> Iterator[None]:
 
 
 class Hook(NamedTuple):
-    """A forward hook of the caller's. path: of its module. table: of the module, with the number
-    of the hook."""
+    """A forward hook of the caller's, or a `forward` in the place of the class's. path: of its
+    module. table: where it is, under ``key``."""
 
     path: str
     table: Any
-    number: int
+    key: int | str
+
+    def __str__(self) -> str:
+        what = "a forward of its own" if self.key == "forward" else "forward hooks"
+        return f"{what} (the first on {self.path or 'itself'})"
 
 
 def hooks_of(model: nn.Module) -> list[Hook]:
-    """Those that a model has, before any of ours."""
-    return [
-        Hook(path, table, number)
-        for path, module in model.named_modules()
-        for table in (module._forward_pre_hooks, module._forward_hooks)
-        for number in table
-    ]
+    """Those that a model has, before any of ours. accelerate's forward, which moves tensors from
+    device to device, is not among them."""
+    found = []
+    for path, module in model.named_modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            found += [Hook(path, table, number) for number in table]
+        if "forward" in vars(module) and not _wrapped(module):
+            found.append(Hook(path, vars(module), "forward"))
+    return found
+
+
+def _wrapped(module: nn.Module) -> bool:
+    """Whether a forward on the module itself is accelerate's, or torch.compile's."""
+    forward = vars(module)["forward"]
+    return hasattr(module, "_hf_hook") or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def check_hooks(
@@ -113,23 +125,26 @@ def check_hooks(
     would not hold that. Without samples nobody can tell, and a warning says so."""
     if hooks and not samples:
         log.warning(
-            "the model has forward hooks (the first on %s); without calibration samples it was not"
-            " tried whether they change what it gives, which no checkpoint holds",
-            hooks[0].path or "itself",
+            "the model has %s; without calibration samples it was not tried whether they change"
+            " what it gives, which no checkpoint holds",
+            hooks[0],
         )
     for kwargs in samples if hooks else ():
         hooked = _answer(model, kwargs)
         with ExitStack() as stack:
             for hook in hooks:
+                if hook.key == "forward":
+                    stack.callback(hook.table.__setitem__, hook.key, hook.table.pop(hook.key))
+                    continue
                 # a module's hooks run in this order
                 stack.callback(hook.table.update, dict(hook.table))
                 stack.callback(hook.table.clear)
-                del hook.table[hook.number]
+                del hook.table[hook.key]
             plain = _answer(model, kwargs)
         if not difference(hooked, plain) <= TOLERANCE[plain.dtype]:
             raise UserError(
-                f"the model has forward hooks (the first on {hooks[0].path or 'itself'}) that"
-                " change what it gives, but no checkpoint holds them: remove them"
+                f"the model has {hooks[0]}; they change what it gives, but no checkpoint holds"
+                " them: remove them"
             )
 
 
