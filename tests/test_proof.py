@@ -109,17 +109,27 @@ def test_the_other_formats_of_a_run_are_written(model, tmp_path, broken):
     ]
 
 
-@pytest.mark.parametrize("part", ["act_fn", "norm"])
+@pytest.mark.parametrize("part", ["act_fn", "norm", "self_attn", "rotary_emb", "rope"])
 def test_a_model_that_computes_otherwise_than_its_configuration_says(part, model, tmp_path):
     """Every tensor is right, and readers would get another function."""
     made = load(str(model))
+    text = made.model.model
     if part == "act_fn":
-        made.model.model.layers[1].mlp.act_fn = torch.nn.GELU()
-    else:
-        made.model.model.norm.variance_epsilon *= 2
+        text.layers[1].mlp.act_fn = torch.nn.GELU()
+    elif part == "norm":
+        text.norm.variance_epsilon *= 2
+    elif part == "self_attn":
+        text.layers[1].self_attn.scaling *= 2
+    elif part == "rotary_emb":
+        text.rotary_emb.original_inv_freq *= 1.5
+    else:  # read when the model was made
+        made.model.config.rope_parameters["rope_theta"] *= 4
     ours = AutoRoundMLLM(made.model, made.tokenizer, iters=0, group_size=32, device="cpu")
     ours.quantize()
-    with pytest.raises(NotProved, match=rf"{part}: is .*; readers make .* of its config\.json"):
+    named = "rotary_emb" if part == "rope" else part
+    with pytest.raises(
+        NotProved, match=rf"{named}: (is|has) .* readers make .*of its config\.json"
+    ):
         ours.save_quantized(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.wrong"]
 

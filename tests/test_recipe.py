@@ -80,7 +80,8 @@ def test_pattern_matches_whole_parts():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_choose_steps_rate_and_samples_of_auto(preset):
     recipe = Recipe(preset=preset)
-    assert (recipe.steps, recipe.learning_rate, recipe.batch) == ALGORITHMS["auto"].presets[preset]
+    found = recipe.steps, recipe.learning_rate, recipe.batch, recipe.gradients
+    assert found == ALGORITHMS["auto"].presets[preset]
     assert dataclasses.replace(Recipe(), preset=preset) == recipe  # flags are laid over a file
     own = Recipe(preset=preset, iters=5, lr=0.5, batch_size=3)
     assert (own.steps, own.learning_rate, own.batch) == (5, 0.5, 3)

@@ -26,6 +26,7 @@ from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import Moments, output_error
 from auto_mmround.numerics.rounding import Rounding
 from auto_mmround.numerics.start import StartConfig, closed_form, closed_forms, collecting, in_turn
+from auto_mmround.recipe.algorithms import PRESETS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.finished import Finished
 from auto_mmround.run.pipeline import quantize
@@ -273,7 +274,13 @@ def test_several_draws_a_sample_are_the_mean_of_as_many_passes():
     ("samples", "draws"), [(1, 4), (32, 4), (33, 3), (64, 2), (65, 1), (128, 1), (0, 4)]
 )
 def test_few_samples_draw_several_times(samples, draws):
-    assert draws_of(samples) == draws
+    assert draws_of(samples, 128) == draws
+
+
+def test_presets_draw_more_the_longer_they_take():
+    """37 samples of 2,048 tokens are those of a model with 18,944 columns."""
+    presets = [draws_of(37, Recipe(preset=name).gradients) for name in PRESETS]
+    assert presets == [1, 2, 3] and Recipe(algorithm="gptq").gradients == 128
 
 
 def test_moments_pair_the_students_inputs_with_the_teachers():

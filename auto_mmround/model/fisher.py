@@ -38,7 +38,7 @@ from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
 
 ENOUGH = 2048  # tokens; means of squares over more change the result within noise
-GRADIENTS, DRAWS = 128, 4  # gradients that keep noise low; at most so many of one sample
+DRAWS = 4  # gradients of one sample, at most
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,10 @@ class _Passes:
         return grad_TD
 
 
-def draws_of(samples: int) -> int:
-    """Gradients of each sample, so that there are `GRADIENTS` of all together."""
-    return max(1, min(DRAWS, GRADIENTS // max(1, samples)))
+def draws_of(samples: int, gradients: int) -> int:
+    """Gradients of each sample, so that there are about ``gradients`` of all together, which keep
+    the noise of drawn labels low."""
+    return max(1, min(DRAWS, gradients // max(1, samples)))
 
 
 def _flat(grad: Tensor) -> Tensor:

@@ -170,9 +170,9 @@ class Grid(NamedTuple):
 
     @property
     def factor_rate(self) -> float:
-        """0 from 4 bits on: a factor's step of .02 moves codes that solved for each other, the
+        """0 from 3 bits on: a factor's step of .02 moves codes that solved for each other, the
         largest of 4 bits by .16, of 8 bits by 2.5. Published ranges do not ask."""
-        return 0.0 if self.bits >= 4 and self.scale_range is None else 1.0
+        return 0.0 if self.bits >= 3 and self.scale_range is None else 1.0
 
     def started(self) -> "Grid":
         return self

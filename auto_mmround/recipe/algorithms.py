@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 
 class Steps(NamedTuple):
-    """Sign steps per block, first learning rate (None: 1/steps), samples per step."""
+    """Sign steps per block, first learning rate (None: 1/steps), samples per step. gradients: of
+    the model's output, for the weights of tokens. Few samples give several each (`run.session`)."""
 
     iters: int
     lr: float | None
     batch: int
+    gradients: int = 128
 
 
 class Algorithm(NamedTuple):
@@ -32,7 +34,11 @@ class Algorithm(NamedTuple):
 
 # The presets of `auto`; docs/tuner.md has the table of time and damage. After the closed form, few
 # steps are enough.
-_AUTO = {"light": Steps(16, 0.02, 4), "default": Steps(20, 0.02, 8), "best": Steps(60, 0.01, 8)}
+_AUTO = {
+    "light": Steps(16, 0.02, 4, gradients=64),
+    "default": Steps(20, 0.02, 8, gradients=96),
+    "best": Steps(60, 0.01, 8),
+}
 PRESETS = tuple(_AUTO)
 _NONE = {"default": Steps(0, None, 8)}
 _CLOSED_FORM = "start.closed_forms"

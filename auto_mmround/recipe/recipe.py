@@ -247,6 +247,11 @@ class Recipe(Fields):
         return self._usual.iters if self.iters is None or not self.how.steps else self.iters
 
     @property
+    def gradients(self) -> int:
+        """Gradients of the model's output, for the weights of tokens."""
+        return self._usual.gradients
+
+    @property
     def learning_rate(self) -> float | None:
         """First learning rate; None is 1/steps."""
         return self.lr or self._usual.lr

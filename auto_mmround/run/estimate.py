@@ -44,6 +44,7 @@ from auto_mmround.run.writing_cost import standing, writing
 
 BUDGET = 20.0  # seconds that measuring may take, about
 SHARE = 0.9  # of what is free that a run may plan to use
+BACKWARD = 1.1  # a pass back to the inputs of all blocks, in passes forward
 
 
 @dataclass(frozen=True)
@@ -294,13 +295,17 @@ def _calibrated(probe: _Probe, budget: float) -> tuple[dict[str, float], int, di
     samples = alike(probe.session)
     captures = len(stages) if recipe.enable_quanted_input else 1
     seconds = {"capture": captures * (each * samples + once)}
-    if recipe.fisher and recipe.closed_form:
-        with torch.no_grad():
-            seconds["Fisher information"] = probe.fisher()
     others = {
         name: replace(probe.session, recipe=recipe.with_preset(name)) for name in recipe.how.presets
     }
     states, by_preset = 0, dict.fromkeys(others, 0.0)
+    if recipe.fisher and recipe.closed_form:
+        with torch.no_grad():
+            seconds["Fisher information"] = took = probe.fisher()
+        a_draw = took / (1 / BACKWARD + probe.session.draws)
+        by_preset = {
+            name: a_draw * (other.draws - probe.session.draws) for name, other in others.items()
+        }
     for stage in stages:
         if stage.path not in chains:
             raise UserError(

@@ -195,7 +195,8 @@ class Session:
     def draws(self) -> int:
         """Gradients of each sample for the Fisher information; in all processes the same."""
         own = self.modalities
-        return draws_of(len(own) if self._routes else len(spread(own, self._enough)))
+        samples = len(own) if self._routes else len(spread(own, self._enough))
+        return draws_of(samples, self.recipe.gradients)
 
     def fisher(self, layers: Iterable[str], draws: int | None = None) -> Fisher:
         """The Fisher information at the outputs of the blocks, and of some layers."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
@@ -32,6 +32,10 @@ from auto_mmround.verify.static import run_checks
 from auto_mmround.verify.values import PIECE
 
 GROUP = 2**28  # bytes of tensors outside blocks that are read together
+FREQUENCIES = "original_inv_freq"
+# numbers of modules that count in training alone
+DROPOUTS = {"dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop",
+            "attn_dropout", "resid_dropout", "dropout_rate", "drop_prob"}  # fmt: skip
 
 Read = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -109,28 +113,53 @@ def _differences(made: Mapping[str, Any], read: Mapping[str, Any], path: str = "
 
 def _other_parts(made: PreTrainedModel, read: PreTrainedModel) -> Iterator[Finding]:
     """Modules that compute something else than what readers make of the configuration: another
-    activation, another epsilon. What is replaced in an instance's own `forward` is not seen."""
+    activation, another epsilon or scaling, other frequencies of positions."""
     there = dict(read.named_modules())
-    other = [
-        name
+    other = {
+        name: found
         for name, module in made.named_modules()
-        if name in there and _kind(module) != _kind(there[name])
-    ]
-    if other:
-        new, old = made.get_submodule(other[0]), there[other[0]]
-        text = f"is {new}; readers make {old} of its config.json" + several(other)
-        yield fault(other[0], one_line(text))
+        if name in there and (found := _otherwise(module, there[name]))
+    }
+    for name in list(other)[:1]:
+        yield fault(name, one_line(other[name]) + several(list(other)))
 
 
-def _kind(module: nn.Module) -> Any:
-    """What a module without others inside computes, beside its parameters."""
-    if any(True for _ in module.children()) or isinstance(module, nn.modules.dropout._DropoutNd):
+def _otherwise(made: nn.Module, read: nn.Module) -> str:
+    """In which way a module does something else, beside its parameters; "" if in none."""
+    if isinstance(made, nn.modules.dropout._DropoutNd):
+        return ""
+    buffers = any(True for _ in made.buffers(recurse=False))
+    one, other = ({} if buffers else _floats(module) for module in (made, read))
+    changed = [name for name in one if one[name] != other.get(name)]
+    if changed:
+        name = changed[0]
+        return f"has {name} {one[name]}; readers make {other.get(name)} of its config.json"
+    if not any(True for _ in made.children()):
+        plain = not any(True for _ in made.parameters())
+        if type(made).forward != type(read).forward or (plain and repr(made) != repr(read)):
+            return f"is {made}; readers make {read} of its config.json"
+    if (moved := _frequencies(made, read)) is not None:
+        return f"has another {moved} than what readers make of its config.json"
+    return ""
+
+
+def _floats(module: nn.Module) -> dict[str, float]:
+    numbers = {key: value for key, value in vars(module).items() if isinstance(value, float)}
+    return {key: value for key, value in numbers.items() if key not in DROPOUTS}
+
+
+def _frequencies(made: nn.Module, read: nn.Module) -> str | None:
+    """A buffer with the frequencies of a rotary embedding, as it was made, that the configuration
+    gives otherwise. Some embeddings change the one that they compute with as they run."""
+    names = [name for name, _ in made.named_buffers(recurse=False) if name.endswith(FREQUENCIES)]
+    if not names or not isinstance(getattr(read, "config", None), PretrainedConfig):
         return None
-    floats = {key: value for key, value in vars(module).items() if isinstance(value, float)}
-    if any(True for _ in module.buffers()):  # some rotary embeddings change as they run
-        floats = {}
-    plain = not any(True for _ in module.parameters())
-    return type(module).forward, floats, repr(module) if plain else ""
+    fresh = type(made)(read.config)
+    for name in names:
+        new, old = getattr(made, name).float().cpu(), getattr(fresh, name).float()
+        if new.shape != old.shape or not torch.allclose(new, old, rtol=2**-7):
+            return name
+    return None
 
 
 def _contents(subject: Subject, decoded: Decoded) -> dict[str, bool]:
