@@ -141,7 +141,13 @@ class AsKept:
         }
         stored = decoded.checkpoint.files
         names = parameter_names(model, self.files) if turned else {}
-        self._turned = {key for name, key in names.items() if name in turned and key not in stored}
+        # packed ones of 8 bits keep the name of the weight
+        packed = {f"{module}.weight" for module in decoded.packed}
+        self._turned = {
+            key
+            for name, key in names.items()
+            if name in turned and (key in packed or key not in stored)
+        }
 
     @contextmanager
     def reader(self) -> Iterator["_Slices"]:
