@@ -201,6 +201,17 @@ def test_the_api_does_not_save_into_the_source(model, tmp_path):
     assert ours.save_quantized(tmp_path / "out") == [tmp_path / "out"]
 
 
+def test_a_mount_is_not_exchanged_for_the_result(model, tmp_path, monkeypatch):
+    """A volume of a container, say: found before anything is written, not by the system after."""
+    ours = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu")
+    ours.quantize()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(UserError, match="is a mount, or .* choose a folder inside it"):
+        ours.save_quantized(tmp_path / "out")
+    assert ours.save_quantized(tmp_path / "out" / "model") == [tmp_path / "out" / "model"]
+
+
 def test_a_model_named_by_a_dot_has_the_name_of_its_folder(model, monkeypatch):
     monkeypatch.chdir(model)
     assert [model_label(Recipe(model=name)) for name in (".", "./", str(model), "a/b")] == [
