@@ -142,6 +142,32 @@ def test_formats_are_asked_before_anything_is_loaded(model, tmp_path, unloaded):
     assert run(model, tmp_path / "out", "--format", "auto_gtpq") == 2
 
 
+@pytest.mark.parametrize(
+    "family, changes, said",
+    [
+        ("llama", dict(layer_config={"down_proj": {"group_size": 16}}), "cannot state mixed"),
+        ("llama", dict(quant_lm_head=True), "no place for a quantized output head"),
+        ("whisper", dict(quant_lm_head=True, format="auto_gptq"), "know a quantized output head"),
+    ],
+)
+def test_what_a_format_cannot_state_is_said_before_anything_is_tuned(
+    family, changes, said, tmp_path
+):
+    FAMILIES[family].save(tmp_path / "model", tiny_tokenizer())
+    values = dict(format="auto_awq", iters=0, group_size=32, device="cpu")
+    values["untie_lm_head"] = "quant_lm_head" in changes
+    recipe = Recipe(model=str(tmp_path / "model"), output_dir=str(tmp_path), **values | changes)
+    with pytest.raises(UserError, match=said):
+        jobs.prepare(recipe, jobs.load_model(recipe))
+    values = values | changes | {"format": "auto_round"}
+    ours = AutoRoundMLLM(str(tmp_path / "model"), dataset=FAMILIES[family].samples(), **values)
+    ours.quantize()
+    formats = ["fake", changes.get("format", "auto_awq")]
+    with pytest.raises(UserError, match=said):
+        ours.save_quantized(tmp_path / "out", format=formats)
+    assert not (tmp_path / "out").exists()
+
+
 def test_links_to_the_models_own_files_are_right(tmp_path, model):
     hub = tmp_path / "hub" / "models--a--b"
     (hub / "snapshots" / "abc").mkdir(parents=True)
@@ -207,7 +233,7 @@ def test_a_mount_is_not_exchanged_for_the_result(model, tmp_path, monkeypatch):
     ours.quantize()
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    with pytest.raises(UserError, match="is a mount, or .* choose a folder inside it"):
+    with pytest.raises(UserError, match=r"is a mount, or .* choose a folder inside it"):
         ours.save_quantized(tmp_path / "out")
     assert ours.save_quantized(tmp_path / "out" / "model") == [tmp_path / "out" / "model"]
 
