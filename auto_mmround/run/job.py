@@ -32,6 +32,7 @@ from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import FULL, Finished, Unfinished, identity, unfinished
+from auto_mmround.run.given import check_apart
 from auto_mmround.run.met import StageTrial, met, naming
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
@@ -108,8 +109,12 @@ def untied(recipe: Recipe, loaded: Loaded) -> Loaded:
 
 
 def planned(recipe: Recipe, loaded: Loaded) -> Plan:
-    """What becomes of every weight. Raises UserError as `make_plan` and `within_ranges` do."""
-    return _whole(recipe, loaded, make_plan(loaded.model, recipe))
+    """What becomes of every weight. Raises UserError as `make_plan`, `within_ranges` and
+    `check_apart` do."""
+    plan = _whole(recipe, loaded, make_plan(loaded.model, recipe))
+    others = recipe.polish or recipe.equalize != "none"  # changes more than is quantized
+    check_apart(loaded.model, None if others else {f"{name}.weight" for name in plan.quantized})
+    return plan
 
 
 def _whole(recipe: Recipe, loaded: Loaded, plan: Plan) -> Plan:
