@@ -1,6 +1,7 @@
 """What would stop a run when it writes stops it before anything is loaded, in one line, and leaves
 nothing."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.places import check_before_loading, model_label
 
 NAME = "model-w4g32-auto_round"
+TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 
 
 @pytest.fixture
@@ -166,6 +168,35 @@ def test_what_a_format_cannot_state_is_said_before_anything_is_tuned(
     with pytest.raises(UserError, match=said):
         ours.save_quantized(tmp_path / "out", format=formats)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("tokenizer.json", {"truncation": TRUNCATION}, "truncation is switched on"),
+        ("generation_config.json", {"eos_token_id": 500}, "eos_token_id is 500"),
+        ("config.json", {"auto_map": {"AutoConfig": "own.Own"}}, "own.py: is missing"),
+        ("other_config.json", None, "other_config.json: is not valid JSON"),
+    ],
+)
+def test_faults_of_the_source_are_not_found_behind_the_run(
+    name, change, said, model, tmp_path, capfd, monkeypatch
+):
+    before = json.loads((model / name).read_text()) if change is not None else {}
+    (model / name).write_text("{" if change is None else json.dumps(before | change))
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        assert run(model, tmp_path / "out") == 2
+    assert said in capfd.readouterr().err and not (tmp_path / "out").exists()
+    assert run(model, tmp_path / "out", "--no_check") == 0
+
+
+def test_a_tokenizer_that_is_none_is_one_line(model, tmp_path, capfd):
+    """The tokenizers library raises plain `Exception`."""
+    written = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(written | {"model": {"type": "None"}}))
+    assert run(model, tmp_path / "out") == 2
+    assert "its tokenizer can't be read" in capfd.readouterr().err
 
 
 def test_links_to_the_models_own_files_are_right(tmp_path, model):
