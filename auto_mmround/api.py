@@ -28,7 +28,7 @@ from auto_mmround.evaluate.evaluate import keep, record
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.export import formats
 from auto_mmround.model import devices
-from auto_mmround.model.borrowed import borrowed, check_hooks, hooks_of
+from auto_mmround.model.borrowed import borrowed, check_hooks, hooks_of, usual_settings
 from auto_mmround.model.devices import HOST
 from auto_mmround.model.fisher import spread
 from auto_mmround.model.loading import Loaded, find_folder, load_processor, load_tokenizer
@@ -76,6 +76,7 @@ class AutoRoundMLLM:
     Unknown ones raise UserError with the nearest name.
     """
 
+    @usual_settings()
     def __init__(
         self,
         model: PreTrainedModel | str | Path,
@@ -127,6 +128,7 @@ class AutoRoundMLLM:
         self._resumes = "output_dir" in options
         self._saved: list[Path] = []
 
+    @usual_settings()
     def plan(self) -> Planned:
         """What becomes of every weight, without tuning. Raises UserError as `quantize` does for
         what is wrong with the recipe."""
@@ -141,6 +143,7 @@ class AutoRoundMLLM:
     def _job(self) -> jobs.Job:
         return jobs.prepare(self.recipe, self.loaded, self._rows, self._image_processor)
 
+    @usual_settings()
     def quantize(
         self, watcher: Watcher | None = None
     ) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
@@ -234,6 +237,7 @@ class AutoRoundMLLM:
             )
         return layers
 
+    @usual_settings()
     def save_quantized(
         self,
         output_dir: str | Path | None = None,
@@ -279,6 +283,7 @@ class AutoRoundMLLM:
         self._saved = saved
         return saved
 
+    @usual_settings()
     def evaluate(
         self,
         dataset: str = "demo",
@@ -308,6 +313,7 @@ class AutoRoundMLLM:
             keep(folder, made)
         return evaluated(measured.figures, measured.scores, made)
 
+    @usual_settings()
     def verify(self, engines: str | Sequence[str] | None = None) -> Verified:
         """Check what `save_quantized` wrote: the files, then every installed engine that reads
         them, or the ``engines`` named, as a list or a comma list; an empty list, or "none", asks

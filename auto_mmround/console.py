@@ -23,7 +23,7 @@ from auto_mmround.evaluate.metrics import Metrics
 from auto_mmround.evaluate.prompts import Data
 from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.model import devices
-from auto_mmround.model.loading import Loaded
+from auto_mmround.model.loading import Loaded, find_folder
 from auto_mmround.next_step import first_question
 from auto_mmround.printing import Telling, console, notices, quiet_libraries, show
 from auto_mmround.progress import Events, RunProgress
@@ -42,6 +42,7 @@ from auto_mmround.run.staying import Staying, cost_of_untying, staying
 from auto_mmround.run.writing_cost import check_disk
 from auto_mmround.verify.limits import refusals
 from auto_mmround.verify.proof import prove
+from auto_mmround.verify.side_files import check_source
 from auto_mmround.verify.verify import verify
 
 
@@ -57,6 +58,8 @@ def quantize_with_progress(
             one.quiet = True
         if processes.first:
             check_before_loading(recipe)
+            if recipe.check:
+                check_source(find_folder(recipe.model))
         compute_alike(places(recipe)[0], recipe.restart, processes)
         events = Events(telling if processes.first else Telling(quiet=True))
         with events.told():

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import time
 import wave
 from dataclasses import replace
@@ -42,6 +43,29 @@ def test_every_format_answers_piece_by_piece(name, folders):
     assert found.text == "The digit is purple." == "".join(pieces).strip()
     assert len(pieces) > 2 and found.tokens > 3 and found.seconds > 0
     assert "tokens a second" in found.speed()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "stop_strings": ["no such words"]},
+    ],
+)
+def test_answers_are_greedy_whatever_a_model_says_of_generation(settings, folders, tmp_path):
+    shutil.copytree(folders["auto_round"], tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    found = ask_folder(str(tmp_path / "model"), Question(QUESTION, images=[str(PICTURE)]))
+    assert found.text == "The digit is purple."
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"max_new_tokens": -3}'])
+def test_settings_of_generation_that_cannot_be_read_are_one_line(text, folders, tmp_path):
+    shutil.copytree(folders["auto_round"], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"its generation_config.json can't be read"):
+        load_any(str(tmp_path / "model"))
 
 
 def test_a_run_ends_with_the_command_that_asks_and_it_works(tmp_path, monkeypatch, capsys):

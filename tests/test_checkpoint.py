@@ -88,6 +88,30 @@ def test_begin_and_commit(tmp_path: Path) -> None:
     assert list(begin(tmp_path / "other").iterdir()) == []
 
 
+def test_what_a_commit_that_was_cut_off_left_behind_is_removed(tmp_path: Path) -> None:
+    out, old = tmp_path / "out", tmp_path / "out.old.partial"
+    for folder in (out, old):
+        folder.mkdir()
+        (folder / "config.json").write_text("before")
+    partial = begin(out, overwrite=True)
+    (partial / "config.json").write_text("now")
+    commit(partial, out)
+    assert (out / "config.json").read_text() == "now" and [*tmp_path.iterdir()] == [out]
+
+
+def test_a_link_stays_a_link_and_its_folder_is_replaced(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk" / "result", tmp_path / "link"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    for text in ("first", "second"):
+        partial = begin(link, overwrite=True)
+        assert partial.parent == disk.parent
+        (partial / "config.json").write_text(text)
+        commit(partial, link)
+        assert link.is_symlink() and (disk / "config.json").read_text() == text
+        assert [*disk.parent.iterdir()] == [disk] and len([*tmp_path.iterdir()]) == 2
+
+
 def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     copied = (

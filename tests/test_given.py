@@ -1,6 +1,7 @@
 """The Python API with objects: what is exported is the model and the tokenizer that were given, and
 they are given back as they were."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -637,3 +638,61 @@ def test_a_weight_that_is_made_as_the_layer_runs(folders):
     weight_norm(model.model.layers[0].mlp.up_proj)
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj: its weight is made of others"):
         AutoRoundMLLM(model, tokenizer, **FEW).quantize()
+
+
+def other_dtype(stack):
+    stack.callback(torch.set_default_dtype, torch.float32)
+    torch.set_default_dtype(torch.float64)
+
+
+def other_device(stack):
+    stack.callback(torch.set_default_device, None)
+    torch.set_default_device("meta")
+
+
+def casting(stack):
+    stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("setting", [other_dtype, other_device, casting])
+def test_settings_of_the_caller_change_nothing(folders, tmp_path, setting):
+    options, dtype = dict(algorithm="auto", iters=1, amp=False), torch.bfloat16
+    plain = exported(*read(folders("llama"), dtype=dtype), tmp_path / "plain", **options)
+    given = read(folders("llama"), dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        setting(stack)
+        before = torch.get_default_dtype(), torch.get_default_device()
+        other = exported(*given, tmp_path / "other", **options)
+        assert (torch.get_default_dtype(), torch.get_default_device()) == before
+    wanted, found = (load_file(each / "model.safetensors") for each in (plain, other))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "NVFP4A16"])
+def test_a_model_in_float64_gets_floats_too(folders, tmp_path, scheme):
+    model, tokenizer = read(folders("llama"))
+    words = dict(scheme=scheme, group_size=None, format="compressed_tensors", algorithm="auto")
+    ours = quantized(model.double(), tokenizer, **words, iters=1)
+    (folder,) = ours.save_quantized(tmp_path / "out", format="compressed_tensors")
+    read_back = from_quantized(folder).model.state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(read_back[name].double(), model.state_dict()[name])
+
+
+def one_memory(model):
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
+    return {"quant_lm_head": True}
+
+
+def one_row(model):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data[:1].expand(weight.shape)
+    return {}
+
+
+@pytest.mark.parametrize("change", [one_memory, one_row])
+def test_weights_that_share_memory_are_refused(folders, change):
+    """Before tuning: written one after the other, the last one wins in silence."""
+    model, tokenizer = read(folders("llama"))
+    with pytest.raises(UserError, match="shares memory with"):
+        quantized(model, tokenizer, **change(model))

@@ -1,6 +1,7 @@
 """What would stop a run when it writes stops it before anything is loaded, in one line, and leaves
 nothing."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.places import check_before_loading, model_label
 
 NAME = "model-w4g32-auto_round"
+TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 
 
 @pytest.fixture
@@ -142,6 +144,61 @@ def test_formats_are_asked_before_anything_is_loaded(model, tmp_path, unloaded):
     assert run(model, tmp_path / "out", "--format", "auto_gtpq") == 2
 
 
+@pytest.mark.parametrize(
+    "family, changes, said",
+    [
+        ("llama", dict(layer_config={"down_proj": {"group_size": 16}}), "cannot state mixed"),
+        ("llama", dict(quant_lm_head=True), "no place for a quantized output head"),
+        ("whisper", dict(quant_lm_head=True, format="auto_gptq"), "know a quantized output head"),
+    ],
+)
+def test_what_a_format_cannot_state_is_said_before_anything_is_tuned(
+    family, changes, said, tmp_path
+):
+    FAMILIES[family].save(tmp_path / "model", tiny_tokenizer())
+    values = dict(format="auto_awq", iters=0, group_size=32, device="cpu")
+    values["untie_lm_head"] = "quant_lm_head" in changes
+    recipe = Recipe(model=str(tmp_path / "model"), output_dir=str(tmp_path), **values | changes)
+    with pytest.raises(UserError, match=said):
+        jobs.prepare(recipe, jobs.load_model(recipe))
+    values = values | changes | {"format": "auto_round"}
+    ours = AutoRoundMLLM(str(tmp_path / "model"), dataset=FAMILIES[family].samples(), **values)
+    ours.quantize()
+    formats = ["fake", changes.get("format", "auto_awq")]
+    with pytest.raises(UserError, match=said):
+        ours.save_quantized(tmp_path / "out", format=formats)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("tokenizer.json", {"truncation": TRUNCATION}, "truncation is switched on"),
+        ("generation_config.json", {"eos_token_id": 500}, "eos_token_id is 500"),
+        ("config.json", {"auto_map": {"AutoConfig": "own.Own"}}, "own.py: is missing"),
+        ("other_config.json", None, "other_config.json: is not valid JSON"),
+    ],
+)
+def test_faults_of_the_source_are_not_found_behind_the_run(
+    name, change, said, model, tmp_path, capfd, monkeypatch
+):
+    before = json.loads((model / name).read_text()) if change is not None else {}
+    (model / name).write_text("{" if change is None else json.dumps(before | change))
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+        assert run(model, tmp_path / "out") == 2
+    assert said in capfd.readouterr().err and not (tmp_path / "out").exists()
+    assert run(model, tmp_path / "out", "--no_check") == 0
+
+
+def test_a_tokenizer_that_is_none_is_one_line(model, tmp_path, capfd):
+    """The tokenizers library raises plain `Exception`."""
+    written = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(written | {"model": {"type": "None"}}))
+    assert run(model, tmp_path / "out") == 2
+    assert "its tokenizer can't be read" in capfd.readouterr().err
+
+
 def test_links_to_the_models_own_files_are_right(tmp_path, model):
     hub = tmp_path / "hub" / "models--a--b"
     (hub / "snapshots" / "abc").mkdir(parents=True)
@@ -199,6 +256,17 @@ def test_the_api_does_not_save_into_the_source(model, tmp_path):
         ours.save_quantized(a_file(model))
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
     assert ours.save_quantized(tmp_path / "out") == [tmp_path / "out"]
+
+
+def test_a_mount_is_not_exchanged_for_the_result(model, tmp_path, monkeypatch):
+    """A volume of a container, say: found before anything is written, not by the system after."""
+    ours = AutoRoundMLLM(str(model), iters=0, group_size=32, device="cpu")
+    ours.quantize()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(UserError, match=r"is a mount, or .* choose a folder inside it"):
+        ours.save_quantized(tmp_path / "out")
+    assert ours.save_quantized(tmp_path / "out" / "model") == [tmp_path / "out" / "model"]
 
 
 def test_a_model_named_by_a_dot_has_the_name_of_its_folder(model, monkeypatch):

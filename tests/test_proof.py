@@ -311,6 +311,22 @@ def test_streamed_runs_are_proved_alike(model, tmp_path, stream):
     assert record(tmp_path / "model-w4g32-fake")["checked"] is True
 
 
+@pytest.mark.parametrize("changes", [{"format": "fake"}, {"equalize": "smoothquant"}])
+def test_a_source_in_float16_is_loaded_as_float32_and_written_as_it_was(changes, tmp_path):
+    """What is written is the model in memory in the source's dtype: that is no fault."""
+    LLAMA.build().half().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = Recipe(
+        model=str(tmp_path / "model"), output_dir=str(tmp_path), iters=0, group_size=32,
+        nsamples=4, seqlen=12, device="cpu", **changes,
+    )  # fmt: skip
+    job = jobs.prepare(recipe, jobs.load_model(recipe), dataset=LLAMA.samples(4))
+    assert job.loaded.model.dtype == torch.float32
+    (made,) = jobs.run(job, prove=prove)
+    assert record(made)["checked"] is True
+    assert load_file(made / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+
+
 def test_not_proved_is_no_mistake_of_the_user():
     error = NotProved(Path("x.wrong"), ["a: b", "c: d"], [Path("x.wrong"), Path("y.wrong")])
     assert str(error) == "x.wrong is not proved: a: b (and 1 more); the same of y.wrong"

@@ -22,6 +22,7 @@ from auto_mmround.model.experts import separated
 from auto_mmround.numerics.activations import rounded_inputs, straight_through
 from auto_mmround.numerics.start import Collector
 from auto_mmround.recipe.recipe import Recipe
+from auto_mmround.recipe.schemes import SCHEMES
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline as pipelines
 from auto_mmround.run.finished import Finished
@@ -422,6 +423,20 @@ def test_files_of_floats_with_rounded_inputs_are_read_back(name, algorithm, tmp_
             theirs = AutoModelForCausalLM.from_pretrained(made)(input_ids=ids).logits
         torch.testing.assert_close(theirs, wanted, rtol=0, atol=2e-2 * wanted.std().item())
         assert len({*q_k_v(tensors)}) == (1 if name == "tensor" else 3)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8", "MXFP8"])
+def test_eight_bits_of_layers_that_hold_their_weight_transposed_are_read_back(scheme, tmp_path):
+    """GPT-2's Conv1D is (in, out), the file's weight (out, in), whose name is the same."""
+    FAMILIES["gpt2"].save(tmp_path / "model", tiny_tokenizer())
+    recipe = Recipe(
+        **SCHEMES[scheme], format="compressed_tensors", iters=0, model=str(tmp_path / "model"),
+        output_dir=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    job = jobs.prepare(recipe, jobs.load_model(recipe))
+    (made,) = jobs.run(job, prove=prove)
+    read, tuned = from_quantized(made).model.state_dict(), job.loaded.model.state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tuned.items())
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])

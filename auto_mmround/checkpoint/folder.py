@@ -51,8 +51,10 @@ def wrong_name(out: Path) -> Path:
 
 
 def begin(out: Path, overwrite: bool = False) -> Path:
-    """A fresh empty ``<out>.partial`` to write into. Raises UserError as `check_free` does."""
+    """A fresh empty ``<out>.partial`` to write into; beside what a link at ``out`` leads to. Raises
+    UserError as `check_free` does."""
     check_free(out, overwrite)
+    out = _place(out)
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -61,14 +63,22 @@ def begin(out: Path, overwrite: bool = False) -> Path:
 
 
 def commit(partial: Path, out: Path) -> None:
-    """Put the finished folder in its place, and then remove the one that was there before."""
+    """Put the finished folder in its place, and then remove the one that was there before. A link
+    stays one: what it leads to is replaced."""
+    out = _place(out)
     old = out.with_name(out.name + ".old.partial")
     if out.exists():
+        if old.exists():  # of a commit that was cut off
+            shutil.rmtree(old)
         out.rename(old)
     partial.rename(out)
     sync_folder(out.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _place(out: Path) -> Path:
+    return out.resolve() if out.is_symlink() else out
 
 
 def write_side_files(source: Path, out: Path) -> list[str]:

@@ -85,12 +85,20 @@ def from_quantized(
         _quantize_inputs(model, decoded.checkpoint, state.files, device)
         _quantize_cache(model, decoded.checkpoint, state.files, device)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _settings(folder)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     model = model.eval().requires_grad_(False)
     model = model if streams else model.to(device)  # type: ignore[arg-type]
     return Loaded(model, tokenizer, processor, folder, holder)
+
+
+def _settings(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except NONSENSE as error:
+        text = f"{folder}: its generation_config.json can't be read: {one_line(str(error))[:300]}"
+        raise UserError(text) from None
 
 
 def _streams(
@@ -141,7 +149,13 @@ class AsKept:
         }
         stored = decoded.checkpoint.files
         names = parameter_names(model, self.files) if turned else {}
-        self._turned = {key for name, key in names.items() if name in turned and key not in stored}
+        # packed ones of 8 bits keep the name of the weight
+        packed = {f"{module}.weight" for module in decoded.packed}
+        self._turned = {
+            key
+            for name, key in names.items()
+            if name in turned and (key in packed or key not in stored)
+        }
 
     @contextmanager
     def reader(self) -> Iterator["_Slices"]:

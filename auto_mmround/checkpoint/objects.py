@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from auto_mmround import strict
 from auto_mmround.atomic import write_json, write_whole
+from auto_mmround.model.loading import NONSENSE
 
 # Files that belong together: if one differs, all are written anew, and older spellings go.
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -144,7 +145,10 @@ def _settings_differ(settings: Any, source: Path | None) -> bool:
     """Whether generation settings differ from the source's file; without it, from the model's."""
     if source is None or not (source / "generation_config.json").is_file():
         return source is None or not settings._from_model_config
-    stated = GenerationConfig.from_pretrained(source)
+    try:
+        stated = GenerationConfig.from_pretrained(source)
+    except NONSENSE:  # a file that nobody can read is no statement
+        return True
     one, other = (
         {k: v for k, v in each.to_dict().items() if k not in ASIDE} for each in (settings, stated)
     )

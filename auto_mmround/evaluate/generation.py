@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.calibration.ready import PER_TOKEN
@@ -18,6 +17,10 @@ from auto_mmround.model.positions import room
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.streaming import device_of
 
+# Whatever a model's own settings of generation say, an answer is one, greedy, and ids alone.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+}  # fmt: skip
 OPENING = 16  # tokens of a plain text that the model gets as its beginning
 
 
@@ -42,18 +45,21 @@ def generate_sample(
     )
     kwargs, start = prompt_of(sample, bool(loaded.model.config.is_encoder_decoder))
     count = room(loaded.model, start, max_new_tokens)
-    ids = generated(loaded.model, moved(loaded.model, kwargs), max_new_tokens=count)
+    ids = generated(loaded, moved(loaded.model, kwargs), max_new_tokens=count)
     shown = sample.modality_T[:start] == TEXT
     prompt = loaded.tokenizer.decode(sample.kwargs["input_ids"][0, :start][shown]) if start else ""
     return Generated(prompt, loaded.tokenizer.decode(ids[0, start:], skip_special_tokens=True))
 
 
-def generated(model: PreTrainedModel, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
+def generated(loaded: Loaded, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
     """Ids (1, T) that the model writes greedily, behind those it was given. Raises NotTaken."""
+    model = loaded.model
     own: Any = speaking(model)
+    if getattr(own.generation_config, "stop_strings", None):
+        options["tokenizer"] = loaded.tokenizer
     products = devices.products(device_of(model), model.dtype)
     with torch.inference_mode(), products, taking(model, kwargs):
-        made: Tensor = own.generate(**kwargs, do_sample=False, **options)
+        made: Tensor = own.generate(**kwargs, **GREEDY, **options)
         return made
 
 

@@ -262,7 +262,7 @@ def generate(loaded: Loaded, prompt: Prompt, streamer: Any = None) -> torch.Tens
         )
     if streamer is not None:
         options["streamer"] = streamer
-    made = generated(loaded.model, kwargs, **options)
+    made = generated(loaded, kwargs, **options)
     given = 0 if loaded.model.config.is_encoder_decoder else kwargs["input_ids"].shape[1]
     return torch.as_tensor(made[0][given:])
 

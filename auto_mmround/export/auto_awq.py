@@ -58,7 +58,12 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
 
 def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config``. AWQ states one scheme for all: UserError if the layout has
-    several."""
+    several, or a quantized output head, which no reader takes."""
+    if layout.outside:
+        raise UserError(
+            f"auto_awq has no place for a quantized output head ({layout.outside[0]}): leave"
+            " quant_lm_head out, or use auto_round"
+        )
     mixed = [
         name for name, scheme in layout.quantized.items() if differences(scheme, layout.default)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_mmround.errors import UserError
 from auto_mmround.export import config_check
 from auto_mmround.export.format import (
     MADE_UP,
@@ -102,7 +103,14 @@ def unpack_gptq(
 
 
 def config(layout: Layout) -> dict[str, Any]:
-    """``quantization_config`` for optimum + GPTQModel, vLLM and AutoGPTQ's heirs."""
+    """``quantization_config`` for optimum + GPTQModel, vLLM and AutoGPTQ's heirs. UserError for a
+    quantized output head that they do not know by its name."""
+    other = [name for name in layout.outside if name.rpartition(".")[2] != "lm_head"]
+    if other:
+        raise UserError(
+            f"auto_gptq: readers know a quantized output head as lm_head, this one is {other[0]}:"
+            " leave quant_lm_head out, or use auto_round"
+        )
     groups, singles = kept_groups(layout)
     ends = _ends(layout)
     excludes = [p for group in groups for p in tower_patterns(layout, group)] + [
@@ -132,8 +140,8 @@ def config(layout: Layout) -> dict[str, Any]:
         "true_sequential": layout.details.get("true_sequential", False),
         # readers' bounds
         **({"damp_percent": damp} if 0 < (damp := layout.details.get("dampening", 0)) < 1 else {}),
-        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layout.quantized),
-        "block_name_to_quantize": _common_prefix([*layout.blocks, *_outside_blocks(layout)]),
+        "lm_head": bool(layout.outside),
+        "block_name_to_quantize": _common_prefix([*layout.blocks, *layout.outside]),
         **_only_modules(layout),
         **({"modules_to_not_convert": names} if (names := carried_names(layout)) else {}),
         "dynamic": dynamic,
@@ -149,7 +157,7 @@ def _only_modules(layout: Layout) -> dict[str, Any]:
     which is right for most models. vLLM matches the entries by substring in towers too, hence full
     names once a suffix is unsafe.
     """
-    prefix = _common_prefix([*layout.blocks, *_outside_blocks(layout)])
+    prefix = _common_prefix([*layout.blocks, *layout.outside])
     if not any(name.startswith(prefix) for name in layout.kept):
         return {}
     quantized, kept = (
@@ -159,15 +167,6 @@ def _only_modules(layout: Layout) -> dict[str, Any]:
     suffixes = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in quantized})
     unsafe = any(suffix in name for suffix in suffixes for name in kept)
     return {"modules_in_block_to_quantize": [quantized if unsafe else suffixes]}
-
-
-def _outside_blocks(layout: Layout) -> list[str]:
-    return [
-        name
-        for name in layout.quantized
-        if not any(name.startswith(block + ".") for block in layout.blocks)
-        and name not in layout.carried
-    ]
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -44,6 +44,16 @@ class Layout:
     model_type: str = ""
 
     @cached_property
+    def outside(self) -> list[str]:
+        """Quantized modules that lie in no block: the output head."""
+        return [
+            name
+            for name in self.quantized
+            if not any(name.startswith(block + ".") for block in self.blocks)
+            and name not in self.carried
+        ]
+
+    @cached_property
     def members(self) -> dict[str, str]:
         """A module's name, or a prefix of one, -> the first module that it is the name or a prefix
         of."""

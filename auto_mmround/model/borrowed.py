@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError
 from auto_mmround.model.chains import TOLERANCE, as_dtype, difference, first_tensor, moved
+from auto_mmround.model.devices import HOST, TABLE
 from auto_mmround.model.passes import run_model
 from auto_mmround.model.streaming import Holder, InMemory, device_of
 from auto_mmround.model.structure import find_experts
@@ -69,6 +70,23 @@ def borrowed(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name][0])
             parameter.grad = wanted[name][1]
+
+
+@contextmanager
+def usual_settings() -> Iterator[None]:
+    """While open, torch makes float32 tensors in host memory and casts nothing by itself, whatever
+    the caller has set (`set_default_dtype`, `set_default_device`, `autocast`)."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        if torch.get_default_device() != HOST:
+            stack.enter_context(HOST)
+        for kind in TABLE:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -354,7 +354,7 @@ def load_processor(folder: Path, remote_code: bool = False) -> Any:
         return None
     try:
         processor = AutoProcessor.from_pretrained(folder, **_trust(remote_code))
-    except NONSENSE as error:
+    except Exception as error:  # noqa: BLE001 - as of its tokenizer
         raise UserError(
             f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}"
         ) from None
@@ -386,7 +386,7 @@ def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> A
         return tokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, **_trust(remote_code))
-    except NONSENSE as error:
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises this class itself
         raise UserError(
             f"model {folder}: its tokenizer can't be read: {one_line(str(error))[:300]}"
         ) from None

@@ -72,7 +72,7 @@ class Now(NamedTuple):
         """W/s, float32; with what super-blocks take off W."""
         if self.blocks:
             w_OGg = w_OGg.float() + self.blocks.min_OG[..., None]
-        return w_OGg / self.scale_OG[..., None]
+        return (w_OGg / self.scale_OG[..., None]).float()  # of float64 too
 
 
 def moved(

@@ -3,7 +3,7 @@ changed since."""
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from auto_mmround.errors import UserError
 from auto_mmround.model.keys import loaded_names, parameter_names
 from auto_mmround.model.loading import NONSENSE
 from auto_mmround.model.quantized import plain
@@ -48,6 +49,26 @@ def is_from(model: PreTrainedModel, folder: Path) -> bool:
                 ):
                     return True
     return False
+
+
+def check_apart(model: PreTrainedModel, changed: Collection[str] | None) -> None:
+    """Raises UserError for parameters that are to be changed and share memory, with another one
+    or within themselves: none would hold what was found for it. changed: names; None: all."""
+    there: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        first = there.setdefault((parameter.device, parameter.data_ptr()), name)
+        own = all(
+            step for step, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1
+        )
+        if (own and first == name) or not (changed is None or first in changed or name in changed):
+            continue
+        other = "itself (expand)" if first == name else f"{first}, and is another parameter"
+        raise UserError(
+            f"{name} shares memory with {other}: give it memory of its own (clone), or make the two"
+            " one parameter"
+        )
 
 
 def aliases(model: PreTrainedModel, whole: Iterable[str]) -> set[str]:

@@ -32,11 +32,12 @@ from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
 from auto_mmround.run.finished import FULL, Finished, Unfinished, identity, unfinished
+from auto_mmround.run.given import check_apart
 from auto_mmround.run.met import StageTrial, met, naming
 from auto_mmround.run.mixed import choose_bits, units
 from auto_mmround.run.names import Names, check_formats, check_names, check_tuned
 from auto_mmround.run.out_of_memory import phase
-from auto_mmround.run.output import Prove, Result, write_checkpoint
+from auto_mmround.run.output import Prove, Result, check_stated, write_checkpoint
 from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, places
 from auto_mmround.run.plan import Plan, make_plan
@@ -108,8 +109,12 @@ def untied(recipe: Recipe, loaded: Loaded) -> Loaded:
 
 
 def planned(recipe: Recipe, loaded: Loaded) -> Plan:
-    """What becomes of every weight. Raises UserError as `make_plan` and `within_ranges` do."""
-    return _whole(recipe, loaded, make_plan(loaded.model, recipe))
+    """What becomes of every weight. Raises UserError as `make_plan`, `within_ranges` and
+    `check_apart` do."""
+    plan = _whole(recipe, loaded, make_plan(loaded.model, recipe))
+    others = recipe.polish or recipe.equalize != "none"  # changes more than is quantized
+    check_apart(loaded.model, None if others else {f"{name}.weight" for name in plan.quantized})
+    return plan
 
 
 def _whole(recipe: Recipe, loaded: Loaded, plan: Plan) -> Plan:
@@ -143,7 +148,7 @@ def prepare(
         cached_attention(loaded.model)  # complains where there is none
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
-    _check_writing(loaded, plan)
+    _check_writing(loaded, plan, recipe)
     if not recipe.needs_samples:
         return Job(
             recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",)
@@ -166,16 +171,18 @@ def prepare(
             session = Session(loaded.model, recipe, plan, inputs)
             recipe, plan, mixed = choose_bits(session, on_measured)
         plan = _whole(recipe, loaded, plan)  # other bits need other scales
+        check_stated(Names(loaded.model, loaded.source, loaded.given), plan, recipe)
     passed = len(Session(loaded.model, recipe, plan, inputs).used)
     facts = asdict(report) | {"passed": passed}
     return Job(recipe, loaded, plan, inputs, facts, chosen.notes, mixed)
 
 
-def _check_writing(loaded: Loaded, plan: Plan) -> None:
+def _check_writing(loaded: Loaded, plan: Plan, recipe: Recipe) -> None:
     """Complain of what the plan's formats can't write."""
     names = Names(loaded.model, loaded.source, loaded.given)
     check_formats(plan.formats, names, loaded.source)
     check_names(names, plan)
+    check_stated(names, plan, recipe)
     _say_unread(loaded, names, plan)
 
 
@@ -343,8 +350,8 @@ def _record(job: Job, finished: Finished) -> dict[str, Any]:
 
 
 def holding(job: Job, format_name: str) -> Format:
-    """The format of that name. Raises UserError if it can't hold what was tuned; name it in the
-    recipe's `format` before tuning."""
+    """The format of that name. Raises UserError if it can't hold or state what was tuned; name it
+    in the recipe's `format` before tuning."""
     fmt = formats.resolve(format_name, job.plan.schemes)
     for weight in job.plan.all:
         if weight.scheme:
@@ -356,6 +363,8 @@ def holding(job: Job, format_name: str) -> Format:
                     f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before"
                     " tuning"
                 )
+    names = Names(job.loaded.model, job.loaded.source, job.loaded.given)
+    check_stated(names, replace(job.plan, formats=(fmt,)), job.recipe)
     return fmt
 
 

@@ -25,7 +25,6 @@ from auto_mmround.model.kv_cache import SCALES, cached_attention, strategy_of
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.files import to_toml
 from auto_mmround.recipe.recipe import Recipe
-from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.carried import carried_codes
 from auto_mmround.run.names import Names
 from auto_mmround.run.plan import NO_LAYER, Plan
@@ -104,9 +103,8 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     # what `verify` compares with
     records: dict[str, dict[str, Any]] = {"codes": {}, "tensors": {}, "kv_cache": {}}
     carried = carried_codes(plan.carried, names.carried, names.stored)
-    schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
-    packed = schemes if fmt.packs else {}
-    layout = _layout(result, schemes)
+    layout = _layout(result)
+    packed = layout.quantized if fmt.packs else {}
     config = names.config()
     config = fmt.model_config(config, layout) if fmt.model_config else config
     made: Mapping[str, Codes] = ChainMap({}, carried, result.codes)  # type: ignore[arg-type]
@@ -151,9 +149,19 @@ def _fill(folder: Path, fmt: Format, result: Result) -> None:
     )
 
 
-def _layout(result: Result, schemes: Mapping[str, Scheme]) -> Layout:
-    """What formats are told of the names. schemes: of all modules that are quantized."""
+def check_stated(names: Names, plan: Plan, recipe: Recipe) -> None:
+    """Raises UserError if a format has no words for the plan in its configuration: before anything
+    is tuned."""
+    layout = _layout(Result(names, plan, recipe, None, {}, {}))
+    for fmt in plan.formats:
+        if not isinstance(fmt, WholeFormat):
+            fmt.config(layout)
+
+
+def _layout(result: Result) -> Layout:
+    """What formats are told of the names."""
     names, plan, recipe = result.names, result.plan, result.recipe
+    schemes = plan.quantized | {w.name: w.scheme for w in plan.carried if w.scheme}
     kept = [name for name, reason in plan.kept.items() if reason != NO_LAYER]
     return Layout(
         quantized=schemes,

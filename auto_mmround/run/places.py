@@ -75,6 +75,14 @@ def check_places(outs: Sequence[Path], source: Path | None) -> None:
                 f"output_dir: no files can be written to {standing}: choose another, or change its"
                 " rights"
             )
+        beside = out.resolve().parent
+        if standing == out.absolute() and (
+            out.is_mount() or not os.access(beside, os.W_OK | os.X_OK)
+        ):
+            raise UserError(
+                f"output_dir: {out} would be exchanged for the finished folder, but is a mount, or"
+                f" {beside} can't be written to: choose a folder inside it"
+            )
         _check_length(out, standing, longest)
         for path in (out.with_name(out.name + ending) for ending in ENDINGS):
             if path.exists() and not path.is_dir():

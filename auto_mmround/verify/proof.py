@@ -21,6 +21,7 @@ from auto_mmround.errors import UserError, several
 from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.model.keys import renamed_keys
 from auto_mmround.model.loading import NONSENSE
+from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.restacking import SINGLE, restack, stacking
 from auto_mmround.model.streaming import no_progress_bar
 from auto_mmround.numerics.grids import dequantize
@@ -284,6 +285,10 @@ class Expected:
         # `static` has compared checksums of the values that such formats hold exactly
         self._same = _alike if isinstance(fmt, WholeFormat) else _same
         self._memory = result.names.model.state_dict()
+        # what is written gets the source's dtype, but for what the user's own model holds
+        dtypes = result.names.stored.dtypes.values()
+        self._written = {FLOATS[dtype] for dtype in dtypes if dtype in FLOATS}
+        self._given = result.names.given
         self._turned = {
             n for n, module in result.names.model.named_modules() if isinstance(module, Conv1D)
         }
@@ -297,17 +302,26 @@ class Expected:
         module = name.removesuffix(".weight")
         if module in self._codes:
             wanted = dequantize(self._codes[module], value.dtype)
-            return self._same(
+            return self._rounded(
                 value, wanted.t() if module in self._turned else wanted.view(value.shape)
             )
         known = self._memory.get(name)
         if known is None or not known.is_meta:
-            return known is None or self._same(value, known.cpu())
+            if known is None or self._same(value, known.cpu()):
+                return True
+            tuned = name in self._experts or not self._given
+            return tuned and self._rounded(value, known.cpu())
         experts = self._experts.get(name, {})
         return all(
-            self._same(expert.of(value), dequantize(self._codes[each], value.dtype))  # type: ignore[attr-defined]
+            self._rounded(expert.of(value), dequantize(self._codes[each], value.dtype))  # type: ignore[attr-defined]
             for each, expert in experts.items()
             if each in self._codes
+        )
+
+    def _rounded(self, value: Tensor, wanted: Tensor) -> bool:
+        """Whether they are the same, or once the wanted one was written in the source's dtype."""
+        return self._same(value, wanted) or any(
+            self._same(value, wanted.to(dtype).to(value.dtype)) for dtype in self._written
         )
 
 

@@ -1,13 +1,16 @@
 """Is what lies beside the weights in order: tokenizer, processor, chat template, code?"""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.checkpoint.folder import is_side_file
+from auto_mmround.checkpoint.folder import is_side_file, side_files
 from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json
 from auto_mmround.checkpoint.sums import CONFIG, file_sums
+from auto_mmround.errors import UserError, several
+from auto_mmround.untrusted import one_line
+from auto_mmround.verify.together import TOGETHER
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -48,6 +51,29 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
         yield Finding(severity, PROCESSORS[0], text)
     if "vision_config" in s.config and not there & set(TEMPLATES) and not _has_template(s.folder):
         yield Finding("warning", TEMPLATES[0], "the folder holds no chat template")
+    yield from _contents(s, there)
+
+
+def check_source(folder: Path) -> None:
+    """Raises UserError for what is wrong beside the weights of a model's folder, and would be wrong
+    in every checkpoint that it is copied to: found before a run, not behind it."""
+    found: list[Finding] = []
+    config = read_json(folder / CONFIG, []) or {}  # loading says more of one that can't be read
+    ours = {"source": str(folder)}  # a run's result is judged more strictly
+    s = Subject(folder, config, None, None, {}, frozenset(), None, ours, None)
+    for check in (check_tokenizer, *TOGETHER):
+        found += check(s)
+    found += _contents(s, {str(path.relative_to(folder)) for path in side_files(folder)})
+    wrong = [f"{each.where}: {each.message}" for each in found if each.severity == "error"]
+    if wrong:
+        raise UserError(
+            f"{folder}: {one_line(wrong[0])}{several(wrong)}; every checkpoint would have this from"
+            " there: mend it, or leave the check of the result out with --no_check"
+        )
+
+
+def _contents(s: Subject, there: Collection[str]) -> Iterator[Finding]:
+    """What is wrong in these files, and code that is missing among them."""
     for name in sorted(there):
         findings: list[Finding] = []
         if name.endswith("_config.json") or name == "tokenizer.json":
@@ -61,7 +87,7 @@ def _has_template(folder: Path) -> bool:
     return "chat_template" in (read_json(folder / "tokenizer_config.json", []) or {})
 
 
-def _code(content: Mapping[str, Any], file: str, there: Iterable[str]) -> Iterator[Finding]:
+def _code(content: Mapping[str, Any], file: str, there: Collection[str]) -> Iterator[Finding]:
     """Python files named in `auto_map` ("module.Class"; with "repo--" before it the code lies
     elsewhere)."""
     table = content.get("auto_map")
