@@ -4,11 +4,11 @@ for all of them.
 Every sample has the model's own forward pass. It runs in a thread that stands still where a block
 is called, so that the block can run for all samples that wait for it; one thread runs at a time.
 There the graph is cut: what a block is given is kept, and the block is computed again when the
-backward pass comes to it. What the model does between blocks keeps its graph. Gradients are those
-of one sample after the other, to the bit.
+backward pass comes to it, once for all gradients that a sample is run back with. What the model
+does between blocks keeps its graph. Gradients are those of one sample after the other, to the bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ Key = TypeVar("Key")
 class _Visit:
     """One call of a block by one sample. call: (args, kwargs), kept. given: for each tensor in it
     its device, and where its gradient goes, or None. grads: of the block's outputs, by place, as
-    far as they are known."""
+    far as they are known, of the gradient that runs back now."""
 
     block: str
     call: Any
@@ -76,7 +76,9 @@ class _Passing:
         self._request: Any = None
         # what every block is given is kept once
         self._kept: dict[int, tuple[ref[Tensor], Tensor]] = {}
-        self._pending: dict[Any, tuple[GradientEdge, Tensor]] = {}
+        # of each gradient: where it waits between blocks, and what visits have of it
+        self._pending: dict[int, dict[Any, tuple[GradientEdge, Tensor]]] = {}
+        self._found: dict[int, dict[_Visit, dict[int, Tensor]]] = {}
 
     def start(self, threads: ThreadPoolExecutor) -> None:
         """Go on to the first block."""
@@ -143,20 +145,25 @@ class _Passing:
         if not self._future.done():
             self._answers.put(AbandonedError())
 
-    def begin_backward(self, grad_TD: Tensor) -> None:
-        """The gradient of what came out at the end."""
-        self._add(get_gradient_edge(self.end[0]), grad_TD)
+    def begin_backward(self, grads_TD: Iterable[Tensor]) -> None:
+        """Gradients of what came out at the end; each runs back by itself."""
+        edge = get_gradient_edge(self.end[0])
+        for draw, grad_TD in enumerate(grads_TD):
+            self._pending[draw], self._found[draw] = {}, {}
+            self._add(draw, edge, grad_TD)
         del self.end
         self._kept.clear()
 
-    def back(self, blocks: Mapping[str, nn.Module]) -> None:
-        """Run the last visit's block again, and backwards."""
+    def back(self, blocks: Mapping[str, nn.Module], on_draw: Callable[[int], None]) -> None:
+        """Run the last visit's block again, and backwards with each gradient that reaches it.
+        on_draw: is told which comes next."""
         visit = self.visits.pop()
-        ready = [key for key, (edge, _) in self._pending.items() if _leads_to(edge, visit)]
-        if ready:
-            edges, grads = zip(*(self._pending.pop(key) for key in ready))
-            torch.autograd.backward(edges, grads, retain_graph=True)
-        if not visit.grads:
+        reached = {}
+        for draw in self._pending:
+            on_draw(draw)
+            if grads := self._reach(visit, draw):
+                reached[draw] = grads
+        if not reached:
             return
         leaves: list[Tensor] = []
 
@@ -172,18 +179,36 @@ class _Passing:
             map_tensors(
                 (blocks[visit.block](*args, **kwargs), _filled(kwargs, before)), made.append
             )
-            places = [place for place in visit.grads if made[place].requires_grad]
-            torch.autograd.backward([made[p] for p in places], [visit.grads[p] for p in places])
-        for leaf, (_, edge) in zip(leaves, visit.given, strict=True):
-            if edge is not None and leaf.grad is not None:
-                self._add(edge, leaf.grad)
+            for draw, grads in reached.items():
+                on_draw(draw)
+                places = [place for place in grads if made[place].requires_grad]
+                torch.autograd.backward(
+                    [made[p] for p in places], [grads[p] for p in places],
+                    retain_graph=draw != max(reached),
+                )  # fmt: skip
+                for leaf, (_, edge) in zip(leaves, visit.given, strict=True):
+                    if edge is not None and leaf.grad is not None:
+                        self._add(draw, edge, leaf.grad)
+                    leaf.grad = None
 
-    def _add(self, edge: GradientEdge, grad: Tensor) -> None:
+    def _reach(self, visit: _Visit, draw: int) -> dict[int, Tensor]:
+        """Run a gradient back to a visit; those of the outputs of its block."""
+        pending, found = self._pending[draw], self._found[draw]
+        ready = [key for key, (edge, _) in pending.items() if _leads_to(edge, visit)]
+        if ready:
+            for one in self.visits:
+                one.grads = found.setdefault(one, {})
+            visit.grads = found.setdefault(visit, {})
+            edges, grads = zip(*(pending.pop(key) for key in ready))
+            torch.autograd.backward(edges, grads, retain_graph=True)
+        return found.pop(visit, {})
+
+    def _add(self, draw: int, edge: GradientEdge, grad: Tensor) -> None:
         """Note a gradient. It goes on when the visit that it leads to is next, together with the
         gradients of all later visits."""
-        key = edge.node, edge.output_nr
-        known = self._pending.get(key)
-        self._pending[key] = edge, grad if known is None else known[1] + grad
+        key, pending = (edge.node, edge.output_nr), self._pending[draw]
+        known = pending.get(key)
+        pending[key] = edge, grad if known is None else known[1] + grad
 
 
 def _mappings(kwargs: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
@@ -242,13 +267,13 @@ def abreast(
     works: Mapping[Key, Work],
     keep: Keep,
     precision: Precision,
-) -> Iterator[tuple[dict[Key, _Passing], Callable[[Callable[[Key], None]], None]]]:
+) -> Iterator[tuple[dict[Key, _Passing], Callable[[Callable[[Key, int], None]], None]]]:
     """Run samples forward; yields them at their ends, by key, and what runs them backwards.
 
     order: all blocks, as a forward pass meets them. starts: those at whose inputs a graph begins.
     works: how to run the model to its end, by sample: what came out there, and the head. keep:
     where a block's inputs lie until the backward pass. The second thing yielded takes a function
-    that is told the sample whose block runs backwards next.
+    that is told the sample whose block runs backwards next, and which of its gradients.
     """
     rank = {name: place for place, name in enumerate(order)}
     blocks = {name: model.get_submodule(name) for name in order}
@@ -261,15 +286,14 @@ def abreast(
 
     passings = {i: _Passing(partial(begin, i), starts, keep) for i in works}
 
-    def backward(on_sample: Callable[[Key], None]) -> None:
+    def backward(on_sample: Callable[[Key, int], None]) -> None:
         while on_way := {
             i: rank[one.visits[-1].block] for i, one in passings.items() if one.visits
         }:
             last = max(on_way.values())
             for i in [i for i, at in on_way.items() if at == last]:
-                on_sample(i)
                 with precision():
-                    passings[i].back(blocks)
+                    passings[i].back(blocks, partial(on_sample, i))
 
     halts = {name: partial(_Halt, name=name, here=here) for name in order}
     with standing_in(model, halts), threads_of(len(works)) as threads:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -170,25 +169,27 @@ class _Passes:
     def side_by_side(
         self, run: ToHead, side: SideBySide, stages: Sequence[Stage], current: list[tuple[int, int]]
     ) -> None:
-        """The same, ``side.count`` samples at a time, block by block. Each gradient has a forward
-        pass of its own: blocks are computed again on the way back anyway."""
+        """The same, ``side.count`` samples at a time, block by block."""
         starts = frozenset(stage.blocks[0] for stage in stages)
-        each = list(product(self.inputs, range(self.draws)))
+        each = list(self.inputs)
 
-        def begin(one: tuple[int, int]) -> None:
-            current[0] = one
+        def begin(i: int, draw: int) -> None:
+            current[0] = i, draw
 
         for at in range(0, len(each), side.count):
-            works = {one: partial(self._forward, run, one[0]) for one in each[at : at + side.count]}
+            works = {i: partial(self._forward, run, i) for i in each[at : at + side.count]}
             with abreast(self.model, side.order, starts, works, side.keep, self.precision) as (
                 passings,
                 backward,
             ):
-                for one, passing in passings.items():
+                for i, passing in passings.items():
                     hidden_TD, head = passing.end
                     if hidden_TD.requires_grad:
                         with self.precision():
-                            passing.begin_backward(self._gradient(one, hidden_TD, head))
+                            passing.begin_backward(
+                                self._gradient((i, draw), hidden_TD, head)
+                                for draw in range(self.draws)
+                            )
                     del hidden_TD
                 backward(begin)
             devices.trim_heap()
