@@ -190,13 +190,16 @@ def test_side_by_side_and_computed_again_gradients_are_the_same(name, tmp_path):
         SideBySide(count, order, keep)
         for count, keep in ((1, torch.clone), (len(inputs), Spool(tmp_path)))
     ]
-    for found in (
-        again,
-        *(
-            measure_fisher(model, stages, inputs, modalities, layers, replace(twice, side=side))
-            for side in sides
-        ),
-    ):
+    calls: list[int] = []
+    hook = model.get_submodule(order[-1]).register_forward_pre_hook(lambda *_: calls.append(0))
+    by_side = [
+        measure_fisher(model, stages, inputs, modalities, layers, replace(twice, side=side))
+        for side in sides
+    ]
+    hook.remove()
+    # a trial; each sample forward and once again, for both draws
+    assert len(calls) == len(sides) * (1 + 2 * len(inputs))
+    for found in (again, *by_side):
         assert (
             found.channels.keys() == whole.channels.keys()
             and found.tokens.keys() == whole.tokens.keys()
