@@ -92,7 +92,9 @@ def run(model, inputs, **changes):
 
 def test_lengths_are_padded_to_buckets_and_change_nothing(gaudi, monkeypatch):
     inputs = mixed_inputs()
-    plain = run(tiny_model(), inputs, algorithm="gptq")
+    # one code that falls the other way would change the inputs of all weights behind it
+    how = dict(algorithm="gptq", enable_quanted_input=False)
+    plain = run(tiny_model(), inputs, **how)
     lazy = replace(devices.TABLE["hpu"], prepare=lambda: None, peak=None)
     monkeypatch.setitem(devices.TABLE, "cpu", lazy)
     model = tiny_model()
@@ -100,11 +102,11 @@ def test_lengths_are_padded_to_buckets_and_change_nothing(gaudi, monkeypatch):
     model.model.language_model.layers[0].register_forward_pre_hook(
         lambda layer, args: shapes.add(args[0].shape[1])
     )
-    masked = run(model, inputs, algorithm="gptq")
+    masked = run(model, inputs, **how)
     assert {len(sample.modality_T) for sample in inputs} == {24, 32, 40} and shapes == {32, 48}
     # Masked tokens are in no moment and no loss; the order of sums is another.
     same = [(plain[name].q_OI == masked[name].q_OI).float().mean().item() for name in plain]
-    assert min(same) > 0.95 and sum(same) / len(same) > 0.99
+    assert min(same) > 0.99 and sum(same) / len(same) > 0.999
 
 
 def test_steps_are_marked_after_every_step_and_pass(gaudi, monkeypatch):
