@@ -35,13 +35,14 @@ Key = TypeVar("Key")
 @dataclass(eq=False)
 class _Visit:
     """One call of a block by one sample. call: (args, kwargs), kept. given: for each tensor in it
-    its device, and where its gradient goes, or None. grads: of the block's outputs, by place, as
-    far as they are known, of the gradient that runs back now."""
+    its device, and where its gradient goes, or None. grads: of the block's outputs, by draw and
+    place, as far as they are known. now: the draw that runs back, the same list for all visits."""
 
     block: str
     call: Any
     given: list[tuple[torch.device, GradientEdge | None]]
-    grads: dict[int, Tensor] = field(default_factory=dict)
+    now: list[int]
+    grads: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
 
 class _Cut(torch.autograd.Function):
@@ -56,8 +57,9 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
         """Nothing goes further."""
-        known = ctx.visit.grads.get(ctx.place)
-        ctx.visit.grads[ctx.place] = grad if known is None else known + grad
+        grads = ctx.visit.grads.setdefault(ctx.visit.now[0], {})
+        known = grads.get(ctx.place)
+        grads[ctx.place] = grad if known is None else known + grad
         return None, None, None, None
 
 
@@ -76,9 +78,9 @@ class _Passing:
         self._request: Any = None
         # what every block is given is kept once
         self._kept: dict[int, tuple[ref[Tensor], Tensor]] = {}
-        # of each gradient: where it waits between blocks, and what visits have of it
+        # draw -> where its gradient waits between blocks
         self._pending: dict[int, dict[Any, tuple[GradientEdge, Tensor]]] = {}
-        self._found: dict[int, dict[_Visit, dict[int, Tensor]]] = {}
+        self._now = [0]
 
     def start(self, threads: ThreadPoolExecutor) -> None:
         """Go on to the first block."""
@@ -110,7 +112,7 @@ class _Passing:
             raise output
         if block not in self._starts and not any(edge for _, edge in given):
             return output
-        visit = _Visit(block, call, given)
+        visit = _Visit(block, call, given, self._now)
         places = count()
         anchor = torch.zeros((), requires_grad=True)
         self.visits.append(visit)
@@ -149,7 +151,7 @@ class _Passing:
         """Gradients of what came out at the end; each runs back by itself."""
         edge = get_gradient_edge(self.end[0])
         for draw, grad_TD in enumerate(grads_TD):
-            self._pending[draw], self._found[draw] = {}, {}
+            self._pending[draw] = {}
             self._add(draw, edge, grad_TD)
         del self.end
         self._kept.clear()
@@ -158,12 +160,14 @@ class _Passing:
         """Run the last visit's block again, and backwards with each gradient that reaches it.
         on_draw: is told which comes next."""
         visit = self.visits.pop()
-        reached = {}
-        for draw in self._pending:
-            on_draw(draw)
-            if grads := self._reach(visit, draw):
-                reached[draw] = grads
-        if not reached:
+        for draw, pending in self._pending.items():
+            ready = [key for key, (edge, _) in pending.items() if _leads_to(edge, visit)]
+            if ready:
+                self._now[0] = draw
+                on_draw(draw)
+                edges, grads = zip(*(pending.pop(key) for key in ready))
+                torch.autograd.backward(edges, grads, retain_graph=True)
+        if not visit.grads:
             return
         leaves: list[Tensor] = []
 
@@ -179,29 +183,18 @@ class _Passing:
             map_tensors(
                 (blocks[visit.block](*args, **kwargs), _filled(kwargs, before)), made.append
             )
-            for draw, grads in reached.items():
+            last = list(visit.grads)[-1]
+            for draw, known in visit.grads.items():
                 on_draw(draw)
-                places = [place for place in grads if made[place].requires_grad]
+                places = [place for place in known if made[place].requires_grad]
                 torch.autograd.backward(
-                    [made[p] for p in places], [grads[p] for p in places],
-                    retain_graph=draw != max(reached),
+                    [made[p] for p in places], [known[p] for p in places],
+                    retain_graph=draw != last,
                 )  # fmt: skip
                 for leaf, (_, edge) in zip(leaves, visit.given, strict=True):
                     if edge is not None and leaf.grad is not None:
                         self._add(draw, edge, leaf.grad)
                     leaf.grad = None
-
-    def _reach(self, visit: _Visit, draw: int) -> dict[int, Tensor]:
-        """Run a gradient back to a visit; those of the outputs of its block."""
-        pending, found = self._pending[draw], self._found[draw]
-        ready = [key for key, (edge, _) in pending.items() if _leads_to(edge, visit)]
-        if ready:
-            for one in self.visits:
-                one.grads = found.setdefault(one, {})
-            visit.grads = found.setdefault(visit, {})
-            edges, grads = zip(*(pending.pop(key) for key in ready))
-            torch.autograd.backward(edges, grads, retain_graph=True)
-        return found.pop(visit, {})
 
     def _add(self, draw: int, edge: GradientEdge, grad: Tensor) -> None:
         """Note a gradient. It goes on when the visit that it leads to is next, together with the
