@@ -83,8 +83,7 @@ class Descent:
         error_NIO = torch.addcmul(w_NIO, scale_NGO.index_select(1, group_I), u_NIO, value=-1)
         for first in range(0, width, self._wide):
             part = slice(first, min(first + self._wide, width))
-            answers_NWI = self._hessian_NII[:, part].clone()
-            answers_NWI, own_NW = gptq.answers(answers_NWI, first, self._damp_N1)
+            answers_NWI, own_NW = _answers(self._hessian_NII, part, self._damp_N1)
             target_NWO = torch.baddbmm(w_NIO[:, part], answers_NWI, error_NIO)
             slope_NWO = (target_NWO - w_NIO[:, part]).add_(error_NIO[:, part])
             scale_NWO, zero_NWO = (
@@ -124,6 +123,17 @@ class Descent:
                 moved_NgO = now_NgO - span.error_NWO[:, part]
                 along_NWO[:, behind].baddbmm_(hessian_NWW[:, behind, part], moved_NgO)
             span.error_NWO[:, part] = now_NgO
+
+
+def _answers(hessian_NII: Tensor, part: slice, damp_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """H_kj / H_kk (N, W, in), 0 for j = k: how the columns of a part answer for the error of column
+    j. And H_kk (N, W), damped. A column without second moments answers for nothing."""
+    answers_NWI = hessian_NII[:, part].clone()
+    own_NWW = answers_NWI[:, :, part]
+    own_NW = (own_NWW.diagonal(dim1=1, dim2=2) + damp_N1).clamp(min=1e-30)
+    answers_NWI /= own_NW[..., None]
+    own_NWW.diagonal(dim1=1, dim2=2).zero_()
+    return answers_NWI.nan_to_num_(0.0, 0.0, 0.0), own_NW
 
 
 def in_turn(span: Span, grid: Points, block: int) -> Tensor:

@@ -119,17 +119,6 @@ def _blocks(columns: int, block: int) -> Iterator[tuple[slice, list[slice]]]:
         yield wide, [slice(i, min(i + block, wide.stop)) for i in starts]
 
 
-def answers(hessian_BI: Tensor, first: int, damp: Tensor) -> tuple[Tensor, Tensor]:
-    """H_kj / H_kk, 0 for j = k: how column k answers for the error of column j. And H_kk (..., B),
-    damped. Overwrites hessian_BI, the rows from ``first`` on (..., B, in) of H. A column without
-    second moments answers for nothing."""
-    own_BB = hessian_BI[..., first : first + hessian_BI.shape[-2]]
-    own_B = (own_BB.diagonal(dim1=-2, dim2=-1) + damp).clamp(min=1e-30)
-    hessian_BI /= own_B[..., None]
-    own_BB.diagonal(dim1=-2, dim2=-1).zero_()
-    return hessian_BI.nan_to_num_(0.0, 0.0, 0.0), own_B
-
-
 class _Groups(NamedTuple):
     """Scales, zero points, and bounds of the centred integers q - z. Transposed, so that a group's
     row is contiguous."""
