@@ -25,6 +25,7 @@ from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,
     Loaded,
+    Readable,
     load,
     load_processor,
     load_tokenizer,
@@ -85,20 +86,13 @@ def from_quantized(
         _quantize_inputs(model, decoded.checkpoint, state.files, device)
         _quantize_cache(model, decoded.checkpoint, state.files, device)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = _settings(folder)
+        with Readable(folder, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     processor = load_processor(folder, remote_code)
     tokenizer = load_tokenizer(folder, processor, remote_code)
     model = model.eval().requires_grad_(False)
     model = model if streams else model.to(device)  # type: ignore[arg-type]
     return Loaded(model, tokenizer, processor, folder, holder)
-
-
-def _settings(folder: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except NONSENSE as error:
-        text = f"{folder}: its generation_config.json can't be read: {one_line(str(error))[:300]}"
-        raise UserError(text) from None
 
 
 def _streams(

@@ -54,6 +54,24 @@ NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attribute
 )  # fmt: skip
 
 
+class Readable(NamedTuple):
+    """While open, what libraries raise for a file of the folder that makes no sense to them is a
+    UserError. what: is read. The tokenizers library raises `Exception` itself, no narrower class.
+    """
+
+    folder: Path
+    what: str
+
+    def __enter__(self) -> None:
+        """Nothing to open."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None and (kind is Exception or issubclass(kind, NONSENSE)):
+            raise UserError(
+                f"model {self.folder}: its {self.what} can't be read: {one_line(str(error))[:300]}"
+            ) from None
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model, its tokenizer, its processor (None for plain text) and its folder (None: in memory).
@@ -319,11 +337,8 @@ def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
                     f"model {folder} needs Python code that comes with it: --trust_remote_code"
                     " runs it"
                 )
-            try:
+            with Readable(folder, "code"):
                 return get_class_from_dynamic_module(remote[name], folder)
-            except NONSENSE as error:
-                reason = one_line(str(error))[:300]
-                raise UserError(f"model {folder}: its code can't be read: {reason}") from None
     raise UserError(
         f"architecture {architectures}: unknown to transformers {transformers.__version__}"
     )
@@ -352,12 +367,8 @@ def load_processor(folder: Path, remote_code: bool = False) -> Any:
         (folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
     ):
         return None
-    try:
+    with Readable(folder, "processor"):
         processor = AutoProcessor.from_pretrained(folder, **_trust(remote_code))
-    except Exception as error:  # noqa: BLE001 - as of its tokenizer
-        raise UserError(
-            f"model {folder}: its processor can't be read: {one_line(str(error))[:300]}"
-        ) from None
     if not hasattr(processor, "tokenizer"):
         return None
     if getattr(processor, "patch_size", 0) is None:
@@ -384,9 +395,5 @@ def load_tokenizer(folder: Path, processor: Any, remote_code: bool = False) -> A
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer:
         return tokenizer
-    try:
+    with Readable(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, **_trust(remote_code))
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises this class itself
-        raise UserError(
-            f"model {folder}: its tokenizer can't be read: {one_line(str(error))[:300]}"
-        ) from None
