@@ -6,6 +6,7 @@ Reading never raises for a fault of the folder. It notes a finding and goes on.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.checkpoint.findings import Finding, fault, read_json
 from auto_mmround.checkpoint.reading import Shards
 from auto_mmround.errors import UserError, several
 from auto_mmround.export import formats
@@ -27,27 +29,9 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.untrusted import INDEX, index_problem, one_line, parse_json, read_text
+from auto_mmround.untrusted import INDEX, index_problem
 
 CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """severity: "error" or "warning". where: a tensor, module, file or configuration key."""
-
-    severity: str
-    where: str
-    message: str
-
-    def line(self) -> str:
-        """One line for people."""
-        return one_line(f"{self.severity}: {self.where}: {self.message}")
-
-
-def fault(where: str, message: str) -> Finding:
-    """An error: some reader would fail, or read wrong values without a warning."""
-    return Finding("error", where, message)
 
 
 @dataclass(frozen=True)
@@ -109,6 +93,13 @@ class Subject:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     kv_scales: Mapping[str, Header] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> tuple[dict[str, Any], list[Finding]]:
+        """`tokenizer.json`, empty without one, and what is wrong in reading it. It takes a second
+        where the vocabulary is large, and several checks read it."""
+        findings: list[Finding] = []
+        return read_json(self.folder / "tokenizer.json", findings) or {}, findings
 
     @property
     def whole(self) -> bool:
@@ -219,20 +210,6 @@ def _record(path: Path, findings: list[Finding]) -> dict[str, Any]:
 def _values(table: Any) -> list[Any]:
     """The values of a table; anything else becomes a value that no check accepts."""
     return list(table.values()) if isinstance(table, dict) else [None] if table else []
-
-
-def read_json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
-    """A JSON object, or None and a finding."""
-    try:
-        value = parse_json(read_text(path, path.name), path.name, once=True)
-    except UserError as error:
-        text = "is missing" if not path.is_file() else str(error).removeprefix(f"{path.name} ")
-        findings.append(fault(path.name, text))
-        return None
-    if not isinstance(value, dict):
-        findings.append(fault(path.name, "holds no JSON object"))
-        return None
-    return value
 
 
 def _headers(

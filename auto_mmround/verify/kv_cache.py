@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from auto_mmround.checkpoint.subject import Finding, Subject, fault
+from auto_mmround.checkpoint.findings import Finding, fault
+from auto_mmround.checkpoint.subject import Subject
 from auto_mmround.model.kv_cache import PROJECTIONS, SCALES, STRATEGIES, fits
 from auto_mmround.run.record import checksum
 

@@ -15,8 +15,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.pytorch_utils import Conv1D
 
+from auto_mmround.checkpoint.findings import Finding, fault
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Decoded, Shards
-from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_subject
+from auto_mmround.checkpoint.subject import Subject, read_subject
 from auto_mmround.errors import UserError, several
 from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.model.keys import renamed_keys
@@ -121,8 +122,9 @@ def _other_parts(made: PreTrainedModel, read: PreTrainedModel) -> Iterator[Findi
         for name, module in made.named_modules()
         if name in there and (found := _otherwise(module, there[name]))
     }
-    for name in list(other)[:1]:
-        yield fault(name, one_line(other[name]) + several(list(other)))
+    if other:
+        name, text = next(iter(other.items()))
+        yield fault(name, one_line(text) + several(list(other)))
 
 
 def _otherwise(made: nn.Module, read: nn.Module) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from auto_mmround.checkpoint.findings import Finding, fault, read_json
 from auto_mmround.checkpoint.folder import is_side_file, side_files
-from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json
+from auto_mmround.checkpoint.subject import Subject
 from auto_mmround.checkpoint.sums import CONFIG, file_sums
 from auto_mmround.errors import UserError, several
 from auto_mmround.untrusted import one_line
@@ -77,7 +78,10 @@ def _contents(s: Subject, there: Collection[str]) -> Iterator[Finding]:
     for name in sorted(there):
         findings: list[Finding] = []
         if name.endswith("_config.json") or name == "tokenizer.json":
-            content = read_json(s.folder / name, findings) or {}
+            if name == "tokenizer.json":
+                content, findings = s.tokenizer
+            else:
+                content = read_json(s.folder / name, findings) or {}
             yield from findings if name != "quantization_config.json" else ()
             yield from _code(content, name, there)
     yield from _code(s.config, "config.json", there)
@@ -105,7 +109,7 @@ def _code(content: Mapping[str, Any], file: str, there: Collection[str]) -> Iter
 
 def check_tokenizer(s: Subject) -> Iterator[Finding]:
     """Neither truncation nor padding of the calibration is left in the tokenizer."""
-    tokenizer = read_json(s.folder / "tokenizer.json", []) or {}
+    tokenizer, _ = s.tokenizer
     for key in ("truncation", "padding"):
         if tokenizer.get(key) is not None:
             yield fault(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json, read_subject
+from auto_mmround.checkpoint.findings import Finding, fault, read_json
+from auto_mmround.checkpoint.subject import Subject, read_subject
 from auto_mmround.errors import several
 from auto_mmround.export.format import PackedFormat
 from auto_mmround.export.formats import PATTERN_SECONDS, entries, resolve

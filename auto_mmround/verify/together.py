@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from auto_mmround.checkpoint.subject import Finding, Subject, fault, read_json
+from auto_mmround.checkpoint.findings import Finding, fault, read_json
+from auto_mmround.checkpoint.subject import Subject
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Older spelling of a configuration -> the place of the same value in Transformers 5.
@@ -51,7 +52,7 @@ def check_vocabulary(s: Subject) -> Iterator[Finding]:
     rows = _rows(s)
     if rows is None or not (s.folder / "tokenizer.json").is_file():
         return
-    number, token = _highest(read_json(s.folder / "tokenizer.json", []) or {})
+    number, token = _highest(s.tokenizer[0])
     if number >= rows:
         text = (
             f"its token {token[:40]!r} has id {number}, but config.json has a vocabulary of {rows}"

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from auto_mmround.checkpoint.findings import Finding, fault
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards, dequantized_state_dict
-from auto_mmround.checkpoint.subject import Finding, Subject, fault
+from auto_mmround.checkpoint.subject import Subject
 from auto_mmround.errors import UserError, several
 from auto_mmround.export.format import PackedFormat, WholeFormat
 from auto_mmround.model.stored import Reader, Stored

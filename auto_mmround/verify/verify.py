@@ -11,8 +11,9 @@ from typing import Any
 import transformers
 from torch import Tensor
 
+from auto_mmround.checkpoint.findings import Finding
 from auto_mmround.checkpoint.loader import from_quantized
-from auto_mmround.checkpoint.subject import Finding, Subject, read_subject
+from auto_mmround.checkpoint.subject import Subject, read_subject
 from auto_mmround.errors import UserError
 from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
