@@ -10,7 +10,7 @@ from asking import run_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from auto_mmround.checkpoint.folder import begin, commit, write_config, write_side_files
+from auto_mmround.checkpoint.folder import commit, underway, write_config, write_side_files
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
@@ -67,25 +67,33 @@ def test_shared_storage_is_written_apart_and_names_once(tmp_path: Path) -> None:
     assert dict(read_checkpoint(tmp_path).tensors())["c"].tolist() == [2, 3]
 
 
-def test_begin_and_commit(tmp_path: Path) -> None:
+def test_a_folder_has_another_name_until_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     for text in ("first", "second"):
-        partial = begin(out, overwrite=True)
-        (partial / "config.json").write_text(text)
-        assert partial.name == "out.partial" and (not out.exists() or text == "second")
-        commit(partial, out)
+        with underway(out, overwrite=True) as partial:
+            (partial / "config.json").write_text(text)
+            assert partial.name == "out.partial" and (not out.exists() or text == "second")
+            with (
+                pytest.raises(UserError, match="someone else is writing"),
+                underway(out, overwrite=True),
+            ):
+                pytest.fail("two at once")
+            commit(partial, out)
         assert (out / "config.json").read_text() == text and [
             p.name for p in out.parent.iterdir()
         ] == ["out"]
-    with pytest.raises(UserError, match="not empty"):
-        begin(out)
+    with pytest.raises(UserError, match="not empty"), underway(out):
+        pass
     (out / "config.json").rename(out / "notes.txt")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        begin(out, overwrite=True)
+    with pytest.raises(UserError, match="not a checkpoint"), underway(out, overwrite=True):
+        pass
     stale = tmp_path / "other.partial"
     stale.mkdir()
     (stale / "left").touch()
-    assert list(begin(tmp_path / "other").iterdir()) == []
+    with pytest.raises(RuntimeError), underway(tmp_path / "other") as partial:
+        assert list(partial.iterdir()) == []
+        raise RuntimeError
+    assert not stale.exists()
 
 
 def test_what_a_commit_that_was_cut_off_left_behind_is_removed(tmp_path: Path) -> None:
@@ -93,9 +101,9 @@ def test_what_a_commit_that_was_cut_off_left_behind_is_removed(tmp_path: Path) -
     for folder in (out, old):
         folder.mkdir()
         (folder / "config.json").write_text("before")
-    partial = begin(out, overwrite=True)
-    (partial / "config.json").write_text("now")
-    commit(partial, out)
+    with underway(out, overwrite=True) as partial:
+        (partial / "config.json").write_text("now")
+        commit(partial, out)
     assert (out / "config.json").read_text() == "now" and [*tmp_path.iterdir()] == [out]
 
 
@@ -104,10 +112,10 @@ def test_a_link_stays_a_link_and_its_folder_is_replaced(tmp_path: Path) -> None:
     disk.mkdir(parents=True)
     link.symlink_to(disk)
     for text in ("first", "second"):
-        partial = begin(link, overwrite=True)
-        assert partial.parent == disk.parent
-        (partial / "config.json").write_text(text)
-        commit(partial, link)
+        with underway(link, overwrite=True) as partial:
+            assert partial.parent == disk.parent
+            (partial / "config.json").write_text(text)
+            commit(partial, link)
         assert link.is_symlink() and (disk / "config.json").read_text() == text
         assert [*disk.parent.iterdir()] == [disk] and len([*tmp_path.iterdir()]) == 2
 
@@ -278,27 +286,30 @@ def export(model: Any, out: Path, name: str, scheme: Scheme, keep: tuple[str, ..
     scheme = Scheme(scheme.bits, scheme.group_size, scheme.sym, min_zero=fmt.min_zero)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     quantized = {n: scheme for n in linears if n.startswith(BLOCK) and n not in keep}
-    partial, tensors = (
-        begin(out),
-        {stored(n): p.data.bfloat16() for n, p in model.named_parameters()},
-    )
-    writer = ShardWriter(partial, 300_000)
-    for module in quantized:
-        weight = model.get_submodule(module).weight
-        assert fmt.check(scheme, *weight.shape) is None
-        codes = round_to_nearest(weight.data, scheme)
-        weight.data = dequantize(codes)
-        del tensors[f"{stored(module)}.weight"]
-        writer.add(fmt.pack(stored(module), codes))
-    writer.add(tensors)
-    writer.finish()
-    layout = Layout(
-        quantized, [n for n in linears if n not in quantized], [BLOCK], stored, scheme, {"iters": 0}
-    )
-    write_config(
-        partial, json.loads(model.config.to_json_string(use_diff=False)), fmt.config(layout)
-    )
-    commit(partial, out)
+    tensors = {stored(n): p.data.bfloat16() for n, p in model.named_parameters()}
+    with underway(out) as partial:
+        writer = ShardWriter(partial, 300_000)
+        for module in quantized:
+            weight = model.get_submodule(module).weight
+            assert fmt.check(scheme, *weight.shape) is None
+            codes = round_to_nearest(weight.data, scheme)
+            weight.data = dequantize(codes)
+            del tensors[f"{stored(module)}.weight"]
+            writer.add(fmt.pack(stored(module), codes))
+        writer.add(tensors)
+        writer.finish()
+        layout = Layout(
+            quantized,
+            [n for n in linears if n not in quantized],
+            [BLOCK],
+            stored,
+            scheme,
+            {"iters": 0},
+        )
+        write_config(
+            partial, json.loads(model.config.to_json_string(use_diff=False)), fmt.config(layout)
+        )
+        commit(partial, out)
     return layout
 
 

@@ -15,6 +15,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run.places import check_before_loading, model_label
+from auto_mmround.verify.static import check
 
 NAME = "model-w4g32-auto_round"
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
@@ -64,6 +65,14 @@ def a_result_is_there(model: Path) -> Path:
     return model.parent / "out"
 
 
+def a_link_where_it_is_written(model: Path) -> Path:
+    (model.parent / "out").mkdir()
+    (model.parent / "precious").mkdir()
+    (model.parent / "precious" / "file").touch()
+    (model.parent / "out" / f"{NAME}.partial").symlink_to(model.parent / "precious")
+    return model.parent / "out"
+
+
 def a_long_name(model: Path) -> Path:
     return model.parent / ("x" * 300)
 
@@ -87,6 +96,7 @@ def read_only(model: Path) -> Path:
         (a_file_for_the_result, "is a file"),
         (a_file_for_the_blocks, "is a file"),
         (a_result_is_there, "not empty"),
+        (a_link_where_it_is_written, "is a link, no folder"),
         (a_long_name, "too long"),
         (a_long_path, "too long"),
         (read_only, "no files can be written"),
@@ -173,7 +183,6 @@ def test_what_a_format_cannot_state_is_said_before_anything_is_tuned(
 @pytest.mark.parametrize(
     "name, change, said",
     [
-        ("tokenizer.json", {"truncation": TRUNCATION}, "truncation is switched on"),
         ("generation_config.json", {"eos_token_id": 500}, "eos_token_id is 500"),
         ("config.json", {"auto_map": {"AutoConfig": "own.Own"}}, "own.py: is missing"),
         ("other_config.json", None, "other_config.json: is not valid JSON"),
@@ -189,6 +198,25 @@ def test_faults_of_the_source_are_not_found_behind_the_run(
         assert run(model, tmp_path / "out") == 2
     assert said in capfd.readouterr().err and not (tmp_path / "out").exists()
     assert run(model, tmp_path / "out", "--no_check") == 0
+
+
+def test_a_source_whose_tokenizer_cuts_is_a_warning_and_a_result_that_does_is_none(
+    model, tmp_path, capfd
+):
+    """Training that cuts its texts leaves this in many models' files."""
+    before = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(before | {"truncation": TRUNCATION}))
+    assert run(model, tmp_path / "out") == 0
+    assert "tokenizer.json: truncation is switched on" in capfd.readouterr().err
+    (folder,) = (tmp_path / "out").iterdir()
+    for source in (model, None):
+        (found,) = [f for f in check(folder, source) if "truncation" in f.message]
+        assert found.severity == "warning"
+    cut = json.dumps(before | {"truncation": TRUNCATION | {"max_length": 8}})
+    (folder / "tokenizer.json").write_text(cut)
+    for source in (model, None):
+        (found,) = [f for f in check(folder, source) if "truncation" in f.message]
+        assert found.severity == "error"
 
 
 def test_a_tokenizer_that_is_none_is_one_line(model, tmp_path, capfd):

@@ -1,11 +1,12 @@
 """A checkpoint folder: it has another name until it is whole; `config.json` comes last."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from auto_mmround.atomic import sync_file, sync_folder, write_json
+from auto_mmround.atomic import held, sync_file, sync_folder, write_json
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.untrusted import ARRAYS, belongs
@@ -50,16 +51,27 @@ def wrong_name(out: Path) -> Path:
     return out.with_name(out.name + ".wrong")
 
 
-def begin(out: Path, overwrite: bool = False) -> Path:
-    """A fresh empty ``<out>.partial`` to write into; beside what a link at ``out`` leads to. Raises
-    UserError as `check_free` does."""
+@contextmanager
+def underway(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """An empty ``<out>.partial`` to write into, for `commit`; beside what a link at ``out`` leads
+    to. A failure removes it.
+
+    Raises UserError as `check_free` does, and if someone else writes there.
+    """
     check_free(out, overwrite)
     out = _place(out)
     partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    return partial
+    partial.mkdir(parents=True, exist_ok=True)
+    with held(partial) as ours:
+        if not ours:
+            raise UserError(f"{out}: someone else is writing this checkpoint: choose another")
+        for path in partial.iterdir():  # of a process that was killed
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def commit(partial: Path, out: Path) -> None:

@@ -42,10 +42,14 @@ def _sums(folder: Path, shards: bool) -> Iterator[tuple[str, str]]:
                     )
                 elif key not in _NOTES:
                     yield f"{name}: {key}", _sum(item)
-        elif value is not None:
-            yield name, _sum(value)
         else:
-            yield name, file_sum(path)
+            yield name, file_sum(path) if value is None else _sum(value)
+
+
+def sum_of(path: Path, name: str) -> str:
+    """The checksum that `file_sums` gives one file."""
+    value = _content(path, name) if path.suffix == ".json" else None
+    return file_sum(path) if value is None else _sum(value)
 
 
 def _files(folder: Path, shards: bool) -> Iterable[Path]:

@@ -8,7 +8,6 @@ bad sector is seen, and work goes on from the last block that is whole.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from auto_mmround import __version__, strict
-from auto_mmround.atomic import write_whole
+from auto_mmround.atomic import held, write_whole
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.sums import content_sum, file_sum
 from auto_mmround.errors import UserError
@@ -170,12 +169,9 @@ def unfinished(
     """
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is at work on this run") from None
+    with held(folder) as ours:
+        if not ours:
+            raise UserError(f"{folder}: another process is at work on this run")
         if restart:
             _empty(folder)
         run = Unfinished(folder, identity)
@@ -193,8 +189,6 @@ def unfinished(
                 raise UserError(text) from None
             raise
         _remove(folder, made)
-    finally:
-        os.close(lock)
 
 
 def compute_alike(place: Path, restart: bool = False, processes: Processes = ALONE) -> None:

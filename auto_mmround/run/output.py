@@ -13,7 +13,13 @@ from torch import Tensor
 
 from auto_mmround import strict
 from auto_mmround.atomic import write_whole
-from auto_mmround.checkpoint.folder import begin, commit, write_config, write_side_files, wrong_name
+from auto_mmround.checkpoint.folder import (
+    commit,
+    underway,
+    write_config,
+    write_side_files,
+    wrong_name,
+)
 from auto_mmround.checkpoint.objects import write_code, write_objects
 from auto_mmround.checkpoint.sums import file_sums
 from auto_mmround.errors import NotProved
@@ -69,9 +75,9 @@ def write_checkpoint(
     overwrite: instead of the recipe's. Raises NotProved for a folder that is wrong, which is left
     as ``<out>.wrong``.
     """
-    partial = begin(out, result.recipe.overwrite if overwrite is None else overwrite)
+    overwrite = result.recipe.overwrite if overwrite is None else overwrite
     marked = wrong_name(out)
-    try:
+    with underway(out, overwrite) as partial:
         _fill(partial, fmt, result)
         wrong: Sequence[str] = ()
         if prove is not None and result.recipe.check:
@@ -82,9 +88,6 @@ def write_checkpoint(
                 partial, {"checked": not wrong} | ({"wrong": list(wrong)} if wrong else {})
             )
         commit(partial, marked if wrong else out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     if wrong:
         raise NotProved(marked, wrong)
     shutil.rmtree(marked, ignore_errors=True)  # of an earlier try

@@ -84,10 +84,13 @@ def check_places(outs: Sequence[Path], source: Path | None) -> None:
                 f" {beside} can't be written to: choose a folder inside it"
             )
         _check_length(out, standing, longest)
-        for path in (out.with_name(out.name + ending) for ending in ENDINGS):
-            if path.exists() and not path.is_dir():
+        for ending in ENDINGS:
+            path = out.with_name(out.name + ending)
+            link = bool(ending) and path.is_symlink()  # what it leads to would be emptied
+            if link or (path.exists() and not path.is_dir()):
+                kind = "link" if link else "file"
                 raise UserError(
-                    f"output_dir: {path} is a file, no folder: remove it or choose another place"
+                    f"output_dir: {path} is a {kind}, no folder: remove it or choose another place"
                 )
         if wrong_name(out).exists():
             check_free(wrong_name(out), overwrite=True)

@@ -1,6 +1,7 @@
 """Is what lies beside the weights in order: tokenizer, processor, chat template, code?"""
 
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 from auto_mmround.checkpoint.findings import Finding, fault, read_json
 from auto_mmround.checkpoint.folder import is_side_file, side_files
 from auto_mmround.checkpoint.subject import Subject
-from auto_mmround.checkpoint.sums import CONFIG, file_sums
+from auto_mmround.checkpoint.sums import CONFIG, file_sums, sum_of
 from auto_mmround.errors import UserError, several
 from auto_mmround.untrusted import one_line
 from auto_mmround.verify.together import TOGETHER
 
+log = logging.getLogger("auto_mmround")
+
+TOKENIZER = "tokenizer.json"
 TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+    TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SIDES = (TOKENIZERS, PROCESSORS)
@@ -41,7 +45,7 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
     }
     if not there & set(TOKENIZERS):
         severity = "warning" if none_of[TOKENIZERS] else "error"
-        yield Finding(severity, "tokenizer.json", "is missing: the folder holds no tokenizer")
+        yield Finding(severity, TOKENIZER, "is missing: the folder holds no tokenizer")
     towers = [key for key in s.config if key in ("vision_config", "audio_config")] or s.config.get(
         "num_mel_bins"
     )
@@ -57,12 +61,15 @@ def check_side_files(s: Subject) -> Iterator[Finding]:
 
 def check_source(folder: Path) -> None:
     """Raises UserError for what is wrong beside the weights of a model's folder, and would be wrong
-    in every checkpoint that it is copied to: found before a run, not behind it."""
+    in every checkpoint that it is copied to: found before a run, not behind it. Warns of a
+    tokenizer that cuts or pads."""
     found: list[Finding] = []
     config = read_json(folder / CONFIG, []) or {}  # loading says more of one that can't be read
     ours = {"source": str(folder)}  # a run's result is judged more strictly
-    s = Subject(folder, config, None, None, {}, frozenset(), None, ours, None)
-    for check in (check_tokenizer, *TOGETHER):
+    s = Subject(folder, config, None, None, {}, frozenset(), None, ours, folder)
+    for finding in check_tokenizer(s):
+        log.warning("%s: %s", finding.where, one_line(finding.message))
+    for check in TOGETHER:
         found += check(s)
     found += _contents(s, {str(path.relative_to(folder)) for path in side_files(folder)})
     wrong = [f"{each.where}: {each.message}" for each in found if each.severity == "error"]
@@ -77,8 +84,8 @@ def _contents(s: Subject, there: Collection[str]) -> Iterator[Finding]:
     """What is wrong in these files, and code that is missing among them."""
     for name in sorted(there):
         findings: list[Finding] = []
-        if name.endswith("_config.json") or name == "tokenizer.json":
-            if name == "tokenizer.json":
+        if name.endswith("_config.json") or name == TOKENIZER:
+            if name == TOKENIZER:
                 content, findings = s.tokenizer
             else:
                 content = read_json(s.folder / name, findings) or {}
@@ -108,13 +115,22 @@ def _code(content: Mapping[str, Any], file: str, there: Collection[str]) -> Iter
 
 
 def check_tokenizer(s: Subject) -> Iterator[Finding]:
-    """Neither truncation nor padding of the calibration is left in the tokenizer."""
+    """Neither truncation nor padding of a calibration is left in the tokenizer.
+
+    What the source's own file says is a warning: Transformers and engines set both at each call.
+    """
     tokenizer, _ = s.tokenizer
-    for key in ("truncation", "padding"):
-        if tokenizer.get(key) is not None:
-            yield fault(
-                "tokenizer.json", f"{key} is switched on: {json.dumps(tokenizer[key])[:80]}"
-            )
+    keys = ("truncation", "padding")
+    switched = {key: tokenizer[key] for key in keys if tokenizer.get(key) is not None}
+    if not switched:
+        return
+    path, written = s.folder / TOKENIZER, (s.record.get("sums") or {}).get(TOKENIZER)
+    theirs = read_json(s.source / TOKENIZER, []) if s.source is not None else None
+    as_written = written is not None and written == sum_of(path, TOKENIZER)
+    for key, value in switched.items():
+        own = as_written if theirs is None else theirs.get(key) == value
+        text = f"{key} is switched on: {json.dumps(value)[:80]}"
+        yield Finding("warning" if own else "error", TOKENIZER, text)
 
 
 def check_written(s: Subject) -> Iterator[Finding]:
