@@ -50,6 +50,8 @@ def test_every_format_answers_piece_by_piece(name, folders):
     [
         {"num_beams": 4, "num_return_sequences": 2},
         {"return_dict_in_generate": True, "stop_strings": ["no such words"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
     ],
 )
 def test_answers_are_greedy_whatever_a_model_says_of_generation(settings, folders, tmp_path):

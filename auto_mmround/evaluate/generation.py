@@ -20,6 +20,9 @@ from auto_mmround.model.streaming import device_of
 # Whatever a model's own settings of generation say, an answer is one, greedy, and ids alone.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    # each of these would choose another way to generate
+    "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None, "constraints": None, "force_words_ids": None,
 }  # fmt: skip
 OPENING = 16  # tokens of a plain text that the model gets as its beginning
 
