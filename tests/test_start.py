@@ -10,15 +10,16 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from auto_mmround.calibration.inputs import ModelInput
+from auto_mmround.model import head as head_module
 from auto_mmround.model.chains import Modalities, token_modalities
 from auto_mmround.model.fisher import (
     FisherPasses,
-    _draw,
     _sampled_gradient,
     draws_of,
     measure_fisher,
     spread,
 )
+from auto_mmround.model.labels import drawn
 from auto_mmround.model.squares import BOUNDS, rows_of
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gptq, grids, start
@@ -306,20 +307,27 @@ def test_moments_pair_the_students_inputs_with_the_teachers():
     )
 
 
-def test_labels_are_drawn_as_predicted():
-    for shares in (
-        [0.0, 0.5, 0.3, 0.0, 0.2],
-        [0.1] * 9 + [0.0, 0.1],
-        [0.0] * 20 + [1.0],
-        [0.25, 0.75, 0.0],
-    ):
-        weights = 3 * torch.tensor(shares)
-        drawn = _draw(weights.expand(20000, -1), torch.Generator().manual_seed(0), 2)
-        assert drawn.shape == (20000, 2) and (weights[drawn] > 0).all()
-        for label in drawn.unbind(1):
-            assert (label.bincount(minlength=len(weights)) / 20000 - weights / 3).abs().max() < 0.02
-        both = (drawn[:, 0] == drawn[:, 1]).float().mean()  # independent of one another
-        assert both.item() == pytest.approx((weights / 3).square().sum().item(), abs=0.02)
+@pytest.mark.parametrize("words", [3, 64, 200])
+@pytest.mark.parametrize("kind", ["logits", "head", "head with a bias"])
+def test_labels_are_drawn_as_predicted(words, kind, monkeypatch):
+    """Whatever the size of the pieces; words that a model rules out are never drawn."""
+    monkeypatch.setattr(head_module, "LOGITS", 20_000 * 100)  # pieces of 64 words
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(words)
+    logits[1] = -torch.inf
+    hidden, head = logits[None], nn.Identity()
+    if kind != "logits":
+        head = nn.Linear(1, words, bias=kind != "head").requires_grad_(False)
+        head.weight[:, 0] = logits.clamp(min=-200.0)
+        hidden = torch.ones(1, 1)
+        logits = head(hidden)[0]
+    shares = logits.softmax(-1)
+    found = drawn(hidden.expand(20_000, -1), head, torch.Generator().manual_seed(0), 2)
+    assert found.shape == (20_000, 2) and (shares[found] > 0).all()
+    for label in found.unbind(1):
+        assert (label.bincount(minlength=words) / 20_000 - shares).abs().max() < 0.02
+    both = (found[:, 0] == found[:, 1]).float().mean()  # independent of one another
+    assert both.item() == pytest.approx(shares.square().sum().item(), abs=0.02)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -31,7 +31,8 @@ from auto_mmround.model.chains import (
     moved,
     with_hidden,
 )
-from auto_mmround.model.head import ToHead, parts, to_head
+from auto_mmround.model.head import ToHead, to_head
+from auto_mmround.model.labels import drawn
 from auto_mmround.model.squares import Readers, Squares
 from auto_mmround.model.streaming import device_of
 from auto_mmround.model.structure import Stage
@@ -248,50 +249,18 @@ def _sampled_gradient(hidden_TD: Tensor, head: nn.Module, generator: torch.Gener
 
     It is (W_y - W_y') / sqrt(2), with the rows W of the head for two labels y, y' drawn from p.
     The gradient d log p(y) / d hidden is W_y - E[W]. So the difference has mean 0 and covariance F,
-    and the mean over all words is not needed. A few positions at a time.
+    and the mean over all words is not needed.
     """
-    grad_TD = torch.empty_like(hidden_TD)
     with torch.no_grad():
-        for part_TD, into_TD in parts(head, hidden_TD, grad_TD):
-            logits_TV = head(part_TD)
-            weight_TV = (logits_TV - logits_TV.amax(-1, keepdim=True)).exp_()
-            one_T, other_T = _draw(weight_TV, generator, 2).unbind(1)
-            if isinstance(head, nn.Linear):
-                into_TD.copy_(
-                    (head.weight[one_T].float() - head.weight[other_T].float()) / math.sqrt(2)
-                )
-            else:  # the logits themselves
-                into_TD.zero_()
-                place_T = torch.arange(len(into_TD), device=into_TD.device)
-                into_TD[place_T, one_T] += math.sqrt(0.5)
-                into_TD[place_T, other_T] -= math.sqrt(0.5)
-    return grad_TD
-
-
-def _draw(weight_TV: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
-    """Labels of every position (T, count), drawn in proportion to the weights.
-
-    First a run of labels is drawn, then the label in it: one pass over the words, where multinomial
-    takes many. Weights may be 16-bit, since they are the largest tensor here; the rounding is far
-    too small to show in draws.
-    """
-    run = math.isqrt(weight_TV.shape[1])
-    ends_TR = weight_TV.unfold(1, run, run).sum(-1, dtype=torch.float32)
-    rest_T1 = weight_TV[:, ends_TR.shape[1] * run :].sum(-1, keepdim=True, dtype=torch.float32)
-    ends_TR = torch.cat([ends_TR, rest_T1], 1).cumsum_(-1)
-    at_TC = torch.rand(len(weight_TV), count, generator=generator).to(ends_TR) * ends_TR[:, -1:]
-    chosen_TC = torch.searchsorted(ends_TR, at_TC, right=True).clamp_(max=ends_TR.shape[1] - 1)
-    before_TC = ends_TR.gather(1, (chosen_TC - 1).clamp(min=0)).where(chosen_TC > 0, 0)
-    label_TCr = chosen_TC[..., None] * run + torch.arange(run, device=chosen_TC.device)
-    known_TCr = label_TCr.clamp(max=weight_TV.shape[1] - 1)
-    inside_TCr = weight_TV.gather(1, known_TCr.flatten(1)).view_as(known_TCr).float() * (
-        label_TCr == known_TCr
-    )
-    ends_TCr = inside_TCr.cumsum_(-1)
-    # Rounding may put the mark behind the last label. Then the last label with a weight is taken.
-    mark_TC = torch.minimum(at_TC - before_TC, ends_TCr[..., -1] * (1 - 1e-6))
-    place_TC1 = torch.searchsorted(ends_TCr, mark_TC[..., None], right=True).clamp_(max=run - 1)
-    return label_TCr.gather(2, place_TC1).squeeze(-1)
+        one_T, other_T = drawn(hidden_TD, head, generator, 2).unbind(1)
+        if isinstance(head, nn.Linear):
+            made_TD = (head.weight[one_T].float() - head.weight[other_T].float()) / math.sqrt(2)
+            return made_TD.to(hidden_TD.dtype)
+        grad_TV = torch.zeros_like(hidden_TD)  # of the logits themselves
+        place_T = torch.arange(len(grad_TV), device=grad_TV.device)
+        grad_TV[place_T, one_T] += math.sqrt(0.5)
+        grad_TV[place_T, other_T] -= math.sqrt(0.5)
+        return grad_TV
 
 
 @contextmanager

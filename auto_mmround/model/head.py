@@ -85,12 +85,16 @@ def to_head(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> ToHead:
     return _until_head if _head_is_last(model, kwargs) else _whole
 
 
+def room(device: torch.device) -> int:
+    """Logits that may be in memory at a time."""
+    return LOGITS if device.type == "cpu" else devices.free_memory(device) // (ROOM * EACH)
+
+
 def parts(head: nn.Module, *hidden_TD: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of tensors side by side, in the same memory, as many at a time as there is room for
     their logits."""
     device, width = hidden_TD[0].device, hidden_TD[0].shape[-1]
-    room = LOGITS if device.type == "cpu" else devices.free_memory(device) // (ROOM * EACH)
-    rows = max(1, room // getattr(head, "out_features", width))
+    rows = max(1, room(device) // getattr(head, "out_features", width))
     return zip(*(each_TD.split(rows) for each_TD in hidden_TD), strict=True)
 
 
