@@ -326,6 +326,7 @@ def test_labels_are_drawn_as_predicted(words, kind, monkeypatch):
     assert found.shape == (20_000, 2) and (shares[found] > 0).all()
     for label in found.unbind(1):
         assert (label.bincount(minlength=words) / 20_000 - shares).abs().max() < 0.02
+    assert drawn(hidden[:0], head, torch.Generator(), 2).shape == (0, 2)
     both = (found[:, 0] == found[:, 1]).float().mean()  # independent of one another
     assert both.item() == pytest.approx(shares.square().sum().item(), abs=0.02)
 

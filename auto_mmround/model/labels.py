@@ -14,6 +14,7 @@ from torch.nn import functional
 from auto_mmround.model.head import room
 
 RUN = 64  # words
+POSITIONS = 2048  # at a time, for the sums of their runs
 LESS = 1 - 1e-6  # a mark behind the last word, by rounding, falls on the last that has a weight
 
 
@@ -22,33 +23,38 @@ def drawn(hidden_TD: Tensor, head: nn.Module, generator: torch.Generator, count:
 
     head: a linear layer; where it is none, ``hidden_TD`` are the logits themselves.
     """
+    at_TC = torch.rand(len(hidden_TD), count, generator=generator).to(hidden_TD.device)
+    pieces = zip(hidden_TD.split(POSITIONS), at_TC.split(POSITIONS), strict=True)
+    return torch.cat([_drawn(some_TD, head, some_TC) for some_TD, some_TC in pieces])
+
+
+def _drawn(hidden_TD: Tensor, head: nn.Module, at_TC: Tensor) -> Tensor:
     words = head.out_features if isinstance(head, nn.Linear) else hidden_TD.shape[-1]
     top_TR, weight_TR = _runs(hidden_TD, head, words)
     weight_TR *= (top_TR - top_TR.amax(-1, keepdim=True)).exp_()
-    at_TC = torch.rand(len(hidden_TD), count, generator=generator).to(weight_TR)
-    run_TC, at_TC = _place(weight_TR[:, None], at_TC)
+    run_TC, at_TC = _place(weight_TR, at_TC)
     word_TCr = run_TC[..., None] * RUN + torch.arange(RUN, device=run_TC.device)
     known_TCr = word_TCr.clamp(max=words - 1)
     logits_TCr = _logits_of(hidden_TD, head, known_TCr).float()
     logits_TCr.masked_fill_(word_TCr != known_TCr, -torch.inf)
     weight_TCr = (logits_TCr - logits_TCr.amax(-1, keepdim=True)).exp_()
-    return word_TCr.gather(2, _place(weight_TCr, at_TC)[0][..., None]).squeeze(-1)
+    inside_N1, _ = _place(weight_TCr.flatten(0, 1), at_TC.reshape(-1, 1))
+    return run_TC * RUN + inside_N1.view_as(run_TC)
 
 
-def _place(weight: Tensor, at_TC: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the weights (T, C or 1, N), added up, reach the share ``at_TC`` of their sum; and how
-    far inside, as a share of the weight there."""
-    end = weight.cumsum(-1).expand(-1, at_TC.shape[1], -1).contiguous()
-    mark_TC1 = (at_TC.clamp(max=LESS) * end[..., -1])[..., None]
-    place_TC1 = torch.searchsorted(end, mark_TC1, right=True).clamp_(max=end.shape[-1] - 1)
-    before_TC1 = end.gather(2, (place_TC1 - 1).clamp(min=0)).where(place_TC1 > 0, 0)
-    own_TC1 = end.gather(2, place_TC1) - before_TC1
-    return place_TC1.squeeze(-1), ((mark_TC1 - before_TC1) / own_TC1).squeeze(-1)
+def _place(weight_NR: Tensor, at_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the weights of each row, added up, reach the shares ``at_NC`` of their sum; and how far
+    inside, as a share of the weight there."""
+    end_NR = weight_NR.cumsum(-1)
+    mark_NC = at_NC.clamp(max=LESS) * end_NR[:, -1:]
+    place_NC = torch.searchsorted(end_NR, mark_NC, right=True).clamp_(max=end_NR.shape[1] - 1)
+    before_NC = end_NR.gather(1, (place_NC - 1).clamp(min=0)).where(place_NC > 0, 0)
+    return place_NC, (mark_NC - before_NC) / (end_NR.gather(1, place_NC) - before_NC)
 
 
 def _runs(hidden_TD: Tensor, head: nn.Module, words: int) -> tuple[Tensor, Tensor]:
     """The largest logit of each run (T, R), and the sum of exp(logit - largest), in float32."""
-    step = max(1, room(hidden_TD.device) // len(hidden_TD) // RUN) * RUN
+    step = max(1, room(hidden_TD.device) // max(1, len(hidden_TD)) // RUN) * RUN
     tops, sums = [], []
     for first in range(0, words, step):
         logits_TW = _logits(hidden_TD, head, slice(first, first + step))
@@ -74,7 +80,7 @@ def _logits_of(hidden_TD: Tensor, head: nn.Module, words_TCr: Tensor) -> Tensor:
     """(T, C, r), of some words of each position."""
     if not isinstance(head, nn.Linear):
         return hidden_TD.gather(1, words_TCr.flatten(1)).view_as(words_TCr)
-    positions = max(1, room(hidden_TD.device) // words_TCr[0].numel() // hidden_TD.shape[1])
+    positions = max(1, room(hidden_TD.device) // words_TCr.shape[1:].numel() // hidden_TD.shape[1])
     made = [
         torch.matmul(head.weight[some_TCr], some_TD[:, None, :, None]).squeeze(-1)
         for some_TCr, some_TD in zip(words_TCr.split(positions), hidden_TD.split(positions))
