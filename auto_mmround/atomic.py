@@ -10,6 +10,9 @@ from typing import Any
 
 from auto_mmround import strict
 
+# What file systems without locks answer; NFS wants files that are open for writing.
+NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """As `write_whole`, indented."""
@@ -53,7 +56,7 @@ def held(folder: Path) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            if error.errno not in NO_LOCKS:
                 raise
         # renamed by the one who held it before
         yield folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())

@@ -1,5 +1,7 @@
 """Checkpoint folders: atomic writing, side files, reading back, and loading in the real engines."""
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from asking import run_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from auto_mmround.atomic import held
 from auto_mmround.checkpoint.folder import commit, underway, write_config, write_side_files
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
@@ -94,6 +97,17 @@ def test_a_folder_has_another_name_until_it_is_whole(tmp_path: Path) -> None:
         assert list(partial.iterdir()) == []
         raise RuntimeError
     assert not stale.exists()
+
+
+def test_file_systems_without_locks_hold_off_nobody(tmp_path, monkeypatch):
+    """NFS refuses to lock folders: EBADF."""
+
+    def refused(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with held(tmp_path) as ours, held(tmp_path) as also:
+        assert ours and also
 
 
 def test_what_a_commit_that_was_cut_off_left_behind_is_removed(tmp_path: Path) -> None:
