@@ -10,8 +10,8 @@ from typing import Any
 
 from auto_mmround import strict
 
-# What file systems without locks answer; NFS wants files that are open for writing.
-NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# What file systems answer that neither lock nor sync folders. NFS locks what is open for writing.
+UNABLE = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -34,10 +34,14 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Files that were created, renamed and removed in the folder stay so if the machine stops."""
+    """Files that were created, renamed and removed in the folder stay so if the machine stops; as
+    far as the file system knows of that."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
     finally:
         os.close(handle)
 
@@ -56,7 +60,7 @@ def held(folder: Path) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in UNABLE:
                 raise
         # renamed by the one who held it before
         yield folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from asking import run_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from auto_mmround.atomic import held
+from auto_mmround.atomic import held, sync_folder
 from auto_mmround.checkpoint.folder import commit, underway, write_config, write_side_files
 from auto_mmround.checkpoint.reading import dequantized_state_dict, read_checkpoint
 from auto_mmround.errors import UserError
@@ -99,8 +100,8 @@ def test_a_folder_has_another_name_until_it_is_whole(tmp_path: Path) -> None:
     assert not stale.exists()
 
 
-def test_file_systems_without_locks_hold_off_nobody(tmp_path, monkeypatch):
-    """NFS refuses to lock folders: EBADF."""
+def test_file_systems_that_neither_lock_nor_sync_folders(tmp_path, monkeypatch):
+    """NFS refuses locks with EBADF; others know no fsync of a folder."""
 
     def refused(*_):
         raise OSError(errno.EBADF, "Bad file descriptor")
@@ -108,6 +109,8 @@ def test_file_systems_without_locks_hold_off_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refused)
     with held(tmp_path) as ours, held(tmp_path) as also:
         assert ours and also
+    monkeypatch.setattr(os, "fsync", refused)
+    sync_folder(tmp_path)
 
 
 def test_what_a_commit_that_was_cut_off_left_behind_is_removed(tmp_path: Path) -> None:
