@@ -80,7 +80,8 @@ class Method:
     required: keys without which readers guess, and guess differently. form: test of the values of
     its own keys. listed: keys that name modules. schemes: a configuration's scheme of each packed
     module. readers: engine -> how it finds the layers to quantize. copied: the configuration lies
-    in `quantization_config.json` too.
+    in `quantization_config.json` too. unread: what a configuration asks engines to compute that our
+    reader does not; the flag: of inputs and of keys and values too.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Method:
     schemes: Callable[[Config], Callable[[str], Scheme]] = flat_schemes
     readers: Mapping[str, Matcher] = field(default_factory=dict)
     copied: bool = False
+    unread: Callable[[Config, bool], str | None] = lambda config, activations: None
 
 
 def entries(config: Config, keys: Sequence[str]) -> list[str]:
