@@ -39,6 +39,16 @@ class Spelling:
         return [self.rename(item) for item in next(filter(None, lists), [])]
 
 
+# What makes readers take a name of ``extra_config`` for a pattern.
+SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")
+
+
+def rule_pattern(rule: str) -> str:
+    """The pattern of a rule of ``dynamic``: with -: its modules stay, with +: or no mark they have
+    another scheme."""
+    return rule[2:] if rule.startswith(("+:", "-:")) else rule
+
+
 # The answer: the quantized layers, with what the configuration says of each beyond its defaults;
 # None where the engine takes no such checkpoint.
 Matcher = Callable[[Spelling], Mapping[str, Overrides] | None]
@@ -48,7 +58,8 @@ def flat_schemes(
     config: Config, more: Config = MappingProxyType({}), make: Callable[..., Scheme] = Scheme
 ) -> Callable[[str], Scheme]:
     """The scheme of a module: the configuration's own keys, then the first override that fits.
-    Overrides stand in ``extra_config`` or at the top by name, or in ``dynamic`` by pattern.
+    Overrides stand in ``extra_config`` by name or pattern, at the top by name, or in ``dynamic`` by
+    pattern.
 
     make: of the keys bits, group_size and sym, and of more: key -> value where nothing says it.
     """
@@ -59,10 +70,10 @@ def flat_schemes(
     }
     extra, dynamic = config.get("extra_config") or {}, config.get("dynamic") or {}
     named = {**{key: value for key, value in config.items() if isinstance(value, Mapping)}, **extra}
-    names, patterns = list(named), [key for key in extra if "*" in key]
-    rules = [key for key in dynamic if key[:2] == "+:"]
+    names, patterns = list(named), [key for key in extra if SPECIAL.search(key)]
+    rules = [key for key in dynamic if not key.startswith("-:")]
     overrides = [*named.values(), *(extra[key] for key in patterns)]
-    places, later = Lookup(names, patterns, anywhere=True), Lookup([], [key[2:] for key in rules])
+    places, later = Lookup(names, patterns, anywhere=True), Lookup([], [*map(rule_pattern, rules)])
 
     def scheme(name: str) -> Scheme:
         place, rule = places.first(name), later.first(name)
