@@ -47,7 +47,7 @@ from auto_mmround.run.pipeline import Watcher, quantize
 from auto_mmround.run.places import check_places, folder_name, model_label, places
 from auto_mmround.run.record import BlockReport, checksum
 from auto_mmround.verify.limits import refusals
-from auto_mmround.verify.proof import prove
+from auto_mmround.verify.proof import check_rebuilt, prove
 from auto_mmround.verify.verify import verify
 
 log = logging.getLogger("auto_mmround")
@@ -151,7 +151,8 @@ class AutoRoundMLLM:
 
         All else in the model is as before, also after a failure. With an ``output_dir``, blocks are
         kept there as they are finished: after a crash the same script goes on from the last one.
-        Raises UserError for a model whose weights were quantized before.
+        Raises UserError for a model whose weights were quantized before, and for one that is not
+        what readers make of its configuration.
         """
         model, marks = self.loaded.model, _marks(self.loaded.model)
         again = next(
@@ -163,6 +164,8 @@ class AutoRoundMLLM:
                 f"{again} holds what quantize() wrote: this model was quantized before; load it"
                 " anew"
             )
+        if self.loaded.given and self.recipe.check:
+            check_rebuilt(model)
         if self._resumes:
             compute_alike(places(self.recipe)[0], self.recipe.restart)
         held, hooks = weights_sum(model) if self._resumes else "", hooks_of(model)

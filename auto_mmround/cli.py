@@ -5,6 +5,7 @@ Heavy imports wait until a command needs them, so that `-h` and mistakes answer 
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.untrusted import one_line
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what is written
 # What a parser of a recipe finds beside the recipe.
 BESIDE = (
     "recipe_file", "eval", "lmms", "json", "verbose", "quiet", "json_log", "push_to_hub", "public",
@@ -164,6 +166,7 @@ RUN: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done; 1 our fault, or a wrong result; 2 wrong input (one line on stderr)."""
+    _open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("auto_mmround").setLevel(logging.INFO)
     try:
@@ -178,5 +181,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.close(sys.stdout.fileno())
+        _print_nowhere()
         return 0
+    except OSError as error:
+        # files of a run say which they are
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        _print_nowhere()
+        print(f"{PROGRAM}: what is printed can't be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _open_streams() -> None:
+    """What the caller has closed leads nowhere; else the next file to be opened would get the
+    number of the output, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
+def _print_nowhere() -> None:
+    """From now on; else Python complains of the rest when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

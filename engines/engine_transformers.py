@@ -59,7 +59,10 @@ def linear_classes(model: torch.nn.Module) -> tuple[dict[str, int], int]:
     # compressed-tensors keeps torch's Linear, gives it a scheme, and unpacks it in the first
     # forward pass. AutoRound's layers of floats have a weight_scale.
     marks = ("qweight", "quantization_scheme", "weight_scale")
-    quantized = [m for m in model.modules() if any(hasattr(m, mark) for mark in marks)]
+    marked = [m for m in model.modules() if any(hasattr(m, mark) for mark in marks)]
+    # attention has a scheme too, where the cache has one: of no weights
+    schemes = [getattr(m, "quantization_scheme", None) for m in marked]
+    quantized = [m for m, s in zip(marked, schemes) if s is None or s.weights is not None]
     linears = {
         id(m): m
         for m in (*quantized, *(m for m in model.modules() if isinstance(m, torch.nn.Linear)))

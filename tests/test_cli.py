@@ -307,3 +307,15 @@ def test_completion_without_its_library_says_what_to_install(monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "argcomplete", None)  # as if it were not installed
     assert cli.main(["completion", "bash"]) == 2
     assert "pip install argcomplete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "closed, status, said",
+    [(">&-", 0, ""), (">&- 2>&- <&-", 0, ""), ("> /dev/full", 1, "what is printed can't be")],
+)
+def test_an_output_that_is_closed_or_full(closed, status, said):
+    """Services start programs without any; a traceback before."""
+    command = f"{sys.executable} -m auto_mmround formats {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == status
+    assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)

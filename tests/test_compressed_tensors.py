@@ -675,3 +675,57 @@ def test_a_checkpoint_of_llm_compressor(tmp_path: Path) -> None:
         all(torch.equal(decoded[name], tensor) for name, tensor in wanted.items())
         and len(wanted) == 35
     )
+
+
+# What llm-compressor can write and our reader does not compute: change of the configuration, what
+# is said, whether the weights alone are readable.
+BEYOND = {
+    "static integers": (
+        {"input_activations": {"symmetric": False, "strategy": "tensor", "dynamic": False}},
+        "inputs of 8 bit int, asymmetric, static, one scale by tensor", True,
+    ),
+    "asymmetric integers": ({"input_activations": {"symmetric": False}}, "asymmetric", True),
+    "one scale for all tokens": ({"input_activations": {"strategy": "tensor"}}, "by tensor", True),
+    "outputs": ({"output_activations": {"num_bits": 8}}, "what layers give", True),
+    "an int8 cache": (
+        {"kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
+        "keys and values of 8 bit int", True,
+    ),
+    "transformed inputs": (
+        {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": [
+            {"targets": ["re:.*down_proj$"], "location": "input"}]}}}},
+        "engines transform what layers read", False,
+    ),
+}  # fmt: skip
+
+
+def test_what_engines_compute_and_our_reader_does_not_is_one_line(tmp_path: Path) -> None:
+    folder = run(tmp_path, bits=8, act_bits=8)[1][0]
+    written = json.loads((folder / "config.json").read_text())
+    load_any(str(folder))
+    for changes, said, readable in BEYOND.values():
+        config = json.loads(json.dumps(written))
+        quantization = config["quantization_config"]
+        group = quantization["config_groups"]["group_0"]
+        for key, value in changes.items():
+            if key in group:
+                group[key] = (group[key] or {}) | value
+            else:
+                quantization[key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=said):
+            load_any(str(folder))
+        found = [f.message for f in check_files(folder) if f.severity == "warning"]
+        assert any(said in message for message in found), found
+        if readable:
+            from_quantized(folder)
+        else:
+            with pytest.raises(UserError, match=said):
+                from_quantized(folder)
+
+
+def test_transforms_that_are_in_the_weights_are_read() -> None:
+    applied = [{"targets": ["Linear"], "location": "weight_input"}]
+    config = ct.WORDS.config(Layout({"m": Scheme()}, [], [], str, Scheme()))
+    config["transform_config"] = {"config_groups": {"R1": {"type": "hadamard", "apply": applied}}}
+    assert formats.unread(config, True) is None

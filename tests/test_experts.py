@@ -15,9 +15,11 @@ from transformers import Mxfp4Config
 
 from auto_mmround import AutoRoundMLLM, UserError, cli
 from auto_mmround.checkpoint.loader import from_quantized
+from auto_mmround.checkpoint.reading import Decoded
 from auto_mmround.model.experts import separable, separated
 from auto_mmround.model.loading import NONSENSE, load
 from auto_mmround.model.structure import LINEAR
+from auto_mmround.numerics.activations import rounded_inputs
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.plan import make_plan
 from auto_mmround.verify import static
@@ -354,3 +356,37 @@ def test_a_format_that_is_named_when_saving(tmp_path):
         job.save_quantized(tmp_path / "a", format="auto_round")
     assert not (tmp_path / "a").exists()
     assert job.save_quantized(tmp_path / "b", format="compressed_tensors")[0].is_dir()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4"])
+def test_inputs_of_experts_are_rounded_as_engines_do(kind, stream, tmp_path):
+    out = tmp_path / "out"
+    words = command(saved(kind, tmp_path / "model"), out, "compressed_tensors", "--scheme", "FP8")
+    at = words.index("--group_size")
+    assert cli.main([*words[:at], *words[at + 2 :]]) == 0
+    (folder,) = out.iterdir()
+    rounded = from_quantized(folder, dtype="float32", activations=True, stream=stream)
+    model = from_quantized(folder, dtype="float32").model
+    plain, experts = logits(model), separable(model)
+    packed = Decoded(folder).packed
+    with separated(model, experts):
+        for name, key in stored_names(model, experts).items():
+            if key in packed:
+                model.get_submodule(name).register_forward_pre_hook(rounding)
+        wanted = logits(model)
+    assert any(".experts." in key for key in packed)
+    assert torch.allclose(logits(rounded.model), wanted, atol=1e-6)
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+
+
+def rounding(_, given):
+    x = given[0]
+    return (rounded_inputs(x, "fp8", 8, -1) if x.numel() else x,)
+
+
+def stored_names(model, experts) -> dict[str, str]:
+    """Layer, also of experts that are separated -> its name in the checkpoint."""
+    names = {name: expert.key.removesuffix(".weight") for name, expert in experts.items()}
+    layers = (name for name, module in model.named_modules() if isinstance(module, LINEAR))
+    return {name: names.get(name, name) for name in layers}

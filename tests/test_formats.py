@@ -346,3 +346,30 @@ def test_layouts_that_share_a_method() -> None:
         assert formats.from_config({"quant_method": "awq", **keys}) is FORMATS["auto_awq"]
     with pytest.raises(UserError, match="version 'gemv', only 'gemm'"):
         formats.from_config({"quant_method": "awq", "version": "gemv"})
+
+
+@pytest.mark.parametrize("method, layout_name", [("gptq", "gptq_v2"), ("awq", "gemv_fast")])
+def test_a_layout_that_is_named_by_format_alone_is_not_read_as_another(
+    method: str, layout_name: str
+) -> None:
+    """GPTQModel takes `checkpoint_format` for an older name of `format`. Its second layout of GPTQ
+    has other zero points in the same shapes."""
+    with pytest.raises(UserError, match=f"with format '{layout_name}', only"):
+        formats.from_config({"quant_method": method, "format": layout_name})
+
+
+def test_patterns_of_peers_are_read() -> None:
+    """A rule of GPTQModel without a mark is one with +:, and AutoRound searches for every key that
+    is no layer's name."""
+    plan = layout(down_proj=Scheme(8, 64, True))
+    gptq = FORMATS["auto_gptq"].config(plan)
+    rules = {r"(?:.*\.)?layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": 64}}
+    own = FORMATS["auto_round:auto_gptq"].config(plan)
+    keys = {r"layers\.\d+\.mlp\.down_proj": {"bits": 8, "group_size": 64}}
+    kept = {"-:.*lm_head$": {}}
+    for config in (gptq | {"dynamic": kept | rules}, own | {"extra_config": keys}):
+        for module, scheme in plan.quantized.items():
+            assert formats.scheme_of(config, stored(module)) == scheme, module
+    for config in (gptq | {"dynamic": {"(": {}}}, own | {"extra_config": {"(": {}}}):
+        with pytest.raises(UserError, match="has not the form it must have"):
+            formats.from_config(config)

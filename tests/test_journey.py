@@ -136,6 +136,8 @@ def test_towers_on_request_and_recapture(tmp_path):
         ({"layer_config": {"q_proj": {"bits": 8}}}, "one matrix"),
         ({"layer_config": {"o_proj": {"bit": 8}}}, "unknown key"),
         ({"layer_config": {"o_proj": {"bits": 12}}}, "2 to 8"),
+        ({"layer_config": {"visual": {"bits": 8}}}, "towers are quantized with"),
+        ({"layer_config": {"lm_head": {"bits": 8}}}, "with --untie_lm_head"),
         ({"to_quant_block_names": "audio"}, "matches no list"),
         ({"quant_lm_head": True}, "shares its weight"),
         ({"format": " , "}, "format is empty"),

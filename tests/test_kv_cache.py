@@ -2,6 +2,7 @@
 and judged."""
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,17 @@ def test_our_reader_rounds_keys_and_values_as_compressed_tensors_does(made):
     assert (got - exact).norm() > 1e-3 * exact.norm()
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(step.logits[0, -1], got[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_with_a_scheme_for_its_cache_is_no_quantized_layer(made):
+    """`verify` counted it, and called checkpoints wrong that have a layer more by that."""
+    place = Path(__file__).parents[1] / "engines" / "engine_transformers.py"
+    counting = spec_from_file_location("engine_transformers", place)
+    program = module_from_spec(counting)
+    counting.loader.exec_module(program)
+    theirs = AutoModelForCausalLM.from_pretrained(made[0])
+    assert hasattr(theirs.model.layers[0].self_attn, "quantization_scheme")
+    assert program.linear_classes(theirs)[1] == len(made[1].plan.quantized)
 
 
 @pytest.mark.parametrize("changes", [{"algorithm": "rtn"}, {"stream": True}, {"act_bits": 8}])

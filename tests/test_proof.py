@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, TEXT, Tiny, tiny_tokenizer
 
 import auto_mmround
-from auto_mmround import AutoRoundMLLM, NotProved, cli
+from auto_mmround import AutoRoundMLLM, NotProved, UserError, cli
 from auto_mmround.checkpoint.reading import Decoded, Shards
 from auto_mmround.export import formats
 from auto_mmround.model.loading import load
@@ -109,10 +109,7 @@ def test_the_other_formats_of_a_run_are_written(model, tmp_path, broken):
     ]
 
 
-@pytest.mark.parametrize("part", ["act_fn", "norm", "self_attn", "rotary_emb", "rope"])
-def test_a_model_that_computes_otherwise_than_its_configuration_says(part, model, tmp_path):
-    """Every tensor is right, and readers would get another function."""
-    made = load(str(model))
+def change_part(part, made):
     text = made.model.model
     if part == "act_fn":
         text.layers[1].mlp.act_fn = torch.nn.GELU()
@@ -124,14 +121,57 @@ def test_a_model_that_computes_otherwise_than_its_configuration_says(part, model
         text.rotary_emb.original_inv_freq *= 1.5
     else:  # read when the model was made
         made.model.config.rope_parameters["rope_theta"] *= 4
-    ours = AutoRoundMLLM(made.model, made.tokenizer, iters=0, group_size=32, device="cpu")
-    ours.quantize()
+
+
+@pytest.mark.parametrize("part", ["act_fn", "norm", "self_attn", "rotary_emb", "rope"])
+def test_a_model_that_computes_otherwise_than_its_configuration_says(part, model, tmp_path):
+    """Every tensor is right, and readers would get another function."""
     named = "rotary_emb" if part == "rope" else part
-    with pytest.raises(
-        NotProved, match=rf"{named}: (is|has) .* readers make .*of its config\.json"
-    ):
+    line = rf"{named}:? (is|has) .* readers make .*of its config\.json"
+    words = dict(iters=0, group_size=32, device="cpu")
+    before, behind = load(str(model)), load(str(model))
+    change_part(part, before)
+    with pytest.raises(UserError, match=line):
+        AutoRoundMLLM(before.model, before.tokenizer, **words).quantize()
+    ours = AutoRoundMLLM(behind.model, behind.tokenizer, **words)
+    ours.quantize()
+    change_part(part, behind)
+    with pytest.raises(NotProved, match=line):
         ours.save_quantized(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.wrong"]
+
+
+def more_rows(text):
+    text.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(96))
+
+
+def one_layer_less(text):
+    text.layers = text.layers[:1]
+
+
+def a_buffer(text):
+    text.register_buffer("mine", torch.ones(3))
+
+
+def other_shape(text):
+    text.norm.weight = torch.nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (more_rows, r"layers\.1\.mlp\.up_proj\.bias: readers make no such tensor"),
+        (a_buffer, r"model\.mine: readers make no such tensor"),
+        (one_layer_less, r"layers\.1\..*: readers make it .*has it not \(and 17 more\)"),
+        (other_shape, r"model\.norm\.weight: readers make it of another shape"),
+    ],
+)
+def test_tensors_that_no_reader_makes_are_told_before_tuning(change, line, model):
+    """A run of hours ended in a folder that is called wrong."""
+    made = load(str(model))
+    change(made.model.model)
+    with pytest.raises(UserError, match=line):
+        AutoRoundMLLM(made.model, made.tokenizer, iters=0, group_size=32, device="cpu").quantize()
 
 
 def test_a_folder_that_was_there_before_stays(model, tmp_path, monkeypatch):

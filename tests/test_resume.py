@@ -15,12 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 from tiny_models import FAMILIES, TEXT, tiny_tokenizer
 
 from auto_mmround.checkpoint.reading import read_checkpoint
 from auto_mmround.errors import UserError
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
+from auto_mmround.run.finished import identity
 
 DEEP = replace(FAMILIES["llama"], config=TEXT | {"num_hidden_layers": 4})
 FOLDERS = ("model-w4g32-auto_round", "model-w4g32-auto_gptq")
@@ -40,8 +43,6 @@ def run(root: Path, **changes) -> None:
 
 
 def child(root: Path, before: Callable[[], None], changes: dict) -> None:
-    import torch
-
     torch.set_num_threads(1)
     # the machine stays on: what was written is there, synchronized or not
     os.fsync = lambda handle: None
@@ -266,6 +267,20 @@ def test_another_model_and_other_samples_are_refused(copy, monkeypatch):
     monkeypatch.setattr(type(DEEP), "samples", lambda self, count: [DEEP.media["text"](-1)] * 2)
     with pytest.raises(UserError, match="another calibration samples"):
         run(copy)
+
+
+def test_other_code_of_the_model_is_another_run(tmp_path):
+    """Blocks would be tuned for a function that is no more the model's."""
+    (tmp_path / "model.safetensors").write_bytes(save({"a": torch.ones(1)}))
+    code = tmp_path / "modeling_own.py"
+
+    def known(text: str, trusted: bool) -> dict:
+        code.write_text(text)
+        recipe = Recipe(model=str(tmp_path), trust_remote_code=trusted)
+        return identity(recipe, "{}", tmp_path, ())
+
+    assert known("a = 1", True) != known("a = 2", True) == known("a = 2", True)
+    assert known("a = 1", False) == known("a = 2", False)  # it does not run
 
 
 def test_two_processes_do_not_share_a_run(copy):

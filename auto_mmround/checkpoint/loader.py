@@ -13,14 +13,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_utils import LoadStateDictInfo
 from transformers.pytorch_utils import Conv1D
 
-from auto_mmround.checkpoint.reading import Checkpoint, Decoded, Shards, read_checkpoint
+from auto_mmround.checkpoint.reading import Decoded, Shards, read_checkpoint
+from auto_mmround.checkpoint.rounding import round_cache, round_inputs
 from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.lazy import LazyTensor
 from auto_mmround.model import devices
 from auto_mmround.model.borrowed import made_runnable
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
-from auto_mmround.model.kv_cache import SCALES, cached_attention, change_cached, fits
 from auto_mmround.model.loading import (
     DTYPES,
     NONSENSE,
@@ -36,7 +36,6 @@ from auto_mmround.model.loading import (
 from auto_mmround.model.quantized import METHODS
 from auto_mmround.model.restacking import restacked, stacking
 from auto_mmround.model.streaming import has_room, load_streamed
-from auto_mmround.numerics.activations import e4m3_static, rounded_inputs
 from auto_mmround.untrusted import one_line, read_object
 
 log = logging.getLogger("auto_mmround")
@@ -58,9 +57,9 @@ def from_quantized(
     """Load a quantized checkpoint without any engine: decode packed weights, keep the rest.
 
     dtype: of all weights; None is the configuration's. activations: if the configuration asks
-    engines to quantize a layer's inputs, a hook does so. stream: decode blocks when their turn
-    comes; None: where the decoded model takes most of the free memory. Raises UserError for a
-    folder that can't be read, and for tensors that don't fit the model exactly.
+    engines to quantize a layer's inputs, we do so. stream: decode blocks when their turn comes;
+    None: where the decoded model takes most of the free memory. Raises UserError for a folder that
+    can't be read or computed with, and for tensors that don't fit the model exactly.
     """
     folder, device = Path(folder), torch.device(device)
     config = read_config(folder, remote_code)
@@ -68,6 +67,9 @@ def from_quantized(
     del config.quantization_config
     wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
     decoded = Decoded(folder, wanted)
+    quantization = decoded.checkpoint.quantization_config
+    if quantization is not None and (unread := formats.unread(quantization, activations)):
+        raise UserError(f"{folder} can't be computed as engines do: {unread}")
     try:
         empty = skeleton(config, folder, remote_code)
         streams = _streams(empty, folder, wanted, device) if stream is None else stream
@@ -83,8 +85,8 @@ def from_quantized(
     _check_filled(folder, met)
     made_runnable(model)
     if activations:
-        _quantize_inputs(model, decoded.checkpoint, state.files, device)
-        _quantize_cache(model, decoded.checkpoint, state.files, device)
+        round_inputs(model, decoded, state.files, device)
+        round_cache(model, decoded.checkpoint, state.files, device)
     if (folder / "generation_config.json").is_file():
         with Readable(folder, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -177,57 +179,6 @@ class _Slices:
     def slice(self, key: str) -> LazyTensor:
         """See `Slices.slice`."""
         return LazyTensor(partial(self.tensor, key))
-
-
-def _quantize_inputs(
-    model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str], device: str | torch.device
-) -> None:
-    """Hooks for layers whose inputs engines quantize. keys: of the decoded checkpoint."""
-    quantization = checkpoint.quantization_config
-    if quantization is None:
-        return
-    packed = formats.from_config(quantization).packed(checkpoint.files)
-    scheme_of = formats.reader(quantization)
-    for parameter, key in parameter_names(model, keys).items():
-        stored = key.removesuffix(".weight")
-        if stored not in packed:
-            continue
-        scheme = scheme_of(stored)
-        if scheme.act_bits < 16:
-            layer = model.get_submodule(parameter.removesuffix(".weight"))
-            measured = "input_global_scale" if scheme.data_type == "nvfp4" else "input_scale"
-            wholes = [f"{stored}.{measured}"] if scheme.inputs_measured else []
-            scales = [tensor.to(device) for _, tensor in checkpoint.tensors(wholes)]
-            how = *scheme.inputs, next(iter(scales), None), scheme.act_how
-            layer.register_forward_pre_hook(
-                lambda _, given, how=how: (rounded_inputs(given[0], *how), *given[1:])
-            )
-
-
-def _quantize_cache(
-    model: PreTrainedModel, checkpoint: Checkpoint, keys: Iterable[str], device: str | torch.device
-) -> None:
-    """Hooks for attention whose keys and values engines keep in FP8. keys: as above."""
-    said = (checkpoint.quantization_config or {}).get("kv_cache_scheme")
-    if not said:
-        return
-    strategy = str(said.get("strategy", "tensor"))
-    found, stored = dict(checkpoint.tensors(checkpoint.kv_scales)), parameter_names(model, keys)
-    for name, projection in cached_attention(model).items():
-        place = stored[f"{name}.{projection}.weight"].rpartition(f".{projection}")[0]
-        scales = [found.get(f"{place}.{part}") for part in SCALES]
-        if any(scale is None or not fits(strategy, scale) for scale in scales):
-            each = " for each head" if strategy == "attn_head" else ""
-            text = f"{place} has no k_scale and v_scale of one number{each}"
-            raise UserError(f"{checkpoint.folder}: {text}")
-        key_scale, value_scale = (scale.float().to(device) for scale in scales)  # type: ignore[union-attr]
-
-        def rounded(
-            key: Tensor, value: Tensor, k: Tensor = key_scale, v: Tensor = value_scale
-        ) -> tuple[Tensor, Tensor]:
-            return e4m3_static(key, k), e4m3_static(value, v)
-
-        change_cached(model.get_submodule(name), rounded)
 
 
 def load_any(

@@ -306,8 +306,8 @@ def _skeleton(
     return Skeleton(
         shapes={key: own[name] for key, name in whole.items()},
         linears=layers,
-        missing=_not_ignored(missing, model._keys_to_ignore_on_load_missing),
-        unknown=_not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
+        missing=not_ignored(missing, model._keys_to_ignore_on_load_missing),
+        unknown=not_ignored(unknown, model._keys_to_ignore_on_load_unexpected),
         head=head,
         unread=frozenset(key.removesuffix(".weight") for key in idle),
         respelled=_followed(_whole(before), keys_here),
@@ -369,7 +369,8 @@ def _linears(
     return layers, head
 
 
-def _not_ignored(names: list[str], patterns: Any) -> tuple[str, ...]:
+def not_ignored(names: Iterable[str], patterns: Any) -> tuple[str, ...]:
+    """Those that none of a class's patterns takes."""
     return tuple(
         name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())
     )

@@ -122,8 +122,8 @@ FORMAT = PackedFormat(
         listed=("modules_to_not_convert",),
         readers={"Transformers": _transformers, "vLLM": _vllm},
     ),
-    # AutoAWQ says version, GPTQModel both
-    told={"checkpoint_format": ("gemm", ""), "version": ("gemm", "")},
+    # AutoAWQ says version, GPTQModel all
+    told={"checkpoint_format": ("gemm", ""), "version": ("gemm", ""), "format": ("gemm", "")},
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
     limits=(MADE_UP, NO_EXPERTS, STACKS_ALONE),
 )

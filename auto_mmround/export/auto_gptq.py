@@ -32,7 +32,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )
-from auto_mmround.export.method import DEFAULTS, Method, Overrides, Spelling
+from auto_mmround.export.method import DEFAULTS, Method, Overrides, Spelling, rule_pattern
 from auto_mmround.export.packing import pack_bits, unpack_bits
 from auto_mmround.export.patterns import as_pattern, folded, tails, templates
 from auto_mmround.numerics.grids import Codes
@@ -225,9 +225,7 @@ def _vllm(q: Spelling) -> Mapping[str, Overrides] | None:
     dynamic = q.config.get("dynamic") or {}
     answer = {}
     for name in q.names:
-        rule = next(
-            (k for k in dynamic if re.match(k.removeprefix("-:").removeprefix("+:"), name)), ""
-        )
+        rule = next((k for k in dynamic if re.match(rule_pattern(k), name)), "")
         inside = any(part in name for part in listed) if listed else name in q.packed
         if inside and not rule.startswith("-:") and (name != q.head or q.config.get("lm_head")):
             answer[name] = dynamic.get(rule, {})
@@ -250,12 +248,13 @@ FORMAT = PackedFormat(
         form={
             "block_name_to_quantize": config_check.names,
             "modules_in_block_to_quantize": config_check.names,
-            "dynamic": config_check.maybe(config_check.overrides(lambda key: key[2:])),
+            "dynamic": config_check.maybe(config_check.overrides(rule_pattern)),
         },
         listed=("block_name_to_quantize", "modules_in_block_to_quantize", "dynamic"),
         readers={"Transformers": _transformers, "vLLM": _vllm},
     ),
-    told={"checkpoint_format": ("gptq", "")},
+    # GPTQModel says both, and takes the first alone for an older name of the second
+    told={"checkpoint_format": ("gptq", ""), "format": ("gptq", "")},
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
     limits=(
         Limit("transformers", "several schemes", "mismatched sizes", lambda s: len(s) > 1),

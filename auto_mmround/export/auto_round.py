@@ -37,7 +37,15 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )
-from auto_mmround.export.method import Config, Method, Overrides, Spelling, flat_schemes, searched
+from auto_mmround.export.method import (
+    SPECIAL,
+    Config,
+    Method,
+    Overrides,
+    Spelling,
+    flat_schemes,
+    searched,
+)
 from auto_mmround.export.patterns import tails
 from auto_mmround.numerics.grids import Codes
 from auto_mmround.recipe.schemes import FLOATS, Scheme
@@ -55,7 +63,6 @@ HOW = {
     "mx_fp": "auto_round",
     "mx_fp_rceil": "auto_round_rceil",
 }
-SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")  # what makes vLLM take a name for a pattern
 SYMMETRIC = "auto-round reads this packing as symmetric only; use plain auto_round"
 
 
@@ -215,7 +222,7 @@ METHOD = Method(
         "act_bits": config_check.maybe(config_check.BITS),
         "act_data_type": config_check.maybe(config_check.text),
         "extra_config": config_check.maybe(
-            config_check.overrides(lambda key: key if "*" in key else "")
+            config_check.overrides(lambda key: key if SPECIAL.search(key) else "")
         ),
     },
     listed=("block_name_to_quantize", "to_quant_block_names", "extra_config"),

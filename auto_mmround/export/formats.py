@@ -140,6 +140,12 @@ def entries(quantization_config: Mapping[str, Any]) -> list[str]:
     return method.entries(quantization_config, keys)
 
 
+def unread(quantization_config: Mapping[str, Any], activations: bool) -> str | None:
+    """What a configuration asks engines to compute that our reader does not, or None. activations:
+    of inputs, keys and values too. Raises UserError as `from_config` does."""
+    return _method(from_config(quantization_config)).unread(quantization_config, activations)
+
+
 def scheme_of(quantization_config: Mapping[str, Any], name: str) -> Scheme:
     """The scheme of one quantized module by the checkpoint's name; raises UserError if there is
     none, or for one that is not read."""

@@ -39,6 +39,16 @@ class Spelling:
         return [self.rename(item) for item in next(filter(None, lists), [])]
 
 
+# What makes readers take a name of ``extra_config`` for a pattern.
+SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")
+
+
+def rule_pattern(rule: str) -> str:
+    """The pattern of a rule of ``dynamic``: with -: its modules stay, with +: or no mark they have
+    another scheme."""
+    return rule[2:] if rule.startswith(("+:", "-:")) else rule
+
+
 # The answer: the quantized layers, with what the configuration says of each beyond its defaults;
 # None where the engine takes no such checkpoint.
 Matcher = Callable[[Spelling], Mapping[str, Overrides] | None]
@@ -48,7 +58,8 @@ def flat_schemes(
     config: Config, more: Config = MappingProxyType({}), make: Callable[..., Scheme] = Scheme
 ) -> Callable[[str], Scheme]:
     """The scheme of a module: the configuration's own keys, then the first override that fits.
-    Overrides stand in ``extra_config`` or at the top by name, or in ``dynamic`` by pattern.
+    Overrides stand in ``extra_config`` by name or pattern, at the top by name, or in ``dynamic`` by
+    pattern.
 
     make: of the keys bits, group_size and sym, and of more: key -> value where nothing says it.
     """
@@ -59,10 +70,10 @@ def flat_schemes(
     }
     extra, dynamic = config.get("extra_config") or {}, config.get("dynamic") or {}
     named = {**{key: value for key, value in config.items() if isinstance(value, Mapping)}, **extra}
-    names, patterns = list(named), [key for key in extra if "*" in key]
-    rules = [key for key in dynamic if key[:2] == "+:"]
+    names, patterns = list(named), [key for key in extra if SPECIAL.search(key)]
+    rules = [key for key in dynamic if not key.startswith("-:")]
     overrides = [*named.values(), *(extra[key] for key in patterns)]
-    places, later = Lookup(names, patterns, anywhere=True), Lookup([], [key[2:] for key in rules])
+    places, later = Lookup(names, patterns, anywhere=True), Lookup([], [*map(rule_pattern, rules)])
 
     def scheme(name: str) -> Scheme:
         place, rule = places.first(name), later.first(name)
@@ -80,7 +91,8 @@ class Method:
     required: keys without which readers guess, and guess differently. form: test of the values of
     its own keys. listed: keys that name modules. schemes: a configuration's scheme of each packed
     module. readers: engine -> how it finds the layers to quantize. copied: the configuration lies
-    in `quantization_config.json` too.
+    in `quantization_config.json` too. unread: what a configuration asks engines to compute that our
+    reader does not; the flag: of inputs and of keys and values too.
     """
 
     name: str
@@ -90,6 +102,7 @@ class Method:
     schemes: Callable[[Config], Callable[[str], Scheme]] = flat_schemes
     readers: Mapping[str, Matcher] = field(default_factory=dict)
     copied: bool = False
+    unread: Callable[[Config, bool], str | None] = lambda config, activations: None
 
 
 def entries(config: Config, keys: Sequence[str]) -> list[str]:

@@ -8,9 +8,10 @@ view into the stacked parameter, so writing into it changes the model.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -254,6 +255,31 @@ def separated(
     finally:
         for path, module in originals.items():
             model.set_submodule(path, module)
+
+
+def with_hooks(
+    model: PreTrainedModel, experts: Mapping[str, Expert], hooks: Mapping[str, Callable[..., Any]]
+) -> None:
+    """From now on hooks see what these experts' layers are given; their module computes one expert
+    after the other. experts: the result of `separable`."""
+    inside: dict[str, dict[str, Expert]] = {}
+    for name, expert in experts.items():
+        inside.setdefault(expert.parameter.rpartition(".")[0], {})[name] = expert
+    for path, members in inside.items():
+        if own := {name: hooks[name] for name in members if name in hooks}:
+            module = model.get_submodule(path)
+            module.forward = partial(_one_by_one, module, path, members, own)
+
+
+def _one_by_one(
+    module: nn.Module, path: str, experts: Mapping[str, Expert],
+    hooks: Mapping[str, Callable[..., Any]], *given: Any, **named: Any,
+) -> Any:  # fmt: skip
+    # made anew each time: a streamed model has other tensors by then
+    separate = Separate(module, _layers(module, path, experts))
+    for name, hook in hooks.items():
+        separate.get_submodule(name[len(path) + 1 :]).register_forward_pre_hook(hook)
+    return separate(*given, **named)
 
 
 def _layers(

@@ -205,14 +205,16 @@ def compute_alike(place: Path, restart: bool = False, processes: Processes = ALO
 def identity(
     recipe: Recipe, config: str, source: Path | None, inputs: Sequence[ModelInput]
 ) -> dict[str, Any]:
-    """What a result depends on, as plain values by name: recipe, configuration (JSON), model files,
-    samples."""
+    """What a result depends on, as plain values by name: recipe, configuration (JSON), model files
+    and code, samples."""
     facts: dict[str, Any] = {"auto_mmround": __version__}
     facts |= {key: value for key, value in asdict(recipe).items() if key not in FREE}
     facts["config.json"] = content_sum(config.encode())
     for path in weight_files(source) if source else ():
         status = path.stat()
         facts[path.name] = [status.st_size, status.st_mtime_ns]
+    if source and recipe.trust_remote_code:
+        facts |= {path.name: file_sum(path) for path in sorted(source.glob("*.py"))}
     facts["calibration samples"] = _sum_of(
         [sample.kwargs | {"kind": sample.modality_T} for sample in inputs]
     )

@@ -1,6 +1,5 @@
 """Every linear weight of the model: how it will be stored, or why it stays as it is."""
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +28,17 @@ from auto_mmround.model.structure import (
 )
 from auto_mmround.numerics.float_grids import float_grid
 from auto_mmround.numerics.grids import SCALE_DTYPES, Grid, Points
-from auto_mmround.recipe.patterns import Patterns, matches
+from auto_mmround.recipe.patterns import Patterns
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.recipe.schemes import Option, Scheme, of_option, overridden
+from auto_mmround.run.wishes import (
+    HEAD,
+    OUTSIDE,
+    TIED,
+    check_mappings,
+    check_overrides,
+    check_patterns,
+)
 
 # Weights that engines load as one matrix; their members must share a scheme.
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -134,8 +141,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         [*(name for name in experts.fused if name not in stacked), *experts.routers], ()
     )
     blocks = [block for stage in chosen for block in stage.blocks]
-    _check_patterns(recipe, classes)
-    _check_mappings(model, recipe, blocks)
+    check_patterns(recipe, classes)
+    check_mappings(model, recipe, blocks)
     wanted = [formats.get(name) for name in recipe.formats]
     if not wanted:
         raise UserError("format is empty: name at least one export format")
@@ -152,6 +159,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     weights = [
         _decide(model, name, layer, owners, classes[name], named) for name, layer in layers.items()
     ]
+    check_overrides(recipe, {w.name: w.reason for w in weights}, classes)
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     weights = _without_staying(model, weights, layers, single)
@@ -242,39 +250,6 @@ def _classes(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     )
 
 
-def _check_patterns(recipe: Recipe, classes: Mapping[str, Sequence[str]]) -> None:
-    patterns = Patterns(
-        [*recipe.kept_patterns, *(recipe.targets or []), *(recipe.layer_config or {})]
-    )
-    met = {pattern for name, own in classes.items() for pattern in patterns.of(name, own)}
-    for pattern in patterns.all:
-        if pattern not in met:
-            raise UserError(
-                f"layer pattern {pattern!r} matches no linear layer; {_nearest(pattern, classes)}"
-            )
-
-
-def _check_mappings(model: PreTrainedModel, recipe: Recipe, blocks: Sequence[str]) -> None:
-    if recipe.mappings and recipe.equalize not in ("smoothquant", "awq"):
-        raise UserError("mappings: nothing uses them; set equalize to smoothquant or awq")
-    inside = [
-        (name, module)
-        for block in blocks
-        for name, module in model.get_submodule(block).named_modules(prefix=block)
-    ]
-    layers = [name for name, module in inside if isinstance(module, LINEAR)]
-    for patterns, source in recipe.mappings or []:
-        for pattern, names in [
-            (source, [name for name, _ in inside]),
-            *((pattern, layers) for pattern in patterns),
-        ]:
-            if not any(matches(pattern, name) for name in names):
-                raise UserError(
-                    f"mappings: {pattern!r} matches nothing in the blocks;"
-                    f" {_nearest(pattern, names)}"
-                )
-
-
 class _Named(NamedTuple):
     """A recipe, and its patterns ready to be asked."""
 
@@ -325,15 +300,15 @@ def _decide(
 def _outside(model: PreTrainedModel, layer: Any, recipe: Recipe) -> str | None:
     model = speaking(model)
     if layer is not model.get_output_embeddings():
-        return "outside the quantized blocks"
+        return OUTSIDE
     if input_weight(model) is layer.weight:
         if recipe.quant_lm_head:
             raise UserError(
                 "quant_lm_head: the output head shares its weight with the input embedding; leave"
                 " it off, or give it one of its own with --untie_lm_head"
             )
-        return "tied to the input embedding"
-    return None if recipe.quant_lm_head else "output head"
+        return TIED
+    return None if recipe.quant_lm_head else HEAD
 
 
 def held(weight: WeightPlan, targets: Sequence[Format]) -> WeightPlan:
@@ -371,11 +346,3 @@ def _check_fused(weights: Sequence[WeightPlan]) -> None:
                 f"{parent}: engines load {', '.join(sorted(schemes))} as one matrix, so they must"
                 " share a scheme; name all of them in fp_layers or layer_config"
             )
-
-
-def _nearest(pattern: str, names: Any) -> str:
-    parts = sorted(
-        {part for name in names for part in name.split(".") if not part.isdigit()} | set(names)
-    )
-    near = difflib.get_close_matches(pattern.removeprefix("re:"), parts, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(near)}" if near else f"names look like {next(iter(names), '')}"

@@ -3,12 +3,14 @@
 `run.job.run` and `run.job.save` take `prove` and mark a folder that it finds wrong.
 """
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -17,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.checkpoint.findings import Finding, fault
 from auto_mmround.checkpoint.reading import CONTRADICTIONS, Decoded, Shards
-from auto_mmround.checkpoint.subject import Subject, read_subject
+from auto_mmround.checkpoint.subject import Subject, not_ignored, read_subject
 from auto_mmround.errors import UserError, several
 from auto_mmround.export.format import Format, WholeFormat
 from auto_mmround.model.keys import renamed_keys
@@ -34,6 +36,7 @@ from auto_mmround.verify.static import run_checks
 from auto_mmround.verify.values import PIECE
 
 GROUP = 2**28  # bytes of tensors outside blocks that are read together
+CHANGE = "no checkpoint would hold this model; change its config, or the model"
 FREQUENCIES = "original_inv_freq"
 # numbers of modules that count in training alone
 DROPOUTS = {"dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop",
@@ -55,6 +58,38 @@ def prove(folder: Path, fmt: Format, result: Result) -> list[str]:
         except (UserError, OSError, *CONTRADICTIONS) as error:
             problems = [fault("the reload", one_line(str(error))[:400])]
     return [finding.line().removeprefix("error: ") for finding in problems]
+
+
+def check_rebuilt(model: PreTrainedModel) -> None:
+    """Raises UserError, before anything is tuned, for a model in memory that is not what readers
+    make of its configuration: no checkpoint of it could be proved."""
+    try:
+        with torch.device("meta"):
+            fresh = type(model)(copy.deepcopy(model.config))
+    except NONSENSE:
+        return  # the proof says why
+    # the plan has a line of its own for weights that are made as a layer runs
+    parts = tuple(f"{n}." for n, m in model.named_modules() if is_parametrized(m)) or "\0"
+    here, there = (
+        {n: t.shape for n, t in m.state_dict().items() if not n.startswith(parts)}
+        for m in (model, fresh)
+    )
+    # what is tied may lie there under one name
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    added = not_ignored(here.keys() - there, model._keys_to_ignore_on_load_unexpected)
+    gone = not_ignored(there.keys() - here - tied, model._keys_to_ignore_on_load_missing)
+    for text, names in (
+        ("make no such tensor of its config.json", added),
+        ("make it of its config.json, the model has it not", gone),
+        (
+            "make it of another shape of its config.json",
+            [name for name in here if name in there and here[name] != there[name]],
+        ),
+    ):
+        if names:
+            raise UserError(f"model: {min(names)}: readers {text}{several(names)}: {CHANGE}")
+    for finding in _other_parts(model, fresh):
+        raise UserError(f"model: {finding.where} {finding.message}: {CHANGE}")
 
 
 def _reload(subject: Subject, fmt: Format, result: Result) -> Iterator[Finding]:

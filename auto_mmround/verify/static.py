@@ -261,6 +261,14 @@ def check_copies(s: Subject) -> Iterator[Finding]:
             yield Finding(s.hygiene, path.name, "differs from quantization_config in config.json")
 
 
+def check_computed(s: Subject) -> Iterator[Finding]:
+    """The configuration asks engines for nothing that our reader does not compute."""
+    method = s.fmt.method if s.fmt else None
+    unread = method.unread(s.quantization, True) if method and s.quantization else None
+    if unread:
+        yield Finding("warning", "quantization_config", f"is not checked: {unread}")
+
+
 def check_fused(s: Subject) -> Iterator[Finding]:
     """Layers that engines load as one matrix are packed alike."""
     groups: dict[tuple[str, int], dict[str, Scheme | None]] = {}
@@ -287,6 +295,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     check_entries,
     check_names,
     check_fused,
+    check_computed,
     check_side_files,
     check_tokenizer,
     *TOGETHER,

@@ -15,6 +15,7 @@ from auto_mmround.checkpoint.findings import Finding
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.checkpoint.subject import Subject, read_subject
 from auto_mmround.errors import UserError
+from auto_mmround.export import formats
 from auto_mmround.readers import ENGINES
 from auto_mmround.verify import engines
 from auto_mmround.verify.agreement import Reference, judge, make_reference, rounds_inputs
@@ -277,4 +278,8 @@ def _reason_not_to_ask(engine: str, subject: Subject, root: Path) -> str | None:
     fmt, name = subject.fmt, "fake"
     if fmt is not None:  # where a configuration does not tell formats apart, schemes do
         name = fmt.choose(schemes).name if fmt.choose and not fmt.told else fmt.name
+    if fmt is not None and subject.quantization is not None:
+        unread = formats.unread(subject.quantization, ENGINES[engine].rounds_inputs)
+        if unread is not None:
+            return f"{engine} would be asked for what our reader does not compute: {unread}"
     return refusal(engine, name, schemes) or engines.not_installed(interpreter(name, root, engine))

@@ -1,7 +1,6 @@
 """compressed-tensors checkpoints, as llm-compressor writes them: packed integers, int8 with int8
 activations, or floats; their configuration, and how it is read."""
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from auto_mmround.errors import UserError
 from auto_mmround.export import config_check
-from auto_mmround.export.compressed_tensors import floats, integers
-from auto_mmround.export.compressed_tensors.targets import ends_of, targets_of
+from auto_mmround.export.compressed_tensors import floats, integers, unread
+from auto_mmround.export.compressed_tensors.targets import ends_of, matched, targets_of
 from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
@@ -31,7 +30,7 @@ from auto_mmround.export.layout import (
     part_patterns,
     tower_patterns,
 )  # fmt: skip
-from auto_mmround.export.method import Method, Overrides, Spelling
+from auto_mmround.export.method import Method
 from auto_mmround.export.patterns import Lookup
 from auto_mmround.numerics.grids import SCALE_DTYPES, Codes
 from auto_mmround.recipe.schemes import Scheme
@@ -142,20 +141,20 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         if channel
         else {"strategy": "group", "group_size": scheme.group_size}
     )
-    activations = {
-        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
-    }  # fmt: skip
     if scheme.data_type != "int":
         weights = floats.weight_args(scheme)
-    if scheme.inputs[0] != "int":
-        activations = floats.input_args(scheme)
     return {
         "targets": targets,
         "format": _layout(scheme),
         "weights": weights,
-        "input_activations": activations if scheme.act_bits < 16 else None,
+        "input_activations": _inputs(scheme) if scheme.act_bits < 16 else None,
         "output_activations": None,
     }
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any]:
+    """``input_activations`` of a config group."""
+    return (integers if scheme.inputs[0] == "int" else floats).input_args(scheme)
 
 
 def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
@@ -185,7 +184,7 @@ def reader(quantization_config: Mapping[str, Any]) -> Callable[[str], Scheme]:
 def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
     """Raises UserError for weights other than integers with a scale a channel or a group, and
     floats that are read."""
-    weights, inputs = group["weights"], group.get("input_activations") or {}
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
     scheme = floats.scheme_of(weights, inputs) if weights.get("type") == "float" else None
     if scheme is None and (
         weights.get("type") == "float" or weights.get("strategy") not in ("group", "channel")
@@ -209,27 +208,18 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> Scheme:
     )
 
 
-def _names(q: Spelling) -> Mapping[str, Overrides]:
-    """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both
-    engines."""
-    ignored = [_renamed(q, item) for item in q.config.get("ignore") or ()]
-    targets: dict[str, Overrides] = {}
-    for group in (q.config.get("config_groups") or {}).values():
-        targets |= {_renamed(q, t): group.get("weights") or {} for t in group["targets"]}
-    answer = {}
-    for name in q.names:
-        mine = [options for t, options in targets.items() if t == "Linear" or _named(t, name)]
-        if mine and not any(_named(item, name) for item in ignored):
-            answer[name] = mine[0]
-    return answer
+def _unread(config: Mapping[str, Any], activations: bool) -> str | None:
+    """See `Method.unread`."""
+    found = unread.transforms(config)
+    return unread.activations(config, _inputs_of) if activations and not found else found
 
 
-def _renamed(q: Spelling, item: str) -> str:
-    return item if item.startswith("re:") else q.rename(item)
-
-
-def _named(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+def _inputs_of(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How our reader rounds the inputs of a config group; empty for weights that it can't read."""
+    try:
+        return _inputs(_scheme_of_group(group, "weights"))
+    except UserError:
+        return {}
 
 
 def _choose(schemes: Collection[Scheme]) -> Format:
@@ -278,7 +268,8 @@ _BASE = PackedFormat(
         },
         listed=("ignore", "config_groups"),
         schemes=reader,
-        readers={"Transformers": _names, "vLLM": _names},
+        readers={"Transformers": matched, "vLLM": matched},
+        unread=_unread,
     ),
     engines={"transformers": None, "vllm": "vllm"},
     limits=(

@@ -7,6 +7,7 @@ along the outputs, absent when symmetric.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,3 +85,11 @@ def _zeros(parts: Mapping[str, Tensor], scheme: Scheme, scale_OG: Tensor) -> Ten
     if zero.dtype == torch.int8:
         return (zero.to(torch.int16) + middle).to(torch.uint8)
     return unpack_bits(zero.T.contiguous(), scheme.bits, scale_OG.shape[0]).T.contiguous()
+
+
+def input_args(scheme: Scheme) -> dict[str, Any]:
+    """``input_activations`` of a config group: symmetric, one scale a token."""
+    return {
+        "num_bits": scheme.act_bits, "type": "int", "symmetric": True, "strategy": "token",
+        "dynamic": True,
+    }  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 
 from auto_mmround.export.layout import Layout, both_spellings, in_patterns
+from auto_mmround.export.method import Overrides, Spelling
 from auto_mmround.export.patterns import as_pattern, folded, tails, templates
 from auto_mmround.recipe.schemes import Scheme
 
@@ -105,3 +106,26 @@ def _block_pattern(
         pattern.match(spelling) for name in others for spelling in in_patterns(layout, name)
     )
     return f"re:{pattern.pattern}" if shared and not taken else None
+
+
+def matched(q: Spelling) -> Mapping[str, Overrides]:
+    """Exact names, `re:` patterns from the start, or the class name "Linear"; the same in both
+    engines."""
+    ignored = [_renamed(q, item) for item in q.config.get("ignore") or ()]
+    targets: dict[str, Overrides] = {}
+    for group in (q.config.get("config_groups") or {}).values():
+        targets |= {_renamed(q, t): group.get("weights") or {} for t in group["targets"]}
+    answer = {}
+    for name in q.names:
+        mine = [options for t, options in targets.items() if t == "Linear" or _named(t, name)]
+        if mine and not any(_named(item, name) for item in ignored):
+            answer[name] = mine[0]
+    return answer
+
+
+def _renamed(q: Spelling, item: str) -> str:
+    return item if item.startswith("re:") else q.rename(item)
+
+
+def _named(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
