@@ -304,7 +304,7 @@ def test_what_engines_are_known_to_refuse():
 )
 def test_limits_are_those_of_the_format_that_was_written(name, scheme, reason, tmp_path):
     engine = "transformers" if reason is None else "vllm"
-    subject = SimpleNamespace(fmt=FORMATS[name], schemes={"a": scheme})
+    subject = SimpleNamespace(fmt=FORMATS[name], schemes={"a": scheme}, quantization=None)
     told = _reason_not_to_ask(engine, subject, tmp_path)
     assert told is None if reason is None else reason in told
 
