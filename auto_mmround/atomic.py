@@ -10,6 +10,7 @@ from typing import Any
 
 from auto_mmround import strict
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what is written
 # What file systems answer that neither lock nor sync folders. NFS locks what is open for writing.
 UNABLE = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

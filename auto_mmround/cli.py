@@ -5,13 +5,13 @@ Heavy imports wait until a command needs them, so that `-h` and mistakes answer 
 
 import argparse
 import difflib
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from auto_mmround.atomic import FULL
 from auto_mmround.completion import ASKED, answer_shell, shell_code
 from auto_mmround.errors import NotProved, UserError
 from auto_mmround.flags import PROGRAM, normalise, parser_of, to_recipe
@@ -19,7 +19,6 @@ from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.untrusted import one_line
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what is written
 # What a parser of a recipe finds beside the recipe.
 BESIDE = (
     "recipe_file", "eval", "lmms", "json", "verbose", "quiet", "json_log", "push_to_hub", "public",
@@ -184,12 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_nowhere()
         return 0
     except OSError as error:
-        # files of a run say which they are
-        if error.errno not in FULL or error.filename is not None:
+        if error.errno not in FULL:
             raise
         _print_nowhere()
-        print(f"{PROGRAM}: what is printed can't be written: {error.strerror}", file=sys.stderr)
-        return 1
+        # an error of `write` does not say of which file
+        what = "what is printed can't be written, or a file"
+        what = f"{error.filename} can't be written" if error.filename else what
+        print(f"{PROGRAM}: {what}: {error.strerror}", file=sys.stderr)
+        return 2 if error.filename else 1
 
 
 def _open_streams() -> None:

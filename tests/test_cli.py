@@ -319,3 +319,20 @@ def test_an_output_that_is_closed_or_full(closed, status, said):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == status
     assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)
+
+
+@pytest.mark.parametrize(
+    "named, said, status",
+    [("eval.json", "eval.json can't be written", 2), (None, "can't be written, or a file", 1)],
+)
+def test_a_full_disk_is_one_line(named, said, status):
+    """An error of `write` has no name."""
+    code = (
+        "import errno, sys; from auto_mmround import cli\n"
+        f"def full(_): raise OSError(errno.ENOSPC, 'No space left on device', {named!r})\n"
+        "cli.RUN['formats'] = full; sys.exit(cli.main(['formats']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status
+    (line,) = done.stderr.splitlines()
+    assert said in line and line.endswith(": No space left on device")

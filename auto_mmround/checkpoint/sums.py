@@ -32,8 +32,8 @@ def file_sums(folder: Path, shards: bool) -> dict[str, str]:
 def _sums(folder: Path, shards: bool) -> Iterator[tuple[str, str]]:
     for path in _files(folder, shards):
         name = str(path.relative_to(folder))
-        value = _content(path, name) if path.suffix == ".json" else None
-        if name == CONFIG and isinstance(value, dict):
+        value = _content(path, name) if name == CONFIG else None
+        if isinstance(value, dict):
             method = value.get("quantization_config")
             for key, item in value.items():
                 if key == "quantization_config" and isinstance(method, dict):
@@ -43,7 +43,7 @@ def _sums(folder: Path, shards: bool) -> Iterator[tuple[str, str]]:
                 elif key not in _NOTES:
                     yield f"{name}: {key}", _sum(item)
         else:
-            yield name, file_sum(path) if value is None else _sum(value)
+            yield name, sum_of(path, name)
 
 
 def sum_of(path: Path, name: str) -> str:

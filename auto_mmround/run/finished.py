@@ -7,7 +7,6 @@ line starts with its own checksum and holds that of its part. So damage by a cra
 bad sector is seen, and work goes on from the last block that is whole.
 """
 
-import errno
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from auto_mmround import __version__, strict
-from auto_mmround.atomic import held, write_whole
+from auto_mmround.atomic import FULL, held, write_whole
 from auto_mmround.calibration.inputs import ModelInput
 from auto_mmround.checkpoint.sums import content_sum, file_sum
 from auto_mmround.errors import UserError
@@ -46,7 +45,6 @@ JOURNAL = "journal"
 EXTRAS = ("global_scale", "input_scale", "min_OG", "unit_OS2")
 # How the journal's first line tells `devices.fast_bf16`: taken over, not compared.
 PRODUCTS = "fast bfloat16 products"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where a run may go on under another value: the result does not depend on it, or the files
 # themselves are compared.
 FREE = {

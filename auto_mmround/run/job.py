@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from auto_mmround.atomic import FULL
 from auto_mmround.calibration.datasets import load_rows
 from auto_mmround.calibration.dotted import collator
 from auto_mmround.calibration.inputs import ModelInput
@@ -31,7 +32,7 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.structure import READS
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run.carried import with_carried
-from auto_mmround.run.finished import FULL, Finished, Unfinished, identity, unfinished
+from auto_mmround.run.finished import Finished, Unfinished, identity, unfinished
 from auto_mmround.run.given import check_apart
 from auto_mmround.run.met import StageTrial, met, naming
 from auto_mmround.run.mixed import choose_bits, units

@@ -69,7 +69,7 @@ def check_rebuilt(model: PreTrainedModel) -> None:
     except NONSENSE:
         return  # the proof says why
     # the plan has a line of its own for weights that are made as a layer runs
-    parts = tuple(f"{n}." for n, m in model.named_modules() if is_parametrized(m)) or "\0"
+    parts = tuple(f"{n}." for n, m in model.named_modules() if is_parametrized(m))
     here, there = (
         {n: t.shape for n, t in m.state_dict().items() if not n.startswith(parts)}
         for m in (model, fresh)
