@@ -49,6 +49,10 @@ def moments(x_TI: Tensor) -> Tensor:
     return running.hessian()
 
 
+def solve(w_OI, hessian, scale_OG, zero_OG, *how) -> Tensor:
+    return gptq.Solver(hessian, *how)(w_OI, scale_OG, zero_OG)
+
+
 def plain(w_OI: Tensor, group_size: int, grid: Grid) -> tuple[Tensor, Tensor]:
     return grids.scale_and_zero(*grids.ranges(grids.to_groups(w_OI, group_size), grid), grid)
 
@@ -94,6 +98,35 @@ def test_moments_are_the_weighted_mean_of_outer_products(features):
     expected_II = torch.einsum("bt,bti,btj->ij", weight_BT, x_BTI, x_BTI) / weight_BT.sum()
     torch.testing.assert_close(running.hessian(), expected_II, atol=1e-5, rtol=1e-4)
     assert torch.equal(running.hessian(), running.hessian().t())
+
+
+@pytest.mark.parametrize("features", [24, PANEL, 2 * PANEL + 40])
+def test_rows_of_second_moments_are_those_of_the_whole(features):
+    running = Moments(features)
+    running.add(torch.randn(50, features))
+    whole_II = running.hessian()
+    torch.testing.assert_close(running.diagonal(), whole_II.diagonal(), rtol=0.0, atol=0.0)
+    edges = {0, 1, 7, features // 2, PANEL - 1, PANEL, PANEL + 9, features - 1, features}
+    for start in edges:
+        for stop in edges:
+            part = slice(start, max(start, stop))
+            assert torch.equal(running.rows(part), whole_II[part])
+    assert torch.equal(running.rows(slice(features - 3, features + 99)), whole_II[-3:])
+
+
+@pytest.mark.parametrize("order", ["none", "weight", "group"])
+def test_half_of_the_second_moments_serves_as_well_as_the_whole(order):
+    grid, how = Grid(3, False), gptq.Solving(0.05, order)
+    w_OI, running = weight(48, 600), Moments(600)
+    running.add(inputs(900, 600))
+    whole_II, ranges = running.hessian(), plain(w_OI, 40, grid)
+    round_, found = partial(in_turn, grid=grid, block=how.block), []
+    for hessian in (running, whole_II):
+        q_OI = solve(w_OI, hessian, *ranges, 40, grid, how)
+        scale_OG = gptq.refit_scale(w_OI, q_OI, hessian, *ranges, 40, grid)
+        one_round = Descent(hessian, 40, grid, how, WIDTH, round_)
+        found.append([q_OI, scale_OG, *one_round(w_OI, q_OI, scale_OG, ranges[1])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_bf16_inputs_are_added_up_in_float32_and_the_precision_setting_survives():
@@ -262,9 +295,7 @@ def test_search_uses_both_signs():
 
 
 def solved_error(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, order="none"):
-    q_OI = gptq.solve(
-        w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, gptq.Solving(order=order)
-    )
+    q_OI = solve(w_OI, hessian_II, scale_OG, zero_OG, group_size, grid, gptq.Solving(order=order))
     return output_error(w_OI, values(q_OI, scale_OG, zero_OG, group_size), hessian_II)
 
 
@@ -278,7 +309,7 @@ def test_solve_equals_the_published_algorithm(grid, order, block):
         hessian_II.diagonal().argsort(descending=True) if order == "weight" else torch.arange(64)
     )
     expected_OI = slow_gptq(w_OI, hessian_II, scale_OG, zero_OG, 16, grid, 0.01, order_I)
-    q_OI = gptq.solve(
+    q_OI = solve(
         w_OI, hessian_II, scale_OG, zero_OG, 16, grid, gptq.Solving(order=order, block=block)
     )
     assert torch.equal(q_OI.double(), expected_OI)
@@ -288,7 +319,7 @@ def test_solve_equals_the_published_algorithm(grid, order, block):
 def test_uncorrelated_inputs_are_rounded_to_nearest(grid):
     w_OI = weight(12, 64)
     codes = round_to_nearest(w_OI, 16, grid)
-    q_OI = gptq.solve(w_OI, torch.diag(torch.rand(64) + 0.1), *plain(w_OI, 16, grid), 16, grid)
+    q_OI = solve(w_OI, torch.diag(torch.rand(64) + 0.1), *plain(w_OI, 16, grid), 16, grid)
     assert torch.equal(q_OI.to(torch.uint8), codes.q_OI)
 
 
@@ -316,7 +347,7 @@ def test_search_then_solve_then_refit_each_lower_the_error():
     alone = solved_error(w_OI, hessian_II, *plain(w_OI, 32, grid), 32, grid)
     importance_Gg = hessian_II.diagonal().reshape(-1, 32)
     scale_OG, zero_OG = scale_search.search_scale(grids.to_groups(w_OI, 32), importance_Gg, grid)
-    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid)
+    q_OI = solve(w_OI, hessian_II, scale_OG, zero_OG, 32, grid)
     refit_OG = gptq.refit_scale(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 32, grid)
     both, after = (
         output_error(w_OI, values(q_OI, s_OG, zero_OG, 32), hessian_II)
@@ -334,7 +365,7 @@ def test_refit_fits_each_group_to_the_errors_of_all_others(size):
         moments(inputs(900, 256)),
     )
     scale_OG, zero_OG = plain(w_OI, size, grid)
-    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid)
+    q_OI = solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid)
     wanted_OG, u_OI = scale_OG.double(), (q_OI - zero_OG.repeat_interleave(size, 1)).double()
     for group in range(256 // size):
         u_OGg = torch.zeros_like(u_OI)
@@ -379,7 +410,7 @@ def slow_round(w_OI, q_OI, hessian_II, scale_OG, zero_OG, size, grid, width) -> 
 def test_a_round_sets_each_code_and_scale_to_the_best_for_the_others(grid, block, width):
     w_OI, hessian_II = weight(6, 96), moments(inputs(500, 96))
     scale_OG, zero_OG = plain(w_OI, 16, grid)
-    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid)
+    q_OI = solve(w_OI, hessian_II, scale_OG, zero_OG, 16, grid)
     one_round = descent(hessian_II, 16, grid, gptq.Solving(0.0, "none", block), width)
     found_OI, found_OG = one_round(w_OI, q_OI, scale_OG, zero_OG)
     wanted_OI, wanted_OG = slow_round(w_OI, q_OI, hessian_II, scale_OG, zero_OG, 16, grid, width)
@@ -400,7 +431,7 @@ def test_a_round_never_raises_the_error(grid, width, seed):
     else:
         scale_OG, zero_OG = plain(w_OI, size, grid)
     how = gptq.Solving(0.01, block=24)
-    q_OI = gptq.solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid, how)
+    q_OI = solve(w_OI, hessian_II, scale_OG, zero_OG, size, grid, how)
     damped_II = hessian_II + 0.01 * hessian_II.diagonal().mean() * torch.eye(64)
     one_round, errors = descent(hessian_II, size, grid, how, width), []
     for _ in range(3):
@@ -413,7 +444,7 @@ def test_a_round_never_raises_the_error(grid, width, seed):
 def test_second_moments_that_say_nothing_leave_codes_nearest():
     w_OI, empty = weight(4, 32), torch.full((32, 32), torch.nan)
     scale_OG, zero_OG = plain(w_OI, 16, GRIDS[0])
-    nearest_OI = gptq.solve(w_OI, torch.eye(32), scale_OG, zero_OG, 16, GRIDS[0])
+    nearest_OI = solve(w_OI, torch.eye(32), scale_OG, zero_OG, 16, GRIDS[0])
     found_OI, found_OG = descent(empty, 16, GRIDS[0])(w_OI, nearest_OI, scale_OG, zero_OG)
     assert torch.equal(found_OI, nearest_OI) and torch.equal(found_OG, scale_OG)
 
@@ -424,12 +455,12 @@ def test_columns_without_inputs_are_rounded_to_nearest_and_disturb_no_other():
     hessian_II, ranges = moments(x_TI), plain(w_OI, 16, grid)
     changed_OI = w_OI.clone()
     changed_OI[:, 3] *= -0.5
-    one, other = (gptq.solve(w, hessian_II, *ranges, 16, grid) for w in (w_OI, changed_OI))
+    one, other = (solve(w, hessian_II, *ranges, 16, grid) for w in (w_OI, changed_OI))
     live_I = torch.arange(32) != 3
     assert torch.equal(one[:, live_I], other[:, live_I])
     nearest_OI = round_to_nearest(w_OI, 16, grid).q_OI
     assert torch.equal(one[:, [3, 20]].to(torch.uint8), nearest_OI[:, [3, 20]])
-    unseen = gptq.solve(w_OI, torch.zeros(32, 32), *ranges, 16, grid)
+    unseen = solve(w_OI, torch.zeros(32, 32), *ranges, 16, grid)
     assert torch.equal(unseen.to(torch.uint8), nearest_OI)
 
 
@@ -437,7 +468,7 @@ def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
     grid, w_OI = Grid(4, True), weight(8, 32)
     ranges, nearest_OI = plain(w_OI, 16, grid), round_to_nearest(w_OI, 16, grid).q_OI
     with caplog.at_level(logging.WARNING, "auto_mmround"):
-        gptq.solve(
+        solve(
             w_OI,
             moments(inputs(300, 32)) - 0.02 * torch.eye(32),
             *ranges,
@@ -446,7 +477,7 @@ def test_dampening_grows_and_the_last_resort_is_rounding_to_nearest(caplog):
             gptq.Solving(0),
         )
         assert "dampening" in caplog.text and "nearest" not in caplog.text
-        broken = gptq.solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
+        broken = solve(w_OI, torch.full((32, 32), torch.nan), *ranges, 16, grid)
     assert "rounded to nearest" in caplog.text
     assert torch.equal(broken.to(torch.uint8), nearest_OI)
 
@@ -456,7 +487,7 @@ def test_solve_is_deterministic_and_leaves_its_arguments_alone():
     scale_OG, zero_OG = plain(w_OI, 16, grid)
     arguments = (w_OI, hessian_II, scale_OG, zero_OG)
     copies = [t.clone() for t in arguments]
-    results = [gptq.solve(*arguments, 16, grid, gptq.Solving(order="weight")) for _ in range(2)]
+    results = [solve(*arguments, 16, grid, gptq.Solving(order="weight")) for _ in range(2)]
     assert torch.equal(*results)
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 

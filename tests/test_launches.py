@@ -72,7 +72,8 @@ def test_sweeps_round_as_columns_in_turn_do(kind, grid, order):
     w_OI, own = torch.randn(24, 320), Moments(320)
     own.add(inputs(kind))
     hessian_II, ranges_ = own.hessian(), plain(w_OI, 64, grid)
-    wanted_OI = gptq.solve(w_OI, hessian_II, *ranges_, 64, grid, gptq.Solving(0.05, order))
+    in_turn_ = gptq.Solver(hessian_II, 64, grid, gptq.Solving(0.05, order))
+    wanted_OI = in_turn_(w_OI, *ranges_)
     solver = sweeps.Sweeping(hessian_II[None], 64, grid, gptq.Solving(0.05, order))
     found_OI = solver(w_OI, *ranges_)
     if not solver.doubtful():  # a sum in another order may move what lies on an edge

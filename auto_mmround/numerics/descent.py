@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auto_mmround.numerics import gptq
 from auto_mmround.numerics.grids import Points
+from auto_mmround.numerics.moments import Hessian, diagonal_of, rows_of
 
 WIDTH = 256  # columns at a time: one product tells how all others answer for their errors
 
@@ -39,7 +40,7 @@ class Span(NamedTuple):
 
 
 class Descent:
-    """Rounds under the second moments (N, I, I) of N weights of one shape.
+    """Rounds under the second moments (N, I, I) of N weights of one shape, or (I, I) of one.
 
     width: columns at a time. rounded: rounds them, see `in_turn`, and returns the change of their
     slope. fits: whether scales are fitted; those of groups wider than ``width`` are not.
@@ -47,15 +48,15 @@ class Descent:
 
     def __init__(
         self,
-        hessian_NII: Tensor,
+        hessian: Hessian,
         group_size: int,
         grid: Points,
         how: gptq.Solving,
         width: int,
         rounded: Callable[[Span], Tensor],
     ):
-        self._hessian_NII, self._group_size, self._grid = hessian_NII, group_size, grid
-        self._damp_N1 = how.dampening * hessian_NII.diagonal(dim1=1, dim2=2).mean(-1)[:, None]
+        self._hessian, self._group_size, self._grid = hessian, group_size, grid
+        self._damp_N1 = how.dampening * diagonal_of(hessian).mean(-1).reshape(-1, 1)
         self.fits = group_size <= width
         self._wide = width // group_size * group_size if self.fits else width
         self._rounded = rounded
@@ -83,7 +84,7 @@ class Descent:
         error_NIO = torch.addcmul(w_NIO, scale_NGO.index_select(1, group_I), u_NIO, value=-1)
         for first in range(0, width, self._wide):
             part = slice(first, min(first + self._wide, width))
-            answers_NWI, own_NW = _answers(self._hessian_NII, part, self._damp_N1)
+            answers_NWI, own_NW = _answers(self._hessian, part, self._damp_N1)
             target_NWO = torch.baddbmm(w_NIO[:, part], answers_NWI, error_NIO)
             slope_NWO = (target_NWO - w_NIO[:, part]).add_(error_NIO[:, part])
             scale_NWO, zero_NWO = (
@@ -103,7 +104,7 @@ class Descent:
 
     def _columns(self, x_OI: Tensor) -> Tensor:
         """A copy (N, in, out), in float32."""
-        x_NIO = x_OI.unflatten(0, (len(self._hessian_NII), -1)).mT
+        x_NIO = x_OI.unflatten(0, (len(self._damp_N1), -1)).mT
         return x_NIO.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
     def _refit(self, span: Span, scale_NGO: Tensor, unit_NGO: Tensor | None) -> None:
@@ -125,10 +126,11 @@ class Descent:
             span.error_NWO[:, part] = now_NgO
 
 
-def _answers(hessian_NII: Tensor, part: slice, damp_N1: Tensor) -> tuple[Tensor, Tensor]:
+def _answers(hessian: Hessian, part: slice, damp_N1: Tensor) -> tuple[Tensor, Tensor]:
     """H_kj / H_kk (N, W, in), 0 for j = k: how the columns of a part answer for the error of column
     j. And H_kk (N, W), damped. A column without second moments answers for nothing."""
-    answers_NWI = hessian_NII[:, part].clone()
+    answers_WI = rows_of(hessian, part).clone()
+    answers_NWI = answers_WI.view(len(damp_N1), *answers_WI.shape[-2:])
     own_NWW = answers_NWI[:, :, part]
     own_NW = (own_NWW.diagonal(dim1=1, dim2=2) + damp_N1).clamp(min=1e-30)
     answers_NWI /= own_NW[..., None]

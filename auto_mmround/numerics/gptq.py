@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_mmround.numerics import grids, pieces
 from auto_mmround.numerics.grids import Points
-from auto_mmround.numerics.moments import bf16_products
+from auto_mmround.numerics.moments import Hessian, bf16_products, diagonal_of, rows_of
 
 log = logging.getLogger("auto_mmround")
 
@@ -55,44 +55,44 @@ class Solving(NamedTuple):
 PLAINLY = Solving()
 
 
-def solve(
-    w_OI: Tensor,
-    hessian_II: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor,
-    group_size: int,
-    grid: Points,
-    how: Solving = PLAINLY,
-) -> Tensor:
-    """GPTQ (arXiv 2210.17323) with fixed scales and zero points (out, G): integers that answer for
-    each other's errors. Returns codes (out, in) as floats, unpacked.
+class Solver:
+    """GPTQ (arXiv 2210.17323) under second moments (in, in), which are factorized once.
 
     Columns are rounded in turn; groups stay in their places. Let E = W - W~ and H = R R^T with R
     upper triangular. Then tr(E H E^T) = |E R|^2, and column k of E R is zero for w~_k = w_k +
     sum_{j<k} E_j R_jk / R_kk. Rounding this to the grid is GPTQ's step without inverting H (QuIP,
     arXiv 2307.13304, section 3.2). Columns without inputs are rounded to nearest.
     """
-    order_I = column_order(hessian_II.diagonal(), how.order, group_size)
-    feedback_II = _damped(hessian_II, order_I, how.dampening)
-    if feedback_II is None:
-        scale_OI, zero_OI = (
-            _spread(x_OG.float(), group_size, w_OI.shape[1]) for x_OG in (scale_OG, zero_OG)
-        )
-        return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, grid)
-    w_IO = _as_columns(w_OI.float(), order_I)
-    error_IO, q_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
-    groups = _Groups.of(scale_OG, zero_OG, grid)
-    group_I = order_I // group_size
-    for wide, parts in _blocks(len(w_IO), how.block):
-        target_WO = torch.addmm(w_IO[wide], feedback_II[wide, : wide.start], error_IO[: wide.start])
-        for part, target_BO in zip(parts, target_WO.split(how.block), strict=True):
-            before = slice(wide.start, part.start)
-            target_BO.addmm_(feedback_II[part, before], error_IO[before])
-            round_in_turn(
-                target_BO, w_IO[part], feedback_II[part, part], groups.at(group_I[part]), grid,
-                error_IO[part], q_IO[part],
-            )  # fmt: skip
-    return _as_rows(q_IO.add_(groups.zero_GO.index_select(0, group_I)), order_I)
+
+    def __init__(self, hessian: Hessian, group_size: int, grid: Points, how: Solving = PLAINLY):
+        self._group_size, self._grid, self._block = group_size, grid, how.block
+        self._order_I = column_order(diagonal_of(hessian), how.order, group_size)
+        self._feedback_II = _damped(hessian, self._order_I, how.dampening)
+
+    def __call__(self, w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+        """Integers under fixed scales and zero points (out, G) that answer for each other's errors:
+        codes (out, in) as floats, unpacked."""
+        if (feedback_II := self._feedback_II) is None:
+            scale_OI, zero_OI = (
+                _spread(x_OG.float(), self._group_size, w_OI.shape[1])
+                for x_OG in (scale_OG, zero_OG)
+            )
+            return grids.quantize(w_OI.float(), 0.0, scale_OI, zero_OI, self._grid)
+        w_IO = _as_columns(w_OI.float(), self._order_I)
+        error_IO, q_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
+        groups = _Groups.of(scale_OG, zero_OG, self._grid)
+        group_I = self._order_I // self._group_size
+        for wide, parts in _blocks(len(w_IO), self._block):
+            answers = feedback_II[wide, : wide.start], error_IO[: wide.start]
+            target_WO = torch.addmm(w_IO[wide], *answers)
+            for part, target_BO in zip(parts, target_WO.split(self._block), strict=True):
+                before = slice(wide.start, part.start)
+                target_BO.addmm_(feedback_II[part, before], error_IO[before])
+                round_in_turn(
+                    target_BO, w_IO[part], feedback_II[part, part], groups.at(group_I[part]),
+                    self._grid, error_IO[part], q_IO[part],
+                )  # fmt: skip
+        return _as_rows(q_IO.add_(groups.zero_GO.index_select(0, group_I)), self._order_I)
 
 
 # `index_select` takes a fraction of the time that an index in brackets takes on a processor.
@@ -171,24 +171,27 @@ def column_order(diagonal_I: Tensor, order: Order, group_size: int) -> Tensor:
     return falling_I[place_G[falling_I // group_size].argsort(stable=True)]
 
 
-def factor(hessian_II: Tensor, order_I: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+def factor(hessian: Hessian, order_I: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     """N_kj = R_jk / R_kk, unit lower triangular, of the damped H = R R^T in the given order; and
     whether the factorization went well, a bool on the device, for which the host does not wait.
 
     Both axes of H are reversed for Cholesky, which makes R upper triangular. ``dampening`` is a
     fraction of the mean of diag(H) over the columns that have inputs.
     """
-    diagonal_I, turned_I = hessian_II.diagonal()[order_I], order_I.flip(0)
+    diagonal_I, turned_I = diagonal_of(hessian)[order_I], order_I.flip(0)
     live_I = diagonal_I > 0
     mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
     damp_I = torch.where(live_I, dampening, 1.0) * mean
     # Symmetric; turned it lies as LAPACK has it, so that the factor takes its place.
-    feedback_II = torch.empty_like(hessian_II)
-    for piece_P, part_PI in zip(turned_I.split(TURNED), feedback_II.split(TURNED), strict=True):
-        torch.index_select(hessian_II.index_select(0, piece_P), 1, turned_I, out=part_PI)
+    feedback_II = torch.empty(len(order_I), len(order_I), device=order_I.device)
+    place_I = turned_I.argsort()
+    for first in range(0, len(order_I), TURNED):
+        part = slice(first, first + TURNED)
+        turned_PI = rows_of(hessian, part).index_select(1, turned_I)
+        feedback_II.index_copy_(0, place_I[part], turned_PI)
     feedback_II = feedback_II.t()
     feedback_II.diagonal().add_(damp_I.flip(0))
-    failed = torch.zeros((), dtype=torch.int32, device=hessian_II.device)
+    failed = torch.zeros((), dtype=torch.int32, device=order_I.device)
     torch.linalg.cholesky_ex(feedback_II, upper=True, out=(feedback_II, failed))
     _turn(feedback_II)
     root_I = feedback_II.diagonal().clone()
@@ -208,11 +211,11 @@ def _turn(a_II: Tensor) -> None:
         a_II[half] = a_II[half].flip(0)
 
 
-def _damped(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | None:
+def _damped(hessian: Hessian, order_I: Tensor, dampening: float) -> Tensor | None:
     """The `factor`, with dampening that grows tenfold until it goes well. None if it never does."""
     fraction = dampening
     while True:
-        feedback_II, sound = factor(hessian_II, order_I, fraction)
+        feedback_II, sound = factor(hessian, order_I, fraction)
         if sound:
             return feedback_II
         log.warning("second moments are not positive definite with dampening %g", fraction)
@@ -227,7 +230,7 @@ def _damped(hessian_II: Tensor, order_I: Tensor, dampening: float) -> Tensor | N
 def refit_scale(
     w_OI: Tensor,
     q_OI: Tensor,
-    hessian_II: Tensor,
+    hessian: Hessian,
     scale_OG: Tensor,
     zero_OG: Tensor,
     group_size: int,
@@ -247,12 +250,14 @@ def refit_scale(
     together = max(1, min(AHEAD, columns // 16) // group_size)
     for first in range(0, scale_OG.shape[-1], together):
         ahead = slice(first * group_size, (first + together) * group_size)
+        hessian_AI = rows_of(hessian, ahead)
         with bf16_products(True):  # three digits of a small step are enough
-            along_OA = error_OI @ hessian_II[..., ahead]
+            along_OA = error_OI @ hessian_AI.mT
         for group in range(first, min(first + together, scale_OG.shape[-1])):
             part = slice(group * group_size, (group + 1) * group_size)
             u_Og, behind = centred_OI[..., part], slice(part.stop, ahead.stop)
-            length_O = ((u_Og @ hessian_II[..., part, part]) * u_Og).sum(-1)
+            hessian_gI = hessian_AI[..., part.start - ahead.start : part.stop - ahead.start, :]
+            length_O = ((u_Og @ hessian_gI[..., part]) * u_Og).sum(-1)
             along_O = (along_OA[..., : u_Og.shape[-1]] * u_Og).sum(-1)
             unit_O = None if unit_OG is None else unit_OG[..., group]
             scale_OG[..., group] = fitted(scale_OG[..., group], along_O, length_O, grid, unit_O)
@@ -261,7 +266,7 @@ def refit_scale(
             if along_OA.shape[-1]:
                 moved_Og = now_Og - error_OI[..., part]
                 with bf16_products(True):
-                    along_OA += moved_Og @ hessian_II[..., part, behind]
+                    along_OA += moved_Og @ hessian_gI[..., behind]
             error_OI[..., part] = now_Og
     return scale_OG
 

@@ -74,16 +74,32 @@ class Moments:
 
     def hessian(self) -> Tensor:
         """H = mean_t w_t x_t x_t^T, (in, in), symmetric; its diagonal is E[x^2]. Zero before the
-        first token."""
-        total = self._total.clamp(min=1e-30)
-        h_II = torch.empty(self.features, self.features, device=total.device)
+        first token. For wide layers read `rows` of it: H of 29,568 columns takes 3.5 GB."""
+        return self.rows(slice(0, self.features))
+
+    def diagonal(self) -> Tensor:
+        """E[x^2] (in,)."""
+        return torch.cat([panel_PI.diagonal() for panel_PI in self._panels_PI]) / self._mean_of()
+
+    def rows(self, part: slice) -> Tensor:
+        """Some rows of H (rows, in), a copy."""
+        start, stop, _ = part.indices(self.features)
+        h_RI = torch.empty(stop - start, self.features, device=self._total.device)
         for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
-            part, behind = slice(i, i + PANEL), slice(i + PANEL, None)
-            torch.div(panel_PI, total, out=h_II[part, i:])
-            upper = h_II[part, part].triu()
-            h_II[part, part] = upper + upper.triu(1).t()
-            h_II[behind, part] = h_II[part, behind].t()
-        return h_II
+            end = i + len(panel_PI)
+            low, high = max(start, i), min(stop, end)
+            if low < high:
+                h_RI[low - start : high - start, i:] = panel_PI[low - i : high - i]
+                upper = panel_PI[:, : end - i].triu()  # the lower half differs by rounding
+                whole = upper + upper.triu(1).t()
+                h_RI[low - start : high - start, i:end] = whole[low - i : high - i]
+            below = max(start, end)
+            if below < stop:
+                h_RI[below - start :, i:end] = panel_PI[:, below - i : stop - i].t()
+        return h_RI.div_(self._mean_of())
+
+    def _mean_of(self) -> Tensor:
+        return self._total.clamp(min=1e-30)
 
     def rest(self) -> None:
         """Keep only the sums that `error` reads, in host memory and bf16. No other method works
@@ -102,14 +118,30 @@ class Moments:
             for i, panel_PI in zip(range(0, self.features, PANEL), self._panels_PI, strict=True):
                 along_OI = error_OI[:, i : i + PANEL] @ panel_PI.to(error_OI) * error_OI[:, i:]
                 total += along_OI[:, :PANEL].sum() + 2 * along_OI[:, PANEL:].sum()  # H is symmetric
-        return total / self._total.clamp(min=1e-30)
+        return total / self._mean_of()
 
     def cross(self) -> Tensor:
         """C = mean_t w_t x_student x_teacher^T, (in, in). Raises ValueError if they were not asked
         for."""
         if self._cross_II is None:
             raise ValueError("no cross moments were accumulated")
-        return self._cross_II / self._total.clamp(min=1e-30)
+        return self._cross_II / self._mean_of()
+
+
+# Moments where H whole would not fit: they keep half of it, and give some rows at a time.
+Hessian = Tensor | Moments
+
+
+def rows_of(hessian: Hessian, part: slice) -> Tensor:
+    """Some rows (.., rows, in) of H (.., in, in)."""
+    return hessian[..., part, :] if isinstance(hessian, Tensor) else hessian.rows(part)
+
+
+def diagonal_of(hessian: Hessian) -> Tensor:
+    """The diagonal (.., in) of H (.., in, in)."""
+    if isinstance(hessian, Tensor):
+        return hessian.diagonal(dim1=-2, dim2=-1)
+    return hessian.diagonal()
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_mmround.numerics import descent, gptq, grids, scale_search, super_grids, sweeps
-from auto_mmround.numerics.moments import Moments
+from auto_mmround.numerics.moments import Hessian, Moments
 from auto_mmround.numerics.rounding import Rounding
 
 MOST = 2**26  # elements of weights under one H that are worked on at a time
@@ -282,25 +282,25 @@ class _Start(NamedTuple):
 def _solved(
     stacks: Sequence[_Stack], config: StartConfig, in_sweeps: bool
 ) -> tuple[_Start, Tensor]:
-    """The start of the stacks. Accelerators take a part of the rows at a time."""
+    """The start of the stacks, a part of the rows at a time: float32 copies of a wide weight take
+    more than the weight itself."""
     first, count = stacks[0].roundings[0], len(stacks)
     grid, columns, group_size = first.grid, first.columns, first.w_OGg.shape[-1]
     weights = [rounding.w_OGg for stack in stacks for rounding in stack.roundings]
     w_OGg = torch.cat(weights) if len(weights) > 1 else weights[0]
-    hessians = [stack.moments.hessian() for stack in stacks]
-    hessian = torch.stack(hessians) if count > 1 else hessians[0]
-    if config.retarget and stacks[0].moments.crossed:
-        w_OI, cross_II = grids.from_groups(w_OGg, columns), stacks[0].moments.cross()
-        w_OI = gptq.retarget(w_OI, hessian, cross_II, config.dampening)
+    moments = [stack.moments for stack in stacks]
+    if config.retarget and moments[0].crossed:
+        w_OI, both = grids.from_groups(w_OGg, columns), (moments[0].hessian(), moments[0].cross())
+        w_OI = gptq.retarget(w_OI, *both, config.dampening)
         w_OGg = grids.to_groups(w_OI, group_size)
-    importance = torch.stack([grids.to_groups(h.diagonal()[None], group_size)[0] for h in hessians])
+    diagonals = (grids.to_groups(m.diagonal()[None], group_size)[0] for m in moments)
+    importance = torch.stack(list(diagonals))
     importance = (
         importance[0] if count == 1 else importance.repeat_interleave(len(w_OGg) // count, 0)
     )
-    under = _Under.of(hessian, group_size, grid, config, in_sweeps)
-    del hessians
+    under = _Under.of(moments, group_size, grid, config, in_sweeps)
     parts = []
-    rows = under.sweeping.rows(len(w_OGg), columns) if under.sweeping else len(w_OGg)
+    rows = _together(len(w_OGg), columns, sweeps.MOST if in_sweeps else MOST, count, grid.rows)
     for part_OGg in w_OGg.split(rows):
         scale_OG, zero_OG, blocks = _searched(part_OGg, importance, grid)
         if blocks:  # on the grid that is left, see `super_grids`
@@ -318,11 +318,19 @@ def _solved(
     return _Start.joined(parts), doubtful_N
 
 
-class _Under(NamedTuple):
-    """Second moments (I, I), or (N, I, I) of N weights of one shape, and the functions that solve
-    under them."""
+def _together(rows: int, columns: int, most: int, least: int, step: int) -> int:
+    """How many of so many rows to solve at a time, a multiple of ``step``: parts are alike, since a
+    small one starts as many kernels, and up to an eighth over ``most`` elements."""
+    parts = -(-rows * columns // (most + most // 8))
+    each = max(least, -(-rows // parts))
+    return each + -each % step
 
-    hessian: Tensor
+
+class _Under(NamedTuple):
+    """Second moments of one weight, or of N of one shape, and the functions that solve under
+    them."""
+
+    hessian: Hessian
     group_size: int
     grid: grids.Points
     solve: Callable[..., Tensor]
@@ -332,30 +340,31 @@ class _Under(NamedTuple):
     @classmethod
     def of(
         cls,
-        hessian: Tensor,
+        moments: Sequence[Moments],
         group_size: int,
         grid: grids.Points,
         config: StartConfig,
         in_sweeps: bool,
     ) -> "_Under":
-        """Column by column, or by `sweeps`."""
+        """Column by column without H whole, or by `sweeps`."""
         how = gptq.Solving(config.dampening, config.order, config.block)
-        many = hessian if hessian.ndim == 3 else hessian[None]
-        to_descend = partial(descent.Descent, many, group_size, grid, how)
         if in_sweeps:
-            made = sweeps.Sweeping(many, group_size, grid, how)
-            descend = to_descend(sweeps.BLOCK, made.rounded)
-            return cls(hessian, group_size, grid, made, descend, made)
-        all_: dict[str, Any] = dict(hessian_II=hessian, group_size=group_size, grid=grid, how=how)
+            hessian_NII = torch.stack([own.hessian() for own in moments])
+            made = sweeps.Sweeping(hessian_NII, group_size, grid, how)
+            descend = descent.Descent(
+                hessian_NII, group_size, grid, how, sweeps.BLOCK, made.rounded
+            )
+            return cls(hessian_NII, group_size, grid, made, descend, made)
         in_turn = partial(descent.in_turn, grid=grid, block=config.block)
-        descend = to_descend(descent.WIDTH, in_turn)
-        return cls(hessian, group_size, grid, partial(gptq.solve, **all_), descend, None)
+        descend = descent.Descent(moments[0], group_size, grid, how, descent.WIDTH, in_turn)
+        solver = gptq.Solver(moments[0], group_size, grid, how)
+        return cls(moments[0], group_size, grid, solver, descend, None)
 
     def refit(
         self, w_OI: Tensor, q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, unit_OG: Tensor | None
     ) -> Tensor:
         """`gptq.refit_scale` of all rows."""
-        count = len(self.hessian) if self.hessian.ndim == 3 else 1
+        count = len(self.hessian) if isinstance(self.hessian, Tensor) else 1
         w_OI, q_OI, scale_OG, zero_OG = _apart(count, w_OI, q_OI, scale_OG, zero_OG)
         return gptq.refit_scale(
             w_OI, q_OI, self.hessian, scale_OG, zero_OG, self.group_size, self.grid, unit_OG

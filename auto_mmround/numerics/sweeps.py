@@ -38,13 +38,6 @@ class Sweeping:
         self._sound_N = torch.stack([sound for _, sound in factored])
         self._moving_N = torch.zeros(len(factored), device=hessian_NII.device)
 
-    def rows(self, rows: int, columns: int) -> int:
-        """How many of so many rows to solve at a time: parts are alike, since a small one starts as
-        many kernels, and up to an eighth over `MOST`."""
-        parts = -(-rows * columns // (MOST + MOST // 8))
-        each = max(len(self._order_NI), -(-rows // parts))
-        return each + -each % self._grid.rows
-
     def doubtful(self) -> Tensor:
         """bool (N,), on the device: True for second moments without a factor, and for weights with
         integers that still moved in the last sweep."""
