@@ -36,7 +36,7 @@ from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.plan import make_plan
 from auto_mmround.run.session import Session
 
-# part -> who does it, under what name; search, columns, again and refit are inside of
+# part -> who does it, under what name; search, factor, columns, again and refit are inside of
 # solve, signs inside of steps
 PARTS: dict[str, tuple[Any, str]] = {
     "capture": (Session, "record"),
@@ -45,7 +45,8 @@ PARTS: dict[str, tuple[Any, str]] = {
     "moments": (Session, "moments"),
     "solve": (start, "closed_forms"),
     "- search": (scale_search, "search_scale"),
-    "- columns": (gptq, "solve"),
+    "- factor": (gptq.Solver, "__init__"),
+    "- columns": (gptq.Solver, "__call__"),
     "- again": (Descent, "__call__"),
     "- refit": (gptq, "refit_scale"),
     "nearest": (pipeline, "mean_error"),

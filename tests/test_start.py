@@ -1,6 +1,9 @@
 """The closed-form start and the Fisher weights: that they say what their formulas say."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from auto_mmround.model.labels import drawn
 from auto_mmround.model.squares import BOUNDS, rows_of
 from auto_mmround.model.structure import find_stages
 from auto_mmround.numerics import gptq, grids, start
+from auto_mmround.numerics.float_grids import FloatGrid
 from auto_mmround.numerics.grids import Grid
 from auto_mmround.numerics.moments import Moments, output_error
 from auto_mmround.numerics.rounding import Rounding
@@ -463,6 +467,55 @@ def _under_identity(rounding: Rounding) -> Rounding:
     alike.add(torch.eye(rounding.columns))
     closed_form([rounding], alike, StartConfig())
     return rounding
+
+
+@pytest.mark.parametrize("grid", [Grid(3, False), FloatGrid("fp8", 128)], ids=str)
+def test_a_large_weight_is_solved_some_rows_at_a_time_under_one_factor(grid, monkeypatch):
+    factors, plain = [], gptq.factor
+    monkeypatch.setattr(gptq, "factor", lambda *a: factors.append(a) or plain(*a))
+    torch.manual_seed(0)
+    own, w_OI = Moments(256), torch.randn(500, 256)
+    own.add(torch.randn(600, 256) * torch.linspace(0.1, 3, 256))
+    found = []
+    for most in (start.MOST, 100 * 256):
+        monkeypatch.setattr(start, "MOST", most)
+        found.append(Rounding(w_OI, 128, grid))
+        closed_form([found[-1]], own, StartConfig())
+    assert len(factors) == 2
+    whole, parts = (rounding.codes() for rounding in found)
+    assert (whole.q_OI != parts.q_OI).float().mean() < 0.01  # sums in another order
+    torch.testing.assert_close(whole.scale_OG, parts.scale_OG, rtol=0.01, atol=1e-3)
+
+
+WIDE = """
+import torch
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.moments import Moments
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.start import StartConfig, closed_form
+
+def kilobytes(of):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(of))
+
+def solve(columns):
+    own, rounding = Moments(columns), Rounding(torch.randn(64, columns), 32, Grid(4, True))
+    own.add(torch.randn(64, columns))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kilobytes("VmRSS")
+    closed_form([rounding], own, StartConfig())
+    return kilobytes("VmHWM") - before
+
+solve(256)  # what libraries take once
+print(solve(6144))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_second_moments_of_a_wide_layer_are_not_made_whole():
+    ran = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, check=True)
+    factor = 6144**2 * 4 / 1024
+    assert factor < int(ran.stdout) < 1.6 * factor
 
 
 def test_moments_of_experts_without_tokens_are_made_once():

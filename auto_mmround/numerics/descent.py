@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auto_mmround.numerics import gptq
 from auto_mmround.numerics.grids import Points
-from auto_mmround.numerics.moments import Hessian, diagonal_of, rows_of
+from auto_mmround.numerics.moments import Hessian, hessian_diagonal, hessian_rows
 
 WIDTH = 256  # columns at a time: one product tells how all others answer for their errors
 
@@ -56,7 +56,7 @@ class Descent:
         rounded: Callable[[Span], Tensor],
     ):
         self._hessian, self._group_size, self._grid = hessian, group_size, grid
-        self._damp_N1 = how.dampening * diagonal_of(hessian).mean(-1).reshape(-1, 1)
+        self._damp_N1 = how.dampening * hessian_diagonal(hessian).mean(-1).reshape(-1, 1)
         self.fits = group_size <= width
         self._wide = width // group_size * group_size if self.fits else width
         self._rounded = rounded
@@ -129,7 +129,7 @@ class Descent:
 def _answers(hessian: Hessian, part: slice, damp_N1: Tensor) -> tuple[Tensor, Tensor]:
     """H_kj / H_kk (N, W, in), 0 for j = k: how the columns of a part answer for the error of column
     j. And H_kk (N, W), damped. A column without second moments answers for nothing."""
-    answers_WI = rows_of(hessian, part).clone()
+    answers_WI = hessian_rows(hessian, part).clone()
     answers_NWI = answers_WI.view(len(damp_N1), *answers_WI.shape[-2:])
     own_NWW = answers_NWI[:, :, part]
     own_NW = (own_NWW.diagonal(dim1=1, dim2=2) + damp_N1).clamp(min=1e-30)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_mmround.numerics import grids, pieces
 from auto_mmround.numerics.grids import Points
-from auto_mmround.numerics.moments import Hessian, bf16_products, diagonal_of, rows_of
+from auto_mmround.numerics.moments import Hessian, bf16_products, hessian_diagonal, hessian_rows
 
 log = logging.getLogger("auto_mmround")
 
@@ -66,7 +66,7 @@ class Solver:
 
     def __init__(self, hessian: Hessian, group_size: int, grid: Points, how: Solving = PLAINLY):
         self._group_size, self._grid, self._block = group_size, grid, how.block
-        self._order_I = column_order(diagonal_of(hessian), how.order, group_size)
+        self._order_I = column_order(hessian_diagonal(hessian), how.order, group_size)
         self._feedback_II = _damped(hessian, self._order_I, how.dampening)
 
     def __call__(self, w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def factor(hessian: Hessian, order_I: Tensor, dampening: float) -> tuple[Tensor,
     Both axes of H are reversed for Cholesky, which makes R upper triangular. ``dampening`` is a
     fraction of the mean of diag(H) over the columns that have inputs.
     """
-    diagonal_I, turned_I = diagonal_of(hessian)[order_I], order_I.flip(0)
+    diagonal_I, turned_I = hessian_diagonal(hessian)[order_I], order_I.flip(0)
     live_I = diagonal_I > 0
     mean = (diagonal_I.clamp(min=0).sum() / live_I.sum()).nan_to_num(1.0)
     damp_I = torch.where(live_I, dampening, 1.0) * mean
@@ -187,7 +187,7 @@ def factor(hessian: Hessian, order_I: Tensor, dampening: float) -> tuple[Tensor,
     place_I = turned_I.argsort()
     for first in range(0, len(order_I), TURNED):
         part = slice(first, first + TURNED)
-        turned_PI = rows_of(hessian, part).index_select(1, turned_I)
+        turned_PI = hessian_rows(hessian, part).index_select(1, turned_I)
         feedback_II.index_copy_(0, place_I[part], turned_PI)
     feedback_II = feedback_II.t()
     feedback_II.diagonal().add_(damp_I.flip(0))
@@ -250,7 +250,7 @@ def refit_scale(
     together = max(1, min(AHEAD, columns // 16) // group_size)
     for first in range(0, scale_OG.shape[-1], together):
         ahead = slice(first * group_size, (first + together) * group_size)
-        hessian_AI = rows_of(hessian, ahead)
+        hessian_AI = hessian_rows(hessian, ahead)
         with bf16_products(True):  # three digits of a small step are enough
             along_OA = error_OI @ hessian_AI.mT
         for group in range(first, min(first + together, scale_OG.shape[-1])):

@@ -132,12 +132,12 @@ class Moments:
 Hessian = Tensor | Moments
 
 
-def rows_of(hessian: Hessian, part: slice) -> Tensor:
+def hessian_rows(hessian: Hessian, part: slice) -> Tensor:
     """Some rows (.., rows, in) of H (.., in, in)."""
     return hessian[..., part, :] if isinstance(hessian, Tensor) else hessian.rows(part)
 
 
-def diagonal_of(hessian: Hessian) -> Tensor:
+def hessian_diagonal(hessian: Hessian) -> Tensor:
     """The diagonal (.., in) of H (.., in, in)."""
     if isinstance(hessian, Tensor):
         return hessian.diagonal(dim1=-2, dim2=-1)
