@@ -248,6 +248,8 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
     folder = Path(flags.model)
     if flags.model_card and not (folder / "run.json").is_file():
         raise UserError(f"model_card: {folder} is not the result of one of our runs")
+    if report.ours(folder):
+        report.collect(folder)  # complains of records that the new one can't be kept beside
     data = Data(flags.dataset, flags.template, flags.extra_data_dir, flags.limit, flags.language)
     with Progress(console=notices, transient=True, disable=not notices.is_terminal) as bar:
         bars: dict[str, Any] = {}

@@ -166,6 +166,28 @@ def test_a_folder_that_is_no_run_is_one_line(damage, tmp_path, demo_folder, caps
     assert "run.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", "[]"),
+        ("run.json", "{}"),
+        ("run.json", '{"blocks": 3}'),
+        ("eval.json", "[]"),
+        ("eval.json", '{"evaluations": [{"figures": {"quantized": 1}, "scores": [3]}]}'),
+        ("verify.json", '{"verdicts": [7]}'),
+    ],
+)
+def test_records_of_another_form_are_one_line(name, content, tmp_path, demo_folder, capsys):
+    """And `eval` says so before it measures."""
+    folder = tmp_path / "run"
+    shutil.copytree(demo_folder, folder)
+    (folder / name).write_text(content)
+    for words in (["report"], ["report", str(demo_folder)], ["eval", "--model"]):
+        assert cli.main([*words, str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "has not the form that we write" in line and "run" in line
+
+
 def shoot(page, folder, width, *options):
     """A screenshot; the browser must not complain about anything."""
     shot = folder / f"{page.stem}-{width}.png"
