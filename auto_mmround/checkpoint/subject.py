@@ -29,7 +29,7 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.untrusted import INDEX, index_problem
+from auto_mmround.untrusted import INDEX, index_problem, no_metadata
 
 CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
 
@@ -151,6 +151,8 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     if weight_map is not None and (wrong := index_problem(weight_map)):
         findings.append(fault(INDEX, wrong))
         weight_map = None
+    elif index is not None and (wrong := no_metadata(index)):
+        findings.append(fault(INDEX, wrong))
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
     if formats.problem(quantization):
