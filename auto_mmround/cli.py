@@ -191,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_nowhere()
         return 0
     except OSError as error:
+        if _is_nowhere():
+            print(f"{PROGRAM}: the current folder was removed: cd to another", file=sys.stderr)
+            return 2
         if error.errno not in FULL:
             raise
         _print_nowhere()
@@ -242,6 +245,15 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
+def _is_nowhere() -> bool:
+    """Whether the current folder is gone, so that no relative path leads anywhere."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _print_nowhere() -> None:
