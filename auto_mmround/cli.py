@@ -7,9 +7,13 @@ import argparse
 import difflib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from auto_mmround.atomic import FULL
 from auto_mmround.completion import ASKED, answer_shell, shell_code
@@ -172,10 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ASKED in os.environ:
             answer_shell()
         command = RUN.get(words[0]) if words else None
-        return command(words[1:]) if command else quantize_command(words)
+        with _ended_in_order():
+            return command(words[1:]) if command else quantize_command(words)
     except (UserError, NotProved) as error:
         print(f"{PROGRAM}: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except Ended as end:
+        print(f"{PROGRAM}: ended by {end.signal.name}", file=sys.stderr)
+        return 128 + end.signal
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -183,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_nowhere()
         return 0
     except OSError as error:
+        if _is_nowhere():
+            print(f"{PROGRAM}: the current folder was removed: cd to another", file=sys.stderr)
+            return 2
         if error.errno not in FULL:
             raise
         _print_nowhere()
@@ -191,6 +202,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"{error.filename} can't be written" if error.filename else what
         print(f"{PROGRAM}: {what}: {error.strerror}", file=sys.stderr)
         return 2 if error.filename else 1
+
+
+class Ended(KeyboardInterrupt):
+    """The system, a scheduler or a closed terminal asks the program to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """These signals end the work as Ctrl-C does: engines end with it, temporary files go. A second
+    one ends the process at once. What the caller has set otherwise (nohup) stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
+
+    asked = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+    ours = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _open_streams() -> None:
@@ -203,6 +245,15 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
+def _is_nowhere() -> bool:
+    """Whether the current folder is gone, so that no relative path leads anywhere."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _print_nowhere() -> None:

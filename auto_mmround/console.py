@@ -248,6 +248,8 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
     folder = Path(flags.model)
     if flags.model_card and not (folder / "run.json").is_file():
         raise UserError(f"model_card: {folder} is not the result of one of our runs")
+    if report.ours(folder):
+        report.collect(folder)  # complains of records that the new one can't be kept beside
     data = Data(flags.dataset, flags.template, flags.extra_data_dir, flags.limit, flags.language)
     with Progress(console=notices, transient=True, disable=not notices.is_terminal) as bar:
         bars: dict[str, Any] = {}
@@ -267,15 +269,17 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
             progress=progress,
         )
     record["command"] = shlex.join(["auto-round-mllm", "eval", *flags.words])
-    page = keep(folder, record)
-    card_file = card.write(folder) if flags.model_card else None
     if flags.json:
         flat = findings.figures["quantized"].as_dict() if findings.figures else {}
         print(strict.dumps(flat | record, indent=1))
-        return 0
-    show_measured(findings, record)
+    else:
+        show_measured(findings, record)
+    # what was measured is told even if it can't be kept
+    page = keep(folder, record)
+    card_file = card.write(folder) if flags.model_card else None
     for path in filter(None, (page, card_file)):
-        console.print(str(path), soft_wrap=True)
+        if not flags.json:
+            console.print(str(path), soft_wrap=True)
     return 0
 
 
@@ -342,18 +346,18 @@ def verify_and_show(flags: argparse.Namespace) -> int:
         timeout=flags.timeout,
         stream=flags.stream,
     )
+    if flags.json:
+        print(strict.dumps(result.as_dict(), indent=1))
+    else:
+        errors = sum(finding.severity == "error" for finding in result.findings)
+        lines = [finding.line() for finding in result.findings]
+        mark = "WRONG" if errors else "right"
+        lines.append(f"{mark} {flags.folder.name}: files, format {result.format}, {errors} errors")
+        for line in [*lines, *(verdict.line() for verdict in result.verdicts), *result.notes]:
+            console.print(line, soft_wrap=True)
     if result.verdicts and report.ours(flags.folder):
         report.keep_verdicts(flags.folder, [asdict(verdict) for verdict in result.verdicts])
         report.write(flags.folder)
-    if flags.json:
-        print(strict.dumps(result.as_dict(), indent=1))
-        return 0 if result.right else 1
-    errors = sum(finding.severity == "error" for finding in result.findings)
-    lines = [finding.line() for finding in result.findings]
-    mark = "WRONG" if errors else "right"
-    lines.append(f"{mark} {flags.folder.name}: files, format {result.format}, {errors} errors")
-    for line in [*lines, *(verdict.line() for verdict in result.verdicts), *result.notes]:
-        console.print(line, soft_wrap=True)
     return 0 if result.right else 1
 
 

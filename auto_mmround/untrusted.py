@@ -102,12 +102,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_object(index).get("weight_map")
+    content = read_object(index)
+    weight_map = content.get("weight_map")
     problem = index_problem(weight_map)
     if problem is None:
         shards = [index.with_name(name) for name in sorted(set(weight_map.values()))]  # type: ignore[union-attr]
         gone = [shard.name for shard in shards if not shard.is_file()]
-        problem = f"names {gone[0]!r}, which is not in the folder" if gone else None
+        problem = f"names {gone[0]!r}, which is not in the folder" if gone else no_metadata(content)
     if problem:
         beside = (
             ", or remove the index if model.safetensors is newer"
@@ -130,6 +131,12 @@ def index_problem(shards: Any) -> str | None:
                 " the folder"
             )
     return None
+
+
+def no_metadata(index: Mapping[str, Any]) -> str | None:
+    """The fault of an index that Transformers can't read, though it says where all tensors are."""
+    here = isinstance(index.get("metadata"), Mapping)
+    return None if here else "holds no metadata, without which Transformers reads no index"
 
 
 def is_plain(name: str) -> bool:

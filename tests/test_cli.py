@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -336,3 +337,51 @@ def test_a_full_disk_is_one_line(named, said, status):
     assert done.returncode == status
     (line,) = done.stderr.splitlines()
     assert said in line and line.endswith(": No space left on device")
+
+
+def asking_an_engine(tmp_path, before=""):
+    """A program that waits for an engine in a folder of its own for temporary files."""
+    code = (
+        "import sys, tempfile; from pathlib import Path; from auto_mmround import cli\n"
+        "from auto_mmround.verify import engines\n"
+        "engine = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "def ask(_):\n"
+        "    with tempfile.TemporaryDirectory() as folder:\n"
+        "        command = [sys.executable, '-c', engine]\n"
+        "        engines._run(command, Path(folder) / 'log', 60, print)\n"
+        # what an engine says beside its answer is kept
+        "engines.piece_of = lambda line: (print(line, flush=True), None)[1]\n"
+        "cli.RUN['ask'] = ask; sys.exit(cli.main(['ask']))"
+    )
+    (tmp_path / "files").mkdir()
+    return subprocess.Popen(
+        [*before.split(), sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path / "files")},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_end_of_the_program_is_the_end_of_its_engines(number, tmp_path):
+    """And its temporary files go. SIGTERM is what schedulers send."""
+    with asking_an_engine(tmp_path) as program:
+        engine = int(program.stdout.readline())
+        assert list((tmp_path / "files").iterdir())
+        program.send_signal(number)
+        (line,) = program.communicate(timeout=60)[1].splitlines()
+        assert program.returncode == 128 + number
+    assert line.endswith("interrupted" if number == signal.SIGINT else f"by {number.name}")
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine, 0)
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_a_program_that_is_to_outlive_its_terminal_does(tmp_path):
+    with asking_an_engine(tmp_path, "nohup") as program:
+        engine = int(program.stdout.readline())
+        program.send_signal(signal.SIGHUP)
+        program.send_signal(signal.SIGCONT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(timeout=1)
+        os.kill(engine, signal.SIGKILL)
+        program.communicate(timeout=60)

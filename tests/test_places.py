@@ -4,6 +4,7 @@ nothing."""
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from auto_mmround.run import job as jobs
 from auto_mmround.run.places import check_before_loading, model_label
 from auto_mmround.verify.static import check
 
-NAME = "model-w4g32-auto_round"
+NAME, BLOCKS = "model-w4g32-auto_round", "model-w4g32.unfinished"
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 
 
@@ -295,6 +296,39 @@ def test_a_mount_is_not_exchanged_for_the_result(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"is a mount, or .* choose a folder inside it"):
         ours.save_quantized(tmp_path / "out")
     assert ours.save_quantized(tmp_path / "out" / "model") == [tmp_path / "out" / "model"]
+
+
+def test_a_link_to_another_file_system_is_no_mount(model, tmp_path):
+    """The folder that it leads to is replaced, and the one of finished blocks is emptied."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other file system")
+    out = tmp_path / "out"
+    out.mkdir()
+    with tempfile.TemporaryDirectory(dir=memory) as other:
+        for name in (NAME, BLOCKS):
+            (Path(other) / name).mkdir()
+            (out / name).symlink_to(Path(other) / name)
+        assert run(model, out) == 0
+        assert (out / NAME).is_symlink() and (Path(other) / NAME / "config.json").is_file()
+        assert (out / BLOCKS).is_symlink() and list((Path(other) / BLOCKS).iterdir()) == []
+        assert sorted(path.name for path in Path(other).iterdir()) == [NAME, BLOCKS]
+
+
+def test_a_link_to_nothing_is_no_file(model, tmp_path, capfd):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    assert run(model, tmp_path / "out") == 2
+    assert "is a link to nothing, no folder" in capfd.readouterr().err
+
+
+def test_a_current_folder_that_is_gone_is_one_line(model, tmp_path, monkeypatch, capfd):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert run(model, "out") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("the current folder was removed: cd to another")
+    assert run(model, tmp_path / "out") == 0
 
 
 def test_a_model_named_by_a_dot_has_the_name_of_its_folder(model, monkeypatch):

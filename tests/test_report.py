@@ -3,6 +3,7 @@ them."""
 
 import json
 import re
+import resource
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -164,6 +165,46 @@ def test_a_folder_that_is_no_run_is_one_line(damage, tmp_path, demo_folder, caps
         (folder / "run.json").write_text("{")
     assert cli.main(["report", str(folder)]) == 2
     assert "run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", "[]"),
+        ("run.json", "{}"),
+        ("run.json", '{"blocks": 3}'),
+        ("eval.json", "[]"),
+        ("eval.json", '{"evaluations": [{"figures": {"quantized": 1}, "scores": [3]}]}'),
+        ("verify.json", '{"verdicts": [7]}'),
+    ],
+)
+def test_records_of_another_form_are_one_line(name, content, tmp_path, demo_folder, capsys):
+    """And `eval` says so before it measures."""
+    folder = tmp_path / "run"
+    shutil.copytree(demo_folder, folder)
+    (folder / name).write_text(content)
+    for words in (["report"], ["report", str(demo_folder)], ["eval", "--model"]):
+        assert cli.main([*words, str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "has not the form that we write" in line and "run" in line
+
+
+def test_what_was_measured_is_told_though_it_cannot_be_kept(tmp_path, demo_folder, capsys):
+    """A full disk, say: a limit on the size of files stands in for it."""
+    folder = tmp_path / "run"
+    shutil.copytree(demo_folder, folder)
+    before = sorted(path.name for path in folder.iterdir())
+    words = ["eval", "--model", str(folder), "--limit", "1", "--device", "cpu", "--tasks", "ppl"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert cli.main(words) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr()
+    assert "perplexity" in told.out
+    assert "eval.json can't be written: File too large" in told.err.replace("\n", "")
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def shoot(page, folder, width, *options):

@@ -29,19 +29,21 @@ from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.recipe.schemes import Scheme
-from auto_mmround.untrusted import INDEX, index_problem
+from auto_mmround.untrusted import INDEX, index_problem, no_metadata
 
 CODES_RECORD = {"bits", "group_size", "sym", "q", "scale", "zero"}
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: Transformers' name and its features. tied: its weight is another module's."""
+    """A linear layer: Transformers' name and its features. tied: its weight is another module's.
+    turned: plain files hold its weight as (in, out), as GPT-2's Conv1D does."""
 
     name: str
     out_features: int
     in_features: int
     tied: bool
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     if weight_map is not None and (wrong := index_problem(weight_map)):
         findings.append(fault(INDEX, wrong))
         weight_map = None
+    elif index is not None and (wrong := no_metadata(index)):
+        findings.append(fault(INDEX, wrong))
     quantization = config.get("quantization_config")
     fmt = _format(quantization, findings)
     if formats.problem(quantization):
@@ -360,10 +364,11 @@ def _linears(
     layers, head = {}, None
     for name, module in linears(model):
         weight = module.get_parameter("weight")
-        out_features, in_features = weight.T.shape if isinstance(module, Conv1D) else weight.shape
+        turned = isinstance(module, Conv1D)
+        out_features, in_features = weight.T.shape if turned else weight.shape
         stored = spelled.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         is_tied = f"{name}.weight" in tied and f"{name}.weight" not in spelled
-        layers[stored] = Linear(name, out_features, in_features, is_tied)
+        layers[stored] = Linear(name, out_features, in_features, is_tied, turned)
         if module is speaking(model).get_output_embeddings():
             head = stored
     return layers, head

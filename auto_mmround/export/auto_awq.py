@@ -14,10 +14,12 @@ from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
     STACKS_ALONE,
+    TURNED,
     WORDS,
     PackedFormat,
     check_integers,
     differences,
+    wrong,
 )
 from auto_mmround.export.layout import Layout, both_spellings, kept_groups, tower_substrings
 from auto_mmround.export.method import DEFAULTS, Method, Overrides, Spelling
@@ -125,6 +127,11 @@ FORMAT = PackedFormat(
     # AutoAWQ says version, GPTQModel all
     told={"checkpoint_format": ("gemm", ""), "version": ("gemm", ""), "format": ("gemm", "")},
     engines={"transformers": "gptqmodel", "vllm": "vllm"},
-    limits=(MADE_UP, NO_EXPERTS, STACKS_ALONE),
+    limits=(
+        MADE_UP,
+        wrong(TURNED, "cannot access local variable 'has_been_replaced'", "turned"),
+        NO_EXPERTS,
+        STACKS_ALONE,
+    ),
 )
 FORMATS = (FORMAT,)

@@ -17,12 +17,14 @@ from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
     STACKS_ALONE,
+    TURNED,
     WORDS,
     Limit,
     PackedFormat,
     any_scheme,
     check_integers,
     differences,
+    wrong,
 )
 from auto_mmround.export.layout import (
     Layout,
@@ -259,6 +261,7 @@ FORMAT = PackedFormat(
     limits=(
         Limit("transformers", "several schemes", "mismatched sizes", lambda s: len(s) > 1),
         MADE_UP,
+        wrong(TURNED, "'_LinearWeightMetadata' object has no attribute 'normal_'", "turned"),
         Limit(
             "vllm",
             "asymmetric weights",

@@ -20,6 +20,7 @@ from auto_mmround.export.compressed_tensors import floats
 from auto_mmround.export.format import (
     NO_EXPERTS,
     STACKS_ALONE,
+    TURNED,
     UNQUANTIZED_EXPERTS,
     WORDS,
     Format,
@@ -345,6 +346,7 @@ FLOAT = replace(
         ),
         Limit("vllm", "MXFP4 and MXFP8", "Failed to find a kernel that can implement the layer"),
         *_LIMITS,
+        wrong(TURNED, "'Conv1D' object has no attribute 'in_features'", "turned"),
         NO_EXPERTS,
         STACKS_ALONE,
     ),

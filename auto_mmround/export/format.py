@@ -87,6 +87,8 @@ STACKS_ALONE = Limit(
     families=("gpt_oss",),
     fatal=True,
 )
+# Layers of another class than Linear.
+TURNED = "weights that lie (in, out), as GPT-2's"
 # Parts of a weight as GPTQ and AWQ name them, and what each holds.
 WORDS = {"qweight": "q", "qzeros": "zero", "scales": "scale", "g_idx": ""}
 

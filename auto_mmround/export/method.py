@@ -24,13 +24,15 @@ DEFAULTS: Overrides = MappingProxyType({})
 @dataclass(frozen=True)
 class Spelling:
     """Which layers does an engine quantize? names: linear layers as the engine spells them. head:
-    the output head's name. packed: those packed in the file. rename: a name of the configuration as
-    the engine rewrites it before matching."""
+    the output head's name. packed: those packed in the file. turned: those of another class than
+    Linear in the engine, with weights (in, out). rename: a name of the configuration as the engine
+    rewrites it before matching."""
 
     config: Config
     names: Sequence[str]
     head: str | None
     packed: frozenset[str]
+    turned: frozenset[str] = frozenset()
     rename: Callable[[str], str] = str
 
     def listed(self, *keys: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_mmround.export.format import PackedFormat, check_integers, differences
+from auto_mmround.export.format import TURNED, Limit, PackedFormat, check_integers, differences
 from auto_mmround.export.layout import Layout, both_spellings
 from auto_mmround.export.method import Method
 from auto_mmround.export.packing import pack_bits, unpack_bits
@@ -167,5 +167,14 @@ FORMAT = PackedFormat(
     model_config=model_config,
     method=Method("affine"),
     engines={"mlx": "mlx"},
+    limits=(
+        Limit(
+            "mlx",
+            TURNED,
+            "Received .. parameters not in model: model.transformer.h.0.attn.c_attn.weight ..",
+            experts=("turned",),
+            fatal=True,
+        ),
+    ),
 )
 FORMATS = (FORMAT,)

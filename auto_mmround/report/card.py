@@ -11,6 +11,7 @@ from auto_mmround.errors import UserError
 from auto_mmround.export import formats
 from auto_mmround.model.loading import PUBLISHED, find_folder
 from auto_mmround.report import report
+from auto_mmround.report.records import put, well_formed
 
 MARK = "<!-- written by auto_mmround -->"
 # keys that are of no use to others, or need more than a line
@@ -69,6 +70,7 @@ CODE: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
+@well_formed
 def write(folder: Path) -> Path:
     """README.md of a checkpoint of ours. Raises UserError if a README that we did not write is
     there."""
@@ -95,7 +97,7 @@ def write(folder: Path) -> Path:
             _bare(word) for word in (facts["evaluation"] or {}).get("command", "").split(" ")
         ),
     )
-    report.put(path, text)
+    put(path, text)
     return path
 
 

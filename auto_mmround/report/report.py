@@ -3,7 +3,6 @@
 It reads the folder alone: `recipe.toml`, `run.json`, weights, `eval.json`, `verify.json`.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from auto_mmround.recipe.patterns import starred
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.report import charts
 from auto_mmround.report.headline import differing_first, headline, spoken, trade
+from auto_mmround.report.records import dumped, of_our_form, put, read_record, well_formed
 from auto_mmround.report.sizes import size, sizes
 
 EVALUATION, VERDICTS = "eval.json", "verify.json"
@@ -37,6 +37,7 @@ def ours(folder: Path) -> bool:
     )
 
 
+@well_formed
 def collect(folder: Path) -> dict[str, Any]:
     """The content of the report, as plain values. Raises UserError if the folder is no output of
     ours."""
@@ -44,7 +45,7 @@ def collect(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has no run.json and recipe.toml: it is not the result of one of our runs"
         )
-    run, recipe = _json(folder / "run.json"), read(folder / "recipe.toml")
+    run, recipe = read_record(folder / "run.json"), read(folder / "recipe.toml")
     measured = run.get("measured", {})
     blocks = [block | measured.get("blocks", {}).get(block["name"], {}) for block in run["blocks"]]
     tuned = [block for block in blocks if _measured(block)]
@@ -148,6 +149,7 @@ def _layers(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [each for each in every if "scheme" in each or each.get("bits", 16) < 16]
 
 
+@well_formed
 def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
     """Store the verdicts of `verify`: engine, version, status, reason, layers, planned, gap.
 
@@ -157,16 +159,17 @@ def keep_verdicts(folder: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
     for verdict in verdicts:
         if verdict["status"] != "not run" or verdict["engine"] not in kept:
             kept[verdict["engine"]] = {key: strict.finite(verdict.get(key)) for key in VERDICT}
-    put(folder / VERDICTS, _dumped({"verdicts": list(kept.values())}))
+    put(folder / VERDICTS, dumped({"verdicts": list(kept.values())}))
 
 
+@well_formed
 def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
     """Add an evaluation to the folder's record. It replaces an older one of the same question."""
     path = folder / EVALUATION
-    old = _json(path)["evaluations"] if path.is_file() else []
+    old = read_record(path)["evaluations"] if path.is_file() else []
     key = ("reference", "baseline", "dataset", "limit", "language", "tasks")
     kept = [each for each in old if any(each.get(name) != record.get(name) for name in key)]
-    put(path, _dumped({"evaluations": [*kept, record]}))
+    put(path, dumped({"evaluations": [*kept, record]}))
 
 
 def evaluation(folder: Path) -> dict[str, Any] | None:
@@ -175,7 +178,7 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     scores: dict[tuple[str, str, str], dict[str, Any]] = {}
     figures: dict[str, Any] = {}
-    for record in _json(folder / EVALUATION)["evaluations"]:
+    for record in read_record(folder / EVALUATION)["evaluations"]:
         scores |= {
             (score["benchmark"], score["split"], score["metric"]): score
             for score in record["scores"]
@@ -191,10 +194,11 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
     return figures | {"scores": list(scores.values())}
 
 
+@well_formed
 def write(folder: Path) -> Path:
     """Write `report.json` and `report.html` of a run into its folder; returns the page."""
     report = collect(folder)
-    put(folder / "report.json", _dumped(report))
+    put(folder / "report.json", dumped(report))
     page = folder / "report.html"
     put(page, environment().get_template("report.html").render(view(report), charts=charts))
     return page
@@ -205,17 +209,18 @@ def compare(folders: Sequence[Path], page: Path) -> Path:
     reports = [collect(folder) for folder in folders]
     names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
     letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(folders))]
-    template = environment().get_template("compare.html")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    runs = list(zip(letters, names, reports))
-    text = template.render(
-        runs=runs,
-        letters=letters,
-        rows=_compared(reports),
-        trades={what: trade(reports, letters, what) for what in ("size", "time")},
-        stages=_lines(letters, reports),
-        charts=charts,
-    )
+    with of_our_form(", ".join(names)):
+        template = environment().get_template("compare.html")
+        page.parent.mkdir(parents=True, exist_ok=True)
+        runs = list(zip(letters, names, reports))
+        text = template.render(
+            runs=runs,
+            letters=letters,
+            rows=_compared(reports),
+            trades={what: trade(reports, letters, what) for what in ("size", "time")},
+            stages=_lines(letters, reports),
+            charts=charts,
+        )
     put(page, text)
     return page
 
@@ -297,7 +302,7 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
     """The findings of `verify`, one row per engine."""
     if not path.is_file():
         return []
-    return [{key: row.get(key) for key in VERDICT} for row in _json(path)["verdicts"]]
+    return [{key: row.get(key) for key in VERDICT} for row in read_record(path)["verdicts"]]
 
 
 def _compared(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any], str]]:
@@ -377,22 +382,3 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    return values
-
-
-def _dumped(value: Any) -> str:
-    return strict.dumps(value, indent=1) + "\n"
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

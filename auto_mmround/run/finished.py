@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -317,8 +317,10 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:
-    """The folder, and those above that were made for it; any that holds something else stays."""
+    """The folder, and those above that were made for it. One that holds something else stays, and a
+    link with what it leads to."""
     _empty(folder)
     for path in (folder, *made):
-        if path.is_dir() and not any(path.iterdir()):
+        # another command may have put something there by now
+        with suppress(OSError):
             path.rmdir()

@@ -149,7 +149,7 @@ def prepare(
         cached_attention(loaded.model)  # complains where there is none
     if recipe.target_bits is not None:
         units(loaded.model, recipe, plan)  # complains before any sample is read
-    _check_writing(loaded, plan, recipe)
+    _say_unread(loaded, _check_writing(loaded, plan, recipe), plan)
     if not recipe.needs_samples:
         return Job(
             recipe, loaded, plan, (), None, ("weights are rounded to nearest: no calibration",)
@@ -178,13 +178,13 @@ def prepare(
     return Job(recipe, loaded, plan, inputs, facts, chosen.notes, mixed)
 
 
-def _check_writing(loaded: Loaded, plan: Plan, recipe: Recipe) -> None:
+def _check_writing(loaded: Loaded, plan: Plan, recipe: Recipe) -> Names:
     """Complain of what the plan's formats can't write."""
     names = Names(loaded.model, loaded.source, loaded.given)
     check_formats(plan.formats, names, loaded.source)
     check_names(names, plan)
     check_stated(names, plan, recipe)
-    _say_unread(loaded, names, plan)
+    return names
 
 
 def _say_unread(loaded: Loaded, names: Names, plan: Plan) -> None:
@@ -364,8 +364,7 @@ def holding(job: Job, format_name: str) -> Format:
                     f"format {fmt.name} {problem} ({weight.name}); pass format={fmt.name!r} before"
                     " tuning"
                 )
-    names = Names(job.loaded.model, job.loaded.source, job.loaded.given)
-    check_stated(names, replace(job.plan, formats=(fmt,)), job.recipe)
+    _check_writing(job.loaded, replace(job.plan, formats=(fmt,)), job.recipe)
     return fmt
 
 
@@ -384,7 +383,6 @@ def save(
     fmt = holding(job, format_name)
     loaded, source = job.loaded, job.loaded.source
     names = Names(loaded.model, source, loaded.given)
-    check_names(names, replace(job.plan, formats=(fmt,)))
     check_tuned(names, finished.result)
     if finished.kv_scales:
         formats.check_kv_cache([fmt.name])

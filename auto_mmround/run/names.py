@@ -22,6 +22,7 @@ from auto_mmround.model.merging import loaded_tensors
 from auto_mmround.model.quantized import FLOATS
 from auto_mmround.model.restacking import stacking
 from auto_mmround.model.stored import Reader, Stored, stored_tensors
+from auto_mmround.model.structure import linears
 from auto_mmround.numerics.grids import Codes, dequantize
 from auto_mmround.run.carried import carried_modules, unread_keys
 from auto_mmround.run.given import aliases, config_of, newest, pruned
@@ -326,9 +327,15 @@ def _tail(key: str, parts: int = 3) -> str:
 
 def check_formats(formats: Sequence[Format], names: Names, source: Path | None) -> None:
     """Ask the formats that write a model as a whole whether they can; UserError with the reason."""
+    turned = [name for name, module in linears(names.model) if isinstance(module, Conv1D)]
     for fmt in formats:
         if isinstance(fmt, WholeFormat):
             fmt.check_model(names.config(), names.written(), source)
+            if turned:
+                raise UserError(
+                    f"format {fmt.name} writes weights as (out, in), and {turned[0]} lies (in,"
+                    " out): choose another format"
+                )
 
 
 def check_names(names: Names, plan: Plan) -> None:

@@ -69,15 +69,19 @@ def check_places(outs: Sequence[Path], source: Path | None) -> None:
     for out in outs:
         standing = _standing(out)
         if not standing.is_dir():
-            raise UserError(f"output_dir: {standing} is a file, no folder: choose another")
+            kind = (
+                "a link to nothing" if standing.is_symlink() and not standing.exists() else "a file"
+            )
+            raise UserError(f"output_dir: {standing} is {kind}, no folder: choose another")
         if not os.access(standing, os.W_OK | os.X_OK):
             raise UserError(
                 f"output_dir: no files can be written to {standing}: choose another, or change its"
                 " rights"
             )
-        beside = out.resolve().parent
+        real = out.resolve()  # `is_mount` takes a link to another file system for one
+        beside = real.parent
         if standing == out.absolute() and (
-            out.is_mount() or not os.access(beside, os.W_OK | os.X_OK)
+            real.is_mount() or not os.access(beside, os.W_OK | os.X_OK)
         ):
             raise UserError(
                 f"output_dir: {out} would be exchanged for the finished folder, but is a mount, or"

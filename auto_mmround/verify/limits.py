@@ -8,13 +8,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.errors import UserError
 from auto_mmround.export.format import Limit
 from auto_mmround.export.formats import FORMATS
 from auto_mmround.model.experts import HALVES, separable
 from auto_mmround.model.merging import merged_parameters, own_merges
-from auto_mmround.model.structure import find_experts
+from auto_mmround.model.structure import find_experts, linears
 from auto_mmround.readers import ENGINES, READERS
 from auto_mmround.recipe.schemes import Scheme
 from auto_mmround.run.plan import Plan
@@ -31,7 +32,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
 
     And of all weights: "merged", where Transformers merges or splits some that auto-round expects
     as they are stored; "left", where it merges some that stay beside packed ones; "4 bits", where
-    floats of 4 bits are packed.
+    floats of 4 bits are packed; "turned", where a layer that Transformers keeps as (in, out) is.
     """
     experts = separable(model)
     chosen = {name: expert for name, expert in experts.items() if name in plan.quantized}
@@ -62,6 +63,9 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
         "several": len(schemes) > 1,
         "blocks": any(s.data_type in ("fp8", "mxfp8") and s.group_size > 0 for s in schemes),
         "4 bits": any(s.data_type in ("nvfp4", "mxfp4") for s in plan.quantized.values()),
+        "turned": any(
+            isinstance(m, Conv1D) for name, m in linears(model) if name in plan.quantized
+        ),
         "other": bool(schemes) and not others <= schemes,
         "merged": bool(own_merges(model) - apart),
         "left": any(

@@ -6,12 +6,15 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from auto_mmround.checkpoint.findings import Finding, fault, read_json
 from auto_mmround.checkpoint.folder import is_side_file, side_files
 from auto_mmround.checkpoint.subject import Subject
 from auto_mmround.checkpoint.sums import CONFIG, file_sums, sum_of
 from auto_mmround.errors import UserError, several
-from auto_mmround.untrusted import one_line
+from auto_mmround.model.loading import NONSENSE
+from auto_mmround.untrusted import one_line, read_text
 from auto_mmround.verify.together import TOGETHER
 
 log = logging.getLogger("auto_mmround")
@@ -23,7 +26,9 @@ TOKENIZERS = (
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SIDES = (TOKENIZERS, PROCESSORS)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-SETTINGS = ("generation_config.json", *TEMPLATES)  # people may change these on purpose
+TEMPLATE_END = ".jinja"
+GENERATION = "generation_config.json"
+SETTINGS = (GENERATION, *TEMPLATES)  # people may change these on purpose
 TEXTS = ("", ".md")  # LICENSE and the like
 
 
@@ -91,7 +96,27 @@ def _contents(s: Subject, there: Collection[str]) -> Iterator[Finding]:
                 content = read_json(s.folder / name, findings) or {}
             yield from findings if name != "quantization_config.json" else ()
             yield from _code(content, name, there)
+        if name.endswith(TEMPLATE_END):
+            yield from _unreadable(s.folder / name)
+        if name == GENERATION and not findings:
+            yield from _refused(s.folder)
     yield from _code(s.config, "config.json", there)
+
+
+def _unreadable(path: Path) -> Iterator[Finding]:
+    """A template that is no text: with it no tokenizer of the folder can be read."""
+    try:
+        read_text(path, "it")
+    except UserError as error:
+        yield fault(path.name, str(error).removeprefix("it "))
+
+
+def _refused(folder: Path) -> Iterator[Finding]:
+    """Settings of generation that Transformers refuses, and the whole model with them."""
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except NONSENSE as error:
+        yield fault(GENERATION, f"Transformers refuses it: {one_line(str(error))[:200]}")
 
 
 def _has_template(folder: Path) -> bool:

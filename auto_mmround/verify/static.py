@@ -166,6 +166,9 @@ def check_names(s: Subject) -> Iterator[Finding]:
             list(spelled),
             next((name for name, stored in spelled.items() if stored == s.skeleton.head), None),
             frozenset(name for name, stored in spelled.items() if stored in s.packed),
+            frozenset(n for n, stored in spelled.items() if s.skeleton.linears[stored].turned)
+            if engine == "Transformers"
+            else frozenset(),  # vLLM has classes of its own
             (lambda name: vllm_rename(model_type, name)) if engine == "vLLM" else str,
         )
         try:
@@ -186,12 +189,18 @@ def _compare_names(
 ) -> Iterator[Finding]:
     assert s.skeleton is not None and s.quantization is not None
     plain = [name for name, stored in spelled.items() if stored in s.packed and name not in answer]
-    if plain:
-        text = (
-            f"is packed, but {engine} names it {plain[0]} and by quantization_config makes it a"
-            " plain layer"
-        )
-        yield fault(spelled[plain[0]], f"{text} of random weights{several(plain)}")
+    turned = [name for name in plain if s.skeleton.linears[spelled[name]].turned]
+    # a run may have been meant for other engines
+    for severity, some in (
+        ("error", [name for name in plain if name not in turned]),
+        ("warning", turned),
+    ):
+        if some:
+            text = (
+                f"is packed, but {engine} names it {some[0]} and by quantization_config makes it a"
+                f" plain layer of random weights{several(some)}"
+            )
+            yield Finding(severity, spelled[some[0]], text)
     made = [
         n
         for n, key in spelled.items()

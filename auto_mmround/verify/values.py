@@ -90,7 +90,10 @@ def _check_codes(s: Subject, shards: Shards, originals: Reader) -> Iterator[Find
         yield from broken or _against_record(s, module, codes)
         name = f"{module}.weight"
         if not broken and name in source:
-            yield from _against_source(name, codes, originals.tensor(source[name]))
+            layer = s.skeleton.linears.get(module) if s.skeleton is not None else None
+            original = originals.tensor(source[name])
+            turned = layer is not None and layer.turned  # a square one does not show it
+            yield from _against_source(name, codes, original.T if turned else original)
 
 
 def check_decoded(s: Subject) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from auto_mmround.export.format import (
     MADE_UP,
     NO_EXPERTS,
     STACKS_ALONE,
+    TURNED,
     Format,
     Limit,
     PackedFormat,
@@ -283,6 +284,7 @@ _BASE = PackedFormat(
         wrong("experts of several schemes", "it takes one for all", "several"),
         wrong("experts of another scheme than most layers", "it takes one", "other"),
         wrong("asymmetric experts", "zero points are dropped", "asymmetric"),
+        wrong(TURNED, "parameters were made up: [.. attn.c_attn.weight ..]", "turned"),
         NO_EXPERTS,
         STACKS_ALONE,
     ),
@@ -295,6 +297,14 @@ _BASE = PackedFormat(
 )
 _KERNEL = "Failed to find a kernel that can implement the"
 _DROPPED = "the tensors of these experts are dropped while it merges them"
+_TURNED_TWICE = Limit(
+    "vllm",
+    f"8 bits and {TURNED}",
+    "AssertionError, for it turns every tensor that is called weight",
+    any_scheme(lambda s: s.bits == 8 and s.act_bits < 16),
+    ("turned",),
+    fatal=True,
+)
 _LEFT = wrong(
     "tensors that stay and that it merges while loading",
     "RuntimeError: CONVERSION entries, for what is not packed is dropped there",
@@ -335,7 +345,12 @@ INT8 = replace(
     bits=(4, 8),
     check=check_int8,
     pack=integers.pack_int8,
-    limits=(*_BASE.limits, _LEFT, wrong("experts beside 8-bit activations", _DROPPED, "quantized")),
+    limits=(
+        *_BASE.limits,
+        _LEFT,
+        wrong("experts beside 8-bit activations", _DROPPED, "quantized"),
+        _TURNED_TWICE,
+    ),
 )
 FLOAT = replace(
     _BASE,
@@ -368,6 +383,7 @@ FLOAT = replace(
         *_BASE.limits,
         wrong("experts in blocks or MXFP8", "CONVERSION entries", "blocks"),
         wrong("tensors of 4 bits beside some it merges", _DROPPED, "left", "4 bits"),
+        _TURNED_TWICE,
     ),
 )
 MIXED = replace(

@@ -117,7 +117,8 @@ def matched(q: Spelling) -> Mapping[str, Overrides]:
         targets |= {_renamed(q, t): group.get("weights") or {} for t in group["targets"]}
     answer = {}
     for name in q.names:
-        mine = [options for t, options in targets.items() if t == "Linear" or _named(t, name)]
+        linear = name not in q.turned
+        mine = [o for t, o in targets.items() if (t == "Linear" and linear) or _named(t, name)]
         if mine and not any(_named(item, name) for item in ignored):
             answer[name] = mine[0]
     return answer
