@@ -134,8 +134,8 @@ def ask_command(arguments: Sequence[str]) -> int:
 
 def report_command(arguments: Sequence[str]) -> int:
     """Write a page on a run, or on several."""
-    _check_named(arguments)
     flags = parser_of("report").parse_args(normalise(arguments))
+    _check_named(flags.folders)
     from auto_mmround.console import show_report
 
     return show_report(flags.folders, flags.output, flags.open)
