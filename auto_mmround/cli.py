@@ -80,6 +80,7 @@ def parse_recipe(
 
 def eval_command(arguments: Sequence[str]) -> int:
     """Measure a model, alone or against a reference."""
+    _check_named(arguments)
     flags = parser_of("eval").parse_args(normalise(arguments))
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"limit = {flags.limit}: at least 1")
@@ -98,10 +99,26 @@ def eval_command(arguments: Sequence[str]) -> int:
 
 def verify_command(arguments: Sequence[str]) -> int:
     """Check a checkpoint."""
+    _check_named(arguments)
     flags = parser_of("verify").parse_args(normalise(arguments))
+    _check_timeout(flags.timeout)
+    if flags.engine is not None and not flags.engine.strip(" ,"):
+        raise UserError("engine is empty: name some, or none for the files only")
     from auto_mmround.console import verify_and_show
 
     return verify_and_show(flags)
+
+
+def _check_named(arguments: Sequence[str]) -> None:
+    """Raises UserError for an empty argument, as a script's unset variable makes it: as a path it
+    would be the current folder."""
+    if not all(word.strip() for word in arguments):
+        raise UserError("an argument is empty: name a folder, or . for the current one")
+
+
+def _check_timeout(seconds: float) -> None:
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise UserError(f"timeout = {seconds:g}: seconds above 0")
 
 
 def ask_command(arguments: Sequence[str]) -> int:
@@ -109,6 +126,7 @@ def ask_command(arguments: Sequence[str]) -> int:
     flags = parser_of("ask").parse_args(normalise(arguments))
     if flags.max_tokens < 1:
         raise UserError(f"max_tokens = {flags.max_tokens}: at least 1")
+    _check_timeout(flags.timeout)
     from auto_mmround.asking import ask_and_show
 
     return ask_and_show(flags)
@@ -117,6 +135,7 @@ def ask_command(arguments: Sequence[str]) -> int:
 def report_command(arguments: Sequence[str]) -> int:
     """Write a page on a run, or on several."""
     flags = parser_of("report").parse_args(normalise(arguments))
+    _check_named(flags.folders)
     from auto_mmround.console import show_report
 
     return show_report(flags.folders, flags.output, flags.open)

@@ -130,6 +130,7 @@ def test_a_speech_recogniser_writes_down_a_sound(tmp_path, capsys):
         (["demo", "What?", "--image", __file__], "test_ask.py"),
         (["demo", "What?", "--audio", str(PICTURE)], "audio"),
         (["demo", "What?", "--max_tokens", "0"], "at least 1"),
+        (["demo", "What?", "--timeout", "nan"], "seconds above 0"),
         (["demo", "What?", "--engine", "transformers"], "answers no questions"),
         (["demo", "What?", "--engine", "vlm"], "answers no questions"),
         (["FAKE", "What?", "--engine", "mlx"], "mlx does not read the format fake"),

@@ -145,8 +145,8 @@ def other_vocabulary(folder: Path) -> str:
         (["no.toml"], "no.toml"),
         (["eval", "--model", "demo", "--dataset", "no.json"], "no.json"),
         (["eval"], "--model"),
-        (["eval", "--model", ""], "no config.json"),
-        (["eval", "--model", "demo", "--reference", "", "--limit", "1"], "no config.json"),
+        (["eval", "--model", ""], "an argument is empty"),
+        (["eval", "--model", "demo", "--reference", "", "--limit", "1"], "an argument is empty"),
         (
             ["eval", "--model", "demo", "--reference", other_vocabulary],
             "is another model: it gives",

@@ -3,6 +3,7 @@ where installed."""
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -477,3 +478,71 @@ def test_damaged_folders_are_named(tmp_path):
     (out / "mmproj-model.gguf").unlink()
     with pytest.raises(UserError, match="lacks mmproj-model"):
         list(dequantized_state_dict(out))
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A folder without a record of ours, and its GGUF file."""
+    out = export(tiny("llama", tmp_path / "source"), tmp_path / "out", quantize=True)
+    (path,) = out.glob("*.gguf")
+    return out, path
+
+
+def rewritten(path: Path, leave_out: str = "", **options) -> None:
+    """The same file by the package `gguf`, with other options."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama", **options)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind, inner = field.types[0], field.types[-1]
+            array = inner if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, array)
+    for tensor in reader.tensors:
+        if tensor.name != leave_out:
+            writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").replace(path)
+
+
+def names_files(folder: Path, *files: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["files"] = list(files)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_file_that_is_written_anew_is_right(foreign):
+    folder, path = foreign
+    rewritten(path)
+    assert [f for f in check(folder) if f.severity == "error"] == []
+
+
+def test_big_endian_files_are_refused(foreign):
+    """Their blocks decoded to other numbers without a word."""
+    folder, path = foreign
+    rewritten(path, endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(UserError, match="it is big-endian"):
+        from_quantized(folder)
+    assert any("big-endian" in finding.message for finding in check(folder))
+
+
+def test_two_files_with_one_tensor_are_refused(foreign):
+    folder, path = foreign
+    shutil.copy(path, folder / "other.gguf")
+    names_files(folder, path.name, "other.gguf")
+    with pytest.raises(UserError, match=r"other.gguf holds .*, which another file holds, too"):
+        from_quantized(folder)
+
+
+@pytest.mark.parametrize("lost", ["one", "all"])
+def test_lost_tensors_are_found_without_a_record(lost, foreign):
+    folder, path = foreign
+    if lost == "one":
+        rewritten(path, leave_out="output_norm.weight")
+    else:
+        names_files(folder)
+    found = [finding for finding in check(folder) if finding.severity == "error"]
+    wanted = "model.norm.weight" if lost == "one" else "model.embed_tokens.weight"
+    assert any(f.where == wanted and "no tensor fills it" in f.message for f in found), found

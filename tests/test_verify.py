@@ -276,12 +276,26 @@ def test_an_engine_that_is_not_installed_is_named_with_its_command(tmp_path):
         (["--engine", "vlm"], "there are transformers"),
         (["--engine", "mlx"], "does not read"),
         (["--engin", "x"], "did you mean --engine"),
+        (["--engine", ""], "an argument is empty"),
+        (["--engine", ","], "engine is empty"),
+        (["--source", ""], "an argument is empty"),
+        (["--timeout", "0"], "seconds above 0"),
+        (["--timeout", "-1"], "seconds above 0"),
+        (["--timeout", "nan"], "seconds above 0"),
+        (["--timeout", "inf"], "seconds above 0"),
     ],
 )
 def test_mistakes_are_one_line(words, said, demo_folder, capsys):
     assert cli.main(["verify", str(demo_folder), *words]) == 2
     assert said in capsys.readouterr().err
     assert cli.main(["verify", str(demo_folder / "no")]) == 2
+
+
+@pytest.mark.parametrize("words", [["verify"], ["eval", "--model"], ["report"]])
+def test_an_empty_name_is_not_the_current_folder(words, demo_folder, monkeypatch, capsys):
+    monkeypatch.chdir(demo_folder)
+    assert cli.main([*words, ""]) == 2
+    assert "an argument is empty" in capsys.readouterr().err
 
 
 def test_what_engines_are_known_to_refuse():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auto_mmround.checkpoint.findings import Finding, fault, read_json
-from auto_mmround.checkpoint.reading import Shards
+from auto_mmround.checkpoint.reading import CONTRADICTIONS, Shards
 from auto_mmround.errors import UserError, several
 from auto_mmround.export import formats
 from auto_mmround.export.format import Format, WholeFormat
@@ -170,14 +170,24 @@ def read_subject(folder: Path, source: Path | None = None, remote_code: bool = F
     }
     original = stored_tensors(source).files if source is not None else ()
     packs = fmt is not None and fmt.packs
-    made = None
-    if config and not whole:
+    made, decoded = None, _decoded(fmt, folder) if isinstance(fmt, WholeFormat) else keys
+    if config and decoded is not None:
+        keys = decoded
         made = _skeleton(folder, keys, original, findings, remote_code, packs)
     schemes = _schemes(quantization, packed, findings) if fmt and quantization else {}
     return Subject(
         folder, config, quantization, fmt, tensors, packed, made, record, source, schemes, findings,
         kv_scales,
     )  # fmt: skip
+
+
+def _decoded(fmt: WholeFormat, folder: Path) -> set[str] | None:
+    """The tensors that a format finds in files of its own; None where they can't be read, which the
+    check of their values tells."""
+    try:
+        return set(fmt.read(folder))
+    except (UserError, OSError, *CONTRADICTIONS):
+        return None
 
 
 def _schemes(

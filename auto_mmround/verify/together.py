@@ -86,7 +86,7 @@ def _numbers(value: Any) -> Iterable[int]:
 
 def check_tied(s: Subject) -> Iterator[Finding]:
     """Tied tensors are not there twice with different values: engines would ignore one of them."""
-    for name, origin in s.skeleton.tied.items() if s.skeleton else ():
+    for name, origin in s.skeleton.tied.items() if s.skeleton and not s.whole else ():
         here = [
             each
             for each in (name, origin)

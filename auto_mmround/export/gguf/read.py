@@ -57,6 +57,8 @@ def read(folder: Path) -> Mapping[str, Tensor]:
             )
         with _readable(folder / file), time_limit(HEAD_SECONDS):
             reader = gguf.GGUFReader(folder / file)
+            if reader.endianess != gguf.GGUFEndian.LITTLE:  # blocks would decode to other values
+                raise ValueError("it is big-endian")
             field = reader.get_field("general.architecture")
             part = parts["tower" if field is not None and field.contents() == "clip" else "text"]
             stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -68,6 +70,8 @@ def read(folder: Path) -> Mapping[str, Tensor]:
                 raise UserError(
                     f"{folder / file} lacks the tensor {absent[0]}: the file is damaged"
                 )
+            if key in makers:
+                raise UserError(f"{folder / file} holds {key}, which another file holds, too")
             made = [stored[target] for target in rule.targets]
             makers[key] = partial(_tensor, folder / file, rule, made)
     return Lazy(makers, lambda make: make())
