@@ -7,10 +7,14 @@ import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 
 from auto_mmround.errors import UserError
+from auto_mmround.numerics.grids import Grid
+from auto_mmround.numerics.rounding import Rounding
+from auto_mmround.numerics.tuner import TunedWeight, TuneResult, mean_error
 from auto_mmround.recipe.recipe import Recipe
 from auto_mmround.run import job as jobs
 from auto_mmround.run import pipeline
 from auto_mmround.run.finished import Finished
+from auto_mmround.run.nearest import Nearest, errors_by_sample
 
 
 def run(louder=1.0, **options):
@@ -52,6 +56,50 @@ def test_what_is_worse_than_nearest_is_not_kept(monkeypatch, caplog, iters):
         assert f"{block}: stays rounded to nearest" in caplog.text
         for errors in report.layers.values():
             assert errors["end"] == errors["nearest"] < errors["start"]
+
+
+@pytest.mark.parametrize(
+    ("by_sample", "kept"),
+    [
+        (([9.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]), True),  # one has most of the error
+        (([9.0, 1.0, 1.0], [2.0, 2.0, 2.0]), False),
+        (([9.0, 2.0, 2.0], [2.0, 2.0, 2.0]), False),
+        (([9.0, 0.0], [2.0, 0.0]), False),
+        (([9.0, 0.0], [2.0, 1.0]), True),
+    ],
+)
+def test_one_sample_alone_does_not_undo_a_block(by_sample, kept, caplog):
+    weight = torch.nn.Parameter(torch.randn(8, 64), requires_grad=False)
+    leaf = TunedWeight(weight, Rounding(weight.data.clone(), 32, Grid(3, True)))
+    before = leaf.rounding
+    leaf.refresh()
+    rounded_OI = weight.clone()
+
+    def errors():
+        return by_sample[torch.equal(weight, rounded_OI)]
+
+    nearest = Nearest.of({"w": leaf}, 2.0, errors)
+    scale_OG, zero_OG = before.scale_and_zero()
+    before.start_at(3 * scale_OG, zero_OG, before.offset_OGg)
+    leaf.refresh()
+    tuned_OI, result = weight.clone(), TuneResult(11.0, sum(by_sample[0]) / len(by_sample[0]), 5)
+    found, back = nearest.at_worst(result, {"w": leaf}, "block")
+    assert back != kept and ("stays rounded" in caplog.text) != kept
+    assert torch.equal(weight, tuned_OI if kept else rounded_OI)
+    wanted_OG = (3 if kept else 1) * scale_OG
+    torch.testing.assert_close(leaf.codes().scale_OG.float(), wanted_OG, rtol=1e-3, atol=0.0)
+    assert found == (result if kept else TuneResult(11.0, 2.0, 0))
+
+
+def test_errors_by_sample_have_the_mean_of_all():
+    errors = torch.tensor([1.0, 2.0, 6.0])
+
+    def forward(indices):
+        for i in indices:
+            yield errors[i].sqrt().expand(1, 4, 2), torch.zeros(1, 4, 2), torch.ones(1, 4, 2)
+
+    assert errors_by_sample(forward, [0, 1, 2]) == pytest.approx([1.0, 2.0, 6.0])
+    assert mean_error(forward, [0, 1, 2], 2) == pytest.approx(3.0)
 
 
 def test_what_is_better_is_kept(caplog):

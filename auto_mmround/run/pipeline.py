@@ -31,7 +31,7 @@ from auto_mmround.run.kv_cache import kv_scales
 from auto_mmround.run.layers import LayerErrors
 from auto_mmround.run.leaves import codes_of, leaves_of, rounded, starting, write_back
 from auto_mmround.run.loss_weights import Weights, samples_a_step, tokens_of
-from auto_mmround.run.nearest import Nearest
+from auto_mmround.run.nearest import Nearest, errors_by_sample
 from auto_mmround.run.out_of_memory import SHORTER, BatchSize, Graph, moved_away, phase
 from auto_mmround.run.output_head import HeadTuner
 from auto_mmround.run.plan import Plan, WeightPlan, grid_of
@@ -379,8 +379,10 @@ class _Journey:
         if not moments:
             return Nearest()
         held, recipe = held_out_split(count)[1], self.session.recipe
-        error = mean_error(forward, held, batch_size, self.session.processes.add_up)
-        nearest = Nearest.of({} if recipe.not_use_best_mse else leaves, error)
+        add_up = self.session.processes.add_up
+        error = mean_error(forward, held, batch_size, add_up)
+        each = partial(errors_by_sample, forward, held, add_up)
+        nearest = Nearest.of({} if recipe.not_use_best_mse else leaves, error, each)
         config, start = self.session.solving, starting(recipe.how)
         waiting = dict(leaves)
         for leaf in leaves.values() if turns else ():
