@@ -353,6 +353,11 @@ def asking_an_engine(tmp_path, before=""):
         "engines.piece_of = lambda line: (print(line, flush=True), None)[1]\n"
         "cli.RUN['ask'] = ask; sys.exit(cli.main(['ask']))"
     )
+    if not before:  # a test that runs behind a terminal inherits signals that are ignored
+        code = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "for each in (signal.SIGTERM, signal.SIGHUP): signal.signal(each, signal.SIG_DFL)\n"
+        ) + code
     (tmp_path / "files").mkdir()
     return subprocess.Popen(
         [*before.split(), sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
