@@ -62,10 +62,11 @@ def test_what_is_worse_than_nearest_is_not_kept(monkeypatch, caplog, iters):
     ("by_sample", "kept"),
     [
         (([9.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]), True),  # one has most of the error
-        (([9.0, 1.0, 1.0], [2.0, 2.0, 2.0]), False),
-        (([9.0, 2.0, 2.0], [2.0, 2.0, 2.0]), False),
-        (([9.0, 0.0], [2.0, 0.0]), False),
-        (([9.0, 0.0], [2.0, 1.0]), True),
+        (([9.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]), True),
+        (([9.0, 3.0, 4.0, 3.0], [2.0, 2.0, 2.0, 2.0]), False),
+        (([9.0, 0.0], [2.0, 0.0]), True),
+        (([3.0, 4.0], [2.0, 2.0]), False),
+        (([3.0], [2.0]), False),
     ],
 )
 def test_one_sample_alone_does_not_undo_a_block(by_sample, kept, caplog):

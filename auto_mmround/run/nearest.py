@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from auto_mmround.numerics.rounding import Rounding
@@ -57,14 +58,14 @@ class Nearest(NamedTuple):
 
         A start fits the calibration samples. If they are few, or unlike one another, it may do
         worse on others: a channel that only the first word of a text sets, say. But the error of a
-        block that makes a sink of attention lies in one token of a sample, and one sample of eight
-        may have nine tenths of it. So the geometric mean over the samples must be higher, too.
+        block that makes a sink of attention lies in one token of a sample, and goes up and down
+        threefold between samples. So it must be higher beyond doubt.
         """
         known = self.error if self.states else None
         finite = math.isfinite(result.end)
         if finite and (known is None or not result.end > known):
             return result, False
-        if finite and self._only_in_the_mean(leaves):
+        if finite and not self._beyond_doubt(leaves):
             return result, False
         if finite:
             log.warning(
@@ -81,13 +82,17 @@ class Nearest(NamedTuple):
         self.put_back(leaves)
         return replace(result, end=known, best_iter=0), True
 
-    def _only_in_the_mean(self, leaves: Mapping[str, TunedWeight]) -> bool:
-        """Whether the held-out samples' errors have a lower geometric mean with the weights as they
-        are than with those rounded to nearest."""
+    def _beyond_doubt(self, leaves: Mapping[str, TunedWeight]) -> bool:
+        """Whether the weights as they are have higher errors than those rounded to nearest: the
+        logarithms of the samples' quotients have a mean above two of its standard errors."""
         tuned, now = {name: leaf.rounding for name, leaf in leaves.items()}, self.each()
         self.put_back(leaves)
-        ratios = [max(mine, TINY) / max(its, TINY) for mine, its in zip(now, self.each())]
+        logs = [
+            math.log(max(mine, TINY) / max(its, TINY))
+            for mine, its in zip(now, self.each(), strict=True)
+        ]
         for name, leaf in leaves.items():
             leaf.rounding = tuned[name]
             leaf.refresh()
-        return sum(map(math.log, ratios)) < 0
+        spread = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+        return fmean(logs) > 2 * spread
