@@ -1,6 +1,7 @@
 """Work on weights in memory that fails halfway, for lack of memory or by Ctrl-C, leaves them as
 they were."""
 
+import inspect
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,12 @@ LEAVING = ("__exit__", "remove", "requires_grad_", "set_float32_matmul_precision
     "gc_callback")  # fmt: skip
 
 
+def resumed(frame):
+    """Whether a generator goes on, or is closed: there Python swallows errors."""
+    code = frame.f_code
+    return bool(code.co_flags & inspect.CO_GENERATOR) and frame.f_lineno != code.co_firstlineno
+
+
 class Calls:
     """Every call that the package's code makes while a function runs, by the place it is made at.
 
@@ -114,7 +121,7 @@ class Calls:
         ):
             return
         called = arg.__name__ if event == "c_call" else frame.f_code.co_name
-        if called in LEAVING:
+        if called in LEAVING or (event == "call" and resumed(frame)):
             return
         place = (caller.f_code.co_filename, caller.f_lineno, called)
         if place not in self.places:
