@@ -349,7 +349,8 @@ class _Under(NamedTuple):
         """Column by column without H whole, or by `sweeps`."""
         how = gptq.Solving(config.dampening, config.order, config.block)
         if in_sweeps:
-            hessian_NII = torch.stack([own.hessian() for own in moments])
+            each = [own.hessian() for own in moments]
+            hessian_NII = torch.stack(each) if len(each) > 1 else each[0][None]
             made = sweeps.Sweeping(hessian_NII, group_size, grid, how)
             descend = descent.Descent(
                 hessian_NII, group_size, grid, how, sweeps.BLOCK, made.rounded
