@@ -74,6 +74,8 @@ def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
     """Our copy of the model holds the weights that auto-round finds, in its own layers."""
     from auto_round import AutoRound
 
+    from auto_mmround.model.devices import products
+
     loaded, model = prepared.loaded, prepared.loaded.model
     longest = max(len(sample.modality_T) for sample in prepared.inputs)
     peer = AutoRound(
@@ -82,7 +84,8 @@ def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
         seqlen=longest, batch_size=1, gradient_accumulate_steps=8, seed=job["seed"],
         **SCHEMES[job["scheme"]][0], **AUTO_ROUND[job["method"]], **job["auto_round"],
     )  # fmt: skip
-    peer.quantize()
+    with products(model.device, model.dtype):  # as ours have them
+        peer.quantize()
     # what it puts around layers rounds inputs, too
     for name, module in list(model.named_modules()):
         if hasattr(module, "orig_layer"):

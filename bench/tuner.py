@@ -116,6 +116,8 @@ def by_peer(
     """The model as auto-round leaves it, with dequantized weights."""
     from auto_round import AutoRound
 
+    from auto_mmround.model.devices import products
+
     options |= scheme_of(job) | PEERS[job["method"]] | job["options"]
     peer = AutoRound(
         model,
@@ -126,7 +128,8 @@ def by_peer(
         device_map="cpu",
         **options,
     )
-    return peer.quantize()[0]
+    with products(model.device, model.dtype):  # as ours have them
+        return peer.quantize()[0]
 
 
 def quantize(job: dict[str, Any], model: Any, tokenizer: Any, rows: Any) -> Any:
