@@ -265,7 +265,7 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
             reference=flags.reference,
             baseline=flags.baseline,
             names=flags.tasks,
-            way=HowLoaded(flags.device, flags.trust_remote_code, flags.stream),
+            way=HowLoaded(flags.device, flags.trust_remote_code, flags.stream, flags.model_dtype),
             progress=progress,
         )
     record["command"] = shlex.join(["auto-round-mllm", "eval", *flags.words])

@@ -7,7 +7,8 @@ activations rounded as engines round them, on the same samples.
 
 Each cell is a process and is kept in --work: a run that was cut off goes on where it stopped. What
 is compared are weights: every method's are put into our copy of the model, whose layers then round
-their inputs by the same function. Results go to standard output as Markdown and, with --keep, to a
+their inputs by the same function. All compute in --model_dtype, float32: what bfloat16 rounds on
+the way is more than 8 bits damage. Results go to standard output as Markdown and, with --keep, to a
 dated file.
 """
 
@@ -72,6 +73,7 @@ ALONE: dict[str, dict[str, Any]] = {
 
 def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
     """Our copy of the model holds the weights that auto-round finds, in its own layers."""
+    import torch
     from auto_round import AutoRound
 
     from auto_mmround.model.devices import products
@@ -82,6 +84,7 @@ def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
         model, loaded.tokenizer, processor=loaded.processor, device_map="cpu",
         dataset=[sample.kwargs for sample in prepared.inputs], nsamples=len(prepared.inputs),
         seqlen=longest, batch_size=1, gradient_accumulate_steps=8, seed=job["seed"],
+        amp=model.dtype != torch.float32,
         **SCHEMES[job["scheme"]][0], **AUTO_ROUND[job["method"]], **job["auto_round"],
     )  # fmt: skip
     with products(model.device, model.dtype):  # as ours have them
@@ -152,11 +155,13 @@ def worker(job: dict[str, Any]) -> None:
     from auto_mmround.run.session import Session
     from auto_mmround.run.static_inputs import input_scales
 
-    keys = {key: job[key] for key in ("model", "dataset", "nsamples", "seqlen", "seed")}
+    same = "model", "model_dtype", "dataset", "nsamples", "seqlen", "seed"
+    keys = {key: job[key] for key in same}
     keys |= {"device": "cpu", "format": "compressed_tensors"}
     recipe = from_mapping(keys | ALONE.get(job["scheme"], {"scheme": job["scheme"]}))
     prepared = jobs.prepare(recipe, jobs.load_model(recipe))
-    reference, model = load(job["model"]), prepared.loaded.model
+    reference = load(job["model"], dtype=job["model_dtype"])
+    model = prepared.loaded.model
     session = Session(model, prepared.recipe, prepared.plan, prepared.inputs)
     started, used = time.perf_counter(), time.process_time()
     if job["method"] in OURS:
@@ -228,6 +233,7 @@ def options() -> argparse.Namespace:
     parser = kept.options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--model_dtype", default="float32")
     parser.add_argument("--dataset", default="demo")
     parser.add_argument("--held_out")
     parser.add_argument("--schemes", nargs="+", default=[*SCHEMES], choices=[*SCHEMES, *ALONE])

@@ -84,6 +84,23 @@ def test_teacher_forced_scores_carry_all_roles(demo):
     )
 
 
+def test_float32_tells_damage_from_rounding_on_the_way(tmp_path, capsys):
+    given = ["--model", "demo", "--bits", "8", "--iters", "0", "--format", "auto_round"]
+    assert cli.main([*given, "--output_dir", str(tmp_path)]) == 0
+    (folder,) = tmp_path.glob("demo-w8*")
+    for dtype in ([], ["--model_dtype", "float32"], ["--model_dtype", "float32"]):
+        asked = ["eval", "--model", str(folder), "--reference", "demo", "--limit", "4"]
+        assert cli.main([*asked, *dtype]) == 0
+    own, wide = json.loads((folder / "eval.json").read_text())["evaluations"]  # one a question
+    assert (own["model_dtype"], wide["model_dtype"]) == (None, "float32")
+    assert wide["reference_dtype"] == "FP32" and own["reference_dtype"] == "BF16"
+    text = [record["figures"]["quantized"]["kl"]["text"] for record in (own, wide)]
+    assert 0 < text[1] < text[0] / 2
+    capsys.readouterr()
+    assert cli.main(["eval", "--model", str(folder), "--model_dtype", "float31"]) == 2
+    assert "model_dtype 'float31' is unknown" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "names, reference, word",
     [

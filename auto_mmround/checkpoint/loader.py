@@ -22,10 +22,10 @@ from auto_mmround.model import devices
 from auto_mmround.model.borrowed import made_runnable
 from auto_mmround.model.keys import further_layers, parameter_names, renamed_keys
 from auto_mmround.model.loading import (
-    DTYPES,
     NONSENSE,
     Loaded,
     Readable,
+    dtype_of,
     load,
     load_processor,
     load_tokenizer,
@@ -65,7 +65,7 @@ def from_quantized(
     config = read_config(folder, remote_code)
     config.quantization_config = None
     del config.quantization_config
-    wanted = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
+    wanted = dtype_of(dtype) or config.dtype or torch.float32
     decoded = Decoded(folder, wanted)
     quantization = decoded.checkpoint.quantization_config
     if quantization is not None and (unread := formats.unread(quantization, activations)):

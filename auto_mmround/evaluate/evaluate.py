@@ -21,11 +21,12 @@ WIDTHS = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 class HowLoaded(NamedTuple):
     """How models are loaded. stream: read blocks when their turn comes; None: of models that take
-    most of the free memory."""
+    most of the free memory. dtype: as `load` has it, of all models; None: each model's own."""
 
     device: str = "0"
     remote_code: bool = False
     stream: bool | None = None
+    dtype: str | None = None
 
 
 def evaluate(
@@ -55,12 +56,15 @@ def evaluate(
     place = devices.resolve(way.device)
     named = {"reference": reference, "baseline": baseline, "quantized": model}
     models = {
-        role: load_any(name, device=place, remote_code=way.remote_code, stream=stream)
+        role: load_any(
+            name, dtype=way.dtype, device=place, remote_code=way.remote_code, stream=stream
+        )
         for role, name in named.items()
         if name is not None
     }
     measured = tasks.run(wanted, tasks.Setting(models, data, progress))
-    return measured, record(measured, named, models, data, wanted, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return measured, record(measured, named, models, data, wanted, seconds, way.dtype)
 
 
 def record(
@@ -70,13 +74,16 @@ def record(
     data: Data,
     wanted: Sequence[str],
     seconds: float,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Measured with what they belong to, as plain values. names and models: by role."""
+    """Measured with what they belong to, as plain values. names and models: by role.
+    dtype: that was asked for."""
     reference = models.get("reference")
     return {
         "model": names["quantized"],
         "reference": names.get("reference"),
         "baseline": names.get("baseline"),
+        "model_dtype": dtype,
         "reference_dtype": WIDTHS.get(reference.model.dtype) if reference else None,
         "dataset": data.dataset,
         "limit": data.limit,

@@ -153,6 +153,13 @@ def _from_hub(name: str, offline: bool) -> Path:
         ) from None
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; None for none. Raises UserError for an unknown one."""
+    if name is not None and name not in DTYPES:
+        raise UserError(f"model_dtype {name!r} is unknown: use one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
 def load(
     name: str,
     *,
@@ -176,14 +183,13 @@ def load(
     for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized in another way and for weights that don't fit the model's class.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"model_dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    stated = dtype_of(dtype)
     folder, device = find_folder(name), torch.device(device)
     tensors, config = stored_tensors(folder), read_config(folder, remote_code)
     forget(config)
     if tensors.scales and device_map:
         raise UserError(f"device_map {device_map}: not for weights in FP8; leave it out")
-    cls, stated = model_class(config, folder, remote_code), DTYPES[dtype] if dtype else None
+    cls = model_class(config, folder, remote_code)
     own_dtype = stated or stored_dtype(tensors, config) or torch.get_default_dtype()
     if (computed := _as_computed(name, own_dtype, device, device_map)) != own_dtype:
         stated = own_dtype = computed

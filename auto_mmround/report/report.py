@@ -167,7 +167,7 @@ def keep_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
     """Add an evaluation to the folder's record. It replaces an older one of the same question."""
     path = folder / EVALUATION
     old = read_record(path)["evaluations"] if path.is_file() else []
-    key = ("reference", "baseline", "dataset", "limit", "language", "tasks")
+    key = ("reference", "baseline", "model_dtype", "dataset", "limit", "language", "tasks")
     kept = [each for each in old if any(each.get(name) != record.get(name) for name in key)]
     put(path, dumped({"evaluations": [*kept, record]}))
 
