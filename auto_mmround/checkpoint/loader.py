@@ -25,7 +25,6 @@ from auto_mmround.model.loading import (
     NONSENSE,
     Loaded,
     Readable,
-    dtype_of,
     load,
     load_processor,
     load_tokenizer,
@@ -65,7 +64,7 @@ def from_quantized(
     config = read_config(folder, remote_code)
     config.quantization_config = None
     del config.quantization_config
-    wanted = dtype_of(dtype) or config.dtype or torch.float32
+    wanted = devices.dtype_of(dtype) or config.dtype or torch.float32
     decoded = Decoded(folder, wanted)
     quantization = decoded.checkpoint.quantization_config
     if quantization is not None and (unread := formats.unread(quantization, activations)):

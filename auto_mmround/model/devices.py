@@ -43,6 +43,8 @@ def _deterministic() -> Iterator[None]:
 
 
 HOST = torch.device("cpu")
+DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16,
+          "fp16": torch.float16, "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 BF16 = ("amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and ARM that are always faster
 MAYBE_BF16 = "avx512_bf16"  # twice float32's speed on some processors, half of it on others
 SIDE, TIMES = 512, 5  # of the products that tell, and how often
@@ -203,6 +205,13 @@ def products(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     or nothing."""
     slow = dtype == torch.bfloat16 and not fast_bf16(device)
     return Float32Products() if slow else contextlib.nullcontext()
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; None for none. Raises UserError for an unknown one."""
+    if name is not None and name not in DTYPES:
+        raise UserError(f"model_dtype {name!r} is unknown: use one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -33,9 +33,6 @@ from auto_mmround.untrusted import ARRAYS, INDEX, SINGLE, one_line, read_object,
 
 log = logging.getLogger("auto_mmround")
 
-DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16,
-    "fp16": torch.float16,
-          "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
 # Configuration keys that say how many modules are built one by one, and the most that is believed.
@@ -153,13 +150,6 @@ def _from_hub(name: str, offline: bool) -> Path:
         ) from None
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of this name; None for none. Raises UserError for an unknown one."""
-    if name is not None and name not in DTYPES:
-        raise UserError(f"model_dtype {name!r} is unknown: use one of {', '.join(DTYPES)}")
-    return DTYPES[name] if name else None
-
-
 def load(
     name: str,
     *,
@@ -183,7 +173,7 @@ def load(
     for what `find_folder` refuses, for an unknown dtype, for code that is not allowed to run, for a
     model that is quantized in another way and for weights that don't fit the model's class.
     """
-    stated = dtype_of(dtype)
+    stated = devices.dtype_of(dtype)
     folder, device = find_folder(name), torch.device(device)
     tensors, config = stored_tensors(folder), read_config(folder, remote_code)
     forget(config)

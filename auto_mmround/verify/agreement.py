@@ -13,7 +13,7 @@ from torch import Tensor
 from auto_mmround.calibration.ready import PER_TOKEN
 from auto_mmround.checkpoint.loader import from_quantized
 from auto_mmround.evaluate.metrics import logits_in_turn, logits_of
-from auto_mmround.model.loading import DTYPES
+from auto_mmround.model.devices import DTYPES
 from auto_mmround.model.lockstep import in_turn
 from auto_mmround.numerics.activations import integers_a_token
 from auto_mmround.verify.engines import EngineResult
