@@ -30,6 +30,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq": {"algorithm": "gptq"},
     "auto": {"algorithm": "auto"},
     "auto, smoothquant": {"algorithm": "auto", "equalize": "smoothquant"},
+    "auto, hadamard": {"algorithm": "auto", "equalize": "hadamard", "untie_lm_head": True},
 }
 FLOOR = "inputs alone"  # weights as they are: what their tuning starts from
 AUTO_ROUND: dict[str, dict[str, Any]] = {
@@ -133,15 +134,13 @@ def by_compressor(job: dict[str, Any], prepared: Any) -> None:
     job["peer"] = {"seconds": figures["seconds"], "cpu": figures["cpu_seconds"]}
 
 
-def by_us(job: dict[str, Any], prepared: Any) -> Any:
+def by_us(prepared: Any) -> Any:
     """The same by ours; what was found of inputs."""
-    from dataclasses import replace
-
     from auto_mmround.run.finished import Finished
     from auto_mmround.run.pipeline import quantize
 
-    finished, recipe = Finished(), replace(prepared.recipe, **OURS[job["method"]])
-    quantize(prepared.loaded.model, recipe, prepared.plan, prepared.inputs, finished)
+    finished = Finished()
+    quantize(prepared.loaded.model, prepared.recipe, prepared.plan, prepared.inputs, finished)
     return finished.codes
 
 
@@ -157,7 +156,7 @@ def worker(job: dict[str, Any]) -> None:
 
     same = "model", "model_dtype", "dataset", "nsamples", "seqlen", "seed"
     keys = {key: job[key] for key in same}
-    keys |= {"device": "cpu", "format": "compressed_tensors"}
+    keys |= {"device": "cpu", "format": "compressed_tensors"} | OURS.get(job["method"], {})
     recipe = from_mapping(keys | ALONE.get(job["scheme"], {"scheme": job["scheme"]}))
     prepared = jobs.prepare(recipe, jobs.load_model(recipe))
     reference = load(job["model"], dtype=job["model_dtype"])
@@ -165,7 +164,7 @@ def worker(job: dict[str, Any]) -> None:
     session = Session(model, prepared.recipe, prepared.plan, prepared.inputs)
     started, used = time.perf_counter(), time.process_time()
     if job["method"] in OURS:
-        session.served.take(by_us(job, prepared))
+        session.served.take(by_us(prepared))
         result = {"cpu": time.process_time() - used}
     else:
         if job["method"] != FLOOR:

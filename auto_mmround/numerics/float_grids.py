@@ -87,13 +87,13 @@ class FloatGrid(NamedTuple):
 
     @property
     def factor_rate(self) -> float:
-        """0 for MX: its next scale is twice as large, too far for a sign step. 0 for FP8 behind a
+        """0 for MX: its next scale is twice as large, too far for a sign step. 0 for all behind a
         solve, see `started`."""
-        rates = {"fp8": 0.0 if self.solved else 1.0, "nvfp4": 0.5} if self.fixed is None else {}
+        rates = {"fp8": 1.0, "nvfp4": 0.5} if self.fixed is None and not self.solved else {}
         return rates.get(self.data_type, 0.0)
 
     def started(self) -> "FloatGrid":
-        """FP8's scales stay: a factor's step of .02 moves all codes of a row that solved for each
+        """Scales stay: a factor's step of .02 moves all codes of a group that were solved for each
         other, and the KL is lower without."""
         return self._replace(solved=True)
 
