@@ -151,8 +151,15 @@ def verify(
     notes: list[str] = []
     if asked:
         options = {"remote_code": remote_code, "stream": stream}
-        given, notes = _ask_all(asked, subject, name, root, timeout, options)
-        verdicts |= given
+        try:
+            given, notes = _ask_all(asked, subject, name, root, timeout, options)
+            verdicts |= given
+        except UserError as error:
+            if verification.right:
+                raise
+            # the findings say what is wrong
+            unread = {e: Verdict(folder, name, e, "not run", str(error)) for e in asked}
+            verdicts |= unread
     return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
 
 
