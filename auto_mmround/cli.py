@@ -210,6 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _print_nowhere()
         return 0
+    except ValueError:
+        if sys.flags.optimize < 2:
+            raise
+        _complain("Transformers needs docstrings: no PYTHONOPTIMIZE=2 and no -OO")
+        return 2
     except OSError as error:
         if _is_nowhere():
             _complain("the current folder was removed: cd to another")

@@ -352,6 +352,15 @@ def test_a_reader_that_leaves_ends_no_command(command, unbuffered, tmp_path):
     assert bool(list(tmp_path.glob("*/config.json"))) == ("{out}" in command and "iters" in command)
 
 
+def test_python_without_docstrings_is_one_line():
+    """Transformers' classes can't be defined in it."""
+    code = "import sys; from auto_mmround import cli; sys.exit(cli.main())"
+    words = [sys.executable, "-OO", "-c", code, "plan", "--model", "demo"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "PYTHONOPTIMIZE" in done.stderr
+
+
 def test_words_with_colons_are_no_pictures():
     from auto_mmround.printing import console
 

@@ -35,6 +35,7 @@ from auto_mmround.run.wishes import (
     HEAD,
     OUTSIDE,
     TIED,
+    check_held,
     check_mappings,
     check_overrides,
     check_patterns,
@@ -163,6 +164,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     weights = _without_staying(model, weights, layers, single)
+    asked = [w.name for w in weights if w.scheme]
     weights = [held(weight, targets) for weight in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
@@ -175,7 +177,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
     weights += _others(model, {*(w.name for w in weights), *stacked})
-    return assembled(chosen, weights, targets)
+    plan = assembled(chosen, weights, targets)
+    check_held(recipe, {name: plan.kept.get(name) for name in asked}, classes)
+    return plan
 
 
 def _without_staying(
