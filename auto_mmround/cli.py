@@ -195,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if ASKED in os.environ:
             answer_shell()
+        if sys.flags.optimize > 1 and not {"-h", "--help", "--help_all"} & {*words}:
+            raise UserError("Transformers needs docstrings: leave out PYTHONOPTIMIZE=2 or -OO")
         command = RUN.get(words[0]) if words else None
         with _ended_in_order(), _flushed():
             return command(words[1:]) if command else quantize_command(words)
@@ -210,11 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _print_nowhere()
         return 0
-    except ValueError:
-        if sys.flags.optimize < 2:
-            raise
-        _complain("Transformers needs docstrings: no PYTHONOPTIMIZE=2 and no -OO")
-        return 2
     except OSError as error:
         if _is_nowhere():
             _complain("the current folder was removed: cd to another")

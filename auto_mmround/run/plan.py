@@ -164,8 +164,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     weights = _without_staying(model, weights, layers, single)
-    asked = [w.name for w in weights if w.scheme]
-    weights = [held(weight, targets) for weight in weights]
+    asked, weights = {w.name for w in weights if w.scheme}, [held(w, targets) for w in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
             weights.append(
@@ -177,9 +176,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
     weights += _others(model, {*(w.name for w in weights), *stacked})
-    plan = assembled(chosen, weights, targets)
-    check_held(recipe, {name: plan.kept.get(name) for name in asked}, classes)
-    return plan
+    check_held(recipe, {w.name: w.reason for w in weights if w.name in asked}, classes)
+    return assembled(chosen, weights, targets)
 
 
 def _without_staying(
