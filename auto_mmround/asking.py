@@ -9,9 +9,8 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from auto_mmround import strict
 from auto_mmround.errors import UserError
-from auto_mmround.printing import Telling, console, notices, quiet_libraries, show
+from auto_mmround.printing import Telling, console, notices, quiet_libraries, show, show_json
 from auto_mmround.run.out_of_memory import phase
 from auto_mmround.verify.answers import Answer, Question, Way, ask_folder, check_engine
 
@@ -40,7 +39,7 @@ def ask_and_show(flags: argparse.Namespace) -> int:
         if len(folders) == 1:
             console.print(answers[-1].speed(), style="dim", soft_wrap=True)
     if flags.json:
-        print(strict.dumps([asdict(answer) for answer in answers], indent=1))
+        show_json([asdict(answer) for answer in answers])
     elif len(answers) > 1:
         show(_side_by_side(answers))
     return 0

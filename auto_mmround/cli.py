@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from auto_mmround.atomic import FULL
 from auto_mmround.completion import ASKED, answer_shell, shell_code
@@ -194,24 +195,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if ASKED in os.environ:
             answer_shell()
+        if sys.flags.optimize > 1 and not {"-h", "--help", "--help_all"} & {*words}:
+            raise UserError("Transformers needs docstrings: leave out PYTHONOPTIMIZE=2 or -OO")
         command = RUN.get(words[0]) if words else None
-        with _ended_in_order():
+        with _ended_in_order(), _flushed():
             return command(words[1:]) if command else quantize_command(words)
     except (UserError, NotProved) as error:
-        print(f"{PROGRAM}: {one_line(str(error))}", file=sys.stderr)
+        _complain(one_line(str(error)))
         return 2 if isinstance(error, UserError) else 1
     except Ended as end:
-        print(f"{PROGRAM}: ended by {end.signal.name}", file=sys.stderr)
+        _complain(f"ended by {end.signal.name}")
         return 128 + end.signal
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except BrokenPipeError:
         _print_nowhere()
         return 0
     except OSError as error:
         if _is_nowhere():
-            print(f"{PROGRAM}: the current folder was removed: cd to another", file=sys.stderr)
+            _complain("the current folder was removed: cd to another")
             return 2
         if error.errno not in FULL:
             raise
@@ -219,8 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # an error of `write` does not say of which file
         what = "what is printed can't be written, or a file"
         what = f"{error.filename} can't be written" if error.filename else what
-        print(f"{PROGRAM}: {what}: {error.strerror}", file=sys.stderr)
+        _complain(f"{what}: {error.strerror}")
         return 2 if error.filename else 1
+
+
+def _complain(line: str) -> None:
+    try:
+        print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # the exit status tells
+        _print_nowhere(sys.stderr)
 
 
 class Ended(KeyboardInterrupt):
@@ -254,6 +264,18 @@ def _ended_in_order() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """What is printed is out before the exit status is told; a reader may leave before (`head`)."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _print_nowhere()
+
+
 def _open_streams() -> None:
     """What the caller has closed leads nowhere; else the next file to be opened would get the
     number of the output, and what libraries print."""
@@ -275,6 +297,6 @@ def _is_nowhere() -> bool:
     return False
 
 
-def _print_nowhere() -> None:
-    """From now on; else Python complains of the rest when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _print_nowhere(stream: TextIO | None = None) -> None:
+    """From now on, on the output; else Python complains of the rest when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())

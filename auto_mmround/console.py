@@ -14,7 +14,6 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
 
-from auto_mmround import strict
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate.evaluate import HowLoaded, evaluate, keep
 from auto_mmround.evaluate.generation import generate_sample
@@ -25,7 +24,7 @@ from auto_mmround.evaluate.tasks import Measured
 from auto_mmround.model import devices
 from auto_mmround.model.loading import Loaded, find_folder
 from auto_mmround.next_step import first_question
-from auto_mmround.printing import Telling, console, notices, quiet_libraries, show
+from auto_mmround.printing import Telling, console, notices, quiet_libraries, show, show_json
 from auto_mmround.progress import Events, RunProgress
 from auto_mmround.publish import Place, push, repositories
 from auto_mmround.recipe.recipe import Recipe
@@ -198,7 +197,7 @@ def show_plan(recipe: Recipe, telling: Telling | None = None, as_json: bool = Fa
         facts |= {"layers": [dict(zip(keys, row, strict=True)) for row in plan_rows(plan)]}
         facts |= {"stays": [row.as_dict() for row in stays], "formats": formats, "notes": notes}
         took = costs and asdict(costs) | {"fits": costs.fits}
-        print(strict.dumps(facts | {"estimate": took}, indent=1))
+        show_json(facts | {"estimate": took})
         return 0
     table = Table(Column("layer", overflow="fold"), "count", "shape", "becomes", title=recipe.model)
     for row in plan_rows(plan):
@@ -271,7 +270,7 @@ def evaluate_and_show(flags: argparse.Namespace) -> int:
     record["command"] = shlex.join(["auto-round-mllm", "eval", *flags.words])
     if flags.json:
         flat = findings.figures["quantized"].as_dict() if findings.figures else {}
-        print(strict.dumps(flat | record, indent=1))
+        show_json(flat | record)
     else:
         show_measured(findings, record)
     # what was measured is told even if it can't be kept
@@ -347,7 +346,7 @@ def verify_and_show(flags: argparse.Namespace) -> int:
         stream=flags.stream,
     )
     if flags.json:
-        print(strict.dumps(result.as_dict(), indent=1))
+        show_json(result.as_dict())
     else:
         errors = sum(finding.severity == "error" for finding in result.findings)
         lines = [finding.line() for finding in result.findings]

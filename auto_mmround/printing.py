@@ -1,6 +1,7 @@
 """Where words go: tables and lines that keep their words whole, the log, and how much is said."""
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from auto_mmround import strict
+
 WIDE = 10_000  # a file has no edge at which lines must break
 PADDING = 3  # characters that a column's frame takes
 
@@ -21,10 +24,20 @@ def width_of(terminal: bool) -> int | None:
     return None if terminal else WIDE
 
 
-# Lines as they are: a path may hold brackets, which are markup to rich.
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
-console = Console(width=width_of(sys.stdout.isatty()), **PLAIN)
-notices = Console(stderr=True, width=width_of(sys.stderr.isatty()), **PLAIN)
+class _Lasting(Console):
+    """Where the reader has left (`| head`), nothing more is printed, and the work goes on: its
+    results are files. Rich would end the program with status 1, without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+# Lines as they are: a path may hold brackets, which are markup to rich, and colons (`:cat:`).
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+console = _Lasting(width=width_of(sys.stdout.isatty()), **PLAIN)
+notices = _Lasting(stderr=True, width=width_of(sys.stderr.isatty()), **PLAIN)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,14 @@ def show(table: Table, to: Console = console) -> None:
     for column, width in zip(table.columns, widths):
         column.width = width
     to.print(table)
+
+
+def show_json(value: Any) -> None:
+    """For programs, on the output, as one JSON value."""
+    try:
+        print(strict.dumps(value, indent=1), flush=True)
+    except BrokenPipeError:
+        console.on_broken_pipe()
 
 
 def _widths(table: Table, to: Console) -> list[int] | None:

@@ -1,6 +1,7 @@
 """Bounded reading of files from others: text, JSON, names of weight files. One line for a fault."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from auto_mmround import strict
 from auto_mmround.errors import UserError
 
 # configurations, indexes, templates, recipes; a large tokenizer.json has 35 MB
@@ -18,6 +20,13 @@ LINE = 2000  # characters of a message for the terminal
 PATIENCE = 20  # how much longer than its own time a piece of work may take on a busy machine
 SAFE, INDEX_END = ".safetensors", ".safetensors.index.json"
 SINGLE, INDEX = f"model{SAFE}", f"model{INDEX_END}"
+# Configuration keys that say how many modules are built one by one, and the most that is believed:
+# building a deeper model would never end.
+DEPTHS = {
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths", "encoder_layers",
+    "decoder_layers", "num_hidden_groups", "vision_depth", "num_nextn_predict_layers",
+}  # fmt: skip
+DEEPEST = 1000
 # Arrays that classes read beside the weights, though they are called like weights: the voices of
 # Qwen2.5-Omni, the filters of Qwen-Audio. We copy them and never open them.
 ARRAYS = ("spk_dict.pt", "mel_filters.npz")
@@ -65,6 +74,24 @@ def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{what} is not valid JSON for us: it holds no object")
     return value
+
+
+def impossible(config: Any) -> str | None:
+    """The first number of a configuration that no model has, at any place, with its key: a depth
+    beyond DEEPEST, and what is not finite. Infinity in a list is a bound, such as Mamba's
+    `time_step_limit`."""
+    config = strict.untagged(config)
+    for key, value in config.items() if isinstance(config, dict) else ():
+        numbers = value if isinstance(value, list) else [value]
+        floats = [n for n in numbers if isinstance(n, float)]
+        deep = key in DEPTHS and any(isinstance(n, int | float) and n > DEEPEST for n in numbers)
+        endless = isinstance(value, float) and math.isinf(value)
+        if deep or endless or any(map(math.isnan, floats)):
+            return f"{key} = {str(value)[:80]}"
+        for each in numbers:
+            if wrong := impossible(each):
+                return wrong
+    return None
 
 
 def weight_files(folder: Path) -> list[Path]:

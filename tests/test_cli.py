@@ -322,6 +322,53 @@ def test_an_output_that_is_closed_or_full(closed, status, said):
     assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)
 
 
+READ_BY_NOBODY = {
+    "formats": 0,
+    "-h": 0,
+    "completion bash": 0,
+    "plan --model demo --iters 0 --json": 0,
+    "--model demo --iters 0 --device cpu --output_dir {out}": 0,
+    "verify {out}/nowhere": 2,
+}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", READ_BY_NOBODY)
+def test_a_reader_that_leaves_ends_no_command(command, unbuffered, tmp_path):
+    """As `head` does. Both outputs lead to it; the results are files, and the status tells."""
+    code = "import sys; from auto_mmround import cli; sys.exit(cli.main())"
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = command.format(out=tmp_path).split()
+    with (tmp_path / "told").open("w") as told:
+        err = told if command == "formats" else writes
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], stdout=writes, stderr=err,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    os.close(writes)
+    assert done.returncode == READ_BY_NOBODY[command]
+    assert (tmp_path / "told").read_text() == ""
+    assert bool(list(tmp_path.glob("*/config.json"))) == ("{out}" in command and "iters" in command)
+
+
+def test_python_without_docstrings_is_one_line():
+    """Transformers' classes can't be defined in it."""
+    code = "import sys; from auto_mmround import cli; sys.exit(cli.main())"
+    words = [sys.executable, "-OO", "-c", code, "plan", "--model", "demo"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "PYTHONOPTIMIZE" in done.stderr
+
+
+def test_words_with_colons_are_no_pictures():
+    from auto_mmround.printing import console
+
+    with console.capture() as printed:
+        console.print("/data/:cat:/model")
+    assert printed.get() == "/data/:cat:/model\n"
+
+
 @pytest.mark.parametrize(
     "named, said, status",
     [("eval.json", "eval.json can't be written", 2), (None, "can't be written, or a file", 1)],

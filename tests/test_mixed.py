@@ -204,6 +204,23 @@ def test_a_layer_gets_another_scheme_by_name(tmp_path):
         make_plan(tiny(), replace(recipe, layer_config={"o_proj": {"scheme": "FP9"}}))
 
 
+@pytest.mark.parametrize(
+    "fmt, named, said",
+    [
+        ("mlx", "NVFP4A16", "mlx holds integers, not nvfp4"),
+        ("fake", "FP8", "fake cannot state 8-bit activations"),
+        ("auto_gptq", "MXFP4A16", "integers"),
+    ],
+)
+def test_a_scheme_that_no_format_holds_is_refused(fmt, named, said):
+    """The layer stayed in 16 bits before, and only the summary said so."""
+    recipe = Recipe(group_size=32, format=fmt, layer_config={"o_proj": {"scheme": named}})
+    with pytest.raises(UserError, match=rf"'o_proj': .*o_proj \(and 1 more\) would stay.*{said}"):
+        make_plan(tiny(), recipe)
+    kept = {"o_proj": {"bits": 16}}
+    assert "o_proj" not in str([*make_plan(tiny(), replace(recipe, layer_config=kept)).quantized])
+
+
 def test_a_weight_without_an_option_stays_at_the_one_above():
     model, lacks = tiny(), "model.layers.0.mlp.down_proj"
     with trial_of(model) as trial:

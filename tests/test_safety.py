@@ -18,6 +18,7 @@ import pytest
 import torch
 from rows import load_samples
 from safetensors.torch import save_file
+from transformers import Mamba2Config
 
 from auto_mmround import cli, untrusted
 from auto_mmround.calibration import (
@@ -47,6 +48,7 @@ from auto_mmround.recipe.files import read
 from auto_mmround.recipe.recipe import Recipe, from_mapping
 from auto_mmround.run import job as jobs
 from auto_mmround.verify import static
+from auto_mmround.verify.verify import verify
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -154,6 +156,39 @@ def test_depth_of_a_model_is_bounded(model):
     with pytest.raises(UserError, match=r"depth = 1000000000, which no model has"):
         read_config(model)
     assert any("depth" in finding.message for finding in static.check(model))
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), {"__float__": "NaN"}, [float("nan")]]
+)
+def test_numbers_of_a_configuration_are_finite(model, value):
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = value
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"rms_norm_eps = .*(nan|inf)\]?, which no model has"):
+        read_config(model)
+    (finding,) = [each for each in static.check(model) if each.where == "config.json"]
+    assert finding.severity == "error" and "rms_norm_eps" in finding.message
+
+
+def test_bounds_of_a_configuration_may_be_infinite(tmp_path):
+    Mamba2Config().save_pretrained(tmp_path)
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    assert read_config(tmp_path).time_step_limit == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 0}, {"num_hidden_layers": -1}, {"num_attention_heads": 0}]
+)
+def test_a_folder_of_which_no_model_can_be_built_is_wrong(model, changes):
+    """Whatever was asked: findings, and engines that are not asked."""
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= changes
+    (model / "config.json").write_text(json.dumps(config))
+    for engines in (None, ["transformers"]):
+        found = verify(model, engines)
+        assert not found.right
+        assert all(v.status == "not run" and v.reason for v in found.verdicts)
 
 
 def test_a_configuration_without_sense_is_one_line(model):

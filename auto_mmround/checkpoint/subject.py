@@ -23,7 +23,7 @@ from auto_mmround.headers import DAMAGED, Header, read_header
 from auto_mmround.model.experts import separable
 from auto_mmround.model.keys import filled_parameters, further_layers, loaded_names
 from auto_mmround.model.kv_cache import SCALES
-from auto_mmround.model.loading import read_config, skeleton
+from auto_mmround.model.loading import Impossible, read_config, skeleton
 from auto_mmround.model.restacking import stacking
 from auto_mmround.model.speaking import speaking
 from auto_mmround.model.stored import Stored, stored_tensors
@@ -349,7 +349,7 @@ def _built(folder: Path, remote_code: bool, findings: list[Finding]) -> PreTrain
             "the model can't be built, so names and shapes are not checked"
             f" ({' '.join(str(error).split())[:200]})"
         )
-        severity = "error" if isinstance(error.__cause__, KeyError) else "warning"
+        severity = "error" if isinstance(error, Impossible) else "warning"
         findings.append(Finding(severity, "config.json", text))
         return None
 

@@ -29,18 +29,20 @@ from auto_mmround.model.quantized import forget
 from auto_mmround.model.speaking import is_several
 from auto_mmround.model.stored import Stored, stored_tensors
 from auto_mmround.model.streaming import Holder, InMemory, fits, load_streamed, stored_dtype
-from auto_mmround.untrusted import ARRAYS, INDEX, SINGLE, one_line, read_object, weight_files
+from auto_mmround.untrusted import (
+    ARRAYS,
+    INDEX,
+    SINGLE,
+    impossible,
+    one_line,
+    read_object,
+    weight_files,
+)
 
 log = logging.getLogger("auto_mmround")
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM")
-# Configuration keys that say how many modules are built one by one, and the most that is believed.
-DEPTHS = {
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths", "encoder_layers",
-    "decoder_layers", "num_hidden_groups", "vision_depth", "num_nextn_predict_layers",
-}  # fmt: skip
-DEEPEST = 1000
 # Architectures as published -> the class that Transformers has for them.
 PUBLISHED = {"Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration"}
 # Towers that put a token for the whole picture before its patches.
@@ -49,6 +51,10 @@ CLASS_TOKENS = ("clip_vision_model",)
 NONSENSE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, NameError,
   ArithmeticError, ImportError, MemoryError, AssertionError, SyntaxError, StrictDataclassError
 )  # fmt: skip
+
+
+class Impossible(UserError):
+    """A configuration that makes a model nowhere: no other version of a library would read it."""
 
 
 class Readable(NamedTuple):
@@ -290,25 +296,13 @@ def read_config(folder: Path, remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder; UserError if it makes no sense, or needs code that
     may not run."""
     path = folder / "config.json"
-    deep = _too_deep(read_object(path))
-    if deep:
-        raise UserError(f"{path}: {deep}, which no model has")
+    if wrong := impossible(read_object(path)):
+        raise Impossible(f"{path}: {wrong}, which no model has")
     try:
         return AutoConfig.from_pretrained(folder, **_trust(remote_code))
     except NONSENSE as error:
-        raise UserError(f"model {folder}: {one_line(str(error))[:300]}") from None
-
-
-def _too_deep(config: Any) -> str | None:
-    """The first key of DEPTHS, at any place, beyond DEEPEST: building such a model would never
-    end."""
-    for key, value in config.items() if isinstance(config, dict) else ():
-        numbers = value if isinstance(value, list) else [value]
-        if key in DEPTHS and any(isinstance(n, int | float) and n > DEEPEST for n in numbers):
-            return f"{key} = {str(value)[:80]}"
-        if deep := _too_deep(value):
-            return deep
-    return None
+        kind = Impossible if isinstance(error, StrictDataclassError) else UserError
+        raise kind(f"model {folder}: {one_line(str(error))[:300]}") from None
 
 
 def model_class(config: Any, folder: Path, remote_code: bool = False) -> Any:
@@ -351,9 +345,10 @@ def skeleton(config: Any, folder: Path, remote_code: bool = False) -> PreTrained
         if devices.out_of_memory(error):
             raise
         reason = one_line(str(error))[:300]
-        raise UserError(
+        kind = Impossible if isinstance(error, (KeyError, ArithmeticError)) else UserError
+        raise kind(
             f"model {folder}: no model can be built from its config.json: {reason}"
-        ) from error
+        ) from None
 
 
 def load_processor(folder: Path, remote_code: bool = False) -> Any:

@@ -35,6 +35,7 @@ from auto_mmround.run.wishes import (
     HEAD,
     OUTSIDE,
     TIED,
+    check_held,
     check_mappings,
     check_overrides,
     check_patterns,
@@ -163,7 +164,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     schemes = {w.scheme for w in weights if w.scheme}
     targets = [formats.resolve(fmt.name, schemes) for fmt in wanted]
     weights = _without_staying(model, weights, layers, single)
-    weights = [held(weight, targets) for weight in weights]
+    asked, weights = {w.name for w in weights if w.scheme}, [held(w, targets) for w in weights]
     for name, (count, rows, columns) in experts.fused.items():
         if name not in stacked:
             weights.append(
@@ -175,6 +176,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
     weights += _others(model, {*(w.name for w in weights), *stacked})
+    check_held(recipe, {w.name: w.reason for w in weights if w.name in asked}, classes)
     return assembled(chosen, weights, targets)
 
 

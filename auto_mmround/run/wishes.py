@@ -38,11 +38,7 @@ def check_overrides(
 ) -> None:
     """Raises UserError where layer_config asks for bits of layers that all stay for their place.
     reasons: layer -> why it stays."""
-    layers, met = Patterns(recipe.layer_config or {}), dict[str, list[str]]()
-    for name in reasons:
-        for pattern in layers.of(name, classes[name]):
-            met.setdefault(pattern, []).append(name)
-    for pattern, names in met.items():
+    for pattern, names in _overridden(recipe, reasons, classes).items():
         reason = str(reasons[names[0]])
         if {reasons[name] for name in names} <= PLACES.keys() and overridden(
             recipe.scheme, (recipe.layer_config or {})[pattern], pattern
@@ -51,6 +47,30 @@ def check_overrides(
                 f"layer_config {pattern!r}: {names[0]}{several(names)} would stay in 16 bits all"
                 f" the same, {reason}: {PLACES[reason]}"
             )
+
+
+def check_held(
+    recipe: Recipe, reasons: Mapping[str, str | None], classes: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises UserError where no format holds any layer as layer_config asks for it; in 16 bits it
+    would be the opposite of what was asked. reasons: layer that has a scheme -> why it stays."""
+    for pattern, names in _overridden(recipe, reasons, classes).items():
+        if all(reasons[name] for name in names):
+            raise UserError(
+                f"layer_config {pattern!r}: {names[0]}{several(names)} would stay in 16 bits,"
+                f" {reasons[names[0]]}; bits = 16 says so"
+            )
+
+
+def _overridden(
+    recipe: Recipe, layers: Collection[str], classes: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Pattern of layer_config -> those of the layers that it fits."""
+    patterns, met = Patterns(recipe.layer_config or {}), dict[str, list[str]]()
+    for name in layers:
+        for pattern in patterns.of(name, classes[name]):
+            met.setdefault(pattern, []).append(name)
+    return met
 
 
 def check_mappings(model: PreTrainedModel, recipe: Recipe, blocks: Sequence[str]) -> None:

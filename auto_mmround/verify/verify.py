@@ -131,15 +131,12 @@ def verify(
     )
     for engine in chosen or ():
         require(engine, name, root)
-    findings = run_checks(subject)
-    verification = Verification(folder, name, tuple(findings))
+    verification = Verification(folder, name, tuple(run_checks(subject)))
     wanted = (
         [engine for engine in ENGINES if name in reads(engine)] if chosen is None else list(chosen)
     )
     if chosen is None and not verification.right:
-        return Verification(
-            folder, name, tuple(findings), (), ("no engine is asked about files that are wrong",)
-        )
+        return replace(verification, notes=("no engine is asked about files that are wrong",))
     reasons = {
         engine: None if chosen else _reason_not_to_ask(engine, subject, root) for engine in wanted
     }
@@ -150,10 +147,15 @@ def verify(
     asked = [engine for engine, reason in reasons.items() if reason is None]
     notes: list[str] = []
     if asked:
-        options = {"remote_code": remote_code, "stream": stream}
-        given, notes = _ask_all(asked, subject, name, root, timeout, options)
-        verdicts |= given
-    return Verification(folder, name, tuple(findings), tuple(verdicts.values()), tuple(notes))
+        how = {"remote_code": remote_code, "stream": stream}
+        try:
+            given, notes = _ask_all(asked, subject, name, root, timeout, how)
+            verdicts |= given
+        except UserError as error:
+            if verification.right:  # else the findings say what is wrong
+                raise
+            verdicts |= {e: Verdict(folder, name, e, "not run", str(error)) for e in asked}
+    return replace(verification, verdicts=tuple(verdicts.values()), notes=tuple(notes))
 
 
 def _ask_all(
