@@ -221,6 +221,14 @@ def test_a_scheme_that_no_format_holds_is_refused(fmt, named, said):
     assert "o_proj" not in str([*make_plan(tiny(), replace(recipe, layer_config=kept)).quantized])
 
 
+def test_a_scheme_is_refused_that_no_layer_gets_but_those_of_layer_config():
+    """A run with one layer in 4 bits and all others in 16 was said to be one of FP8."""
+    held = {"o_proj": {"scheme": "W4A16", "group_size": 32}}
+    recipe = from_mapping({"scheme": "FP8", "format": "mlx", "layer_config": held})
+    with pytest.raises(UserError, match="scheme: .*would stay in 16 bits, mlx holds integers"):
+        make_plan(tiny(), recipe)
+
+
 def test_a_weight_without_an_option_stays_at_the_one_above():
     model, lacks = tiny(), "model.layers.0.mlp.down_proj"
     with trial_of(model) as trial:

@@ -52,13 +52,19 @@ def check_overrides(
 def check_held(
     recipe: Recipe, reasons: Mapping[str, str | None], classes: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises UserError where no format holds any layer as layer_config asks for it; in 16 bits it
-    would be the opposite of what was asked. reasons: layer that has a scheme -> why it stays."""
-    for pattern, names in _overridden(recipe, reasons, classes).items():
+    """Raises UserError where no format holds any layer as layer_config asks for it, or as the
+    scheme asks for all others; in 16 bits it would be the opposite of what was asked. reasons:
+    layer that has a scheme -> why it stays."""
+    asked = _overridden(recipe, reasons, classes)
+    others = reasons.keys() - {name for names in asked.values() for name in names}
+    wishes = {f"layer_config {pattern!r}": names for pattern, names in asked.items()}
+    # without layer_config there is nothing to quantize then, and that is told
+    wishes |= {"scheme": sorted(others)} if asked and others else {}
+    for wish, names in wishes.items():
         if all(reasons[name] for name in names):
             raise UserError(
-                f"layer_config {pattern!r}: {names[0]}{several(names)} would stay in 16 bits,"
-                f" {reasons[names[0]]}; bits = 16 says so"
+                f"{wish}: {names[0]}{several(names)} would stay in 16 bits,"
+                f" {reasons[names[0]]}; bits = 16 in layer_config says so"
             )
 
 
