@@ -225,7 +225,7 @@ def test_a_scheme_is_refused_that_no_layer_gets_but_those_of_layer_config():
     """A run with one layer in 4 bits and all others in 16 was said to be one of FP8."""
     held = {"o_proj": {"scheme": "W4A16", "group_size": 32}}
     recipe = from_mapping({"scheme": "FP8", "format": "mlx", "layer_config": held})
-    with pytest.raises(UserError, match="scheme: .*would stay in 16 bits, mlx holds integers"):
+    with pytest.raises(UserError, match=r"scheme: .*would stay in 16 bits, mlx holds integers"):
         make_plan(tiny(), recipe)
 
 
