@@ -80,11 +80,13 @@ def by_auto_round(job: dict[str, Any], prepared: Any) -> None:
     from auto_mmround.model.devices import products
 
     loaded, model = prepared.loaded, prepared.loaded.model
-    longest = max(len(sample.modality_T) for sample in prepared.inputs)
+    lengths = {len(sample.modality_T) for sample in prepared.inputs}
+    parts = 1 if len(lengths) == 1 else 8  # samples of one length go side by side
     peer = AutoRound(
         model, loaded.tokenizer, processor=loaded.processor, device_map="cpu",
         dataset=[sample.kwargs for sample in prepared.inputs], nsamples=len(prepared.inputs),
-        seqlen=longest, batch_size=1, gradient_accumulate_steps=8, seed=job["seed"],
+        seqlen=max(lengths), batch_size=8 // parts, gradient_accumulate_steps=parts,
+        seed=job["seed"],
         amp=model.dtype != torch.float32,
         **SCHEMES[job["scheme"]][0], **AUTO_ROUND[job["method"]], **job["auto_round"],
     )  # fmt: skip
