@@ -52,8 +52,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     whole = {e.parameter for n, e in experts.items() if not e.stacked and n not in chosen}
     fused = [name for name in find_experts(model).fused if name not in apart]
     merged = merged_parameters(model)
-    single = {e.parameter for e in experts.values() if not e.stacked}
-    packed = single - whole
+    packed = {e.parameter for e in experts.values() if not e.stacked} - whole
     words = {
         "quantized": bool(chosen),
         "stacked": any(expert.stacked for expert in chosen.values()),
