@@ -169,8 +169,9 @@ COMMANDS: dict[str, Command] = {
             },
             "--device": {"default": "0", "help": "0: the first accelerator, else the processor"},
             "--model_dtype": {
-                "help": "compute in bfloat16, float16 or float32; float32 tells damage of less than"
-                " .001 nats from rounding on the way (default: each model's own)",
+                "help": "compute in bfloat16, float16 or float32; float32, which float16 becomes on"
+                " a processor, tells damage of less than .001 nats from rounding on the way"
+                " (default: each model's own)",
             },
             "--trust_remote_code": TRUST,
             **STREAM,

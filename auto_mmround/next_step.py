@@ -25,4 +25,5 @@ def first_question(folder: Path, remote_code: bool = False) -> str:
         kind = "audio" if AUDIO in known else kind
         kind = "image" if IMAGE in known else kind
         kind = "speech" if hasattr(config, "num_mel_bins") else kind
-    return f"auto-round-mllm ask {shlex.quote(str(folder))} {FIRST[kind]}"
+    name = f"./{folder}" if str(folder).startswith("-") else str(folder)  # no flag
+    return f"auto-round-mllm ask {shlex.quote(name)} {FIRST[kind]}"

@@ -70,9 +70,10 @@ def test_settings_of_generation_that_cannot_be_read_are_one_line(text, folders, 
         load_any(str(tmp_path / "model"))
 
 
-def test_a_run_ends_with_the_command_that_asks_and_it_works(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("out", ["my out", "-out"])
+def test_a_run_ends_with_the_command_that_asks_and_it_works(out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["--model", "demo", "--iters", "0", "--output_dir", "my out"]) == 0
+    assert cli.main(["--model", "demo", "--iters", "0", f"--output_dir={out}"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     head, _, command = last.partition(": auto-round-mllm ")
     assert head == "ask it"

@@ -2,13 +2,15 @@
 row: GGUF files with experts are refused when the plan is made."""
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import mixtures
 import pytest
 import torch
 from asking import run_engine, run_transformers
-from tiny_models import tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_texts, tiny_tokenizer
 
 from auto_mmround import cli
 from auto_mmround.checkpoint.loader import from_quantized
@@ -99,3 +101,24 @@ def test_gguf_of_experts_is_refused_at_plan_time(tmp_path, capsys):
     assert cli.main(["plan", *words, "--format", "gguf:q4_0", "--iters", "0"]) == 2
     assert "gguf" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme, size", [("W4A16", 32), ("FP8_STATIC", -1), ("MXFP4", 32)])
+def test_verify_counts_experts_that_transformers_decodes(scheme, size, tmp_path):
+    """It called such checkpoints wrong: the stacks of their experts are no quantized layers, and
+    nothing reads the scales of their inputs."""
+    pytest.importorskip("compressed_tensors")
+    (tmp_path / "texts.txt").write_text("\n\n".join(tiny_texts(4, 40)))
+    more = ["--scheme", scheme, "--group_size", str(size), "--dataset", str(tmp_path / "texts.txt")]
+    folder = exported("qwen3_moe", "transformers", "compressed_tensors", tmp_path, *more)
+    save_file({"0.input_ids": IDS}, tmp_path / "inputs")
+    worker = spec_from_file_location("worker", ROOT / "engines" / "engine_transformers.py")
+    program = module_from_spec(worker)
+    worker.loader.exec_module(program)
+    places = {"model": folder, "inputs": tmp_path / "inputs", "output": tmp_path / "logits"}
+    request = {"dtype": "float32", "class": "AutoModelForCausalLM", "activations": False}
+    answer = program.answer({key: str(place) for key, place in places.items()} | request)
+    assert answer["ok"] and answer["quantized"] == 32
+    wanted = logits_of(from_quantized(folder, dtype="float32").model, {"input_ids": IDS})
+    found = load_file(tmp_path / "logits")["0.logits"].reshape(wanted.shape)
+    assert (found - wanted).std() < 1e-3 * wanted.std()

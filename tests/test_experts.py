@@ -253,6 +253,7 @@ def test_verify_knows_single_experts_of_stacks_in_the_source(kind, tmp_path):
     assert [f for f in static.check(folder, source) if f.severity == "error"]
 
 
+NVFP4 = ("--data_type", "nvfp4", "--group_size", "16")  # the last word wins
 REFUSED = [
     ("qwen3_moe", "auto_gptq", (), "takes no auto_gptq with quantized experts"),
     ("mixtral", "auto_round", (), "names w1, w2, w3"),
@@ -267,6 +268,7 @@ REFUSED = [
     ("qwen3_vl_moe", "compressed_tensors", (), "that the source stacks"),
     ("granitemoehybrid", "compressed_tensors", (), "that the source stacks"),
     ("qwen3_moe", "compressed_tensors", ("--asym",), "asymmetric experts"),
+    ("qwen3_moe", "compressed_tensors", NVFP4, "experts in NVFP4"),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from auto_mmround import cli
+from auto_mmround.checkpoint.loader import load_any
 from auto_mmround.errors import UserError
 from auto_mmround.evaluate import tasks
 from auto_mmround.evaluate.evaluate import evaluate
@@ -96,6 +97,8 @@ def test_float32_tells_damage_from_rounding_on_the_way(tmp_path, capsys):
     assert wide["reference_dtype"] == "FP32" and own["reference_dtype"] == "BF16"
     text = [record["figures"]["quantized"]["kl"]["text"] for record in (own, wide)]
     assert 0 < text[1] < text[0] / 2
+    for name in ("demo", str(folder)):  # alike, whatever is asked for
+        assert load_any(name, dtype="float16").model.dtype == torch.float32
     capsys.readouterr()
     assert cli.main(["eval", "--model", str(folder), "--model_dtype", "float31"]) == 2
     assert "model_dtype 'float31' is unknown" in capsys.readouterr().err

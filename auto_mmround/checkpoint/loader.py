@@ -196,7 +196,8 @@ def load_any(
     quantization = read_checkpoint(folder).quantization_config if folder.is_dir() else None
     # that is how the source is stored
     if quantization is not None and quantization.get("quant_method") not in SOURCES:
-        half = dtype is None and read_config(folder, remote_code).dtype == torch.float16
+        own = devices.dtype_of(dtype) or read_config(folder, remote_code).dtype
+        half = own == torch.float16
         dtype = "float32" if half and torch.device(device).type == "cpu" else dtype
         return from_quantized(
             folder,

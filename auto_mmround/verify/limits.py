@@ -28,7 +28,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     """What is true of a model's experts: "quantized"; "stacked" in the checkpoint, or "renamed",
     where it does not say gate_proj, up_proj, down_proj; "kept", where those that auto-round takes
     apart stay as one parameter a layer; "asymmetric"; of "several" schemes; "other", where what
-    they share with all tokens has another one; in 8-bit floats by "blocks".
+    they share with all tokens has another one; in 8-bit floats by "blocks"; in "NVFP4".
 
     And of all weights: "merged", where Transformers merges or splits some that auto-round expects
     as they are stored; "left", where it merges some that stay beside packed ones; "4 bits", where
@@ -52,8 +52,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
     whole = {e.parameter for n, e in experts.items() if not e.stacked and n not in chosen}
     fused = [name for name in find_experts(model).fused if name not in apart]
     merged = merged_parameters(model)
-    single = {e.parameter for e in experts.values() if not e.stacked}
-    packed = single - whole
+    packed = {e.parameter for e in experts.values() if not e.stacked} - whole
     words = {
         "quantized": bool(chosen),
         "stacked": any(expert.stacked for expert in chosen.values()),
@@ -62,6 +61,7 @@ def experts_of(model: PreTrainedModel, plan: Plan) -> frozenset[str]:
         "asymmetric": any(not scheme.sym for scheme in schemes),
         "several": len(schemes) > 1,
         "blocks": any(s.data_type in ("fp8", "mxfp8") and s.group_size > 0 for s in schemes),
+        "NVFP4": any(s.data_type == "nvfp4" for s in schemes),
         "4 bits": any(s.data_type in ("nvfp4", "mxfp4") for s in plan.quantized.values()),
         "turned": any(
             isinstance(m, Conv1D) for name, m in linears(model) if name in plan.quantized

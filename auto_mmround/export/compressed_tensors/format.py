@@ -382,6 +382,7 @@ FLOAT = replace(
         ),
         *_BASE.limits,
         wrong("experts in blocks or MXFP8", "CONVERSION entries", "blocks"),
+        wrong("experts in NVFP4", "their global scale is left out, so they are too large", "NVFP4"),
         wrong("tensors of 4 bits beside some it merges", _DROPPED, "left", "4 bits"),
         _TURNED_TWICE,
     ),
