@@ -304,7 +304,7 @@ def test_what_engines_are_known_to_refuse():
     assert refusal("vllm", "compressed_tensors", {Scheme(4), Scheme(4, sym=False)}) is None
     assert refusal("vllm", "compressed_tensors:int8", {Scheme(8, -1, act_bits=8)}) is None
     assert "mismatched sizes" in str(refusal("transformers", "auto_gptq", {Scheme(4), Scheme(8)}))
-    assert len(LIMITS) == len({limit for fmt in FORMATS.values() for limit in fmt.limits}) == 36
+    assert len(LIMITS) == len({limit for fmt in FORMATS.values() for limit in fmt.limits}) == 37
 
 
 @pytest.mark.parametrize(

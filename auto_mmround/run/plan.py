@@ -176,7 +176,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         WeightPlan(name, *shape, None, None, "router") for name, shape in experts.routers.items()
     ]
     weights += _others(model, {*(w.name for w in weights), *stacked})
-    check_held(recipe, {w.name: w.reason for w in weights if w.name in asked}, classes)
+    check_held(recipe, {w.name: w.reason for w in weights if w.name in asked}, classes, targets)
     return assembled(chosen, weights, targets)
 
 

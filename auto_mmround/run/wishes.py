@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from auto_mmround.errors import UserError, several
+from auto_mmround.export import formats
+from auto_mmround.export.format import Format
 from auto_mmround.model.structure import LINEAR
 from auto_mmround.recipe.patterns import Patterns, matches
 from auto_mmround.recipe.recipe import Recipe
@@ -50,16 +52,21 @@ def check_overrides(
 
 
 def check_held(
-    recipe: Recipe, reasons: Mapping[str, str | None], classes: Mapping[str, Sequence[str]]
+    recipe: Recipe,
+    reasons: Mapping[str, str | None],
+    classes: Mapping[str, Sequence[str]],
+    targets: Sequence[Format],
 ) -> None:
     """Raises UserError where no format holds any layer as layer_config asks for it, or as the
-    scheme asks for all others; in 16 bits it would be the opposite of what was asked. reasons:
-    layer that has a scheme -> why it stays."""
+    scheme asks for all others, whatever their shapes; in 16 bits it would be the opposite of what
+    was asked. reasons: layer that has a scheme -> why it stays."""
     asked = _overridden(recipe, reasons, classes)
     others = reasons.keys() - {name for names in asked.values() for name in names}
     wishes = {f"layer_config {pattern!r}": names for pattern, names in asked.items()}
     # without layer_config there is nothing to quantize then, and that is told
-    wishes |= {"scheme": sorted(others)} if asked and others else {}
+    unheld = any(fmt.holds(formats.fitted([fmt.name], recipe.scheme)) for fmt in targets)
+    if asked and others and unheld:
+        wishes["scheme"] = sorted(others)
     for wish, names in wishes.items():
         if all(reasons[name] for name in names):
             raise UserError(
