@@ -104,7 +104,7 @@ def test_gguf_of_experts_is_refused_at_plan_time(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("scheme, size", [("W4A16", 32), ("FP8_STATIC", -1), ("MXFP4", 32)])
-def test_verify_counts_experts_that_transformers_decodes(scheme, size, tmp_path, monkeypatch):
+def test_verify_counts_experts_that_transformers_decodes(scheme, size, tmp_path):
     """It called such checkpoints wrong: the stacks of their experts are no quantized layers, and
     nothing reads the scales of their inputs."""
     pytest.importorskip("compressed_tensors")
@@ -117,9 +117,8 @@ def test_verify_counts_experts_that_transformers_decodes(scheme, size, tmp_path,
     worker.loader.exec_module(program)
     places = {"model": folder, "inputs": tmp_path / "inputs", "output": tmp_path / "logits"}
     request = {"dtype": "float32", "class": "AutoModelForCausalLM", "activations": False}
-    settings = torch._dynamo.config  # which the program changes
-    monkeypatch.setattr(settings, "disable", settings.disable)
-    answer = program.answer({key: str(place) for key, place in places.items()} | request)
+    with torch._dynamo.config.patch(disable=False):  # which the program changes
+        answer = program.answer({key: str(place) for key, place in places.items()} | request)
     assert answer["ok"] and answer["quantized"] == 32
     wanted = logits_of(from_quantized(folder, dtype="float32").model, {"input_ids": IDS})
     found = load_file(tmp_path / "logits")["0.logits"].reshape(wanted.shape)
